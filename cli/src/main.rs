@@ -1,0 +1,2 @@
+//! The depthwise command: argument parsing and wiring only.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Batching policies, exit policies, KV-block accounting and the serving loop.

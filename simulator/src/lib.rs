@@ -1,0 +1,1 @@
+//! Discrete-event simulation of serving over latency profiles and exit traces.

@@ -1,0 +1,1 @@
+//! Request traces, exit traces and latency profiles: types, readers and writers.

@@ -1,0 +1,1 @@
+//! Training of recursive language models with early exits.
