@@ -1,0 +1,191 @@
+//! Exit traces: for each generated token and depth, the exit signals and the token predicted there.
+
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// What is read off a row after a pass to tell how sure the model is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Measure {
+    /// Probability of the most likely token, 0 to 1. Needs the exit head.
+    Top1,
+    /// Probability of the most likely token less that of the second, 0 to 1. Needs the exit head.
+    Margin,
+    /// Entropy of the next-token distribution in nats; low means sure. Needs the exit head.
+    Entropy,
+    /// Cosine of the hidden states after this and the previous depth; undefined (0) at depth 0. No head needed.
+    Similarity,
+}
+
+impl Measure {
+    /// Every measure, in the order of the columns of an exit trace.
+    pub const ALL: [Self; 4] = [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity];
+
+    /// The name in files and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Top1 => "top1",
+            Self::Margin => "margin",
+            Self::Entropy => "entropy",
+            Self::Similarity => "similarity",
+        }
+    }
+
+    /// Whether reading it costs a product with the whole vocabulary.
+    pub fn needs_head(self) -> bool {
+        !matches!(self, Self::Similarity)
+    }
+
+    /// Whether a row with this value is sure enough to leave.
+    pub fn is_confident(self, value: f32, threshold: f32) -> bool {
+        match self {
+            Self::Entropy => value <= threshold,
+            _ => value >= threshold,
+        }
+    }
+}
+
+impl fmt::Display for Measure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Measure {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|measure| measure.name() == name)
+            .ok_or_else(|| format!("unknown exit measure `{name}`: expected top1, margin, entropy or similarity"))
+    }
+}
+
+/// The exit signals of one row after one pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Signals {
+    /// See [`Measure::Top1`].
+    pub top1: f32,
+    /// See [`Measure::Margin`].
+    pub margin: f32,
+    /// See [`Measure::Entropy`].
+    pub entropy: f32,
+    /// See [`Measure::Similarity`].
+    pub similarity: f32,
+}
+
+impl Signals {
+    /// The value of one measure.
+    pub fn get(&self, measure: Measure) -> f32 {
+        match measure {
+            Measure::Top1 => self.top1,
+            Measure::Margin => self.margin,
+            Measure::Entropy => self.entropy,
+            Measure::Similarity => self.similarity,
+        }
+    }
+}
+
+/// Where an exit trace comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExitTraceMeta {
+    /// Version of the file format: [`ExitTrace::SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// Name of the model, for people.
+    pub model: String,
+    /// Fingerprint of the model's configuration and weights, for machines.
+    pub fingerprint: String,
+    /// Loops of the model; each token has this many rows.
+    pub num_loops: u32,
+    /// How it was made: the command, the prompts, the sampling.
+    pub source: String,
+}
+
+/// Signals and predictions of whole generations that ran every depth.
+///
+/// Token `t` of the trace is one generated token; its row at depth `d` is entry
+/// `t * num_loops + d` of each column.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExitTrace {
+    /// Where it comes from.
+    pub meta: ExitTraceMeta,
+    /// Generation `g` is tokens `starts[g]..starts[g + 1]`; the last entry is the number of tokens.
+    pub starts: Vec<u32>,
+    /// The signals, by token and depth.
+    pub signals: Vec<Signals>,
+    /// The token predicted, by token and depth; that of the last depth was the one generated.
+    pub predictions: Vec<u32>,
+}
+
+impl ExitTrace {
+    /// Version of the files that this crate reads and writes.
+    pub const SCHEMA_VERSION: u32 = 1;
+
+    /// A trace without generations.
+    pub fn new(meta: ExitTraceMeta) -> Self {
+        Self { meta, starts: vec![0], signals: Vec::new(), predictions: Vec::new() }
+    }
+
+    /// Loops of the model.
+    pub fn num_loops(&self) -> usize {
+        self.meta.num_loops as usize
+    }
+
+    /// Generated tokens, of all generations together.
+    pub fn num_tokens(&self) -> usize {
+        self.predictions.len() / self.num_loops()
+    }
+
+    /// Generations, each the output of one prompt.
+    pub fn num_generations(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// The tokens of one generation.
+    pub fn generation(&self, index: usize) -> Range<usize> {
+        self.starts[index] as usize..self.starts[index + 1] as usize
+    }
+
+    /// Appends a generation: `rows[t * num_loops + d]` is token `t` at depth `d`.
+    ///
+    /// # Panics
+    /// If the rows are not a whole number of tokens.
+    pub fn push_generation(&mut self, rows: &[(Signals, u32)]) {
+        assert_eq!(rows.len() % self.num_loops(), 0, "rows of a generation come by whole tokens");
+        self.signals.extend(rows.iter().map(|row| row.0));
+        self.predictions.extend(rows.iter().map(|row| row.1));
+        self.starts.push(self.num_tokens() as u32);
+    }
+
+    /// The signals of a token at a depth.
+    pub fn signals_at(&self, token: usize, depth: usize) -> &Signals {
+        &self.signals[token * self.num_loops() + depth]
+    }
+
+    /// Whether the token predicted at a depth equals that of the last depth.
+    pub fn agrees(&self, token: usize, depth: usize) -> bool {
+        let rows = &self.predictions[token * self.num_loops()..][..self.num_loops()];
+        rows[depth] == rows[self.num_loops() - 1]
+    }
+
+    /// The earliest depth whose token equals that of the last depth.
+    pub fn oracle_depth(&self, token: usize) -> usize {
+        (0..self.num_loops()).find(|&depth| self.agrees(token, depth)).unwrap_or(self.num_loops() - 1)
+    }
+
+    /// Share of tokens whose prediction at a depth equals that of the last, 0 to 1.
+    pub fn agreement_at(&self, depth: usize) -> f64 {
+        let agreeing = (0..self.num_tokens()).filter(|&token| self.agrees(token, depth)).count();
+        agreeing as f64 / self.num_tokens() as f64
+    }
+
+    /// Passes per token when each token leaves at its oracle depth, 1 to `num_loops`.
+    pub fn mean_oracle_passes(&self) -> f64 {
+        let passes: usize = (0..self.num_tokens()).map(|token| self.oracle_depth(token) + 1).sum();
+        passes as f64 / self.num_tokens() as f64
+    }
+}
