@@ -1,0 +1,34 @@
+//! What the scheduler asks of whoever runs the passes.
+
+use traces::{Nanos, Request};
+
+use crate::pass::{Pass, Slot};
+
+/// Runs passes: the engine on a model, the simulator on a latency profile and an exit trace.
+///
+/// The scheduler cannot tell which one it has. For each pass it calls [`run`](Self::run), decides from the
+/// signals which rows leave, and calls [`emit`](Self::emit) for those:
+///
+/// ```text
+/// admit(slot) -> [ run(pass) -> signals -> emit(rows that leave) ]* -> release(slot)
+/// ```
+pub trait Executor {
+    /// What can go wrong in a run.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// A sequence takes a slot. `generated` is more than 0 if it was preempted after that many tokens:
+    /// prompt and generated tokens then come again as one prompt.
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error>;
+
+    /// A sequence leaves its slot, finished or preempted; rows of it in flight are void.
+    fn release(&mut self, slot: Slot);
+
+    /// Runs the block over the rows of a pass, embedding those at depth 0, and returns how long it took.
+    ///
+    /// `signals[i]` must be set for each segment with `look`; the others are not read.
+    fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error>;
+
+    /// The last row of each segment `leaving` (indices into the pass just run) leaves the loop: its token is the
+    /// sequence's next. Returns how long that took, the exit head for rows without `head` included.
+    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error>;
+}

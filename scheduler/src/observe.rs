@@ -1,0 +1,48 @@
+//! What the outside may watch of a run.
+
+use traces::{Nanos, Request};
+
+use crate::pass::Pass;
+
+/// One generated token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Token {
+    /// Which token of the request's output, from 0.
+    pub index: u32,
+    /// The depth it left at, from 0.
+    pub depth: u8,
+    /// When the request's previous token came; none for the first.
+    pub previous: Option<Nanos>,
+}
+
+/// One pass as it ran.
+#[derive(Clone, Copy, Debug)]
+pub struct PassRecord<'a> {
+    /// When it started.
+    pub start: Nanos,
+    /// How long it took, exit head included.
+    pub elapsed: Nanos,
+    /// Its rows.
+    pub pass: Pass<'a>,
+    /// Sequences that hold a slot.
+    pub running: u32,
+    /// Requests that wait for one.
+    pub waiting: u32,
+}
+
+/// Watches a run; every method may be left out.
+pub trait Observer {
+    /// A request got a slot, for the first time or again after preemption.
+    fn admitted(&mut self, _now: Nanos, _request: &Request) {}
+    /// A request lost its slot and its keys and values; it waits first in line.
+    fn preempted(&mut self, _now: Nanos, _request: &Request) {}
+    /// A pass ended.
+    fn pass(&mut self, _record: &PassRecord<'_>) {}
+    /// A token was delivered.
+    fn token(&mut self, _now: Nanos, _request: &Request, _token: Token) {}
+    /// A request's last token was delivered; `first_token` says when its first was.
+    fn finished(&mut self, _now: Nanos, _request: &Request, _first_token: Nanos) {}
+}
+
+/// Nobody watches.
+impl Observer for () {}

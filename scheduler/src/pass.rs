@@ -1,0 +1,53 @@
+//! A pass: the rows that share one run of the block.
+
+use crate::blocks::{BlockId, BlockTables};
+use crate::policy::Look;
+
+/// A place among the running sequences, from 0 to `max_batch - 1`; reused when its sequence ends.
+pub type Slot = u32;
+
+/// Consecutive tokens of one sequence at one depth: a decode row, or a chunk of a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The sequence's slot.
+    pub slot: Slot,
+    /// Position of the first token in the sequence, and so the history before it.
+    pub start: u32,
+    /// Tokens, each a row; 1 for a decode row.
+    pub tokens: u32,
+    /// The depth they run at in this pass, from 0.
+    pub depth: u8,
+    /// Whether this is a decode row; else a chunk of a prompt (or of a context that is computed again).
+    pub decode: bool,
+    /// Whether the pass yields the next token's distribution: true for decode rows and for the chunk
+    /// that ends a prompt, until that token has left.
+    pub predicts: bool,
+    /// Whether the executor must report the exit signal of the last row.
+    pub look: bool,
+    /// Whether the exit head is known to be needed for the last row: its look reads the vocabulary,
+    /// or it leaves after this pass whatever the signal.
+    pub head: bool,
+}
+
+/// What an executor gets to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'a> {
+    /// The segments, in no particular order of depth.
+    pub segments: &'a [Segment],
+    /// What to report for segments with `look`.
+    pub look: Look,
+    /// Where the keys and values of each slot lie.
+    pub tables: &'a BlockTables,
+}
+
+impl<'a> Pass<'a> {
+    /// The blocks of a sequence, in order of position; each holds the same positions of every depth.
+    pub fn blocks(&self, slot: Slot) -> &'a [BlockId] {
+        self.tables.blocks(slot)
+    }
+
+    /// Rows of all segments.
+    pub fn num_rows(&self) -> u32 {
+        self.segments.iter().map(|segment| segment.tokens).sum()
+    }
+}

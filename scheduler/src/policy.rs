@@ -1,0 +1,249 @@
+//! Batching policies and exit policies, and their names on the command line.
+
+use std::fmt;
+use std::str::FromStr;
+
+use traces::Measure;
+
+/// Which rows may share a pass, and when a finished one is replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Batching {
+    /// A batch is formed when the machine is idle and runs until its last sequence ends.
+    Vanilla,
+    /// A finished sequence is replaced before the next iteration; an iteration runs depth by depth.
+    Sequence,
+    /// A finished row is replaced before the next pass; a pass mixes depths.
+    Depth,
+}
+
+impl Batching {
+    /// Every batching policy.
+    pub const ALL: [Self; 3] = [Self::Vanilla, Self::Sequence, Self::Depth];
+
+    /// Whether all rows of an iteration go through the depths together.
+    pub fn is_lockstep(self) -> bool {
+        self != Self::Depth
+    }
+
+    /// The name in files and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vanilla => "vanilla",
+            Self::Sequence => "sequence",
+            Self::Depth => "depth",
+        }
+    }
+}
+
+impl fmt::Display for Batching {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Batching {
+    type Err = PolicyError;
+    fn from_str(text: &str) -> Result<Self, PolicyError> {
+        Self::ALL
+            .into_iter()
+            .find(|batching| batching.name() == text)
+            .ok_or_else(|| PolicyError::Batching(text.to_owned()))
+    }
+}
+
+/// When a row leaves the loop before the last depth.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ExitPolicy {
+    /// Never.
+    None,
+    /// Always after the pass at this depth (counted from 0).
+    Static(u8),
+    /// At the earliest depth whose token equals that of the last depth. Nobody has this one: it bounds the others.
+    Oracle {
+        /// Whether each look is paid for with the exit head, as a confidence policy's is. The paper's is free.
+        charged: bool,
+    },
+    /// At the earliest depth where the measure passes the threshold.
+    Confidence {
+        /// The exit signal.
+        measure: Measure,
+        /// Where it is sure enough; in the measure's own unit.
+        threshold: f32,
+    },
+}
+
+/// What an executor must report of a row after a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// Nothing.
+    Never,
+    /// 1 if the oracle lets the row leave here, else 0.
+    Oracle,
+    /// The value of an exit signal.
+    Measure(Measure),
+}
+
+impl ExitPolicy {
+    /// What rows are looked at for.
+    pub fn look(self) -> Look {
+        match self {
+            Self::None | Self::Static(_) => Look::Never,
+            Self::Oracle { .. } => Look::Oracle,
+            Self::Confidence { measure, .. } => Look::Measure(measure),
+        }
+    }
+
+    /// Whether a look costs a product with the whole vocabulary.
+    pub fn look_needs_head(self) -> bool {
+        match self {
+            Self::None | Self::Static(_) => false,
+            Self::Oracle { charged } => charged,
+            Self::Confidence { measure, .. } => measure.needs_head(),
+        }
+    }
+
+    /// The deepest depth that a row of a model with `num_loops` loops can reach.
+    pub fn last_depth(self, num_loops: u8) -> u8 {
+        match self {
+            Self::Static(depth) => depth.min(num_loops - 1),
+            _ => num_loops - 1,
+        }
+    }
+
+    /// Whether a row that was looked at leaves.
+    pub fn leaves(self, signal: f32) -> bool {
+        match self {
+            Self::None | Self::Static(_) => false,
+            Self::Oracle { .. } => signal >= 1.0,
+            Self::Confidence { measure, threshold } => measure.is_confident(signal, threshold),
+        }
+    }
+
+    /// The kind of policy, without its parameters: `none`, `static`, `oracle` or `confidence`.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Static(_) => "static",
+            Self::Oracle { .. } => "oracle",
+            Self::Confidence { .. } => "confidence",
+        }
+    }
+
+    /// The threshold of a confidence policy.
+    pub fn threshold(self) -> Option<f32> {
+        match self {
+            Self::Confidence { threshold, .. } => Some(threshold),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for ExitPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Static(depth) => write!(f, "static:{depth}"),
+            Self::Oracle { charged: false } => f.write_str("oracle"),
+            Self::Oracle { charged: true } => f.write_str("oracle:charged"),
+            Self::Confidence { measure, threshold } => write!(f, "confidence:{measure}:{threshold}"),
+        }
+    }
+}
+
+impl FromStr for ExitPolicy {
+    type Err = PolicyError;
+
+    /// Reads `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:THRESHOLD` (of the top-1
+    /// probability) or `confidence:MEASURE:THRESHOLD`.
+    fn from_str(text: &str) -> Result<Self, PolicyError> {
+        let unknown = || PolicyError::Exit(text.to_owned());
+        let threshold = |number: &str| match number.parse::<f32>() {
+            Ok(threshold) if threshold.is_finite() => Ok(threshold),
+            _ => Err(PolicyError::Threshold(text.to_owned())),
+        };
+        let parts: Vec<&str> = text.split(':').collect();
+        match parts[..] {
+            ["none"] => Ok(Self::None),
+            ["static", depth] => depth.parse().map(Self::Static).map_err(|_| unknown()),
+            ["oracle"] => Ok(Self::Oracle { charged: false }),
+            ["oracle", "charged"] => Ok(Self::Oracle { charged: true }),
+            ["confidence", number] => Ok(Self::Confidence { measure: Measure::Top1, threshold: threshold(number)? }),
+            ["confidence", measure, number] => Ok(Self::Confidence {
+                measure: measure.parse().map_err(PolicyError::Measure)?,
+                threshold: threshold(number)?,
+            }),
+            _ => Err(unknown()),
+        }
+    }
+}
+
+/// A policy's name that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PolicyError {
+    /// Not a batching policy.
+    #[error("unknown batching policy `{0}`: expected vanilla, sequence or depth")]
+    Batching(String),
+    /// Not an exit policy.
+    #[error(
+        "unknown exit policy `{0}`: expected none, static:DEPTH, oracle, oracle:charged, \
+         confidence:THRESHOLD or confidence:MEASURE:THRESHOLD"
+    )]
+    Exit(String),
+    /// Not a measure.
+    #[error("{0}")]
+    Measure(String),
+    /// Not a finite number.
+    #[error("the threshold of exit policy `{0}` is not a finite number")]
+    Threshold(String),
+}
+
+macro_rules! serde_by_name {
+    ($policy:ty) => {
+        impl serde::Serialize for $policy {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+        impl<'de> serde::Deserialize<'de> for $policy {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+serde_by_name!(Batching);
+serde_by_name!(ExitPolicy);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_read_back_what_they_print() {
+        for text in ["none", "static:2", "oracle", "oracle:charged", "confidence:margin:0.25"] {
+            assert_eq!(text.parse::<ExitPolicy>().unwrap().to_string(), text);
+        }
+        assert_eq!("confidence:0.9".parse::<ExitPolicy>().unwrap().to_string(), "confidence:top1:0.9");
+        for batching in Batching::ALL {
+            assert_eq!(batching.name().parse(), Ok(batching));
+        }
+    }
+
+    #[test]
+    fn unreadable_policies_say_what_was_expected() {
+        for text in ["", "oracel", "confidence", "confidence:NaN", "confidence:inf", "confidence:top2:0.9", "static:-1"]
+        {
+            let error = text.parse::<ExitPolicy>().unwrap_err().to_string();
+            assert!(error.contains("expected") || error.contains("finite"), "{error}");
+        }
+        assert!("depthwise".parse::<Batching>().unwrap_err().to_string().contains("vanilla, sequence or depth"));
+    }
+
+    #[test]
+    fn low_entropy_and_high_probability_leave() {
+        let exit = |text: &str| text.parse::<ExitPolicy>().unwrap();
+        assert!(exit("confidence:0.9").leaves(0.9) && !exit("confidence:0.9").leaves(0.89));
+        assert!(exit("confidence:entropy:0.5").leaves(0.4) && !exit("confidence:entropy:0.5").leaves(0.6));
+        assert!(exit("oracle").leaves(1.0) && !exit("oracle").leaves(0.0));
+    }
+}
