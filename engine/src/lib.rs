@@ -1,1 +1,6 @@
 //! A recursive transformer: model, KV cache, kernels, profiler and an executor that runs them.
+
+pub mod config;
+pub mod reference;
+pub mod tokenizer;
+pub mod weights;

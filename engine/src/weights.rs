@@ -1,0 +1,502 @@
+//! A model's tensors: checked against its configuration, loaded from and saved to a model folder.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand_distr::{Distribution, Normal};
+use sha2::{Digest, Sha256};
+
+use crate::config::{ConfigError, InvalidField, ModelConfig};
+
+/// The configuration's file name in a model folder.
+pub const CONFIG_FILE: &str = "config.json";
+/// The tensors' file name in a model folder.
+pub const TENSORS_FILE: &str = "model.safetensors";
+/// The tokenizer's file name in a model folder.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+
+/// A configuration with every tensor it asks for, each `f32`, of the right shape and finite.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    config: ModelConfig,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+/// Number format of a saved tensor file. Loading gives `f32` either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// Four bytes a number, exact.
+    F32,
+    /// Two bytes a number, rounded.
+    F16,
+}
+
+/// Why tensors were refused, or a model folder could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// The configuration file was refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The configuration at hand was refused.
+    #[error(transparent)]
+    Invalid(#[from] InvalidField),
+    /// A file could not be read or is not a safetensors file.
+    #[error("{}: cannot read tensors: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What candle said.
+        source: candle_core::Error,
+    },
+    /// A file could not be written.
+    #[error("{}: cannot write: {message}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system or candle said.
+        message: String,
+    },
+    /// A tensor that the configuration asks for is not there.
+    #[error("{origin}: tensor `{name}` is missing, expected shape {expected:?}")]
+    Missing {
+        /// The file, or what else the tensors came from.
+        origin: String,
+        /// The tensor.
+        name: String,
+        /// The shape it should have.
+        expected: Vec<usize>,
+    },
+    /// A tensor that the configuration does not ask for is there.
+    #[error(
+        "{origin}: unexpected tensor `{name}` of shape {found:?}; config.json asks for no such tensor"
+    )]
+    Unexpected {
+        /// The file, or what else the tensors came from.
+        origin: String,
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+    },
+    /// A tensor has another shape than the configuration asks for.
+    #[error("{origin}: tensor `{name}` has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// The file, or what else the tensors came from.
+        origin: String,
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape it should have.
+        expected: Vec<usize>,
+    },
+    /// A tensor holds an infinity or a NaN.
+    #[error(
+        "{origin}: tensor `{name}` holds {value} at flat index {index}, expected finite numbers"
+    )]
+    NotFinite {
+        /// The file, or what else the tensors came from.
+        origin: String,
+        /// The tensor.
+        name: String,
+        /// Where in the tensor, row-major.
+        index: usize,
+        /// The number found.
+        value: f32,
+    },
+    /// A tensor operation failed.
+    #[error("tensor `{name}`: {source}")]
+    Tensor {
+        /// The tensor.
+        name: String,
+        /// What candle said.
+        source: candle_core::Error,
+    },
+}
+
+/// Name and shape of every tensor that `config` asks for.
+pub fn expected_tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+    let hidden = config.hidden_size;
+    let table = vec![config.vocab_size, hidden];
+    let mut shapes = BTreeMap::from([
+        ("embed_tokens.weight".to_owned(), table.clone()),
+        ("norm.weight".to_owned(), vec![hidden]),
+    ]);
+    if !config.tie_embeddings {
+        shapes.insert("lm_head.weight".to_owned(), table);
+    }
+    for layer in 0..config.block_layers {
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            shapes.insert(format!("block.layers.{layer}.{norm}.weight"), vec![hidden]);
+        }
+        for (projection, [out, input]) in config.projections() {
+            let name = format!("block.layers.{layer}.{projection}.weight");
+            shapes.insert(name, vec![out, input]);
+            if let Some(lora) = &config.lora {
+                for depth in 0..config.num_loops {
+                    let prefix = format!("lora.{depth}.layers.{layer}.{projection}");
+                    shapes.insert(format!("{prefix}.a"), vec![lora.rank, input]);
+                    shapes.insert(format!("{prefix}.b"), vec![out, lora.rank]);
+                }
+            }
+        }
+    }
+    shapes
+}
+
+impl Weights {
+    /// Takes `tensors` of any float type as the weights of `config`. `origin` says in errors where
+    /// they came from. Tensors that are already `f32` are kept as they are, so candle variables
+    /// stay variables.
+    ///
+    /// # Errors
+    /// If a tensor is missing, unexpected, of the wrong shape, or not finite.
+    pub fn from_tensors(
+        config: ModelConfig,
+        tensors: HashMap<String, Tensor>,
+        origin: &str,
+    ) -> Result<Self, WeightsError> {
+        config.validate()?;
+        let expected = expected_tensors(&config);
+        if let Some((name, tensor)) = tensors
+            .iter()
+            .find(|(name, _)| !expected.contains_key(*name))
+        {
+            return Err(WeightsError::Unexpected {
+                origin: origin.to_owned(),
+                name: name.clone(),
+                found: tensor.dims().to_vec(),
+            });
+        }
+        let mut checked = BTreeMap::new();
+        for (name, shape) in expected {
+            let tensor = tensors.get(&name).ok_or_else(|| WeightsError::Missing {
+                origin: origin.to_owned(),
+                name: name.clone(),
+                expected: shape.clone(),
+            })?;
+            checked.insert(name.clone(), checked_tensor(origin, &name, tensor, shape)?);
+        }
+        Ok(Self {
+            config,
+            tensors: checked,
+        })
+    }
+
+    /// Loads `config.json` and `model.safetensors` of a model folder.
+    ///
+    /// # Errors
+    /// If a file is unreadable, or as for [`Weights::from_tensors`].
+    pub fn load(folder: &Path) -> Result<Self, WeightsError> {
+        let config = ModelConfig::load(&folder.join(CONFIG_FILE))?;
+        let path = folder.join(TENSORS_FILE);
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).map_err(|source| {
+            WeightsError::Read {
+                path: path.clone(),
+                source,
+            }
+        })?;
+        Self::from_tensors(config, tensors, &path.display().to_string())
+    }
+
+    /// Writes `config.json` and `model.safetensors` into a model folder, which is created. Each
+    /// file is written beside its place and then renamed, so a reader never finds half of one.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn save(&self, folder: &Path, stored: Stored) -> Result<(), WeightsError> {
+        let dtype = match stored {
+            Stored::F32 => DType::F32,
+            Stored::F16 => DType::F16,
+        };
+        let mut tensors = HashMap::new();
+        for (name, tensor) in &self.tensors {
+            let tensor = tensor.to_dtype(dtype).map_err(|e| in_tensor(name, e))?;
+            tensors.insert(name.clone(), tensor);
+        }
+        let fail = |path: &Path, message: String| WeightsError::Write {
+            path: path.to_owned(),
+            message,
+        };
+        std::fs::create_dir_all(folder).map_err(|e| fail(folder, e.to_string()))?;
+        let path = folder.join(CONFIG_FILE);
+        write_then_rename(&path, |part| std::fs::write(part, self.config.to_json()))
+            .map_err(|e| fail(&path, e.to_string()))?;
+        let path = folder.join(TENSORS_FILE);
+        write_then_rename(&path, |part| candle_core::safetensors::save(&tensors, part))
+            .map_err(|e| fail(&path, e.to_string()))
+    }
+
+    /// Fresh weights from a seed, as at the start of training: norms are one, every other number
+    /// is normal; projections by `1 / sqrt(inputs)`, those that write into the residual stream
+    /// smaller by the root of how often they write, LoRA `b` zero.
+    ///
+    /// # Errors
+    /// If `config` is out of range.
+    pub fn random(config: ModelConfig, seed: u64) -> Result<Self, WeightsError> {
+        config.validate()?;
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut tensors = HashMap::new();
+        for (name, shape) in expected_tensors(&config) {
+            let tensor =
+                random_tensor(&config, &name, &shape, &mut rng).map_err(|e| in_tensor(&name, e))?;
+            tensors.insert(name, tensor);
+        }
+        Self::from_tensors(config, tensors, "random weights")
+    }
+
+    /// The sizes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// All tensors by name, in name order.
+    pub fn tensors(&self) -> &BTreeMap<String, Tensor> {
+        &self.tensors
+    }
+
+    /// A tensor by name.
+    ///
+    /// # Errors
+    /// If the configuration asks for no tensor of that name.
+    pub fn get(&self, name: &str) -> Result<&Tensor, WeightsError> {
+        self.tensors.get(name).ok_or_else(|| WeightsError::Missing {
+            origin: "weights".to_owned(),
+            name: name.to_owned(),
+            expected: Vec::new(),
+        })
+    }
+
+    /// Number of trainable numbers.
+    pub fn num_parameters(&self) -> usize {
+        self.tensors.values().map(Tensor::elem_count).sum()
+    }
+
+    /// A string that two models share only if all sizes and all numbers are equal: the first 16
+    /// hexadecimal digits of the SHA-256 of the configuration and, in name order, of every
+    /// tensor's name and `f32` numbers.
+    ///
+    /// # Errors
+    /// If a tensor cannot be read.
+    pub fn fingerprint(&self) -> Result<String, WeightsError> {
+        let mut hash = Sha256::new();
+        hash.update(self.config.to_json());
+        for (name, tensor) in &self.tensors {
+            hash.update(name);
+            for number in flat_numbers(tensor).map_err(|e| in_tensor(name, e))? {
+                hash.update(number.to_le_bytes());
+            }
+        }
+        let digest = hash.finalize();
+        Ok(digest
+            .iter()
+            .take(8)
+            .map(|byte| format!("{byte:02x}"))
+            .collect())
+    }
+}
+
+fn in_tensor(name: &str, source: candle_core::Error) -> WeightsError {
+    WeightsError::Tensor {
+        name: name.to_owned(),
+        source,
+    }
+}
+
+fn flat_numbers(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1()
+}
+
+fn checked_tensor(
+    origin: &str,
+    name: &str,
+    tensor: &Tensor,
+    expected: Vec<usize>,
+) -> Result<Tensor, WeightsError> {
+    if tensor.dims() != expected {
+        return Err(WeightsError::Shape {
+            origin: origin.to_owned(),
+            name: name.to_owned(),
+            found: tensor.dims().to_vec(),
+            expected,
+        });
+    }
+    let tensor = tensor
+        .to_dtype(DType::F32)
+        .map_err(|e| in_tensor(name, e))?;
+    let numbers = flat_numbers(&tensor).map_err(|e| in_tensor(name, e))?;
+    match numbers.iter().position(|number| !number.is_finite()) {
+        None => Ok(tensor),
+        Some(index) => Err(WeightsError::NotFinite {
+            origin: origin.to_owned(),
+            name: name.to_owned(),
+            index,
+            value: numbers[index],
+        }),
+    }
+}
+
+fn random_tensor(
+    config: &ModelConfig,
+    name: &str,
+    shape: &[usize],
+    rng: &mut StdRng,
+) -> candle_core::Result<Tensor> {
+    if name.ends_with("norm.weight") {
+        return Tensor::ones(shape, DType::F32, &Device::Cpu);
+    }
+    if name.ends_with(".b") {
+        return Tensor::zeros(shape, DType::F32, &Device::Cpu);
+    }
+    let inputs = shape[1] as f32;
+    let residual_writes = (2 * config.block_layers * config.num_loops) as f32;
+    let deviation = if name == "embed_tokens.weight" || name == "lm_head.weight" {
+        0.05
+    } else if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
+        (inputs * residual_writes).sqrt().recip()
+    } else {
+        inputs.sqrt().recip()
+    };
+    let normal = Normal::new(0.0, deviation).map_err(candle_core::Error::wrap)?;
+    let count = shape.iter().product();
+    let numbers: Vec<f32> = normal.sample_iter(rng).take(count).collect();
+    Tensor::from_vec(numbers, shape, &Device::Cpu)
+}
+
+/// Lets `write` write a file beside `path`, then renames it to `path`.
+///
+/// # Errors
+/// What `write` or the rename says.
+pub fn write_then_rename<E: From<std::io::Error>>(
+    path: &Path,
+    write: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    let part = PathBuf::from(part);
+    write(&part)?;
+    Ok(std::fs::rename(&part, path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::LoraConfig;
+    use crate::config::tests::tiny;
+
+    fn tensors_of(weights: &Weights) -> HashMap<String, Tensor> {
+        weights.tensors().clone().into_iter().collect()
+    }
+
+    #[test]
+    fn a_saved_folder_loads_to_the_same_model() {
+        let mut config = tiny();
+        config.tie_embeddings = false;
+        config.lora = Some(LoraConfig {
+            rank: 2,
+            alpha: 4.0,
+        });
+        let weights = Weights::random(config, 1).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        weights.save(folder.path(), Stored::F32).unwrap();
+        let loaded = Weights::load(folder.path()).unwrap();
+        assert_eq!(
+            loaded.fingerprint().unwrap(),
+            weights.fingerprint().unwrap()
+        );
+        assert!(!folder.path().join("model.safetensors.part").exists());
+    }
+
+    #[test]
+    fn f16_files_load_as_rounded_f32() {
+        let weights = Weights::random(tiny(), 1).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        weights.save(folder.path(), Stored::F16).unwrap();
+        let loaded = Weights::load(folder.path()).unwrap();
+        let name = "block.layers.1.mlp.up_proj.weight";
+        let (exact, rounded) = (weights.get(name).unwrap(), loaded.get(name).unwrap());
+        assert_eq!(rounded.dtype(), DType::F32);
+        let exact = flat_numbers(exact).unwrap();
+        for (exact, rounded) in exact.iter().zip(flat_numbers(rounded).unwrap()) {
+            assert!((exact - rounded).abs() <= exact.abs() / 1024.0 + 1e-7);
+        }
+    }
+
+    #[test]
+    fn the_fingerprint_depends_on_every_number_and_size() {
+        let weights = Weights::random(tiny(), 1).unwrap();
+        let print = weights.fingerprint().unwrap();
+        assert_eq!(
+            print,
+            Weights::random(tiny(), 1).unwrap().fingerprint().unwrap()
+        );
+        assert_ne!(
+            print,
+            Weights::random(tiny(), 2).unwrap().fingerprint().unwrap()
+        );
+        let mut deeper = tiny();
+        deeper.num_loops += 1;
+        let deeper = Weights::from_tensors(deeper, tensors_of(&weights), "test").unwrap();
+        assert_ne!(print, deeper.fingerprint().unwrap());
+    }
+
+    #[test]
+    fn errors_name_the_file_and_the_tensor() {
+        let weights = Weights::random(tiny(), 1).unwrap();
+        let refusal = |change: &dyn Fn(&mut HashMap<String, Tensor>)| {
+            let mut tensors = tensors_of(&weights);
+            change(&mut tensors);
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join(CONFIG_FILE), tiny().to_json()).unwrap();
+            candle_core::safetensors::save(&tensors, folder.path().join(TENSORS_FILE)).unwrap();
+            Weights::load(folder.path()).unwrap_err().to_string()
+        };
+        let name = "block.layers.0.self_attn.k_proj.weight";
+        let missing = refusal(&|tensors| drop(tensors.remove(name)));
+        assert!(missing.contains("model.safetensors: tensor `block.layers.0.self_attn.k_proj.weight` is missing, expected shape [8, 8]"), "{missing}");
+
+        let shape = refusal(&|tensors| {
+            let wrong = Tensor::zeros((3, 8), DType::F32, &Device::Cpu).unwrap();
+            tensors.insert(name.to_owned(), wrong);
+        });
+        assert!(
+            shape.contains("has shape [3, 8], expected [8, 8]"),
+            "{shape}"
+        );
+
+        let infinite = refusal(&|tensors| {
+            let mut numbers = vec![1.0; 8];
+            numbers[5] = f32::INFINITY;
+            let norm = Tensor::new(numbers, &Device::Cpu).unwrap();
+            tensors.insert("norm.weight".to_owned(), norm);
+        });
+        assert!(
+            infinite.contains("`norm.weight` holds inf at flat index 5"),
+            "{infinite}"
+        );
+
+        let unexpected = refusal(&|tensors| {
+            let copy = tensors["embed_tokens.weight"].clone();
+            tensors.insert("lm_head.weight".to_owned(), copy);
+        });
+        assert!(
+            unexpected.contains("unexpected tensor `lm_head.weight`"),
+            "{unexpected}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_no_tensor_file_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(CONFIG_FILE), tiny().to_json()).unwrap();
+        std::fs::write(folder.path().join(TENSORS_FILE), "not tensors").unwrap();
+        let message = Weights::load(folder.path()).unwrap_err().to_string();
+        assert!(
+            message.contains("model.safetensors: cannot read tensors"),
+            "{message}"
+        );
+    }
+}
