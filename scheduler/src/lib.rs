@@ -1,11 +1,52 @@
 //! Batching policies, exit policies, KV-block accounting and the serving loop.
+//!
+//! One scheduler, two executors: [`Scheduler`] decides which rows share the next pass of the block, an
+//! [`Executor`] runs it and answers how long it took and how sure each row was. The engine's executor runs the
+//! model; the simulator's looks both up. [`serve`] is the loop around them.
+//!
+//! ```
+//! use scheduler::{serve, Batching, ExitPolicy, Executor, Pass, Server, Settings, Slot, VirtualClock};
+//! use traces::{Nanos, Request};
+//!
+//! /// A machine whose every pass takes a microsecond, and whose rows are sure after the second pass.
+//! struct Constant;
+//! impl Executor for Constant {
+//!     type Error = std::convert::Infallible;
+//!     fn admit(&mut self, _: Slot, _: &Request, _: u32) -> Result<(), Self::Error> { Ok(()) }
+//!     fn release(&mut self, _: Slot) {}
+//!     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error> {
+//!         for (segment, signal) in pass.segments.iter().zip(signals) {
+//!             *signal = if segment.depth >= 1 { 1.0 } else { 0.0 };
+//!         }
+//!         Ok(Nanos(1000))
+//!     }
+//!     fn emit(&mut self, _: &Pass<'_>, _: &[u32]) -> Result<Nanos, Self::Error> { Ok(Nanos::ZERO) }
+//! }
+//!
+//! let settings = Settings {
+//!     batching: Batching::Depth,
+//!     exit: "confidence:0.9".parse().unwrap(),
+//!     num_loops: 4, max_batch: 8, token_budget: 64, prefill_chunk: 16, block_tokens: 16, num_blocks: 100,
+//! };
+//! let mut server = Server::new(settings, Constant).unwrap();
+//! let requests = [Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 3, output_tokens: 5 }];
+//! let mut clock = VirtualClock::default();
+//! serve(&mut server, requests, &mut clock, &mut ()).unwrap();
+//! // Five tokens, two passes each.
+//! assert_eq!(scheduler::Clock::now(&mut clock), Nanos(10_000));
+//! ```
+
 pub mod blocks;
 pub mod executor;
 pub mod observe;
 pub mod pass;
 pub mod policy;
+pub mod scheduler;
+pub mod serve;
 
 pub use executor::Executor;
 pub use observe::{Observer, PassRecord, Token};
 pub use pass::{Pass, Segment, Slot};
 pub use policy::{Batching, ExitPolicy, Look};
+pub use scheduler::{ScheduleError, Scheduler, Settings};
+pub use serve::{Clock, ServeError, Server, VirtualClock, serve};

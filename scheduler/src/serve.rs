@@ -1,0 +1,161 @@
+//! The serving loop: requests in, passes on an executor, tokens out.
+
+use traces::{Nanos, Request};
+
+use crate::executor::Executor;
+use crate::observe::{Observer, PassRecord};
+use crate::scheduler::{ScheduleError, Scheduler, Settings};
+
+/// Why a run stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError<E: std::error::Error + 'static> {
+    /// Settings or a request that cannot be served.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// The executor failed.
+    #[error("{0}")]
+    Executor(#[source] E),
+}
+
+/// A scheduler with the executor that runs its passes: one machine.
+pub struct Server<E> {
+    scheduler: Scheduler,
+    executor: E,
+    signals: Vec<f32>,
+    /// Start and duration of the pass that runs.
+    pass: (Nanos, Nanos),
+}
+
+impl<E: Executor> Server<E> {
+    /// An idle machine.
+    ///
+    /// # Errors
+    /// If the settings contradict each other.
+    pub fn new(settings: Settings, executor: E) -> Result<Self, ScheduleError> {
+        let scheduler = Scheduler::new(settings)?;
+        Ok(Self { scheduler, executor, signals: Vec::new(), pass: (Nanos::ZERO, Nanos::ZERO) })
+    }
+
+    /// The scheduler.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// The executor.
+    pub fn executor(&self) -> &E {
+        &self.executor
+    }
+
+    /// The executor, when the run is over.
+    pub fn into_executor(self) -> E {
+        self.executor
+    }
+
+    /// A request joins the line.
+    ///
+    /// # Errors
+    /// If it could never run to its end.
+    pub fn submit(&mut self, request: Request) -> Result<(), ScheduleError> {
+        self.scheduler.submit(request)
+    }
+
+    /// Composes the next pass and runs it: how long it takes, or none if there is nothing to run.
+    /// [`finish_pass`](Self::finish_pass) must follow when that time has passed.
+    ///
+    /// # Errors
+    /// If the executor fails.
+    pub fn start_pass(&mut self, now: Nanos, observer: &mut impl Observer) -> Result<Option<Nanos>, E::Error> {
+        let any = self.scheduler.plan(now, observer);
+        self.forward_releases();
+        for (slot, request, generated) in self.scheduler.admitted() {
+            self.executor.admit(slot, request, generated)?;
+        }
+        if !any {
+            return Ok(None);
+        }
+        let pass = self.scheduler.pass();
+        self.signals.resize(pass.segments.len(), 0.0);
+        let mut elapsed = self.executor.run(&pass, &mut self.signals)?;
+        self.scheduler.decide(&self.signals);
+        if !self.scheduler.leaving().is_empty() {
+            elapsed += self.executor.emit(&self.scheduler.pass(), self.scheduler.leaving())?;
+        }
+        self.pass = (now, elapsed);
+        Ok(Some(elapsed))
+    }
+
+    /// Applies the outcome of the pass, at its end.
+    pub fn finish_pass(&mut self, now: Nanos, observer: &mut impl Observer) {
+        let (start, elapsed) = self.pass;
+        observer.pass(&PassRecord {
+            start,
+            elapsed,
+            pass: self.scheduler.pass(),
+            running: self.scheduler.num_running(),
+            waiting: self.scheduler.num_waiting(),
+        });
+        self.scheduler.complete(now, observer);
+        self.forward_releases();
+    }
+
+    fn forward_releases(&mut self) {
+        for &slot in self.scheduler.released() {
+            self.executor.release(slot);
+        }
+    }
+}
+
+/// Tells a serving loop the time.
+pub trait Clock {
+    /// Time since the start of the run.
+    fn now(&mut self) -> Nanos;
+    /// A pass has taken `elapsed`. Returns the time at its end.
+    fn advance(&mut self, elapsed: Nanos) -> Nanos;
+    /// Nothing happens before `time`.
+    fn wait_until(&mut self, time: Nanos);
+}
+
+/// A clock that only passes move.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VirtualClock(Nanos);
+
+impl Clock for VirtualClock {
+    fn now(&mut self) -> Nanos {
+        self.0
+    }
+
+    fn advance(&mut self, elapsed: Nanos) -> Nanos {
+        self.0 += elapsed;
+        self.0
+    }
+
+    fn wait_until(&mut self, time: Nanos) {
+        self.0 = self.0.max(time);
+    }
+}
+
+/// Serves requests, which must come in the order of their arrival, until the last has its last token.
+///
+/// # Errors
+/// At the first request that could never run to its end, or when the executor fails.
+pub fn serve<E: Executor>(
+    server: &mut Server<E>,
+    requests: impl IntoIterator<Item = Request>,
+    clock: &mut impl Clock,
+    observer: &mut impl Observer,
+) -> Result<(), ServeError<E::Error>> {
+    let mut arrivals = requests.into_iter().peekable();
+    loop {
+        let now = clock.now();
+        while let Some(request) = arrivals.next_if(|request| request.arrival <= now) {
+            server.submit(request)?;
+        }
+        match server.start_pass(now, observer).map_err(ServeError::Executor)? {
+            Some(elapsed) => server.finish_pass(clock.advance(elapsed), observer),
+            None => match arrivals.peek() {
+                Some(next) => clock.wait_until(next.arrival),
+                None => return Ok(()),
+            },
+        }
+    }
+}
