@@ -112,18 +112,11 @@ impl ModelConfig {
     /// # Errors
     /// If the file is unreadable, not such a configuration, or out of range.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let config: Self = serde_json::from_str(&text).map_err(|source| ConfigError::Parse {
-            path: path.to_owned(),
-            source,
-        })?;
-        config.validate().map_err(|invalid| ConfigError::Invalid {
-            path: path.to_owned(),
-            invalid,
-        })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let config: Self =
+            serde_json::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
+        config.validate().map_err(|invalid| ConfigError::Invalid { path: path.to_owned(), invalid })?;
         Ok(config)
     }
 
@@ -138,67 +131,28 @@ impl ModelConfig {
     /// The first field that is out of range.
     pub fn validate(&self) -> Result<(), InvalidField> {
         let check = |holds: bool, field, found: &dyn ToString, expected: &dyn ToString| {
-            let invalid = || InvalidField {
-                field,
-                found: found.to_string(),
-                expected: expected.to_string(),
-            };
+            let invalid = || InvalidField { field, found: found.to_string(), expected: expected.to_string() };
             if holds { Ok(()) } else { Err(invalid()) }
         };
         let version = self.schema_version;
-        check(
-            version == SCHEMA_VERSION,
-            "schema_version",
-            &version,
-            &SCHEMA_VERSION,
-        )?;
+        check(version == SCHEMA_VERSION, "schema_version", &version, &SCHEMA_VERSION)?;
         let model_type = &self.model_type;
-        check(
-            model_type == MODEL_TYPE,
-            "model_type",
-            model_type,
-            &MODEL_TYPE,
-        )?;
+        check(model_type == MODEL_TYPE, "model_type", model_type, &MODEL_TYPE)?;
         for (field, size) in self.sizes() {
             check(size >= 1, field, &size, &"at least 1")?;
         }
         let kv_heads = self.num_kv_heads;
         let divides = format!("a divisor of `num_heads` ({})", self.num_heads);
-        check(
-            self.num_heads.is_multiple_of(kv_heads),
-            "num_kv_heads",
-            &kv_heads,
-            &divides,
-        )?;
+        check(self.num_heads.is_multiple_of(kv_heads), "num_kv_heads", &kv_heads, &divides)?;
         let head_dim = self.head_dim;
-        check(
-            head_dim.is_multiple_of(2),
-            "head_dim",
-            &head_dim,
-            &"an even number",
-        )?;
+        check(head_dim.is_multiple_of(2), "head_dim", &head_dim, &"an even number")?;
         let positive = |value: f32| value.is_finite() && value > 0.0;
         let number = "a finite number above 0";
-        check(
-            positive(self.rope_theta),
-            "rope_theta",
-            &self.rope_theta,
-            &number,
-        )?;
-        check(
-            positive(self.rms_norm_eps),
-            "rms_norm_eps",
-            &self.rms_norm_eps,
-            &number,
-        )?;
+        check(positive(self.rope_theta), "rope_theta", &self.rope_theta, &number)?;
+        check(positive(self.rms_norm_eps), "rms_norm_eps", &self.rms_norm_eps, &number)?;
         if let Some(lora) = &self.lora {
             check(lora.rank >= 1, "lora.rank", &lora.rank, &"at least 1")?;
-            check(
-                lora.alpha.is_finite(),
-                "lora.alpha",
-                &lora.alpha,
-                &"a finite number",
-            )?;
+            check(lora.alpha.is_finite(), "lora.alpha", &lora.alpha, &"a finite number")?;
         }
         Ok(())
     }
@@ -277,10 +231,7 @@ pub(crate) mod tests {
     #[test]
     fn json_round_trip_keeps_every_field() {
         let mut config = tiny();
-        config.lora = Some(LoraConfig {
-            rank: 2,
-            alpha: 4.0,
-        });
+        config.lora = Some(LoraConfig { rank: 2, alpha: 4.0 });
         assert_eq!(load_text(&config.to_json()).unwrap(), config);
     }
 
@@ -290,10 +241,7 @@ pub(crate) mod tests {
         config.num_kv_heads = 3;
         let message = load_text(&config.to_json()).unwrap_err().to_string();
         assert!(message.contains("config.json"), "{message}");
-        assert!(
-            message.contains("`num_kv_heads` is 3, expected a divisor of `num_heads` (4)"),
-            "{message}"
-        );
+        assert!(message.contains("`num_kv_heads` is 3, expected a divisor of `num_heads` (4)"), "{message}");
     }
 
     #[test]
@@ -305,10 +253,7 @@ pub(crate) mod tests {
         let mut config = tiny();
         config.schema_version = 9;
         let invalid = config.validate().unwrap_err();
-        assert_eq!(
-            (invalid.field, invalid.found.as_str()),
-            ("schema_version", "9")
-        );
+        assert_eq!((invalid.field, invalid.found.as_str()), ("schema_version", "9"));
     }
 
     #[test]

@@ -61,10 +61,7 @@ struct RmsNorm {
 
 impl RmsNorm {
     fn load(weights: &Weights, name: &str) -> Result<Self, WeightsError> {
-        Ok(Self {
-            weight: weights.get(name)?.clone(),
-            eps: f64::from(weights.config().rms_norm_eps),
-        })
+        Ok(Self { weight: weights.get(name)?.clone(), eps: f64::from(weights.config().rms_norm_eps) })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -94,10 +91,7 @@ impl Rotary {
             }
         }
         let angles = Tensor::from_vec(angles, (config.max_positions, half), &Device::Cpu)?;
-        Ok(Self {
-            cos: angles.cos()?,
-            sin: angles.sin()?,
-        })
+        Ok(Self { cos: angles.cos()?, sin: angles.sin()? })
     }
 
     /// Turns `[batch, heads, seq, head_dim]` by each token's position.
@@ -169,15 +163,7 @@ impl Attention {
 /// Softmax of `[.., seq, seq]` scores over the keys that are not after the query.
 fn causal_softmax(scores: &Tensor) -> Result<Tensor> {
     let seq = scores.dim(D::Minus1)?;
-    let mask: Vec<f32> = (0..seq * seq)
-        .map(|i| {
-            if i % seq > i / seq {
-                f32::NEG_INFINITY
-            } else {
-                0.0
-            }
-        })
-        .collect();
+    let mask: Vec<f32> = (0..seq * seq).map(|i| if i % seq > i / seq { f32::NEG_INFINITY } else { 0.0 }).collect();
     let mask = Tensor::from_vec(mask, (seq, seq), &Device::Cpu)?;
     candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)
 }
@@ -255,15 +241,10 @@ impl Reference {
             true => "embed_tokens.weight",
             false => "lm_head.weight",
         };
-        let in_head = |source| WeightsError::Tensor {
-            name: head.to_owned(),
-            source,
-        };
+        let in_head = |source| WeightsError::Tensor { name: head.to_owned(), source };
         Ok(Self {
             embed_tokens: weights.get("embed_tokens.weight")?.clone(),
-            block: (0..config.block_layers)
-                .map(|layer| Layer::load(weights, layer))
-                .collect::<Result<_, _>>()?,
+            block: (0..config.block_layers).map(|layer| Layer::load(weights, layer)).collect::<Result<_, _>>()?,
             norm: RmsNorm::load(weights, "norm.weight")?,
             head: weights.get(head)?.t().map_err(in_head)?,
             rotary: Rotary::new(&config).map_err(in_head)?,
@@ -385,17 +366,10 @@ mod tests {
     #[test]
     fn a_lora_of_zero_b_changes_nothing_and_a_loops_own_b_changes_that_loop_on() {
         let mut config = tiny();
-        config.lora = Some(LoraConfig {
-            rank: 2,
-            alpha: 4.0,
-        });
+        config.lora = Some(LoraConfig { rank: 2, alpha: 4.0 });
         let adapted = Weights::random(config.clone(), 3).unwrap();
-        let mut tensors: std::collections::HashMap<_, _> =
-            adapted.tensors().clone().into_iter().collect();
-        let shared = tensors
-            .clone()
-            .into_iter()
-            .filter(|(name, _)| !name.starts_with("lora"));
+        let mut tensors: std::collections::HashMap<_, _> = adapted.tensors().clone().into_iter().collect();
+        let shared = tensors.clone().into_iter().filter(|(name, _)| !name.starts_with("lora"));
         let plain = Weights::from_tensors(tiny(), shared.collect(), "test").unwrap();
         let tokens = [[1, 2, 3, 4, 5, 6]];
         let expected = logits(&plain, &tokens);
@@ -414,9 +388,6 @@ mod tests {
         let model = Reference::new(&Weights::random(tiny(), 3).unwrap()).unwrap();
         let tokens = Tensor::zeros((1, 17), DType::U32, &Device::Cpu).unwrap();
         let message = model.forward(&tokens).unwrap_err().to_string();
-        assert!(
-            message.contains("17 tokens in a sequence, expected at most 16"),
-            "{message}"
-        );
+        assert!(message.contains("17 tokens in a sequence, expected at most 16"), "{message}");
     }
 }

@@ -58,28 +58,20 @@ impl Tokenizer {
     /// # Errors
     /// If `vocab_size` is below 256 or the text has too few different pairs for it.
     pub fn train(text: &str, vocab_size: usize) -> Result<Self, TokenizerError> {
-        let refuse = |found, reason| TokenizerError::VocabSize {
-            found,
-            expected: vocab_size,
-            reason,
-        };
+        let refuse = |found, reason| TokenizerError::VocabSize { found, expected: vocab_size, reason };
         if vocab_size < 256 {
             return Err(refuse(256, "every byte is a token"));
         }
         let byte_level = ByteLevel::new(false, false, true);
         let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());
-        tokenizer
-            .with_pre_tokenizer(Some(byte_level))
-            .with_decoder(Some(byte_level));
+        tokenizer.with_pre_tokenizer(Some(byte_level)).with_decoder(Some(byte_level));
         let mut trainer: TrainerWrapper = BpeTrainer::builder()
             .vocab_size(vocab_size)
             .show_progress(false)
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .build()
             .into();
-        tokenizer
-            .train(&mut trainer, text.split_inclusive('\n'))
-            .map_err(TokenizerError::Library)?;
+        tokenizer.train(&mut trainer, text.split_inclusive('\n')).map_err(TokenizerError::Library)?;
         let found = tokenizer.get_vocab_size(true);
         if found != vocab_size {
             return Err(refuse(found, "the text has too few different pairs"));
@@ -93,10 +85,7 @@ impl Tokenizer {
     /// If the file is unreadable or no tokenizer.
     pub fn load(path: &Path) -> Result<Self, TokenizerError> {
         let loaded = tokenizers::Tokenizer::from_file(path);
-        loaded.map(Self).map_err(|e| TokenizerError::Load {
-            path: path.to_owned(),
-            message: e.to_string(),
-        })
+        loaded.map(Self).map_err(|e| TokenizerError::Load { path: path.to_owned(), message: e.to_string() })
     }
 
     /// Writes a `tokenizer.json`.
@@ -104,10 +93,7 @@ impl Tokenizer {
     /// # Errors
     /// If the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<(), TokenizerError> {
-        self.0.save(path, false).map_err(|e| TokenizerError::Save {
-            path: path.to_owned(),
-            message: e.to_string(),
-        })
+        self.0.save(path, false).map_err(|e| TokenizerError::Save { path: path.to_owned(), message: e.to_string() })
     }
 
     /// Token ids of a text.
@@ -116,10 +102,7 @@ impl Tokenizer {
     /// If the library refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.0.encode_fast(text, false);
-        Ok(encoding
-            .map_err(TokenizerError::Library)?
-            .get_ids()
-            .to_vec())
+        Ok(encoding.map_err(TokenizerError::Library)?.get_ids().to_vec())
     }
 
     /// Text of token ids. Bytes that are no UTF-8, as when a character is cut, become U+FFFD.
@@ -164,10 +147,7 @@ mod tests {
         let path = folder.path().join("tokenizer.json");
         tokenizer.save(&path).unwrap();
         let loaded = Tokenizer::load(&path).unwrap();
-        assert_eq!(
-            loaded.encode(TEXT).unwrap(),
-            tokenizer.encode(TEXT).unwrap()
-        );
+        assert_eq!(loaded.encode(TEXT).unwrap(), tokenizer.encode(TEXT).unwrap());
     }
 
     #[test]
@@ -183,9 +163,7 @@ mod tests {
 
     #[test]
     fn a_missing_file_is_named() {
-        let message = Tokenizer::load(Path::new("no/such.json"))
-            .unwrap_err()
-            .to_string();
+        let message = Tokenizer::load(Path::new("no/such.json")).unwrap_err().to_string();
         assert!(message.contains("no/such.json"), "{message}");
     }
 }

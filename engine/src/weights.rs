@@ -70,9 +70,7 @@ pub enum WeightsError {
         expected: Vec<usize>,
     },
     /// A tensor that the configuration does not ask for is there.
-    #[error(
-        "{origin}: unexpected tensor `{name}` of shape {found:?}; config.json asks for no such tensor"
-    )]
+    #[error("{origin}: unexpected tensor `{name}` of shape {found:?}; config.json asks for no such tensor")]
     Unexpected {
         /// The file, or what else the tensors came from.
         origin: String,
@@ -94,9 +92,7 @@ pub enum WeightsError {
         expected: Vec<usize>,
     },
     /// A tensor holds an infinity or a NaN.
-    #[error(
-        "{origin}: tensor `{name}` holds {value} at flat index {index}, expected finite numbers"
-    )]
+    #[error("{origin}: tensor `{name}` holds {value} at flat index {index}, expected finite numbers")]
     NotFinite {
         /// The file, or what else the tensors came from.
         origin: String,
@@ -121,10 +117,8 @@ pub enum WeightsError {
 pub fn expected_tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     let hidden = config.hidden_size;
     let table = vec![config.vocab_size, hidden];
-    let mut shapes = BTreeMap::from([
-        ("embed_tokens.weight".to_owned(), table.clone()),
-        ("norm.weight".to_owned(), vec![hidden]),
-    ]);
+    let mut shapes =
+        BTreeMap::from([("embed_tokens.weight".to_owned(), table.clone()), ("norm.weight".to_owned(), vec![hidden])]);
     if !config.tie_embeddings {
         shapes.insert("lm_head.weight".to_owned(), table);
     }
@@ -161,10 +155,7 @@ impl Weights {
     ) -> Result<Self, WeightsError> {
         config.validate()?;
         let expected = expected_tensors(&config);
-        if let Some((name, tensor)) = tensors
-            .iter()
-            .find(|(name, _)| !expected.contains_key(*name))
-        {
+        if let Some((name, tensor)) = tensors.iter().find(|(name, _)| !expected.contains_key(*name)) {
             return Err(WeightsError::Unexpected {
                 origin: origin.to_owned(),
                 name: name.clone(),
@@ -180,10 +171,7 @@ impl Weights {
             })?;
             checked.insert(name.clone(), checked_tensor(origin, &name, tensor, shape)?);
         }
-        Ok(Self {
-            config,
-            tensors: checked,
-        })
+        Ok(Self { config, tensors: checked })
     }
 
     /// Loads `config.json` and `model.safetensors` of a model folder.
@@ -193,12 +181,8 @@ impl Weights {
     pub fn load(folder: &Path) -> Result<Self, WeightsError> {
         let config = ModelConfig::load(&folder.join(CONFIG_FILE))?;
         let path = folder.join(TENSORS_FILE);
-        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).map_err(|source| {
-            WeightsError::Read {
-                path: path.clone(),
-                source,
-            }
-        })?;
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
+            .map_err(|source| WeightsError::Read { path: path.clone(), source })?;
         Self::from_tensors(config, tensors, &path.display().to_string())
     }
 
@@ -217,10 +201,7 @@ impl Weights {
             let tensor = tensor.to_dtype(dtype).map_err(|e| in_tensor(name, e))?;
             tensors.insert(name.clone(), tensor);
         }
-        let fail = |path: &Path, message: String| WeightsError::Write {
-            path: path.to_owned(),
-            message,
-        };
+        let fail = |path: &Path, message: String| WeightsError::Write { path: path.to_owned(), message };
         std::fs::create_dir_all(folder).map_err(|e| fail(folder, e.to_string()))?;
         let path = folder.join(CONFIG_FILE);
         write_then_rename(&path, |part| std::fs::write(part, self.config.to_json()))
@@ -241,8 +222,7 @@ impl Weights {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut tensors = HashMap::new();
         for (name, shape) in expected_tensors(&config) {
-            let tensor =
-                random_tensor(&config, &name, &shape, &mut rng).map_err(|e| in_tensor(&name, e))?;
+            let tensor = random_tensor(&config, &name, &shape, &mut rng).map_err(|e| in_tensor(&name, e))?;
             tensors.insert(name, tensor);
         }
         Self::from_tensors(config, tensors, "random weights")
@@ -291,31 +271,19 @@ impl Weights {
             }
         }
         let digest = hash.finalize();
-        Ok(digest
-            .iter()
-            .take(8)
-            .map(|byte| format!("{byte:02x}"))
-            .collect())
+        Ok(digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect())
     }
 }
 
 fn in_tensor(name: &str, source: candle_core::Error) -> WeightsError {
-    WeightsError::Tensor {
-        name: name.to_owned(),
-        source,
-    }
+    WeightsError::Tensor { name: name.to_owned(), source }
 }
 
 fn flat_numbers(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
     tensor.flatten_all()?.to_vec1()
 }
 
-fn checked_tensor(
-    origin: &str,
-    name: &str,
-    tensor: &Tensor,
-    expected: Vec<usize>,
-) -> Result<Tensor, WeightsError> {
+fn checked_tensor(origin: &str, name: &str, tensor: &Tensor, expected: Vec<usize>) -> Result<Tensor, WeightsError> {
     if tensor.dims() != expected {
         return Err(WeightsError::Shape {
             origin: origin.to_owned(),
@@ -324,9 +292,7 @@ fn checked_tensor(
             expected,
         });
     }
-    let tensor = tensor
-        .to_dtype(DType::F32)
-        .map_err(|e| in_tensor(name, e))?;
+    let tensor = tensor.to_dtype(DType::F32).map_err(|e| in_tensor(name, e))?;
     let numbers = flat_numbers(&tensor).map_err(|e| in_tensor(name, e))?;
     match numbers.iter().position(|number| !number.is_finite()) {
         None => Ok(tensor),
@@ -339,12 +305,7 @@ fn checked_tensor(
     }
 }
 
-fn random_tensor(
-    config: &ModelConfig,
-    name: &str,
-    shape: &[usize],
-    rng: &mut StdRng,
-) -> candle_core::Result<Tensor> {
+fn random_tensor(config: &ModelConfig, name: &str, shape: &[usize], rng: &mut StdRng) -> candle_core::Result<Tensor> {
     if name.ends_with("norm.weight") {
         return Tensor::ones(shape, DType::F32, &Device::Cpu);
     }
@@ -395,18 +356,12 @@ mod tests {
     fn a_saved_folder_loads_to_the_same_model() {
         let mut config = tiny();
         config.tie_embeddings = false;
-        config.lora = Some(LoraConfig {
-            rank: 2,
-            alpha: 4.0,
-        });
+        config.lora = Some(LoraConfig { rank: 2, alpha: 4.0 });
         let weights = Weights::random(config, 1).unwrap();
         let folder = tempfile::tempdir().unwrap();
         weights.save(folder.path(), Stored::F32).unwrap();
         let loaded = Weights::load(folder.path()).unwrap();
-        assert_eq!(
-            loaded.fingerprint().unwrap(),
-            weights.fingerprint().unwrap()
-        );
+        assert_eq!(loaded.fingerprint().unwrap(), weights.fingerprint().unwrap());
         assert!(!folder.path().join("model.safetensors.part").exists());
     }
 
@@ -429,14 +384,8 @@ mod tests {
     fn the_fingerprint_depends_on_every_number_and_size() {
         let weights = Weights::random(tiny(), 1).unwrap();
         let print = weights.fingerprint().unwrap();
-        assert_eq!(
-            print,
-            Weights::random(tiny(), 1).unwrap().fingerprint().unwrap()
-        );
-        assert_ne!(
-            print,
-            Weights::random(tiny(), 2).unwrap().fingerprint().unwrap()
-        );
+        assert_eq!(print, Weights::random(tiny(), 1).unwrap().fingerprint().unwrap());
+        assert_ne!(print, Weights::random(tiny(), 2).unwrap().fingerprint().unwrap());
         let mut deeper = tiny();
         deeper.num_loops += 1;
         let deeper = Weights::from_tensors(deeper, tensors_of(&weights), "test").unwrap();
@@ -456,16 +405,18 @@ mod tests {
         };
         let name = "block.layers.0.self_attn.k_proj.weight";
         let missing = refusal(&|tensors| drop(tensors.remove(name)));
-        assert!(missing.contains("model.safetensors: tensor `block.layers.0.self_attn.k_proj.weight` is missing, expected shape [8, 8]"), "{missing}");
+        assert!(
+            missing.contains(
+                "model.safetensors: tensor `block.layers.0.self_attn.k_proj.weight` is missing, expected shape [8, 8]"
+            ),
+            "{missing}"
+        );
 
         let shape = refusal(&|tensors| {
             let wrong = Tensor::zeros((3, 8), DType::F32, &Device::Cpu).unwrap();
             tensors.insert(name.to_owned(), wrong);
         });
-        assert!(
-            shape.contains("has shape [3, 8], expected [8, 8]"),
-            "{shape}"
-        );
+        assert!(shape.contains("has shape [3, 8], expected [8, 8]"), "{shape}");
 
         let infinite = refusal(&|tensors| {
             let mut numbers = vec![1.0; 8];
@@ -473,19 +424,13 @@ mod tests {
             let norm = Tensor::new(numbers, &Device::Cpu).unwrap();
             tensors.insert("norm.weight".to_owned(), norm);
         });
-        assert!(
-            infinite.contains("`norm.weight` holds inf at flat index 5"),
-            "{infinite}"
-        );
+        assert!(infinite.contains("`norm.weight` holds inf at flat index 5"), "{infinite}");
 
         let unexpected = refusal(&|tensors| {
             let copy = tensors["embed_tokens.weight"].clone();
             tensors.insert("lm_head.weight".to_owned(), copy);
         });
-        assert!(
-            unexpected.contains("unexpected tensor `lm_head.weight`"),
-            "{unexpected}"
-        );
+        assert!(unexpected.contains("unexpected tensor `lm_head.weight`"), "{unexpected}");
     }
 
     #[test]
@@ -494,9 +439,6 @@ mod tests {
         std::fs::write(folder.path().join(CONFIG_FILE), tiny().to_json()).unwrap();
         std::fs::write(folder.path().join(TENSORS_FILE), "not tensors").unwrap();
         let message = Weights::load(folder.path()).unwrap_err().to_string();
-        assert!(
-            message.contains("model.safetensors: cannot read tensors"),
-            "{message}"
-        );
+        assert!(message.contains("model.safetensors: cannot read tensors"), "{message}");
     }
 }

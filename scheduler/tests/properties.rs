@@ -1,0 +1,316 @@
+//! What must hold of every run, under every policy: no row runs twice or never, each finds the keys and values
+//! of its predecessors, KV blocks are held once, every request ends, and the line is first come first served.
+
+use std::collections::{HashMap, HashSet};
+
+use proptest::prelude::*;
+use scheduler::{
+    Batching, Executor, ExitPolicy, Observer, Pass, PassRecord, Server, Settings, Slot, Token, VirtualClock, serve,
+};
+use traces::{Nanos, Request};
+
+/// The last depth that a request's token reaches, drawn once for all policies.
+fn sure_depth(request: u32, token: u32, num_loops: u8) -> u8 {
+    let mixed = (u64::from(request) << 32 | u64::from(token)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    ((mixed >> 40) % u64::from(num_loops)) as u8
+}
+
+#[derive(Clone, Debug, Default)]
+struct Resident {
+    request: u32,
+    prompt_tokens: u32,
+    generated: u32,
+    /// Positions with keys and values, by depth.
+    filled: Vec<HashSet<u32>>,
+}
+
+/// Runs nothing, and checks that what it is asked to run is legal.
+struct Checker {
+    settings: Settings,
+    residents: HashMap<Slot, Resident>,
+    admitted: Vec<u32>,
+}
+
+impl Checker {
+    fn check_blocks(&self, pass: &Pass<'_>) {
+        let mut held = HashSet::new();
+        for (&slot, resident) in &self.residents {
+            for &block in pass.blocks(slot) {
+                assert!(block < self.settings.num_blocks);
+                assert!(held.insert(block), "block {block} is held twice, by request {}", resident.request);
+            }
+        }
+        assert_eq!(held.len() as u32 + pass.tables.num_free(), self.settings.num_blocks, "a block has leaked");
+    }
+}
+
+impl Executor for Checker {
+    type Error = std::convert::Infallible;
+
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error> {
+        let resident = Resident {
+            request: request.id,
+            prompt_tokens: request.prompt_tokens,
+            generated,
+            filled: vec![HashSet::new(); usize::from(self.settings.num_loops)],
+        };
+        if self.settings.batching == Batching::Vanilla {
+            let begun = self.residents.values().any(|other| other.filled.iter().any(|positions| !positions.is_empty()));
+            assert!(!begun, "vanilla batching admits only into an idle machine");
+        }
+        assert!(self.residents.insert(slot, resident).is_none(), "slot {slot} is taken");
+        assert!(self.residents.len() as u32 <= self.settings.max_batch);
+        if !self.admitted.contains(&request.id) {
+            self.admitted.push(request.id);
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, slot: Slot) {
+        assert!(self.residents.remove(&slot).is_some(), "slot {slot} is free");
+    }
+
+    fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error> {
+        assert!(!pass.segments.is_empty());
+        assert!(pass.num_rows() <= self.settings.token_budget, "{} rows exceed the budget", pass.num_rows());
+        if self.settings.batching.is_lockstep() {
+            assert!(pass.segments.iter().all(|segment| segment.depth == pass.segments[0].depth));
+        }
+        let starting: u32 =
+            pass.segments.iter().filter(|row| !row.decode && row.depth == 0).map(|row| row.tokens).sum();
+        assert!(starting <= self.settings.prefill_chunk);
+        self.check_blocks(pass);
+        let before = self.residents.clone();
+        for (segment, signal) in pass.segments.iter().zip(signals) {
+            let resident = &before[&segment.slot];
+            let depth = usize::from(segment.depth);
+            let end = segment.start + segment.tokens;
+            assert!(end <= pass.blocks(segment.slot).len() as u32 * self.settings.block_tokens);
+            for position in 0..segment.start {
+                assert!(resident.filled[depth].contains(&position), "a predecessor lacks its keys and values");
+            }
+            for position in segment.start..end {
+                assert!(depth == 0 || resident.filled[depth - 1].contains(&position), "a depth was skipped");
+                let filled = &mut self.residents.get_mut(&segment.slot).unwrap().filled[depth];
+                assert!(filled.insert(position), "position {position} runs twice at depth {depth}");
+            }
+            if segment.decode {
+                assert_eq!(segment.start, resident.prompt_tokens + resident.generated - 1, "not the next token");
+                assert!(segment.predicts && segment.tokens == 1);
+            }
+            if segment.look {
+                let sure = sure_depth(resident.request, resident.generated, self.settings.num_loops);
+                *signal = if segment.depth >= sure { 1.0 } else { 0.0 };
+            } else {
+                *signal = f32::NAN;
+            }
+        }
+        Ok(Nanos(100 + u64::from(pass.num_rows())))
+    }
+
+    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error> {
+        for &index in leaving {
+            let segment = pass.segments[index as usize];
+            let resident = self.residents.get_mut(&segment.slot).unwrap();
+            resident.generated += 1;
+            if segment.decode {
+                for filled in &mut resident.filled[usize::from(segment.depth) + 1..] {
+                    assert!(filled.insert(segment.start), "the row has run deeper than it left");
+                }
+            }
+        }
+        Ok(Nanos(10))
+    }
+}
+
+/// What the scheduler says of a run.
+#[derive(Debug, Default)]
+struct Log {
+    /// The depth of each token, by request.
+    depths: HashMap<u32, Vec<u8>>,
+    finished: HashSet<u32>,
+    preemptions: usize,
+    rows: u64,
+    last_pass_end: Nanos,
+}
+
+impl Observer for Log {
+    fn preempted(&mut self, _: Nanos, _: &Request) {
+        self.preemptions += 1;
+    }
+
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        assert!(record.start >= self.last_pass_end, "two passes overlap");
+        self.last_pass_end = record.start + record.elapsed;
+        self.rows += u64::from(record.pass.num_rows());
+    }
+
+    fn token(&mut self, now: Nanos, request: &Request, token: Token) {
+        assert!(now > request.arrival);
+        let depths = self.depths.entry(request.id).or_default();
+        assert_eq!(depths.len(), token.index as usize, "a token is missing or came twice");
+        assert_eq!(token.previous.is_some(), token.index > 0);
+        assert!(token.previous.is_none_or(|previous| previous < now));
+        depths.push(token.depth);
+    }
+
+    fn finished(&mut self, _: Nanos, request: &Request, _: Nanos) {
+        assert!(self.finished.insert(request.id), "a request ended twice");
+    }
+}
+
+fn run(settings: Settings, requests: &[Request]) -> Log {
+    let checker = Checker { settings, residents: HashMap::new(), admitted: Vec::new() };
+    let mut server = Server::new(settings, checker).unwrap();
+    let mut log = Log::default();
+    serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut log).unwrap();
+    assert_eq!(server.scheduler().num_running() + server.scheduler().num_waiting(), 0);
+    let tables = server.scheduler().pass().tables;
+    assert_eq!(tables.num_free(), tables.num_blocks(), "blocks are held by nobody");
+    let arrived: Vec<u32> = requests.iter().map(|request| request.id).collect();
+    assert_eq!(server.executor().admitted, arrived, "the line is first come first served");
+    for request in requests {
+        assert!(log.finished.contains(&request.id));
+        assert_eq!(log.depths[&request.id].len(), request.output_tokens as usize);
+    }
+    log
+}
+
+fn requests() -> impl Strategy<Value = Vec<Request>> {
+    prop::collection::vec((0u64..3000, 1u32..40, 1u32..20), 1..24).prop_map(|lengths| {
+        let mut arrival = Nanos::ZERO;
+        (0..)
+            .zip(lengths)
+            .map(|(id, (gap, prompt_tokens, output_tokens))| {
+                arrival += Nanos(gap);
+                Request { id, arrival, prompt_tokens, output_tokens }
+            })
+            .collect()
+    })
+}
+
+fn exits() -> impl Strategy<Value = ExitPolicy> {
+    prop::sample::select(vec!["none", "static:0", "static:1", "oracle", "oracle:charged", "confidence:0.9"])
+        .prop_map(|text| text.parse().unwrap())
+}
+
+prop_compose! {
+    fn settings()(
+        exit in exits(), num_loops in 2u8..5, max_batch in 1u32..9, slack in 0u32..40,
+        prefill_chunk in 1u32..50, block_tokens in 1u32..9, spare_blocks in 0u32..40,
+    ) -> Settings {
+        let longest = 40 + 20;
+        Settings {
+            batching: Batching::Depth, exit, num_loops, max_batch, token_budget: max_batch + slack,
+            prefill_chunk, block_tokens, num_blocks: longest / block_tokens + 1 + spare_blocks,
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_run_is_legal_and_exits_do_not_depend_on_batching(settings in settings(), requests in requests()) {
+        let logs = Batching::ALL.map(|batching| run(Settings { batching, ..settings }, &requests));
+        for log in &logs {
+            prop_assert_eq!(&log.depths, &logs[0].depths);
+        }
+        let deepest = settings.exit.last_depth(settings.num_loops);
+        for (request, depths) in &logs[0].depths {
+            for (&depth, token) in depths.iter().zip(0..) {
+                let expected = match settings.exit {
+                    ExitPolicy::None | ExitPolicy::Static(_) => deepest,
+                    _ => sure_depth(*request, token, settings.num_loops),
+                };
+                prop_assert_eq!(depth, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn without_preemption_every_policy_runs_the_same_rows(settings in settings(), requests in requests()) {
+        let roomy = Settings { num_blocks: 10_000, ..settings };
+        let logs = [Batching::Vanilla, Batching::Sequence].map(|batching| run(Settings { batching, ..roomy }, &requests));
+        prop_assert_eq!(logs[0].preemptions + logs[1].preemptions, 0);
+        prop_assert_eq!(logs[0].rows, logs[1].rows);
+        let prompts: u64 = requests.iter().map(|request| u64::from(request.prompt_tokens)).sum();
+        let decodes: u64 = logs[0].depths.values().flat_map(|depths| &depths[1..]).map(|&depth| u64::from(depth) + 1).sum();
+        prop_assert_eq!(logs[0].rows, prompts * u64::from(settings.num_loops) + decodes);
+    }
+}
+
+#[test]
+fn a_tight_cache_preempts_and_still_ends() {
+    let settings = Settings {
+        batching: Batching::Depth,
+        exit: ExitPolicy::None,
+        num_loops: 3,
+        max_batch: 8,
+        token_budget: 32,
+        prefill_chunk: 8,
+        block_tokens: 2,
+        num_blocks: 20,
+    };
+    let requests: Vec<Request> =
+        (0..20).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 4, output_tokens: 30 }).collect();
+    for batching in Batching::ALL {
+        let log = run(Settings { batching, ..settings }, &requests);
+        assert!(log.preemptions > 0, "{batching} never ran out of blocks: the test tests nothing");
+    }
+}
+
+#[test]
+fn a_first_token_that_leaves_early_is_followed_before_its_prompt_has_run_every_depth() {
+    let settings = Settings {
+        batching: Batching::Depth,
+        exit: ExitPolicy::Static(0),
+        num_loops: 4,
+        max_batch: 1,
+        token_budget: 16,
+        prefill_chunk: 16,
+        block_tokens: 4,
+        num_blocks: 8,
+    };
+    #[derive(Default)]
+    struct Depths(Vec<Vec<u8>>);
+    impl Observer for Depths {
+        fn pass(&mut self, record: &PassRecord<'_>) {
+            self.0.push(record.pass.segments.iter().map(|segment| segment.depth).collect());
+        }
+    }
+    let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 8, output_tokens: 6 };
+    let checker = Checker { settings, residents: HashMap::new(), admitted: Vec::new() };
+    let mut server = Server::new(settings, checker).unwrap();
+    let mut depths = Depths::default();
+    serve(&mut server, [request], &mut VirtualClock::default(), &mut depths).unwrap();
+    assert_eq!(depths.0, [vec![0], vec![1, 0], vec![2, 0], vec![3, 0], vec![0], vec![0]]);
+}
+
+#[test]
+fn impossible_settings_and_requests_are_refused() {
+    let settings = Settings {
+        batching: Batching::Sequence,
+        exit: ExitPolicy::None,
+        num_loops: 2,
+        max_batch: 4,
+        token_budget: 8,
+        prefill_chunk: 8,
+        block_tokens: 4,
+        num_blocks: 4,
+    };
+    let refused = |settings: Settings| {
+        let checker = Checker { settings, residents: HashMap::new(), admitted: Vec::new() };
+        Server::new(settings, checker).err().unwrap().to_string()
+    };
+    assert!(refused(Settings { max_batch: 0, ..settings }).contains("max_batch is 0"));
+    assert!(refused(Settings { token_budget: 3, ..settings }).contains("less than max_batch"));
+    assert!(refused(Settings { exit: ExitPolicy::Static(2), ..settings }).contains("depths 0 to 1"));
+
+    let request = Request { id: 7, arrival: Nanos::ZERO, prompt_tokens: 10, output_tokens: 7 };
+    assert!(settings.check_request(&request).is_ok(), "16 positions fit 16");
+    let longer = Request { output_tokens: 8, ..request };
+    assert!(settings.check_request(&longer).unwrap_err().to_string().contains("request 7 needs"));
+    let empty = Request { prompt_tokens: 0, ..request };
+    assert!(settings.check_request(&empty).unwrap_err().to_string().contains("request 7 has 0 prompt"));
+}
