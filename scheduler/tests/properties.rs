@@ -129,13 +129,22 @@ struct Log {
     /// The depth of each token, by request.
     depths: HashMap<u32, Vec<u8>>,
     finished: HashSet<u32>,
+    /// Requests that lost their slot and wait for another.
+    displaced: HashSet<u32>,
     preemptions: usize,
     rows: u64,
     last_pass_end: Nanos,
 }
 
 impl Observer for Log {
-    fn preempted(&mut self, _: Nanos, _: &Request) {
+    fn admitted(&mut self, _: Nanos, request: &Request) {
+        self.displaced.remove(&request.id);
+        let overtaken = self.displaced.iter().find(|&&displaced| displaced < request.id);
+        assert_eq!(overtaken, None, "request {} overtakes one that was preempted", request.id);
+    }
+
+    fn preempted(&mut self, _: Nanos, request: &Request) {
+        self.displaced.insert(request.id);
         self.preemptions += 1;
     }
 
