@@ -5,13 +5,80 @@
 //! exit trace      how sure the model was at each depth    -> when rows leave
 //! latency profile what the parts of a pass take           -> how long passes last
 //! ```
+//!
+//! A request trace is read from a file of any known format ([`RequestFormat`]) and shaped by its methods, or
+//! described by a configuration ([`RequestSpec`]) that can also make requests at random. Exit traces and
+//! latency profiles are folders with a YAML file that says where they come from and a CSV file with the
+//! numbers; what is written reads back to the bit. `docs/formats.md` lists every file, column and unit.
+//!
+//! ```
+//! use traces::*;
+//!
+//! # let folder = tempfile::tempdir()?;
+//! # let folder = folder.path();
+//! // Who asks when: four requests, shaped to two per second.
+//! let csv = folder.join("chat.csv");
+//! std::fs::write(&csv, "TIMESTAMP,ContextTokens,GeneratedTokens\n\
+//!     2023-11-16 18:15:46,374,44\n2023-11-16 18:15:50,396,109\n\
+//!     2023-11-16 18:15:51,879,55\n2023-11-16 18:15:52,91,16\n")?;
+//! let requests = RequestTrace::read(&csv)?.scale_to_rate(2.0)?.clip_lengths(512, 64);
+//! assert_eq!(requests.requests[3].arrival, Nanos::from_secs_f64(1.5));
+//! assert_eq!(requests.requests[2].prompt_tokens, 512);
+//!
+//! // How sure the model was: one generated token, the same token at both depths.
+//! let mut exits = ExitTrace::new(ExitTraceMeta {
+//!     schema_version: ExitTrace::SCHEMA_VERSION,
+//!     model: "two loops".into(),
+//!     fingerprint: "5f0c".into(),
+//!     num_loops: 2,
+//!     source: "a tour".into(),
+//! });
+//! let at = |top1| Signals { top1, margin: top1 - 0.1, entropy: 0.5, similarity: 0.9 };
+//! exits.push_generation(&[(at(0.7), 42), (at(0.95), 42)]);
+//! exits.write(folder.join("exits"))?;
+//! let exits = ExitTrace::read(folder.join("exits"))?;
+//! assert_eq!(exits.oracle_depth(0), 0);
+//!
+//! // What a pass takes.
+//! let point = |component, time_us| Point {
+//!     component, rows: 1, kv_tokens: 0, depths: 1, time_us, spread_us: 0.1, repeats: 5,
+//! };
+//! let profile = LatencyProfile {
+//!     meta: ProfileMeta {
+//!         schema_version: LatencyProfile::SCHEMA_VERSION,
+//!         model: "two loops".into(),
+//!         fingerprint: "5f0c".into(),
+//!         num_loops: 2,
+//!         device: "a CPU".into(),
+//!         software: "f32".into(),
+//!         source: "a tour".into(),
+//!         overhead_us: 0.0,
+//!         weight_bytes: 1 << 20,
+//!         kv_bytes_per_token: 512,
+//!     },
+//!     points: vec![point(Component::Block, 120.0), point(Component::Embed, 1.5), point(Component::Head, 30.0)],
+//! };
+//! profile.write(folder.join("profile"))?;
+//! let profile = LatencyProfile::read(folder.join("profile"))?;
+//! check_same_model(&profile, &exits)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
+pub mod error;
 pub mod exit_trace;
+pub mod generate;
 pub mod profile;
 pub mod request;
+pub mod request_file;
+pub mod request_spec;
+mod table;
 pub mod units;
 
+pub use error::TraceError;
 pub use exit_trace::{ExitTrace, ExitTraceMeta, Measure, Signals};
-pub use profile::{Component, LatencyProfile, Point, ProfileMeta};
-pub use request::Request;
+pub use generate::{Arrivals, Generate, Length};
+pub use profile::{Component, LatencyProfile, Point, ProfileMeta, check_same_model};
+pub use request::{PrefixHashes, Request, RequestTrace};
+pub use request_file::{ReadOptions, RequestFormat};
+pub use request_spec::RequestSpec;
 pub use units::Nanos;

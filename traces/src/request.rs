@@ -1,5 +1,6 @@
 //! A request trace: who asks when, with how long a prompt, for how many tokens.
 
+use crate::error::{Result, TraceError};
 use crate::units::Nanos;
 
 /// One request of a trace.
@@ -16,8 +17,218 @@ pub struct Request {
 }
 
 impl Request {
+    /// The longest prompt or output that files and generators may name, so that sums of two stay in range.
+    pub const MAX_TOKENS: u32 = 1 << 30;
+    /// The latest arrival that files and generators may name: a century, so that sums of times stay in range.
+    pub const MAX_ARRIVAL: Nanos = Nanos(100 * 365 * 86_400 * 1_000_000_000);
+
     /// Keys and values the request holds when its last token leaves: that token itself is never read back.
     pub fn context_tokens(&self) -> u32 {
         self.prompt_tokens + self.output_tokens - 1
+    }
+}
+
+/// Requests in the order in which they arrive.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RequestTrace {
+    /// Where it comes from, for people: the file's name without its ending, or `generated`.
+    pub name: String,
+    /// The requests by arrival; each one's `id` is its place here.
+    pub requests: Vec<Request>,
+    /// Which prompts begin alike, where the file says so.
+    pub prefix_hashes: Option<PrefixHashes>,
+    /// Requests of the file that were left out because they failed (no prompt or no output token).
+    pub dropped: usize,
+}
+
+impl RequestTrace {
+    /// Orders requests by arrival (those that arrive together stay in their order) and numbers them.
+    pub(crate) fn from_unsorted(name: String, requests: Vec<Request>, prefix_hashes: Option<PrefixHashes>) -> Self {
+        let mut order: Vec<usize> = (0..requests.len()).collect();
+        order.sort_by_key(|&index| requests[index].arrival);
+        Self { name, requests, prefix_hashes, dropped: 0 }.select(order)
+    }
+
+    /// The requests at these places, in this order, numbered anew.
+    fn select(mut self, places: impl IntoIterator<Item = usize> + Clone) -> Self {
+        let moved = places.clone().into_iter().map(|place| self.requests[place]);
+        self.requests = (0..).zip(moved).map(|(id, request)| Request { id, ..request }).collect();
+        self.prefix_hashes = self.prefix_hashes.map(|hashes| {
+            let mut selected = PrefixHashes::new(hashes.block_tokens);
+            places.into_iter().for_each(|place| selected.push(hashes.of(place as u32).iter().copied()));
+            selected
+        });
+        self
+    }
+
+    /// The first `count` requests.
+    pub fn first(self, count: usize) -> Self {
+        let count = count.min(self.requests.len());
+        self.select(0..count)
+    }
+
+    /// The requests that arrive from `from` until just before `to`; `from` becomes time 0.
+    pub fn window(self, from: Nanos, to: Nanos) -> Self {
+        let before = |time: Nanos| self.requests.partition_point(|request| request.arrival < time);
+        let places = before(from)..before(to).max(before(from));
+        let mut trace = self.select(places);
+        trace.requests.iter_mut().for_each(|request| request.arrival = request.arrival - from);
+        trace
+    }
+
+    /// Requests per second between the first and the last arrival; none if all arrive at once.
+    pub fn rate_per_s(&self) -> Option<f64> {
+        let (first, last) = (self.requests.first()?, self.requests.last()?);
+        let span = last.arrival - first.arrival;
+        (span > Nanos::ZERO).then(|| (self.requests.len() - 1) as f64 / span.as_secs_f64())
+    }
+
+    /// Lets requests arrive `factor` times as fast, in the same pattern.
+    ///
+    /// # Errors
+    /// If the factor is not a positive number, or so small that arrivals leave [`Request::MAX_ARRIVAL`].
+    pub fn scale_rate(mut self, factor: f64) -> Result<Self> {
+        let last = self.requests.last().map_or(Nanos::ZERO, |request| request.arrival);
+        if !(factor.is_finite() && factor > 0.0 && last.0 as f64 / factor <= Request::MAX_ARRIVAL.0 as f64) {
+            let expected = "a positive factor that keeps arrivals within a century";
+            return Err(TraceError::spec("rate_factor", factor, expected));
+        }
+        for request in &mut self.requests {
+            request.arrival = Nanos((request.arrival.0 as f64 / factor).round() as u64);
+        }
+        Ok(self)
+    }
+
+    /// Lets requests arrive at a mean rate (see [`Self::rate_per_s`]), in the same pattern.
+    ///
+    /// # Errors
+    /// If the rate is not a positive number, or if all requests arrive at once.
+    pub fn scale_to_rate(self, rate_per_s: f64) -> Result<Self> {
+        if !(rate_per_s.is_finite() && rate_per_s > 0.0) {
+            return Err(TraceError::spec("rate_per_s", rate_per_s, "a positive number of requests per second"));
+        }
+        match self.rate_per_s() {
+            Some(rate) => self.scale_rate(rate_per_s / rate),
+            None => Err(TraceError::spec("rate_per_s", rate_per_s, "a trace whose requests do not all arrive at once")),
+        }
+    }
+
+    /// Shortens prompts and outputs to at most these numbers of tokens (at least 1 stays).
+    pub fn clip_lengths(mut self, max_prompt_tokens: u32, max_output_tokens: u32) -> Self {
+        for request in &mut self.requests {
+            request.prompt_tokens = request.prompt_tokens.min(max_prompt_tokens).max(1);
+            request.output_tokens = request.output_tokens.min(max_output_tokens).max(1);
+        }
+        self.prefix_hashes = self.prefix_hashes.map(|hashes| {
+            let mut clipped = PrefixHashes::new(hashes.block_tokens);
+            for request in &self.requests {
+                let blocks = (request.prompt_tokens / hashes.block_tokens) as usize;
+                clipped.push(hashes.of(request.id).iter().copied().take(blocks));
+            }
+            clipped
+        });
+        self
+    }
+}
+
+/// For each prompt a hash of each whole block of its tokens together with all before it.
+///
+/// Two prompts with the same hash at block `k` share their first `(k + 1) * block_tokens` tokens.
+/// A begun last block has no hash: caches share whole blocks only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrefixHashes {
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// Hashes of request `i` are `hashes[starts[i]..starts[i + 1]]`.
+    starts: Vec<usize>,
+    hashes: Vec<u64>,
+}
+
+impl PrefixHashes {
+    /// For no request yet.
+    pub fn new(block_tokens: u32) -> Self {
+        Self { block_tokens, starts: vec![0], hashes: Vec::new() }
+    }
+
+    /// Appends the hashes of the next request.
+    pub fn push(&mut self, hashes: impl IntoIterator<Item = u64>) {
+        self.hashes.extend(hashes);
+        self.starts.push(self.hashes.len());
+    }
+
+    /// The hashes of a request, block by block.
+    pub fn of(&self, request: u32) -> &[u64] {
+        let request = request as usize;
+        &self.hashes[self.starts[request]..self.starts[request + 1]]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Arrivals in seconds; request `i` has `10 * (i + 1)` prompt tokens in blocks of 10, hashed `100 * i + block`.
+    fn trace(arrivals: &[u64]) -> RequestTrace {
+        let mut hashes = PrefixHashes::new(10);
+        let mut requests = Vec::new();
+        for (place, &seconds) in arrivals.iter().enumerate() {
+            let arrival = Nanos(seconds * 1_000_000_000);
+            requests.push(Request { id: 0, arrival, prompt_tokens: 10 * (place as u32 + 1), output_tokens: 5 });
+            hashes.push((0..=place as u64).map(|block| 100 * place as u64 + block));
+        }
+        RequestTrace::from_unsorted("test".into(), requests, Some(hashes))
+    }
+
+    fn seconds(trace: &RequestTrace) -> Vec<f64> {
+        trace.requests.iter().map(|request| request.arrival.as_secs_f64()).collect()
+    }
+
+    #[test]
+    fn requests_are_ordered_by_arrival_and_ties_stay_in_order() {
+        let trace = trace(&[3, 1, 3, 0]);
+        assert_eq!(seconds(&trace), [0.0, 1.0, 3.0, 3.0]);
+        assert_eq!(trace.requests.iter().map(|request| request.prompt_tokens).collect::<Vec<_>>(), [40, 20, 10, 30]);
+        assert_eq!(trace.requests.iter().map(|request| request.id).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert_eq!(trace.prefix_hashes.unwrap().of(3), [200, 201, 202]);
+    }
+
+    #[test]
+    fn a_window_keeps_what_arrives_in_it_and_starts_at_zero() {
+        let trace = trace(&[0, 10, 20, 30]).window(Nanos::from_secs_f64(10.0), Nanos::from_secs_f64(30.0));
+        assert_eq!(seconds(&trace), [0.0, 10.0]);
+        assert_eq!(trace.requests[1].id, 1);
+        assert_eq!(trace.prefix_hashes.as_ref().unwrap().of(0), [100, 101]);
+        assert_eq!(trace.window(Nanos(5), Nanos(3)).requests, []);
+    }
+
+    #[test]
+    fn first_takes_no_more_than_there_are() {
+        assert_eq!(trace(&[0, 1, 2]).first(2).requests.len(), 2);
+        assert_eq!(trace(&[0, 1, 2]).first(9), trace(&[0, 1, 2]));
+    }
+
+    #[test]
+    fn scaling_keeps_the_pattern() {
+        assert_eq!(seconds(&trace(&[0, 1, 4]).scale_rate(2.0).unwrap()), [0.0, 0.5, 2.0]);
+        let scaled = trace(&[2, 4, 10]).scale_to_rate(4.0).unwrap();
+        assert!((scaled.rate_per_s().unwrap() - 4.0).abs() < 1e-9);
+        assert_eq!(seconds(&scaled)[1] * 2.0, seconds(&scaled)[0] * 4.0);
+    }
+
+    #[test]
+    fn a_rate_that_cannot_be_reached_is_an_error() {
+        assert!(trace(&[5, 5]).scale_to_rate(1.0).is_err());
+        for factor in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-300] {
+            assert!(trace(&[0, 1]).scale_rate(factor).is_err(), "{factor}");
+            assert!(trace(&[0, 1]).scale_to_rate(factor).is_err(), "{factor}");
+        }
+    }
+
+    #[test]
+    fn clipped_prompts_keep_the_hashes_of_their_whole_blocks() {
+        let trace = trace(&[0, 1, 2]).clip_lengths(25, 3);
+        assert_eq!(trace.requests.iter().map(|request| request.prompt_tokens).collect::<Vec<_>>(), [10, 20, 25]);
+        assert!(trace.requests.iter().all(|request| request.output_tokens == 3));
+        assert_eq!(trace.prefix_hashes.unwrap().of(2), [200, 201]);
     }
 }

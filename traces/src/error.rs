@@ -1,0 +1,144 @@
+//! The one error of this crate: what was read, where, what was found and what was expected there.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a trace, a profile or a request configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    /// The operating system refused.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, such as `read`.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file as a whole is not what it should be: empty, incomplete, of no known format.
+    #[error("{}: found {found}, expected {expected}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the file holds.
+        found: String,
+        /// What it should hold.
+        expected: String,
+    },
+    /// A line is not what it should be: wrong columns, cut off, no JSON.
+    #[error("{}:{line}: found {found}, expected {expected}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: u64,
+        /// What the line holds.
+        found: String,
+        /// What it should hold.
+        expected: String,
+    },
+    /// A value in a table is missing, of another type or out of range.
+    #[error("{}:{line}: {column}: found {found}, expected {expected}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: u64,
+        /// The column, or the key in a line of JSON.
+        column: String,
+        /// The text in the file.
+        found: String,
+        /// What may stand there.
+        expected: String,
+    },
+    /// A line of JSON does not read as what its format says.
+    #[error("{}:{line}: {key}: {message}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: u64,
+        /// The key, `the object` for the line as a whole.
+        key: String,
+        /// What was found and what was expected.
+        message: String,
+    },
+    /// A YAML file does not read; the message names key, line and column.
+    #[error("{}: {source}", path.display())]
+    Yaml {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was expected.
+        source: serde_yaml::Error,
+    },
+    /// A key of a YAML file is out of range.
+    #[error("{}: {key}: found {found}, expected {expected}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// The value in the file.
+        found: String,
+        /// What may stand there.
+        expected: String,
+    },
+    /// A `requests` configuration asks for something that makes no sense.
+    #[error("requests: {key}: found {found}, expected {expected}")]
+    Spec {
+        /// The key.
+        key: &'static str,
+        /// The value in the configuration.
+        found: String,
+        /// What may stand there.
+        expected: String,
+    },
+    /// A latency profile and an exit trace belong to different models.
+    #[error(
+        "the latency profile is of `{profile_model}` ({profile_loops} loops, fingerprint {profile_fingerprint}), \
+         expected the model of the exit trace: `{exits_model}` ({exits_loops} loops, fingerprint {exits_fingerprint})"
+    )]
+    OtherModel {
+        /// Model of the profile.
+        profile_model: String,
+        /// Loops of the profile's model.
+        profile_loops: u32,
+        /// Fingerprint in the profile.
+        profile_fingerprint: String,
+        /// Model of the exit trace.
+        exits_model: String,
+        /// Loops of the exit trace's model.
+        exits_loops: u32,
+        /// Fingerprint in the exit trace.
+        exits_fingerprint: String,
+    },
+}
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = TraceError> = std::result::Result<T, E>;
+
+impl TraceError {
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+
+    pub(crate) fn file(path: &Path, found: impl Into<String>, expected: impl Into<String>) -> Self {
+        Self::File { path: path.to_owned(), found: found.into(), expected: expected.into() }
+    }
+
+    pub(crate) fn spec(key: &'static str, found: impl ToString, expected: impl Into<String>) -> Self {
+        Self::Spec { key, found: found.to_string(), expected: expected.into() }
+    }
+}
+
+/// Text of a file as it stands in a message: in backticks, cut to a length that a terminal shows.
+pub(crate) fn quote(text: &[u8]) -> String {
+    const SHOWN: usize = 80;
+    let text = String::from_utf8_lossy(text);
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("`{}...`", text[..end].escape_debug()),
+        None => format!("`{}`", text.escape_debug()),
+    }
+}

@@ -1,0 +1,272 @@
+//! The `requests` part of an experiment's configuration: a file or a random process, and what is done to it.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Result, TraceError};
+use crate::generate::Generate;
+use crate::request::{Request, RequestTrace};
+use crate::request_file::{ReadOptions, RequestFormat};
+use crate::units::Nanos;
+
+/// Where requests come from: exactly one of `file` and `generate`.
+///
+/// Applied in this order: `window_s`, `first`, `rate_factor` or `rate_per_s`, `max_prompt_tokens` and
+/// `max_output_tokens`. The first three are for files only, since a random process says its own count and rate.
+///
+/// ```
+/// let azure: traces::RequestSpec = serde_yaml::from_str(
+///     "{file: azure-2023-conv.csv, window_s: [0, 600], first: 1000, rate_per_s: 4, max_prompt_tokens: 128}",
+/// )?;
+/// assert_eq!(azure.first, Some(1000));
+///
+/// let made: traces::RequestSpec = serde_yaml::from_str("
+/// generate:
+///   count: 64
+///   seed: 1
+///   arrivals: {poisson: {rate_per_s: 20}}      # or all_at_once, constant: {rate_per_s}, gamma: {rate_per_s, cv}
+///   prompt_tokens: {uniform: {min: 8, max: 64}} # or normal: {mean, std}, log_normal: {median, sigma}
+///   output_tokens: {fixed: 48}                  # or, instead of both: lengths_from: trace.csv
+/// ")?;
+/// assert_eq!(made.load(".".as_ref())?.requests.len(), 64);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RequestSpec {
+    /// A request trace, relative to the folder that [`Self::load`] is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// A random process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generate: Option<Generate>,
+    /// The file's format, if its first line does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<RequestFormat>,
+    /// Block size in tokens for prefix hashes of files that hold token ids; 16 if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix_block_tokens: Option<u32>,
+    /// Only requests that arrive from the first of these seconds until just before the second, which is then time 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window_s: Option<(f64, f64)>,
+    /// Only the first so many requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first: Option<usize>,
+    /// Arrivals so many times as fast.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_factor: Option<f64>,
+    /// Arrivals scaled to so many requests per second on average.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_per_s: Option<f64>,
+    /// Longer prompts are cut to so many tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_prompt_tokens: Option<u32>,
+    /// Longer outputs are cut to so many tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_output_tokens: Option<u32>,
+}
+
+impl RequestSpec {
+    /// Reads or makes all requests; paths are relative to `base_dir`.
+    ///
+    /// # Errors
+    /// If keys contradict each other or are out of range, the file does not read, or no request is left.
+    pub fn load(&self, base_dir: &Path) -> Result<RequestTrace> {
+        match self.source()? {
+            Source::File(file) => self.load_file(&base_dir.join(file)),
+            Source::Generate(_) => {
+                let requests = self.stream(base_dir)?.collect();
+                Ok(RequestTrace { name: "generated".into(), requests, prefix_hashes: None, dropped: 0 })
+            }
+        }
+    }
+
+    /// The requests one by one: those of a random process are made as they are asked for and never held together.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn stream(&self, base_dir: &Path) -> Result<Box<dyn Iterator<Item = Request> + Send>> {
+        let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
+        match self.source()? {
+            Source::File(file) => Ok(Box::new(self.load_file(&base_dir.join(file))?.requests.into_iter())),
+            Source::Generate(generate) => Ok(Box::new(generate.requests(base_dir)?.map(move |request| Request {
+                prompt_tokens: request.prompt_tokens.min(max_prompt_tokens),
+                output_tokens: request.output_tokens.min(max_output_tokens),
+                ..request
+            }))),
+        }
+    }
+
+    fn source(&self) -> Result<Source<'_>> {
+        match (&self.file, &self.generate) {
+            (Some(file), None) => Ok(Source::File(file)),
+            (None, Some(generate)) => match self.key_for_files() {
+                None => Ok(Source::Generate(generate)),
+                Some(key) => Err(TraceError::spec(key, "it beside `generate`", "it beside `file` only")),
+            },
+            (Some(_), Some(_)) => Err(TraceError::spec("file", "`file` and `generate`", "one of the two")),
+            (None, None) => Err(TraceError::spec("file", "neither `file` nor `generate`", "one of the two")),
+        }
+    }
+
+    fn key_for_files(&self) -> Option<&'static str> {
+        let keys = [
+            ("format", self.format.is_some()),
+            ("prefix_block_tokens", self.prefix_block_tokens.is_some()),
+            ("window_s", self.window_s.is_some()),
+            ("first", self.first.is_some()),
+            ("rate_factor", self.rate_factor.is_some()),
+            ("rate_per_s", self.rate_per_s.is_some()),
+        ];
+        keys.into_iter().find(|key| key.1).map(|key| key.0)
+    }
+
+    fn max_tokens(&self) -> Result<(u32, u32)> {
+        let limit = |key, limit: Option<u32>| match limit {
+            Some(0) => Err(TraceError::spec(key, 0, "at least 1")),
+            limit => Ok(limit.unwrap_or(Request::MAX_TOKENS)),
+        };
+        let prompt = limit("max_prompt_tokens", self.max_prompt_tokens)?;
+        Ok((prompt, limit("max_output_tokens", self.max_output_tokens)?))
+    }
+
+    fn load_file(&self, path: &Path) -> Result<RequestTrace> {
+        let prefix_block_tokens = self.prefix_block_tokens.unwrap_or(ReadOptions::DEFAULT_PREFIX_BLOCK_TOKENS);
+        if prefix_block_tokens == 0 {
+            return Err(TraceError::spec("prefix_block_tokens", 0, "at least 1"));
+        }
+        let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
+        let mut trace = RequestTrace::read_with(path, &ReadOptions { format: self.format, prefix_block_tokens })?;
+        if let Some((from, to)) = self.window_s {
+            if !(from >= 0.0 && to > from) {
+                return Err(TraceError::spec("window_s", format!("[{from}, {to}]"), "[from, to] with 0 <= from < to"));
+            }
+            trace = trace.window(Nanos::from_secs_f64(from), Nanos::from_secs_f64(to));
+        }
+        trace = trace.first(self.first.unwrap_or(usize::MAX));
+        if trace.requests.is_empty() {
+            return Err(TraceError::spec(
+                "window_s",
+                "no request in the window",
+                "at least one, and `first` of at least 1",
+            ));
+        }
+        trace = match (self.rate_factor, self.rate_per_s) {
+            (None, None) => trace,
+            (Some(factor), None) => trace.scale_rate(factor)?,
+            (None, Some(rate_per_s)) => trace.scale_to_rate(rate_per_s)?,
+            (Some(_), Some(_)) => {
+                return Err(TraceError::spec("rate_per_s", "`rate_factor` and `rate_per_s`", "one of the two"));
+            }
+        };
+        Ok(trace.clip_lengths(max_prompt_tokens, max_output_tokens))
+    }
+}
+
+enum Source<'a> {
+    File(&'a Path),
+    Generate(&'a Generate),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "request,arrival_us,prompt_tokens,output_tokens\n\
+                         0,0,100,10\n1,1000000,200,20\n2,2000000,300,30\n3,4000000,400,40\n";
+
+    fn load(yaml: &str) -> Result<RequestTrace> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("trace.csv"), TRACE).unwrap();
+        serde_yaml::from_str::<RequestSpec>(yaml).expect("a valid configuration").load(folder.path())
+    }
+
+    #[test]
+    fn every_transform_of_a_file_is_applied_in_order() {
+        let trace = load(
+            "{file: trace.csv, window_s: [1, 9], first: 2, rate_per_s: 4, max_prompt_tokens: 250, max_output_tokens: 25}",
+        );
+        let request = |id, ms: u64, prompt_tokens, output_tokens| Request {
+            id,
+            arrival: Nanos(ms * 1_000_000),
+            prompt_tokens,
+            output_tokens,
+        };
+        assert_eq!(trace.unwrap().requests, [request(0, 0, 200, 20), request(1, 250, 250, 25)]);
+    }
+
+    #[test]
+    fn lengths_drawn_from_a_trace_stay_in_pairs() {
+        let trace = load("{generate: {count: 200, arrivals: all_at_once, lengths_from: trace.csv}}").unwrap();
+        assert!(trace.requests.iter().all(|request| request.prompt_tokens == 10 * request.output_tokens));
+        let drawn = |prompt| trace.requests.iter().filter(|request| request.prompt_tokens == prompt).count();
+        assert!([100, 200, 300, 400].into_iter().all(|prompt| drawn(prompt) > 20));
+    }
+
+    #[test]
+    fn ten_million_requests_are_made_without_holding_them() {
+        let yaml = "{generate: {count: 10000000, arrivals: {poisson: {rate_per_s: 100}}, prompt_tokens: {log_normal: {median: 50, sigma: 1}}, output_tokens: {fixed: 9}}, max_prompt_tokens: 64}";
+        let spec: RequestSpec = serde_yaml::from_str(yaml).unwrap();
+        let mut requests = spec.stream(Path::new("")).unwrap();
+        assert!(requests.by_ref().take(1000).all(|request| request.prompt_tokens <= 64));
+        assert_eq!(requests.next().unwrap().id, 1000);
+    }
+
+    #[test]
+    fn configurations_that_make_no_sense_say_why() {
+        let generate =
+            "generate: {count: 1, arrivals: all_at_once, prompt_tokens: {fixed: 1}, output_tokens: {fixed: 1}}";
+        for (yaml, message) in [
+            ("{}", "neither `file` nor `generate`"),
+            (&format!("{{file: trace.csv, {generate}}}"), "one of the two"),
+            (&format!("{{rate_per_s: 3, {generate}}}"), "rate_per_s: found it beside `generate`"),
+            ("{file: trace.csv, rate_per_s: 3, rate_factor: 2}", "rate_per_s: found `rate_factor` and `rate_per_s`"),
+            ("{file: trace.csv, rate_per_s: -3}", "rate_per_s: found -3"),
+            ("{file: trace.csv, window_s: [5, 9]}", "window_s: found no request"),
+            ("{file: trace.csv, window_s: [.nan, 9]}", "window_s: found [NaN, 9]"),
+            ("{file: trace.csv, first: 0}", "`first` of at least 1"),
+            ("{file: trace.csv, max_output_tokens: 0}", "max_output_tokens: found 0"),
+            ("{file: trace.csv, format: azure}", "expected columns `TIMESTAMP,ContextTokens,GeneratedTokens`"),
+            ("{file: nothing.csv}", "cannot read "),
+        ] {
+            let error = load(yaml).unwrap_err().to_string();
+            assert!(error.contains(message), "{yaml}: {error}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_and_wrong_types_are_refused() {
+        let lengths = "prompt_tokens: {fixed: 1}, output_tokens: {fixed: 1}";
+        for (yaml, message) in [
+            ("{fil: trace.csv}".to_owned(), "unknown field `fil`"),
+            ("{file: trace.csv, first: many}".to_owned(), "first: invalid type"),
+            (
+                format!("{{generate: {{count: 1, arrivals: {{poison: {{rate_per_s: 1}}}}, {lengths}}}}}"),
+                "unknown variant `poison`",
+            ),
+            (
+                format!("{{generate: {{count: 1, arrivals: {{poisson: {{rate: 1}}}}, {lengths}}}}}"),
+                "unknown field `rate`",
+            ),
+            (format!("{{generate: {{count: 1, sed: 1, arrivals: all_at_once, {lengths}}}}}"), "unknown field `sed`"),
+            (format!("{{generate: {{count: -1, arrivals: all_at_once, {lengths}}}}}"), "generate.count"),
+        ] {
+            let error = serde_yaml::from_str::<RequestSpec>(&yaml).unwrap_err().to_string();
+            assert!(error.contains(message), "{yaml}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_configuration_survives_being_written_and_read() {
+        for yaml in [
+            "{file: a.csv, format: burst_gpt, window_s: [0, 1.5], rate_factor: 2}",
+            "{generate: {count: 3, arrivals: all_at_once, lengths_from: a.csv}, max_output_tokens: 3}",
+            "{generate: {count: 3, seed: 9, arrivals: {gamma: {rate_per_s: 1, cv: 2}}, prompt_tokens: {normal: {mean: 9, std: 1}}, output_tokens: {fixed: 1}}}",
+        ] {
+            let spec: RequestSpec = serde_yaml::from_str(yaml).unwrap();
+            let written = serde_yaml::to_string(&spec).unwrap();
+            assert_eq!(serde_yaml::from_str::<RequestSpec>(&written).unwrap(), spec, "{written}");
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! CSV files row by row with errors that name line and column, and files that are written whole or not at all.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use csv::ByteRecord;
+
+use crate::error::{Result, TraceError, quote};
+
+/// Whose file it is, which decides how strictly its header is read.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Owner {
+    /// Written by this crate: these columns in this order, and a line end after the last row.
+    Us,
+    /// Published by others, who add and move columns: the columns are found by name, others ignored.
+    Others,
+}
+
+/// A CSV file whose columns are known by their place in `columns`.
+pub(crate) struct Table {
+    path: PathBuf,
+    columns: &'static [&'static str],
+    /// Place in the file of each of `columns`.
+    places: Vec<usize>,
+    reader: csv::Reader<File>,
+    record: ByteRecord,
+}
+
+impl Table {
+    pub(crate) fn open(path: &Path, columns: &'static [&'static str], owner: Owner) -> Result<Self> {
+        let mut file = File::open(path).map_err(TraceError::io("read", path))?;
+        if owner == Owner::Us {
+            check_ends_with_newline(&mut file, path, columns)?;
+        }
+        let mut reader = csv::ReaderBuilder::new().from_reader(file);
+        let header = reader.byte_headers().map_err(|error| from_csv(path, error))?.clone();
+        let places = columns.iter().map(|name| header.iter().position(|found| found.trim_ascii() == name.as_bytes()));
+        let places: Option<Vec<usize>> = places.collect();
+        let exact = header.iter().eq(columns.iter().map(|name| name.as_bytes()));
+        match places {
+            Some(places) if exact || owner == Owner::Others => {
+                Ok(Self { path: path.to_owned(), columns, places, reader, record: ByteRecord::new() })
+            }
+            _ => Err(TraceError::Line {
+                path: path.to_owned(),
+                line: 1,
+                found: format!("columns {}", quote(&header.iter().collect::<Vec<_>>().join(&b','))),
+                expected: format!("columns `{}`", columns.join(",")),
+            }),
+        }
+    }
+
+    /// The next row, none after the last.
+    pub(crate) fn next_row(&mut self) -> Result<Option<Row<'_>>> {
+        match self.reader.read_byte_record(&mut self.record) {
+            Ok(true) => Ok(Some(Row { table: self })),
+            Ok(false) => Ok(None),
+            Err(error) => Err(from_csv(&self.path, error)),
+        }
+    }
+}
+
+/// A row of a [`Table`].
+pub(crate) struct Row<'a> {
+    table: &'a Table,
+}
+
+impl Row<'_> {
+    /// A value that `parse` accepts, in what was column `column` of [`Table::open`].
+    pub(crate) fn get<T>(&self, column: usize, expected: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
+        let text = std::str::from_utf8(self.bytes(column)).ok();
+        text.and_then(|text| parse(text.trim_ascii())).ok_or_else(|| self.error(column, expected))
+    }
+
+    /// A value that parses and for which `valid` holds.
+    pub(crate) fn number<T: FromStr>(&self, column: usize, expected: &str, valid: impl Fn(&T) -> bool) -> Result<T> {
+        self.get(column, expected, |text| text.parse().ok().filter(valid))
+    }
+
+    /// The error of a value that is not what it should be.
+    pub(crate) fn error(&self, column: usize, expected: impl Into<String>) -> TraceError {
+        let byte = self.table.record.position().map_or(0, csv::Position::byte);
+        TraceError::Value {
+            path: self.table.path.clone(),
+            line: line_of_record(&self.table.path, byte),
+            column: self.table.columns[column].into(),
+            found: quote(self.bytes(column)),
+            expected: expected.into(),
+        }
+    }
+
+    fn bytes(&self, column: usize) -> &[u8] {
+        &self.table.record[self.table.places[column]]
+    }
+}
+
+/// A file of ours that was cut off inside its last number would read as another number.
+fn check_ends_with_newline(file: &mut File, path: &Path, columns: &[&str]) -> Result<()> {
+    let mut read_last = || -> io::Result<Option<u8>> {
+        let length = file.seek(SeekFrom::End(0))?;
+        let mut last = [0];
+        if length > 0 {
+            file.seek(SeekFrom::End(-1))?;
+            file.read_exact(&mut last)?;
+        }
+        file.rewind()?;
+        Ok((length > 0).then_some(last[0]))
+    };
+    match read_last().map_err(TraceError::io("read", path))? {
+        Some(b'\n') => Ok(()),
+        Some(_) => Err(TraceError::file(path, "a last line that is cut off", "a line end after it")),
+        None => Err(TraceError::file(path, "an empty file", format!("columns `{}`", columns.join(",")))),
+    }
+}
+
+fn from_csv(path: &Path, error: csv::Error) -> TraceError {
+    let byte = error.position().map_or(0, csv::Position::byte);
+    let message = error.to_string();
+    let (found, expected) = match error.into_kind() {
+        csv::ErrorKind::Io(source) => return TraceError::Io { action: "read", path: path.to_owned(), source },
+        csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
+            (format!("{len} columns"), format!("{expected_len}, as in the header"))
+        }
+        _ => (message, "comma-separated values".to_owned()),
+    };
+    TraceError::Line { path: path.to_owned(), line: line_of_record(path, byte), found, expected }
+}
+
+/// Line, counted from 1, of the record that starts at `byte`.
+///
+/// The reader's own count is behind after CRLF and blank lines, and errors are rare enough to count again.
+fn line_of_record(path: &Path, byte: u64) -> u64 {
+    let Ok(file) = File::open(path) else { return 0 };
+    let mut reader = BufReader::new(file);
+    let newlines = |part: &[u8]| part.iter().filter(|&&byte| byte == b'\n').count() as u64;
+    let (mut line, mut passed) = (1, 0);
+    while let Ok(buffer) = reader.fill_buf() {
+        if buffer.is_empty() {
+            break;
+        }
+        let before = (byte.saturating_sub(passed)).min(buffer.len() as u64) as usize;
+        line += newlines(&buffer[..before]);
+        let blank = buffer[before..].iter().take_while(|byte| matches!(byte, b'\n' | b'\r')).count();
+        line += newlines(&buffer[before..before + blank]);
+        if before + blank < buffer.len() {
+            break;
+        }
+        let length = buffer.len();
+        passed += length as u64;
+        reader.consume(length);
+    }
+    line
+}
+
+/// Writes a file under a temporary name beside it and renames it, so that nobody ever sees half of it.
+pub(crate) fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
+    let mut name = OsString::from(path);
+    name.push(".partial");
+    let partial = PathBuf::from(name);
+    let written = File::create(&partial).and_then(|file| {
+        let mut out = BufWriter::new(file);
+        write(&mut out)?;
+        out.flush()?;
+        std::fs::rename(&partial, path)
+    });
+    written.map_err(|source| {
+        // The first error is the one to report; a temporary file that stays is harmless.
+        let _ = std::fs::remove_file(&partial);
+        TraceError::Io { action: "write", path: path.to_owned(), source }
+    })
+}
+
+/// Writes a CSV file whole.
+pub(crate) fn write_rows<R: serde::Serialize>(
+    path: &Path,
+    columns: &[&str],
+    rows: impl IntoIterator<Item = R>,
+) -> Result<()> {
+    write_whole(path, |out| {
+        let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(out);
+        writer.write_record(columns)?;
+        for row in rows {
+            writer.serialize(row)?;
+        }
+        writer.flush()
+    })
+}
+
+/// Reads a YAML file.
+pub(crate) fn read_yaml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).map_err(TraceError::io("read", path))?;
+    serde_yaml::from_str(&text).map_err(|source| TraceError::Yaml { path: path.to_owned(), source })
+}
+
+/// Writes a YAML file whole.
+pub(crate) fn write_yaml<T: serde::Serialize>(path: &Path, value: &T) -> Result<()> {
+    write_whole(path, |out| serde_yaml::to_writer(out, value).map_err(io::Error::other))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Line named by the error about the row whose number does not parse.
+    fn line_of_bad_row(contents: &str) -> u64 {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table.csv");
+        std::fs::write(&path, contents).unwrap();
+        let mut table = Table::open(&path, &["a", "b"], Owner::Others).unwrap();
+        loop {
+            let row = table.next_row().unwrap().expect("a bad row");
+            match row.number::<u32>(1, "a number", |_| true) {
+                Ok(_) => continue,
+                Err(TraceError::Value { line, .. }) => return line,
+                Err(other) => panic!("{other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn errors_name_the_line_whatever_ends_lines() {
+        assert_eq!(line_of_bad_row("a,b\n1,2\n3,x\n5,6\n"), 3);
+        assert_eq!(line_of_bad_row("a,b\r\n1,2\r\n3,x\r\n"), 3);
+        assert_eq!(line_of_bad_row("\u{feff}a,b\n1,2\n3,x"), 3);
+        assert_eq!(line_of_bad_row("\u{feff}a,b\r\n\r\n1,2\r\n\r\n\r\n3,x"), 6);
+        let many = 20_000;
+        assert_eq!(line_of_bad_row(&format!("a,b\n{}1,x\n", "1,2\n".repeat(many))), many as u64 + 2);
+    }
+
+    #[test]
+    fn columns_of_others_are_found_by_name_and_ours_must_match() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table.csv");
+        std::fs::write(&path, "extra,\"b\",a\n0,1,2\n").unwrap();
+        let mut table = Table::open(&path, &["a", "b"], Owner::Others).unwrap();
+        let row = table.next_row().unwrap().unwrap();
+        assert_eq!(row.number::<u32>(0, "", |_| true).unwrap(), 2);
+        assert_eq!(row.number::<u32>(1, "", |_| true).unwrap(), 1);
+        let message = Table::open(&path, &["a", "b"], Owner::Us).err().unwrap().to_string();
+        assert!(message.ends_with("table.csv:1: found columns `extra,b,a`, expected columns `a,b`"), "{message}");
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table.csv");
+        std::fs::write(&path, "old").unwrap();
+        let failed = write_whole(&path, |out| {
+            out.write_all(b"half")?;
+            Err(io::Error::other("disk full"))
+        });
+        assert!(failed.unwrap_err().to_string().contains("disk full"));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "old");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}
