@@ -1,0 +1,299 @@
+//! When rows leave: exit signals of a request's tokens, drawn by whole generations from an exit trace.
+//!
+//! Easy and hard tokens come in runs, so a request takes the tokens of a recorded generation in their order,
+//! from its first; a request longer than that goes on with another one.
+
+use scheduler::Look;
+use traces::{ExitTrace, Measure, Request};
+
+/// Which generations of the trace a request takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Draw {
+    /// Drawn by a hash of this seed and the request's id: neither order nor preemption changes them.
+    Seeded(u64),
+    /// Request `i` takes generation `i`: the trace was recorded from these very requests.
+    Recorded,
+}
+
+/// An exit trace that requests cannot be drawn from.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExitError {
+    /// Nothing to draw.
+    #[error("the exit trace of `{0}` has no generations")]
+    Empty(String),
+    /// A generation without tokens would never end a draw.
+    #[error("generation {0} of the exit trace has no tokens")]
+    EmptyGeneration(usize),
+    /// Loops beyond what a pass can count.
+    #[error("the exit trace is of a model with {0} loops, expected 1 to 64")]
+    Loops(u32),
+    /// Recorded from other requests.
+    #[error("request {request} has no generation in the exit trace, which was recorded from {generations} requests")]
+    NotRecorded {
+        /// Whose.
+        request: u32,
+        /// What there is.
+        generations: usize,
+    },
+    /// Recorded from other requests.
+    #[error("request {request} asks for {asked} tokens, but {recorded} were recorded of it in the exit trace")]
+    TooShort {
+        /// Whose.
+        request: u32,
+        /// What it asks for.
+        asked: u32,
+        /// What there is.
+        recorded: u32,
+    },
+}
+
+/// Exit signals and agreement by token and depth, and the rule that gives tokens to requests.
+#[derive(Clone, Debug)]
+pub struct ExitModel {
+    num_loops: u8,
+    fingerprint: String,
+    draw: Draw,
+    /// Generation `g` is tokens `starts[g]..starts[g + 1]`.
+    starts: Vec<u32>,
+    /// 1 where the token agrees with that of the last depth, else 0; by token and depth.
+    agreement: Vec<f32>,
+    /// The values of each measure by token and depth, in the order of [`Measure::ALL`].
+    signals: [Vec<f32>; Measure::ALL.len()],
+}
+
+impl ExitModel {
+    /// Prepares a trace for drawing.
+    ///
+    /// # Errors
+    /// If the trace or one of its generations is empty.
+    pub fn new(trace: &ExitTrace, draw: Draw) -> Result<Self, ExitError> {
+        if !(1..=64).contains(&trace.meta.num_loops) {
+            return Err(ExitError::Loops(trace.meta.num_loops));
+        }
+        if trace.num_generations() == 0 {
+            return Err(ExitError::Empty(trace.meta.model.clone()));
+        }
+        if let Some(empty) = (0..trace.num_generations()).find(|&index| trace.generation(index).is_empty()) {
+            return Err(ExitError::EmptyGeneration(empty));
+        }
+        let rows = || (0..trace.num_tokens()).flat_map(|token| (0..trace.num_loops()).map(move |depth| (token, depth)));
+        Ok(Self {
+            num_loops: trace.meta.num_loops as u8,
+            fingerprint: trace.meta.fingerprint.clone(),
+            draw,
+            starts: trace.starts.clone(),
+            agreement: rows().map(|(token, depth)| f32::from(u8::from(trace.agrees(token, depth)))).collect(),
+            signals: Measure::ALL.map(|measure| trace.signals.iter().map(|signals| signals.get(measure)).collect()),
+        })
+    }
+
+    /// Loops of the model that was recorded.
+    pub fn num_loops(&self) -> u8 {
+        self.num_loops
+    }
+
+    /// Fingerprint of the model that was recorded.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Where a request's token number `generated` lies.
+    ///
+    /// # Errors
+    /// If the trace was to be recorded from these requests and was not.
+    pub fn cursor(&self, request: &Request, generated: u32) -> Result<Cursor, ExitError> {
+        if self.draw == Draw::Recorded {
+            self.check_recorded(request)?;
+        }
+        let mut cursor = self.drawn(request.id, 0);
+        let mut left = generated;
+        while left >= cursor.end - cursor.token {
+            left -= cursor.end - cursor.token;
+            cursor = self.drawn(request.id, cursor.draws);
+        }
+        cursor.token += left;
+        Ok(cursor)
+    }
+
+    /// Moves on to the request's next token.
+    #[inline]
+    pub fn advance(&self, cursor: &mut Cursor) {
+        cursor.token += 1;
+        if cursor.token == cursor.end {
+            *cursor = self.drawn(cursor.request, cursor.draws);
+        }
+    }
+
+    /// What a look finds, by [`row`](Self::row); empty if there are no looks.
+    pub fn column(&self, look: Look) -> &[f32] {
+        match look {
+            Look::Never => &[],
+            Look::Oracle => &self.agreement,
+            Look::Measure(measure) => &self.signals[measure as usize],
+        }
+    }
+
+    /// The index of a token's row at a depth.
+    #[inline]
+    pub fn row(&self, cursor: &Cursor, depth: u8) -> usize {
+        cursor.token as usize * usize::from(self.num_loops) + usize::from(depth)
+    }
+
+    /// Whether the token predicted in a row equals that of the last depth.
+    #[inline]
+    pub fn agrees(&self, row: usize) -> bool {
+        self.agreement[row] == 1.0
+    }
+
+    fn check_recorded(&self, request: &Request) -> Result<(), ExitError> {
+        let generations = self.starts.len() - 1;
+        let index = request.id as usize;
+        if index >= generations {
+            return Err(ExitError::NotRecorded { request: request.id, generations });
+        }
+        let recorded = self.starts[index + 1] - self.starts[index];
+        if request.output_tokens > recorded {
+            return Err(ExitError::TooShort { request: request.id, asked: request.output_tokens, recorded });
+        }
+        Ok(())
+    }
+
+    /// The start of the generation that a request takes after `draws` others.
+    fn drawn(&self, request: u32, draws: u32) -> Cursor {
+        let generations = self.starts.len() as u64 - 1;
+        let index = match self.draw {
+            Draw::Seeded(seed) => scaled(hash(seed, u64::from(request) << 32 | u64::from(draws)), generations) as usize,
+            Draw::Recorded => request as usize,
+        };
+        Cursor { request, draws: draws + 1, token: self.starts[index], end: self.starts[index + 1] }
+    }
+}
+
+/// A place in an exit trace: the token that a request generates next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursor {
+    request: u32,
+    /// Generations drawn so far.
+    draws: u32,
+    token: u32,
+    /// End of the current generation.
+    end: u32,
+}
+
+/// A well-mixed number from a seed and a key (SplitMix64's finalizer, twice).
+pub(crate) fn hash(seed: u64, key: u64) -> u64 {
+    let mix = |mut z: u64| {
+        z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    mix(mix(seed) ^ key)
+}
+
+/// A hash as a number below `bound`.
+pub(crate) fn scaled(hash: u64, bound: u64) -> u64 {
+    ((u128::from(hash) * u128::from(bound)) >> 64) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use traces::{ExitTraceMeta, Nanos, Signals};
+
+    /// Generation `g` has `g + 1` tokens, each of them predicted as `10 g + token` at the last depth.
+    fn trace(generations: usize) -> ExitTrace {
+        let mut trace = ExitTrace::new(ExitTraceMeta {
+            schema_version: ExitTrace::SCHEMA_VERSION,
+            model: "test".into(),
+            fingerprint: "test".into(),
+            num_loops: 2,
+            source: "made up".into(),
+        });
+        for generation in 0..generations {
+            let rows: Vec<_> = (0..2 * (generation + 1))
+                .map(|row| (Signals { top1: row as f32, margin: 0.5, ..Signals::default() }, (row / 2) as u32))
+                .collect();
+            trace.push_generation(&rows);
+        }
+        trace
+    }
+
+    fn request(id: u32, output_tokens: u32) -> Request {
+        Request { id, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens }
+    }
+
+    fn tokens(model: &ExitModel, request: &Request, count: usize) -> Vec<u32> {
+        let mut cursor = model.cursor(request, 0).unwrap();
+        std::iter::repeat_with(|| {
+            let token = cursor.token;
+            model.advance(&mut cursor);
+            token
+        })
+        .take(count)
+        .collect()
+    }
+
+    #[test]
+    fn requests_take_whole_generations_in_order() {
+        let trace = trace(9);
+        let model = ExitModel::new(&trace, Draw::Seeded(5)).unwrap();
+        for id in 0..100 {
+            let taken = tokens(&model, &request(id, 200), 200);
+            let mut left = &taken[..];
+            while let Some(first) = left.first() {
+                let generation = trace.starts.iter().position(|start| start == first).expect("starts at a generation");
+                let length = trace.generation(generation).len().min(left.len());
+                assert!(left[..length].iter().copied().eq(*first..first + length as u32));
+                left = &left[length..];
+            }
+        }
+    }
+
+    #[test]
+    fn every_generation_is_drawn_about_equally_often() {
+        let trace = trace(10);
+        let model = ExitModel::new(&trace, Draw::Seeded(1)).unwrap();
+        let mut counts = [0u32; 10];
+        for id in 0..10_000 {
+            let first = model.cursor(&request(id, 1), 0).unwrap().token;
+            counts[trace.starts.iter().position(|&start| start == first).unwrap()] += 1;
+        }
+        assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn a_preempted_request_goes_on_where_it_was() {
+        let model = ExitModel::new(&trace(4), Draw::Seeded(5)).unwrap();
+        let request = request(3, 60);
+        for (generated, &token) in tokens(&model, &request, 60).iter().enumerate() {
+            assert_eq!(model.cursor(&request, generated as u32).unwrap().token, token);
+        }
+    }
+
+    #[test]
+    fn columns_hold_what_the_trace_says() {
+        let trace = trace(3);
+        let model = ExitModel::new(&trace, Draw::Recorded).unwrap();
+        let mut cursor = model.cursor(&request(2, 3), 0).unwrap();
+        model.advance(&mut cursor);
+        let token = trace.generation(2).start + 1;
+        for depth in 0..2u8 {
+            let row = model.row(&cursor, depth);
+            let signals = trace.signals_at(token, depth.into());
+            for measure in Measure::ALL {
+                assert_eq!(model.column(Look::Measure(measure))[row], signals.get(measure));
+            }
+            assert_eq!(model.agrees(row), trace.agrees(token, depth.into()));
+            assert_eq!(model.column(Look::Oracle)[row] == 1.0, trace.agrees(token, depth.into()));
+        }
+    }
+
+    #[test]
+    fn traces_without_tokens_are_refused() {
+        assert!(matches!(ExitModel::new(&trace(0), Draw::Recorded), Err(ExitError::Empty(_))));
+        let mut empty = trace(2);
+        empty.push_generation(&[]);
+        assert_eq!(ExitModel::new(&empty, Draw::Seeded(0)).unwrap_err(), ExitError::EmptyGeneration(2));
+    }
+}

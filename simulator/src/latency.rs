@@ -1,0 +1,509 @@
+//! How long a pass takes, interpolated over the measured points of a latency profile.
+//!
+//! Between measured points time is linear: in the rows, and for attention in rows and history. Below the
+//! smallest measured point it is that point's. Above the largest one the last slope goes on, and each such
+//! use is counted in [`Extrapolations`]: a simulation that left the measured grid says so.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use traces::{Component, LatencyProfile, Nanos, Point};
+
+/// Rows up to which one-dimensional components are tabulated.
+const MAX_TABULATED: u32 = 1 << 14;
+
+/// A profile that cannot be interpolated.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum LatencyError {
+    /// Without the block there is no pass.
+    #[error("the latency profile of `{0}` has no point of component `block`: a pass cannot be timed without it")]
+    NoBlock(String),
+    /// A time that no clock shows.
+    #[error("{component} at rows {rows}, kv_tokens {kv_tokens}: time_us is {time_us}, expected a number of at least 0")]
+    BadTime {
+        /// Whose.
+        component: Component,
+        /// Where.
+        rows: u32,
+        /// Where.
+        kv_tokens: u32,
+        /// What was found.
+        time_us: f64,
+    },
+    /// Overhead that no clock shows.
+    #[error("overhead_us of the latency profile is {0}, expected a number of at least 0")]
+    BadOverhead(f64),
+    /// Two times for the same point.
+    #[error("{component} at rows {rows}, kv_tokens {kv_tokens}, depths {depths} is there twice")]
+    Twice {
+        /// Whose.
+        component: Component,
+        /// Where.
+        rows: u32,
+        /// Where.
+        kv_tokens: u32,
+        /// Where.
+        depths: u32,
+    },
+    /// Loops beyond what a pass can count.
+    #[error("the latency profile is of a model with {0} loops, expected 1 to 64")]
+    Loops(u32),
+}
+
+/// What the time of a pass depends on, prompt chunks apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PassShape {
+    /// All rows, decode and prompt.
+    pub rows: u32,
+    /// Decode rows.
+    pub decode_rows: u32,
+    /// Sum of the histories of the decode rows, in tokens.
+    pub decode_history: u64,
+    /// Distinct depths among the rows.
+    pub depths: u32,
+    /// Rows at depth 0.
+    pub embed_rows: u32,
+    /// Rows that need the exit head.
+    pub head_rows: u32,
+}
+
+/// Latency by pass shape for one profile.
+#[derive(Clone, Debug)]
+pub struct LatencyModel {
+    num_loops: u8,
+    fingerprint: String,
+    overhead_ns: f64,
+    block: Table,
+    decode_attention: Surface,
+    prefill_attention: Surface,
+    /// By distinct depths less 1.
+    depth_mix: Vec<Table>,
+    embed: Table,
+    head: Table,
+}
+
+impl LatencyModel {
+    /// Prepares a profile for look-up. A component without points, other than the block, takes no time.
+    ///
+    /// # Errors
+    /// If the block has no points, a time is negative or not a number, or a point is there twice.
+    pub fn new(profile: &LatencyProfile) -> Result<Self, LatencyError> {
+        let meta = &profile.meta;
+        if !(1..=64).contains(&meta.num_loops) {
+            return Err(LatencyError::Loops(meta.num_loops));
+        }
+        if !(meta.overhead_us.is_finite() && meta.overhead_us >= 0.0) {
+            return Err(LatencyError::BadOverhead(meta.overhead_us));
+        }
+        if profile.points_of(Component::Block).next().is_none() {
+            return Err(LatencyError::NoBlock(meta.model.clone()));
+        }
+        let by_rows = |component| -> Result<Table, LatencyError> {
+            let curves = curves(profile, component, |_| 0, |point| point.rows)?;
+            Ok(Table::new(curves.into_values().next().unwrap_or_default()))
+        };
+        let by_rows_and_history = |component| -> Result<Surface, LatencyError> {
+            Ok(Surface::new(curves(profile, component, |point| point.rows, |point| point.kv_tokens)?))
+        };
+        Ok(Self {
+            num_loops: meta.num_loops as u8,
+            fingerprint: meta.fingerprint.clone(),
+            overhead_ns: meta.overhead_us * 1e3,
+            block: by_rows(Component::Block)?,
+            decode_attention: by_rows_and_history(Component::DecodeAttention)?,
+            prefill_attention: by_rows_and_history(Component::PrefillAttention)?,
+            depth_mix: depth_mix(profile)?,
+            embed: by_rows(Component::Embed)?,
+            head: by_rows(Component::Head)?,
+        })
+    }
+
+    /// Loops of the model that was measured.
+    pub fn num_loops(&self) -> u8 {
+        self.num_loops
+    }
+
+    /// Fingerprint of the model that was measured.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Time of a pass without the attention of its prompt chunks, in nanoseconds.
+    pub fn pass_ns(&self, shape: &PassShape, beyond: &mut Extrapolations) -> f64 {
+        let PassShape { rows, decode_rows, decode_history, depths, embed_rows, head_rows } = *shape;
+        let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
+        let history = if decode_rows == 0 { 0.0 } else { decode_history as f64 / f64::from(decode_rows) };
+        self.overhead_ns
+            + self.block.at(rows, Component::Block, beyond)
+            + self.decode_attention.at(decode_rows, history, Component::DecodeAttention, beyond)
+            + mix.at(rows, Component::DepthMix, beyond)
+            + self.embed.at(embed_rows, Component::Embed, beyond)
+            + self.head_ns(head_rows, beyond)
+    }
+
+    /// Time that attention of one prompt chunk adds to a pass, in nanoseconds, by its tokens and the history before it.
+    pub fn prefill_attention_ns(&self, tokens: u32, history: u32, beyond: &mut Extrapolations) -> f64 {
+        self.prefill_attention.at(tokens, f64::from(history), Component::PrefillAttention, beyond)
+    }
+
+    /// Time of the exit head, in nanoseconds.
+    pub fn head_ns(&self, rows: u32, beyond: &mut Extrapolations) -> f64 {
+        self.head.at(rows, Component::Head, beyond)
+    }
+}
+
+/// The tables of `depth_mix` by distinct depths, from 1 (which adds nothing) to all loops; counts between two
+/// measured ones are interpolated, those above the largest cost what it costs.
+fn depth_mix(profile: &LatencyProfile) -> Result<Vec<Table>, LatencyError> {
+    let mut measured = curves(profile, Component::DepthMix, |point| point.depths, |point| point.rows)?;
+    measured.entry(1).or_default();
+    let table = |depths: u32| {
+        let (&low, below) = measured.range(..=depths).next_back().expect("1 is measured");
+        let Some((&high, above)) = measured.range(depths..).next() else { return Table::new(below.clone()) };
+        let share = if high == low { 0.0 } else { f64::from(depths - low) / f64::from(high - low) };
+        let knots: std::collections::BTreeSet<u32> = below.xs().chain(above.xs()).collect();
+        let mixed = |rows: u32| {
+            let (below, above) = (below.at(f64::from(rows)), above.at(f64::from(rows)));
+            below + share * (above - below)
+        };
+        Table::new(Curve { knots: knots.into_iter().map(|rows| (f64::from(rows), mixed(rows))).collect() })
+    };
+    Ok((1..=profile.meta.num_loops).map(table).collect())
+}
+
+/// The points of a component as curves over `x`, one for each value of `key`.
+fn curves(
+    profile: &LatencyProfile,
+    component: Component,
+    key: impl Fn(&Point) -> u32,
+    x: impl Fn(&Point) -> u32,
+) -> Result<BTreeMap<u32, Curve>, LatencyError> {
+    let mut curves: BTreeMap<u32, BTreeMap<u32, f64>> = BTreeMap::new();
+    for point in profile.points_of(component) {
+        let &Point { rows, kv_tokens, depths, time_us, .. } = point;
+        if !(time_us.is_finite() && time_us >= 0.0) {
+            return Err(LatencyError::BadTime { component, rows, kv_tokens, time_us });
+        }
+        if curves.entry(key(point)).or_default().insert(x(point), time_us * 1e3).is_some() {
+            return Err(LatencyError::Twice { component, rows, kv_tokens, depths });
+        }
+    }
+    let curve = |points: BTreeMap<u32, f64>| Curve { knots: points.into_iter().map(|(x, y)| (x.into(), y)).collect() };
+    Ok(curves.into_iter().map(|(key, points)| (key, curve(points))).collect())
+}
+
+/// Piecewise-linear time in nanoseconds over one variable; zero without points.
+#[derive(Clone, Debug, Default)]
+struct Curve {
+    /// Where it was measured and what, rising in the first.
+    knots: Vec<(f64, f64)>,
+}
+
+impl Curve {
+    fn xs(&self) -> impl Iterator<Item = u32> {
+        self.knots.iter().map(|knot| knot.0 as u32)
+    }
+
+    /// The largest measured place; infinite without points, since nothing lies beyond.
+    fn end(&self) -> f64 {
+        self.knots.last().map_or(f64::INFINITY, |knot| knot.0)
+    }
+
+    fn at(&self, x: f64) -> f64 {
+        match self.knots[..] {
+            [] => 0.0,
+            [(_, only)] => only,
+            [(first, y), ..] if x <= first => y,
+            _ => {
+                let above = self.knots.partition_point(|knot| knot.0 < x).min(self.knots.len() - 1);
+                line(self.knots[above - 1], self.knots[above], x)
+            }
+        }
+    }
+}
+
+/// The line through two points; beyond the second it does not fall, however noisy the two.
+fn line((x0, y0): (f64, f64), (x1, y1): (f64, f64), x: f64) -> f64 {
+    let slope = (y1 - y0) / (x1 - x0);
+    if x <= x1 { y0 + slope * (x - x0) } else { y1 + slope.max(0.0) * (x - x1) }
+}
+
+/// A curve over rows, tabulated; no rows take no time.
+#[derive(Clone, Debug)]
+struct Table {
+    times: Vec<f64>,
+    curve: Curve,
+    end: u32,
+}
+
+impl Table {
+    fn new(curve: Curve) -> Self {
+        let end = curve.end().min(f64::from(u32::MAX)) as u32;
+        let tabulated = if curve.knots.is_empty() { 0 } else { end.min(MAX_TABULATED) };
+        let times = (0..=tabulated).map(|rows| if rows == 0 { 0.0 } else { curve.at(rows.into()) }).collect();
+        Self { times, curve, end }
+    }
+
+    fn at(&self, rows: u32, component: Component, beyond: &mut Extrapolations) -> f64 {
+        match self.times.get(rows as usize) {
+            Some(&time) => time,
+            None => {
+                if rows > self.end {
+                    beyond.count(component, rows, 0);
+                }
+                self.curve.at(rows.into())
+            }
+        }
+    }
+}
+
+/// Bilinear time in nanoseconds over rows and history; each measured number of rows has its own range of histories.
+#[derive(Clone, Debug)]
+struct Surface {
+    /// Measured numbers of rows, rising, and the curve over history of each.
+    curves: Vec<(u32, Curve)>,
+}
+
+impl Surface {
+    fn new(curves: BTreeMap<u32, Curve>) -> Self {
+        Self { curves: curves.into_iter().collect() }
+    }
+
+    fn at(&self, rows: u32, history: f64, component: Component, beyond: &mut Extrapolations) -> f64 {
+        let (Some(last), true) = (self.curves.last(), rows > 0) else { return 0.0 };
+        let above = self.curves.partition_point(|curve| curve.0 < rows).min(self.curves.len() - 1);
+        let (high, upper) = &self.curves[above];
+        if above == 0 || *high == rows {
+            if history > upper.end() || rows > *high {
+                beyond.count(component, rows, history as u32);
+            }
+            return upper.at(history);
+        }
+        let (low, lower) = &self.curves[above - 1];
+        if rows > last.0 || history > upper.end().min(lower.end()) {
+            beyond.count(component, rows, history as u32);
+        }
+        line((f64::from(*low), lower.at(history)), (f64::from(*high), upper.at(history)), f64::from(rows))
+    }
+}
+
+/// How often a run asked for times beyond the measured grid, and how far, by component.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Extrapolations {
+    by_component: [Extrapolation; Component::ALL.len()],
+}
+
+/// Uses of one component beyond its measured grid.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extrapolation {
+    /// How many.
+    pub count: u64,
+    /// The most rows asked for.
+    pub rows: u32,
+    /// The longest history asked for, in tokens.
+    pub kv_tokens: u32,
+}
+
+impl Extrapolations {
+    #[cold]
+    fn count(&mut self, component: Component, rows: u32, kv_tokens: u32) {
+        let entry = &mut self.by_component[component as usize];
+        entry.count += 1;
+        entry.rows = entry.rows.max(rows);
+        entry.kv_tokens = entry.kv_tokens.max(kv_tokens);
+    }
+
+    /// Adds those of another run.
+    pub fn merge(&mut self, other: &Self) {
+        for (entry, other) in self.by_component.iter_mut().zip(&other.by_component) {
+            entry.count += other.count;
+            entry.rows = entry.rows.max(other.rows);
+            entry.kv_tokens = entry.kv_tokens.max(other.kv_tokens);
+        }
+    }
+
+    /// The components that were extrapolated.
+    pub fn iter(&self) -> impl Iterator<Item = (Component, Extrapolation)> {
+        Component::ALL.into_iter().zip(self.by_component).filter(|(_, entry)| entry.count > 0)
+    }
+
+    /// Whether every time asked for lay within what was measured.
+    pub fn is_empty(&self) -> bool {
+        self.iter().next().is_none()
+    }
+}
+
+/// One line for each component that was extrapolated; nothing if none was.
+impl fmt::Display for Extrapolations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (component, Extrapolation { count, rows, kv_tokens })) in self.iter().enumerate() {
+            let separator = if i == 0 { "" } else { "\n" };
+            write!(
+                f,
+                "{separator}{component}: extrapolated beyond the profile {count} times, up to {rows} rows and {kv_tokens} tokens of history"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Rounds a sum of parts.
+pub(crate) fn nanos(ns: f64) -> Nanos {
+    Nanos((ns + 0.5) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use traces::ProfileMeta;
+
+    fn profile(points: &[(Component, u32, u32, u32, f64)]) -> LatencyProfile {
+        let point = |&(component, rows, kv_tokens, depths, time_us)| Point {
+            component,
+            rows,
+            kv_tokens,
+            depths,
+            time_us,
+            spread_us: 0.0,
+            repeats: 1,
+        };
+        LatencyProfile {
+            meta: ProfileMeta {
+                schema_version: LatencyProfile::SCHEMA_VERSION,
+                model: "test".into(),
+                fingerprint: LatencyProfile::ANY_MODEL.into(),
+                num_loops: 4,
+                device: "none".into(),
+                software: "none".into(),
+                source: "made up".into(),
+                overhead_us: 0.25,
+                weight_bytes: 0,
+                kv_bytes_per_token: 0,
+            },
+            points: points.iter().map(point).collect(),
+        }
+    }
+
+    fn model(points: &[(Component, u32, u32, u32, f64)]) -> LatencyModel {
+        LatencyModel::new(&profile(points)).unwrap()
+    }
+
+    use Component::{Block, DecodeAttention, DepthMix, Embed, Head, PrefillAttention};
+
+    #[test]
+    fn a_pass_is_the_sum_of_its_parts() {
+        let model = model(&[
+            (Block, 1, 0, 1, 10.0),
+            (Block, 5, 0, 1, 30.0),
+            (DecodeAttention, 1, 100, 1, 2.0),
+            (DecodeAttention, 1, 300, 1, 4.0),
+            (DecodeAttention, 3, 100, 1, 6.0),
+            (DecodeAttention, 3, 300, 1, 12.0),
+            (PrefillAttention, 2, 0, 1, 7.0),
+            (DepthMix, 1, 0, 3, 1.0),
+            (DepthMix, 5, 0, 3, 5.0),
+            (Embed, 1, 0, 1, 0.5),
+            (Head, 2, 0, 1, 3.0),
+        ]);
+        let mut beyond = Extrapolations::default();
+        let shape = PassShape { rows: 4, decode_rows: 2, decode_history: 400, depths: 2, embed_rows: 1, head_rows: 2 };
+        // overhead + block + decode attention at 2 rows of 200 + depth mix halfway from 1 depth to 3 + embed + head
+        let expected = 0.25 + 25.0 + 6.0 + 2.0 + 0.5 + 3.0;
+        assert!((model.pass_ns(&shape, &mut beyond) - 1e3 * expected).abs() < 1e-6);
+        assert_eq!(model.prefill_attention_ns(2, 0, &mut beyond), 7e3);
+        assert!(beyond.is_empty(), "{beyond}");
+        let empty = PassShape { depths: 1, ..PassShape::default() };
+        assert_eq!(model.pass_ns(&empty, &mut beyond), 250.0);
+    }
+
+    #[test]
+    fn below_the_grid_time_is_that_of_its_edge() {
+        let model = model(&[(Block, 4, 0, 1, 10.0), (Block, 8, 0, 1, 30.0), (DecodeAttention, 4, 64, 1, 5.0)]);
+        let mut beyond = Extrapolations::default();
+        assert_eq!(model.block.at(1, Block, &mut beyond), 10e3);
+        assert_eq!(model.decode_attention.at(1, 3.0, DecodeAttention, &mut beyond), 5e3);
+        assert!(beyond.is_empty());
+    }
+
+    #[test]
+    fn above_the_grid_the_last_slope_goes_on_and_is_reported() {
+        let model = model(&[
+            (Block, 1, 0, 1, 10.0),
+            (Block, 2, 0, 1, 12.0),
+            (Head, 1, 0, 1, 9.0),
+            (Head, 2, 0, 1, 8.0),
+            (DecodeAttention, 1, 10, 1, 1.0),
+            (DecodeAttention, 1, 20, 1, 2.0),
+            (DecodeAttention, 2, 10, 1, 2.0),
+            (DecodeAttention, 2, 20, 1, 4.0),
+        ]);
+        let mut beyond = Extrapolations::default();
+        assert_eq!(model.block.at(7, Block, &mut beyond), 22e3);
+        assert_eq!(model.block.at(5, Block, &mut beyond), 18e3);
+        assert_eq!(model.head_ns(10, &mut beyond), 8e3, "a falling last slope does not go on");
+        assert_eq!(model.decode_attention.at(2, 40.0, DecodeAttention, &mut beyond), 8e3);
+        assert_eq!(model.decode_attention.at(4, 20.0, DecodeAttention, &mut beyond), 8e3);
+        let found: Vec<_> = beyond.iter().collect();
+        assert_eq!(
+            found,
+            [
+                (Block, Extrapolation { count: 2, rows: 7, kv_tokens: 0 }),
+                (DecodeAttention, Extrapolation { count: 2, rows: 4, kv_tokens: 40 }),
+                (Head, Extrapolation { count: 1, rows: 10, kv_tokens: 0 }),
+            ]
+        );
+        assert_eq!(beyond.to_string().lines().count(), 3);
+    }
+
+    #[test]
+    fn each_number_of_rows_has_its_own_range_of_histories() {
+        let model = model(&[
+            (Block, 1, 0, 1, 1.0),
+            (DecodeAttention, 1, 0, 1, 0.0),
+            (DecodeAttention, 1, 100, 1, 10.0),
+            (DecodeAttention, 3, 0, 1, 0.0),
+            (DecodeAttention, 3, 50, 1, 15.0),
+        ]);
+        let mut beyond = Extrapolations::default();
+        assert_eq!(model.decode_attention.at(1, 100.0, DecodeAttention, &mut beyond), 10e3);
+        assert!(beyond.is_empty());
+        assert_eq!(model.decode_attention.at(2, 100.0, DecodeAttention, &mut beyond), 20e3);
+        assert!(!beyond.is_empty());
+    }
+
+    #[test]
+    fn profiles_that_cannot_be_interpolated_are_refused() {
+        let error = |points: &[_]| LatencyModel::new(&profile(points)).unwrap_err().to_string();
+        assert!(error(&[(Head, 1, 0, 1, 1.0)]).contains("`block`"));
+        assert!(error(&[(Block, 3, 0, 1, f64::NAN)]).contains("rows 3"));
+        assert!(error(&[(Block, 3, 0, 1, -1.0)]).contains("-1"));
+        assert!(error(&[(Block, 3, 0, 1, 1.0), (Block, 3, 0, 1, 2.0)]).contains("twice"));
+        let mut bad = profile(&[(Block, 1, 0, 1, 1.0)]);
+        bad.meta.num_loops = 0;
+        assert_eq!(LatencyModel::new(&bad).unwrap_err(), LatencyError::Loops(0));
+    }
+
+    proptest! {
+        #[test]
+        fn time_passes_through_its_points_and_lies_between_them(
+            times in prop::collection::btree_map(1u32..30_000, 0.0f64..1e5, 1..12),
+            rows in 1u32..40_000,
+        ) {
+            let points: Vec<_> = times.iter().map(|(&rows, &time)| (Block, rows, 0, 1, time)).collect();
+            let model = model(&points);
+            let mut beyond = Extrapolations::default();
+            for (&rows, &time) in &times {
+                prop_assert!((model.block.at(rows, Block, &mut beyond) - time * 1e3).abs() < 1e-6);
+            }
+            prop_assert!(beyond.is_empty());
+            let found = model.block.at(rows, Block, &mut beyond);
+            let below = times.range(..=rows).next_back().map(|(_, time)| time * 1e3);
+            let above = times.range(rows..).next().map(|(_, time)| time * 1e3);
+            let (Some(low), Some(high)) = (below.or(above), above.or(below)) else { unreachable!() };
+            prop_assert!(found >= low.min(high) - 1e-6);
+            prop_assert!(above.is_none() || found <= low.max(high) + 1e-6);
+            prop_assert_eq!(beyond.is_empty(), above.is_some());
+        }
+    }
+}
