@@ -1,0 +1,201 @@
+//! How many rows run at each depth, over time, in bounded memory.
+
+use scheduler::PassRecord;
+use serde::{Deserialize, Serialize};
+
+/// Rows of one pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PassRows {
+    /// Decode rows.
+    pub decode: u32,
+    /// Rows of prompt chunks.
+    pub prefill: u32,
+    /// Bit `d` is set if there is a row at depth `d`.
+    pub depths: u64,
+}
+
+impl PassRows {
+    /// Rows of both kinds.
+    pub fn total(self) -> u32 {
+        self.decode + self.prefill
+    }
+}
+
+/// Mean rows at each depth, in slices of time whose width doubles whenever the run outgrows
+/// [`SLICES`](Self::SLICES) of them.
+#[derive(Clone, Debug)]
+pub struct DepthRows {
+    num_loops: usize,
+    width_ns: u64,
+    /// Rows times nanoseconds, by slice, depth and kind.
+    row_time: Vec<[u64; 2]>,
+    /// Scratch: rows of the pass at hand, by depth and kind.
+    pass: Vec<[u64; 2]>,
+}
+
+/// One line of `depth_rows.csv`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DepthRowsRecord {
+    /// Start of the slice of time, in seconds.
+    pub start_s: f64,
+    /// Its width, in seconds.
+    pub width_s: f64,
+    /// The depth, from 0.
+    pub depth: u32,
+    /// Decode rows that ran at that depth: mean over the slice, idle time included.
+    pub decode_rows: f64,
+    /// The same of prompt rows.
+    pub prefill_rows: f64,
+}
+
+impl DepthRows {
+    /// Most slices.
+    pub const SLICES: usize = 512;
+    const FIRST_WIDTH_NS: u64 = 1 << 16;
+
+    /// Of a model with `num_loops` loops.
+    pub fn new(num_loops: u8) -> Self {
+        let num_loops = usize::from(num_loops);
+        Self { num_loops, width_ns: Self::FIRST_WIDTH_NS, row_time: Vec::new(), pass: vec![[0, 0]; num_loops] }
+    }
+
+    /// Counts the rows of a pass.
+    pub(super) fn record(&mut self, record: &PassRecord<'_>) -> PassRows {
+        let mut rows = PassRows::default();
+        self.pass.fill([0, 0]);
+        for segment in record.pass.segments {
+            self.pass[usize::from(segment.depth)][usize::from(!segment.decode)] += u64::from(segment.tokens);
+            rows.depths |= 1 << segment.depth;
+        }
+        for [decode, prefill] in &self.pass {
+            rows.decode += *decode as u32;
+            rows.prefill += *prefill as u32;
+        }
+        let start = record.start.0;
+        self.add_pass(start, start + record.elapsed.0);
+        rows
+    }
+
+    fn add_pass(&mut self, mut start: u64, end: u64) {
+        while end > self.width_ns * Self::SLICES as u64 {
+            self.double_width();
+        }
+        while start < end {
+            let slice = (start / self.width_ns) as usize;
+            let until = end.min((slice as u64 + 1) * self.width_ns);
+            let first = slice * self.num_loops;
+            if self.row_time.len() < first + self.num_loops {
+                self.row_time.resize(first + self.num_loops, [0, 0]);
+            }
+            for (sum, rows) in self.row_time[first..].iter_mut().zip(&self.pass) {
+                sum[0] += rows[0] * (until - start);
+                sum[1] += rows[1] * (until - start);
+            }
+            start = until;
+        }
+    }
+
+    fn double_width(&mut self) {
+        self.width_ns *= 2;
+        let slices = self.row_time.len() / self.num_loops;
+        for index in 0..self.row_time.len() {
+            let (slice, depth) = (index / self.num_loops, index % self.num_loops);
+            let sum = std::mem::take(&mut self.row_time[index]);
+            let into = &mut self.row_time[slice / 2 * self.num_loops + depth];
+            *into = [into[0] + sum[0], into[1] + sum[1]];
+        }
+        self.row_time.truncate(slices.div_ceil(2) * self.num_loops);
+    }
+
+    /// Adds the rows of another machine on the same clock.
+    pub(super) fn merge(&mut self, mut other: Self) {
+        while self.width_ns < other.width_ns {
+            self.double_width();
+        }
+        while other.width_ns < self.width_ns {
+            other.double_width();
+        }
+        if self.row_time.len() < other.row_time.len() {
+            self.row_time.resize(other.row_time.len(), [0, 0]);
+        }
+        for (sum, other) in self.row_time.iter_mut().zip(&other.row_time) {
+            *sum = [sum[0] + other[0], sum[1] + other[1]];
+        }
+    }
+
+    /// The lines of `depth_rows.csv`: by slice, then by depth.
+    pub fn records(&self) -> impl Iterator<Item = DepthRowsRecord> {
+        self.row_time.iter().enumerate().map(|(index, &[decode, prefill])| DepthRowsRecord {
+            start_s: ((index / self.num_loops) as u64 * self.width_ns) as f64 * 1e-9,
+            width_s: self.width_ns as f64 * 1e-9,
+            depth: (index % self.num_loops) as u32,
+            decode_rows: decode as f64 / self.width_ns as f64,
+            prefill_rows: prefill as f64 / self.width_ns as f64,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use scheduler::blocks::BlockTables;
+    use scheduler::{Look, Pass, Segment};
+    use traces::Nanos;
+
+    fn record(rows: &mut DepthRows, start: u64, elapsed: u64, depths: &[(u8, u32, bool)]) -> PassRows {
+        let segments: Vec<Segment> = depths
+            .iter()
+            .map(|&(depth, tokens, decode)| Segment {
+                slot: 0,
+                start: 0,
+                tokens,
+                depth,
+                decode,
+                predicts: false,
+                look: false,
+                head: false,
+            })
+            .collect();
+        let tables = BlockTables::new(1, 1, 1);
+        let pass = Pass { segments: &segments, look: Look::Never, tables: &tables };
+        rows.record(&PassRecord { start: Nanos(start), elapsed: Nanos(elapsed), pass, running: 1, waiting: 0 })
+    }
+
+    #[test]
+    fn row_time_is_kept_however_long_the_run() {
+        let mut rows = DepthRows::new(2);
+        let mut expected = [[0.0; 2]; 2];
+        for pass in 0..10_000u64 {
+            let counted = record(&mut rows, pass * 1_000_000, 700_000, &[(0, 3, true), (1, 5, false), (1, 1, true)]);
+            assert_eq!(counted, PassRows { decode: 4, prefill: 5, depths: 0b11 });
+            expected = [[expected[0][0] + 3.0 * 7e-4, 0.0], [expected[1][0] + 7e-4, expected[1][1] + 5.0 * 7e-4]];
+        }
+        let mut found = [[0.0; 2]; 2];
+        for record in rows.records() {
+            found[record.depth as usize][0] += record.decode_rows * record.width_s;
+            found[record.depth as usize][1] += record.prefill_rows * record.width_s;
+        }
+        for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+            assert!((found - expected).abs() < 1e-9, "{found} for {expected}");
+        }
+        assert!(rows.records().count() <= 2 * DepthRows::SLICES);
+    }
+
+    #[test]
+    fn a_pass_counts_in_every_slice_it_touches() {
+        let mut rows = DepthRows::new(1);
+        record(&mut rows, DepthRows::FIRST_WIDTH_NS / 2, DepthRows::FIRST_WIDTH_NS, &[(0, 4, true)]);
+        let decode: Vec<f64> = rows.records().map(|record| record.decode_rows).collect();
+        assert_eq!(decode, [2.0, 2.0]);
+    }
+
+    #[test]
+    fn two_machines_add_up() {
+        let (mut short, mut long) = (DepthRows::new(1), DepthRows::new(1));
+        record(&mut short, 0, 1000, &[(0, 2, true)]);
+        record(&mut long, 0, 1_000_000_000, &[(0, 1, true)]);
+        short.merge(long);
+        let total: f64 = short.records().map(|record| record.decode_rows * record.width_s).sum();
+        assert!((total - (2e-6 + 1.0)).abs() < 1e-9, "{total}");
+    }
+}

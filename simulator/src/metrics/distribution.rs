@@ -1,0 +1,184 @@
+//! Latencies of a run: exact while they are few, in bounded memory when they are many.
+
+use hdrhistogram::Histogram;
+use traces::Nanos;
+
+/// Spans of time and their quantiles.
+///
+/// Up to [`EXACT`](Self::EXACT) values are kept as they are; beyond it they go into a high-dynamic-range
+/// histogram whose quantiles are at most 0.1% too high. The mean is exact either way.
+#[derive(Clone, Debug, Default)]
+pub struct Distribution {
+    count: u64,
+    sum: u128,
+    exact: Vec<u64>,
+    sketch: Option<Box<Histogram<u64>>>,
+}
+
+const RESIZES: &str = "a histogram that resizes itself holds any value";
+
+impl Distribution {
+    /// Most values whose quantiles are exact.
+    pub const EXACT: usize = 100_000;
+
+    /// Adds a value.
+    #[inline]
+    pub fn record(&mut self, value: Nanos) {
+        self.count += 1;
+        self.sum += u128::from(value.0);
+        match &mut self.sketch {
+            Some(sketch) => sketch.record(value.0).expect(RESIZES),
+            None => {
+                self.exact.push(value.0);
+                if self.exact.len() > Self::EXACT {
+                    self.sketch_exact();
+                }
+            }
+        }
+    }
+
+    fn sketch_exact(&mut self) -> &mut Histogram<u64> {
+        let sketch =
+            self.sketch.get_or_insert_with(|| Box::new(Histogram::new(3).expect("3 significant digits are in range")));
+        for value in std::mem::take(&mut self.exact) {
+            sketch.record(value).expect(RESIZES);
+        }
+        sketch
+    }
+
+    /// Adds the values of another.
+    pub fn merge(&mut self, other: Self) {
+        self.count += other.count;
+        self.sum += other.sum;
+        if self.sketch.is_none() && other.sketch.is_none() && self.count <= Self::EXACT as u64 {
+            self.exact.extend(other.exact);
+            return;
+        }
+        let sketch = self.sketch_exact();
+        for value in other.exact {
+            sketch.record(value).expect(RESIZES);
+        }
+        if let Some(other) = other.sketch {
+            sketch.add(*other).expect(RESIZES);
+        }
+    }
+
+    /// How many values there are.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Their mean in milliseconds; NaN if there are none.
+    pub fn mean_ms(&self) -> f64 {
+        self.sum as f64 / self.count as f64 * 1e-6
+    }
+
+    /// Quantiles in milliseconds, in the order asked for; NaN if there are no values.
+    ///
+    /// Between two values they are interpolated, as NumPy does by default.
+    pub fn quantiles_ms<const N: usize>(&self, quantiles: [f64; N]) -> [f64; N] {
+        if let Some(sketch) = &self.sketch {
+            return quantiles.map(|quantile| sketch.value_at_quantile(quantile) as f64 * 1e-6);
+        }
+        let mut sorted = self.exact.clone();
+        sorted.sort_unstable();
+        quantiles.map(|quantile| {
+            let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+            let place = quantile * last as f64;
+            let below = sorted[place as usize] as f64;
+            let above = sorted[(place as usize + 1).min(last)] as f64;
+            (below + place.fract() * (above - below)) * 1e-6
+        })
+    }
+
+    /// The values in milliseconds, rising, each with the share of values up to it: at most about `points` of them.
+    pub fn cdf_ms(&self, points: usize) -> Vec<(f64, f64)> {
+        if self.count == 0 {
+            return Vec::new();
+        }
+        let mut sorted: Vec<(u64, u64)> = match &self.sketch {
+            Some(sketch) => {
+                sketch.iter_recorded().map(|v| (v.value_iterated_to(), v.count_since_last_iteration())).collect()
+            }
+            None => self.exact.iter().map(|&value| (value, 1)).collect(),
+        };
+        sorted.sort_unstable();
+        let step = self.count.div_ceil(points as u64);
+        let mut cdf = Vec::new();
+        let (mut seen, mut next) = (0, 0);
+        for (value, count) in sorted {
+            seen += count;
+            if seen > next || seen == self.count {
+                cdf.push((value as f64 * 1e-6, seen as f64 / self.count as f64));
+                next = seen + step - 1;
+            }
+        }
+        cdf
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn distribution(values: impl IntoIterator<Item = u64>) -> Distribution {
+        let mut distribution = Distribution::default();
+        values.into_iter().for_each(|value| distribution.record(Nanos(value)));
+        distribution
+    }
+
+    #[test]
+    fn quantiles_of_few_values_are_interpolated_between_them() {
+        let distribution = distribution([4_000_000, 1_000_000, 3_000_000, 2_000_000]);
+        let found = distribution.quantiles_ms([0.0, 0.5, 0.9, 1.0]);
+        assert!(
+            found.iter().zip([1.0, 2.5, 3.7, 4.0]).all(|(found, expected)| (found - expected).abs() < 1e-12),
+            "{found:?}"
+        );
+        assert_eq!(distribution.mean_ms(), 2.5);
+    }
+
+    #[test]
+    fn without_values_there_is_no_mean_and_no_quantile() {
+        let empty = Distribution::default();
+        assert!(empty.mean_ms().is_nan() && empty.quantiles_ms([0.5])[0].is_nan() && empty.cdf_ms(10).is_empty());
+    }
+
+    #[test]
+    fn quantiles_of_many_values_are_within_a_thousandth() {
+        let values: Vec<u64> = (0..3 * Distribution::EXACT as u64).map(|i| 1000 + i * i).collect();
+        let sketched = distribution(values.iter().copied());
+        for quantile in [0.01, 0.5, 0.9, 0.99, 0.999] {
+            let exact = values[(quantile * values.len() as f64).ceil() as usize - 1] as f64 * 1e-6;
+            let [found] = sketched.quantiles_ms([quantile]);
+            assert!((found / exact - 1.0).abs() <= 1e-3, "{quantile}: {found} for {exact}");
+        }
+        let mean = values.iter().sum::<u64>() as f64 / values.len() as f64 * 1e-6;
+        assert!((sketched.mean_ms() / mean - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_cdf_rises_to_one() {
+        for count in [1, 7, 1000, 2 * Distribution::EXACT as u64] {
+            let cdf = distribution((0..count).map(|i| i * 1000)).cdf_ms(100);
+            assert!(cdf.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1) && cdf.len() <= 101, "{count}: {}", cdf.len());
+            assert_eq!(cdf.last().unwrap().1, 1.0);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn merged_parts_equal_the_whole(values in prop::collection::vec(0u64..10_000_000_000, 0..200), split in 0usize..200) {
+            let split = split.min(values.len());
+            let mut merged = distribution(values[..split].iter().copied());
+            merged.merge(distribution(values[split..].iter().copied()));
+            let whole = distribution(values.iter().copied());
+            prop_assert_eq!(merged.count(), whole.count());
+            if whole.count() > 0 {
+                prop_assert_eq!(merged.mean_ms(), whole.mean_ms());
+                prop_assert_eq!(merged.quantiles_ms([0.5, 0.99]), whole.quantiles_ms([0.5, 0.99]));
+            }
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! What a run was like: an observer for measured and simulated runs alike, and the files it leaves.
+//!
+//! Latencies as vLLM defines them: TTFT is first token less arrival; TPOT is (last - first token) / (tokens - 1)
+//! of a request with more than one; ITL is each gap between tokens; end-to-end is last token less arrival.
+
+mod depth_rows;
+mod distribution;
+mod records;
+mod summary;
+
+pub use depth_rows::{DepthRows, DepthRowsRecord};
+pub use distribution::Distribution;
+pub use records::{PassRow, RequestRow};
+pub use summary::{Source, Summary, write_csv};
+
+use scheduler::{Observer, Settings, Token};
+use traces::{Nanos, Request};
+
+/// Gathers the metrics of one machine, or by [`merge`](Self::merge) of several on one clock.
+///
+/// Memory does not grow with the length of the run unless rows are asked for.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    settings: Settings,
+    machines: u32,
+    ttft: Distribution,
+    tpot: Distribution,
+    itl: Distribution,
+    end_to_end: Distribution,
+    depth_rows: DepthRows,
+    totals: Totals,
+    requests: Option<Vec<RequestRow>>,
+    passes: Option<Vec<PassRow>>,
+}
+
+/// Sums over a run; times in nanoseconds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Totals {
+    requests: u64,
+    tokens: u64,
+    /// Passes of all tokens: each token's exit depth and one.
+    token_passes: u64,
+    preemptions: u64,
+    passes: u64,
+    row_visits: u64,
+    busy: u64,
+    /// Rows, decode rows and running sequences, each times the time of its pass.
+    row_time: u128,
+    decode_row_time: u128,
+    running_time: u128,
+    first_arrival: Option<Nanos>,
+    last_token: Nanos,
+}
+
+impl Metrics {
+    /// Metrics of a run that has not begun.
+    pub fn new(settings: &Settings) -> Self {
+        Self {
+            settings: *settings,
+            machines: 1,
+            ttft: Distribution::default(),
+            tpot: Distribution::default(),
+            itl: Distribution::default(),
+            end_to_end: Distribution::default(),
+            depth_rows: DepthRows::new(settings.num_loops),
+            totals: Totals::default(),
+            requests: None,
+            passes: None,
+        }
+    }
+
+    /// Keeps a row for each request, 80 bytes each.
+    pub fn with_requests(self) -> Self {
+        Self { requests: Some(Vec::new()), ..self }
+    }
+
+    /// Keeps a row for each pass, 48 bytes each.
+    pub fn with_passes(self) -> Self {
+        Self { passes: Some(Vec::new()), ..self }
+    }
+
+    /// How the run is scheduled.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Time from a request's arrival to its first token.
+    pub fn ttft(&self) -> &Distribution {
+        &self.ttft
+    }
+
+    /// Time per output token after the first, by request.
+    pub fn tpot(&self) -> &Distribution {
+        &self.tpot
+    }
+
+    /// Gaps between the tokens of a request.
+    pub fn itl(&self) -> &Distribution {
+        &self.itl
+    }
+
+    /// Time from a request's arrival to its last token.
+    pub fn end_to_end(&self) -> &Distribution {
+        &self.end_to_end
+    }
+
+    /// Rows by depth over time.
+    pub fn depth_rows(&self) -> &DepthRows {
+        &self.depth_rows
+    }
+
+    /// Finished requests in the order of their ids; empty if they were not asked for.
+    pub fn requests(&self) -> impl Iterator<Item = &RequestRow> {
+        self.requests.iter().flatten().filter(|row| row.is_finished())
+    }
+
+    /// Passes in order; empty if they were not asked for.
+    pub fn passes(&self) -> &[PassRow] {
+        self.passes.as_deref().unwrap_or_default()
+    }
+
+    /// Visits of a row to the block: one for each row of each pass.
+    pub fn row_visits(&self) -> u64 {
+        self.totals.row_visits
+    }
+
+    /// From the first arrival to the last token.
+    pub fn makespan(&self) -> Nanos {
+        self.totals.last_token.since(self.totals.first_arrival.unwrap_or_default())
+    }
+
+    /// Adds the metrics of another machine that ran on the same clock.
+    pub fn merge(&mut self, other: Self) {
+        self.machines += other.machines;
+        self.ttft.merge(other.ttft);
+        self.tpot.merge(other.tpot);
+        self.itl.merge(other.itl);
+        self.end_to_end.merge(other.end_to_end);
+        self.depth_rows.merge(other.depth_rows);
+        self.totals.merge(&other.totals);
+        if let (Some(rows), Some(others)) = (&mut self.requests, other.requests) {
+            records::merge_requests(rows, others);
+        }
+        if let (Some(rows), Some(others)) = (&mut self.passes, other.passes) {
+            rows.extend(others);
+            rows.sort_by(|a, b| a.start_s.total_cmp(&b.start_s));
+        }
+    }
+
+    fn request_row(&mut self, request: &Request) -> Option<&mut RequestRow> {
+        self.requests.as_mut().map(|rows| records::row_of(rows, request))
+    }
+}
+
+impl Totals {
+    fn merge(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.tokens += other.tokens;
+        self.token_passes += other.token_passes;
+        self.preemptions += other.preemptions;
+        self.passes += other.passes;
+        self.row_visits += other.row_visits;
+        self.busy += other.busy;
+        self.row_time += other.row_time;
+        self.decode_row_time += other.decode_row_time;
+        self.running_time += other.running_time;
+        self.first_arrival = self.first_arrival.into_iter().chain(other.first_arrival).min();
+        self.last_token = self.last_token.max(other.last_token);
+    }
+}
+
+impl Observer for Metrics {
+    fn admitted(&mut self, now: Nanos, request: &Request) {
+        let first = self.totals.first_arrival.get_or_insert(request.arrival);
+        *first = request.arrival.min(*first);
+        if let Some(row) = self.request_row(request) {
+            row.admitted(now);
+        }
+    }
+
+    fn preempted(&mut self, _now: Nanos, request: &Request) {
+        self.totals.preemptions += 1;
+        if let Some(row) = self.request_row(request) {
+            row.preemptions += 1;
+        }
+    }
+
+    fn pass(&mut self, record: &scheduler::PassRecord<'_>) {
+        let rows = self.depth_rows.record(record);
+        let elapsed = u128::from(record.elapsed.0);
+        let totals = &mut self.totals;
+        totals.passes += 1;
+        totals.row_visits += u64::from(rows.total());
+        totals.busy += record.elapsed.0;
+        totals.row_time += u128::from(rows.total()) * elapsed;
+        totals.decode_row_time += u128::from(rows.decode) * elapsed;
+        totals.running_time += u128::from(record.running) * elapsed;
+        if let Some(passes) = &mut self.passes {
+            passes.push(PassRow::new(record, rows));
+        }
+    }
+
+    fn token(&mut self, now: Nanos, request: &Request, token: Token) {
+        let passes = u64::from(token.depth) + 1;
+        self.totals.tokens += 1;
+        self.totals.token_passes += passes;
+        if let Some(previous) = token.previous {
+            self.itl.record(now - previous);
+        }
+        if let Some(row) = self.request_row(request) {
+            row.passes += passes;
+        }
+    }
+
+    fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
+        self.totals.requests += 1;
+        self.totals.last_token = self.totals.last_token.max(now);
+        let latencies = records::RequestLatencies::new(now, request, first_token);
+        self.ttft.record(latencies.ttft);
+        self.end_to_end.record(latencies.end_to_end);
+        if let Some(tpot) = latencies.tpot {
+            self.tpot.record(tpot);
+        }
+        if let Some(row) = self.request_row(request) {
+            row.finished(now, &latencies);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use scheduler::Batching;
+
+    fn settings() -> Settings {
+        Settings {
+            batching: Batching::Sequence,
+            exit: "confidence:margin:0.5".parse().unwrap(),
+            num_loops: 4,
+            max_batch: 2,
+            token_budget: 8,
+            prefill_chunk: 8,
+            block_tokens: 16,
+            num_blocks: 16,
+        }
+    }
+
+    fn ms(milliseconds: u64) -> Nanos {
+        Nanos(milliseconds * 1_000_000)
+    }
+
+    /// Two requests: tokens at 30, 40, 60 ms after an arrival at 10 ms, and one at 50 ms after 20 ms.
+    fn watched() -> Metrics {
+        let mut metrics = Metrics::new(&settings()).with_requests();
+        let long = Request { id: 0, arrival: ms(10), prompt_tokens: 5, output_tokens: 3 };
+        let short = Request { id: 1, arrival: ms(20), prompt_tokens: 5, output_tokens: 1 };
+        let token = |index, depth, previous| Token { index, depth, previous };
+        metrics.admitted(ms(15), &long);
+        metrics.token(ms(30), &long, token(0, 3, None));
+        metrics.admitted(ms(30), &short);
+        metrics.preempted(ms(35), &short);
+        metrics.token(ms(40), &long, token(1, 0, Some(ms(30))));
+        metrics.admitted(ms(40), &short);
+        metrics.token(ms(50), &short, token(0, 1, None));
+        metrics.finished(ms(50), &short, ms(50));
+        metrics.token(ms(60), &long, token(2, 0, Some(ms(40))));
+        metrics.finished(ms(60), &long, ms(30));
+        metrics
+    }
+
+    #[test]
+    fn latencies_are_as_vllm_defines_them() {
+        let summary = watched().summary(Source::Measured, None);
+        assert_eq!(summary.ttft_mean_ms, 25.0);
+        assert_eq!(summary.tpot_mean_ms, 15.0);
+        assert_eq!(summary.itl_p50_ms, 15.0);
+        assert_eq!(summary.e2e_mean_ms, 40.0);
+        assert_eq!(summary.mean_depth, (4 + 1 + 1 + 2) as f64 / 4.0);
+        assert_eq!((summary.requests, summary.output_tokens, summary.preemptions), (2, 4, 1));
+        assert!((summary.throughput_tok_s - 4.0 / 0.05).abs() < 1e-9);
+    }
+
+    #[test]
+    fn rows_of_requests_say_when_and_how_long() {
+        let metrics = watched();
+        let rows: Vec<_> = metrics.requests().collect();
+        assert_eq!((rows[0].ttft_ms, rows[0].tpot_ms, rows[0].e2e_ms, rows[0].passes), (20.0, 15.0, 50.0, 6));
+        assert_eq!((rows[1].ttft_ms, rows[1].e2e_ms, rows[1].preemptions), (30.0, 30.0, 1));
+        assert!(rows[1].tpot_ms.is_nan());
+        assert!((rows[1].admitted_s - 0.03).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_summary_reads_back_from_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("summary.csv");
+        let summary = watched().summary(Source::Measured, Some(0.75));
+        // No pass was watched, so occupancy is not a number, and not equal to itself.
+        let summary = Summary { occupancy: 0.5, mean_rows: 1.0, mean_running: 1.0, ..summary };
+        write_csv(&path, [&summary]).unwrap();
+        let read: Vec<Summary> =
+            csv::Reader::from_path(&path).unwrap().deserialize().collect::<Result<_, _>>().unwrap();
+        assert_eq!(read, [summary]);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let columns = "source,batching,exit,threshold";
+        assert!(text.starts_with(columns) && text.contains("measured,sequence,confidence,0.5,confidence:margin:0.5,2"));
+    }
+
+    #[test]
+    fn an_unwritable_file_is_named() {
+        let error = write_csv(std::path::Path::new("/nowhere/summary.csv"), [1]).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/summary.csv"), "{error}");
+    }
+}

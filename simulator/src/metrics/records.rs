@@ -1,0 +1,157 @@
+//! The lines of `requests.csv` and `passes.csv`.
+
+use scheduler::PassRecord;
+use serde::{Deserialize, Serialize};
+use traces::{Nanos, Request};
+
+use super::depth_rows::PassRows;
+
+/// One request as it was served: a line of `requests.csv`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RequestRow {
+    /// Its id in the request trace.
+    pub id: u32,
+    /// Length of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated.
+    pub output_tokens: u32,
+    /// How often it lost its slot.
+    pub preemptions: u32,
+    /// Passes of its generated tokens: each one's exit depth and one.
+    pub passes: u64,
+    /// When it arrived, in seconds since the start of the run.
+    pub arrival_s: f64,
+    /// When it first got a slot.
+    pub admitted_s: f64,
+    /// When its first token came.
+    pub first_token_s: f64,
+    /// When its last token came.
+    pub finished_s: f64,
+    /// First token less arrival.
+    pub ttft_ms: f64,
+    /// Time per token after the first; NaN if there is only one.
+    pub tpot_ms: f64,
+    /// Last token less arrival.
+    pub e2e_ms: f64,
+}
+
+/// The latencies of one finished request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RequestLatencies {
+    pub ttft: Nanos,
+    /// From the first token to the last.
+    pub decode: Nanos,
+    /// None if there is only one token.
+    pub tpot: Option<Nanos>,
+    pub end_to_end: Nanos,
+}
+
+impl RequestLatencies {
+    pub fn new(now: Nanos, request: &Request, first_token: Nanos) -> Self {
+        let decode = now.since(first_token);
+        let gaps = u64::from(request.output_tokens - 1);
+        Self {
+            ttft: first_token.since(request.arrival),
+            decode,
+            tpot: decode.0.checked_div(gaps).map(Nanos),
+            end_to_end: now.since(request.arrival),
+        }
+    }
+}
+
+/// The row of a request; rows lie by id.
+pub(super) fn row_of<'a>(rows: &'a mut Vec<RequestRow>, request: &Request) -> &'a mut RequestRow {
+    let index = request.id as usize;
+    while rows.len() <= index {
+        rows.push(RequestRow::unseen(rows.len() as u32));
+    }
+    let row = &mut rows[index];
+    if row.output_tokens == 0 {
+        row.prompt_tokens = request.prompt_tokens;
+        row.output_tokens = request.output_tokens;
+        row.arrival_s = request.arrival.as_secs_f64();
+    }
+    row
+}
+
+/// Fills in the requests that another machine served.
+pub(super) fn merge_requests(rows: &mut Vec<RequestRow>, others: Vec<RequestRow>) {
+    for other in others.into_iter().filter(|row| row.output_tokens > 0) {
+        let index = other.id as usize;
+        while rows.len() <= index {
+            rows.push(RequestRow::unseen(rows.len() as u32));
+        }
+        rows[index] = other;
+    }
+}
+
+impl RequestRow {
+    fn unseen(id: u32) -> Self {
+        Self {
+            id,
+            prompt_tokens: 0,
+            output_tokens: 0,
+            preemptions: 0,
+            passes: 0,
+            arrival_s: 0.0,
+            admitted_s: f64::NAN,
+            first_token_s: f64::NAN,
+            finished_s: f64::NAN,
+            ttft_ms: f64::NAN,
+            tpot_ms: f64::NAN,
+            e2e_ms: f64::NAN,
+        }
+    }
+
+    pub(super) fn admitted(&mut self, now: Nanos) {
+        if self.admitted_s.is_nan() {
+            self.admitted_s = now.as_secs_f64();
+        }
+    }
+
+    pub(super) fn finished(&mut self, now: Nanos, latencies: &RequestLatencies) {
+        self.first_token_s = now.since(latencies.decode).as_secs_f64();
+        self.finished_s = now.as_secs_f64();
+        self.ttft_ms = latencies.ttft.as_millis_f64();
+        self.tpot_ms = latencies.tpot.map_or(f64::NAN, Nanos::as_millis_f64);
+        self.e2e_ms = latencies.end_to_end.as_millis_f64();
+    }
+
+    /// Whether its last token has come.
+    pub fn is_finished(&self) -> bool {
+        !self.finished_s.is_nan()
+    }
+}
+
+/// One pass as it ran: a line of `passes.csv`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PassRow {
+    /// When it started, in seconds since the start of the run.
+    pub start_s: f64,
+    /// How long it took, exit head included.
+    pub time_us: f64,
+    /// Decode rows.
+    pub decode_rows: u32,
+    /// Rows of prompt chunks.
+    pub prefill_rows: u32,
+    /// Distinct depths among the rows.
+    pub depths: u32,
+    /// Sequences that held a slot.
+    pub running: u32,
+    /// Requests that waited for one.
+    pub waiting: u32,
+}
+
+impl PassRow {
+    pub(super) fn new(record: &PassRecord<'_>, rows: PassRows) -> Self {
+        Self {
+            start_s: record.start.as_secs_f64(),
+            time_us: record.elapsed.as_micros_f64(),
+            decode_rows: rows.decode,
+            prefill_rows: rows.prefill,
+            depths: rows.depths.count_ones(),
+            running: record.running,
+            waiting: record.waiting,
+        }
+    }
+}

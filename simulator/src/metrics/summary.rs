@@ -1,0 +1,173 @@
+//! The line that a run leaves in `summary.csv`.
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+
+use scheduler::Batching;
+use serde::{Deserialize, Serialize};
+
+use super::{Distribution, Metrics};
+
+/// Whether a run's times were read off a clock or looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// The engine ran it.
+    Measured,
+    /// The simulator ran it.
+    Simulated,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Measured => "measured",
+            Self::Simulated => "simulated",
+        })
+    }
+}
+
+/// One run: a line of `summary.csv`. A latency that no request has (TPOT of single tokens) is NaN.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Measured or simulated.
+    pub source: Source,
+    /// The batching policy.
+    pub batching: Batching,
+    /// The kind of exit policy: none, static, oracle, confidence.
+    pub exit: String,
+    /// The threshold of a confidence policy.
+    pub threshold: Option<f32>,
+    /// The exit policy in full, as the command line takes it.
+    pub exit_policy: String,
+    /// Most sequences that run at once, on each machine.
+    pub max_batch: u32,
+    /// Machines.
+    pub replicas: u32,
+    /// Requests that got their last token.
+    pub requests: u64,
+    /// Tokens generated.
+    pub output_tokens: u64,
+    /// From the first arrival to the last token, in seconds.
+    pub makespan_s: f64,
+    /// Tokens generated per second of makespan.
+    pub throughput_tok_s: f64,
+    /// Passes per generated token, 1 to the number of loops.
+    pub mean_depth: f64,
+    /// Share of generated tokens equal to what full depth gives, 0 to 1.
+    pub token_agreement: Option<f64>,
+    /// TTFT in milliseconds: mean.
+    pub ttft_mean_ms: f64,
+    /// TTFT: median.
+    pub ttft_p50_ms: f64,
+    /// TTFT: 90th percentile.
+    pub ttft_p90_ms: f64,
+    /// TTFT: 99th percentile.
+    pub ttft_p99_ms: f64,
+    /// TPOT in milliseconds: mean.
+    pub tpot_mean_ms: f64,
+    /// TPOT: median.
+    pub tpot_p50_ms: f64,
+    /// TPOT: 90th percentile.
+    pub tpot_p90_ms: f64,
+    /// TPOT: 99th percentile.
+    pub tpot_p99_ms: f64,
+    /// ITL in milliseconds: mean.
+    pub itl_mean_ms: f64,
+    /// ITL: median.
+    pub itl_p50_ms: f64,
+    /// ITL: 90th percentile.
+    pub itl_p90_ms: f64,
+    /// ITL: 99th percentile.
+    pub itl_p99_ms: f64,
+    /// End-to-end latency in milliseconds: mean.
+    pub e2e_mean_ms: f64,
+    /// End-to-end latency: median.
+    pub e2e_p50_ms: f64,
+    /// End-to-end latency: 90th percentile.
+    pub e2e_p90_ms: f64,
+    /// End-to-end latency: 99th percentile.
+    pub e2e_p99_ms: f64,
+    /// Decode rows per pass as a share of the batch limit, weighted by the time of the pass.
+    pub occupancy: f64,
+    /// Rows per pass, prompts included, weighted by the time of the pass.
+    pub mean_rows: f64,
+    /// Sequences that hold a slot, weighted by the time of the pass.
+    pub mean_running: f64,
+    /// Share of the makespan in which a pass ran.
+    pub busy: f64,
+    /// Passes.
+    pub passes: u64,
+    /// How often a sequence lost its slot.
+    pub preemptions: u64,
+}
+
+impl Metrics {
+    /// Sums the run up; `token_agreement` is for the executor to say.
+    pub fn summary(&self, source: Source, token_agreement: Option<f64>) -> Summary {
+        let totals = &self.totals;
+        let makespan_s = self.makespan().as_secs_f64();
+        let busy = totals.busy as f64;
+        let settings = &self.settings;
+        let [ttft_mean_ms, ttft_p50_ms, ttft_p90_ms, ttft_p99_ms] = mean_and_tail(&self.ttft);
+        let [tpot_mean_ms, tpot_p50_ms, tpot_p90_ms, tpot_p99_ms] = mean_and_tail(&self.tpot);
+        let [itl_mean_ms, itl_p50_ms, itl_p90_ms, itl_p99_ms] = mean_and_tail(&self.itl);
+        let [e2e_mean_ms, e2e_p50_ms, e2e_p90_ms, e2e_p99_ms] = mean_and_tail(&self.end_to_end);
+        Summary {
+            source,
+            batching: settings.batching,
+            exit: settings.exit.kind().to_owned(),
+            threshold: settings.exit.threshold(),
+            exit_policy: settings.exit.to_string(),
+            max_batch: settings.max_batch,
+            replicas: self.machines,
+            requests: totals.requests,
+            output_tokens: totals.tokens,
+            makespan_s,
+            throughput_tok_s: totals.tokens as f64 / makespan_s,
+            mean_depth: totals.token_passes as f64 / totals.tokens as f64,
+            token_agreement,
+            ttft_mean_ms,
+            ttft_p50_ms,
+            ttft_p90_ms,
+            ttft_p99_ms,
+            tpot_mean_ms,
+            tpot_p50_ms,
+            tpot_p90_ms,
+            tpot_p99_ms,
+            itl_mean_ms,
+            itl_p50_ms,
+            itl_p90_ms,
+            itl_p99_ms,
+            e2e_mean_ms,
+            e2e_p50_ms,
+            e2e_p90_ms,
+            e2e_p99_ms,
+            occupancy: totals.decode_row_time as f64 / busy / f64::from(settings.max_batch),
+            mean_rows: totals.row_time as f64 / busy,
+            mean_running: totals.running_time as f64 / busy,
+            busy: busy * 1e-9 / makespan_s / f64::from(self.machines),
+            passes: totals.passes,
+            preemptions: totals.preemptions,
+        }
+    }
+}
+
+fn mean_and_tail(latencies: &Distribution) -> [f64; 4] {
+    let [p50, p90, p99] = latencies.quantiles_ms([0.5, 0.9, 0.99]);
+    [latencies.mean_ms(), p50, p90, p99]
+}
+
+/// Writes lines with a header to a CSV file: summaries, requests, passes or depth rows.
+///
+/// # Errors
+/// If the file cannot be written; the message names it.
+pub fn write_csv(path: &Path, lines: impl IntoIterator<Item = impl Serialize>) -> io::Result<()> {
+    let named = |error: csv::Error| io::Error::other(format!("{}: {error}", path.display()));
+    let mut writer = csv::Writer::from_path(path).map_err(named)?;
+    for line in lines {
+        writer.serialize(line).map_err(named)?;
+    }
+    writer.flush()
+}
