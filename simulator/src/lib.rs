@@ -1,1 +1,68 @@
 //! Discrete-event simulation of serving over latency profiles and exit traces.
+//!
+//! The scheduler is the engine's own; only the executor differs. It looks the time of a pass up in a latency
+//! profile, and how sure each row was in an exit trace:
+//!
+//! ```text
+//! requests ──arrivals──► routing ──► scheduler ──pass──► ProfileExecutor ──► Observer (Metrics)
+//!               ▲                        ▲                │    │
+//!          event queue ◄──pass ends──────┴── elapsed ◄────┘    │
+//!                                                 LatencyModel ┴ ExitModel
+//! ```
+//!
+//! ```
+//! use scheduler::Settings;
+//! use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source};
+//! use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
+//!
+//! // A block that takes 100 microseconds up to 8 rows and 120 at 16, and nothing else.
+//! let profile = LatencyProfile {
+//!     meta: ProfileMeta {
+//!         schema_version: LatencyProfile::SCHEMA_VERSION,
+//!         model: "toy".into(), fingerprint: LatencyProfile::ANY_MODEL.into(), num_loops: 2,
+//!         device: "none".into(), software: "none".into(), source: "made up".into(),
+//!         overhead_us: 0.0, weight_bytes: 0, kv_bytes_per_token: 0,
+//!     },
+//!     points: [(8, 100.0), (16, 120.0)]
+//!         .map(|(rows, time_us)| Point {
+//!             component: Component::Block, rows, kv_tokens: 0, depths: 1, time_us, spread_us: 0.0, repeats: 1,
+//!         })
+//!         .to_vec(),
+//! };
+//! // A generation of two tokens: the first is sure after one loop, the second after two.
+//! let mut trace = ExitTrace::new(ExitTraceMeta {
+//!     schema_version: ExitTrace::SCHEMA_VERSION,
+//!     model: "toy".into(), fingerprint: "toy".into(), num_loops: 2, source: "made up".into(),
+//! });
+//! let row = |top1, token| (Signals { top1, ..Signals::default() }, token);
+//! trace.push_generation(&[row(0.9, 7), row(0.99, 7), row(0.3, 5), row(0.8, 6)]);
+//!
+//! let latency = LatencyModel::new(&profile)?;
+//! let exits = ExitModel::new(&trace, Draw::Seeded(1))?;
+//! let settings = Settings {
+//!     batching: "depth".parse()?, exit: "confidence:0.5".parse()?,
+//!     num_loops: 2, max_batch: 8, token_budget: 64, prefill_chunk: 64, block_tokens: 16, num_blocks: 100,
+//! };
+//! let mut metrics = Metrics::new(&settings);
+//! let requests = [Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 2 }];
+//! let outcome = Simulation::new(settings, &latency, &exits)?.run(requests, std::slice::from_mut(&mut metrics))?;
+//! let summary = metrics.summary(Source::Simulated, Some(outcome.token_agreement()));
+//! assert_eq!(summary.mean_depth, 1.5);
+//! assert_eq!(metrics.makespan(), Nanos(300_000));
+//! assert_eq!(summary.token_agreement, Some(1.0));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+pub mod executor;
+pub mod exits;
+pub mod latency;
+pub mod metrics;
+pub mod routing;
+pub mod simulation;
+
+pub use executor::ProfileExecutor;
+pub use exits::{Draw, ExitError, ExitModel};
+pub use latency::{Extrapolations, LatencyError, LatencyModel};
+pub use metrics::{Metrics, Source, Summary, write_csv};
+pub use routing::Routing;
+pub use simulation::{Outcome, Simulation, SimulationError, run_all};

@@ -1,0 +1,97 @@
+//! An executor that runs no model: it looks times up in a latency model and exit signals up in an exit model.
+
+use scheduler::{Executor, Pass, Slot};
+use traces::{Nanos, Request};
+
+use crate::exits::{Cursor, ExitError, ExitModel};
+use crate::latency::{Extrapolations, LatencyModel, PassShape, nanos};
+
+/// Runs passes of a profile.
+#[derive(Clone, Debug)]
+pub struct ProfileExecutor<'m> {
+    latency: &'m LatencyModel,
+    exits: &'m ExitModel,
+    /// By slot.
+    cursors: Vec<Cursor>,
+    tokens: u64,
+    agreeing: u64,
+    extrapolations: Extrapolations,
+}
+
+impl<'m> ProfileExecutor<'m> {
+    /// An executor of up to `max_batch` sequences. The caller sees to it that both models are of the same model.
+    pub fn new(latency: &'m LatencyModel, exits: &'m ExitModel, max_batch: u32) -> Self {
+        Self {
+            latency,
+            exits,
+            cursors: vec![Cursor::default(); max_batch as usize],
+            tokens: 0,
+            agreeing: 0,
+            extrapolations: Extrapolations::default(),
+        }
+    }
+
+    /// Tokens emitted so far.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Tokens emitted so far that equal what full depth gives.
+    pub fn agreeing_tokens(&self) -> u64 {
+        self.agreeing
+    }
+
+    /// Where the run has left the measured grid so far.
+    pub fn extrapolations(&self) -> &Extrapolations {
+        &self.extrapolations
+    }
+}
+
+impl Executor for ProfileExecutor<'_> {
+    type Error = ExitError;
+
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), ExitError> {
+        self.cursors[slot as usize] = self.exits.cursor(request, generated)?;
+        Ok(())
+    }
+
+    fn release(&mut self, _slot: Slot) {}
+
+    fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, ExitError> {
+        let column = self.exits.column(pass.look);
+        let mut shape = PassShape::default();
+        let mut depths = 0u64;
+        let mut prefill_ns = 0.0;
+        for (segment, signal) in pass.segments.iter().zip(signals) {
+            shape.rows += segment.tokens;
+            shape.embed_rows += if segment.depth == 0 { segment.tokens } else { 0 };
+            shape.head_rows += u32::from(segment.head);
+            depths |= 1 << segment.depth;
+            if segment.decode {
+                shape.decode_rows += 1;
+                shape.decode_history += u64::from(segment.start);
+            } else {
+                prefill_ns +=
+                    self.latency.prefill_attention_ns(segment.tokens, segment.start, &mut self.extrapolations);
+            }
+            if segment.look {
+                *signal = column[self.exits.row(&self.cursors[segment.slot as usize], segment.depth)];
+            }
+        }
+        shape.depths = depths.count_ones();
+        Ok(nanos(prefill_ns + self.latency.pass_ns(&shape, &mut self.extrapolations)))
+    }
+
+    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, ExitError> {
+        let mut head_rows = 0;
+        for &index in leaving {
+            let segment = &pass.segments[index as usize];
+            let cursor = &mut self.cursors[segment.slot as usize];
+            self.agreeing += u64::from(self.exits.agrees(self.exits.row(cursor, segment.depth)));
+            self.exits.advance(cursor);
+            head_rows += u32::from(!segment.head);
+        }
+        self.tokens += leaving.len() as u64;
+        Ok(nanos(self.latency.head_ns(head_rows, &mut self.extrapolations)))
+    }
+}

@@ -1,0 +1,141 @@
+//! Which of several machines a request goes to.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use traces::Request;
+
+use crate::exits::{hash, scaled};
+
+/// A rule that spreads requests over machines. Load is the number of requests that wait or run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Routing {
+    /// To each in turn.
+    RoundRobin,
+    /// To any, by a hash of this seed and the request's id.
+    Random(u64),
+    /// To the one with the least load; of equals, the first.
+    LeastLoaded,
+    /// To the less loaded of two that are drawn at random; of equals, the first drawn.
+    TwoChoices(u64),
+}
+
+impl fmt::Display for Routing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RoundRobin => f.write_str("round-robin"),
+            Self::Random(seed) => write!(f, "random:{seed}"),
+            Self::LeastLoaded => f.write_str("least-loaded"),
+            Self::TwoChoices(seed) => write!(f, "two-choices:{seed}"),
+        }
+    }
+}
+
+impl From<Routing> for String {
+    fn from(routing: Routing) -> Self {
+        routing.to_string()
+    }
+}
+
+impl TryFrom<String> for Routing {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl FromStr for Routing {
+    type Err = String;
+
+    /// Reads `round-robin`, `random[:SEED]`, `least-loaded` or `two-choices[:SEED]`; the seed is 0 if left out.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, seed) = match text.split_once(':') {
+            Some((name, seed)) => (name, seed.parse().ok()),
+            None => (text, Some(0)),
+        };
+        match (name, seed) {
+            ("round-robin", _) if text == name => Ok(Self::RoundRobin),
+            ("least-loaded", _) if text == name => Ok(Self::LeastLoaded),
+            ("random", Some(seed)) => Ok(Self::Random(seed)),
+            ("two-choices", Some(seed)) => Ok(Self::TwoChoices(seed)),
+            _ => Err(format!(
+                "unknown routing `{text}`: expected round-robin, random[:SEED], least-loaded or two-choices[:SEED]"
+            )),
+        }
+    }
+}
+
+/// A routing rule at work.
+#[derive(Clone, Debug)]
+pub(crate) struct Router {
+    routing: Routing,
+    turn: usize,
+}
+
+impl Router {
+    pub(crate) fn new(routing: Routing) -> Self {
+        Self { routing, turn: 0 }
+    }
+
+    /// The machine that a request goes to.
+    pub(crate) fn route(&mut self, request: &Request, load: impl Fn(usize) -> u64, machines: usize) -> usize {
+        let drawn =
+            |seed, draw, among: usize| scaled(hash(seed, u64::from(request.id) << 1 | draw), among as u64) as usize;
+        match self.routing {
+            _ if machines == 1 => 0,
+            Routing::RoundRobin => {
+                let index = self.turn;
+                self.turn = (index + 1) % machines;
+                index
+            }
+            Routing::Random(seed) => drawn(seed, 0, machines),
+            Routing::LeastLoaded => (0..machines).min_by_key(|&index| load(index)).unwrap_or(0),
+            Routing::TwoChoices(seed) => {
+                let first = drawn(seed, 0, machines);
+                let other = drawn(seed, 1, machines - 1);
+                let second = if other >= first { other + 1 } else { other };
+                if load(second) < load(first) { second } else { first }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use traces::Nanos;
+
+    fn routed(routing: Routing, loads: &[u64], count: u32) -> Vec<usize> {
+        let mut router = Router::new(routing);
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 };
+        (0..count).map(|id| router.route(&request(id), |index| loads[index], loads.len())).collect()
+    }
+
+    #[test]
+    fn names_read_back_what_they_print() {
+        for text in ["round-robin", "random:7", "least-loaded", "two-choices:9"] {
+            assert_eq!(text.parse::<Routing>().unwrap().to_string(), text);
+        }
+        assert_eq!("random".parse(), Ok(Routing::Random(0)));
+        for text in ["", "robin", "round-robin:1", "random:x", "random:-1"] {
+            assert!(text.parse::<Routing>().unwrap_err().contains("expected"), "{text}");
+        }
+    }
+
+    #[test]
+    fn requests_go_where_the_rule_says() {
+        assert_eq!(routed(Routing::RoundRobin, &[0, 0, 0], 5), [0, 1, 2, 0, 1]);
+        assert_eq!(routed(Routing::LeastLoaded, &[3, 1, 2, 1], 2), [1, 1]);
+        let loads = [9, 0, 5];
+        let shares = |routing| {
+            let routed = routed(routing, &loads, 3000);
+            [0, 1, 2].map(|index| routed.iter().filter(|&&machine| machine == index).count())
+        };
+        assert!(shares(Routing::Random(1)).iter().all(|count| (900..1100).contains(count)));
+        // The most loaded never wins a pair, the least loaded wins two pairs in three.
+        let [most, least, middle] = shares(Routing::TwoChoices(1));
+        assert!(most == 0 && (1900..2100).contains(&least) && (900..1100).contains(&middle));
+    }
+}

@@ -1,0 +1,263 @@
+//! The event queue: arrivals and pass ends of one or more machines on one clock.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use rayon::prelude::*;
+use scheduler::{Observer, ScheduleError, Server, Settings};
+use traces::{LatencyProfile, Nanos, Request};
+
+use crate::executor::ProfileExecutor;
+use crate::exits::{ExitError, ExitModel};
+use crate::latency::{Extrapolations, LatencyModel};
+use crate::routing::{Router, Routing};
+
+/// Why a simulation did not run to its end.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SimulationError {
+    /// Profile and exit trace are of different models.
+    #[error("the latency profile is of model {profile}, the exit trace of model {exits}: expected the same")]
+    OtherModel {
+        /// Fingerprint in the profile.
+        profile: String,
+        /// Fingerprint in the exit trace.
+        exits: String,
+    },
+    /// The settings, the profile and the exit trace disagree.
+    #[error(
+        "num_loops is {settings} in the settings, {profile} in the latency profile, {exits} in the exit trace: expected the same"
+    )]
+    Loops {
+        /// Of the settings.
+        settings: u8,
+        /// Of the profile.
+        profile: u8,
+        /// Of the exit trace.
+        exits: u8,
+    },
+    /// No machine to run on.
+    #[error("no replicas: expected at least 1")]
+    NoReplicas,
+    /// Requests out of order.
+    #[error("request {request} arrives before the one ahead of it in the trace: expected arrivals in order")]
+    Unordered {
+        /// Its id.
+        request: u32,
+    },
+    /// Settings or a request that cannot be served.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// A request that the exit trace does not hold.
+    #[error(transparent)]
+    Exits(#[from] ExitError),
+}
+
+/// What a simulation tells beside what its observers saw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// Tokens generated.
+    pub tokens: u64,
+    /// Of those, how many equal what full depth gives.
+    pub agreeing_tokens: u64,
+    /// Where the run left the profile's measured grid.
+    pub extrapolations: Extrapolations,
+}
+
+impl Outcome {
+    /// Share of generated tokens equal to what full depth gives, 0 to 1; NaN without tokens.
+    pub fn token_agreement(&self) -> f64 {
+        self.agreeing_tokens as f64 / self.tokens as f64
+    }
+}
+
+/// A serving system to simulate: machines of one kind, and the rule that requests are spread by.
+#[derive(Clone, Copy, Debug)]
+pub struct Simulation<'m> {
+    settings: Settings,
+    latency: &'m LatencyModel,
+    exits: &'m ExitModel,
+    routing: Routing,
+}
+
+impl<'m> Simulation<'m> {
+    /// A system of machines that each run under `settings`, with requests routed round-robin.
+    ///
+    /// # Errors
+    /// If the profile and the exit trace are of different models, or the settings of yet another.
+    pub fn new(settings: Settings, latency: &'m LatencyModel, exits: &'m ExitModel) -> Result<Self, SimulationError> {
+        let (profile, recorded) = (latency.fingerprint(), exits.fingerprint());
+        if profile != LatencyProfile::ANY_MODEL && profile != recorded {
+            return Err(SimulationError::OtherModel { profile: profile.to_owned(), exits: recorded.to_owned() });
+        }
+        if settings.num_loops != latency.num_loops() || settings.num_loops != exits.num_loops() {
+            return Err(SimulationError::Loops {
+                settings: settings.num_loops,
+                profile: latency.num_loops(),
+                exits: exits.num_loops(),
+            });
+        }
+        Ok(Self { settings, latency, exits, routing: Routing::RoundRobin })
+    }
+
+    /// Routes requests otherwise.
+    pub fn with_routing(self, routing: Routing) -> Self {
+        Self { routing, ..self }
+    }
+
+    /// How each machine is scheduled.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Serves the requests, which must come in the order of their arrival, on as many machines as there are
+    /// observers; each observer watches one.
+    ///
+    /// Of what happens at the same time, arrivals come first, then pass ends by machine, then pass starts.
+    ///
+    /// # Errors
+    /// At the first request that could never run to its end, is out of order or not in a recorded exit trace.
+    pub fn run<O: Observer>(
+        &self,
+        requests: impl IntoIterator<Item = Request>,
+        observers: &mut [O],
+    ) -> Result<Outcome, SimulationError> {
+        let mut replicas = Replicas::new(self, observers)?;
+        let mut router = Router::new(self.routing);
+        let mut arrivals = Arrivals::new(requests);
+        while let Some(now) = arrivals.next_time().into_iter().chain(replicas.next_end()).min() {
+            while let Some(request) = arrivals.take_until(now)? {
+                replicas.submit(router.route(&request, |index| replicas.load(index), replicas.len()), request)?;
+            }
+            replicas.finish_passes(now);
+            replicas.start_passes(now)?;
+        }
+        Ok(replicas.outcome())
+    }
+}
+
+/// Runs one machine for each of `simulations` over the same requests, in parallel; results come in their order and
+/// do not depend on the number of threads.
+///
+/// # Errors
+/// The first, in order, of those of [`Simulation::run`].
+pub fn run_all<O: Observer + Send>(
+    simulations: &[Simulation<'_>],
+    requests: &[Request],
+    observer: impl Fn(&Settings) -> O + Sync,
+) -> Result<Vec<(O, Outcome)>, SimulationError> {
+    let runs: Vec<_> = simulations
+        .par_iter()
+        .map(|simulation| {
+            let mut observers = [observer(simulation.settings())];
+            let outcome = simulation.run(requests.iter().copied(), &mut observers)?;
+            let [observer] = observers;
+            Ok((observer, outcome))
+        })
+        .collect();
+    runs.into_iter().collect()
+}
+
+/// Requests to come.
+struct Arrivals<I> {
+    requests: I,
+    next: Option<Request>,
+}
+
+impl<I: Iterator<Item = Request>> Arrivals<I> {
+    fn new(requests: impl IntoIterator<IntoIter = I>) -> Self {
+        let mut requests = requests.into_iter();
+        let next = requests.next();
+        Self { requests, next }
+    }
+
+    fn next_time(&self) -> Option<Nanos> {
+        self.next.map(|request| request.arrival)
+    }
+
+    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, SimulationError> {
+        let Some(request) = self.next.filter(|request| request.arrival <= now) else { return Ok(None) };
+        self.next = self.requests.next();
+        match self.next {
+            Some(next) if next.arrival < request.arrival => Err(SimulationError::Unordered { request: next.id }),
+            _ => Ok(Some(request)),
+        }
+    }
+}
+
+/// The machines, and when their passes end.
+struct Replicas<'a, 'm, O> {
+    servers: Vec<Server<ProfileExecutor<'m>>>,
+    observers: &'a mut [O],
+    ends: BinaryHeap<Reverse<(Nanos, usize)>>,
+    /// Whether a pass runs, by machine.
+    busy: Vec<bool>,
+    /// Machines that may start a pass: one has just ended, or a request came while they were idle.
+    startable: Vec<usize>,
+}
+
+impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
+    fn new(simulation: &Simulation<'m>, observers: &'a mut [O]) -> Result<Self, SimulationError> {
+        let Simulation { settings, latency, exits, .. } = *simulation;
+        if observers.is_empty() {
+            return Err(SimulationError::NoReplicas);
+        }
+        let executor = ProfileExecutor::new(latency, exits, settings.max_batch);
+        let servers: Result<Vec<_>, _> = observers.iter().map(|_| Server::new(settings, executor.clone())).collect();
+        let busy = vec![false; observers.len()];
+        Ok(Self { servers: servers?, observers, ends: BinaryHeap::new(), busy, startable: Vec::new() })
+    }
+
+    fn len(&self) -> usize {
+        self.servers.len()
+    }
+
+    /// Requests that wait or run on a machine.
+    fn load(&self, index: usize) -> u64 {
+        let scheduler = self.servers[index].scheduler();
+        u64::from(scheduler.num_waiting()) + u64::from(scheduler.num_running())
+    }
+
+    fn next_end(&self) -> Option<Nanos> {
+        self.ends.peek().map(|Reverse((end, _))| *end)
+    }
+
+    fn submit(&mut self, index: usize, request: Request) -> Result<(), SimulationError> {
+        if !self.busy[index] && self.load(index) == 0 {
+            self.startable.push(index);
+        }
+        Ok(self.servers[index].submit(request)?)
+    }
+
+    fn finish_passes(&mut self, now: Nanos) {
+        while let Some(&Reverse((end, index))) = self.ends.peek() {
+            if end > now {
+                break;
+            }
+            self.ends.pop();
+            self.servers[index].finish_pass(now, &mut self.observers[index]);
+            self.busy[index] = false;
+            self.startable.push(index);
+        }
+    }
+
+    fn start_passes(&mut self, now: Nanos) -> Result<(), SimulationError> {
+        for index in self.startable.drain(..) {
+            if let Some(elapsed) = self.servers[index].start_pass(now, &mut self.observers[index])? {
+                self.ends.push(Reverse((now + elapsed, index)));
+                self.busy[index] = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn outcome(self) -> Outcome {
+        let mut outcome = Outcome { tokens: 0, agreeing_tokens: 0, extrapolations: Extrapolations::default() };
+        for server in self.servers {
+            let executor = server.into_executor();
+            outcome.tokens += executor.tokens();
+            outcome.agreeing_tokens += executor.agreeing_tokens();
+            outcome.extrapolations.merge(executor.extrapolations());
+        }
+        outcome
+    }
+}

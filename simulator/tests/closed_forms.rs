@@ -1,0 +1,133 @@
+//! Simulations of systems whose answer is known.
+
+mod common;
+
+use common::{PASS, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
+use scheduler::{Batching, Observer, PassRecord, Settings};
+use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source, Summary};
+use traces::{Nanos, Request};
+
+fn simulate(
+    settings: Settings,
+    latency: &LatencyModel,
+    exits: &ExitModel,
+    requests: impl IntoIterator<Item = Request>,
+) -> Summary {
+    let mut metrics = [Metrics::new(&settings)];
+    let outcome = Simulation::new(settings, latency, exits).unwrap().run(requests, &mut metrics).unwrap();
+    assert!(outcome.extrapolations.is_empty());
+    metrics[0].summary(Source::Simulated, Some(outcome.token_agreement()))
+}
+
+fn assert_close(found: f64, expected: f64, tolerance: f64) {
+    assert!((found / expected - 1.0).abs() < tolerance, "{found}, expected {expected} within {tolerance}");
+}
+
+#[test]
+fn one_place_and_poisson_arrivals_wait_as_an_m_d_1_queue() {
+    let latency = constant_latency(1);
+    let exits = drawn_exits(&[1.0], 1, 1, 1);
+    let service = PASS.as_secs_f64();
+    for batching in Batching::ALL {
+        for utilization in [0.3, 0.7] {
+            let requests = poisson(1_000_000, utilization / service, 1, 1, 42);
+            let summary = simulate(settings(batching, "none", 1, 1), &latency, &exits, requests);
+            let wait = utilization * service / (2.0 * (1.0 - utilization));
+            assert_close(summary.e2e_mean_ms * 1e-3 - service, wait, 0.02);
+            assert_close(summary.busy, utilization, 0.01);
+        }
+    }
+}
+
+#[test]
+fn full_depth_wise_batch_yields_batch_over_mean_depth_times_pass_time() {
+    let probabilities = [0.5, 0.2, 0.2, 0.1];
+    let mean_depth: f64 = probabilities.iter().zip(1..).map(|(p, passes)| p * f64::from(passes)).sum();
+    let exits = drawn_exits(&probabilities, 500, 100, 7);
+    let batch = 16;
+    let requests = queued(4_000, 1, 100);
+    let summary =
+        simulate(settings(Batching::Depth, "confidence:0.5", 4, batch), &constant_latency(4), &exits, requests);
+    assert_close(summary.mean_depth, mean_depth, 0.005);
+    assert_close(summary.throughput_tok_s, f64::from(batch) / (summary.mean_depth * PASS.as_secs_f64()), 0.005);
+}
+
+#[test]
+fn full_lockstep_batch_yields_batch_over_the_passes_of_its_deepest_row() {
+    let probabilities = [0.7, 0.2, 0.1];
+    let (batch, tokens) = (8u32, 100);
+    let exits = drawn_exits(&probabilities, 2000, tokens as usize, 7);
+    let up_to = |depth: usize| probabilities[..=depth].iter().sum::<f64>().powi(batch as i32);
+    let deepest: f64 =
+        (0..3).map(|depth| (depth + 1) as f64 * (up_to(depth) - if depth > 0 { up_to(depth - 1) } else { 0.0 })).sum();
+    // All sequences are equally long, so one iteration in `tokens` holds their prompts, which run every depth.
+    let passes = (3.0 + f64::from(tokens - 1) * deepest) / f64::from(tokens);
+    for batching in [Batching::Vanilla, Batching::Sequence] {
+        let summary =
+            simulate(settings(batching, "oracle", 3, batch), &constant_latency(3), &exits, queued(4_000, 1, tokens));
+        assert_close(summary.throughput_tok_s, f64::from(batch) / (passes * PASS.as_secs_f64()), 0.005);
+    }
+}
+
+#[test]
+fn vanilla_batches_last_as_long_as_their_longest_sequence() {
+    let generations: Vec<Vec<u8>> = vec![vec![2, 0, 1], vec![0, 0, 0, 0, 1], vec![1, 1], vec![0], vec![0, 2]];
+    let exits = ExitModel::new(&exit_trace(3, &generations), Draw::Recorded).unwrap();
+    let requests = generations.iter().zip(0..).map(|(generation, id)| Request {
+        id,
+        arrival: Nanos::ZERO,
+        prompt_tokens: 5,
+        output_tokens: generation.len() as u32,
+    });
+    let passes: usize = generations
+        .chunks(2)
+        .map(|batch| {
+            let longest = batch.iter().map(Vec::len).max().unwrap();
+            let deepest = |token| batch.iter().filter_map(|exits| exits.get(token)).max().unwrap();
+            3 + (1..longest).map(|token| 1 + usize::from(*deepest(token))).sum::<usize>()
+        })
+        .sum();
+    let summary = simulate(settings(Batching::Vanilla, "oracle", 3, 2), &constant_latency(3), &exits, requests);
+    assert_eq!(summary.passes, passes as u64);
+    assert_close(summary.makespan_s, passes as f64 * PASS.as_secs_f64(), 1e-12);
+}
+
+/// Integrates the running sequences over time, and their stays.
+#[derive(Default)]
+struct Little {
+    running_time: u64,
+    admitted: std::collections::HashMap<u32, Nanos>,
+    stays: u64,
+}
+
+impl Observer for Little {
+    fn admitted(&mut self, now: Nanos, request: &Request) {
+        self.admitted.insert(request.id, now);
+    }
+    fn preempted(&mut self, now: Nanos, request: &Request) {
+        self.stays += (now - self.admitted[&request.id]).0;
+    }
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.running_time += record.elapsed.0 * u64::from(record.running);
+    }
+    fn finished(&mut self, now: Nanos, request: &Request, _: Nanos) {
+        self.stays += (now - self.admitted[&request.id]).0;
+    }
+}
+
+#[test]
+fn running_sequences_obey_littles_law_to_the_nanosecond() {
+    let exits = drawn_exits(&[0.5, 0.3, 0.2], 50, 40, 3);
+    let latency = varied_latency(3);
+    for batching in Batching::ALL {
+        for num_blocks in [12, 1000] {
+            let settings = Settings { num_blocks, ..settings(batching, "confidence:0.5", 3, 8) };
+            let mut little = [Little::default()];
+            let requests = poisson(2_000, 60.0, 30, 40, 5);
+            Simulation::new(settings, &latency, &exits).unwrap().run(requests, &mut little).unwrap();
+            let [little] = little;
+            assert_eq!(little.running_time, little.stays);
+            assert!(little.stays > 0);
+        }
+    }
+}

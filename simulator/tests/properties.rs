@@ -1,0 +1,207 @@
+//! What holds of any simulation.
+
+mod common;
+
+use common::{Log, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
+use proptest::prelude::*;
+use scheduler::{Batching, Server, Settings, VirtualClock, serve};
+use simulator::{Draw, ExitModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all};
+use traces::{Nanos, Request};
+
+const LOOPS: u8 = 3;
+
+fn any_settings() -> impl Strategy<Value = Settings> {
+    let exit = prop::sample::select(vec!["none", "static:1", "oracle", "oracle:charged", "confidence:0.5"]);
+    (prop::sample::select(Batching::ALL.to_vec()), exit, 1u32..6, 1u32..20, 10u32..40).prop_map(
+        |(batching, exit, max_batch, prefill_chunk, num_blocks)| Settings {
+            prefill_chunk,
+            token_budget: 24,
+            block_tokens: 4,
+            num_blocks,
+            ..settings(batching, exit, LOOPS, max_batch)
+        },
+    )
+}
+
+/// Requests of up to 40 tokens, the room of 10 blocks of 4, each with its generation.
+fn any_requests() -> impl Strategy<Value = Vec<(Request, Vec<u8>)>> {
+    let request = (0u64..3_000_000, 1u32..20, prop::collection::vec(0..LOOPS, 1..20));
+    prop::collection::vec(request, 1..30).prop_map(|requests| {
+        let mut now = Nanos::ZERO;
+        let ids = 0u32..;
+        let place = |(id, (gap, prompt_tokens, exits)): (u32, (u64, u32, Vec<u8>))| {
+            now += Nanos(gap);
+            (Request { id, arrival: now, prompt_tokens, output_tokens: exits.len() as u32 }, exits)
+        };
+        ids.zip(requests).map(place).collect()
+    })
+}
+
+fn recorded(requests: &[(Request, Vec<u8>)]) -> ExitModel {
+    let generations: Vec<Vec<u8>> = requests.iter().map(|(_, exits)| exits.clone()).collect();
+    ExitModel::new(&exit_trace(LOOPS, &generations), Draw::Recorded).unwrap()
+}
+
+proptest! {
+    #[test]
+    fn depth_and_agreement_are_those_of_the_exit_trace(settings in any_settings(), requests in any_requests()) {
+        let (latency, exits) = (varied_latency(LOOPS.into()), recorded(&requests));
+        let mut metrics = [Metrics::new(&settings).with_requests()];
+        let simulation = Simulation::new(settings, &latency, &exits).unwrap();
+        let outcome = simulation.run(requests.iter().map(|(request, _)| *request), &mut metrics).unwrap();
+        let exit_of = |sure: u8| match settings.exit.kind() {
+            "none" => LOOPS - 1,
+            "static" => 1,
+            _ => sure,
+        };
+        let tokens = || requests.iter().flat_map(|(_, exits)| exits.iter().copied());
+        let passes: u64 = tokens().map(|sure| u64::from(exit_of(sure)) + 1).sum();
+        let agreeing = tokens().filter(|&sure| exit_of(sure) >= sure).count() as u64;
+        let summary = metrics[0].summary(Source::Simulated, Some(outcome.token_agreement()));
+        prop_assert_eq!(outcome.tokens, tokens().count() as u64);
+        prop_assert_eq!(summary.output_tokens, outcome.tokens);
+        prop_assert_eq!(outcome.agreeing_tokens, agreeing);
+        prop_assert_eq!(summary.mean_depth, passes as f64 / outcome.tokens as f64);
+        prop_assert_eq!(summary.requests, requests.len() as u64);
+        for (row, (request, exits)) in metrics[0].requests().zip(&requests) {
+            prop_assert_eq!(row.id, request.id);
+            prop_assert_eq!(row.passes, exits.iter().map(|&sure| u64::from(exit_of(sure)) + 1).sum::<u64>());
+            prop_assert!(row.arrival_s <= row.admitted_s && row.admitted_s < row.first_token_s);
+            prop_assert!(row.first_token_s <= row.finished_s);
+        }
+    }
+
+    #[test]
+    fn one_machine_is_the_serving_loop_on_a_virtual_clock(settings in any_settings(), requests in any_requests()) {
+        let (latency, exits) = (varied_latency(LOOPS.into()), recorded(&requests));
+        let requests = requests.iter().map(|(request, _)| *request);
+        let mut simulated = [Log::default()];
+        Simulation::new(settings, &latency, &exits).unwrap().run(requests.clone(), &mut simulated).unwrap();
+        let mut served = Log::default();
+        let mut server = Server::new(settings, ProfileExecutor::new(&latency, &exits, settings.max_batch)).unwrap();
+        serve(&mut server, requests, &mut VirtualClock::default(), &mut served).unwrap();
+        prop_assert_eq!(&simulated[0], &served);
+    }
+
+    #[test]
+    fn machines_in_turn_do_not_feel_each_other(settings in any_settings(), requests in any_requests()) {
+        let (latency, exits) = (varied_latency(LOOPS.into()), recorded(&requests));
+        let simulation = Simulation::new(settings, &latency, &exits).unwrap();
+        let requests: Vec<Request> = requests.iter().map(|(request, _)| *request).collect();
+        let mut together = vec![Log::default(); 3];
+        simulation.run(requests.iter().copied(), &mut together).unwrap();
+        for (turn, together) in together.iter().enumerate() {
+            let mut alone = [Log::default()];
+            simulation.run(requests.iter().copied().skip(turn).step_by(3), &mut alone).unwrap();
+            prop_assert_eq!(together, &alone[0]);
+        }
+    }
+
+    #[test]
+    fn every_routing_serves_every_request_once(
+        settings in any_settings(),
+        requests in any_requests(),
+        routing in prop::sample::select(vec!["round-robin", "random:3", "least-loaded", "two-choices:3"]),
+        machines in 1usize..5,
+    ) {
+        let (latency, exits) = (varied_latency(LOOPS.into()), recorded(&requests));
+        let simulation =
+            Simulation::new(settings, &latency, &exits).unwrap().with_routing(routing.parse().unwrap());
+        let mut metrics = vec![Metrics::new(&settings).with_requests().with_passes(); machines];
+        let outcome = simulation.run(requests.iter().map(|(request, _)| *request), &mut metrics).unwrap();
+        let mut merged = metrics.pop().unwrap();
+        metrics.into_iter().for_each(|metrics| merged.merge(metrics));
+        let ids: Vec<u32> = merged.requests().map(|row| row.id).collect();
+        prop_assert_eq!(ids, (0..requests.len() as u32).collect::<Vec<_>>());
+        let summary = merged.summary(Source::Simulated, None);
+        prop_assert_eq!(summary.output_tokens, outcome.tokens);
+        prop_assert_eq!(summary.replicas as usize, machines);
+        prop_assert_eq!(summary.passes as usize, merged.passes().len());
+        let rows: u64 = merged.passes().iter().map(|pass| u64::from(pass.decode_rows + pass.prefill_rows)).sum();
+        prop_assert_eq!(rows, merged.row_visits());
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let exits = drawn_exits(&[0.6, 0.3, 0.1], 40, 30, 9);
+    let latency = varied_latency(3);
+    let requests: Vec<Request> = poisson(500, 300.0, 30, 20, 11).collect();
+    let simulations: Vec<Simulation<'_>> = Batching::ALL
+        .into_iter()
+        .flat_map(|batching| ["none", "oracle", "confidence:0.5"].map(|exit| settings(batching, exit, 3, 8)))
+        .map(|settings| Simulation::new(settings, &latency, &exits).unwrap())
+        .collect();
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let runs = pool.install(|| {
+            run_all(&simulations, &requests, |settings| Metrics::new(settings).with_requests().with_passes())
+        });
+        format!("{:?}", runs.unwrap())
+    };
+    let once = run(1);
+    assert_eq!(once, run(1));
+    assert_eq!(once, run(2));
+}
+
+#[test]
+fn seeds_change_the_draw_and_order_does_not() {
+    let trace = exit_trace(3, &(0..50).map(|index| vec![index % 3; 5]).collect::<Vec<_>>());
+    let latency = constant_latency(3);
+    let passes = |seed, batching| {
+        let exits = ExitModel::new(&trace, Draw::Seeded(seed)).unwrap();
+        let settings = settings(batching, "oracle", 3, 4);
+        let mut metrics = [Metrics::new(&settings).with_requests()];
+        Simulation::new(settings, &latency, &exits).unwrap().run(queued(60, 2, 12), &mut metrics).unwrap();
+        metrics[0].requests().map(|row| row.passes).collect::<Vec<_>>()
+    };
+    assert_eq!(passes(1, Batching::Depth), passes(1, Batching::Vanilla));
+    assert_ne!(passes(1, Batching::Depth), passes(2, Batching::Depth));
+}
+
+#[test]
+fn load_aware_routing_waits_less() {
+    let exits = drawn_exits(&[1.0], 1, 1, 1);
+    let latency = constant_latency(1);
+    let settings = settings(Batching::Depth, "none", 1, 1);
+    let wait = |routing| {
+        let simulation = Simulation::new(settings, &latency, &exits).unwrap().with_routing(routing);
+        let mut metrics = vec![Metrics::new(&settings); 8];
+        simulation.run(poisson(50_000, 8.0 * 900.0, 1, 1, 3), &mut metrics).unwrap();
+        let mut merged = metrics.pop().unwrap();
+        metrics.into_iter().for_each(|metrics| merged.merge(metrics));
+        merged.end_to_end().mean_ms() - 1.0
+    };
+    let (random, two, least) = (wait(Routing::Random(1)), wait(Routing::TwoChoices(1)), wait(Routing::LeastLoaded));
+    assert!(least < two && two < random / 2.0, "random {random}, two choices {two}, least loaded {least}");
+}
+
+#[test]
+fn what_does_not_fit_together_is_refused() {
+    let latency = constant_latency(3);
+    let exits = drawn_exits(&[0.5, 0.3, 0.2], 2, 5, 1);
+    let fit = settings(Batching::Depth, "none", 3, 4);
+    let other_loops = drawn_exits(&[0.5, 0.5], 2, 5, 1);
+    let error = Simulation::new(fit, &latency, &other_loops).unwrap_err();
+    assert_eq!(error, SimulationError::Loops { settings: 3, profile: 3, exits: 2 });
+
+    let mut profile = common::profile(3, &[(traces::Component::Block, 1, 0, 1, 1.0)]);
+    profile.meta.fingerprint = "another".into();
+    let another = simulator::LatencyModel::new(&profile).unwrap();
+    let error = Simulation::new(fit, &another, &exits).unwrap_err().to_string();
+    assert!(error.contains("another") && error.contains("test"), "{error}");
+
+    let simulation = Simulation::new(fit, &latency, &exits).unwrap();
+    assert_eq!(simulation.run(queued(1, 1, 1), &mut [] as &mut [()]), Err(SimulationError::NoReplicas));
+    let backwards = [5, 3].map(|at| Request { id: at as u32, arrival: Nanos(at), prompt_tokens: 1, output_tokens: 1 });
+    assert_eq!(simulation.run(backwards, &mut [()]), Err(SimulationError::Unordered { request: 3 }));
+    let endless = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1 << 21, output_tokens: 1 };
+    assert!(matches!(simulation.run([endless], &mut [()]), Err(SimulationError::Schedule(_))));
+
+    let recorded = ExitModel::new(&exit_trace(3, &[vec![0, 1]]), Draw::Recorded).unwrap();
+    let simulation = Simulation::new(fit, &latency, &recorded).unwrap();
+    for (requests, expected) in [(queued(1, 1, 3), "asks for 3 tokens, but 2"), (queued(2, 1, 2), "request 1 has no")] {
+        let error = simulation.run(requests, &mut [()]).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
