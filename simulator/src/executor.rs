@@ -58,7 +58,6 @@ impl Executor for ProfileExecutor<'_> {
     fn release(&mut self, _slot: Slot) {}
 
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, ExitError> {
-        let column = self.exits.column(pass.look);
         let mut shape = PassShape::default();
         let mut depths = 0u64;
         let mut prefill_ns = 0.0;
@@ -75,7 +74,8 @@ impl Executor for ProfileExecutor<'_> {
                     self.latency.prefill_attention_ns(segment.tokens, segment.start, &mut self.extrapolations);
             }
             if segment.look {
-                *signal = column[self.exits.row(&self.cursors[segment.slot as usize], segment.depth)];
+                let row = self.exits.row(&self.cursors[segment.slot as usize], segment.depth);
+                *signal = self.exits.signal(pass.look, row);
             }
         }
         shape.depths = depths.count_ones();
@@ -89,6 +89,7 @@ impl Executor for ProfileExecutor<'_> {
             let cursor = &mut self.cursors[segment.slot as usize];
             self.agreeing += u64::from(self.exits.agrees(self.exits.row(cursor, segment.depth)));
             self.exits.advance(cursor);
+            self.exits.prefetch(pass.look, cursor);
             head_rows += u32::from(!segment.head);
         }
         self.tokens += leaving.len() as u64;

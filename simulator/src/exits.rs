@@ -55,8 +55,8 @@ pub struct ExitModel {
     draw: Draw,
     /// Generation `g` is tokens `starts[g]..starts[g + 1]`.
     starts: Vec<u32>,
-    /// 1 where the token agrees with that of the last depth, else 0; by token and depth.
-    agreement: Vec<f32>,
+    /// A bit for each token and depth: whether its token is that of the last depth.
+    agreement: Vec<u64>,
     /// The values of each measure by token and depth, in the order of [`Measure::ALL`].
     signals: [Vec<f32>; Measure::ALL.len()],
 }
@@ -82,7 +82,7 @@ impl ExitModel {
             fingerprint: trace.meta.fingerprint.clone(),
             draw,
             starts: trace.starts.clone(),
-            agreement: rows().map(|(token, depth)| f32::from(u8::from(trace.agrees(token, depth)))).collect(),
+            agreement: bits(rows().map(|(token, depth)| trace.agrees(token, depth))),
             signals: Measure::ALL.map(|measure| trace.signals.iter().map(|signals| signals.get(measure)).collect()),
         })
     }
@@ -124,12 +124,21 @@ impl ExitModel {
         }
     }
 
-    /// What a look finds, by [`row`](Self::row); empty if there are no looks.
-    pub fn column(&self, look: Look) -> &[f32] {
+    /// What a look at a [`row`](Self::row) finds.
+    #[inline]
+    pub fn signal(&self, look: Look, row: usize) -> f32 {
         match look {
-            Look::Never => &[],
-            Look::Oracle => &self.agreement,
-            Look::Measure(measure) => &self.signals[measure as usize],
+            Look::Never => 0.0,
+            Look::Oracle => f32::from(u8::from(self.agrees(row))),
+            Look::Measure(measure) => self.signals[measure as usize][row],
+        }
+    }
+
+    /// Has the signals of a token fetched into the cache, so that the pass that looks at them need not wait.
+    #[inline]
+    pub fn prefetch(&self, look: Look, cursor: &Cursor) {
+        if let Look::Measure(measure) = look {
+            prefetch(&self.signals[measure as usize], self.row(cursor, 0));
         }
     }
 
@@ -142,7 +151,7 @@ impl ExitModel {
     /// Whether the token predicted in a row equals that of the last depth.
     #[inline]
     pub fn agrees(&self, row: usize) -> bool {
-        self.agreement[row] == 1.0
+        self.agreement[row / 64] >> (row % 64) & 1 == 1
     }
 
     fn check_recorded(&self, request: &Request) -> Result<(), ExitError> {
@@ -167,6 +176,29 @@ impl ExitModel {
         };
         Cursor { request, draws: draws + 1, token: self.starts[index], end: self.starts[index + 1] }
     }
+}
+
+/// Brings the cache line of a value near, where the processor has an instruction for it.
+#[inline]
+fn prefetch(values: &[f32], index: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(value) = values.get(index) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing; and the reference is valid.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
+    }
+}
+
+/// Packs bits, the first lowest.
+fn bits(values: impl Iterator<Item = bool>) -> Vec<u64> {
+    let mut words = Vec::new();
+    for (index, value) in values.enumerate() {
+        if index % 64 == 0 {
+            words.push(0);
+        }
+        words[index / 64] |= u64::from(value) << (index % 64);
+    }
+    words
 }
 
 /// A place in an exit trace: the token that a request generates next.
@@ -272,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_hold_what_the_trace_says() {
+    fn looks_find_what_the_trace_says() {
         let trace = trace(3);
         let model = ExitModel::new(&trace, Draw::Recorded).unwrap();
         let mut cursor = model.cursor(&request(2, 3), 0).unwrap();
@@ -282,10 +314,10 @@ mod tests {
             let row = model.row(&cursor, depth);
             let signals = trace.signals_at(token, depth.into());
             for measure in Measure::ALL {
-                assert_eq!(model.column(Look::Measure(measure))[row], signals.get(measure));
+                assert_eq!(model.signal(Look::Measure(measure), row), signals.get(measure));
             }
             assert_eq!(model.agrees(row), trace.agrees(token, depth.into()));
-            assert_eq!(model.column(Look::Oracle)[row] == 1.0, trace.agrees(token, depth.into()));
+            assert_eq!(model.signal(Look::Oracle, row) == 1.0, trace.agrees(token, depth.into()));
         }
     }
 
