@@ -1,6 +1,9 @@
 //! A recursive transformer: model, KV cache, kernels, profiler and an executor that runs them.
 
+pub mod cache;
 pub mod config;
+pub mod kernels;
+pub mod model;
 pub mod reference;
 pub mod tokenizer;
 pub mod weights;

@@ -1,0 +1,142 @@
+//! The paged KV cache: keys and values of every depth and layer, in blocks that the scheduler hands out.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::config::ModelConfig;
+
+/// Positions that attention reads at once; a block holds a whole number of them.
+pub const TILE: usize = 16;
+
+/// Why a cache cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// Blocks must be whole tiles.
+    #[error("a KV block of {0} tokens: expected a multiple of {TILE}, at least {TILE}")]
+    BlockTokens(u32),
+    /// There is no room for it.
+    #[error("a KV cache of {blocks} blocks takes {bytes} bytes: {source}")]
+    Allocate {
+        /// Blocks asked for.
+        blocks: u32,
+        /// What they take.
+        bytes: u64,
+        /// What candle said.
+        source: candle_core::Error,
+    },
+}
+
+/// Where in the cache what lies, counted in numbers of `f32`.
+///
+/// ```text
+/// cache  [depth][layer][block] pages
+/// page   keys   [kv head][tile][dim][position in tile]    positions side by side, so that scores vectorize over them
+///        values [kv head][position][dim]
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageLayout {
+    /// Depths, the model's `num_loops`.
+    pub depths: usize,
+    /// Layers of the block.
+    pub layers: usize,
+    /// Blocks.
+    pub blocks: usize,
+    /// Positions per block, a multiple of [`TILE`].
+    pub block_tokens: usize,
+    /// Key-value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl PageLayout {
+    /// Numbers that one head's keys (or values) of a page take.
+    fn head_numbers(&self) -> usize {
+        self.block_tokens * self.head_dim
+    }
+
+    /// Numbers of a page.
+    pub fn page_numbers(&self) -> usize {
+        2 * self.kv_heads * self.head_numbers()
+    }
+
+    /// Numbers of the whole cache.
+    pub fn numbers(&self) -> usize {
+        self.depths * self.layers * self.blocks * self.page_numbers()
+    }
+
+    /// Where a page starts.
+    #[inline(always)]
+    pub fn page(&self, depth: usize, layer: usize, block: usize) -> usize {
+        ((depth * self.layers + layer) * self.blocks + block) * self.page_numbers()
+    }
+
+    /// Where in a page the tile `[head_dim, TILE]` of a head's keys that holds `offset` starts.
+    #[inline(always)]
+    pub fn key_tile(&self, kv_head: usize, offset: usize) -> usize {
+        kv_head * self.head_numbers() + offset / TILE * TILE * self.head_dim
+    }
+
+    /// Where in a page a head's value at `offset` starts; those of later offsets follow.
+    #[inline(always)]
+    pub fn value(&self, kv_head: usize, offset: usize) -> usize {
+        (self.kv_heads + kv_head) * self.head_numbers() + offset * self.head_dim
+    }
+}
+
+/// The keys and values of all sequences.
+#[derive(Clone, Debug)]
+pub struct KvCache {
+    pages: Tensor,
+    layout: PageLayout,
+}
+
+impl KvCache {
+    /// An empty cache of `num_blocks` blocks of `block_tokens` positions, each at every depth and layer.
+    ///
+    /// # Errors
+    /// If `block_tokens` is no multiple of [`TILE`] or the memory is not to be had.
+    pub fn new(config: &ModelConfig, num_blocks: u32, block_tokens: u32, device: &Device) -> Result<Self, CacheError> {
+        if block_tokens == 0 || block_tokens as usize % TILE != 0 {
+            return Err(CacheError::BlockTokens(block_tokens));
+        }
+        let layout = PageLayout {
+            depths: config.num_loops,
+            layers: config.block_layers,
+            blocks: num_blocks as usize,
+            block_tokens: block_tokens as usize,
+            kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+        };
+        let pages = Tensor::zeros(layout.numbers(), DType::F32, device).map_err(|source| CacheError::Allocate {
+            blocks: num_blocks,
+            bytes: u64::from(num_blocks) * u64::from(block_tokens) * bytes_per_token(config),
+            source,
+        })?;
+        Ok(Self { pages, layout })
+    }
+
+    /// The memory itself, one flat tensor.
+    pub fn pages(&self) -> &Tensor {
+        &self.pages
+    }
+
+    /// Where in it what lies.
+    pub fn layout(&self) -> PageLayout {
+        self.layout
+    }
+
+    /// Bytes of all pages.
+    pub fn bytes(&self) -> u64 {
+        (self.layout.numbers() * size_of::<f32>()) as u64
+    }
+
+    /// Positions that fit, of all sequences together.
+    pub fn capacity_tokens(&self) -> u64 {
+        (self.layout.blocks * self.layout.block_tokens) as u64
+    }
+}
+
+/// Bytes of the keys and values of one token, over all depths and layers.
+pub fn bytes_per_token(config: &ModelConfig) -> u64 {
+    (2 * config.num_loops * config.block_layers * config.kv_size() * size_of::<f32>()) as u64
+}

@@ -1,0 +1,82 @@
+//! Vector code without intrinsics: plain loops, compiled for the widest registers that the CPU has.
+
+/// Numbers in one vector register of the widest kind.
+pub const LANES: usize = 16;
+
+/// One vector register.
+pub type Lanes = [f32; LANES];
+
+/// Defines functions that are compiled several times, for AVX-512, for AVX2 and for the target's baseline, of which
+/// the best that the CPU can run is picked at each call. All give the same result to the bit.
+macro_rules! multiversion {
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name($($arg: $type),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $type),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
+                fn avx512($($arg: $type),*) $(-> $ret)? { body($($arg),*) }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $type),*) $(-> $ret)? { body($($arg),*) }
+                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512bw") {
+                    // SAFETY: the CPU has the features that the function needs.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                    // SAFETY: as above.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    )*};
+}
+pub(crate) use multiversion;
+
+/// `sum + a * b`, by lane.
+#[inline(always)]
+pub fn add_scaled(sum: &mut Lanes, a: f32, b: &[f32]) {
+    for (sum, b) in sum.iter_mut().zip(&b[..LANES]) {
+        *sum = a.mul_add(*b, *sum);
+    }
+}
+
+/// `e^x` to about 2 units in the last place; 0 below -87, where the result would be denormal.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by the polynomial of Cephes' expf. Adding 1.5 * 2^23 rounds to an
+    // integer and leaves it in the lowest bits, from where it is moved into the exponent.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = x.clamp(-87.0, 88.0);
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-0.693_359_4, clamped);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    let mut p = 1.987_569_1e-4_f32;
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+        p = p.mul_add(r, coefficient);
+    }
+    let e_r = p.mul_add(r * r, r) + 1.0;
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0_f32.to_bits()));
+    if x < -87.0 { 0.0 } else { e_r * power }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_to_the_real_one() {
+        for i in -870_000..=880_000 {
+            let x = i as f32 * 1e-4;
+            let expected = f64::from(x).exp();
+            assert!((f64::from(exp(x)) - expected).abs() <= 2.5e-7 * expected, "exp({x}) = {}", exp(x));
+        }
+        assert_eq!((exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
+        assert!(exp(f32::NAN).is_nan());
+    }
+}
