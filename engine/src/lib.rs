@@ -2,8 +2,10 @@
 
 pub mod cache;
 pub mod config;
+pub mod executor;
 pub mod kernels;
 pub mod model;
+pub mod prompts;
 pub mod reference;
 pub mod tokenizer;
 pub mod weights;

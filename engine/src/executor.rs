@@ -1,0 +1,511 @@
+//! The scheduler's executor that runs the model and reads the clock.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use scheduler::{Executor, Look, Pass, Segment, Slot};
+use traces::{Measure, Nanos, Request, Signals};
+
+use crate::cache::{CacheError, KvCache};
+use crate::kernels::attention::{Fill, fill_deeper};
+use crate::kernels::rows::{Source, cosines, gather, scatter};
+use crate::kernels::signals::{Verdict, mix, read};
+use crate::model::{Model, Rows};
+use crate::prompts::{PromptError, Prompts};
+
+/// Why the engine cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// A prompt is not to be had.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// The cache cannot be made.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// A sequence would be longer than the model's positions or the cache.
+    #[error("request {request} needs {needed} positions, {holder} has {available}")]
+    TooLong {
+        /// The request.
+        request: u32,
+        /// Positions it takes: prompt and output, less the last token.
+        needed: u64,
+        /// What is too small: the model or the KV cache.
+        holder: &'static str,
+        /// Positions there.
+        available: u64,
+    },
+    /// The oracle does not know a token's exit depth.
+    #[error(
+        "the oracle has no exit depth for token {token} of request {request}: record the requests that are replayed"
+    )]
+    NoExit {
+        /// The request.
+        request: u32,
+        /// Which of its tokens.
+        token: usize,
+    },
+    /// The model gave something that is not a number.
+    #[error("the logits of request {request}, token {token} at depth {depth} are not finite")]
+    NotFinite {
+        /// The request.
+        request: u32,
+        /// Which of its tokens.
+        token: usize,
+        /// The depth.
+        depth: u8,
+    },
+}
+
+/// How tokens are drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the most likely token.
+    pub temperature: f32,
+    /// Seed of the dice above 0. The dice of a token depend on seed, request and token alone.
+    pub seed: u64,
+}
+
+impl Sampling {
+    /// The key of one token's dice.
+    pub fn key(&self, request: u32, token: usize) -> u64 {
+        mix(self.seed ^ mix((u64::from(request) << 32) | token as u64))
+    }
+}
+
+/// What a request was given and has generated.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Generation {
+    /// Ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// Ids generated.
+    pub tokens: Vec<u32>,
+    /// The depth each of them left at.
+    pub exit_depths: Vec<u8>,
+    /// Of a recording executor: signals and the token predicted, entry `token * num_loops + depth`.
+    pub recorded: Vec<(Signals, u32)>,
+}
+
+impl Generation {
+    /// Id of the token at a position of the sequence.
+    fn token_at(&self, position: usize) -> u32 {
+        match position.checked_sub(self.prompt.len()) {
+            None => self.prompt[position],
+            Some(generated) => self.tokens[generated],
+        }
+    }
+
+    /// The generated token that the row at a position yields, if the row is not inside the prompt.
+    fn yields(&self, position: usize) -> Option<usize> {
+        (position + 1).checked_sub(self.prompt.len())
+    }
+}
+
+/// Exit depths of generated tokens by request: what the oracle knows.
+pub type ExitDepths = HashMap<u32, Vec<u8>>;
+
+/// A sequence that holds a slot.
+#[derive(Debug, Default)]
+struct Sequence {
+    request: u32,
+    generation: Generation,
+    /// The arena row of each position that is between two depths.
+    in_flight: Vec<Option<u32>>,
+}
+
+/// Hidden states of rows between two passes, `[capacity, hidden]`.
+#[derive(Debug)]
+struct Arena {
+    hidden: Tensor,
+    free: Vec<u32>,
+}
+
+impl Arena {
+    fn new(width: usize, device: &Device) -> candle_core::Result<Self> {
+        Ok(Self { hidden: Tensor::zeros((1, width), DType::F32, device)?, free: vec![0] })
+    }
+
+    /// Makes sure that `rows` more rows can be taken.
+    fn reserve(&mut self, rows: usize) -> candle_core::Result<()> {
+        if self.free.len() < rows {
+            let (capacity, width) = self.hidden.dims2()?;
+            let more = rows.max(capacity);
+            let zeros = Tensor::zeros((more, width), DType::F32, self.hidden.device())?;
+            self.hidden = Tensor::cat(&[&self.hidden, &zeros], 0)?;
+            self.free.extend((capacity..capacity + more).map(|row| row as u32));
+        }
+        Ok(())
+    }
+}
+
+/// The rows of the pass at hand, in the order in which they run: by depth.
+#[derive(Debug, Default)]
+struct Current {
+    /// Hidden states after the pass.
+    hidden: Option<Tensor>,
+    /// By segment, the place of its first row.
+    first_rows: Vec<usize>,
+    /// By segment, what the head says of its last row, where that was asked for.
+    verdicts: Vec<Option<Verdict>>,
+}
+
+impl Current {
+    fn last_row(&self, pass: &Pass<'_>, segment: usize) -> usize {
+        self.first_rows[segment] + pass.segments[segment].tokens as usize - 1
+    }
+}
+
+/// Runs passes on the model.
+///
+/// It keeps what every request generated, also after that has left its slot: [`EngineExecutor::generations`].
+#[derive(Debug)]
+pub struct EngineExecutor {
+    model: Arc<Model>,
+    cache: KvCache,
+    prompts: Arc<Prompts>,
+    sampling: Sampling,
+    oracle: Option<Arc<ExitDepths>>,
+    recording: bool,
+    arena: Arena,
+    sequences: Vec<Sequence>,
+    current: Current,
+    generations: HashMap<u32, Generation>,
+}
+
+impl EngineExecutor {
+    /// An executor with an empty cache of `num_blocks` blocks of `block_tokens` positions.
+    ///
+    /// # Errors
+    /// If the cache cannot be made.
+    pub fn new(
+        model: Arc<Model>,
+        prompts: Arc<Prompts>,
+        sampling: Sampling,
+        num_blocks: u32,
+        block_tokens: u32,
+    ) -> Result<Self, EngineError> {
+        let cache = KvCache::new(model.config(), num_blocks, block_tokens, &Device::Cpu)?;
+        let arena = Arena::new(model.config().hidden_size, &Device::Cpu)?;
+        Ok(Self {
+            model,
+            cache,
+            prompts,
+            sampling,
+            oracle: None,
+            recording: false,
+            arena,
+            sequences: Vec::new(),
+            current: Current::default(),
+            generations: HashMap::new(),
+        })
+    }
+
+    /// Answers the oracle's looks: a token leaves at the depth given here.
+    pub fn with_oracle(mut self, exits: Arc<ExitDepths>) -> Self {
+        self.oracle = Some(exits);
+        self
+    }
+
+    /// Keeps the signals and predictions of every generated token at every depth that it runs.
+    pub fn recording(mut self) -> Self {
+        self.recording = true;
+        self
+    }
+
+    /// What each request, by id, was given and generated; of those that hold a slot, only what they had when they
+    /// last lost one.
+    pub fn generations(&self) -> &HashMap<u32, Generation> {
+        &self.generations
+    }
+
+    /// The same, when the run is over.
+    pub fn into_generations(self) -> HashMap<u32, Generation> {
+        self.generations
+    }
+
+    /// The KV cache.
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    fn num_loops(&self) -> usize {
+        self.model.config().num_loops
+    }
+
+    /// Checks that a request fits the model's positions and the cache.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn check_request(&self, request: &Request) -> Result<(), EngineError> {
+        let needed = u64::from(request.prompt_tokens) + u64::from(request.output_tokens) - 1;
+        let holders =
+            [("the model", self.model.config().max_positions as u64), ("the KV cache", self.cache.capacity_tokens())];
+        match holders.into_iter().find(|(_, available)| needed > *available) {
+            None => Ok(()),
+            Some((holder, available)) => Err(EngineError::TooLong { request: request.id, needed, holder, available }),
+        }
+    }
+
+    /// Collects the rows of a pass, runs them through the block and keeps what goes on.
+    fn run_block(&mut self, pass: &Pass<'_>) -> Result<(), EngineError> {
+        let mut order: Vec<usize> = (0..pass.segments.len()).collect();
+        order.sort_by_key(|&index| pass.segments[index].depth);
+        let (mut rows, mut sources) = (Rows::default(), Vec::new());
+        self.current.first_rows.resize(pass.segments.len(), 0);
+        for &index in &order {
+            self.current.first_rows[index] = rows.len();
+            self.push_rows(pass, &pass.segments[index], &mut rows, &mut sources);
+        }
+        let hidden = self.model.embed(&self.arena.hidden, &sources)?;
+        self.model.forward_block(&hidden, &rows, &self.cache)?;
+        self.current.hidden = Some(hidden);
+        Ok(())
+    }
+
+    fn push_rows<'a>(&self, pass: &Pass<'a>, segment: &Segment, rows: &mut Rows<'a>, sources: &mut Vec<Source>) {
+        let sequence = &self.sequences[segment.slot as usize];
+        let depth = usize::from(segment.depth);
+        let blocks = pass.blocks(segment.slot);
+        for position in positions(segment) {
+            sources.push(match sequence.in_flight[position] {
+                Some(row) => Source::Second(row),
+                None => Source::First(sequence.generation.token_at(position)),
+            });
+            rows.push(position, depth, self.fills(sequence, position, depth), blocks);
+        }
+    }
+
+    /// The depths whose keys and values a row leaves. A generated token that comes again after a preemption gets
+    /// the KV fill it had: none of its own below the depth at which it left.
+    fn fills(&self, sequence: &Sequence, position: usize, depth: usize) -> std::ops::Range<usize> {
+        let generation = &sequence.generation;
+        let in_prompt = position < generation.prompt.len();
+        let left = generation.yields(position).and_then(|token| generation.exit_depths.get(token));
+        match left.map(|&left| usize::from(left)) {
+            Some(left) if !in_prompt && left < depth => depth..depth,
+            Some(left) if !in_prompt && left == depth => depth..self.num_loops(),
+            _ => depth..depth + 1,
+        }
+    }
+
+    /// Keeps the hidden states of rows that may go on to the next depth.
+    fn keep_hidden(&mut self, pass: &Pass<'_>, hidden: &Tensor) -> Result<(), EngineError> {
+        self.arena.reserve(hidden.dim(0)?)?;
+        let mut places = vec![None; hidden.dim(0)?];
+        let last_depth = self.num_loops() - 1;
+        for (segment, &first_row) in pass.segments.iter().zip(&self.current.first_rows) {
+            let in_flight = &mut self.sequences[segment.slot as usize].in_flight;
+            for (position, place) in positions(segment).zip(&mut places[first_row..]) {
+                let kept = &mut in_flight[position];
+                if usize::from(segment.depth) == last_depth {
+                    self.arena.free.extend(kept.take());
+                } else {
+                    *kept = kept.or_else(|| self.arena.free.pop());
+                    *place = *kept;
+                }
+            }
+        }
+        Ok(scatter(&self.arena.hidden, hidden, &places)?)
+    }
+
+    /// Reads the head for the last rows of `segments` that have not been read.
+    fn read_head(&mut self, pass: &Pass<'_>, hidden: &Tensor, segments: &[usize]) -> Result<(), EngineError> {
+        if segments.is_empty() {
+            return Ok(());
+        }
+        let row = |&segment: &usize| Source::First(self.current.last_row(pass, segment) as u32);
+        let sources: Vec<Source> = segments.iter().map(row).collect();
+        let key = |&segment: &usize| {
+            let sequence = &self.sequences[pass.segments[segment].slot as usize];
+            self.sampling.key(sequence.request, sequence.generation.tokens.len())
+        };
+        let keys: Vec<u64> = segments.iter().map(key).collect();
+        let logits = self.model.logits(&gather(hidden, hidden, &sources)?)?;
+        for (&segment, verdict) in segments.iter().zip(read(&logits, self.sampling.temperature, &keys)?) {
+            if !verdict.top1.is_finite() {
+                let Segment { slot, depth, .. } = pass.segments[segment];
+                let sequence = &self.sequences[slot as usize];
+                let (request, token) = (sequence.request, sequence.generation.tokens.len());
+                return Err(EngineError::NotFinite { request, token, depth });
+            }
+            self.current.verdicts[segment] = Some(verdict);
+        }
+        Ok(())
+    }
+
+    /// How similar the last row of each of `segments` is to what it was a depth ago; 0 at depth 0.
+    fn similarities(&self, pass: &Pass<'_>, hidden: &Tensor, segments: &[usize]) -> Result<Vec<f32>, EngineError> {
+        let kept = |&segment: &usize| {
+            let Segment { slot, start, tokens, .. } = pass.segments[segment];
+            self.sequences[slot as usize].in_flight[(start + tokens - 1) as usize]
+        };
+        let before: Vec<Option<u32>> = segments.iter().map(kept).collect();
+        let row = |&segment: &usize| Source::First(self.current.last_row(pass, segment) as u32);
+        let after: Vec<Source> =
+            segments.iter().zip(&before).filter(|(_, b)| b.is_some()).map(|(s, _)| row(s)).collect();
+        if after.is_empty() {
+            return Ok(vec![0.0; segments.len()]);
+        }
+        let rows: Vec<Source> = before.iter().flatten().map(|&row| Source::Second(row)).collect();
+        let after = gather(hidden, &self.arena.hidden, &after)?;
+        let cosines = cosines(&gather(hidden, &self.arena.hidden, &rows)?, &after)?.to_vec1::<f32>()?;
+        let mut cosines = cosines.into_iter();
+        Ok(before.iter().map(|before| before.and_then(|_| cosines.next()).unwrap_or(0.0)).collect())
+    }
+
+    /// Answers the looks of a pass.
+    fn look(&self, pass: &Pass<'_>, hidden: &Tensor, signals: &mut [f32]) -> Result<(), EngineError> {
+        let looked: Vec<usize> = (0..pass.segments.len()).filter(|&index| pass.segments[index].look).collect();
+        match pass.look {
+            Look::Never => {}
+            Look::Oracle => {
+                for index in looked {
+                    signals[index] = f32::from(u8::from(self.oracle_leaves(&pass.segments[index])?));
+                }
+            }
+            Look::Measure(Measure::Similarity) => {
+                for (&index, similarity) in looked.iter().zip(self.similarities(pass, hidden, &looked)?) {
+                    signals[index] = similarity;
+                }
+            }
+            Look::Measure(measure) => {
+                for index in looked {
+                    let verdict = self.current.verdicts[index].expect("looks that need the head ask for it");
+                    signals[index] = signals_of(verdict, 0.0).get(measure);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn oracle_leaves(&self, segment: &Segment) -> Result<bool, EngineError> {
+        let Sequence { request, generation, .. } = &self.sequences[segment.slot as usize];
+        let token = generation.tokens.len();
+        let exits = self.oracle.as_ref().and_then(|oracle| oracle.get(request));
+        match exits.and_then(|exits| exits.get(token)) {
+            Some(&exit) => Ok(segment.depth >= exit),
+            None => Err(EngineError::NoExit { request: *request, token }),
+        }
+    }
+
+    /// Keeps signals and predictions of all rows that predict.
+    fn record(&mut self, pass: &Pass<'_>, hidden: &Tensor, predicting: &[usize]) -> Result<(), EngineError> {
+        let similarities = self.similarities(pass, hidden, predicting)?;
+        let num_loops = self.num_loops();
+        for (&index, similarity) in predicting.iter().zip(similarities) {
+            let verdict =
+                self.current.verdicts[index].expect("a recording executor reads the head of all that predict");
+            let segment = &pass.segments[index];
+            let generation = &mut self.sequences[segment.slot as usize].generation;
+            let entry = generation.tokens.len() * num_loops + usize::from(segment.depth);
+            generation.recorded.truncate(entry);
+            generation.recorded.push((signals_of(verdict, similarity), verdict.token));
+        }
+        Ok(())
+    }
+
+    fn run_pass(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
+        self.current.verdicts.clear();
+        self.current.verdicts.resize(pass.segments.len(), None);
+        self.run_block(pass)?;
+        let hidden = self.current.hidden.clone().expect("the block has run");
+        let asked = |segment: &Segment| segment.head || (self.recording && segment.predicts);
+        let heads: Vec<usize> = (0..pass.segments.len()).filter(|&index| asked(&pass.segments[index])).collect();
+        self.read_head(pass, &hidden, &heads)?;
+        self.look(pass, &hidden, signals)?;
+        if self.recording {
+            self.record(pass, &hidden, &heads)?;
+        }
+        self.keep_hidden(pass, &hidden)
+    }
+
+    fn emit_tokens(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<(), EngineError> {
+        let unread = |&index: &usize| self.current.verdicts[index].is_none();
+        let unread: Vec<usize> = leaving.iter().map(|&index| index as usize).filter(unread).collect();
+        if let Some(hidden) = self.current.hidden.clone() {
+            self.read_head(pass, &hidden, &unread)?;
+        }
+        let mut fills = Vec::new();
+        for &index in leaving {
+            let segment = &pass.segments[index as usize];
+            let verdict = self.current.verdicts[index as usize].expect("the head was read above");
+            let sequence = &mut self.sequences[segment.slot as usize];
+            sequence.generation.tokens.push(verdict.token);
+            sequence.generation.exit_depths.push(segment.depth);
+            let position = (segment.start + segment.tokens - 1) as usize;
+            if segment.decode {
+                self.arena.free.extend(sequence.in_flight[position].take());
+            }
+            if position >= sequence.generation.prompt.len() {
+                let block_tokens = self.cache.layout().block_tokens;
+                let block = pass.blocks(segment.slot)[position / block_tokens];
+                fills.push(Fill { block, offset: position % block_tokens, depth: usize::from(segment.depth) });
+            }
+        }
+        Ok(fill_deeper(&self.cache, &fills)?)
+    }
+}
+
+impl Executor for EngineExecutor {
+    type Error = EngineError;
+
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), EngineError> {
+        self.check_request(request)?;
+        let mut generation = match generated {
+            0 => Generation { prompt: self.prompts.get(request)?.to_vec(), ..Generation::default() },
+            _ => self.generations.remove(&request.id).unwrap_or_default(),
+        };
+        assert_eq!(generation.tokens.len(), generated as usize, "a preempted request goes on where it was");
+        generation.recorded.truncate(generated as usize * self.num_loops());
+        let index = slot as usize;
+        if self.sequences.len() <= index {
+            self.sequences.resize_with(index + 1, Sequence::default);
+        }
+        let in_flight = vec![None; request.context_tokens() as usize];
+        self.sequences[index] = Sequence { request: request.id, generation, in_flight };
+        Ok(())
+    }
+
+    fn release(&mut self, slot: Slot) {
+        let sequence = std::mem::take(&mut self.sequences[slot as usize]);
+        self.arena.free.extend(sequence.in_flight.into_iter().flatten());
+        self.generations.insert(sequence.request, sequence.generation);
+    }
+
+    fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, EngineError> {
+        let start = Instant::now();
+        in_pool(|| self.run_pass(pass, signals))?;
+        Ok(start.elapsed().into())
+    }
+
+    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, EngineError> {
+        let start = Instant::now();
+        in_pool(|| self.emit_tokens(pass, leaving))?;
+        Ok(start.elapsed().into())
+    }
+}
+
+/// Runs `work` on a thread of the pool, so that kernels share work out without waking anybody first. Free for a
+/// caller that is on one already: whoever runs many passes does so inside this.
+pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
+}
+
+/// The positions of a segment's rows.
+fn positions(segment: &Segment) -> std::ops::Range<usize> {
+    let start = segment.start as usize;
+    start..start + segment.tokens as usize
+}
+
+fn signals_of(verdict: Verdict, similarity: f32) -> Signals {
+    Signals { top1: verdict.top1, margin: verdict.margin, entropy: verdict.entropy, similarity }
+}
