@@ -96,7 +96,7 @@ impl KvCache {
     /// # Errors
     /// If `block_tokens` is no multiple of [`TILE`] or the memory is not to be had.
     pub fn new(config: &ModelConfig, num_blocks: u32, block_tokens: u32, device: &Device) -> Result<Self, CacheError> {
-        if block_tokens == 0 || block_tokens as usize % TILE != 0 {
+        if block_tokens == 0 || !(block_tokens as usize).is_multiple_of(TILE) {
             return Err(CacheError::BlockTokens(block_tokens));
         }
         let layout = PageLayout {

@@ -86,7 +86,8 @@ pub struct Generation {
     pub tokens: Vec<u32>,
     /// The depth each of them left at.
     pub exit_depths: Vec<u8>,
-    /// Of a recording executor: signals and the token predicted, entry `token * num_loops + depth`.
+    /// Of a recording executor: signals and the token predicted, entry `token * num_loops + depth`; zero at depths
+    /// that a token never ran.
     pub recorded: Vec<(Signals, u32)>,
 }
 
@@ -407,7 +408,7 @@ impl EngineExecutor {
             let segment = &pass.segments[index];
             let generation = &mut self.sequences[segment.slot as usize].generation;
             let entry = generation.tokens.len() * num_loops + usize::from(segment.depth);
-            generation.recorded.truncate(entry);
+            generation.recorded.resize(entry, (Signals::default(), 0));
             generation.recorded.push((signals_of(verdict, similarity), verdict.token));
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! A recursive transformer: model, KV cache, kernels, profiler and an executor that runs them.
 
 pub mod cache;
+pub mod clock;
 pub mod config;
 pub mod executor;
 pub mod kernels;

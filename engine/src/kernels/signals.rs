@@ -81,8 +81,8 @@ multiversion! {
             weighted[lane] += exp(below) * below;
         }
         for chunk in chunks {
-            for lane in 0..LANES {
-                let below = chunk[lane] - first;
+            for (lane, &logit) in chunk.iter().enumerate() {
+                let below = logit - first;
                 let e = exp(below);
                 sums[lane] += e;
                 weighted[lane] += e * below;
@@ -108,8 +108,8 @@ fn two_greatest(numbers: &[f32]) -> (f32, f32) {
         insert(lane, number);
     }
     for chunk in chunks {
-        for lane in 0..LANES {
-            insert(lane, chunk[lane]);
+        for (lane, &number) in chunk.iter().enumerate() {
+            insert(lane, number);
         }
     }
     let (mut best, mut next) = (f32::NEG_INFINITY, f32::NEG_INFINITY);

@@ -1,0 +1,48 @@
+//! Random models for tests.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+use engine::config::{LoraConfig, MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+use engine::weights::Weights;
+use proptest::prelude::*;
+
+/// Small models of every kind: multi-head, grouped and multi-query attention, tied and untied, with LoRA and without.
+pub fn configs() -> impl Strategy<Value = ModelConfig> {
+    let heads = prop_oneof![Just((1, 1)), Just((4, 4)), Just((4, 2)), Just((4, 1)), Just((6, 2)), Just((9, 1))];
+    let sizes = (17_usize..70, 1_usize..5, 5_usize..50, prop_oneof![Just(2), Just(6), Just(16), Just(20), Just(32)]);
+    let lora = prop_oneof![Just(None), (1_usize..5).prop_map(|rank| Some(LoraConfig { rank, alpha: 3.0 }))];
+    (heads, sizes, 1_usize..3, 1_usize..5, any::<bool>(), lora).prop_map(
+        |((num_heads, num_kv_heads), (vocab, width, inner, head_dim), layers, loops, tied, lora)| ModelConfig {
+            schema_version: SCHEMA_VERSION,
+            model_type: MODEL_TYPE.to_owned(),
+            vocab_size: vocab,
+            hidden_size: width * 12,
+            intermediate_size: inner,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_layers: layers,
+            num_loops: loops,
+            rope_theta: 10_000.0,
+            rms_norm_eps: 1e-5,
+            tie_embeddings: tied,
+            max_positions: 128,
+            lora,
+        },
+    )
+}
+
+/// Weights that are random everywhere: fresh ones have norms of one and adapters that do nothing, and their logits
+/// are so small that all tokens are nearly equal.
+pub fn weights(config: &ModelConfig, seed: u64) -> Weights {
+    let fresh = Weights::random(config.clone(), seed).unwrap();
+    let mut tensors = HashMap::new();
+    for (name, tensor) in fresh.tensors() {
+        let noise = Tensor::randn(0_f32, 0.3, tensor.shape(), &Device::Cpu).unwrap();
+        let noise = if name.ends_with(".b") || name.ends_with("norm.weight") { noise } else { (noise * 0.0).unwrap() };
+        let scale = if name.contains("embed_tokens") || name.contains("lm_head") { 12.0 } else { 1.0 };
+        tensors.insert(name.clone(), ((tensor * scale).unwrap() + noise).unwrap());
+    }
+    Weights::from_tensors(config.clone(), tensors, "test").unwrap()
+}

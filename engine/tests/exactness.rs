@@ -1,0 +1,178 @@
+//! A request generates, to the bit, what it generates alone with the same exits: whatever the batching, the other
+//! requests, the chunks of its prompt, and however often it is preempted.
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use common::{configs, weights};
+use engine::executor::{EngineExecutor, ExitDepths, Generation, Sampling};
+use engine::model::Model;
+use engine::prompts::Prompts;
+use proptest::prelude::*;
+use scheduler::scheduler::Settings;
+use scheduler::serve::{Server, VirtualClock, serve};
+use scheduler::{Batching, ExitPolicy, Observer};
+use traces::{Measure, Nanos, Request};
+
+#[derive(Default)]
+struct Preemptions(u32);
+
+impl Observer for Preemptions {
+    fn preempted(&mut self, _: Nanos, _: &Request) {
+        self.0 += 1;
+    }
+}
+
+struct Setup {
+    model: Arc<Model>,
+    prompts: Arc<Prompts>,
+    sampling: Sampling,
+}
+
+impl Setup {
+    fn new(config: &engine::config::ModelConfig, seed: u64, temperature: f32) -> Self {
+        let text = (0..200_u64).map(|i| (i * i * 31 + i * 7 + seed) as u32 % config.vocab_size as u32).collect();
+        Self {
+            model: Arc::new(Model::load(&weights(config, seed)).unwrap()),
+            prompts: Arc::new(Prompts::Text(text)),
+            sampling: Sampling { temperature, seed },
+        }
+    }
+
+    /// Serves requests and returns what each generated, with signals, and how often one was preempted.
+    fn run(
+        &self,
+        settings: Settings,
+        requests: &[Request],
+        exits: Option<&Arc<ExitDepths>>,
+    ) -> (HashMap<u32, Generation>, u32) {
+        let (blocks, block_tokens) = (settings.num_blocks, settings.block_tokens);
+        let mut executor =
+            EngineExecutor::new(self.model.clone(), self.prompts.clone(), self.sampling, blocks, block_tokens)
+                .unwrap()
+                .recording();
+        if let Some(exits) = exits {
+            executor = executor.with_oracle(exits.clone());
+        }
+        let mut server = Server::new(settings, executor).unwrap();
+        let mut preemptions = Preemptions::default();
+        serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut preemptions).unwrap();
+        (server.into_executor().into_generations(), preemptions.0)
+    }
+
+    /// Serves one request on a machine of its own that lets its tokens leave at given depths.
+    fn run_alone(&self, request: Request, exits: Vec<u8>) -> Generation {
+        let exits = Arc::new(HashMap::from([(request.id, exits)]));
+        let settings = Settings {
+            batching: Batching::Sequence,
+            exit: ExitPolicy::Oracle { charged: false },
+            num_loops: self.model.config().num_loops as u8,
+            max_batch: 1,
+            token_budget: 1000,
+            prefill_chunk: 1000,
+            block_tokens: 128,
+            num_blocks: 1,
+        };
+        self.run(settings, &[request], Some(&exits)).0.remove(&request.id).unwrap()
+    }
+}
+
+fn requests() -> impl Strategy<Value = Vec<Request>> {
+    prop::collection::vec((0_u64..3_000_000, 1_u32..60, 1_u32..20), 1..8).prop_map(|drawn| {
+        let mut arrivals: Vec<u64> = drawn.iter().map(|&(arrival, ..)| arrival).collect();
+        arrivals.sort_unstable();
+        let request = |((id, arrival), &(_, prompt_tokens, output_tokens))| Request {
+            id,
+            arrival: Nanos(arrival),
+            prompt_tokens,
+            output_tokens,
+        };
+        (0..).zip(arrivals).zip(&drawn).map(request).collect()
+    })
+}
+
+fn exits() -> impl Strategy<Value = ExitPolicy> {
+    let confidence = |measure, threshold| ExitPolicy::Confidence { measure, threshold };
+    prop_oneof![
+        Just(ExitPolicy::None),
+        Just(ExitPolicy::Static(0)),
+        (0.05_f32..0.9).prop_map(move |threshold| confidence(Measure::Top1, threshold)),
+        (0.05_f32..0.5).prop_map(move |threshold| confidence(Measure::Margin, threshold)),
+        (0.5_f32..3.5).prop_map(move |threshold| confidence(Measure::Entropy, threshold)),
+        (0.5_f32..0.999).prop_map(move |threshold| confidence(Measure::Similarity, threshold)),
+    ]
+}
+
+fn assert_all_as_alone(setup: &Setup, requests: &[Request], generations: &HashMap<u32, Generation>) {
+    for request in requests {
+        let found = &generations[&request.id];
+        assert_eq!(found.tokens.len(), request.output_tokens as usize);
+        let alone = setup.run_alone(*request, found.exit_depths.clone());
+        assert_eq!(found, &alone, "request {}", request.id);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn batched_requests_generate_what_they_generate_alone(
+        config in configs(), seed in 0_u64..1000, requests in requests(), exit in exits(),
+        batching in prop::sample::select(Batching::ALL.to_vec()),
+        max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
+        temperature in prop_oneof![Just(0.0_f32), Just(0.8)],
+    ) {
+        let setup = Setup::new(&config, seed, temperature);
+        let settings = Settings {
+            batching, exit, max_batch, prefill_chunk, num_blocks,
+            num_loops: config.num_loops as u8,
+            token_budget: max_batch + spare_budget,
+            block_tokens: 16,
+        };
+        let (generations, _) = setup.run(settings, &requests, None);
+        assert_all_as_alone(&setup, &requests, &generations);
+    }
+}
+
+#[test]
+fn preempted_requests_generate_what_they_generate_alone() {
+    let config = engine::config::ModelConfig {
+        schema_version: 1,
+        model_type: "depthwise-recursive".to_owned(),
+        vocab_size: 40,
+        hidden_size: 24,
+        intermediate_size: 40,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 8,
+        block_layers: 2,
+        num_loops: 3,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        tie_embeddings: false,
+        max_positions: 128,
+        lora: None,
+    };
+    for seed in 0..4 {
+        let setup = Setup::new(&config, seed, 1.5);
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
+        let requests: Vec<Request> = (0..5).map(request).collect();
+        let settings = Settings {
+            batching: Batching::Depth,
+            exit: ExitPolicy::Confidence { measure: Measure::Top1, threshold: 0.6 },
+            num_loops: 3,
+            max_batch: 5,
+            token_budget: 30,
+            prefill_chunk: 7,
+            block_tokens: 16,
+            num_blocks: 7,
+        };
+        let (generations, preemptions) = setup.run(settings, &requests, None);
+        assert!(preemptions > 3, "{preemptions}");
+        let exits: Vec<u8> = generations.values().flat_map(|generation| generation.exit_depths.clone()).collect();
+        assert!((0..3).all(|depth| exits.contains(&depth)), "tokens leave at every depth: {exits:?}");
+        assert_all_as_alone(&setup, &requests, &generations);
+    }
+}
