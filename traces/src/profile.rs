@@ -270,7 +270,7 @@ fn check_components(path: &Path, points: &[Point]) -> Result<()> {
 
 /// More loops than any model has would make others allocate for them.
 pub(crate) fn check_num_loops(path: &Path, num_loops: u32) -> Result<()> {
-    const MOST: u32 = 1000;
+    const MOST: u32 = 64;
     match (1..=MOST).contains(&num_loops) {
         true => Ok(()),
         false => Err(TraceError::Key {
@@ -364,7 +364,7 @@ mod tests {
             ),
             ("overhead_us: 1.5\n", "", "missing field `overhead_us`"),
             ("model: m", "modl: m", "unknown field `modl`"),
-            ("num_loops: 3", "num_loops: 4000000000", "num_loops: found 4000000000, expected 1 to 1000"),
+            ("num_loops: 3", "num_loops: 4000000000", "num_loops: found 4000000000, expected 1 to 64"),
         ] {
             let error = read(&YAML.replace(from, to), CSV).unwrap_err().to_string();
             assert!(error.contains(message), "expected `{message}` in `{error}`");
