@@ -1,1 +1,67 @@
-//! Figures of measured and simulated runs.
+//! Figures of measured and simulated runs, each as SVG and PNG from one description.
+//!
+//! A function takes a [`Figure`] (name, folder and caption) and plain data, checks the data, and
+//! writes `NAME.svg` and `NAME.png`:
+//!
+//! | question | function |
+//! | --- | --- |
+//! | how much faster than sequence-wise batching without exit? | [`speedup`] |
+//! | how does throughput grow with the batch? | [`throughput_by_batch`] |
+//! | what does an exit threshold trade? | [`thresholds`], [`pareto`] |
+//! | what do requests wait for their first and their next token? | [`latency_cdfs`] |
+//! | which depths fill the passes? | [`rows_by_depth`] |
+//! | where could tokens leave, and would they be right? | [`exit_depths`] |
+//! | does the simulator predict what was measured? | [`predictions`] |
+//! | did training converge? | [`losses`] |
+//! | anything against anything | [`sweep`] |
+//!
+//! ```
+//! use plots::{Figure, Origin, Policy, PolicyLine};
+//!
+//! # let scratch = tempfile::tempdir()?;
+//! # let folder = scratch.path().to_path_buf();
+//! let figure = Figure {
+//!     folder,
+//!     name: "throughput".into(),
+//!     title: "Throughput against batch size".into(),
+//!     setting: "tiny model, 64 requests".into(),
+//!     device: "one CPU core".into(),
+//!     origin: Origin::Measured,
+//! };
+//! let line = PolicyLine {
+//!     policy: Policy::new("depth-wise", "oracle"),
+//!     points: vec![(1.0, 90.0), (2.0, 160.0), (4.0, 240.0)],
+//! };
+//! plots::throughput_by_batch(&figure, &[line])?;
+//! # assert!(scratch.path().join("throughput.png").exists());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Colours are Okabe and Ito's; markers, dashes, hatches and lightness say the same in grey. Text
+//! is measured and, in the PNG, drawn with the embedded DejaVu Sans, so a bare machine will do.
+
+mod axis;
+mod canvas;
+mod depths;
+mod error;
+mod figure;
+mod latency;
+mod legend;
+mod panel;
+mod speedup;
+mod style;
+mod sweep;
+mod throughput;
+mod training;
+mod validation;
+
+pub use axis::Scale;
+pub use depths::{ExitDepths, PassRows, exit_depths, rows_by_depth};
+pub use error::Error;
+pub use figure::{Figure, Origin, Policy, PolicyLine};
+pub use latency::{PolicyLatencies, latency_cdfs};
+pub use speedup::{PolicyThroughput, speedup};
+pub use sweep::{SweepLine, SweepPoint, sweep};
+pub use throughput::{ThresholdLine, ThresholdPoint, pareto, thresholds, throughput_by_batch};
+pub use training::{LossCurve, losses};
+pub use validation::{Prediction, predictions};

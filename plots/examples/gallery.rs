@@ -1,0 +1,170 @@
+//! Draws every figure from synthetic data, to look at the drawing: `gallery [FOLDER]`.
+
+use std::path::{Path, PathBuf};
+
+use plots::*;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use rand_distr::{Distribution, LogNormal, Normal};
+
+const BATCHINGS: [&str; 3] = ["vanilla", "sequence-wise", "depth-wise"];
+const EXITS: [&str; 3] = ["no exit", "oracle", "confidence 0.9"];
+
+fn main() -> Result<(), Error> {
+    let folder = std::env::args().nth(1).unwrap_or("gallery".into());
+    let folder = PathBuf::from(folder);
+    let mut random = StdRng::seed_from_u64(1);
+    draw_throughputs(&folder, &mut random)?;
+    draw_trade_offs(&folder, &mut random)?;
+    draw_latencies(&folder, &mut random)?;
+    draw_depths(&folder, &mut random)?;
+    draw_validation(&folder, &mut random)?;
+    draw_training(&folder, &mut random)
+}
+
+fn figure(folder: &Path, name: &str, title: &str) -> Figure {
+    Figure {
+        folder: folder.to_path_buf(),
+        name: name.into(),
+        title: title.into(),
+        setting: "3 loops, batch of 32, all requests queued".into(),
+        device: "no device".into(),
+        origin: Origin::Synthetic,
+    }
+}
+
+/// Every combination of policies with a made-up throughput in tokens/s.
+fn policies() -> Vec<(Policy, f64)> {
+    let speeds = [[610.0, 655.0, 632.0], [1000.0, 1090.0, 1040.0], [1010.0, 1872.0, 1548.0]];
+    let of = |(batching, speeds): (&str, [f64; 3])| {
+        let pair = move |(exit, speed)| (Policy::new(batching, exit), speed);
+        EXITS.into_iter().zip(speeds).map(pair).collect::<Vec<_>>()
+    };
+    BATCHINGS.into_iter().zip(speeds).flat_map(of).collect()
+}
+
+fn draw_throughputs(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
+    let noise = Normal::new(1.0, 0.03).expect("a finite deviation");
+    let mut runs = Vec::new();
+    for (policy, speed) in policies() {
+        let measured = (policy.batching != "vanilla").then(|| speed * noise.sample(random));
+        runs.push(PolicyThroughput { policy, measured, simulated: Some(speed) });
+    }
+    let title = "Throughput and speed-up over sequence-wise batching without exit";
+    let baseline = Policy::new("sequence-wise", "no exit");
+    speedup(&figure(folder, "speedup", title), &runs, &baseline)?;
+
+    let batches = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
+    let line = |(policy, speed): (Policy, f64)| {
+        let points = batches.map(|batch| (batch, 5.0 * speed * batch / (batch + 24.0)));
+        PolicyLine { policy, points: points.to_vec() }
+    };
+    let lines: Vec<_> = policies().into_iter().map(line).collect();
+    let title = "Throughput against batch size, by batching and exit policy";
+    throughput_by_batch(&figure(folder, "throughput_by_batch", title), &lines)
+}
+
+fn draw_trade_offs(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
+    let mut lines = Vec::new();
+    for (batching, gain) in [("sequence-wise", 60.0), ("depth-wise", 900.0)] {
+        for (measure, penalty) in [("top-1 probability", 0.16), ("margin", 0.11)] {
+            let point = |i: u32| {
+                let threshold = 0.1 * f64::from(i);
+                let throughput = 1000.0 + gain * (1.0 - threshold.powi(2)) + random.random_range(-9.0..9.0);
+                ThresholdPoint { threshold, throughput, agreement: 1.0 - penalty * (1.0 - threshold).powf(1.5) }
+            };
+            let points = (0..=10).map(point).collect();
+            lines.push(ThresholdLine { policy: Policy::new(batching, measure), points });
+        }
+    }
+    let title = "Throughput and token agreement against the exit threshold";
+    thresholds(&figure(folder, "thresholds", title), &lines)?;
+
+    let points = |line: &ThresholdLine| PolicyLine {
+        policy: line.policy.clone(),
+        points: line.points.iter().map(|p| (p.throughput, p.agreement)).collect(),
+    };
+    let lines: Vec<_> = lines.iter().map(points).collect();
+    let title = "Throughput against token agreement over exit thresholds";
+    pareto(&figure(folder, "pareto", title), &lines)
+}
+
+fn draw_latencies(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
+    let mut runs = Vec::new();
+    for (policy, speed) in policies() {
+        let ttft = LogNormal::new((4e5 / speed).ln(), 1.1).expect("a finite deviation");
+        let tpot = LogNormal::new((3.2e4 / speed).ln(), 0.25).expect("a finite deviation");
+        let ttft_ms = (0..2000).map(|_| ttft.sample(random)).collect();
+        let tpot_ms = (0..1900).map(|_| tpot.sample(random)).collect();
+        runs.push(PolicyLatencies { policy, ttft_ms, tpot_ms });
+    }
+    let title = "Latency of requests, by batching and exit policy";
+    latency_cdfs(&figure(folder, "latency", title), &runs)
+}
+
+fn draw_depths(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
+    let mut passes = Vec::new();
+    let mut now = 0.0;
+    while now < 12.0 {
+        let load = 32.0 * (1.0 - (now - 5.0_f64).powi(2) / 60.0);
+        let shares = [0.5, 0.3, 0.2].map(|share| share * random.random_range(0.8..1.2));
+        let rows = shares.map(|share| (share * load) as u32).to_vec();
+        let end_s = now + random.random_range(0.008..0.014);
+        passes.push(PassRows { start_s: now, end_s, rows });
+        now = end_s;
+    }
+    let title = "Rows in the passes by depth, depth-wise batching with oracle exit";
+    rows_by_depth(&figure(folder, "rows_by_depth", title), &passes)?;
+
+    let trace = |name: &str, leaving: [f64; 3], agreement: [f64; 3]| ExitDepths {
+        name: name.into(),
+        leaving: leaving.to_vec(),
+        agreement: agreement.to_vec(),
+    };
+    let traces = [
+        trace("before early-exit training", [0.31, 0.24, 0.45], [0.31, 0.52, 1.0]),
+        trace("after early-exit training", [0.62, 0.21, 0.17], [0.62, 0.81, 1.0]),
+    ];
+    let title = "Where tokens can leave, and how often a depth already agrees with the last";
+    exit_depths(&figure(folder, "exit_depths", title), &traces)
+}
+
+fn draw_validation(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
+    let metrics = [("throughput (tokens/s)", 0.04, 1.0), ("mean TTFT (ms)", 0.07, 0.4), ("mean TPOT (ms)", 0.05, 0.04)];
+    let mut points = Vec::new();
+    for (metric, error, scale) in metrics {
+        let noise = Normal::new(1.0, error).expect("a finite deviation");
+        for (policy, speed) in policies() {
+            let measured = scale * speed * random.random_range(0.5..2.0);
+            let predicted = measured * noise.sample(random);
+            points.push(Prediction { metric: metric.into(), series: policy.batching, measured, predicted });
+        }
+    }
+    let title = "Predicted against measured, every combination of policies";
+    predictions(&figure(folder, "predictions", title), &points)
+}
+
+fn draw_training(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
+    let mut curves = Vec::new();
+    for (index, floor) in [2.9, 2.55, 2.4].into_iter().enumerate() {
+        let loss = |step: f64| floor + 2.5 * (-step / 400.0).exp() + 0.4 * (-step / 2500.0).exp();
+        let train = (0..500).map(|i| f64::from(i) * 8.0);
+        let train = train.map(|s| (s, loss(s) + random.random_range(-0.06..0.06))).collect();
+        let validation = (0..=10).map(|i| f64::from(i) * 400.0).map(|s| (s, loss(s) + 0.08)).collect();
+        curves.push(LossCurve { name: format!("loop {}", index + 1), train, validation });
+    }
+    let title = "Loss during uptraining, by loop";
+    losses(&figure(folder, "losses", title), &curves)?;
+
+    let line = |(name, slope): (&str, f64)| {
+        let point = |i: u32| {
+            let x = f64::from(i);
+            let y = 1.0 + slope * (1.0 - (-x / 3.0).exp());
+            SweepPoint { x, y, low: y - 0.03 * x.sqrt(), high: y + 0.04 * x.sqrt() }
+        };
+        SweepLine { name: name.into(), points: (1..=8).map(point).collect() }
+    };
+    let lines: Vec<_> = [("oracle", 0.9), ("confidence 0.9", 0.6), ("gate", 0.45)].into_iter().map(line).collect();
+    let title = "Speed-up against the number of loops, mean and range of five seeds";
+    sweep(&figure(folder, "sweep", title), "loops", Scale::Linear, "speed-up (×)", &lines)
+}

@@ -1,0 +1,166 @@
+//! Throughput against batch size, exit threshold and token agreement.
+
+use plotters::prelude::*;
+
+use crate::axis::Axis;
+use crate::canvas::{self, Canvas, WIDTH};
+use crate::figure::Kind;
+use crate::legend::{Entry, Sample};
+use crate::panel::Panel;
+use crate::style::{self, Dash, Look, MUTED};
+use crate::{Error, Figure, Policy, PolicyLine};
+
+const THROUGHPUT: &str = "throughput (tokens/s)";
+const AGREEMENT: &str = "token agreement (%)";
+
+/// Throughput and agreement of a policy over exit thresholds.
+#[derive(Clone, Debug)]
+pub struct ThresholdLine {
+    /// Batching and exit policy.
+    pub policy: Policy,
+    /// Points in any order.
+    pub points: Vec<ThresholdPoint>,
+}
+
+/// What one threshold gave.
+#[derive(Clone, Copy, Debug)]
+pub struct ThresholdPoint {
+    /// The exit policy's threshold, in the measure's own unit.
+    pub threshold: f64,
+    /// Generated tokens/s.
+    pub throughput: f64,
+    /// Share of generated tokens equal to full depth's, 0 to 1.
+    pub agreement: f64,
+}
+
+/// Draws throughput (tokens/s) against batch size (sequences), a line per policy.
+///
+/// # Errors
+/// No lines, a line without points, a batch size that is not positive, a negative throughput.
+pub fn throughput_by_batch(figure: &Figure, lines: &[PolicyLine]) -> Result<(), Error> {
+    figure.require("policies", lines)?;
+    for line in lines {
+        let label = line.policy.label();
+        let batches = line.points.iter().map(|p| p.0);
+        figure.check(&format!("batch size of `{label}`"), Kind::Positive, batches)?;
+        let throughputs = line.points.iter().map(|p| p.1);
+        figure.check(&format!("throughput of `{label}`"), Kind::NonNegative, throughputs)?;
+    }
+    let points = || lines.iter().flat_map(|line| &line.points);
+    let x = Axis::log_at_values("batch size (sequences)", points().map(|p| p.0));
+    let y = Axis::from_zero(THROUGHPUT, points().map(|p| p.1));
+    let looks = Look::policies(lines.iter().map(|line| &line.policy));
+    let legend = policy_legend(lines.iter().map(|line| &line.policy), Sample::MarkedLine);
+    canvas::draw(figure, (WIDTH, 1000), &legend, |area| {
+        let panel = Panel::new(area, &x, &y)?;
+        let mut lines = lines.iter().zip(&looks);
+        lines.try_for_each(|(line, look)| panel.marked_line(&line.points, *look))
+    })
+}
+
+/// Draws throughput and, below it, token agreement against the exit threshold.
+///
+/// # Errors
+/// No lines, a line without points, a threshold that is not finite, a negative throughput, or an
+/// agreement that is not a share.
+pub fn thresholds(figure: &Figure, lines: &[ThresholdLine]) -> Result<(), Error> {
+    figure.require("policies", lines)?;
+    for line in lines {
+        let label = line.policy.label();
+        let check = |what, kind, value: fn(&ThresholdPoint) -> f64| {
+            figure.check(&format!("{what} of `{label}`"), kind, line.points.iter().map(value))
+        };
+        check("threshold", Kind::Finite, |p| p.threshold)?;
+        check("throughput", Kind::NonNegative, |p| p.throughput)?;
+        check("agreement", Kind::Share, |p| p.agreement)?;
+    }
+    let points = || lines.iter().flat_map(|line| &line.points);
+    let x = Axis::linear("exit threshold", points().map(|p| p.threshold));
+    let ys = [
+        Axis::from_zero(THROUGHPUT, points().map(|p| p.throughput)),
+        Axis::linear(AGREEMENT, points().map(|p| 100.0 * p.agreement)).at_most(HIGHEST_SHARE),
+    ];
+    let looks = Look::policies(lines.iter().map(|line| &line.policy));
+    let legend = policy_legend(lines.iter().map(|line| &line.policy), Sample::MarkedLine);
+    let values: [fn(&ThresholdPoint) -> f64; 2] = [|p| p.throughput, |p| 100.0 * p.agreement];
+    canvas::draw(figure, (WIDTH, 1240), &legend, |area| {
+        let panels = Panel::labelled_stack(area, &x, &ys)?;
+        for (panel, value) in panels.iter().zip(values) {
+            for (line, look) in lines.iter().zip(&looks) {
+                let points = line.points.iter().map(|p| (p.threshold, value(p)));
+                panel.marked_line(&points.collect::<Vec<_>>(), *look)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Top of an axis of percentages: a marker at 100 % stays whole.
+const HIGHEST_SHARE: f64 = 101.0;
+
+/// Draws `(tokens/s, agreement as a share)` points and the front that no point beats in both.
+///
+/// # Errors
+/// No lines, a line without points, a negative throughput, or an agreement that is not a share.
+pub fn pareto(figure: &Figure, lines: &[PolicyLine]) -> Result<(), Error> {
+    figure.require("policies", lines)?;
+    for line in lines {
+        let label = line.policy.label();
+        let throughputs = line.points.iter().map(|p| p.0);
+        figure.check(&format!("throughput of `{label}`"), Kind::NonNegative, throughputs)?;
+        let agreements = line.points.iter().map(|p| p.1);
+        figure.check(&format!("agreement of `{label}`"), Kind::Share, agreements)?;
+    }
+    let percent = |&(throughput, agreement): &(f64, f64)| (throughput, 100.0 * agreement);
+    let points: Vec<_> = lines.iter().flat_map(|l| &l.points).map(percent).collect();
+    let x = Axis::linear(THROUGHPUT, points.iter().map(|p| p.0));
+    let y = Axis::linear(AGREEMENT, points.iter().map(|p| p.1)).at_most(HIGHEST_SHARE);
+    let front = front(points);
+    let looks = Look::policies(lines.iter().map(|line| &line.policy));
+    let mut legend = policy_legend(lines.iter().map(|line| &line.policy), Sample::Marker);
+    legend.push(Entry::new("Pareto front", Sample::Stroke(MUTED, Dash::Dashed)));
+    canvas::draw(figure, (WIDTH, 1000), &legend, |area: &Canvas| {
+        let panel = Panel::new(area, &x, &y)?;
+        let corners: Vec<_> = front.iter().map(|point| panel.at(point)).collect();
+        style::stroke(area, &corners, MUTED.stroke_width(3), Dash::Dashed)?;
+        for (line, look) in lines.iter().zip(&looks) {
+            let points: Vec<_> = line.points.iter().map(percent).collect();
+            panel.markers(&points, *look)?;
+        }
+        Ok(())
+    })
+}
+
+/// The points that no other beats in both coordinates, as the corners of a falling staircase.
+fn front(mut points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
+    points.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)));
+    let mut corners: Vec<(f64, f64)> = Vec::new();
+    for (x, y) in points {
+        match corners.last() {
+            Some(&(_, highest)) if y <= highest => {}
+            Some(&(_, highest)) => corners.extend([(x, highest), (x, y)]),
+            None => corners.push((x, y)),
+        }
+    }
+    corners
+}
+
+pub(crate) fn policy_legend<'a>(
+    policies: impl Iterator<Item = &'a Policy> + Clone,
+    sample: fn(Look) -> Sample,
+) -> Vec<Entry> {
+    let looks = Look::policies(policies.clone());
+    policies.zip(looks).map(|(policy, look)| Entry::new(policy.label(), sample(look))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_front_passes_every_point_that_none_beats_in_both() {
+        let points = vec![(1.0, 9.0), (2.0, 9.0), (4.0, 5.0), (3.0, 4.0), (4.0, 2.0), (5.0, 1.0)];
+        let corners = [(5.0, 1.0), (4.0, 1.0), (4.0, 5.0), (2.0, 5.0), (2.0, 9.0)];
+        assert_eq!(front(points), corners);
+    }
+}
