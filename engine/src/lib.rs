@@ -8,5 +8,6 @@ pub mod kernels;
 pub mod model;
 pub mod prompts;
 pub mod reference;
+pub mod replay;
 pub mod tokenizer;
 pub mod weights;

@@ -6,14 +6,13 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use common::{configs, weights};
+use common::{configs, grouped, weights};
+use engine::config::ModelConfig;
 use engine::executor::{EngineExecutor, ExitDepths, Generation, Sampling};
 use engine::model::Model;
 use engine::prompts::Prompts;
 use proptest::prelude::*;
-use scheduler::scheduler::Settings;
-use scheduler::serve::{Server, VirtualClock, serve};
-use scheduler::{Batching, ExitPolicy, Observer};
+use scheduler::{Batching, ExitPolicy, Observer, Server, Settings, VirtualClock, serve};
 use traces::{Measure, Nanos, Request};
 
 #[derive(Default)]
@@ -32,7 +31,7 @@ struct Setup {
 }
 
 impl Setup {
-    fn new(config: &engine::config::ModelConfig, seed: u64, temperature: f32) -> Self {
+    fn new(config: &ModelConfig, seed: u64, temperature: f32) -> Self {
         let text = (0..200_u64).map(|i| (i * i * 31 + i * 7 + seed) as u32 % config.vocab_size as u32).collect();
         Self {
             model: Arc::new(Model::load(&weights(config, seed)).unwrap()),
@@ -138,23 +137,7 @@ proptest! {
 
 #[test]
 fn preempted_requests_generate_what_they_generate_alone() {
-    let config = engine::config::ModelConfig {
-        schema_version: 1,
-        model_type: "depthwise-recursive".to_owned(),
-        vocab_size: 40,
-        hidden_size: 24,
-        intermediate_size: 40,
-        num_heads: 4,
-        num_kv_heads: 2,
-        head_dim: 8,
-        block_layers: 2,
-        num_loops: 3,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
-        tie_embeddings: false,
-        max_positions: 128,
-        lora: None,
-    };
+    let config = grouped();
     for seed in 0..4 {
         let setup = Setup::new(&config, seed, 1.5);
         let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };

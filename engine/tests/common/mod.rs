@@ -1,9 +1,12 @@
 //! Random models for tests.
 
+#![allow(dead_code)] // each test file uses its own share
+
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 use engine::config::{LoraConfig, MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+use engine::kernels::signals::mix;
 use engine::weights::Weights;
 use proptest::prelude::*;
 
@@ -33,16 +36,39 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
     )
 }
 
+/// One small model with grouped-query attention, three loops and a head of its own.
+pub fn grouped() -> ModelConfig {
+    ModelConfig {
+        schema_version: SCHEMA_VERSION,
+        model_type: MODEL_TYPE.to_owned(),
+        vocab_size: 40,
+        hidden_size: 24,
+        intermediate_size: 40,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 8,
+        block_layers: 2,
+        num_loops: 3,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        tie_embeddings: false,
+        max_positions: 128,
+        lora: None,
+    }
+}
+
 /// Weights that are random everywhere: fresh ones have norms of one and adapters that do nothing, and their logits
 /// are so small that all tokens are nearly equal.
 pub fn weights(config: &ModelConfig, seed: u64) -> Weights {
     let fresh = Weights::random(config.clone(), seed).unwrap();
     let mut tensors = HashMap::new();
     for (name, tensor) in fresh.tensors() {
-        let noise = Tensor::randn(0_f32, 0.3, tensor.shape(), &Device::Cpu).unwrap();
-        let noise = if name.ends_with(".b") || name.ends_with("norm.weight") { noise } else { (noise * 0.0).unwrap() };
+        let noise_scale = if name.ends_with(".b") || name.ends_with("norm.weight") { 1.0 } else { 0.0 };
+        let noise = |index| (mix(seed ^ mix(index)) as f32 / u64::MAX as f32 - 0.5) * noise_scale;
+        let noise = Tensor::from_iter((0..tensor.elem_count() as u64).map(noise), &Device::Cpu).unwrap();
         let scale = if name.contains("embed_tokens") || name.contains("lm_head") { 12.0 } else { 1.0 };
-        tensors.insert(name.clone(), ((tensor * scale).unwrap() + noise).unwrap());
+        let scaled = (tensor * scale).unwrap() + noise.reshape(tensor.shape()).unwrap();
+        tensors.insert(name.clone(), scaled.unwrap());
     }
     Weights::from_tensors(config.clone(), tensors, "test").unwrap()
 }

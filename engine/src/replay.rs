@@ -1,0 +1,227 @@
+//! Runs of request traces on the engine: measured replays, recordings at full depth, and what full depth would have
+//! said after the same prefixes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use scheduler::blocks::BlockId;
+use scheduler::{Batching, ExitPolicy, Observer, ScheduleError, ServeError, Server, Settings, serve};
+use traces::{ExitTrace, ExitTraceMeta, Request};
+
+use crate::cache::{KvCache, TILE};
+use crate::clock::{Idle, WallClock};
+use crate::executor::{EngineError, EngineExecutor, ExitDepths, Generation, Sampling, in_pool};
+use crate::kernels::rows::{Source, gather};
+use crate::kernels::signals::read;
+use crate::model::{Model, Rows};
+use crate::prompts::Prompts;
+
+/// Rows of a pass of runs that nobody times.
+const UNTIMED_ROWS: usize = 256;
+
+/// Why a run stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// Settings or a request that cannot be served.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// The engine failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The settings are those of another model.
+    #[error("settings for a model of {settings} loops, this one has {model}")]
+    NumLoops {
+        /// As set.
+        settings: u8,
+        /// The model's.
+        model: usize,
+    },
+}
+
+impl From<ServeError<EngineError>> for ReplayError {
+    fn from(error: ServeError<EngineError>) -> Self {
+        match error {
+            ServeError::Schedule(error) => Self::Schedule(error),
+            ServeError::Executor(error) => Self::Engine(error),
+        }
+    }
+}
+
+impl From<candle_core::Error> for ReplayError {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Engine(error.into())
+    }
+}
+
+/// A model with what it needs to answer requests.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    /// The model.
+    pub model: Arc<Model>,
+    /// What requests ask.
+    pub prompts: Arc<Prompts>,
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+}
+
+impl Engine {
+    /// An executor with a cache of the size that `settings` say.
+    ///
+    /// # Errors
+    /// If the cache cannot be made.
+    pub fn executor(&self, settings: &Settings) -> Result<EngineExecutor, EngineError> {
+        let (model, prompts) = (self.model.clone(), self.prompts.clone());
+        EngineExecutor::new(model, prompts, self.sampling, settings.num_blocks, settings.block_tokens)
+    }
+
+    /// Serves `requests`, in the order of their arrival, on the wall clock. `oracle` is needed by the exit policy of
+    /// that name only. The measured times go to `observer`; returned is what each request generated, by id.
+    ///
+    /// # Errors
+    /// Before the run if a request does not fit the model or the cache or has no prompt; or if the engine fails.
+    pub fn replay(
+        &self,
+        settings: Settings,
+        requests: &[Request],
+        oracle: Option<Arc<ExitDepths>>,
+        idle: Idle,
+        observer: &mut (impl Observer + Send),
+    ) -> Result<HashMap<u32, Generation>, ReplayError> {
+        let executor = self.executor(&settings)?;
+        let executor = match oracle {
+            Some(exits) => executor.with_oracle(exits),
+            None => executor,
+        };
+        self.serve(settings, executor, requests, idle, observer)
+    }
+
+    fn serve(
+        &self,
+        settings: Settings,
+        executor: EngineExecutor,
+        requests: &[Request],
+        idle: Idle,
+        observer: &mut (impl Observer + Send),
+    ) -> Result<HashMap<u32, Generation>, ReplayError> {
+        let model = self.model.config().num_loops;
+        if usize::from(settings.num_loops) != model {
+            return Err(ReplayError::NumLoops { settings: settings.num_loops, model });
+        }
+        for request in requests {
+            settings.check_request(request)?;
+            executor.check_request(request)?;
+            self.prompts.get(request).map_err(EngineError::Prompt)?;
+        }
+        let mut server = Server::new(settings, executor)?;
+        in_pool(|| {
+            serve(&mut server, requests.iter().copied(), &mut WallClock::start(idle), observer)?;
+            Ok(server.into_executor().into_generations())
+        })
+    }
+
+    /// Runs `requests` at full depth and returns the signals and predictions of every token at every depth;
+    /// generation `i` of the trace is that of `requests[i]`. Arrival times play no part. `model` is the model's name,
+    /// `source` says how the trace was made; `observer` may watch the progress.
+    ///
+    /// # Errors
+    /// If a request does not fit the model or has no prompt, or the engine fails.
+    pub fn record(
+        &self,
+        requests: &[Request],
+        model: &str,
+        source: &str,
+        observer: &mut (impl Observer + Send),
+    ) -> Result<ExitTrace, ReplayError> {
+        let settings = self.recording_settings(requests);
+        let executor = self.executor(&settings)?.recording();
+        let generations = self.serve(settings, executor, requests, Idle::Skip, observer)?;
+        let mut trace = ExitTrace::new(ExitTraceMeta {
+            schema_version: ExitTrace::SCHEMA_VERSION,
+            model: model.to_owned(),
+            fingerprint: self.model.fingerprint().to_owned(),
+            num_loops: u32::from(settings.num_loops),
+            source: source.to_owned(),
+        });
+        for request in requests {
+            trace.push_generation(&generations[&request.id].recorded);
+        }
+        Ok(trace)
+    }
+
+    /// A full batch at full depth, with a cache that holds the longest requests at once.
+    fn recording_settings(&self, requests: &[Request]) -> Settings {
+        let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
+        let max_batch = (requests.len() as u32).clamp(1, 32);
+        Settings {
+            batching: Batching::Sequence,
+            exit: ExitPolicy::None,
+            num_loops: self.model.config().num_loops as u8,
+            max_batch,
+            token_budget: UNTIMED_ROWS as u32,
+            prefill_chunk: UNTIMED_ROWS as u32,
+            block_tokens: TILE as u32,
+            num_blocks: max_batch * longest.div_ceil(TILE as u32),
+        }
+    }
+
+    /// For each generated token, the token that full depth gives after the same prefix, with the same dice.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn full_depth_tokens(&self, request: u32, generation: &Generation) -> Result<Vec<u32>, ReplayError> {
+        in_pool(|| self.teacher_forced(request, generation))
+    }
+
+    fn teacher_forced(&self, request: u32, generation: &Generation) -> Result<Vec<u32>, ReplayError> {
+        let config = self.model.config();
+        let inputs: Vec<u32> = generation.prompt.iter().chain(&generation.tokens).copied().collect();
+        let inputs = &inputs[..inputs.len().saturating_sub(1)];
+        let num_blocks = inputs.len().div_ceil(TILE) as u32;
+        let cache = KvCache::new(config, num_blocks, TILE as u32, &Device::Cpu).map_err(EngineError::Cache)?;
+        let blocks: Vec<BlockId> = (0..num_blocks).collect();
+        let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu)?;
+        let mut tokens = Vec::with_capacity(generation.tokens.len());
+        for (index, chunk) in inputs.chunks(UNTIMED_ROWS).enumerate() {
+            let start = index * UNTIMED_ROWS;
+            let sources: Vec<Source> = chunk.iter().map(|&token| Source::First(token)).collect();
+            let hidden = self.model.embed(&nothing, &sources)?;
+            for depth in 0..config.num_loops {
+                let mut rows = Rows::default();
+                (start..start + chunk.len()).for_each(|position| rows.push(position, depth, depth..depth + 1, &blocks));
+                self.model.forward_block(&hidden, &rows, &cache)?;
+            }
+            let first = (generation.prompt.len() - 1).clamp(start, start + chunk.len());
+            let yielding: Vec<Source> = (first - start..chunk.len()).map(|row| Source::First(row as u32)).collect();
+            if !yielding.is_empty() {
+                let logits = self.model.logits(&gather(&hidden, &hidden, &yielding)?)?;
+                let token = |position| position + 1 - generation.prompt.len();
+                let keys: Vec<u64> =
+                    (first..start + chunk.len()).map(|position| self.sampling.key(request, token(position))).collect();
+                tokens.extend(read(&logits, self.sampling.temperature, &keys)?.iter().map(|verdict| verdict.token));
+            }
+        }
+        Ok(tokens)
+    }
+
+    /// Token agreement: the share of generated tokens, 0 to 1, that equal what full depth gives after the same prefix.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn agreement(&self, generations: &HashMap<u32, Generation>) -> Result<f64, ReplayError> {
+        let (mut agreeing, mut total) = (0_usize, 0_usize);
+        for (&request, generation) in generations {
+            let expected = self.full_depth_tokens(request, generation)?;
+            agreeing += generation.tokens.iter().zip(&expected).filter(|(found, expected)| found == expected).count();
+            total += generation.tokens.len();
+        }
+        Ok(agreeing as f64 / total as f64)
+    }
+}
+
+/// The earliest depth of each token whose prediction equals that of the last depth, by request: what the oracle needs
+/// to replay `requests`, of which `trace` is the recording.
+pub fn oracle_depths(trace: &ExitTrace, requests: &[Request]) -> ExitDepths {
+    let of_generation = |index| trace.generation(index).map(|token| trace.oracle_depth(token) as u8).collect();
+    requests.iter().zip(0..trace.num_generations()).map(|(request, index)| (request.id, of_generation(index))).collect()
+}

@@ -1,0 +1,112 @@
+//! Replays, recordings and agreement on a small random model.
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use common::{grouped, weights};
+use engine::clock::Idle;
+use engine::executor::Sampling;
+use engine::model::Model;
+use engine::prompts::Prompts;
+use engine::replay::{Engine, oracle_depths};
+use scheduler::{Batching, ExitPolicy, Settings};
+use traces::{Nanos, Request};
+
+fn engine(temperature: f32) -> Engine {
+    Engine {
+        model: Arc::new(Model::load(&weights(&grouped(), 5)).unwrap()),
+        prompts: Arc::new(Prompts::Text((0..300).map(|i| i * i * 7 % 40).collect())),
+        sampling: Sampling { temperature, seed: 1 },
+    }
+}
+
+fn requests() -> Vec<Request> {
+    (0..6)
+        .map(|id| Request { id: id * 3, arrival: Nanos::ZERO, prompt_tokens: 5 + 9 * id, output_tokens: 4 + id })
+        .collect()
+}
+
+fn settings(exit: ExitPolicy) -> Settings {
+    Settings {
+        batching: Batching::Depth,
+        exit,
+        num_loops: 3,
+        max_batch: 4,
+        token_budget: 40,
+        prefill_chunk: 16,
+        block_tokens: 16,
+        num_blocks: 40,
+    }
+}
+
+#[test]
+fn full_depth_agrees_with_itself_and_early_exit_less() {
+    for temperature in [0.0, 1.0] {
+        let engine = engine(temperature);
+        let full = engine.replay(settings(ExitPolicy::None), &requests(), None, Idle::Skip, &mut ()).unwrap();
+        assert_eq!(engine.agreement(&full).unwrap(), 1.0);
+        let early = engine.replay(settings(ExitPolicy::Static(0)), &requests(), None, Idle::Skip, &mut ()).unwrap();
+        let agreement = engine.agreement(&early).unwrap();
+        assert!(agreement < 0.9, "{agreement}");
+        assert!(early.values().all(|generation| generation.exit_depths.iter().all(|&depth| depth == 0)));
+    }
+}
+
+#[test]
+fn a_recording_holds_what_a_replay_at_full_depth_generates() {
+    let engine = engine(1.0);
+    let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
+    let full = engine.replay(settings(ExitPolicy::None), &requests(), None, Idle::Skip, &mut ()).unwrap();
+    assert_eq!((trace.num_generations(), trace.meta.fingerprint.as_str()), (6, engine.model.fingerprint()));
+    for (index, request) in requests().iter().enumerate() {
+        let last = |token| trace.predictions[token * 3 + 2];
+        let recorded: Vec<u32> = trace.generation(index).map(last).collect();
+        assert_eq!(recorded, full[&request.id].tokens);
+    }
+    for token in 0..trace.num_tokens() {
+        for depth in 0..3 {
+            let signals = trace.signals_at(token, depth);
+            assert!(signals.top1 > 0.0 && signals.top1 <= 1.0 && signals.margin <= signals.top1);
+            assert!(signals.entropy >= 0.0 && signals.entropy <= 40_f32.ln() + 1e-5);
+            assert_eq!(signals.similarity == 0.0, depth == 0);
+        }
+    }
+}
+
+#[test]
+fn the_oracle_leaves_where_the_recording_says() {
+    let engine = engine(1.0);
+    let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
+    let depths = Arc::new(oracle_depths(&trace, &requests()));
+    let oracle = ExitPolicy::Oracle { charged: false };
+    let replayed = engine.replay(settings(oracle), &requests(), Some(depths.clone()), Idle::Skip, &mut ()).unwrap();
+    for request in requests() {
+        assert_eq!(replayed[&request.id].exit_depths, depths[&request.id]);
+    }
+    let message = engine.replay(settings(oracle), &requests(), None, Idle::Skip, &mut ()).unwrap_err().to_string();
+    assert!(message.contains("no exit depth for token 0"), "{message}");
+}
+
+#[test]
+fn what_cannot_run_is_refused_before_the_run() {
+    let engine = engine(0.0);
+    let refuse = |settings: Settings, prompt_tokens| {
+        let request = Request { id: 7, arrival: Nanos::ZERO, prompt_tokens, output_tokens: 9 };
+        engine.replay(settings, &[requests()[0], request], None, Idle::Skip, &mut ()).unwrap_err().to_string()
+    };
+    let none = settings(ExitPolicy::None);
+    let cases = [
+        (refuse(Settings { num_blocks: 2, ..none }, 50), "holds 32"),
+        (refuse(none, 122), "request 7 needs 130 positions, the model has 128"),
+        (refuse(Settings { num_loops: 4, ..none }, 5), "4 loops, this one has 3"),
+        (refuse(Settings { block_tokens: 10, ..none }, 5), "a KV block of 10 tokens"),
+    ];
+    for (message, expected) in cases {
+        assert!(message.contains(expected), "{message}");
+    }
+    let unasked = Engine { prompts: Arc::new(Prompts::Given(HashMap::new())), ..engine.clone() };
+    let message = unasked.replay(none, &requests(), None, Idle::Skip, &mut ()).unwrap_err().to_string();
+    assert!(message.contains("request 0 asks for a prompt of 5 tokens, 0 were given"), "{message}");
+}
