@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod clock;
 pub mod config;
+pub mod differentiable;
 pub mod executor;
 pub mod kernels;
 pub mod model;

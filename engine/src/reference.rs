@@ -5,9 +5,12 @@
 //! each attention and an MLP with pre-norms, run `num_loops` times on the residual stream. Every
 //! loop's output can be read through the same final norm and head.
 
-use candle_core::{D, Device, Tensor};
+use std::sync::Arc;
+
+use candle_core::Tensor;
 
 use crate::config::ModelConfig;
+use crate::differentiable;
 use crate::weights::{Weights, WeightsError};
 
 type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
@@ -56,54 +59,42 @@ impl Linear {
 /// `x / rms(x) * weight` (arXiv 1910.07467).
 struct RmsNorm {
     weight: Tensor,
-    eps: f64,
+    eps: f32,
 }
 
 impl RmsNorm {
     fn load(weights: &Weights, name: &str) -> Result<Self, WeightsError> {
-        Ok(Self { weight: weights.get(name)?.clone(), eps: f64::from(weights.config().rms_norm_eps) })
+        Ok(Self { weight: weights.get(name)?.clone(), eps: weights.config().rms_norm_eps })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let normed = x.broadcast_div(&(mean_square + self.eps)?.sqrt()?)?;
-        normed.broadcast_mul(&self.weight)
+        differentiable::rms_norm(x, &self.weight, self.eps)
     }
 }
 
 /// Rotary position embedding (arXiv 2104.09864), with dimension `i` of a head paired with
 /// `i + head_dim / 2` as in Hugging Face's Llama.
 struct Rotary {
-    /// `[max_positions, head_dim / 2]`
-    cos: Tensor,
-    /// `[max_positions, head_dim / 2]`
-    sin: Tensor,
+    /// Cosine and sine of the angle at `[position][i]`.
+    table: Arc<[(f32, f32)]>,
 }
 
 impl Rotary {
-    fn new(config: &ModelConfig) -> Result<Self> {
+    fn new(config: &ModelConfig) -> Self {
         let half = config.head_dim / 2;
-        let mut angles = Vec::with_capacity(config.max_positions * half);
-        for position in 0..config.max_positions {
-            for i in 0..half {
-                let frequency = config.rope_theta.powf(-(i as f32) / half as f32);
-                angles.push(position as f32 * frequency);
-            }
-        }
-        let angles = Tensor::from_vec(angles, (config.max_positions, half), &Device::Cpu)?;
-        Ok(Self { cos: angles.cos()?, sin: angles.sin()? })
+        let angle = |index: usize| {
+            let (position, i) = (index / half, index % half);
+            let frequency = config.rope_theta.powf(-(i as f32) / half as f32);
+            let (sin, cos) = (position as f32 * frequency).sin_cos();
+            (cos, sin)
+        };
+        let table = (0..config.max_positions * half).map(angle).collect();
+        Self { table }
     }
 
     /// Turns `[batch, heads, seq, head_dim]` by each token's position.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (_, _, seq, head_dim) = x.dims4()?;
-        let cos = self.cos.narrow(0, 0, seq)?;
-        let sin = self.sin.narrow(0, 0, seq)?;
-        let first = x.narrow(D::Minus1, 0, head_dim / 2)?;
-        let second = x.narrow(D::Minus1, head_dim / 2, head_dim / 2)?;
-        let turned_first = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
-        let turned_second = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
-        Tensor::cat(&[turned_first, turned_second], D::Minus1)
+        differentiable::rotate(x, &self.table)
     }
 }
 
@@ -147,9 +138,8 @@ impl Attention {
         // The query heads of a key-value head are adjacent, so their rows stack over it.
         let group_rows = self.num_heads / self.num_kv_heads * seq;
         let q = q.reshape((batch, self.num_kv_heads, group_rows, self.head_dim))?;
-        let scores = (q.matmul(&k.t()?)? / (self.head_dim as f64).sqrt())?;
-        let scores = scores.reshape((batch, self.num_heads, seq, seq))?;
-        let weights = causal_softmax(&scores)?;
+        let scores = q.matmul(&k.t()?)?.reshape((batch, self.num_heads, seq, seq))?;
+        let weights = differentiable::causal_softmax(&scores, (self.head_dim as f32).powf(-0.5))?;
         let weights = weights.reshape((batch, self.num_kv_heads, group_rows, seq))?;
         let mixed = weights.matmul(&v)?;
 
@@ -158,14 +148,6 @@ impl Attention {
         let rows = mixed.reshape((batch * seq, self.num_heads * self.head_dim))?;
         self.o_proj.forward(&rows, depth)
     }
-}
-
-/// Softmax of `[.., seq, seq]` scores over the keys that are not after the query.
-fn causal_softmax(scores: &Tensor) -> Result<Tensor> {
-    let seq = scores.dim(D::Minus1)?;
-    let mask: Vec<f32> = (0..seq * seq).map(|i| if i % seq > i / seq { f32::NEG_INFINITY } else { 0.0 }).collect();
-    let mask = Tensor::from_vec(mask, (seq, seq), &Device::Cpu)?;
-    candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)
 }
 
 /// `down(silu(gate(x)) * up(x))` (arXiv 2002.05202).
@@ -187,7 +169,8 @@ impl Mlp {
     fn forward(&self, x: &Tensor, depth: usize) -> Result<Tensor> {
         let gate = self.gate_proj.forward(x, depth)?;
         let up = self.up_proj.forward(x, depth)?;
-        self.down_proj.forward(&(gate.silu()? * up)?, depth)
+        let inner = differentiable::swiglu(&gate, &up)?;
+        self.down_proj.forward(&inner, depth)
     }
 }
 
@@ -247,7 +230,7 @@ impl Reference {
             block: (0..config.block_layers).map(|layer| Layer::load(weights, layer)).collect::<Result<_, _>>()?,
             norm: RmsNorm::load(weights, "norm.weight")?,
             head: weights.get(head)?.t().map_err(in_head)?,
-            rotary: Rotary::new(&config).map_err(in_head)?,
+            rotary: Rotary::new(&config),
             config,
         })
     }
@@ -303,7 +286,7 @@ mod tests {
     use super::*;
     use crate::config::LoraConfig;
     use crate::config::tests::tiny;
-    use candle_core::DType;
+    use candle_core::{DType, Device};
 
     fn logits(weights: &Weights, tokens: &[[u32; 6]]) -> Vec<Vec<f32>> {
         let shape = (tokens.len(), 6);
