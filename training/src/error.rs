@@ -1,0 +1,61 @@
+//! Why training could not go on.
+
+use std::path::PathBuf;
+
+/// Why training could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainingError {
+    /// An option is out of range.
+    #[error("option `{option}` is {found}, expected {expected}")]
+    Option {
+        /// Name of the option.
+        option: &'static str,
+        /// Its value.
+        found: String,
+        /// What is allowed.
+        expected: String,
+    },
+    /// A text has too few tokens for one window.
+    #[error("the {role} text has {found} tokens, expected more than the sequence length of {expected}")]
+    TextTooShort {
+        /// Training or held-out.
+        role: &'static str,
+        /// Tokens in the text.
+        found: usize,
+        /// Sequence length.
+        expected: usize,
+    },
+    /// The loss is no longer a number.
+    #[error("step {step}: the loss is {loss}; lower the learning rate")]
+    Diverged {
+        /// Step at which it happened.
+        step: usize,
+        /// The loss.
+        loss: f64,
+    },
+    /// A checkpoint does not belong to this run.
+    #[error("{}: {problem}", path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The model folder was refused or could not be written.
+    #[error(transparent)]
+    Weights(#[from] engine::weights::WeightsError),
+    /// The tokenizer was refused.
+    #[error(transparent)]
+    Tokenizer(#[from] engine::tokenizer::TokenizerError),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
