@@ -238,6 +238,17 @@ impl EngineExecutor {
         &self.model
     }
 
+    /// Puts a sequence of up to `context_tokens` positions into a slot, in place of what is there.
+    pub(crate) fn occupy(&mut self, slot: Slot, request: u32, generation: Generation, context_tokens: u32) {
+        let slot = slot as usize;
+        if self.sequences.len() <= slot {
+            self.sequences.resize_with(slot + 1, Sequence::default);
+        }
+        let in_flight = vec![None; context_tokens as usize];
+        let before = std::mem::replace(&mut self.sequences[slot], Sequence { request, generation, in_flight });
+        self.arena.free.extend(before.in_flight.into_iter().flatten());
+    }
+
     fn num_loops(&self) -> usize {
         self.model.config().num_loops
     }
@@ -467,12 +478,7 @@ impl Executor for EngineExecutor {
         };
         assert_eq!(generation.tokens.len(), generated as usize, "a preempted request goes on where it was");
         generation.recorded.truncate(generated as usize * self.num_loops());
-        let index = slot as usize;
-        if self.sequences.len() <= index {
-            self.sequences.resize_with(index + 1, Sequence::default);
-        }
-        let in_flight = vec![None; request.context_tokens() as usize];
-        self.sequences[index] = Sequence { request: request.id, generation, in_flight };
+        self.occupy(slot, request.id, generation, request.context_tokens());
         Ok(())
     }
 

@@ -7,6 +7,7 @@ pub mod differentiable;
 pub mod executor;
 pub mod kernels;
 pub mod model;
+pub mod profile;
 pub mod prompts;
 pub mod reference;
 pub mod replay;

@@ -1,0 +1,447 @@
+//! The profiler: measures what the parts of a pass take, on the executor that replays run on.
+//!
+//! It composes passes of every shape of a grid as the scheduler would and has the executor time them. Parts that
+//! cannot run alone are differences of two shapes: what histories add is a pass with histories less one without.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use scheduler::blocks::BlockTables;
+use scheduler::{
+    Batching, Executor, ExitPolicy, Look, Observer, Pass, PassRecord, Segment, Server, Settings, Slot, VirtualClock,
+    serve,
+};
+use traces::{Component, LatencyProfile, Measure, Nanos, Point, ProfileMeta, Request};
+
+use crate::cache::{TILE, bytes_per_token};
+use crate::executor::{EngineExecutor, Generation, in_pool};
+use crate::kernels::signals::mix;
+use crate::replay::{Engine, ReplayError};
+
+/// History of decode rows that stand for no history: the fewest tokens that one can follow.
+const SHORT: u32 = 1;
+/// Times that each shape runs in a round at each depth.
+const REPEATS: usize = 2;
+
+/// The shapes to measure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Rows of a pass, without histories.
+    rows: Vec<u32>,
+    /// Decode rows of a pass.
+    decodes: Vec<u32>,
+    /// Histories of decode rows, and before prompt chunks.
+    histories: Vec<u32>,
+    /// Tokens of a prompt chunk.
+    chunks: Vec<u32>,
+}
+
+/// What a replay asks for at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Rows of a pass.
+    pub rows: u32,
+    /// Decode rows of a pass: sequences that run at once.
+    pub decodes: u32,
+    /// Tokens of a sequence.
+    pub history: u32,
+    /// Prompt tokens of one chunk.
+    pub chunk: u32,
+}
+
+impl Grid {
+    /// A grid that reaches the limits, denser where passes are small.
+    pub fn up_to(limits: Limits) -> Self {
+        let up_to = |points: &[u32], limit: u32| {
+            let mut points: Vec<u32> = points.iter().copied().filter(|&point| point < limit).collect();
+            let mut next = 2 * points.last().copied().unwrap_or(1);
+            while next < limit {
+                points.push(next);
+                next *= 2;
+            }
+            points.push(limit.max(1));
+            points
+        };
+        Self {
+            rows: up_to(
+                &[1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256],
+                limits.rows,
+            ),
+            decodes: up_to(&[1, 2, 4, 8, 16, 24, 32, 48, 64], limits.decodes.min(limits.rows)),
+            histories: up_to(&[32, 64, 128, 256], limits.history),
+            chunks: up_to(&[1, 8, 16, 32, 64, 128], limits.chunk.min(limits.rows)),
+        }
+    }
+
+    fn max(points: &[u32]) -> u32 {
+        points.iter().copied().max().unwrap_or(1)
+    }
+}
+
+/// A pass that is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Shape {
+    /// Decode rows at one depth below 0 and their history, with neither head nor embedding.
+    Decode { rows: u32, history: u32 },
+    /// The same at depth 0, without history.
+    Embed { rows: u32 },
+    /// The same without history, but every row is looked at and every other one leaves.
+    Head { rows: u32 },
+    /// The same without history, spread over depths.
+    Mix { rows: u32, depths: u32 },
+    /// One prompt chunk.
+    Prefill { tokens: u32, history: u32 },
+}
+
+/// Measures a latency profile in rounds, each of which measures every shape: so an experiment can take turns between
+/// rounds and replays, and both see the same good and bad minutes of a busy machine.
+pub struct Profiler {
+    engine: Engine,
+    executor: EngineExecutor,
+    tables: BlockTables,
+    shapes: Vec<Shape>,
+    /// Microseconds.
+    samples: BTreeMap<Shape, Vec<f64>>,
+    /// Microseconds of scheduler and serving loop per pass.
+    overheads: Vec<f64>,
+    grid: Grid,
+    rounds: u64,
+}
+
+impl Profiler {
+    /// A profiler with nothing measured yet.
+    ///
+    /// # Errors
+    /// If the grid does not fit the model's positions, or its cache the memory.
+    pub fn new(engine: &Engine, grid: Grid) -> Result<Self, ReplayError> {
+        let block_tokens = TILE as u32;
+        let (history, chunk) = (Grid::max(&grid.histories), Grid::max(&grid.chunks));
+        let (rows, decodes) = (Grid::max(&grid.rows), Grid::max(&grid.decodes));
+        let decode_blocks = (history + 1).div_ceil(block_tokens);
+        let chunk_blocks = (history + chunk).div_ceil(block_tokens);
+        let num_blocks = decodes * decode_blocks + (rows - decodes) + chunk_blocks;
+        // The last slot is that of the prompt chunk.
+        let mut tables = BlockTables::new(num_blocks, block_tokens, rows + 1);
+        for slot in 0..=rows {
+            let blocks = if slot == rows {
+                chunk_blocks
+            } else if slot < decodes {
+                decode_blocks
+            } else {
+                1
+            };
+            assert!(tables.grow(slot, blocks * block_tokens), "there are as many blocks as the slots hold");
+        }
+        let executor = EngineExecutor::new(
+            engine.model.clone(),
+            engine.prompts.clone(),
+            engine.sampling,
+            num_blocks,
+            block_tokens,
+        )?;
+        let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: history + chunk, output_tokens: 1 };
+        executor.check_request(&request)?;
+        let shapes = shapes(&grid, engine.model.config().num_loops as u32);
+        let samples = shapes.iter().map(|&shape| (shape, Vec::new())).collect();
+        Ok(Self { engine: engine.clone(), executor, tables, shapes, samples, overheads: Vec::new(), grid, rounds: 0 })
+    }
+
+    /// Measures every shape, in another order than the last round; `progress` is told how many of how many are done.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn round(&mut self, mut progress: impl FnMut(usize, usize) + Send) -> Result<(), ReplayError> {
+        self.rounds += 1;
+        let mut shapes = self.shapes.clone();
+        shapes.sort_by_key(|&shape| mix(self.rounds ^ mix(key(shape))));
+        in_pool(|| {
+            for (done, &shape) in shapes.iter().enumerate() {
+                self.measure(shape)?;
+                progress(done + 1, shapes.len());
+            }
+            self.measure_overhead()
+        })
+    }
+
+    /// The medians over all rounds. `model` is the model's name, `source` says how the profile came about.
+    ///
+    /// # Panics
+    /// If there was no round.
+    pub fn finish(&self, model: &str, source: &str) -> LatencyProfile {
+        assert!(self.rounds > 0, "a profile takes at least one round");
+        let config = self.engine.model.config();
+        LatencyProfile {
+            meta: ProfileMeta {
+                schema_version: LatencyProfile::SCHEMA_VERSION,
+                model: model.to_owned(),
+                fingerprint: self.engine.model.fingerprint().to_owned(),
+                num_loops: config.num_loops as u32,
+                device: device_name(),
+                software: format!("depthwise {}, f32", env!("CARGO_PKG_VERSION")),
+                source: source.to_owned(),
+                overhead_us: Summary::of(&self.overheads).median,
+                weight_bytes: self.engine.model.weight_bytes(),
+                kv_bytes_per_token: bytes_per_token(config),
+            },
+            points: self.points(),
+        }
+    }
+
+    fn points(&self) -> Vec<Point> {
+        let summary = |shape| Summary::of(&self.samples[&shape]);
+        let mut points: Vec<Point> = Vec::new();
+        for &shape in &self.shapes {
+            let (component, rows, kv_tokens, depths) = match shape {
+                Shape::Decode { rows, history } => (Component::DecodeAttention, rows, history, 1),
+                Shape::Embed { rows } => (Component::Embed, rows, 0, 1),
+                Shape::Head { rows } => (Component::Head, rows, 0, 1),
+                Shape::Mix { rows, depths } => (Component::DepthMix, rows, 0, depths),
+                Shape::Prefill { tokens, history } => (Component::PrefillAttention, tokens, history, 1),
+            };
+            let point = |component, summary: Summary| Point {
+                component,
+                rows,
+                kv_tokens,
+                depths,
+                time_us: summary.median,
+                spread_us: summary.spread,
+                repeats: summary.repeats,
+            };
+            let block = summary(Shape::Decode { rows, history: SHORT });
+            let is_block = shape == Shape::Decode { rows, history: SHORT };
+            if is_block {
+                points.push(Point { kv_tokens: 0, ..point(Component::Block, block) });
+            }
+            if !is_block || self.grid.decodes.contains(&rows) {
+                points.push(point(component, summary(shape).less(&block)));
+            }
+        }
+        points.sort_by_key(|point| (point.component, point.depths, point.rows, point.kv_tokens));
+        points
+    }
+
+    /// Runs a shape at every depth that it may be at and keeps the times.
+    fn measure(&mut self, shape: Shape) -> Result<(), ReplayError> {
+        let num_loops = self.engine.model.config().num_loops as u8;
+        let depths = match shape {
+            Shape::Embed { .. } | Shape::Mix { .. } => 0..1,
+            _ => 1.min(num_loops - 1)..num_loops,
+        };
+        self.occupy(shape);
+        self.time(shape, depths.start)?;
+        for _ in 0..REPEATS {
+            for depth in depths.clone() {
+                let micros = self.time(shape, depth)?.as_micros_f64();
+                self.samples.entry(shape).or_default().push(micros);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives every row of a shape a sequence of its history.
+    fn occupy(&mut self, shape: Shape) {
+        let vocab = self.engine.model.config().vocab_size as u64;
+        let last_depth = self.engine.model.config().num_loops as u8 - 1;
+        let token = |index: u64| (mix(index) % vocab) as u32;
+        let chunk_slot = Grid::max(&self.grid.rows);
+        let (slots, prompt_tokens) = match shape {
+            Shape::Decode { rows, history } => (0..rows, history),
+            Shape::Embed { rows } | Shape::Head { rows } | Shape::Mix { rows, .. } => (0..rows, SHORT),
+            Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
+        };
+        for slot in slots {
+            let generation = Generation {
+                prompt: (0..u64::from(prompt_tokens)).map(token).collect(),
+                tokens: vec![token(u64::from(slot))],
+                exit_depths: vec![last_depth],
+                recorded: Vec::new(),
+            };
+            self.executor.occupy(slot, slot, generation, prompt_tokens + 1);
+        }
+    }
+
+    /// Has the executor run and time one pass of a shape.
+    fn time(&mut self, shape: Shape, depth: u8) -> Result<Nanos, ReplayError> {
+        let segments = self.segments(shape, depth);
+        let pass = Pass { segments: &segments, look: Look::Measure(Measure::Top1), tables: &self.tables };
+        let mut signals = vec![0.0; segments.len()];
+        let mut elapsed = self.executor.run(&pass, &mut signals)?;
+        if let Shape::Head { rows } = shape {
+            let leaving: Vec<u32> = (0..rows).step_by(2).collect();
+            elapsed += self.executor.emit(&pass, &leaving)?;
+            self.occupy(shape);
+        }
+        Ok(elapsed)
+    }
+
+    fn segments(&self, shape: Shape, depth: u8) -> Vec<Segment> {
+        let decode = |slot: Slot, history, depth, look| Segment {
+            slot,
+            start: history,
+            tokens: 1,
+            depth,
+            decode: true,
+            predicts: true,
+            look,
+            head: look,
+        };
+        match shape {
+            Shape::Decode { rows, history } => (0..rows).map(|slot| decode(slot, history, depth, false)).collect(),
+            Shape::Embed { rows } => (0..rows).map(|slot| decode(slot, SHORT, depth, false)).collect(),
+            Shape::Head { rows } => (0..rows).map(|slot| decode(slot, SHORT, depth, true)).collect(),
+            Shape::Mix { rows, depths } => {
+                let depth = |slot| (slot % depths) as u8;
+                (0..rows).map(|slot| decode(slot, SHORT, depth(slot), false)).collect()
+            }
+            Shape::Prefill { tokens, history } => vec![Segment {
+                slot: Grid::max(&self.grid.rows),
+                start: history,
+                tokens,
+                depth,
+                decode: false,
+                predicts: false,
+                look: false,
+                head: false,
+            }],
+        }
+    }
+
+    /// Serves a full batch through the scheduler and keeps what a pass takes beyond the executor's own time.
+    fn measure_overhead(&mut self) -> Result<(), ReplayError> {
+        let max_batch = Grid::max(&self.grid.decodes);
+        let settings = Settings {
+            batching: Batching::Depth,
+            exit: ExitPolicy::None,
+            num_loops: self.engine.model.config().num_loops as u8,
+            max_batch,
+            token_budget: max_batch * 2,
+            prefill_chunk: max_batch,
+            block_tokens: TILE as u32,
+            num_blocks: max_batch,
+        };
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 2, output_tokens: 4 };
+        let mut server = Server::new(settings, self.engine.executor(&settings)?)?;
+        let mut passes = Passes::default();
+        let start = Instant::now();
+        serve(&mut server, (0..max_batch).map(request), &mut VirtualClock::default(), &mut passes)?;
+        let outside = Nanos::from(start.elapsed()).since(passes.elapsed);
+        self.overheads.push(outside.as_micros_f64() / f64::from(passes.count));
+        Ok(())
+    }
+}
+
+/// Counts passes and adds up their times.
+#[derive(Default)]
+struct Passes {
+    count: u32,
+    elapsed: Nanos,
+}
+
+impl Observer for Passes {
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.count += 1;
+        self.elapsed += record.elapsed;
+    }
+}
+
+fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
+    let mut shapes = Vec::new();
+    let mut rows_of_differences: Vec<u32> =
+        grid.rows.iter().chain(&grid.decodes).chain(&grid.chunks).copied().collect();
+    rows_of_differences.sort_unstable();
+    rows_of_differences.dedup();
+    for rows in rows_of_differences {
+        shapes.push(Shape::Decode { rows, history: SHORT });
+    }
+    for &rows in &grid.rows {
+        shapes.push(Shape::Embed { rows });
+    }
+    for &rows in &grid.decodes {
+        shapes.push(Shape::Head { rows });
+        shapes.extend(grid.histories.iter().map(|&history| Shape::Decode { rows, history }));
+        shapes.extend((2..=num_loops.min(rows)).map(|depths| Shape::Mix { rows, depths }));
+    }
+    for &tokens in &grid.chunks {
+        let histories = [0].into_iter().chain(grid.histories.iter().copied());
+        shapes.extend(histories.map(|history| Shape::Prefill { tokens, history }));
+    }
+    shapes
+}
+
+/// A number for each shape.
+fn key(shape: Shape) -> u64 {
+    let (kind, a, b) = match shape {
+        Shape::Decode { rows, history } => (0, rows, history),
+        Shape::Embed { rows } => (1, rows, 0),
+        Shape::Head { rows } => (2, rows, 0),
+        Shape::Mix { rows, depths } => (3, rows, depths),
+        Shape::Prefill { tokens, history } => (4, tokens, history),
+    };
+    (kind << 60) | (u64::from(a) << 30) | u64::from(b)
+}
+
+/// Median and half the distance between the quartiles.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Summary {
+    median: f64,
+    spread: f64,
+    repeats: u32,
+}
+
+impl Summary {
+    fn of(samples: &[f64]) -> Self {
+        let mut sorted = samples.to_vec();
+        sorted.sort_unstable_by(f64::total_cmp);
+        let quantile = |share: f64| {
+            let place = share * (sorted.len() - 1) as f64;
+            let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
+            below + (above - below) * place.fract()
+        };
+        Self { median: quantile(0.5), spread: (quantile(0.75) - quantile(0.25)) / 2.0, repeats: sorted.len() as u32 }
+    }
+
+    /// The difference of two, not below zero; the spreads add like those of independent errors.
+    fn less(&self, other: &Self) -> Self {
+        Self {
+            median: (self.median - other.median).max(0.0),
+            spread: self.spread.hypot(other.spread),
+            repeats: self.repeats.min(other.repeats),
+        }
+    }
+}
+
+/// The CPU's name, and the threads that kernels use.
+fn device_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |line: &str| line.split_once(':').map(|(_, value)| value.trim().to_owned());
+    let name = info.lines().find(|line| line.starts_with("model name")).and_then(field);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let name = name.unwrap_or_else(|| format!("CPU ({})", std::env::consts::ARCH));
+    format!("{name}, {cores} cores, {} threads", rayon::current_num_threads())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn summaries_are_medians_and_half_quartile_distances() {
+        let summary = Summary::of(&[5.0, 1.0, 2.0, 4.0, 100.0]);
+        assert_eq!(summary, Summary { median: 4.0, spread: 1.5, repeats: 5 });
+        assert_eq!(Summary::of(&[3.0]), Summary { median: 3.0, spread: 0.0, repeats: 1 });
+        assert_eq!(Summary::of(&[1.0]).less(&summary).median, 0.0);
+    }
+
+    #[test]
+    fn a_grid_rises_to_its_limits() {
+        for (rows, decodes, history, chunk) in [(1, 1, 1, 1), (320, 64, 700, 256), (600, 600, 33, 600), (7, 64, 40, 9)]
+        {
+            let grid = Grid::up_to(Limits { rows, decodes, history, chunk });
+            for points in [&grid.rows, &grid.decodes, &grid.histories, &grid.chunks] {
+                assert!(points.is_sorted() && points.windows(2).all(|pair| pair[0] < pair[1]), "{points:?}");
+            }
+            assert_eq!((Grid::max(&grid.rows), Grid::max(&grid.histories)), (rows, history));
+            assert_eq!((Grid::max(&grid.decodes), Grid::max(&grid.chunks)), (decodes.min(rows), chunk.min(rows)));
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! A profile holds every part of a pass, over the whole grid.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{grouped, weights};
+use engine::executor::Sampling;
+use engine::model::Model;
+use engine::profile::{Grid, Limits, Profiler};
+use engine::prompts::Prompts;
+use engine::replay::Engine;
+use traces::Component;
+
+fn engine() -> Engine {
+    Engine {
+        model: Arc::new(Model::load(&weights(&grouped(), 5)).unwrap()),
+        prompts: Arc::new(Prompts::Text((0..40).collect())),
+        sampling: Sampling::default(),
+    }
+}
+
+#[test]
+fn a_profile_covers_every_component_up_to_its_limits() {
+    let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
+    let mut profiler = Profiler::new(&engine(), grid).unwrap();
+    let mut done = Vec::new();
+    for _ in 0..2 {
+        profiler.round(|count, of| done.push((count, of))).unwrap();
+    }
+    assert_eq!(done.iter().filter(|(count, of)| count == of).count(), 2);
+    let profile = profiler.finish("test", "a test");
+    assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * 16 * 4);
+    assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
+    for component in Component::ALL {
+        let points: Vec<_> = profile.points_of(component).collect();
+        let deepest = if component == Component::DepthMix { 3 } else { 1 };
+        let (rows, kv_tokens) = match component {
+            Component::Block | Component::Embed => (20, 0),
+            Component::Head | Component::DepthMix => (5, 0),
+            Component::DecodeAttention => (5, 40),
+            Component::PrefillAttention => (12, 40),
+        };
+        assert_eq!(points.iter().map(|point| point.rows).max(), Some(rows), "{component}");
+        assert_eq!(points.iter().map(|point| point.kv_tokens).max(), Some(kv_tokens), "{component}");
+        assert_eq!(points.iter().map(|point| point.depths).max(), Some(deepest), "{component}");
+        for point in points {
+            assert!(point.time_us.is_finite() && point.time_us >= 0.0 && point.repeats >= 2, "{point:?}");
+            assert!(component != Component::Block || point.time_us > 0.0, "{point:?}");
+        }
+    }
+}
+
+#[test]
+fn a_grid_beyond_the_models_positions_is_refused() {
+    let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 120, chunk: 12 });
+    let message = Profiler::new(&engine(), grid).map(|_| ()).unwrap_err().to_string();
+    assert!(message.contains("needs 132 positions, the model has 128"), "{message}");
+}
