@@ -1,28 +1,68 @@
-//! Accounting of KV blocks: who holds which, and how many are free.
+//! Accounting of KV blocks: who holds which, how many are free, and what a free one still remembers.
+
+use std::collections::HashMap;
 
 use crate::pass::Slot;
 
 /// A block of the KV cache: the same `block_tokens` positions of one sequence, at every depth and layer.
 pub type BlockId = u32;
 
+/// What a whole block holds: the keys and values of these tokens after all the tokens before them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Contents {
+    /// Part of a prompt, by the hash of the prompt up to the end of the block: any request may begin so.
+    Prompt {
+        /// See [`traces::PrefixHashes`].
+        hash: u64,
+        /// Which block under that hash, where hashes are given for more tokens than a block has.
+        part: u32,
+    },
+    /// Tokens that are known to no other request: those it generated, and prompts without hashes.
+    Own {
+        /// Id of the request.
+        request: u32,
+        /// Place among its blocks.
+        block: u32,
+    },
+}
+
 /// The free blocks, and the blocks that each slot holds in order of position.
+///
+/// With prefix caching a block may be held by several slots, and a freed one keeps its contents until it is taken
+/// for others; the one that has been free for longest is taken first.
 #[derive(Clone, Debug)]
 pub struct BlockTables {
     block_tokens: u32,
-    num_blocks: u32,
-    free: Vec<BlockId>,
+    free: FreeList,
     held: Vec<Vec<BlockId>>,
+    cache: Option<PrefixCache>,
+}
+
+#[derive(Clone, Debug)]
+struct PrefixCache {
+    /// Holders of each block.
+    holders: Vec<u32>,
+    contents: Vec<Option<Contents>>,
+    by_contents: HashMap<Contents, BlockId>,
+    /// Of each slot's blocks, how many are published (or were found).
+    published: Vec<u32>,
 }
 
 impl BlockTables {
     /// `num_blocks` free blocks of `block_tokens` positions each, for `num_slots` sequences.
     pub fn new(num_blocks: u32, block_tokens: u32, num_slots: u32) -> Self {
-        Self {
-            block_tokens,
-            num_blocks,
-            free: (0..num_blocks).rev().collect(),
-            held: vec![Vec::new(); num_slots as usize],
-        }
+        Self { block_tokens, free: FreeList::full(num_blocks), held: vec![Vec::new(); num_slots as usize], cache: None }
+    }
+
+    /// The same with prefix caching.
+    pub fn with_prefix_cache(num_blocks: u32, block_tokens: u32, num_slots: u32) -> Self {
+        let cache = PrefixCache {
+            holders: vec![0; num_blocks as usize],
+            contents: vec![None; num_blocks as usize],
+            by_contents: HashMap::new(),
+            published: vec![0; num_slots as usize],
+        };
+        Self { cache: Some(cache), ..Self::new(num_blocks, block_tokens, num_slots) }
     }
 
     /// Positions per block.
@@ -32,12 +72,12 @@ impl BlockTables {
 
     /// All blocks, held or free.
     pub fn num_blocks(&self) -> u32 {
-        self.num_blocks
+        self.free.next.len() as u32 - 1
     }
 
     /// Blocks that nobody holds.
     pub fn num_free(&self) -> u32 {
-        self.free.len() as u32
+        self.free.len
     }
 
     /// Blocks that `tokens` positions need.
@@ -57,16 +97,196 @@ impl BlockTables {
         if tokens as usize <= held.len() * self.block_tokens as usize {
             return true;
         }
-        let missing = tokens.div_ceil(self.block_tokens) as usize - held.len();
-        if missing > self.free.len() {
+        let missing = tokens.div_ceil(self.block_tokens) - held.len() as u32;
+        if missing > self.free.len {
             return false;
         }
-        held.extend(self.free.drain(self.free.len() - missing..).rev());
+        for _ in 0..missing {
+            let block = self.free.take_oldest();
+            if let Some(cache) = &mut self.cache {
+                cache.forget(block);
+                cache.holders[block as usize] = 1;
+            }
+            held.push(block);
+        }
         true
     }
 
-    /// Frees all blocks of a slot.
+    /// Frees all blocks of a slot that no other slot holds, the last one first: a prefix is worth more than what
+    /// follows it.
     pub fn release(&mut self, slot: Slot) {
-        self.free.extend(self.held[slot as usize].drain(..).rev());
+        for block in self.held[slot as usize].drain(..).rev() {
+            let last = self.cache.as_mut().is_none_or(|cache| cache.let_go(block));
+            if last {
+                self.free.add(block);
+            }
+        }
+        if let Some(cache) = &mut self.cache {
+            cache.published[slot as usize] = 0;
+        }
+    }
+
+    /// The longest run of blocks that hold these contents; none without prefix caching.
+    pub fn find(&self, contents: impl Iterator<Item = Contents>, found: &mut Vec<BlockId>) {
+        found.clear();
+        if let Some(cache) = &self.cache {
+            found.extend(contents.map_while(|contents| cache.by_contents.get(&contents)));
+        }
+    }
+
+    /// Whether `tokens` positions that begin with the blocks `found` could all be held now.
+    pub fn fits(&self, tokens: u32, found: &[BlockId]) -> bool {
+        let found_free = self
+            .cache
+            .as_ref()
+            .map_or(0, |cache| found.iter().filter(|&&block| cache.holders[block as usize] == 0).count() as u32);
+        self.blocks_for(tokens) - found.len() as u32 + found_free <= self.free.len
+    }
+
+    /// Gives an empty slot the blocks that [`find`](Self::find) found.
+    pub fn adopt(&mut self, slot: Slot, found: &[BlockId]) {
+        let Some(cache) = &mut self.cache else { return };
+        for &block in found {
+            if cache.holders[block as usize] == 0 {
+                self.free.remove(block);
+            }
+            cache.holders[block as usize] += 1;
+        }
+        self.held[slot as usize].extend_from_slice(found);
+        cache.published[slot as usize] = found.len() as u32;
+    }
+
+    /// Lets others find the slot's blocks that lie wholly within its first `tokens` positions. Where two blocks hold
+    /// the same, the first is found.
+    pub fn publish(&mut self, slot: Slot, tokens: u32, contents: impl Fn(u32) -> Contents) {
+        let Some(cache) = &mut self.cache else { return };
+        let whole = tokens / self.block_tokens;
+        for place in cache.published[slot as usize]..whole {
+            let block = self.held[slot as usize][place as usize];
+            let contents = contents(place);
+            cache.by_contents.entry(contents).or_insert_with(|| {
+                cache.contents[block as usize] = Some(contents);
+                block
+            });
+        }
+        let published = &mut cache.published[slot as usize];
+        *published = whole.max(*published);
+    }
+}
+
+impl PrefixCache {
+    fn forget(&mut self, block: BlockId) {
+        if let Some(contents) = self.contents[block as usize].take() {
+            self.by_contents.remove(&contents);
+        }
+    }
+
+    /// One holder less; says whether it was the last.
+    fn let_go(&mut self, block: BlockId) -> bool {
+        let holders = &mut self.holders[block as usize];
+        *holders -= 1;
+        *holders == 0
+    }
+}
+
+/// Free blocks in the order in which they became free, as a doubly linked ring through `num_blocks`, its anchor.
+#[derive(Clone, Debug)]
+struct FreeList {
+    next: Vec<u32>,
+    previous: Vec<u32>,
+    len: u32,
+}
+
+impl FreeList {
+    fn full(num_blocks: u32) -> Self {
+        let anchor = num_blocks;
+        let next = (1..=anchor).chain([0]).collect();
+        let previous = std::iter::once(anchor).chain(0..anchor).collect();
+        Self { next, previous, len: num_blocks }
+    }
+
+    fn anchor(&self) -> u32 {
+        self.next.len() as u32 - 1
+    }
+
+    fn remove(&mut self, block: BlockId) {
+        let (before, after) = (self.previous[block as usize], self.next[block as usize]);
+        self.next[before as usize] = after;
+        self.previous[after as usize] = before;
+        self.len -= 1;
+    }
+
+    fn take_oldest(&mut self) -> BlockId {
+        let block = self.next[self.anchor() as usize];
+        self.remove(block);
+        block
+    }
+
+    fn add(&mut self, block: BlockId) {
+        let anchor = self.anchor();
+        let newest = self.previous[anchor as usize];
+        self.next[newest as usize] = block;
+        self.previous[block as usize] = newest;
+        self.next[block as usize] = anchor;
+        self.previous[anchor as usize] = block;
+        self.len += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prompt(hash: u64) -> Contents {
+        Contents::Prompt { hash, part: 0 }
+    }
+
+    fn found(tables: &BlockTables, hashes: &[u64]) -> Vec<BlockId> {
+        let mut found = Vec::new();
+        tables.find(hashes.iter().map(|&hash| prompt(hash)), &mut found);
+        found
+    }
+
+    #[test]
+    fn blocks_are_taken_all_or_none() {
+        let mut tables = BlockTables::new(4, 16, 2);
+        assert!(tables.grow(0, 33));
+        assert_eq!((tables.blocks(0).len(), tables.num_free()), (3, 1));
+        assert!(!tables.grow(1, 17) && tables.grow(1, 16));
+        assert!(tables.grow(0, 48) && !tables.grow(0, 49));
+        tables.release(0);
+        assert_eq!((tables.num_free(), tables.num_blocks()), (3, 4));
+    }
+
+    #[test]
+    fn a_freed_block_is_found_until_it_is_taken() {
+        let mut tables = BlockTables::with_prefix_cache(3, 4, 2);
+        assert!(tables.grow(0, 11));
+        tables.publish(0, 11, |place| prompt(u64::from(place)));
+        let blocks = tables.blocks(0).to_vec();
+        assert_eq!(found(&tables, &[0, 1, 2]), blocks[..2], "a begun block is not published");
+        tables.release(0);
+        assert_eq!(found(&tables, &[0, 1]), blocks[..2]);
+        assert!(tables.grow(1, 8), "the begun block is taken first, then the last of the prefix");
+        assert_eq!(found(&tables, &[0, 1]), blocks[..1]);
+        assert!(found(&tables, &[1]).is_empty(), "contents are found from the start only");
+    }
+
+    #[test]
+    fn a_shared_block_is_free_when_its_last_holder_leaves() {
+        let mut tables = BlockTables::with_prefix_cache(3, 4, 2);
+        assert!(tables.grow(0, 8));
+        tables.publish(0, 8, |place| prompt(u64::from(place)));
+        let shared = found(&tables, &[0]);
+        assert!(tables.fits(12, &shared) == false && tables.fits(8, &shared));
+        tables.adopt(1, &shared);
+        assert!(tables.grow(1, 8));
+        tables.release(0);
+        assert_eq!(tables.num_free(), 1);
+        assert_eq!(tables.blocks(1)[0], shared[0]);
+        tables.release(1);
+        assert_eq!(tables.num_free(), 3);
+        let again = found(&tables, &[0]);
+        assert!(!tables.fits(16, &again) && tables.fits(12, &again), "a found block that is free is no longer so");
     }
 }

@@ -27,6 +27,7 @@
 //!     batching: Batching::Depth,
 //!     exit: "confidence:0.9".parse().unwrap(),
 //!     num_loops: 4, max_batch: 8, token_budget: 64, prefill_chunk: 16, block_tokens: 16, num_blocks: 100,
+//!     prefix_caching: false, async_scheduling: false,
 //! };
 //! let mut server = Server::new(settings, Constant).unwrap();
 //! let requests = [Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 3, output_tokens: 5 }];
@@ -44,6 +45,7 @@ pub mod policy;
 pub mod scheduler;
 pub mod serve;
 
+pub use blocks::{BlockId, BlockTables};
 pub use executor::Executor;
 pub use observe::{Observer, PassRecord, Token};
 pub use pass::{Pass, Segment, Slot};

@@ -7,11 +7,12 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use traces::{Nanos, Request};
+use traces::{Nanos, PrefixHashes, Request};
 
-use crate::blocks::BlockTables;
+use crate::blocks::{BlockId, BlockTables, Contents};
 use crate::observe::{Observer, Token};
 use crate::pass::{Pass, Segment, Slot};
 use crate::policy::{Batching, ExitPolicy, Look};
@@ -37,10 +38,18 @@ pub struct Settings {
     pub block_tokens: u32,
     /// KV blocks that the device holds.
     pub num_blocks: u32,
+    /// Whether freed blocks keep their contents, to be found again by a prompt that begins alike or by a request
+    /// that was preempted.
+    #[serde(default)]
+    pub prefix_caching: bool,
+    /// Whether the next pass is composed when this one starts rather than when it ends, so that the device never
+    /// waits for the scheduler: requests that arrive meanwhile, and what finished ones hold, come a pass later.
+    #[serde(default)]
+    pub async_scheduling: bool,
 }
 
 /// Settings or a request that cannot be served.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ScheduleError {
     /// A setting that must be at least 1 is 0.
     #[error("{0} is 0: expected at least 1")]
@@ -60,6 +69,20 @@ pub enum ScheduleError {
         depth: u8,
         /// Loops of the model.
         num_loops: u8,
+    },
+    /// Scheduling ahead of exits that are not known.
+    #[error("async_scheduling with exit policy {exit}: what the next pass runs depends on the signals of this one")]
+    AsyncExit {
+        /// As given.
+        exit: ExitPolicy,
+    },
+    /// Prefix hashes that say nothing about whole blocks.
+    #[error("prefix hashes are of {hashed} tokens each, expected a multiple of block_tokens, {block_tokens}")]
+    PrefixBlocks {
+        /// Tokens of a hash.
+        hashed: u32,
+        /// As set.
+        block_tokens: u32,
     },
     /// A request without a prompt or without output.
     #[error(
@@ -112,6 +135,7 @@ impl Settings {
             ExitPolicy::Static(depth) if depth >= self.num_loops => {
                 Err(ScheduleError::StaticDepth { depth, num_loops: self.num_loops })
             }
+            exit if self.async_scheduling && exit.look() != Look::Never => Err(ScheduleError::AsyncExit { exit }),
             _ => Ok(()),
         }
     }
@@ -148,8 +172,10 @@ struct Sequence {
     generated: u32,
     /// Tokens that run as prompt: the prompt, and what was generated before a preemption.
     context: u32,
-    /// Of those, how many have started at depth 0.
+    /// Of those, how many have started at depth 0, or were found.
     started: u32,
+    /// Of those, how many have run every depth, or were found; kept up with prefix caching only.
+    filled: u32,
     /// Orders the running sequences by age.
     admission: u64,
     first_token: Nanos,
@@ -165,6 +191,7 @@ impl Sequence {
             generated: 0,
             context: request.prompt_tokens,
             started: 0,
+            filled: 0,
             admission: 0,
             first_token: Nanos::ZERO,
             last_token: Nanos::ZERO,
@@ -175,6 +202,21 @@ impl Sequence {
     /// Positions that hold keys and values once the next decode row has run.
     fn decode_positions(&self) -> u32 {
         self.request.prompt_tokens + self.generated
+    }
+
+    /// Positions that hold keys and values of every depth.
+    fn filled_positions(&self) -> u32 {
+        if self.filled < self.context { self.filled } else { self.decode_positions() - 1 }
+    }
+
+    /// Where a chunk of up to `allowance` tokens of its context would end.
+    fn chunk_end(&self, allowance: u32) -> u32 {
+        self.context.min(self.started + allowance)
+    }
+
+    /// Whether all its tokens are delivered, though it may still hold its slot.
+    fn is_finished(&self) -> bool {
+        self.generated == self.request.output_tokens
     }
 }
 
@@ -192,7 +234,14 @@ pub struct Scheduler {
     look: Look,
     /// The deepest depth of rows that predict.
     last_depth: u8,
+    prefixes: Option<Arc<PrefixHashes>>,
     waiting: VecDeque<Sequence>,
+    /// Requests that have come since the last plan, which asynchronous scheduling sees only after the next.
+    unseen: VecDeque<Sequence>,
+    /// Slots whose sequence has finished since the last plan, likewise.
+    finished: Vec<Slot>,
+    /// Whether the last plan had anything to run.
+    busy: bool,
     /// By slot.
     sequences: Vec<Sequence>,
     free_slots: Vec<Slot>,
@@ -209,6 +258,8 @@ pub struct Scheduler {
     held: Vec<Held>,
     admitted: Vec<Slot>,
     released: Vec<Slot>,
+    /// Blocks found for the request first in line.
+    found: Vec<BlockId>,
 }
 
 impl Scheduler {
@@ -223,19 +274,40 @@ impl Scheduler {
             settings,
             look: settings.exit.look(),
             last_depth: settings.exit.last_depth(settings.num_loops),
+            prefixes: None,
             waiting: VecDeque::new(),
+            unseen: VecDeque::new(),
+            finished: Vec::new(),
+            busy: false,
             sequences: vec![idle; settings.max_batch as usize],
             free_slots: (0..settings.max_batch).rev().collect(),
             admissions: 0,
             prefilling: VecDeque::new(),
             ready: VecDeque::new(),
-            tables: BlockTables::new(settings.num_blocks, settings.block_tokens, settings.max_batch),
+            tables: match settings.prefix_caching {
+                true => BlockTables::with_prefix_cache(settings.num_blocks, settings.block_tokens, settings.max_batch),
+                false => BlockTables::new(settings.num_blocks, settings.block_tokens, settings.max_batch),
+            },
             segments: Vec::new(),
             leaving: Vec::new(),
             held: Vec::new(),
             admitted: Vec::new(),
             released: Vec::new(),
+            found: Vec::new(),
         })
+    }
+
+    /// Says which prompts begin alike; without it, prefix caching finds only what a preempted request computed.
+    ///
+    /// # Errors
+    /// If the hashes are not of whole blocks.
+    pub fn share_prefixes(&mut self, prefixes: Arc<PrefixHashes>) -> Result<(), ScheduleError> {
+        let (hashed, block_tokens) = (prefixes.block_tokens, self.settings.block_tokens);
+        if hashed == 0 || !hashed.is_multiple_of(block_tokens) {
+            return Err(ScheduleError::PrefixBlocks { hashed, block_tokens });
+        }
+        self.prefixes = Some(prefixes);
+        Ok(())
     }
 
     /// How the run is scheduled.
@@ -250,7 +322,7 @@ impl Scheduler {
 
     /// Requests that wait for a slot.
     pub fn num_waiting(&self) -> u32 {
-        self.waiting.len() as u32
+        (self.waiting.len() + self.unseen.len()) as u32
     }
 
     /// The pass that [`plan`](Self::plan) made.
@@ -282,7 +354,8 @@ impl Scheduler {
     /// If it could never run to its end.
     pub fn submit(&mut self, request: Request) -> Result<(), ScheduleError> {
         self.settings.check_request(&request)?;
-        self.waiting.push_back(Sequence::new(request));
+        let line = if self.settings.async_scheduling { &mut self.unseen } else { &mut self.waiting };
+        line.push_back(Sequence::new(request));
         Ok(())
     }
 
@@ -294,18 +367,40 @@ impl Scheduler {
         self.released.clear();
         let mid_iteration = self.settings.batching.is_lockstep() && !self.segments.is_empty();
         if !mid_iteration {
-            self.start_rows(now, observer);
+            match self.settings.async_scheduling {
+                true => self.start_rows_unseeing(now, observer),
+                false => self.start_rows(now, observer),
+            }
         }
         self.flag_predicting_rows();
-        !self.segments.is_empty()
+        self.busy = !self.segments.is_empty();
+        self.busy
+    }
+
+    /// Starts rows as if this were the start of the pass that has just ended. Only if that leaves nothing to run,
+    /// the scheduler has waited for the end of the pass, and sees what came meanwhile.
+    fn start_rows_unseeing(&mut self, now: Nanos, observer: &mut impl Observer) {
+        if self.busy {
+            self.start_rows(now, observer);
+        }
+        self.waiting.append(&mut self.unseen);
+        while let Some(slot) = self.finished.pop() {
+            self.release(slot);
+        }
+        if self.segments.is_empty() {
+            self.start_rows(now, observer);
+        }
     }
 
     fn start_rows(&mut self, now: Nanos, observer: &mut impl Observer) {
         let form_batch = self.settings.batching != Batching::Vanilla || self.num_running() == 0;
-        let preempted = self.start_decodes(now, observer);
+        let mut preempted = self.start_decodes(now, observer);
         let mut allowance = self.free_budget().min(self.settings.prefill_chunk);
         while let Some(&slot) = self.prefilling.front().filter(|_| allowance > 0) {
-            allowance -= self.start_chunk(slot, allowance);
+            preempted |= self.make_room(slot, self.sequences[slot as usize].chunk_end(allowance), now, observer);
+            if self.sequences[slot as usize].running {
+                allowance -= self.start_chunk(slot, allowance);
+            }
         }
         let whole_batch = self.settings.batching == Batching::Vanilla;
         while form_batch && !preempted && (allowance > 0 || whole_batch) {
@@ -328,8 +423,7 @@ impl Scheduler {
         while budget > 0 {
             let Some(slot) = self.ready.pop_front() else { break };
             let positions = self.sequences[slot as usize].decode_positions();
-            while self.sequences[slot as usize].running && !self.tables.grow(slot, positions) {
-                self.preempt_newest(now, observer);
+            if self.make_room(slot, positions, now, observer) {
                 preempted = true;
                 budget = self.free_budget();
             }
@@ -345,43 +439,69 @@ impl Scheduler {
                     head: false,
                 });
                 budget -= 1;
+                // A token that is still in the making cannot be hashed.
+                self.publish_started(slot, positions - u32::from(self.settings.async_scheduling));
             }
         }
         preempted
     }
 
-    /// Starts up to `allowance` tokens of a prompt and returns how many.
+    /// Takes blocks until the slot's reach `positions`, from the newest sequences if none are free, in the end from
+    /// the slot's own; says whether any sequence was preempted.
+    fn make_room(&mut self, slot: Slot, positions: u32, now: Nanos, observer: &mut impl Observer) -> bool {
+        let mut preempted = false;
+        while self.sequences[slot as usize].running && !self.tables.grow(slot, positions) {
+            self.preempt_newest(now, observer);
+            preempted = true;
+        }
+        preempted
+    }
+
+    /// Starts up to `allowance` tokens of a prompt, whose blocks it holds or can have, and returns how many.
     fn start_chunk(&mut self, slot: Slot, allowance: u32) -> u32 {
         let sequence = &mut self.sequences[slot as usize];
-        let tokens = (sequence.context - sequence.started).min(allowance);
-        let start = sequence.started;
-        sequence.started += tokens;
-        let predicts = sequence.started == sequence.context;
+        let (start, end) = (sequence.started, sequence.chunk_end(allowance));
+        sequence.started = end;
+        let predicts = end == sequence.context;
+        let room = self.tables.grow(slot, end);
+        debug_assert!(room, "an admitted prompt fits");
         if predicts {
             self.prefilling.retain(|&other| other != slot);
         }
         self.segments.push(Segment {
             slot,
             start,
-            tokens,
+            tokens: end - start,
             depth: 0,
             decode: false,
             predicts,
             look: false,
             head: false,
         });
-        tokens
+        self.publish_started(slot, end);
+        end - start
     }
 
-    /// Gives the first request in line a slot and the blocks of its whole prompt, if both are free.
+    /// Gives the first request in line a slot, if one is free and the blocks of its whole prompt are.
+    ///
+    /// It takes them chunk by chunk, so that running sequences may still get there first; under vanilla batching,
+    /// where all chunks come before any decode row, it takes them at once.
     fn admit_next(&mut self, now: Nanos, observer: &mut impl Observer) -> Option<Slot> {
         let slot = *self.free_slots.last()?;
-        let context = self.waiting.front()?.context;
-        if !self.tables.grow(slot, context) {
+        let &Sequence { request, context, .. } = self.waiting.front()?;
+        self.find_prefix(request.id, context);
+        if !self.tables.fits(context, &self.found) {
             return None;
         }
         let mut sequence = self.waiting.pop_front()?;
         self.free_slots.pop();
+        self.tables.adopt(slot, &self.found);
+        if self.settings.batching == Batching::Vanilla {
+            let room = self.tables.grow(slot, context);
+            debug_assert!(room, "what fits can be held");
+        }
+        sequence.started = self.found.len() as u32 * self.settings.block_tokens;
+        sequence.filled = sequence.started;
         sequence.admission = self.admissions;
         sequence.running = true;
         self.admissions += 1;
@@ -392,20 +512,62 @@ impl Scheduler {
         Some(slot)
     }
 
+    /// Finds blocks that hold the beginning of a context, whose last token must run in any case: it predicts.
+    fn find_prefix(&mut self, request: u32, context: u32) {
+        let block_tokens = self.settings.block_tokens;
+        let prefixes = self.prefixes.as_deref();
+        let whole = 0..(context - 1) / block_tokens;
+        self.tables.find(whole.map(|block| contents(prefixes, request, block, block_tokens)), &mut self.found);
+    }
+
+    /// Lets others find the slot's blocks within its first `positions`.
+    fn publish(&mut self, slot: Slot, positions: u32) {
+        let (prefixes, block_tokens) = (self.prefixes.as_deref(), self.settings.block_tokens);
+        let request = self.sequences[slot as usize].request.id;
+        self.tables.publish(slot, positions, |block| contents(prefixes, request, block, block_tokens));
+    }
+
+    /// In lockstep, whoever finds a block runs in this iteration or later, when it is filled: it can be found once
+    /// its rows have started.
+    fn publish_started(&mut self, slot: Slot, positions: u32) {
+        if self.settings.prefix_caching && self.settings.batching.is_lockstep() {
+            self.publish(slot, positions);
+        }
+    }
+
+    /// Depth-wise, rows in flight are lost when their sequence is preempted: a block can be found only once its rows
+    /// have run every depth.
+    fn publish_filled(&mut self) {
+        let deepest = self.settings.num_loops - 1;
+        for index in 0..self.segments.len() {
+            let Segment { slot, start, tokens, depth, decode, .. } = self.segments[index];
+            if depth == deepest && !decode {
+                let sequence = &mut self.sequences[slot as usize];
+                sequence.filled = start + tokens;
+                let positions = sequence.filled_positions();
+                self.publish(slot, positions);
+            }
+        }
+    }
+
     /// Takes slot and blocks from the sequence admitted last. It is first in line again, and computes its keys
-    /// and values anew.
+    /// and values anew; unless it is only waiting to be released.
     fn preempt_newest(&mut self, now: Nanos, observer: &mut impl Observer) {
         let running = self.sequences.iter().zip(0..).filter(|(sequence, _)| sequence.running);
         let (_, slot) =
             running.max_by_key(|(sequence, _)| sequence.admission).expect("a sequence that wants a block runs");
         let mut sequence = self.sequences[slot as usize];
         self.release(slot);
+        if sequence.is_finished() {
+            self.finished.retain(|&other| other != slot);
+            return;
+        }
         self.segments.retain(|segment| segment.slot != slot);
         self.prefilling.retain(|&other| other != slot);
         self.ready.retain(|&other| other != slot);
         sequence.running = false;
         sequence.started = 0;
-        sequence.context = sequence.request.prompt_tokens + sequence.generated;
+        sequence.context = sequence.decode_positions();
         observer.preempted(now, &sequence.request);
         self.waiting.push_front(sequence);
     }
@@ -442,6 +604,9 @@ impl Scheduler {
     pub fn complete(&mut self, now: Nanos, observer: &mut impl Observer) {
         self.released.clear();
         let lockstep = self.settings.batching.is_lockstep();
+        if self.settings.prefix_caching && !lockstep {
+            self.publish_filled();
+        }
         for index in 0..self.leaving.len() {
             let segment = &mut self.segments[self.leaving[index] as usize];
             segment.predicts = false;
@@ -465,7 +630,8 @@ impl Scheduler {
         self.segments.retain_mut(|segment| {
             let done = segment.depth == deepest || (segment.decode && !segment.predicts);
             segment.depth += 1;
-            !done && sequences[segment.slot as usize].running
+            let sequence = &sequences[segment.slot as usize];
+            !done && sequence.running && !sequence.is_finished()
         });
     }
 
@@ -489,11 +655,28 @@ impl Scheduler {
         sequence.generated += 1;
         sequence.last_token = now;
         observer.token(now, &sequence.request, Token { index, depth, previous });
-        if sequence.generated == sequence.request.output_tokens {
+        let finished = sequence.is_finished();
+        if finished {
             observer.finished(now, &sequence.request, sequence.first_token);
-            self.release(slot);
-        } else {
-            self.ready.push_back(slot);
+        }
+        if self.settings.prefix_caching && !self.settings.batching.is_lockstep() {
+            let positions = self.sequences[slot as usize].filled_positions();
+            self.publish(slot, positions);
+        }
+        match (finished, self.settings.async_scheduling) {
+            (true, true) => self.finished.push(slot),
+            (true, false) => self.release(slot),
+            (false, _) => self.ready.push_back(slot),
         }
     }
+}
+
+/// What a whole block of a request holds.
+fn contents(prefixes: Option<&PrefixHashes>, request: u32, block: u32, block_tokens: u32) -> Contents {
+    let shared = prefixes.and_then(|prefixes| {
+        let parts = prefixes.block_tokens / block_tokens;
+        let hash = *prefixes.of(request).get((block / parts) as usize)?;
+        Some(Contents::Prompt { hash, part: block % parts })
+    });
+    shared.unwrap_or(Contents::Own { request, block })
 }

@@ -1,6 +1,8 @@
 //! The serving loop: requests in, passes on an executor, tokens out.
 
-use traces::{Nanos, Request};
+use std::sync::Arc;
+
+use traces::{Nanos, PrefixHashes, Request};
 
 use crate::executor::Executor;
 use crate::observe::{Observer, PassRecord};
@@ -34,6 +36,14 @@ impl<E: Executor> Server<E> {
     pub fn new(settings: Settings, executor: E) -> Result<Self, ScheduleError> {
         let scheduler = Scheduler::new(settings)?;
         Ok(Self { scheduler, executor, signals: Vec::new(), pass: (Nanos::ZERO, Nanos::ZERO) })
+    }
+
+    /// Says which prompts begin alike; see [`Scheduler::share_prefixes`].
+    ///
+    /// # Errors
+    /// If the hashes are not of whole blocks.
+    pub fn share_prefixes(&mut self, prefixes: Arc<PrefixHashes>) -> Result<(), ScheduleError> {
+        self.scheduler.share_prefixes(prefixes)
     }
 
     /// The scheduler.

@@ -1,13 +1,16 @@
 //! What must hold of every run, under every policy: no row runs twice or never, each finds the keys and values
-//! of its predecessors, KV blocks are held once, every request ends, and the line is first come first served.
+//! of its predecessors, a KV block is written by one holder only, every request ends, and the line is first come
+//! first served.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use scheduler::{
-    Batching, Executor, ExitPolicy, Observer, Pass, PassRecord, Server, Settings, Slot, Token, VirtualClock, serve,
+    Batching, Executor, ExitPolicy, Look, Observer, Pass, PassRecord, Server, Settings, Slot, Token, VirtualClock,
+    serve,
 };
-use traces::{Nanos, Request};
+use traces::{Nanos, PrefixHashes, Request};
 
 /// The last depth that a request's token reaches, drawn once for all policies.
 fn sure_depth(request: u32, token: u32, num_loops: u8) -> u8 {
@@ -15,13 +18,34 @@ fn sure_depth(request: u32, token: u32, num_loops: u8) -> u8 {
     ((mixed >> 40) % u64::from(num_loops)) as u8
 }
 
+/// Tokens at the start of a prompt that requests of the same remainder modulo [`FAMILIES`] have in common.
+const SHARED_TOKENS: u32 = 13;
+const FAMILIES: u32 = 3;
+
+/// Names the keys and values at a position: all tokens up to it, of which those past the shared ones are unique.
+fn contents(request: u32, position: u32) -> (u32, u32) {
+    if position < SHARED_TOKENS { (request % FAMILIES, position) } else { (FAMILIES + request, position) }
+}
+
+fn prefix_hashes(requests: &[Request], block_tokens: u32) -> PrefixHashes {
+    let mut hashes = PrefixHashes::new(block_tokens);
+    for request in requests {
+        let ends = (1..=request.prompt_tokens / block_tokens).map(|blocks| blocks * block_tokens - 1);
+        hashes.push(ends.map(|end| {
+            let (owner, position) = contents(request.id, end);
+            u64::from(owner) << 32 | u64::from(position)
+        }));
+    }
+    hashes
+}
+
 #[derive(Clone, Debug, Default)]
 struct Resident {
     request: u32,
     prompt_tokens: u32,
     generated: u32,
-    /// Positions with keys and values, by depth.
-    filled: Vec<HashSet<u32>>,
+    /// Whether it has run a row since it was admitted.
+    begun: bool,
 }
 
 /// Runs nothing, and checks that what it is asked to run is legal.
@@ -29,18 +53,47 @@ struct Checker {
     settings: Settings,
     residents: HashMap<Slot, Resident>,
     admitted: Vec<u32>,
+    /// Whose keys and values lie where: by depth, block and offset in it.
+    cache: HashMap<(u8, u32, u32), (u32, u32)>,
+    /// Positions that were never run since they were found.
+    found: u64,
 }
 
 impl Checker {
+    fn new(settings: Settings) -> Self {
+        Self { settings, residents: HashMap::new(), admitted: Vec::new(), cache: HashMap::new(), found: 0 }
+    }
+
     fn check_blocks(&self, pass: &Pass<'_>) {
         let mut held = HashSet::new();
         for (&slot, resident) in &self.residents {
+            let own: HashSet<_> = pass.blocks(slot).iter().collect();
+            assert_eq!(own.len(), pass.blocks(slot).len(), "request {} holds a block twice", resident.request);
             for &block in pass.blocks(slot) {
                 assert!(block < self.settings.num_blocks);
-                assert!(held.insert(block), "block {block} is held twice, by request {}", resident.request);
+                let first = held.insert(block);
+                assert!(first || self.settings.prefix_caching, "request {} holds another's block", resident.request);
             }
         }
         assert_eq!(held.len() as u32 + pass.tables.num_free(), self.settings.num_blocks, "a block has leaked");
+    }
+
+    fn place(&self, pass: &Pass<'_>, slot: Slot, depth: u8, position: u32) -> (u8, u32, u32) {
+        let block = pass.blocks(slot)[(position / self.settings.block_tokens) as usize];
+        (depth, block, position % self.settings.block_tokens)
+    }
+
+    /// Writes the keys and values of one position and depth, which whoever else holds the block must expect there.
+    fn write(&mut self, pass: &Pass<'_>, slot: Slot, depth: u8, position: u32) {
+        let place = self.place(pass, slot, depth, position);
+        let written = contents(self.residents[&slot].request, position);
+        for (&other, resident) in &self.residents {
+            if let Some(block) = pass.blocks(other).iter().position(|&block| block == place.1) {
+                let expected = contents(resident.request, block as u32 * self.settings.block_tokens + place.2);
+                assert_eq!(expected, written, "a block is written that request {} needs otherwise", resident.request);
+            }
+        }
+        self.cache.insert(place, written);
     }
 }
 
@@ -48,14 +101,9 @@ impl Executor for Checker {
     type Error = std::convert::Infallible;
 
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error> {
-        let resident = Resident {
-            request: request.id,
-            prompt_tokens: request.prompt_tokens,
-            generated,
-            filled: vec![HashSet::new(); usize::from(self.settings.num_loops)],
-        };
+        let resident = Resident { request: request.id, prompt_tokens: request.prompt_tokens, generated, begun: false };
         if self.settings.batching == Batching::Vanilla {
-            let begun = self.residents.values().any(|other| other.filled.iter().any(|positions| !positions.is_empty()));
+            let begun = self.residents.values().any(|other| other.begun);
             assert!(!begun, "vanilla batching admits only into an idle machine");
         }
         assert!(self.residents.insert(slot, resident).is_none(), "slot {slot} is taken");
@@ -80,19 +128,35 @@ impl Executor for Checker {
             pass.segments.iter().filter(|row| !row.decode && row.depth == 0).map(|row| row.tokens).sum();
         assert!(starting <= self.settings.prefill_chunk);
         self.check_blocks(pass);
-        let before = self.residents.clone();
-        for (segment, signal) in pass.segments.iter().zip(signals) {
-            let resident = &before[&segment.slot];
-            let depth = usize::from(segment.depth);
-            let end = segment.start + segment.tokens;
-            assert!(end <= pass.blocks(segment.slot).len() as u32 * self.settings.block_tokens);
-            for position in 0..segment.start {
-                assert!(resident.filled[depth].contains(&position), "a predecessor lacks its keys and values");
+        // A row may find what rows of the same depth write in the same pass, and of lower depths in passes before.
+        for segment in pass.segments {
+            let resident = self.residents.get_mut(&segment.slot).unwrap();
+            if !resident.begun && segment.depth == 0 {
+                resident.begun = true;
+                self.found += u64::from(segment.start);
             }
-            for position in segment.start..end {
-                assert!(depth == 0 || resident.filled[depth - 1].contains(&position), "a depth was skipped");
-                let filled = &mut self.residents.get_mut(&segment.slot).unwrap().filled[depth];
-                assert!(filled.insert(position), "position {position} runs twice at depth {depth}");
+            let request = resident.request;
+            for position in segment.start..segment.start + segment.tokens {
+                if let Some(shallower) = segment.depth.checked_sub(1) {
+                    let found = self.cache.get(&self.place(pass, segment.slot, shallower, position));
+                    assert_eq!(found, Some(&contents(request, position)), "a depth was skipped");
+                }
+            }
+        }
+        let mut written = HashSet::new();
+        for segment in pass.segments {
+            for position in segment.start..segment.start + segment.tokens {
+                let place = self.place(pass, segment.slot, segment.depth, position);
+                assert!(written.insert(place), "a place is written twice in a pass");
+                self.write(pass, segment.slot, segment.depth, position);
+            }
+        }
+        for (segment, signal) in pass.segments.iter().zip(signals) {
+            let resident = self.residents[&segment.slot].clone();
+            for position in 0..segment.start {
+                let found = self.cache.get(&self.place(pass, segment.slot, segment.depth, position));
+                let expected = contents(resident.request, position);
+                assert_eq!(found, Some(&expected), "a predecessor lacks its keys and values");
             }
             if segment.decode {
                 assert_eq!(segment.start, resident.prompt_tokens + resident.generated - 1, "not the next token");
@@ -111,11 +175,10 @@ impl Executor for Checker {
     fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error> {
         for &index in leaving {
             let segment = pass.segments[index as usize];
-            let resident = self.residents.get_mut(&segment.slot).unwrap();
-            resident.generated += 1;
+            self.residents.get_mut(&segment.slot).unwrap().generated += 1;
             if segment.decode {
-                for filled in &mut resident.filled[usize::from(segment.depth) + 1..] {
-                    assert!(filled.insert(segment.start), "the row has run deeper than it left");
+                for deeper in segment.depth + 1..self.settings.num_loops {
+                    self.write(pass, segment.slot, deeper, segment.start);
                 }
             }
         }
@@ -133,6 +196,8 @@ struct Log {
     displaced: HashSet<u32>,
     preemptions: usize,
     rows: u64,
+    /// Positions that were found in the cache rather than run.
+    found: u64,
     last_pass_end: Nanos,
 }
 
@@ -169,8 +234,8 @@ impl Observer for Log {
 }
 
 fn run(settings: Settings, requests: &[Request]) -> Log {
-    let checker = Checker { settings, residents: HashMap::new(), admitted: Vec::new() };
-    let mut server = Server::new(settings, checker).unwrap();
+    let mut server = Server::new(settings, Checker::new(settings)).unwrap();
+    server.share_prefixes(Arc::new(prefix_hashes(requests, settings.block_tokens))).unwrap();
     let mut log = Log::default();
     serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut log).unwrap();
     assert_eq!(server.scheduler().num_running() + server.scheduler().num_waiting(), 0);
@@ -182,6 +247,7 @@ fn run(settings: Settings, requests: &[Request]) -> Log {
         assert!(log.finished.contains(&request.id));
         assert_eq!(log.depths[&request.id].len(), request.output_tokens as usize);
     }
+    log.found = server.executor().found;
     log
 }
 
@@ -207,11 +273,14 @@ prop_compose! {
     fn settings()(
         exit in exits(), num_loops in 2u8..5, max_batch in 1u32..9, slack in 0u32..40,
         prefill_chunk in 1u32..50, block_tokens in 1u32..9, spare_blocks in 0u32..40,
+        prefix_caching in any::<bool>(), ahead in any::<bool>(),
     ) -> Settings {
         let longest = 40 + 20;
+        let async_scheduling = ahead && exit.look() == Look::Never;
         Settings {
             batching: Batching::Depth, exit, num_loops, max_batch, token_budget: max_batch + slack,
             prefill_chunk, block_tokens, num_blocks: longest / block_tokens + 1 + spare_blocks,
+            prefix_caching, async_scheduling,
         }
     }
 }
@@ -239,7 +308,7 @@ proptest! {
 
     #[test]
     fn without_preemption_every_policy_runs_the_same_rows(settings in settings(), requests in requests()) {
-        let roomy = Settings { num_blocks: 10_000, ..settings };
+        let roomy = Settings { num_blocks: 10_000, prefix_caching: false, ..settings };
         let logs = [Batching::Vanilla, Batching::Sequence].map(|batching| run(Settings { batching, ..roomy }, &requests));
         prop_assert_eq!(logs[0].preemptions + logs[1].preemptions, 0);
         prop_assert_eq!(logs[0].rows, logs[1].rows);
@@ -260,12 +329,17 @@ fn a_tight_cache_preempts_and_still_ends() {
         prefill_chunk: 8,
         block_tokens: 2,
         num_blocks: 20,
+        prefix_caching: false,
+        async_scheduling: false,
     };
     let requests: Vec<Request> =
         (0..20).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 4, output_tokens: 30 }).collect();
     for batching in Batching::ALL {
         let log = run(Settings { batching, ..settings }, &requests);
         assert!(log.preemptions > 0, "{batching} never ran out of blocks: the test tests nothing");
+        let cached = run(Settings { batching, prefix_caching: true, ..settings }, &requests);
+        assert!(cached.found > 0, "{batching} found nothing that a preempted request had computed");
+        assert!(cached.rows < log.rows, "what is found is not run");
     }
 }
 
@@ -280,6 +354,8 @@ fn a_first_token_that_leaves_early_is_followed_before_its_prompt_has_run_every_d
         prefill_chunk: 16,
         block_tokens: 4,
         num_blocks: 8,
+        prefix_caching: false,
+        async_scheduling: false,
     };
     #[derive(Default)]
     struct Depths(Vec<Vec<u8>>);
@@ -289,8 +365,7 @@ fn a_first_token_that_leaves_early_is_followed_before_its_prompt_has_run_every_d
         }
     }
     let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 8, output_tokens: 6 };
-    let checker = Checker { settings, residents: HashMap::new(), admitted: Vec::new() };
-    let mut server = Server::new(settings, checker).unwrap();
+    let mut server = Server::new(settings, Checker::new(settings)).unwrap();
     let mut depths = Depths::default();
     serve(&mut server, [request], &mut VirtualClock::default(), &mut depths).unwrap();
     assert_eq!(depths.0, [vec![0], vec![1, 0], vec![2, 0], vec![3, 0], vec![0], vec![0]]);
@@ -307,11 +382,10 @@ fn impossible_settings_and_requests_are_refused() {
         prefill_chunk: 8,
         block_tokens: 4,
         num_blocks: 4,
+        prefix_caching: false,
+        async_scheduling: false,
     };
-    let refused = |settings: Settings| {
-        let checker = Checker { settings, residents: HashMap::new(), admitted: Vec::new() };
-        Server::new(settings, checker).err().unwrap().to_string()
-    };
+    let refused = |settings: Settings| Server::new(settings, Checker::new(settings)).err().unwrap().to_string();
     assert!(refused(Settings { max_batch: 0, ..settings }).contains("max_batch is 0"));
     assert!(refused(Settings { token_budget: 3, ..settings }).contains("less than max_batch"));
     assert!(refused(Settings { exit: ExitPolicy::Static(2), ..settings }).contains("depths 0 to 1"));

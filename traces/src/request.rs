@@ -156,10 +156,12 @@ impl PrefixHashes {
         self.starts.push(self.hashes.len());
     }
 
-    /// The hashes of a request, block by block.
+    /// The hashes of a request, block by block; none for a request that was not pushed.
     pub fn of(&self, request: u32) -> &[u64] {
-        let request = request as usize;
-        &self.hashes[self.starts[request]..self.starts[request + 1]]
+        match self.starts.get(request as usize..) {
+            Some(&[start, end, ..]) => &self.hashes[start..end],
+            _ => &[],
+        }
     }
 }
 
