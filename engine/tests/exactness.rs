@@ -73,6 +73,8 @@ impl Setup {
             prefill_chunk: 1000,
             block_tokens: 128,
             num_blocks: 1,
+            prefix_caching: false,
+            async_scheduling: false,
         };
         self.run(settings, &[request], Some(&exits)).0.remove(&request.id).unwrap()
     }
@@ -125,7 +127,7 @@ proptest! {
     ) {
         let setup = Setup::new(&config, seed, temperature);
         let settings = Settings {
-            batching, exit, max_batch, prefill_chunk, num_blocks,
+            batching, exit, max_batch, prefill_chunk, num_blocks, prefix_caching: false, async_scheduling: false,
             num_loops: config.num_loops as u8,
             token_budget: max_batch + spare_budget,
             block_tokens: 16,
@@ -151,6 +153,8 @@ fn preempted_requests_generate_what_they_generate_alone() {
             prefill_chunk: 7,
             block_tokens: 16,
             num_blocks: 7,
+            prefix_caching: false,
+            async_scheduling: false,
         };
         let (generations, preemptions) = setup.run(settings, &requests, None);
         assert!(preemptions > 3, "{preemptions}");

@@ -278,7 +278,7 @@ mod tests {
         assert!(tables.grow(0, 8));
         tables.publish(0, 8, |place| prompt(u64::from(place)));
         let shared = found(&tables, &[0]);
-        assert!(tables.fits(12, &shared) == false && tables.fits(8, &shared));
+        assert!(!tables.fits(12, &shared) && tables.fits(8, &shared));
         tables.adopt(1, &shared);
         assert!(tables.grow(1, 8));
         tables.release(0);

@@ -49,7 +49,7 @@ pub struct Settings {
 }
 
 /// Settings or a request that cannot be served.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScheduleError {
     /// A setting that must be at least 1 is 0.
     #[error("{0} is 0: expected at least 1")]
@@ -74,7 +74,7 @@ pub enum ScheduleError {
     #[error("async_scheduling with exit policy {exit}: what the next pass runs depends on the signals of this one")]
     AsyncExit {
         /// As given.
-        exit: ExitPolicy,
+        exit: String,
     },
     /// Prefix hashes that say nothing about whole blocks.
     #[error("prefix hashes are of {hashed} tokens each, expected a multiple of block_tokens, {block_tokens}")]
@@ -135,7 +135,9 @@ impl Settings {
             ExitPolicy::Static(depth) if depth >= self.num_loops => {
                 Err(ScheduleError::StaticDepth { depth, num_loops: self.num_loops })
             }
-            exit if self.async_scheduling && exit.look() != Look::Never => Err(ScheduleError::AsyncExit { exit }),
+            exit if self.async_scheduling && exit.look() != Look::Never => {
+                Err(ScheduleError::AsyncExit { exit: exit.to_string() })
+            }
             _ => Ok(()),
         }
     }

@@ -26,6 +26,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         prefill_chunk: 128,
         block_tokens: 16,
         num_blocks: 4096,
+        prefix_caching: false,
+        async_scheduling: false,
     };
     let simulation = Simulation::new(settings, &latency, &exits)?;
     println!("requests   observer  row visits  ns/visit  Mvisits/s  occupancy    cpu s  peak MB");

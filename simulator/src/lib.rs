@@ -42,6 +42,7 @@
 //! let settings = Settings {
 //!     batching: "depth".parse()?, exit: "confidence:0.5".parse()?,
 //!     num_loops: 2, max_batch: 8, token_budget: 64, prefill_chunk: 64, block_tokens: 16, num_blocks: 100,
+//!     prefix_caching: false, async_scheduling: false,
 //! };
 //! let mut metrics = Metrics::new(&settings);
 //! let requests = [Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 2 }];

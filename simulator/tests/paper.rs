@@ -52,6 +52,8 @@ fn simulated_tok_s(row: &Expected) -> f64 {
         prefill_chunk: row.max_batch,
         block_tokens: 16,
         num_blocks: row.max_batch * 256 / 16,
+        prefix_caching: false,
+        async_scheduling: false,
     };
     let (latency, exits) = (LatencyModel::new(&profile).unwrap(), ExitModel::new(&exits, Draw::Seeded(1)).unwrap());
     let mut metrics = Metrics::new(&settings);

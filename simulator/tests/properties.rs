@@ -18,6 +18,8 @@ fn any_settings() -> impl Strategy<Value = Settings> {
             token_budget: 24,
             block_tokens: 4,
             num_blocks,
+            prefix_caching: false,
+            async_scheduling: false,
             ..settings(batching, exit, LOOPS, max_batch)
         },
     )

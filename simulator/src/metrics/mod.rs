@@ -242,6 +242,8 @@ mod tests {
             prefill_chunk: 8,
             block_tokens: 16,
             num_blocks: 16,
+            prefix_caching: false,
+            async_scheduling: false,
         }
     }
 

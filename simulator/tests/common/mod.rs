@@ -121,6 +121,8 @@ pub fn settings(batching: Batching, exit: &str, num_loops: u8, max_batch: u32) -
         prefill_chunk: 1 << 12,
         block_tokens: 16,
         num_blocks: 1 << 16,
+        prefix_caching: false,
+        async_scheduling: false,
     }
 }
 
