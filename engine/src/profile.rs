@@ -318,6 +318,8 @@ impl Profiler {
             prefill_chunk: max_batch,
             block_tokens: TILE as u32,
             num_blocks: max_batch,
+            prefix_caching: false,
+            async_scheduling: false,
         };
         let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 2, output_tokens: 4 };
         let mut server = Server::new(settings, self.engine.executor(&settings)?)?;

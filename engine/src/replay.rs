@@ -162,6 +162,8 @@ impl Engine {
             prefill_chunk: UNTIMED_ROWS as u32,
             block_tokens: TILE as u32,
             num_blocks: max_batch * longest.div_ceil(TILE as u32),
+            prefix_caching: false,
+            async_scheduling: false,
         }
     }
 

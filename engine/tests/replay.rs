@@ -38,6 +38,8 @@ fn settings(exit: ExitPolicy) -> Settings {
         prefill_chunk: 16,
         block_tokens: 16,
         num_blocks: 40,
+        prefix_caching: false,
+        async_scheduling: false,
     }
 }
 
