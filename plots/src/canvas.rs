@@ -38,7 +38,8 @@ pub(crate) fn draw(
         return Err(failed("the embedded font cannot be read".into()));
     }
     let head = head_height(figure, width, legend).map_err(|e| failed(e.to_string()))?;
-    let size = (width, head + height);
+    let whole_pixels = |units: u32| units.next_multiple_of(UNITS_PER_PIXEL);
+    let size = (whole_pixels(width), whole_pixels(head + height));
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();

@@ -73,7 +73,9 @@ fn columns_that_fit(widths: &[i32], room: i32) -> usize {
         return widths.len();
     }
     let widest = widths.iter().max().unwrap_or(&0) + SPACING;
-    ((room + SPACING) / widest).max(1) as usize
+    let columns = ((room + SPACING) / widest).max(1) as usize;
+    // As many rows, filled evenly.
+    widths.len().div_ceil(widths.len().div_ceil(columns))
 }
 
 fn draw_sample(canvas: &Canvas, sample: &Sample, (x, y): (i32, i32)) -> DrawResult {
