@@ -591,15 +591,19 @@ impl Scheduler {
     }
 
     /// Decides from the signals of the pass which rows leave.
+    ///
+    /// Which do is as good as random, so the loop writes every index and keeps those that leave by counting on:
+    /// a branch would be mispredicted for most rows.
     pub fn decide(&mut self, signals: &[f32]) {
         let exit = self.settings.exit;
-        self.leaving.clear();
-        for (index, segment) in self.segments.iter().enumerate() {
+        self.leaving.resize(self.segments.len(), 0);
+        let mut leaving = 0;
+        for ((index, segment), &signal) in (0..).zip(&self.segments).zip(signals) {
             let certain = segment.depth == self.last_depth;
-            if segment.predicts && (certain || (segment.look && exit.leaves(signals[index]))) {
-                self.leaving.push(index as u32);
-            }
+            self.leaving[leaving] = index;
+            leaving += usize::from(segment.predicts & (certain | (segment.look & exit.leaves(signal))));
         }
+        self.leaving.truncate(leaving);
     }
 
     /// Applies the outcome of the pass at its end: tokens are delivered, the other rows go one deeper.
@@ -625,16 +629,26 @@ impl Scheduler {
         }
     }
 
-    /// Drops what has left or run its last depth; the rest is one deeper in the next pass.
+    /// Drops what has left or run its last depth; the rest is one deeper in the next pass. Without branches, as
+    /// [`decide`](Self::decide).
     fn deepen_segments(&mut self) {
         let deepest = self.settings.num_loops - 1;
-        let sequences = &self.sequences;
-        self.segments.retain_mut(|segment| {
-            let done = segment.depth == deepest || (segment.decode && !segment.predicts);
-            segment.depth += 1;
-            let sequence = &sequences[segment.slot as usize];
-            !done && sequence.running && !sequence.is_finished()
-        });
+        let mut kept = 0;
+        for index in 0..self.segments.len() {
+            let segment = self.segments[index];
+            let stays = (segment.depth < deepest) & (segment.predicts | !segment.decode);
+            self.segments[kept] = segment;
+            self.segments[kept].depth += 1;
+            kept += usize::from(stays);
+        }
+        self.segments.truncate(kept);
+        if !(self.released.is_empty() && self.finished.is_empty()) {
+            let sequences = &self.sequences;
+            self.segments.retain(|segment| {
+                let sequence = &sequences[segment.slot as usize];
+                sequence.running && !sequence.is_finished()
+            });
+        }
     }
 
     /// Ends an iteration: its tokens are delivered, oldest sequence first.
