@@ -138,7 +138,9 @@ impl ExitModel {
     #[inline]
     pub fn prefetch(&self, look: Look, cursor: &Cursor) {
         if let Look::Measure(measure) = look {
-            prefetch(&self.signals[measure as usize], self.row(cursor, 0));
+            let signals = &self.signals[measure as usize];
+            prefetch(signals, self.row(cursor, 0));
+            prefetch(signals, self.row(cursor, self.num_loops - 1));
         }
     }
 
