@@ -54,16 +54,20 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod capacity;
 pub mod executor;
 pub mod exits;
 pub mod latency;
 pub mod metrics;
+pub mod objectives;
 pub mod routing;
 pub mod simulation;
 
+pub use capacity::{Capacity, CapacityError, CapacitySearch, capacity};
 pub use executor::ProfileExecutor;
 pub use exits::{Draw, ExitError, ExitModel};
 pub use latency::{Extrapolations, LatencyError, LatencyModel};
 pub use metrics::{Metrics, Source, Summary, write_csv};
+pub use objectives::Objectives;
 pub use routing::Routing;
 pub use simulation::{Outcome, Simulation, SimulationError, run_all};

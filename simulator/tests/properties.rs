@@ -111,8 +111,7 @@ proptest! {
             Simulation::new(settings, &latency, &exits).unwrap().with_routing(routing.parse().unwrap());
         let mut metrics = vec![Metrics::new(&settings).with_requests().with_passes(); machines];
         let outcome = simulation.run(requests.iter().map(|(request, _)| *request), &mut metrics).unwrap();
-        let mut merged = metrics.pop().unwrap();
-        metrics.into_iter().for_each(|metrics| merged.merge(metrics));
+        let merged = Metrics::merged(metrics).unwrap();
         let ids: Vec<u32> = merged.requests().map(|row| row.id).collect();
         prop_assert_eq!(ids, (0..requests.len() as u32).collect::<Vec<_>>());
         let summary = merged.summary(Source::Simulated, None);
@@ -170,8 +169,7 @@ fn load_aware_routing_waits_less() {
         let simulation = Simulation::new(settings, &latency, &exits).unwrap().with_routing(routing);
         let mut metrics = vec![Metrics::new(&settings); 8];
         simulation.run(poisson(50_000, 8.0 * 900.0, 1, 1, 3), &mut metrics).unwrap();
-        let mut merged = metrics.pop().unwrap();
-        metrics.into_iter().for_each(|metrics| merged.merge(metrics));
+        let merged = Metrics::merged(metrics).unwrap();
         merged.end_to_end().mean_ms() - 1.0
     };
     let (random, two, least) = (wait(Routing::Random(1)), wait(Routing::TwoChoices(1)), wait(Routing::LeastLoaded));

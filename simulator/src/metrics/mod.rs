@@ -10,11 +10,14 @@ mod summary;
 
 pub use depth_rows::{DepthRows, DepthRowsRecord};
 pub use distribution::Distribution;
+pub(crate) use records::RequestLatencies;
 pub use records::{PassRow, RequestRow};
 pub use summary::{Source, Summary, write_csv};
 
 use scheduler::{Observer, Settings, Token};
 use traces::{Nanos, Request};
+
+use crate::objectives::Objectives;
 
 /// Gathers the metrics of one machine, or by [`merge`](Self::merge) of several on one clock.
 ///
@@ -22,6 +25,7 @@ use traces::{Nanos, Request};
 #[derive(Clone, Debug)]
 pub struct Metrics {
     settings: Settings,
+    objectives: Option<Objectives>,
     machines: u32,
     ttft: Distribution,
     tpot: Distribution,
@@ -37,6 +41,8 @@ pub struct Metrics {
 #[derive(Clone, Copy, Debug, Default)]
 struct Totals {
     requests: u64,
+    /// Of those, how many met the objectives.
+    met: u64,
     tokens: u64,
     /// Passes of all tokens: each token's exit depth and one.
     token_passes: u64,
@@ -57,6 +63,7 @@ impl Metrics {
     pub fn new(settings: &Settings) -> Self {
         Self {
             settings: *settings,
+            objectives: None,
             machines: 1,
             ttft: Distribution::default(),
             tpot: Distribution::default(),
@@ -67,6 +74,11 @@ impl Metrics {
             requests: None,
             passes: None,
         }
+    }
+
+    /// Counts the requests that meet objectives: goodput.
+    pub fn with_objectives(self, objectives: Objectives) -> Self {
+        Self { objectives: Some(objectives), ..self }
     }
 
     /// Keeps a row for each request, 80 bytes each.
@@ -147,6 +159,14 @@ impl Metrics {
         }
     }
 
+    /// The metrics of all machines of one run; none without a machine.
+    pub fn merged(machines: Vec<Self>) -> Option<Self> {
+        machines.into_iter().reduce(|mut all, one| {
+            all.merge(one);
+            all
+        })
+    }
+
     fn request_row(&mut self, request: &Request) -> Option<&mut RequestRow> {
         self.requests.as_mut().map(|rows| records::row_of(rows, request))
     }
@@ -155,6 +175,7 @@ impl Metrics {
 impl Totals {
     fn merge(&mut self, other: &Self) {
         self.requests += other.requests;
+        self.met += other.met;
         self.tokens += other.tokens;
         self.token_passes += other.token_passes;
         self.preemptions += other.preemptions;
@@ -215,12 +236,13 @@ impl Observer for Metrics {
     fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
         self.totals.requests += 1;
         self.totals.last_token = self.totals.last_token.max(now);
-        let latencies = records::RequestLatencies::new(now, request, first_token);
+        let latencies = RequestLatencies::new(now, request, first_token);
         self.ttft.record(latencies.ttft);
         self.end_to_end.record(latencies.end_to_end);
         if let Some(tpot) = latencies.tpot {
             self.tpot.record(tpot);
         }
+        self.totals.met += u64::from(self.objectives.is_some_and(|objectives| objectives.are_met(&latencies)));
         if let Some(row) = self.request_row(request) {
             row.finished(now, &latencies);
         }
@@ -251,9 +273,12 @@ mod tests {
         Nanos(milliseconds * 1_000_000)
     }
 
-    /// Two requests: tokens at 30, 40, 60 ms after an arrival at 10 ms, and one at 50 ms after 20 ms.
     fn watched() -> Metrics {
-        let mut metrics = Metrics::new(&settings()).with_requests();
+        watch(Metrics::new(&settings()).with_requests())
+    }
+
+    /// Two requests: one arrives at 10 ms and gets tokens at 30, 40 and 60; one arrives at 20 and gets one at 50.
+    fn watch(mut metrics: Metrics) -> Metrics {
         let long = Request { id: 0, arrival: ms(10), prompt_tokens: 5, output_tokens: 3 };
         let short = Request { id: 1, arrival: ms(20), prompt_tokens: 5, output_tokens: 1 };
         let token = |index, depth, previous| Token { index, depth, previous };
@@ -280,6 +305,22 @@ mod tests {
         assert_eq!(summary.mean_depth, (4 + 1 + 1 + 2) as f64 / 4.0);
         assert_eq!((summary.requests, summary.output_tokens, summary.preemptions), (2, 4, 1));
         assert!((summary.throughput_tok_s - 4.0 / 0.05).abs() < 1e-9);
+    }
+
+    #[test]
+    fn goodput_counts_requests_within_every_objective() {
+        let summary = |ttft_ms, tpot_ms| {
+            let objectives = Objectives { ttft_ms, tpot_ms, e2e_ms: None };
+            let metrics = watch(Metrics::new(&settings()).with_objectives(objectives));
+            let summary = metrics.summary(Source::Measured, None);
+            (summary.objectives_met.unwrap(), summary.goodput_req_s.unwrap())
+        };
+        // TTFT is 20 ms of the long one and 30 of the short one, which has no TPOT; over 50 ms.
+        assert_eq!(summary(Some(30.0), Some(15.0)), (1.0, 2.0 / 0.05));
+        assert_eq!(summary(Some(25.0), Some(15.0)), (0.5, 1.0 / 0.05));
+        assert_eq!(summary(None, Some(14.9)), (0.5, 1.0 / 0.05));
+        assert_eq!(summary(Some(1.0), None), (0.0, 0.0));
+        assert_eq!(watched().summary(Source::Measured, None).goodput_req_s, None);
     }
 
     #[test]

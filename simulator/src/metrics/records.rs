@@ -37,7 +37,7 @@ pub struct RequestRow {
 
 /// The latencies of one finished request.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct RequestLatencies {
+pub(crate) struct RequestLatencies {
     pub ttft: Nanos,
     /// From the first token to the last.
     pub decode: Nanos,

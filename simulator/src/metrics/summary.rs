@@ -101,6 +101,10 @@ pub struct Summary {
     pub passes: u64,
     /// How often a sequence lost its slot.
     pub preemptions: u64,
+    /// Share of requests that met the objectives, 0 to 1; empty if none were set.
+    pub objectives_met: Option<f64>,
+    /// Requests per second of makespan that met the objectives; empty if none were set.
+    pub goodput_req_s: Option<f64>,
 }
 
 impl Metrics {
@@ -150,6 +154,8 @@ impl Metrics {
             busy: busy * 1e-9 / makespan_s / f64::from(self.machines),
             passes: totals.passes,
             preemptions: totals.preemptions,
+            objectives_met: self.objectives.map(|_| totals.met as f64 / totals.requests as f64),
+            goodput_req_s: self.objectives.map(|_| totals.met as f64 / makespan_s),
         }
     }
 }

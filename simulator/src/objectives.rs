@@ -1,0 +1,57 @@
+//! Latency objectives, and whether requests meet them.
+
+use scheduler::Observer;
+use serde::{Deserialize, Serialize};
+use traces::{Nanos, Request};
+
+use crate::metrics::RequestLatencies;
+
+/// Bounds on what one request may wait. A request whose latencies are within all of them counts for goodput.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Objectives {
+    /// Longest time to the first token, in milliseconds.
+    pub ttft_ms: Option<f64>,
+    /// Longest time per token after the first, in milliseconds; a single token meets any.
+    pub tpot_ms: Option<f64>,
+    /// Longest time to the last token, in milliseconds.
+    pub e2e_ms: Option<f64>,
+}
+
+impl Objectives {
+    /// Whether a finished request is within every bound.
+    pub(crate) fn are_met(&self, latencies: &RequestLatencies) -> bool {
+        let within = |bound: Option<f64>, time: Nanos| bound.is_none_or(|bound| time.as_millis_f64() <= bound);
+        within(self.ttft_ms, latencies.ttft)
+            && within(self.tpot_ms, latencies.tpot.unwrap_or_default())
+            && within(self.e2e_ms, latencies.end_to_end)
+    }
+}
+
+/// Counts the requests that meet objectives, and nothing else.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attainment {
+    objectives: Objectives,
+    met: u64,
+    finished: u64,
+}
+
+impl Attainment {
+    pub(crate) fn new(objectives: Objectives) -> Self {
+        Self { objectives, met: 0, finished: 0 }
+    }
+
+    /// Share of the requests of all machines that met the objectives, 0 to 1.
+    pub(crate) fn share(machines: &[Self]) -> f64 {
+        let met: u64 = machines.iter().map(|machine| machine.met).sum();
+        let finished: u64 = machines.iter().map(|machine| machine.finished).sum();
+        met as f64 / finished as f64
+    }
+}
+
+impl Observer for Attainment {
+    fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
+        self.finished += 1;
+        self.met += u64::from(self.objectives.are_met(&RequestLatencies::new(now, request, first_token)));
+    }
+}
