@@ -46,3 +46,27 @@ pub trait Observer {
 
 /// Nobody watches.
 impl Observer for () {}
+
+/// Both watch.
+impl<A: Observer, B: Observer> Observer for (A, B) {
+    fn admitted(&mut self, now: Nanos, request: &Request) {
+        self.0.admitted(now, request);
+        self.1.admitted(now, request);
+    }
+    fn preempted(&mut self, now: Nanos, request: &Request) {
+        self.0.preempted(now, request);
+        self.1.preempted(now, request);
+    }
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.0.pass(record);
+        self.1.pass(record);
+    }
+    fn token(&mut self, now: Nanos, request: &Request, token: Token) {
+        self.0.token(now, request, token);
+        self.1.token(now, request, token);
+    }
+    fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
+        self.0.finished(now, request, first_token);
+        self.1.finished(now, request, first_token);
+    }
+}

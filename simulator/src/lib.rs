@@ -62,6 +62,7 @@ pub mod metrics;
 pub mod objectives;
 pub mod routing;
 pub mod simulation;
+pub mod timeline;
 
 pub use capacity::{Capacity, CapacityError, CapacitySearch, capacity};
 pub use executor::ProfileExecutor;
@@ -71,3 +72,4 @@ pub use metrics::{Metrics, Source, Summary, write_csv};
 pub use objectives::Objectives;
 pub use routing::Routing;
 pub use simulation::{Outcome, Simulation, SimulationError, run_all};
+pub use timeline::{Timeline, write_timeline};
