@@ -5,6 +5,7 @@ use traces::{Nanos, Request};
 
 use crate::exits::{Cursor, ExitError, ExitModel};
 use crate::latency::{Extrapolations, LatencyModel, PassShape, nanos};
+use crate::spread::Spread;
 
 /// Runs passes of a profile.
 #[derive(Clone, Debug)]
@@ -13,6 +14,8 @@ pub struct ProfileExecutor<'m> {
     exits: &'m ExitModel,
     /// By slot.
     cursors: Vec<Cursor>,
+    /// None where every time is the median.
+    spread: Option<Spread>,
     tokens: u64,
     agreeing: u64,
     extrapolations: Extrapolations,
@@ -25,10 +28,16 @@ impl<'m> ProfileExecutor<'m> {
             latency,
             exits,
             cursors: vec![Cursor::default(); max_batch as usize],
+            spread: None,
             tokens: 0,
             agreeing: 0,
             extrapolations: Extrapolations::default(),
         }
+    }
+
+    /// Draws times from their measured spread around the median instead of taking the median.
+    pub fn with_spread(self, seed: u64) -> Self {
+        Self { spread: Some(Spread::new(seed)), ..self }
     }
 
     /// Tokens emitted so far.
@@ -79,7 +88,12 @@ impl Executor for ProfileExecutor<'_> {
             }
         }
         shape.depths = depths.count_ones();
-        Ok(nanos(prefill_ns + self.latency.pass_ns(&shape, &mut self.extrapolations)))
+        let mut ns = prefill_ns + self.latency.pass_ns(&shape, &mut self.extrapolations);
+        if let Some(spread) = &mut self.spread {
+            let chunks = pass.segments.iter().filter(|row| !row.decode).map(|chunk| (chunk.tokens, chunk.start));
+            ns = spread.draw(ns, self.latency.squared_pass_spread(&shape, chunks));
+        }
+        Ok(nanos(ns))
     }
 
     fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, ExitError> {
@@ -93,6 +107,10 @@ impl Executor for ProfileExecutor<'_> {
             head_rows += u32::from(!segment.head);
         }
         self.tokens += leaving.len() as u64;
-        Ok(nanos(self.latency.head_ns(head_rows, &mut self.extrapolations)))
+        let mut ns = self.latency.head_ns(head_rows, &mut self.extrapolations);
+        if let Some(spread) = &mut self.spread {
+            ns = spread.draw(ns, self.latency.squared_head_spread(head_rows));
+        }
+        Ok(nanos(ns))
     }
 }

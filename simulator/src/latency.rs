@@ -4,7 +4,7 @@
 //! smallest measured point it is that point's. Above the largest one the last slope goes on, and each such
 //! use is counted in [`Extrapolations`]: a simulation that left the measured grid says so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use traces::{Component, LatencyProfile, Nanos, Point};
@@ -19,7 +19,9 @@ pub enum LatencyError {
     #[error("the latency profile of `{0}` has no point of component `block`: a pass cannot be timed without it")]
     NoBlock(String),
     /// A time that no clock shows.
-    #[error("{component} at rows {rows}, kv_tokens {kv_tokens}: time_us is {time_us}, expected a number of at least 0")]
+    #[error(
+        "{component} at rows {rows}, kv_tokens {kv_tokens}: a time is {time_us} us, expected a number of at least 0"
+    )]
     BadTime {
         /// Whose.
         component: Component,
@@ -73,13 +75,8 @@ pub struct LatencyModel {
     num_loops: u8,
     fingerprint: String,
     overhead_ns: f64,
-    block: Table,
-    decode_attention: Surface,
-    prefill_attention: Surface,
-    /// By distinct depths less 1.
-    depth_mix: Vec<Table>,
-    embed: Table,
-    head: Table,
+    times: Parts,
+    spreads: Parts,
 }
 
 impl LatencyModel {
@@ -98,23 +95,12 @@ impl LatencyModel {
         if profile.points_of(Component::Block).next().is_none() {
             return Err(LatencyError::NoBlock(meta.model.clone()));
         }
-        let by_rows = |component| -> Result<Table, LatencyError> {
-            let curves = curves(profile, component, |_| 0, |point| point.rows)?;
-            Ok(Table::new(curves.into_values().next().unwrap_or_default()))
-        };
-        let by_rows_and_history = |component| -> Result<Surface, LatencyError> {
-            Ok(Surface::new(curves(profile, component, |point| point.rows, |point| point.kv_tokens)?))
-        };
         Ok(Self {
             num_loops: meta.num_loops as u8,
             fingerprint: meta.fingerprint.clone(),
             overhead_ns: meta.overhead_us * 1e3,
-            block: by_rows(Component::Block)?,
-            decode_attention: by_rows_and_history(Component::DecodeAttention)?,
-            prefill_attention: by_rows_and_history(Component::PrefillAttention)?,
-            depth_mix: depth_mix(profile)?,
-            embed: by_rows(Component::Embed)?,
-            head: by_rows(Component::Head)?,
+            times: Parts::new(profile, |point| point.time_us)?,
+            spreads: Parts::new(profile, |point| point.spread_us)?,
         })
     }
 
@@ -128,40 +114,98 @@ impl LatencyModel {
         &self.fingerprint
     }
 
-    /// Time of a pass without the attention of its prompt chunks, in nanoseconds.
+    /// Median time of a pass without the attention of its prompt chunks, in nanoseconds.
     pub fn pass_ns(&self, shape: &PassShape, beyond: &mut Extrapolations) -> f64 {
+        self.overhead_ns + self.times.of_pass(shape, beyond).iter().sum::<f64>()
+    }
+
+    /// Median time that attention of one prompt chunk adds to a pass, in nanoseconds, by its tokens and the history
+    /// before it.
+    pub fn prefill_attention_ns(&self, tokens: u32, history: u32, beyond: &mut Extrapolations) -> f64 {
+        self.times.prefill_attention.at(tokens, f64::from(history), Component::PrefillAttention, beyond)
+    }
+
+    /// Median time of the exit head, in nanoseconds.
+    pub fn head_ns(&self, rows: u32, beyond: &mut Extrapolations) -> f64 {
+        self.times.head.at(rows, Component::Head, beyond)
+    }
+
+    /// Half the distance between the quartiles of the time of a pass, squared, in square nanoseconds: as of a sum of
+    /// independent parts, given as [`pass_ns`](Self::pass_ns) and its prompt chunks, by tokens and history.
+    pub fn squared_pass_spread(&self, shape: &PassShape, chunks: impl Iterator<Item = (u32, u32)>) -> f64 {
+        let (prefill, mut counted) = (&self.spreads.prefill_attention, Extrapolations::default());
+        let parts = self.spreads.of_pass(shape, &mut counted);
+        let chunks = chunks.map(|(tokens, history)| {
+            prefill.at(tokens, f64::from(history), Component::PrefillAttention, &mut Extrapolations::default())
+        });
+        parts.into_iter().chain(chunks).map(|spread| spread * spread).sum()
+    }
+
+    /// The same of the exit head.
+    pub fn squared_head_spread(&self, rows: u32) -> f64 {
+        self.spreads.head.at(rows, Component::Head, &mut Extrapolations::default()).powi(2)
+    }
+}
+
+/// One measured quantity of each part of a pass: its median time, or its spread.
+#[derive(Clone, Debug)]
+struct Parts {
+    block: Table,
+    decode_attention: Surface,
+    prefill_attention: Surface,
+    /// By distinct depths less 1.
+    depth_mix: Vec<Table>,
+    embed: Table,
+    head: Table,
+}
+
+impl Parts {
+    fn new(profile: &LatencyProfile, value_us: fn(&Point) -> f64) -> Result<Self, LatencyError> {
+        let by_rows = |component| -> Result<Table, LatencyError> {
+            let curves = curves(profile, component, value_us, |_| 0, |point| point.rows)?;
+            Ok(Table::new(curves.into_values().next().unwrap_or_default()))
+        };
+        let by_rows_and_history = |component| -> Result<Surface, LatencyError> {
+            Ok(Surface::new(curves(profile, component, value_us, |point| point.rows, |point| point.kv_tokens)?))
+        };
+        Ok(Self {
+            block: by_rows(Component::Block)?,
+            decode_attention: by_rows_and_history(Component::DecodeAttention)?,
+            prefill_attention: by_rows_and_history(Component::PrefillAttention)?,
+            depth_mix: depth_mix(profile, value_us)?,
+            embed: by_rows(Component::Embed)?,
+            head: by_rows(Component::Head)?,
+        })
+    }
+
+    /// The parts of a pass but for the attention of its prompt chunks.
+    fn of_pass(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 5] {
         let PassShape { rows, decode_rows, decode_history, depths, embed_rows, head_rows } = *shape;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
         let history = if decode_rows == 0 { 0.0 } else { decode_history as f64 / f64::from(decode_rows) };
-        self.overhead_ns
-            + self.block.at(rows, Component::Block, beyond)
-            + self.decode_attention.at(decode_rows, history, Component::DecodeAttention, beyond)
-            + mix.at(rows, Component::DepthMix, beyond)
-            + self.embed.at(embed_rows, Component::Embed, beyond)
-            + self.head_ns(head_rows, beyond)
-    }
-
-    /// Time that attention of one prompt chunk adds to a pass, in nanoseconds, by its tokens and the history before it.
-    pub fn prefill_attention_ns(&self, tokens: u32, history: u32, beyond: &mut Extrapolations) -> f64 {
-        self.prefill_attention.at(tokens, f64::from(history), Component::PrefillAttention, beyond)
-    }
-
-    /// Time of the exit head, in nanoseconds.
-    pub fn head_ns(&self, rows: u32, beyond: &mut Extrapolations) -> f64 {
-        self.head.at(rows, Component::Head, beyond)
+        [
+            self.block.at(rows, Component::Block, beyond),
+            self.decode_attention.at(decode_rows, history, Component::DecodeAttention, beyond),
+            mix.at(rows, Component::DepthMix, beyond),
+            self.embed.at(embed_rows, Component::Embed, beyond),
+            self.head.at(head_rows, Component::Head, beyond),
+        ]
     }
 }
 
 /// The tables of `depth_mix` by distinct depths, from 1 (which adds nothing) to all loops; counts between two
-/// measured ones are interpolated, those above the largest cost what it costs.
-fn depth_mix(profile: &LatencyProfile) -> Result<Vec<Table>, LatencyError> {
-    let mut measured = curves(profile, Component::DepthMix, |point| point.depths, |point| point.rows)?;
+/// measured ones are interpolated, those above the largest cost what it costs and count as extrapolated.
+fn depth_mix(profile: &LatencyProfile, value_us: fn(&Point) -> f64) -> Result<Vec<Table>, LatencyError> {
+    let mut measured = curves(profile, Component::DepthMix, value_us, |point| point.depths, |point| point.rows)?;
+    if measured.is_empty() {
+        return Ok(vec![Table::new(Curve::default()); profile.meta.num_loops as usize]);
+    }
     measured.entry(1).or_default();
     let table = |depths: u32| {
         let (&low, below) = measured.range(..=depths).next_back().expect("1 is measured");
-        let Some((&high, above)) = measured.range(depths..).next() else { return Table::new(below.clone()) };
+        let Some((&high, above)) = measured.range(depths..).next() else { return Table::unmeasured(below.clone()) };
         let share = if high == low { 0.0 } else { f64::from(depths - low) / f64::from(high - low) };
-        let knots: std::collections::BTreeSet<u32> = below.xs().chain(above.xs()).collect();
+        let knots: BTreeSet<u32> = below.xs().chain(above.xs()).collect();
         let mixed = |rows: u32| {
             let (below, above) = (below.at(f64::from(rows)), above.at(f64::from(rows)));
             below + share * (above - below)
@@ -175,12 +219,13 @@ fn depth_mix(profile: &LatencyProfile) -> Result<Vec<Table>, LatencyError> {
 fn curves(
     profile: &LatencyProfile,
     component: Component,
+    value_us: fn(&Point) -> f64,
     key: impl Fn(&Point) -> u32,
     x: impl Fn(&Point) -> u32,
 ) -> Result<BTreeMap<u32, Curve>, LatencyError> {
     let mut curves: BTreeMap<u32, BTreeMap<u32, f64>> = BTreeMap::new();
     for point in profile.points_of(component) {
-        let &Point { rows, kv_tokens, depths, time_us, .. } = point;
+        let (&Point { rows, kv_tokens, depths, .. }, time_us) = (point, value_us(point));
         if !(time_us.is_finite() && time_us >= 0.0) {
             return Err(LatencyError::BadTime { component, rows, kv_tokens, time_us });
         }
@@ -242,6 +287,11 @@ impl Table {
         let tabulated = if curve.knots.is_empty() { 0 } else { end.min(MAX_TABULATED) };
         let times = (0..=tabulated).map(|rows| if rows == 0 { 0.0 } else { curve.at(rows.into()) }).collect();
         Self { times, curve, end }
+    }
+
+    /// A curve that stands in for one that was not measured: every use is an extrapolation.
+    fn unmeasured(curve: Curve) -> Self {
+        Self { times: vec![0.0], curve, end: 0 }
     }
 
     fn at(&self, rows: u32, component: Component, beyond: &mut Extrapolations) -> f64 {
@@ -421,8 +471,8 @@ mod tests {
     fn below_the_grid_time_is_that_of_its_edge() {
         let model = model(&[(Block, 4, 0, 1, 10.0), (Block, 8, 0, 1, 30.0), (DecodeAttention, 4, 64, 1, 5.0)]);
         let mut beyond = Extrapolations::default();
-        assert_eq!(model.block.at(1, Block, &mut beyond), 10e3);
-        assert_eq!(model.decode_attention.at(1, 3.0, DecodeAttention, &mut beyond), 5e3);
+        assert_eq!(model.times.block.at(1, Block, &mut beyond), 10e3);
+        assert_eq!(model.times.decode_attention.at(1, 3.0, DecodeAttention, &mut beyond), 5e3);
         assert!(beyond.is_empty());
     }
 
@@ -439,11 +489,11 @@ mod tests {
             (DecodeAttention, 2, 20, 1, 4.0),
         ]);
         let mut beyond = Extrapolations::default();
-        assert_eq!(model.block.at(7, Block, &mut beyond), 22e3);
-        assert_eq!(model.block.at(5, Block, &mut beyond), 18e3);
+        assert_eq!(model.times.block.at(7, Block, &mut beyond), 22e3);
+        assert_eq!(model.times.block.at(5, Block, &mut beyond), 18e3);
         assert_eq!(model.head_ns(10, &mut beyond), 8e3, "a falling last slope does not go on");
-        assert_eq!(model.decode_attention.at(2, 40.0, DecodeAttention, &mut beyond), 8e3);
-        assert_eq!(model.decode_attention.at(4, 20.0, DecodeAttention, &mut beyond), 8e3);
+        assert_eq!(model.times.decode_attention.at(2, 40.0, DecodeAttention, &mut beyond), 8e3);
+        assert_eq!(model.times.decode_attention.at(4, 20.0, DecodeAttention, &mut beyond), 8e3);
         let found: Vec<_> = beyond.iter().collect();
         assert_eq!(
             found,
@@ -457,6 +507,17 @@ mod tests {
     }
 
     #[test]
+    fn more_depths_than_were_measured_cost_the_most_measured_and_are_reported() {
+        let model = model(&[(Block, 1, 0, 1, 1.0), (DepthMix, 1, 0, 2, 3.0), (DepthMix, 8, 0, 2, 3.0)]);
+        let mix = |depths| {
+            let mut beyond = Extrapolations::default();
+            let shape = PassShape { rows: 1, depths, ..PassShape::default() };
+            (model.pass_ns(&shape, &mut beyond) - 1250.0, beyond.is_empty())
+        };
+        assert_eq!([mix(1), mix(2), mix(3), mix(4)], [(0.0, true), (3e3, true), (3e3, false), (3e3, false)]);
+    }
+
+    #[test]
     fn each_number_of_rows_has_its_own_range_of_histories() {
         let model = model(&[
             (Block, 1, 0, 1, 1.0),
@@ -466,9 +527,9 @@ mod tests {
             (DecodeAttention, 3, 50, 1, 15.0),
         ]);
         let mut beyond = Extrapolations::default();
-        assert_eq!(model.decode_attention.at(1, 100.0, DecodeAttention, &mut beyond), 10e3);
+        assert_eq!(model.times.decode_attention.at(1, 100.0, DecodeAttention, &mut beyond), 10e3);
         assert!(beyond.is_empty());
-        assert_eq!(model.decode_attention.at(2, 100.0, DecodeAttention, &mut beyond), 20e3);
+        assert_eq!(model.times.decode_attention.at(2, 100.0, DecodeAttention, &mut beyond), 20e3);
         assert!(!beyond.is_empty());
     }
 
@@ -494,10 +555,10 @@ mod tests {
             let model = model(&points);
             let mut beyond = Extrapolations::default();
             for (&rows, &time) in &times {
-                prop_assert!((model.block.at(rows, Block, &mut beyond) - time * 1e3).abs() < 1e-6);
+                prop_assert!((model.times.block.at(rows, Block, &mut beyond) - time * 1e3).abs() < 1e-6);
             }
             prop_assert!(beyond.is_empty());
-            let found = model.block.at(rows, Block, &mut beyond);
+            let found = model.times.block.at(rows, Block, &mut beyond);
             let below = times.range(..=rows).next_back().map(|(_, time)| time * 1e3);
             let above = times.range(rows..).next().map(|(_, time)| time * 1e3);
             let (Some(low), Some(high)) = (below.or(above), above.or(below)) else { unreachable!() };

@@ -62,6 +62,7 @@ pub mod metrics;
 pub mod objectives;
 pub mod routing;
 pub mod simulation;
+mod spread;
 pub mod timeline;
 
 pub use capacity::{Capacity, CapacityError, CapacitySearch, capacity};

@@ -8,7 +8,7 @@ use scheduler::{Observer, ScheduleError, Server, Settings};
 use traces::{LatencyProfile, Nanos, Request};
 
 use crate::executor::ProfileExecutor;
-use crate::exits::{ExitError, ExitModel};
+use crate::exits::{ExitError, ExitModel, hash};
 use crate::latency::{Extrapolations, LatencyModel};
 use crate::routing::{Router, Routing};
 
@@ -77,6 +77,7 @@ pub struct Simulation<'m> {
     latency: &'m LatencyModel,
     exits: &'m ExitModel,
     routing: Routing,
+    spread: Option<u64>,
 }
 
 impl<'m> Simulation<'m> {
@@ -96,12 +97,17 @@ impl<'m> Simulation<'m> {
                 exits: exits.num_loops(),
             });
         }
-        Ok(Self { settings, latency, exits, routing: Routing::RoundRobin })
+        Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None })
     }
 
     /// Routes requests otherwise.
     pub fn with_routing(self, routing: Routing) -> Self {
         Self { routing, ..self }
+    }
+
+    /// Draws times from their measured spread, by this seed, instead of taking the medians.
+    pub fn with_spread(self, seed: u64) -> Self {
+        Self { spread: Some(seed), ..self }
     }
 
     /// How each machine is scheduled.
@@ -201,8 +207,15 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
         if observers.is_empty() {
             return Err(SimulationError::NoReplicas);
         }
-        let executor = ProfileExecutor::new(latency, exits, settings.max_batch);
-        let servers: Result<Vec<_>, _> = observers.iter().map(|_| Server::new(settings, executor.clone())).collect();
+        let executor = |machine| {
+            let executor = ProfileExecutor::new(latency, exits, settings.max_batch);
+            match simulation.spread {
+                Some(seed) => executor.with_spread(hash(seed, machine)),
+                None => executor,
+            }
+        };
+        let servers: Result<Vec<_>, _> =
+            (0..observers.len() as u64).map(|machine| Server::new(settings, executor(machine))).collect();
         let busy = vec![false; observers.len()];
         Ok(Self { servers: servers?, observers, ends: BinaryHeap::new(), busy, startable: Vec::new() })
     }

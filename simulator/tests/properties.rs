@@ -5,7 +5,9 @@ mod common;
 use common::{Log, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
 use proptest::prelude::*;
 use scheduler::{Batching, Server, Settings, VirtualClock, serve};
-use simulator::{Draw, ExitModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all};
+use simulator::{
+    Draw, ExitModel, LatencyModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all,
+};
 use traces::{Nanos, Request};
 
 const LOOPS: u8 = 3;
@@ -161,6 +163,26 @@ fn seeds_change_the_draw_and_order_does_not() {
 }
 
 #[test]
+fn passes_spread_as_they_were_measured() {
+    let mut profile = common::profile(1, &[(traces::Component::Block, 1, 0, 1, 1000.0)]);
+    profile.points[0].spread_us = 100.0;
+    let latency = LatencyModel::new(&profile).unwrap();
+    let exits = drawn_exits(&[1.0], 1, 1, 1);
+    let settings = settings(Batching::Depth, "none", 1, 1);
+    let simulation = Simulation::new(settings, &latency, &exits).unwrap();
+    let gaps = |simulation: Simulation<'_>| {
+        let mut metrics = [Metrics::new(&settings)];
+        simulation.run(queued(1, 1, 50_000), &mut metrics).unwrap();
+        metrics[0].itl().quantiles_ms([0.25, 0.5, 0.75])
+    };
+    assert_eq!(gaps(simulation), [1.0, 1.0, 1.0]);
+    let [low, median, high] = gaps(simulation.with_spread(5));
+    assert!((median - 1.0).abs() < 0.005 && ((high - low) / 2.0 - 0.1).abs() < 0.005, "{low} {median} {high}");
+    assert_eq!(gaps(simulation.with_spread(5)), [low, median, high]);
+    assert_ne!(gaps(simulation.with_spread(6)), [low, median, high]);
+}
+
+#[test]
 fn load_aware_routing_waits_less() {
     let exits = drawn_exits(&[1.0], 1, 1, 1);
     let latency = constant_latency(1);
@@ -187,7 +209,7 @@ fn what_does_not_fit_together_is_refused() {
 
     let mut profile = common::profile(3, &[(traces::Component::Block, 1, 0, 1, 1.0)]);
     profile.meta.fingerprint = "another".into();
-    let another = simulator::LatencyModel::new(&profile).unwrap();
+    let another = LatencyModel::new(&profile).unwrap();
     let error = Simulation::new(fit, &another, &exits).unwrap_err().to_string();
     assert!(error.contains("another") && error.contains("test"), "{error}");
 
