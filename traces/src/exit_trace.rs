@@ -401,6 +401,10 @@ mod tests {
             (header.to_owned(), "found no rows, expected 2 rows for each token"),
             (CSV.trim_end().to_owned(), "a last line that is cut off"),
             (CSV.replace("1,0,1,1,0.75,0.5,0.5,0.9\n", ""), "found 1 rows of the last token, expected 2 rows"),
+            (
+                CSV.replace("0,1,1,9,0.75,0.5,0.5,0.9\n", ""),
+                "exits.csv:5: generation: found `1`, expected the row of generation 0, token 1, depth 1",
+            ),
             (CSV.replace("top1,", ""), "exits.csv:1: found columns `generation,token,depth,prediction,margin,"),
             (
                 CSV.replace("0,0,1,7,0.75", "0,0,1,7,NaN"),
