@@ -340,7 +340,12 @@ mod tests {
         let (seed, arrivals) = (8, Arrivals::Poisson { rate_per_s: 1.0 });
         let (prompt_tokens, output_tokens) = (Some(length), Some(length));
         let other = Generate { count: 20_000, seed, arrivals, prompt_tokens, output_tokens, lengths_from: None };
-        assert_ne!(slow, other.requests(Path::new("")).unwrap().collect::<Vec<_>>());
+        let other: Vec<Request> = other.requests(Path::new("")).unwrap().collect();
+        assert_ne!(
+            slow.iter().map(|of| of.arrival).collect::<Vec<_>>(),
+            other.iter().map(|of| of.arrival).collect::<Vec<_>>()
+        );
+        assert_ne!(lengths(slow), lengths(other));
     }
 
     #[test]
