@@ -12,7 +12,6 @@ const ROW_HEIGHT: i32 = 42;
 
 /// What a legend entry shows beside its label.
 pub(crate) enum Sample {
-    Line(Look),
     MarkedLine(Look),
     Marker(Look),
     Fill(RGBColor, Fill),
@@ -23,7 +22,7 @@ impl Sample {
     /// Units that the sample takes: for lines, enough to show their dashes.
     fn width(&self) -> i32 {
         match self {
-            Self::Line(_) | Self::MarkedLine(_) | Self::Stroke(..) => 107,
+            Self::MarkedLine(_) | Self::Stroke(..) => 107,
             Self::Fill(..) => 60,
             Self::Marker(_) => 30,
         }
@@ -83,7 +82,6 @@ fn draw_sample(canvas: &Canvas, sample: &Sample, (x, y): (i32, i32)) -> DrawResu
     let ends = [(x, y), (end, y)];
     let middle = ((x + end) / 2, y);
     match *sample {
-        Sample::Line(look) => style::line(canvas, &ends, look),
         Sample::MarkedLine(look) => {
             style::line(canvas, &ends, look)?;
             style::marker(canvas, middle, look)

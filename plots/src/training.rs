@@ -21,7 +21,7 @@ pub struct LossCurve {
     pub validation: Vec<(f64, f64)>,
 }
 
-/// Draws training losses as lines and validation losses as dashed lines with markers.
+/// Draws training losses as thin lines marked at their ends, and validation losses as dashed lines with markers.
 ///
 /// # Errors
 /// No curves, a curve without training losses, or a value that is not finite.
@@ -42,13 +42,13 @@ pub fn losses(figure: &Figure, curves: &[LossCurve]) -> Result<(), Error> {
     let points = curves.iter().flat_map(|c| c.train.iter().chain(&c.validation));
     let x = Axis::linear("training step", points.clone().map(|p| p.0));
     let y = Axis::auto("loss (nats per token)", points.map(|p| p.1));
-    let legend: Vec<Entry> = curves.iter().enumerate().flat_map(entries).collect();
-    canvas::draw(figure, (WIDTH, 1000), &legend, |area| {
+    canvas::draw(figure, (WIDTH, 1000), &legend(curves), |area| {
         let panel = Panel::new(area, &x, &y)?;
         for (index, curve) in curves.iter().enumerate() {
             let (train, _) = looks(index);
             let style = train.colour.mix(0.7).stroke_width(2);
             style::stroke(area, &panel.place(&curve.train), style, train.dash)?;
+            panel.markers(&curve.train[curve.train.len() - 1..], train)?;
         }
         for (index, curve) in curves.iter().enumerate() {
             let (_, validation) = looks(index);
@@ -64,12 +64,15 @@ fn looks(index: usize) -> (Look, Look) {
     (with_dash(Dash::Solid), with_dash(Dash::Dashed))
 }
 
-fn entries((index, curve): (usize, &LossCurve)) -> Vec<Entry> {
-    let (train, validation) = looks(index);
-    let mut entries = vec![Entry::new(format!("{}, train", curve.name), Sample::Line(train))];
-    if !curve.validation.is_empty() {
-        let label = format!("{}, validation", curve.name);
-        entries.push(Entry::new(label, Sample::MarkedLine(validation)));
-    }
-    entries
+/// Entries of all training losses, then of the validation losses there are.
+fn legend(curves: &[LossCurve]) -> Vec<Entry> {
+    let train = |(index, curve): (usize, &LossCurve)| {
+        Entry::new(format!("{}, train", curve.name), Sample::MarkedLine(looks(index).0))
+    };
+    let validation = |(index, curve): (usize, &LossCurve)| {
+        let entry = Entry::new(format!("{}, validation", curve.name), Sample::MarkedLine(looks(index).1));
+        (!curve.validation.is_empty()).then_some(entry)
+    };
+    let trains = curves.iter().enumerate().map(train);
+    trains.chain(curves.iter().enumerate().filter_map(validation)).collect()
 }
