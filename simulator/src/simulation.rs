@@ -2,10 +2,11 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use scheduler::{Observer, ScheduleError, Server, Settings};
-use traces::{LatencyProfile, Nanos, Request};
+use traces::{LatencyProfile, Nanos, PrefixHashes, Request};
 
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
@@ -78,6 +79,7 @@ pub struct Simulation<'m> {
     exits: &'m ExitModel,
     routing: Routing,
     spread: Option<u64>,
+    prefixes: Option<&'m Arc<PrefixHashes>>,
 }
 
 impl<'m> Simulation<'m> {
@@ -97,7 +99,7 @@ impl<'m> Simulation<'m> {
                 exits: exits.num_loops(),
             });
         }
-        Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None })
+        Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None, prefixes: None })
     }
 
     /// Routes requests otherwise.
@@ -108,6 +110,11 @@ impl<'m> Simulation<'m> {
     /// Draws times from their measured spread, by this seed, instead of taking the medians.
     pub fn with_spread(self, seed: u64) -> Self {
         Self { spread: Some(seed), ..self }
+    }
+
+    /// Says which prompts begin alike, for settings with prefix caching.
+    pub fn with_prefixes(self, prefixes: &'m Arc<PrefixHashes>) -> Self {
+        Self { prefixes: Some(prefixes), ..self }
     }
 
     /// How each machine is scheduled.
@@ -207,15 +214,19 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
         if observers.is_empty() {
             return Err(SimulationError::NoReplicas);
         }
-        let executor = |machine| {
+        let server = |machine| {
             let executor = ProfileExecutor::new(latency, exits, settings.max_batch);
-            match simulation.spread {
+            let executor = match simulation.spread {
                 Some(seed) => executor.with_spread(hash(seed, machine)),
                 None => executor,
+            };
+            let mut server = Server::new(settings, executor)?;
+            if let Some(prefixes) = simulation.prefixes {
+                server.share_prefixes(Arc::clone(prefixes))?;
             }
+            Ok::<_, ScheduleError>(server)
         };
-        let servers: Result<Vec<_>, _> =
-            (0..observers.len() as u64).map(|machine| Server::new(settings, executor(machine))).collect();
+        let servers: Result<Vec<_>, _> = (0..observers.len() as u64).map(server).collect();
         let busy = vec![false; observers.len()];
         Ok(Self { servers: servers?, observers, ends: BinaryHeap::new(), busy, startable: Vec::new() })
     }

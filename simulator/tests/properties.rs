@@ -2,26 +2,30 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{Log, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
 use proptest::prelude::*;
 use scheduler::{Batching, Server, Settings, VirtualClock, serve};
 use simulator::{
     Draw, ExitModel, LatencyModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all,
 };
-use traces::{Nanos, Request};
+use traces::{Nanos, PrefixHashes, Request};
 
 const LOOPS: u8 = 3;
 
 fn any_settings() -> impl Strategy<Value = Settings> {
     let exit = prop::sample::select(vec!["none", "static:1", "oracle", "oracle:charged", "confidence:0.5"]);
-    (prop::sample::select(Batching::ALL.to_vec()), exit, 1u32..6, 1u32..20, 10u32..40).prop_map(
-        |(batching, exit, max_batch, prefill_chunk, num_blocks)| Settings {
+    let sizes = (1u32..6, 1u32..20, 10u32..40);
+    (prop::sample::select(Batching::ALL.to_vec()), exit, sizes, any::<bool>(), any::<bool>()).prop_map(
+        |(batching, exit, (max_batch, prefill_chunk, num_blocks), prefix_caching, async_scheduling)| Settings {
             prefill_chunk,
             token_budget: 24,
             block_tokens: 4,
             num_blocks,
-            prefix_caching: false,
-            async_scheduling: false,
+            prefix_caching,
+            // What an exit policy looks at is not there yet when the next pass is planned.
+            async_scheduling: async_scheduling && ["none", "static:1"].contains(&exit),
             ..settings(batching, exit, LOOPS, max_batch)
         },
     )
@@ -160,6 +164,25 @@ fn seeds_change_the_draw_and_order_does_not() {
     };
     assert_eq!(passes(1, Batching::Depth), passes(1, Batching::Vanilla));
     assert_ne!(passes(1, Batching::Depth), passes(2, Batching::Depth));
+}
+
+#[test]
+fn a_prompt_that_begins_like_one_before_it_is_not_computed_again() {
+    let (latency, exits) = (varied_latency(3), drawn_exits(&[1.0, 0.0, 0.0], 1, 1, 1));
+    let settings = Settings { prefix_caching: true, ..settings(Batching::Sequence, "none", 3, 4) };
+    let mut prefixes = PrefixHashes::new(settings.block_tokens);
+    for last in 0..20 {
+        prefixes.push([1, 2, 3, 100 + last]);
+    }
+    let prefixes = Arc::new(prefixes);
+    let simulation = Simulation::new(settings, &latency, &exits).unwrap();
+    let prefill_rows = |simulation: Simulation<'_>| {
+        let mut metrics = [Metrics::new(&settings).with_passes()];
+        simulation.run(poisson(20, 10.0, 4 * 16 + 1, 1, 3), &mut metrics).unwrap();
+        metrics[0].passes().iter().map(|pass| pass.prefill_rows).sum::<u32>()
+    };
+    assert_eq!(prefill_rows(simulation), 3 * 20 * 65);
+    assert_eq!(prefill_rows(simulation.with_prefixes(&prefixes)), 3 * (20 * 65 - 19 * 48));
 }
 
 #[test]
