@@ -92,11 +92,13 @@ impl BlockTables {
 
     /// Makes the slot's blocks reach `tokens` positions; takes all that is missing, or nothing and says `false`.
     #[must_use]
+    #[inline]
     pub fn grow(&mut self, slot: Slot, tokens: u32) -> bool {
+        tokens as usize <= self.held[slot as usize].len() * self.block_tokens as usize || self.take(slot, tokens)
+    }
+
+    fn take(&mut self, slot: Slot, tokens: u32) -> bool {
         let held = &mut self.held[slot as usize];
-        if tokens as usize <= held.len() * self.block_tokens as usize {
-            return true;
-        }
         let missing = tokens.div_ceil(self.block_tokens) - held.len() as u32;
         if missing > self.free.len {
             return false;

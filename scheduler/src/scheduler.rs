@@ -450,6 +450,7 @@ impl Scheduler {
 
     /// Takes blocks until the slot's reach `positions`, from the newest sequences if none are free, in the end from
     /// the slot's own; says whether any sequence was preempted.
+    #[inline]
     fn make_room(&mut self, slot: Slot, positions: u32, now: Nanos, observer: &mut impl Observer) -> bool {
         let mut preempted = false;
         while self.sequences[slot as usize].running && !self.tables.grow(slot, positions) {
@@ -531,6 +532,7 @@ impl Scheduler {
 
     /// In lockstep, whoever finds a block runs in this iteration or later, when it is filled: it can be found once
     /// its rows have started.
+    #[inline]
     fn publish_started(&mut self, slot: Slot, positions: u32) {
         if self.settings.prefix_caching && self.settings.batching.is_lockstep() {
             self.publish(slot, positions);
