@@ -9,13 +9,58 @@ use traces::Nanos;
 /// histogram whose quantiles are at most 0.1% too high. The mean is exact either way.
 #[derive(Clone, Debug, Default)]
 pub struct Distribution {
-    count: u64,
-    sum: u128,
     exact: Vec<u64>,
-    sketch: Option<Box<Histogram<u64>>>,
+    sketch: Option<Box<Sketch>>,
+}
+
+/// Many values.
+#[derive(Clone, Debug)]
+struct Sketch {
+    histogram: Histogram<u64>,
+    sum: u128,
+    /// Values seen last and how often, not yet in the histogram: tokens of the same passes share their gaps, and
+    /// counting is cheaper than finding a place in the histogram.
+    recent: [(u64, u64); 8],
 }
 
 const RESIZES: &str = "a histogram that resizes itself holds any value";
+
+impl Sketch {
+    fn new() -> Self {
+        let histogram = Histogram::new(3).expect("3 significant digits are in range");
+        Self { histogram, sum: 0, recent: [(0, 0); 8] }
+    }
+
+    #[inline]
+    fn record(&mut self, value: u64) {
+        let recent = &mut self.recent[(value % 8) as usize];
+        if recent.0 == value {
+            recent.1 += 1;
+        } else {
+            let evicted = std::mem::replace(recent, (value, 1));
+            self.settle(evicted);
+        }
+    }
+
+    fn settle(&mut self, (value, count): (u64, u64)) {
+        self.histogram.record_n(value, count).expect(RESIZES);
+        self.sum += u128::from(value) * u128::from(count);
+    }
+
+    fn settled(&self) -> Self {
+        let mut settled = self.clone();
+        for recent in std::mem::take(&mut settled.recent) {
+            settled.settle(recent);
+        }
+        settled
+    }
+
+    fn merge(&mut self, other: &Self) {
+        let other = other.settled();
+        self.histogram.add(&other.histogram).expect(RESIZES);
+        self.sum += other.sum;
+    }
+}
 
 impl Distribution {
     /// Most values whose quantiles are exact.
@@ -24,53 +69,57 @@ impl Distribution {
     /// Adds a value.
     #[inline]
     pub fn record(&mut self, value: Nanos) {
-        self.count += 1;
-        self.sum += u128::from(value.0);
         match &mut self.sketch {
-            Some(sketch) => sketch.record(value.0).expect(RESIZES),
-            None => {
-                self.exact.push(value.0);
-                if self.exact.len() > Self::EXACT {
-                    self.sketch_exact();
-                }
-            }
+            Some(sketch) => sketch.record(value.0),
+            None => self.record_exact(value.0),
         }
     }
 
-    fn sketch_exact(&mut self) -> &mut Histogram<u64> {
-        let sketch =
-            self.sketch.get_or_insert_with(|| Box::new(Histogram::new(3).expect("3 significant digits are in range")));
+    fn record_exact(&mut self, value: u64) {
+        self.exact.push(value);
+        if self.exact.len() > Self::EXACT {
+            self.sketch_exact();
+        }
+    }
+
+    fn sketch_exact(&mut self) -> &mut Sketch {
+        let sketch = self.sketch.get_or_insert_with(|| Box::new(Sketch::new()));
         for value in std::mem::take(&mut self.exact) {
-            sketch.record(value).expect(RESIZES);
+            sketch.record(value);
         }
         sketch
     }
 
     /// Adds the values of another.
     pub fn merge(&mut self, other: Self) {
-        self.count += other.count;
-        self.sum += other.sum;
-        if self.sketch.is_none() && other.sketch.is_none() && self.count <= Self::EXACT as u64 {
+        if self.sketch.is_none() && other.sketch.is_none() && self.exact.len() + other.exact.len() <= Self::EXACT {
             self.exact.extend(other.exact);
             return;
         }
         let sketch = self.sketch_exact();
         for value in other.exact {
-            sketch.record(value).expect(RESIZES);
+            sketch.record(value);
         }
         if let Some(other) = other.sketch {
-            sketch.add(*other).expect(RESIZES);
+            sketch.merge(&other);
         }
     }
 
     /// How many values there are.
     pub fn count(&self) -> u64 {
-        self.count
+        match &self.sketch {
+            Some(sketch) => sketch.settled().histogram.len(),
+            None => self.exact.len() as u64,
+        }
     }
 
     /// Their mean in milliseconds; NaN if there are none.
     pub fn mean_ms(&self) -> f64 {
-        self.sum as f64 / self.count as f64 * 1e-6
+        let sum = match &self.sketch {
+            Some(sketch) => sketch.settled().sum,
+            None => self.exact.iter().map(|&value| u128::from(value)).sum(),
+        };
+        sum as f64 / self.count() as f64 * 1e-6
     }
 
     /// Quantiles in milliseconds, in the order asked for; NaN if there are no values.
@@ -78,7 +127,8 @@ impl Distribution {
     /// Between two values they are interpolated, as NumPy does by default.
     pub fn quantiles_ms<const N: usize>(&self, quantiles: [f64; N]) -> [f64; N] {
         if let Some(sketch) = &self.sketch {
-            return quantiles.map(|quantile| sketch.value_at_quantile(quantile) as f64 * 1e-6);
+            let histogram = sketch.settled().histogram;
+            return quantiles.map(|quantile| histogram.value_at_quantile(quantile) as f64 * 1e-6);
         }
         let mut sorted = self.exact.clone();
         sorted.sort_unstable();
@@ -93,23 +143,22 @@ impl Distribution {
 
     /// The values in milliseconds, rising, each with the share of values up to it: at most about `points` of them.
     pub fn cdf_ms(&self, points: usize) -> Vec<(f64, f64)> {
-        if self.count == 0 {
-            return Vec::new();
-        }
+        let count = self.count();
         let mut sorted: Vec<(u64, u64)> = match &self.sketch {
             Some(sketch) => {
-                sketch.iter_recorded().map(|v| (v.value_iterated_to(), v.count_since_last_iteration())).collect()
+                let counts = sketch.settled().histogram;
+                counts.iter_recorded().map(|v| (v.value_iterated_to(), v.count_since_last_iteration())).collect()
             }
             None => self.exact.iter().map(|&value| (value, 1)).collect(),
         };
         sorted.sort_unstable();
-        let step = self.count.div_ceil(points as u64);
+        let step = count.div_ceil(points as u64);
         let mut cdf = Vec::new();
         let (mut seen, mut next) = (0, 0);
-        for (value, count) in sorted {
-            seen += count;
-            if seen > next || seen == self.count {
-                cdf.push((value as f64 * 1e-6, seen as f64 / self.count as f64));
+        for (value, times) in sorted {
+            seen += times;
+            if seen > next || seen == count {
+                cdf.push((value as f64 * 1e-6, seen as f64 / count as f64));
                 next = seen + step - 1;
             }
         }
