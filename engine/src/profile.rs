@@ -184,6 +184,7 @@ impl Profiler {
                 kv_bytes_per_token: bytes_per_token(config),
             },
             points: self.points(),
+            mixed_attention: None,
         }
     }
 

@@ -117,6 +117,7 @@ fn profile() -> LatencyProfile {
             kv_bytes_per_token: 0,
         },
         points,
+        mixed_attention: None,
     }
 }
 

@@ -3,6 +3,7 @@
 use scheduler::{Executor, Pass, Slot};
 use traces::{Nanos, Request};
 
+use crate::attention::AttentionShape;
 use crate::exits::{Cursor, ExitError, ExitModel};
 use crate::latency::{Extrapolations, LatencyModel, PassShape, nanos};
 use crate::spread::Spread;
@@ -19,6 +20,7 @@ pub struct ProfileExecutor<'m> {
     tokens: u64,
     agreeing: u64,
     extrapolations: Extrapolations,
+    attention: AttentionShape,
 }
 
 impl<'m> ProfileExecutor<'m> {
@@ -32,6 +34,7 @@ impl<'m> ProfileExecutor<'m> {
             tokens: 0,
             agreeing: 0,
             extrapolations: Extrapolations::default(),
+            attention: AttentionShape::default(),
         }
     }
 
@@ -89,6 +92,10 @@ impl Executor for ProfileExecutor<'_> {
         }
         shape.depths = depths.count_ones();
         let mut ns = prefill_ns + self.latency.pass_ns(&shape, &mut self.extrapolations);
+        if self.latency.has_mixed_attention() {
+            self.attention.measure(pass);
+            ns += self.latency.mixed_attention_ns(&self.attention, &mut self.extrapolations);
+        }
         if let Some(spread) = &mut self.spread {
             let chunks = pass.segments.iter().filter(|row| !row.decode).map(|chunk| (chunk.tokens, chunk.start));
             ns = spread.draw(ns, self.latency.squared_pass_spread(&shape, chunks));

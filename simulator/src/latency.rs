@@ -9,6 +9,8 @@ use std::fmt;
 
 use traces::{Component, LatencyProfile, Nanos, Point};
 
+use crate::attention::{AttentionModel, AttentionShape};
+
 /// Rows up to which one-dimensional components are tabulated.
 const MAX_TABULATED: u32 = 1 << 14;
 
@@ -75,6 +77,7 @@ pub struct LatencyModel {
     num_loops: u8,
     fingerprint: String,
     overhead_ns: f64,
+    mixed_attention: Option<AttentionModel>,
     times: Parts,
     spreads: Parts,
 }
@@ -99,6 +102,7 @@ impl LatencyModel {
             num_loops: meta.num_loops as u8,
             fingerprint: meta.fingerprint.clone(),
             overhead_ns: meta.overhead_us * 1e3,
+            mixed_attention: profile.mixed_attention.as_ref().map(AttentionModel::new),
             times: Parts::new(profile, |point| point.time_us)?,
             spreads: Parts::new(profile, |point| point.spread_us)?,
         })
@@ -123,6 +127,16 @@ impl LatencyModel {
     /// before it.
     pub fn prefill_attention_ns(&self, tokens: u32, history: u32, beyond: &mut Extrapolations) -> f64 {
         self.times.prefill_attention.at(tokens, f64::from(history), Component::PrefillAttention, beyond)
+    }
+
+    /// Whether attention was measured for whole passes: [`Self::mixed_attention_ns`] then takes the place of the parts.
+    pub fn has_mixed_attention(&self) -> bool {
+        self.mixed_attention.is_some()
+    }
+
+    /// Time of attention in a pass where it was measured for whole passes, in nanoseconds; 0 elsewhere.
+    pub fn mixed_attention_ns(&self, shape: &AttentionShape, beyond: &mut Extrapolations) -> f64 {
+        self.mixed_attention.as_ref().map_or(0.0, |attention| attention.attention_ns(shape, beyond))
     }
 
     /// Median time of the exit head, in nanoseconds.
@@ -151,6 +165,7 @@ impl LatencyModel {
 #[derive(Clone, Debug)]
 struct Parts {
     block: Table,
+    lora: Table,
     decode_attention: Surface,
     prefill_attention: Surface,
     /// By distinct depths less 1.
@@ -170,6 +185,7 @@ impl Parts {
         };
         Ok(Self {
             block: by_rows(Component::Block)?,
+            lora: by_rows(Component::Lora)?,
             decode_attention: by_rows_and_history(Component::DecodeAttention)?,
             prefill_attention: by_rows_and_history(Component::PrefillAttention)?,
             depth_mix: depth_mix(profile, value_us)?,
@@ -179,12 +195,13 @@ impl Parts {
     }
 
     /// The parts of a pass but for the attention of its prompt chunks.
-    fn of_pass(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 5] {
+    fn of_pass(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 6] {
         let PassShape { rows, decode_rows, decode_history, depths, embed_rows, head_rows } = *shape;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
         let history = if decode_rows == 0 { 0.0 } else { decode_history as f64 / f64::from(decode_rows) };
         [
             self.block.at(rows, Component::Block, beyond),
+            self.lora.at(rows, Component::Lora, beyond),
             self.decode_attention.at(decode_rows, history, Component::DecodeAttention, beyond),
             mix.at(rows, Component::DepthMix, beyond),
             self.embed.at(embed_rows, Component::Embed, beyond),
@@ -233,28 +250,31 @@ fn curves(
             return Err(LatencyError::Twice { component, rows, kv_tokens, depths });
         }
     }
-    let curve = |points: BTreeMap<u32, f64>| Curve { knots: points.into_iter().map(|(x, y)| (x.into(), y)).collect() };
-    Ok(curves.into_iter().map(|(key, points)| (key, curve(points))).collect())
+    Ok(curves.into_iter().map(|(key, points)| (key, Curve::new(points))).collect())
 }
 
 /// Piecewise-linear time in nanoseconds over one variable; zero without points.
 #[derive(Clone, Debug, Default)]
-struct Curve {
+pub(crate) struct Curve {
     /// Where it was measured and what, rising in the first.
     knots: Vec<(f64, f64)>,
 }
 
 impl Curve {
+    pub(crate) fn new(points: BTreeMap<u32, f64>) -> Self {
+        Self { knots: points.into_iter().map(|(x, y)| (x.into(), y)).collect() }
+    }
+
     fn xs(&self) -> impl Iterator<Item = u32> {
         self.knots.iter().map(|knot| knot.0 as u32)
     }
 
     /// The largest measured place; infinite without points, since nothing lies beyond.
-    fn end(&self) -> f64 {
+    pub(crate) fn end(&self) -> f64 {
         self.knots.last().map_or(f64::INFINITY, |knot| knot.0)
     }
 
-    fn at(&self, x: f64) -> f64 {
+    pub(crate) fn at(&self, x: f64) -> f64 {
         match self.knots[..] {
             [] => 0.0,
             [(_, only)] => only,
@@ -268,7 +288,7 @@ impl Curve {
 }
 
 /// The line through two points; beyond the second it does not fall, however noisy the two.
-fn line((x0, y0): (f64, f64), (x1, y1): (f64, f64), x: f64) -> f64 {
+pub(crate) fn line((x0, y0): (f64, f64), (x1, y1): (f64, f64), x: f64) -> f64 {
     let slope = (y1 - y0) / (x1 - x0);
     if x <= x1 { y0 + slope * (x - x0) } else { y1 + slope.max(0.0) * (x - x1) }
 }
@@ -356,7 +376,7 @@ pub struct Extrapolation {
 
 impl Extrapolations {
     #[cold]
-    fn count(&mut self, component: Component, rows: u32, kv_tokens: u32) {
+    pub(crate) fn count(&mut self, component: Component, rows: u32, kv_tokens: u32) {
         let entry = &mut self.by_component[component as usize];
         entry.count += 1;
         entry.rows = entry.rows.max(rows);
@@ -432,6 +452,7 @@ mod tests {
                 kv_bytes_per_token: 0,
             },
             points: points.iter().map(point).collect(),
+            mixed_attention: None,
         }
     }
 

@@ -28,6 +28,7 @@
 //!             component: Component::Block, rows, kv_tokens: 0, depths: 1, time_us, spread_us: 0.0, repeats: 1,
 //!         })
 //!         .to_vec(),
+//!     mixed_attention: None,
 //! };
 //! // A generation of two tokens: the first is sure after one loop, the second after two.
 //! let mut trace = ExitTrace::new(ExitTraceMeta {
@@ -54,6 +55,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod attention;
 pub mod capacity;
 pub mod executor;
 pub mod exits;

@@ -134,7 +134,7 @@ impl Times {
             // 18 layers, one head of 256 numbers, keys and values, 2 bytes.
             kv_bytes_per_token: 18 * 256 * 2 * 2,
         };
-        Ok(LatencyProfile { meta, points })
+        Ok(LatencyProfile { meta, points, mixed_attention: None })
     }
 }
 

@@ -57,6 +57,7 @@
 //!         kv_bytes_per_token: 512,
 //!     },
 //!     points: vec![point(Component::Block, 120.0), point(Component::Embed, 1.5), point(Component::Head, 30.0)],
+//!     mixed_attention: None,
 //! };
 //! profile.write(folder.join("profile"))?;
 //! let profile = LatencyProfile::read(folder.join("profile"))?;
@@ -67,16 +68,18 @@
 pub mod error;
 pub mod exit_trace;
 pub mod generate;
+pub mod mixed_attention;
 pub mod profile;
 pub mod request;
 pub mod request_file;
 pub mod request_spec;
-mod table;
+pub mod table;
 pub mod units;
 
 pub use error::TraceError;
 pub use exit_trace::{ExitTrace, ExitTraceMeta, Measure, Signals};
 pub use generate::{Arrivals, Generate, Length};
+pub use mixed_attention::{MixedAttention, MixedPoint, SkewCell};
 pub use profile::{Component, LatencyProfile, Point, ProfileMeta, check_same_model};
 pub use request::{PrefixHashes, Request, RequestTrace};
 pub use request_file::{ReadOptions, RequestFormat};

@@ -5,12 +5,15 @@
 //! ```text
 //! overhead                                   once a pass
 //! + block(rows)                              everything of the block that depends on the number of rows alone
+//! + lora(rows)                               what the low-rank weights of each row's own loop add
 //! + decode_attention(rows, history)          decode rows, at their mean history
 //! + sum over chunks of prefill_attention(tokens, history)
 //! + depth_mix(rows, depths)                  what distinct depths in one pass add (LoRA, gathering)
 //! + embed(rows at depth 0)
 //! + head(rows that are looked at or leave)
 //! ```
+//!
+//! Where attention was measured for whole passes, [`MixedAttention`] takes the place of the two attention parts.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -21,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, TraceError};
 use crate::exit_trace::{ExitTrace, check_version};
+use crate::mixed_attention::MixedAttention;
 use crate::table::{Owner, Row, Table, read_yaml, write_rows, write_yaml};
 
 /// A part of a pass that is measured on its own.
@@ -29,6 +33,8 @@ use crate::table::{Owner, Row, Table, read_yaml, write_rows, write_yaml};
 pub enum Component {
     /// The shared block, by `rows`: what depends on neither histories nor depths.
     Block,
+    /// What the low-rank weights of each row's own loop add to a pass at one depth, by `rows`.
+    Lora,
     /// What the histories of decode rows add, by `rows` and `kv_tokens` (history of each).
     DecodeAttention,
     /// What attention of one prompt chunk adds, by `rows` (its tokens) and `kv_tokens` (history before it).
@@ -43,13 +49,21 @@ pub enum Component {
 
 impl Component {
     /// Every component, in the order in which files list them.
-    pub const ALL: [Self; 6] =
-        [Self::Block, Self::DecodeAttention, Self::PrefillAttention, Self::DepthMix, Self::Embed, Self::Head];
+    pub const ALL: [Self; 7] = [
+        Self::Block,
+        Self::Lora,
+        Self::DecodeAttention,
+        Self::PrefillAttention,
+        Self::DepthMix,
+        Self::Embed,
+        Self::Head,
+    ];
 
     /// The name in files.
     pub fn name(self) -> &'static str {
         match self {
             Self::Block => "block",
+            Self::Lora => "lora",
             Self::DecodeAttention => "decode_attention",
             Self::PrefillAttention => "prefill_attention",
             Self::DepthMix => "depth_mix",
@@ -132,6 +146,8 @@ pub struct LatencyProfile {
     pub meta: ProfileMeta,
     /// The measured points.
     pub points: Vec<Point>,
+    /// Attention where it was measured for whole passes; the attention components then have no points.
+    pub mixed_attention: Option<MixedAttention>,
 }
 
 impl LatencyProfile {
@@ -183,7 +199,8 @@ impl LatencyProfile {
             points.push(point);
         }
         check_components(&path, &points)?;
-        Ok(Self { meta, points })
+        let mixed_attention = MixedAttention::read(folder.as_ref())?;
+        Ok(Self { meta, points, mixed_attention })
     }
 
     /// Writes `latency.csv` and `profile.yaml` into a folder, each whole or not at all; creates the folder.
@@ -207,6 +224,9 @@ impl LatencyProfile {
         }
         std::fs::create_dir_all(folder).map_err(TraceError::io("create", folder))?;
         write_rows(&path, COLUMNS, &self.points)?;
+        if let Some(mixed) = &self.mixed_attention {
+            mixed.write(folder)?;
+        }
         write_yaml(&folder.join("profile.yaml"), &self.meta)
     }
 }
@@ -346,7 +366,7 @@ mod tests {
             ("block,8,0", "block,1,0", "latency.csv:3: component: found `block`, expected each component"),
             ("block,8,0,1", "block,8,0,2", "latency.csv:3: depths: found `2`, expected 1"),
             ("depth_mix,8,0,3", "depth_mix,8,0,4", "latency.csv:5: depths: found `4`, expected no more than num_loops"),
-            ("block,8", "blok,8", "latency.csv:3: component: found `blok`, expected block, decode_attention,"),
+            ("block,8", "blok,8", "latency.csv:3: component: found `blok`, expected block, lora, decode_attention,"),
             ("head,1,0,1,2,0,5\n", "", "latency.csv: found no row of head, expected rows of block, embed and head"),
             ("component,rows", "component,row", "latency.csv:1: found columns `component,row,"),
         ] {

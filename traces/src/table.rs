@@ -12,7 +12,7 @@ use crate::error::{Result, TraceError, quote};
 
 /// Whose file it is, which decides how strictly its header is read.
 #[derive(Clone, Copy, PartialEq)]
-pub(crate) enum Owner {
+pub enum Owner {
     /// Written by this crate: these columns in this order, and a line end after the last row.
     Us,
     /// Published by others, who add and move columns: the columns are found by name, others ignored.
@@ -20,7 +20,7 @@ pub(crate) enum Owner {
 }
 
 /// A CSV file whose columns are known by their place in `columns`.
-pub(crate) struct Table {
+pub struct Table {
     path: PathBuf,
     columns: &'static [&'static str],
     /// Place in the file of each of `columns`.
@@ -30,7 +30,11 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub(crate) fn open(path: &Path, columns: &'static [&'static str], owner: Owner) -> Result<Self> {
+    /// Opens a file and finds the columns in its header.
+    ///
+    /// # Errors
+    /// If it cannot be read, or lacks a column.
+    pub fn open(path: &Path, columns: &'static [&'static str], owner: Owner) -> Result<Self> {
         let mut file = File::open(path).map_err(TraceError::io("read", path))?;
         if owner == Owner::Us {
             check_ends_with_newline(&mut file, path, columns)?;
@@ -54,7 +58,10 @@ impl Table {
     }
 
     /// The next row, none after the last.
-    pub(crate) fn next_row(&mut self) -> Result<Option<Row<'_>>> {
+    ///
+    /// # Errors
+    /// If the line is not one of the table.
+    pub fn next_row(&mut self) -> Result<Option<Row<'_>>> {
         match self.reader.read_byte_record(&mut self.record) {
             Ok(true) => Ok(Some(Row { table: self })),
             Ok(false) => Ok(None),
@@ -64,24 +71,30 @@ impl Table {
 }
 
 /// A row of a [`Table`].
-pub(crate) struct Row<'a> {
+pub struct Row<'a> {
     table: &'a Table,
 }
 
 impl Row<'_> {
     /// A value that `parse` accepts, in what was column `column` of [`Table::open`].
-    pub(crate) fn get<T>(&self, column: usize, expected: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn get<T>(&self, column: usize, expected: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
         let text = std::str::from_utf8(self.bytes(column)).ok();
         text.and_then(|text| parse(text.trim_ascii())).ok_or_else(|| self.error(column, expected))
     }
 
     /// A value that parses and for which `valid` holds.
-    pub(crate) fn number<T: FromStr>(&self, column: usize, expected: &str, valid: impl Fn(&T) -> bool) -> Result<T> {
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn number<T: FromStr>(&self, column: usize, expected: &str, valid: impl Fn(&T) -> bool) -> Result<T> {
         self.get(column, expected, |text| text.parse().ok().filter(valid))
     }
 
     /// The error of a value that is not what it should be.
-    pub(crate) fn error(&self, column: usize, expected: impl Into<String>) -> TraceError {
+    pub fn error(&self, column: usize, expected: impl Into<String>) -> TraceError {
         let byte = self.table.record.position().map_or(0, csv::Position::byte);
         TraceError::Value {
             path: self.table.path.clone(),
@@ -156,7 +169,7 @@ fn line_of_record(path: &Path, byte: u64) -> u64 {
 }
 
 /// Writes a file under a temporary name beside it and renames it, so that nobody ever sees half of it.
-pub(crate) fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
+pub fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
     let mut name = OsString::from(path);
     name.push(".partial");
     let partial = PathBuf::from(name);
@@ -174,11 +187,7 @@ pub(crate) fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) 
 }
 
 /// Writes a CSV file whole.
-pub(crate) fn write_rows<R: serde::Serialize>(
-    path: &Path,
-    columns: &[&str],
-    rows: impl IntoIterator<Item = R>,
-) -> Result<()> {
+pub fn write_rows<R: serde::Serialize>(path: &Path, columns: &[&str], rows: impl IntoIterator<Item = R>) -> Result<()> {
     write_whole(path, |out| {
         let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(out);
         writer.write_record(columns)?;
@@ -190,13 +199,13 @@ pub(crate) fn write_rows<R: serde::Serialize>(
 }
 
 /// Reads a YAML file.
-pub(crate) fn read_yaml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+pub fn read_yaml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read_to_string(path).map_err(TraceError::io("read", path))?;
     serde_yaml::from_str(&text).map_err(|source| TraceError::Yaml { path: path.to_owned(), source })
 }
 
 /// Writes a YAML file whole.
-pub(crate) fn write_yaml<T: serde::Serialize>(path: &Path, value: &T) -> Result<()> {
+pub fn write_yaml<T: serde::Serialize>(path: &Path, value: &T) -> Result<()> {
     write_whole(path, |out| serde_yaml::to_writer(out, value).map_err(io::Error::other))
 }
 

@@ -34,6 +34,7 @@ pub fn profile(num_loops: u32, points: &[(Component, u32, u32, u32, f64)]) -> La
                 repeats: 1,
             })
             .collect(),
+        mixed_attention: None,
     }
 }
 
