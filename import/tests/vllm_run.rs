@@ -1,0 +1,83 @@
+//! A simulation from imported kernel tables against a measured run of vLLM.
+//!
+//! The bars are relative errors; no constant behind the simulated numbers was fitted to the run.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use import::vllm::RequestTimes;
+use import::{Comparison, LayerTables, MeasuredRun, ModelShape};
+use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation};
+use traces::{ExitTrace, ExitTraceMeta, LatencyProfile, PrefixHashes, ReadOptions, RequestTrace, Signals};
+
+fn data() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/gpu/rtx4090-llama-3.1-8b")
+}
+
+/// A model of one loop: every token runs it.
+fn no_exits() -> ExitModel {
+    let mut trace = ExitTrace::new(ExitTraceMeta {
+        schema_version: ExitTrace::SCHEMA_VERSION,
+        model: "vanilla".to_owned(),
+        fingerprint: "vanilla".to_owned(),
+        num_loops: 1,
+        source: "one token".to_owned(),
+    });
+    trace.push_generation(&[(Signals::default(), 0)]);
+    ExitModel::new(&trace, Draw::Seeded(0)).unwrap()
+}
+
+struct Run {
+    measured: MeasuredRun,
+    requests: RequestTrace,
+    profile: LatencyProfile,
+}
+
+impl Run {
+    fn read(folder: &Path) -> Self {
+        let shape = ModelShape::read(folder.join("config.json"), 1, 0).unwrap();
+        let profile = LayerTables::read(folder.join("profile")).unwrap().profile(&shape, "as measured", "vLLM");
+        let measured = MeasuredRun::read(folder.join("vllm"), None).unwrap();
+        let options = ReadOptions { prefix_block_tokens: measured.settings.block_tokens, ..ReadOptions::default() };
+        let requests = RequestTrace::read_with(folder.join("vllm/workload.jsonl"), &options).unwrap();
+        Self { measured, requests, profile }
+    }
+
+    fn simulate(&self) -> Vec<RequestTimes> {
+        let latency = LatencyModel::new(&self.profile).unwrap();
+        let exits = no_exits();
+        let prefixes: Arc<PrefixHashes> = Arc::new(self.requests.prefix_hashes.clone().unwrap());
+        let mut metrics = Metrics::new(&self.measured.settings).with_requests();
+        let simulation = Simulation::new(self.measured.settings, &latency, &exits).unwrap().with_prefixes(&prefixes);
+        let outcome =
+            simulation.run(self.requests.requests.iter().copied(), std::slice::from_mut(&mut metrics)).unwrap();
+        println!("{}", outcome.extrapolations);
+        println!("preemptions: {}", metrics.requests().map(|request| request.preemptions).sum::<u32>());
+        let times = |request: &simulator::metrics::RequestRow| RequestTimes {
+            arrival_s: request.arrival_s,
+            first_token_s: request.first_token_s,
+            last_token_s: request.finished_s,
+            output_tokens: request.output_tokens,
+        };
+        metrics.requests().map(times).collect()
+    }
+}
+
+#[test]
+fn a_simulation_from_kernel_tables_matches_the_measured_run() {
+    let folder = data();
+    if !folder.exists() {
+        println!("skipped: {} is not there", folder.display());
+        return;
+    }
+    let run = Run::read(&folder);
+    let comparison = Comparison::new(&run.measured.requests, &run.simulate());
+    println!("{comparison}");
+    if let Ok(other) = std::fs::read_to_string(folder.join("llmservingsim-summary.txt")) {
+        println!("\nLLMServingSim's own prediction of the run, in milliseconds:\n{other}");
+    }
+    for (metric, bar) in [("makespan s", 0.015), ("TTFT mean", 0.03), ("TPOT mean", 0.02), ("latency p99", 0.03)] {
+        let error = comparison.error(metric).unwrap();
+        assert!(error.abs() < bar, "{metric} is off by {:.2}%\n{comparison}", 100.0 * error);
+    }
+}
