@@ -4,8 +4,10 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::ModelConfig;
 
-/// Positions that attention reads at once; a block holds a whole number of them.
+/// Positions whose keys lie side by side; a block holds a whole number of tiles.
 pub const TILE: usize = 16;
+/// A value is padded with zeros to a whole number of chunks.
+pub const CHUNK: usize = 32;
 
 /// Why a cache cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +32,7 @@ pub enum CacheError {
 /// ```text
 /// cache  [depth][layer][block] pages
 /// page   keys   [kv head][tile][dim][position in tile]    positions side by side, so that scores vectorize over them
-///        values [kv head][position][dim]
+///        values [kv head][position][dim, padded]
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageLayout {
@@ -49,14 +51,27 @@ pub struct PageLayout {
 }
 
 impl PageLayout {
-    /// Numbers that one head's keys (or values) of a page take.
-    fn head_numbers(&self) -> usize {
-        self.block_tokens * self.head_dim
+    /// The layout of a model's cache.
+    pub fn new(config: &ModelConfig, num_blocks: u32, block_tokens: u32) -> Self {
+        Self {
+            depths: config.num_loops,
+            layers: config.block_layers,
+            blocks: num_blocks as usize,
+            block_tokens: block_tokens as usize,
+            kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+        }
+    }
+
+    /// Numbers from the value of one position to that of the next: a head's width, in whole [`CHUNK`]s.
+    pub fn value_stride(&self) -> usize {
+        self.head_dim.next_multiple_of(CHUNK)
     }
 
     /// Numbers of a page.
+    #[inline(always)]
     pub fn page_numbers(&self) -> usize {
-        2 * self.kv_heads * self.head_numbers()
+        self.kv_heads * self.block_tokens * (self.head_dim + self.value_stride())
     }
 
     /// Numbers of the whole cache.
@@ -73,13 +88,13 @@ impl PageLayout {
     /// Where in a page the tile `[head_dim, TILE]` of a head's keys that holds `offset` starts.
     #[inline(always)]
     pub fn key_tile(&self, kv_head: usize, offset: usize) -> usize {
-        kv_head * self.head_numbers() + offset / TILE * TILE * self.head_dim
+        (kv_head * self.block_tokens + offset / TILE * TILE) * self.head_dim
     }
 
     /// Where in a page a head's value at `offset` starts; those of later offsets follow.
     #[inline(always)]
     pub fn value(&self, kv_head: usize, offset: usize) -> usize {
-        (self.kv_heads + kv_head) * self.head_numbers() + offset * self.head_dim
+        self.kv_heads * self.block_tokens * self.head_dim + (kv_head * self.block_tokens + offset) * self.value_stride()
     }
 }
 
@@ -99,17 +114,10 @@ impl KvCache {
         if block_tokens == 0 || !(block_tokens as usize).is_multiple_of(TILE) {
             return Err(CacheError::BlockTokens(block_tokens));
         }
-        let layout = PageLayout {
-            depths: config.num_loops,
-            layers: config.block_layers,
-            blocks: num_blocks as usize,
-            block_tokens: block_tokens as usize,
-            kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-        };
+        let layout = PageLayout::new(config, num_blocks, block_tokens);
         let pages = Tensor::zeros(layout.numbers(), DType::F32, device).map_err(|source| CacheError::Allocate {
             blocks: num_blocks,
-            bytes: u64::from(num_blocks) * u64::from(block_tokens) * bytes_per_token(config),
+            bytes: (layout.numbers() * size_of::<f32>()) as u64,
             source,
         })?;
         Ok(Self { pages, layout })
@@ -136,7 +144,7 @@ impl KvCache {
     }
 }
 
-/// Bytes of the keys and values of one token, over all depths and layers.
+/// Bytes of the keys and values of one token, over all depths and layers, as they lie in the cache.
 pub fn bytes_per_token(config: &ModelConfig) -> u64 {
-    (2 * config.num_loops * config.block_layers * config.kv_size() * size_of::<f32>()) as u64
+    (PageLayout::new(config, 1, TILE as u32).numbers() * size_of::<f32>() / TILE) as u64
 }

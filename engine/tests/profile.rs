@@ -30,7 +30,8 @@ fn a_profile_covers_every_component_up_to_its_limits() {
     }
     assert_eq!(done.iter().filter(|(count, of)| count == of).count(), 2);
     let profile = profiler.finish("test", "a test");
-    assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * 16 * 4);
+    // A value of width 8 is padded to 32.
+    assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
     assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
     for component in Component::ALL {
         let points: Vec<_> = profile.points_of(component).collect();

@@ -2,7 +2,7 @@
 //!
 //! A pass first stores the keys and values of all its rows, then attends: so a row finds what earlier rows of the
 //! same pass left at its depth, and a prompt chunk is causal inside. The softmax is computed online (arXiv
-//! 1805.02867) over tiles at absolute positions, so its order of summation depends on the row's position alone.
+//! 1805.02867) over strides at absolute positions, so its order of summation depends on the row's position alone.
 
 use std::ops::Range;
 
@@ -10,14 +10,18 @@ use candle_core::{CpuStorage, CustomOp3, InplaceOp1, InplaceOp3, Layout, Result,
 use rayon::prelude::*;
 use scheduler::blocks::BlockId;
 
-use super::simd::{LANES, Lanes, add_scaled, exp, multiversion};
+use super::simd::{LANES, Lanes, exp, multiversion};
 use super::{Shared, slice, slice_mut};
-use crate::cache::{KvCache, PageLayout, TILE};
+use crate::cache::{CHUNK, KvCache, PageLayout, TILE};
 
-const _: () = assert!(TILE == LANES, "a tile's scores are one vector register");
+const _: () = assert!(TILE == LANES && CHUNK == 2 * LANES, "keys and values come by whole vector registers");
 
-/// Query heads that one call attends for: their state fits the stack.
-const GROUP: usize = 8;
+/// Query heads that attend together: their sums fit the registers.
+const GROUP: usize = 4;
+/// Widest head.
+const MAX_HEAD_DIM: usize = 128;
+/// Positions after which the online softmax rescales.
+const STRIDE: usize = 4 * TILE;
 /// Keys read, over all rows and heads, below which a second thread costs more than it saves.
 const PARALLEL_KEYS: usize = 1 << 9;
 
@@ -109,6 +113,9 @@ impl Place<'_> {
         let expected = [self.rows.len(), self.heads.qkv_size()];
         if qkv.dims() != expected {
             bail!("attention got {:?}, expected {expected:?}", qkv.shape());
+        }
+        if self.heads.head_dim > MAX_HEAD_DIM {
+            bail!("a head is {} wide, the kernel can do at most {MAX_HEAD_DIM}", self.heads.head_dim);
         }
         let positions = rotary.shape().dims2()?.0;
         for row in self.rows {
@@ -222,98 +229,144 @@ multiversion! {
     fn attend_group(
         place: Place<'_>, row: &Row<'_>, kv_head: usize, queries: &[f32], turn: &[f32], pages: &[f32], out: &mut [f32],
     ) {
-        let Place { layout, layer, .. } = place;
-        let dim = layout.head_dim;
-        let group = queries.len() / dim;
-        let mut rotated = [0.0; 1024];
-        let mut heap;
-        let rotated = if queries.len() <= rotated.len() {
-            &mut rotated[..queries.len()]
-        } else {
-            heap = vec![0.0; queries.len()];
-            &mut heap[..]
-        };
-        for (query, rotated) in queries.chunks_exact(dim).zip(rotated.chunks_exact_mut(dim)) {
-            rotate(query, turn, (dim as f32).sqrt().recip(), rotated);
+        let from = History { layout: place.layout, layer: place.layer, row, kv_head, pages };
+        match queries.len() / place.heads.head_dim {
+            1 => attend_heads::<1>(from, queries, turn, out),
+            2 => attend_heads::<2>(from, queries, turn, out),
+            3 => attend_heads::<3>(from, queries, turn, out),
+            _ => attend_heads::<GROUP>(from, queries, turn, out),
         }
-        let mut greatest = [f32::NEG_INFINITY; GROUP];
-        let mut sums = [0.0; GROUP];
-        for start in (0..=row.position).step_by(TILE) {
-            let block = row.blocks[start / layout.block_tokens] as usize;
-            let page = &pages[layout.page(row.depth, layer, block)..][..layout.page_numbers()];
-            let offset = start % layout.block_tokens;
-            let keys = &page[layout.key_tile(kv_head, offset)..][..dim * TILE];
-            let count = TILE.min(row.position + 1 - start);
-            let values = &page[layout.value(kv_head, offset)..][..count * dim];
-            for head in 0..group {
-                let mut weights = scores(&rotated[head * dim..][..dim], keys);
-                weights[count..].fill(f32::NEG_INFINITY);
-                let top = weights.iter().fold(greatest[head], |top, &score| top.max(score));
-                let rescale = exp(greatest[head] - top);
-                greatest[head] = top;
-                for weight in &mut weights {
-                    *weight = exp(*weight - top);
-                }
-                sums[head] = sums[head] * rescale + tree_sum(&weights);
-                mix_values(&mut out[head * dim..][..dim], rescale, &weights[..count], values);
+    }
+}
+
+/// The keys and values of one head that a row may see.
+#[derive(Clone, Copy)]
+struct History<'a> {
+    layout: PageLayout,
+    layer: usize,
+    row: &'a Row<'a>,
+    kv_head: usize,
+    pages: &'a [f32],
+}
+
+impl<'a> History<'a> {
+    #[inline(always)]
+    fn page(&self, position: usize) -> &'a [f32] {
+        let block = self.row.blocks[position / self.layout.block_tokens] as usize;
+        &self.pages[self.layout.page(self.row.depth, self.layer, block)..][..self.layout.page_numbers()]
+    }
+
+    /// The tile of keys `[head_dim, TILE]` from a position on.
+    #[inline(always)]
+    fn keys(&self, position: usize) -> &'a [f32] {
+        let start = self.layout.key_tile(self.kv_head, position % self.layout.block_tokens);
+        &self.page(position)[start..][..self.layout.head_dim * TILE]
+    }
+
+    /// The values `[TILE, value_stride]` from a position on.
+    #[inline(always)]
+    fn values(&self, position: usize) -> &'a [f32] {
+        let start = self.layout.value(self.kv_head, position % self.layout.block_tokens);
+        &self.page(position)[start..][..self.layout.value_stride() * TILE]
+    }
+}
+
+/// Online softmax: what `HEADS` query heads have seen so far.
+struct Seen<const HEADS: usize> {
+    greatest: [f32; HEADS],
+    sums: [f32; HEADS],
+    mixed: [[f32; MAX_HEAD_DIM]; HEADS],
+}
+
+#[inline(always)]
+fn attend_heads<const HEADS: usize>(from: History<'_>, queries: &[f32], turn: &[f32], out: &mut [f32]) {
+    let dim = from.layout.head_dim;
+    let mut rotated = [[0.0; MAX_HEAD_DIM]; HEADS];
+    for (query, rotated) in queries.chunks_exact(dim).zip(&mut rotated) {
+        rotate(query, turn, (dim as f32).sqrt().recip(), &mut rotated[..dim]);
+    }
+    let mut seen =
+        Seen { greatest: [f32::NEG_INFINITY; HEADS], sums: [0.0; HEADS], mixed: [[0.0; MAX_HEAD_DIM]; HEADS] };
+    for start in (0..=from.row.position).step_by(STRIDE) {
+        see_stride(from, start, &rotated, &mut seen);
+    }
+    for (head, out) in out.chunks_exact_mut(dim).enumerate() {
+        let scale = seen.sums[head].recip();
+        for (out, mixed) in out.iter_mut().zip(&seen.mixed[head]) {
+            *out = mixed * scale;
+        }
+    }
+}
+
+/// Takes in the positions from `start` on, as many as a stride has and the row may see.
+#[inline(always)]
+fn see_stride<const HEADS: usize>(
+    from: History<'_>,
+    start: usize,
+    rotated: &[[f32; MAX_HEAD_DIM]; HEADS],
+    seen: &mut Seen<HEADS>,
+) {
+    let count = STRIDE.min(from.row.position + 1 - start);
+    let tiles = count.div_ceil(TILE);
+    let mut weights = [[Lanes([f32::NEG_INFINITY; LANES]); STRIDE / TILE]; HEADS];
+    for tile in 0..tiles {
+        let scores = scores(rotated, from.keys(start + tile * TILE));
+        for (weights, score) in weights.iter_mut().zip(scores) {
+            weights[tile] = score;
+            if count < (tile + 1) * TILE {
+                weights[tile].0[count - tile * TILE..].fill(f32::NEG_INFINITY);
             }
         }
-        for (out, sum) in out.chunks_exact_mut(dim).zip(sums) {
-            let scale = sum.recip();
-            out.iter_mut().for_each(|out| *out *= scale);
+    }
+    let mut rescale = [0.0; HEADS];
+    for head in 0..HEADS {
+        let [first, rest @ ..] = &weights[head];
+        let top = rest.iter().fold(*first, |top, next| top.zip(*next, f32::max)).reduce(f32::max);
+        let top = top.max(seen.greatest[head]);
+        rescale[head] = exp(seen.greatest[head] - top);
+        seen.greatest[head] = top;
+        let mut sum = Lanes::ZERO;
+        for weights in &mut weights[head][..tiles] {
+            *weights = weights.map(|score| exp(score - top));
+            sum = sum.zip(*weights, |sum, weight| sum + weight);
+        }
+        seen.sums[head] = seen.sums[head].mul_add(rescale[head], sum.reduce(|a, b| a + b));
+    }
+    for first in (0..from.layout.head_dim).step_by(CHUNK) {
+        let mut sums: [[Lanes; 2]; HEADS] = std::array::from_fn(|head| {
+            [0, LANES].map(|half| Lanes::load(&seen.mixed[head][first + half..]).map(|mixed| mixed * rescale[head]))
+        });
+        for (tile, position) in (start..start + count).step_by(TILE).enumerate() {
+            let values = from.values(position).chunks_exact(from.layout.value_stride());
+            for (offset, value) in values.enumerate().take(count - tile * TILE) {
+                let value = [Lanes::load(&value[first..]), Lanes::load(&value[first + LANES..])];
+                for head in 0..HEADS {
+                    let weight = weights[head][tile].0[offset];
+                    sums[head][0] = sums[head][0].add_scaled(weight, value[0]);
+                    sums[head][1] = sums[head][1].add_scaled(weight, value[1]);
+                }
+            }
+        }
+        for (mixed, [left, right]) in seen.mixed.iter_mut().zip(sums) {
+            mixed[first..first + LANES].copy_from_slice(&left.0);
+            mixed[first + LANES..first + CHUNK].copy_from_slice(&right.0);
         }
     }
 }
 
-/// Scores of one rotated query against a tile of keys `[head_dim, TILE]`: four partial sums by dimension, so that
-/// their latencies overlap.
+/// Scores of rotated queries against a tile of keys `[head_dim, TILE]`, even and odd dimensions apart, so that their
+/// latencies overlap.
 #[inline(always)]
-fn scores(query: &[f32], keys: &[f32]) -> Lanes {
-    let mut partial = [[0.0; LANES]; 4];
-    let (queries, tiles) = (query.chunks_exact(4), keys.chunks_exact(4 * TILE));
-    for (i, query) in queries.remainder().iter().enumerate() {
-        add_scaled(&mut partial[i], *query, &tiles.remainder()[i * TILE..]);
-    }
-    for (query, keys) in queries.zip(tiles) {
-        for i in 0..4 {
-            add_scaled(&mut partial[i], query[i], &keys[i * TILE..]);
+fn scores<const HEADS: usize>(rotated: &[[f32; MAX_HEAD_DIM]; HEADS], keys: &[f32]) -> [Lanes; HEADS] {
+    let mut partial = [[Lanes::ZERO; 2]; HEADS];
+    for (pair, keys) in keys.chunks_exact(2 * TILE).enumerate() {
+        let (even, odd) = (Lanes::load(keys), Lanes::load(&keys[TILE..]));
+        for head in 0..HEADS {
+            partial[head][0] = partial[head][0].add_scaled(rotated[head][2 * pair], even);
+            partial[head][1] = partial[head][1].add_scaled(rotated[head][2 * pair + 1], odd);
         }
     }
-    std::array::from_fn(|lane| (partial[0][lane] + partial[1][lane]) + (partial[2][lane] + partial[3][lane]))
-}
-
-/// `out * rescale + sum of weight * value`, in order of position.
-#[inline(always)]
-fn mix_values(out: &mut [f32], rescale: f32, weights: &[f32], values: &[f32]) {
-    let dim = out.len();
-    let whole = dim / LANES * LANES;
-    for first in (0..whole).step_by(LANES) {
-        let mut sum: Lanes = std::array::from_fn(|lane| out[first + lane] * rescale);
-        for (weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
-            add_scaled(&mut sum, *weight, &value[first..]);
-        }
-        out[first..first + LANES].copy_from_slice(&sum);
-    }
-    for (i, out) in out.iter_mut().enumerate().skip(whole) {
-        *out *= rescale;
-        for (weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
-            *out = weight.mul_add(value[i], *out);
-        }
-    }
-}
-
-/// The sum of a register, by halves.
-#[inline(always)]
-fn tree_sum(lanes: &Lanes) -> f32 {
-    let mut lanes = *lanes;
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[half + i];
-        }
-        half /= 2;
-    }
-    lanes[0]
+    partial.map(|[even, odd]| even.zip(odd, |even, odd| even + odd))
 }
 
 /// An entry of the cache that deeper depths share: KV fill by reuse.

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, Device, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::simd::{LANES, Lanes, add_scaled, multiversion};
+use super::simd::{LANES, Lanes, multiversion};
 use super::{Shared, slice, slice_mut};
 
 /// Outputs that one panel of a packed weight holds.
@@ -165,26 +165,27 @@ struct Place<'a> {
 /// The product of `ROWS` rows with one panel. Each output is one chain of fused multiply-adds in the order of the
 /// inputs, whatever `ROWS` is.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
 fn tile_product<const ROWS: usize>(x: &[f32], panel: &[f32], inputs: usize, place: Place<'_>) {
     let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * inputs..][..inputs]);
-    let mut sums = [[[0.0; LANES]; 2]; ROWS];
+    let mut sums = [[Lanes::ZERO; 2]; ROWS];
     for (input, weights) in panel.chunks_exact(PANEL).enumerate() {
+        let (left, right) = (Lanes::load(weights), Lanes::load(&weights[LANES..]));
         for row in 0..ROWS {
             let a = rows[row][input];
-            add_scaled(&mut sums[row][0], a, &weights[..LANES]);
-            add_scaled(&mut sums[row][1], a, &weights[LANES..]);
+            sums[row][0] = sums[row][0].add_scaled(a, left);
+            sums[row][1] = sums[row][1].add_scaled(a, right);
         }
     }
-    for (row, sums) in sums.iter().enumerate() {
+    for row in 0..ROWS {
+        // Through a copy: sums that were indexed at run time would not stay in registers above.
+        let mut products = [0.0; PANEL];
+        products[..LANES].copy_from_slice(&sums[row][0].0);
+        products[LANES..].copy_from_slice(&sums[row][1].0);
         // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
         let y = unsafe { place.y.get(place.start + row * place.stride, place.width) };
-        add_rows(y, sums);
-    }
-}
-
-#[inline(always)]
-fn add_rows(y: &mut [f32], sums: &[Lanes; 2]) {
-    for (y, sum) in y.iter_mut().zip(sums.as_flattened()) {
-        *y += sum;
+        for (y, product) in y.iter_mut().zip(&products) {
+            *y += product;
+        }
     }
 }

@@ -153,18 +153,10 @@ multiversion! {
 /// The sum of products, in a fixed order.
 #[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums: Lanes = [0.0; LANES];
     let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let mut rest = 0.0;
-    for (a, b) in a.remainder().iter().zip(b.remainder()) {
-        rest = a.mul_add(*b, rest);
-    }
-    for (a, b) in a.zip(b) {
-        for lane in 0..LANES {
-            sums[lane] = a[lane].mul_add(b[lane], sums[lane]);
-        }
-    }
-    sums.iter().sum::<f32>() + rest
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    let product = |a, b| Lanes::load(a).zip(Lanes::load(b), |a, b| a * b);
+    a.zip(b).fold(Lanes::ZERO, |sum, (a, b)| sum.zip(product(a, b), |sum, ab| sum + ab)).reduce(|a, b| a + b) + rest
 }
 
 /// `silu(gate) * up` (arXiv 2002.05202) of `[rows, 2 * inner]`, gates first: `[rows, inner]`.

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::simd::{LANES, Lanes, exp, multiversion};
+use super::simd::{LANES, exp, multiversion};
 use super::slice;
 
 /// Logits below which a second thread costs more than it saves.
@@ -73,7 +73,7 @@ multiversion! {
     fn read_row(logits: &[f32], out: &mut [f32]) {
         let (first, second) = two_greatest(logits);
         let token = logits.iter().position(|&logit| logit == first).unwrap_or(0);
-        let (mut sums, mut weighted): (Lanes, Lanes) = ([0.0; LANES], [0.0; LANES]);
+        let (mut sums, mut weighted) = ([0.0; LANES], [0.0; LANES]);
         let chunks = logits.chunks_exact(LANES);
         for (lane, &logit) in chunks.remainder().iter().enumerate() {
             let below = logit - first;
@@ -98,7 +98,7 @@ multiversion! {
 /// The greatest number and the second greatest, which may be equal.
 #[inline(always)]
 fn two_greatest(numbers: &[f32]) -> (f32, f32) {
-    let (mut first, mut second): (Lanes, Lanes) = ([f32::NEG_INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    let (mut first, mut second) = ([f32::NEG_INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
     let mut insert = |lane: usize, number: f32| {
         second[lane] = second[lane].max(first[lane].min(number));
         first[lane] = first[lane].max(number);

@@ -3,8 +3,63 @@
 /// Numbers in one vector register of the widest kind.
 pub const LANES: usize = 16;
 
-/// One vector register.
-pub type Lanes = [f32; LANES];
+/// One vector register. Functions take and give it by value, so that it need not leave the register.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(align(64))]
+pub struct Lanes(pub [f32; LANES]);
+
+impl Lanes {
+    /// All zero.
+    pub const ZERO: Self = Self([0.0; LANES]);
+
+    /// The first numbers of a slice.
+    #[inline(always)]
+    pub fn load(numbers: &[f32]) -> Self {
+        let mut lanes = Self::ZERO;
+        lanes.0.copy_from_slice(&numbers[..LANES]);
+        lanes
+    }
+
+    /// `self + a * b`, fused.
+    #[inline(always)]
+    pub fn add_scaled(mut self, a: f32, b: Self) -> Self {
+        for lane in 0..LANES {
+            self.0[lane] = a.mul_add(b.0[lane], self.0[lane]);
+        }
+        self
+    }
+
+    /// `f` of each lane.
+    #[inline(always)]
+    pub fn map(mut self, f: impl Fn(f32) -> f32) -> Self {
+        for lane in 0..LANES {
+            self.0[lane] = f(self.0[lane]);
+        }
+        self
+    }
+
+    /// `f` of each pair of lanes.
+    #[inline(always)]
+    pub fn zip(mut self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        for lane in 0..LANES {
+            self.0[lane] = f(self.0[lane], other.0[lane]);
+        }
+        self
+    }
+
+    /// All lanes as one, by halves.
+    #[inline(always)]
+    pub fn reduce(mut self, f: impl Fn(f32, f32) -> f32) -> f32 {
+        let mut half = LANES / 2;
+        while half > 0 {
+            for lane in 0..half {
+                self.0[lane] = f(self.0[lane], self.0[half + lane]);
+            }
+            half /= 2;
+        }
+        self.0[0]
+    }
+}
 
 /// Defines functions that are compiled several times, for AVX-512, for AVX2 and for the target's baseline, of which
 /// the best that the CPU can run is picked at each call. All give the same result to the bit.
@@ -36,14 +91,6 @@ macro_rules! multiversion {
     )*};
 }
 pub(crate) use multiversion;
-
-/// `sum + a * b`, by lane.
-#[inline(always)]
-pub fn add_scaled(sum: &mut Lanes, a: f32, b: &[f32]) {
-    for (sum, b) in sum.iter_mut().zip(&b[..LANES]) {
-        *sum = a.mul_add(*b, *sum);
-    }
-}
 
 /// `e^x` to about 2 units in the last place; 0 below -87, where the result would be denormal.
 #[inline(always)]

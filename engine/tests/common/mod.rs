@@ -63,7 +63,7 @@ pub fn weights(config: &ModelConfig, seed: u64) -> Weights {
     let fresh = Weights::random(config.clone(), seed).unwrap();
     let mut tensors = HashMap::new();
     for (name, tensor) in fresh.tensors() {
-        let noise_scale = if name.ends_with(".b") || name.ends_with("norm.weight") { 1.0 } else { 0.0 };
+        let noise_scale = if name.ends_with(".b") || name.ends_with("norm.weight") { 0.3 } else { 0.0 };
         let noise = |index| (mix(seed ^ mix(index)) as f32 / u64::MAX as f32 - 0.5) * noise_scale;
         let noise = Tensor::from_iter((0..tensor.elem_count() as u64).map(noise), &Device::Cpu).unwrap();
         let scale = if name.contains("embed_tokens") || name.contains("lm_head") { 12.0 } else { 1.0 };
