@@ -108,7 +108,7 @@ fn draw_depths(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
     while now < 12.0 {
         let load = 32.0 * (1.0 - (now - 5.0_f64).powi(2) / 60.0);
         let shares = [0.5, 0.3, 0.2].map(|share| share * random.random_range(0.8..1.2));
-        let rows = shares.map(|share| (share * load) as u32).to_vec();
+        let rows = shares.map(|share| (share * load).floor()).to_vec();
         let end_s = now + random.random_range(0.008..0.014);
         passes.push(PassRows { start_s: now, end_s, rows });
         now = end_s;

@@ -8,15 +8,15 @@ use crate::panel::Panel;
 use crate::style::{self, Fill, ordered_colour};
 use crate::{Error, Figure};
 
-/// One pass and its rows.
+/// One pass and its rows, or several in a row and their mean.
 #[derive(Clone, Debug)]
 pub struct PassRows {
     /// When the pass began, s.
     pub start_s: f64,
     /// When it ended, s.
     pub end_s: f64,
-    /// Rows at each depth, from depth 0.
-    pub rows: Vec<u32>,
+    /// Rows at each depth, from depth 0: whole numbers in a single pass, means over several.
+    pub rows: Vec<f64>,
 }
 
 /// Where the tokens of one exit trace could leave.
@@ -40,6 +40,7 @@ pub fn rows_by_depth(figure: &Figure, passes: &[PassRows]) -> Result<(), Error> 
     figure.require("passes", passes)?;
     figure.check("pass start (s)", Kind::Finite, passes.iter().map(|p| p.start_s))?;
     figure.check("pass end (s)", Kind::Finite, passes.iter().map(|p| p.end_s))?;
+    figure.check("rows", Kind::NonNegative, passes.iter().flat_map(|p| p.rows.iter().copied()))?;
     let durations = passes.iter().map(|p| p.end_s - p.start_s);
     figure.check("pass duration (s)", Kind::Positive, durations)?;
     let depths = passes.iter().map(|p| p.rows.len()).max().unwrap_or(0);
@@ -92,7 +93,7 @@ impl Binned {
             let overlap = pass.end_s.min(self.edge(bin + 1)) - pass.start_s.max(self.edge(bin));
             let weight = overlap.max(0.0) / self.width();
             for (sum, &rows) in self.rows[bin].iter_mut().zip(&pass.rows) {
-                *sum += weight * f64::from(rows);
+                *sum += weight * rows;
             }
         }
     }
@@ -175,12 +176,12 @@ mod tests {
 
     #[test]
     fn averaging_over_time_keeps_every_row_and_its_duration() {
-        let pass = |start_s, end_s, rows: &[u32]| PassRows { start_s, end_s, rows: rows.to_vec() };
-        let passes = [pass(1.0, 1.37, &[4, 2]), pass(1.37, 1.371, &[9]), pass(3.0, 5.0, &[1, 7])];
+        let pass = |start_s, end_s, rows: &[f64]| PassRows { start_s, end_s, rows: rows.to_vec() };
+        let passes = [pass(1.0, 1.37, &[4.0, 2.0]), pass(1.37, 1.371, &[9.0]), pass(3.0, 5.0, &[1.0, 7.0])];
         let binned = Binned::new(&passes, 2);
         for depth in 0..2 {
             let binned_sum: f64 = binned.rows.iter().map(|bin| bin[depth] * binned.width()).sum();
-            let row_seconds = |p: &PassRows| p.rows.get(depth).map_or(0.0, |&r| f64::from(r) * (p.end_s - p.start_s));
+            let row_seconds = |p: &PassRows| p.rows.get(depth).map_or(0.0, |&r| r * (p.end_s - p.start_s));
             let sum: f64 = passes.iter().map(row_seconds).sum();
             assert!((binned_sum - sum).abs() < 1e-9, "{binned_sum} against {sum}");
         }

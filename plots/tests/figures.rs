@@ -44,7 +44,7 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         latency_cdfs(figure, &[PolicyLatencies { policy: policy(), ttft_ms: v.to_vec(), tpot_ms: v.to_vec() }])
     };
     let draw_rows = |figure: &Figure, v: &[f64]| {
-        let pass = |(i, v): (f64, f64)| PassRows { start_s: i, end_s: i + v, rows: vec![3, 2] };
+        let pass = |(i, v): (f64, f64)| PassRows { start_s: i, end_s: i + v, rows: vec![3.0, 2.0] };
         rows_by_depth(figure, &indexed(v).into_iter().map(pass).collect::<Vec<_>>())
     };
     let draw_exits = |figure: &Figure, v: &[f64]| {
