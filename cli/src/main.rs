@@ -1,2 +1,59 @@
-//! The depthwise command: argument parsing and wiring only.
-fn main() {}
+//! The `depthwise` command: argument parsing and wiring only.
+
+mod arguments;
+mod commands;
+mod experiment;
+mod figures;
+mod measure;
+mod report;
+mod results;
+mod runs;
+mod validation;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Serve recursive transformers, measure them, simulate them: continuous depth-wise batching in practice
+#[derive(Debug, clap::Parser)]
+#[command(name = "depthwise", version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Run(commands::run::Args),
+    Simulate(commands::simulate::Args),
+    Plot(commands::plot::Args),
+    Profile(commands::profile::Args),
+    Record(commands::record::Args),
+    Replay(commands::replay::Args),
+    Validate(commands::validate::Args),
+    Train(commands::train::Args),
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Run(args) => commands::run::run(args),
+        Command::Simulate(args) => commands::simulate::run(args),
+        Command::Plot(args) => commands::plot::run(args),
+        Command::Profile(args) => commands::profile::run(args),
+        Command::Record(args) => commands::record::run(args),
+        Command::Replay(args) => commands::replay::run(args),
+        Command::Validate(args) => commands::validate::run(args),
+        Command::Train(args) => commands::train::run(args),
+    }
+}

@@ -12,18 +12,16 @@ use training::objective::ObjectiveWeights;
 use training::optimizer::AdamWOptions;
 use training::trainer::{Event, Trainer, TrainingOptions};
 
-const DEFAULT_STEPS: usize = 4000;
 const BETWEEN_PROGRESS_LINES: Duration = Duration::from_secs(10);
 
 /// Train a recursive model with early exits on plain text.
 ///
 /// Every loop of the shared block learns to predict the text, and the earlier loops also learn
 /// from the last one. Ctrl-C writes a checkpoint and stops; `--resume` goes on from it.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Go on from the latest checkpoint in this folder, with the options it was started with;
-    /// only --steps may be given anew
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["text", "held_out", "out", "ModelArgs", "RunArgs"])]
+    /// Go on from the latest checkpoint in this folder, with the options it was started with
+    #[arg(long, value_name = "DIR", exclusive = true)]
     resume: Option<PathBuf>,
     /// Plain text to train on; several files are joined
     #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "resume")]
@@ -34,16 +32,13 @@ pub struct Args {
     /// Folder for the model, the loss curve and the checkpoint
     #[arg(long, value_name = "DIR", required_unless_present = "resume")]
     out: Option<PathBuf>,
-    /// Steps of the whole run [default: 4000]
-    #[arg(long)]
-    steps: Option<usize>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
     run: RunArgs,
 }
 
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 struct ModelArgs {
     /// Tokens of the byte-level vocabulary, at least 256
@@ -78,17 +73,20 @@ struct ModelArgs {
     untied_head: bool,
 }
 
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Training")]
 struct RunArgs {
+    /// Steps of the run
+    #[arg(long, default_value_t = 4000)]
+    steps: usize,
     /// Sequences per step
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 8)]
     batch: usize,
     /// Tokens per sequence
     #[arg(long, default_value_t = 256)]
     seq: usize,
     /// Learning rate after warm-up; it then falls along a cosine
-    #[arg(long, default_value_t = 2e-3)]
+    #[arg(long, default_value_t = 3e-3)]
     learning_rate: f64,
     /// Steps over which the learning rate rises
     #[arg(long, default_value_t = 100)]
@@ -103,7 +101,7 @@ struct RunArgs {
     #[arg(long, default_value_t = 0.1)]
     intermediate_weight: f64,
     /// Weight of an earlier loop's divergence from the last loop
-    #[arg(long, default_value_t = 0.2)]
+    #[arg(long, default_value_t = 1.0)]
     distillation_weight: f64,
     /// Threads that share a step
     #[arg(long, default_value_t = 2)]
@@ -122,7 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let folder = args.resume.clone().or_else(|| args.out.clone());
     let folder = folder.context("either --out or --resume is needed")?;
     let mut trainer = match args.resume {
-        Some(folder) => Trainer::resume(&folder, args.steps)?,
+        Some(folder) => Trainer::resume(&folder)?,
         None => Trainer::start(options(&args)?, config(&args.model), &folder)?,
     };
     let parameters = trainer.weights().num_parameters();
@@ -175,7 +173,7 @@ fn options(args: &Args) -> anyhow::Result<TrainingOptions> {
     Ok(TrainingOptions {
         text: args.text.clone(),
         held_out: args.held_out.clone().context("--held-out is needed")?,
-        steps: args.steps.unwrap_or(DEFAULT_STEPS),
+        steps: run.steps,
         batch: run.batch,
         seq: run.seq,
         workers: run.workers,

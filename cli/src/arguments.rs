@@ -1,0 +1,166 @@
+//! Arguments that several commands share.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use engine::executor::Sampling;
+use scheduler::{Batching, ExitPolicy};
+use traces::{RequestFormat, RequestSpec, RequestTrace};
+
+use crate::experiment::Serving;
+use crate::measure::NamedEngine;
+
+/// Which requests to serve.
+#[derive(Debug, clap::Args)]
+pub struct RequestArgs {
+    /// Request trace: Azure 2023 CSV, Mooncake JSONL, BurstGPT CSV or our own CSV; or a YAML file that says how to
+    /// generate requests
+    #[arg(long, value_name = "FILE")]
+    pub requests: PathBuf,
+    /// The trace's format, if its first line does not tell
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<RequestFormat>,
+    /// Only the first so many requests
+    #[arg(long, value_name = "N")]
+    pub first: Option<usize>,
+    /// Only requests that arrive between these seconds of the trace
+    #[arg(long, value_names = ["FROM", "TO"], num_args = 2)]
+    pub window_s: Option<Vec<f64>>,
+    /// Arrivals so many times as fast
+    #[arg(long, value_name = "FACTOR", conflicts_with = "rate_per_s")]
+    pub rate_factor: Option<f64>,
+    /// Arrivals scaled to so many requests per second
+    #[arg(long, value_name = "RATE")]
+    pub rate_per_s: Option<f64>,
+    /// Cut longer prompts to so many tokens
+    #[arg(long, value_name = "TOKENS")]
+    pub max_prompt_tokens: Option<u32>,
+    /// Cut longer outputs to so many tokens
+    #[arg(long, value_name = "TOKENS")]
+    pub max_output_tokens: Option<u32>,
+}
+
+impl RequestArgs {
+    /// The same as an experiment has it, with the folder that its paths are relative to.
+    ///
+    /// # Errors
+    /// If a YAML file does not read.
+    pub fn spec(&self) -> Result<(RequestSpec, PathBuf)> {
+        let extension = self.requests.extension().unwrap_or_default();
+        let (spec, base) = if extension == "yaml" || extension == "yml" {
+            (self.read_spec()?, self.requests.parent().unwrap_or(Path::new("")).to_owned())
+        } else {
+            (RequestSpec { file: Some(self.requests.clone()), ..RequestSpec::default() }, PathBuf::new())
+        };
+        let spec = RequestSpec {
+            format: self.format.or(spec.format),
+            first: self.first.or(spec.first),
+            window_s: self.window_s.as_deref().map(|window| (window[0], window[1])).or(spec.window_s),
+            rate_factor: self.rate_factor.or(spec.rate_factor),
+            rate_per_s: self.rate_per_s.or(spec.rate_per_s),
+            max_prompt_tokens: self.max_prompt_tokens.or(spec.max_prompt_tokens),
+            max_output_tokens: self.max_output_tokens.or(spec.max_output_tokens),
+            ..spec
+        };
+        Ok((spec, base))
+    }
+
+    /// Reads or makes the requests.
+    ///
+    /// # Errors
+    /// If the file does not read or the options contradict it.
+    pub fn load(&self) -> Result<RequestTrace> {
+        let (spec, base) = self.spec()?;
+        load_requests(&spec, &base)
+    }
+
+    fn read_spec(&self) -> Result<RequestSpec> {
+        let path = self.requests.display();
+        let text = std::fs::read_to_string(&self.requests).with_context(|| format!("cannot read {path}"))?;
+        serde_yaml::from_str(&text).with_context(|| path.to_string())
+    }
+}
+
+/// Reads or makes requests, and says how many were left out.
+///
+/// # Errors
+/// If the file does not read or the specification contradicts itself.
+pub fn load_requests(spec: &RequestSpec, base: &Path) -> Result<RequestTrace> {
+    let trace = spec.load(base)?;
+    if trace.dropped > 0 {
+        eprintln!("{}: {} requests left out, which failed or have no output", trace.name, trace.dropped);
+    }
+    Ok(trace)
+}
+
+/// Which model to run, and on what text.
+#[derive(Debug, clap::Args)]
+pub struct EngineArgs {
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Text that prompts are cut from
+    #[arg(long, value_name = "FILE")]
+    pub prompts: PathBuf,
+    /// Softmax temperature of sampling; 0 takes the most likely token
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    pub temperature: f32,
+    /// Seed of sampling
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+impl EngineArgs {
+    /// Loads the model.
+    ///
+    /// # Errors
+    /// If the model or the text does not read, or the temperature is none.
+    pub fn load(&self) -> Result<NamedEngine> {
+        let temperature = self.temperature;
+        ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
+        NamedEngine::load(&self.model, &self.prompts, Sampling { temperature, seed: self.seed })
+    }
+}
+
+/// How to schedule them.
+#[derive(Debug, clap::Args)]
+pub struct ServingArgs {
+    /// Batching policies, separated by commas: vanilla, sequence, depth
+    #[arg(long, value_delimiter = ',', default_value = "vanilla,sequence,depth", value_name = "POLICIES")]
+    pub batching: Vec<Batching>,
+    /// Exit policies, separated by commas: none, static:DEPTH, oracle, oracle:charged, confidence:THRESHOLD,
+    /// confidence:MEASURE:THRESHOLD (top1, margin, entropy, similarity)
+    #[arg(long, value_delimiter = ',', default_value = "none,oracle,confidence:0.9", value_name = "POLICIES")]
+    pub exit: Vec<ExitPolicy>,
+    /// Most sequences that run at once
+    #[arg(long, default_value_t = 64, value_name = "SEQUENCES")]
+    pub max_batch: u32,
+    /// Most rows of a pass (depth-wise) or of an iteration (lockstep)
+    #[arg(long, default_value_t = 512, value_name = "ROWS")]
+    pub token_budget: u32,
+    /// Most prompt tokens that start in a pass or an iteration [default: the token budget, divided by the number of
+    /// loops under depth-wise batching]
+    #[arg(long, value_name = "TOKENS")]
+    pub prefill_chunk: Option<u32>,
+    /// Positions per KV block
+    #[arg(long, default_value_t = 16, value_name = "TOKENS")]
+    pub block_tokens: u32,
+    /// Positions that the KV cache holds [default: room for a full batch of the longest request]
+    #[arg(long, value_name = "TOKENS")]
+    pub cache_tokens: Option<u32>,
+}
+
+impl ServingArgs {
+    /// The same as an experiment has it.
+    pub fn serving(&self) -> Serving {
+        Serving {
+            batching: self.batching.clone(),
+            exit: self.exit.clone(),
+            max_batch: self.max_batch,
+            token_budget: self.token_budget,
+            prefill_chunk: self.prefill_chunk,
+            block_tokens: self.block_tokens,
+            cache_tokens: self.cache_tokens,
+        }
+    }
+}

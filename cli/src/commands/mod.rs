@@ -1,0 +1,10 @@
+//! One module per command.
+
+pub mod plot;
+pub mod profile;
+pub mod record;
+pub mod replay;
+pub mod run;
+pub mod simulate;
+pub mod train;
+pub mod validate;

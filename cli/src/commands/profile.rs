@@ -1,0 +1,56 @@
+//! `depthwise profile`: what the parts of a pass take on this machine.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use engine::executor::Sampling;
+use engine::profile::{Grid, Limits, Profiler};
+
+use crate::measure::{NamedEngine, progress};
+
+/// Measure a latency profile of a model on this machine
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Folder to write the profile to
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Most sequences that run at once
+    #[arg(long, default_value_t = 64, value_name = "SEQUENCES")]
+    max_batch: u32,
+    /// Most rows of a pass
+    #[arg(long, default_value_t = 256, value_name = "ROWS")]
+    token_budget: u32,
+    /// Longest sequence
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    max_tokens: u32,
+    /// Longest prompt chunk
+    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
+    prefill_chunk: u32,
+    /// Times that every shape is measured anew, in another order
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    ensure!(args.rounds > 0, "--rounds 0: expected at least 1");
+    let named = NamedEngine::load_without_prompts(&args.model, Sampling::default())?;
+    let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
+    let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };
+    let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits))?;
+    let bar = progress(0);
+    for round in 0..args.rounds {
+        profiler.round(|done, of| {
+            bar.set_length((of * args.rounds) as u64);
+            bar.set_position((round * of + done) as u64);
+        })?;
+    }
+    bar.finish_and_clear();
+    let profile = profiler.finish(&named.name, &format!("depthwise profile, {} rounds", args.rounds));
+    profile.write(&args.out)?;
+    println!("{} points on {}: {}", profile.points.len(), profile.meta.device, args.out.display());
+    Ok(())
+}

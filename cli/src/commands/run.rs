@@ -1,0 +1,172 @@
+//! `depthwise run`: an experiment from beginning to end.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use engine::executor::Sampling;
+use scheduler::{ExitPolicy, Settings};
+use serde::Serialize;
+use simulator::{Draw, Summary, write_csv};
+use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
+
+use crate::arguments::load_requests;
+use crate::experiment::{EngineSpec, Experiment, Serving, System};
+use crate::figures::{self, Caption};
+use crate::measure::{Measured, NamedEngine, measure};
+use crate::report;
+use crate::results::{CONFIG, ResultsFolder};
+use crate::runs::{Run, simulate_all, write_depth_rows, write_requests};
+use crate::validation::compare;
+
+/// Do a whole experiment: measure, replay, simulate, compare, draw
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The experiment, a YAML file
+    config: PathBuf,
+    /// Folder of results [default: results/ and the experiment's file name]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    let experiment = Experiment::load(&args.config)?;
+    let base = args.config.parent().unwrap_or(Path::new(""));
+    let name = args.config.file_stem().context("the experiment has no file name")?;
+    let target = args.out.unwrap_or_else(|| Path::new("results").join(name));
+    run_experiment(&experiment, base, &target).with_context(|| args.config.display().to_string())
+}
+
+/// Does an experiment whose paths are relative to `base`, and leaves its results at `target`.
+///
+/// # Errors
+/// If something it needs does not read, cannot be served or cannot be written; nothing is then left.
+pub fn run_experiment(experiment: &Experiment, base: &Path, target: &Path) -> Result<()> {
+    experiment.check()?;
+    let folder = ResultsFolder::create(target)?;
+    std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(experiment)?)?;
+    let requests = load_requests(&experiment.requests, base)?.requests;
+    match &experiment.engine {
+        Some(spec) => measure_and_simulate(experiment, spec, base, &requests, folder.path())?,
+        None => simulate_systems(experiment, base, &requests, folder.path())?,
+    }
+    folder.finish()?;
+    println!("\nResults are in {}", target.display());
+    Ok(())
+}
+
+/// Measures the engine, simulates the same and more from what was measured, and compares.
+fn measure_and_simulate(
+    experiment: &Experiment,
+    spec: &EngineSpec,
+    base: &Path,
+    requests: &[Request],
+    results: &Path,
+) -> Result<()> {
+    let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
+    let engine = NamedEngine::load(&base.join(&spec.model), &base.join(&spec.prompts), sampling)?;
+    let settings = experiment.serving.all_settings(engine.num_loops(), requests);
+    let measured = measure(&engine, &settings, requests, spec.repeats)?;
+    measured.profile.write(results.join("profile"))?;
+    measured.exits.write(results.join("exits"))?;
+    let simulated = simulate_all(&settings, &measured.profile, &measured.exits, Draw::Recorded, requests)?;
+
+    let comparisons = compare(summaries(&measured.runs), summaries(&simulated));
+    write_csv(&results.join("validation.csv"), &comparisons)?;
+    sweep(experiment, &measured, requests, results)?;
+
+    let runs: Vec<Run> = measured.runs.into_iter().chain(simulated).collect();
+    write_csv(&results.join("summary.csv"), summaries(&runs))?;
+    write_requests(results, &runs)?;
+    write_depth_rows(results, &runs)?;
+    let caption = Caption { setting: experiment.title.clone(), device: measured.profile.meta.device };
+    figures::draw(results, &caption)?;
+    report::print_summaries(summaries(&runs));
+    report::print_verdict(&runs, &comparisons);
+    Ok(())
+}
+
+fn summaries(runs: &[Run]) -> impl Iterator<Item = &Summary> {
+    runs.iter().map(|run| &run.summary)
+}
+
+/// Varies threshold and batch limit in the simulator.
+fn sweep(experiment: &Experiment, measured: &Measured, requests: &[Request], results: &Path) -> Result<()> {
+    let Experiment { serving, sweeps, .. } = experiment;
+    let num_loops = measured.exits.meta.num_loops as u8;
+    let write = |name: &str, variants: Vec<Serving>| -> Result<()> {
+        if variants.is_empty() {
+            return Ok(());
+        }
+        let settings: Vec<Settings> =
+            variants.iter().flat_map(|serving| serving.all_settings(num_loops, requests)).collect();
+        let runs = simulate_all(&settings, &measured.profile, &measured.exits, Draw::Recorded, requests)?;
+        Ok(write_csv(&results.join(name), summaries(&runs))?)
+    };
+    let confidence = serving.exit.iter().find_map(|exit| match exit {
+        ExitPolicy::Confidence { measure, .. } => Some(*measure),
+        _ => None,
+    });
+    let at_threshold = |measure| move |&threshold| ExitPolicy::Confidence { measure, threshold };
+    let exits = confidence.map(|measure| sweeps.thresholds.iter().map(at_threshold(measure)).collect::<Vec<_>>());
+    let with_exits = |exit| Serving { exit, ..serving.clone() };
+    write("sweep_threshold.csv", exits.into_iter().filter(|exits| !exits.is_empty()).map(with_exits).collect())?;
+    let with_batch =
+        |&max_batch: &u32| Serving { max_batch, token_budget: serving.token_budget.max(max_batch), ..serving.clone() };
+    write("sweep_max_batch.csv", sweeps.max_batch.iter().map(with_batch).collect())
+}
+
+/// What a line of `summary.csv` is of, where there are several systems.
+#[derive(Clone, Serialize)]
+struct OfSystem {
+    system: String,
+    published_tok_s: Option<f64>,
+    /// Simulated less published, in percent of published.
+    error_pct: Option<f64>,
+}
+
+impl OfSystem {
+    fn new(system: &System, run: &Run) -> Self {
+        let error_pct = |published: f64| 100.0 * (run.summary.throughput_tok_s / published - 1.0);
+        Self {
+            system: system.name.clone(),
+            published_tok_s: system.published_tok_s,
+            error_pct: system.published_tok_s.map(error_pct),
+        }
+    }
+}
+
+/// Simulates each system under its policies, and compares with what was published of it.
+fn simulate_systems(experiment: &Experiment, base: &Path, requests: &[Request], results: &Path) -> Result<()> {
+    let mut lines = Vec::new();
+    for system in &experiment.systems {
+        let profile = LatencyProfile::read(base.join(&system.profile))?;
+        let exits = ExitTrace::read(base.join(&system.exits))?;
+        check_same_model(&profile, &exits)?;
+        let serving = system.serving(&experiment.serving);
+        let settings = serving.all_settings(exits.meta.num_loops as u8, requests);
+        let runs = simulate_all(&settings, &profile, &exits, Draw::Seeded(experiment.seed), requests)?;
+        lines.extend(runs.into_iter().map(|run| (OfSystem::new(system, &run), run.summary)));
+    }
+    write_csv(&results.join("summary.csv"), &lines)?;
+    print_systems(&lines);
+    Ok(())
+}
+
+fn print_systems(lines: &[(OfSystem, Summary)]) {
+    let header = ["system", "batching", "exit", "batch", "mean depth", "tok/s", "published", "error %"];
+    let number = |number: Option<f64>| number.map_or("-".to_owned(), |number| format!("{number:.1}"));
+    let cells = lines.iter().map(|(of, summary)| {
+        vec![
+            of.system.clone(),
+            summary.batching.to_string(),
+            summary.exit_policy.clone(),
+            summary.max_batch.to_string(),
+            format!("{:.3}", summary.mean_depth),
+            number(Some(summary.throughput_tok_s)),
+            number(of.published_tok_s),
+            number(of.error_pct),
+        ]
+    });
+    report::print_table(&header, cells.collect());
+}

@@ -1,0 +1,44 @@
+//! `depthwise validate`: the simulator against the engine.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::arguments::{EngineArgs, RequestArgs, ServingArgs};
+use crate::commands::run::run_experiment;
+use crate::experiment::{EngineSpec, Experiment, SCHEMA_VERSION, Sweeps};
+
+/// Replay requests on the engine and in the simulator, in alternation with profiling, and compare
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    requests: RequestArgs,
+    #[command(flatten)]
+    serving: ServingArgs,
+    /// Times every combination is replayed
+    #[arg(long, default_value_t = 3)]
+    repeats: u32,
+    /// Folder of results
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    let (mut requests, base) = args.requests.spec()?;
+    requests.file = requests.file.map(|file| base.join(file));
+    let EngineArgs { model, prompts, temperature, seed } = args.engine;
+    let experiment = Experiment {
+        schema_version: SCHEMA_VERSION,
+        title: format!("{}, {}", model.display(), args.requests.requests.display()),
+        seed,
+        requests,
+        serving: args.serving.serving(),
+        engine: Some(EngineSpec { model, prompts, repeats: args.repeats, temperature }),
+        systems: Vec::new(),
+        sweeps: Sweeps::default(),
+    };
+    run_experiment(&experiment, "".as_ref(), &args.out)
+}

@@ -1,0 +1,302 @@
+//! The figures of a folder of results, drawn from its files alone.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use plots::{Figure, Origin, Policy, PolicyLine, Prediction};
+use scheduler::Batching;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use simulator::{Source, Summary};
+use traces::ExitTrace;
+
+use crate::validation::{Comparison, THROUGHPUT};
+
+/// What every figure of a run says of its origin.
+#[derive(Clone, Debug)]
+pub struct Caption {
+    /// Model and requests.
+    pub setting: String,
+    /// What the times were measured on.
+    pub device: String,
+}
+
+/// A run's columns in files that hold several runs.
+#[derive(Clone, Debug, Deserialize)]
+struct RequestLine {
+    source: Source,
+    batching: Batching,
+    exit_policy: String,
+    ttft_ms: f64,
+    tpot_ms: f64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct DepthRowsLine {
+    source: Source,
+    batching: Batching,
+    exit_policy: String,
+    start_s: f64,
+    width_s: f64,
+    depth: u32,
+    decode_rows: f64,
+    prefill_rows: f64,
+}
+
+/// Draws all figures that the files in `results` have the data for, into its folder `figures`.
+///
+/// # Errors
+/// If a file does not read or a figure cannot be written.
+pub fn draw(results: &Path, caption: &Caption) -> Result<()> {
+    let figures = Figures::new(results, caption)?;
+    figures.runs()?;
+    figures.rows_by_depth()?;
+    figures.validation()?;
+    figures.sweeps()?;
+    figures.exits()
+}
+
+struct Figures<'a> {
+    results: &'a Path,
+    caption: &'a Caption,
+    summaries: Vec<Summary>,
+    /// Measured runs where there are any.
+    source: Source,
+}
+
+impl<'a> Figures<'a> {
+    fn new(results: &'a Path, caption: &'a Caption) -> Result<Self> {
+        let summaries: Vec<Summary> = read(&results.join("summary.csv"))?;
+        let measured = summaries.iter().any(|summary| summary.source == Source::Measured);
+        let source = if measured { Source::Measured } else { Source::Simulated };
+        Ok(Self { results, caption, summaries, source })
+    }
+
+    fn figure(&self, name: &str, title: impl Into<String>, origin: Origin) -> Figure {
+        Figure {
+            folder: self.results.join("figures"),
+            name: name.to_owned(),
+            title: title.into(),
+            setting: self.caption.setting.clone(),
+            device: self.caption.device.clone(),
+            origin,
+        }
+    }
+
+    fn origin(&self) -> Origin {
+        match self.source {
+            Source::Measured => Origin::Measured,
+            Source::Simulated => Origin::Simulated,
+        }
+    }
+
+    fn runs(&self) -> Result<()> {
+        let both = match self.source {
+            Source::Measured => Origin::MeasuredAndSimulated,
+            Source::Simulated => Origin::Simulated,
+        };
+        if self.summaries.iter().any(|run| run.batching == Batching::Sequence && run.exit == "none") {
+            let figure = self.figure("throughput", "Throughput and speed-up by batching and exit policy", both);
+            plots::speedup(&figure, &throughputs(&self.summaries), &policy(Batching::Sequence, "none"))?;
+        }
+        let requests: Vec<RequestLine> = read(&self.results.join("requests.csv"))?;
+        let requests: Vec<RequestLine> = requests.into_iter().filter(|line| line.source == self.source).collect();
+        let title = "Distributions of time to first token and time per output token";
+        plots::latency_cdfs(&self.figure("latency", title, self.origin()), &latencies(&requests))?;
+        Ok(())
+    }
+
+    fn rows_by_depth(&self) -> Result<()> {
+        let lines: Vec<DepthRowsLine> = read(&self.results.join("depth_rows.csv"))?;
+        for batching in Batching::ALL {
+            let is_shown = |line: &&DepthRowsLine| {
+                line.source == self.source && line.batching == batching && line.exit_policy.starts_with("confidence")
+            };
+            let shown: Vec<&DepthRowsLine> = lines.iter().filter(is_shown).collect();
+            let Some(first) = shown.first().map(|line| &line.exit_policy) else { continue };
+            let of_one_run: Vec<&DepthRowsLine> =
+                shown.iter().copied().filter(|line| line.exit_policy == *first).collect();
+            let title = format!("Rows of each depth in the running pass: {}, {first}", batching_label(batching));
+            let figure = self.figure(&format!("rows-by-depth-{batching}"), title, self.origin());
+            plots::rows_by_depth(&figure, &pass_rows(&of_one_run))?;
+        }
+        Ok(())
+    }
+
+    fn validation(&self) -> Result<()> {
+        let path = self.results.join("validation.csv");
+        if !path.exists() {
+            return Ok(());
+        }
+        let points: Vec<Prediction> = read::<Comparison>(&path)?.into_iter().filter_map(prediction).collect();
+        let figure = self.figure("validation", "Simulated against measured", Origin::MeasuredAndSimulated);
+        Ok(plots::predictions(&figure, &points)?)
+    }
+
+    fn sweeps(&self) -> Result<()> {
+        let by_batch = self.results.join("sweep_max_batch.csv");
+        if by_batch.exists() {
+            let lines =
+                policy_lines(&read(&by_batch)?, |summary| (f64::from(summary.max_batch), summary.throughput_tok_s));
+            let figure = self.figure("throughput-by-batch", "Throughput against batch limit", Origin::Simulated);
+            plots::throughput_by_batch(&figure, &lines)?;
+        }
+        let by_threshold = self.results.join("sweep_threshold.csv");
+        if by_threshold.exists() {
+            let summaries: Vec<Summary> = read(&by_threshold)?;
+            let title = "Throughput and token agreement against the exit threshold";
+            plots::thresholds(&self.figure("thresholds", title, Origin::Simulated), &threshold_lines(&summaries))?;
+            let lines = policy_lines(&summaries, |summary| {
+                (summary.throughput_tok_s, summary.token_agreement.unwrap_or(f64::NAN))
+            });
+            let title = "Throughput against token agreement over exit thresholds";
+            plots::pareto(&self.figure("pareto", title, Origin::Simulated), &lines)?;
+        }
+        Ok(())
+    }
+
+    fn exits(&self) -> Result<()> {
+        let folder = self.results.join("exits");
+        if !folder.exists() {
+            return Ok(());
+        }
+        let trace = ExitTrace::read(&folder)?;
+        let figure = self.figure("exit-depths", "Where tokens could leave", Origin::Measured);
+        Ok(plots::exit_depths(&figure, &[exit_depths(&trace)])?)
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let lines = csv::Reader::from_path(path).and_then(|reader| reader.into_deserialize().collect());
+    lines.with_context(|| path.display().to_string())
+}
+
+fn batching_label(batching: Batching) -> &'static str {
+    match batching {
+        Batching::Vanilla => "vanilla",
+        Batching::Sequence => "sequence-wise",
+        Batching::Depth => "depth-wise",
+    }
+}
+
+/// `none` and `confidence:top1:0.5` as people read them.
+fn exit_label(exit_policy: &str) -> String {
+    if exit_policy == "none" { "no exit".to_owned() } else { exit_policy.replace(':', " ") }
+}
+
+fn policy(batching: Batching, exit_policy: &str) -> Policy {
+    Policy::new(batching_label(batching), exit_label(exit_policy))
+}
+
+/// Groups items by batching and exit policy, in the order in which they first come.
+fn by_policy<T>(items: &[T], key: impl Fn(&T) -> (Batching, &str)) -> Vec<(Policy, Vec<&T>)> {
+    let mut groups: Vec<((Batching, &str), Vec<&T>)> = Vec::new();
+    for item in items {
+        match groups.iter_mut().find(|(group, _)| *group == key(item)) {
+            Some((_, members)) => members.push(item),
+            None => groups.push((key(item), vec![item])),
+        }
+    }
+    groups.into_iter().map(|((batching, exit), members)| (policy(batching, exit), members)).collect()
+}
+
+fn throughputs(summaries: &[Summary]) -> Vec<plots::PolicyThroughput> {
+    let throughput_of = |runs: &[&Summary], source| {
+        runs.iter().find(|summary| summary.source == source).map(|summary| summary.throughput_tok_s)
+    };
+    by_policy(summaries, |summary| (summary.batching, &summary.exit_policy))
+        .into_iter()
+        .map(|(policy, runs)| plots::PolicyThroughput {
+            policy,
+            measured: throughput_of(&runs, Source::Measured),
+            simulated: throughput_of(&runs, Source::Simulated),
+        })
+        .collect()
+}
+
+fn latencies(requests: &[RequestLine]) -> Vec<plots::PolicyLatencies> {
+    by_policy(requests, |line| (line.batching, &line.exit_policy))
+        .into_iter()
+        .map(|(policy, lines)| plots::PolicyLatencies {
+            policy,
+            ttft_ms: lines.iter().map(|line| line.ttft_ms).collect(),
+            tpot_ms: lines.iter().map(|line| line.tpot_ms).filter(|tpot| tpot.is_finite()).collect(),
+        })
+        .collect()
+}
+
+fn pass_rows(lines: &[&DepthRowsLine]) -> Vec<plots::PassRows> {
+    let mut slices: Vec<plots::PassRows> = Vec::new();
+    for line in lines {
+        if line.depth == 0 {
+            let (start_s, end_s) = (line.start_s, line.start_s + line.width_s);
+            slices.push(plots::PassRows { start_s, end_s, rows: Vec::new() });
+        }
+        if let Some(slice) = slices.last_mut() {
+            slice.rows.push(line.decode_rows + line.prefill_rows);
+        }
+    }
+    slices
+}
+
+fn prediction(line: Comparison) -> Option<Prediction> {
+    let metric = match line.metric.as_str() {
+        THROUGHPUT => "throughput (tokens/s)",
+        "ttft_mean_ms" => "mean TTFT (ms)",
+        "tpot_mean_ms" => "mean TPOT (ms)",
+        "e2e_p99_ms" => "p99 end-to-end latency (ms)",
+        _ => return None,
+    };
+    Some(Prediction {
+        metric: metric.to_owned(),
+        series: format!("{}, {}", batching_label(line.batching), exit_label(&line.exit)),
+        measured: line.measured,
+        predicted: line.simulated,
+    })
+}
+
+fn policy_lines(summaries: &[Summary], point: fn(&Summary) -> (f64, f64)) -> Vec<PolicyLine> {
+    by_policy(summaries, |summary| (summary.batching, sweep_name(summary)))
+        .into_iter()
+        .map(|(policy, runs)| PolicyLine { policy, points: runs.into_iter().map(point).collect() })
+        .collect()
+}
+
+/// Runs that differ only in their threshold are one line.
+fn sweep_name(summary: &Summary) -> &str {
+    match summary.threshold {
+        Some(_) => summary.exit_policy.rsplit_once(':').map_or("confidence", |(name, _)| name),
+        None => &summary.exit_policy,
+    }
+}
+
+fn threshold_lines(summaries: &[Summary]) -> Vec<plots::ThresholdLine> {
+    by_policy(summaries, |summary| (summary.batching, sweep_name(summary)))
+        .into_iter()
+        .map(|(policy, runs)| plots::ThresholdLine {
+            policy,
+            points: runs.into_iter().filter_map(threshold_point).collect(),
+        })
+        .collect()
+}
+
+fn threshold_point(summary: &Summary) -> Option<plots::ThresholdPoint> {
+    Some(plots::ThresholdPoint {
+        threshold: f64::from(summary.threshold?),
+        throughput: summary.throughput_tok_s,
+        agreement: summary.token_agreement?,
+    })
+}
+
+fn exit_depths(trace: &ExitTrace) -> plots::ExitDepths {
+    let depths = 0..trace.num_loops();
+    let mut leaving = vec![0.0; trace.num_loops()];
+    for token in 0..trace.num_tokens() {
+        leaving[trace.oracle_depth(token)] += 1.0 / trace.num_tokens() as f64;
+    }
+    plots::ExitDepths {
+        name: trace.meta.model.clone(),
+        leaving,
+        agreement: depths.map(|depth| trace.agreement_at(depth)).collect(),
+    }
+}

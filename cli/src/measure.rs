@@ -1,0 +1,163 @@
+//! Measuring on this machine: the engine's runs, in alternation with the profile that the simulator gets.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use engine::clock::Idle;
+use engine::executor::{ExitDepths, Sampling};
+use engine::model::Model;
+use engine::profile::{Grid, Limits, Profiler};
+use engine::prompts::Prompts;
+use engine::replay::{Engine, oracle_depths};
+use engine::tokenizer::Tokenizer;
+use engine::weights::Weights;
+use indicatif::{ProgressBar, ProgressStyle};
+use scheduler::{Look, Settings};
+use simulator::{Metrics, Source};
+use traces::{ExitTrace, LatencyProfile, Request};
+
+use crate::runs::Run;
+
+/// What was measured.
+pub struct Measured {
+    /// What the parts of a pass take on this machine.
+    pub profile: LatencyProfile,
+    /// Signals and predictions of the requests at full depth.
+    pub exits: ExitTrace,
+    /// One run for each of the settings asked for: of its repeats, the one of median throughput.
+    pub runs: Vec<Run>,
+}
+
+/// An engine and what its records call its model.
+pub struct NamedEngine {
+    /// The engine.
+    pub engine: Engine,
+    /// The model folder's name.
+    pub name: String,
+}
+
+impl NamedEngine {
+    /// Loads a model folder and the text that prompts are cut from.
+    ///
+    /// # Errors
+    /// If either does not read, or does not fit the other.
+    pub fn load(folder: &Path, prompts: &Path, sampling: Sampling) -> Result<Self> {
+        let mut named = Self::load_without_prompts(folder, sampling)?;
+        let tokenizer = Tokenizer::load(&folder.join("tokenizer.json"))?;
+        let text = std::fs::read_to_string(prompts).with_context(|| format!("cannot read {}", prompts.display()))?;
+        named.engine.prompts = Arc::new(Prompts::Text(tokenizer.encode(&text)?));
+        Ok(named)
+    }
+
+    /// Loads a model folder for runs that need no prompts.
+    ///
+    /// # Errors
+    /// If it does not read.
+    pub fn load_without_prompts(folder: &Path, sampling: Sampling) -> Result<Self> {
+        let model = Arc::new(Model::load(&Weights::load(folder)?)?);
+        let name = folder.file_name().unwrap_or(folder.as_os_str()).to_string_lossy().into_owned();
+        Ok(Self { engine: Engine { model, prompts: Arc::new(Prompts::Text(Vec::new())), sampling }, name })
+    }
+
+    /// Loops of the model.
+    pub fn num_loops(&self) -> u8 {
+        self.engine.model.config().num_loops as u8
+    }
+}
+
+/// A progress bar of so many steps, on the terminal if there is one.
+pub fn progress(steps: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{elapsed_precise} [{bar:30}] {pos}/{len} {msg}");
+    ProgressBar::new(steps as u64).with_style(style.expect("the template is well formed").progress_chars("=> "))
+}
+
+/// Profiles, records, and replays the requests under every one of `settings`.
+///
+/// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays see the
+/// machine in the same moods.
+///
+/// # Errors
+/// If the engine cannot serve the requests.
+pub fn measure(named: &NamedEngine, settings: &[Settings], requests: &[Request], repeats: u32) -> Result<Measured> {
+    let NamedEngine { engine, name } = named;
+    let repeats = repeats as usize;
+    let bar = progress(1 + (repeats + 1) + repeats * settings.len());
+    let step = |message: String| {
+        bar.inc(1);
+        bar.set_message(message);
+    };
+
+    bar.set_message("recording exit signals at full depth");
+    let source =
+        format!("depthwise: {} requests at full depth, temperature {}", requests.len(), engine.sampling.temperature);
+    let exits = engine.record(requests, name, &source, &mut ())?;
+    let oracle = Arc::new(oracle_depths(&exits, requests));
+
+    let mut profiler = Profiler::new(engine, Grid::up_to(limits(settings, requests)))?;
+    let mut repeated: Vec<Vec<Run>> = settings.iter().map(|_| Vec::new()).collect();
+    for repeat in 1..=repeats {
+        step(format!("profiling, round {repeat} of {}", repeats + 1));
+        profiler.round(|_, _| ())?;
+        for (runs, &settings) in repeated.iter_mut().zip(settings) {
+            step(format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
+            let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
+            runs.push(replay(engine, settings, requests, &oracle, Idle::Skip, agreement)?);
+        }
+    }
+    step(format!("profiling, round {0} of {0}", repeats + 1));
+    profiler.round(|_, _| ())?;
+    bar.finish_and_clear();
+    let profile = profiler.finish(name, &format!("{} rounds between replays of {repeats} repeats", repeats + 1));
+    Ok(Measured { profile, exits, runs: repeated.into_iter().map(median_run).collect() })
+}
+
+/// Records the exit trace of these requests.
+///
+/// # Errors
+/// If the engine cannot serve the requests.
+pub fn record(NamedEngine { engine, name }: &NamedEngine, requests: &[Request]) -> Result<ExitTrace> {
+    let temperature = engine.sampling.temperature;
+    let source = format!("{} requests at full depth, temperature {temperature}", requests.len());
+    Ok(engine.record(requests, name, &source, &mut ())?)
+}
+
+/// What the replays ask for at most.
+fn limits(settings: &[Settings], requests: &[Request]) -> Limits {
+    let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
+    let longest_prompt = requests.iter().map(|request| request.prompt_tokens).max().unwrap_or(1);
+    let most = |count: fn(&Settings) -> u32| settings.iter().map(count).max().unwrap_or(1);
+    let decodes = most(|settings| settings.max_batch);
+    let chunk = most(|settings| settings.prefill_chunk).min(longest_prompt);
+    Limits { rows: most(|settings| settings.token_budget), decodes, history: longest, chunk }
+}
+
+/// Serves the requests once. Token agreement is computed unless an earlier run under the same settings told it:
+/// tokens and exits do not change from run to run.
+///
+/// # Errors
+/// If the engine cannot serve the requests.
+pub fn replay(
+    engine: &Engine,
+    settings: Settings,
+    requests: &[Request],
+    oracle: &Arc<ExitDepths>,
+    idle: Idle,
+    agreement: Option<Option<f64>>,
+) -> Result<Run> {
+    let mut metrics = Metrics::new(&settings).with_requests();
+    let oracle = (settings.exit.look() == Look::Oracle).then(|| oracle.clone());
+    let generations = engine.replay(settings, requests, oracle, idle, &mut metrics)?;
+    let agreement = match agreement {
+        Some(known) => known,
+        None => Some(engine.agreement(&generations)?),
+    };
+    Ok(Run { summary: metrics.summary(Source::Measured, agreement), metrics })
+}
+
+/// The run of median throughput; of an even number, the slower of the middle two.
+fn median_run(mut runs: Vec<Run>) -> Run {
+    runs.sort_by(|a, b| a.summary.throughput_tok_s.total_cmp(&b.summary.throughput_tok_s));
+    let middle = (runs.len() - 1) / 2;
+    runs.swap_remove(middle)
+}

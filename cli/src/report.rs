@@ -1,0 +1,93 @@
+//! Tables on the terminal.
+
+use comfy_table::{CellAlignment, Table, presets};
+use scheduler::Batching;
+use simulator::{Source, Summary};
+use traces::ExitTrace;
+
+use crate::runs::Run;
+use crate::validation::{Comparison, THROUGHPUT, errors};
+
+/// Prints one line per run.
+pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
+    let header = [
+        "",
+        "batching",
+        "exit",
+        "batch",
+        "tok/s",
+        "mean depth",
+        "agreement",
+        "TTFT p50 ms",
+        "TPOT p50 ms",
+        "e2e p99 ms",
+    ];
+    print_table(&header, summaries.into_iter().map(cells).collect());
+}
+
+fn cells(summary: &Summary) -> Vec<String> {
+    vec![
+        summary.source.to_string(),
+        summary.batching.to_string(),
+        summary.exit_policy.clone(),
+        summary.max_batch.to_string(),
+        format!("{:.1}", summary.throughput_tok_s),
+        format!("{:.3}", summary.mean_depth),
+        summary.token_agreement.map_or("-".into(), |share| format!("{share:.3}")),
+        format!("{:.1}", summary.ttft_p50_ms),
+        format!("{:.2}", summary.tpot_p50_ms),
+        format!("{:.1}", summary.e2e_p99_ms),
+    ]
+}
+
+/// Prints what an exit trace holds, a line per depth.
+pub fn print_exits(exits: &ExitTrace) {
+    let tokens = exits.num_tokens() as f64;
+    let leaving = |depth| (0..exits.num_tokens()).filter(|&token| exits.oracle_depth(token) == depth).count() as f64;
+    let line = |depth: usize| {
+        vec![depth.to_string(), format!("{:.3}", exits.agreement_at(depth)), format!("{:.3}", leaving(depth) / tokens)]
+    };
+    print_table(
+        &["depth", "agreement with the last", "leave here (oracle)"],
+        (0..exits.num_loops()).map(line).collect(),
+    );
+}
+
+/// Prints rows under a header; columns of numbers are aligned to the right.
+pub fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    let numeric: Vec<bool> = (0..header.len())
+        .map(|column| {
+            rows.iter().all(|row| row[column] == "-" || row[column].trim_end_matches('%').parse::<f64>().is_ok())
+        })
+        .collect();
+    table.add_rows(rows);
+    for (column, _) in table.column_iter_mut().zip(numeric).filter(|(_, numeric)| *numeric) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}");
+}
+
+/// Says what it all comes to: the speed-up that was measured, and how far the simulator was off.
+pub fn print_verdict(runs: &[Run], comparisons: &[Comparison]) {
+    let measured = |batching, kind: &str| {
+        runs.iter()
+            .map(|run| &run.summary)
+            .find(|summary| summary.source == Source::Measured && summary.batching == batching && summary.exit == kind)
+    };
+    if let (Some(baseline), Some(exits)) =
+        (measured(Batching::Sequence, "none"), measured(Batching::Depth, "confidence"))
+    {
+        println!(
+            "\nmeasured: depth-wise batching with {} runs {:.2} times as fast as sequence-wise batching without exit, \
+             at a token agreement of {:.3}",
+            exits.exit_policy,
+            exits.throughput_tok_s / baseline.throughput_tok_s,
+            exits.token_agreement.unwrap_or(f64::NAN),
+        );
+    }
+    if let Some((mean, largest)) = errors(comparisons, THROUGHPUT) {
+        println!("simulated throughput is off by {mean:.1}% on average and {largest:.1}% at most");
+    }
+}
