@@ -50,14 +50,15 @@ impl NamedEngine {
         Ok(named)
     }
 
-    /// Loads a model folder for runs that need no prompts.
+    /// Loads a model folder for runs whose prompts do not matter: all of them repeat one token.
     ///
     /// # Errors
     /// If it does not read.
     pub fn load_without_prompts(folder: &Path, sampling: Sampling) -> Result<Self> {
         let model = Arc::new(Model::load(&Weights::load(folder)?)?);
         let name = folder.file_name().unwrap_or(folder.as_os_str()).to_string_lossy().into_owned();
-        Ok(Self { engine: Engine { model, prompts: Arc::new(Prompts::Text(Vec::new())), sampling }, name })
+        let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
+        Ok(Self { engine: Engine { model, prompts, sampling }, name })
     }
 
     /// Loops of the model.

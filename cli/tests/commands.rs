@@ -1,0 +1,324 @@
+//! The commands as a user runs them, on a small model with random weights.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use engine::config::{MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+use engine::tokenizer::Tokenizer;
+use engine::weights::{Stored, Weights};
+use tempfile::TempDir;
+
+const TEXT: &str = "In the beginning was the loop, and the loop was with the block, and the block was shared. ";
+
+/// A folder with a model, a text, a request trace and an experiment.
+struct Scene(TempDir);
+
+impl Scene {
+    fn new() -> Self {
+        let scene = Self(tempfile::tempdir().unwrap());
+        let tokenizer = Tokenizer::train(TEXT, 272).unwrap();
+        let config = ModelConfig {
+            schema_version: SCHEMA_VERSION,
+            model_type: MODEL_TYPE.into(),
+            vocab_size: tokenizer.vocab_size(),
+            hidden_size: 32,
+            intermediate_size: 64,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 8,
+            block_layers: 1,
+            num_loops: 3,
+            rope_theta: 10_000.0,
+            rms_norm_eps: 1e-5,
+            tie_embeddings: true,
+            max_positions: 256,
+            lora: None,
+        };
+        let model = scene.path("model");
+        Weights::random(config, 1).unwrap().save(&model, Stored::F32).unwrap();
+        tokenizer.save(&model.join("tokenizer.json")).unwrap();
+        scene.write("prompts.txt", &TEXT.repeat(40));
+        scene.write("experiment.yaml", &experiment("", 12));
+        let lines: String = (0..40).map(|id| format!("{id},{}.0,{},{}\n", id * 500, 5 + id % 7, 3 + id % 11)).collect();
+        scene.write("requests.csv", &format!("request,arrival_us,prompt_tokens,output_tokens\n{lines}"));
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_depthwise"));
+        command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn succeed(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The one line that a failing command says.
+    fn fail(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+        let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert_eq!(errors.len(), 1, "{arguments:?}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{stderr}");
+        errors[0].to_owned()
+    }
+
+    /// A profile and an exit trace of the model.
+    fn measured(&self) {
+        self.succeed(&[
+            "profile",
+            "--model",
+            "model",
+            "--out",
+            "profile",
+            "--max-batch",
+            "8",
+            "--token-budget",
+            "16",
+            "--max-tokens",
+            "32",
+            "--prefill-chunk",
+            "16",
+            "--rounds",
+            "1",
+        ]);
+        self.succeed(&[
+            "record",
+            "--model",
+            "model",
+            "--prompts",
+            "prompts.txt",
+            "--requests",
+            "requests.csv",
+            "--out",
+            "exits",
+        ]);
+    }
+
+    fn simulate<'a>(&self, more: &[&'a str]) -> Vec<&'a str> {
+        let common = [
+            "simulate",
+            "--requests",
+            "requests.csv",
+            "--profile",
+            "profile",
+            "--exits",
+            "exits",
+            "--max-batch",
+            "8",
+            "--token-budget",
+            "16",
+            "--seed",
+            "1",
+        ];
+        common.into_iter().chain(more.iter().copied()).collect()
+    }
+}
+
+fn experiment(more: &str, requests: u32) -> String {
+    format!(
+        "schema_version: 1
+title: test
+requests:
+  generate:
+    count: {requests}
+    seed: 1
+    arrivals: all_at_once
+    prompt_tokens: {{uniform: {{min: 2, max: 12}}}}
+    output_tokens: {{uniform: {{min: 2, max: 12}}}}
+serving:
+  batching: [vanilla, sequence, depth]
+  exit: [none, oracle, 'confidence:top1:0.1']
+  max_batch: 4
+  token_budget: 16
+engine: {{model: model, prompts: prompts.txt, repeats: 2}}
+sweeps: {{thresholds: [0.05, 0.1], max_batch: [2, 4]}}
+{more}"
+    )
+}
+
+fn lines(path: &Path) -> Vec<Vec<String>> {
+    let mut reader = csv::ReaderBuilder::new().has_headers(false).from_path(path).unwrap();
+    reader.records().map(|record| record.unwrap().iter().map(str::to_owned).collect()).collect()
+}
+
+fn column<'a>(lines: &'a [Vec<String>], name: &str) -> Vec<&'a str> {
+    let index = lines[0].iter().position(|column| column == name).unwrap_or_else(|| panic!("no column {name}"));
+    lines[1..].iter().map(|line| line[index].as_str()).collect()
+}
+
+#[test]
+fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_figures() {
+    let scene = Scene::new();
+    scene.succeed(&["run", "experiment.yaml"]);
+    let results = scene.path("results/experiment");
+    let summary = lines(&results.join("summary.csv"));
+    assert_eq!(summary.len(), 1 + 2 * 9);
+    assert_eq!(column(&summary, "source"), [["measured"; 9], ["simulated"; 9]].concat());
+    for name in ["batching", "exit", "threshold", "max_batch", "ttft_p50_ms", "tpot_p50_ms", "makespan_s"] {
+        column(&summary, name);
+    }
+    let number = |text: &str| text.parse::<f64>().unwrap();
+    let tokens = column(&summary, "output_tokens");
+    assert!(tokens.iter().all(|&count| count == tokens[0]), "every run generates the same number of tokens");
+    for (throughput, makespan) in column(&summary, "throughput_tok_s").iter().zip(column(&summary, "makespan_s")) {
+        assert!((number(throughput) * number(makespan) / number(tokens[0]) - 1.0).abs() < 1e-9);
+    }
+    for ((exit, agreement), depth) in
+        column(&summary, "exit").iter().zip(column(&summary, "token_agreement")).zip(column(&summary, "mean_depth"))
+    {
+        assert!((0.0..=1.0).contains(&number(agreement)) && (1.0..=3.0).contains(&number(depth)));
+        assert!(*exit != "none" || (number(agreement), number(depth)) == (1.0, 3.0), "no exit is full depth");
+    }
+    let validation = lines(&results.join("validation.csv"));
+    assert_eq!(validation[0], ["batching", "exit", "metric", "measured", "simulated", "error_pct"]);
+    assert_eq!(column(&validation, "metric").iter().filter(|&&metric| metric == "throughput_tok_s").count(), 9);
+    let figures = fs::read_dir(results.join("figures")).unwrap().count();
+    assert!(figures >= 2 * 8, "{figures} figures");
+
+    let earlier = fs::read(results.join("figures/throughput.svg")).unwrap();
+    fs::remove_dir_all(results.join("figures")).unwrap();
+    scene.succeed(&["plot", "results/experiment"]);
+    assert_eq!(fs::read(results.join("figures/throughput.svg")).unwrap(), earlier);
+}
+
+#[test]
+fn a_simulation_is_the_same_to_the_bit_on_any_number_of_threads() {
+    let scene = Scene::new();
+    scene.measured();
+    let mut files = Vec::new();
+    for (threads, out) in [("1", "one"), ("2", "two"), ("2", "again")] {
+        let status =
+            scene.command(&scene.simulate(&["--out", out])).env("RAYON_NUM_THREADS", threads).output().unwrap();
+        assert!(status.status.success());
+        files.push(["summary.csv", "requests.csv"].map(|name| fs::read(scene.path(out).join(name)).unwrap()));
+    }
+    assert!(files[0] == files[1] && files[1] == files[2]);
+    let output = scene.command(&scene.simulate(&["--out", "other", "--seed", "2"])).output().unwrap();
+    assert!(!output.status.success(), "an option given twice is refused");
+}
+
+#[test]
+fn replay_writes_what_it_measured() {
+    let scene = Scene::new();
+    scene.succeed(&[
+        "replay",
+        "--model",
+        "model",
+        "--prompts",
+        "prompts.txt",
+        "--requests",
+        "requests.csv",
+        "--batching",
+        "sequence,depth",
+        "--exit",
+        "none,oracle",
+        "--max-batch",
+        "4",
+        "--token-budget",
+        "16",
+        "--out",
+        "replayed",
+    ]);
+    let summary = lines(&scene.path("replayed/summary.csv"));
+    assert_eq!(column(&summary, "batching"), ["sequence", "sequence", "depth", "depth"]);
+    let depths = column(&summary, "mean_depth");
+    assert_eq!((depths[0], depths[1]), (depths[2], depths[3]), "exits do not depend on batching");
+}
+
+#[test]
+fn bad_experiments_get_one_clear_error_and_leave_nothing() {
+    let scene = Scene::new();
+    let longer = experiment("", 12).replace("token_budget: 16", "token_budget: 16\n  cache_tokens: 16");
+    let cases = [
+        (experiment("speed: 11", 12), "unknown field `speed`"),
+        (experiment("", 12).replace("batching:", "bathing:"), "bathing"),
+        (experiment("", 12).replace("vanilla", "vanila"), "vanilla, sequence or depth"),
+        (experiment("", 12).replace("schema_version: 1", "schema_version: 7"), "schema_version is 7, expected 1"),
+        (experiment("", 12).replace("0.1'", "NaN'"), "not a finite number"),
+        (experiment("", 12).replace("token_budget: 16", "token_budget: 2"), "less than max_batch"),
+        (experiment("", 12).replace("count: 12", "count: -3"), "-3"),
+        (experiment("", 12).replace("model: model", "model: nowhere"), "nowhere"),
+        (experiment("", 12).replace("repeats: 2", "repeats: 0"), "engine.repeats is 0"),
+        (longer, "the cache holds 16"),
+        (String::new(), "schema_version"),
+        (experiment("", 12)[..60].to_owned(), "bad.yaml"),
+    ];
+    for (text, expected) in cases {
+        scene.write("bad.yaml", &text);
+        let error = scene.fail(&["run", "bad.yaml"]);
+        assert!(error.contains(expected) && error.contains("bad.yaml"), "expected `{expected}` in: {error}");
+        let results = fs::read_dir(scene.path("results")).map(Iterator::count).unwrap_or(0);
+        assert_eq!(results, 0, "something was left by: {error}");
+    }
+}
+
+#[test]
+fn bad_traces_and_profiles_get_one_clear_error() {
+    let scene = Scene::new();
+    scene.measured();
+    let read = |name: &str| fs::read_to_string(scene.path(name)).unwrap();
+    let (requests, latency, tokens) = (read("requests.csv"), read("profile/latency.csv"), read("exits/exits.csv"));
+    let profile = read("profile/profile.yaml");
+    let other_model = profile.lines().map(|line| match line.starts_with("fingerprint") {
+        true => "fingerprint: 0123456789abcdef\n".to_owned(),
+        false => format!("{line}\n"),
+    });
+    let cases: [(&str, String, &str); 10] = [
+        ("requests.csv", String::new(), "requests.csv"),
+        ("requests.csv", requests.replace("\n3,", "\n3,-"), "requests.csv:5"),
+        ("requests.csv", requests.replace("\n3,1500.0", "\n3,NaN"), "requests.csv:5"),
+        ("requests.csv", requests[..requests.len() / 2].to_owned(), "requests.csv"),
+        ("requests.csv", requests.replace("prompt_tokens", "prompt"), "prompt"),
+        ("profile/latency.csv", latency[..latency.len() / 2].to_owned(), "latency.csv"),
+        ("profile/latency.csv", latency.replacen("block,1,", "block,one,", 1), "one"),
+        ("profile/profile.yaml", other_model.collect(), "0123456789abcdef"),
+        ("exits/exits.csv", tokens.lines().take(2).collect::<Vec<_>>().join("\n") + "\n", "exits.csv"),
+        ("exits/exits.csv", tokens.replacen("0,0,0,", "0,0,0,-", 1), "exits.csv:2"),
+    ];
+    for (file, text, expected) in cases {
+        let intact = read(file);
+        scene.write(file, &text);
+        let error = scene.fail(&scene.simulate(&["--out", "out"]));
+        assert!(error.contains(expected), "expected `{expected}` in: {error}");
+        assert!(!scene.path("out").exists());
+        scene.write(file, &intact);
+    }
+    let error = scene.fail(&scene.simulate(&["--cache-tokens", "16"]));
+    assert!(error.contains("request 12 needs") || error.contains("the cache holds 16"), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_ends_at_once_and_leaves_nothing() {
+    let scene = Scene::new();
+    scene.write("long.yaml", &experiment("", 5000));
+    let mut child = scene.command(&["run", "long.yaml"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let results = scene.path("results");
+    while !results.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was interrupted");
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(fs::read_dir(results).unwrap().count(), 0);
+}
