@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp3, InplaceOp1, InplaceOp3, Layout, Result,
 use rayon::prelude::*;
 use scheduler::blocks::BlockId;
 
-use super::simd::{LANES, Lanes, exp, multiversion};
+use super::simd::{LANES, Lanes, exp, greater, multiversion};
 use super::{Shared, slice, slice_mut};
 use crate::cache::{CHUNK, KvCache, PageLayout, TILE};
 
@@ -250,24 +250,15 @@ struct History<'a> {
 }
 
 impl<'a> History<'a> {
+    /// The tile from a position on: keys `[head_dim, TILE]` and values `[TILE, value_stride]`.
     #[inline(always)]
-    fn page(&self, position: usize) -> &'a [f32] {
-        let block = self.row.blocks[position / self.layout.block_tokens] as usize;
-        &self.pages[self.layout.page(self.row.depth, self.layer, block)..][..self.layout.page_numbers()]
-    }
-
-    /// The tile of keys `[head_dim, TILE]` from a position on.
-    #[inline(always)]
-    fn keys(&self, position: usize) -> &'a [f32] {
-        let start = self.layout.key_tile(self.kv_head, position % self.layout.block_tokens);
-        &self.page(position)[start..][..self.layout.head_dim * TILE]
-    }
-
-    /// The values `[TILE, value_stride]` from a position on.
-    #[inline(always)]
-    fn values(&self, position: usize) -> &'a [f32] {
-        let start = self.layout.value(self.kv_head, position % self.layout.block_tokens);
-        &self.page(position)[start..][..self.layout.value_stride() * TILE]
+    fn tile(&self, position: usize) -> (&'a [f32], &'a [f32]) {
+        let History { layout, layer, row, kv_head, pages } = *self;
+        let block = row.blocks[position / layout.block_tokens] as usize;
+        let offset = position % layout.block_tokens;
+        let page = &pages[layout.page(row.depth, layer, block)..][..layout.page_numbers()];
+        let keys = &page[layout.key_tile(kv_head, offset)..][..layout.head_dim * TILE];
+        (keys, &page[layout.value(kv_head, offset)..][..layout.value_stride() * TILE])
     }
 }
 
@@ -300,6 +291,7 @@ fn attend_heads<const HEADS: usize>(from: History<'_>, queries: &[f32], turn: &[
 
 /// Takes in the positions from `start` on, as many as a stride has and the row may see.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
 fn see_stride<const HEADS: usize>(
     from: History<'_>,
     start: usize,
@@ -309,20 +301,23 @@ fn see_stride<const HEADS: usize>(
     let count = STRIDE.min(from.row.position + 1 - start);
     let tiles = count.div_ceil(TILE);
     let mut weights = [[Lanes([f32::NEG_INFINITY; LANES]); STRIDE / TILE]; HEADS];
+    let mut values: [&[f32]; STRIDE / TILE] = [&[]; STRIDE / TILE];
     for tile in 0..tiles {
-        let scores = scores(rotated, from.keys(start + tile * TILE));
-        for (weights, score) in weights.iter_mut().zip(scores) {
-            weights[tile] = score;
+        let keys;
+        (keys, values[tile]) = from.tile(start + tile * TILE);
+        let scores = scores(rotated, keys);
+        for head in 0..HEADS {
+            weights[head][tile] = scores[head];
             if count < (tile + 1) * TILE {
-                weights[tile].0[count - tile * TILE..].fill(f32::NEG_INFINITY);
+                weights[head][tile].0[count - tile * TILE..].fill(f32::NEG_INFINITY);
             }
         }
     }
     let mut rescale = [0.0; HEADS];
     for head in 0..HEADS {
         let [first, rest @ ..] = &weights[head];
-        let top = rest.iter().fold(*first, |top, next| top.zip(*next, f32::max)).reduce(f32::max);
-        let top = top.max(seen.greatest[head]);
+        let top = rest.iter().fold(*first, |top, next| top.zip(*next, greater)).reduce(greater);
+        let top = greater(top, seen.greatest[head]);
         rescale[head] = exp(seen.greatest[head] - top);
         seen.greatest[head] = top;
         let mut sum = Lanes::ZERO;
@@ -336,8 +331,8 @@ fn see_stride<const HEADS: usize>(
         let mut sums: [[Lanes; 2]; HEADS] = std::array::from_fn(|head| {
             [0, LANES].map(|half| Lanes::load(&seen.mixed[head][first + half..]).map(|mixed| mixed * rescale[head]))
         });
-        for (tile, position) in (start..start + count).step_by(TILE).enumerate() {
-            let values = from.values(position).chunks_exact(from.layout.value_stride());
+        for tile in 0..tiles {
+            let values = values[tile].chunks_exact(from.layout.value_stride());
             for (offset, value) in values.enumerate().take(count - tile * TILE) {
                 let value = [Lanes::load(&value[first..]), Lanes::load(&value[first + LANES..])];
                 for head in 0..HEADS {
@@ -347,9 +342,9 @@ fn see_stride<const HEADS: usize>(
                 }
             }
         }
-        for (mixed, [left, right]) in seen.mixed.iter_mut().zip(sums) {
-            mixed[first..first + LANES].copy_from_slice(&left.0);
-            mixed[first + LANES..first + CHUNK].copy_from_slice(&right.0);
+        for head in 0..HEADS {
+            seen.mixed[head][first..first + LANES].copy_from_slice(&sums[head][0].0);
+            seen.mixed[head][first + LANES..first + CHUNK].copy_from_slice(&sums[head][1].0);
         }
     }
 }

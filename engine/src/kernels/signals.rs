@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::simd::{LANES, exp, multiversion};
+use super::simd::{LANES, exp, greater, multiversion};
 use super::slice;
 
 /// Logits below which a second thread costs more than it saves.
@@ -100,8 +100,9 @@ multiversion! {
 fn two_greatest(numbers: &[f32]) -> (f32, f32) {
     let (mut first, mut second) = ([f32::NEG_INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
     let mut insert = |lane: usize, number: f32| {
-        second[lane] = second[lane].max(first[lane].min(number));
-        first[lane] = first[lane].max(number);
+        let lesser = if number < first[lane] { number } else { first[lane] };
+        second[lane] = greater(lesser, second[lane]);
+        first[lane] = greater(number, first[lane]);
     };
     let chunks = numbers.chunks_exact(LANES);
     for (lane, &number) in chunks.remainder().iter().enumerate() {
