@@ -307,10 +307,7 @@ fn see_stride<const HEADS: usize>(
         (keys, values[tile]) = from.tile(start + tile * TILE);
         let scores = scores(rotated, keys);
         for head in 0..HEADS {
-            weights[head][tile] = scores[head];
-            if count < (tile + 1) * TILE {
-                weights[head][tile].0[count - tile * TILE..].fill(f32::NEG_INFINITY);
-            }
+            weights[head][tile] = scores[head].first(count - tile * TILE, f32::NEG_INFINITY);
         }
     }
     let mut rescale = [0.0; HEADS];

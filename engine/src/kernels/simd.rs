@@ -47,6 +47,15 @@ impl Lanes {
         self
     }
 
+    /// The first `count` lanes, and `rest` in the others.
+    #[inline(always)]
+    pub fn first(mut self, count: usize, rest: f32) -> Self {
+        for lane in 0..LANES {
+            self.0[lane] = if lane < count { self.0[lane] } else { rest };
+        }
+        self
+    }
+
     /// All lanes as one, by halves.
     #[inline(always)]
     pub fn reduce(mut self, f: impl Fn(f32, f32) -> f32) -> f32 {
