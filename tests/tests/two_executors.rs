@@ -1,0 +1,107 @@
+//! One scheduler, two executors: what the simulator says a run will do is what the engine's run does.
+//!
+//! With all requests queued at once no decision depends on how long passes take. So the passes of a simulated run
+//! are those of the measured run, row by row, although one executor runs a model and the other looks things up.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use engine::clock::Idle;
+use engine::executor::Sampling;
+use engine::model::Model;
+use engine::prompts::Prompts;
+use engine::replay::{Engine, oracle_depths};
+use engine::tokenizer::Tokenizer;
+use engine::weights::Weights;
+use scheduler::{Batching, ExitPolicy, Observer, PassRecord, Settings, Token};
+use simulator::{Draw, ExitModel, LatencyModel, Simulation};
+use traces::{LatencyProfile, Nanos, Request};
+
+/// Every row of every pass (slot, first position, tokens, depth), and every token (request, index, depth).
+#[derive(Debug, Default, PartialEq)]
+struct Log {
+    passes: Vec<Vec<(u32, u32, u32, u8)>>,
+    tokens: Vec<(u32, u32, u8)>,
+    preemptions: usize,
+}
+
+impl Observer for Log {
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        let rows = record.pass.segments.iter().map(|row| (row.slot, row.start, row.tokens, row.depth));
+        self.passes.push(rows.collect());
+    }
+
+    fn token(&mut self, _: Nanos, request: &Request, token: Token) {
+        self.tokens.push((request.id, token.index, token.depth));
+    }
+
+    fn preempted(&mut self, _: Nanos, _: &Request) {
+        self.preemptions += 1;
+    }
+}
+
+/// The model that comes with the repository.
+fn embedded_model() -> Engine {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/kjv");
+    let text = std::fs::read_to_string(folder.join("prompts.txt")).unwrap();
+    let tokens = Tokenizer::load(&folder.join("tokenizer.json")).unwrap().encode(&text).unwrap();
+    Engine {
+        model: Arc::new(Model::load(&Weights::load(&folder).unwrap()).unwrap()),
+        prompts: Arc::new(Prompts::Text(tokens)),
+        sampling: Sampling::default(),
+    }
+}
+
+/// A profile with made-up times: schedules of queued requests do not depend on them.
+fn any_profile(num_loops: u8) -> LatencyProfile {
+    let folder = tempfile::tempdir().unwrap();
+    let meta = format!(
+        "schema_version: {}\nmodel: kjv\nfingerprint: any\nnum_loops: {num_loops}\ndevice: none\nsoftware: none\n\
+         source: made up\noverhead_us: 1.0\nweight_bytes: 0\nkv_bytes_per_token: 0\n",
+        LatencyProfile::SCHEMA_VERSION
+    );
+    std::fs::write(folder.path().join("profile.yaml"), meta).unwrap();
+    let parts = "block,1,0,1,5.0,0.0,1\nblock,64,0,1,80.0,0.0,1\nembed,1,0,1,1.0,0.0,1\nhead,1,0,1,2.0,0.0,1\n";
+    let table = format!("component,rows,kv_tokens,depths,time_us,spread_us,repeats\n{parts}");
+    std::fs::write(folder.path().join("latency.csv"), table).unwrap();
+    LatencyProfile::read(folder.path()).unwrap()
+}
+
+#[test]
+fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
+    let engine = embedded_model();
+    let num_loops = engine.model.config().num_loops as u8;
+    let requests: Vec<Request> = (0..24)
+        .map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: 1 + id * 7 % 23 })
+        .collect();
+    let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
+    let oracle = Arc::new(oracle_depths(&exits, &requests));
+    let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
+    let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
+
+    for batching in Batching::ALL {
+        for exit in [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false }] {
+            for num_blocks in [1000, 8] {
+                let settings = Settings {
+                    batching,
+                    exit,
+                    num_loops,
+                    max_batch: 6,
+                    token_budget: 24,
+                    prefill_chunk: 10,
+                    block_tokens: 16,
+                    num_blocks,
+                    prefix_caching: false,
+                    async_scheduling: false,
+                };
+                let mut measured = Log::default();
+                engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
+                let mut simulated = [Log::default()];
+                let simulation = Simulation::new(settings, &latency, &model).unwrap();
+                simulation.run(requests.iter().copied(), &mut simulated).unwrap();
+                assert_eq!(measured, simulated[0], "{batching}, {exit}, {num_blocks} blocks");
+                assert_eq!(measured.preemptions > 0, num_blocks == 8, "{batching}, {exit}, {num_blocks} blocks");
+            }
+        }
+    }
+}
