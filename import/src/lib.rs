@@ -1,13 +1,14 @@
 //! Latency profiles from kernels that others measured, and runs of other systems to hold simulations against.
 //!
 //! ```text
-//! tables by layer kind ─────┐
-//! (layer_tables)            ├─► latency profile ─► simulator ─┐
-//! model (HF config.json) ───┘                                 ├─► Comparison
-//! measured vLLM run ──settings, requests──────────────────────┘
+//! kernels by kind of layer (layer_tables) ──┐
+//! kernels by size (kernel_tables) ──────────┼─► latency profile ─► simulator ─┐
+//! model (HF config.json) ───────────────────┘                                 ├─► Comparison
+//! measured vLLM run ──────── settings, requests ──────────────────────────────┘
 //! ```
 
 pub mod error;
+pub mod kernel_tables;
 pub mod layer_tables;
 pub mod lora;
 pub mod memory;
@@ -15,6 +16,7 @@ pub mod model;
 pub mod vllm;
 
 pub use error::ImportError;
+pub use kernel_tables::KernelTables;
 pub use layer_tables::LayerTables;
 pub use lora::DeviceRates;
 pub use memory::{KvPolicy, Memory};

@@ -165,6 +165,7 @@ impl LatencyModel {
 #[derive(Clone, Debug)]
 struct Parts {
     block: Table,
+    elementwise: Table,
     lora: Table,
     decode_attention: Surface,
     prefill_attention: Surface,
@@ -185,6 +186,7 @@ impl Parts {
         };
         Ok(Self {
             block: by_rows(Component::Block)?,
+            elementwise: by_rows(Component::Elementwise)?,
             lora: by_rows(Component::Lora)?,
             decode_attention: by_rows_and_history(Component::DecodeAttention)?,
             prefill_attention: by_rows_and_history(Component::PrefillAttention)?,
@@ -195,12 +197,13 @@ impl Parts {
     }
 
     /// The parts of a pass but for the attention of its prompt chunks.
-    fn of_pass(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 6] {
+    fn of_pass(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 7] {
         let PassShape { rows, decode_rows, decode_history, depths, embed_rows, head_rows } = *shape;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
         let history = if decode_rows == 0 { 0.0 } else { decode_history as f64 / f64::from(decode_rows) };
         [
             self.block.at(rows, Component::Block, beyond),
+            self.elementwise.at(rows, Component::Elementwise, beyond),
             self.lora.at(rows, Component::Lora, beyond),
             self.decode_attention.at(decode_rows, history, Component::DecodeAttention, beyond),
             mix.at(rows, Component::DepthMix, beyond),

@@ -5,6 +5,7 @@
 //! ```text
 //! overhead                                   once a pass
 //! + block(rows)                              everything of the block that depends on the number of rows alone
+//! + elementwise(rows)                        norms, activations, rotary embedding, where block leaves them out
 //! + lora(rows)                               what the low-rank weights of each row's own loop add
 //! + decode_attention(rows, history)          decode rows, at their mean history
 //! + sum over chunks of prefill_attention(tokens, history)
@@ -33,6 +34,9 @@ use crate::table::{Owner, Row, Table, read_yaml, write_rows, write_yaml};
 pub enum Component {
     /// The shared block, by `rows`: what depends on neither histories nor depths.
     Block,
+    /// The parts of the block without weights (norms, activations, rotary embedding), by `rows`, where they are not
+    /// part of [`Component::Block`].
+    Elementwise,
     /// What the low-rank weights of each row's own loop add to a pass at one depth, by `rows`.
     Lora,
     /// What the histories of decode rows add, by `rows` and `kv_tokens` (history of each).
@@ -49,8 +53,9 @@ pub enum Component {
 
 impl Component {
     /// Every component, in the order in which files list them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Block,
+        Self::Elementwise,
         Self::Lora,
         Self::DecodeAttention,
         Self::PrefillAttention,
@@ -63,6 +68,7 @@ impl Component {
     pub fn name(self) -> &'static str {
         match self {
             Self::Block => "block",
+            Self::Elementwise => "elementwise",
             Self::Lora => "lora",
             Self::DecodeAttention => "decode_attention",
             Self::PrefillAttention => "prefill_attention",
@@ -155,6 +161,12 @@ impl LatencyProfile {
     pub const SCHEMA_VERSION: u32 = 1;
     /// Fingerprint of a profile that stands for no particular weights.
     pub const ANY_MODEL: &str = "any";
+
+    /// Components with times that were computed rather than measured.
+    pub fn computed_components(&self) -> impl Iterator<Item = Component> {
+        let computed = |component: &Component| self.points_of(*component).any(|point| point.repeats == 0);
+        Component::ALL.into_iter().filter(computed)
+    }
 
     /// The points of one component.
     pub fn points_of(&self, component: Component) -> impl Iterator<Item = &Point> {
@@ -366,7 +378,11 @@ mod tests {
             ("block,8,0", "block,1,0", "latency.csv:3: component: found `block`, expected each component"),
             ("block,8,0,1", "block,8,0,2", "latency.csv:3: depths: found `2`, expected 1"),
             ("depth_mix,8,0,3", "depth_mix,8,0,4", "latency.csv:5: depths: found `4`, expected no more than num_loops"),
-            ("block,8", "blok,8", "latency.csv:3: component: found `blok`, expected block, lora, decode_attention,"),
+            (
+                "block,8",
+                "blok,8",
+                "latency.csv:3: component: found `blok`, expected block, elementwise, lora, decode_attention,",
+            ),
             ("head,1,0,1,2,0,5\n", "", "latency.csv: found no row of head, expected rows of block, embed and head"),
             ("component,rows", "component,row", "latency.csv:1: found columns `component,row,"),
         ] {

@@ -1,0 +1,522 @@
+//! Kernels measured one by one: the Parquet tables that PyPI's `aiconfigurator-core` ships.
+//!
+//! The folder is the package's `systems`. Of a GPU it holds `<gpu>.yaml` (memory, bandwidth, peak rates) and
+//! `data/<gpu>/{gemm,attention}/<framework>/<version>/*.parquet`: matrix products by rows, outputs and inputs;
+//! attention of prompts and of decode rows by batch, heads, head size and length; in milliseconds.
+//!
+//! | part of the profile | from |
+//! | --- | --- |
+//! | block | the four linear layers of each of its layers |
+//! | elementwise | norms, activation and rotary embedding: roofline, no table holds them |
+//! | lora | two more products for each linear layer |
+//! | decode attention | measured at batch and length |
+//! | prefill attention | measured for whole prompts; a chunk after a history is the prompt of both less that of the history |
+//! | depth mix | the low-rank weights of the other depths, read by one grouped kernel: roofline |
+//! | embed | roofline |
+//! | head | the product with the vocabulary |
+//!
+//! Between measured sizes times are linear, and beyond the largest the last slope goes on. Attention of a head shape
+//! that no table holds is a roofline. What is not measured has `repeats` 0 in the profile.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::RowAccessor;
+use serde::Deserialize;
+use traces::{Component, LatencyProfile, Point, ProfileMeta};
+
+use crate::error::{ImportError, read_text};
+use crate::lora::{self, DeviceRates};
+use crate::memory::Memory;
+use crate::model::ModelShape;
+
+/// Microseconds over one size.
+type Curve = BTreeMap<u32, f64>;
+
+/// The tables of one GPU and framework.
+#[derive(Clone, Debug)]
+pub struct KernelTables {
+    source: String,
+    gpu: String,
+    system: System,
+    /// By outputs and inputs, over rows; 16-bit floats.
+    gemm: BTreeMap<(u32, u32), Curve>,
+    /// One prompt, by head shape, over its length.
+    prefill: BTreeMap<HeadShape, Curve>,
+    /// By head shape and batch, over history.
+    decode: BTreeMap<HeadShape, BTreeMap<u32, Curve>>,
+}
+
+/// Query heads, KV heads and head size.
+type HeadShape = (u32, u32, u32);
+
+#[derive(Clone, Debug, Deserialize)]
+struct System {
+    data_dir: String,
+    gpu: Gpu,
+    misc: Misc,
+}
+
+/// In bytes, seconds and operations.
+#[derive(Clone, Debug, Deserialize)]
+struct Gpu {
+    mem_bw: f64,
+    mem_bw_empirical_scaling_factor: f64,
+    mem_empirical_constant_latency: f64,
+    mem_capacity: u64,
+    bfloat16_tc_flops: f64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Misc {
+    other_mem: u64,
+}
+
+impl KernelTables {
+    /// Reads the tables of a GPU, framework and version, as the package's folders are named.
+    ///
+    /// # Errors
+    /// If a file is missing or does not read; the message of a missing folder says which there are.
+    pub fn read(systems: impl AsRef<Path>, gpu: &str, framework: &str, version: &str) -> Result<Self, ImportError> {
+        let systems = systems.as_ref();
+        let path = systems.join(format!("{gpu}.yaml"));
+        if !path.exists() {
+            return Err(ImportError::unusable(&path, "no such file", format!("one of {}", names_in(systems))));
+        }
+        let system: System =
+            serde_yaml::from_str(&read_text(&path)?).map_err(|error| ImportError::malformed(&path, error))?;
+        let folder = |kind: &str| -> Result<PathBuf, ImportError> {
+            let versions = systems.join(&system.data_dir).join(kind).join(framework);
+            let folder = versions.join(version);
+            match folder.is_dir() {
+                true => Ok(folder),
+                false => {
+                    let known =
+                        names_in(if versions.is_dir() { &versions } else { versions.parent().unwrap_or(systems) });
+                    Err(ImportError::unusable(&folder, "no such folder", format!("one of {known}")))
+                }
+            }
+        };
+        let (gemm, attention) = (folder("gemm")?, folder("attention")?);
+        Ok(Self {
+            source: format!("aiconfigurator-core tables {gpu}/{framework}/{version}"),
+            gpu: gpu.to_owned(),
+            gemm: read_gemm(&gemm.join("gemm_perf.parquet"))?,
+            prefill: read_prefill(&attention.join("context_attention_perf.parquet"))?,
+            decode: read_decode(&attention.join("generation_attention_perf.parquet"))?,
+            system,
+        })
+    }
+
+    /// The GPU's memory, and what of it neither weights nor activations nor keys and values take.
+    pub fn memory(&self, utilization: f64) -> Memory {
+        Memory { device_bytes: self.system.gpu.mem_capacity, utilization, other_bytes: self.system.misc.other_mem }
+    }
+
+    /// The latency profile of a model in 16-bit floats, with what a pass costs beside its kernels.
+    pub fn profile(&self, shape: &ModelShape, overhead_us: f64) -> LatencyProfile {
+        let rows: Vec<u32> = self.gemm.values().next().map(|curve| curve.keys().copied().collect()).unwrap_or_default();
+        let layers = shape.block_layers() as f64;
+        let [qkv, out, up, down] = shape.linears();
+        let linears = |rows: u32| -> f64 { [qkv, out, up, down].iter().map(|&sizes| self.gemm_us(rows, sizes)).sum() };
+        let rank = shape.lora_rank;
+        let low_rank = |rows: u32| -> f64 {
+            let pair = |&(inputs, outputs): &(u64, u64)| {
+                self.gemm_us(rows, (inputs, rank)) + self.gemm_us(rows, (rank, outputs))
+            };
+            [qkv, out, up, down].iter().map(pair).sum()
+        };
+        let head = |rows: u32| self.gemm_us(rows, (shape.hidden, shape.vocab));
+        let mut points = Vec::new();
+        let mut by_rows = |component, repeats, time_us: &dyn Fn(u32) -> f64| {
+            points.extend(rows.iter().map(|&rows| point(component, rows, 0, time_us(rows), repeats)));
+        };
+        by_rows(Component::Block, 1, &|rows| layers * linears(rows));
+        by_rows(Component::Elementwise, 0, &|rows| layers * self.elementwise_us(shape, rows));
+        if rank > 0 {
+            by_rows(Component::Lora, 1, &|rows| layers * low_rank(rows));
+        }
+        by_rows(Component::Embed, 0, &|rows| {
+            2.0 * self.streamed_us(2 * u64::from(rows) * shape.hidden * shape.weight_bytes)
+        });
+        by_rows(Component::Head, 1, &head);
+        points.extend(
+            lora::points(shape, &self.rates(), &rows).into_iter().filter(|p| p.component == Component::DepthMix),
+        );
+        points.extend(self.attention(shape));
+        LatencyProfile {
+            meta: ProfileMeta {
+                schema_version: LatencyProfile::SCHEMA_VERSION,
+                model: shape.describe(),
+                fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
+                num_loops: shape.num_loops as u32,
+                device: self.gpu.clone(),
+                software: "bfloat16".to_owned(),
+                source: format!(
+                    "{}; overhead as given; repeats 0: roofline at the rates of {}.yaml",
+                    self.source, self.gpu
+                ),
+                overhead_us,
+                weight_bytes: shape.total_weight_bytes(),
+                kv_bytes_per_token: shape.num_loops * shape.kv_bytes_per_depth(),
+            },
+            points,
+            mixed_attention: None,
+        }
+    }
+
+    fn rates(&self) -> DeviceRates {
+        let gpu = &self.system.gpu;
+        DeviceRates {
+            bytes_per_us: gpu.mem_bw * gpu.mem_bw_empirical_scaling_factor / 1e6,
+            flops_per_us: gpu.bfloat16_tc_flops / 1e6,
+            kernel_us: gpu.mem_empirical_constant_latency * 1e6,
+        }
+    }
+
+    /// Time of a kernel that only moves memory: what the bytes take, after a constant.
+    fn streamed_us(&self, bytes: u64) -> f64 {
+        self.rates().kernel_us + bytes as f64 / self.rates().bytes_per_us
+    }
+
+    /// The norms with their residuals, the activation and the rotary embedding of one layer.
+    fn elementwise_us(&self, shape: &ModelShape, rows: u32) -> f64 {
+        let bytes = u64::from(rows) * shape.weight_bytes;
+        let rotary = 2 * (shape.heads + shape.kv_heads) * shape.head_dim;
+        shape.norms_per_layer() as f64 * self.streamed_us(4 * bytes * shape.hidden)
+            + self.streamed_us(3 * bytes * shape.intermediate)
+            + self.streamed_us(bytes * rotary)
+    }
+
+    /// A matrix product, linear in each size between those measured.
+    fn gemm_us(&self, rows: u32, (inputs, outputs): (u64, u64)) -> f64 {
+        let mut by_outputs: BTreeMap<u32, Curve> = BTreeMap::new();
+        for (&(outputs, inputs), curve) in &self.gemm {
+            by_outputs.entry(outputs).or_default().insert(inputs, line_at(curve, f64::from(rows)));
+        }
+        let over_outputs: Curve =
+            by_outputs.iter().map(|(&outputs, curve)| (outputs, line_at(curve, inputs as f64))).collect();
+        line_at(&over_outputs, outputs as f64)
+    }
+
+    fn attention(&self, shape: &ModelShape) -> Vec<Point> {
+        let heads = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
+        let layers = shape.block_layers() as f64;
+        let mut points = match self.decode.get(&heads) {
+            Some(batches) => {
+                let batch = |(&rows, curve): (&u32, &Curve)| -> Vec<Point> {
+                    let at = |(&history, &time)| point(Component::DecodeAttention, rows, history, layers * time, 1);
+                    curve.iter().map(at).collect()
+                };
+                batches.iter().flat_map(batch).collect()
+            }
+            None => self.roofline(|rows, history| {
+                let time = self.attention_us(shape, rows, f64::from(history), 1);
+                point(Component::DecodeAttention, rows, history, layers * time, 0)
+            }),
+        };
+        points.extend(match self.prefill.get(&heads) {
+            Some(prompts) => chunks(prompts)
+                .map(|(tokens, history, time)| {
+                    point(Component::PrefillAttention, tokens, history, layers * time, u32::from(history == 0))
+                })
+                .collect(),
+            None => self.roofline(|tokens, history| {
+                let time = self.attention_us(shape, 1, f64::from(history) + f64::from(tokens) / 2.0, tokens);
+                point(Component::PrefillAttention, tokens, history, layers * time, 0)
+            }),
+        });
+        points
+    }
+
+    fn roofline(&self, at: impl Fn(u32, u32) -> Point) -> Vec<Point> {
+        let rows = (0..=13).map(|power| 1 << power);
+        rows.flat_map(|rows| {
+            [0].into_iter().chain((4..=17).map(|power| 1 << power)).map(move |history| (rows, history))
+        })
+        .map(|(rows, history)| at(rows, history))
+        .collect()
+    }
+
+    /// Attention of `tokens` tokens in each of `sequences`, which find `seen` keys each on average.
+    fn attention_us(&self, shape: &ModelShape, sequences: u32, seen: f64, tokens: u32) -> f64 {
+        let (sequences, tokens) = (f64::from(sequences), f64::from(tokens));
+        let keys = sequences * (seen + tokens / 2.0) * (2 * shape.kv_heads * shape.head_dim) as f64;
+        let queries = sequences * tokens * (2 * shape.heads * shape.head_dim) as f64;
+        let flops = sequences * tokens * seen * (4 * shape.heads * shape.head_dim) as f64;
+        let rates = self.rates();
+        rates.kernel_us + rates.kernel_time_us((keys + queries) * shape.weight_bytes as f64, flops)
+    }
+}
+
+fn point(component: Component, rows: u32, kv_tokens: u32, time_us: f64, repeats: u32) -> Point {
+    Point { component, rows, kv_tokens, depths: 1, time_us, spread_us: 0.0, repeats }
+}
+
+/// Tokens, history and time of chunks that end where a measured prompt ends: `f(tokens + history) - f(history)`, and
+/// what it takes to start.
+fn chunks(prompts: &Curve) -> impl Iterator<Item = (u32, u32, f64)> {
+    let start = prompts.values().copied().fold(f64::INFINITY, f64::min);
+    let histories = [0].into_iter().chain(prompts.keys().copied().filter(|length| length.is_power_of_two()));
+    histories.flat_map(move |history| {
+        let after = if history == 0 { start } else { line_at(prompts, f64::from(history)) };
+        prompts.keys().map(move |&tokens| {
+            let whole = line_at(prompts, f64::from(tokens) + f64::from(history));
+            (tokens, history, (whole - after).max(0.0) + start)
+        })
+    })
+}
+
+/// Linear between points; below the first the first, above the last by the last slope, which does not fall.
+fn line_at(curve: &Curve, x: f64) -> f64 {
+    let mut points = curve.iter().map(|(&x, &y)| (f64::from(x), y));
+    let Some(mut low) = points.next() else { return 0.0 };
+    let Some(mut high) = points.next() else { return low.1 };
+    for next in points {
+        if x <= high.0 {
+            break;
+        }
+        (low, high) = (high, next);
+    }
+    let slope = (high.1 - low.1) / (high.0 - low.0);
+    match x {
+        _ if x <= low.0 => low.1,
+        _ if x <= high.0 => low.1 + slope * (x - low.0),
+        _ => high.1 + slope.max(0.0) * (x - high.0),
+    }
+}
+
+fn names_in(folder: &Path) -> String {
+    let Ok(entries) = std::fs::read_dir(folder) else { return "none: there is no such folder".to_owned() };
+    let name = |entry: std::io::Result<std::fs::DirEntry>| {
+        let path = entry.ok()?.path();
+        let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+        Some(name?.to_str()?.to_owned())
+    };
+    let mut names: Vec<String> = entries.filter_map(name).collect();
+    names.sort();
+    names.dedup();
+    names.join(", ")
+}
+
+fn read_gemm(path: &Path) -> Result<BTreeMap<(u32, u32), Curve>, ImportError> {
+    let mut gemm: BTreeMap<(u32, u32), Curve> = BTreeMap::new();
+    read_parquet(path, &["gemm_dtype"], &["n", "k", "m"], |texts, sizes, time_us| {
+        if texts[0] == "bfloat16" {
+            keep_fastest(gemm.entry((sizes[0], sizes[1])).or_default(), sizes[2], time_us);
+        }
+    })?;
+    match gemm.is_empty() {
+        true => Err(ImportError::unusable(path, "no bfloat16 row", "products of 16-bit floats")),
+        false => Ok(gemm),
+    }
+}
+
+const HEADS: [&str; 3] = ["num_heads", "num_key_value_heads", "head_dim"];
+
+fn read_prefill(path: &Path) -> Result<BTreeMap<HeadShape, Curve>, ImportError> {
+    let mut prefill: BTreeMap<HeadShape, Curve> = BTreeMap::new();
+    let sizes = [&HEADS[..], &["batch_size", "isl", "step", "window_size"]].concat();
+    read_parquet(path, &["attn_dtype", "kv_cache_dtype"], &sizes, |texts, sizes, time_us| {
+        if let (["bfloat16", "bfloat16"], &[heads, kv_heads, head_dim, 1, length, 0, 0]) = (texts, sizes) {
+            keep_fastest(prefill.entry((heads, kv_heads, head_dim)).or_default(), length, time_us);
+        }
+    })?;
+    Ok(prefill)
+}
+
+fn read_decode(path: &Path) -> Result<BTreeMap<HeadShape, BTreeMap<u32, Curve>>, ImportError> {
+    let mut decode: BTreeMap<HeadShape, BTreeMap<u32, Curve>> = BTreeMap::new();
+    let sizes = [&HEADS[..], &["batch_size", "isl", "step", "window_size"]].concat();
+    read_parquet(path, &["attn_dtype", "kv_cache_dtype"], &sizes, |texts, sizes, time_us| {
+        if let (["bfloat16", "bfloat16"], &[heads, kv_heads, head_dim, batch, 1, history, 0]) = (texts, sizes) {
+            let batches = decode.entry((heads, kv_heads, head_dim)).or_default();
+            keep_fastest(batches.entry(batch).or_default(), history, time_us);
+        }
+    })?;
+    Ok(decode)
+}
+
+/// Where several kernels were measured, the framework takes the fastest.
+fn keep_fastest(curve: &mut Curve, x: u32, time_us: f64) {
+    let kept = curve.entry(x).or_insert(time_us);
+    *kept = kept.min(time_us);
+}
+
+/// Calls `row` with the named texts and sizes of each row and its `latency` in microseconds. A table without a column
+/// `window_size` has no windows: 0.
+fn read_parquet(
+    path: &Path,
+    texts: &[&str],
+    sizes: &[&str],
+    mut row: impl FnMut(&[&str], &[u32], f64),
+) -> Result<(), ImportError> {
+    let file = File::open(path).map_err(|source| ImportError::Io { path: path.to_owned(), source })?;
+    let reader = SerializedFileReader::new(file).map_err(|error| ImportError::malformed(path, error))?;
+    let schema = reader.metadata().file_metadata().schema_descr();
+    let place = |name: &&str| match schema.columns().iter().position(|column| column.name() == *name) {
+        None if *name != "window_size" => Err(ImportError::unusable(path, format!("no column {name}"), "it")),
+        found => Ok(found),
+    };
+    let texts: Vec<Option<usize>> = texts.iter().map(place).collect::<Result<_, _>>()?;
+    let sizes: Vec<Option<usize>> = sizes.iter().map(place).collect::<Result<_, _>>()?;
+    let latency = place(&"latency")?.unwrap_or_default();
+    for found in reader.get_row_iter(None).map_err(|error| ImportError::malformed(path, error))? {
+        let found = found.map_err(|error| ImportError::malformed(path, error))?;
+        let text = |place: &Option<usize>| match place {
+            Some(place) => found.get_string(*place).map(String::as_str),
+            None => Ok(""),
+        };
+        let size = |place: &Option<usize>| match place {
+            Some(place) => found.get_long(*place),
+            None => Ok(0),
+        };
+        let texts: Vec<&str> =
+            texts.iter().map(text).collect::<Result<_, _>>().map_err(|error| ImportError::malformed(path, error))?;
+        let sizes: Vec<i64> =
+            sizes.iter().map(size).collect::<Result<_, _>>().map_err(|error| ImportError::malformed(path, error))?;
+        let time_us = 1e3 * found.get_double(latency).map_err(|error| ImportError::malformed(path, error))?;
+        let counts: Option<Vec<u32>> = sizes.iter().map(|&size| size.try_into().ok()).collect();
+        match counts {
+            Some(counts) if time_us.is_finite() && time_us >= 0.0 => row(&texts, &counts, time_us),
+            _ => return Err(ImportError::unusable(path, format!("{sizes:?}, {time_us} us"), "sizes and a time")),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use parquet::data_type::{ByteArray, ByteArrayType, DoubleType, Int64Type};
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+
+    use super::*;
+    use crate::model::tests::{GEMMA, shape};
+
+    /// Writes rows of texts, sizes and milliseconds.
+    fn write(path: &Path, texts: &[&str], sizes: &[&str], rows: &[(Vec<&str>, Vec<i64>, f64)]) {
+        let fields = texts.iter().map(|name| format!("REQUIRED BYTE_ARRAY {name} (UTF8);"));
+        let fields = fields.chain(sizes.iter().map(|name| format!("REQUIRED INT64 {name};")));
+        let schema = format!("message m {{ {} REQUIRED DOUBLE latency; }}", fields.collect::<String>());
+        let schema = Arc::new(parse_message_type(&schema).unwrap());
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mut writer = SerializedFileWriter::new(File::create(path).unwrap(), schema, Arc::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        for column in 0..texts.len() {
+            let values: Vec<ByteArray> = rows.iter().map(|row| row.0[column].into()).collect();
+            let mut writer = group.next_column().unwrap().unwrap();
+            writer.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
+            writer.close().unwrap();
+        }
+        for column in 0..sizes.len() {
+            let values: Vec<i64> = rows.iter().map(|row| row.1[column]).collect();
+            let mut writer = group.next_column().unwrap().unwrap();
+            writer.typed::<Int64Type>().write_batch(&values, None, None).unwrap();
+            writer.close().unwrap();
+        }
+        let values: Vec<f64> = rows.iter().map(|row| row.2).collect();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<DoubleType>().write_batch(&values, None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+        writer.close().unwrap();
+    }
+
+    /// Products take `m * n * k` femtoseconds and a microsecond, attention of `heads` heads a nanosecond per key.
+    fn systems(heads: i64) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let yaml = "data_dir: data/g\ngpu:\n  mem_bw: 1.0e+12\n  mem_bw_empirical_scaling_factor: 0.8\n  \
+            mem_empirical_constant_latency: 3.0e-6\n  mem_capacity: 85899345920\n  bfloat16_tc_flops: 1.0e+14\nmisc:\n  other_mem: 1000\n";
+        std::fs::write(folder.path().join("g.yaml"), yaml).unwrap();
+        let data = folder.path().join("data/g");
+        let grid = |sizes: &[i64]| -> Vec<(i64, i64, i64)> {
+            let pairs = sizes.iter().flat_map(|&n| sizes.iter().map(move |&k| (n, k)));
+            pairs.flat_map(|(n, k)| [1, 64].map(|m| (n, k, m))).collect()
+        };
+        let gemm: Vec<_> = grid(&[64, 2048, 16384, 65536])
+            .into_iter()
+            .map(|(n, k, m)| (vec!["bfloat16"], vec![n, k, m], 1e-3 + (m * n * k) as f64 * 1e-12))
+            .collect();
+        write(&data.join("gemm/vllm/1.0/gemm_perf.parquet"), &["gemm_dtype"], &["n", "k", "m"], &gemm);
+        let kinds = ["attn_dtype", "kv_cache_dtype"];
+        let sizes = ["num_heads", "num_key_value_heads", "head_dim", "batch_size", "isl", "step"];
+        let row = |sizes: Vec<i64>, time: f64| (vec!["bfloat16", "bfloat16"], sizes, time);
+        let context = [16, 1024, 4096].map(|isl| row(vec![heads, 1, 256, 1, isl, 0], 5e-3 + (isl * isl) as f64 * 1e-9));
+        write(&data.join("attention/vllm/1.0/context_attention_perf.parquet"), &kinds, &sizes, &context);
+        let decodes: Vec<_> = [1, 8]
+            .into_iter()
+            .flat_map(|batch| {
+                [15, 4095].map(|step| row(vec![heads, 1, 256, batch, 1, step], (batch * step) as f64 * 1e-6))
+            })
+            .collect();
+        write(&data.join("attention/vllm/1.0/generation_attention_perf.parquet"), &kinds, &sizes, &decodes);
+        folder
+    }
+
+    fn profile(heads: i64, num_loops: u64, rank: u64) -> LatencyProfile {
+        let systems = systems(heads);
+        let tables = KernelTables::read(systems.path(), "g", "vllm", "1.0").unwrap();
+        tables.profile(&shape(GEMMA, num_loops, rank).unwrap(), 5.0)
+    }
+
+    fn at(profile: &LatencyProfile, component: Component, rows: u32, history: u32) -> &Point {
+        profile.points_of(component).find(|point| (point.rows, point.kv_tokens) == (rows, history)).unwrap()
+    }
+
+    #[test]
+    fn products_are_summed_over_layers_and_extended_beyond_the_tables() {
+        let profile = profile(8, 3, 0);
+        let weights = 2048.0 * (2560.0 + 2048.0 + 32768.0 + 16384.0);
+        let block = at(&profile, Component::Block, 64, 0);
+        assert!((block.time_us - 6.0 * (4.0 + 64.0 * weights * 1e-9)).abs() < 1e-6, "{block:?}");
+        let head = at(&profile, Component::Head, 1, 0);
+        assert!((head.time_us - (1.0 + 256_000.0 * 2048.0 * 1e-9)).abs() < 1e-9, "{head:?}");
+        assert_eq!((block.repeats, head.repeats), (1, 1));
+        assert_eq!(at(&profile, Component::Elementwise, 1, 0).repeats, 0);
+        assert_eq!(profile.meta.overhead_us, 5.0);
+    }
+
+    #[test]
+    fn measured_attention_is_taken_and_a_chunk_is_a_difference_of_prompts() {
+        let profile = profile(8, 1, 0);
+        assert_eq!(at(&profile, Component::DecodeAttention, 8, 4095).time_us, 18.0 * 8.0 * 4.095);
+        let chunk = at(&profile, Component::PrefillAttention, 1024, 1024);
+        let curve: Curve = [(16, 5.000256), (1024, 6.048576), (4096, 21.777216)].into();
+        let expected = line_at(&curve, 2048.0) - line_at(&curve, 1024.0) + 5.000256;
+        assert!((chunk.time_us - 18.0 * expected).abs() < 1e-6, "{chunk:?}");
+        assert_eq!(chunk.repeats, 0, "no chunk after a history was measured");
+    }
+
+    #[test]
+    fn attention_that_was_not_measured_is_a_roofline_and_says_so() {
+        let profile = profile(4, 1, 0);
+        let decode = at(&profile, Component::DecodeAttention, 8, 4096);
+        let bytes = 8.0 * (4096.5 * 2.0 * 256.0 + 2.0 * 8.0 * 256.0) * 2.0;
+        assert!((decode.time_us - 18.0 * (3.0 + bytes / 0.8e6)).abs() < 1e-6, "{decode:?}");
+        assert_eq!((decode.repeats, at(&profile, Component::PrefillAttention, 1024, 0).repeats), (0, 0));
+    }
+
+    #[test]
+    fn low_rank_products_are_measured_and_mixing_depths_is_computed() {
+        let profile = profile(8, 3, 64);
+        assert!(at(&profile, Component::Lora, 1, 0).repeats == 1);
+        assert!(profile.points_of(Component::DepthMix).all(|point| point.repeats == 0 && point.depths > 1));
+        assert!(profile.points_of(Component::DepthMix).count() > 0);
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_what_there_is() {
+        let systems = systems(8);
+        let error = |gpu, framework, version| {
+            KernelTables::read(systems.path(), gpu, framework, version).unwrap_err().to_string()
+        };
+        assert!(error("h", "vllm", "1.0").contains("expected one of data, g"));
+        assert!(error("g", "vllm", "2.0").contains("expected one of 1.0"));
+        assert!(error("g", "trt", "1.0").contains("expected one of vllm"));
+    }
+}
