@@ -29,9 +29,11 @@ enum Command {
     Simulate(commands::simulate::Args),
     Plot(commands::plot::Args),
     Profile(commands::profile::Args),
+    Import(commands::import::Args),
     Record(commands::record::Args),
     Replay(commands::replay::Args),
     Validate(commands::validate::Args),
+    Vllm(commands::vllm::Args),
     Train(commands::train::Args),
 }
 
@@ -51,9 +53,11 @@ fn run(command: Command) -> Result<()> {
         Command::Simulate(args) => commands::simulate::run(args),
         Command::Plot(args) => commands::plot::run(args),
         Command::Profile(args) => commands::profile::run(args),
+        Command::Import(args) => commands::import::run(args),
         Command::Record(args) => commands::record::run(args),
         Command::Replay(args) => commands::replay::run(args),
         Command::Validate(args) => commands::validate::run(args),
+        Command::Vllm(args) => commands::vllm::run(args),
         Command::Train(args) => commands::train::run(args),
     }
 }

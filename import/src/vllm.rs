@@ -4,8 +4,8 @@ use std::fmt;
 use std::path::Path;
 
 use scheduler::{Batching, ExitPolicy, Settings};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{ImportError, read_text};
 
@@ -199,11 +199,24 @@ pub struct Comparison {
     pub rows: Vec<(&'static str, f64, f64)>,
 }
 
+/// One line of a comparison as a file has it; times in milliseconds, the makespan in seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ComparisonLine {
+    metric: &'static str,
+    measured: f64,
+    simulated: f64,
+}
+
 impl Comparison {
     /// Compares two runs of the same requests.
     pub fn new(measured: &[RequestTimes], simulated: &[RequestTimes]) -> Self {
         let rows = METRICS.into_iter().zip(metrics(measured)).zip(metrics(simulated));
         Self { rows: rows.map(|((name, measured), simulated)| (name, measured, simulated)).collect() }
+    }
+
+    /// The lines of a CSV file.
+    pub fn lines(&self) -> impl Iterator<Item = ComparisonLine> {
+        self.rows.iter().map(|&(metric, measured, simulated)| ComparisonLine { metric, measured, simulated })
     }
 
     /// Simulated over measured less 1, of a metric by its name.

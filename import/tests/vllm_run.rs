@@ -7,26 +7,18 @@ use std::sync::Arc;
 
 use import::vllm::RequestTimes;
 use import::{Comparison, LayerTables, MeasuredRun, ModelShape};
-use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation};
-use traces::{ExitTrace, ExitTraceMeta, LatencyProfile, PrefixHashes, ReadOptions, RequestTrace, Signals};
+use scheduler::Settings;
+use simulator::{ExitModel, LatencyModel, Metrics, Simulation};
+use traces::{LatencyProfile, MixedAttention, PrefixHashes, ReadOptions, RequestTrace};
 
 fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/gpu/rtx4090-llama-3.1-8b")
 }
 
-/// A model of one loop: every token runs it.
-fn no_exits() -> ExitModel {
-    let mut trace = ExitTrace::new(ExitTraceMeta {
-        schema_version: ExitTrace::SCHEMA_VERSION,
-        model: "vanilla".to_owned(),
-        fingerprint: "vanilla".to_owned(),
-        num_loops: 1,
-        source: "one token".to_owned(),
-    });
-    trace.push_generation(&[(Signals::default(), 0)]);
-    ExitModel::new(&trace, Draw::Seeded(0)).unwrap()
-}
+/// Relative errors that a simulation may have.
+const BARS: [(&str, f64); 4] = [("makespan s", 0.015), ("TTFT mean", 0.03), ("TPOT mean", 0.02), ("latency p99", 0.03)];
 
+#[derive(Clone)]
 struct Run {
     measured: MeasuredRun,
     requests: RequestTrace,
@@ -43,9 +35,16 @@ impl Run {
         Self { measured, requests, profile }
     }
 
+    /// The same run without one rule.
+    fn without(&self, rule: impl Fn(&mut Settings, &mut MixedAttention)) -> Self {
+        let mut run = self.clone();
+        rule(&mut run.measured.settings, run.profile.mixed_attention.as_mut().unwrap());
+        run
+    }
+
     fn simulate(&self) -> Vec<RequestTimes> {
         let latency = LatencyModel::new(&self.profile).unwrap();
-        let exits = no_exits();
+        let exits = ExitModel::full_depth(1, "any").unwrap();
         let prefixes: Arc<PrefixHashes> = Arc::new(self.requests.prefix_hashes.clone().unwrap());
         let mut metrics = Metrics::new(&self.measured.settings).with_requests();
         let simulation = Simulation::new(self.measured.settings, &latency, &exits).unwrap().with_prefixes(&prefixes);
@@ -76,7 +75,16 @@ fn a_simulation_from_kernel_tables_matches_the_measured_run() {
     if let Ok(other) = std::fs::read_to_string(folder.join("llmservingsim-summary.txt")) {
         println!("\nLLMServingSim's own prediction of the run, in milliseconds:\n{other}");
     }
-    for (metric, bar) in [("makespan s", 0.015), ("TTFT mean", 0.03), ("TPOT mean", 0.02), ("latency p99", 0.03)] {
+    for (rule, without) in [
+        ("prefix caching", run.without(|settings, _| settings.prefix_caching = false)),
+        ("asynchronous scheduling", run.without(|settings, _| settings.async_scheduling = false)),
+        ("the correction for uneven histories", run.without(|_, profile| profile.skew.clear())),
+    ] {
+        let without = Comparison::new(&run.measured.requests, &without.simulate());
+        let errors = BARS.map(|(metric, _)| format!("{metric} {:+.2}%", 100.0 * without.error(metric).unwrap()));
+        println!("without {rule}: {}", errors.join(", "));
+    }
+    for (metric, bar) in BARS {
         let error = comparison.error(metric).unwrap();
         assert!(error.abs() < bar, "{metric} is off by {:.2}%\n{comparison}", 100.0 * error);
     }

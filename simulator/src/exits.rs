@@ -4,7 +4,7 @@
 //! from its first; a request longer than that goes on with another one.
 
 use scheduler::Look;
-use traces::{ExitTrace, Measure, Request};
+use traces::{ExitTrace, ExitTraceMeta, Measure, Request, Signals};
 
 /// Which generations of the trace a request takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +85,23 @@ impl ExitModel {
             agreement: bits(rows().map(|(token, depth)| trace.agrees(token, depth))),
             signals: Measure::ALL.map(|measure| trace.signals.iter().map(|signals| signals.get(measure)).collect()),
         })
+    }
+
+    /// Of a model whose tokens all run every depth: no exit policy has anything to look at.
+    ///
+    /// # Errors
+    /// If there are more loops than a pass can count, or none.
+    pub fn full_depth(num_loops: u32, fingerprint: &str) -> Result<Self, ExitError> {
+        let mut trace = ExitTrace::new(ExitTraceMeta {
+            schema_version: ExitTrace::SCHEMA_VERSION,
+            model: "full depth".to_owned(),
+            fingerprint: fingerprint.to_owned(),
+            num_loops: num_loops.clamp(1, 65),
+            source: "no trace".to_owned(),
+        });
+        let rows: Vec<_> = (0..trace.num_loops()).map(|depth| (Signals::default(), depth as u32)).collect();
+        trace.push_generation(&rows);
+        Self::new(&trace, Draw::Seeded(0))
     }
 
     /// Loops of the model that was recorded.
@@ -233,7 +250,7 @@ pub(crate) fn scaled(hash: u64, bound: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use traces::{ExitTraceMeta, Nanos, Signals};
+    use traces::Nanos;
 
     /// Generation `g` has `g + 1` tokens, each of them predicted as `10 g + token` at the last depth.
     fn trace(generations: usize) -> ExitTrace {

@@ -1,5 +1,6 @@
 //! One module per command.
 
+pub mod import;
 pub mod plot;
 pub mod profile;
 pub mod record;
@@ -8,3 +9,4 @@ pub mod run;
 pub mod simulate;
 pub mod train;
 pub mod validate;
+pub mod vllm;

@@ -1,0 +1,74 @@
+//! `depthwise vllm`: the simulator against a measured run of vLLM.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use import::vllm::RequestTimes;
+use import::{Comparison, MeasuredRun};
+use simulator::metrics::RequestRow;
+use simulator::{ExitModel, LatencyModel, Metrics, Simulation, Source, write_csv};
+use traces::{LatencyProfile, ReadOptions, RequestTrace};
+
+/// Simulate the requests of a measured vLLM run under its settings, and compare
+///
+/// The run's folder holds meta.json (settings), workload.jsonl (requests as sent) and requests.jsonl (times).
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Folder of the run
+    #[arg(value_name = "RUN")]
+    run: PathBuf,
+    /// Folder of the latency profile of the run's device and model
+    #[arg(long, value_name = "DIR")]
+    profile: PathBuf,
+    /// KV blocks, if meta.json does not say
+    #[arg(long)]
+    num_blocks: Option<u32>,
+    /// Requests as sent, if not workload.jsonl in the run's folder
+    #[arg(long, value_name = "FILE")]
+    workload: Option<PathBuf>,
+    /// File to write the comparison to, as CSV
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    let measured = MeasuredRun::read(&args.run, args.num_blocks)?;
+    let options = ReadOptions { prefix_block_tokens: measured.settings.block_tokens, ..ReadOptions::default() };
+    let workload = args.workload.unwrap_or_else(|| args.run.join("workload.jsonl"));
+    let requests = RequestTrace::read_with(workload, &options)?;
+    let profile = LatencyProfile::read(&args.profile)?;
+
+    let latency = LatencyModel::new(&profile)?;
+    let exits = ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?;
+    let mut metrics = Metrics::new(&measured.settings).with_requests();
+    let prefixes = Arc::new(requests.prefix_hashes.clone().context("the requests have no token ids or hashes")?);
+    let simulation = Simulation::new(measured.settings, &latency, &exits)?.with_prefixes(&prefixes);
+    let outcome = simulation.run(requests.requests.iter().copied(), std::slice::from_mut(&mut metrics))?;
+
+    let simulated: Vec<RequestTimes> = metrics.requests().map(times).collect();
+    let comparison = Comparison::new(&measured.requests, &simulated);
+    println!("{comparison}");
+    println!("preemptions: {}", metrics.summary(Source::Simulated, None).preemptions);
+    if !outcome.extrapolations.is_empty() {
+        println!("{}", outcome.extrapolations);
+    }
+    let computed: Vec<String> = profile.computed_components().map(|part| part.to_string()).collect();
+    if !computed.is_empty() {
+        println!("computed, not measured: {}", computed.join(", "));
+    }
+    match args.out {
+        Some(out) => Ok(write_csv(&out, comparison.lines())?),
+        None => Ok(()),
+    }
+}
+
+fn times(request: &RequestRow) -> RequestTimes {
+    RequestTimes {
+        arrival_s: request.arrival_s,
+        first_token_s: request.first_token_s,
+        last_token_s: request.finished_s,
+        output_tokens: request.output_tokens,
+    }
+}
