@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use engine::executor::Sampling;
-use scheduler::{Batching, ExitPolicy};
-use traces::{RequestFormat, RequestSpec, RequestTrace};
+use scheduler::{Batching, ExitPolicy, Settings};
+use simulator::{Draw, ExitModel, LatencyModel};
+use traces::{ExitTrace, LatencyProfile, Request, RequestFormat, RequestSpec, RequestTrace, check_same_model};
 
 use crate::experiment::Serving;
 use crate::measure::NamedEngine;
@@ -162,5 +163,52 @@ impl ServingArgs {
             block_tokens: self.block_tokens,
             cache_tokens: self.cache_tokens,
         }
+    }
+}
+
+/// A simulation: requests, what they run on, and how.
+#[derive(Debug, clap::Args)]
+pub struct SimulationArgs {
+    #[command(flatten)]
+    requests: RequestArgs,
+    /// Folder of a latency profile
+    #[arg(long, value_name = "DIR")]
+    profile: PathBuf,
+    /// Folder of an exit trace
+    #[arg(long, value_name = "DIR")]
+    exits: PathBuf,
+    #[command(flatten)]
+    serving: ServingArgs,
+    /// Seed of what is drawn at random
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// The same, read.
+pub struct SimulationInput {
+    /// In the order of their arrival.
+    pub requests: Vec<Request>,
+    /// Of the device.
+    pub latency: LatencyModel,
+    /// Of the model.
+    pub exits: ExitModel,
+    /// One for each combination of policies.
+    pub settings: Vec<Settings>,
+}
+
+impl SimulationArgs {
+    /// Reads requests, profile and exit trace.
+    ///
+    /// # Errors
+    /// If one does not read, or profile and exit trace are of different models.
+    pub fn load(&self) -> Result<SimulationInput> {
+        let requests = self.requests.load()?.requests;
+        let profile = LatencyProfile::read(&self.profile)?;
+        let exits = ExitTrace::read(&self.exits)?;
+        check_same_model(&profile, &exits)?;
+        let latency = LatencyModel::new(&profile)?;
+        let exits = ExitModel::new(&exits, Draw::Seeded(self.seed))?;
+        let settings = self.serving.serving().all_settings(exits.num_loops(), &requests);
+        Ok(SimulationInput { requests, latency, exits, settings })
     }
 }

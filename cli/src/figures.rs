@@ -12,6 +12,11 @@ use traces::ExitTrace;
 
 use crate::validation::{Comparison, THROUGHPUT};
 
+/// Summaries over batch limits.
+pub const SWEEP_MAX_BATCH: &str = "sweep_max_batch.csv";
+/// Summaries over thresholds.
+pub const SWEEP_THRESHOLD: &str = "sweep_threshold.csv";
+
 /// What every figure of a run says of its origin.
 #[derive(Clone, Debug)]
 pub struct Caption {
@@ -134,14 +139,14 @@ impl<'a> Figures<'a> {
     }
 
     fn sweeps(&self) -> Result<()> {
-        let by_batch = self.results.join("sweep_max_batch.csv");
+        let by_batch = self.results.join(SWEEP_MAX_BATCH);
         if by_batch.exists() {
             let lines =
                 policy_lines(&read(&by_batch)?, |summary| (f64::from(summary.max_batch), summary.throughput_tok_s));
             let figure = self.figure("throughput-by-batch", "Throughput against batch limit", Origin::Simulated);
             plots::throughput_by_batch(&figure, &lines)?;
         }
-        let by_threshold = self.results.join("sweep_threshold.csv");
+        let by_threshold = self.results.join(SWEEP_THRESHOLD);
         if by_threshold.exists() {
             let summaries: Vec<Summary> = read(&by_threshold)?;
             let title = "Throughput and token agreement against the exit threshold";

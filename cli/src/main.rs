@@ -34,6 +34,8 @@ enum Command {
     Replay(commands::replay::Args),
     Validate(commands::validate::Args),
     Vllm(commands::vllm::Args),
+    Capacity(commands::capacity::Args),
+    Timeline(commands::timeline::Args),
     Train(commands::train::Args),
 }
 
@@ -58,6 +60,8 @@ fn run(command: Command) -> Result<()> {
         Command::Replay(args) => commands::replay::run(args),
         Command::Validate(args) => commands::validate::run(args),
         Command::Vllm(args) => commands::vllm::run(args),
+        Command::Capacity(args) => commands::capacity::run(args),
+        Command::Timeline(args) => commands::timeline::run(args),
         Command::Train(args) => commands::train::run(args),
     }
 }

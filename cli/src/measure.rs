@@ -73,14 +73,20 @@ pub fn progress(steps: usize) -> ProgressBar {
     ProgressBar::new(steps as u64).with_style(style.expect("the template is well formed").progress_chars("=> "))
 }
 
-/// Profiles, records, and replays the requests under every one of `settings`.
+/// Profiles up to `limits`, records, and replays the requests under every one of `settings`.
 ///
 /// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays see the
 /// machine in the same moods.
 ///
 /// # Errors
 /// If the engine cannot serve the requests.
-pub fn measure(named: &NamedEngine, settings: &[Settings], requests: &[Request], repeats: u32) -> Result<Measured> {
+pub fn measure(
+    named: &NamedEngine,
+    settings: &[Settings],
+    requests: &[Request],
+    repeats: u32,
+    limits: Limits,
+) -> Result<Measured> {
     let NamedEngine { engine, name } = named;
     let repeats = repeats as usize;
     let bar = progress(1 + (repeats + 1) + repeats * settings.len());
@@ -95,7 +101,7 @@ pub fn measure(named: &NamedEngine, settings: &[Settings], requests: &[Request],
     let exits = engine.record(requests, name, &source, &mut ())?;
     let oracle = Arc::new(oracle_depths(&exits, requests));
 
-    let mut profiler = Profiler::new(engine, Grid::up_to(limits(settings, requests)))?;
+    let mut profiler = Profiler::new(engine, Grid::up_to(limits))?;
     let mut repeated: Vec<Vec<Run>> = settings.iter().map(|_| Vec::new()).collect();
     for repeat in 1..=repeats {
         step(format!("profiling, round {repeat} of {}", repeats + 1));
@@ -123,11 +129,11 @@ pub fn record(NamedEngine { engine, name }: &NamedEngine, requests: &[Request]) 
     Ok(engine.record(requests, name, &source, &mut ())?)
 }
 
-/// What the replays ask for at most.
-fn limits(settings: &[Settings], requests: &[Request]) -> Limits {
+/// What runs under these settings ask of a machine at most.
+pub fn limits<'a>(settings: impl Iterator<Item = &'a Settings> + Clone, requests: &[Request]) -> Limits {
     let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
     let longest_prompt = requests.iter().map(|request| request.prompt_tokens).max().unwrap_or(1);
-    let most = |count: fn(&Settings) -> u32| settings.iter().map(count).max().unwrap_or(1);
+    let most = |count: fn(&Settings) -> u32| settings.clone().map(count).max().unwrap_or(1);
     let decodes = most(|settings| settings.max_batch);
     let chunk = most(|settings| settings.prefill_chunk).min(longest_prompt);
     Limits { rows: most(|settings| settings.token_budget), decodes, history: longest, chunk }

@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use scheduler::Settings;
 use serde::Serialize;
-use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source, Summary, run_all, write_csv};
-use traces::{ExitTrace, LatencyProfile, Request};
+use simulator::{ExitModel, LatencyModel, Metrics, Simulation, Source, Summary, run_all, write_csv};
+use traces::Request;
 
 /// One run under one batching and one exit policy.
 pub struct Run {
@@ -23,15 +23,12 @@ pub struct Run {
 /// If profile, exit trace and settings do not belong together, or a request cannot be served.
 pub fn simulate_all(
     settings: &[Settings],
-    profile: &LatencyProfile,
-    exits: &ExitTrace,
-    draw: Draw,
+    latency: &LatencyModel,
+    exits: &ExitModel,
     requests: &[Request],
 ) -> Result<Vec<Run>> {
-    let latency = LatencyModel::new(profile)?;
-    let exits = ExitModel::new(exits, draw)?;
     let simulations =
-        settings.iter().map(|&settings| Simulation::new(settings, &latency, &exits)).collect::<Result<Vec<_>, _>>()?;
+        settings.iter().map(|&settings| Simulation::new(settings, latency, exits)).collect::<Result<Vec<_>, _>>()?;
     let outcomes = run_all(&simulations, requests, |settings| Metrics::new(settings).with_requests())?;
     let mut beyond = simulator::Extrapolations::default();
     let runs = outcomes
@@ -42,7 +39,7 @@ pub fn simulate_all(
         })
         .collect();
     if !beyond.is_empty() {
-        eprintln!("warning: times beyond what the profile of `{}` was measured at:\n{beyond}", profile.meta.model);
+        eprintln!("warning: some times are beyond what was measured:\n{beyond}");
     }
     Ok(runs)
 }

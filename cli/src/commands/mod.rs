@@ -1,5 +1,6 @@
 //! One module per command.
 
+pub mod capacity;
 pub mod import;
 pub mod plot;
 pub mod profile;
@@ -7,6 +8,7 @@ pub mod record;
 pub mod replay;
 pub mod run;
 pub mod simulate;
+pub mod timeline;
 pub mod train;
 pub mod validate;
 pub mod vllm;

@@ -6,13 +6,13 @@ use anyhow::{Context, Result};
 use engine::executor::Sampling;
 use scheduler::{ExitPolicy, Settings};
 use serde::Serialize;
-use simulator::{Draw, Summary, write_csv};
+use simulator::{Draw, ExitModel, LatencyModel, Summary, write_csv};
 use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
 
 use crate::arguments::load_requests;
 use crate::experiment::{EngineSpec, Experiment, Serving, System};
-use crate::figures::{self, Caption};
-use crate::measure::{Measured, NamedEngine, measure};
+use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
+use crate::measure::{NamedEngine, limits, measure};
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
 use crate::runs::{Run, simulate_all, write_depth_rows, write_requests};
@@ -66,14 +66,23 @@ fn measure_and_simulate(
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
     let engine = NamedEngine::load(&base.join(&spec.model), &base.join(&spec.prompts), sampling)?;
     let settings = experiment.serving.all_settings(engine.num_loops(), requests);
-    let measured = measure(&engine, &settings, requests, spec.repeats)?;
+    let variants = Variants::new(experiment, engine.num_loops(), requests);
+    let limits = limits(settings.iter().chain(variants.all()), requests);
+    let measured = measure(&engine, &settings, requests, spec.repeats, limits)?;
     measured.profile.write(results.join("profile"))?;
     measured.exits.write(results.join("exits"))?;
-    let simulated = simulate_all(&settings, &measured.profile, &measured.exits, Draw::Recorded, requests)?;
 
+    let latency = LatencyModel::new(&measured.profile)?;
+    let exits = ExitModel::new(&measured.exits, Draw::Recorded)?;
+    let simulate = |settings: &[Settings]| simulate_all(settings, &latency, &exits, requests);
+    let simulated = simulate(&settings)?;
     let comparisons = compare(summaries(&measured.runs), summaries(&simulated));
     write_csv(&results.join("validation.csv"), &comparisons)?;
-    sweep(experiment, &measured, requests, results)?;
+    for (file, settings) in [(SWEEP_THRESHOLD, &variants.thresholds), (SWEEP_MAX_BATCH, &variants.max_batch)] {
+        if !settings.is_empty() {
+            write_csv(&results.join(file), summaries(&simulate(settings)?))?;
+        }
+    }
 
     let runs: Vec<Run> = measured.runs.into_iter().chain(simulated).collect();
     write_csv(&results.join("summary.csv"), summaries(&runs))?;
@@ -90,30 +99,35 @@ fn summaries(runs: &[Run]) -> impl Iterator<Item = &Summary> {
     runs.iter().map(|run| &run.summary)
 }
 
-/// Varies threshold and batch limit in the simulator.
-fn sweep(experiment: &Experiment, measured: &Measured, requests: &[Request], results: &Path) -> Result<()> {
-    let Experiment { serving, sweeps, .. } = experiment;
-    let num_loops = measured.exits.meta.num_loops as u8;
-    let write = |name: &str, variants: Vec<Serving>| -> Result<()> {
-        if variants.is_empty() {
-            return Ok(());
+/// What the experiment varies in the simulator.
+struct Variants {
+    thresholds: Vec<Settings>,
+    max_batch: Vec<Settings>,
+}
+
+impl Variants {
+    fn new(Experiment { serving, sweeps, .. }: &Experiment, num_loops: u8, requests: &[Request]) -> Self {
+        let measure = serving.exit.iter().find_map(|exit| match exit {
+            ExitPolicy::Confidence { measure, .. } => Some(*measure),
+            _ => None,
+        });
+        let at = |&threshold: &f32| measure.map(|measure| ExitPolicy::Confidence { measure, threshold });
+        let exit: Vec<ExitPolicy> = sweeps.thresholds.iter().filter_map(at).collect();
+        let of_size = |&max_batch: &u32| Serving {
+            max_batch,
+            token_budget: serving.token_budget.max(max_batch),
+            ..serving.clone()
+        };
+        let settings = |serving: Serving| serving.all_settings(num_loops, requests);
+        Self {
+            thresholds: settings(Serving { exit, ..serving.clone() }),
+            max_batch: sweeps.max_batch.iter().map(of_size).flat_map(settings).collect(),
         }
-        let settings: Vec<Settings> =
-            variants.iter().flat_map(|serving| serving.all_settings(num_loops, requests)).collect();
-        let runs = simulate_all(&settings, &measured.profile, &measured.exits, Draw::Recorded, requests)?;
-        Ok(write_csv(&results.join(name), summaries(&runs))?)
-    };
-    let confidence = serving.exit.iter().find_map(|exit| match exit {
-        ExitPolicy::Confidence { measure, .. } => Some(*measure),
-        _ => None,
-    });
-    let at_threshold = |measure| move |&threshold| ExitPolicy::Confidence { measure, threshold };
-    let exits = confidence.map(|measure| sweeps.thresholds.iter().map(at_threshold(measure)).collect::<Vec<_>>());
-    let with_exits = |exit| Serving { exit, ..serving.clone() };
-    write("sweep_threshold.csv", exits.into_iter().filter(|exits| !exits.is_empty()).map(with_exits).collect())?;
-    let with_batch =
-        |&max_batch: &u32| Serving { max_batch, token_budget: serving.token_budget.max(max_batch), ..serving.clone() };
-    write("sweep_max_batch.csv", sweeps.max_batch.iter().map(with_batch).collect())
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Settings> + Clone {
+        self.thresholds.iter().chain(&self.max_batch)
+    }
 }
 
 /// What a line of `summary.csv` is of, where there are several systems.
@@ -145,7 +159,9 @@ fn simulate_systems(experiment: &Experiment, base: &Path, requests: &[Request], 
         check_same_model(&profile, &exits)?;
         let serving = system.serving(&experiment.serving);
         let settings = serving.all_settings(exits.meta.num_loops as u8, requests);
-        let runs = simulate_all(&settings, &profile, &exits, Draw::Seeded(experiment.seed), requests)?;
+        let latency = LatencyModel::new(&profile)?;
+        let exits = ExitModel::new(&exits, Draw::Seeded(experiment.seed))?;
+        let runs = simulate_all(&settings, &latency, &exits, requests)?;
         lines.extend(runs.into_iter().map(|run| (OfSystem::new(system, &run), run.summary)));
     }
     write_csv(&results.join("summary.csv"), &lines)?;

@@ -3,10 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use simulator::{Draw, write_csv};
-use traces::{ExitTrace, LatencyProfile, check_same_model};
+use simulator::write_csv;
 
-use crate::arguments::{RequestArgs, ServingArgs};
+use crate::arguments::SimulationArgs;
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
 use crate::runs::{Run, simulate_all, write_requests};
@@ -15,18 +14,7 @@ use crate::runs::{Run, simulate_all, write_requests};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    requests: RequestArgs,
-    /// Folder of a latency profile
-    #[arg(long, value_name = "DIR")]
-    profile: PathBuf,
-    /// Folder of an exit trace
-    #[arg(long, value_name = "DIR")]
-    exits: PathBuf,
-    #[command(flatten)]
-    serving: ServingArgs,
-    /// Seed of what is drawn at random
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    simulation: SimulationArgs,
     /// Folder to write summary.csv and requests.csv to
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -35,14 +23,8 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
-    let requests = args.requests.load()?;
-    let profile = LatencyProfile::read(&args.profile)?;
-    let exits = ExitTrace::read(&args.exits)?;
-    check_same_model(&profile, &exits)?;
-
-    let serving = args.serving.serving();
-    let settings = serving.all_settings(exits.meta.num_loops as u8, &requests.requests);
-    let runs = simulate_all(&settings, &profile, &exits, Draw::Seeded(args.seed), &requests.requests)?;
+    let input = args.simulation.load()?;
+    let runs = simulate_all(&input.settings, &input.latency, &input.exits, &input.requests)?;
     report::print_summaries(runs.iter().map(|run| &run.summary));
     match folder {
         Some(folder) => write(folder, &args, &runs),

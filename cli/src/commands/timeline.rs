@@ -1,0 +1,42 @@
+//! `depthwise timeline`: a simulated run to look at.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use simulator::{Simulation, Timeline, write_timeline};
+use traces::Nanos;
+
+use crate::arguments::SimulationArgs;
+
+/// Write a simulated run as a Chrome trace: passes, rows by depth, admissions, exits, preemptions. Open it in Perfetto
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    simulation: SimulationArgs,
+    /// JSON file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Part of the run to keep, in seconds
+    #[arg(long, value_names = ["FROM", "TO"], num_args = 2, default_values_t = [0.0, 10.0])]
+    keep_s: Vec<f64>,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    let input = args.simulation.load()?;
+    let count = input.settings.len();
+    ensure!(count == 1, "{count} combinations of --batching and --exit: a timeline is of one");
+    let window = Nanos::from_secs_f64(args.keep_s[0])..Nanos::from_secs_f64(args.keep_s[1]);
+    let mut watched = [Timeline::new(0, window)];
+    Simulation::new(input.settings[0], &input.latency, &input.exits)?.run(input.requests, &mut watched)?;
+    let partial = args.out.with_extension("partial");
+    let write = || -> std::io::Result<()> {
+        write_timeline(BufWriter::new(File::create(&partial)?), &watched)?;
+        std::fs::rename(&partial, &args.out)
+    };
+    write().with_context(|| format!("cannot write {}", args.out.display()))?;
+    println!("{}: open it in Perfetto or chrome://tracing", args.out.display());
+    Ok(())
+}
