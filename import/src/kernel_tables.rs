@@ -15,7 +15,8 @@
 //! | embed | roofline |
 //! | head | the product with the vocabulary |
 //!
-//! Between measured sizes times are linear, and beyond the largest the last slope goes on. Attention of a head shape
+//! Between measured sizes times are linear. Beyond the largest, products grow in proportion to inputs and outputs, and
+//! elsewhere the last slope goes on. Attention of a head shape
 //! that no table holds is a roofline. What is not measured has `repeats` 0 in the profile.
 
 use std::collections::BTreeMap;
@@ -197,8 +198,8 @@ impl KernelTables {
             by_outputs.entry(outputs).or_default().insert(inputs, line_at(curve, f64::from(rows)));
         }
         let over_outputs: Curve =
-            by_outputs.iter().map(|(&outputs, curve)| (outputs, line_at(curve, inputs as f64))).collect();
-        line_at(&over_outputs, outputs as f64)
+            by_outputs.iter().map(|(&outputs, curve)| (outputs, share_at(curve, inputs as f64))).collect();
+        share_at(&over_outputs, outputs as f64)
     }
 
     fn attention(&self, shape: &ModelShape) -> Vec<Point> {
@@ -285,6 +286,15 @@ fn line_at(curve: &Curve, x: f64) -> f64 {
         _ if x <= low.0 => low.1,
         _ if x <= high.0 => low.1 + slope * (x - low.0),
         _ => high.1 + slope.max(0.0) * (x - high.0),
+    }
+}
+
+/// Linear between points; above the last in proportion, as weights are: a slope between two large sizes that lie close
+/// together would carry their scatter many times as far.
+fn share_at(curve: &Curve, x: f64) -> f64 {
+    match curve.last_key_value() {
+        Some((&last, time)) if x > f64::from(last) => time * x / f64::from(last),
+        _ => line_at(curve, x),
     }
 }
 
@@ -475,7 +485,7 @@ mod tests {
         let block = at(&profile, Component::Block, 64, 0);
         assert!((block.time_us - 6.0 * (4.0 + 64.0 * weights * 1e-9)).abs() < 1e-6, "{block:?}");
         let head = at(&profile, Component::Head, 1, 0);
-        assert!((head.time_us - (1.0 + 256_000.0 * 2048.0 * 1e-9)).abs() < 1e-9, "{head:?}");
+        assert!((head.time_us - 256_000.0 / 65_536.0 * (1.0 + 65_536.0 * 2048.0 * 1e-9)).abs() < 1e-9, "{head:?}");
         assert_eq!((block.repeats, head.repeats), (1, 1));
         assert_eq!(at(&profile, Component::Elementwise, 1, 0).repeats, 0);
         assert_eq!(profile.meta.overhead_us, 5.0);

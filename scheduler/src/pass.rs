@@ -24,8 +24,8 @@ pub struct Segment {
     pub predicts: bool,
     /// Whether the executor must report the exit signal of the last row.
     pub look: bool,
-    /// Whether the exit head is known to be needed for the last row: its look reads the vocabulary,
-    /// or it leaves after this pass whatever the signal.
+    /// Whether the exit head runs for the last row in any case: its look reads the vocabulary, or no look decides.
+    /// Elsewhere it runs for all rows that leave at once, when that is decided.
     pub head: bool,
 }
 

@@ -584,11 +584,12 @@ impl Scheduler {
     }
 
     fn flag_predicting_rows(&mut self) {
-        let look_needs_head = self.settings.exit.look_needs_head();
+        // Where looks leave the head alone, it runs once, after them: for those that are certain to leave as well.
+        let head_first = self.look == Look::Never || self.settings.exit.look_needs_head();
         for segment in &mut self.segments {
             let certain = segment.depth == self.last_depth;
             segment.look = segment.predicts && !certain && self.look != Look::Never;
-            segment.head = segment.predicts && (certain || (segment.look && look_needs_head));
+            segment.head = segment.predicts && head_first && (certain || segment.look);
         }
     }
 
