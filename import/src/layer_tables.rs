@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use traces::table::{Owner, Table};
 use traces::{Component, LatencyProfile, MixedAttention, MixedPoint, Point, ProfileMeta, SkewCell};
 
-use crate::error::ImportError;
+use crate::error::{ImportError, read_text};
 use crate::lora::{self, DeviceRates};
 use crate::model::ModelShape;
 
@@ -67,8 +67,7 @@ impl LayerTables {
             }
         }
         let attention = read_attention(&folder.join("attention.csv"))?;
-        let skew = folder.join("skew_fit.csv");
-        let skew = if skew.exists() { read_skew(&skew)? } else { Vec::new() };
+        let skew = read_skew(&folder.join("skew_fit.csv"))?;
         Ok(Self { folder, dense, per_sequence, attention, skew })
     }
 
@@ -97,8 +96,9 @@ impl LayerTables {
                 device: device.to_owned(),
                 software: software.to_owned(),
                 source: format!(
-                    "kernel tables {}, summed over the layers of a step; overhead 0: the tables hold kernel times alone{}",
+                    "kernel tables {}, summed over the layers of a step; overhead 0: the tables hold kernel times alone{}{}",
                     self.folder.display(),
+                    if self.skew.is_empty() { "; no correction for uneven histories" } else { "" },
                     if shape.lora_rank > 0 { "; LoRA by roofline at the tables' best rates" } else { "" }
                 ),
                 overhead_us: 0.0,
@@ -174,9 +174,15 @@ fn is_time(time: &f64) -> bool {
 }
 
 /// Reads the cells, whose labels are the upper bounds of what they hold: `n<=32`, `sr<=15%`, `kvB<=4k`, `kp=0`; a cell
-/// above the last bound (`sr>70%`) reaches as far as there is anything.
+/// above the last bound (`sr>70%`) reaches as far as there is anything. Without the file, or in a file that names its
+/// cells by other axes, there are none.
 fn read_skew(path: &Path) -> Result<Vec<SkewCell>, ImportError> {
     const COLUMNS: &[&str] = &["pc", "n_label", "skew_rate_label", "kv_big_label", "kp_label", "alpha"];
+    let header =
+        if path.exists() { read_text(path)?.lines().next().unwrap_or_default().to_owned() } else { String::new() };
+    if !COLUMNS.iter().all(|column| header.split(',').any(|found| found.trim() == *column)) {
+        return Ok(Vec::new());
+    }
     let mut table = Table::open(path, COLUMNS, Owner::Others)?;
     let mut cells = Vec::new();
     while let Some(row) = table.next_row()? {
@@ -264,6 +270,16 @@ mod tests {
         assert_eq!((prefill_tokens, decode_rows, longest_history, prefill_history), (16, 64, 4096, 0));
         assert_eq!((long_share, alpha), (0.15, 0.1));
         assert_eq!((cells[1].long_share, cells[1].prefill_history), (1.0, u32::MAX));
+    }
+
+    #[test]
+    fn without_a_correction_that_it_knows_the_profile_says_so() {
+        let shape = shape(LLAMA, 1, 0).unwrap();
+        let folder = folder("0,n<=8,sr>70%,kvB<=512,kp=0,0.1,2");
+        let source = |folder: &Path| LayerTables::read(folder).unwrap().profile(&shape, "d", "s").meta.source;
+        assert!(!source(folder.path()).contains("no correction"));
+        std::fs::write(folder.path().join("skew_fit.csv"), "layer,n_label,lev_label,alpha\n").unwrap();
+        assert!(source(folder.path()).contains("no correction for uneven histories"));
     }
 
     #[test]

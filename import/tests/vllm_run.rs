@@ -46,14 +46,17 @@ impl Run {
         let latency = LatencyModel::new(&self.profile).unwrap();
         let exits = ExitModel::full_depth(1, "any").unwrap();
         let prefixes: Arc<PrefixHashes> = Arc::new(self.requests.prefix_hashes.clone().unwrap());
-        let mut metrics = Metrics::new(&self.measured.settings).with_requests();
+        let mut metrics = Metrics::new(&self.measured.settings).with_requests().with_passes();
         let simulation = Simulation::new(self.measured.settings, &latency, &exits).unwrap().with_prefixes(&prefixes);
         let outcome =
             simulation.run(self.requests.requests.iter().copied(), std::slice::from_mut(&mut metrics)).unwrap();
         println!("{}", outcome.extrapolations);
         println!("preemptions: {}", metrics.requests().map(|request| request.preemptions).sum::<u32>());
+        let passes = metrics.passes();
+        let queued = |arrival: f64| passes[passes.partition_point(|pass| pass.start_s < arrival)].start_s;
         let times = |request: &simulator::metrics::RequestRow| RequestTimes {
             arrival_s: request.arrival_s,
+            queued_s: queued(request.arrival_s),
             first_token_s: request.first_token_s,
             last_token_s: request.finished_s,
             output_tokens: request.output_tokens,

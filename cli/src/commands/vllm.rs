@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use import::vllm::RequestTimes;
 use import::{Comparison, MeasuredRun};
-use simulator::metrics::RequestRow;
+use simulator::metrics::{PassRow, RequestRow};
 use simulator::{ExitModel, LatencyModel, Metrics, Simulation, Source, write_csv};
 use traces::{LatencyProfile, ReadOptions, RequestTrace};
 
@@ -42,12 +42,12 @@ pub fn run(args: Args) -> Result<()> {
 
     let latency = LatencyModel::new(&profile)?;
     let exits = ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?;
-    let mut metrics = Metrics::new(&measured.settings).with_requests();
+    let mut metrics = Metrics::new(&measured.settings).with_requests().with_passes();
     let prefixes = Arc::new(requests.prefix_hashes.clone().context("the requests have no token ids or hashes")?);
     let simulation = Simulation::new(measured.settings, &latency, &exits)?.with_prefixes(&prefixes);
     let outcome = simulation.run(requests.requests.iter().copied(), std::slice::from_mut(&mut metrics))?;
 
-    let simulated: Vec<RequestTimes> = metrics.requests().map(times).collect();
+    let simulated: Vec<RequestTimes> = metrics.requests().map(|request| times(request, metrics.passes())).collect();
     let comparison = Comparison::new(&measured.requests, &simulated);
     println!("{comparison}");
     println!("preemptions: {}", metrics.summary(Source::Simulated, None).preemptions);
@@ -64,9 +64,11 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-fn times(request: &RequestRow) -> RequestTimes {
+fn times(request: &RequestRow, passes: &[PassRow]) -> RequestTimes {
+    let next = passes.partition_point(|pass| pass.start_s < request.arrival_s);
     RequestTimes {
         arrival_s: request.arrival_s,
+        queued_s: passes.get(next).map_or(request.arrival_s, |pass| pass.start_s),
         first_token_s: request.first_token_s,
         last_token_s: request.finished_s,
         output_tokens: request.output_tokens,
