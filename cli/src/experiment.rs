@@ -1,11 +1,12 @@
 //! An experiment: the YAML file that `depthwise run` does from beginning to end.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use scheduler::{Batching, ExitPolicy, Settings};
 use serde::{Deserialize, Serialize};
-use traces::{Request, RequestSpec};
+use traces::{Measure, Request, RequestSpec};
 
 /// The only `schema_version` this build reads.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -110,9 +111,9 @@ pub struct System {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sweeps {
-    /// Thresholds of the experiment's confidence policy, under depth-wise batching.
+    /// Thresholds of confidence policies by measure, under depth-wise batching.
     #[serde(default)]
-    pub thresholds: Vec<f32>,
+    pub thresholds: BTreeMap<Measure, Vec<f32>>,
     /// Batch limits, for every batching and exit policy.
     #[serde(default)]
     pub max_batch: Vec<u32>,
@@ -147,7 +148,7 @@ impl Experiment {
                 "engine.temperature is {temperature}: expected 0 or more"
             );
         }
-        let strange = self.sweeps.thresholds.iter().find(|threshold| !threshold.is_finite());
+        let strange = self.sweeps.thresholds.values().flatten().find(|threshold| !threshold.is_finite());
         ensure!(strange.is_none(), "sweeps.thresholds: {strange:?} is not a finite number");
         Ok(())
     }

@@ -19,6 +19,9 @@ use traces::{ExitTrace, LatencyProfile, Request};
 
 use crate::runs::Run;
 
+/// Slowdown by other work above which measurements are not to be trusted.
+const BUSY: f64 = 1.1;
+
 /// What was measured.
 pub struct Measured {
     /// What the parts of a pass take on this machine.
@@ -115,6 +118,10 @@ pub fn measure(
     step(format!("profiling, round {0} of {0}", repeats + 1));
     profiler.round(|_, _| ())?;
     bar.finish_and_clear();
+    let slowdown = profiler.slowdown();
+    if slowdown > BUSY {
+        eprintln!("warning: other work on this machine made passes {slowdown:.2} times as long: measure again at rest");
+    }
     let profile = profiler.finish(name, &format!("{} rounds between replays of {repeats} repeats", repeats + 1));
     Ok(Measured { profile, exits, runs: repeated.into_iter().map(median_run).collect() })
 }

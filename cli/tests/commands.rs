@@ -150,7 +150,7 @@ serving:
   max_batch: 4
   token_budget: 16
 engine: {{model: model, prompts: prompts.txt, repeats: 2}}
-sweeps: {{thresholds: [0.05, 0.1], max_batch: [2, 4]}}
+sweeps: {{thresholds: {{top1: [0.05, 0.1], entropy: [1]}}, max_batch: [2, 4]}}
 {more}"
     )
 }

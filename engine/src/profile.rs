@@ -163,12 +163,25 @@ impl Profiler {
         })
     }
 
-    /// The medians over all rounds. `model` is the model's name, `source` says how the profile came about.
+    /// What other work on the machine took: the mean over the median of a pass, over all shapes together. It is 1 on
+    /// a machine that does nothing else, and above that as much as a long run is slower than its median pass says.
+    ///
+    /// # Panics
+    /// If there was no round.
+    pub fn slowdown(&self) -> f64 {
+        assert!(self.rounds > 0, "a profile takes at least one round");
+        let undisturbed = |samples: &Vec<f64>| Summary::of(samples).median * samples.len() as f64;
+        let all: f64 = self.samples.values().flatten().sum();
+        all / self.samples.values().map(undisturbed).sum::<f64>()
+    }
+
+    /// The medians over all rounds, times the [`slowdown`](Self::slowdown): times that add up to those of a run.
+    /// `model` is the model's name, `source` says how the profile came about.
     ///
     /// # Panics
     /// If there was no round.
     pub fn finish(&self, model: &str, source: &str) -> LatencyProfile {
-        assert!(self.rounds > 0, "a profile takes at least one round");
+        let slowdown = self.slowdown();
         let config = self.engine.model.config();
         LatencyProfile {
             meta: ProfileMeta {
@@ -178,17 +191,17 @@ impl Profiler {
                 num_loops: config.num_loops as u32,
                 device: device_name(),
                 software: format!("depthwise {}, f32", env!("CARGO_PKG_VERSION")),
-                source: source.to_owned(),
-                overhead_us: Summary::of(&self.overheads).median,
+                source: format!("{source}; medians times {slowdown:.3}, the mean over the median of a pass"),
+                overhead_us: Summary::of(&self.overheads).median * slowdown,
                 weight_bytes: self.engine.model.weight_bytes(),
                 kv_bytes_per_token: bytes_per_token(config),
             },
-            points: self.points(),
+            points: self.points(slowdown),
             mixed_attention: None,
         }
     }
 
-    fn points(&self) -> Vec<Point> {
+    fn points(&self, slowdown: f64) -> Vec<Point> {
         let summary = |shape| Summary::of(&self.samples[&shape]);
         let mut points: Vec<Point> = Vec::new();
         for &shape in &self.shapes {
@@ -204,8 +217,8 @@ impl Profiler {
                 rows,
                 kv_tokens,
                 depths,
-                time_us: summary.median,
-                spread_us: summary.spread,
+                time_us: summary.median * slowdown,
+                spread_us: summary.spread * slowdown,
                 repeats: summary.repeats,
             };
             let block = summary(Shape::Decode { rows, history: SHORT });
@@ -362,6 +375,9 @@ fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
     for &rows in &grid.decodes {
         shapes.push(Shape::Head { rows });
         shapes.extend(grid.histories.iter().map(|&history| Shape::Decode { rows, history }));
+    }
+    let largest = Grid::max(&grid.rows);
+    for rows in grid.decodes.iter().copied().filter(|&rows| rows < largest).chain([largest]) {
         shapes.extend((2..=num_loops.min(rows)).map(|depths| Shape::Mix { rows, depths }));
     }
     for &tokens in &grid.chunks {

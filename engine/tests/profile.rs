@@ -33,16 +33,18 @@ fn a_profile_covers_every_component_up_to_its_limits() {
     // A value of width 8 is padded to 32.
     assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
     assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
-    // What low-rank weights add is part of the block here.
-    assert_eq!(profile.points_of(Component::Lora).count(), 0);
-    for component in Component::ALL.into_iter().filter(|&component| component != Component::Lora) {
+    // What low-rank weights and parts without weights take is part of the block here.
+    let in_block = [Component::Lora, Component::Elementwise];
+    assert!(in_block.iter().all(|&component| profile.points_of(component).count() == 0));
+    for component in Component::ALL.into_iter().filter(|component| !in_block.contains(component)) {
         let points: Vec<_> = profile.points_of(component).collect();
         let deepest = if component == Component::DepthMix { 3 } else { 1 };
         let (rows, kv_tokens) = match component {
-            Component::Block | Component::Lora | Component::Embed => (20, 0),
-            Component::Head | Component::DepthMix => (5, 0),
+            Component::DepthMix => (20, 0),
+            Component::Head => (5, 0),
             Component::DecodeAttention => (5, 40),
             Component::PrefillAttention => (12, 40),
+            _ => (20, 0),
         };
         assert_eq!(points.iter().map(|point| point.rows).max(), Some(rows), "{component}");
         assert_eq!(points.iter().map(|point| point.kv_tokens).max(), Some(kv_tokens), "{component}");

@@ -12,7 +12,7 @@ use crate::profile::check_num_loops;
 use crate::table::{Owner, Row, Table, read_yaml, write_rows, write_yaml};
 
 /// What is read off a row after a pass to tell how sure the model is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Measure {
     /// Probability of the most likely token, 0 to 1. Needs the exit head.

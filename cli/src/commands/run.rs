@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use engine::executor::Sampling;
-use scheduler::{ExitPolicy, Settings};
+use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Serialize;
 use simulator::{Draw, ExitModel, LatencyModel, Summary, write_csv};
 use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
@@ -107,12 +107,9 @@ struct Variants {
 
 impl Variants {
     fn new(Experiment { serving, sweeps, .. }: &Experiment, num_loops: u8, requests: &[Request]) -> Self {
-        let measure = serving.exit.iter().find_map(|exit| match exit {
-            ExitPolicy::Confidence { measure, .. } => Some(*measure),
-            _ => None,
-        });
-        let at = |&threshold: &f32| measure.map(|measure| ExitPolicy::Confidence { measure, threshold });
-        let exit: Vec<ExitPolicy> = sweeps.thresholds.iter().filter_map(at).collect();
+        let at = |measure| move |&threshold: &f32| ExitPolicy::Confidence { measure, threshold };
+        let exit = sweeps.thresholds.iter().flat_map(|(&measure, thresholds)| thresholds.iter().map(at(measure)));
+        let thresholds = Serving { batching: vec![Batching::Depth], exit: exit.collect(), ..serving.clone() };
         let of_size = |&max_batch: &u32| Serving {
             max_batch,
             token_budget: serving.token_budget.max(max_batch),
@@ -120,7 +117,7 @@ impl Variants {
         };
         let settings = |serving: Serving| serving.all_settings(num_loops, requests);
         Self {
-            thresholds: settings(Serving { exit, ..serving.clone() }),
+            thresholds: settings(thresholds),
             max_batch: sweeps.max_batch.iter().map(of_size).flat_map(settings).collect(),
         }
     }
