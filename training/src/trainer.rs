@@ -128,25 +128,34 @@ impl Trainer {
         let text = read_texts(&options.text)?;
         let tokenizer = Tokenizer::train(&text, weights.config().vocab_size)?;
         std::fs::create_dir_all(folder).map_err(|e| in_file(folder, e))?;
-        let path = folder.join(OPTIONS_FILE);
-        let json = serde_json::to_string_pretty(&options).map_err(|e| in_file(&path, e.into()))?;
-        std::fs::write(&path, json).map_err(|e| in_file(&path, e))?;
+        save_options(&options, folder)?;
         let config = weights.config().clone();
         Self::new(options, folder, config, tokenizer, parameters, Vec::new())
     }
 
-    /// Goes on from the latest checkpoint in `folder`.
+    /// Goes on from the latest checkpoint in `folder`, to the planned end or to another number of
+    /// `steps`; the learning rate then follows the course of a run of that length from here on.
     ///
     /// # Errors
-    /// If the checkpoint is incomplete, or as for [`Trainer::start`].
-    pub fn resume(folder: &Path) -> Result<Self, TrainingError> {
+    /// If the checkpoint is incomplete, if more than `steps` were taken, or as for
+    /// [`Trainer::start`].
+    pub fn resume(folder: &Path, steps: Option<usize>) -> Result<Self, TrainingError> {
         let path = folder.join(OPTIONS_FILE);
         let json = std::fs::read_to_string(&path).map_err(|e| in_file(&path, e))?;
-        let options: TrainingOptions = serde_json::from_str(&json).map_err(|e| in_file(&path, e.into()))?;
+        let mut options: TrainingOptions = serde_json::from_str(&json).map_err(|e| in_file(&path, e.into()))?;
         let tokenizer = Tokenizer::load(&folder.join(TOKENIZER_FILE))?;
         let config = Weights::load(folder)?.config().clone();
-        let (parameters, step) = load_state(&folder.join(STATE_FILE), &config)?;
-        let curve = read_curve(&folder.join(LOSS_FILE), step)?;
+        let (parameters, taken) = load_state(&folder.join(STATE_FILE), &config)?;
+        let curve = read_curve(&folder.join(LOSS_FILE), taken)?;
+        options.steps = steps.unwrap_or(options.steps);
+        if options.steps < taken {
+            return Err(TrainingError::Option {
+                option: "steps",
+                found: options.steps.to_string(),
+                expected: format!("at least the {taken} already taken"),
+            });
+        }
+        save_options(&options, folder)?;
         Self::new(options, folder, config, tokenizer, parameters, curve)
     }
 
@@ -388,6 +397,12 @@ fn in_file(path: &Path, source: std::io::Error) -> TrainingError {
     TrainingError::File { path: path.to_owned(), source }
 }
 
+fn save_options(options: &TrainingOptions, folder: &Path) -> Result<(), TrainingError> {
+    let path = folder.join(OPTIONS_FILE);
+    let json = serde_json::to_string_pretty(options).map_err(|e| in_file(&path, e.into()))?;
+    std::fs::write(&path, json).map_err(|e| in_file(&path, e))
+}
+
 fn read_texts(paths: &[PathBuf]) -> Result<String, TrainingError> {
     let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| in_file(path, e));
     paths.iter().map(read).collect()
@@ -508,7 +523,7 @@ mod tests {
         };
         first.run(&stop, stop_after_three).unwrap();
         assert!(!first.is_finished());
-        let mut second = Trainer::resume(&halves).unwrap();
+        let mut second = Trainer::resume(&halves, None).unwrap();
         second.run(&never(), |_| {}).unwrap();
 
         assert!(second.is_finished());
@@ -516,6 +531,22 @@ mod tests {
         assert_eq!(second.weights().fingerprint().unwrap(), uninterrupted.weights().fingerprint().unwrap());
         let curve = |folder: &Path| std::fs::read(folder.join(LOSS_FILE)).unwrap();
         assert_eq!(curve(&halves), curve(&whole));
+    }
+
+    #[test]
+    fn a_finished_run_can_be_lengthened_but_not_shortened() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut trainer = Trainer::start(options(folder.path()), config(), folder.path()).unwrap();
+        trainer.run(&never(), |_| {}).unwrap();
+        let message = match Trainer::resume(folder.path(), Some(5)) {
+            Ok(_) => panic!("shortened a run below the steps it took"),
+            Err(error) => error.to_string(),
+        };
+        assert!(message.contains("`steps` is 5, expected at least the 6"), "{message}");
+        let mut longer = Trainer::resume(folder.path(), Some(8)).unwrap();
+        longer.run(&never(), |_| {}).unwrap();
+        assert_eq!((longer.curve().len(), longer.is_finished()), (8, true));
+        assert_eq!(longer.curve()[..6], *trainer.curve());
     }
 
     #[test]
@@ -553,7 +584,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut trainer = Trainer::start(options(folder.path()), config(), folder.path()).unwrap();
         trainer.run(&never(), |_| {}).unwrap();
-        let refusal = || match Trainer::resume(folder.path()) {
+        let refusal = || match Trainer::resume(folder.path(), None) {
             Ok(_) => panic!("resumed from a broken checkpoint"),
             Err(error) => error.to_string(),
         };

@@ -12,6 +12,7 @@ use training::objective::ObjectiveWeights;
 use training::optimizer::AdamWOptions;
 use training::trainer::{Event, Trainer, TrainingOptions};
 
+const DEFAULT_STEPS: usize = 4000;
 const BETWEEN_PROGRESS_LINES: Duration = Duration::from_secs(10);
 
 /// Train a recursive model with early exits on plain text.
@@ -20,8 +21,9 @@ const BETWEEN_PROGRESS_LINES: Duration = Duration::from_secs(10);
 /// from the last one. Ctrl-C writes a checkpoint and stops; `--resume` goes on from it.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Go on from the latest checkpoint in this folder, with the options it was started with
-    #[arg(long, value_name = "DIR", exclusive = true)]
+    /// Go on from the latest checkpoint in this folder, with the options it was started with;
+    /// only --steps may be given anew
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["text", "held_out", "out", "ModelArgs", "RunArgs"])]
     resume: Option<PathBuf>,
     /// Plain text to train on; several files are joined
     #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "resume")]
@@ -32,6 +34,9 @@ pub struct Args {
     /// Folder for the model, the loss curve and the checkpoint
     #[arg(long, value_name = "DIR", required_unless_present = "resume")]
     out: Option<PathBuf>,
+    /// Steps of the whole run [default: 4000]
+    #[arg(long)]
+    steps: Option<usize>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -76,17 +81,14 @@ struct ModelArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Training")]
 struct RunArgs {
-    /// Steps of the run
-    #[arg(long, default_value_t = 4000)]
-    steps: usize,
     /// Sequences per step
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 4)]
     batch: usize,
     /// Tokens per sequence
     #[arg(long, default_value_t = 256)]
     seq: usize,
     /// Learning rate after warm-up; it then falls along a cosine
-    #[arg(long, default_value_t = 3e-3)]
+    #[arg(long, default_value_t = 2e-3)]
     learning_rate: f64,
     /// Steps over which the learning rate rises
     #[arg(long, default_value_t = 100)]
@@ -101,7 +103,7 @@ struct RunArgs {
     #[arg(long, default_value_t = 0.1)]
     intermediate_weight: f64,
     /// Weight of an earlier loop's divergence from the last loop
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 0.2)]
     distillation_weight: f64,
     /// Threads that share a step
     #[arg(long, default_value_t = 2)]
@@ -120,7 +122,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let folder = args.resume.clone().or_else(|| args.out.clone());
     let folder = folder.context("either --out or --resume is needed")?;
     let mut trainer = match args.resume {
-        Some(folder) => Trainer::resume(&folder)?,
+        Some(folder) => Trainer::resume(&folder, args.steps)?,
         None => Trainer::start(options(&args)?, config(&args.model), &folder)?,
     };
     let parameters = trainer.weights().num_parameters();
@@ -173,7 +175,7 @@ fn options(args: &Args) -> anyhow::Result<TrainingOptions> {
     Ok(TrainingOptions {
         text: args.text.clone(),
         held_out: args.held_out.clone().context("--held-out is needed")?,
-        steps: run.steps,
+        steps: args.steps.unwrap_or(DEFAULT_STEPS),
         batch: run.batch,
         seq: run.seq,
         workers: run.workers,
