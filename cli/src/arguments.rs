@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use engine::executor::Sampling;
 use scheduler::{Batching, ExitPolicy, Settings};
-use simulator::{Draw, ExitModel, LatencyModel};
+use simulator::{Draw, ExitModel, LatencyModel, Objectives, Routing, Simulation};
 use traces::{ExitTrace, LatencyProfile, Request, RequestFormat, RequestSpec, RequestTrace, check_same_model};
 
 use crate::experiment::Serving;
 use crate::measure::NamedEngine;
+use crate::runs::Machines;
 
 /// Which requests to serve.
 #[derive(Debug, clap::Args)]
@@ -179,6 +180,15 @@ pub struct SimulationArgs {
     exits: PathBuf,
     #[command(flatten)]
     serving: ServingArgs,
+    /// Machines, each with a batch and a cache of its own
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    replicas: usize,
+    /// How requests are spread over them: round-robin, random[:SEED], least-loaded, two-choices[:SEED]
+    #[arg(long, default_value = "round-robin", value_name = "RULE")]
+    routing: Routing,
+    /// Draw times from their measured spread instead of taking medians
+    #[arg(long)]
+    spread: bool,
     /// Seed of what is drawn at random
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -194,6 +204,18 @@ pub struct SimulationInput {
     pub exits: ExitModel,
     /// One for each combination of policies.
     pub settings: Vec<Settings>,
+    /// What runs them.
+    pub machines: Machines,
+}
+
+impl SimulationInput {
+    /// A simulation for each combination of policies.
+    ///
+    /// # Errors
+    /// If the settings are of another model.
+    pub fn simulations(&self) -> Result<Vec<Simulation<'_>>> {
+        Ok(self.machines.simulations(&self.settings, &self.latency, &self.exits)?)
+    }
 }
 
 impl SimulationArgs {
@@ -209,6 +231,38 @@ impl SimulationArgs {
         let latency = LatencyModel::new(&profile)?;
         let exits = ExitModel::new(&exits, Draw::Seeded(self.seed))?;
         let settings = self.serving.serving().all_settings(exits.num_loops(), &requests);
-        Ok(SimulationInput { requests, latency, exits, settings })
+        let spread = self.spread.then_some(self.seed);
+        let machines = Machines { replicas: self.replicas, routing: self.routing, spread };
+        Ok(SimulationInput { requests, latency, exits, settings, machines })
+    }
+}
+
+/// What requests must meet to count for goodput.
+#[derive(Debug, clap::Args)]
+pub struct ObjectiveArgs {
+    /// Objective: longest time to the first token
+    #[arg(long, value_name = "MS")]
+    ttft_ms: Option<f64>,
+    /// Objective: longest time per token after the first
+    #[arg(long, value_name = "MS")]
+    tpot_ms: Option<f64>,
+    /// Objective: longest time to the last token
+    #[arg(long, value_name = "MS")]
+    e2e_ms: Option<f64>,
+}
+
+impl ObjectiveArgs {
+    /// The objectives; none if there is not one.
+    ///
+    /// # Errors
+    /// If one is negative or not a number.
+    pub fn objectives(&self) -> Result<Option<Objectives>> {
+        let &Self { ttft_ms, tpot_ms, e2e_ms } = self;
+        for (name, bound) in [("--ttft-ms", ttft_ms), ("--tpot-ms", tpot_ms), ("--e2e-ms", e2e_ms)] {
+            let bound = bound.unwrap_or_default();
+            ensure!(bound.is_finite() && bound >= 0.0, "{name} {bound}: expected 0 or more");
+        }
+        let objectives = Objectives { ttft_ms, tpot_ms, e2e_ms };
+        Ok((objectives != Objectives::default()).then_some(objectives))
     }
 }

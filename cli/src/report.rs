@@ -8,9 +8,10 @@ use traces::ExitTrace;
 use crate::runs::Run;
 use crate::validation::{Comparison, THROUGHPUT, errors};
 
-/// Prints one line per run.
+/// Prints one line per run; with goodput where there are objectives.
 pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
-    let header = [
+    let summaries: Vec<&Summary> = summaries.into_iter().collect();
+    let mut header = vec![
         "",
         "batching",
         "exit",
@@ -22,11 +23,14 @@ pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
         "TPOT p50 ms",
         "e2e p99 ms",
     ];
+    if summaries.iter().any(|summary| summary.goodput_req_s.is_some()) {
+        header.push("goodput req/s");
+    }
     print_table(&header, summaries.into_iter().map(cells).collect());
 }
 
 fn cells(summary: &Summary) -> Vec<String> {
-    vec![
+    let mut cells = vec![
         summary.source.to_string(),
         summary.batching.to_string(),
         summary.exit_policy.clone(),
@@ -37,7 +41,9 @@ fn cells(summary: &Summary) -> Vec<String> {
         format!("{:.1}", summary.ttft_p50_ms),
         format!("{:.2}", summary.tpot_p50_ms),
         format!("{:.1}", summary.e2e_p99_ms),
-    ]
+    ];
+    cells.extend(summary.goodput_req_s.map(|goodput| format!("{goodput:.3}")));
+    cells
 }
 
 /// Prints what an exit trace holds, a line per depth.

@@ -5,7 +5,10 @@ use std::path::Path;
 use anyhow::Result;
 use scheduler::Settings;
 use serde::Serialize;
-use simulator::{ExitModel, LatencyModel, Metrics, Simulation, Source, Summary, run_all, write_csv};
+use simulator::{
+    ExitModel, Extrapolations, LatencyModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError,
+    Source, Summary, run_all, write_csv,
+};
 use traces::Request;
 
 /// One run under one batching and one exit policy.
@@ -16,8 +19,44 @@ pub struct Run {
     pub metrics: Metrics,
 }
 
-/// Simulates every one of `settings` over the same requests, on all cores; warns of times that had to be
-/// extrapolated.
+/// The machines of a simulated system.
+#[derive(Clone, Copy, Debug)]
+pub struct Machines {
+    /// How many.
+    pub replicas: usize,
+    /// How requests are spread over them.
+    pub routing: Routing,
+    /// Seed to draw times from their spread with; none for medians.
+    pub spread: Option<u64>,
+}
+
+impl Machines {
+    /// One machine whose times are the medians.
+    pub const ONE: Self = Self { replicas: 1, routing: Routing::RoundRobin, spread: None };
+
+    /// A simulation for every one of `settings`.
+    ///
+    /// # Errors
+    /// If profile, exit trace and settings do not belong together.
+    pub fn simulations<'m>(
+        &self,
+        settings: &[Settings],
+        latency: &'m LatencyModel,
+        exits: &'m ExitModel,
+    ) -> Result<Vec<Simulation<'m>>, SimulationError> {
+        let simulation = |&settings| {
+            let simulation = Simulation::new(settings, latency, exits)?.with_routing(self.routing);
+            Ok(match self.spread {
+                Some(seed) => simulation.with_spread(seed),
+                None => simulation,
+            })
+        };
+        settings.iter().map(simulation).collect()
+    }
+}
+
+/// Simulates every one of `settings` over the same requests on one machine, on all cores; warns of times that had to
+/// be extrapolated.
 ///
 /// # Errors
 /// If profile, exit trace and settings do not belong together, or a request cannot be served.
@@ -27,21 +66,39 @@ pub fn simulate_all(
     exits: &ExitModel,
     requests: &[Request],
 ) -> Result<Vec<Run>> {
-    let simulations =
-        settings.iter().map(|&settings| Simulation::new(settings, latency, exits)).collect::<Result<Vec<_>, _>>()?;
-    let outcomes = run_all(&simulations, requests, |settings| Metrics::new(settings).with_requests())?;
-    let mut beyond = simulator::Extrapolations::default();
-    let runs = outcomes
-        .into_iter()
-        .map(|(metrics, outcome)| {
-            beyond.merge(&outcome.extrapolations);
-            Run { summary: metrics.summary(Source::Simulated, Some(outcome.token_agreement())), metrics }
-        })
-        .collect();
+    run_simulations(&Machines::ONE.simulations(settings, latency, exits)?, 1, None, requests)
+}
+
+/// Runs simulations over the same requests, on all cores; warns of times that had to be extrapolated.
+///
+/// # Errors
+/// If a request cannot be served, or there is no machine.
+pub fn run_simulations(
+    simulations: &[Simulation<'_>],
+    replicas: usize,
+    objectives: Option<Objectives>,
+    requests: &[Request],
+) -> Result<Vec<Run>> {
+    let outcomes = run_all(simulations, requests, |settings| {
+        let metrics = Metrics::new(settings).with_requests();
+        vec![objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives)); replicas]
+    })?;
+    let mut beyond = Extrapolations::default();
+    let run = |(metrics, outcome): (Vec<Metrics>, Outcome)| {
+        beyond.merge(&outcome.extrapolations);
+        let metrics = Metrics::merged(metrics).ok_or(SimulationError::NoReplicas)?;
+        Ok(Run { summary: metrics.summary(Source::Simulated, Some(outcome.token_agreement())), metrics })
+    };
+    let runs = outcomes.into_iter().map(run).collect();
+    warn_of_extrapolations(&beyond);
+    runs
+}
+
+/// Says where runs left what was measured, if they did.
+pub fn warn_of_extrapolations(beyond: &Extrapolations) {
     if !beyond.is_empty() {
         eprintln!("warning: some times are beyond what was measured:\n{beyond}");
     }
-    Ok(runs)
 }
 
 /// Which run a line is of: the first columns of files that hold several runs.

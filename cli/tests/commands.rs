@@ -217,6 +217,56 @@ fn a_simulation_is_the_same_to_the_bit_on_any_number_of_threads() {
 }
 
 #[test]
+fn several_machines_report_goodput_and_leave_a_timeline() {
+    let scene = Scene::new();
+    scene.measured();
+    let machines = ["--replicas", "2", "--routing", "least-loaded", "--spread", "--ttft-ms", "100000"];
+    let one_policy = ["--batching", "depth", "--exit", "oracle"];
+    let printed = scene.succeed(&scene.simulate(&[&machines[..], &one_policy, &["--out", "two"]].concat()));
+    assert!(printed.contains("goodput req/s"), "{printed}");
+    let summary = lines(&scene.path("two/summary.csv"));
+    assert_eq!(column(&summary, "replicas"), ["2"]);
+    assert_eq!(column(&summary, "objectives_met"), ["1.0"]);
+    let timeline = |more: &[&'static str]| {
+        let mut arguments = scene.simulate(&["--out", "timeline.json", "--replicas", "2"]);
+        arguments[0] = "timeline";
+        [&arguments[..], more].concat()
+    };
+    scene.succeed(&timeline(&one_policy));
+    let written = fs::read_to_string(scene.path("timeline.json")).unwrap();
+    for name in ["machine 0", "machine 1", "request 39", "rows by depth"] {
+        assert!(written.contains(name), "{name}");
+    }
+    assert!(scene.fail(&timeline(&[])).contains("a timeline is of one"));
+    assert!(scene.fail(&scene.simulate(&["--replicas", "0"])).contains("no replicas"));
+    assert!(scene.fail(&scene.simulate(&["--ttft-ms", "NaN"])).contains("--ttft-ms"));
+}
+
+#[test]
+fn capacity_is_the_highest_rate_within_the_objectives() {
+    let scene = Scene::new();
+    scene.measured();
+    // On any machine: 100 to 120 microseconds a pass, and nothing else.
+    let points = "block,1,0,1,100,0,9\nblock,64,0,1,120,0,9\nembed,1,0,1,0,0,9\nembed,64,0,1,0,0,9\n\
+                  head,1,0,1,0,0,9\nhead,64,0,1,0,0,9\n";
+    scene.write("profile/latency.csv", &format!("component,rows,kv_tokens,depths,time_us,spread_us,repeats\n{points}"));
+    let capacity = |more: &[&'static str]| {
+        let mut arguments = scene.simulate(&["--exit", "none"]);
+        arguments[0] = "capacity";
+        [&arguments[..], more].concat()
+    };
+    let printed = scene.succeed(&capacity(&["--e2e-ms", "10"]));
+    let rates: Vec<f64> =
+        printed.lines().skip(1).map(|line| line.split_whitespace().nth(3).unwrap().parse().unwrap()).collect();
+    // 8 places serve a request of 8 tokens in about 24 passes of 0.1 ms.
+    assert!(rates.len() == 3 && rates.iter().all(|rate| (500.0..20_000.0).contains(rate)), "{printed}");
+    let printed = scene.succeed(&capacity(&["--e2e-ms", "0.1"]));
+    assert_eq!(printed.matches(" - ").count(), 5 * 3, "no rate is low enough: {printed}");
+    assert!(scene.fail(&capacity(&["--e2e-ms", "100000"])).contains("met even at"));
+    assert!(scene.fail(&capacity(&[])).contains("no objective"));
+}
+
+#[test]
 fn replay_writes_what_it_measured() {
     let scene = Scene::new();
     scene.succeed(&[

@@ -1,7 +1,9 @@
 //! The highest request rate that meets latency objectives.
 
+use rayon::prelude::*;
 use traces::{Nanos, Request};
 
+use crate::latency::Extrapolations;
 use crate::metrics::{Metrics, Source, Summary};
 use crate::objectives::{Attainment, Objectives};
 use crate::simulation::{Simulation, SimulationError};
@@ -31,6 +33,8 @@ pub struct Capacity {
     pub rate_per_s: f64,
     /// The run at that rate.
     pub summary: Summary,
+    /// Where that run left the profile's measured grid.
+    pub extrapolations: Extrapolations,
 }
 
 /// Why there is no highest rate.
@@ -109,7 +113,17 @@ pub fn capacity(
         let middle = f64::midpoint(met, missed);
         *(if met_at(middle)? { &mut met } else { &mut missed }) = middle;
     }
-    Ok(Capacity { rate_per_s: met * own_rate, summary: summary_at(simulation, requests, search, met)? })
+    let (summary, extrapolations) = run_at(simulation, requests, search, met)?;
+    Ok(Capacity { rate_per_s: met * own_rate, summary, extrapolations })
+}
+
+/// Searches for every one of `simulations`, in parallel; results come in their order.
+pub fn capacities(
+    simulations: &[Simulation<'_>],
+    requests: &[Request],
+    search: &CapacitySearch,
+) -> Vec<Result<Capacity, CapacityError>> {
+    simulations.par_iter().map(|simulation| capacity(simulation, requests, search)).collect()
 }
 
 impl CapacitySearch {
@@ -125,16 +139,17 @@ impl CapacitySearch {
     }
 }
 
-fn summary_at(
+/// The run at `factor` times the trace's own rate.
+fn run_at(
     simulation: &Simulation<'_>,
     requests: &[Request],
     search: &CapacitySearch,
     factor: f64,
-) -> Result<Summary, SimulationError> {
+) -> Result<(Summary, Extrapolations), SimulationError> {
     let mut metrics = vec![Metrics::new(simulation.settings()).with_objectives(search.objectives); search.replicas];
     let outcome = simulation.run(at_factor(requests, factor), &mut metrics)?;
     let merged = Metrics::merged(metrics).ok_or(SimulationError::NoReplicas)?;
-    Ok(merged.summary(Source::Simulated, Some(outcome.token_agreement())))
+    Ok((merged.summary(Source::Simulated, Some(outcome.token_agreement())), outcome.extrapolations))
 }
 
 /// Gaps between the first and the last arrival, per second; none if they arrive together.

@@ -67,7 +67,7 @@ pub mod simulation;
 mod spread;
 pub mod timeline;
 
-pub use capacity::{Capacity, CapacityError, CapacitySearch, capacity};
+pub use capacity::{Capacity, CapacityError, CapacitySearch, capacities, capacity};
 pub use executor::ProfileExecutor;
 pub use exits::{Draw, ExitError, ExitModel};
 pub use latency::{Extrapolations, LatencyError, LatencyModel};

@@ -148,23 +148,22 @@ impl<'m> Simulation<'m> {
     }
 }
 
-/// Runs one machine for each of `simulations` over the same requests, in parallel; results come in their order and
-/// do not depend on the number of threads.
+/// Runs every one of `simulations` over the same requests, in parallel, each on as many machines as `observers` makes
+/// for it; results come in their order and do not depend on the number of threads.
 ///
 /// # Errors
 /// The first, in order, of those of [`Simulation::run`].
 pub fn run_all<O: Observer + Send>(
     simulations: &[Simulation<'_>],
     requests: &[Request],
-    observer: impl Fn(&Settings) -> O + Sync,
-) -> Result<Vec<(O, Outcome)>, SimulationError> {
+    observers: impl Fn(&Settings) -> Vec<O> + Sync,
+) -> Result<Vec<(Vec<O>, Outcome)>, SimulationError> {
     let runs: Vec<_> = simulations
         .par_iter()
         .map(|simulation| {
-            let mut observers = [observer(simulation.settings())];
+            let mut observers = observers(simulation.settings());
             let outcome = simulation.run(requests.iter().copied(), &mut observers)?;
-            let [observer] = observers;
-            Ok((observer, outcome))
+            Ok((observers, outcome))
         })
         .collect();
     runs.into_iter().collect()

@@ -4,7 +4,7 @@ mod common;
 
 use common::{PASS, constant_latency, drawn_exits, poisson, queued, settings, varied_latency};
 use scheduler::Batching;
-use simulator::{CapacityError, CapacitySearch, Objectives, Simulation, capacity};
+use simulator::{CapacityError, CapacitySearch, Objectives, Simulation, capacities, capacity};
 use traces::{Nanos, Request};
 
 /// A request every 10 ms; with one token and one loop each takes the machine for one pass.
@@ -49,14 +49,13 @@ fn a_trace_above_capacity_is_slowed_down_to_it() {
 fn early_exits_raise_capacity_most_under_depth_wise_batching() {
     let (latency, exits) = (varied_latency(3), drawn_exits(&[0.7, 0.2, 0.1], 100, 50, 3));
     let requests: Vec<Request> = poisson(1500, 20.0, 30, 50, 5).collect();
-    let rate = |batching, exit| {
-        let simulation = Simulation::new(settings(batching, exit, 3, 16), &latency, &exits).unwrap();
-        let objectives = Objectives { ttft_ms: Some(50.0), tpot_ms: Some(2.0), e2e_ms: None };
-        let search = CapacitySearch { objectives, share: 0.95, replicas: 1, tolerance: 0.01 };
-        capacity(&simulation, &requests, &search).unwrap().rate_per_s
-    };
-    let (lockstep, lockstep_exits) = (rate(Batching::Sequence, "none"), rate(Batching::Sequence, "oracle"));
-    let depth_exits = rate(Batching::Depth, "oracle");
+    let simulations = [(Batching::Sequence, "none"), (Batching::Sequence, "oracle"), (Batching::Depth, "oracle")]
+        .map(|(batching, exit)| Simulation::new(settings(batching, exit, 3, 16), &latency, &exits).unwrap());
+    let objectives = Objectives { ttft_ms: Some(50.0), tpot_ms: Some(2.0), e2e_ms: None };
+    let search = CapacitySearch { objectives, share: 0.95, replicas: 1, tolerance: 0.01 };
+    let rates: Vec<f64> =
+        capacities(&simulations, &requests, &search).into_iter().map(|found| found.unwrap().rate_per_s).collect();
+    let [lockstep, lockstep_exits, depth_exits] = rates[..] else { panic!("{rates:?}") };
     assert!(lockstep < lockstep_exits && 1.5 * lockstep < depth_exits, "{lockstep} {lockstep_exits} {depth_exits}");
 }
 

@@ -5,16 +5,18 @@ use std::path::PathBuf;
 use anyhow::Result;
 use simulator::write_csv;
 
-use crate::arguments::SimulationArgs;
+use crate::arguments::{ObjectiveArgs, SimulationArgs};
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
-use crate::runs::{Run, simulate_all, write_requests};
+use crate::runs::{Run, run_simulations, write_requests};
 
 /// Replay a request trace in the simulator, under every batching and exit policy asked for
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     simulation: SimulationArgs,
+    #[command(flatten)]
+    objectives: ObjectiveArgs,
     /// Folder to write summary.csv and requests.csv to
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -24,7 +26,8 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
     let input = args.simulation.load()?;
-    let runs = simulate_all(&input.settings, &input.latency, &input.exits, &input.requests)?;
+    let (simulations, replicas) = (input.simulations()?, input.machines.replicas);
+    let runs = run_simulations(&simulations, replicas, args.objectives.objectives()?, &input.requests)?;
     report::print_summaries(runs.iter().map(|run| &run.summary));
     match folder {
         Some(folder) => write(folder, &args, &runs),

@@ -5,7 +5,7 @@ use std::io::BufWriter;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use simulator::{Simulation, Timeline, write_timeline};
+use simulator::{Timeline, write_timeline};
 use traces::Nanos;
 
 use crate::arguments::SimulationArgs;
@@ -29,8 +29,9 @@ pub fn run(args: Args) -> Result<()> {
     let count = input.settings.len();
     ensure!(count == 1, "{count} combinations of --batching and --exit: a timeline is of one");
     let window = Nanos::from_secs_f64(args.keep_s[0])..Nanos::from_secs_f64(args.keep_s[1]);
-    let mut watched = [Timeline::new(0, window)];
-    Simulation::new(input.settings[0], &input.latency, &input.exits)?.run(input.requests, &mut watched)?;
+    let mut watched: Vec<Timeline> =
+        (0..input.machines.replicas as u32).map(|machine| Timeline::new(machine, window.clone())).collect();
+    input.simulations()?[0].run(input.requests.iter().copied(), &mut watched)?;
     let partial = args.out.with_extension("partial");
     let write = || -> std::io::Result<()> {
         write_timeline(BufWriter::new(File::create(&partial)?), &watched)?;

@@ -86,7 +86,7 @@ impl Metrics {
         Self { requests: Some(Vec::new()), ..self }
     }
 
-    /// Keeps a row for each pass, 48 bytes each.
+    /// Keeps a row for each pass, 40 bytes each.
     pub fn with_passes(self) -> Self {
         Self { passes: Some(Vec::new()), ..self }
     }
