@@ -149,12 +149,12 @@ impl<'a> Figures<'a> {
         let by_threshold = self.results.join(SWEEP_THRESHOLD);
         if by_threshold.exists() {
             let summaries: Vec<Summary> = read(&by_threshold)?;
-            let title = "Throughput and token agreement against the exit threshold";
+            let title = "Throughput and agreement of exits, over exact keys and values, against the threshold";
             plots::thresholds(&self.figure("thresholds", title, Origin::Simulated), &threshold_lines(&summaries))?;
             let lines = policy_lines(&summaries, |summary| {
                 (summary.throughput_tok_s, summary.token_agreement.unwrap_or(f64::NAN))
             });
-            let title = "Throughput against token agreement over exit thresholds";
+            let title = "Throughput against agreement of exits, over exact keys and values";
             plots::pareto(&self.figure("pareto", title, Origin::Simulated), &lines)?;
         }
         Ok(())
