@@ -183,7 +183,7 @@ pub struct SimulationArgs {
     /// Machines, each with a batch and a cache of its own
     #[arg(long, default_value_t = 1, value_name = "N")]
     replicas: usize,
-    /// How requests are spread over them: round-robin, random[:SEED], least-loaded, two-choices[:SEED]
+    /// How requests are spread over them: round-robin, random or random:SEED, least-loaded, two-choices or two-choices:SEED
     #[arg(long, default_value = "round-robin", value_name = "RULE")]
     routing: Routing,
     /// Draw times from their measured spread instead of taking medians

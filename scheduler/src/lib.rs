@@ -2,7 +2,7 @@
 //!
 //! One scheduler, two executors: [`Scheduler`] decides which rows share the next pass of the block, an
 //! [`Executor`] runs it and answers how long it took and how sure each row was. The engine's executor runs the
-//! model; the simulator's looks both up. [`serve`] is the loop around them.
+//! model; the simulator's looks both up. [`serve()`] is the loop around them.
 //!
 //! ```
 //! use scheduler::{serve, Batching, ExitPolicy, Executor, Pass, Server, Settings, Slot, VirtualClock};
