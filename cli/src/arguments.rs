@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use engine::executor::Sampling;
 use scheduler::{Batching, ExitPolicy, Settings};
-use simulator::{Draw, ExitModel, LatencyModel, Objectives, Routing, Simulation};
-use traces::{ExitTrace, LatencyProfile, Request, RequestFormat, RequestSpec, RequestTrace, check_same_model};
+use simulator::{ExitModel, LatencyModel, Objectives, Routing, Simulation};
+use traces::{Request, RequestFormat, RequestSpec, RequestTrace};
 
 use crate::experiment::Serving;
 use crate::measure::NamedEngine;
-use crate::runs::Machines;
+use crate::runs::{Machines, load_models};
 
 /// Which requests to serve.
 #[derive(Debug, clap::Args)]
@@ -225,11 +225,7 @@ impl SimulationArgs {
     /// If one does not read, or profile and exit trace are of different models.
     pub fn load(&self) -> Result<SimulationInput> {
         let requests = self.requests.load()?.requests;
-        let profile = LatencyProfile::read(&self.profile)?;
-        let exits = ExitTrace::read(&self.exits)?;
-        check_same_model(&profile, &exits)?;
-        let latency = LatencyModel::new(&profile)?;
-        let exits = ExitModel::new(&exits, Draw::Seeded(self.seed))?;
+        let (latency, exits) = load_models(&self.profile, &self.exits, self.seed)?;
         let settings = self.serving.serving().all_settings(exits.num_loops(), &requests);
         let spread = self.spread.then_some(self.seed);
         let machines = Machines { replicas: self.replicas, routing: self.routing, spread };

@@ -99,9 +99,7 @@ pub fn measure(
     };
 
     bar.set_message("recording exit signals at full depth");
-    let source =
-        format!("depthwise: {} requests at full depth, temperature {}", requests.len(), engine.sampling.temperature);
-    let exits = engine.record(requests, name, &source, &mut ())?;
+    let exits = record(named, requests)?;
     let oracle = Arc::new(oracle_depths(&exits, requests));
 
     let mut profiler = Profiler::new(engine, Grid::up_to(limits))?;
@@ -111,7 +109,7 @@ pub fn measure(
         profiler.round(|_, _| ())?;
         for (runs, &settings) in repeated.iter_mut().zip(settings) {
             step(format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
-            let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
+            let agreement = runs.first().and_then(|run: &Run| run.summary.token_agreement);
             runs.push(replay(engine, settings, requests, &oracle, Idle::Skip, agreement)?);
         }
     }
@@ -157,16 +155,16 @@ pub fn replay(
     requests: &[Request],
     oracle: &Arc<ExitDepths>,
     idle: Idle,
-    agreement: Option<Option<f64>>,
+    agreement: Option<f64>,
 ) -> Result<Run> {
     let mut metrics = Metrics::new(&settings).with_requests();
     let oracle = (settings.exit.look() == Look::Oracle).then(|| oracle.clone());
     let generations = engine.replay(settings, requests, oracle, idle, &mut metrics)?;
     let agreement = match agreement {
         Some(known) => known,
-        None => Some(engine.agreement(&generations)?),
+        None => engine.agreement(&generations)?,
     };
-    Ok(Run { summary: metrics.summary(Source::Measured, agreement), metrics })
+    Ok(Run { summary: metrics.summary(Source::Measured, Some(agreement)), metrics })
 }
 
 /// The run of median throughput; of an even number, the slower of the middle two.

@@ -1,15 +1,18 @@
 //! Runs of the simulator, and what is written of any run.
 
+use std::fmt::Debug;
 use std::path::Path;
 
 use anyhow::Result;
 use scheduler::Settings;
 use serde::Serialize;
 use simulator::{
-    ExitModel, Extrapolations, LatencyModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError,
+    Draw, ExitModel, Extrapolations, LatencyModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError,
     Source, Summary, run_all, write_csv,
 };
-use traces::Request;
+use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
+
+use crate::results::{CONFIG, ResultsFolder};
 
 /// One run under one batching and one exit policy.
 pub struct Run {
@@ -17,6 +20,17 @@ pub struct Run {
     pub summary: Summary,
     /// What it was made of.
     pub metrics: Metrics,
+}
+
+/// Reads what a simulation looks times and exits up in; exits are drawn with `seed`.
+///
+/// # Errors
+/// If a folder does not read, or the two are of different models.
+pub fn load_models(profile: &Path, exits: &Path, seed: u64) -> Result<(LatencyModel, ExitModel)> {
+    let profile = LatencyProfile::read(profile)?;
+    let exits = ExitTrace::read(exits)?;
+    check_same_model(&profile, &exits)?;
+    Ok((LatencyModel::new(&profile)?, ExitModel::new(&exits, Draw::Seeded(seed))?))
 }
 
 /// The machines of a simulated system.
@@ -99,6 +113,17 @@ pub fn warn_of_extrapolations(beyond: &Extrapolations) {
     if !beyond.is_empty() {
         eprintln!("warning: some times are beyond what was measured:\n{beyond}");
     }
+}
+
+/// Finishes a folder of results with the command that made it, `summary.csv` and `requests.csv`.
+///
+/// # Errors
+/// If something cannot be written.
+pub fn write_results(folder: ResultsFolder, command: &str, args: &impl Debug, runs: &[Run]) -> Result<()> {
+    std::fs::write(folder.path().join(CONFIG), format!("command: {command}\narguments: |\n  {args:?}\n"))?;
+    write_csv(&folder.path().join("summary.csv"), runs.iter().map(|run| &run.summary))?;
+    write_requests(folder.path(), runs)?;
+    folder.finish()
 }
 
 /// Which run a line is of: the first columns of files that hold several runs.

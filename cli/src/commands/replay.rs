@@ -7,14 +7,13 @@ use anyhow::{Result, ensure};
 use engine::clock::Idle;
 use engine::replay::oracle_depths;
 use scheduler::{Look, Settings};
-use simulator::write_csv;
 use traces::{ExitTrace, Request};
 
 use crate::arguments::{EngineArgs, RequestArgs, ServingArgs};
 use crate::measure::{NamedEngine, progress, record, replay};
 use crate::report;
-use crate::results::{CONFIG, ResultsFolder};
-use crate::runs::write_requests;
+use crate::results::ResultsFolder;
+use crate::runs::write_results;
 
 /// Replay a request trace on the engine, under every batching and exit policy asked for
 #[derive(Debug, clap::Args)]
@@ -43,28 +42,27 @@ pub fn run(args: Args) -> Result<()> {
     let named = args.engine.load()?;
     let settings = args.serving.serving().all_settings(named.num_loops(), &requests);
     let needs_oracle = settings.iter().any(|settings| settings.exit.look() == Look::Oracle);
-    let oracle = match needs_oracle {
+    let oracle = Arc::new(match needs_oracle {
         true => oracle_depths(&exits(&args, &named, &requests)?, &requests),
         false => Default::default(),
-    };
+    });
     let idle = if args.real_time { Idle::Sleep } else { Idle::Skip };
     let bar = progress(settings.len());
     let runs = settings
         .iter()
         .map(|&settings: &Settings| {
             bar.set_message(format!("{}, {}", settings.batching, settings.exit));
-            let run = replay(&named.engine, settings, &requests, &Arc::new(oracle.clone()), idle, None);
+            let run = replay(&named.engine, settings, &requests, &oracle, idle, None);
             bar.inc(1);
             run
         })
         .collect::<Result<Vec<_>>>()?;
     bar.finish_and_clear();
     report::print_summaries(runs.iter().map(|run| &run.summary));
-    let Some(folder) = folder else { return Ok(()) };
-    std::fs::write(folder.path().join(CONFIG), format!("command: replay\narguments: |\n  {args:?}\n"))?;
-    write_csv(&folder.path().join("summary.csv"), runs.iter().map(|run| &run.summary))?;
-    write_requests(folder.path(), &runs)?;
-    folder.finish()
+    match folder {
+        Some(folder) => write_results(folder, "replay", &args, &runs),
+        None => Ok(()),
+    }
 }
 
 /// The exit trace given, if it is of this model and these requests; else a new one.

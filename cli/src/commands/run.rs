@@ -7,7 +7,7 @@ use engine::executor::Sampling;
 use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Serialize;
 use simulator::{Draw, ExitModel, LatencyModel, Summary, write_csv};
-use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
+use traces::Request;
 
 use crate::arguments::load_requests;
 use crate::experiment::{EngineSpec, Experiment, Serving, System};
@@ -15,7 +15,7 @@ use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
 use crate::measure::{NamedEngine, limits, measure};
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
-use crate::runs::{Run, simulate_all, write_depth_rows, write_requests};
+use crate::runs::{Run, load_models, simulate_all, write_depth_rows, write_requests};
 use crate::validation::compare;
 
 /// Do a whole experiment: measure, replay, simulate, compare, draw
@@ -151,13 +151,8 @@ impl OfSystem {
 fn simulate_systems(experiment: &Experiment, base: &Path, requests: &[Request], results: &Path) -> Result<()> {
     let mut lines = Vec::new();
     for system in &experiment.systems {
-        let profile = LatencyProfile::read(base.join(&system.profile))?;
-        let exits = ExitTrace::read(base.join(&system.exits))?;
-        check_same_model(&profile, &exits)?;
-        let serving = system.serving(&experiment.serving);
-        let settings = serving.all_settings(exits.meta.num_loops as u8, requests);
-        let latency = LatencyModel::new(&profile)?;
-        let exits = ExitModel::new(&exits, Draw::Seeded(experiment.seed))?;
+        let (latency, exits) = load_models(&base.join(&system.profile), &base.join(&system.exits), experiment.seed)?;
+        let settings = system.serving(&experiment.serving).all_settings(exits.num_loops(), requests);
         let runs = simulate_all(&settings, &latency, &exits, requests)?;
         lines.extend(runs.into_iter().map(|run| (OfSystem::new(system, &run), run.summary)));
     }

@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use simulator::write_csv;
 
 use crate::arguments::{ObjectiveArgs, SimulationArgs};
 use crate::report;
-use crate::results::{CONFIG, ResultsFolder};
-use crate::runs::{Run, run_simulations, write_requests};
+use crate::results::ResultsFolder;
+use crate::runs::{run_simulations, write_results};
 
 /// Replay a request trace in the simulator, under every batching and exit policy asked for
 #[derive(Debug, clap::Args)]
@@ -30,14 +29,7 @@ pub fn run(args: Args) -> Result<()> {
     let runs = run_simulations(&simulations, replicas, args.objectives.objectives()?, &input.requests)?;
     report::print_summaries(runs.iter().map(|run| &run.summary));
     match folder {
-        Some(folder) => write(folder, &args, &runs),
+        Some(folder) => write_results(folder, "simulate", &args, &runs),
         None => Ok(()),
     }
-}
-
-fn write(folder: ResultsFolder, args: &Args, runs: &[Run]) -> Result<()> {
-    std::fs::write(folder.path().join(CONFIG), format!("command: simulate\narguments: |\n  {args:?}\n"))?;
-    write_csv(&folder.path().join("summary.csv"), runs.iter().map(|run| &run.summary))?;
-    write_requests(folder.path(), runs)?;
-    folder.finish()
 }
