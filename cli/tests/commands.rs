@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use engine::config::{MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+use engine::config::ModelConfig;
 use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
 use tempfile::TempDir;
@@ -20,8 +20,6 @@ impl Scene {
         let scene = Self(tempfile::tempdir().unwrap());
         let tokenizer = Tokenizer::train(TEXT, 272).unwrap();
         let config = ModelConfig {
-            schema_version: SCHEMA_VERSION,
-            model_type: MODEL_TYPE.into(),
             vocab_size: tokenizer.vocab_size(),
             hidden_size: 32,
             intermediate_size: 64,
@@ -30,11 +28,9 @@ impl Scene {
             head_dim: 8,
             block_layers: 1,
             num_loops: 3,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
             tie_embeddings: true,
             max_positions: 256,
-            lora: None,
+            ..ModelConfig::default()
         };
         let model = scene.path("model");
         Weights::random(config, 1).unwrap().save(&model, Stored::F32).unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use engine::cache::KvCache;
-use engine::config::{MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+use engine::config::ModelConfig;
 use engine::executor::in_pool;
 use engine::kernels::rows::Source;
 use engine::kernels::signals::read;
@@ -13,8 +13,6 @@ use engine::weights::Weights;
 
 fn config() -> ModelConfig {
     ModelConfig {
-        schema_version: SCHEMA_VERSION,
-        model_type: MODEL_TYPE.to_owned(),
         vocab_size: 512,
         hidden_size: 192,
         intermediate_size: 512,
@@ -23,11 +21,9 @@ fn config() -> ModelConfig {
         head_dim: 32,
         block_layers: 2,
         num_loops: 4,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
         tie_embeddings: true,
         max_positions: 512,
-        lora: None,
+        ..ModelConfig::default()
     }
 }
 

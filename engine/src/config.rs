@@ -1,16 +1,22 @@
-//! The model configuration, `config.json`: the sizes of a recursive transformer.
+//! The model configuration, `config.json`: the sizes of a recursive transformer and what its layers do.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 /// The only `schema_version` this build reads and writes.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 /// The only `model_type` this build reads and writes.
 pub const MODEL_TYPE: &str = "depthwise-recursive";
 
-/// Sizes of a recursive transformer: `block_layers` Llama layers, run `num_loops` times with the
-/// same weights, between an embedding and a head that every loop's output can be read through.
+/// A decoder of `block_layers` layers run `num_loops` times, between an embedding and a head that every loop's output
+/// can be read through.
+///
+/// ```text
+/// embedding -> prelude -> block at depth 0 -> block at depth 1 -> ... -> coda -> norm -> head
+///                               |                   |
+///                               +--> coda -> norm -> head: an exit
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
@@ -28,41 +34,266 @@ pub struct ModelConfig {
     pub num_heads: usize,
     /// Number of key-value heads; divides `num_heads`.
     pub num_kv_heads: usize,
-    /// Width of a head; even, because rotary embeddings turn pairs.
+    /// Width of a head.
     pub head_dim: usize,
-    /// Layers in the shared block.
+    /// Layers in the block.
     pub block_layers: usize,
-    /// Times the block is run at full depth.
+    /// Times a block is run at full depth.
     pub num_loops: usize,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f32,
-    /// Added to the mean square before its root is taken.
-    pub rms_norm_eps: f32,
+    /// What the loops share.
+    #[serde(default)]
+    pub sharing: Sharing,
+    /// Layers of their own before the first loop.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub prelude_layers: usize,
+    /// Layers of their own between a loop and the head.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub coda_layers: usize,
     /// Whether the head is the embedding transposed.
     pub tie_embeddings: bool,
     /// Longest sequence, in tokens, that the model may be asked to run.
     pub max_positions: usize,
-    /// Low-rank differences between the loops, or none: then all loops are equal.
+    /// What a layer does.
+    #[serde(default)]
+    pub architecture: Architecture,
+    /// Low-rank differences between the loops of a shared block, or none: then all loops' matrices are equal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
+    /// Rank of the low-rank difference that each loop but the last adds to the head; 0 for none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub head_lora_rank: usize,
+    /// Whether each loop but the last has a learned gate: a linear probe on the normed hidden state whose sigmoid is
+    /// the probability that the token agrees with the last loop's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gate: bool,
 }
 
-/// Low-rank adapters that let each loop's projections differ (arXiv 2410.20672, section 2.3):
-/// a loop's projection is `W x + alpha / rank * B A x`.
+/// What the loops of a model share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sharing {
+    /// Every loop runs the same block: CYCLE of arXiv 2410.20672, layer `l` is shared layer `l mod block_layers`.
+    #[default]
+    Block,
+    /// As `Block`, but each loop has norms and biases of its own.
+    Matrices,
+    /// Nothing: an ordinary transformer of `num_loops * block_layers` layers.
+    Nothing,
+}
+
+/// Low-rank adapters that let each loop's projections differ (arXiv 2410.20672, section 2.3): a loop's projection is
+/// `W x + scale * B A x`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Rank of every adapter.
-    pub rank: usize,
-    /// Numerator of the adapters' scale.
-    pub alpha: f32,
+    /// Rank of the adapters of each kind of projection.
+    pub ranks: LoraRanks,
+    /// Factor on an adapter's output.
+    pub scale: f32,
 }
 
-impl LoraConfig {
-    /// The factor on an adapter's output, `alpha / rank`.
-    pub fn scale(&self) -> f64 {
-        f64::from(self.alpha) / self.rank as f64
+/// Rank by kind of projection; 0 for no adapter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "a field per projection, each a rank")]
+pub struct LoraRanks {
+    pub q: usize,
+    pub k: usize,
+    pub v: usize,
+    pub o: usize,
+    #[serde(default)]
+    pub gate: usize,
+    pub up: usize,
+    pub down: usize,
+}
+
+impl LoraRanks {
+    /// The same rank for every kind.
+    pub fn all(rank: usize) -> Self {
+        Self { q: rank, k: rank, v: rank, o: rank, gate: rank, up: rank, down: rank }
     }
+
+    /// The rank of a kind.
+    pub fn of(&self, kind: ProjectionKind) -> usize {
+        match kind {
+            ProjectionKind::Q => self.q,
+            ProjectionKind::K => self.k,
+            ProjectionKind::V => self.v,
+            ProjectionKind::O => self.o,
+            ProjectionKind::Gate => self.gate,
+            ProjectionKind::Up => self.up,
+            ProjectionKind::Down => self.down,
+        }
+    }
+}
+
+/// What a layer does, in the Llama, Gemma and GPT-NeoX families. The default is Llama's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Architecture {
+    /// Norms of the residual stream.
+    pub norm: Norm,
+    /// Added to the mean square, or variance, before its root is taken.
+    pub norm_eps: f32,
+    /// Whether a norm also follows attention and MLP, before the residual is added (Gemma 3).
+    pub post_norms: bool,
+    /// Whether queries and keys are normed by head before they are rotated (Gemma 3).
+    pub qk_norm: bool,
+    /// The MLP's nonlinearity.
+    pub activation: Activation,
+    /// Whether the MLP is `down(activation(gate(x)) * up(x))` rather than `down(activation(up(x)))`.
+    pub gated_mlp: bool,
+    /// Whether attention and MLP both read the layer's input and are added together (GPT-NeoX).
+    pub parallel_residual: bool,
+    /// Whether query, key and value projections have biases.
+    pub qkv_bias: bool,
+    /// Whether the attention's output projection has a bias.
+    pub output_bias: bool,
+    /// Whether the MLP's projections have biases.
+    pub mlp_bias: bool,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f32,
+    /// Leading dimensions of a head that are rotated, an even number; all if none is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rotary_dims: Option<usize>,
+    /// How rotary frequencies are stretched to longer sequences.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// Layers that see only the latest tokens (Gemma 3).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sliding_window: Option<SlidingWindow>,
+    /// Factor on attention scores; `1 / sqrt(head_dim)` if none is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_scale: Option<f32>,
+    /// Factor on embeddings.
+    pub embedding_scale: f32,
+}
+
+impl Default for Architecture {
+    fn default() -> Self {
+        Self {
+            norm: Norm::Rms,
+            norm_eps: 1e-5,
+            post_norms: false,
+            qk_norm: false,
+            activation: Activation::Silu,
+            gated_mlp: true,
+            parallel_residual: false,
+            qkv_bias: false,
+            output_bias: false,
+            mlp_bias: false,
+            rope_theta: 10_000.0,
+            rotary_dims: None,
+            rope_scaling: None,
+            sliding_window: None,
+            attention_scale: None,
+            embedding_scale: 1.0,
+        }
+    }
+}
+
+/// Norms of the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Norm {
+    /// `x / rms(x) * weight` (arXiv 1910.07467).
+    Rms,
+    /// `(x - mean(x)) / deviation(x) * weight + bias` (arXiv 1607.06450).
+    Layer,
+}
+
+/// The MLP's nonlinearity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x sigmoid(x)`.
+    Silu,
+    /// `x Phi(x)` (arXiv 1606.08415), exact.
+    Gelu,
+    /// Its approximation by a hyperbolic tangent.
+    GeluTanh,
+}
+
+/// How rotary frequencies are stretched to longer sequences than the model was trained on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
+pub enum RopeScaling {
+    /// All frequencies divided by `factor` (arXiv 2306.15595).
+    Linear {
+        /// The divisor.
+        factor: f32,
+    },
+    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, smooth in between.
+    Llama3 {
+        /// The divisor of low frequencies.
+        factor: f32,
+        /// Wavelengths above `original_positions / low_freq_factor` are low frequencies.
+        low_freq_factor: f32,
+        /// Wavelengths below `original_positions / high_freq_factor` are high frequencies.
+        high_freq_factor: f32,
+        /// Positions of the model before it was stretched.
+        original_positions: usize,
+    },
+}
+
+/// Layers that see only the latest tokens, and their rotary base. Rope scaling does not apply to them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SlidingWindow {
+    /// Tokens that such a layer sees, the token itself among them.
+    pub tokens: usize,
+    /// Base of its rotary frequencies.
+    pub rope_theta: f32,
+    /// Which layers: their [`ModelConfig::layer_index`].
+    pub layers: Vec<usize>,
+}
+
+/// A layer as a token meets it on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Place {
+    /// A layer before the first loop.
+    Prelude(usize),
+    /// A layer of the block, at a depth.
+    Block {
+        /// The depth.
+        depth: usize,
+        /// The layer in the block.
+        layer: usize,
+    },
+    /// A layer between a loop and the head.
+    Coda(usize),
+}
+
+/// Kinds of projections of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "the field's own names")]
+pub enum ProjectionKind {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
+}
+
+/// A projection of a layer: `out` numbers from `inputs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Projection {
+    /// Its kind.
+    pub kind: ProjectionKind,
+    /// Its name within the layer, as in Hugging Face's Llama.
+    pub name: &'static str,
+    /// Outputs.
+    pub outputs: usize,
+    /// Inputs.
+    pub inputs: usize,
+    /// Whether it has a bias.
+    pub bias: bool,
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 /// Why a model configuration was refused.
@@ -130,10 +361,6 @@ impl ModelConfig {
     /// # Errors
     /// The first field that is out of range.
     pub fn validate(&self) -> Result<(), InvalidField> {
-        let check = |holds: bool, field, found: &dyn ToString, expected: &dyn ToString| {
-            let invalid = || InvalidField { field, found: found.to_string(), expected: expected.to_string() };
-            if holds { Ok(()) } else { Err(invalid()) }
-        };
         let version = self.schema_version;
         check(version == SCHEMA_VERSION, "schema_version", &version, &SCHEMA_VERSION)?;
         let model_type = &self.model_type;
@@ -144,15 +371,13 @@ impl ModelConfig {
         let kv_heads = self.num_kv_heads;
         let divides = format!("a divisor of `num_heads` ({})", self.num_heads);
         check(self.num_heads.is_multiple_of(kv_heads), "num_kv_heads", &kv_heads, &divides)?;
-        let head_dim = self.head_dim;
-        check(head_dim.is_multiple_of(2), "head_dim", &head_dim, &"an even number")?;
-        let positive = |value: f32| value.is_finite() && value > 0.0;
-        let number = "a finite number above 0";
-        check(positive(self.rope_theta), "rope_theta", &self.rope_theta, &number)?;
-        check(positive(self.rms_norm_eps), "rms_norm_eps", &self.rms_norm_eps, &number)?;
+        self.architecture.validate(self.head_dim, self.num_layers())?;
+        let per_loop = self.sharing == Sharing::Nothing;
+        check(self.lora.is_none() || !per_loop, "lora", &"given", &"none where loops share nothing")?;
         if let Some(lora) = &self.lora {
-            check(lora.rank >= 1, "lora.rank", &lora.rank, &"at least 1")?;
-            check(lora.alpha.is_finite(), "lora.alpha", &lora.alpha, &"a finite number")?;
+            check(lora.scale.is_finite(), "lora.scale", &lora.scale, &"a finite number")?;
+            let gate = lora.ranks.gate;
+            check(self.architecture.gated_mlp || gate == 0, "lora.ranks.gate", &gate, &"0 without a gated MLP")?;
         }
         Ok(())
     }
@@ -181,19 +406,178 @@ impl ModelConfig {
         self.num_kv_heads * self.head_dim
     }
 
-    /// The projections of a layer: name within the layer, and weight shape `[out, in]`.
-    pub fn projections(&self) -> [(&'static str, [usize; 2]); 7] {
-        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        [
-            ("self_attn.q_proj", [self.q_size(), hidden]),
-            ("self_attn.k_proj", [self.kv_size(), hidden]),
-            ("self_attn.v_proj", [self.kv_size(), hidden]),
-            ("self_attn.o_proj", [hidden, self.q_size()]),
-            ("mlp.gate_proj", [inner, hidden]),
-            ("mlp.up_proj", [inner, hidden]),
-            ("mlp.down_proj", [hidden, inner]),
-        ]
+    /// Layers that a token meets on its way through full depth.
+    pub fn num_layers(&self) -> usize {
+        self.prelude_layers + self.num_loops * self.block_layers + self.coda_layers
     }
+
+    /// The layers that a token meets on its way through full depth, in order.
+    pub fn places(&self) -> impl Iterator<Item = Place> + use<> {
+        let block_layers = self.block_layers;
+        let depth = move |depth| (0..block_layers).map(move |layer| Place::Block { depth, layer });
+        let prelude = (0..self.prelude_layers).map(Place::Prelude);
+        prelude.chain((0..self.num_loops).flat_map(depth)).chain((0..self.coda_layers).map(Place::Coda))
+    }
+
+    /// The place's number among [`ModelConfig::places`].
+    pub fn layer_index(&self, place: Place) -> usize {
+        match place {
+            Place::Prelude(layer) => layer,
+            Place::Block { depth, layer } => self.prelude_layers + depth * self.block_layers + layer,
+            Place::Coda(layer) => self.prelude_layers + self.num_loops * self.block_layers + layer,
+        }
+    }
+
+    /// Prefix of the names of a layer's matrices.
+    pub fn matrices_prefix(&self, place: Place) -> String {
+        match place {
+            Place::Prelude(layer) => format!("prelude.layers.{layer}"),
+            Place::Coda(layer) => format!("coda.layers.{layer}"),
+            Place::Block { depth, layer } => match self.sharing {
+                Sharing::Block | Sharing::Matrices => format!("block.layers.{layer}"),
+                Sharing::Nothing => format!("loops.{depth}.layers.{layer}"),
+            },
+        }
+    }
+
+    /// Prefix of the names of a layer's norms and biases.
+    pub fn vectors_prefix(&self, place: Place) -> String {
+        match (place, self.sharing) {
+            (Place::Block { depth, layer }, Sharing::Matrices) => format!("loops.{depth}.layers.{layer}"),
+            _ => self.matrices_prefix(place),
+        }
+    }
+
+    /// Prefix of the names of a projection's adapter at a depth: `{prefix}.a` `[rank, inputs]` and `{prefix}.b`
+    /// `[outputs, rank]`.
+    pub fn lora_prefix(depth: usize, layer: usize, projection: &Projection) -> String {
+        format!("lora.{depth}.layers.{layer}.{}", projection.name)
+    }
+
+    /// The projections of a layer.
+    pub fn projections(&self) -> Vec<Projection> {
+        use ProjectionKind::{Down, Gate, K, O, Q, Up, V};
+        let Architecture { gated_mlp, qkv_bias, output_bias, mlp_bias, .. } = self.architecture;
+        let (hidden, inner, q, kv) = (self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size());
+        let projection = |kind, name, outputs, inputs, bias| Projection { kind, name, outputs, inputs, bias };
+        let mut projections = vec![
+            projection(Q, "self_attn.q_proj", q, hidden, qkv_bias),
+            projection(K, "self_attn.k_proj", kv, hidden, qkv_bias),
+            projection(V, "self_attn.v_proj", kv, hidden, qkv_bias),
+            projection(O, "self_attn.o_proj", hidden, q, output_bias),
+        ];
+        if gated_mlp {
+            projections.push(projection(Gate, "mlp.gate_proj", inner, hidden, mlp_bias));
+        }
+        projections.push(projection(Up, "mlp.up_proj", inner, hidden, mlp_bias));
+        projections.push(projection(Down, "mlp.down_proj", hidden, inner, mlp_bias));
+        projections
+    }
+
+    /// The norms of a layer, by name and width.
+    pub fn norms(&self) -> Vec<(&'static str, usize)> {
+        let mut norms = vec![("input_layernorm", self.hidden_size), ("post_attention_layernorm", self.hidden_size)];
+        if self.architecture.post_norms {
+            // Gemma's names: the norm before the MLP is no longer called after the attention that precedes it.
+            norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"]
+                .into_iter()
+                .chain(["post_feedforward_layernorm"])
+                .map(|name| (name, self.hidden_size))
+                .collect();
+        }
+        if self.architecture.qk_norm {
+            norms.extend([("self_attn.q_norm", self.head_dim), ("self_attn.k_norm", self.head_dim)]);
+        }
+        norms
+    }
+}
+
+impl Default for ModelConfig {
+    /// A small recursive Llama: four loops of two layers.
+    fn default() -> Self {
+        Self {
+            schema_version: SCHEMA_VERSION,
+            model_type: MODEL_TYPE.to_owned(),
+            vocab_size: 512,
+            hidden_size: 192,
+            intermediate_size: 512,
+            num_heads: 6,
+            num_kv_heads: 2,
+            head_dim: 32,
+            block_layers: 2,
+            num_loops: 4,
+            sharing: Sharing::Block,
+            prelude_layers: 0,
+            coda_layers: 0,
+            tie_embeddings: true,
+            max_positions: 1024,
+            architecture: Architecture::default(),
+            lora: None,
+            head_lora_rank: 0,
+            gate: false,
+        }
+    }
+}
+
+impl Architecture {
+    /// Leading dimensions of a head that are rotated.
+    pub fn rotary_dims(&self, head_dim: usize) -> usize {
+        self.rotary_dims.unwrap_or(head_dim)
+    }
+
+    /// Factor on attention scores.
+    pub fn attention_scale(&self, head_dim: usize) -> f32 {
+        self.attention_scale.unwrap_or_else(|| (head_dim as f32).sqrt().recip())
+    }
+
+    fn validate(&self, head_dim: usize, num_layers: usize) -> Result<(), InvalidField> {
+        let rotated = self.rotary_dims(head_dim);
+        let (field, expected) = match self.rotary_dims {
+            None => ("head_dim", "an even number".to_owned()),
+            Some(_) => ("architecture.rotary_dims", format!("an even number from 2 to `head_dim` ({head_dim})")),
+        };
+        check(rotated.is_multiple_of(2) && (2..=head_dim).contains(&rotated), field, &rotated, &expected)?;
+        let mut positive = vec![
+            ("architecture.rope_theta", self.rope_theta),
+            ("architecture.norm_eps", self.norm_eps),
+            ("architecture.embedding_scale", self.embedding_scale),
+            ("architecture.attention_scale", self.attention_scale(head_dim)),
+        ];
+        if let Some(scaling) = &self.rope_scaling {
+            positive.extend(scaling.numbers());
+        }
+        if let Some(window) = &self.sliding_window {
+            positive.push(("architecture.sliding_window.rope_theta", window.rope_theta));
+            let tokens = window.tokens;
+            check(tokens >= 1, "architecture.sliding_window.tokens", &tokens, &"at least 1")?;
+            let beyond = window.layers.iter().find(|layer| **layer >= num_layers);
+            let (found, expected) = (beyond.copied().unwrap_or(0), format!("below the number of layers, {num_layers}"));
+            check(beyond.is_none(), "architecture.sliding_window.layers", &found, &expected)?;
+        }
+        for (field, value) in positive {
+            check(value.is_finite() && value > 0.0, field, &value, &"a finite number above 0")?;
+        }
+        Ok(())
+    }
+}
+
+impl RopeScaling {
+    fn numbers(&self) -> Vec<(&'static str, f32)> {
+        match *self {
+            Self::Linear { factor } => vec![("architecture.rope_scaling.factor", factor)],
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => vec![
+                ("architecture.rope_scaling.factor", factor),
+                ("architecture.rope_scaling.low_freq_factor", low_freq_factor),
+                ("architecture.rope_scaling.high_freq_factor", high_freq_factor),
+                ("architecture.rope_scaling.original_positions", original_positions as f32),
+            ],
+        }
+    }
+}
+
+fn check(holds: bool, field: &'static str, found: &dyn ToString, expected: &dyn ToString) -> Result<(), InvalidField> {
+    let invalid = || InvalidField { field, found: found.to_string(), expected: expected.to_string() };
+    if holds { Ok(()) } else { Err(invalid()) }
 }
 
 #[cfg(test)]
@@ -203,21 +587,15 @@ pub(crate) mod tests {
     /// A model small enough for any test.
     pub(crate) fn tiny() -> ModelConfig {
         ModelConfig {
-            schema_version: SCHEMA_VERSION,
-            model_type: MODEL_TYPE.to_owned(),
             vocab_size: 11,
             hidden_size: 8,
             intermediate_size: 12,
             num_heads: 4,
             num_kv_heads: 2,
             head_dim: 4,
-            block_layers: 2,
             num_loops: 3,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
-            tie_embeddings: true,
             max_positions: 16,
-            lora: None,
+            ..ModelConfig::default()
         }
     }
 
@@ -231,7 +609,7 @@ pub(crate) mod tests {
     #[test]
     fn json_round_trip_keeps_every_field() {
         let mut config = tiny();
-        config.lora = Some(LoraConfig { rank: 2, alpha: 4.0 });
+        config.lora = Some(LoraConfig { ranks: LoraRanks::all(2), scale: 2.0 });
         assert_eq!(load_text(&config.to_json()).unwrap(), config);
     }
 

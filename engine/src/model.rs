@@ -70,7 +70,8 @@ impl Projection {
                 let part = |name: &&str, side| weights.get(&format!("lora.{depth}.layers.{layer}.{name}.{side}"));
                 let downs = names.iter().map(|name| part(name, "a")).collect::<Result<Vec<_>, _>>()?;
                 let ups = names.iter().map(|name| part(name, "b")).collect::<Result<Vec<_>, _>>()?;
-                let adapter = || Ok((Linear::stacked(&downs)?, Linear::new(&(block_diagonal(&ups)? * lora.scale())?)?));
+                let adapter =
+                    || Ok((Linear::stacked(&downs)?, Linear::new(&(block_diagonal(&ups)? * f64::from(lora.scale))?)?));
                 adapters.push(adapter().map_err(in_layer)?);
             }
         }
@@ -199,7 +200,7 @@ impl Layer {
 }
 
 fn load_norm(weights: &Weights, name: &str) -> Result<RmsNorm, WeightsError> {
-    Ok(RmsNorm::new(weights.get(name)?.clone(), weights.config().rms_norm_eps))
+    Ok(RmsNorm::new(weights.get(name)?.clone(), weights.config().architecture.norm_eps))
 }
 
 /// The whole model.
@@ -229,7 +230,7 @@ impl Model {
             let name = name.to_owned();
             move |source| WeightsError::Tensor { name, source }
         };
-        let table = rotary_table(config.max_positions, config.head_dim, config.rope_theta);
+        let table = rotary_table(config.max_positions, config.head_dim, config.architecture.rope_theta);
         let rotary = Tensor::from_vec(table, (config.max_positions, config.head_dim), &Device::Cpu);
         Ok(Self {
             embed_tokens: weights.get("embed_tokens.weight")?.clone(),

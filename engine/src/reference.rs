@@ -32,7 +32,7 @@ impl Linear {
         };
         let config = weights.config();
         let mut adapters = Vec::new();
-        if config.lora.is_some() {
+        if weights.tensors().contains_key(&format!("lora.0.layers.{layer}.{name}.a")) {
             for depth in 0..config.num_loops {
                 let prefix = format!("lora.{depth}.layers.{layer}.{name}");
                 let a = transposed(format!("{prefix}.a"))?;
@@ -42,7 +42,7 @@ impl Linear {
         Ok(Self {
             weight: transposed(format!("block.layers.{layer}.{name}.weight"))?,
             adapters,
-            scale: config.lora.as_ref().map_or(0.0, |lora| lora.scale()),
+            scale: config.lora.as_ref().map_or(0.0, |lora| f64::from(lora.scale)),
         })
     }
 
@@ -64,7 +64,7 @@ struct RmsNorm {
 
 impl RmsNorm {
     fn load(weights: &Weights, name: &str) -> Result<Self, WeightsError> {
-        Ok(Self { weight: weights.get(name)?.clone(), eps: weights.config().rms_norm_eps })
+        Ok(Self { weight: weights.get(name)?.clone(), eps: weights.config().architecture.norm_eps })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -84,7 +84,7 @@ impl Rotary {
         let half = config.head_dim / 2;
         let angle = |index: usize| {
             let (position, i) = (index / half, index % half);
-            let frequency = config.rope_theta.powf(-(i as f32) / half as f32);
+            let frequency = config.architecture.rope_theta.powf(-(i as f32) / half as f32);
             let (sin, cos) = (position as f32 * frequency).sin_cos();
             (cos, sin)
         };
@@ -284,8 +284,8 @@ impl Reference {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::LoraConfig;
     use crate::config::tests::tiny;
+    use crate::config::{LoraConfig, LoraRanks};
     use candle_core::{DType, Device};
 
     fn logits(weights: &Weights, tokens: &[[u32; 6]]) -> Vec<Vec<f32>> {
@@ -349,7 +349,7 @@ mod tests {
     #[test]
     fn a_lora_of_zero_b_changes_nothing_and_a_loops_own_b_changes_that_loop_on() {
         let mut config = tiny();
-        config.lora = Some(LoraConfig { rank: 2, alpha: 4.0 });
+        config.lora = Some(LoraConfig { ranks: LoraRanks::all(2), scale: 2.0 });
         let adapted = Weights::random(config.clone(), 3).unwrap();
         let mut tensors: std::collections::HashMap<_, _> = adapted.tensors().clone().into_iter().collect();
         let shared = tensors.clone().into_iter().filter(|(name, _)| !name.starts_with("lora"));

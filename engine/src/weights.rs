@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rand_distr::{Distribution, Normal};
 use sha2::{Digest, Sha256};
 
-use crate::config::{ConfigError, InvalidField, ModelConfig};
+use crate::config::{ConfigError, InvalidField, ModelConfig, Norm, Place, Projection};
 
 /// The configuration's file name in a model folder.
 pub const CONFIG_FILE: &str = "config.json";
@@ -117,28 +117,54 @@ pub enum WeightsError {
 pub fn expected_tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     let hidden = config.hidden_size;
     let table = vec![config.vocab_size, hidden];
-    let mut shapes =
-        BTreeMap::from([("embed_tokens.weight".to_owned(), table.clone()), ("norm.weight".to_owned(), vec![hidden])]);
+    let mut shapes = BTreeMap::from([("embed_tokens.weight".to_owned(), table.clone())]);
+    expect_norm(config, "norm", hidden, &mut shapes);
     if !config.tie_embeddings {
         shapes.insert("lm_head.weight".to_owned(), table);
     }
-    for layer in 0..config.block_layers {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            shapes.insert(format!("block.layers.{layer}.{norm}.weight"), vec![hidden]);
+    for place in config.places() {
+        expect_layer(config, place, &mut shapes);
+    }
+    for depth in 0..config.num_loops - 1 {
+        if config.head_lora_rank > 0 {
+            shapes.insert(format!("head_lora.{depth}.a"), vec![config.head_lora_rank, hidden]);
+            shapes.insert(format!("head_lora.{depth}.b"), vec![config.vocab_size, config.head_lora_rank]);
         }
-        for (projection, [out, input]) in config.projections() {
-            let name = format!("block.layers.{layer}.{projection}.weight");
-            shapes.insert(name, vec![out, input]);
-            if let Some(lora) = &config.lora {
-                for depth in 0..config.num_loops {
-                    let prefix = format!("lora.{depth}.layers.{layer}.{projection}");
-                    shapes.insert(format!("{prefix}.a"), vec![lora.rank, input]);
-                    shapes.insert(format!("{prefix}.b"), vec![out, lora.rank]);
-                }
-            }
+        if config.gate {
+            shapes.insert(format!("gate.{depth}.weight"), vec![hidden]);
+            shapes.insert(format!("gate.{depth}.bias"), vec![1]);
         }
     }
     shapes
+}
+
+fn expect_layer(config: &ModelConfig, place: Place, shapes: &mut BTreeMap<String, Vec<usize>>) {
+    let (matrices, vectors) = (config.matrices_prefix(place), config.vectors_prefix(place));
+    for (norm, width) in config.norms() {
+        expect_norm(config, &format!("{vectors}.{norm}"), width, shapes);
+    }
+    for projection in config.projections() {
+        let Projection { kind, name, outputs, inputs, bias } = projection;
+        shapes.insert(format!("{matrices}.{name}.weight"), vec![outputs, inputs]);
+        if bias {
+            shapes.insert(format!("{vectors}.{name}.bias"), vec![outputs]);
+        }
+        let rank = config.lora.as_ref().map_or(0, |lora| lora.ranks.of(kind));
+        if let Place::Block { depth, layer } = place
+            && rank > 0
+        {
+            let prefix = ModelConfig::lora_prefix(depth, layer, &projection);
+            shapes.insert(format!("{prefix}.a"), vec![rank, inputs]);
+            shapes.insert(format!("{prefix}.b"), vec![outputs, rank]);
+        }
+    }
+}
+
+fn expect_norm(config: &ModelConfig, name: &str, width: usize, shapes: &mut BTreeMap<String, Vec<usize>>) {
+    shapes.insert(format!("{name}.weight"), vec![width]);
+    if config.architecture.norm == Norm::Layer {
+        shapes.insert(format!("{name}.bias"), vec![width]);
+    }
 }
 
 impl Weights {
@@ -213,7 +239,7 @@ impl Weights {
 
     /// Fresh weights from a seed, as at the start of training: norms are one, every other number
     /// is normal; projections by `1 / sqrt(inputs)`, those that write into the residual stream
-    /// smaller by the root of how often they write, LoRA `b` zero.
+    /// smaller by the root of how often they write; LoRA `b`, gates and biases are zero.
     ///
     /// # Errors
     /// If `config` is out of range.
@@ -306,14 +332,14 @@ fn checked_tensor(origin: &str, name: &str, tensor: &Tensor, expected: Vec<usize
 }
 
 fn random_tensor(config: &ModelConfig, name: &str, shape: &[usize], rng: &mut StdRng) -> candle_core::Result<Tensor> {
-    if name.ends_with("norm.weight") {
+    if shape.len() == 1 && name.ends_with(".weight") && !name.starts_with("gate.") {
         return Tensor::ones(shape, DType::F32, &Device::Cpu);
     }
-    if name.ends_with(".b") {
+    if shape.len() == 1 || name.ends_with(".b") {
         return Tensor::zeros(shape, DType::F32, &Device::Cpu);
     }
     let inputs = shape[1] as f32;
-    let residual_writes = (2 * config.block_layers * config.num_loops) as f32;
+    let residual_writes = (2 * config.num_layers()) as f32;
     let deviation = if name == "embed_tokens.weight" || name == "lm_head.weight" {
         0.05
     } else if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
@@ -345,8 +371,8 @@ pub fn write_then_rename<E: From<std::io::Error>>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::LoraConfig;
     use crate::config::tests::tiny;
+    use crate::config::{LoraConfig, LoraRanks};
 
     fn tensors_of(weights: &Weights) -> HashMap<String, Tensor> {
         weights.tensors().clone().into_iter().collect()
@@ -356,7 +382,7 @@ mod tests {
     fn a_saved_folder_loads_to_the_same_model() {
         let mut config = tiny();
         config.tie_embeddings = false;
-        config.lora = Some(LoraConfig { rank: 2, alpha: 4.0 });
+        config.lora = Some(LoraConfig { ranks: LoraRanks::all(2), scale: 2.0 });
         let weights = Weights::random(config, 1).unwrap();
         let folder = tempfile::tempdir().unwrap();
         weights.save(folder.path(), Stored::F32).unwrap();

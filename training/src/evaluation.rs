@@ -134,7 +134,7 @@ fn most_likely(logits: &Tensor) -> candle_core::Result<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use engine::config::{MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+    use engine::config::ModelConfig;
     use engine::tokenizer::Tokenizer;
     use engine::weights::Weights;
 
@@ -142,8 +142,6 @@ mod tests {
 
     fn weights() -> Weights {
         let config = ModelConfig {
-            schema_version: SCHEMA_VERSION,
-            model_type: MODEL_TYPE.to_owned(),
             vocab_size: 256,
             hidden_size: 8,
             intermediate_size: 12,
@@ -152,11 +150,9 @@ mod tests {
             head_dim: 4,
             block_layers: 1,
             num_loops: 3,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
             tie_embeddings: true,
             max_positions: 64,
-            lora: None,
+            ..ModelConfig::default()
         };
         Weights::random(config, 7).unwrap()
     }

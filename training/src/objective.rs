@@ -240,7 +240,7 @@ mod tests {
 
     use super::*;
     use candle_core::{Device, Var};
-    use engine::config::{MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+    use engine::config::ModelConfig;
     use engine::reference::Reference;
     use engine::weights::Weights;
 
@@ -248,8 +248,6 @@ mod tests {
 
     fn tiny() -> ModelConfig {
         ModelConfig {
-            schema_version: SCHEMA_VERSION,
-            model_type: MODEL_TYPE.to_owned(),
             vocab_size: 13,
             hidden_size: 8,
             intermediate_size: 12,
@@ -258,11 +256,9 @@ mod tests {
             head_dim: 4,
             block_layers: 2,
             num_loops: 3,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
             tie_embeddings: true,
             max_positions: 8,
-            lora: None,
+            ..ModelConfig::default()
         }
     }
 

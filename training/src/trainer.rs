@@ -461,14 +461,11 @@ fn load_state(path: &Path, config: &ModelConfig) -> Result<(Parameters, usize), 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use engine::config::{MODEL_TYPE, SCHEMA_VERSION};
 
     const VERSE: &str = "And God said, Let there be light: and there was light.\n";
 
     fn config() -> ModelConfig {
         ModelConfig {
-            schema_version: SCHEMA_VERSION,
-            model_type: MODEL_TYPE.to_owned(),
             vocab_size: 260,
             hidden_size: 16,
             intermediate_size: 24,
@@ -477,11 +474,9 @@ mod tests {
             head_dim: 8,
             block_layers: 1,
             num_loops: 2,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
             tie_embeddings: true,
             max_positions: 16,
-            lora: None,
+            ..ModelConfig::default()
         }
     }
 

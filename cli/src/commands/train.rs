@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use engine::config::{MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+use engine::config::ModelConfig;
 use training::evaluation::Evaluation;
 use training::objective::ObjectiveWeights;
 use training::optimizer::AdamWOptions;
@@ -193,8 +193,6 @@ fn options(args: &Args) -> anyhow::Result<TrainingOptions> {
 
 fn config(args: &ModelArgs) -> ModelConfig {
     ModelConfig {
-        schema_version: SCHEMA_VERSION,
-        model_type: MODEL_TYPE.to_owned(),
         vocab_size: args.vocab_size,
         hidden_size: args.hidden_size,
         intermediate_size: args.intermediate_size,
@@ -203,11 +201,9 @@ fn config(args: &ModelArgs) -> ModelConfig {
         head_dim: args.head_dim,
         block_layers: args.block_layers,
         num_loops: args.num_loops,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
         tie_embeddings: !args.untied_head,
         max_positions: args.max_positions,
-        lora: None,
+        ..ModelConfig::default()
     }
 }
 

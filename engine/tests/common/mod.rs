@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use engine::config::{LoraConfig, MODEL_TYPE, ModelConfig, SCHEMA_VERSION};
+use engine::config::{LoraConfig, LoraRanks, ModelConfig};
 use engine::kernels::signals::mix;
 use engine::weights::Weights;
 use proptest::prelude::*;
@@ -14,11 +14,12 @@ use proptest::prelude::*;
 pub fn configs() -> impl Strategy<Value = ModelConfig> {
     let heads = prop_oneof![Just((1, 1)), Just((4, 4)), Just((4, 2)), Just((4, 1)), Just((6, 2)), Just((9, 1))];
     let sizes = (17_usize..70, 1_usize..5, 5_usize..50, prop_oneof![Just(2), Just(6), Just(16), Just(20), Just(32)]);
-    let lora = prop_oneof![Just(None), (1_usize..5).prop_map(|rank| Some(LoraConfig { rank, alpha: 3.0 }))];
+    let lora = prop_oneof![
+        Just(None),
+        (1_usize..5).prop_map(|rank| Some(LoraConfig { ranks: LoraRanks::all(rank), scale: 0.75 }))
+    ];
     (heads, sizes, 1_usize..3, 1_usize..5, any::<bool>(), lora).prop_map(
         |((num_heads, num_kv_heads), (vocab, width, inner, head_dim), layers, loops, tied, lora)| ModelConfig {
-            schema_version: SCHEMA_VERSION,
-            model_type: MODEL_TYPE.to_owned(),
             vocab_size: vocab,
             hidden_size: width * 12,
             intermediate_size: inner,
@@ -27,11 +28,10 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
             head_dim,
             block_layers: layers,
             num_loops: loops,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
             tie_embeddings: tied,
             max_positions: 128,
             lora,
+            ..ModelConfig::default()
         },
     )
 }
@@ -39,8 +39,6 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
 /// One small model with grouped-query attention, three loops and a head of its own.
 pub fn grouped() -> ModelConfig {
     ModelConfig {
-        schema_version: SCHEMA_VERSION,
-        model_type: MODEL_TYPE.to_owned(),
         vocab_size: 40,
         hidden_size: 24,
         intermediate_size: 40,
@@ -49,11 +47,9 @@ pub fn grouped() -> ModelConfig {
         head_dim: 8,
         block_layers: 2,
         num_loops: 3,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
         tie_embeddings: false,
         max_positions: 128,
-        lora: None,
+        ..ModelConfig::default()
     }
 }
 
