@@ -6,11 +6,12 @@ use anyhow::{Context, Result, ensure};
 use engine::executor::Sampling;
 use scheduler::{Batching, ExitPolicy, Settings};
 use simulator::{ExitModel, LatencyModel, Objectives, Routing, Simulation};
-use traces::{Request, RequestFormat, RequestSpec, RequestTrace};
+use traces::{RequestFormat, RequestSpec, RequestTrace};
 
-use crate::experiment::Serving;
 use crate::measure::NamedEngine;
 use crate::runs::{Machines, load_models};
+use crate::serving::{DEFAULT_BLOCK_TOKENS, Serving, parse_bytes};
+use crate::workload::{Workload, load_requests};
 
 /// Which requests to serve.
 #[derive(Debug, clap::Args)]
@@ -83,18 +84,6 @@ impl RequestArgs {
     }
 }
 
-/// Reads or makes requests, and says how many were left out.
-///
-/// # Errors
-/// If the file does not read or the specification contradicts itself.
-pub fn load_requests(spec: &RequestSpec, base: &Path) -> Result<RequestTrace> {
-    let trace = spec.load(base)?;
-    if trace.dropped > 0 {
-        eprintln!("{}: {} requests left out, which failed or have no output", trace.name, trace.dropped);
-    }
-    Ok(trace)
-}
-
 /// Which model to run, and on what text.
 #[derive(Debug, clap::Args)]
 pub struct EngineArgs {
@@ -145,11 +134,24 @@ pub struct ServingArgs {
     #[arg(long, value_name = "TOKENS")]
     pub prefill_chunk: Option<u32>,
     /// Positions per KV block
-    #[arg(long, default_value_t = 16, value_name = "TOKENS")]
+    #[arg(long, default_value_t = DEFAULT_BLOCK_TOKENS, value_name = "TOKENS")]
     pub block_tokens: u32,
-    /// Positions that the KV cache holds [default: room for a full batch of the longest request]
-    #[arg(long, value_name = "TOKENS")]
-    pub cache_tokens: Option<u32>,
+    /// KV blocks [default: what fits into the device's memory; where that is not known, room for a full batch of the
+    /// longest request]
+    #[arg(long, value_name = "BLOCKS", conflicts_with_all = ["device_memory", "memory_utilization"])]
+    pub num_blocks: Option<u32>,
+    /// Memory of the device, such as 80GB or 16GiB [default: as the latency profile says]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub device_memory: Option<u64>,
+    /// Share of the memory that the server uses [default: 0.9]
+    #[arg(long, value_name = "SHARE")]
+    pub memory_utilization: Option<f64>,
+    /// Keep the contents of freed KV blocks for prompts that begin alike (simulations only)
+    #[arg(long)]
+    pub prefix_caching: bool,
+    /// Compose the next pass when this one starts (simulations only)
+    #[arg(long)]
+    pub async_scheduling: bool,
 }
 
 impl ServingArgs {
@@ -162,7 +164,11 @@ impl ServingArgs {
             token_budget: self.token_budget,
             prefill_chunk: self.prefill_chunk,
             block_tokens: self.block_tokens,
-            cache_tokens: self.cache_tokens,
+            num_blocks: self.num_blocks,
+            device_memory: self.device_memory,
+            memory_utilization: self.memory_utilization,
+            prefix_caching: self.prefix_caching,
+            async_scheduling: self.async_scheduling,
         }
     }
 }
@@ -196,8 +202,8 @@ pub struct SimulationArgs {
 
 /// The same, read.
 pub struct SimulationInput {
-    /// In the order of their arrival.
-    pub requests: Vec<Request>,
+    /// What is served.
+    pub workload: Workload,
     /// Of the device.
     pub latency: LatencyModel,
     /// Of the model.
@@ -214,7 +220,7 @@ impl SimulationInput {
     /// # Errors
     /// If the settings are of another model.
     pub fn simulations(&self) -> Result<Vec<Simulation<'_>>> {
-        Ok(self.machines.simulations(&self.settings, &self.latency, &self.exits)?)
+        Ok(self.machines.simulations(&self.settings, &self.latency, &self.exits, &self.workload)?)
     }
 }
 
@@ -222,14 +228,16 @@ impl SimulationArgs {
     /// Reads requests, profile and exit trace.
     ///
     /// # Errors
-    /// If one does not read, or profile and exit trace are of different models.
+    /// If one does not read, profile and exit trace are of different models, or the device's memory is too small.
     pub fn load(&self) -> Result<SimulationInput> {
-        let requests = self.requests.load()?.requests;
+        let (spec, base) = self.requests.spec()?;
+        let serving = self.serving.serving();
+        let workload = Workload::load(&spec, &base, &serving)?;
         let (latency, exits) = load_models(&self.profile, &self.exits, self.seed)?;
-        let settings = self.serving.serving().all_settings(exits.num_loops(), &requests);
+        let settings = serving.all_settings(latency.memory(), &workload.requests)?;
         let spread = self.spread.then_some(self.seed);
         let machines = Machines { replicas: self.replicas, routing: self.routing, spread };
-        Ok(SimulationInput { requests, latency, exits, settings, machines })
+        Ok(SimulationInput { workload, latency, exits, settings, machines })
     }
 }
 

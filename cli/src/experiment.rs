@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use scheduler::{Batching, ExitPolicy, Settings};
+use scheduler::{Batching, ExitPolicy};
 use serde::{Deserialize, Serialize};
-use traces::{Measure, Request, RequestSpec};
+use traces::{Measure, RequestSpec};
+
+use crate::serving::Serving;
 
 /// The only `schema_version` this build reads.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -35,34 +37,6 @@ pub struct Experiment {
     /// What to vary in the simulator.
     #[serde(default)]
     pub sweeps: Sweeps,
-}
-
-/// How requests are scheduled: every batching policy with every exit policy.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct Serving {
-    /// `vanilla`, `sequence`, `depth`.
-    pub batching: Vec<Batching>,
-    /// `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`.
-    pub exit: Vec<ExitPolicy>,
-    /// Most sequences that run at once.
-    pub max_batch: u32,
-    /// Most rows of a pass (depth-wise) or of an iteration (lockstep).
-    pub token_budget: u32,
-    /// Most prompt tokens that start in a pass or an iteration. If not set, `token_budget`, divided by the
-    /// number of loops under depth-wise batching.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub prefill_chunk: Option<u32>,
-    /// Positions per KV block.
-    #[serde(default = "default_block_tokens")]
-    pub block_tokens: u32,
-    /// Positions that the KV cache holds. If not set, room for a full batch of the longest request.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cache_tokens: Option<u32>,
-}
-
-fn default_block_tokens() -> u32 {
-    16
 }
 
 /// What to measure on this machine.
@@ -138,9 +112,9 @@ impl Experiment {
             self.engine.is_some() == self.systems.is_empty(),
             "expected either `engine` (to measure on this machine) or `systems` (to simulate)"
         );
-        ensure!(!self.serving.batching.is_empty(), "serving.batching is empty");
-        ensure!(!self.serving.exit.is_empty(), "serving.exit is empty");
+        self.serving.check().context("serving")?;
         if let Some(engine) = &self.engine {
+            self.serving.check_for_engine().context("serving")?;
             ensure!(engine.repeats > 0, "engine.repeats is 0: expected at least 1");
             let temperature = engine.temperature;
             ensure!(
@@ -163,42 +137,6 @@ impl System {
             max_batch: self.max_batch.unwrap_or(common.max_batch),
             token_budget: self.token_budget.unwrap_or(common.token_budget),
             ..common.clone()
-        }
-    }
-}
-
-impl Serving {
-    /// Every batching policy with every exit policy.
-    pub fn combinations(&self) -> Vec<(Batching, ExitPolicy)> {
-        let exits = |&batching| self.exit.iter().map(move |&exit| (batching, exit));
-        self.batching.iter().flat_map(exits).collect()
-    }
-
-    /// The scheduler's settings for every combination; see [`Self::settings`].
-    pub fn all_settings(&self, num_loops: u8, requests: &[Request]) -> Vec<Settings> {
-        let settings = |(batching, exit)| self.settings(batching, exit, num_loops, requests);
-        self.combinations().into_iter().map(settings).collect()
-    }
-
-    /// The scheduler's settings for one combination, on a model of so many loops, with room for these requests.
-    pub fn settings(&self, batching: Batching, exit: ExitPolicy, num_loops: u8, requests: &[Request]) -> Settings {
-        let share = if batching.is_lockstep() { 1 } else { u32::from(num_loops) };
-        let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
-        let blocks = match self.cache_tokens {
-            Some(tokens) => tokens / self.block_tokens.max(1),
-            None => longest.div_ceil(self.block_tokens.max(1)).saturating_mul(self.max_batch),
-        };
-        Settings {
-            batching,
-            exit,
-            num_loops,
-            max_batch: self.max_batch,
-            token_budget: self.token_budget,
-            prefill_chunk: self.prefill_chunk.unwrap_or((self.token_budget / share).max(1)),
-            block_tokens: self.block_tokens,
-            num_blocks: blocks,
-            prefix_caching: false,
-            async_scheduling: false,
         }
     }
 }

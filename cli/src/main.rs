@@ -8,7 +8,9 @@ mod measure;
 mod report;
 mod results;
 mod runs;
+mod serving;
 mod validation;
+mod workload;
 
 use std::process::ExitCode;
 

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use engine::cache::bytes_per_token;
 use engine::clock::Idle;
 use engine::executor::{ExitDepths, Sampling};
 use engine::model::Model;
@@ -14,8 +15,8 @@ use engine::tokenizer::Tokenizer;
 use engine::weights::Weights;
 use indicatif::{ProgressBar, ProgressStyle};
 use scheduler::{Look, Settings};
-use simulator::{Metrics, Source};
-use traces::{ExitTrace, LatencyProfile, Request};
+use simulator::{Metrics, ModelMemory, Source, Summary};
+use traces::{ExitTrace, LatencyProfile, MemoryFigures, Request};
 
 use crate::runs::Run;
 
@@ -64,9 +65,18 @@ impl NamedEngine {
         Ok(Self { engine: Engine { model, prompts, sampling }, name })
     }
 
-    /// Loops of the model.
-    pub fn num_loops(&self) -> u8 {
-        self.engine.model.config().num_loops as u8
+    /// What the model takes of memory, as far as it is known without a profile.
+    pub fn memory(&self) -> ModelMemory {
+        model_memory(&self.engine.model)
+    }
+}
+
+fn model_memory(model: &Model) -> ModelMemory {
+    ModelMemory {
+        num_loops: model.config().num_loops as u32,
+        weight_bytes: model.weight_bytes(),
+        kv_bytes_per_token: bytes_per_token(model.config()),
+        figures: MemoryFigures::default(),
     }
 }
 
@@ -164,7 +174,13 @@ pub fn replay(
         Some(known) => known,
         None => engine.agreement(&generations)?,
     };
-    Ok(Run { summary: metrics.summary(Source::Measured, Some(agreement)), metrics })
+    let memory = model_memory(&engine.model);
+    let summary = Summary {
+        weight_bytes: Some(memory.weight_bytes),
+        kv_bytes_per_token: Some(memory.kv_bytes_per_token),
+        ..metrics.summary(Source::Measured, Some(agreement))
+    };
+    Ok(Run { summary, metrics })
 }
 
 /// The run of median throughput; of an even number, the slower of the middle two.

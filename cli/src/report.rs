@@ -1,5 +1,6 @@
 //! Tables on the terminal.
 
+use bytesize::ByteSize;
 use comfy_table::{CellAlignment, Table, presets};
 use scheduler::Batching;
 use simulator::{Source, Summary};
@@ -8,7 +9,7 @@ use traces::ExitTrace;
 use crate::runs::Run;
 use crate::validation::{Comparison, THROUGHPUT, errors};
 
-/// Prints one line per run; with goodput where there are objectives.
+/// Prints one line per run, with goodput where there are objectives, and what memory holds.
 pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
     let summaries: Vec<&Summary> = summaries.into_iter().collect();
     let mut header = vec![
@@ -23,10 +24,41 @@ pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
         "TPOT p50 ms",
         "e2e p99 ms",
     ];
+    if summaries.iter().any(|summary| summary.prefix_hit_rate.is_some()) {
+        header.push("prefix hits");
+    }
     if summaries.iter().any(|summary| summary.goodput_req_s.is_some()) {
         header.push("goodput req/s");
     }
-    print_table(&header, summaries.into_iter().map(cells).collect());
+    print_table(&header, summaries.iter().copied().map(cells).collect());
+    print_memory(summaries);
+}
+
+/// Prints what memory holds at once, a line for each amount that runs had.
+pub fn print_memory<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
+    let mut lines: Vec<String> = Vec::new();
+    for line in summaries.into_iter().filter_map(memory_line) {
+        if !lines.contains(&line) {
+            lines.push(line);
+        }
+    }
+    println!("\n{}", lines.join("\n"));
+}
+
+fn memory_line(summary: &Summary) -> Option<String> {
+    let (weights, kv_bytes) = (summary.weight_bytes?, summary.kv_bytes_per_token?);
+    let bytes = |bytes: u64| ByteSize(bytes).display().iec();
+    Some(format!(
+        "memory: {} KV blocks of {} tokens hold {} tokens in {}, beside {} of weights: {} requests of mean length \
+         at once, {} of the longest",
+        summary.kv_blocks,
+        summary.block_tokens,
+        summary.kv_tokens,
+        bytes(summary.kv_tokens.saturating_mul(kv_bytes)),
+        bytes(weights),
+        summary.batch_fits,
+        summary.batch_fits_longest,
+    ))
 }
 
 fn cells(summary: &Summary) -> Vec<String> {
@@ -42,6 +74,7 @@ fn cells(summary: &Summary) -> Vec<String> {
         format!("{:.2}", summary.tpot_p50_ms),
         format!("{:.1}", summary.e2e_p99_ms),
     ];
+    cells.extend(summary.prefix_hit_rate.map(|share| format!("{share:.3}")));
     cells.extend(summary.goodput_req_s.map(|goodput| format!("{goodput:.3}")));
     cells
 }

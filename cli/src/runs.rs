@@ -13,6 +13,7 @@ use simulator::{
 use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
 
 use crate::results::{CONFIG, ResultsFolder};
+use crate::workload::Workload;
 
 /// One run under one batching and one exit policy.
 pub struct Run {
@@ -57,9 +58,14 @@ impl Machines {
         settings: &[Settings],
         latency: &'m LatencyModel,
         exits: &'m ExitModel,
+        workload: &'m Workload,
     ) -> Result<Vec<Simulation<'m>>, SimulationError> {
         let simulation = |&settings| {
             let simulation = Simulation::new(settings, latency, exits)?.with_routing(self.routing);
+            let simulation = match &workload.prefixes {
+                Some(prefixes) => simulation.with_prefixes(prefixes),
+                None => simulation,
+            };
             Ok(match self.spread {
                 Some(seed) => simulation.with_spread(seed),
                 None => simulation,
@@ -78,9 +84,10 @@ pub fn simulate_all(
     settings: &[Settings],
     latency: &LatencyModel,
     exits: &ExitModel,
-    requests: &[Request],
+    workload: &Workload,
 ) -> Result<Vec<Run>> {
-    run_simulations(&Machines::ONE.simulations(settings, latency, exits)?, 1, None, requests)
+    let simulations = Machines::ONE.simulations(settings, latency, exits, workload)?;
+    run_simulations(&simulations, 1, None, &workload.requests)
 }
 
 /// Runs simulations over the same requests, on all cores; warns of times that had to be extrapolated.
@@ -98,12 +105,12 @@ pub fn run_simulations(
         vec![objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives)); replicas]
     })?;
     let mut beyond = Extrapolations::default();
-    let run = |(metrics, outcome): (Vec<Metrics>, Outcome)| {
+    let run = |(simulation, (metrics, outcome)): (&Simulation<'_>, (Vec<Metrics>, Outcome))| {
         beyond.merge(&outcome.extrapolations);
         let metrics = Metrics::merged(metrics).ok_or(SimulationError::NoReplicas)?;
-        Ok(Run { summary: metrics.summary(Source::Simulated, Some(outcome.token_agreement())), metrics })
+        Ok(Run { summary: simulation.summary(&metrics, &outcome), metrics })
     };
-    let runs = outcomes.into_iter().map(run).collect();
+    let runs = simulations.iter().zip(outcomes).map(run).collect();
     warn_of_extrapolations(&beyond);
     runs
 }

@@ -239,6 +239,67 @@ fn several_machines_report_goodput_and_leave_a_timeline() {
 }
 
 #[test]
+fn kv_blocks_follow_from_memory_and_both_are_reported() {
+    let scene = Scene::new();
+    scene.measured();
+    let profile = fs::read_to_string(scene.path("profile/profile.yaml")).unwrap();
+    let figures = "memory: {device_bytes: 1000000, other_bytes: 100000, row_bytes: 1000, logits_bytes: 0}\n";
+    scene.write("profile/profile.yaml", &(profile.clone() + figures));
+    let number = |key: &str| -> u64 {
+        let line = profile.lines().find(|line| line.starts_with(key)).unwrap();
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let block = 16 * number("kv_bytes_per_token");
+    let blocks = |usable: u64| (usable - number("weight_bytes") - 100_000 - 16 * 1000) / block;
+    let simulated = |more: &[&'static str]| {
+        let printed = scene.succeed(&scene.simulate(&[&["--exit", "none", "--out", "out"], more].concat()));
+        let summary = lines(&scene.path("out/summary.csv"));
+        let of = |name| column(&summary, name)[0].to_owned();
+        assert!(printed.contains(&format!("memory: {} KV blocks of 16 tokens", of("kv_blocks"))), "{printed}");
+        assert_eq!(of("weight_bytes"), number("weight_bytes").to_string());
+        of("kv_blocks")
+    };
+    assert_eq!(simulated(&[]), blocks(900_000).to_string());
+    assert_eq!(simulated(&["--memory-utilization", "0.5"]), blocks(500_000).to_string());
+    assert_eq!(simulated(&["--device-memory", "2MB"]), blocks(1_800_000).to_string());
+    assert_eq!(simulated(&["--num-blocks", "50"]), "50");
+    assert!(scene.fail(&scene.simulate(&["--device-memory", "1kB"])).contains("not one KV block fits"));
+}
+
+#[test]
+fn prompts_that_begin_alike_are_found_again() {
+    let scene = Scene::new();
+    scene.measured();
+    let ids: Vec<u32> = (0..33).collect();
+    let lines_of: String = (0..10)
+        .map(|id| {
+            let arrival = id * 1_000_000_000_u64;
+            format!(
+                "{{\"arrival_time_ns\": {arrival}, \"input_toks\": 33, \"output_toks\": 2, \"input_tok_ids\": {ids:?}}}\n"
+            )
+        })
+        .collect();
+    scene.write("alike.jsonl", &lines_of);
+    let simulate = |more: &[&'static str]| {
+        let mut arguments = scene.simulate(&["--exit", "none", "--batching", "sequence", "--out", "out"]);
+        arguments[2] = "alike.jsonl";
+        let output = scene.run(&[&arguments[..], more].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let hits = column(&lines(&scene.path("out/summary.csv")), "prefix_hit_rate")[0].to_owned();
+        (hits, String::from_utf8(output.stderr).unwrap())
+    };
+    assert_eq!(simulate(&[]).0, "");
+    // Blocks of 8: four of each prompt's 33 tokens are found by all but the first.
+    let (hits, warning) = simulate(&["--prefix-caching", "--block-tokens", "8"]);
+    assert_eq!(hits, (9.0 * 32.0 / 330.0).to_string());
+    assert!(!warning.contains("prefix_caching"), "{warning}");
+    let printed = scene.run(&scene.simulate(&["--exit", "none", "--prefix-caching", "--async-scheduling"]));
+    assert!(String::from_utf8_lossy(&printed.stderr).contains("only preempted requests find"));
+    assert!(String::from_utf8_lossy(&printed.stdout).contains("prefix hits"));
+    assert!(scene.fail(&scene.simulate(&["--exit", "oracle", "--async-scheduling"])).contains("async_scheduling"));
+}
+
+#[test]
 fn capacity_is_the_highest_rate_within_the_objectives() {
     let scene = Scene::new();
     scene.measured();
@@ -293,7 +354,7 @@ fn replay_writes_what_it_measured() {
 #[test]
 fn bad_experiments_get_one_clear_error_and_leave_nothing() {
     let scene = Scene::new();
-    let longer = experiment("", 12).replace("token_budget: 16", "token_budget: 16\n  cache_tokens: 16");
+    let longer = experiment("", 12).replace("token_budget: 16", "token_budget: 16\n  num_blocks: 1");
     let cases = [
         (experiment("speed: 11", 12), "unknown field `speed`"),
         (experiment("", 12).replace("batching:", "bathing:"), "bathing"),
@@ -301,6 +362,10 @@ fn bad_experiments_get_one_clear_error_and_leave_nothing() {
         (experiment("", 12).replace("schema_version: 1", "schema_version: 7"), "schema_version is 7, expected 1"),
         (experiment("", 12).replace("0.1'", "NaN'"), "not a finite number"),
         (experiment("", 12).replace("token_budget: 16", "token_budget: 2"), "less than max_batch"),
+        (
+            experiment("", 12).replace("token_budget: 16", "token_budget: 16\n  prefix_caching: true"),
+            "simulations alone",
+        ),
         (experiment("", 12).replace("count: 12", "count: -3"), "-3"),
         (experiment("", 12).replace("model: model", "model: nowhere"), "nowhere"),
         (experiment("", 12).replace("repeats: 2", "repeats: 0"), "engine.repeats is 0"),
@@ -348,7 +413,7 @@ fn bad_traces_and_profiles_get_one_clear_error() {
         assert!(!scene.path("out").exists());
         scene.write(file, &intact);
     }
-    let error = scene.fail(&scene.simulate(&["--cache-tokens", "16"]));
+    let error = scene.fail(&scene.simulate(&["--num-blocks", "1"]));
     assert!(error.contains("request 12 needs") || error.contains("the cache holds 16"), "{error}");
 }
 

@@ -195,6 +195,7 @@ impl Profiler {
                 overhead_us: Summary::of(&self.overheads).median * slowdown,
                 weight_bytes: self.engine.model.weight_bytes(),
                 kv_bytes_per_token: bytes_per_token(config),
+                memory: None,
             },
             points: self.points(slowdown),
             mixed_attention: None,

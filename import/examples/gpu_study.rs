@@ -7,9 +7,11 @@
 use std::error::Error;
 use std::path::Path;
 
-use import::{KernelTables, KvPolicy, ModelShape};
+use import::{KernelTables, ModelShape};
 use scheduler::{Batching, ExitPolicy, Settings};
-use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source, Summary};
+use simulator::{
+    Draw, ExitModel, KvPolicy, LatencyModel, MemoryBudget, Metrics, ModelMemory, Simulation, Source, Summary,
+};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Request, Signals};
 
 /// GPU, and the version of vLLM whose kernels were measured on it.
@@ -48,26 +50,39 @@ fn exits(num_loops: u32) -> ExitTrace {
     trace
 }
 
-fn simulate(
-    profile: &LatencyProfile,
-    batching: Batching,
-    exit: &str,
-    max_batch: u32,
-    num_blocks: u32,
-) -> Result<Summary, Box<dyn Error>> {
-    let num_loops = profile.meta.num_loops;
-    let settings = Settings {
+fn settings(num_loops: u32, batching: Batching, exit: ExitPolicy, max_batch: u32) -> Settings {
+    Settings {
         batching,
-        exit: exit.parse::<ExitPolicy>()?,
+        exit,
         num_loops: num_loops as u8,
         max_batch,
         token_budget: 2048,
         prefill_chunk: if batching.is_lockstep() { 2048 } else { 2048 / num_loops },
         block_tokens: 16,
-        num_blocks,
+        num_blocks: 0,
         prefix_caching: false,
         async_scheduling: false,
-    };
+    }
+}
+
+/// KV blocks that fit into the usual share of the GPU's memory with the largest batch.
+fn blocks(profile: &LatencyProfile, policy: KvPolicy) -> Result<u32, Box<dyn Error>> {
+    let model = ModelMemory::from(&profile.meta);
+    let device_bytes = model.figures.device_bytes.ok_or("the tables do not say how much memory there is")?;
+    let budget = MemoryBudget { device_bytes, utilization: MemoryBudget::DEFAULT_UTILIZATION };
+    let settings = settings(profile.meta.num_loops, Batching::Depth, ExitPolicy::None, BATCHES[2]);
+    Ok(model.plan(budget, &settings, policy)?.num_blocks)
+}
+
+fn simulate(
+    profile: &LatencyProfile,
+    batching: Batching,
+    exit: &str,
+    max_batch: u32,
+) -> Result<Summary, Box<dyn Error>> {
+    let num_loops = profile.meta.num_loops;
+    let num_blocks = blocks(profile, KvPolicy::PerDepth)?;
+    let settings = Settings { num_blocks, ..settings(num_loops, batching, exit.parse()?, max_batch) };
     let latency = LatencyModel::new(profile)?;
     let exits = ExitModel::new(&exits(num_loops), Draw::Seeded(1))?;
     let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: PROMPT_TOKENS, output_tokens: OUTPUT_TOKENS };
@@ -130,7 +145,6 @@ fn study(tables: &KernelTables, gpu: &str, config: &Path) -> Result<(), Box<dyn 
     let vanilla = ModelShape::read(config, 1, 0)?;
     let vanilla_profile = tables.profile(&vanilla, 0.0);
     let computed: Vec<String> = vanilla_profile.computed_components().map(|part| part.to_string()).collect();
-    let blocks = |shape: &ModelShape, policy| tables.memory(0.9).kv_blocks(shape, policy, 16, 2048, 256);
     println!("## {gpu}\n\nComputed, not measured: {}.\n", computed.join(", "));
     println!(
         "| model | batching, exit | {} | tokens that fit | with one cache |",
@@ -138,31 +152,21 @@ fn study(tables: &KernelTables, gpu: &str, config: &Path) -> Result<(), Box<dyn 
     );
     println!("| --- | --- | {} --- | --- |", "--- | ".repeat(BATCHES.len()));
     let base = BATCHES.map(|batch| {
-        simulate(&vanilla_profile, Batching::Sequence, "none", batch, blocks(&vanilla, KvPolicy::PerDepth))
-            .map(|summary| summary.throughput_tok_s)
+        simulate(&vanilla_profile, Batching::Sequence, "none", batch).map(|summary| summary.throughput_tok_s)
     });
     let base = base.into_iter().collect::<Result<Vec<f64>, _>>()?;
-    let row = |shape: &ModelShape,
-               profile: &LatencyProfile,
-               batching: Batching,
-               exit: &str,
-               name: &str|
-     -> Result<(), Box<dyn Error>> {
-        let num_blocks = blocks(shape, KvPolicy::PerDepth);
+    let row = |profile: &LatencyProfile, batching: Batching, exit: &str, name: &str| -> Result<(), Box<dyn Error>> {
         let throughputs = BATCHES.iter().zip(&base).map(|(&batch, base)| -> Result<String, Box<dyn Error>> {
-            let ours = simulate(profile, batching, exit, batch, num_blocks)?.throughput_tok_s;
+            let ours = simulate(profile, batching, exit, batch)?.throughput_tok_s;
             Ok(format!("{ours:.0} ({:.2}x)", ours / base))
         });
         let throughputs = throughputs.collect::<Result<Vec<_>, _>>()?.join(" | ");
-        let tokens = |policy| u64::from(blocks(shape, policy)) * 16;
-        println!(
-            "| {name} | {batching}, {exit} | {throughputs} | {} | {} |",
-            tokens(KvPolicy::PerDepth),
-            tokens(KvPolicy::Shared)
-        );
+        let tokens = |policy| Ok::<_, Box<dyn Error>>(u64::from(blocks(profile, policy)?) * 16);
+        let (each, shared) = (tokens(KvPolicy::PerDepth)?, tokens(KvPolicy::Shared)?);
+        println!("| {name} | {batching}, {exit} | {throughputs} | {each} | {shared} |");
         Ok(())
     };
-    row(&vanilla, &vanilla_profile, Batching::Sequence, "none", "vanilla")?;
+    row(&vanilla_profile, Batching::Sequence, "none", "vanilla")?;
     for num_loops in [2, 3] {
         for rank in RANKS {
             let shape = ModelShape::read(config, num_loops, rank)?;
@@ -171,16 +175,11 @@ fn study(tables: &KernelTables, gpu: &str, config: &Path) -> Result<(), Box<dyn 
             for (batching, exit) in
                 [(Batching::Depth, "oracle"), (Batching::Depth, "oracle:charged"), (Batching::Sequence, "oracle")]
             {
-                row(&shape, &profile, batching, exit, &name)?;
+                row(&profile, batching, exit, &name)?;
             }
             if rank == 64 {
-                row(
-                    &shape,
-                    &tables.profile(&shape, 100.0),
-                    Batching::Depth,
-                    "oracle",
-                    &format!("{name}, 100 us a pass"),
-                )?;
+                let slower = tables.profile(&shape, 100.0);
+                row(&slower, Batching::Depth, "oracle", &format!("{name}, 100 us a pass"))?;
             }
         }
     }

@@ -26,11 +26,11 @@ use std::path::{Path, PathBuf};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::RowAccessor;
 use serde::Deserialize;
-use traces::{Component, LatencyProfile, Point, ProfileMeta};
+use traces::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta};
 
 use crate::error::{ImportError, read_text};
 use crate::lora::{self, DeviceRates};
-use crate::memory::Memory;
+use crate::memory::memory_figures;
 use crate::model::ModelShape;
 
 /// Microseconds over one size.
@@ -111,11 +111,6 @@ impl KernelTables {
         })
     }
 
-    /// The GPU's memory, and what of it neither weights nor activations nor keys and values take.
-    pub fn memory(&self, utilization: f64) -> Memory {
-        Memory { device_bytes: self.system.gpu.mem_capacity, utilization, other_bytes: self.system.misc.other_mem }
-    }
-
     /// The latency profile of a model in 16-bit floats, with what a pass costs beside its kernels.
     pub fn profile(&self, shape: &ModelShape, overhead_us: f64) -> LatencyProfile {
         let rows: Vec<u32> = self.gemm.values().next().map(|curve| curve.keys().copied().collect()).unwrap_or_default();
@@ -162,6 +157,11 @@ impl KernelTables {
                 overhead_us,
                 weight_bytes: shape.total_weight_bytes(),
                 kv_bytes_per_token: shape.num_loops * shape.kv_bytes_per_depth(),
+                memory: Some(MemoryFigures {
+                    device_bytes: Some(self.system.gpu.mem_capacity),
+                    other_bytes: self.system.misc.other_mem,
+                    ..memory_figures(shape)
+                }),
             },
             points,
             mixed_attention: None,

@@ -24,6 +24,7 @@ use traces::{Component, LatencyProfile, MixedAttention, MixedPoint, Point, Profi
 
 use crate::error::{ImportError, read_text};
 use crate::lora::{self, DeviceRates};
+use crate::memory::memory_figures;
 use crate::model::ModelShape;
 
 /// Times in microseconds by tokens or sequences.
@@ -104,6 +105,7 @@ impl LayerTables {
                 overhead_us: 0.0,
                 weight_bytes: shape.total_weight_bytes(),
                 kv_bytes_per_token: shape.num_loops * shape.kv_bytes_per_depth(),
+                memory: Some(memory_figures(shape)),
             },
             points,
             mixed_attention: Some(MixedAttention { points: points_of_attention, skew: self.skew.clone() }),

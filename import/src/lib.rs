@@ -19,6 +19,6 @@ pub use error::ImportError;
 pub use kernel_tables::KernelTables;
 pub use layer_tables::LayerTables;
 pub use lora::DeviceRates;
-pub use memory::{KvPolicy, Memory};
+pub use memory::memory_figures;
 pub use model::ModelShape;
 pub use vllm::{Comparison, MeasuredRun};

@@ -50,5 +50,5 @@ pub use executor::Executor;
 pub use observe::{Observer, PassRecord, Token};
 pub use pass::{Pass, Segment, Slot};
 pub use policy::{Batching, ExitPolicy, Look};
-pub use scheduler::{ScheduleError, Scheduler, Settings};
+pub use scheduler::{PrefixUse, ScheduleError, Scheduler, Settings};
 pub use serve::{Clock, ServeError, Server, VirtualClock, serve};

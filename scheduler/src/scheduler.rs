@@ -229,6 +229,15 @@ struct Held {
     depth: u8,
 }
 
+/// How far prompts were found in the prefix cache when their requests were admitted, preempted ones included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefixUse {
+    /// Tokens of all contexts.
+    pub looked_up: u64,
+    /// Of those, how many need not be computed.
+    pub found: u64,
+}
+
 /// Decides which rows share the next pass, and what becomes of them after it.
 #[derive(Clone, Debug)]
 pub struct Scheduler {
@@ -262,6 +271,7 @@ pub struct Scheduler {
     released: Vec<Slot>,
     /// Blocks found for the request first in line.
     found: Vec<BlockId>,
+    prefix_use: PrefixUse,
 }
 
 impl Scheduler {
@@ -296,6 +306,7 @@ impl Scheduler {
             admitted: Vec::new(),
             released: Vec::new(),
             found: Vec::new(),
+            prefix_use: PrefixUse::default(),
         })
     }
 
@@ -325,6 +336,11 @@ impl Scheduler {
     /// Requests that wait for a slot.
     pub fn num_waiting(&self) -> u32 {
         (self.waiting.len() + self.unseen.len()) as u32
+    }
+
+    /// What prefix caching found so far.
+    pub fn prefix_use(&self) -> PrefixUse {
+        self.prefix_use
     }
 
     /// The pass that [`plan`](Self::plan) made.
@@ -505,6 +521,8 @@ impl Scheduler {
         }
         sequence.started = self.found.len() as u32 * self.settings.block_tokens;
         sequence.filled = sequence.started;
+        self.prefix_use.looked_up += u64::from(context);
+        self.prefix_use.found += u64::from(sequence.started);
         sequence.admission = self.admissions;
         sequence.running = true;
         self.admissions += 1;

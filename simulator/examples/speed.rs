@@ -115,6 +115,7 @@ fn profile() -> LatencyProfile {
             overhead_us: 5.0,
             weight_bytes: 0,
             kv_bytes_per_token: 0,
+            memory: None,
         },
         points,
         mixed_attention: None,

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use traces::{Nanos, Request};
 
 use crate::latency::Extrapolations;
-use crate::metrics::{Metrics, Source, Summary};
+use crate::metrics::{Metrics, Summary};
 use crate::objectives::{Attainment, Objectives};
 use crate::simulation::{Simulation, SimulationError};
 
@@ -149,7 +149,7 @@ fn run_at(
     let mut metrics = vec![Metrics::new(simulation.settings()).with_objectives(search.objectives); search.replicas];
     let outcome = simulation.run(at_factor(requests, factor), &mut metrics)?;
     let merged = Metrics::merged(metrics).ok_or(SimulationError::NoReplicas)?;
-    Ok((merged.summary(Source::Simulated, Some(outcome.token_agreement())), outcome.extrapolations))
+    Ok((simulation.summary(&merged, &outcome), outcome.extrapolations))
 }
 
 /// Gaps between the first and the last arrival, per second; none if they arrive together.

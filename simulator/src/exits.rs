@@ -3,6 +3,8 @@
 //! Easy and hard tokens come in runs, so a request takes the tokens of a recorded generation in their order,
 //! from its first; a request longer than that goes on with another one.
 
+use std::sync::Arc;
+
 use scheduler::Look;
 use traces::{ExitTrace, ExitTraceMeta, Measure, Request, Signals};
 
@@ -47,18 +49,18 @@ pub enum ExitError {
     },
 }
 
-/// Exit signals and agreement by token and depth, and the rule that gives tokens to requests.
+/// Exit signals and agreement by token and depth, and the rule that gives tokens to requests. Clones share the signals.
 #[derive(Clone, Debug)]
 pub struct ExitModel {
     num_loops: u8,
     fingerprint: String,
     draw: Draw,
     /// Generation `g` is tokens `starts[g]..starts[g + 1]`.
-    starts: Vec<u32>,
+    starts: Arc<[u32]>,
     /// A bit for each token and depth: whether its token is that of the last depth.
-    agreement: Vec<u64>,
+    agreement: Arc<[u64]>,
     /// The values of each measure by token and depth, in the order of [`Measure::ALL`].
-    signals: [Vec<f32>; Measure::ALL.len()],
+    signals: [Arc<[f32]>; Measure::ALL.len()],
 }
 
 impl ExitModel {
@@ -81,10 +83,15 @@ impl ExitModel {
             num_loops: trace.meta.num_loops as u8,
             fingerprint: trace.meta.fingerprint.clone(),
             draw,
-            starts: trace.starts.clone(),
-            agreement: bits(rows().map(|(token, depth)| trace.agrees(token, depth))),
+            starts: trace.starts.as_slice().into(),
+            agreement: bits(rows().map(|(token, depth)| trace.agrees(token, depth))).into(),
             signals: Measure::ALL.map(|measure| trace.signals.iter().map(|signals| signals.get(measure)).collect()),
         })
+    }
+
+    /// The same trace, drawn otherwise.
+    pub fn with_draw(&self, draw: Draw) -> Self {
+        Self { draw, ..self.clone() }
     }
 
     /// Of a model whose tokens all run every depth: no exit policy has anything to look at.

@@ -10,6 +10,7 @@ use std::fmt;
 use traces::{Component, LatencyProfile, Nanos, Point};
 
 use crate::attention::{AttentionModel, AttentionShape};
+use crate::memory::ModelMemory;
 
 /// Rows up to which one-dimensional components are tabulated.
 const MAX_TABULATED: u32 = 1 << 14;
@@ -76,6 +77,7 @@ pub struct PassShape {
 pub struct LatencyModel {
     num_loops: u8,
     fingerprint: String,
+    memory: ModelMemory,
     overhead_ns: f64,
     mixed_attention: Option<AttentionModel>,
     times: Parts,
@@ -101,6 +103,7 @@ impl LatencyModel {
         Ok(Self {
             num_loops: meta.num_loops as u8,
             fingerprint: meta.fingerprint.clone(),
+            memory: ModelMemory::from(meta),
             overhead_ns: meta.overhead_us * 1e3,
             mixed_attention: profile.mixed_attention.as_ref().map(AttentionModel::new),
             times: Parts::new(profile, |point| point.time_us)?,
@@ -116,6 +119,11 @@ impl LatencyModel {
     /// Fingerprint of the model that was measured.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// What the model takes of the device's memory.
+    pub fn memory(&self) -> &ModelMemory {
+        &self.memory
     }
 
     /// Median time of a pass without the attention of its prompt chunks, in nanoseconds.
@@ -453,6 +461,7 @@ mod tests {
                 overhead_us: 0.25,
                 weight_bytes: 0,
                 kv_bytes_per_token: 0,
+                memory: None,
             },
             points: points.iter().map(point).collect(),
             mixed_attention: None,

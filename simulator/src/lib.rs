@@ -21,7 +21,7 @@
 //!         schema_version: LatencyProfile::SCHEMA_VERSION,
 //!         model: "toy".into(), fingerprint: LatencyProfile::ANY_MODEL.into(), num_loops: 2,
 //!         device: "none".into(), software: "none".into(), source: "made up".into(),
-//!         overhead_us: 0.0, weight_bytes: 0, kv_bytes_per_token: 0,
+//!         overhead_us: 0.0, weight_bytes: 0, kv_bytes_per_token: 0, memory: None,
 //!     },
 //!     points: [(8, 100.0), (16, 120.0)]
 //!         .map(|(rows, time_us)| Point {
@@ -60,6 +60,7 @@ pub mod capacity;
 pub mod executor;
 pub mod exits;
 pub mod latency;
+pub mod memory;
 pub mod metrics;
 pub mod objectives;
 pub mod routing;
@@ -71,6 +72,7 @@ pub use capacity::{Capacity, CapacityError, CapacitySearch, capacities, capacity
 pub use executor::ProfileExecutor;
 pub use exits::{Draw, ExitError, ExitModel};
 pub use latency::{Extrapolations, LatencyError, LatencyModel};
+pub use memory::{KvPolicy, MemoryBudget, MemoryError, MemoryPlan, ModelMemory};
 pub use metrics::{Metrics, Source, Summary, write_csv};
 pub use objectives::Objectives;
 pub use routing::Routing;

@@ -5,12 +5,14 @@ use std::collections::BinaryHeap;
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use scheduler::{Observer, ScheduleError, Server, Settings};
+use scheduler::{Observer, PrefixUse, ScheduleError, Server, Settings};
 use traces::{LatencyProfile, Nanos, PrefixHashes, Request};
 
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
 use crate::latency::{Extrapolations, LatencyModel};
+use crate::memory::KvPolicy;
+use crate::metrics::{Metrics, Source, Summary};
 use crate::routing::{Router, Routing};
 
 /// Why a simulation did not run to its end.
@@ -60,6 +62,8 @@ pub struct Outcome {
     pub tokens: u64,
     /// Of those, how many equal what full depth gives.
     pub agreeing_tokens: u64,
+    /// What prefix caching found, on all machines.
+    pub prefix_use: PrefixUse,
     /// Where the run left the profile's measured grid.
     pub extrapolations: Extrapolations,
 }
@@ -120,6 +124,18 @@ impl<'m> Simulation<'m> {
     /// How each machine is scheduled.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Sums a run up: what its machines saw together, and what only the simulation knows.
+    pub fn summary(&self, metrics: &Metrics, outcome: &Outcome) -> Summary {
+        let memory = self.latency.memory();
+        let PrefixUse { looked_up, found } = outcome.prefix_use;
+        Summary {
+            weight_bytes: Some(memory.weight_bytes),
+            kv_bytes_per_token: Some(memory.kv_bytes(KvPolicy::PerDepth)),
+            prefix_hit_rate: self.settings.prefix_caching.then(|| found as f64 / looked_up as f64),
+            ..metrics.summary(Source::Simulated, Some(outcome.token_agreement()))
+        }
     }
 
     /// Serves the requests, which must come in the order of their arrival, on as many machines as there are
@@ -274,8 +290,16 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
     }
 
     fn outcome(self) -> Outcome {
-        let mut outcome = Outcome { tokens: 0, agreeing_tokens: 0, extrapolations: Extrapolations::default() };
+        let mut outcome = Outcome {
+            tokens: 0,
+            agreeing_tokens: 0,
+            prefix_use: PrefixUse::default(),
+            extrapolations: Extrapolations::default(),
+        };
         for server in self.servers {
+            let PrefixUse { looked_up, found } = server.scheduler().prefix_use();
+            outcome.prefix_use.looked_up += looked_up;
+            outcome.prefix_use.found += found;
             let executor = server.into_executor();
             outcome.tokens += executor.tokens();
             outcome.agreeing_tokens += executor.agreeing_tokens();

@@ -4,7 +4,7 @@ mod common;
 
 use common::{PASS, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
 use scheduler::{Batching, Observer, PassRecord, Settings};
-use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source, Summary};
+use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Summary};
 use traces::{Nanos, Request};
 
 fn simulate(
@@ -14,9 +14,10 @@ fn simulate(
     requests: impl IntoIterator<Item = Request>,
 ) -> Summary {
     let mut metrics = [Metrics::new(&settings)];
-    let outcome = Simulation::new(settings, latency, exits).unwrap().run(requests, &mut metrics).unwrap();
+    let simulation = Simulation::new(settings, latency, exits).unwrap();
+    let outcome = simulation.run(requests, &mut metrics).unwrap();
     assert!(outcome.extrapolations.is_empty());
-    metrics[0].summary(Source::Simulated, Some(outcome.token_agreement()))
+    simulation.summary(&metrics[0], &outcome)
 }
 
 fn assert_close(found: f64, expected: f64, tolerance: f64) {
@@ -90,6 +91,15 @@ fn vanilla_batches_last_as_long_as_their_longest_sequence() {
     let summary = simulate(settings(Batching::Vanilla, "oracle", 3, 2), &constant_latency(3), &exits, requests);
     assert_eq!(summary.passes, passes as u64);
     assert_close(summary.makespan_s, passes as f64 * PASS.as_secs_f64(), 1e-12);
+}
+
+#[test]
+fn lone_requests_hold_their_share_of_the_kv_blocks_all_the_time() {
+    let exits = drawn_exits(&[1.0], 1, 1, 1);
+    let settings = Settings { num_blocks: 10, ..settings(Batching::Depth, "none", 1, 1) };
+    let summary = simulate(settings, &constant_latency(1), &exits, queued(100, 40, 8));
+    // 40 to 47 positions are 3 blocks of 16.
+    assert_eq!((summary.kv_usage, summary.batch_fits, summary.prefix_hit_rate), (0.3, 3, None));
 }
 
 /// Integrates the running sequences over time, and their stays.

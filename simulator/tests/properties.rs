@@ -176,13 +176,15 @@ fn a_prompt_that_begins_like_one_before_it_is_not_computed_again() {
     }
     let prefixes = Arc::new(prefixes);
     let simulation = Simulation::new(settings, &latency, &exits).unwrap();
-    let prefill_rows = |simulation: Simulation<'_>| {
+    let prefill_rows_and_hits = |simulation: Simulation<'_>| {
         let mut metrics = [Metrics::new(&settings).with_passes()];
-        simulation.run(poisson(20, 10.0, 4 * 16 + 1, 1, 3), &mut metrics).unwrap();
-        metrics[0].passes().iter().map(|pass| pass.prefill_rows).sum::<u32>()
+        let outcome = simulation.run(poisson(20, 10.0, 4 * 16 + 1, 1, 3), &mut metrics).unwrap();
+        let rows = metrics[0].passes().iter().map(|pass| pass.prefill_rows).sum::<u32>();
+        (rows, simulation.summary(&metrics[0], &outcome).prefix_hit_rate)
     };
-    assert_eq!(prefill_rows(simulation), 3 * 20 * 65);
-    assert_eq!(prefill_rows(simulation.with_prefixes(&prefixes)), 3 * (20 * 65 - 19 * 48));
+    assert_eq!(prefill_rows_and_hits(simulation), (3 * 20 * 65, Some(0.0)));
+    let hits = f64::from(19 * 48) / f64::from(20 * 65);
+    assert_eq!(prefill_rows_and_hits(simulation.with_prefixes(&prefixes)), (3 * (20 * 65 - 19 * 48), Some(hits)));
 }
 
 #[test]

@@ -133,6 +133,7 @@ impl Times {
             weight_bytes: (2.0 * (billions * 1e9 + EMBEDDING_PARAMS)).round() as u64,
             // 18 layers, one head of 256 numbers, keys and values, 2 bytes.
             kv_bytes_per_token: 18 * 256 * 2 * 2,
+            memory: None,
         };
         Ok(LatencyProfile { meta, points, mixed_attention: None })
     }

@@ -55,6 +55,7 @@
 //!         overhead_us: 0.0,
 //!         weight_bytes: 1 << 20,
 //!         kv_bytes_per_token: 512,
+//!         memory: None,
 //!     },
 //!     points: vec![point(Component::Block, 120.0), point(Component::Embed, 1.5), point(Component::Head, 30.0)],
 //!     mixed_attention: None,
@@ -80,7 +81,7 @@ pub use error::TraceError;
 pub use exit_trace::{ExitTrace, ExitTraceMeta, Measure, Signals};
 pub use generate::{Arrivals, Generate, Length};
 pub use mixed_attention::{MixedAttention, MixedPoint, SkewCell};
-pub use profile::{Component, LatencyProfile, Point, ProfileMeta, check_same_model};
+pub use profile::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, check_same_model};
 pub use request::{PrefixHashes, Request, RequestTrace};
 pub use request_file::{ReadOptions, RequestFormat};
 pub use request_spec::RequestSpec;

@@ -143,6 +143,24 @@ pub struct ProfileMeta {
     pub weight_bytes: u64,
     /// Bytes of keys and values of one token, over all depths.
     pub kv_bytes_per_token: u64,
+    /// What else takes memory, and how much there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryFigures>,
+}
+
+/// Memory beside weights, keys and values, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryFigures {
+    /// All of the device's memory, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_bytes: Option<u64>,
+    /// What neither weights nor activations nor keys and values take: context, workspaces, communication.
+    pub other_bytes: u64,
+    /// Activations of each row of a pass.
+    pub row_bytes: u64,
+    /// Logits of each row that predicts.
+    pub logits_bytes: u64,
 }
 
 /// What the parts of a pass take on one device, for one model.

@@ -31,7 +31,7 @@ pub fn run(args: Args) -> Result<()> {
     let input = args.simulation.load()?;
     let (share, tolerance) = (args.share, args.tolerance);
     let search = CapacitySearch { objectives, share, replicas: input.machines.replicas, tolerance };
-    let found = answers(capacities(&input.simulations()?, &input.requests, &search))?;
+    let found = answers(capacities(&input.simulations()?, &input.workload.requests, &search))?;
     let mut beyond = Extrapolations::default();
     found.iter().flatten().for_each(|found| beyond.merge(&found.extrapolations));
     warn_of_extrapolations(&beyond);

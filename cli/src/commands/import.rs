@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use import::{KernelTables, KvPolicy, LayerTables, Memory, ModelShape};
-use traces::LatencyProfile;
+use bytesize::ByteSize;
+use import::{KernelTables, LayerTables, ModelShape, memory_figures};
+use traces::{LatencyProfile, MemoryFigures};
+
+use crate::serving::parse_bytes;
 
 /// Make a latency profile from kernel tables that others measured
 #[derive(Debug, clap::Args)]
@@ -30,11 +33,11 @@ struct LayerArgs {
     /// Name of the device that was measured
     #[arg(long, default_value = "as measured")]
     device: String,
-    /// Memory of the device in bytes, to say how many KV blocks fit
-    #[arg(long, value_name = "BYTES")]
+    /// Memory of the device, such as 24GB or 24GiB
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     device_memory: Option<u64>,
-    /// Memory in bytes that neither weights nor activations nor keys and values take
-    #[arg(long, default_value_t = 0, value_name = "BYTES", requires = "device_memory")]
+    /// Memory that neither weights nor activations nor keys and values take
+    #[arg(long, default_value = "0", value_name = "BYTES", value_parser = parse_bytes)]
     other_memory: u64,
     #[command(flatten)]
     common: CommonArgs,
@@ -79,18 +82,6 @@ struct CommonArgs {
     /// Folder to write the profile to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Share of the memory that the server uses
-    #[arg(long, default_value_t = 0.9)]
-    memory_utilization: f64,
-    /// Positions per KV block
-    #[arg(long, default_value_t = 16)]
-    block_tokens: u32,
-    /// Most rows of a pass, for the memory that activations take
-    #[arg(long, default_value_t = 2048)]
-    token_budget: u32,
-    /// Most sequences that run at once, for the memory that logits take
-    #[arg(long, default_value_t = 256)]
-    max_batch: u32,
 }
 
 /// Runs the command.
@@ -99,20 +90,16 @@ pub fn run(args: Args) -> Result<()> {
         Tables::LayerTables(args) => {
             let common = &args.common;
             let shape = common.shape()?;
-            let profile = LayerTables::read(&args.tables)?.profile(&shape, &args.device, "kernel tables");
-            let memory = args.device_memory.map(|device_bytes| Memory {
-                device_bytes,
-                utilization: common.memory_utilization,
-                other_bytes: args.other_memory,
-            });
-            common.write(&shape, &profile, memory)
+            let mut profile = LayerTables::read(&args.tables)?.profile(&shape, &args.device, "kernel tables");
+            let (device_bytes, other_bytes) = (args.device_memory, args.other_memory);
+            profile.meta.memory = Some(MemoryFigures { device_bytes, other_bytes, ..memory_figures(&shape) });
+            common.write(&profile)
         }
         Tables::Aiconfigurator(args) => {
             let common = &args.common;
             let shape = common.shape()?;
             let tables = KernelTables::read(&args.systems, &args.gpu, &args.framework, &args.version)?;
-            let memory = tables.memory(common.memory_utilization);
-            common.write(&shape, &tables.profile(&shape, args.overhead_us), Some(memory))
+            common.write(&tables.profile(&shape, args.overhead_us))
         }
     }
 }
@@ -122,22 +109,20 @@ impl CommonArgs {
         Ok(ModelShape::read(&self.model, self.num_loops, self.lora_rank)?)
     }
 
-    fn write(&self, shape: &ModelShape, profile: &LatencyProfile, memory: Option<Memory>) -> Result<()> {
+    fn write(&self, profile: &LatencyProfile) -> Result<()> {
         profile.write(&self.out)?;
         let computed: Vec<String> = profile.computed_components().map(|part| part.to_string()).collect();
-        println!("{}: {}", profile.meta.model, self.out.display());
+        let meta = &profile.meta;
+        println!("{}: {}", meta.model, self.out.display());
         println!(
             "computed, not measured: {}",
             if computed.is_empty() { "nothing".into() } else { computed.join(", ") }
         );
-        let blocks = |memory: Memory, policy| {
-            memory.kv_blocks(shape, policy, self.block_tokens, self.token_budget, self.max_batch)
-        };
-        if let Some(memory) = memory {
-            println!("KV blocks of {} tokens that fit: {}", self.block_tokens, blocks(memory, KvPolicy::PerDepth));
-            if shape.num_loops > 1 {
-                println!("with one cache for all depths: {}", blocks(memory, KvPolicy::Shared));
-            }
+        let bytes = |bytes| ByteSize(bytes).display().iec();
+        print!("weights {}, keys and values {} a token", bytes(meta.weight_bytes), bytes(meta.kv_bytes_per_token));
+        match meta.memory.and_then(|memory| memory.device_bytes) {
+            Some(device) => println!(", memory {}", bytes(device)),
+            None => println!(", memory not known"),
         }
         Ok(())
     }

@@ -38,9 +38,11 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
+    let serving = args.serving.serving();
+    serving.check_for_engine()?;
     let requests = args.requests.load()?.requests;
     let named = args.engine.load()?;
-    let settings = args.serving.serving().all_settings(named.num_loops(), &requests);
+    let settings = serving.all_settings(&named.memory(), &requests)?;
     let needs_oracle = settings.iter().any(|settings| settings.exit.look() == Look::Oracle);
     let oracle = Arc::new(match needs_oracle {
         true => oracle_depths(&exits(&args, &named, &requests)?, &requests),

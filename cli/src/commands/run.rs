@@ -6,17 +6,18 @@ use anyhow::{Context, Result};
 use engine::executor::Sampling;
 use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Serialize;
-use simulator::{Draw, ExitModel, LatencyModel, Summary, write_csv};
+use simulator::{Draw, ExitModel, LatencyModel, ModelMemory, Summary, write_csv};
 use traces::Request;
 
-use crate::arguments::load_requests;
-use crate::experiment::{EngineSpec, Experiment, Serving, System};
+use crate::experiment::{EngineSpec, Experiment, System};
 use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
 use crate::measure::{NamedEngine, limits, measure};
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
 use crate::runs::{Run, load_models, simulate_all, write_depth_rows, write_requests};
+use crate::serving::Serving;
 use crate::validation::compare;
+use crate::workload::Workload;
 
 /// Do a whole experiment: measure, replay, simulate, compare, draw
 #[derive(Debug, clap::Args)]
@@ -45,10 +46,10 @@ pub fn run_experiment(experiment: &Experiment, base: &Path, target: &Path) -> Re
     experiment.check()?;
     let folder = ResultsFolder::create(target)?;
     std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(experiment)?)?;
-    let requests = load_requests(&experiment.requests, base)?.requests;
+    let workload = Workload::load(&experiment.requests, base, &experiment.serving)?;
     match &experiment.engine {
-        Some(spec) => measure_and_simulate(experiment, spec, base, &requests, folder.path())?,
-        None => simulate_systems(experiment, base, &requests, folder.path())?,
+        Some(spec) => measure_and_simulate(experiment, spec, base, &workload, folder.path())?,
+        None => simulate_systems(experiment, base, &workload, folder.path())?,
     }
     folder.finish()?;
     println!("\nResults are in {}", target.display());
@@ -60,13 +61,14 @@ fn measure_and_simulate(
     experiment: &Experiment,
     spec: &EngineSpec,
     base: &Path,
-    requests: &[Request],
+    workload: &Workload,
     results: &Path,
 ) -> Result<()> {
+    let requests = &workload.requests;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
     let engine = NamedEngine::load(&base.join(&spec.model), &base.join(&spec.prompts), sampling)?;
-    let settings = experiment.serving.all_settings(engine.num_loops(), requests);
-    let variants = Variants::new(experiment, engine.num_loops(), requests);
+    let settings = experiment.serving.all_settings(&engine.memory(), requests)?;
+    let variants = Variants::new(experiment, &engine.memory(), requests)?;
     let limits = limits(settings.iter().chain(variants.all()), requests);
     let measured = measure(&engine, &settings, requests, spec.repeats, limits)?;
     measured.profile.write(results.join("profile"))?;
@@ -74,7 +76,7 @@ fn measure_and_simulate(
 
     let latency = LatencyModel::new(&measured.profile)?;
     let exits = ExitModel::new(&measured.exits, Draw::Recorded)?;
-    let simulate = |settings: &[Settings]| simulate_all(settings, &latency, &exits, requests);
+    let simulate = |settings: &[Settings]| simulate_all(settings, &latency, &exits, workload);
     let simulated = simulate(&settings)?;
     let comparisons = compare(summaries(&measured.runs), summaries(&simulated));
     write_csv(&results.join("validation.csv"), &comparisons)?;
@@ -106,7 +108,7 @@ struct Variants {
 }
 
 impl Variants {
-    fn new(Experiment { serving, sweeps, .. }: &Experiment, num_loops: u8, requests: &[Request]) -> Self {
+    fn new(Experiment { serving, sweeps, .. }: &Experiment, model: &ModelMemory, requests: &[Request]) -> Result<Self> {
         let at = |measure| move |&threshold: &f32| ExitPolicy::Confidence { measure, threshold };
         let exit = sweeps.thresholds.iter().flat_map(|(&measure, thresholds)| thresholds.iter().map(at(measure)));
         let thresholds = Serving { batching: vec![Batching::Depth], exit: exit.collect(), ..serving.clone() };
@@ -115,11 +117,9 @@ impl Variants {
             token_budget: serving.token_budget.max(max_batch),
             ..serving.clone()
         };
-        let settings = |serving: Serving| serving.all_settings(num_loops, requests);
-        Self {
-            thresholds: settings(thresholds),
-            max_batch: sweeps.max_batch.iter().map(of_size).flat_map(settings).collect(),
-        }
+        let settings = |serving: Serving| serving.all_settings(model, requests);
+        let by_batch: Vec<Vec<Settings>> = sweeps.max_batch.iter().map(of_size).map(settings).collect::<Result<_>>()?;
+        Ok(Self { thresholds: settings(thresholds)?, max_batch: by_batch.concat() })
     }
 
     fn all(&self) -> impl Iterator<Item = &Settings> + Clone {
@@ -148,16 +148,19 @@ impl OfSystem {
 }
 
 /// Simulates each system under its policies, and compares with what was published of it.
-fn simulate_systems(experiment: &Experiment, base: &Path, requests: &[Request], results: &Path) -> Result<()> {
+fn simulate_systems(experiment: &Experiment, base: &Path, workload: &Workload, results: &Path) -> Result<()> {
     let mut lines = Vec::new();
     for system in &experiment.systems {
         let (latency, exits) = load_models(&base.join(&system.profile), &base.join(&system.exits), experiment.seed)?;
-        let settings = system.serving(&experiment.serving).all_settings(exits.num_loops(), requests);
-        let runs = simulate_all(&settings, &latency, &exits, requests)?;
+        let serving = system.serving(&experiment.serving);
+        let settings =
+            serving.all_settings(latency.memory(), &workload.requests).with_context(|| system.name.clone())?;
+        let runs = simulate_all(&settings, &latency, &exits, workload)?;
         lines.extend(runs.into_iter().map(|run| (OfSystem::new(system, &run), run.summary)));
     }
     write_csv(&results.join("summary.csv"), &lines)?;
     print_systems(&lines);
+    report::print_memory(lines.iter().map(|(_, summary)| summary));
     Ok(())
 }
 

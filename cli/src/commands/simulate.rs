@@ -26,7 +26,7 @@ pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
     let input = args.simulation.load()?;
     let (simulations, replicas) = (input.simulations()?, input.machines.replicas);
-    let runs = run_simulations(&simulations, replicas, args.objectives.objectives()?, &input.requests)?;
+    let runs = run_simulations(&simulations, replicas, args.objectives.objectives()?, &input.workload.requests)?;
     report::print_summaries(runs.iter().map(|run| &run.summary));
     match folder {
         Some(folder) => write_results(folder, "simulate", &args, &runs),

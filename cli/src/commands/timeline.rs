@@ -31,7 +31,7 @@ pub fn run(args: Args) -> Result<()> {
     let window = Nanos::from_secs_f64(args.keep_s[0])..Nanos::from_secs_f64(args.keep_s[1]);
     let mut watched: Vec<Timeline> =
         (0..input.machines.replicas as u32).map(|machine| Timeline::new(machine, window.clone())).collect();
-    input.simulations()?[0].run(input.requests.iter().copied(), &mut watched)?;
+    input.simulations()?[0].run(input.workload.requests.iter().copied(), &mut watched)?;
     let partial = args.out.with_extension("partial");
     let write = || -> std::io::Result<()> {
         write_timeline(BufWriter::new(File::create(&partial)?), &watched)?;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use import::vllm::RequestTimes;
 use import::{Comparison, MeasuredRun};
 use simulator::metrics::{PassRow, RequestRow};
-use simulator::{ExitModel, LatencyModel, Metrics, Simulation, Source, write_csv};
+use simulator::{ExitModel, LatencyModel, Metrics, Simulation, write_csv};
 use traces::{LatencyProfile, ReadOptions, RequestTrace};
 
 /// Simulate the requests of a measured vLLM run under its settings, and compare
@@ -50,7 +50,11 @@ pub fn run(args: Args) -> Result<()> {
     let simulated: Vec<RequestTimes> = metrics.requests().map(|request| times(request, metrics.passes())).collect();
     let comparison = Comparison::new(&measured.requests, &simulated);
     println!("{comparison}");
-    println!("preemptions: {}", metrics.summary(Source::Simulated, None).preemptions);
+    let summary = simulation.summary(&metrics, &outcome);
+    println!("preemptions: {}", summary.preemptions);
+    if let Some(share) = summary.prefix_hit_rate {
+        println!("prefix hits: {share:.3} of prompt tokens");
+    }
     if !outcome.extrapolations.is_empty() {
         println!("{}", outcome.extrapolations);
     }

@@ -50,10 +50,14 @@ struct Totals {
     passes: u64,
     row_visits: u64,
     busy: u64,
-    /// Rows, decode rows and running sequences, each times the time of its pass.
+    /// Rows, decode rows, running sequences and held KV blocks, each times the time of its pass.
     row_time: u128,
     decode_row_time: u128,
     running_time: u128,
+    block_time: u128,
+    /// KV blocks of finished requests when their last token came: all together, and of the longest.
+    final_blocks: u64,
+    longest_blocks: u32,
     first_arrival: Option<Nanos>,
     last_token: Nanos,
 }
@@ -185,6 +189,9 @@ impl Totals {
         self.row_time += other.row_time;
         self.decode_row_time += other.decode_row_time;
         self.running_time += other.running_time;
+        self.block_time += other.block_time;
+        self.final_blocks += other.final_blocks;
+        self.longest_blocks = self.longest_blocks.max(other.longest_blocks);
         self.first_arrival = self.first_arrival.into_iter().chain(other.first_arrival).min();
         self.last_token = self.last_token.max(other.last_token);
     }
@@ -216,6 +223,8 @@ impl Observer for Metrics {
         totals.row_time += u128::from(rows.total()) * elapsed;
         totals.decode_row_time += u128::from(rows.decode) * elapsed;
         totals.running_time += u128::from(record.running) * elapsed;
+        let tables = record.pass.tables;
+        totals.block_time += u128::from(tables.num_blocks() - tables.num_free()) * elapsed;
         if let Some(passes) = &mut self.passes {
             passes.push(PassRow::new(record, rows));
         }
@@ -235,6 +244,9 @@ impl Observer for Metrics {
 
     fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
         self.totals.requests += 1;
+        let blocks = request.context_tokens().div_ceil(self.settings.block_tokens);
+        self.totals.final_blocks += u64::from(blocks);
+        self.totals.longest_blocks = self.totals.longest_blocks.max(blocks);
         self.totals.last_token = self.totals.last_token.max(now);
         let latencies = RequestLatencies::new(now, request, first_token);
         self.ttft.record(latencies.ttft);
@@ -308,6 +320,17 @@ mod tests {
     }
 
     #[test]
+    fn the_batch_that_fits_is_counted_in_whole_blocks_of_final_lengths() {
+        let mut metrics = Metrics::new(&settings());
+        // 15 and 40 final positions are 1 and 3 blocks of 16; there are 16 blocks.
+        for (id, output_tokens) in [(0, 10), (1, 35)] {
+            metrics.finished(ms(9), &Request { id, arrival: ms(0), prompt_tokens: 6, output_tokens }, ms(1));
+        }
+        let summary = metrics.summary(Source::Simulated, None);
+        assert_eq!((summary.kv_tokens, summary.batch_fits, summary.batch_fits_longest), (256, 8, 5));
+    }
+
+    #[test]
     fn goodput_counts_requests_within_every_objective() {
         let summary = |ttft_ms, tpot_ms| {
             let objectives = Objectives { ttft_ms, tpot_ms, e2e_ms: None };
@@ -339,7 +362,7 @@ mod tests {
         let path = folder.path().join("summary.csv");
         let summary = watched().summary(Source::Measured, Some(0.75));
         // No pass was watched, so occupancy is not a number, and not equal to itself.
-        let summary = Summary { occupancy: 0.5, mean_rows: 1.0, mean_running: 1.0, ..summary };
+        let summary = Summary { occupancy: 0.5, mean_rows: 1.0, mean_running: 1.0, kv_usage: 0.5, ..summary };
         write_csv(&path, [&summary]).unwrap();
         let read: Vec<Summary> =
             csv::Reader::from_path(&path).unwrap().deserialize().collect::<Result<_, _>>().unwrap();

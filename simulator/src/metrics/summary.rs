@@ -43,8 +43,30 @@ pub struct Summary {
     pub exit_policy: String,
     /// Most sequences that run at once, on each machine.
     pub max_batch: u32,
+    /// Most rows of a pass (depth-wise) or of an iteration (lockstep).
+    pub token_budget: u32,
+    /// Most prompt tokens that start in a pass or an iteration.
+    pub prefill_chunk: u32,
+    /// Positions per KV block.
+    pub block_tokens: u32,
+    /// KV blocks of each machine.
+    pub kv_blocks: u32,
+    /// Whether freed blocks could be found again.
+    pub prefix_caching: bool,
+    /// Whether passes were composed ahead.
+    pub async_scheduling: bool,
     /// Machines.
     pub replicas: u32,
+    /// Bytes of all weights.
+    pub weight_bytes: Option<u64>,
+    /// Bytes of keys and values of one token.
+    pub kv_bytes_per_token: Option<u64>,
+    /// Tokens whose keys and values each machine holds.
+    pub kv_tokens: u64,
+    /// Requests of mean length that the KV blocks of a machine hold at once when they end.
+    pub batch_fits: u32,
+    /// The longest requests that they hold at once.
+    pub batch_fits_longest: u32,
     /// Requests that got their last token.
     pub requests: u64,
     /// Tokens generated.
@@ -95,12 +117,17 @@ pub struct Summary {
     pub mean_rows: f64,
     /// Sequences that hold a slot, weighted by the time of the pass.
     pub mean_running: f64,
+    /// Share of the KV blocks that are held, weighted by the time of the pass.
+    pub kv_usage: f64,
     /// Share of the makespan in which a pass ran.
     pub busy: f64,
     /// Passes.
     pub passes: u64,
     /// How often a sequence lost its slot.
     pub preemptions: u64,
+    /// Share of the tokens of prompts (and of what preempted requests had generated) that prefix caching found; empty
+    /// without it.
+    pub prefix_hit_rate: Option<f64>,
     /// Share of requests that met the objectives, 0 to 1; empty if none were set.
     pub objectives_met: Option<f64>,
     /// Requests per second of makespan that met the objectives; empty if none were set.
@@ -108,12 +135,13 @@ pub struct Summary {
 }
 
 impl Metrics {
-    /// Sums the run up; `token_agreement` is for the executor to say.
+    /// Sums the run up. What only others know is left out: token agreement is for the executor to say.
     pub fn summary(&self, source: Source, token_agreement: Option<f64>) -> Summary {
         let totals = &self.totals;
         let makespan_s = self.makespan().as_secs_f64();
         let busy = totals.busy as f64;
         let settings = &self.settings;
+        let blocks = u64::from(settings.num_blocks);
         let [ttft_mean_ms, ttft_p50_ms, ttft_p90_ms, ttft_p99_ms] = mean_and_tail(&self.ttft);
         let [tpot_mean_ms, tpot_p50_ms, tpot_p90_ms, tpot_p99_ms] = mean_and_tail(&self.tpot);
         let [itl_mean_ms, itl_p50_ms, itl_p90_ms, itl_p99_ms] = mean_and_tail(&self.itl);
@@ -125,7 +153,18 @@ impl Metrics {
             threshold: settings.exit.threshold(),
             exit_policy: settings.exit.to_string(),
             max_batch: settings.max_batch,
+            token_budget: settings.token_budget,
+            prefill_chunk: settings.prefill_chunk,
+            block_tokens: settings.block_tokens,
+            kv_blocks: settings.num_blocks,
+            prefix_caching: settings.prefix_caching,
+            async_scheduling: settings.async_scheduling,
             replicas: self.machines,
+            weight_bytes: None,
+            kv_bytes_per_token: None,
+            kv_tokens: u64::from(settings.num_blocks) * u64::from(settings.block_tokens),
+            batch_fits: fits(blocks * totals.requests, totals.final_blocks),
+            batch_fits_longest: fits(blocks, totals.longest_blocks.into()),
             requests: totals.requests,
             output_tokens: totals.tokens,
             makespan_s,
@@ -151,13 +190,20 @@ impl Metrics {
             occupancy: totals.decode_row_time as f64 / busy / f64::from(settings.max_batch),
             mean_rows: totals.row_time as f64 / busy,
             mean_running: totals.running_time as f64 / busy,
+            kv_usage: totals.block_time as f64 / busy / blocks as f64,
             busy: busy * 1e-9 / makespan_s / f64::from(self.machines),
             passes: totals.passes,
             preemptions: totals.preemptions,
+            prefix_hit_rate: None,
             objectives_met: self.objectives.map(|_| totals.met as f64 / totals.requests as f64),
             goodput_req_s: self.objectives.map(|_| totals.met as f64 / makespan_s),
         }
     }
+}
+
+/// Requests of so many blocks that fit into all of them; 0 before the first.
+fn fits(blocks: u64, of_a_request: u64) -> u32 {
+    blocks.checked_div(of_a_request).unwrap_or_default().min(u32::MAX.into()) as u32
 }
 
 fn mean_and_tail(latencies: &Distribution) -> [f64; 4] {

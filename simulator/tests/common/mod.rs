@@ -21,6 +21,7 @@ pub fn profile(num_loops: u32, points: &[(Component, u32, u32, u32, f64)]) -> La
             overhead_us: 0.0,
             weight_bytes: 0,
             kv_bytes_per_token: 0,
+            memory: None,
         },
         points: points
             .iter()

@@ -1,0 +1,199 @@
+//! How requests are scheduled, as users write it, and the scheduler's settings that follow from it, the model's memory
+//! and the requests.
+
+use std::str::FromStr;
+
+use anyhow::{Result, bail, ensure};
+use bytesize::ByteSize;
+use scheduler::{Batching, ExitPolicy, Settings};
+use serde::{Deserialize, Deserializer, Serialize};
+use simulator::{KvPolicy, MemoryBudget, ModelMemory};
+use traces::Request;
+
+/// How requests are scheduled: every batching policy with every exit policy.
+///
+/// The number of KV blocks is given, or follows from the device's memory, or is what a full batch needs.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serving {
+    /// `vanilla`, `sequence`, `depth`.
+    pub batching: Vec<Batching>,
+    /// `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`.
+    pub exit: Vec<ExitPolicy>,
+    /// Most sequences that run at once.
+    pub max_batch: u32,
+    /// Most rows of a pass (depth-wise) or of an iteration (lockstep).
+    pub token_budget: u32,
+    /// Most prompt tokens that start in a pass or an iteration. If not set, `token_budget`, divided by the
+    /// number of loops under depth-wise batching.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill_chunk: Option<u32>,
+    /// Positions per KV block.
+    #[serde(default = "default_block_tokens")]
+    pub block_tokens: u32,
+    /// KV blocks, whatever the memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_blocks: Option<u32>,
+    /// The device's memory in bytes, instead of what the latency profile says.
+    #[serde(default, deserialize_with = "bytes", skip_serializing_if = "Option::is_none")]
+    pub device_memory: Option<u64>,
+    /// Share of the memory that the server uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_utilization: Option<f64>,
+    /// Whether freed blocks keep their contents for prompts that begin alike.
+    #[serde(default)]
+    pub prefix_caching: bool,
+    /// Whether the next pass is composed when this one starts.
+    #[serde(default)]
+    pub async_scheduling: bool,
+}
+
+/// Positions per KV block where nobody says: as in vLLM.
+pub const DEFAULT_BLOCK_TOKENS: u32 = 16;
+
+fn default_block_tokens() -> u32 {
+    DEFAULT_BLOCK_TOKENS
+}
+
+/// Reads a number of bytes, such as `16000000000`, `16 GB` or `16GiB`.
+///
+/// # Errors
+/// What was expected.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    match ByteSize::from_str(text) {
+        Ok(size) => Ok(size.as_u64()),
+        Err(_) => Err(format!("`{text}` is no number of bytes: expected one such as 16000000000, 16GB or 16GiB")),
+    }
+}
+
+fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    Ok(Option::<ByteSize>::deserialize(deserializer)?.map(|size| size.as_u64()))
+}
+
+impl Serving {
+    /// # Errors
+    /// If keys contradict each other or make no sense.
+    pub fn check(&self) -> Result<()> {
+        ensure!(!self.batching.is_empty(), "batching is empty: expected at least one policy");
+        ensure!(!self.exit.is_empty(), "exit is empty: expected at least one policy");
+        if self.num_blocks.is_some() {
+            ensure!(self.device_memory.is_none(), "num_blocks beside device_memory: expected one of the two");
+            ensure!(self.memory_utilization.is_none(), "num_blocks beside memory_utilization: expected one of the two");
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// If it asks for what only a simulation does.
+    pub fn check_for_engine(&self) -> Result<()> {
+        if self.prefix_caching || self.async_scheduling {
+            let key = if self.prefix_caching { "prefix_caching" } else { "async_scheduling" };
+            bail!("{key} is for simulations alone: the engine computes every prompt, and waits for every pass");
+        }
+        Ok(())
+    }
+
+    /// Every batching policy with every exit policy.
+    pub fn combinations(&self) -> impl Iterator<Item = (Batching, ExitPolicy)> {
+        self.batching.iter().flat_map(|&batching| self.exit.iter().map(move |&exit| (batching, exit)))
+    }
+
+    /// The scheduler's settings for every combination; see [`Self::settings`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn all_settings(&self, model: &ModelMemory, requests: &[Request]) -> Result<Vec<Settings>> {
+        let longest = longest(requests);
+        self.combinations().map(|(batching, exit)| self.settings(batching, exit, model, longest)).collect()
+    }
+
+    /// The scheduler's settings for one combination, for requests of up to `longest` tokens.
+    ///
+    /// # Errors
+    /// If the memory has no room for keys and values, or its size is not known and its share is given.
+    pub fn settings(
+        &self,
+        batching: Batching,
+        exit: ExitPolicy,
+        model: &ModelMemory,
+        longest: u32,
+    ) -> Result<Settings> {
+        let share = if batching.is_lockstep() { 1 } else { model.num_loops };
+        let mut settings = Settings {
+            batching,
+            exit,
+            num_loops: model.num_loops as u8,
+            max_batch: self.max_batch,
+            token_budget: self.token_budget,
+            prefill_chunk: self.prefill_chunk.unwrap_or((self.token_budget / share).max(1)),
+            block_tokens: self.block_tokens,
+            num_blocks: 0,
+            prefix_caching: self.prefix_caching,
+            async_scheduling: self.async_scheduling,
+        };
+        settings.num_blocks = match (self.num_blocks, self.device_memory.or(model.figures.device_bytes)) {
+            (Some(blocks), _) => blocks,
+            (None, Some(device_bytes)) => {
+                let utilization = self.memory_utilization.unwrap_or(MemoryBudget::DEFAULT_UTILIZATION);
+                let budget = MemoryBudget { device_bytes, utilization };
+                model.plan(budget, &settings, KvPolicy::PerDepth)?.num_blocks
+            }
+            (None, None) if self.memory_utilization.is_some() => {
+                bail!("memory_utilization of a memory whose size the latency profile does not say: give device_memory")
+            }
+            (None, None) => longest.div_ceil(self.block_tokens.max(1)).saturating_mul(self.max_batch),
+        };
+        Ok(settings)
+    }
+}
+
+/// Final length of the longest request, in tokens.
+pub fn longest(requests: &[Request]) -> u32 {
+    requests.iter().map(Request::context_tokens).max().unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use traces::MemoryFigures;
+
+    const MODEL: ModelMemory = ModelMemory {
+        num_loops: 2,
+        weight_bytes: 1_000,
+        kv_bytes_per_token: 10,
+        figures: MemoryFigures { device_bytes: Some(10_000), other_bytes: 0, row_bytes: 1, logits_bytes: 0 },
+    };
+
+    fn serving(more: &str) -> Serving {
+        serde_yaml::from_str(&format!("{{batching: [depth], exit: [none], max_batch: 4, token_budget: 40{more}}}"))
+            .unwrap()
+    }
+
+    fn blocks(more: &str, model: ModelMemory) -> Result<u32> {
+        let serving = serving(more);
+        serving.check()?;
+        Ok(serving.settings(Batching::Depth, ExitPolicy::None, &model, 33)?.num_blocks)
+    }
+
+    #[test]
+    fn blocks_are_given_or_follow_from_memory_or_hold_a_full_batch() {
+        let unknown = ModelMemory { figures: MemoryFigures::default(), ..MODEL };
+        assert_eq!(blocks(", num_blocks: 7", MODEL).unwrap(), 7);
+        assert_eq!(blocks("", MODEL).unwrap(), (9_000 - 1_000 - 40) / 160);
+        assert_eq!(blocks(", memory_utilization: 0.5", MODEL).unwrap(), (5_000 - 1_000 - 40) / 160);
+        assert_eq!(blocks(", device_memory: 100kB", MODEL).unwrap(), (90_000 - 1_000 - 40) / 160);
+        assert_eq!(blocks(", device_memory: 100000", unknown).unwrap(), (90_000 - 1_000) / 160);
+        assert_eq!(blocks("", unknown).unwrap(), 4 * 3);
+    }
+
+    #[test]
+    fn contradictions_and_missing_memory_are_named() {
+        let error = |more, model| blocks(more, model).unwrap_err().to_string();
+        let unknown = ModelMemory { figures: MemoryFigures::default(), ..MODEL };
+        assert!(error(", num_blocks: 7, device_memory: 1GB", MODEL).contains("num_blocks beside device_memory"));
+        assert!(error(", memory_utilization: 0.5", unknown).contains("give device_memory"));
+        assert!(error(", memory_utilization: 1.5", MODEL).contains("memory utilization is 1.5"));
+        assert!(error(", device_memory: 1kB", MODEL).contains("not one KV block fits"));
+        assert!(parse_bytes("plenty").unwrap_err().contains("16GiB"));
+    }
+}

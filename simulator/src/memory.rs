@@ -1,0 +1,200 @@
+//! How many KV blocks fit into a device's memory beside weights and activations, and so how many tokens.
+
+use scheduler::Settings;
+use traces::{MemoryFigures, ProfileMeta};
+
+/// What a model takes of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelMemory {
+    /// Loops of the model.
+    pub num_loops: u32,
+    /// Bytes of all weights: the block once, and the low-rank weights of each loop.
+    pub weight_bytes: u64,
+    /// Bytes of keys and values of one token, over all depths.
+    pub kv_bytes_per_token: u64,
+    /// What else takes memory, as far as it is known, and how much there is.
+    pub figures: MemoryFigures,
+}
+
+impl From<&ProfileMeta> for ModelMemory {
+    fn from(meta: &ProfileMeta) -> Self {
+        Self {
+            num_loops: meta.num_loops,
+            weight_bytes: meta.weight_bytes,
+            kv_bytes_per_token: meta.kv_bytes_per_token,
+            figures: meta.memory.unwrap_or_default(),
+        }
+    }
+}
+
+/// Whose keys and values are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvPolicy {
+    /// Each depth its own.
+    PerDepth,
+    /// All depths share those of one.
+    Shared,
+}
+
+/// Memory that a server may use.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MemoryBudget {
+    /// All of the device's, in bytes.
+    pub device_bytes: u64,
+    /// Share of it that the server uses, above 0 and up to 1 (vLLM's `gpu_memory_utilization`).
+    pub utilization: f64,
+}
+
+impl MemoryBudget {
+    /// The share used where nobody chose one.
+    pub const DEFAULT_UTILIZATION: f64 = 0.9;
+}
+
+/// Who gets which part of the memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// What the server may use.
+    pub usable: u64,
+    /// Weights.
+    pub weights: u64,
+    /// Activations of the largest pass, or its logits: they do not live together.
+    pub activations: u64,
+    /// Neither weights nor activations nor keys and values.
+    pub other: u64,
+    /// Keys and values of one token.
+    pub kv_per_token: u64,
+    /// KV blocks that fit into the rest.
+    pub num_blocks: u32,
+}
+
+/// Memory without room for keys and values.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum MemoryError {
+    /// Not a share.
+    #[error("the memory utilization is {0}, expected more than 0 and at most 1")]
+    Utilization(f64),
+    /// A profile that was written by somebody who did not know.
+    #[error("keys and values of a token take 0 bytes by the latency profile: how many fit cannot be said")]
+    NoKvBytes,
+    /// Not even one block fits.
+    #[error(
+        "not one KV block fits into {usable} usable bytes of memory: weights take {weights}, activations \
+         {activations}, other things {other}, a block of {block_tokens} tokens {block}"
+    )]
+    Full {
+        /// See [`MemoryPlan`].
+        usable: u64,
+        /// See [`MemoryPlan`].
+        weights: u64,
+        /// See [`MemoryPlan`].
+        activations: u64,
+        /// See [`MemoryPlan`].
+        other: u64,
+        /// Tokens of a block.
+        block_tokens: u32,
+        /// Bytes of a block.
+        block: u64,
+    },
+}
+
+impl ModelMemory {
+    /// Bytes of keys and values of one token.
+    pub fn kv_bytes(&self, policy: KvPolicy) -> u64 {
+        match policy {
+            KvPolicy::PerDepth => self.kv_bytes_per_token,
+            KvPolicy::Shared => self.kv_bytes_per_token / u64::from(self.num_loops),
+        }
+    }
+
+    /// Shares a budget out under these settings, whose own number of blocks plays no part.
+    ///
+    /// # Errors
+    /// If not one block fits, or how many fit cannot be said.
+    pub fn plan(&self, budget: MemoryBudget, settings: &Settings, policy: KvPolicy) -> Result<MemoryPlan, MemoryError> {
+        if !(budget.utilization > 0.0 && budget.utilization <= 1.0) {
+            return Err(MemoryError::Utilization(budget.utilization));
+        }
+        let kv_per_token = self.kv_bytes(policy);
+        if kv_per_token == 0 {
+            return Err(MemoryError::NoKvBytes);
+        }
+        let figures = &self.figures;
+        let usable = (budget.device_bytes as f64 * budget.utilization) as u64;
+        let rows = u64::from(settings.token_budget).saturating_mul(figures.row_bytes);
+        let logits = u64::from(settings.max_batch).saturating_mul(figures.logits_bytes);
+        let (weights, activations, other) = (self.weight_bytes, rows.max(logits), figures.other_bytes);
+        let left = usable.saturating_sub(weights).saturating_sub(activations).saturating_sub(other);
+        let block = kv_per_token.saturating_mul(settings.block_tokens.max(1).into());
+        let num_blocks = (left / block).min(u32::MAX.into()) as u32;
+        if num_blocks == 0 {
+            let block_tokens = settings.block_tokens;
+            return Err(MemoryError::Full { usable, weights, activations, other, block_tokens, block });
+        }
+        Ok(MemoryPlan { usable, weights, activations, other, kv_per_token, num_blocks })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use scheduler::Batching;
+
+    /// Three loops; 5 GB of weights; 36 KiB of keys and values a token.
+    const MODEL: ModelMemory = ModelMemory {
+        num_loops: 3,
+        weight_bytes: 5_000_000_000,
+        kv_bytes_per_token: 36 << 10,
+        figures: MemoryFigures {
+            device_bytes: None,
+            other_bytes: 1_000_000_000,
+            row_bytes: 100_000,
+            logits_bytes: 2_000_000,
+        },
+    };
+    const BUDGET: MemoryBudget = MemoryBudget { device_bytes: 20_000_000_000, utilization: 0.9 };
+
+    fn settings(max_batch: u32, token_budget: u32) -> Settings {
+        Settings {
+            batching: Batching::Depth,
+            exit: "none".parse().unwrap(),
+            num_loops: 3,
+            max_batch,
+            token_budget,
+            prefill_chunk: 64,
+            block_tokens: 16,
+            num_blocks: 0,
+            prefix_caching: false,
+            async_scheduling: false,
+        }
+    }
+
+    #[test]
+    fn blocks_fill_what_weights_activations_and_other_things_leave() {
+        let plan = MODEL.plan(BUDGET, &settings(8, 2000), KvPolicy::PerDepth).unwrap();
+        assert_eq!((plan.usable, plan.activations), (18_000_000_000, 200_000_000));
+        let left = 18_000_000_000 - 5_000_000_000 - 200_000_000 - 1_000_000_000;
+        assert_eq!(u64::from(plan.num_blocks), left / (16 * (36 << 10)));
+        let many_logits = MODEL.plan(BUDGET, &settings(256, 2000), KvPolicy::PerDepth).unwrap();
+        assert_eq!(many_logits.activations, 512_000_000, "rows and logits do not live together");
+    }
+
+    #[test]
+    fn sharing_one_cache_among_depths_holds_as_many_times_more() {
+        let blocks = |policy| MODEL.plan(BUDGET, &settings(8, 64), policy).unwrap().num_blocks;
+        assert_eq!(blocks(KvPolicy::Shared) / blocks(KvPolicy::PerDepth), 3);
+    }
+
+    #[test]
+    fn memory_without_room_is_an_error_that_says_who_takes_it() {
+        let plan = |model: ModelMemory, budget| model.plan(budget, &settings(8, 64), KvPolicy::PerDepth);
+        let small = MemoryBudget { device_bytes: 6_000_000_000, ..BUDGET };
+        let message = plan(MODEL, small).unwrap_err().to_string();
+        assert!(message.contains("5400000000 usable") && message.contains("weights take 5000000000"), "{message}");
+        let unknown = ModelMemory { kv_bytes_per_token: 0, ..MODEL };
+        assert_eq!(plan(unknown, BUDGET), Err(MemoryError::NoKvBytes));
+        for utilization in [0.0, 1.1, f64::NAN] {
+            let error = plan(MODEL, MemoryBudget { utilization, ..BUDGET }).unwrap_err();
+            assert!(matches!(error, MemoryError::Utilization(_)));
+        }
+    }
+}
