@@ -8,6 +8,11 @@ use serde::{Deserialize, Serialize};
 pub const SCHEMA_VERSION: u32 = 2;
 /// The only `model_type` this build reads and writes.
 pub const MODEL_TYPE: &str = "depthwise-recursive";
+/// Largest size of a configuration, and most positions: whole numbers up to here are exact in `f32`, and products of
+/// two stay far from overflowing.
+pub const MAX_SIZE: usize = 1 << 24;
+/// Most layers of a configuration. Models have a hundred; a damaged file may say a quadrillion.
+pub const MAX_LAYERS: usize = 1 << 12;
 
 /// A decoder of `block_layers` layers run `num_loops` times, between an embedding and a head that every loop's output
 /// can be read through.
@@ -111,6 +116,18 @@ impl LoraRanks {
     /// The same rank for every kind.
     pub fn all(rank: usize) -> Self {
         Self { q: rank, k: rank, v: rank, o: rank, gate: rank, up: rank, down: rank }
+    }
+
+    fn fields(&self) -> [(&'static str, usize); 7] {
+        [
+            ("lora.ranks.q", self.q),
+            ("lora.ranks.k", self.k),
+            ("lora.ranks.v", self.v),
+            ("lora.ranks.o", self.o),
+            ("lora.ranks.gate", self.gate),
+            ("lora.ranks.up", self.up),
+            ("lora.ranks.down", self.down),
+        ]
     }
 
     /// The rank of a kind.
@@ -366,16 +383,26 @@ impl ModelConfig {
         let model_type = &self.model_type;
         check(model_type == MODEL_TYPE, "model_type", model_type, &MODEL_TYPE)?;
         for (field, size) in self.sizes() {
-            check(size >= 1, field, &size, &"at least 1")?;
+            check((1..=MAX_SIZE).contains(&size), field, &size, &format!("from 1 to {MAX_SIZE}"))?;
         }
+        let q_size = self.q_size();
+        check(q_size <= MAX_SIZE, "num_heads x head_dim", &q_size, &format!("at most {MAX_SIZE}"))?;
+        let block = self.num_loops * self.block_layers;
+        let num_layers = block.saturating_add(self.prelude_layers).saturating_add(self.coda_layers);
+        check(num_layers <= MAX_LAYERS, "number of layers", &num_layers, &format!("at most {MAX_LAYERS}"))?;
         let kv_heads = self.num_kv_heads;
         let divides = format!("a divisor of `num_heads` ({})", self.num_heads);
         check(self.num_heads.is_multiple_of(kv_heads), "num_kv_heads", &kv_heads, &divides)?;
         self.architecture.validate(self.head_dim, self.num_layers())?;
         let per_loop = self.sharing == Sharing::Nothing;
         check(self.lora.is_none() || !per_loop, "lora", &"given", &"none where loops share nothing")?;
+        let head_rank = self.head_lora_rank;
+        check(head_rank <= MAX_SIZE, "head_lora_rank", &head_rank, &format!("at most {MAX_SIZE}"))?;
         if let Some(lora) = &self.lora {
             check(lora.scale.is_finite(), "lora.scale", &lora.scale, &"a finite number")?;
+            for (field, rank) in lora.ranks.fields() {
+                check(rank <= MAX_SIZE, field, &rank, &format!("at most {MAX_SIZE}"))?;
+            }
             let gate = lora.ranks.gate;
             check(self.architecture.gated_mlp || gate == 0, "lora.ranks.gate", &gate, &"0 without a gated MLP")?;
         }
@@ -428,6 +455,24 @@ impl ModelConfig {
         }
     }
 
+    /// How many of the latest tokens, itself among them, a token sees in a layer; all if there is no window.
+    pub fn window(&self, place: Place) -> Option<usize> {
+        let window = self.architecture.sliding_window.as_ref()?;
+        window.layers.contains(&self.layer_index(place)).then_some(window.tokens)
+    }
+
+    /// Rotary frequencies of a layer, in radians per position: one for each pair of rotated dimensions.
+    pub fn rotary_frequencies(&self, place: Place) -> Vec<f32> {
+        let Architecture { rope_theta, rope_scaling, sliding_window, .. } = &self.architecture;
+        let (theta, scaling) = match sliding_window {
+            Some(window) if self.window(place).is_some() => (window.rope_theta, None),
+            _ => (*rope_theta, rope_scaling.as_ref()),
+        };
+        let dims = self.architecture.rotary_dims(self.head_dim);
+        let frequencies = (0..dims).step_by(2).map(|i| theta.powf(i as f32 / dims as f32).recip());
+        frequencies.map(|frequency| scaling.map_or(frequency, |scaling| scaling.stretch(frequency))).collect()
+    }
+
     /// Prefix of the names of a layer's matrices.
     pub fn matrices_prefix(&self, place: Place) -> String {
         match place {
@@ -454,24 +499,28 @@ impl ModelConfig {
         format!("lora.{depth}.layers.{layer}.{}", projection.name)
     }
 
+    /// A projection of a layer.
+    pub fn projection(&self, kind: ProjectionKind) -> Projection {
+        let Architecture { qkv_bias, output_bias, mlp_bias, .. } = self.architecture;
+        let (hidden, inner, q, kv) = (self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size());
+        let (name, outputs, inputs, bias) = match kind {
+            ProjectionKind::Q => ("self_attn.q_proj", q, hidden, qkv_bias),
+            ProjectionKind::K => ("self_attn.k_proj", kv, hidden, qkv_bias),
+            ProjectionKind::V => ("self_attn.v_proj", kv, hidden, qkv_bias),
+            ProjectionKind::O => ("self_attn.o_proj", hidden, q, output_bias),
+            ProjectionKind::Gate => ("mlp.gate_proj", inner, hidden, mlp_bias),
+            ProjectionKind::Up => ("mlp.up_proj", inner, hidden, mlp_bias),
+            ProjectionKind::Down => ("mlp.down_proj", hidden, inner, mlp_bias),
+        };
+        Projection { kind, name, outputs, inputs, bias }
+    }
+
     /// The projections of a layer.
     pub fn projections(&self) -> Vec<Projection> {
         use ProjectionKind::{Down, Gate, K, O, Q, Up, V};
-        let Architecture { gated_mlp, qkv_bias, output_bias, mlp_bias, .. } = self.architecture;
-        let (hidden, inner, q, kv) = (self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size());
-        let projection = |kind, name, outputs, inputs, bias| Projection { kind, name, outputs, inputs, bias };
-        let mut projections = vec![
-            projection(Q, "self_attn.q_proj", q, hidden, qkv_bias),
-            projection(K, "self_attn.k_proj", kv, hidden, qkv_bias),
-            projection(V, "self_attn.v_proj", kv, hidden, qkv_bias),
-            projection(O, "self_attn.o_proj", hidden, q, output_bias),
-        ];
-        if gated_mlp {
-            projections.push(projection(Gate, "mlp.gate_proj", inner, hidden, mlp_bias));
-        }
-        projections.push(projection(Up, "mlp.up_proj", inner, hidden, mlp_bias));
-        projections.push(projection(Down, "mlp.down_proj", hidden, inner, mlp_bias));
-        projections
+        let gate = self.architecture.gated_mlp.then_some(Gate);
+        let kinds = [Q, K, V, O].into_iter().chain(gate).chain([Up, Down]);
+        kinds.map(|kind| self.projection(kind)).collect()
     }
 
     /// The norms of a layer, by name and width.
@@ -545,6 +594,10 @@ impl Architecture {
         ];
         if let Some(scaling) = &self.rope_scaling {
             positive.extend(scaling.numbers());
+            if let RopeScaling::Llama3 { low_freq_factor: low, high_freq_factor: high, .. } = scaling {
+                let expected = format!("above `low_freq_factor` ({low})");
+                check(high > low, "architecture.rope_scaling.high_freq_factor", high, &expected)?;
+            }
         }
         if let Some(window) = &self.sliding_window {
             positive.push(("architecture.sliding_window.rope_theta", window.rope_theta));
@@ -562,6 +615,18 @@ impl Architecture {
 }
 
 impl RopeScaling {
+    /// The frequency to use in place of one that the model was trained with.
+    fn stretch(&self, frequency: f32) -> f32 {
+        match *self {
+            Self::Linear { factor } => frequency / factor,
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => {
+                let turns = original_positions as f32 * frequency / std::f32::consts::TAU;
+                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                frequency * (kept + (1.0 - kept) / factor)
+            }
+        }
+    }
+
     fn numbers(&self) -> Vec<(&'static str, f32)> {
         match *self {
             Self::Linear { factor } => vec![("architecture.rope_scaling.factor", factor)],
@@ -632,6 +697,49 @@ pub(crate) mod tests {
         config.schema_version = 9;
         let invalid = config.validate().unwrap_err();
         assert_eq!((invalid.field, invalid.found.as_str()), ("schema_version", "9"));
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused_without_overflow() {
+        let refused = |change: &dyn Fn(&mut ModelConfig)| {
+            let mut config = tiny();
+            change(&mut config);
+            config.validate().unwrap_err().field
+        };
+        assert_eq!(refused(&|config| config.vocab_size = usize::MAX), "vocab_size");
+        assert_eq!(refused(&|config| (config.num_heads, config.head_dim) = (1 << 20, 1 << 20)), "num_heads x head_dim");
+        assert_eq!(refused(&|config| config.num_loops = MAX_SIZE), "number of layers");
+        assert_eq!(refused(&|config| config.coda_layers = usize::MAX), "number of layers");
+        assert_eq!(refused(&|config| config.max_positions = usize::MAX), "max_positions");
+        assert_eq!(refused(&|config| config.head_lora_rank = usize::MAX), "head_lora_rank");
+        let lora = LoraConfig { ranks: LoraRanks { o: usize::MAX, ..LoraRanks::default() }, scale: 1.0 };
+        assert_eq!(refused(&|config| config.lora = Some(lora.clone())), "lora.ranks.o");
+    }
+
+    #[test]
+    fn windows_have_a_rotary_base_of_their_own_and_no_scaling() {
+        let mut config = tiny();
+        config.head_dim = 8;
+        config.prelude_layers = 1;
+        config.architecture.rotary_dims = Some(4);
+        config.architecture.rope_theta = 100.0;
+        config.architecture.rope_scaling = Some(RopeScaling::Linear { factor: 2.0 });
+        config.architecture.sliding_window = Some(SlidingWindow { tokens: 5, rope_theta: 16.0, layers: vec![2, 4] });
+        let (global, local) = (Place::Block { depth: 0, layer: 0 }, Place::Block { depth: 1, layer: 1 });
+        assert_eq!((config.window(global), config.window(local)), (None, Some(5)));
+        assert_eq!(config.rotary_frequencies(global), [0.5, 0.05]);
+        assert_eq!(config.rotary_frequencies(local), [1.0, 0.25]);
+    }
+
+    #[test]
+    fn llama3_scaling_keeps_high_frequencies_and_divides_low_ones() {
+        let scaling =
+            RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_positions: 100 };
+        let turning = |times: f32| times * std::f32::consts::TAU / 100.0;
+        let close = |found: f32, expected: f32| (found / expected - 1.0).abs() < 1e-6;
+        assert!(close(scaling.stretch(turning(5.0)), turning(5.0)));
+        assert!(close(scaling.stretch(turning(0.5)), turning(0.5) / 8.0));
+        assert!(close(scaling.stretch(turning(2.5)), turning(2.5) * (0.5 + 0.5 / 8.0)));
     }
 
     #[test]

@@ -3,9 +3,13 @@
 //! candle composes these from elementwise steps that each write a tensor; its own fused versions
 //! have no gradient. All take contiguous `f32` tensors on the CPU and run on the calling thread.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::cpu::erf::erf_f32;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+
+use crate::config::Activation;
 
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension of `[rows, n]`.
 ///
@@ -15,30 +19,60 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     x.apply_op2(weight, RmsNorm { eps })
 }
 
-/// Softmax of `scale * scores`, `[.., seq, seq]`, over the keys that are not after the query.
+/// `(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` over the last dimension of `[rows, n]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
+    x.apply_op3(weight, bias, LayerNorm { eps })
+}
+
+/// Softmax of `scale * scores`, `[.., seq, seq]`, over the keys that are not after the query and among the latest
+/// `window` up to it, if there is a window.
 ///
 /// # Errors
 /// If the last two dimensions differ.
-pub fn causal_softmax(scores: &Tensor, scale: f32) -> Result<Tensor> {
-    scores.apply_op1(CausalSoftmax { scale })
+pub fn causal_softmax(scores: &Tensor, scale: f32, window: Option<usize>) -> Result<Tensor> {
+    scores.apply_op1(CausalSoftmax { scale, window: window.unwrap_or(usize::MAX) })
 }
 
-/// `gate * sigmoid(gate) * up`, elementwise.
+/// `activation(gate) * up`, elementwise.
 ///
 /// # Errors
 /// If the shapes differ.
-pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.apply_op2(up, SwiGlu)
+pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    gate.apply_op2(up, Gated(activation))
 }
 
-/// Turns the pairs (`i`, `i + head_dim / 2`) of `[.., seq, head_dim]` by the angle of their
-/// position, from a table of the cosine and sine at `[position][i]`.
+/// Turns the pairs (`i`, `i + pairs`) of `[.., seq, head_dim]` by the angle of their position. Dimensions from
+/// `2 * pairs` on stay as they are.
 ///
 /// # Errors
-/// If the table has fewer positions than `x` or another width.
-pub fn rotate(x: &Tensor, table: &Arc<[(f32, f32)]>) -> Result<Tensor> {
-    let table = table.clone();
-    x.apply_op1(Rotate { table, direction: 1.0 })
+/// If `turns` has fewer positions than `x` or more dimensions.
+pub fn rotate(x: &Tensor, turns: &Turns) -> Result<Tensor> {
+    x.apply_op1(Rotate { turns: turns.clone(), direction: 1.0 })
+}
+
+/// The turns of a rotary position embedding (arXiv 2104.09864).
+#[derive(Clone)]
+pub struct Turns {
+    /// Pairs of dimensions that are turned.
+    pairs: usize,
+    /// Cosine and sine of the angle at `[position][pair]`.
+    table: Arc<[(f32, f32)]>,
+}
+
+impl Turns {
+    /// The turns at positions from 0 to `positions`, of pairs with these frequencies in radians per position.
+    pub fn new(frequencies: &[f32], positions: usize) -> Self {
+        let turn = |position| {
+            frequencies.iter().map(move |frequency| {
+                let (sin, cos) = (position as f32 * frequency).sin_cos();
+                (cos, sin)
+            })
+        };
+        Self { pairs: frequencies.len(), table: (0..positions).flat_map(turn).collect() }
+    }
 }
 
 /// The numbers of a contiguous `f32` tensor.
@@ -191,8 +225,120 @@ impl CustomOp3 for RmsNormGradient {
     }
 }
 
+struct LayerNorm {
+    eps: f32,
+}
+
+impl LayerNorm {
+    /// Mean and inverse deviation.
+    fn moments(&self, x: &[f32]) -> (f32, f32) {
+        let n = x.len() as f32;
+        let mean = sum_over(x, x, |a, _| a) / n;
+        let variance = sum_over(x, x, |a, b| (a - mean) * (b - mean)) / n;
+        (mean, (variance + self.eps).sqrt().recip())
+    }
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, weight, bias) = (numbers(x, x_layout)?, numbers(weight, weight_layout)?, numbers(bias, bias_layout)?);
+        let n = last_dim(x_layout);
+        if (weight.len(), bias.len()) != (n, n) {
+            candle_core::bail!("layer-norm: {} weights and {} biases for rows of {n}", weight.len(), bias.len());
+        }
+        let mut y = vec![0.0; x.len()];
+        for (x, y) in x.chunks_exact(n).zip(y.chunks_exact_mut(n)) {
+            let (mean, inverse) = self.moments(x);
+            for (((y, x), weight), bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                *y = (x - mean) * inverse * weight + bias;
+            }
+        }
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _bias: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (rows, n) = x.dims2()?;
+        let eps = self.eps;
+        let all = x.apply_op3_no_bwd(weight, &grad.contiguous()?, &LayerNormGradient(Self { eps }))?;
+        let row = |row| all.narrow(0, row, 1)?.reshape(n);
+        Ok((Some(all.narrow(0, 0, rows)?), Some(row(rows)?), Some(row(rows + 1)?)))
+    }
+}
+
+/// Of `x`, `weight` and the gradient of the result: the gradient of `x` and, as two more rows, those of `weight` and
+/// bias.
+struct LayerNormGradient(LayerNorm);
+
+impl CustomOp3 for LayerNormGradient {
+    fn name(&self) -> &'static str {
+        "layer-norm-gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, weight) = (numbers(x, x_layout)?, numbers(weight, weight_layout)?);
+        let grad = numbers(grad, grad_layout)?;
+        let n = last_dim(x_layout);
+        let mut out = vec![0.0; x.len() + 2 * n];
+        let (of_x, of_vectors) = out.split_at_mut(x.len());
+        let (of_weight, of_bias) = of_vectors.split_at_mut(n);
+        let (mut normed, mut weighted) = (vec![0.0; n], vec![0.0; n]);
+        for ((x, grad), of_x) in x.chunks_exact(n).zip(grad.chunks_exact(n)).zip(of_x.chunks_exact_mut(n)) {
+            let (mean, inverse) = self.0.moments(x);
+            for i in 0..n {
+                normed[i] = (x[i] - mean) * inverse;
+                weighted[i] = grad[i] * weight[i];
+                of_weight[i] += grad[i] * normed[i];
+                of_bias[i] += grad[i];
+            }
+            let along = sum_over(&weighted, &normed, |a, b| a * b) / n as f32;
+            let mean = sum_over(&weighted, &weighted, |a, _| a) / n as f32;
+            for i in 0..n {
+                of_x[i] = inverse * (weighted[i] - mean - normed[i] * along);
+            }
+        }
+        let rows = x.len() / n + 2;
+        Ok((CpuStorage::F32(out), Shape::from((rows, n))))
+    }
+}
+
+#[derive(Clone, Copy)]
 struct CausalSoftmax {
     scale: f32,
+    window: usize,
+}
+
+impl CausalSoftmax {
+    /// The keys that a query sees.
+    fn visible(&self, query: usize) -> Range<usize> {
+        (query + 1).saturating_sub(self.window)..query + 1
+    }
 }
 
 impl CustomOp1 for CausalSoftmax {
@@ -209,8 +355,8 @@ impl CustomOp1 for CausalSoftmax {
         let mut weights = vec![0.0; scores.len()];
         let rows = scores.chunks_exact(seq).zip(weights.chunks_exact_mut(seq));
         for (row, (scores, weights)) in rows.enumerate() {
-            let visible = row % seq + 1;
-            let (scores, weights) = (&scores[..visible], &mut weights[..visible]);
+            let visible = self.visible(row % seq);
+            let (scores, weights) = (&scores[visible.clone()], &mut weights[visible]);
             let max = max_of(scores);
             for (weight, score) in weights.iter_mut().zip(scores) {
                 *weight = exp((score - max) * self.scale);
@@ -222,14 +368,11 @@ impl CustomOp1 for CausalSoftmax {
     }
 
     fn bwd(&self, _scores: &Tensor, weights: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let op = CausalSoftmaxGradient { scale: self.scale };
-        Ok(Some(weights.apply_op2_no_bwd(&grad.contiguous()?, &op)?))
+        Ok(Some(weights.apply_op2_no_bwd(&grad.contiguous()?, &CausalSoftmaxGradient(*self))?))
     }
 }
 
-struct CausalSoftmaxGradient {
-    scale: f32,
-}
+struct CausalSoftmaxGradient(CausalSoftmax);
 
 impl CustomOp2 for CausalSoftmaxGradient {
     fn name(&self) -> &'static str {
@@ -246,12 +389,13 @@ impl CustomOp2 for CausalSoftmaxGradient {
         let (weights, grad) = (numbers(weights, layout)?, numbers(grad, grad_layout)?);
         let seq = last_dim(layout);
         let mut of_scores = vec![0.0; weights.len()];
-        for (row, of_scores) in of_scores.chunks_exact_mut(seq).enumerate() {
-            let visible = row * seq..row * seq + row % seq + 1;
-            let (weights, grad) = (&weights[visible.clone()], &grad[visible]);
+        let rows = weights.chunks_exact(seq).zip(grad.chunks_exact(seq)).zip(of_scores.chunks_exact_mut(seq));
+        for (row, ((weights, grad), of_scores)) in rows.enumerate() {
+            let visible = self.0.visible(row % seq);
+            let (weights, grad) = (&weights[visible.clone()], &grad[visible.clone()]);
             let mean = sum_over(weights, grad, |a, b| a * b);
-            for ((of_score, weight), grad) in of_scores.iter_mut().zip(weights).zip(grad) {
-                *of_score = self.scale * weight * (grad - mean);
+            for ((of_score, weight), grad) in of_scores[visible].iter_mut().zip(weights).zip(grad) {
+                *of_score = self.0.scale * weight * (grad - mean);
             }
         }
         Ok((CpuStorage::F32(of_scores), layout.shape().clone()))
@@ -263,11 +407,36 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-struct SwiGlu;
+/// `x sigmoid(x)` and its slope.
+#[inline(always)]
+fn silu(x: f32) -> (f32, f32) {
+    let share = sigmoid(x);
+    (x * share, share * (1.0 + x * (1.0 - share)))
+}
 
-impl CustomOp2 for SwiGlu {
+/// `x Phi(x)`, with the normal distribution `Phi`, and its slope.
+#[inline(always)]
+fn gelu(x: f32) -> (f32, f32) {
+    let below = 0.5 * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2));
+    let density = 0.5 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2 * exp(-0.5 * x * x);
+    (x * below, below + x * density)
+}
+
+/// `x (1 + tanh(u)) / 2` with `u = sqrt(2 / pi) (x + 0.044715 x^3)`, and its slope; `(1 + tanh(u)) / 2` is
+/// `sigmoid(2 u)`.
+#[inline(always)]
+fn gelu_tanh(x: f32) -> (f32, f32) {
+    const CUBIC: f32 = 0.044715;
+    let twice = 2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+    let share = sigmoid(twice * (x + CUBIC * x * x * x));
+    (x * share, share + x * share * (1.0 - share) * twice * (1.0 + 3.0 * CUBIC * x * x))
+}
+
+struct Gated(Activation);
+
+impl CustomOp2 for Gated {
     fn name(&self) -> &'static str {
-        "swiglu"
+        "gated"
     }
 
     fn cpu_fwd(
@@ -279,28 +448,37 @@ impl CustomOp2 for SwiGlu {
     ) -> Result<(CpuStorage, Shape)> {
         if gate_layout.shape() != up_layout.shape() {
             let (gate, up) = (gate_layout.dims(), up_layout.dims());
-            candle_core::bail!("swiglu: gate {gate:?} but up {up:?}");
+            candle_core::bail!("gated: gate {gate:?} but up {up:?}");
         }
         let (gate, up) = (numbers(gate, gate_layout)?, numbers(up, up_layout)?);
-        let mut y = vec![0.0; gate.len()];
-        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-            *y = gate * sigmoid(*gate) * up;
-        }
+        let y = match self.0 {
+            Activation::Silu => gated_values(silu, gate, up),
+            Activation::Gelu => gated_values(gelu, gate, up),
+            Activation::GeluTanh => gated_values(gelu_tanh, gate, up),
+        };
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
 
     fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let both = gate.apply_op3_no_bwd(up, &grad.contiguous()?, &SwiGluGradient)?;
+        let both = gate.apply_op3_no_bwd(up, &grad.contiguous()?, &GatedGradient(self.0))?;
         Ok((Some(both.get(0)?), Some(both.get(1)?)))
     }
 }
 
-/// Of `gate`, `up` and the gradient of the result: the gradients of `gate` and `up`, stacked.
-struct SwiGluGradient;
+fn gated_values(curve: impl Fn(f32) -> (f32, f32), gate: &[f32], up: &[f32]) -> Vec<f32> {
+    let mut y = vec![0.0; gate.len()];
+    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+        *y = curve(*gate).0 * up;
+    }
+    y
+}
 
-impl CustomOp3 for SwiGluGradient {
+/// Of `gate`, `up` and the gradient of the result: the gradients of `gate` and `up`, stacked.
+struct GatedGradient(Activation);
+
+impl CustomOp3 for GatedGradient {
     fn name(&self) -> &'static str {
-        "swiglu-gradient"
+        "gated-gradient"
     }
 
     fn cpu_fwd(
@@ -314,21 +492,29 @@ impl CustomOp3 for SwiGluGradient {
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (numbers(gate, gate_layout)?, numbers(up, up_layout)?);
         let grad = numbers(grad, grad_layout)?;
-        let n = gate.len();
-        let mut out = vec![0.0; 2 * n];
-        let (of_gate, of_up) = out.split_at_mut(n);
-        for ((((of_gate, of_up), gate), up), grad) in of_gate.iter_mut().zip(of_up).zip(gate).zip(up).zip(grad) {
-            let share = sigmoid(*gate);
-            *of_gate = grad * up * share * (1.0 + gate * (1.0 - share));
-            *of_up = grad * gate * share;
-        }
+        let out = match self.0 {
+            Activation::Silu => gated_gradients(silu, gate, up, grad),
+            Activation::Gelu => gated_gradients(gelu, gate, up, grad),
+            Activation::GeluTanh => gated_gradients(gelu_tanh, gate, up, grad),
+        };
         let dims = [&[2], gate_layout.dims()].concat();
         Ok((CpuStorage::F32(out), Shape::from(dims)))
     }
 }
 
+fn gated_gradients(curve: impl Fn(f32) -> (f32, f32), gate: &[f32], up: &[f32], grad: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; 2 * gate.len()];
+    let (of_gate, of_up) = out.split_at_mut(gate.len());
+    for ((((of_gate, of_up), gate), up), grad) in of_gate.iter_mut().zip(of_up).zip(gate).zip(up).zip(grad) {
+        let (value, slope) = curve(*gate);
+        *of_gate = grad * up * slope;
+        *of_up = grad * value;
+    }
+    out
+}
+
 struct Rotate {
-    table: Arc<[(f32, f32)]>,
+    turns: Turns,
     /// 1 turns forward, -1 back.
     direction: f32,
 }
@@ -343,24 +529,23 @@ impl CustomOp1 for Rotate {
         let &[.., seq, head_dim] = layout.dims() else {
             candle_core::bail!("rotate: {:?}, expected [.., seq, head_dim]", layout.dims());
         };
-        let half = head_dim / 2;
-        if self.table.len() < seq * half {
-            candle_core::bail!("rotate: a table of {}, expected {seq} x {half}", self.table.len());
+        let Turns { pairs, ref table } = self.turns;
+        if table.len() < seq * pairs || head_dim < 2 * pairs {
+            candle_core::bail!("rotate: {} turns of {pairs} pairs for {seq} x {head_dim}", table.len());
         }
-        let mut y = vec![0.0; x.len()];
+        let mut y = x.to_vec();
         for (row, (x, y)) in x.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)).enumerate() {
-            let turns = &self.table[row % seq * half..][..half];
-            for (i, (cos, sin)) in turns.iter().enumerate() {
+            for (i, (cos, sin)) in table[row % seq * pairs..][..pairs].iter().enumerate() {
                 let sin = sin * self.direction;
-                y[i] = x[i] * cos - x[i + half] * sin;
-                y[i + half] = x[i + half] * cos + x[i] * sin;
+                y[i] = x[i] * cos - x[i + pairs] * sin;
+                y[i + pairs] = x[i + pairs] * cos + x[i] * sin;
             }
         }
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let back = Self { table: self.table.clone(), direction: -self.direction };
+        let back = Self { turns: self.turns.clone(), direction: -self.direction };
         Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&back)?))
     }
 }
@@ -403,31 +588,50 @@ mod tests {
     }
 
     #[test]
-    fn causal_softmax_and_its_gradient_equal_the_composed_ones() {
-        let scores = random(&[2, 3, 21, 21]);
-        let mask: Vec<f32> = (0..21 * 21).map(|i| if i % 21 > i / 21 { f32::NEG_INFINITY } else { 0.0 }).collect();
-        let mask = Tensor::from_vec(mask, (21, 21), &Device::Cpu).unwrap();
-        let scaled = (scores.as_tensor() * 0.7).unwrap();
-        let composed = softmax(&scaled.broadcast_add(&mask).unwrap(), D::Minus1).unwrap();
-        assert_same(&causal_softmax(&scores, 0.7).unwrap(), &composed, &[&scores]);
+    fn layer_norm_and_its_gradients_equal_the_composed_ones() {
+        let (x, weight, bias) = (random(&[5, 37]), random(&[37]), random(&[37]));
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1).unwrap()).unwrap();
+        let variance = centred.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
+        let composed = centred.broadcast_div(&(variance + 0.1).unwrap().sqrt().unwrap()).unwrap();
+        let composed = composed.broadcast_mul(&weight).unwrap().broadcast_add(&bias).unwrap();
+        assert_same(&layer_norm(&x, &weight, &bias, 0.1).unwrap(), &composed, &[&x, &weight, &bias]);
     }
 
     #[test]
-    fn swiglu_and_its_gradients_equal_the_composed_ones() {
+    fn causal_softmax_and_its_gradient_equal_the_composed_ones() {
+        for window in [None, Some(1), Some(5), Some(21)] {
+            let scores = random(&[2, 3, 21, 21]);
+            let hidden = |query: usize, key: usize| key > query || key + window.unwrap_or(21) <= query;
+            let mask = (0..21 * 21).map(|i| if hidden(i / 21, i % 21) { f32::NEG_INFINITY } else { 0.0 });
+            let mask = Tensor::from_iter(mask, &Device::Cpu).unwrap().reshape((21, 21)).unwrap();
+            let scaled = (scores.as_tensor() * 0.7).unwrap();
+            let composed = softmax(&scaled.broadcast_add(&mask).unwrap(), D::Minus1).unwrap();
+            assert_same(&causal_softmax(&scores, 0.7, window).unwrap(), &composed, &[&scores]);
+        }
+    }
+
+    #[test]
+    fn gated_activations_and_their_gradients_equal_the_composed_ones() {
         let (gate, up) = (random(&[5, 37]), random(&[5, 37]));
-        let composed = (gate.silu().unwrap() * up.as_tensor()).unwrap();
-        assert_same(&swiglu(&gate, &up).unwrap(), &composed, &[&gate, &up]);
+        for (activation, activated) in
+            [(Activation::Silu, gate.silu()), (Activation::Gelu, gate.gelu_erf()), (Activation::GeluTanh, gate.gelu())]
+        {
+            let composed = (activated.unwrap() * up.as_tensor()).unwrap();
+            assert_same(&gated(&gate, &up, activation).unwrap(), &composed, &[&gate, &up]);
+        }
     }
 
     #[test]
     fn rotation_and_its_gradient_equal_the_composed_ones() {
-        let x = random(&[2, 3, 5, 8]);
-        let angles: Vec<f32> = (0..5 * 4).map(|i| i as f32 * 0.3).collect();
-        let table: Arc<[_]> = angles.iter().map(|a| (a.cos(), a.sin())).collect();
+        let x = random(&[2, 3, 5, 11]);
+        let frequencies = [0.3f32, 1.0, 0.1, 0.7];
+        let angles: Vec<f32> = (0..5 * 4).map(|i| (i / 4) as f32 * frequencies[i % 4]).collect();
         let angles = Tensor::from_vec(angles, (5, 4), &Device::Cpu).unwrap();
         let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
-        let composed = candle_nn::rotary_emb::rope_slow(&x, &cos, &sin).unwrap();
-        assert_same(&rotate(&x, &table).unwrap(), &composed, &[&x]);
+        let turned = x.narrow(3, 0, 8).unwrap().contiguous().unwrap();
+        let turned = candle_nn::rotary_emb::rope_slow(&turned, &cos, &sin).unwrap();
+        let composed = Tensor::cat(&[turned, x.narrow(3, 8, 3).unwrap()], 3).unwrap();
+        assert_same(&rotate(&x, &Turns::new(&frequencies, 5)).unwrap(), &composed, &[&x]);
     }
 
     #[test]

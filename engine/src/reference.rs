@@ -1,100 +1,147 @@
 //! The model as on paper: dense, unbatched by depth, differentiable. Training differentiates it,
 //! and tests hold the serving path against it.
 //!
-//! A Recursive Transformer (arXiv 2410.20672, equation 1) of the Llama kind: a block of layers,
-//! each attention and an MLP with pre-norms, run `num_loops` times on the residual stream. Every
-//! loop's output can be read through the same final norm and head.
+//! A Recursive Transformer (arXiv 2410.20672, equation 1) of the Llama, Gemma or GPT-NeoX kind: a block of layers,
+//! each attention and an MLP behind norms, run `num_loops` times on the residual stream, between layers of their own
+//! before the first loop (the prelude) and after any loop (the coda). Every loop's output can be read through the same
+//! coda, final norm and head.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 
 use candle_core::Tensor;
 
-use crate::config::ModelConfig;
-use crate::differentiable;
+use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind};
+use crate::differentiable::{self, Turns};
 use crate::weights::{Weights, WeightsError};
 
 type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
 
-/// A projection `W x`, plus a low-rank difference per loop if the model has them.
-struct Linear {
-    /// `[in, out]`
-    weight: Tensor,
-    /// Per loop, `A` `[in, rank]` and `B` `[rank, out]`, the scale included.
-    adapters: Vec<(Tensor, Tensor)>,
-    scale: f64,
+/// Weights on their way into layers.
+struct Loader<'a> {
+    weights: &'a Weights,
+    /// A matrix that loops share is transposed once, so that its gradients are summed before they are transposed back.
+    transposed: HashMap<String, Tensor>,
+    /// The frequencies of each rotary embedding, of which a model with sliding windows has two.
+    rotaries: Vec<Vec<f32>>,
 }
 
-impl Linear {
-    fn load(weights: &Weights, layer: usize, name: &str) -> Result<Self, WeightsError> {
-        let transposed = |name: String| {
-            let tensor = weights.get(&name)?.t();
-            tensor.map_err(|source| WeightsError::Tensor { name, source })
-        };
-        let config = weights.config();
-        let mut adapters = Vec::new();
-        if weights.tensors().contains_key(&format!("lora.0.layers.{layer}.{name}.a")) {
-            for depth in 0..config.num_loops {
-                let prefix = format!("lora.{depth}.layers.{layer}.{name}");
-                let a = transposed(format!("{prefix}.a"))?;
-                adapters.push((a, transposed(format!("{prefix}.b"))?));
-            }
+impl<'a> Loader<'a> {
+    fn new(weights: &'a Weights) -> Self {
+        Self { weights, transposed: HashMap::new(), rotaries: Vec::new() }
+    }
+
+    fn get(&self, name: &str) -> Result<Tensor, WeightsError> {
+        self.weights.get(name).cloned()
+    }
+
+    fn transposed(&mut self, name: &str) -> Result<Tensor, WeightsError> {
+        if let Some(tensor) = self.transposed.get(name) {
+            return Ok(tensor.clone());
         }
-        Ok(Self {
-            weight: transposed(format!("block.layers.{layer}.{name}.weight"))?,
-            adapters,
-            scale: config.lora.as_ref().map_or(0.0, |lora| f64::from(lora.scale)),
+        let tensor = self.weights.get(name)?.t();
+        let tensor = tensor.map_err(|source| WeightsError::Tensor { name: name.to_owned(), source })?;
+        self.transposed.insert(name.to_owned(), tensor.clone());
+        Ok(tensor)
+    }
+
+    /// The number of a layer's rotary embedding.
+    fn rotary(&mut self, place: Place) -> usize {
+        let frequencies = self.weights.config().rotary_frequencies(place);
+        let known = self.rotaries.iter().position(|known| *known == frequencies);
+        known.unwrap_or_else(|| {
+            self.rotaries.push(frequencies);
+            self.rotaries.len() - 1
         })
     }
 
+    /// A projection of a layer.
+    fn linear(&mut self, place: Place, kind: ProjectionKind) -> Result<Linear, WeightsError> {
+        let config = self.weights.config();
+        let projection = config.projection(kind);
+        let name = projection.name;
+        let bias = projection.bias.then(|| self.get(&format!("{}.{name}.bias", config.vectors_prefix(place))));
+        let lora = config.lora.as_ref().filter(|lora| lora.ranks.of(kind) > 0);
+        let adapter = match (place, lora) {
+            (Place::Block { depth, layer }, Some(lora)) => {
+                let low_rank = LowRank::load(self, &ModelConfig::lora_prefix(depth, layer, &projection))?;
+                Some((low_rank, f64::from(lora.scale)))
+            }
+            _ => None,
+        };
+        let weight = self.transposed(&format!("{}.{name}.weight", config.matrices_prefix(place)))?;
+        Ok(Linear { weight, bias: bias.transpose()?, adapter })
+    }
+
+    /// A norm of a layer.
+    fn norm(&self, place: Place, name: &str) -> Result<Norm, WeightsError> {
+        Norm::load(self, &format!("{}.{name}", self.weights.config().vectors_prefix(place)))
+    }
+}
+
+/// `B A x`.
+struct LowRank {
+    /// `[in, rank]`
+    a: Tensor,
+    /// `[rank, out]`
+    b: Tensor,
+}
+
+impl LowRank {
+    fn load(loader: &mut Loader, prefix: &str) -> Result<Self, WeightsError> {
+        let a = loader.transposed(&format!("{prefix}.a"))?;
+        Ok(Self { a, b: loader.transposed(&format!("{prefix}.b"))? })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.matmul(&self.a)?.matmul(&self.b)
+    }
+}
+
+/// A projection `W x + b + scale B A x`, of which bias and low-rank difference may be missing.
+struct Linear {
+    /// `[in, out]`
+    weight: Tensor,
+    bias: Option<Tensor>,
+    adapter: Option<(LowRank, f64)>,
+}
+
+impl Linear {
     /// `[rows, in]` to `[rows, out]`.
-    fn forward(&self, x: &Tensor, depth: usize) -> Result<Tensor> {
-        let y = x.matmul(&self.weight)?;
-        match self.adapters.get(depth) {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut y = x.matmul(&self.weight)?;
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        match &self.adapter {
             None => Ok(y),
-            Some((a, b)) => y + (x.matmul(a)?.matmul(b)? * self.scale)?,
+            Some((low_rank, scale)) => y + (low_rank.forward(x)? * *scale)?,
         }
     }
 }
 
-/// `x / rms(x) * weight` (arXiv 1910.07467).
-struct RmsNorm {
-    weight: Tensor,
-    eps: f32,
+/// A norm over the last of two dimensions.
+enum Norm {
+    /// `x / rms(x) * weight` (arXiv 1910.07467).
+    Rms { weight: Tensor, eps: f32 },
+    /// `(x - mean(x)) / deviation(x) * weight + bias` (arXiv 1607.06450).
+    Layer { weight: Tensor, bias: Tensor, eps: f32 },
 }
 
-impl RmsNorm {
-    fn load(weights: &Weights, name: &str) -> Result<Self, WeightsError> {
-        Ok(Self { weight: weights.get(name)?.clone(), eps: weights.config().architecture.norm_eps })
+impl Norm {
+    fn load(loader: &Loader, name: &str) -> Result<Self, WeightsError> {
+        let architecture = &loader.weights.config().architecture;
+        let (weight, eps) = (loader.get(&format!("{name}.weight"))?, architecture.norm_eps);
+        Ok(match architecture.norm {
+            config::Norm::Rms => Self::Rms { weight, eps },
+            config::Norm::Layer => Self::Layer { weight, bias: loader.get(&format!("{name}.bias"))?, eps },
+        })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        differentiable::rms_norm(x, &self.weight, self.eps)
-    }
-}
-
-/// Rotary position embedding (arXiv 2104.09864), with dimension `i` of a head paired with
-/// `i + head_dim / 2` as in Hugging Face's Llama.
-struct Rotary {
-    /// Cosine and sine of the angle at `[position][i]`.
-    table: Arc<[(f32, f32)]>,
-}
-
-impl Rotary {
-    fn new(config: &ModelConfig) -> Self {
-        let half = config.head_dim / 2;
-        let angle = |index: usize| {
-            let (position, i) = (index / half, index % half);
-            let frequency = config.architecture.rope_theta.powf(-(i as f32) / half as f32);
-            let (sin, cos) = (position as f32 * frequency).sin_cos();
-            (cos, sin)
-        };
-        let table = (0..config.max_positions * half).map(angle).collect();
-        Self { table }
-    }
-
-    /// Turns `[batch, heads, seq, head_dim]` by each token's position.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        differentiable::rotate(x, &self.table)
+        match self {
+            Self::Rms { weight, eps } => differentiable::rms_norm(x, weight, *eps),
+            Self::Layer { weight, bias, eps } => differentiable::layer_norm(x, weight, bias, *eps),
+        }
     }
 }
 
@@ -105,110 +152,182 @@ struct Attention {
     k_proj: Linear,
     v_proj: Linear,
     o_proj: Linear,
+    q_norm: Option<Norm>,
+    k_norm: Option<Norm>,
     num_heads: usize,
     num_kv_heads: usize,
     head_dim: usize,
+    scale: f32,
+    window: Option<usize>,
+    /// Which of the model's rotary embeddings.
+    rotary: usize,
 }
 
 impl Attention {
-    fn load(weights: &Weights, layer: usize) -> Result<Self, WeightsError> {
-        let config = weights.config();
+    fn load(loader: &mut Loader, place: Place) -> Result<Self, WeightsError> {
+        let config = loader.weights.config();
+        let norm = |name| config.architecture.qk_norm.then(|| loader.norm(place, name)).transpose();
+        let (q_norm, k_norm) = (norm("self_attn.q_norm")?, norm("self_attn.k_norm")?);
         Ok(Self {
-            q_proj: Linear::load(weights, layer, "self_attn.q_proj")?,
-            k_proj: Linear::load(weights, layer, "self_attn.k_proj")?,
-            v_proj: Linear::load(weights, layer, "self_attn.v_proj")?,
-            o_proj: Linear::load(weights, layer, "self_attn.o_proj")?,
+            q_proj: loader.linear(place, ProjectionKind::Q)?,
+            k_proj: loader.linear(place, ProjectionKind::K)?,
+            v_proj: loader.linear(place, ProjectionKind::V)?,
+            o_proj: loader.linear(place, ProjectionKind::O)?,
+            q_norm,
+            k_norm,
             num_heads: config.num_heads,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
+            scale: config.architecture.attention_scale(config.head_dim),
+            window: config.window(place),
+            rotary: loader.rotary(place),
         })
     }
 
     /// `[batch * seq, hidden]` to the same.
-    fn forward(&self, x: &Tensor, batch: usize, rotary: &Rotary, depth: usize) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, batch: usize, rotaries: &[Turns]) -> Result<Tensor> {
         let seq = x.dim(0)? / batch;
-        let by_head = |x: Tensor, heads| {
+        let by_head = |x: Tensor, heads, norm: &Option<Norm>| {
+            let x = match norm {
+                None => x,
+                Some(norm) => norm.forward(&x.reshape((batch * seq * heads, self.head_dim))?)?,
+            };
             let x = x.reshape((batch, seq, heads, self.head_dim))?;
             x.transpose(1, 2)?.contiguous()
         };
-        let q = rotary.forward(&by_head(self.q_proj.forward(x, depth)?, self.num_heads)?)?;
-        let k = rotary.forward(&by_head(self.k_proj.forward(x, depth)?, self.num_kv_heads)?)?;
-        let v = by_head(self.v_proj.forward(x, depth)?, self.num_kv_heads)?;
+        let turns = &rotaries[self.rotary];
+        let q = by_head(self.q_proj.forward(x)?, self.num_heads, &self.q_norm)?;
+        let q = differentiable::rotate(&q, turns)?;
+        let k = by_head(self.k_proj.forward(x)?, self.num_kv_heads, &self.k_norm)?;
+        let k = differentiable::rotate(&k, turns)?;
+        let v = by_head(self.v_proj.forward(x)?, self.num_kv_heads, &None)?;
 
         // The query heads of a key-value head are adjacent, so their rows stack over it.
         let group_rows = self.num_heads / self.num_kv_heads * seq;
         let q = q.reshape((batch, self.num_kv_heads, group_rows, self.head_dim))?;
         let scores = q.matmul(&k.t()?)?.reshape((batch, self.num_heads, seq, seq))?;
-        let weights = differentiable::causal_softmax(&scores, (self.head_dim as f32).powf(-0.5))?;
+        let weights = differentiable::causal_softmax(&scores, self.scale, self.window)?;
         let weights = weights.reshape((batch, self.num_kv_heads, group_rows, seq))?;
         let mixed = weights.matmul(&v)?;
 
         let mixed = mixed.reshape((batch, self.num_heads, seq, self.head_dim))?;
         let mixed = mixed.transpose(1, 2)?.contiguous()?;
         let rows = mixed.reshape((batch * seq, self.num_heads * self.head_dim))?;
-        self.o_proj.forward(&rows, depth)
+        self.o_proj.forward(&rows)
     }
 }
 
-/// `down(silu(gate(x)) * up(x))` (arXiv 2002.05202).
+/// `down(activation(gate(x)) * up(x))` (arXiv 2002.05202), or `down(activation(up(x)))` without a gate.
 struct Mlp {
-    gate_proj: Linear,
+    gate_proj: Option<Linear>,
     up_proj: Linear,
     down_proj: Linear,
+    activation: Activation,
 }
 
 impl Mlp {
-    fn load(weights: &Weights, layer: usize) -> Result<Self, WeightsError> {
+    fn load(loader: &mut Loader, place: Place) -> Result<Self, WeightsError> {
+        let architecture = &loader.weights.config().architecture;
+        let gate_proj = architecture.gated_mlp.then(|| loader.linear(place, ProjectionKind::Gate));
         Ok(Self {
-            gate_proj: Linear::load(weights, layer, "mlp.gate_proj")?,
-            up_proj: Linear::load(weights, layer, "mlp.up_proj")?,
-            down_proj: Linear::load(weights, layer, "mlp.down_proj")?,
+            gate_proj: gate_proj.transpose()?,
+            up_proj: loader.linear(place, ProjectionKind::Up)?,
+            down_proj: loader.linear(place, ProjectionKind::Down)?,
+            activation: architecture.activation,
         })
     }
 
-    fn forward(&self, x: &Tensor, depth: usize) -> Result<Tensor> {
-        let gate = self.gate_proj.forward(x, depth)?;
-        let up = self.up_proj.forward(x, depth)?;
-        let inner = differentiable::swiglu(&gate, &up)?;
-        self.down_proj.forward(&inner, depth)
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let up = self.up_proj.forward(x)?;
+        let inner = match (&self.gate_proj, self.activation) {
+            (Some(gate_proj), activation) => differentiable::gated(&gate_proj.forward(x)?, &up, activation)?,
+            (None, Activation::Silu) => up.silu()?,
+            (None, Activation::Gelu) => up.gelu_erf()?,
+            (None, Activation::GeluTanh) => up.gelu()?,
+        };
+        self.down_proj.forward(&inner)
     }
 }
 
-/// A layer of the block: attention and MLP, each behind a norm and added to the residual stream.
+/// Attention or MLP behind a norm, and before another in Gemma 3: what is added to the residual stream.
+struct Branch<T> {
+    norm: Norm,
+    inner: T,
+    post_norm: Option<Norm>,
+}
+
+impl<T> Branch<T> {
+    fn forward(&self, x: &Tensor, inner: impl Fn(&T, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let y = inner(&self.inner, &self.norm.forward(x)?)?;
+        self.post_norm.as_ref().map_or(Ok(y.clone()), |norm| norm.forward(&y))
+    }
+}
+
+/// A layer: attention and MLP, one after the other or, in GPT-NeoX, side by side.
 struct Layer {
-    input_norm: RmsNorm,
-    attention: Attention,
-    post_attention_norm: RmsNorm,
-    mlp: Mlp,
+    attention: Branch<Attention>,
+    mlp: Branch<Mlp>,
+    parallel: bool,
 }
 
 impl Layer {
-    fn load(weights: &Weights, layer: usize) -> Result<Self, WeightsError> {
-        let norm = |name| RmsNorm::load(weights, &format!("block.layers.{layer}.{name}.weight"));
-        Ok(Self {
-            input_norm: norm("input_layernorm")?,
-            attention: Attention::load(weights, layer)?,
-            post_attention_norm: norm("post_attention_layernorm")?,
-            mlp: Mlp::load(weights, layer)?,
-        })
+    fn load(loader: &mut Loader, place: Place) -> Result<Self, WeightsError> {
+        let architecture = &loader.weights.config().architecture;
+        // Gemma 3's names: with post norms, the norm before the MLP is no longer that after the attention.
+        let (attention_post, mlp_norm, mlp_post) = match architecture.post_norms {
+            false => (None, "post_attention_layernorm", None),
+            true => {
+                let post = |name| loader.norm(place, name);
+                let mlp_post = post("post_feedforward_layernorm")?;
+                (Some(post("post_attention_layernorm")?), "pre_feedforward_layernorm", Some(mlp_post))
+            }
+        };
+        let (norm, inner) = (loader.norm(place, "input_layernorm")?, Attention::load(loader, place)?);
+        let attention = Branch { norm, inner, post_norm: attention_post };
+        let (norm, inner) = (loader.norm(place, mlp_norm)?, Mlp::load(loader, place)?);
+        let mlp = Branch { norm, inner, post_norm: mlp_post };
+        Ok(Self { attention, mlp, parallel: architecture.parallel_residual })
     }
 
-    fn forward(&self, x: &Tensor, batch: usize, rotary: &Rotary, depth: usize) -> Result<Tensor> {
-        let normed = self.input_norm.forward(x)?;
-        let x = (x + self.attention.forward(&normed, batch, rotary, depth)?)?;
-        let normed = self.post_attention_norm.forward(&x)?;
-        &x + self.mlp.forward(&normed, depth)?
+    fn forward(&self, x: &Tensor, batch: usize, rotaries: &[Turns]) -> Result<Tensor> {
+        let attended = self.attention.forward(x, |attention, x| attention.forward(x, batch, rotaries))?;
+        let after = (x + attended)?;
+        let mlp_input = if self.parallel { x } else { &after };
+        &after + self.mlp.forward(mlp_input, Mlp::forward)?
+    }
+}
+
+/// A loop's learned gate: a linear probe on the normed hidden state.
+struct Gate {
+    /// `[hidden, 1]`
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Gate {
+    fn load(loader: &Loader, depth: usize) -> Result<Self, WeightsError> {
+        let name = format!("gate.{depth}.weight");
+        let weight = loader.get(&name)?.unsqueeze(1);
+        let weight = weight.map_err(|source| WeightsError::Tensor { name, source })?;
+        Ok(Self { weight, bias: loader.get(&format!("gate.{depth}.bias"))? })
     }
 }
 
 /// The whole model.
 pub struct Reference {
     embed_tokens: Tensor,
-    block: Vec<Layer>,
-    norm: RmsNorm,
+    prelude: Vec<Layer>,
+    /// The block's layers at each depth.
+    loops: Vec<Vec<Layer>>,
+    coda: Vec<Layer>,
+    norm: Norm,
     /// `[hidden, vocab]`
     head: Tensor,
-    rotary: Rotary,
+    /// What each loop but the last adds to the head, if the model has that.
+    head_adapters: Vec<LowRank>,
+    /// The gate of each loop but the last, if the model has gates.
+    gates: Vec<Gate>,
+    rotaries: Vec<Vec<f32>>,
     config: ModelConfig,
 }
 
@@ -220,17 +339,37 @@ impl Reference {
     /// If a tensor operation fails.
     pub fn new(weights: &Weights) -> Result<Self, WeightsError> {
         let config = weights.config().clone();
-        let head = match config.tie_embeddings {
-            true => "embed_tokens.weight",
-            false => "lm_head.weight",
+        let mut loader = Loader::new(weights);
+        let head = if config.tie_embeddings { "embed_tokens.weight" } else { "lm_head.weight" };
+        let mut layers = |count, place: &dyn Fn(usize) -> Place| {
+            (0..count).map(|layer| Layer::load(&mut loader, place(layer))).collect::<Result<Vec<_>, _>>()
         };
-        let in_head = |source| WeightsError::Tensor { name: head.to_owned(), source };
+        let prelude = layers(config.prelude_layers, &Place::Prelude)?;
+        let block = |depth| layers(config.block_layers, &|layer| Place::Block { depth, layer });
+        let loops = (0..config.num_loops).map(block).collect::<Result<_, _>>()?;
+        let coda = layers(config.coda_layers, &Place::Coda)?;
+        let earlier = 0..config.num_loops - 1;
+        let head_adapters = match config.head_lora_rank {
+            0 => Vec::new(),
+            _ => earlier
+                .clone()
+                .map(|depth| LowRank::load(&mut loader, &format!("head_lora.{depth}")))
+                .collect::<Result<_, _>>()?,
+        };
+        let gates = match config.gate {
+            false => Vec::new(),
+            true => earlier.map(|depth| Gate::load(&loader, depth)).collect::<Result<_, _>>()?,
+        };
         Ok(Self {
-            embed_tokens: weights.get("embed_tokens.weight")?.clone(),
-            block: (0..config.block_layers).map(|layer| Layer::load(weights, layer)).collect::<Result<_, _>>()?,
-            norm: RmsNorm::load(weights, "norm.weight")?,
-            head: weights.get(head)?.t().map_err(in_head)?,
-            rotary: Rotary::new(&config),
+            embed_tokens: loader.get("embed_tokens.weight")?,
+            prelude,
+            loops,
+            coda,
+            norm: Norm::load(&loader, "norm")?,
+            head: loader.transposed(head)?,
+            head_adapters,
+            gates,
+            rotaries: loader.rotaries,
             config,
         })
     }
@@ -247,23 +386,56 @@ impl Reference {
         if seq > max_positions {
             candle_core::bail!("{seq} tokens in a sequence, expected at most {max_positions}");
         }
-        let mut x = self.embed_tokens.index_select(&tokens.flatten_all()?, 0)?;
+        let rotaries = self.rotaries(seq);
+        let run =
+            |x: Tensor, layers: &[Layer]| layers.iter().try_fold(x, |x, layer| layer.forward(&x, batch, &rotaries));
+        let embedded = self.embed_tokens.index_select(&tokens.flatten_all()?, 0)?;
+        let scale = f64::from(self.config.architecture.embedding_scale);
+        let mut x = run((embedded * scale)?, &self.prelude)?;
         let mut states = Vec::with_capacity(self.config.num_loops);
-        for depth in 0..self.config.num_loops {
-            for layer in &self.block {
-                x = layer.forward(&x, batch, &self.rotary, depth)?;
-            }
+        for block in &self.loops {
+            x = run(x, block)?;
             states.push(x.clone());
         }
         Ok(states)
     }
 
-    /// The head's scores `[rows, vocab]` of residual streams `[rows, hidden]` at any depth.
+    /// What the head reads, `[batch * seq, hidden]`, of `batch` sequences that leave after any loop with the residual
+    /// stream `hidden` `[batch * seq, hidden]`: the coda and the final norm.
     ///
     /// # Errors
     /// If `hidden` is of another shape.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.norm.forward(hidden)?.matmul(&self.head)
+    pub fn exit(&self, hidden: &Tensor, batch: usize) -> Result<Tensor> {
+        let rotaries = self.rotaries(hidden.dim(0)? / batch);
+        let run = |x: Tensor, layer: &Layer| layer.forward(&x, batch, &rotaries);
+        self.norm.forward(&self.coda.iter().try_fold(hidden.clone(), run)?)
+    }
+
+    /// The head's scores `[rows, vocab]` of rows `[rows, hidden]` from [`Reference::exit`] that leave after the loop at
+    /// `depth`.
+    ///
+    /// # Errors
+    /// If `exited` is of another shape.
+    pub fn logits(&self, exited: &Tensor, depth: usize) -> Result<Tensor> {
+        let logits = exited.matmul(&self.head)?;
+        match self.head_adapters.get(depth) {
+            None => Ok(logits),
+            Some(adapter) => logits + adapter.forward(exited)?,
+        }
+    }
+
+    /// The learned gate's scores `[rows]` of residual streams `[rows, hidden]` after the loop at `depth`: their sigmoid
+    /// is the probability that leaving here gives the last loop's token. The gate reads the stream through the final
+    /// norm alone, so that asking it is cheap, whatever the coda. None after the last loop, or without gates.
+    ///
+    /// # Errors
+    /// If `hidden` is of another shape.
+    pub fn gate_logits(&self, hidden: &Tensor, depth: usize) -> Result<Option<Tensor>> {
+        let score = |gate: &Gate| {
+            let scores = self.norm.forward(hidden)?.matmul(&gate.weight)?;
+            scores.squeeze(1)?.broadcast_add(&gate.bias)
+        };
+        self.gates.get(depth).map(score).transpose()
     }
 
     /// The head's scores after every loop, each `[batch * seq, vocab]`.
@@ -271,13 +443,19 @@ impl Reference {
     /// # Errors
     /// As for [`Reference::hidden_states`].
     pub fn forward(&self, tokens: &Tensor) -> Result<Vec<Tensor>> {
+        let batch = tokens.dim(0)?;
         let states = self.hidden_states(tokens)?;
-        states.iter().map(|hidden| self.logits(hidden)).collect()
+        let logits = |(depth, hidden)| self.logits(&self.exit(hidden, batch)?, depth);
+        states.iter().enumerate().map(logits).collect()
     }
 
-    /// The sizes.
+    /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn rotaries(&self, positions: usize) -> Vec<Turns> {
+        self.rotaries.iter().map(|frequencies| Turns::new(frequencies, positions)).collect()
     }
 }
 
@@ -285,8 +463,10 @@ impl Reference {
 mod tests {
     use super::*;
     use crate::config::tests::tiny;
-    use crate::config::{LoraConfig, LoraRanks};
-    use candle_core::{DType, Device};
+    use crate::config::{Architecture, LoraConfig, LoraRanks, RopeScaling, Sharing, SlidingWindow};
+    use candle_core::{DType, Device, Var};
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
 
     fn logits(weights: &Weights, tokens: &[[u32; 6]]) -> Vec<Vec<f32>> {
         let shape = (tokens.len(), 6);
@@ -364,6 +544,189 @@ mod tests {
         let found = logits(&adapted, &tokens);
         assert_close(&found[0], &expected[0]);
         assert!(found[1] != expected[1]);
+    }
+
+    /// A model in which everything a Llama or a Gemma 3 has is there at once, and all that loops can differ in.
+    fn gemma_like() -> ModelConfig {
+        ModelConfig {
+            sharing: Sharing::Matrices,
+            prelude_layers: 1,
+            coda_layers: 1,
+            tie_embeddings: false,
+            architecture: Architecture {
+                // Norms of small numbers are so curved that differences say nothing of the slope.
+                norm_eps: 0.1,
+                post_norms: true,
+                qk_norm: true,
+                activation: Activation::GeluTanh,
+                qkv_bias: true,
+                rope_scaling: Some(RopeScaling::Linear { factor: 2.0 }),
+                // A layer of the prelude, the block and the coda each.
+                sliding_window: Some(SlidingWindow { tokens: 3, rope_theta: 100.0, layers: vec![0, 3, 7] }),
+                attention_scale: Some(0.4),
+                embedding_scale: 2.5,
+                ..Architecture::default()
+            },
+            lora: Some(LoraConfig { ranks: LoraRanks { q: 1, v: 2, down: 3, ..LoraRanks::default() }, scale: 1.5 }),
+            head_lora_rank: 2,
+            gate: true,
+            ..tiny()
+        }
+    }
+
+    /// As Pythia, its layers split into loops.
+    fn neox_like() -> ModelConfig {
+        ModelConfig {
+            sharing: Sharing::Nothing,
+            architecture: Architecture {
+                norm: config::Norm::Layer,
+                norm_eps: 0.1,
+                activation: Activation::Gelu,
+                gated_mlp: false,
+                parallel_residual: true,
+                qkv_bias: true,
+                output_bias: true,
+                mlp_bias: true,
+                rotary_dims: Some(2),
+                ..Architecture::default()
+            },
+            ..tiny()
+        }
+    }
+
+    /// Weights that are random everywhere, biases and norms too, as variables.
+    fn variables(config: ModelConfig) -> (Weights, HashMap<String, Var>) {
+        let mut rng = StdRng::seed_from_u64(5);
+        let mut variables = HashMap::new();
+        for (name, tensor) in Weights::random(config.clone(), 5).unwrap().tensors() {
+            let noise =
+                Tensor::from_iter((0..tensor.elem_count()).map(|_| rng.random_range(-0.4f32..0.4)), &Device::Cpu);
+            let noisy = (tensor + noise.unwrap().reshape(tensor.shape()).unwrap()).unwrap();
+            variables.insert(name.clone(), Var::from_tensor(&noisy).unwrap());
+        }
+        let tensors = variables.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone()));
+        (Weights::from_tensors(config, tensors.collect(), "test").unwrap(), variables)
+    }
+
+    /// A number that depends on every logit and every gate.
+    fn summary(model: &Reference) -> Tensor {
+        let tokens = Tensor::new(&[[1u32, 2, 3, 4, 5, 6], [9, 8, 7, 1, 0, 10]], &Device::Cpu).unwrap();
+        let states = model.hidden_states(&tokens).unwrap();
+        let mut outputs = model.forward(&tokens).unwrap();
+        let gates = states.iter().enumerate().filter_map(|(depth, hidden)| model.gate_logits(hidden, depth).unwrap());
+        outputs.extend(gates);
+        let weigh = |(output, y): (usize, &Tensor)| {
+            let weight = |i| ((i * 31 + output * 7) as f32).sin();
+            let weights = Tensor::from_iter((0..y.elem_count()).map(weight), &Device::Cpu).unwrap();
+            (y.flatten_all().unwrap() * weights).unwrap().sum_all().unwrap()
+        };
+        Tensor::stack(&outputs.iter().enumerate().map(weigh).collect::<Vec<_>>(), 0).unwrap().sum_all().unwrap()
+    }
+
+    #[test]
+    fn gradients_of_every_tensor_equal_finite_differences() {
+        let scalar = |x: &Tensor| f64::from(x.to_scalar::<f32>().unwrap());
+        let size = |x: &Tensor| scalar(&x.sqr().unwrap().sum_all().unwrap()).sqrt();
+        let plain_mlp = |activation| {
+            let mut config = neox_like();
+            config.architecture.activation = activation;
+            config
+        };
+        let [silu, tanh] = [Activation::Silu, Activation::GeluTanh].map(plain_mlp);
+        for config in [tiny(), gemma_like(), neox_like(), silu, tanh] {
+            let (weights, variables) = variables(config);
+            let model = Reference::new(&weights).unwrap();
+            let gradients = summary(&model).backward().unwrap();
+            for (name, variable) in &variables {
+                let gradient = gradients.get(variable).unwrap_or_else(|| panic!("{name} has no gradient"));
+                // Along the gradient the slope is steepest, and the difference is least lost in rounding.
+                let slope = size(gradient);
+                let direction = (gradient / slope).unwrap();
+                let start = variable.as_tensor().copy().unwrap();
+                let along = |step: f64| {
+                    variable.set(&(&start + (&direction * step).unwrap()).unwrap()).unwrap();
+                    scalar(&summary(&model))
+                };
+                // Small where the slope, and with it the curvature, is large.
+                let step = 0.01 / (1.0 + slope);
+                let difference = (along(step) - along(-step)) / (2.0 * step);
+                variable.set(&start).unwrap();
+                assert!(
+                    (slope - difference).abs() < 1e-2 * (slope + 1.0),
+                    "{name}: gradient {slope}, difference {difference}"
+                );
+            }
+        }
+    }
+
+    /// The same numbers under other names.
+    fn renamed(weights: &Weights, config: ModelConfig, source: impl Fn(&str) -> String) -> Weights {
+        let names = crate::weights::expected_tensors(&config).into_keys();
+        let tensors = names.map(|name| (name.clone(), weights.get(&source(&name)).unwrap().clone())).collect();
+        Weights::from_tensors(config, tensors, "test").unwrap()
+    }
+
+    #[test]
+    fn loops_of_equal_vectors_equal_loops_that_share_them() {
+        let mut shared = gemma_like();
+        shared.sharing = Sharing::Block;
+        let (shared, _) = variables(shared);
+        let with_sharing = |sharing| ModelConfig { sharing, lora: None, ..shared.config().clone() };
+        let in_block = |name: &str| match name.strip_prefix("loops.") {
+            Some(place) => format!("block{}", &place[place.find('.').unwrap()..]),
+            None => name.to_owned(),
+        };
+        let tokens = [[1, 2, 3, 4, 5, 6]];
+        let expected = logits(&renamed(&shared, with_sharing(Sharing::Block), in_block), &tokens);
+        for sharing in [Sharing::Matrices, Sharing::Nothing] {
+            assert_eq!(logits(&renamed(&shared, with_sharing(sharing), in_block), &tokens), expected);
+        }
+    }
+
+    #[test]
+    fn prelude_block_and_coda_are_the_layers_of_an_ordinary_transformer_in_order() {
+        let mut looped = neox_like();
+        looped.sharing = Sharing::Block;
+        (looped.block_layers, looped.num_loops, looped.prelude_layers, looped.coda_layers) = (2, 1, 1, 1);
+        let (looped, _) = variables(looped);
+        let ordinary = ModelConfig { block_layers: 4, num_loops: 1, ..neox_like() };
+        let source = |name: &str| {
+            let mut name = name.to_owned();
+            let places = ["prelude.layers.0", "block.layers.0", "block.layers.1", "coda.layers.0"];
+            for (layer, place) in places.iter().enumerate() {
+                name = name.replace(&format!("loops.0.layers.{layer}."), &format!("{place}."));
+            }
+            name
+        };
+        let ordinary = renamed(&looped, ordinary, source);
+        let tokens = [[1, 2, 3, 4, 5, 6]];
+        assert_eq!(logits(&ordinary, &tokens), logits(&looped, &tokens));
+    }
+
+    #[test]
+    fn a_window_hides_what_is_before_it() {
+        let mut config = tiny();
+        (config.block_layers, config.num_loops) = (1, 1);
+        config.architecture.sliding_window = Some(SlidingWindow { tokens: 2, rope_theta: 1e4, layers: vec![0] });
+        let weights = Weights::random(config, 3).unwrap();
+        let before = &logits(&weights, &[[1, 2, 3, 4, 5, 6]])[0];
+        let after = &logits(&weights, &[[1, 2, 9, 4, 5, 6]])[0];
+        let changed = |row: usize| before[row * 11..][..11] != after[row * 11..][..11];
+        assert_eq!([0, 1, 2, 3, 4, 5].map(changed), [false, false, true, true, false, false]);
+    }
+
+    #[test]
+    fn the_last_loop_has_neither_a_head_of_its_own_nor_a_gate() {
+        let (weights, variables) = variables(gemma_like());
+        let model = Reference::new(&weights).unwrap();
+        let hidden = Tensor::ones((1, 8), DType::F32, &Device::Cpu).unwrap();
+        let head = variables["lm_head.weight"].t().unwrap();
+        let plain = hidden.matmul(&head).unwrap().to_vec2::<f32>().unwrap();
+        let found = |depth| model.logits(&hidden, depth).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(found(2), plain);
+        assert!(found(0) != plain && found(1) != plain && found(0) != found(1));
+        let gated = |depth| model.gate_logits(&hidden, depth).unwrap().is_some();
+        assert_eq!([0, 1, 2].map(gated), [true, true, false]);
     }
 
     #[test]

@@ -107,8 +107,8 @@ fn add_window(model: &Reference, window: &[u32], skip: usize, sums: &mut [Sums])
     let rows = targets.elem_count() - skip;
     let targets = targets.narrow(0, skip, rows)?;
     let mut tokens_by_loop = Vec::new();
-    for (hidden, sums) in model.hidden_states(&inputs)?.iter().zip(sums.iter_mut()) {
-        let logits = model.logits(&hidden.narrow(0, skip, rows)?)?;
+    for (depth, (hidden, sums)) in model.hidden_states(&inputs)?.iter().zip(sums.iter_mut()).enumerate() {
+        let logits = model.logits(&model.exit(hidden, 1)?.narrow(0, skip, rows)?, depth)?;
         let mean: f32 = cross_entropy(&logits, &targets)?.to_scalar()?;
         sums.nats += f64::from(mean) * rows as f64;
         tokens_by_loop.push(most_likely(&logits)?);
