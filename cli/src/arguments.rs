@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use engine::executor::Sampling;
-use scheduler::{Batching, ExitPolicy, Settings};
+use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use simulator::{ExitModel, LatencyModel, Objectives, Routing, Simulation};
 use traces::{RequestFormat, RequestSpec, RequestTrace};
 
@@ -123,6 +123,10 @@ pub struct ServingArgs {
     /// confidence:MEASURE:THRESHOLD (top1, margin, entropy, similarity)
     #[arg(long, value_delimiter = ',', default_value = "none,oracle,confidence:0.9", value_name = "POLICIES")]
     pub exit: Vec<ExitPolicy>,
+    /// What later tokens find at depths that a token which left early never ran: reuse (copies of its exit depth's
+    /// keys and values), first (those of depth 0), skip (nothing), backfill (its own, run later); the engine has reuse
+    #[arg(long, default_value_t, value_name = "FILL")]
+    pub kv_fill: KvFill,
     /// Most sequences that run at once
     #[arg(long, default_value_t = 64, value_name = "SEQUENCES")]
     pub max_batch: u32,
@@ -160,6 +164,7 @@ impl ServingArgs {
         Serving {
             batching: self.batching.clone(),
             exit: self.exit.clone(),
+            kv_fill: self.kv_fill,
             max_batch: self.max_batch,
             token_budget: self.token_budget,
             prefill_chunk: self.prefill_chunk,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use scheduler::{Batching, ExitPolicy};
+use scheduler::{Batching, ExitPolicy, KvFill};
 use serde::{Deserialize, Serialize};
 use traces::{Measure, RequestSpec};
 
@@ -76,6 +76,9 @@ pub struct System {
     /// Instead of `serving.exit`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit: Option<Vec<ExitPolicy>>,
+    /// Instead of `serving.kv_fill`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_fill: Option<KvFill>,
     /// Throughput that somebody published of it, in tokens per second, to compare with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub published_tok_s: Option<f64>,
@@ -134,6 +137,7 @@ impl System {
         Serving {
             batching: self.batching.clone().unwrap_or_else(|| common.batching.clone()),
             exit: self.exit.clone().unwrap_or_else(|| common.exit.clone()),
+            kv_fill: self.kv_fill.unwrap_or(common.kv_fill),
             max_batch: self.max_batch.unwrap_or(common.max_batch),
             token_budget: self.token_budget.unwrap_or(common.token_budget),
             ..common.clone()

@@ -46,6 +46,7 @@ struct DepthRowsLine {
     depth: u32,
     decode_rows: f64,
     prefill_rows: f64,
+    backfill_rows: f64,
 }
 
 /// Draws all figures that the files in `results` have the data for, into its folder `figures`.
@@ -238,7 +239,7 @@ fn pass_rows(lines: &[&DepthRowsLine]) -> Vec<plots::PassRows> {
             slices.push(plots::PassRows { start_s, end_s, rows: Vec::new() });
         }
         if let Some(slice) = slices.last_mut() {
-            slice.rows.push(line.decode_rows + line.prefill_rows);
+            slice.rows.push(line.decode_rows + line.prefill_rows + line.backfill_rows);
         }
     }
     slices

@@ -101,6 +101,7 @@ pub fn measure(
     limits: Limits,
 ) -> Result<Measured> {
     let NamedEngine { engine, name } = named;
+    settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
     let repeats = repeats as usize;
     let bar = progress(1 + (repeats + 1) + repeats * settings.len());
     let step = |message: String| {

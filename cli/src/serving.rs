@@ -5,9 +5,9 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail, ensure};
 use bytesize::ByteSize;
-use scheduler::{Batching, ExitPolicy, Settings};
+use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use serde::{Deserialize, Deserializer, Serialize};
-use simulator::{KvPolicy, MemoryBudget, ModelMemory};
+use simulator::{MemoryBudget, ModelMemory};
 use traces::Request;
 
 /// How requests are scheduled: every batching policy with every exit policy.
@@ -20,6 +20,9 @@ pub struct Serving {
     pub batching: Vec<Batching>,
     /// `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`.
     pub exit: Vec<ExitPolicy>,
+    /// What later tokens find at depths that a token which left early never ran: `reuse`, `first`, `skip`, `backfill`.
+    #[serde(default)]
+    pub kv_fill: KvFill,
     /// Most sequences that run at once.
     pub max_batch: u32,
     /// Most rows of a pass (depth-wise) or of an iteration (lockstep).
@@ -122,6 +125,7 @@ impl Serving {
         let mut settings = Settings {
             batching,
             exit,
+            kv_fill: self.kv_fill,
             num_loops: model.num_loops as u8,
             max_batch: self.max_batch,
             token_budget: self.token_budget,
@@ -136,7 +140,7 @@ impl Serving {
             (None, Some(device_bytes)) => {
                 let utilization = self.memory_utilization.unwrap_or(MemoryBudget::DEFAULT_UTILIZATION);
                 let budget = MemoryBudget { device_bytes, utilization };
-                model.plan(budget, &settings, KvPolicy::PerDepth)?.num_blocks
+                model.plan(budget, &settings)?.num_blocks
             }
             (None, None) if self.memory_utilization.is_some() => {
                 bail!("memory_utilization of a memory whose size the latency profile does not say: give device_memory")
@@ -180,6 +184,7 @@ mod tests {
         let unknown = ModelMemory { figures: MemoryFigures::default(), ..MODEL };
         assert_eq!(blocks(", num_blocks: 7", MODEL).unwrap(), 7);
         assert_eq!(blocks("", MODEL).unwrap(), (9_000 - 1_000 - 40) / 160);
+        assert_eq!(blocks(", kv_fill: first", MODEL).unwrap(), (9_000 - 1_000 - 40) / 80);
         assert_eq!(blocks(", memory_utilization: 0.5", MODEL).unwrap(), (5_000 - 1_000 - 40) / 160);
         assert_eq!(blocks(", device_memory: 100kB", MODEL).unwrap(), (90_000 - 1_000 - 40) / 160);
         assert_eq!(blocks(", device_memory: 100000", unknown).unwrap(), (90_000 - 1_000) / 160);

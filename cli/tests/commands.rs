@@ -300,6 +300,23 @@ fn prompts_that_begin_alike_are_found_again() {
 }
 
 #[test]
+fn simulations_take_any_kv_fill_and_the_engine_the_one_it_has() {
+    let scene = Scene::new();
+    scene.measured();
+    for fill in ["reuse", "first", "skip", "backfill"] {
+        let printed = scene.succeed(&scene.simulate(&["--kv-fill", fill, "--out", "out"]));
+        assert!(printed.contains("KV fill") && printed.contains(&format!(" {fill} ")), "{printed}");
+        let summary = lines(&scene.path("out/summary.csv"));
+        assert_eq!(column(&summary, "kv_fill"), [fill; 9]);
+        let backfill: u64 = column(&summary, "backfill_rows").iter().map(|rows| rows.parse::<u64>().unwrap()).sum();
+        assert_eq!(backfill > 0, fill == "backfill");
+    }
+    let replay = ["replay", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
+    let error = scene.fail(&[&replay[..], &["--kv-fill", "skip", "--max-batch", "4"]].concat());
+    assert!(error.contains("does not run KV fill `skip`: expected reuse"), "{error}");
+}
+
+#[test]
 fn capacity_is_the_highest_rate_within_the_objectives() {
     let scene = Scene::new();
     scene.measured();
@@ -367,6 +384,8 @@ fn bad_experiments_get_one_clear_error_and_leave_nothing() {
             "simulations alone",
         ),
         (experiment("", 12).replace("count: 12", "count: -3"), "-3"),
+        (experiment("", 12).replace("max_batch: 4", "kv_fill: copy\n  max_batch: 4"), "reuse, first, skip or backfill"),
+        (experiment("", 12).replace("max_batch: 4", "kv_fill: first\n  max_batch: 4"), "does not run KV fill `first`"),
         (experiment("", 12).replace("model: model", "model: nowhere"), "nowhere"),
         (experiment("", 12).replace("repeats: 2", "repeats: 0"), "engine.repeats is 0"),
         (longer, "the cache holds 16"),

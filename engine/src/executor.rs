@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use scheduler::{Executor, Look, Pass, Segment, Slot};
+use scheduler::{Executor, Look, Pass, RowKind, Segment, Slot};
 use traces::{Measure, Nanos, Request, Signals};
 
 use crate::cache::{CacheError, KvCache};
@@ -454,7 +454,7 @@ impl EngineExecutor {
             sequence.generation.tokens.push(verdict.token);
             sequence.generation.exit_depths.push(segment.depth);
             let position = (segment.start + segment.tokens - 1) as usize;
-            if segment.decode {
+            if segment.kind == RowKind::Decode {
                 self.arena.free.extend(sequence.in_flight[position].take());
             }
             if position >= sequence.generation.prompt.len() {

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use scheduler::blocks::BlockTables;
 use scheduler::{
-    Batching, Executor, ExitPolicy, Look, Observer, Pass, PassRecord, Segment, Server, Settings, Slot, VirtualClock,
-    serve,
+    Batching, Executor, ExitPolicy, KvFill, Look, Observer, Pass, PassRecord, RowKind, Segment, Server, Settings, Slot,
+    VirtualClock, serve,
 };
 use traces::{Component, LatencyProfile, Measure, Nanos, Point, ProfileMeta, Request};
 
@@ -295,7 +295,7 @@ impl Profiler {
             start: history,
             tokens: 1,
             depth,
-            decode: true,
+            kind: RowKind::Decode,
             predicts: true,
             look,
             head: look,
@@ -313,7 +313,7 @@ impl Profiler {
                 start: history,
                 tokens,
                 depth,
-                decode: false,
+                kind: RowKind::Prompt,
                 predicts: false,
                 look: false,
                 head: false,
@@ -327,6 +327,7 @@ impl Profiler {
         let settings = Settings {
             batching: Batching::Depth,
             exit: ExitPolicy::None,
+            kv_fill: KvFill::Reuse,
             num_loops: self.engine.model.config().num_loops as u8,
             max_batch,
             token_budget: max_batch * 2,

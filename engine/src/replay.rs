@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use scheduler::blocks::BlockId;
-use scheduler::{Batching, ExitPolicy, Observer, ScheduleError, ServeError, Server, Settings, serve};
+use scheduler::{Batching, ExitPolicy, KvFill, Observer, ScheduleError, ServeError, Server, Settings, serve};
 use traces::{ExitTrace, ExitTraceMeta, Request};
 
 use crate::cache::{KvCache, TILE};
@@ -37,6 +37,9 @@ pub enum ReplayError {
         /// The model's.
         model: usize,
     },
+    /// A KV fill that only the simulator knows.
+    #[error("the engine does not run KV fill `{0}`: expected {expected}", expected = KvFill::Reuse)]
+    KvFill(KvFill),
 }
 
 impl From<ServeError<EngineError>> for ReplayError {
@@ -96,6 +99,21 @@ impl Engine {
         self.serve(settings, executor, requests, idle, observer)
     }
 
+    /// Whether the engine can run under these settings.
+    ///
+    /// # Errors
+    /// If they are for another number of loops, or ask for a KV fill other than `reuse`.
+    pub fn check_settings(&self, settings: &Settings) -> Result<(), ReplayError> {
+        let model = self.model.config().num_loops;
+        if usize::from(settings.num_loops) != model {
+            return Err(ReplayError::NumLoops { settings: settings.num_loops, model });
+        }
+        match settings.kv_fill {
+            KvFill::Reuse => Ok(()),
+            other => Err(ReplayError::KvFill(other)),
+        }
+    }
+
     fn serve(
         &self,
         settings: Settings,
@@ -104,10 +122,7 @@ impl Engine {
         idle: Idle,
         observer: &mut (impl Observer + Send),
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
-        let model = self.model.config().num_loops;
-        if usize::from(settings.num_loops) != model {
-            return Err(ReplayError::NumLoops { settings: settings.num_loops, model });
-        }
+        self.check_settings(&settings)?;
         for request in requests {
             settings.check_request(request)?;
             executor.check_request(request)?;
@@ -156,6 +171,7 @@ impl Engine {
         Settings {
             batching: Batching::Sequence,
             exit: ExitPolicy::None,
+            kv_fill: KvFill::Reuse,
             num_loops: self.model.config().num_loops as u8,
             max_batch,
             token_budget: UNTIMED_ROWS as u32,

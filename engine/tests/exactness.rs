@@ -12,7 +12,7 @@ use engine::executor::{EngineExecutor, ExitDepths, Generation, Sampling};
 use engine::model::Model;
 use engine::prompts::Prompts;
 use proptest::prelude::*;
-use scheduler::{Batching, ExitPolicy, Observer, Server, Settings, VirtualClock, serve};
+use scheduler::{Batching, ExitPolicy, KvFill, Observer, Server, Settings, VirtualClock, serve};
 use traces::{Measure, Nanos, Request};
 
 #[derive(Default)]
@@ -67,6 +67,7 @@ impl Setup {
         let settings = Settings {
             batching: Batching::Sequence,
             exit: ExitPolicy::Oracle { charged: false },
+            kv_fill: KvFill::Reuse,
             num_loops: self.model.config().num_loops as u8,
             max_batch: 1,
             token_budget: 1000,
@@ -127,7 +128,7 @@ proptest! {
     ) {
         let setup = Setup::new(&config, seed, temperature);
         let settings = Settings {
-            batching, exit, max_batch, prefill_chunk, num_blocks, prefix_caching: false, async_scheduling: false,
+            batching, exit, kv_fill: KvFill::Reuse, max_batch, prefill_chunk, num_blocks, prefix_caching: false, async_scheduling: false,
             num_loops: config.num_loops as u8,
             token_budget: max_batch + spare_budget,
             block_tokens: 16,
@@ -147,6 +148,7 @@ fn preempted_requests_generate_what_they_generate_alone() {
         let settings = Settings {
             batching: Batching::Depth,
             exit: ExitPolicy::Confidence { measure: Measure::Top1, threshold: 0.6 },
+            kv_fill: KvFill::Reuse,
             num_loops: 3,
             max_batch: 5,
             token_budget: 30,

@@ -11,7 +11,7 @@ use engine::executor::Sampling;
 use engine::model::Model;
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
-use scheduler::{Batching, ExitPolicy, Settings};
+use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use traces::{Nanos, Request};
 
 fn engine(temperature: f32) -> Engine {
@@ -32,6 +32,7 @@ fn settings(exit: ExitPolicy) -> Settings {
     Settings {
         batching: Batching::Depth,
         exit,
+        kv_fill: KvFill::Reuse,
         num_loops: 3,
         max_batch: 4,
         token_budget: 40,
@@ -103,6 +104,7 @@ fn what_cannot_run_is_refused_before_the_run() {
         (refuse(Settings { num_blocks: 2, ..none }, 50), "holds 32"),
         (refuse(none, 122), "request 7 needs 130 positions, the model has 128"),
         (refuse(Settings { num_loops: 4, ..none }, 5), "4 loops, this one has 3"),
+        (refuse(Settings { kv_fill: KvFill::Backfill, ..none }, 5), "does not run KV fill `backfill`: expected reuse"),
         (refuse(Settings { block_tokens: 10, ..none }, 5), "a KV block of 10 tokens"),
     ];
     for (message, expected) in cases {

@@ -8,10 +8,8 @@ use std::error::Error;
 use std::path::Path;
 
 use import::{KernelTables, ModelShape};
-use scheduler::{Batching, ExitPolicy, Settings};
-use simulator::{
-    Draw, ExitModel, KvPolicy, LatencyModel, MemoryBudget, Metrics, ModelMemory, Simulation, Source, Summary,
-};
+use scheduler::{Batching, ExitPolicy, KvFill, Settings};
+use simulator::{Draw, ExitModel, LatencyModel, MemoryBudget, Metrics, ModelMemory, Simulation, Source, Summary};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Request, Signals};
 
 /// GPU, and the version of vLLM whose kernels were measured on it.
@@ -54,6 +52,7 @@ fn settings(num_loops: u32, batching: Batching, exit: ExitPolicy, max_batch: u32
     Settings {
         batching,
         exit,
+        kv_fill: KvFill::Reuse,
         num_loops: num_loops as u8,
         max_batch,
         token_budget: 2048,
@@ -66,12 +65,12 @@ fn settings(num_loops: u32, batching: Batching, exit: ExitPolicy, max_batch: u32
 }
 
 /// KV blocks that fit into the usual share of the GPU's memory with the largest batch.
-fn blocks(profile: &LatencyProfile, policy: KvPolicy) -> Result<u32, Box<dyn Error>> {
+fn blocks(profile: &LatencyProfile, kv_fill: KvFill) -> Result<u32, Box<dyn Error>> {
     let model = ModelMemory::from(&profile.meta);
     let device_bytes = model.figures.device_bytes.ok_or("the tables do not say how much memory there is")?;
     let budget = MemoryBudget { device_bytes, utilization: MemoryBudget::DEFAULT_UTILIZATION };
     let settings = settings(profile.meta.num_loops, Batching::Depth, ExitPolicy::None, BATCHES[2]);
-    Ok(model.plan(budget, &settings, policy)?.num_blocks)
+    Ok(model.plan(budget, &Settings { kv_fill, ..settings })?.num_blocks)
 }
 
 fn simulate(
@@ -81,7 +80,7 @@ fn simulate(
     max_batch: u32,
 ) -> Result<Summary, Box<dyn Error>> {
     let num_loops = profile.meta.num_loops;
-    let num_blocks = blocks(profile, KvPolicy::PerDepth)?;
+    let num_blocks = blocks(profile, KvFill::Reuse)?;
     let settings = Settings { num_blocks, ..settings(num_loops, batching, exit.parse()?, max_batch) };
     let latency = LatencyModel::new(profile)?;
     let exits = ExitModel::new(&exits(num_loops), Draw::Seeded(1))?;
@@ -161,8 +160,8 @@ fn study(tables: &KernelTables, gpu: &str, config: &Path) -> Result<(), Box<dyn 
             Ok(format!("{ours:.0} ({:.2}x)", ours / base))
         });
         let throughputs = throughputs.collect::<Result<Vec<_>, _>>()?.join(" | ");
-        let tokens = |policy| Ok::<_, Box<dyn Error>>(u64::from(blocks(profile, policy)?) * 16);
-        let (each, shared) = (tokens(KvPolicy::PerDepth)?, tokens(KvPolicy::Shared)?);
+        let tokens = |fill| Ok::<_, Box<dyn Error>>(u64::from(blocks(profile, fill)?) * 16);
+        let (each, shared) = (tokens(KvFill::Reuse)?, tokens(KvFill::First)?);
         println!("| {name} | {batching}, {exit} | {throughputs} | {each} | {shared} |");
         Ok(())
     };

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use scheduler::{Batching, ExitPolicy, Settings};
+use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -149,6 +149,7 @@ fn settings(path: &Path, meta: Meta, num_blocks: Option<u32>) -> Result<Settings
     Ok(Settings {
         batching: Batching::Sequence,
         exit: ExitPolicy::None,
+        kv_fill: KvFill::Reuse,
         num_loops: 1,
         max_batch: engine.max_num_seqs,
         token_budget: engine.max_num_batched_tokens,

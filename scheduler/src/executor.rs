@@ -12,6 +12,10 @@ use crate::pass::{Pass, Slot};
 /// ```text
 /// admit(slot) -> [ run(pass) -> signals -> emit(rows that leave) ]* -> release(slot)
 /// ```
+///
+/// A row's hidden state is kept from its depth to the next: that of a row that has left as well, under
+/// [`KvFill::Backfill`](crate::KvFill::Backfill), since segments of kind [`Backfill`](crate::RowKind::Backfill) go on
+/// from it.
 pub trait Executor {
     /// What can go wrong in a run.
     type Error: std::error::Error + Send + Sync + 'static;

@@ -1,11 +1,11 @@
-//! Batching policies, exit policies, KV-block accounting and the serving loop.
+//! Batching policies, exit policies, KV fills, KV-block accounting and the serving loop.
 //!
 //! One scheduler, two executors: [`Scheduler`] decides which rows share the next pass of the block, an
 //! [`Executor`] runs it and answers how long it took and how sure each row was. The engine's executor runs the
 //! model; the simulator's looks both up. [`serve()`] is the loop around them.
 //!
 //! ```
-//! use scheduler::{serve, Batching, ExitPolicy, Executor, Pass, Server, Settings, Slot, VirtualClock};
+//! use scheduler::{serve, Batching, ExitPolicy, Executor, KvFill, Pass, Server, Settings, Slot, VirtualClock};
 //! use traces::{Nanos, Request};
 //!
 //! /// A machine whose every pass takes a microsecond, and whose rows are sure after the second pass.
@@ -26,6 +26,7 @@
 //! let settings = Settings {
 //!     batching: Batching::Depth,
 //!     exit: "confidence:0.9".parse().unwrap(),
+//!     kv_fill: KvFill::Reuse,
 //!     num_loops: 4, max_batch: 8, token_budget: 64, prefill_chunk: 16, block_tokens: 16, num_blocks: 100,
 //!     prefix_caching: false, async_scheduling: false,
 //! };
@@ -37,6 +38,7 @@
 //! assert_eq!(scheduler::Clock::now(&mut clock), Nanos(10_000));
 //! ```
 
+mod backfill;
 pub mod blocks;
 pub mod executor;
 pub mod observe;
@@ -48,7 +50,7 @@ pub mod serve;
 pub use blocks::{BlockId, BlockTables};
 pub use executor::Executor;
 pub use observe::{Observer, PassRecord, Token};
-pub use pass::{Pass, Segment, Slot};
-pub use policy::{Batching, ExitPolicy, Look};
+pub use pass::{Pass, RowKind, Segment, Slot};
+pub use policy::{Batching, ExitPolicy, KvFill, Look};
 pub use scheduler::{PrefixUse, ScheduleError, Scheduler, Settings};
 pub use serve::{Clock, ServeError, Server, VirtualClock, serve};

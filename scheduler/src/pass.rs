@@ -6,7 +6,19 @@ use crate::policy::Look;
 /// A place among the running sequences, from 0 to `max_batch - 1`; reused when its sequence ends.
 pub type Slot = u32;
 
-/// Consecutive tokens of one sequence at one depth: a decode row, or a chunk of a prompt.
+/// What rows run for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowKind {
+    /// The next token of a sequence.
+    Decode,
+    /// A prompt, or a context that is computed again after a preemption.
+    Prompt,
+    /// Keys and values that tokens which left early did not leave behind; see
+    /// [`KvFill::Backfill`](crate::KvFill::Backfill). Their tokens are known, so nothing is read of them.
+    Backfill,
+}
+
+/// Consecutive tokens of one sequence at one depth: a decode row, a chunk of a prompt, or a chunk of backfill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// The sequence's slot.
@@ -17,8 +29,8 @@ pub struct Segment {
     pub tokens: u32,
     /// The depth they run at in this pass, from 0.
     pub depth: u8,
-    /// Whether this is a decode row; else a chunk of a prompt (or of a context that is computed again).
-    pub decode: bool,
+    /// What they run for.
+    pub kind: RowKind,
     /// Whether the pass yields the next token's distribution: true for decode rows and for the chunk
     /// that ends a prompt, until that token has left.
     pub predicts: bool,

@@ -1,4 +1,4 @@
-//! Batching policies and exit policies, and their names on the command line.
+//! Batching policies, exit policies and KV fills, and their names on the command line.
 
 use std::fmt;
 use std::str::FromStr;
@@ -177,12 +177,66 @@ impl FromStr for ExitPolicy {
     }
 }
 
+/// What a later token finds at depths that an early-exited token never ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum KvFill {
+    /// Copies of the entries of its exit depth, written when it leaves.
+    #[default]
+    Reuse,
+    /// Those of depth 0, which all depths share: there are no others.
+    First,
+    /// Nothing: deeper rows attend only to the tokens that got there.
+    Skip,
+    /// Its own, exactly: the depths it skipped run later, as rows of low priority, and before anybody attends to them.
+    Backfill,
+}
+
+impl KvFill {
+    /// Every KV fill.
+    pub const ALL: [Self; 4] = [Self::Reuse, Self::First, Self::Skip, Self::Backfill];
+
+    /// Depths whose keys and values are kept, of a model with `num_loops` loops: what a token takes in the cache is so
+    /// many times what it takes at one depth.
+    pub fn cached_depths(self, num_loops: u8) -> u8 {
+        match self {
+            Self::First => 1,
+            Self::Reuse | Self::Skip | Self::Backfill => num_loops,
+        }
+    }
+
+    /// The name in files and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Reuse => "reuse",
+            Self::First => "first",
+            Self::Skip => "skip",
+            Self::Backfill => "backfill",
+        }
+    }
+}
+
+impl fmt::Display for KvFill {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for KvFill {
+    type Err = PolicyError;
+    fn from_str(text: &str) -> Result<Self, PolicyError> {
+        Self::ALL.into_iter().find(|fill| fill.name() == text).ok_or_else(|| PolicyError::KvFill(text.to_owned()))
+    }
+}
+
 /// A policy's name that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PolicyError {
     /// Not a batching policy.
     #[error("unknown batching policy `{0}`: expected vanilla, sequence or depth")]
     Batching(String),
+    /// Not a KV fill.
+    #[error("unknown KV fill `{0}`: expected reuse, first, skip or backfill")]
+    KvFill(String),
     /// Not an exit policy.
     #[error(
         "unknown exit policy `{0}`: expected none, static:DEPTH, oracle, oracle:charged, \
@@ -213,6 +267,7 @@ macro_rules! serde_by_name {
 }
 serde_by_name!(Batching);
 serde_by_name!(ExitPolicy);
+serde_by_name!(KvFill);
 
 #[cfg(test)]
 mod tests {
@@ -227,6 +282,9 @@ mod tests {
         for batching in Batching::ALL {
             assert_eq!(batching.name().parse(), Ok(batching));
         }
+        for fill in KvFill::ALL {
+            assert_eq!(fill.name().parse(), Ok(fill));
+        }
     }
 
     #[test]
@@ -237,6 +295,7 @@ mod tests {
             assert!(error.contains("expected") || error.contains("finite"), "{error}");
         }
         assert!("depthwise".parse::<Batching>().unwrap_err().to_string().contains("vanilla, sequence or depth"));
+        assert!("copy".parse::<KvFill>().unwrap_err().to_string().contains("reuse, first, skip or backfill"));
     }
 
     #[test]

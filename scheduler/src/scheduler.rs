@@ -12,10 +12,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use traces::{Nanos, PrefixHashes, Request};
 
+use crate::backfill::Backlog;
 use crate::blocks::{BlockId, BlockTables, Contents};
 use crate::observe::{Observer, Token};
-use crate::pass::{Pass, Segment, Slot};
-use crate::policy::{Batching, ExitPolicy, Look};
+use crate::pass::{Pass, RowKind, Segment, Slot};
+use crate::policy::{Batching, ExitPolicy, KvFill, Look};
 
 /// How a run is scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,6 +25,9 @@ pub struct Settings {
     pub batching: Batching,
     /// When rows leave early.
     pub exit: ExitPolicy,
+    /// What later tokens find at depths that a token which left early never ran.
+    #[serde(default)]
+    pub kv_fill: KvFill,
     /// Loops of the model.
     pub num_loops: u8,
     /// Most sequences that run at once.
@@ -176,7 +180,7 @@ struct Sequence {
     context: u32,
     /// Of those, how many have started at depth 0, or were found.
     started: u32,
-    /// Of those, how many have run every depth, or were found; kept up with prefix caching only.
+    /// Of those, how many have left their keys and values, or were found; kept up with prefix caching only.
     filled: u32,
     /// Orders the running sequences by age.
     admission: u64,
@@ -204,11 +208,6 @@ impl Sequence {
     /// Positions that hold keys and values once the next decode row has run.
     fn decode_positions(&self) -> u32 {
         self.request.prompt_tokens + self.generated
-    }
-
-    /// Positions that hold keys and values of every depth.
-    fn filled_positions(&self) -> u32 {
-        if self.filled < self.context { self.filled } else { self.decode_positions() - 1 }
     }
 
     /// Where a chunk of up to `allowance` tokens of its context would end.
@@ -264,6 +263,10 @@ pub struct Scheduler {
     tables: BlockTables,
     /// The rows of the pass that runs, or those that go on to the next.
     segments: Vec<Segment>,
+    /// Rows in flight that are not in this pass: they wait for backfill, or in lockstep for rows that do.
+    stalled: Vec<Segment>,
+    /// What [`KvFill::Backfill`] has still to run; none under other fills.
+    backlog: Option<Backlog>,
     /// Indices of the segments whose last row leaves after the pass.
     leaving: Vec<u32>,
     held: Vec<Held>,
@@ -301,6 +304,9 @@ impl Scheduler {
                 false => BlockTables::new(settings.num_blocks, settings.block_tokens, settings.max_batch),
             },
             segments: Vec::new(),
+            stalled: Vec::new(),
+            backlog: (settings.kv_fill == KvFill::Backfill)
+                .then(|| Backlog::new(settings.num_loops, settings.max_batch)),
             leaving: Vec::new(),
             held: Vec::new(),
             admitted: Vec::new(),
@@ -379,17 +385,20 @@ impl Scheduler {
 
     /// Composes the next pass; `false` if there is nothing to run.
     ///
-    /// Rows in flight come first, then decode rows, then prompts: what is nearest its end goes on.
+    /// Rows in flight come first, then decode rows, then prompts: what is nearest its end goes on. Backfill that no
+    /// row in flight waits for comes last.
     pub fn plan(&mut self, now: Nanos, observer: &mut impl Observer) -> bool {
         self.admitted.clear();
         self.released.clear();
-        let mid_iteration = self.settings.batching.is_lockstep() && !self.segments.is_empty();
+        let mid_iteration = self.settings.batching.is_lockstep() && self.any_in_flight();
+        self.join_awaited_backfill();
         if !mid_iteration {
             match self.settings.async_scheduling {
                 true => self.start_rows_unseeing(now, observer),
                 false => self.start_rows(now, observer),
             }
         }
+        self.fill_idle_places();
         self.flag_predicting_rows();
         self.busy = !self.segments.is_empty();
         self.busy
@@ -429,6 +438,61 @@ impl Scheduler {
         }
     }
 
+    fn any_in_flight(&self) -> bool {
+        !(self.segments.is_empty() && self.stalled.is_empty())
+    }
+
+    /// Has backfill that rows in flight wait for join them, since a row may attend to what others of its depth leave in
+    /// the same pass. Where the budget is too short for that, the row stalls and leaves its place to backfill as well:
+    /// so it gets nearer in every pass, and rows in flight never exceed the budget.
+    fn join_awaited_backfill(&mut self) {
+        let Some(backlog) = &mut self.backlog else { return };
+        let mut in_flight = std::mem::take(&mut self.stalled);
+        in_flight.append(&mut self.segments);
+        if self.settings.batching.is_lockstep() {
+            let shallowest = in_flight.iter().map(|segment| segment.depth).min();
+            self.stalled.extend(in_flight.extract_if(.., |segment| Some(segment.depth) > shallowest));
+        }
+        let rows: u32 = in_flight.iter().map(|segment| segment.tokens).sum();
+        let mut room = self.settings.token_budget - rows;
+        for segment in in_flight {
+            let Segment { slot, start, depth, .. } = segment;
+            let awaited = backlog.undone(slot, depth, start).len() as u32;
+            let stalls = awaited > room;
+            self.segments.extend(backlog.take(slot, depth, start, room + u32::from(stalls)));
+            room -= awaited.min(room);
+            if stalls { &mut self.stalled } else { &mut self.segments }.push(segment);
+        }
+    }
+
+    /// Gives places of the batch that no row has taken to backfill that nobody waits for yet: of the oldest sequence
+    /// first, of its shallowest depth first, which is needed soonest.
+    fn fill_idle_places(&mut self) {
+        let budget = self.free_budget();
+        let (Some(backlog), Some(first)) = (&mut self.backlog, self.segments.first()) else { return };
+        let taken: u32 = self.segments.iter().filter(|row| row.kind != RowKind::Prompt).map(|row| row.tokens).sum();
+        let mut places = self.settings.max_batch.saturating_sub(taken).min(budget);
+        if places == 0 {
+            return;
+        }
+        let depths = match self.settings.batching.is_lockstep() {
+            true => first.depth.max(1)..first.depth + 1,
+            false => 1..self.settings.num_loops,
+        };
+        let is_behind = |&(slot, sequence): &(Slot, &Sequence)| {
+            sequence.running && !sequence.is_finished() && backlog.complete(slot) < sequence.decode_positions() - 1
+        };
+        let mut behind: Vec<(Slot, &Sequence)> = (0..).zip(&self.sequences).filter(is_behind).collect();
+        behind.sort_unstable_by_key(|(_, sequence)| sequence.admission);
+        for (slot, sequence) in behind {
+            for depth in depths.clone() {
+                let backfill = backlog.take(slot, depth, sequence.decode_positions() - 1, places);
+                places -= backfill.map_or(0, |segment| segment.tokens);
+                self.segments.extend(backfill);
+            }
+        }
+    }
+
     fn free_budget(&self) -> u32 {
         self.settings.token_budget - self.pass().num_rows()
     }
@@ -451,14 +515,16 @@ impl Scheduler {
                     start: positions - 1,
                     tokens: 1,
                     depth: 0,
-                    decode: true,
+                    kind: RowKind::Decode,
                     predicts: true,
                     look: false,
                     head: false,
                 });
                 budget -= 1;
                 // A token that is still in the making cannot be hashed.
-                self.publish_started(slot, positions - u32::from(self.settings.async_scheduling));
+                let hashed = positions - u32::from(self.settings.async_scheduling);
+                let filled = self.backlog.as_ref().map_or(hashed, |backlog| backlog.complete(slot));
+                self.publish_started(slot, hashed.min(filled));
             }
         }
         preempted
@@ -492,7 +558,7 @@ impl Scheduler {
             start,
             tokens: end - start,
             depth: 0,
-            decode: false,
+            kind: RowKind::Prompt,
             predicts,
             look: false,
             head: false,
@@ -527,6 +593,9 @@ impl Scheduler {
         sequence.running = true;
         self.admissions += 1;
         observer.admitted(now, &sequence.request);
+        if let Some(backlog) = &mut self.backlog {
+            backlog.admit(slot, context);
+        }
         self.sequences[slot as usize] = sequence;
         self.prefilling.push_back(slot);
         self.admitted.push(slot);
@@ -558,17 +627,25 @@ impl Scheduler {
     }
 
     /// Depth-wise, rows in flight are lost when their sequence is preempted: a block can be found only once its rows
-    /// have run every depth.
+    /// have left all their keys and values.
     fn publish_filled(&mut self) {
-        let deepest = self.settings.num_loops - 1;
+        let deepest = self.settings.kv_fill.cached_depths(self.settings.num_loops) - 1;
         for index in 0..self.segments.len() {
-            let Segment { slot, start, tokens, depth, decode, .. } = self.segments[index];
-            if depth == deepest && !decode {
-                let sequence = &mut self.sequences[slot as usize];
-                sequence.filled = start + tokens;
-                let positions = sequence.filled_positions();
-                self.publish(slot, positions);
+            let Segment { slot, start, tokens, depth, kind, .. } = self.segments[index];
+            if depth == deepest && kind == RowKind::Prompt {
+                self.sequences[slot as usize].filled = start + tokens;
+                self.publish(slot, self.filled_positions(slot));
             }
+        }
+    }
+
+    /// Positions that have left all their keys and values.
+    fn filled_positions(&self, slot: Slot) -> u32 {
+        let sequence = &self.sequences[slot as usize];
+        match &self.backlog {
+            _ if sequence.filled < sequence.context => sequence.filled,
+            Some(backlog) => backlog.complete(slot),
+            None => sequence.decode_positions() - 1,
         }
     }
 
@@ -584,6 +661,7 @@ impl Scheduler {
             self.finished.retain(|&other| other != slot);
             return;
         }
+        debug_assert!(self.stalled.is_empty(), "a row stalls where the budget is spent, and then nothing starts");
         self.segments.retain(|segment| segment.slot != slot);
         self.prefilling.retain(|&other| other != slot);
         self.ready.retain(|&other| other != slot);
@@ -630,6 +708,9 @@ impl Scheduler {
     /// Applies the outcome of the pass at its end: tokens are delivered, the other rows go one deeper.
     pub fn complete(&mut self, now: Nanos, observer: &mut impl Observer) {
         self.released.clear();
+        if let Some(backlog) = &mut self.backlog {
+            backlog.ran(&self.segments);
+        }
         let lockstep = self.settings.batching.is_lockstep();
         if self.settings.prefix_caching && !lockstep {
             self.publish_filled();
@@ -645,7 +726,7 @@ impl Scheduler {
             }
         }
         self.deepen_segments();
-        if lockstep && self.segments.is_empty() {
+        if lockstep && !self.any_in_flight() {
             self.deliver_held(now, observer);
         }
     }
@@ -657,7 +738,7 @@ impl Scheduler {
         let mut kept = 0;
         for index in 0..self.segments.len() {
             let segment = self.segments[index];
-            let stays = (segment.depth < deepest) & (segment.predicts | !segment.decode);
+            let stays = (segment.depth < deepest) & (segment.predicts | (segment.kind == RowKind::Prompt));
             self.segments[kept] = segment;
             self.segments[kept].depth += 1;
             kept += usize::from(stays);
@@ -697,8 +778,7 @@ impl Scheduler {
             observer.finished(now, &sequence.request, sequence.first_token);
         }
         if self.settings.prefix_caching && !self.settings.batching.is_lockstep() {
-            let positions = self.sequences[slot as usize].filled_positions();
-            self.publish(slot, positions);
+            self.publish(slot, self.filled_positions(slot));
         }
         match (finished, self.settings.async_scheduling) {
             (true, true) => self.finished.push(slot),

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use scheduler::{
-    Batching, Executor, ExitPolicy, Look, Observer, Pass, PassRecord, Server, Settings, Slot, Token, VirtualClock,
-    serve,
+    Batching, Executor, ExitPolicy, KvFill, Look, Observer, Pass, PassRecord, RowKind, Segment, Server, Settings, Slot,
+    Token, VirtualClock, serve,
 };
 use traces::{Nanos, PrefixHashes, Request};
 
@@ -53,15 +53,27 @@ struct Checker {
     settings: Settings,
     residents: HashMap<Slot, Resident>,
     admitted: Vec<u32>,
+    /// The depth that each token left at, by request.
+    exits: HashMap<u32, Vec<u8>>,
     /// Whose keys and values lie where: by depth, block and offset in it.
     cache: HashMap<(u8, u32, u32), (u32, u32)>,
+    /// Rows that sequences have run since they were admitted: slot, position and depth.
+    ran: HashSet<(Slot, u32, u8)>,
     /// Positions that were never run since they were found.
     found: u64,
 }
 
 impl Checker {
     fn new(settings: Settings) -> Self {
-        Self { settings, residents: HashMap::new(), admitted: Vec::new(), cache: HashMap::new(), found: 0 }
+        Self {
+            settings,
+            residents: HashMap::new(),
+            admitted: Vec::new(),
+            exits: HashMap::new(),
+            cache: HashMap::new(),
+            ran: HashSet::new(),
+            found: 0,
+        }
     }
 
     fn check_blocks(&self, pass: &Pass<'_>) {
@@ -80,7 +92,53 @@ impl Checker {
 
     fn place(&self, pass: &Pass<'_>, slot: Slot, depth: u8, position: u32) -> (u8, u32, u32) {
         let block = pass.blocks(slot)[(position / self.settings.block_tokens) as usize];
+        let depth = if self.settings.kv_fill == KvFill::First { 0 } else { depth };
         (depth, block, position % self.settings.block_tokens)
+    }
+
+    /// The depth at which the row at a position left, if it is not in a prompt and has left.
+    fn exit_of(&self, slot: Slot, position: u32) -> Option<u8> {
+        let resident = &self.residents[&slot];
+        let token = (position + 1).checked_sub(resident.prompt_tokens).filter(|&token| token > 0)?;
+        self.exits.get(&resident.request)?.get(token as usize).copied()
+    }
+
+    /// Whether rows at a depth attend to the keys and values of a position before them.
+    fn is_attended(&self, slot: Slot, depth: u8, position: u32) -> bool {
+        self.settings.kv_fill != KvFill::Skip || self.exit_of(slot, position).is_none_or(|exit| depth <= exit)
+    }
+
+    /// Whether a row leaves keys and values at its depth.
+    fn is_kept(&self, slot: Slot, depth: u8, position: u32) -> bool {
+        match self.settings.kv_fill {
+            KvFill::First => depth == 0,
+            KvFill::Skip => self.is_attended(slot, depth, position),
+            KvFill::Reuse | KvFill::Backfill => true,
+        }
+    }
+
+    /// Backfill is of tokens that have left, at depths that they have not run. It takes no places but idle ones,
+    /// unless rows wait for it: in this pass, or stalled, and then they take the whole budget.
+    fn check_backfill(&self, pass: &Pass<'_>) {
+        let (mut decodes, mut backfill, mut idle) = (0, 0, 0);
+        for segment in pass.segments {
+            decodes += u32::from(segment.kind == RowKind::Decode);
+            if segment.kind != RowKind::Backfill {
+                continue;
+            }
+            assert_eq!(self.settings.kv_fill, KvFill::Backfill);
+            assert!(!segment.predicts && !segment.look && !segment.head, "nothing is read of backfill");
+            for position in segment.start..segment.start + segment.tokens {
+                let exit = self.exit_of(segment.slot, position).expect("its token has left");
+                assert!(segment.depth > exit);
+            }
+            let awaits = |row: &&Segment| row.kind == RowKind::Decode && row.slot == segment.slot;
+            let awaited = pass.segments.iter().find(awaits).is_some_and(|row| row.depth == segment.depth);
+            backfill += segment.tokens;
+            idle += if awaited { 0 } else { segment.tokens };
+        }
+        let fits = decodes + backfill <= self.settings.max_batch || pass.num_rows() == self.settings.token_budget;
+        assert!(idle == 0 || fits, "{decodes} decode rows and {backfill} of backfill");
     }
 
     /// Writes the keys and values of one position and depth, which whoever else holds the block must expect there.
@@ -107,6 +165,7 @@ impl Executor for Checker {
             assert!(!begun, "vanilla batching admits only into an idle machine");
         }
         assert!(self.residents.insert(slot, resident).is_none(), "slot {slot} is taken");
+        self.ran.retain(|row| row.0 != slot);
         assert!(self.residents.len() as u32 <= self.settings.max_batch);
         if !self.admitted.contains(&request.id) {
             self.admitted.push(request.id);
@@ -124,10 +183,15 @@ impl Executor for Checker {
         if self.settings.batching.is_lockstep() {
             assert!(pass.segments.iter().all(|segment| segment.depth == pass.segments[0].depth));
         }
-        let starting: u32 =
-            pass.segments.iter().filter(|row| !row.decode && row.depth == 0).map(|row| row.tokens).sum();
+        let starting: u32 = pass
+            .segments
+            .iter()
+            .filter(|row| row.kind == RowKind::Prompt && row.depth == 0)
+            .map(|row| row.tokens)
+            .sum();
         assert!(starting <= self.settings.prefill_chunk);
         self.check_blocks(pass);
+        self.check_backfill(pass);
         // A row may find what rows of the same depth write in the same pass, and of lower depths in passes before.
         for segment in pass.segments {
             let resident = self.residents.get_mut(&segment.slot).unwrap();
@@ -135,30 +199,31 @@ impl Executor for Checker {
                 resident.begun = true;
                 self.found += u64::from(segment.start);
             }
-            let request = resident.request;
             for position in segment.start..segment.start + segment.tokens {
                 if let Some(shallower) = segment.depth.checked_sub(1) {
-                    let found = self.cache.get(&self.place(pass, segment.slot, shallower, position));
-                    assert_eq!(found, Some(&contents(request, position)), "a depth was skipped");
+                    assert!(self.ran.contains(&(segment.slot, position, shallower)), "a depth was skipped");
                 }
             }
         }
         let mut written = HashSet::new();
         for segment in pass.segments {
             for position in segment.start..segment.start + segment.tokens {
-                let place = self.place(pass, segment.slot, segment.depth, position);
-                assert!(written.insert(place), "a place is written twice in a pass");
-                self.write(pass, segment.slot, segment.depth, position);
+                assert!(self.ran.insert((segment.slot, position, segment.depth)), "a row runs twice");
+                if self.is_kept(segment.slot, segment.depth, position) {
+                    let place = self.place(pass, segment.slot, segment.depth, position);
+                    assert!(written.insert(place), "a place is written twice in a pass");
+                    self.write(pass, segment.slot, segment.depth, position);
+                }
             }
         }
         for (segment, signal) in pass.segments.iter().zip(signals) {
             let resident = self.residents[&segment.slot].clone();
-            for position in 0..segment.start {
+            for position in (0..segment.start).filter(|&at| self.is_attended(segment.slot, segment.depth, at)) {
                 let found = self.cache.get(&self.place(pass, segment.slot, segment.depth, position));
                 let expected = contents(resident.request, position);
                 assert_eq!(found, Some(&expected), "a predecessor lacks its keys and values");
             }
-            if segment.decode {
+            if segment.kind == RowKind::Decode {
                 assert_eq!(segment.start, resident.prompt_tokens + resident.generated - 1, "not the next token");
                 assert!(segment.predicts && segment.tokens == 1);
             }
@@ -175,8 +240,10 @@ impl Executor for Checker {
     fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error> {
         for &index in leaving {
             let segment = pass.segments[index as usize];
-            self.residents.get_mut(&segment.slot).unwrap().generated += 1;
-            if segment.decode {
+            let resident = self.residents.get_mut(&segment.slot).unwrap();
+            resident.generated += 1;
+            self.exits.entry(resident.request).or_default().push(segment.depth);
+            if segment.kind == RowKind::Decode && self.settings.kv_fill == KvFill::Reuse {
                 for deeper in segment.depth + 1..self.settings.num_loops {
                     self.write(pass, segment.slot, deeper, segment.start);
                 }
@@ -195,7 +262,10 @@ struct Log {
     /// Requests that lost their slot and wait for another.
     displaced: HashSet<u32>,
     preemptions: usize,
+    /// Rows but for backfill.
     rows: u64,
+    /// Rows of backfill.
+    backfill: u64,
     /// Positions that were found in the cache rather than run.
     found: u64,
     last_pass_end: Nanos,
@@ -216,7 +286,10 @@ impl Observer for Log {
     fn pass(&mut self, record: &PassRecord<'_>) {
         assert!(record.start >= self.last_pass_end, "two passes overlap");
         self.last_pass_end = record.start + record.elapsed;
-        self.rows += u64::from(record.pass.num_rows());
+        for segment in record.pass.segments {
+            let rows = if segment.kind == RowKind::Backfill { &mut self.backfill } else { &mut self.rows };
+            *rows += u64::from(segment.tokens);
+        }
     }
 
     fn token(&mut self, now: Nanos, request: &Request, token: Token) {
@@ -273,12 +346,12 @@ prop_compose! {
     fn settings()(
         exit in exits(), num_loops in 2u8..5, max_batch in 1u32..9, slack in 0u32..40,
         prefill_chunk in 1u32..50, block_tokens in 1u32..9, spare_blocks in 0u32..40,
-        prefix_caching in any::<bool>(), ahead in any::<bool>(),
+        prefix_caching in any::<bool>(), ahead in any::<bool>(), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
     ) -> Settings {
         let longest = 40 + 20;
         let async_scheduling = ahead && exit.look() == Look::Never;
         Settings {
-            batching: Batching::Depth, exit, num_loops, max_batch, token_budget: max_batch + slack,
+            batching: Batching::Depth, exit, kv_fill, num_loops, max_batch, token_budget: max_batch + slack,
             prefill_chunk, block_tokens, num_blocks: longest / block_tokens + 1 + spare_blocks,
             prefix_caching, async_scheduling,
         }
@@ -323,6 +396,7 @@ fn a_tight_cache_preempts_and_still_ends() {
     let settings = Settings {
         batching: Batching::Depth,
         exit: ExitPolicy::None,
+        kv_fill: KvFill::Reuse,
         num_loops: 3,
         max_batch: 8,
         token_budget: 32,
@@ -348,6 +422,7 @@ fn a_first_token_that_leaves_early_is_followed_before_its_prompt_has_run_every_d
     let settings = Settings {
         batching: Batching::Depth,
         exit: ExitPolicy::Static(0),
+        kv_fill: KvFill::Reuse,
         num_loops: 4,
         max_batch: 1,
         token_budget: 16,
@@ -376,6 +451,7 @@ fn impossible_settings_and_requests_are_refused() {
     let settings = Settings {
         batching: Batching::Sequence,
         exit: ExitPolicy::None,
+        kv_fill: KvFill::Reuse,
         num_loops: 2,
         max_batch: 4,
         token_budget: 8,
@@ -396,4 +472,156 @@ fn impossible_settings_and_requests_are_refused() {
     assert!(settings.check_request(&longer).unwrap_err().to_string().contains("request 7 needs"));
     let empty = Request { prompt_tokens: 0, ..request };
     assert!(settings.check_request(&empty).unwrap_err().to_string().contains("request 7 has 0 prompt"));
+}
+
+/// Lets every token leave at a given depth, by request and token, and takes down what runs.
+struct Scripted {
+    exits: Vec<Vec<u8>>,
+    /// By slot, the request and its tokens so far.
+    sequences: HashMap<Slot, (u32, usize)>,
+    passes: Vec<String>,
+}
+
+impl Executor for Scripted {
+    type Error = std::convert::Infallible;
+
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error> {
+        self.sequences.insert(slot, (request.id, generated as usize));
+        Ok(())
+    }
+
+    fn release(&mut self, slot: Slot) {
+        self.sequences.remove(&slot);
+    }
+
+    fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error> {
+        let mut rows = Vec::new();
+        for (segment, signal) in pass.segments.iter().zip(signals) {
+            let (request, token) = self.sequences[&segment.slot];
+            let kind = match segment.kind {
+                RowKind::Decode => "decode",
+                RowKind::Prompt => "prompt",
+                RowKind::Backfill => "backfill",
+            };
+            let positions = segment.start..segment.start + segment.tokens;
+            rows.push(format!("{kind} {request}:{positions:?} at {}", segment.depth));
+            *signal = if segment.look && segment.depth >= self.exits[request as usize][token] { 1.0 } else { 0.0 };
+        }
+        self.passes.push(rows.join(", "));
+        Ok(Nanos(1))
+    }
+
+    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error> {
+        for &index in leaving {
+            self.sequences.get_mut(&pass.segments[index as usize].slot).unwrap().1 += 1;
+        }
+        Ok(Nanos::ZERO)
+    }
+}
+
+/// The passes after the prompts' of requests with a prompt of one token and these exits, on a model of 3 loops.
+fn backfill_passes(batching: Batching, max_batch: u32, token_budget: u32, exits: &[&[u8]]) -> Vec<String> {
+    let settings = Settings {
+        batching,
+        exit: ExitPolicy::Oracle { charged: false },
+        kv_fill: KvFill::Backfill,
+        num_loops: 3,
+        max_batch,
+        token_budget,
+        prefill_chunk: token_budget,
+        block_tokens: 16,
+        num_blocks: 16,
+        prefix_caching: false,
+        async_scheduling: false,
+    };
+    let requests = exits.iter().zip(0..).map(|(exits, id)| Request {
+        id,
+        arrival: Nanos::ZERO,
+        prompt_tokens: 1,
+        output_tokens: exits.len() as u32,
+    });
+    let exits = exits.iter().map(|exits| exits.to_vec()).collect();
+    let mut server = Server::new(settings, Scripted { exits, sequences: HashMap::new(), passes: Vec::new() }).unwrap();
+    serve(&mut server, requests, &mut VirtualClock::default(), &mut ()).unwrap();
+    server.into_executor().passes.split_off(3)
+}
+
+#[test]
+fn a_row_stalls_where_the_budget_is_short_of_the_backfill_that_it_waits_for() {
+    for batching in Batching::ALL {
+        let passes = backfill_passes(batching, 1, 3, &[&[2, 0, 0, 0, 0, 2]]);
+        assert_eq!(
+            passes,
+            [
+                "decode 0:1..2 at 0",
+                "decode 0:2..3 at 0",
+                "decode 0:3..4 at 0",
+                "decode 0:4..5 at 0",
+                "decode 0:5..6 at 0",
+                "backfill 0:1..4 at 1",
+                "backfill 0:4..5 at 1, decode 0:5..6 at 1",
+                "backfill 0:1..4 at 2",
+                "backfill 0:4..5 at 2, decode 0:5..6 at 2",
+            ],
+            "{batching}"
+        );
+    }
+}
+
+#[test]
+fn in_lockstep_backfill_joins_later_tokens_and_idle_places_at_its_depth() {
+    let passes = backfill_passes(Batching::Sequence, 2, 3, &[&[2, 0, 0, 1], &[2, 1, 1, 2]]);
+    assert_eq!(
+        passes,
+        [
+            "decode 0:1..2 at 0, decode 1:1..2 at 0",
+            "decode 1:1..2 at 1",
+            "decode 0:2..3 at 0, decode 1:2..3 at 0",
+            "decode 1:2..3 at 1, backfill 0:1..2 at 1",
+            "decode 0:3..4 at 0, decode 1:3..4 at 0",
+            "backfill 0:2..3 at 1, decode 0:3..4 at 1, decode 1:3..4 at 1",
+            "backfill 1:1..3 at 2, decode 1:3..4 at 2",
+        ]
+    );
+}
+
+#[test]
+fn rows_of_an_iteration_that_are_further_wait_for_those_that_stall() {
+    let passes = backfill_passes(Batching::Sequence, 2, 2, &[&[2, 2, 2], &[2, 0, 2]]);
+    assert_eq!(
+        passes,
+        [
+            "decode 0:1..2 at 0, decode 1:1..2 at 0",
+            "decode 0:1..2 at 1",
+            "decode 0:1..2 at 2",
+            "decode 0:2..3 at 0, decode 1:2..3 at 0",
+            "decode 0:2..3 at 1, backfill 1:1..2 at 1",
+            "decode 1:2..3 at 1",
+            "decode 0:2..3 at 2, backfill 1:1..2 at 2",
+            "decode 1:2..3 at 2",
+        ]
+    );
+}
+
+#[test]
+fn idle_places_take_backfill_of_the_oldest_sequence_first() {
+    let passes = backfill_passes(Batching::Depth, 3, 9, &[&[2, 0, 0, 0, 0], &[2, 0, 0, 0, 0]]);
+    assert_eq!(
+        passes,
+        [
+            "decode 0:1..2 at 0, decode 1:1..2 at 0",
+            "decode 0:2..3 at 0, decode 1:2..3 at 0, backfill 0:1..2 at 1",
+            "decode 0:3..4 at 0, decode 1:3..4 at 0, backfill 0:2..3 at 1",
+            "decode 0:4..5 at 0, decode 1:4..5 at 0, backfill 0:3..4 at 1",
+        ]
+    );
+    let passes = backfill_passes(Batching::Depth, 5, 9, &[&[2, 0, 0, 0], &[2, 0, 0, 0]]);
+    assert_eq!(
+        passes,
+        [
+            "decode 0:1..2 at 0, decode 1:1..2 at 0",
+            "decode 0:2..3 at 0, decode 1:2..3 at 0, backfill 0:1..2 at 1, backfill 1:1..2 at 1",
+            "decode 0:3..4 at 0, decode 1:3..4 at 0, backfill 0:2..3 at 1, backfill 0:1..2 at 2, backfill 1:2..3 at 1",
+        ]
+    );
 }

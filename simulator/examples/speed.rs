@@ -4,7 +4,7 @@
 //! can serve, prompts of 16 tokens, outputs of 1 to 199. A row visit is one pass of one decode row; prompt rows,
 //! which come by chunks, are not counted. One line for each number of requests given (1,000 to 1,000,000 if none).
 
-use scheduler::{Batching, Observer, Settings};
+use scheduler::{Batching, KvFill, Observer, Settings};
 use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
 
@@ -20,6 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let settings = Settings {
         batching: Batching::Depth,
         exit: "confidence:0.5".parse()?,
+        kv_fill: KvFill::Reuse,
         num_loops: LOOPS as u8,
         max_batch: 64,
         token_budget: 512,

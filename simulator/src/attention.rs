@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use scheduler::Pass;
+use scheduler::{Pass, RowKind, Segment};
 use traces::{Component, MixedAttention, MixedPoint, SkewCell};
 
 use crate::latency::{Curve, Extrapolations, line};
@@ -10,9 +10,9 @@ use crate::latency::{Curve, Extrapolations, line};
 /// What the time of attention in a pass depends on.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AttentionShape {
-    /// Tokens and history of each prompt chunk.
+    /// Tokens and history of each prompt chunk, and of each chunk of backfill.
     pub chunks: Vec<(u32, u32)>,
-    /// Decode rows.
+    /// Decode rows, and rows of backfill that are alone.
     pub decode_rows: u32,
     /// Sum of their histories, in tokens.
     pub history: u64,
@@ -25,13 +25,14 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
-    /// Takes the shape of a pass, in place of the one before.
-    pub fn measure(&mut self, pass: &Pass<'_>) {
+    /// Takes the shape of a pass, in place of the one before; `history` says how many tokens a segment attends to
+    /// before its first.
+    pub fn measure(&mut self, pass: &Pass<'_>, history: impl Fn(&Segment) -> u32) {
         self.chunks.clear();
         *self = Self { chunks: std::mem::take(&mut self.chunks), shortest: u32::MAX, ..Self::default() };
         for segment in pass.segments {
-            let history = segment.start;
-            if !segment.decode {
+            let history = history(segment);
+            if is_chunk(segment) {
                 self.chunks.push((segment.tokens, history));
                 continue;
             }
@@ -42,6 +43,11 @@ impl AttentionShape {
             self.longest = self.longest.max(history);
         }
     }
+}
+
+/// Whether attention runs over the rows of a segment together, as over a prompt chunk, rather than as a decode row.
+pub fn is_chunk(segment: &Segment) -> bool {
+    segment.kind == RowKind::Prompt || segment.tokens > 1
 }
 
 /// Attention of a pass, interpolated over measured passes.

@@ -1,11 +1,12 @@
 //! An executor that runs no model: it looks times up in a latency model and exit signals up in an exit model.
 
-use scheduler::{Executor, Pass, Slot};
+use scheduler::{Executor, KvFill, Pass, Segment, Settings, Slot};
 use traces::{Nanos, Request};
 
-use crate::attention::AttentionShape;
+use crate::attention::{AttentionShape, is_chunk};
 use crate::exits::{Cursor, ExitError, ExitModel};
 use crate::latency::{Extrapolations, LatencyModel, PassShape, nanos};
+use crate::reach::Reach;
 use crate::spread::Spread;
 
 /// Runs passes of a profile.
@@ -15,6 +16,8 @@ pub struct ProfileExecutor<'m> {
     exits: &'m ExitModel,
     /// By slot.
     cursors: Vec<Cursor>,
+    /// None where rows attend to every token before them.
+    reach: Option<Reach>,
     /// None where every time is the median.
     spread: Option<Spread>,
     tokens: u64,
@@ -24,12 +27,14 @@ pub struct ProfileExecutor<'m> {
 }
 
 impl<'m> ProfileExecutor<'m> {
-    /// An executor of up to `max_batch` sequences. The caller sees to it that both models are of the same model.
-    pub fn new(latency: &'m LatencyModel, exits: &'m ExitModel, max_batch: u32) -> Self {
+    /// An executor of passes under `settings`. The caller sees to it that all three are of the same model.
+    pub fn new(latency: &'m LatencyModel, exits: &'m ExitModel, settings: &Settings) -> Self {
+        let Settings { kv_fill, num_loops, max_batch, .. } = *settings;
         Self {
             latency,
             exits,
             cursors: vec![Cursor::default(); max_batch as usize],
+            reach: (kv_fill == KvFill::Skip).then(|| Reach::new(num_loops, max_batch)),
             spread: None,
             tokens: 0,
             agreeing: 0,
@@ -59,31 +64,44 @@ impl<'m> ProfileExecutor<'m> {
     }
 }
 
+/// Tokens that a segment attends to before its first.
+#[inline]
+fn history(reach: &Option<Reach>, segment: &Segment) -> u32 {
+    reach.as_ref().map_or(segment.start, |reach| reach.history(segment))
+}
+
 impl Executor for ProfileExecutor<'_> {
     type Error = ExitError;
 
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), ExitError> {
         self.cursors[slot as usize] = self.exits.cursor(request, generated)?;
+        if let Some(reach) = &mut self.reach {
+            reach.admit(slot, request, generated);
+        }
         Ok(())
     }
 
-    fn release(&mut self, _slot: Slot) {}
+    fn release(&mut self, slot: Slot) {
+        if let Some(reach) = &mut self.reach {
+            reach.release(slot);
+        }
+    }
 
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, ExitError> {
         let mut shape = PassShape::default();
         let mut depths = 0u64;
-        let mut prefill_ns = 0.0;
+        let mut chunks_ns = 0.0;
         for (segment, signal) in pass.segments.iter().zip(signals) {
             shape.rows += segment.tokens;
             shape.embed_rows += if segment.depth == 0 { segment.tokens } else { 0 };
             shape.head_rows += u32::from(segment.head);
             depths |= 1 << segment.depth;
-            if segment.decode {
-                shape.decode_rows += 1;
-                shape.decode_history += u64::from(segment.start);
+            let history = history(&self.reach, segment);
+            if is_chunk(segment) {
+                chunks_ns += self.latency.prefill_attention_ns(segment.tokens, history, &mut self.extrapolations);
             } else {
-                prefill_ns +=
-                    self.latency.prefill_attention_ns(segment.tokens, segment.start, &mut self.extrapolations);
+                shape.decode_rows += 1;
+                shape.decode_history += u64::from(history);
             }
             if segment.look {
                 let row = self.exits.row(&self.cursors[segment.slot as usize], segment.depth);
@@ -91,13 +109,14 @@ impl Executor for ProfileExecutor<'_> {
             }
         }
         shape.depths = depths.count_ones();
-        let mut ns = prefill_ns + self.latency.pass_ns(&shape, &mut self.extrapolations);
+        let mut ns = chunks_ns + self.latency.pass_ns(&shape, &mut self.extrapolations);
         if self.latency.has_mixed_attention() {
-            self.attention.measure(pass);
+            self.attention.measure(pass, |segment| history(&self.reach, segment));
             ns += self.latency.mixed_attention_ns(&self.attention, &mut self.extrapolations);
         }
         if let Some(spread) = &mut self.spread {
-            let chunks = pass.segments.iter().filter(|row| !row.decode).map(|chunk| (chunk.tokens, chunk.start));
+            let chunks = pass.segments.iter().filter(|segment| is_chunk(segment));
+            let chunks = chunks.map(|chunk| (chunk.tokens, history(&self.reach, chunk)));
             ns = spread.draw(ns, self.latency.squared_pass_spread(&shape, chunks));
         }
         Ok(nanos(ns))
@@ -112,6 +131,9 @@ impl Executor for ProfileExecutor<'_> {
             self.exits.advance(cursor);
             self.exits.prefetch(pass.look, cursor);
             head_rows += u32::from(!segment.head);
+            if let Some(reach) = &mut self.reach {
+                reach.emit(segment);
+            }
         }
         self.tokens += leaving.len() as u64;
         let mut ns = self.latency.head_ns(head_rows, &mut self.extrapolations);

@@ -55,12 +55,12 @@ pub enum LatencyError {
     Loops(u32),
 }
 
-/// What the time of a pass depends on, prompt chunks apart.
+/// What the time of a pass depends on, chunks of prompts and backfill apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PassShape {
-    /// All rows, decode and prompt.
+    /// All rows.
     pub rows: u32,
-    /// Decode rows.
+    /// Decode rows, and rows of backfill that are alone.
     pub decode_rows: u32,
     /// Sum of the histories of the decode rows, in tokens.
     pub decode_history: u64,

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! ```
-//! use scheduler::Settings;
+//! use scheduler::{KvFill, Settings};
 //! use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source};
 //! use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
 //!
@@ -41,7 +41,7 @@
 //! let latency = LatencyModel::new(&profile)?;
 //! let exits = ExitModel::new(&trace, Draw::Seeded(1))?;
 //! let settings = Settings {
-//!     batching: "depth".parse()?, exit: "confidence:0.5".parse()?,
+//!     batching: "depth".parse()?, exit: "confidence:0.5".parse()?, kv_fill: KvFill::Reuse,
 //!     num_loops: 2, max_batch: 8, token_budget: 64, prefill_chunk: 64, block_tokens: 16, num_blocks: 100,
 //!     prefix_caching: false, async_scheduling: false,
 //! };
@@ -63,6 +63,7 @@ pub mod latency;
 pub mod memory;
 pub mod metrics;
 pub mod objectives;
+mod reach;
 pub mod routing;
 pub mod simulation;
 mod spread;
@@ -72,7 +73,7 @@ pub use capacity::{Capacity, CapacityError, CapacitySearch, capacities, capacity
 pub use executor::ProfileExecutor;
 pub use exits::{Draw, ExitError, ExitModel};
 pub use latency::{Extrapolations, LatencyError, LatencyModel};
-pub use memory::{KvPolicy, MemoryBudget, MemoryError, MemoryPlan, ModelMemory};
+pub use memory::{MemoryBudget, MemoryError, MemoryPlan, ModelMemory};
 pub use metrics::{Metrics, Source, Summary, write_csv};
 pub use objectives::Objectives;
 pub use routing::Routing;

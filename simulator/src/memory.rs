@@ -1,6 +1,6 @@
 //! How many KV blocks fit into a device's memory beside weights and activations, and so how many tokens.
 
-use scheduler::Settings;
+use scheduler::{KvFill, Settings};
 use traces::{MemoryFigures, ProfileMeta};
 
 /// What a model takes of memory.
@@ -25,15 +25,6 @@ impl From<&ProfileMeta> for ModelMemory {
             figures: meta.memory.unwrap_or_default(),
         }
     }
-}
-
-/// Whose keys and values are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KvPolicy {
-    /// Each depth its own.
-    PerDepth,
-    /// All depths share those of one.
-    Shared,
 }
 
 /// Memory that a server may use.
@@ -98,23 +89,21 @@ pub enum MemoryError {
 }
 
 impl ModelMemory {
-    /// Bytes of keys and values of one token.
-    pub fn kv_bytes(&self, policy: KvPolicy) -> u64 {
-        match policy {
-            KvPolicy::PerDepth => self.kv_bytes_per_token,
-            KvPolicy::Shared => self.kv_bytes_per_token / u64::from(self.num_loops),
-        }
+    /// Bytes of keys and values of one token, at the depths that a KV fill keeps.
+    pub fn kv_bytes(&self, fill: KvFill) -> u64 {
+        let kept = u64::from(fill.cached_depths(self.num_loops as u8));
+        self.kv_bytes_per_token.saturating_mul(kept) / u64::from(self.num_loops)
     }
 
     /// Shares a budget out under these settings, whose own number of blocks plays no part.
     ///
     /// # Errors
     /// If not one block fits, or how many fit cannot be said.
-    pub fn plan(&self, budget: MemoryBudget, settings: &Settings, policy: KvPolicy) -> Result<MemoryPlan, MemoryError> {
+    pub fn plan(&self, budget: MemoryBudget, settings: &Settings) -> Result<MemoryPlan, MemoryError> {
         if !(budget.utilization > 0.0 && budget.utilization <= 1.0) {
             return Err(MemoryError::Utilization(budget.utilization));
         }
-        let kv_per_token = self.kv_bytes(policy);
+        let kv_per_token = self.kv_bytes(settings.kv_fill);
         if kv_per_token == 0 {
             return Err(MemoryError::NoKvBytes);
         }
@@ -157,6 +146,7 @@ mod tests {
         Settings {
             batching: Batching::Depth,
             exit: "none".parse().unwrap(),
+            kv_fill: KvFill::Reuse,
             num_loops: 3,
             max_batch,
             token_budget,
@@ -170,23 +160,24 @@ mod tests {
 
     #[test]
     fn blocks_fill_what_weights_activations_and_other_things_leave() {
-        let plan = MODEL.plan(BUDGET, &settings(8, 2000), KvPolicy::PerDepth).unwrap();
+        let plan = MODEL.plan(BUDGET, &settings(8, 2000)).unwrap();
         assert_eq!((plan.usable, plan.activations), (18_000_000_000, 200_000_000));
         let left = 18_000_000_000 - 5_000_000_000 - 200_000_000 - 1_000_000_000;
         assert_eq!(u64::from(plan.num_blocks), left / (16 * (36 << 10)));
-        let many_logits = MODEL.plan(BUDGET, &settings(256, 2000), KvPolicy::PerDepth).unwrap();
+        let many_logits = MODEL.plan(BUDGET, &settings(256, 2000)).unwrap();
         assert_eq!(many_logits.activations, 512_000_000, "rows and logits do not live together");
     }
 
     #[test]
     fn sharing_one_cache_among_depths_holds_as_many_times_more() {
-        let blocks = |policy| MODEL.plan(BUDGET, &settings(8, 64), policy).unwrap().num_blocks;
-        assert_eq!(blocks(KvPolicy::Shared) / blocks(KvPolicy::PerDepth), 3);
+        let blocks = |kv_fill| MODEL.plan(BUDGET, &Settings { kv_fill, ..settings(8, 64) }).unwrap().num_blocks;
+        assert_eq!(blocks(KvFill::First) / blocks(KvFill::Reuse), 3);
+        assert_eq!(blocks(KvFill::Backfill), blocks(KvFill::Reuse));
     }
 
     #[test]
     fn memory_without_room_is_an_error_that_says_who_takes_it() {
-        let plan = |model: ModelMemory, budget| model.plan(budget, &settings(8, 64), KvPolicy::PerDepth);
+        let plan = |model: ModelMemory, budget| model.plan(budget, &settings(8, 64));
         let small = MemoryBudget { device_bytes: 6_000_000_000, ..BUDGET };
         let message = plan(MODEL, small).unwrap_err().to_string();
         assert!(message.contains("5400000000 usable") && message.contains("weights take 5000000000"), "{message}");

@@ -11,7 +11,6 @@ use traces::{LatencyProfile, Nanos, PrefixHashes, Request};
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
 use crate::latency::{Extrapolations, LatencyModel};
-use crate::memory::KvPolicy;
 use crate::metrics::{Metrics, Source, Summary};
 use crate::routing::{Router, Routing};
 
@@ -132,7 +131,7 @@ impl<'m> Simulation<'m> {
         let PrefixUse { looked_up, found } = outcome.prefix_use;
         Summary {
             weight_bytes: Some(memory.weight_bytes),
-            kv_bytes_per_token: Some(memory.kv_bytes(KvPolicy::PerDepth)),
+            kv_bytes_per_token: Some(memory.kv_bytes(self.settings.kv_fill)),
             prefix_hit_rate: self.settings.prefix_caching.then(|| found as f64 / looked_up as f64),
             ..metrics.summary(Source::Simulated, Some(outcome.token_agreement()))
         }
@@ -230,7 +229,7 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
             return Err(SimulationError::NoReplicas);
         }
         let server = |machine| {
-            let executor = ProfileExecutor::new(latency, exits, settings.max_batch);
+            let executor = ProfileExecutor::new(latency, exits, &settings);
             let executor = match simulation.spread {
                 Some(seed) => executor.with_spread(hash(seed, machine)),
                 None => executor,

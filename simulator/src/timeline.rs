@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::ops::Range;
 
-use scheduler::{Observer, PassRecord, Token};
+use scheduler::{Observer, PassRecord, RowKind, Token};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use traces::{Nanos, Request};
@@ -188,10 +188,12 @@ impl Observer for Timeline {
         self.last_end = end;
         self.count_rows(record.start);
         let rows = record.pass.num_rows();
-        let prefill: u32 = record.pass.segments.iter().filter(|row| !row.decode).map(|row| row.tokens).sum();
+        let rows_of =
+            |kind| -> u32 { record.pass.segments.iter().filter(|row| row.kind == kind).map(|row| row.tokens).sum() };
         let args = json!({
             "rows": rows,
-            "prefill_rows": prefill,
+            "prefill_rows": rows_of(RowKind::Prompt),
+            "backfill_rows": rows_of(RowKind::Backfill),
             "running": record.running,
             "waiting": record.waiting,
         });
@@ -232,7 +234,7 @@ mod tests {
                 start: 0,
                 tokens: 1,
                 depth,
-                decode: true,
+                kind: RowKind::Decode,
                 predicts: true,
                 look: false,
                 head: false,

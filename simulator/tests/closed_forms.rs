@@ -2,10 +2,10 @@
 
 mod common;
 
-use common::{PASS, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
-use scheduler::{Batching, Observer, PassRecord, Settings};
+use common::{PASS, constant_latency, drawn_exits, exit_trace, poisson, profile, queued, settings, varied_latency};
+use scheduler::{Batching, KvFill, Observer, PassRecord, Settings};
 use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Summary};
-use traces::{Nanos, Request};
+use traces::{Component, Nanos, Request};
 
 fn simulate(
     settings: Settings,
@@ -100,6 +100,52 @@ fn lone_requests_hold_their_share_of_the_kv_blocks_all_the_time() {
     let summary = simulate(settings, &constant_latency(1), &exits, queued(100, 40, 8));
     // 40 to 47 positions are 3 blocks of 16.
     assert_eq!((summary.kv_usage, summary.batch_fits, summary.prefix_hit_rate), (0.3, 3, None));
+}
+
+#[test]
+fn rows_attend_to_every_token_before_them_or_under_skip_to_those_that_got_to_their_depth() {
+    let passes_of = vec![2, 0, 0, 1, 2, 0, 2, 1];
+    let exits = ExitModel::new(&exit_trace(3, &[passes_of.clone()]), Draw::Recorded).unwrap();
+    let block = |rows| (Component::Block, rows, 0, 1, 1.0);
+    let attention = |history| (Component::DecodeAttention, 1, history, 1, f64::from(history));
+    let latency = LatencyModel::new(&profile(3, &[block(1), block(64), attention(0), attention(100)])).unwrap();
+    let prompt = 5;
+    let mut expected = [0.0, 0.0];
+    for (token, &exit) in passes_of.iter().enumerate().skip(1) {
+        for depth in 0..=exit {
+            let generated = &passes_of[1..token];
+            expected[0] += f64::from(prompt) + generated.len() as f64;
+            expected[1] += f64::from(prompt) + generated.iter().filter(|&&other| other >= depth).count() as f64;
+        }
+    }
+    assert!(expected[1] < 0.9 * expected[0]);
+    for batching in Batching::ALL {
+        let found = [KvFill::Reuse, KvFill::Skip].map(|kv_fill| {
+            let settings = Settings { kv_fill, ..settings(batching, "oracle", 3, 4) };
+            let summary = simulate(settings, &latency, &exits, queued(1, prompt, passes_of.len() as u32));
+            (summary.makespan_s * 1e6 - summary.passes as f64).round()
+        });
+        assert_eq!(found, expected, "{batching}");
+    }
+}
+
+#[test]
+fn backfill_is_free_where_a_pass_takes_no_longer_for_more_rows() {
+    let exits = drawn_exits(&[0.6, 0.3, 0.1], 500, 40, 11);
+    let latency = constant_latency(3);
+    for batching in Batching::ALL {
+        let run = |kv_fill, token_budget| {
+            let settings = Settings { kv_fill, token_budget, ..settings(batching, "oracle", 3, 8) };
+            simulate(settings, &latency, &exits, queued(300, 4, 40))
+        };
+        let (reuse, backfill) = (run(KvFill::Reuse, 1 << 16), run(KvFill::Backfill, 1 << 16));
+        assert_eq!(backfill.makespan_s, reuse.makespan_s, "{batching}");
+        // What is missing is outstanding when requests end.
+        let skipped = backfill.output_tokens as f64 * (3.0 - backfill.mean_depth);
+        let share = backfill.backfill_rows as f64 / skipped;
+        assert!((0.8..1.0).contains(&share), "{batching}: {share}");
+        assert!(run(KvFill::Backfill, 8).makespan_s > 1.05 * reuse.makespan_s, "{batching}: a short budget costs time");
+    }
 }
 
 /// Integrates the running sequences over time, and their stays.

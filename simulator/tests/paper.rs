@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use scheduler::{Batching, Settings};
+use scheduler::{Batching, KvFill, Settings};
 use serde::Deserialize;
 use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source};
 use traces::{Arrivals, ExitTrace, Generate, LatencyProfile, Length, Request, check_same_model};
@@ -46,6 +46,7 @@ fn simulated_tok_s(row: &Expected) -> f64 {
     let settings = Settings {
         batching: row.batching,
         exit: row.exit.parse().unwrap(),
+        kv_fill: KvFill::Reuse,
         num_loops: row.loops,
         max_batch: row.max_batch,
         token_budget: row.max_batch,

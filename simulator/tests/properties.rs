@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::{Log, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
 use proptest::prelude::*;
-use scheduler::{Batching, Server, Settings, VirtualClock, serve};
+use scheduler::{Batching, KvFill, Server, Settings, VirtualClock, serve};
 use simulator::{
     Draw, ExitModel, LatencyModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all,
 };
@@ -16,17 +16,21 @@ const LOOPS: u8 = 3;
 
 fn any_settings() -> impl Strategy<Value = Settings> {
     let exit = prop::sample::select(vec!["none", "static:1", "oracle", "oracle:charged", "confidence:0.5"]);
+    let fill = prop::sample::select(KvFill::ALL.to_vec());
     let sizes = (1u32..6, 1u32..20, 10u32..40);
-    (prop::sample::select(Batching::ALL.to_vec()), exit, sizes, any::<bool>(), any::<bool>()).prop_map(
-        |(batching, exit, (max_batch, prefill_chunk, num_blocks), prefix_caching, async_scheduling)| Settings {
-            prefill_chunk,
-            token_budget: 24,
-            block_tokens: 4,
-            num_blocks,
-            prefix_caching,
-            // What an exit policy looks at is not there yet when the next pass is planned.
-            async_scheduling: async_scheduling && ["none", "static:1"].contains(&exit),
-            ..settings(batching, exit, LOOPS, max_batch)
+    (prop::sample::select(Batching::ALL.to_vec()), exit, fill, sizes, any::<bool>(), any::<bool>()).prop_map(
+        |(batching, exit, kv_fill, (max_batch, prefill_chunk, num_blocks), prefix_caching, async_scheduling)| {
+            Settings {
+                kv_fill,
+                prefill_chunk,
+                token_budget: 24,
+                block_tokens: 4,
+                num_blocks,
+                prefix_caching,
+                // What an exit policy looks at is not there yet when the next pass is planned.
+                async_scheduling: async_scheduling && ["none", "static:1"].contains(&exit),
+                ..settings(batching, exit, LOOPS, max_batch)
+            }
         },
     )
 }
@@ -86,7 +90,7 @@ proptest! {
         let mut simulated = [Log::default()];
         Simulation::new(settings, &latency, &exits).unwrap().run(requests.clone(), &mut simulated).unwrap();
         let mut served = Log::default();
-        let mut server = Server::new(settings, ProfileExecutor::new(&latency, &exits, settings.max_batch)).unwrap();
+        let mut server = Server::new(settings, ProfileExecutor::new(&latency, &exits, &settings)).unwrap();
         serve(&mut server, requests, &mut VirtualClock::default(), &mut served).unwrap();
         prop_assert_eq!(&simulated[0], &served);
     }
@@ -124,7 +128,7 @@ proptest! {
         prop_assert_eq!(summary.output_tokens, outcome.tokens);
         prop_assert_eq!(summary.replicas as usize, machines);
         prop_assert_eq!(summary.passes as usize, merged.passes().len());
-        let rows: u64 = merged.passes().iter().map(|pass| u64::from(pass.decode_rows + pass.prefill_rows)).sum();
+        let rows: u64 = merged.passes().iter().map(|pass| u64::from(pass.decode_rows + pass.prefill_rows + pass.backfill_rows)).sum();
         prop_assert_eq!(rows, merged.row_visits());
     }
 }

@@ -13,7 +13,7 @@ use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use engine::weights::Weights;
-use scheduler::{Batching, ExitPolicy, Observer, PassRecord, Settings, Token};
+use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Settings, Token};
 use simulator::{Draw, ExitModel, LatencyModel, Simulation};
 use traces::{LatencyProfile, Nanos, Request};
 
@@ -85,6 +85,7 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
                 let settings = Settings {
                     batching,
                     exit,
+                    kv_fill: KvFill::Reuse,
                     num_loops,
                     max_batch: 6,
                     token_budget: 24,

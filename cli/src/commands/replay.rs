@@ -43,6 +43,7 @@ pub fn run(args: Args) -> Result<()> {
     let requests = args.requests.load()?.requests;
     let named = args.engine.load()?;
     let settings = serving.all_settings(&named.memory(), &requests)?;
+    settings.iter().try_for_each(|settings| named.engine.check_settings(settings))?;
     let needs_oracle = settings.iter().any(|settings| settings.exit.look() == Look::Oracle);
     let oracle = Arc::new(match needs_oracle {
         true => oracle_depths(&exits(&args, &named, &requests)?, &requests),

@@ -10,16 +10,21 @@ pub struct PassRows {
     pub decode: u32,
     /// Rows of prompt chunks.
     pub prefill: u32,
+    /// Rows of backfill.
+    pub backfill: u32,
     /// Bit `d` is set if there is a row at depth `d`.
     pub depths: u64,
 }
 
 impl PassRows {
-    /// Rows of both kinds.
+    /// Rows of all kinds.
     pub fn total(self) -> u32 {
-        self.decode + self.prefill
+        self.decode + self.prefill + self.backfill
     }
 }
+
+/// Kinds of rows, in the order of [`RowKind`](scheduler::RowKind): decode, prompt, backfill.
+const KINDS: usize = 3;
 
 /// Mean rows at each depth, in slices of time whose width doubles whenever the run outgrows
 /// [`SLICES`](Self::SLICES) of them.
@@ -28,9 +33,9 @@ pub struct DepthRows {
     num_loops: usize,
     width_ns: u64,
     /// Rows times nanoseconds, by slice, depth and kind.
-    row_time: Vec<[u64; 2]>,
+    row_time: Vec<[u64; KINDS]>,
     /// Scratch: rows of the pass at hand, by depth and kind.
-    pass: Vec<[u64; 2]>,
+    pass: Vec<[u64; KINDS]>,
 }
 
 /// One line of `depth_rows.csv`.
@@ -46,6 +51,8 @@ pub struct DepthRowsRecord {
     pub decode_rows: f64,
     /// The same of prompt rows.
     pub prefill_rows: f64,
+    /// The same of backfill.
+    pub backfill_rows: f64,
 }
 
 impl DepthRows {
@@ -56,20 +63,21 @@ impl DepthRows {
     /// Of a model with `num_loops` loops.
     pub fn new(num_loops: u8) -> Self {
         let num_loops = usize::from(num_loops);
-        Self { num_loops, width_ns: Self::FIRST_WIDTH_NS, row_time: Vec::new(), pass: vec![[0, 0]; num_loops] }
+        Self { num_loops, width_ns: Self::FIRST_WIDTH_NS, row_time: Vec::new(), pass: vec![[0; KINDS]; num_loops] }
     }
 
     /// Counts the rows of a pass.
     pub(super) fn record(&mut self, record: &PassRecord<'_>) -> PassRows {
         let mut rows = PassRows::default();
-        self.pass.fill([0, 0]);
+        self.pass.fill([0; KINDS]);
         for segment in record.pass.segments {
-            self.pass[usize::from(segment.depth)][usize::from(!segment.decode)] += u64::from(segment.tokens);
+            self.pass[usize::from(segment.depth)][segment.kind as usize] += u64::from(segment.tokens);
             rows.depths |= 1 << segment.depth;
         }
-        for [decode, prefill] in &self.pass {
+        for [decode, prefill, backfill] in &self.pass {
             rows.decode += *decode as u32;
             rows.prefill += *prefill as u32;
+            rows.backfill += *backfill as u32;
         }
         let start = record.start.0;
         self.add_pass(start, start + record.elapsed.0);
@@ -85,11 +93,12 @@ impl DepthRows {
             let until = end.min((slice as u64 + 1) * self.width_ns);
             let first = slice * self.num_loops;
             if self.row_time.len() < first + self.num_loops {
-                self.row_time.resize(first + self.num_loops, [0, 0]);
+                self.row_time.resize(first + self.num_loops, [0; KINDS]);
             }
             for (sum, rows) in self.row_time[first..].iter_mut().zip(&self.pass) {
-                sum[0] += rows[0] * (until - start);
-                sum[1] += rows[1] * (until - start);
+                for (sum, rows) in sum.iter_mut().zip(rows) {
+                    *sum += rows * (until - start);
+                }
             }
             start = until;
         }
@@ -102,7 +111,7 @@ impl DepthRows {
             let (slice, depth) = (index / self.num_loops, index % self.num_loops);
             let sum = std::mem::take(&mut self.row_time[index]);
             let into = &mut self.row_time[slice / 2 * self.num_loops + depth];
-            *into = [into[0] + sum[0], into[1] + sum[1]];
+            add(into, &sum);
         }
         self.row_time.truncate(slices.div_ceil(2) * self.num_loops);
     }
@@ -116,41 +125,48 @@ impl DepthRows {
             other.double_width();
         }
         if self.row_time.len() < other.row_time.len() {
-            self.row_time.resize(other.row_time.len(), [0, 0]);
+            self.row_time.resize(other.row_time.len(), [0; KINDS]);
         }
         for (sum, other) in self.row_time.iter_mut().zip(&other.row_time) {
-            *sum = [sum[0] + other[0], sum[1] + other[1]];
+            add(sum, other);
         }
     }
 
     /// The lines of `depth_rows.csv`: by slice, then by depth.
     pub fn records(&self) -> impl Iterator<Item = DepthRowsRecord> {
-        self.row_time.iter().enumerate().map(|(index, &[decode, prefill])| DepthRowsRecord {
+        self.row_time.iter().enumerate().map(|(index, &[decode, prefill, backfill])| DepthRowsRecord {
             start_s: ((index / self.num_loops) as u64 * self.width_ns) as f64 * 1e-9,
             width_s: self.width_ns as f64 * 1e-9,
             depth: (index % self.num_loops) as u32,
             decode_rows: decode as f64 / self.width_ns as f64,
             prefill_rows: prefill as f64 / self.width_ns as f64,
+            backfill_rows: backfill as f64 / self.width_ns as f64,
         })
     }
+}
+
+fn add(sum: &mut [u64; KINDS], other: &[u64; KINDS]) {
+    sum.iter_mut().zip(other).for_each(|(sum, other)| *sum += other);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use scheduler::blocks::BlockTables;
-    use scheduler::{Look, Pass, Segment};
+    use scheduler::{Look, Pass, RowKind, Segment};
     use traces::Nanos;
 
-    fn record(rows: &mut DepthRows, start: u64, elapsed: u64, depths: &[(u8, u32, bool)]) -> PassRows {
+    use RowKind::{Backfill, Decode, Prompt};
+
+    fn record(rows: &mut DepthRows, start: u64, elapsed: u64, depths: &[(u8, u32, RowKind)]) -> PassRows {
         let segments: Vec<Segment> = depths
             .iter()
-            .map(|&(depth, tokens, decode)| Segment {
+            .map(|&(depth, tokens, kind)| Segment {
                 slot: 0,
                 start: 0,
                 tokens,
                 depth,
-                decode,
+                kind,
                 predicts: false,
                 look: false,
                 head: false,
@@ -164,16 +180,17 @@ mod tests {
     #[test]
     fn row_time_is_kept_however_long_the_run() {
         let mut rows = DepthRows::new(2);
-        let mut expected = [[0.0; 2]; 2];
+        let pass_rows = [(0, 3, Decode), (1, 5, Prompt), (1, 1, Decode), (1, 2, Backfill)];
         for pass in 0..10_000u64 {
-            let counted = record(&mut rows, pass * 1_000_000, 700_000, &[(0, 3, true), (1, 5, false), (1, 1, true)]);
-            assert_eq!(counted, PassRows { decode: 4, prefill: 5, depths: 0b11 });
-            expected = [[expected[0][0] + 3.0 * 7e-4, 0.0], [expected[1][0] + 7e-4, expected[1][1] + 5.0 * 7e-4]];
+            let counted = record(&mut rows, pass * 1_000_000, 700_000, &pass_rows);
+            assert_eq!(counted, PassRows { decode: 4, prefill: 5, backfill: 2, depths: 0b11 });
         }
-        let mut found = [[0.0; 2]; 2];
+        let expected = [[3.0 * 7.0, 0.0, 0.0], [7.0, 5.0 * 7.0, 2.0 * 7.0]];
+        let mut found = [[0.0; 3]; 2];
         for record in rows.records() {
             found[record.depth as usize][0] += record.decode_rows * record.width_s;
             found[record.depth as usize][1] += record.prefill_rows * record.width_s;
+            found[record.depth as usize][2] += record.backfill_rows * record.width_s;
         }
         for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
             assert!((found - expected).abs() < 1e-9, "{found} for {expected}");
@@ -184,7 +201,7 @@ mod tests {
     #[test]
     fn a_pass_counts_in_every_slice_it_touches() {
         let mut rows = DepthRows::new(1);
-        record(&mut rows, DepthRows::FIRST_WIDTH_NS / 2, DepthRows::FIRST_WIDTH_NS, &[(0, 4, true)]);
+        record(&mut rows, DepthRows::FIRST_WIDTH_NS / 2, DepthRows::FIRST_WIDTH_NS, &[(0, 4, Decode)]);
         let decode: Vec<f64> = rows.records().map(|record| record.decode_rows).collect();
         assert_eq!(decode, [2.0, 2.0]);
     }
@@ -192,8 +209,8 @@ mod tests {
     #[test]
     fn two_machines_add_up() {
         let (mut short, mut long) = (DepthRows::new(1), DepthRows::new(1));
-        record(&mut short, 0, 1000, &[(0, 2, true)]);
-        record(&mut long, 0, 1_000_000_000, &[(0, 1, true)]);
+        record(&mut short, 0, 1000, &[(0, 2, Decode)]);
+        record(&mut long, 0, 1_000_000_000, &[(0, 1, Decode)]);
         short.merge(long);
         let total: f64 = short.records().map(|record| record.decode_rows * record.width_s).sum();
         assert!((total - (2e-6 + 1.0)).abs() < 1e-9, "{total}");

@@ -49,6 +49,7 @@ struct Totals {
     preemptions: u64,
     passes: u64,
     row_visits: u64,
+    backfill_rows: u64,
     busy: u64,
     /// Rows, decode rows, running sequences and held KV blocks, each times the time of its pass.
     row_time: u128,
@@ -185,6 +186,7 @@ impl Totals {
         self.preemptions += other.preemptions;
         self.passes += other.passes;
         self.row_visits += other.row_visits;
+        self.backfill_rows += other.backfill_rows;
         self.busy += other.busy;
         self.row_time += other.row_time;
         self.decode_row_time += other.decode_row_time;
@@ -219,6 +221,7 @@ impl Observer for Metrics {
         let totals = &mut self.totals;
         totals.passes += 1;
         totals.row_visits += u64::from(rows.total());
+        totals.backfill_rows += u64::from(rows.backfill);
         totals.busy += record.elapsed.0;
         totals.row_time += u128::from(rows.total()) * elapsed;
         totals.decode_row_time += u128::from(rows.decode) * elapsed;
@@ -264,12 +267,13 @@ impl Observer for Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scheduler::Batching;
+    use scheduler::{Batching, KvFill};
 
     fn settings() -> Settings {
         Settings {
             batching: Batching::Sequence,
             exit: "confidence:margin:0.5".parse().unwrap(),
+            kv_fill: KvFill::Reuse,
             num_loops: 4,
             max_batch: 2,
             token_budget: 8,
@@ -369,7 +373,10 @@ mod tests {
         assert_eq!(read, [summary]);
         let text = std::fs::read_to_string(&path).unwrap();
         let columns = "source,batching,exit,threshold";
-        assert!(text.starts_with(columns) && text.contains("measured,sequence,confidence,0.5,confidence:margin:0.5,2"));
+        assert!(
+            text.starts_with(columns)
+                && text.contains("measured,sequence,confidence,0.5,confidence:margin:0.5,reuse,2")
+        );
     }
 
     #[test]

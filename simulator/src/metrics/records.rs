@@ -134,6 +134,8 @@ pub struct PassRow {
     pub decode_rows: u32,
     /// Rows of prompt chunks.
     pub prefill_rows: u32,
+    /// Rows of backfill.
+    pub backfill_rows: u32,
     /// Distinct depths among the rows.
     pub depths: u32,
     /// Sequences that held a slot.
@@ -149,6 +151,7 @@ impl PassRow {
             time_us: record.elapsed.as_micros_f64(),
             decode_rows: rows.decode,
             prefill_rows: rows.prefill,
+            backfill_rows: rows.backfill,
             depths: rows.depths.count_ones(),
             running: record.running,
             waiting: record.waiting,

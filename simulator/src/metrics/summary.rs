@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-use scheduler::Batching;
+use scheduler::{Batching, KvFill};
 use serde::{Deserialize, Serialize};
 
 use super::{Distribution, Metrics};
@@ -41,6 +41,8 @@ pub struct Summary {
     pub threshold: Option<f32>,
     /// The exit policy in full, as the command line takes it.
     pub exit_policy: String,
+    /// What later tokens find at depths that a token which left early never ran.
+    pub kv_fill: KvFill,
     /// Most sequences that run at once, on each machine.
     pub max_batch: u32,
     /// Most rows of a pass (depth-wise) or of an iteration (lockstep).
@@ -113,7 +115,7 @@ pub struct Summary {
     pub e2e_p99_ms: f64,
     /// Decode rows per pass as a share of the batch limit, weighted by the time of the pass.
     pub occupancy: f64,
-    /// Rows per pass, prompts included, weighted by the time of the pass.
+    /// Rows per pass, prompts and backfill included, weighted by the time of the pass.
     pub mean_rows: f64,
     /// Sequences that hold a slot, weighted by the time of the pass.
     pub mean_running: f64,
@@ -123,6 +125,8 @@ pub struct Summary {
     pub busy: f64,
     /// Passes.
     pub passes: u64,
+    /// Rows of backfill: passes of tokens that had left.
+    pub backfill_rows: u64,
     /// How often a sequence lost its slot.
     pub preemptions: u64,
     /// Share of the tokens of prompts (and of what preempted requests had generated) that prefix caching found; empty
@@ -152,6 +156,7 @@ impl Metrics {
             exit: settings.exit.kind().to_owned(),
             threshold: settings.exit.threshold(),
             exit_policy: settings.exit.to_string(),
+            kv_fill: settings.kv_fill,
             max_batch: settings.max_batch,
             token_budget: settings.token_budget,
             prefill_chunk: settings.prefill_chunk,
@@ -193,6 +198,7 @@ impl Metrics {
             kv_usage: totals.block_time as f64 / busy / blocks as f64,
             busy: busy * 1e-9 / makespan_s / f64::from(self.machines),
             passes: totals.passes,
+            backfill_rows: totals.backfill_rows,
             preemptions: totals.preemptions,
             prefix_hit_rate: None,
             objectives_met: self.objectives.map(|_| totals.met as f64 / totals.requests as f64),

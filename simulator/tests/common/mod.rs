@@ -1,7 +1,7 @@
 //! Small profiles, exit traces and request streams that tests reason about.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-use scheduler::{Batching, ExitPolicy, Observer, Settings, Token};
+use scheduler::{Batching, ExitPolicy, KvFill, Observer, Settings, Token};
 use simulator::{Draw, ExitModel, LatencyModel};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
 
@@ -117,6 +117,7 @@ pub fn settings(batching: Batching, exit: &str, num_loops: u8, max_batch: u32) -
     Settings {
         batching,
         exit: exit.parse::<ExitPolicy>().unwrap(),
+        kv_fill: KvFill::Reuse,
         num_loops,
         max_batch,
         token_budget: 1 << 16,
