@@ -105,7 +105,7 @@ fn lone_requests_hold_their_share_of_the_kv_blocks_all_the_time() {
 #[test]
 fn rows_attend_to_every_token_before_them_or_under_skip_to_those_that_got_to_their_depth() {
     let passes_of = vec![2, 0, 0, 1, 2, 0, 2, 1];
-    let exits = ExitModel::new(&exit_trace(3, &[passes_of.clone()]), Draw::Recorded).unwrap();
+    let exits = ExitModel::new(&exit_trace(3, std::slice::from_ref(&passes_of)), Draw::Recorded).unwrap();
     let block = |rows| (Component::Block, rows, 0, 1, 1.0);
     let attention = |history| (Component::DecodeAttention, 1, history, 1, f64::from(history));
     let latency = LatencyModel::new(&profile(3, &[block(1), block(64), attention(0), attention(100)])).unwrap();
