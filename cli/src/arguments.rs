@@ -120,7 +120,7 @@ pub struct ServingArgs {
     #[arg(long, value_delimiter = ',', default_value = "vanilla,sequence,depth", value_name = "POLICIES")]
     pub batching: Vec<Batching>,
     /// Exit policies, separated by commas: none, static:DEPTH, oracle, oracle:charged, confidence:THRESHOLD,
-    /// confidence:MEASURE:THRESHOLD (top1, margin, entropy, similarity)
+    /// MEASURE:THRESHOLD (top1, margin, entropy, similarity, gate)
     #[arg(long, value_delimiter = ',', default_value = "none,oracle,confidence:0.9", value_name = "POLICIES")]
     pub exit: Vec<ExitPolicy>,
     /// What later tokens find at depths that a token which left early never ran: reuse (copies of its exit depth's

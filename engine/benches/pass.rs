@@ -37,9 +37,9 @@ fn pass(criterion: &mut Criterion) {
             let nothing =
                 candle_core::Tensor::zeros((1, 192), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
             let sources: Vec<Source> = (0..count).map(|row| Source::First(row as u32)).collect();
-            let hidden = model.embed(&nothing, &sources).unwrap();
             let mut rows = Rows::default();
             (0..count).for_each(|row| rows.push(history, 1, 1..2, &blocks[row]));
+            let hidden = model.embed(&nothing, &sources, &rows, &cache).unwrap();
             group.throughput(Throughput::Elements(count as u64));
             group.bench_function(count.to_string(), |bencher| {
                 in_pool(|| {
@@ -56,9 +56,11 @@ fn pass(criterion: &mut Criterion) {
         let hidden =
             candle_core::Tensor::ones((count, 192), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
         let keys = vec![0; count];
+        let mut rows = Rows::default();
+        (0..count).for_each(|row| rows.push(1, 1, 1..2, &blocks[row]));
         group.throughput(Throughput::Elements(count as u64));
         group.bench_function(count.to_string(), |bencher| {
-            in_pool(|| bencher.iter(|| read(&model.logits(&hidden).unwrap(), 0.0, &keys).unwrap()));
+            in_pool(|| bencher.iter(|| read(&model.logits(&hidden, &rows, &cache).unwrap(), 0.0, &keys).unwrap()));
         });
     }
 }

@@ -27,19 +27,30 @@ pub enum CacheError {
     },
 }
 
+/// Which keys and values a layer keeps of a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// One of each: layer so-and-so of the prelude.
+    Once(usize),
+    /// One of each at every depth: layer so-and-so of the block, those of the coda counted after it.
+    AtEachDepth(usize),
+}
+
 /// Where in the cache what lies, counted in numbers of `f32`.
 ///
 /// ```text
-/// cache  [depth][layer][block] pages
+/// cache  [layer][block] pages         layers: those of the prelude, then at each depth those of the block and the coda
 /// page   keys   [kv head][tile][dim][position in tile]    positions side by side, so that scores vectorize over them
 ///        values [kv head][position][dim, padded]
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageLayout {
+    /// Layers of the prelude.
+    pub prelude_layers: usize,
     /// Depths, the model's `num_loops`.
     pub depths: usize,
-    /// Layers of the block.
-    pub layers: usize,
+    /// Layers at each depth: those of the block and of the coda.
+    pub depth_layers: usize,
     /// Blocks.
     pub blocks: usize,
     /// Positions per block, a multiple of [`TILE`].
@@ -54,8 +65,9 @@ impl PageLayout {
     /// The layout of a model's cache.
     pub fn new(config: &ModelConfig, num_blocks: u32, block_tokens: u32) -> Self {
         Self {
+            prelude_layers: config.prelude_layers,
             depths: config.num_loops,
-            layers: config.block_layers,
+            depth_layers: config.block_layers + config.coda_layers,
             blocks: num_blocks as usize,
             block_tokens: block_tokens as usize,
             kv_heads: config.num_kv_heads,
@@ -76,13 +88,17 @@ impl PageLayout {
 
     /// Numbers of the whole cache.
     pub fn numbers(&self) -> usize {
-        self.depths * self.layers * self.blocks * self.page_numbers()
+        (self.prelude_layers + self.depths * self.depth_layers) * self.blocks * self.page_numbers()
     }
 
-    /// Where a page starts.
+    /// Where the pages of a layer start that rows at a depth use; those of its blocks follow each other.
     #[inline(always)]
-    pub fn page(&self, depth: usize, layer: usize, block: usize) -> usize {
-        ((depth * self.layers + layer) * self.blocks + block) * self.page_numbers()
+    pub fn pages(&self, kept: Kept, depth: usize) -> usize {
+        let layer = match kept {
+            Kept::Once(layer) => layer,
+            Kept::AtEachDepth(layer) => self.prelude_layers + depth * self.depth_layers + layer,
+        };
+        layer * self.blocks * self.page_numbers()
     }
 
     /// Where in a page the tile `[head_dim, TILE]` of a head's keys that holds `offset` starts.
@@ -106,7 +122,7 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache of `num_blocks` blocks of `block_tokens` positions, each at every depth and layer.
+    /// An empty cache of `num_blocks` blocks of `block_tokens` positions, each of every layer and depth.
     ///
     /// # Errors
     /// If `block_tokens` is no multiple of [`TILE`] or the memory is not to be had.
@@ -144,7 +160,7 @@ impl KvCache {
     }
 }
 
-/// Bytes of the keys and values of one token, over all depths and layers, as they lie in the cache.
+/// Bytes of the keys and values of one token, over all layers and depths, as they lie in the cache.
 pub fn bytes_per_token(config: &ModelConfig) -> u64 {
     (PageLayout::new(config, 1, TILE as u32).numbers() * size_of::<f32>() / TILE) as u64
 }

@@ -1,11 +1,12 @@
 //! The scheduler's executor that runs the model and reads the clock.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use scheduler::{Executor, Look, Pass, RowKind, Segment, Slot};
+use scheduler::{Executor, ExitPolicy, Look, Pass, RowKind, Segment, Slot};
 use traces::{Measure, Nanos, Request, Signals};
 
 use crate::cache::{CacheError, KvCache};
@@ -148,6 +149,9 @@ impl Arena {
 struct Current {
     /// Hidden states after the pass.
     hidden: Option<Tensor>,
+    /// What the head reads of them: the rows from `first_exit` on, which have run the coda.
+    exits: Option<Tensor>,
+    first_exit: usize,
     /// By segment, the place of its first row.
     first_rows: Vec<usize>,
     /// By segment, what the head says of its last row, where that was asked for.
@@ -171,6 +175,8 @@ pub struct EngineExecutor {
     sampling: Sampling,
     oracle: Option<Arc<ExitDepths>>,
     recording: bool,
+    /// Depths at which a row may leave or be looked at, so that its coda is needed there.
+    exit_depths: Range<usize>,
     arena: Arena,
     sequences: Vec<Sequence>,
     current: Current,
@@ -192,6 +198,7 @@ impl EngineExecutor {
         let cache = KvCache::new(model.config(), num_blocks, block_tokens, &Device::Cpu)?;
         let arena = Arena::new(model.config().hidden_size, &Device::Cpu)?;
         Ok(Self {
+            exit_depths: 0..model.config().num_loops,
             model,
             cache,
             prompts,
@@ -211,9 +218,21 @@ impl EngineExecutor {
         self
     }
 
+    /// Knows that rows leave by this policy only, and runs no coda where none can.
+    pub fn leaving_by(mut self, exit: ExitPolicy) -> Self {
+        let num_loops = self.num_loops();
+        self.exit_depths = match exit {
+            ExitPolicy::None => num_loops - 1..num_loops,
+            ExitPolicy::Static(depth) => usize::from(depth)..usize::from(depth) + 1,
+            ExitPolicy::Oracle { .. } | ExitPolicy::Confidence { .. } => 0..num_loops,
+        };
+        self
+    }
+
     /// Keeps the signals and predictions of every generated token at every depth that it runs.
     pub fn recording(mut self) -> Self {
         self.recording = true;
+        self.exit_depths = 0..self.num_loops();
         self
     }
 
@@ -277,10 +296,25 @@ impl EngineExecutor {
             self.current.first_rows[index] = rows.len();
             self.push_rows(pass, &pass.segments[index], &mut rows, &mut sources);
         }
-        let hidden = self.model.embed(&self.arena.hidden, &sources)?;
+        let hidden = self.model.embed(&self.arena.hidden, &sources, &rows, &self.cache)?;
         self.model.forward_block(&hidden, &rows, &self.cache)?;
+        (self.current.exits, self.current.first_exit) = self.run_coda(&hidden, &rows)?;
         self.current.hidden = Some(hidden);
         Ok(())
+    }
+
+    /// Runs the coda for the rows of a pass that may leave; gives them, if there are any, and the first one's place.
+    fn run_coda(&self, hidden: &Tensor, rows: &Rows<'_>) -> Result<(Option<Tensor>, usize), EngineError> {
+        if self.model.config().coda_layers == 0 {
+            return Ok((Some(hidden.clone()), 0));
+        }
+        let range = rows.range(self.exit_depths.clone());
+        if range.is_empty() {
+            return Ok((None, 0));
+        }
+        let leaving = hidden.narrow(0, range.start, range.len())?;
+        let exits = self.model.forward_coda(&leaving, &rows.part(range.clone()), &self.cache)?;
+        Ok((Some(exits), range.start))
     }
 
     fn push_rows<'a>(&self, pass: &Pass<'a>, segment: &Segment, rows: &mut Rows<'a>, sources: &mut Vec<Source>) {
@@ -298,7 +332,7 @@ impl EngineExecutor {
 
     /// The depths whose keys and values a row leaves. A generated token that comes again after a preemption gets
     /// the KV fill it had: none of its own below the depth at which it left.
-    fn fills(&self, sequence: &Sequence, position: usize, depth: usize) -> std::ops::Range<usize> {
+    fn fills(&self, sequence: &Sequence, position: usize, depth: usize) -> Range<usize> {
         let generation = &sequence.generation;
         let in_prompt = position < generation.prompt.len();
         let left = generation.yields(position).and_then(|token| generation.exit_depths.get(token));
@@ -329,20 +363,36 @@ impl EngineExecutor {
         Ok(scatter(&self.arena.hidden, hidden, &places)?)
     }
 
-    /// Reads the head for the last rows of `segments` that have not been read.
-    fn read_head(&mut self, pass: &Pass<'_>, hidden: &Tensor, segments: &[usize]) -> Result<(), EngineError> {
+    /// The last rows of `segments`, which come by depth.
+    fn last_rows<'a>(&self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
+        let mut rows = Rows::default();
+        for &index in segments {
+            let segment = &pass.segments[index];
+            let (position, depth) = (positions(segment).end - 1, usize::from(segment.depth));
+            let fills = self.fills(&self.sequences[segment.slot as usize], position, depth);
+            rows.push(position, depth, fills, pass.blocks(segment.slot));
+        }
+        rows
+    }
+
+    /// Reads the head for the last rows of `segments`.
+    fn read_head(&mut self, pass: &Pass<'_>, segments: &[usize]) -> Result<(), EngineError> {
         if segments.is_empty() {
             return Ok(());
         }
-        let row = |&segment: &usize| Source::First(self.current.last_row(pass, segment) as u32);
+        let segments = by_depth(pass, segments);
+        let exits = self.current.exits.as_ref().expect("a row leaves only where the coda has run");
+        let first = self.current.first_exit;
+        let row = |&segment: &usize| Source::First((self.current.last_row(pass, segment) - first) as u32);
         let sources: Vec<Source> = segments.iter().map(row).collect();
         let key = |&segment: &usize| {
             let sequence = &self.sequences[pass.segments[segment].slot as usize];
             self.sampling.key(sequence.request, sequence.generation.tokens.len())
         };
         let keys: Vec<u64> = segments.iter().map(key).collect();
-        let logits = self.model.logits(&gather(hidden, hidden, &sources)?)?;
-        for (&segment, verdict) in segments.iter().zip(read(&logits, self.sampling.temperature, &keys)?) {
+        let rows = self.last_rows(pass, &segments);
+        let logits = self.model.logits(&gather(exits, exits, &sources)?, &rows, &self.cache)?;
+        for (segment, verdict) in segments.into_iter().zip(read(&logits, self.sampling.temperature, &keys)?) {
             if !verdict.top1.is_finite() {
                 let Segment { slot, depth, .. } = pass.segments[segment];
                 let sequence = &self.sequences[slot as usize];
@@ -352,6 +402,25 @@ impl EngineExecutor {
             self.current.verdicts[segment] = Some(verdict);
         }
         Ok(())
+    }
+
+    /// The gate's score of the last row of each of `segments`; 1 at the last depth.
+    fn gates(&self, pass: &Pass<'_>, hidden: &Tensor, segments: &[usize]) -> Result<Vec<f32>, EngineError> {
+        let mut scores = vec![1.0; segments.len()];
+        let last_depth = self.num_loops() - 1;
+        let depth = |index: usize| usize::from(pass.segments[segments[index]].depth);
+        let mut asked: Vec<usize> = (0..segments.len()).filter(|&index| depth(index) < last_depth).collect();
+        if asked.is_empty() {
+            return Ok(scores);
+        }
+        asked.sort_by_key(|&index| depth(index));
+        let asked_segments: Vec<usize> = asked.iter().map(|&index| segments[index]).collect();
+        let row = |&segment: &usize| Source::First(self.current.last_row(pass, segment) as u32);
+        let sources: Vec<Source> = asked_segments.iter().map(row).collect();
+        let rows = self.last_rows(pass, &asked_segments);
+        let found = self.model.gate_scores(&gather(hidden, hidden, &sources)?, &rows)?.to_vec1::<f32>()?;
+        asked.iter().zip(found).for_each(|(&index, score)| scores[index] = score);
+        Ok(scores)
     }
 
     /// How similar the last row of each of `segments` is to what it was a depth ago; 0 at depth 0.
@@ -389,10 +458,15 @@ impl EngineExecutor {
                     signals[index] = similarity;
                 }
             }
-            Look::Measure(measure) => {
+            Look::Measure(Measure::Gate) => {
+                for (&index, score) in looked.iter().zip(self.gates(pass, hidden, &looked)?) {
+                    signals[index] = score;
+                }
+            }
+            Look::Measure(measure @ (Measure::Top1 | Measure::Margin | Measure::Entropy)) => {
                 for index in looked {
                     let verdict = self.current.verdicts[index].expect("looks that need the head ask for it");
-                    signals[index] = signals_of(verdict, 0.0).get(measure);
+                    signals[index] = verdict.signals().get(measure);
                 }
             }
         }
@@ -412,15 +486,20 @@ impl EngineExecutor {
     /// Keeps signals and predictions of all rows that predict.
     fn record(&mut self, pass: &Pass<'_>, hidden: &Tensor, predicting: &[usize]) -> Result<(), EngineError> {
         let similarities = self.similarities(pass, hidden, predicting)?;
+        let gates = match self.model.config().gate {
+            true => self.gates(pass, hidden, predicting)?,
+            false => vec![0.0; predicting.len()],
+        };
         let num_loops = self.num_loops();
-        for (&index, similarity) in predicting.iter().zip(similarities) {
+        for ((&index, similarity), gate) in predicting.iter().zip(similarities).zip(gates) {
             let verdict =
                 self.current.verdicts[index].expect("a recording executor reads the head of all that predict");
             let segment = &pass.segments[index];
             let generation = &mut self.sequences[segment.slot as usize].generation;
             let entry = generation.tokens.len() * num_loops + usize::from(segment.depth);
             generation.recorded.resize(entry, (Signals::default(), 0));
-            generation.recorded.push((signals_of(verdict, similarity), verdict.token));
+            let signals = Signals { similarity, gate, ..verdict.signals() };
+            generation.recorded.push((signals, verdict.token));
         }
         Ok(())
     }
@@ -432,7 +511,7 @@ impl EngineExecutor {
         let hidden = self.current.hidden.clone().expect("the block has run");
         let asked = |segment: &Segment| segment.head || (self.recording && segment.predicts);
         let heads: Vec<usize> = (0..pass.segments.len()).filter(|&index| asked(&pass.segments[index])).collect();
-        self.read_head(pass, &hidden, &heads)?;
+        self.read_head(pass, &heads)?;
         self.look(pass, &hidden, signals)?;
         if self.recording {
             self.record(pass, &hidden, &heads)?;
@@ -443,9 +522,7 @@ impl EngineExecutor {
     fn emit_tokens(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<(), EngineError> {
         let unread = |&index: &usize| self.current.verdicts[index].is_none();
         let unread: Vec<usize> = leaving.iter().map(|&index| index as usize).filter(unread).collect();
-        if let Some(hidden) = self.current.hidden.clone() {
-            self.read_head(pass, &hidden, &unread)?;
-        }
+        self.read_head(pass, &unread)?;
         let mut fills = Vec::new();
         for &index in leaving {
             let segment = &pass.segments[index as usize];
@@ -508,11 +585,14 @@ pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 }
 
 /// The positions of a segment's rows.
-fn positions(segment: &Segment) -> std::ops::Range<usize> {
+fn positions(segment: &Segment) -> Range<usize> {
     let start = segment.start as usize;
     start..start + segment.tokens as usize
 }
 
-fn signals_of(verdict: Verdict, similarity: f32) -> Signals {
-    Signals { top1: verdict.top1, margin: verdict.margin, entropy: verdict.entropy, similarity }
+/// `segments`, indices into those of the pass, sorted by depth.
+fn by_depth(pass: &Pass<'_>, segments: &[usize]) -> Vec<usize> {
+    let mut sorted = segments.to_vec();
+    sorted.sort_by_key(|&index| pass.segments[index].depth);
+    sorted
 }

@@ -3,14 +3,18 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Tensor, bail};
 use scheduler::blocks::BlockId;
 
-use crate::cache::KvCache;
-use crate::config::ModelConfig;
-use crate::kernels::attention::{Heads, Row, attend, rotary_table};
+use crate::cache::{Kept, KvCache};
+use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind, Sharing};
+use crate::kernels::DepthRanges;
+use crate::kernels::activation::activate;
+use crate::kernels::attention::{Heads, Row, Sight, attend, keep};
 use crate::kernels::linear::Linear;
-use crate::kernels::rows::{RmsNorm, Source, gather, swiglu};
+use crate::kernels::norm::{HeadNorm, Norm};
+use crate::kernels::rotary;
+use crate::kernels::rows::{Source, add_bias, gather, probe_rows, scale};
 use crate::weights::{Weights, WeightsError};
 
 /// The rows of a pass: what the block must know of each, and where in the order of rows each depth lies.
@@ -48,92 +52,239 @@ impl<'a> Rows<'a> {
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
+
+    /// Where the rows at `depths` lie.
+    pub fn range(&self, depths: Range<usize>) -> Range<usize> {
+        let first = |depth| self.rows.partition_point(|row| row.depth < depth);
+        first(depths.start)..first(depths.end)
+    }
+
+    /// Some of the rows.
+    pub fn part(&self, range: Range<usize>) -> Self {
+        let mut part = Self::default();
+        for Row { position, depth, fills, blocks } in self.rows[range].iter().cloned() {
+            part.push(position, depth, fills, blocks);
+        }
+        part
+    }
 }
 
-/// Projections of the same input side by side, plus a low-rank difference per depth if the model has them.
-#[derive(Debug)]
-struct Projection {
-    weight: Linear,
-    /// Per depth: down to the ranks of all parts side by side, and up from them, scale included.
-    adapters: Vec<(Linear, Linear)>,
+/// What a layer loads its weights by: the places at which rows meet it, one for all depths or one for each.
+struct Loader<'w> {
+    weights: &'w Weights,
+    /// The frequencies of each of the rotary tables.
+    rotaries: &'w [Vec<f32>],
+    places: Vec<Place>,
 }
 
-impl Projection {
-    /// Loads the named projections of a layer as one, in their order.
-    fn load(weights: &Weights, layer: usize, names: &[&str]) -> Result<Self, WeightsError> {
-        let get = |name: &str| weights.get(&format!("block.layers.{layer}.{name}.weight"));
-        let parts = names.iter().map(|name| get(name)).collect::<Result<Vec<_>, _>>()?;
-        let in_layer = |source| WeightsError::Tensor { name: format!("block.layers.{layer}.{}", names[0]), source };
-        let mut adapters = Vec::new();
-        if let Some(lora) = &weights.config().lora {
-            for depth in 0..weights.config().num_loops {
-                let part = |name: &&str, side| weights.get(&format!("lora.{depth}.layers.{layer}.{name}.{side}"));
-                let downs = names.iter().map(|name| part(name, "a")).collect::<Result<Vec<_>, _>>()?;
-                let ups = names.iter().map(|name| part(name, "b")).collect::<Result<Vec<_>, _>>()?;
-                let adapter =
-                    || Ok((Linear::stacked(&downs)?, Linear::new(&(block_diagonal(&ups)? * f64::from(lora.scale))?)?));
-                adapters.push(adapter().map_err(in_layer)?);
+impl<'w> Loader<'w> {
+    fn config(&self) -> &'w ModelConfig {
+        self.weights.config()
+    }
+
+    /// Prefixes of the names of norms and biases: one for all places, or one for each.
+    fn vector_prefixes(&self) -> Vec<String> {
+        let mut prefixes: Vec<String> = self.places.iter().map(|&place| self.config().vectors_prefix(place)).collect();
+        prefixes.dedup();
+        prefixes
+    }
+
+    /// The named vectors side by side, `[sets, numbers]`, a set for all depths or one for each.
+    fn vectors(&self, names: &[String]) -> Result<Tensor, WeightsError> {
+        let set = |prefix: String| -> Result<Tensor, WeightsError> {
+            let parts = names.iter().map(|name| self.weights.get(&format!("{prefix}.{name}")));
+            let parts = parts.collect::<Result<Vec<_>, _>>()?;
+            Tensor::cat(&parts, 0).map_err(in_tensor(&names[0]))
+        };
+        let sets = self.vector_prefixes().into_iter().map(set).collect::<Result<Vec<_>, _>>()?;
+        Tensor::stack(&sets, 0).map_err(in_tensor(&names[0]))
+    }
+
+    fn norm(&self, name: &str) -> Result<Norm, WeightsError> {
+        let vectors = self.vectors(&norm_tensors(self.config(), name))?;
+        Ok(new_norm(self.config(), vectors))
+    }
+
+    /// The projections of these kinds as one, in their order.
+    fn projection(&self, kinds: &[ProjectionKind]) -> Result<Projection, WeightsError> {
+        let parts: Vec<config::Projection> = kinds.iter().map(|&kind| self.config().projection(kind)).collect();
+        let matrices = self.config().matrices_prefix(self.places[0]);
+        let weights = parts.iter().map(|part| self.weights.get(&format!("{matrices}.{}.weight", part.name)));
+        let weights = weights.collect::<Result<Vec<_>, _>>()?;
+        let biased = parts.iter().filter(|part| part.bias);
+        let biases: Vec<String> = biased.map(|part| format!("{}.bias", part.name)).collect();
+        let adapters = self.places.iter().map(|&place| self.adapter(place, &parts));
+        Ok(Projection {
+            weight: Linear::stacked(&weights).map_err(in_tensor(&matrices))?,
+            biases: if biases.is_empty() { None } else { Some(self.vectors(&biases)?) },
+            adapters: adapters.filter_map(Result::transpose).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// What rows see at a place.
+    fn sight(&self, place: Place) -> Sight {
+        let frequencies = self.config().rotary_frequencies(place);
+        let rotary = self.rotaries.iter().position(|rotary| *rotary == frequencies);
+        Sight { window: self.config().window(place), rotary: rotary.expect("there is a table for every layer") }
+    }
+
+    /// The low-rank difference of projections at a place, if there is any.
+    fn adapter(&self, place: Place, parts: &[config::Projection]) -> Result<Option<Adapter>, WeightsError> {
+        let (Some(lora), Place::Block { depth, layer }) = (&self.config().lora, place) else { return Ok(None) };
+        let (mut downs, mut ups) = (Vec::new(), Vec::new());
+        for part in parts {
+            let prefix = ModelConfig::lora_prefix(depth, layer, part);
+            let adapted = lora.ranks.of(part.kind) > 0;
+            if adapted {
+                downs.push(self.weights.get(&format!("{prefix}.a"))?);
             }
+            let up = || self.weights.get(&format!("{prefix}.b"));
+            ups.push((part.outputs, if adapted { Some(up()?) } else { None }));
         }
-        Ok(Self { weight: Linear::stacked(&parts).map_err(in_layer)?, adapters })
-    }
-
-    fn forward(&self, x: &Tensor, rows: &Rows<'_>) -> candle_core::Result<Tensor> {
-        let y = self.weight.forward(x)?;
-        self.add_adapters(&y, x, rows)?;
-        Ok(y)
-    }
-
-    /// Adds the projection of `x` to `y`.
-    fn add_to(&self, y: &Tensor, x: &Tensor, rows: &Rows<'_>) -> candle_core::Result<()> {
-        self.weight.add_to(y, x)?;
-        self.add_adapters(y, x, rows)
-    }
-
-    fn add_adapters(&self, y: &Tensor, x: &Tensor, rows: &Rows<'_>) -> candle_core::Result<()> {
-        if self.adapters.is_empty() {
-            return Ok(());
+        match downs.is_empty() {
+            true => Ok(None),
+            false => Adapter::new(&downs, &ups, lora.scale).map(Some).map_err(in_tensor("lora")),
         }
-        for (depth, range) in &rows.depths {
-            let (down, up) = &self.adapters[*depth];
+    }
+}
+
+/// Names of the tensors of a norm, as its vectors hold them.
+fn norm_tensors(config: &ModelConfig, name: &str) -> Vec<String> {
+    let mut names = vec![format!("{name}.weight")];
+    if config.architecture.norm == config::Norm::Layer {
+        names.push(format!("{name}.bias"));
+    }
+    names
+}
+
+/// A norm of the residual stream.
+fn new_norm(config: &ModelConfig, vectors: Tensor) -> Norm {
+    Norm::new(vectors, config.architecture.norm, config.architecture.norm_eps, config.hidden_size)
+}
+
+fn in_tensor(name: &str) -> impl Fn(candle_core::Error) -> WeightsError {
+    let name = name.to_owned();
+    move |source| WeightsError::Tensor { name: name.clone(), source }
+}
+
+/// A low-rank matrix.
+#[derive(Debug)]
+struct Adapter {
+    /// Down to the ranks of all parts side by side.
+    down: Linear,
+    /// Up from them, each part from its own, scale included.
+    up: Linear,
+}
+
+impl Adapter {
+    /// Of downs `[rank, inputs]`, and ups `[outputs, rank]` with their outputs; parts without rank have neither.
+    fn new(downs: &[&Tensor], ups: &[(usize, Option<&Tensor>)], scale: f32) -> candle_core::Result<Self> {
+        let scaled = |up: &Tensor| up * f64::from(scale);
+        let ups = ups.iter().map(|&(outputs, up)| Ok((outputs, up.map(scaled).transpose()?)));
+        let ups = ups.collect::<candle_core::Result<Vec<_>>>()?;
+        let ups: Vec<_> = ups.iter().map(|(outputs, up)| (*outputs, up.as_ref())).collect();
+        Ok(Self { down: Linear::stacked(downs)?, up: Linear::diagonal(&ups)? })
+    }
+}
+
+/// Adds to the rows of `y` at each depth what the adapter of that depth, if there is one, makes of those of `x`.
+fn add_adapted(adapters: &[Adapter], y: &Tensor, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<()> {
+    for (depth, range) in depths {
+        if let Some(Adapter { down, up }) = adapters.get(*depth) {
             let of_depth = |tensor: &Tensor| tensor.narrow(0, range.start, range.len());
             up.add_to(&of_depth(y)?, &down.forward(&of_depth(x)?)?)?;
         }
-        Ok(())
     }
+    Ok(())
 }
 
-/// Matrices along the diagonal, zero elsewhere.
-fn block_diagonal(blocks: &[&Tensor]) -> candle_core::Result<Tensor> {
-    let columns: usize = blocks.iter().map(|block| block.dims()[1]).sum();
-    let mut before = 0;
-    let mut rows = Vec::new();
-    for block in blocks {
-        let width = block.dims2()?.1;
-        rows.push(block.pad_with_zeros(1, before, columns - before - width)?);
-        before += width;
+/// Projections of the same input side by side, with biases and a low-rank difference by depth where the model has them.
+#[derive(Debug)]
+struct Projection {
+    weight: Linear,
+    /// `[sets, outputs]`, a set for all depths or one for each.
+    biases: Option<Tensor>,
+    /// By depth, or empty.
+    adapters: Vec<Adapter>,
+}
+
+impl Projection {
+    fn forward(&self, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<Tensor> {
+        let y = self.weight.forward(x)?;
+        self.add_differences(&y, x, depths)?;
+        Ok(y)
     }
-    Tensor::cat(&rows, 0)
+
+    /// Adds the projection of `x` to `y`, normed first if there is a norm.
+    fn add_to(&self, y: &Tensor, x: &Tensor, norm: Option<&Norm>, depths: &DepthRanges) -> candle_core::Result<()> {
+        match norm {
+            Some(norm) => norm.add_to(y, &self.forward(x, depths)?, depths),
+            None => {
+                self.weight.add_to(y, x)?;
+                self.add_differences(y, x, depths)
+            }
+        }
+    }
+
+    fn add_differences(&self, y: &Tensor, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<()> {
+        if let Some(biases) = &self.biases {
+            add_bias(y, biases, depths)?;
+        }
+        add_adapted(&self.adapters, y, x, depths)
+    }
 }
 
 /// Grouped-query attention with rotary embedding.
 #[derive(Debug)]
 struct Attention {
     qkv_proj: Projection,
+    head_norm: Option<HeadNorm>,
     o_proj: Projection,
+    post_norm: Option<Norm>,
     heads: Heads,
-    layer: usize,
 }
 
 impl Attention {
-    fn load(weights: &Weights, layer: usize) -> Result<Self, WeightsError> {
-        let config = weights.config();
+    fn load(loader: &Loader<'_>, kept: Kept) -> Result<Self, WeightsError> {
+        let config = loader.config();
+        let &ModelConfig { num_heads, num_kv_heads, head_dim, ref architecture, .. } = config;
+        let head_norm = match architecture.qk_norm {
+            false => None,
+            true => {
+                let names = ["self_attn.q_norm", "self_attn.k_norm"].map(|name| norm_tensors(config, name)).concat();
+                let (kind, eps) = (architecture.norm, architecture.norm_eps);
+                Some(HeadNorm::new(loader.vectors(&names)?, kind, eps, head_dim, num_heads, num_kv_heads))
+            }
+        };
+        let mut sights: Vec<Sight> = loader.places.iter().map(|&place| loader.sight(place)).collect();
+        if sights.iter().all(|sight| *sight == sights[0]) {
+            sights.truncate(1);
+        }
         Ok(Self {
-            qkv_proj: Projection::load(weights, layer, &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])?,
-            o_proj: Projection::load(weights, layer, &["self_attn.o_proj"])?,
-            heads: Heads { heads: config.num_heads, kv_heads: config.num_kv_heads, head_dim: config.head_dim },
-            layer,
+            qkv_proj: loader.projection(&[ProjectionKind::Q, ProjectionKind::K, ProjectionKind::V])?,
+            head_norm,
+            o_proj: loader.projection(&[ProjectionKind::O])?,
+            post_norm: match architecture.post_norms {
+                true => Some(loader.norm("post_attention_layernorm")?),
+                false => None,
+            },
+            heads: Heads {
+                heads: num_heads,
+                kv_heads: num_kv_heads,
+                head_dim,
+                scale: architecture.attention_scale(head_dim),
+                sights,
+                kept,
+            },
         })
+    }
+
+    fn queries_keys_values(&self, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<Tensor> {
+        let qkv = self.qkv_proj.forward(x, depths)?;
+        if let Some(norm) = &self.head_norm {
+            norm.apply(&qkv, depths)?;
+        }
+        Ok(qkv)
     }
 
     /// Adds the attention of `x` to `residual`.
@@ -145,62 +296,117 @@ impl Attention {
         cache: &KvCache,
         rows: &Rows<'_>,
     ) -> candle_core::Result<()> {
-        let qkv = self.qkv_proj.forward(x, rows)?;
-        let mixed = attend(&qkv, rotary, cache, self.layer, self.heads, &rows.rows)?;
-        self.o_proj.add_to(residual, &mixed, rows)
+        let qkv = self.queries_keys_values(x, &rows.depths)?;
+        let mixed = attend(&qkv, rotary, cache, &self.heads, &rows.rows)?;
+        self.o_proj.add_to(residual, &mixed, self.post_norm.as_ref(), &rows.depths)
     }
 }
 
-/// `down(silu(gate(x)) * up(x))` (arXiv 2002.05202).
+/// `down(activation(gate(x)) * up(x))` (arXiv 2002.05202), or without a gate `down(activation(up(x)))`.
 #[derive(Debug)]
 struct Mlp {
     gate_up_proj: Projection,
+    activation: Activation,
+    gated: bool,
     down_proj: Projection,
+    post_norm: Option<Norm>,
 }
 
 impl Mlp {
-    fn load(weights: &Weights, layer: usize) -> Result<Self, WeightsError> {
+    fn load(loader: &Loader<'_>) -> Result<Self, WeightsError> {
+        let architecture = &loader.config().architecture;
         Ok(Self {
-            gate_up_proj: Projection::load(weights, layer, &["mlp.gate_proj", "mlp.up_proj"])?,
-            down_proj: Projection::load(weights, layer, &["mlp.down_proj"])?,
+            gate_up_proj: match architecture.gated_mlp {
+                true => loader.projection(&[ProjectionKind::Gate, ProjectionKind::Up])?,
+                false => loader.projection(&[ProjectionKind::Up])?,
+            },
+            activation: architecture.activation,
+            gated: architecture.gated_mlp,
+            down_proj: loader.projection(&[ProjectionKind::Down])?,
+            post_norm: match architecture.post_norms {
+                true => Some(loader.norm("post_feedforward_layernorm")?),
+                false => None,
+            },
         })
     }
 
     /// Adds the MLP of `x` to `residual`.
-    fn add_to(&self, residual: &Tensor, x: &Tensor, rows: &Rows<'_>) -> candle_core::Result<()> {
-        let inner = swiglu(&self.gate_up_proj.forward(x, rows)?)?;
-        self.down_proj.add_to(residual, &inner, rows)
+    fn add_to(&self, residual: &Tensor, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<()> {
+        let inner = activate(&self.gate_up_proj.forward(x, depths)?, self.activation, self.gated)?;
+        self.down_proj.add_to(residual, &inner, self.post_norm.as_ref(), depths)
     }
 }
 
-/// A layer of the block: attention and MLP, each behind a norm and added to the residual stream.
+/// A layer: attention and MLP, each behind a norm and added to the residual stream.
 #[derive(Debug)]
 struct Layer {
-    input_norm: RmsNorm,
+    input_norm: Norm,
     attention: Attention,
-    post_attention_norm: RmsNorm,
+    mlp_norm: Norm,
     mlp: Mlp,
+    parallel: bool,
 }
 
 impl Layer {
-    fn load(weights: &Weights, layer: usize) -> Result<Self, WeightsError> {
+    fn load(loader: &Loader<'_>, kept: Kept) -> Result<Self, WeightsError> {
+        let architecture = &loader.config().architecture;
+        let mlp_norm = if architecture.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
         Ok(Self {
-            input_norm: load_norm(weights, &format!("block.layers.{layer}.input_layernorm.weight"))?,
-            attention: Attention::load(weights, layer)?,
-            post_attention_norm: load_norm(weights, &format!("block.layers.{layer}.post_attention_layernorm.weight"))?,
-            mlp: Mlp::load(weights, layer)?,
+            input_norm: loader.norm("input_layernorm")?,
+            attention: Attention::load(loader, kept)?,
+            mlp_norm: loader.norm(mlp_norm)?,
+            mlp: Mlp::load(loader)?,
+            parallel: architecture.parallel_residual,
         })
     }
 
     /// Runs the rows of the residual stream through the layer, in place.
     fn forward(&self, hidden: &Tensor, rotary: &Tensor, cache: &KvCache, rows: &Rows<'_>) -> candle_core::Result<()> {
-        self.attention.add_to(hidden, &self.input_norm.forward(hidden)?, rotary, cache, rows)?;
-        self.mlp.add_to(hidden, &self.post_attention_norm.forward(hidden)?, rows)
+        let normed = self.input_norm.forward(hidden, &rows.depths)?;
+        if self.parallel {
+            let mlp_normed = self.mlp_norm.forward(hidden, &rows.depths)?;
+            self.attention.add_to(hidden, &normed, rotary, cache, rows)?;
+            self.mlp.add_to(hidden, &mlp_normed, &rows.depths)
+        } else {
+            self.attention.add_to(hidden, &normed, rotary, cache, rows)?;
+            self.mlp.add_to(hidden, &self.mlp_norm.forward(hidden, &rows.depths)?, &rows.depths)
+        }
+    }
+
+    /// Stores the keys and values that [`forward`](Self::forward) would store, and does no more.
+    fn keep(&self, hidden: &Tensor, rotary: &Tensor, cache: &KvCache, rows: &Rows<'_>) -> candle_core::Result<()> {
+        let normed = self.input_norm.forward(hidden, &rows.depths)?;
+        let qkv = self.attention.queries_keys_values(&normed, &rows.depths)?;
+        keep(&qkv, rotary, cache, &self.attention.heads, &rows.rows)
     }
 }
 
-fn load_norm(weights: &Weights, name: &str) -> Result<RmsNorm, WeightsError> {
-    Ok(RmsNorm::new(weights.get(name)?.clone(), weights.config().architecture.norm_eps))
+/// The layers that each loop runs.
+#[derive(Debug)]
+enum Loops {
+    /// The same at every depth.
+    Shared(Vec<Layer>),
+    /// Of each depth its own.
+    Own(Vec<Vec<Layer>>),
+}
+
+impl Loops {
+    fn load(weights: &Weights, rotaries: &[Vec<f32>]) -> Result<Self, WeightsError> {
+        let &ModelConfig { num_loops, block_layers, sharing, .. } = weights.config();
+        let layers = |depths: Range<usize>| {
+            let layer = |layer| {
+                let places = depths.clone().map(|depth| Place::Block { depth, layer }).collect();
+                Layer::load(&Loader { weights, rotaries, places }, Kept::AtEachDepth(layer))
+            };
+            (0..block_layers).map(layer).collect::<Result<Vec<_>, _>>()
+        };
+        Ok(match sharing {
+            Sharing::Block | Sharing::Matrices => Self::Shared(layers(0..num_loops)?),
+            Sharing::Nothing => {
+                Self::Own((0..num_loops).map(|depth| layers(depth..depth + 1)).collect::<Result<_, _>>()?)
+            }
+        })
+    }
 }
 
 /// The whole model.
@@ -208,10 +414,16 @@ fn load_norm(weights: &Weights, name: &str) -> Result<RmsNorm, WeightsError> {
 pub struct Model {
     /// `[vocab, hidden]`
     embed_tokens: Tensor,
-    block: Vec<Layer>,
-    norm: RmsNorm,
+    prelude: Vec<Layer>,
+    loops: Loops,
+    coda: Vec<Layer>,
+    norm: Norm,
     lm_head: Linear,
-    /// `[max_positions, head_dim]`
+    /// What each depth but the last adds to the head; empty if nothing.
+    head_adapters: Vec<Adapter>,
+    /// The gate of each depth but the last, `[num_loops - 1, hidden + 1]`, its bias last.
+    gates: Option<Tensor>,
+    /// [`rotary::tables`]
     rotary: Tensor,
     config: ModelConfig,
     fingerprint: String,
@@ -226,46 +438,121 @@ impl Model {
     pub fn load(weights: &Weights) -> Result<Self, WeightsError> {
         let config = weights.config().clone();
         let head = if config.tie_embeddings { "embed_tokens.weight" } else { "lm_head.weight" };
-        let in_tensor = |name: &str| {
-            let name = name.to_owned();
-            move |source| WeightsError::Tensor { name, source }
-        };
-        let table = rotary_table(config.max_positions, config.head_dim, config.architecture.rope_theta);
-        let rotary = Tensor::from_vec(table, (config.max_positions, config.head_dim), &Device::Cpu);
+        let mut rotaries = Vec::new();
+        for frequencies in config.places().map(|place| config.rotary_frequencies(place)) {
+            if !rotaries.contains(&frequencies) {
+                rotaries.push(frequencies);
+            }
+        }
+        let layer = |place, kept| Layer::load(&Loader { weights, rotaries: &rotaries, places: vec![place] }, kept);
+        let coda_layer = |index| layer(Place::Coda(index), Kept::AtEachDepth(config.block_layers + index));
+        let norm = norm_tensors(&config, "norm");
+        let norm = norm.iter().map(|name| weights.get(name)).collect::<Result<Vec<_>, _>>()?;
+        let norm = Tensor::cat(&norm, 0).and_then(|vectors| vectors.unsqueeze(0)).map_err(in_tensor("norm"))?;
         Ok(Self {
             embed_tokens: weights.get("embed_tokens.weight")?.clone(),
-            block: (0..config.block_layers).map(|layer| Layer::load(weights, layer)).collect::<Result<_, _>>()?,
-            norm: load_norm(weights, "norm.weight")?,
+            prelude: (0..config.prelude_layers)
+                .map(|index| layer(Place::Prelude(index), Kept::Once(index)))
+                .collect::<Result<_, _>>()?,
+            loops: Loops::load(weights, &rotaries)?,
+            coda: (0..config.coda_layers).map(coda_layer).collect::<Result<_, _>>()?,
+            norm: new_norm(&config, norm),
             lm_head: Linear::new(weights.get(head)?).map_err(in_tensor(head))?,
-            rotary: rotary.map_err(in_tensor("rotary table"))?,
+            head_adapters: head_adapters(weights)?,
+            gates: gates(weights)?,
+            rotary: rotary::tables(&rotaries, config.max_positions).map_err(in_tensor("rotary tables"))?,
             fingerprint: weights.fingerprint()?,
             weight_bytes: (weights.num_parameters() * size_of::<f32>()) as u64,
             config,
         })
     }
 
-    /// The rows `[sources, hidden]` that enter the block: embeddings of tokens (`First`) and rows in flight (`Second`).
+    /// The residual stream `[sources, hidden]` of rows that enter the block: rows in flight (`Second`) as they are, and
+    /// embeddings of tokens (`First`), which have run the prelude. Row `i` comes from source `i`; the rows at depth 0
+    /// are those that are embedded.
     ///
     /// # Errors
-    /// If a token is not in the vocabulary or a row does not exist.
-    pub fn embed(&self, in_flight: &Tensor, sources: &[Source]) -> candle_core::Result<Tensor> {
-        gather(&self.embed_tokens, in_flight, sources)
+    /// If a token is not in the vocabulary, a row in flight does not exist, or a position is beyond `max_positions` or
+    /// its blocks.
+    pub fn embed(
+        &self,
+        in_flight: &Tensor,
+        sources: &[Source],
+        rows: &Rows<'_>,
+        cache: &KvCache,
+    ) -> candle_core::Result<Tensor> {
+        let hidden = gather(&self.embed_tokens, in_flight, sources)?;
+        let embedded = rows.range(0..1);
+        let factor = self.config.architecture.embedding_scale;
+        if !embedded.is_empty() && (factor != 1.0 || !self.prelude.is_empty()) {
+            let (entering, rows) = (hidden.narrow(0, 0, embedded.len())?, rows.part(embedded));
+            scale(&entering, factor)?;
+            self.prelude.iter().try_for_each(|layer| layer.forward(&entering, &self.rotary, cache, &rows))?;
+        }
+        Ok(hidden)
     }
 
-    /// Runs `hidden` `[rows, hidden]` once through the shared block, in place, each row at its own depth.
+    /// Runs `hidden` `[rows, hidden]` once through the block, in place, each row at its own depth.
     ///
     /// # Errors
     /// If a row's position is beyond `max_positions` or its blocks.
     pub fn forward_block(&self, hidden: &Tensor, rows: &Rows<'_>, cache: &KvCache) -> candle_core::Result<()> {
-        self.block.iter().try_for_each(|layer| layer.forward(hidden, &self.rotary, cache, rows))
+        let run = |layers: &[Layer], hidden: &Tensor, rows: &Rows<'_>| {
+            layers.iter().try_for_each(|layer| layer.forward(hidden, &self.rotary, cache, rows))
+        };
+        match &self.loops {
+            Loops::Shared(layers) => run(layers, hidden, rows),
+            Loops::Own(loops) => rows.depths.iter().try_for_each(|(depth, range)| {
+                run(&loops[*depth], &hidden.narrow(0, range.start, range.len())?, &rows.part(range.clone()))
+            }),
+        }
     }
 
-    /// The exit head's scores `[rows, vocab]` of `hidden` `[rows, hidden]`, at any depth.
+    /// Runs rows that come out of the block, `hidden` `[rows, hidden]`, through the coda as far as later rows need it:
+    /// to the last layer's keys and values. What it gives, of the same shape, [`logits`](Self::logits) takes; without a
+    /// coda that is `hidden`.
+    ///
+    /// A depth's rows see keys and values of that depth, as in the block: so what the head says of a row at a depth
+    /// does not depend on how far rows before it have come.
+    ///
+    /// # Errors
+    /// As for [`forward_block`](Self::forward_block).
+    pub fn forward_coda(&self, hidden: &Tensor, rows: &Rows<'_>, cache: &KvCache) -> candle_core::Result<Tensor> {
+        let Some((last, before)) = self.coda.split_last() else { return Ok(hidden.clone()) };
+        let hidden = hidden.copy()?;
+        before.iter().try_for_each(|layer| layer.forward(&hidden, &self.rotary, cache, rows))?;
+        last.keep(&hidden, &self.rotary, cache, rows)?;
+        Ok(hidden)
+    }
+
+    /// The exit head's scores `[rows, vocab]` of some of the rows that [`forward_coda`](Self::forward_coda) gave,
+    /// `hidden` `[rows, hidden]`.
     ///
     /// # Errors
     /// If `hidden` is of another shape.
-    pub fn logits(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
-        self.lm_head.forward(&self.norm.forward(hidden)?)
+    pub fn logits(&self, hidden: &Tensor, rows: &Rows<'_>, cache: &KvCache) -> candle_core::Result<Tensor> {
+        let finished = match self.coda.last() {
+            None => hidden.clone(),
+            Some(last) => {
+                let hidden = hidden.copy()?;
+                last.forward(&hidden, &self.rotary, cache, rows)?;
+                hidden
+            }
+        };
+        let normed = self.norm.forward(&finished, &rows.depths)?;
+        let logits = self.lm_head.forward(&normed)?;
+        add_adapted(&self.head_adapters, &logits, &normed, &rows.depths)?;
+        Ok(logits)
+    }
+
+    /// The gates' scores `[rows]`, each from 0 to 1, of rows that come out of the block, `hidden` `[rows, hidden]`, at
+    /// depths above the last.
+    ///
+    /// # Errors
+    /// If the model has no gates, `hidden` is of another shape, or a row is at the last depth.
+    pub fn gate_scores(&self, hidden: &Tensor, rows: &Rows<'_>) -> candle_core::Result<Tensor> {
+        let Some(gates) = &self.gates else { bail!("the model has no gates") };
+        probe_rows(&self.norm.forward(hidden, &rows.depths)?, gates, &rows.depths)
     }
 
     /// The sizes.
@@ -282,4 +569,27 @@ impl Model {
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
     }
+}
+
+fn head_adapters(weights: &Weights) -> Result<Vec<Adapter>, WeightsError> {
+    let &ModelConfig { head_lora_rank, num_loops, vocab_size, .. } = weights.config();
+    let depths = if head_lora_rank == 0 { 0..0 } else { 0..num_loops - 1 };
+    let adapter = |depth| {
+        let [down, up] = ["a", "b"].map(|side| weights.get(&format!("head_lora.{depth}.{side}")));
+        Adapter::new(&[down?], &[(vocab_size, Some(up?))], 1.0).map_err(in_tensor("head_lora"))
+    };
+    depths.map(adapter).collect()
+}
+
+fn gates(weights: &Weights) -> Result<Option<Tensor>, WeightsError> {
+    let &ModelConfig { gate, num_loops, .. } = weights.config();
+    if !gate || num_loops == 1 {
+        return Ok(None);
+    }
+    let gate = |depth| {
+        let [weight, bias] = ["weight", "bias"].map(|part| weights.get(&format!("gate.{depth}.{part}")));
+        Tensor::cat(&[weight?, bias?], 0).map_err(in_tensor("gate"))
+    };
+    let gates = (0..num_loops - 1).map(gate).collect::<Result<Vec<_>, _>>()?;
+    Tensor::stack(&gates, 0).map(Some).map_err(in_tensor("gate"))
 }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use scheduler::blocks::BlockId;
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, ScheduleError, ServeError, Server, Settings, serve};
-use traces::{ExitTrace, ExitTraceMeta, Request};
+use scheduler::{Batching, ExitPolicy, KvFill, Look, Observer, ScheduleError, ServeError, Server, Settings, serve};
+use traces::{ExitTrace, ExitTraceMeta, Measure, Request};
 
 use crate::cache::{KvCache, TILE};
 use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineError, EngineExecutor, ExitDepths, Generation, Sampling, in_pool};
-use crate::kernels::rows::{Source, gather};
+use crate::kernels::rows::Source;
 use crate::kernels::signals::read;
 use crate::model::{Model, Rows};
 use crate::prompts::Prompts;
@@ -40,6 +40,9 @@ pub enum ReplayError {
     /// A KV fill that only the simulator knows.
     #[error("the engine does not run KV fill `{0}`: expected {expected}", expected = KvFill::Reuse)]
     KvFill(KvFill),
+    /// An exit policy that reads what the model does not have.
+    #[error("exit policy {0}: the model has no gates, expected another measure")]
+    NoGates(ExitPolicy),
 }
 
 impl From<ServeError<EngineError>> for ReplayError {
@@ -75,7 +78,8 @@ impl Engine {
     /// If the cache cannot be made.
     pub fn executor(&self, settings: &Settings) -> Result<EngineExecutor, EngineError> {
         let (model, prompts) = (self.model.clone(), self.prompts.clone());
-        EngineExecutor::new(model, prompts, self.sampling, settings.num_blocks, settings.block_tokens)
+        let executor = EngineExecutor::new(model, prompts, self.sampling, settings.num_blocks, settings.block_tokens)?;
+        Ok(executor.leaving_by(settings.exit))
     }
 
     /// Serves `requests`, in the order of their arrival, on the wall clock. `oracle` is needed by the exit policy of
@@ -107,6 +111,9 @@ impl Engine {
         let model = self.model.config().num_loops;
         if usize::from(settings.num_loops) != model {
             return Err(ReplayError::NumLoops { settings: settings.num_loops, model });
+        }
+        if settings.exit.look() == Look::Measure(Measure::Gate) && !self.model.config().gate {
+            return Err(ReplayError::NoGates(settings.exit));
         }
         match settings.kv_fill {
             KvFill::Reuse => Ok(()),
@@ -158,6 +165,7 @@ impl Engine {
             num_loops: u32::from(settings.num_loops),
             source: source.to_owned(),
         });
+        trace.has_gates = self.model.config().gate;
         for request in requests {
             trace.push_generation(&generations[&request.id].recorded);
         }
@@ -203,16 +211,22 @@ impl Engine {
         for (index, chunk) in inputs.chunks(UNTIMED_ROWS).enumerate() {
             let start = index * UNTIMED_ROWS;
             let sources: Vec<Source> = chunk.iter().map(|&token| Source::First(token)).collect();
-            let hidden = self.model.embed(&nothing, &sources)?;
-            for depth in 0..config.num_loops {
+            let rows = |depth| {
                 let mut rows = Rows::default();
                 (start..start + chunk.len()).for_each(|position| rows.push(position, depth, depth..depth + 1, &blocks));
-                self.model.forward_block(&hidden, &rows, &cache)?;
+                rows
+            };
+            let hidden = self.model.embed(&nothing, &sources, &rows(0), &cache)?;
+            for depth in 0..config.num_loops {
+                self.model.forward_block(&hidden, &rows(depth), &cache)?;
             }
+            let rows = rows(config.num_loops - 1);
+            let exits = self.model.forward_coda(&hidden, &rows, &cache)?;
             let first = (generation.prompt.len() - 1).clamp(start, start + chunk.len());
-            let yielding: Vec<Source> = (first - start..chunk.len()).map(|row| Source::First(row as u32)).collect();
+            let yielding = first - start..chunk.len();
             if !yielding.is_empty() {
-                let logits = self.model.logits(&gather(&hidden, &hidden, &yielding)?)?;
+                let exits = exits.narrow(0, yielding.start, yielding.len())?;
+                let logits = self.model.logits(&exits, &rows.part(yielding), &cache)?;
                 let token = |position| position + 1 - generation.prompt.len();
                 let keys: Vec<u64> =
                     (first..start + chunk.len()).map(|position| self.sampling.key(request, token(position))).collect();

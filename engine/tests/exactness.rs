@@ -6,9 +6,9 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use common::{configs, grouped, weights};
+use common::{configs, grouped, weights, with_everything};
 use engine::config::ModelConfig;
-use engine::executor::{EngineExecutor, ExitDepths, Generation, Sampling};
+use engine::executor::{EngineExecutor, Generation, Sampling};
 use engine::model::Model;
 use engine::prompts::Prompts;
 use proptest::prelude::*;
@@ -40,28 +40,25 @@ impl Setup {
         }
     }
 
-    /// Serves requests and returns what each generated, with signals, and how often one was preempted.
+    fn executor(&self, settings: &Settings) -> EngineExecutor {
+        let (blocks, block_tokens) = (settings.num_blocks, settings.block_tokens);
+        EngineExecutor::new(self.model.clone(), self.prompts.clone(), self.sampling, blocks, block_tokens).unwrap()
+    }
+
+    /// Serves requests and returns what each generated, and how often one was preempted.
     fn run(
         &self,
         settings: Settings,
         requests: &[Request],
-        exits: Option<&Arc<ExitDepths>>,
+        executor: EngineExecutor,
     ) -> (HashMap<u32, Generation>, u32) {
-        let (blocks, block_tokens) = (settings.num_blocks, settings.block_tokens);
-        let mut executor =
-            EngineExecutor::new(self.model.clone(), self.prompts.clone(), self.sampling, blocks, block_tokens)
-                .unwrap()
-                .recording();
-        if let Some(exits) = exits {
-            executor = executor.with_oracle(exits.clone());
-        }
         let mut server = Server::new(settings, executor).unwrap();
         let mut preemptions = Preemptions::default();
         serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut preemptions).unwrap();
         (server.into_executor().into_generations(), preemptions.0)
     }
 
-    /// Serves one request on a machine of its own that lets its tokens leave at given depths.
+    /// Serves one request on a machine of its own that lets its tokens leave at given depths, with signals.
     fn run_alone(&self, request: Request, exits: Vec<u8>) -> Generation {
         let exits = Arc::new(HashMap::from([(request.id, exits)]));
         let settings = Settings {
@@ -77,7 +74,8 @@ impl Setup {
             prefix_caching: false,
             async_scheduling: false,
         };
-        self.run(settings, &[request], Some(&exits)).0.remove(&request.id).unwrap()
+        let executor = self.executor(&settings).recording().with_oracle(exits);
+        self.run(settings, &[request], executor).0.remove(&request.id).unwrap()
     }
 }
 
@@ -104,6 +102,7 @@ fn exits() -> impl Strategy<Value = ExitPolicy> {
         (0.05_f32..0.5).prop_map(move |threshold| confidence(Measure::Margin, threshold)),
         (0.5_f32..3.5).prop_map(move |threshold| confidence(Measure::Entropy, threshold)),
         (0.5_f32..0.999).prop_map(move |threshold| confidence(Measure::Similarity, threshold)),
+        (0.2_f32..0.8).prop_map(move |threshold| confidence(Measure::Gate, threshold)),
     ]
 }
 
@@ -126,6 +125,8 @@ proptest! {
         max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)],
     ) {
+        let reads_gates = matches!(exit, ExitPolicy::Confidence { measure: Measure::Gate, .. });
+        let config = ModelConfig { gate: config.gate || reads_gates, ..config };
         let setup = Setup::new(&config, seed, temperature);
         let settings = Settings {
             batching, exit, kv_fill: KvFill::Reuse, max_batch, prefill_chunk, num_blocks, prefix_caching: false, async_scheduling: false,
@@ -133,16 +134,23 @@ proptest! {
             token_budget: max_batch + spare_budget,
             block_tokens: 16,
         };
-        let (generations, _) = setup.run(settings, &requests, None);
+        let (generations, _) = setup.run(settings, &requests, setup.executor(&settings).recording());
         assert_all_as_alone(&setup, &requests, &generations);
+        // What is not recorded need not be computed, and changes no token.
+        let (unrecorded, _) = setup.run(settings, &requests, setup.executor(&settings).leaving_by(exit));
+        for (request, Generation { tokens, exit_depths, .. }) in &unrecorded {
+            let recorded = &generations[request];
+            assert_eq!((tokens, exit_depths), (&recorded.tokens, &recorded.exit_depths), "request {request}");
+        }
     }
 }
 
 #[test]
 fn preempted_requests_generate_what_they_generate_alone() {
-    let config = grouped();
-    for seed in 0..4 {
-        let setup = Setup::new(&config, seed, 1.5);
+    for (config, seed) in
+        [grouped(), with_everything()].iter().flat_map(|config| (0..4).map(move |seed| (config, seed)))
+    {
+        let setup = Setup::new(config, seed, 1.5);
         let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
         let requests: Vec<Request> = (0..5).map(request).collect();
         let settings = Settings {
@@ -158,7 +166,7 @@ fn preempted_requests_generate_what_they_generate_alone() {
             prefix_caching: false,
             async_scheduling: false,
         };
-        let (generations, preemptions) = setup.run(settings, &requests, None);
+        let (generations, preemptions) = setup.run(settings, &requests, setup.executor(&settings).recording());
         assert!(preemptions > 3, "{preemptions}");
         let exits: Vec<u8> = generations.values().flat_map(|generation| generation.exit_depths.clone()).collect();
         assert!((0..3).all(|depth| exits.contains(&depth)), "tokens leave at every depth: {exits:?}");

@@ -20,14 +20,18 @@ fn chunked_logits(model: &Model, tokens: &[u32], chunk: usize) -> Vec<Vec<Vec<f3
     let mut logits = vec![Vec::new(); config.num_loops];
     for (index, part) in tokens.chunks(chunk).enumerate() {
         let sources: Vec<Source> = part.iter().map(|&token| Source::First(token)).collect();
-        let hidden = model.embed(&nothing, &sources).unwrap();
-        for (depth, logits) in logits.iter_mut().enumerate() {
+        let rows = |depth| {
             let mut rows = Rows::default();
-            for offset in 0..part.len() {
-                rows.push(index * chunk + offset, depth, depth..depth + 1, &blocks);
-            }
+            let positions = index * chunk..index * chunk + part.len();
+            positions.for_each(|position| rows.push(position, depth, depth..depth + 1, &blocks));
+            rows
+        };
+        let hidden = model.embed(&nothing, &sources, &rows(0), &cache).unwrap();
+        for (depth, logits) in logits.iter_mut().enumerate() {
+            let rows = rows(depth);
             model.forward_block(&hidden, &rows, &cache).unwrap();
-            logits.extend(model.logits(&hidden).unwrap().to_vec2::<f32>().unwrap());
+            let exits = model.forward_coda(&hidden, &rows, &cache).unwrap();
+            logits.extend(model.logits(&exits, &rows, &cache).unwrap().to_vec2::<f32>().unwrap());
         }
     }
     logits

@@ -5,8 +5,9 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use common::{grouped, weights};
+use common::{grouped, weights, with_everything};
 use engine::clock::Idle;
+use engine::config::ModelConfig;
 use engine::executor::Sampling;
 use engine::model::Model;
 use engine::prompts::Prompts;
@@ -14,9 +15,9 @@ use engine::replay::{Engine, oracle_depths};
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use traces::{Nanos, Request};
 
-fn engine(temperature: f32) -> Engine {
+fn engine(config: &ModelConfig, temperature: f32) -> Engine {
     Engine {
-        model: Arc::new(Model::load(&weights(&grouped(), 5)).unwrap()),
+        model: Arc::new(Model::load(&weights(config, 5)).unwrap()),
         prompts: Arc::new(Prompts::Text((0..300).map(|i| i * i * 7 % 40).collect())),
         sampling: Sampling { temperature, seed: 1 },
     }
@@ -46,8 +47,8 @@ fn settings(exit: ExitPolicy) -> Settings {
 
 #[test]
 fn full_depth_agrees_with_itself_and_early_exit_less() {
-    for temperature in [0.0, 1.0] {
-        let engine = engine(temperature);
+    for (config, temperature) in [(grouped(), 0.0), (grouped(), 1.0), (with_everything(), 0.0)] {
+        let engine = engine(&config, temperature);
         let full = engine.replay(settings(ExitPolicy::None), &requests(), None, Idle::Skip, &mut ()).unwrap();
         assert_eq!(engine.agreement(&full).unwrap(), 1.0);
         let early = engine.replay(settings(ExitPolicy::Static(0)), &requests(), None, Idle::Skip, &mut ()).unwrap();
@@ -59,7 +60,7 @@ fn full_depth_agrees_with_itself_and_early_exit_less() {
 
 #[test]
 fn a_recording_holds_what_a_replay_at_full_depth_generates() {
-    let engine = engine(1.0);
+    let engine = engine(&grouped(), 1.0);
     let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
     let full = engine.replay(settings(ExitPolicy::None), &requests(), None, Idle::Skip, &mut ()).unwrap();
     assert_eq!((trace.num_generations(), trace.meta.fingerprint.as_str()), (6, engine.model.fingerprint()));
@@ -79,8 +80,27 @@ fn a_recording_holds_what_a_replay_at_full_depth_generates() {
 }
 
 #[test]
+fn gates_are_recorded_and_let_tokens_leave() {
+    let engine = engine(&with_everything(), 1.0);
+    let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
+    assert!(trace.has_gates);
+    let by_gate = settings("gate:0.5".parse().unwrap());
+    let replayed = engine.replay(by_gate, &requests(), None, Idle::Skip, &mut ()).unwrap();
+    let mut exits = Vec::new();
+    for (index, request) in requests().iter().enumerate() {
+        // Only the first token of a request has seen nothing but what the recording saw.
+        let gates = [0, 1, 2].map(|depth| trace.signals_at(trace.generation(index).start, depth).gate);
+        assert!(gates[2] == 1.0 && gates[..2].iter().all(|gate| (0.0..1.0).contains(gate)), "{gates:?}");
+        let exit = gates.iter().position(|&gate| gate >= 0.5).unwrap();
+        assert_eq!(usize::from(replayed[&request.id].exit_depths[0]), exit);
+        exits.push(exit);
+    }
+    assert!(exits.iter().any(|&exit| exit == 0) && exits.iter().any(|&exit| exit > 0), "{exits:?}");
+}
+
+#[test]
 fn the_oracle_leaves_where_the_recording_says() {
-    let engine = engine(1.0);
+    let engine = engine(&grouped(), 1.0);
     let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
     let depths = Arc::new(oracle_depths(&trace, &requests()));
     let oracle = ExitPolicy::Oracle { charged: false };
@@ -94,7 +114,7 @@ fn the_oracle_leaves_where_the_recording_says() {
 
 #[test]
 fn what_cannot_run_is_refused_before_the_run() {
-    let engine = engine(0.0);
+    let engine = engine(&grouped(), 0.0);
     let refuse = |settings: Settings, prompt_tokens| {
         let request = Request { id: 7, arrival: Nanos::ZERO, prompt_tokens, output_tokens: 9 };
         engine.replay(settings, &[requests()[0], request], None, Idle::Skip, &mut ()).unwrap_err().to_string()
@@ -106,6 +126,7 @@ fn what_cannot_run_is_refused_before_the_run() {
         (refuse(Settings { num_loops: 4, ..none }, 5), "4 loops, this one has 3"),
         (refuse(Settings { kv_fill: KvFill::Backfill, ..none }, 5), "does not run KV fill `backfill`: expected reuse"),
         (refuse(Settings { block_tokens: 10, ..none }, 5), "a KV block of 10 tokens"),
+        (refuse(settings("gate:0.5".parse().unwrap()), 5), "confidence:gate:0.5: the model has no gates"),
     ];
     for (message, expected) in cases {
         assert!(message.contains(expected), "{message}");

@@ -154,7 +154,7 @@ impl FromStr for ExitPolicy {
     type Err = PolicyError;
 
     /// Reads `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:THRESHOLD` (of the top-1
-    /// probability) or `confidence:MEASURE:THRESHOLD`.
+    /// probability), `confidence:MEASURE:THRESHOLD` or, the same for short, `MEASURE:THRESHOLD`.
     fn from_str(text: &str) -> Result<Self, PolicyError> {
         let unknown = || PolicyError::Exit(text.to_owned());
         let threshold = |number: &str| match number.parse::<f32>() {
@@ -172,6 +172,10 @@ impl FromStr for ExitPolicy {
                 measure: measure.parse().map_err(PolicyError::Measure)?,
                 threshold: threshold(number)?,
             }),
+            [measure, number] => {
+                let measure = measure.parse().map_err(|_| unknown())?;
+                Ok(Self::Confidence { measure, threshold: threshold(number)? })
+            }
             _ => Err(unknown()),
         }
     }
@@ -240,7 +244,7 @@ pub enum PolicyError {
     /// Not an exit policy.
     #[error(
         "unknown exit policy `{0}`: expected none, static:DEPTH, oracle, oracle:charged, \
-         confidence:THRESHOLD or confidence:MEASURE:THRESHOLD"
+         confidence:THRESHOLD, confidence:MEASURE:THRESHOLD or MEASURE:THRESHOLD"
     )]
     Exit(String),
     /// Not a measure.
@@ -279,6 +283,7 @@ mod tests {
             assert_eq!(text.parse::<ExitPolicy>().unwrap().to_string(), text);
         }
         assert_eq!("confidence:0.9".parse::<ExitPolicy>().unwrap().to_string(), "confidence:top1:0.9");
+        assert_eq!("gate:0.9".parse::<ExitPolicy>().unwrap().to_string(), "confidence:gate:0.9");
         for batching in Batching::ALL {
             assert_eq!(batching.name().parse(), Ok(batching));
         }
@@ -289,13 +294,21 @@ mod tests {
 
     #[test]
     fn unreadable_policies_say_what_was_expected() {
-        for text in ["", "oracel", "confidence", "confidence:NaN", "confidence:inf", "confidence:top2:0.9", "static:-1"]
-        {
+        let unreadable =
+            ["", "oracel", "oracel:1", "confidence", "confidence:NaN", "gate:inf", "confidence:top2:0.9", "static:-1"];
+        for text in unreadable {
             let error = text.parse::<ExitPolicy>().unwrap_err().to_string();
             assert!(error.contains("expected") || error.contains("finite"), "{error}");
         }
         assert!("depthwise".parse::<Batching>().unwrap_err().to_string().contains("vanilla, sequence or depth"));
         assert!("copy".parse::<KvFill>().unwrap_err().to_string().contains("reuse, first, skip or backfill"));
+    }
+
+    #[test]
+    fn only_what_reads_the_vocabulary_needs_the_head_to_look() {
+        let needs_head = |text: &str| text.parse::<ExitPolicy>().unwrap().look_needs_head();
+        assert!(["top1:0.9", "margin:0.9", "entropy:0.9", "oracle:charged"].into_iter().all(needs_head));
+        assert!(!["none", "static:0", "oracle", "similarity:0.9", "gate:0.9"].into_iter().any(needs_head));
     }
 
     #[test]

@@ -55,6 +55,7 @@ pub struct ExitModel {
     num_loops: u8,
     fingerprint: String,
     draw: Draw,
+    has_gates: bool,
     /// Generation `g` is tokens `starts[g]..starts[g + 1]`.
     starts: Arc<[u32]>,
     /// A bit for each token and depth: whether its token is that of the last depth.
@@ -83,6 +84,7 @@ impl ExitModel {
             num_loops: trace.meta.num_loops as u8,
             fingerprint: trace.meta.fingerprint.clone(),
             draw,
+            has_gates: trace.has_gates,
             starts: trace.starts.as_slice().into(),
             agreement: bits(rows().map(|(token, depth)| trace.agrees(token, depth))).into(),
             signals: Measure::ALL.map(|measure| trace.signals.iter().map(|signals| signals.get(measure)).collect()),
@@ -119,6 +121,11 @@ impl ExitModel {
     /// Fingerprint of the model that was recorded.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// Whether the trace holds what a look asks for.
+    pub fn answers(&self, look: Look) -> bool {
+        look != Look::Measure(Measure::Gate) || self.has_gates
     }
 
     /// Where a request's token number `generated` lies.

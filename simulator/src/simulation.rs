@@ -37,6 +37,9 @@ pub enum SimulationError {
         /// Of the exit trace.
         exits: u8,
     },
+    /// An exit policy that asks for what was not recorded.
+    #[error("exit policy {0}: the exit trace has no column `gate`, expected one of a model with gates")]
+    NoGates(String),
     /// No machine to run on.
     #[error("no replicas: expected at least 1")]
     NoReplicas,
@@ -89,7 +92,8 @@ impl<'m> Simulation<'m> {
     /// A system of machines that each run under `settings`, with requests routed round-robin.
     ///
     /// # Errors
-    /// If the profile and the exit trace are of different models, or the settings of yet another.
+    /// If the profile and the exit trace are of different models, the settings are of yet another, or the exit policy
+    /// reads gates and the trace has none.
     pub fn new(settings: Settings, latency: &'m LatencyModel, exits: &'m ExitModel) -> Result<Self, SimulationError> {
         let (profile, recorded) = (latency.fingerprint(), exits.fingerprint());
         if profile != LatencyProfile::ANY_MODEL && profile != recorded {
@@ -101,6 +105,9 @@ impl<'m> Simulation<'m> {
                 profile: latency.num_loops(),
                 exits: exits.num_loops(),
             });
+        }
+        if !exits.answers(settings.exit.look()) {
+            return Err(SimulationError::NoGates(settings.exit.to_string()));
         }
         Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None, prefixes: None })
     }

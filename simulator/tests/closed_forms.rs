@@ -54,6 +54,22 @@ fn full_depth_wise_batch_yields_batch_over_mean_depth_times_pass_time() {
 }
 
 #[test]
+fn only_looks_that_read_the_vocabulary_pay_for_the_head() {
+    use Component::{Block, Head};
+    let (block_us, head_us, tokens) = (100.0, 7.0, 20);
+    let latency = LatencyModel::new(&profile(3, &[(Block, 1, 0, 1, block_us), (Head, 1, 0, 1, head_us)])).unwrap();
+    let exits = ExitModel::new(&exit_trace(3, &[vec![2; tokens as usize]]), Draw::Recorded).unwrap();
+    // Every token is looked at twice before it leaves at the last depth.
+    for (exit, heads) in
+        [("none", 1.0), ("top1:0.5", 3.0), ("margin:0.5", 3.0), ("similarity:0.5", 1.0), ("gate:0.5", 1.0)]
+    {
+        let summary = simulate(settings(Batching::Sequence, exit, 3, 1), &latency, &exits, queued(1, 1, tokens));
+        let expected_us = f64::from(tokens) * (3.0 * block_us + heads * head_us);
+        assert_close(summary.e2e_mean_ms * 1e3, expected_us, 1e-9);
+    }
+}
+
+#[test]
 fn full_lockstep_batch_yields_batch_over_the_passes_of_its_deepest_row() {
     let probabilities = [0.7, 0.2, 0.1];
     let (batch, tokens) = (8u32, 100);

@@ -236,6 +236,14 @@ fn what_does_not_fit_together_is_refused() {
     let error = Simulation::new(fit, &latency, &other_loops).unwrap_err();
     assert_eq!(error, SimulationError::Loops { settings: 3, profile: 3, exits: 2 });
 
+    let mut without_gates = exit_trace(3, &[vec![0]]);
+    without_gates.has_gates = false;
+    let without_gates = ExitModel::new(&without_gates, Draw::Recorded).unwrap();
+    let by_gate = settings(Batching::Depth, "gate:0.5", 3, 4);
+    assert!(Simulation::new(by_gate, &latency, &exits).is_ok());
+    let error = Simulation::new(by_gate, &latency, &without_gates).unwrap_err().to_string();
+    assert!(error.contains("exit policy confidence:gate:0.5: the exit trace has no column `gate`"), "{error}");
+
     let mut profile = common::profile(3, &[(traces::Component::Block, 1, 0, 1, 1.0)]);
     profile.meta.fingerprint = "another".into();
     let another = LatencyModel::new(&profile).unwrap();

@@ -165,7 +165,7 @@ fn exit_trace(kind: Kind, share: Share, source: String) -> ExitTrace {
     let model = format!("Gemma 2B, {name}, as in the paper");
     let mut trace = ExitTrace::new(ExitTraceMeta { schema_version, model, fingerprint, num_loops, source });
     // Nothing is known of the signals: these are of a model that is never sure (the entropy of 256,000 equals).
-    let unsure = Signals { top1: 0.0, margin: 0.0, entropy: 12.45, similarity: 0.0 };
+    let unsure = Signals { entropy: 12.45, ..Signals::default() };
     for generation in 0..share.period {
         let rows = (generation..generation + 4 * share.period).flat_map(|token| {
             (1..=num_loops).map(move |pass| {

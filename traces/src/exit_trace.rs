@@ -23,11 +23,13 @@ pub enum Measure {
     Entropy,
     /// Cosine of the hidden states after this and the previous depth; undefined (0) at depth 0. No head needed.
     Similarity,
+    /// A learned gate's probability that the token is that of the last depth, 0 to 1. No head needed.
+    Gate,
 }
 
 impl Measure {
     /// Every measure, in the order of the columns of an exit trace.
-    pub const ALL: [Self; 4] = [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity];
+    pub const ALL: [Self; 5] = [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity, Self::Gate];
 
     /// The name in files and on the command line.
     pub fn name(self) -> &'static str {
@@ -36,12 +38,13 @@ impl Measure {
             Self::Margin => "margin",
             Self::Entropy => "entropy",
             Self::Similarity => "similarity",
+            Self::Gate => "gate",
         }
     }
 
     /// Whether reading it costs a product with the whole vocabulary.
     pub fn needs_head(self) -> bool {
-        !matches!(self, Self::Similarity)
+        !matches!(self, Self::Similarity | Self::Gate)
     }
 
     /// Whether a row with this value is sure enough to leave.
@@ -65,7 +68,7 @@ impl FromStr for Measure {
         Self::ALL
             .into_iter()
             .find(|measure| measure.name() == name)
-            .ok_or_else(|| format!("unknown exit measure `{name}`: expected top1, margin, entropy or similarity"))
+            .ok_or_else(|| format!("unknown exit measure `{name}`: expected top1, margin, entropy, similarity or gate"))
     }
 }
 
@@ -80,6 +83,8 @@ pub struct Signals {
     pub entropy: f32,
     /// See [`Measure::Similarity`].
     pub similarity: f32,
+    /// See [`Measure::Gate`]; 0 if the model has no gates.
+    pub gate: f32,
 }
 
 impl Signals {
@@ -90,6 +95,7 @@ impl Signals {
             Measure::Margin => self.margin,
             Measure::Entropy => self.entropy,
             Measure::Similarity => self.similarity,
+            Measure::Gate => self.gate,
         }
     }
 }
@@ -118,6 +124,8 @@ pub struct ExitTraceMeta {
 pub struct ExitTrace {
     /// Where it comes from.
     pub meta: ExitTraceMeta,
+    /// Whether the model has gates.
+    pub has_gates: bool,
     /// Generation `g` is tokens `starts[g]..starts[g + 1]`; the last entry is the number of tokens.
     pub starts: Vec<u32>,
     /// The signals, by token and depth.
@@ -130,9 +138,9 @@ impl ExitTrace {
     /// Version of the files that this crate reads and writes.
     pub const SCHEMA_VERSION: u32 = 1;
 
-    /// A trace without generations.
+    /// A trace without generations, of a model without gates.
     pub fn new(meta: ExitTraceMeta) -> Self {
-        Self { meta, starts: vec![0], signals: Vec::new(), predictions: Vec::new() }
+        Self { meta, has_gates: false, starts: vec![0], signals: Vec::new(), predictions: Vec::new() }
     }
 
     /// Loops of the model.
@@ -195,7 +203,8 @@ impl ExitTrace {
     }
 }
 
-const COLUMNS: &[&str] = &["generation", "token", "depth", "prediction", "top1", "margin", "entropy", "similarity"];
+const COLUMNS: &[&str] =
+    &["generation", "token", "depth", "prediction", "top1", "margin", "entropy", "similarity", "gate"];
 const GENERATION: usize = 0;
 const TOKEN: usize = 1;
 const DEPTH: usize = 2;
@@ -204,13 +213,20 @@ const TOP1: usize = 4;
 const MARGIN: usize = 5;
 const ENTROPY: usize = 6;
 const SIMILARITY: usize = 7;
+/// Missing where the model has no gates.
+const GATE: usize = 8;
 
 /// How far rounding may carry a probability or a cosine out of its range.
 const SLACK: f32 = 1e-3;
 
 /// Range of each measure, in the order of [`Measure::ALL`].
-const RANGES: [(f32, f32); 4] =
-    [(-SLACK, 1.0 + SLACK), (-SLACK, 1.0 + SLACK), (-SLACK, f32::MAX), (-1.0 - SLACK, 1.0 + SLACK)];
+const RANGES: [(f32, f32); Measure::ALL.len()] = [
+    (-SLACK, 1.0 + SLACK),
+    (-SLACK, 1.0 + SLACK),
+    (-SLACK, f32::MAX),
+    (-1.0 - SLACK, 1.0 + SLACK),
+    (-SLACK, 1.0 + SLACK),
+];
 
 impl ExitTrace {
     /// Reads a folder with `exits.yaml` and `exits.csv`.
@@ -224,15 +240,15 @@ impl ExitTrace {
         check_version(&yaml, meta.schema_version, Self::SCHEMA_VERSION)?;
         check_num_loops(&yaml, meta.num_loops)?;
         let path = folder.as_ref().join("exits.csv");
-        let mut table = Table::open(&path, COLUMNS, Owner::Us)?;
-        let mut trace = Self::new(meta);
+        let mut table = Table::open_optional(&path, COLUMNS, GATE, Owner::Us)?;
+        let mut trace = Self { has_gates: table.has(GATE), ..Self::new(meta) };
         let mut place = Place::default();
         while let Some(row) = table.next_row()? {
             if place.advance(&row, trace.meta.num_loops)? {
                 trace.end_generation(&path)?;
             }
             trace.predictions.push(row.number(PREDICTION, "a token id", |_: &u32| true)?);
-            trace.signals.push(read_signals(&row)?);
+            trace.signals.push(read_signals(&row, trace.has_gates)?);
         }
         if place.depth != trace.meta.num_loops {
             let found = match trace.predictions.len() {
@@ -264,13 +280,14 @@ impl ExitTrace {
             let tokens = self.generation(generation);
             tokens.clone().flat_map(move |token| {
                 (0..self.num_loops()).map(move |depth| {
-                    let Signals { top1, margin, entropy, similarity } = *self.signals_at(token, depth);
+                    let Signals { top1, margin, entropy, similarity, ref gate } = *self.signals_at(token, depth);
                     let prediction = self.predictions[token * self.num_loops() + depth];
-                    (generation, token - tokens.start, depth, prediction, top1, margin, entropy, similarity)
+                    let gate = if self.has_gates { std::slice::from_ref(gate) } else { &[] };
+                    (generation, token - tokens.start, depth, prediction, top1, margin, entropy, similarity, gate)
                 })
             })
         });
-        write_rows(&path, COLUMNS, rows)?;
+        write_rows(&path, if self.has_gates { COLUMNS } else { &COLUMNS[..GATE] }, rows)?;
         write_yaml(&folder.join("exits.yaml"), &self.meta)
     }
 
@@ -334,7 +351,7 @@ impl Place {
     }
 }
 
-fn read_signals(row: &Row<'_>) -> Result<Signals> {
+fn read_signals(row: &Row<'_>, has_gates: bool) -> Result<Signals> {
     let signal = |column: usize, expected| {
         let (low, high) = RANGES[column - TOP1];
         row.number(column, expected, |value: &f32| (low..=high).contains(value))
@@ -344,6 +361,7 @@ fn read_signals(row: &Row<'_>) -> Result<Signals> {
         margin: signal(MARGIN, "a difference of probabilities from 0 to 1")?,
         entropy: signal(ENTROPY, "nats, at least 0")?,
         similarity: signal(SIMILARITY, "a cosine from -1 to 1")?,
+        gate: if has_gates { signal(GATE, "a probability from 0 to 1")? } else { 0.0 },
     })
 }
 
@@ -391,6 +409,21 @@ mod tests {
         assert_eq!(trace.generation(1), 2..3);
         assert_eq!(trace.signals_at(2, 1).similarity, 0.9);
         assert_eq!((0..3).map(|token| trace.oracle_depth(token)).collect::<Vec<_>>(), [0, 1, 0]);
+    }
+
+    #[test]
+    fn gates_are_a_column_where_the_model_has_them() {
+        let without = read(CSV, &meta(2)).unwrap();
+        assert!(!without.has_gates && without.signals.iter().all(|signals| signals.gate == 0.0));
+        let csv =
+            CSV.replace("similarity\n", "similarity,gate\n").replace(",0\n", ",0,0.25\n").replace("0.9\n", "0.9,1\n");
+        let with = read(&csv, &meta(2)).unwrap();
+        assert!(with.has_gates);
+        assert_eq!((with.signals_at(2, 0).gate, with.signals_at(2, 1).get(Measure::Gate)), (0.25, 1.0));
+        let error = read(&csv.replace(",0.25\n", ",1.25\n"), &meta(2)).unwrap_err().to_string();
+        assert!(error.contains("exits.csv:2: gate: found `1.25`, expected a probability from 0 to 1"), "{error}");
+        let error = read(&csv.replace("similarity,gate", "gate,similarity"), &meta(2)).unwrap_err().to_string();
+        assert!(error.contains("exits.csv:1: found columns"), "{error}");
     }
 
     #[test]
@@ -453,13 +486,17 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_reads_back_to_the_bit(
-            num_loops in 1..4_u32,
+            num_loops in 1..4_u32, has_gates: bool,
             lengths in prop::collection::vec(1..5_usize, 1..5),
-            rows in prop::collection::vec(((0.0..=1.0_f32, 0.0..=1.0_f32, 0.0..20.0_f32, -1.0..=1.0_f32), any::<u32>()), 48),
+            rows in prop::collection::vec(
+                ((0.0..=1.0_f32, 0.0..=1.0_f32, 0.0..20.0_f32, -1.0..=1.0_f32, 0.0..=1.0_f32), any::<u32>()),
+                48,
+            ),
         ) {
-            let mut trace = ExitTrace::new(meta(num_loops));
-            let row = |&((top1, margin, entropy, similarity), prediction): &((f32, f32, f32, f32), u32)| {
-                (Signals { top1, margin, entropy, similarity }, prediction)
+            let mut trace = ExitTrace { has_gates, ..ExitTrace::new(meta(num_loops)) };
+            let row = |&((top1, margin, entropy, similarity, gate), prediction): &((f32, f32, f32, f32, f32), u32)| {
+                let gate = if has_gates { gate } else { 0.0 };
+                (Signals { top1, margin, entropy, similarity, gate }, prediction)
             };
             for (start, length) in lengths.into_iter().enumerate() {
                 let rows = rows.iter().skip(start).take(length * num_loops as usize);

@@ -33,7 +33,7 @@
 //!     num_loops: 2,
 //!     source: "a tour".into(),
 //! });
-//! let at = |top1| Signals { top1, margin: top1 - 0.1, entropy: 0.5, similarity: 0.9 };
+//! let at = |top1| Signals { top1, margin: top1 - 0.1, entropy: 0.5, similarity: 0.9, gate: 0.0 };
 //! exits.push_generation(&[(at(0.7), 42), (at(0.95), 42)]);
 //! exits.write(folder.join("exits"))?;
 //! let exits = ExitTrace::read(folder.join("exits"))?;

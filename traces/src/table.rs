@@ -35,12 +35,22 @@ impl Table {
     /// # Errors
     /// If it cannot be read, or lacks a column.
     pub fn open(path: &Path, columns: &'static [&'static str], owner: Owner) -> Result<Self> {
+        Self::open_optional(path, columns, columns.len(), owner)
+    }
+
+    /// The same, but from column `optional` on the last columns may be missing: see [`has`](Self::has).
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn open_optional(path: &Path, columns: &'static [&'static str], optional: usize, owner: Owner) -> Result<Self> {
         let mut file = File::open(path).map_err(TraceError::io("read", path))?;
         if owner == Owner::Us {
             check_ends_with_newline(&mut file, path, columns)?;
         }
         let mut reader = csv::ReaderBuilder::new().from_reader(file);
         let header = reader.byte_headers().map_err(|error| from_csv(path, error))?.clone();
+        let all = columns;
+        let columns = &all[..header.len().clamp(optional, all.len())];
         let places = columns.iter().map(|name| header.iter().position(|found| found.trim_ascii() == name.as_bytes()));
         let places: Option<Vec<usize>> = places.collect();
         let exact = header.iter().eq(columns.iter().map(|name| name.as_bytes()));
@@ -52,9 +62,14 @@ impl Table {
                 path: path.to_owned(),
                 line: 1,
                 found: format!("columns {}", quote(&header.iter().collect::<Vec<_>>().join(&b','))),
-                expected: format!("columns `{}`", columns.join(",")),
+                expected: format!("columns `{}`", all.join(",")),
             }),
         }
+    }
+
+    /// Whether the file has a column.
+    pub fn has(&self, column: usize) -> bool {
+        column < self.columns.len()
     }
 
     /// The next row, none after the last.

@@ -10,16 +10,19 @@ use candle_core::{CpuStorage, CustomOp3, InplaceOp1, InplaceOp3, Layout, Result,
 use rayon::prelude::*;
 use scheduler::blocks::BlockId;
 
+use super::rotary::rotate;
 use super::simd::{LANES, Lanes, exp, greater, multiversion};
 use super::{Shared, slice, slice_mut};
-use crate::cache::{CHUNK, KvCache, PageLayout, TILE};
+use crate::cache::{CHUNK, Kept, KvCache, PageLayout, TILE};
 
 const _: () = assert!(TILE == LANES && CHUNK == 2 * LANES, "keys and values come by whole vector registers");
 
 /// Query heads that attend together: their sums fit the registers.
 const GROUP: usize = 4;
 /// Widest head.
-const MAX_HEAD_DIM: usize = 128;
+const MAX_HEAD_DIM: usize = 256;
+/// Widest head that need not clear and hold as much as the widest of all.
+const NARROW_HEAD_DIM: usize = 64;
 /// Positions after which the online softmax rescales.
 const STRIDE: usize = 4 * TILE;
 /// Keys read, over all rows and heads, below which a second thread costs more than it saves.
@@ -39,8 +42,8 @@ pub struct Row<'a> {
     pub blocks: &'a [BlockId],
 }
 
-/// The sizes of one layer's attention.
-#[derive(Clone, Copy, Debug)]
+/// What the attention of one layer is like.
+#[derive(Clone, Debug)]
 pub struct Heads {
     /// Query heads.
     pub heads: usize,
@@ -48,6 +51,21 @@ pub struct Heads {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// Factor on scores.
+    pub scale: f32,
+    /// What rows see: one for all depths, or one for each.
+    pub sights: Vec<Sight>,
+    /// Where keys and values are kept.
+    pub kept: Kept,
+}
+
+/// What a row sees of its sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sight {
+    /// Latest positions, its own among them; none for all.
+    pub window: Option<usize>,
+    /// Which of the [`rotary tables`](super::rotary::tables) turns its queries and keys.
+    pub rotary: usize,
 }
 
 impl Heads {
@@ -55,56 +73,41 @@ impl Heads {
     fn qkv_size(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
+
+    fn sight(&self, depth: usize) -> Sight {
+        self.sights[if self.sights.len() == 1 { 0 } else { depth }]
+    }
+
+    /// The positions that a row sees.
+    fn seen(&self, row: &Row<'_>) -> Range<usize> {
+        let end = row.position + 1;
+        self.sight(row.depth).window.map_or(0, |window| end.saturating_sub(window))..end
+    }
 }
 
 /// Attention of `rows` in one layer: `qkv` `[rows, (heads + 2 kv_heads) * head_dim]` to `[rows, heads * head_dim]`.
-/// Stores the rows' keys and values in `cache` first. `rotary` `[positions, head_dim]` is [`rotary_table`].
+/// Stores the rows' keys and values in `cache` first. `rotary` is [`rotary::tables`](super::rotary::tables).
 ///
 /// # Errors
 /// If a shape is another, or a row's blocks do not reach its position.
-pub fn attend(
-    qkv: &Tensor,
-    rotary: &Tensor,
-    cache: &KvCache,
-    layer: usize,
-    heads: Heads,
-    rows: &[Row<'_>],
-) -> Result<Tensor> {
-    let place = Place { layout: cache.layout(), layer, heads, rows };
-    cache.pages().inplace_op3(qkv, rotary, &Store(place))?;
-    qkv.apply_op3_no_bwd(rotary, cache.pages(), &Attend(place))
+pub fn attend(qkv: &Tensor, rotary: &Tensor, cache: &KvCache, heads: &Heads, rows: &[Row<'_>]) -> Result<Tensor> {
+    keep(qkv, rotary, cache, heads, rows)?;
+    qkv.apply_op3_no_bwd(rotary, cache.pages(), &Attend(Place { layout: cache.layout(), heads, rows }))
 }
 
-/// Cosines and sines of rotary position embedding (arXiv 2104.09864), flat `[positions, head_dim]`: of each position
-/// first the cosines, then the sines of its `head_dim / 2` angles. Dimension `i` is paired with `i + head_dim / 2`.
-pub fn rotary_table(positions: usize, head_dim: usize, theta: f32) -> Vec<f32> {
-    let half = head_dim / 2;
-    let mut table = Vec::with_capacity(positions * head_dim);
-    for position in 0..positions {
-        let angle = |i: usize| position as f32 * theta.powf(-(i as f32) / half as f32);
-        table.extend((0..half).map(|i| angle(i).cos()));
-        table.extend((0..half).map(|i| angle(i).sin()));
-    }
-    table
-}
-
-/// Turns one head `[head_dim]` by a position's cosines and sines and scales it.
-#[inline(always)]
-fn rotate(head: &[f32], turn: &[f32], scale: f32, out: &mut [f32]) {
-    let half = head.len() / 2;
-    for i in 0..half {
-        let (cos, sin) = (turn[i], turn[half + i]);
-        out[i] = (head[i] * cos - head[half + i] * sin) * scale;
-        out[half + i] = (head[half + i] * cos + head[i] * sin) * scale;
-    }
+/// The first half of [`attend`]: stores the rows' keys and values.
+///
+/// # Errors
+/// As for [`attend`].
+pub fn keep(qkv: &Tensor, rotary: &Tensor, cache: &KvCache, heads: &Heads, rows: &[Row<'_>]) -> Result<()> {
+    cache.pages().inplace_op3(qkv, rotary, &Store(Place { layout: cache.layout(), heads, rows }))
 }
 
 /// What both halves of attention know.
 #[derive(Clone, Copy)]
 struct Place<'a> {
     layout: PageLayout,
-    layer: usize,
-    heads: Heads,
+    heads: &'a Heads,
     rows: &'a [Row<'a>],
 }
 
@@ -117,7 +120,7 @@ impl Place<'_> {
         if self.heads.head_dim > MAX_HEAD_DIM {
             bail!("a head is {} wide, the kernel can do at most {MAX_HEAD_DIM}", self.heads.head_dim);
         }
-        let positions = rotary.shape().dims2()?.0;
+        let positions = rotary.shape().dims3()?.1;
         for row in self.rows {
             let reach = positions.min(row.blocks.len() * self.layout.block_tokens);
             if row.position >= reach {
@@ -125,6 +128,14 @@ impl Place<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A row's cosines and sines.
+    #[inline(always)]
+    fn turn<'t>(&self, rotary: &'t [f32], shape: (usize, usize, usize), row: &Row<'_>) -> &'t [f32] {
+        let (_, positions, dims) = shape;
+        let table = self.heads.sight(row.depth).rotary;
+        &rotary[(table * positions + row.position) * dims..][..dims]
     }
 }
 
@@ -146,19 +157,25 @@ impl InplaceOp3 for Store<'_> {
         r_l: &Layout,
     ) -> Result<()> {
         self.0.check(q_l, r_l)?;
-        let Place { layout, layer, heads, rows } = self.0;
+        let Place { layout, heads, rows } = self.0;
         let (pages, qkv, rotary) = (slice_mut(pages, p_l)?, slice(qkv, q_l)?, slice(rotary, r_l)?);
+        let tables = r_l.shape().dims3()?;
         let mut key = vec![0.0; heads.head_dim];
         for (row, qkv) in rows.iter().zip(qkv.chunks_exact(heads.qkv_size())) {
-            let turn = &rotary[row.position * heads.head_dim..][..heads.head_dim];
+            let turn = self.0.turn(rotary, tables, row);
+            let fills = match heads.kept {
+                Kept::Once(_) => 0..1,
+                Kept::AtEachDepth(_) => row.fills.clone(),
+            };
             let (keys, values) = qkv[heads.heads * heads.head_dim..].split_at(heads.kv_heads * heads.head_dim);
             let block = row.blocks[row.position / layout.block_tokens] as usize;
             let offset = row.position % layout.block_tokens;
             for kv_head in 0..heads.kv_heads {
                 let of_head = kv_head * heads.head_dim..(kv_head + 1) * heads.head_dim;
                 rotate(&keys[of_head.clone()], turn, 1.0, &mut key);
-                for depth in row.fills.clone() {
-                    let page = &mut pages[layout.page(depth, layer, block)..][..layout.page_numbers()];
+                for depth in fills.clone() {
+                    let page = layout.pages(heads.kept, depth) + block * layout.page_numbers();
+                    let page = &mut pages[page..][..layout.page_numbers()];
                     put(page, layout, kv_head, offset, &key, &values[of_head.clone()]);
                 }
             }
@@ -197,13 +214,14 @@ impl CustomOp3 for Attend<'_> {
         self.0.check(q_l, r_l)?;
         let Place { heads, rows, .. } = self.0;
         let (qkv, rotary, pages) = (slice(qkv, q_l)?, slice(rotary, r_l)?, slice(pages, p_l)?);
+        let tables = r_l.shape().dims3()?;
         let width = heads.heads * heads.head_dim;
         let mut out = vec![0.0; rows.len() * width];
         let shared = Shared::new(&mut out);
         let attend_row_head = |item: usize| {
             let (index, kv_head) = (item / heads.kv_heads, item % heads.kv_heads);
             let row = &rows[index];
-            let turn = &rotary[row.position * heads.head_dim..][..heads.head_dim];
+            let turn = self.0.turn(rotary, tables, row);
             let queries = &qkv[index * heads.qkv_size()..][..width];
             let share = width / heads.kv_heads;
             let queries = &queries[kv_head * share..][..share];
@@ -214,7 +232,7 @@ impl CustomOp3 for Attend<'_> {
             }
         };
         let items = rows.len() * heads.kv_heads;
-        let keys: usize = rows.iter().map(|row| row.position + 1).sum();
+        let keys: usize = rows.iter().map(|row| heads.seen(row).len()).sum();
         if keys * heads.heads < PARALLEL_KEYS {
             (0..items).for_each(attend_row_head);
         } else {
@@ -229,13 +247,35 @@ multiversion! {
     fn attend_group(
         place: Place<'_>, row: &Row<'_>, kv_head: usize, queries: &[f32], turn: &[f32], pages: &[f32], out: &mut [f32],
     ) {
-        let from = History { layout: place.layout, layer: place.layer, row, kv_head, pages };
-        match queries.len() / place.heads.head_dim {
-            1 => attend_heads::<1>(from, queries, turn, out),
-            2 => attend_heads::<2>(from, queries, turn, out),
-            3 => attend_heads::<3>(from, queries, turn, out),
-            _ => attend_heads::<GROUP>(from, queries, turn, out),
+        let layout = place.layout;
+        let history = History { layout, start: layout.pages(place.heads.kept, row.depth), row, kv_head, pages };
+        let query = Query { heads: queries, turn, scale: place.heads.scale, seen: place.heads.seen(row) };
+        match layout.head_dim {
+            ..=NARROW_HEAD_DIM => attend_any::<NARROW_HEAD_DIM>(history, query, out),
+            _ => attend_any::<MAX_HEAD_DIM>(history, query, out),
         }
+    }
+}
+
+/// The queries of a group of heads of one row.
+struct Query<'a> {
+    /// `[heads, head_dim]`, not yet rotated.
+    heads: &'a [f32],
+    /// Its cosines and sines.
+    turn: &'a [f32],
+    /// Factor on scores.
+    scale: f32,
+    /// The positions it sees.
+    seen: Range<usize>,
+}
+
+#[inline(always)]
+fn attend_any<const DIM: usize>(from: History<'_>, query: Query<'_>, out: &mut [f32]) {
+    match query.heads.len() / from.layout.head_dim {
+        1 => attend_heads::<1, DIM>(from, query, out),
+        2 => attend_heads::<2, DIM>(from, query, out),
+        3 => attend_heads::<3, DIM>(from, query, out),
+        _ => attend_heads::<GROUP, DIM>(from, query, out),
     }
 }
 
@@ -243,7 +283,8 @@ multiversion! {
 #[derive(Clone, Copy)]
 struct History<'a> {
     layout: PageLayout,
-    layer: usize,
+    /// Where the pages of the row's layer and depth start.
+    start: usize,
     row: &'a Row<'a>,
     kv_head: usize,
     pages: &'a [f32],
@@ -253,33 +294,33 @@ impl<'a> History<'a> {
     /// The tile from a position on: keys `[head_dim, TILE]` and values `[TILE, value_stride]`.
     #[inline(always)]
     fn tile(&self, position: usize) -> (&'a [f32], &'a [f32]) {
-        let History { layout, layer, row, kv_head, pages } = *self;
+        let History { layout, start, row, kv_head, pages } = *self;
         let block = row.blocks[position / layout.block_tokens] as usize;
         let offset = position % layout.block_tokens;
-        let page = &pages[layout.page(row.depth, layer, block)..][..layout.page_numbers()];
+        let page = &pages[start + block * layout.page_numbers()..][..layout.page_numbers()];
         let keys = &page[layout.key_tile(kv_head, offset)..][..layout.head_dim * TILE];
         (keys, &page[layout.value(kv_head, offset)..][..layout.value_stride() * TILE])
     }
 }
 
 /// Online softmax: what `HEADS` query heads have seen so far.
-struct Seen<const HEADS: usize> {
+struct Seen<const HEADS: usize, const DIM: usize> {
     greatest: [f32; HEADS],
     sums: [f32; HEADS],
-    mixed: [[f32; MAX_HEAD_DIM]; HEADS],
+    mixed: [[f32; DIM]; HEADS],
 }
 
 #[inline(always)]
-fn attend_heads<const HEADS: usize>(from: History<'_>, queries: &[f32], turn: &[f32], out: &mut [f32]) {
+fn attend_heads<const HEADS: usize, const DIM: usize>(from: History<'_>, query: Query<'_>, out: &mut [f32]) {
     let dim = from.layout.head_dim;
-    let mut rotated = [[0.0; MAX_HEAD_DIM]; HEADS];
-    for (query, rotated) in queries.chunks_exact(dim).zip(&mut rotated) {
-        rotate(query, turn, (dim as f32).sqrt().recip(), &mut rotated[..dim]);
+    let mut rotated = [[0.0; DIM]; HEADS];
+    for (query_head, rotated) in query.heads.chunks_exact(dim).zip(&mut rotated) {
+        rotate(query_head, query.turn, query.scale, &mut rotated[..dim]);
     }
-    let mut seen =
-        Seen { greatest: [f32::NEG_INFINITY; HEADS], sums: [0.0; HEADS], mixed: [[0.0; MAX_HEAD_DIM]; HEADS] };
-    for start in (0..=from.row.position).step_by(STRIDE) {
-        see_stride(from, start, &rotated, &mut seen);
+    let mut seen = Seen { greatest: [f32::NEG_INFINITY; HEADS], sums: [0.0; HEADS], mixed: [[0.0; DIM]; HEADS] };
+    let Range { start: first, end } = query.seen;
+    for start in (first / STRIDE * STRIDE..end).step_by(STRIDE) {
+        see_stride(from, start, first.saturating_sub(start)..STRIDE.min(end - start), &rotated, &mut seen);
     }
     for (head, out) in out.chunks_exact_mut(dim).enumerate() {
         let scale = seen.sums[head].recip();
@@ -289,25 +330,31 @@ fn attend_heads<const HEADS: usize>(from: History<'_>, queries: &[f32], turn: &[
     }
 }
 
-/// Takes in the positions from `start` on, as many as a stride has and the row may see.
+/// Takes in the positions of the stride at `start` that the row sees.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
-fn see_stride<const HEADS: usize>(
+fn see_stride<const HEADS: usize, const DIM: usize>(
     from: History<'_>,
     start: usize,
-    rotated: &[[f32; MAX_HEAD_DIM]; HEADS],
-    seen: &mut Seen<HEADS>,
+    visible: Range<usize>,
+    rotated: &[[f32; DIM]; HEADS],
+    seen: &mut Seen<HEADS, DIM>,
 ) {
-    let count = STRIDE.min(from.row.position + 1 - start);
-    let tiles = count.div_ceil(TILE);
+    let Range { start: skip, end: count } = visible;
+    let (first_tile, tiles) = (skip / TILE, count.div_ceil(TILE));
     let mut weights = [[Lanes([f32::NEG_INFINITY; LANES]); STRIDE / TILE]; HEADS];
     let mut values: [&[f32]; STRIDE / TILE] = [&[]; STRIDE / TILE];
-    for tile in 0..tiles {
+    for tile in first_tile..tiles {
         let keys;
         (keys, values[tile]) = from.tile(start + tile * TILE);
         let scores = scores(rotated, keys);
         for head in 0..HEADS {
             weights[head][tile] = scores[head].first(count - tile * TILE, f32::NEG_INFINITY);
+        }
+        if skip > tile * TILE {
+            for head in 0..HEADS {
+                weights[head][tile] = weights[head][tile].after(skip - tile * TILE, f32::NEG_INFINITY);
+            }
         }
     }
     let mut rescale = [0.0; HEADS];
@@ -328,7 +375,7 @@ fn see_stride<const HEADS: usize>(
         let mut sums: [[Lanes; 2]; HEADS] = std::array::from_fn(|head| {
             [0, LANES].map(|half| Lanes::load(&seen.mixed[head][first + half..]).map(|mixed| mixed * rescale[head]))
         });
-        for tile in 0..tiles {
+        for tile in first_tile..tiles {
             let values = values[tile].chunks_exact(from.layout.value_stride());
             for (offset, value) in values.enumerate().take(count - tile * TILE) {
                 let value = [Lanes::load(&value[first..]), Lanes::load(&value[first + LANES..])];
@@ -349,9 +396,16 @@ fn see_stride<const HEADS: usize>(
 /// Scores of rotated queries against a tile of keys `[head_dim, TILE]`, even and odd dimensions apart, so that their
 /// latencies overlap.
 #[inline(always)]
-fn scores<const HEADS: usize>(rotated: &[[f32; MAX_HEAD_DIM]; HEADS], keys: &[f32]) -> [Lanes; HEADS] {
+fn scores<const HEADS: usize, const DIM: usize>(rotated: &[[f32; DIM]; HEADS], keys: &[f32]) -> [Lanes; HEADS] {
     let mut partial = [[Lanes::ZERO; 2]; HEADS];
-    for (pair, keys) in keys.chunks_exact(2 * TILE).enumerate() {
+    let pairs = keys.chunks_exact(2 * TILE);
+    if let last @ [_, ..] = pairs.remainder() {
+        let last = (keys.len() / TILE - 1, Lanes::load(last));
+        for head in 0..HEADS {
+            partial[head][0] = partial[head][0].add_scaled(rotated[head][last.0], last.1);
+        }
+    }
+    for (pair, keys) in pairs.enumerate() {
         let (even, odd) = (Lanes::load(keys), Lanes::load(&keys[TILE..]));
         for head in 0..HEADS {
             partial[head][0] = partial[head][0].add_scaled(rotated[head][2 * pair], even);
@@ -372,7 +426,7 @@ pub struct Fill {
     pub depth: usize,
 }
 
-/// Copies keys and values of exited tokens to the depths they never ran, in every layer.
+/// Copies keys and values of exited tokens to the depths they never ran, in every layer of block and coda.
 ///
 /// # Errors
 /// If a tensor is not on the CPU.
@@ -394,11 +448,11 @@ impl InplaceOp1 for FillDeeper<'_> {
         let layout = self.layout;
         let pages = slice_mut(pages, p_l)?;
         for fill in self.fills {
-            for layer in 0..layout.layers {
-                let from = layout.page(fill.depth, layer, fill.block as usize);
+            for layer in 0..layout.depth_layers {
+                let page =
+                    |depth| layout.pages(Kept::AtEachDepth(layer), depth) + fill.block as usize * layout.page_numbers();
                 for depth in fill.depth + 1..layout.depths {
-                    let to = layout.page(depth, layer, fill.block as usize);
-                    copy_entry(pages, layout, from, to, fill.offset);
+                    copy_entry(pages, layout, page(fill.depth), page(depth), fill.offset);
                 }
             }
         }

@@ -1,5 +1,7 @@
 //! Products of rows with a weight.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, CustomOp2, Device, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -13,14 +15,37 @@ const TILE_ROWS: usize = 8;
 /// Multiplications below which a second thread costs more than it saves.
 const PARALLEL_WORK: usize = 1 << 18;
 
-/// A weight, packed once so that products with it read memory in order.
+/// A weight, packed once so that products with it read memory in order: one matrix, or several along a diagonal with
+/// zeros elsewhere, which are neither stored nor multiplied.
 ///
-/// The packed form is `[panels, inputs, 32]`: panel `p` holds outputs `32 p ..`, input by input, zero beyond the last.
+/// The packed form of a matrix is `[panels, inputs, 32]`: panel `p` holds outputs `32 p ..`, input by input, zero
+/// beyond the last. The matrices follow each other.
 #[derive(Clone, Debug)]
 pub struct Linear {
     packed: Tensor,
+    shape: LinearShape,
+}
+
+/// What a packed weight holds.
+#[derive(Clone, Debug)]
+struct LinearShape {
+    matrices: Vec<Matrix>,
     inputs: usize,
     outputs: usize,
+}
+
+/// One matrix of a diagonal: the inputs it reads and the outputs it gives.
+#[derive(Clone, Debug)]
+struct Matrix {
+    inputs: Range<usize>,
+    outputs: Range<usize>,
+}
+
+impl Matrix {
+    /// Numbers of its packed form.
+    fn numbers(&self) -> usize {
+        self.outputs.len().div_ceil(PANEL) * PANEL * self.inputs.len()
+    }
 }
 
 impl Linear {
@@ -29,18 +54,7 @@ impl Linear {
     /// # Errors
     /// If it is not a matrix of `f32`.
     pub fn new(weight: &Tensor) -> Result<Self> {
-        let (outputs, inputs) = weight.dims2()?;
-        let numbers = weight.flatten_all()?.to_vec1::<f32>()?;
-        let panels = outputs.div_ceil(PANEL);
-        let mut packed = vec![0.0; panels * inputs * PANEL];
-        for output in 0..outputs {
-            let panel = &mut packed[output / PANEL * inputs * PANEL..][..inputs * PANEL];
-            for input in 0..inputs {
-                panel[input * PANEL + output % PANEL] = numbers[output * inputs + input];
-            }
-        }
-        let packed = Tensor::from_vec(packed, (panels, inputs, PANEL), &Device::Cpu)?;
-        Ok(Self { packed: packed.to_device(weight.device())?, inputs, outputs })
+        Self::diagonal(&[(weight.dims2()?.0, Some(weight))])
     }
 
     /// Packs weights `[outputs, inputs]` of equal inputs as one: the outputs of the first come first.
@@ -51,12 +65,34 @@ impl Linear {
         Self::new(&Tensor::cat(weights, 0)?)
     }
 
+    /// Packs weights `[outputs, inputs]` along a diagonal, each given with its outputs: it reads the inputs that follow
+    /// those of the one before it and gives the outputs that follow. Where there is none, the outputs are zero.
+    ///
+    /// # Errors
+    /// If one is not a matrix of `f32`.
+    pub fn diagonal(weights: &[(usize, Option<&Tensor>)]) -> Result<Self> {
+        let (mut matrices, mut packed) = (Vec::new(), Vec::new());
+        let (mut inputs, mut outputs) = (0, 0);
+        for &(height, weight) in weights {
+            if let Some(weight) = weight {
+                let width = weight.dims2()?.1;
+                pack(&weight.flatten_all()?.to_vec1::<f32>()?, height, width, &mut packed);
+                matrices.push(Matrix { inputs: inputs..inputs + width, outputs: outputs..outputs + height });
+                inputs += width;
+            }
+            outputs += height;
+        }
+        let numbers = packed.len();
+        let packed = Tensor::from_vec(packed, numbers, &Device::Cpu)?;
+        Ok(Self { packed, shape: LinearShape { matrices, inputs, outputs } })
+    }
+
     /// `[rows, inputs]` to `[rows, outputs]`.
     ///
     /// # Errors
     /// If `x` is of another shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op2_no_bwd(&self.packed, &Product { inputs: self.inputs, outputs: self.outputs })
+        x.apply_op2_no_bwd(&self.packed, &Product(&self.shape))
     }
 
     /// Adds the product of `x` `[rows, inputs]` to `y` `[rows, outputs]`.
@@ -64,35 +100,40 @@ impl Linear {
     /// # Errors
     /// If a shape is another.
     pub fn add_to(&self, y: &Tensor, x: &Tensor) -> Result<()> {
-        y.inplace_op3(x, &self.packed, &AddProduct { inputs: self.inputs, outputs: self.outputs })
+        y.inplace_op3(x, &self.packed, &AddProduct(&self.shape))
     }
 }
 
-struct Product {
-    inputs: usize,
-    outputs: usize,
+/// Appends the packed form of a weight `[outputs, inputs]`.
+fn pack(weight: &[f32], outputs: usize, inputs: usize, packed: &mut Vec<f32>) {
+    let start = packed.len();
+    packed.resize(start + outputs.div_ceil(PANEL) * inputs * PANEL, 0.0);
+    for output in 0..outputs {
+        let panel = &mut packed[start + output / PANEL * inputs * PANEL..][..inputs * PANEL];
+        for input in 0..inputs {
+            panel[input * PANEL + output % PANEL] = weight[output * inputs + input];
+        }
+    }
 }
 
-impl CustomOp2 for Product {
+struct Product<'a>(&'a LinearShape);
+
+impl CustomOp2 for Product<'_> {
     fn name(&self) -> &'static str {
         "product"
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let rows = rows_of(x_l, self.inputs)?;
-        let mut y = vec![0.0; rows * self.outputs];
-        let out = Shared::new(&mut y);
-        multiply(slice(x, x_l)?, slice(w, w_l)?, self.inputs, out, self.outputs);
-        Ok((CpuStorage::F32(y), (rows, self.outputs).into()))
+        let rows = rows_of(x_l, self.0.inputs)?;
+        let mut y = vec![0.0; rows * self.0.outputs];
+        multiply(slice(x, x_l)?, slice(w, w_l)?, self.0, Shared::new(&mut y));
+        Ok((CpuStorage::F32(y), (rows, self.0.outputs).into()))
     }
 }
 
-struct AddProduct {
-    inputs: usize,
-    outputs: usize,
-}
+struct AddProduct<'a>(&'a LinearShape);
 
-impl InplaceOp3 for AddProduct {
+impl InplaceOp3 for AddProduct<'_> {
     fn name(&self) -> &'static str {
         "add-product"
     }
@@ -106,11 +147,10 @@ impl InplaceOp3 for AddProduct {
         w: &CpuStorage,
         w_l: &Layout,
     ) -> Result<()> {
-        if rows_of(x_l, self.inputs)? != rows_of(y_l, self.outputs)? {
+        if rows_of(x_l, self.0.inputs)? != rows_of(y_l, self.0.outputs)? {
             bail!("{:?} cannot be added to {:?}: other rows", x_l.shape(), y_l.shape());
         }
-        let out = Shared::new(slice_mut(y, y_l)?);
-        multiply(slice(x, x_l)?, slice(w, w_l)?, self.inputs, out, self.outputs);
+        multiply(slice(x, x_l)?, slice(w, w_l)?, self.0, Shared::new(slice_mut(y, y_l)?));
         Ok(())
     }
 }
@@ -124,36 +164,64 @@ fn rows_of(layout: &Layout, width: usize) -> Result<usize> {
 }
 
 /// Adds the product of `x` with a packed weight to `y`, panels shared out among threads.
-fn multiply(x: &[f32], packed: &[f32], inputs: usize, y: Shared<'_>, outputs: usize) {
-    let panel = |(index, panel): (usize, &[f32])| panel_product(x, panel, inputs, y, index * PANEL, outputs);
-    if x.len() * outputs < PARALLEL_WORK {
-        packed.chunks_exact(inputs * PANEL).enumerate().for_each(panel);
-    } else {
-        packed.par_chunks_exact(inputs * PANEL).enumerate().for_each(panel);
+fn multiply(x: &[f32], packed: &[f32], shape: &LinearShape, y: Shared<'_>) {
+    let mut start = 0;
+    for matrix in &shape.matrices {
+        let packed = &packed[start..start + matrix.numbers()];
+        start += packed.len();
+        let (inputs, columns) =
+            (matrix.inputs.len(), Columns { x, stride: shape.inputs, range: matrix.inputs.clone() });
+        let panel = |(index, panel): (usize, &[f32])| {
+            let first = index * PANEL;
+            let width = PANEL.min(matrix.outputs.len() - first);
+            let place = Place { y, start: matrix.outputs.start + first, stride: shape.outputs, width };
+            panel_product(&columns, panel, place);
+        };
+        if columns.rows() * inputs * matrix.outputs.len() < PARALLEL_WORK {
+            packed.chunks_exact(inputs * PANEL).enumerate().for_each(panel);
+        } else {
+            packed.par_chunks_exact(inputs * PANEL).enumerate().for_each(panel);
+        }
+    }
+}
+
+/// Some columns of rows.
+struct Columns<'a> {
+    x: &'a [f32],
+    stride: usize,
+    range: Range<usize>,
+}
+
+impl<'a> Columns<'a> {
+    fn rows(&self) -> usize {
+        self.x.len() / self.stride
+    }
+
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [f32] {
+        &self.x[row * self.stride + self.range.start..][..self.range.len()]
     }
 }
 
 multiversion! {
-    /// Adds the product of all rows of `x` with one panel to the outputs of `y` from `first` on.
-    fn panel_product(x: &[f32], panel: &[f32], inputs: usize, y: Shared<'_>, first: usize, outputs: usize) {
-        let width = PANEL.min(outputs - first);
-        for (tile, x) in x.chunks(TILE_ROWS * inputs).enumerate() {
-            let place = Place { y, start: tile * TILE_ROWS * outputs + first, stride: outputs, width };
-            match x.len() / inputs {
-                1 => tile_product::<1>(x, panel, inputs, place),
-                2 => tile_product::<2>(x, panel, inputs, place),
-                3 => tile_product::<3>(x, panel, inputs, place),
-                4 => tile_product::<4>(x, panel, inputs, place),
-                5 => tile_product::<5>(x, panel, inputs, place),
-                6 => tile_product::<6>(x, panel, inputs, place),
-                7 => tile_product::<7>(x, panel, inputs, place),
-                _ => tile_product::<TILE_ROWS>(x, panel, inputs, place),
+    /// Adds the product of all rows with one panel to `place`.
+    fn panel_product(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
+        for first in (0..x.rows()).step_by(TILE_ROWS) {
+            match x.rows() - first {
+                1 => tile_product::<1>(x, first, panel, place),
+                2 => tile_product::<2>(x, first, panel, place),
+                3 => tile_product::<3>(x, first, panel, place),
+                4 => tile_product::<4>(x, first, panel, place),
+                5 => tile_product::<5>(x, first, panel, place),
+                6 => tile_product::<6>(x, first, panel, place),
+                7 => tile_product::<7>(x, first, panel, place),
+                _ => tile_product::<TILE_ROWS>(x, first, panel, place),
             }
         }
     }
 }
 
-/// Where a tile's outputs go: `width` numbers of each row from `start` on.
+/// Where outputs go: `width` numbers of each row, those of row 0 from `start` on.
 #[derive(Clone, Copy)]
 struct Place<'a> {
     y: Shared<'a>,
@@ -162,12 +230,13 @@ struct Place<'a> {
     width: usize,
 }
 
-/// The product of `ROWS` rows with one panel. Each output is one chain of fused multiply-adds in the order of the
-/// inputs, whatever `ROWS` is.
+/// The product of `ROWS` rows from `first` on with one panel. Each output is one chain of fused multiply-adds in the
+/// order of the inputs, whatever `ROWS` is.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
-fn tile_product<const ROWS: usize>(x: &[f32], panel: &[f32], inputs: usize, place: Place<'_>) {
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * inputs..][..inputs]);
+fn tile_product<const ROWS: usize>(x: &Columns<'_>, first: usize, panel: &[f32], place: Place<'_>) {
+    let inputs = panel.len() / PANEL;
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x.row(first + row)[..inputs]);
     let mut sums = [[Lanes::ZERO; 2]; ROWS];
     for (input, weights) in panel.chunks_exact(PANEL).enumerate() {
         let (left, right) = (Lanes::load(weights), Lanes::load(&weights[LANES..]));
@@ -183,7 +252,7 @@ fn tile_product<const ROWS: usize>(x: &[f32], panel: &[f32], inputs: usize, plac
         products[..LANES].copy_from_slice(&sums[row][0].0);
         products[LANES..].copy_from_slice(&sums[row][1].0);
         // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
-        let y = unsafe { place.y.get(place.start + row * place.stride, place.width) };
+        let y = unsafe { place.y.get(place.start + (first + row) * place.stride, place.width) };
         for (y, product) in y.iter_mut().zip(&products) {
             *y += product;
         }

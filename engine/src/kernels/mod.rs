@@ -3,16 +3,32 @@
 //! Every op treats a row by itself: what comes out for a row depends, to the bit, on that row alone, never on
 //! which or how many others share the pass. That is what makes a request's tokens independent of batching.
 
+pub mod activation;
 pub mod attention;
 pub mod linear;
+pub mod norm;
+pub mod rotary;
 pub mod rows;
 pub mod signals;
 pub mod simd;
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, bail};
+use rayon::prelude::*;
+
+/// Ranges of rows, in order, each with the depth that its rows run at.
+pub type DepthRanges = [(usize, Range<usize>)];
+
+/// Ranges of `rows` rows and which of `sets` sets of parameters, one for all depths or one for each, they take.
+fn by_set(sets: usize, rows: usize, depths: &DepthRanges) -> Vec<(usize, Range<usize>)> {
+    match sets {
+        1 => vec![(0, 0..rows)],
+        _ => depths.to_vec(),
+    }
+}
 
 /// The numbers of a contiguous `f32` tensor.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -28,6 +44,24 @@ fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut
         (Some((start, end)), CpuStorage::F32(numbers)) => Ok(&mut numbers[start..end]),
         (Some(_), other) => bail!("a kernel got a tensor of {:?}, expected f32", other.dtype()),
         (None, _) => bail!("a kernel got a tensor of shape {:?} that is not contiguous", layout.shape()),
+    }
+}
+
+/// Calls `kernel` on pieces of `x` and `out`, on several threads if there are several pieces.
+fn each_chunk(x: &[f32], out: &mut [f32], x_len: usize, out_len: usize, kernel: impl Fn(&[f32], &mut [f32]) + Sync) {
+    if x.len() <= x_len {
+        kernel(x, out);
+    } else {
+        x.par_chunks(x_len).zip(out.par_chunks_mut(out_len)).for_each(|(x, out)| kernel(x, out));
+    }
+}
+
+/// Calls `kernel` on pieces of `numbers`, on several threads if there are several pieces.
+fn each_chunk_mut(numbers: &mut [f32], len: usize, kernel: impl Fn(&mut [f32]) + Send + Sync) {
+    if numbers.len() <= len {
+        kernel(numbers);
+    } else {
+        numbers.par_chunks_mut(len).for_each(kernel);
     }
 }
 

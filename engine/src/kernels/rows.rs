@@ -1,13 +1,9 @@
-//! Operations on each row by itself: gathering and scattering, norm, activation.
+//! Operations on each row by itself: gathering and scattering, scaling, biases, cosines and probes.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, InplaceOp2, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{CpuStorage, CustomOp2, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 
-use super::simd::{LANES, Lanes, exp, multiversion};
-use super::{slice, slice_mut};
-
-/// Numbers below which a second thread costs more than it saves.
-const PARALLEL_NUMBERS: usize = 1 << 14;
+use super::simd::{dot, exp, multiversion};
+use super::{DepthRanges, by_set, slice, slice_mut};
 
 /// Where a row comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,119 +78,71 @@ impl InplaceOp2 for Scatter<'_> {
     }
 }
 
-/// `x / rms(x) * weight` (arXiv 1910.07467).
-#[derive(Clone, Debug)]
-pub struct RmsNorm {
-    weight: Tensor,
-    eps: f32,
+/// Multiplies all numbers of `x` by `factor`.
+///
+/// # Errors
+/// If `x` is not of `f32`.
+pub fn scale(x: &Tensor, factor: f32) -> Result<()> {
+    x.inplace_op1(&Scale(factor))
 }
 
-impl RmsNorm {
-    /// A norm with weight `[width]`; `eps` is added to the mean square.
-    pub fn new(weight: Tensor, eps: f32) -> Self {
-        Self { weight, eps }
-    }
+struct Scale(f32);
 
-    /// `[rows, width]` to the same.
-    ///
-    /// # Errors
-    /// If `x` is of another width.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op2_no_bwd(&self.weight, self)
-    }
-}
-
-impl CustomOp2 for RmsNorm {
+impl InplaceOp1 for Scale {
     fn name(&self) -> &'static str {
-        "rms-norm"
+        "scale"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, weight) = (slice(x, x_l)?, slice(w, w_l)?);
-        if x_l.shape().dims2()?.1 != weight.len() {
-            bail!("the norm is {} wide, its input is {:?}", weight.len(), x_l.shape());
+    fn cpu_fwd(&self, x: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        slice_mut(x, layout)?.iter_mut().for_each(|x| *x *= self.0);
+        Ok(())
+    }
+}
+
+/// Adds a bias to each row of `x` `[rows, width]`. `biases` `[sets, width]` holds one for all depths or one for each.
+///
+/// # Errors
+/// If the widths differ.
+pub fn add_bias(x: &Tensor, biases: &Tensor, depths: &DepthRanges) -> Result<()> {
+    x.inplace_op2(biases, &AddBias { depths })
+}
+
+struct AddBias<'a> {
+    depths: &'a DepthRanges,
+}
+
+impl InplaceOp2 for AddBias<'_> {
+    fn name(&self) -> &'static str {
+        "add-bias"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_l: &Layout, b: &CpuStorage, b_l: &Layout) -> Result<()> {
+        let ((rows, width), (sets, bias_width)) = (x_l.shape().dims2()?, b_l.shape().dims2()?);
+        if width != bias_width {
+            bail!("a bias of {bias_width} numbers for rows of {width}");
         }
-        let mut normed = vec![0.0; x.len()];
-        let rows = PARALLEL_NUMBERS.div_ceil(weight.len());
-        each_chunk(x, &mut normed, rows * weight.len(), rows * weight.len(), |x, normed| {
-            norm_rows(x, weight, self.eps, normed);
-        });
-        Ok((CpuStorage::F32(normed), x_l.shape().clone()))
+        let (x, biases) = (slice_mut(x, x_l)?, slice(b, b_l)?);
+        for (set, rows) in by_set(sets, rows, self.depths) {
+            let bias = &biases[set * width..][..width];
+            for row in x[rows.start * width..rows.end * width].chunks_exact_mut(width) {
+                row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+            }
+        }
+        Ok(())
     }
 }
 
 multiversion! {
-    fn norm_rows(x: &[f32], weight: &[f32], eps: f32, normed: &mut [f32]) {
-        let width = weight.len();
-        for (x, normed) in x.chunks_exact(width).zip(normed.chunks_exact_mut(width)) {
-            let scale = (dot(x, x) / width as f32 + eps).sqrt().recip();
-            for ((normed, x), weight) in normed.iter_mut().zip(x).zip(weight) {
-                *normed = x * scale * weight;
-            }
-        }
-    }
-
-    fn swiglu_rows(gate_up: &[f32], inner: usize, out: &mut [f32]) {
-        for (gate_up, out) in gate_up.chunks_exact(2 * inner).zip(out.chunks_exact_mut(inner)) {
-            let (gate, up) = gate_up.split_at(inner);
-            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                *out = gate / (1.0 + exp(-gate)) * up;
-            }
-        }
+    /// `sigmoid(weight . row + bias)`; the bias comes last.
+    fn probe(row: &[f32], weights: &[f32]) -> f32 {
+        let (weight, bias) = weights.split_at(row.len());
+        1.0 / (1.0 + exp(-(dot(row, weight) + bias[0])))
     }
 
     /// The cosine of two rows, 0 if one is zero.
     fn cosine(a: &[f32], b: &[f32]) -> f32 {
         let norms = (dot(a, a) * dot(b, b)).sqrt();
         if norms > 0.0 { dot(a, b) / norms } else { 0.0 }
-    }
-}
-
-/// The sum of products, in a fixed order.
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
-    let product = |a, b| Lanes::load(a).zip(Lanes::load(b), |a, b| a * b);
-    a.zip(b).fold(Lanes::ZERO, |sum, (a, b)| sum.zip(product(a, b), |sum, ab| sum + ab)).reduce(|a, b| a + b) + rest
-}
-
-/// `silu(gate) * up` (arXiv 2002.05202) of `[rows, 2 * inner]`, gates first: `[rows, inner]`.
-///
-/// # Errors
-/// If the width is odd.
-pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
-    gate_up.apply_op1_no_bwd(&SwiGlu)
-}
-
-struct SwiGlu;
-
-impl CustomOp1 for SwiGlu {
-    fn name(&self) -> &'static str {
-        "swiglu"
-    }
-
-    fn cpu_fwd(&self, gate_up: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, width) = layout.shape().dims2()?;
-        let inner = width / 2;
-        if width != 2 * inner {
-            bail!("gates and ups are {width} together, expected an even number");
-        }
-        let mut out = vec![0.0; rows * inner];
-        let chunk = PARALLEL_NUMBERS.div_ceil(4 * width);
-        each_chunk(slice(gate_up, layout)?, &mut out, chunk * width, chunk * inner, |gate_up, out| {
-            swiglu_rows(gate_up, inner, out);
-        });
-        Ok((CpuStorage::F32(out), (rows, inner).into()))
-    }
-}
-
-/// Calls `kernel` on pieces of `x` and `out`, on several threads if there are several pieces.
-fn each_chunk(x: &[f32], out: &mut [f32], x_len: usize, out_len: usize, kernel: impl Fn(&[f32], &mut [f32]) + Sync) {
-    if x.len() <= x_len {
-        kernel(x, out);
-    } else {
-        x.par_chunks(x_len).zip(out.par_chunks_mut(out_len)).for_each(|(x, out)| kernel(x, out));
     }
 }
 
@@ -220,5 +168,41 @@ impl CustomOp2 for Cosines {
         }
         let pairs = slice(a, a_l)?.chunks_exact(width).zip(slice(b, b_l)?.chunks_exact(width));
         Ok((CpuStorage::F32(pairs.map(|(a, b)| cosine(a, b)).collect()), rows.into()))
+    }
+}
+
+/// A linear probe of each row of `x` `[rows, width]` through a sigmoid: `[rows]`. `probes` `[sets, width + 1]` holds one
+/// for all depths or one for each, its bias last.
+///
+/// # Errors
+/// If the widths differ, or a depth has no probe.
+pub fn probe_rows(x: &Tensor, probes: &Tensor, depths: &DepthRanges) -> Result<Tensor> {
+    x.apply_op2_no_bwd(probes, &ProbeRows { depths })
+}
+
+struct ProbeRows<'a> {
+    depths: &'a DepthRanges,
+}
+
+impl CustomOp2 for ProbeRows<'_> {
+    fn name(&self) -> &'static str {
+        "probe"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, p: &CpuStorage, p_l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let ((rows, width), (sets, probe_width)) = (x_l.shape().dims2()?, p_l.shape().dims2()?);
+        if probe_width != width + 1 {
+            bail!("a probe of {probe_width} numbers for rows of {width}");
+        }
+        let (x, probes) = (slice(x, x_l)?, slice(p, p_l)?);
+        let mut scores = Vec::with_capacity(rows);
+        for (set, rows) in by_set(sets, rows, self.depths) {
+            let Some(of_depth) = probes.get(set * probe_width..(set + 1) * probe_width) else {
+                bail!("a row at depth {set}, there are {sets} probes");
+            };
+            let rows = x[rows.start * width..rows.end * width].chunks_exact(width);
+            scores.extend(rows.map(|row| probe(row, of_depth)));
+        }
+        Ok((CpuStorage::F32(scores), rows.into()))
     }
 }

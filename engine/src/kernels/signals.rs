@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use traces::Signals;
 
 use super::simd::{LANES, exp, greater, multiversion};
 use super::slice;
@@ -22,6 +23,13 @@ pub struct Verdict {
     pub entropy: f32,
     /// The token drawn.
     pub token: u32,
+}
+
+impl Verdict {
+    /// The exit signals that the head gives; the others are 0.
+    pub fn signals(&self) -> Signals {
+        Signals { top1: self.top1, margin: self.margin, entropy: self.entropy, ..Signals::default() }
+    }
 }
 
 /// Reads rows of logits `[rows, vocab]` and draws a token from each: at temperature 0 the most likely one.

@@ -56,6 +56,15 @@ impl Lanes {
         self
     }
 
+    /// The lanes from `count` on, and `rest` in the others.
+    #[inline(always)]
+    pub fn after(mut self, count: usize, rest: f32) -> Self {
+        for lane in 0..LANES {
+            self.0[lane] = if lane >= count { self.0[lane] } else { rest };
+        }
+        self
+    }
+
     /// All lanes as one, by halves.
     #[inline(always)]
     pub fn reduce(mut self, f: impl Fn(f32, f32) -> f32) -> f32 {
@@ -100,6 +109,15 @@ macro_rules! multiversion {
     )*};
 }
 pub(crate) use multiversion;
+
+/// The sum of products, in a fixed order.
+#[inline(always)]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    let product = |a, b| Lanes::load(a).zip(Lanes::load(b), |a, b| a * b);
+    a.zip(b).fold(Lanes::ZERO, |sum, (a, b)| sum.zip(product(a, b), |sum, ab| sum + ab)).reduce(|a, b| a + b) + rest
+}
 
 /// The greater of two numbers, `b` if `a` is NaN: one instruction, unlike `f32::max`.
 #[inline(always)]

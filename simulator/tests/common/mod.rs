@@ -70,12 +70,13 @@ pub fn varied_latency(num_loops: u32) -> LatencyModel {
     LatencyModel::new(&profile(num_loops, &points)).unwrap()
 }
 
-/// A token that a confidence policy at 0.5 and the oracle let go at `exit`.
+/// A token that a confidence policy at 0.5, of any measure but entropy, and the oracle let go at `exit`.
 pub fn sure_from(exit: u8, num_loops: u8) -> Vec<(Signals, u32)> {
     (0..num_loops)
         .map(|depth| {
             let sure = depth >= exit;
-            (Signals { top1: if sure { 0.9 } else { 0.1 }, ..Signals::default() }, u32::from(!sure))
+            let value = if sure { 0.9 } else { 0.1 };
+            (Signals { top1: value, margin: value, similarity: value, gate: value, entropy: 0.0 }, u32::from(!sure))
         })
         .collect()
 }
@@ -89,6 +90,7 @@ pub fn exit_trace(num_loops: u8, generations: &[Vec<u8>]) -> ExitTrace {
         num_loops: num_loops.into(),
         source: "made up".into(),
     });
+    trace.has_gates = true;
     for exits in generations {
         let rows: Vec<_> = exits.iter().flat_map(|&exit| sure_from(exit, num_loops)).collect();
         trace.push_generation(&rows);
