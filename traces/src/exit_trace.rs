@@ -47,12 +47,22 @@ impl Measure {
         !matches!(self, Self::Similarity | Self::Gate)
     }
 
+    /// The first depth that has a value.
+    pub fn first_depth(self) -> usize {
+        usize::from(self == Self::Similarity)
+    }
+
+    /// The value, turned round where low means sure: the greater, the surer.
+    pub fn sureness(self, value: f32) -> f32 {
+        match self {
+            Self::Entropy => -value,
+            _ => value,
+        }
+    }
+
     /// Whether a row with this value is sure enough to leave.
     pub fn is_confident(self, value: f32, threshold: f32) -> bool {
-        match self {
-            Self::Entropy => value <= threshold,
-            _ => value >= threshold,
-        }
+        self.sureness(value) >= self.sureness(threshold)
     }
 }
 
@@ -188,6 +198,13 @@ impl ExitTrace {
     /// The earliest depth whose token equals that of the last depth.
     pub fn oracle_depth(&self, token: usize) -> usize {
         (0..self.num_loops()).find(|&depth| self.agrees(token, depth)).unwrap_or(self.num_loops() - 1)
+    }
+
+    /// The depth at which a token leaves when it is confident once the measure passes the threshold.
+    pub fn confident_depth(&self, token: usize, measure: Measure, threshold: f32) -> usize {
+        let last = self.num_loops() - 1;
+        let is_confident = |&depth: &usize| measure.is_confident(self.signals_at(token, depth).get(measure), threshold);
+        (0..last).find(is_confident).unwrap_or(last)
     }
 
     /// Share of tokens whose prediction at a depth equals that of the last, 0 to 1.
@@ -471,6 +488,21 @@ mod tests {
         assert!(read(CSV, &other).unwrap_err().to_string().contains("exits.yaml: schema_version: found 9, expected 1"));
         assert!(read(CSV, &meta(0)).unwrap_err().to_string().contains("num_loops: found 0"));
         assert!(read(CSV, &meta(3)).unwrap_err().to_string().contains("exits.csv:4: token: found `1`"));
+    }
+
+    #[test]
+    fn a_token_leaves_at_the_first_depth_that_passes_the_threshold_or_at_the_last() {
+        let trace = read(CSV, &meta(2)).unwrap();
+        for (measure, threshold, depth) in [
+            (Measure::Top1, 0.5, 0),
+            (Measure::Top1, 0.6, 1),
+            (Measure::Top1, 0.8, 1),
+            (Measure::Entropy, 1.0, 0),
+            (Measure::Entropy, 0.9, 1),
+            (Measure::Similarity, 0.1, 1),
+        ] {
+            assert_eq!(trace.confident_depth(0, measure, threshold), depth, "{measure} {threshold}");
+        }
     }
 
     #[test]

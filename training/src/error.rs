@@ -33,6 +33,50 @@ pub enum TrainingError {
         /// The loss.
         loss: f64,
     },
+    /// The model gives no probabilities.
+    #[error("the logits of tokens {from} to {to} of the text at depth {depth} are not finite")]
+    NotFinite {
+        /// First token of the window.
+        from: usize,
+        /// Behind its last.
+        to: usize,
+        /// The first depth that is not finite.
+        depth: usize,
+    },
+    /// A line of JSON does not read as what its layout says.
+    #[error("{}:{line}: {key}: {message}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// The key, `the object` for the line as a whole.
+        key: String,
+        /// What was found and what was expected.
+        message: String,
+    },
+    /// A file has too few questions.
+    #[error("{}: found {found} questions, expected at least {expected}", path.display())]
+    TooFewQuestions {
+        /// The file.
+        path: PathBuf,
+        /// Questions in the file.
+        found: usize,
+        /// Questions needed.
+        expected: usize,
+    },
+    /// A choice alone is longer than the model's positions.
+    #[error(
+        "question {question}: a choice has {tokens} tokens, expected at most the model's {max_positions} positions"
+    )]
+    ChoiceTooLong {
+        /// Counted from 0.
+        question: usize,
+        /// Tokens of the choice.
+        tokens: usize,
+        /// Positions of the model.
+        max_positions: usize,
+    },
     /// A checkpoint does not belong to this run.
     #[error("{}: {problem}", path.display())]
     Checkpoint {

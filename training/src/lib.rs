@@ -1,11 +1,17 @@
-//! Training of recursive language models with early exits.
+//! Training and evaluation of recursive language models with early exits.
 //!
 //! ```text
 //! text ─► corpus (windows of tokens) ─► trainer ─► model folder + training state + loss.csv
 //!                                         │
 //!              reference model ─► objective ─► gradients ─► optimizer
+//!
+//! model + text ────────► evaluation ─► figures by loop, exit trace
+//! model + questions ───► evaluation ─► accuracy by loop
+//! exit trace ──────────► evaluation ─► exit curves, reliability of the signals
+//! exit trace ──────────► calibration ─► a threshold with a guarantee
 //! ```
 
+pub mod calibration;
 pub mod corpus;
 pub mod error;
 pub mod evaluation;

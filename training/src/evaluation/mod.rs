@@ -1,9 +1,16 @@
-//! What a model knows of a held-out text at each depth, and how early its tokens could leave.
+//! What a model knows at each depth: of a held-out text, of questions, and how far its exit signals can be believed.
+
+pub mod exits;
+pub mod multiple_choice;
+pub mod reliability;
 
 use std::path::Path;
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
+use engine::kernels::rows::cosines;
+use engine::kernels::signals;
 use engine::reference::Reference;
+use traces::Signals;
 
 use crate::corpus::{Corpus, inputs_and_targets};
 use crate::error::TrainingError;
@@ -16,6 +23,8 @@ pub struct LoopFigures {
     pub passes: usize,
     /// Cross-entropy, nats per token.
     pub loss_nats_per_token: f64,
+    /// `exp` of that: the number of equally likely tokens that would be as hard to guess.
+    pub perplexity: f64,
     /// Bits to code the text with this loop's probabilities, over its bytes; the first token, which
     /// nothing precedes, is counted at `log2(vocab)` bits.
     pub bits_per_byte: f64,
@@ -76,8 +85,22 @@ struct Sums {
 /// tokens before it, except in the first window, which counts whole.
 ///
 /// # Errors
-/// If a tensor operation fails.
+/// If a tensor operation fails or the model gives logits that are not finite.
 pub fn evaluate(model: &Reference, corpus: &Corpus, seq: usize) -> Result<Evaluation, TrainingError> {
+    evaluate_and_record(model, corpus, seq, |_| ())
+}
+
+/// The same, and hands over the exit signals of each window's tokens that count, and the tokens predicted: entry
+/// `token * num_loops + depth`, as [`traces::ExitTrace::push_generation`] takes them.
+///
+/// # Errors
+/// As for [`evaluate`].
+pub fn evaluate_and_record(
+    model: &Reference,
+    corpus: &Corpus,
+    seq: usize,
+    mut record: impl FnMut(&[(Signals, u32)]),
+) -> Result<Evaluation, TrainingError> {
     let tokens = corpus.tokens();
     let predicted = tokens.len() - 1;
     let mut sums = vec![Sums::default(); model.config().num_loops];
@@ -85,14 +108,20 @@ pub fn evaluate(model: &Reference, corpus: &Corpus, seq: usize) -> Result<Evalua
     while counted < predicted {
         let start = counted.saturating_sub(seq / 2);
         let end = (start + seq).min(predicted);
-        let window = &tokens[start..=end];
-        add_window(model, window, counted - start, &mut sums)?;
+        let loops = read_window(model, &tokens[start..=end], counted - start)?;
+        if let Some(depth) = loops.iter().position(|read| read.rows.iter().any(|row| !row.0.top1.is_finite())) {
+            return Err(TrainingError::NotFinite { from: counted, to: end, depth });
+        }
+        add(&mut sums, &loops, &tokens[counted + 1..=end]);
+        let rows = (0..end - counted).flat_map(|row| loops.iter().map(move |read| read.rows[row]));
+        record(&rows.collect::<Vec<_>>());
         counted = end;
     }
     let first_token_bits = (model.config().vocab_size as f64).log2();
     let figures = |(loop_index, sums): (usize, &Sums)| LoopFigures {
         passes: loop_index + 1,
         loss_nats_per_token: sums.nats / predicted as f64,
+        perplexity: (sums.nats / predicted as f64).exp(),
         bits_per_byte: (sums.nats / std::f64::consts::LN_2 + first_token_bits) / corpus.bytes() as f64,
         accuracy: sums.right as f64 / predicted as f64,
         agreement_with_last: sums.agree as f64 / predicted as f64,
@@ -101,42 +130,65 @@ pub fn evaluate(model: &Reference, corpus: &Corpus, seq: usize) -> Result<Evalua
     Ok(Evaluation { loops: sums.iter().enumerate().map(figures).collect(), tokens: predicted, bytes: corpus.bytes() })
 }
 
-/// Adds the predictions of a window from its `skip`-th on.
-fn add_window(model: &Reference, window: &[u32], skip: usize, sums: &mut [Sums]) -> Result<(), TrainingError> {
+/// What a loop makes of the tokens of a window that count.
+struct LoopReading {
+    /// Cross-entropy, summed over them.
+    nats: f64,
+    /// Signals and most likely token of each.
+    rows: Vec<(Signals, u32)>,
+}
+
+/// Reads the predictions of a window from its `skip`-th on, at every loop.
+fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<LoopReading>, TrainingError> {
     let (inputs, targets) = inputs_and_targets(&[window])?;
     let rows = targets.elem_count() - skip;
     let targets = targets.narrow(0, skip, rows)?;
-    let mut tokens_by_loop = Vec::new();
-    for (depth, (hidden, sums)) in model.hidden_states(&inputs)?.iter().zip(sums.iter_mut()).enumerate() {
+    let mut before: Option<Tensor> = None;
+    let mut loops = Vec::new();
+    for (depth, hidden) in model.hidden_states(&inputs)?.iter().enumerate() {
         let logits = model.logits(&model.exit(hidden, 1)?.narrow(0, skip, rows)?, depth)?;
+        let hidden = hidden.narrow(0, skip, rows)?;
         let mean: f32 = cross_entropy(&logits, &targets)?.to_scalar()?;
-        sums.nats += f64::from(mean) * rows as f64;
-        tokens_by_loop.push(most_likely(&logits)?);
+        let similarities = match &before {
+            Some(before) => cosines(before, &hidden)?.to_vec1()?,
+            None => vec![0.0; rows],
+        };
+        let verdicts = signals::read(&logits, 0.0, &vec![0; rows])?;
+        let row = |(verdict, similarity): (&signals::Verdict, f32)| (verdict.signals(similarity), verdict.token);
+        let rows_read = verdicts.iter().zip(similarities).map(row).collect();
+        loops.push(LoopReading { nats: f64::from(mean) * rows as f64, rows: rows_read });
+        before = Some(hidden);
     }
-    let right: Vec<u32> = targets.to_vec1()?;
-    let last = tokens_by_loop.last().cloned().unwrap_or_default();
-    for row in 0..rows {
-        let agrees = |tokens: &Vec<u32>| tokens[row] == last[row];
-        let oracle = tokens_by_loop.iter().position(agrees);
-        for (depth, (tokens, sums)) in tokens_by_loop.iter().zip(sums.iter_mut()).enumerate() {
-            sums.right += usize::from(tokens[row] == right[row]);
-            sums.agree += usize::from(agrees(tokens));
-            sums.oracle += usize::from(oracle == Some(depth));
-        }
-    }
-    Ok(())
+    Ok(loops)
 }
 
-fn most_likely(logits: &Tensor) -> candle_core::Result<Vec<u32>> {
-    logits.argmax(D::Minus1)?.to_vec1()
+/// Adds what the loops read of tokens that turned out to be `right`.
+fn add(sums: &mut [Sums], loops: &[LoopReading], right: &[u32]) {
+    let token = |depth: usize, row: usize| loops[depth].rows[row].1;
+    for (depth, (read, sums)) in loops.iter().zip(sums.iter_mut()).enumerate() {
+        let agrees = |depth: usize, row: usize| token(depth, row) == token(loops.len() - 1, row);
+        let count = |holds: &dyn Fn(usize) -> bool| (0..right.len()).filter(|&row| holds(row)).count();
+        sums.nats += read.nats;
+        sums.right += count(&|row| token(depth, row) == right[row]);
+        sums.agree += count(&|row| agrees(depth, row));
+        sums.oracle += count(&|row| agrees(depth, row) && (0..depth).all(|earlier| !agrees(earlier, row)));
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+    use std::sync::Arc;
+
     use super::*;
     use engine::config::ModelConfig;
+    use engine::executor::Sampling;
+    use engine::model::Model;
+    use engine::prompts::Prompts;
+    use engine::replay::Engine;
     use engine::tokenizer::Tokenizer;
     use engine::weights::Weights;
+    use traces::{Measure, Nanos, Request};
 
     const TEXT: &str = "In the beginning God created the heaven and the earth.";
 
@@ -207,5 +259,52 @@ mod tests {
         assert_eq!(evaluation.loops[2].agreement_with_last, 1.0);
         let first = &evaluation.loops[0];
         assert_eq!(first.oracle_share, first.agreement_with_last);
+    }
+
+    #[test]
+    fn what_is_recorded_tells_the_same_as_the_figures() {
+        let model = Reference::new(&weights()).unwrap();
+        let mut exits = exits::tests::empty(3);
+        let evaluation = evaluate_and_record(&model, &corpus(), 8, |rows| exits.push_generation(rows)).unwrap();
+        assert_eq!(exits.num_tokens(), evaluation.tokens);
+        assert_eq!(exits.num_generations(), 1 + (evaluation.tokens - 8).div_ceil(4));
+        for (depth, figures) in evaluation.loops.iter().enumerate() {
+            assert_eq!(exits.agreement_at(depth), figures.agreement_with_last);
+        }
+        assert!((exits.mean_oracle_passes() - evaluation.mean_oracle_depth()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn signals_are_those_that_the_engine_records() {
+        let weights = weights();
+        let prompt = corpus().tokens()[..5].to_vec();
+        let engine = Engine {
+            model: Arc::new(Model::load(&weights).unwrap()),
+            prompts: Arc::new(Prompts::Text(prompt.clone())),
+            sampling: Sampling::default(),
+        };
+        let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 5, output_tokens: 6 };
+        let recorded = engine.record(&[request], "test", "test", &mut ()).unwrap();
+        let generated = (0..6).map(|token| recorded.predictions[token * 3 + 2]);
+        let text: Vec<u32> = prompt.iter().copied().chain(generated).collect();
+        let loops = read_window(&Reference::new(&weights).unwrap(), &text, 4).unwrap();
+        for (row, expected) in recorded.signals.iter().enumerate() {
+            let (found, token) = loops[row % 3].rows[row / 3];
+            assert_eq!(token, recorded.predictions[row]);
+            for measure in Measure::ALL {
+                let (found, expected) = (found.get(measure), expected.get(measure));
+                assert!((found - expected).abs() < 1e-4, "{measure} of row {row}: {found} is not {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_an_error() {
+        let mut tensors: HashMap<_, _> = weights().tensors().clone().into_iter().collect();
+        let norm = tensors.get_mut("norm.weight").unwrap();
+        *norm = (norm.ones_like().unwrap() * 3e38).unwrap();
+        let weights = Weights::from_tensors(weights().config().clone(), tensors, "test").unwrap();
+        let message = evaluate(&Reference::new(&weights).unwrap(), &corpus(), 8).unwrap_err().to_string();
+        assert!(message.contains("tokens 0 to 8") && message.contains("depth 0"), "{message}");
     }
 }

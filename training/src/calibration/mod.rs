@@ -1,0 +1,313 @@
+//! Exit thresholds with a guarantee.
+//!
+//! Learn then Test (arXiv 2110.01052), as CALM uses it for early exits (arXiv 2207.07061). Each threshold stands for
+//! the hypothesis that its risk, the share of tokens that differ from those of full depth, is above a tolerance. The
+//! hypotheses are tested from the strictest threshold on, all at the same level, until one is not rejected
+//! (fixed-sequence testing). With the confidence asked for, *every* threshold before that one keeps the tolerance,
+//! whatever the model; the laxest of them is the one to use.
+//!
+//! The tokens of a request are not independent: easy and hard ones come in runs, and whole prompts are hard. So the
+//! risk is by default the expectation, over requests, of the share of a request's tokens that differ, and what has to
+//! be independent is the requests. The binomial test takes each token for an independent trial and so claims more than
+//! it can know unless they are.
+
+mod p_values;
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use traces::{ExitTrace, Measure};
+
+use crate::evaluation::exits::Exits;
+
+/// How a threshold's risk is tested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RiskTest {
+    /// Share of a request's tokens; independent requests. Bets on it, and so profits from requests that are alike.
+    Betting,
+    /// The same, by the inequalities of Hoeffding and Bentkus: weaker, but the order of requests plays no part.
+    HoeffdingBentkus,
+    /// Share of all tokens; independent tokens.
+    Binomial,
+}
+
+impl RiskTest {
+    /// Every test.
+    pub const ALL: [Self; 3] = [Self::Betting, Self::HoeffdingBentkus, Self::Binomial];
+
+    /// The name in files and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Betting => "betting",
+            Self::HoeffdingBentkus => "hoeffding-bentkus",
+            Self::Binomial => "binomial",
+        }
+    }
+
+    /// The risk as found in a trace: a mean over what the test takes to be independent, 0 to 1.
+    pub fn risk(self, exits: &Exits) -> f64 {
+        match self {
+            Self::Binomial => exits.differing() as f64 / exits.tokens() as f64,
+            Self::Betting | Self::HoeffdingBentkus => {
+                exits.losses().iter().sum::<f64>() / exits.generations.len() as f64
+            }
+        }
+    }
+
+    fn p_value(self, exits: &Exits, tolerance: f64, level: f64) -> f64 {
+        match self {
+            Self::Betting => p_values::betting(&exits.losses(), tolerance, level),
+            Self::HoeffdingBentkus => p_values::hoeffding_bentkus(&exits.losses(), tolerance),
+            Self::Binomial => p_values::binomial(exits.differing() as u64, exits.tokens() as u64, tolerance),
+        }
+    }
+}
+
+impl fmt::Display for RiskTest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for RiskTest {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        let names = Self::ALL.map(Self::name).join(", ");
+        let test = Self::ALL.into_iter().find(|test| test.name() == name);
+        test.ok_or_else(|| format!("unknown test `{name}`: expected one of {names}"))
+    }
+}
+
+/// What a threshold must keep, and how surely.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// Greatest risk, between 0 and 1.
+    pub tolerance: f64,
+    /// Chance that the risk is kept, over the draw of the calibration requests; between 0 and 1.
+    pub confidence: f64,
+    /// How it is tested.
+    pub test: RiskTest,
+}
+
+/// A threshold and what the calibration trace says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Candidate {
+    /// In the measure's own unit.
+    pub threshold: f32,
+    /// Chance of a risk this low in the trace if it were above the tolerance.
+    pub p_value: f64,
+    /// Whether this and all stricter thresholds were shown to keep the tolerance.
+    pub keeps_tolerance: bool,
+    /// The risk found, 0 to 1.
+    pub risk: f64,
+    /// Share of all tokens that equal those of full depth, 0 to 1.
+    pub agreement: f64,
+    /// Passes per token.
+    pub mean_depth: f64,
+}
+
+/// What was found of all thresholds, from the strictest to the laxest.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Calibration {
+    /// The thresholds.
+    pub candidates: Vec<Candidate>,
+}
+
+impl Calibration {
+    /// The laxest threshold that keeps the tolerance; none if not even the strictest was shown to.
+    pub fn chosen(&self) -> Option<&Candidate> {
+        self.candidates.iter().take_while(|candidate| candidate.keeps_tolerance).last()
+    }
+
+    /// The strictest threshold that was not shown to keep the tolerance, where testing stopped.
+    pub fn refused(&self) -> Option<&Candidate> {
+        self.candidates.iter().find(|candidate| !candidate.keeps_tolerance)
+    }
+}
+
+/// Probabilities and cosines are tried in steps of this.
+const STEPS_PER_ONE: u16 = 1000;
+/// Entropies are tried in steps of this many to the nat, up to that of half a million equally likely tokens.
+const STEPS_PER_NAT: u16 = 100;
+const MOST_NATS: u16 = 13;
+
+/// The thresholds to try for a measure, from the strictest to the laxest. They must not be chosen by what the
+/// calibration trace says of them.
+pub fn thresholds(measure: Measure) -> Vec<f32> {
+    let part = |steps: u16, per_unit: u16| f32::from(steps) / f32::from(per_unit);
+    match measure {
+        Measure::Entropy => (0..=MOST_NATS * STEPS_PER_NAT).map(|steps| part(steps, STEPS_PER_NAT)).collect(),
+        _ => (1..=STEPS_PER_ONE).rev().map(|steps| part(steps, STEPS_PER_ONE)).collect(),
+    }
+}
+
+/// Tests `thresholds`, which go from the strictest to the laxest, on a trace.
+pub fn calibrate(trace: &ExitTrace, measure: Measure, thresholds: &[f32], target: &Target) -> Calibration {
+    let &Target { tolerance, confidence, test } = target;
+    let level = 1.0 - confidence;
+    let mut keeps_tolerance = true;
+    let candidate = |&threshold: &f32| {
+        let exits = Exits::confident(trace, measure, threshold);
+        let p_value = test.p_value(&exits, tolerance, level);
+        keeps_tolerance &= p_value <= level;
+        Candidate {
+            threshold,
+            p_value,
+            keeps_tolerance,
+            risk: test.risk(&exits),
+            agreement: exits.agreement(),
+            mean_depth: exits.mean_depth(),
+        }
+    };
+    Calibration { candidates: thresholds.iter().map(candidate).collect() }
+}
+
+/// The fewest requests, or tokens under a test of tokens, from which a risk within the tolerance could be shown if not
+/// one token differed.
+pub fn fewest_trials(target: &Target) -> usize {
+    let &Target { tolerance, confidence, test } = target;
+    let level = 1.0 - confidence;
+    let shows = |trials: usize| match test {
+        RiskTest::Betting => p_values::betting(&vec![0.0; trials], tolerance, level) <= level,
+        RiskTest::HoeffdingBentkus | RiskTest::Binomial => (1.0 - tolerance).powi(trials as i32) <= level,
+    };
+    let (mut too_few, mut enough) = (0, 1);
+    while !shows(enough) {
+        (too_few, enough) = (enough, 2 * enough);
+    }
+    while enough - too_few > 1 {
+        let middle = (too_few + enough) / 2;
+        if shows(middle) { enough = middle } else { too_few = middle }
+    }
+    enough
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evaluation::exits::tests::{empty, row};
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    fn target(test: RiskTest) -> Target {
+        Target { tolerance: 0.05, confidence: 0.9, test }
+    }
+
+    /// Three loops: the first is half sure and right, the second is surer and wrong.
+    fn wrong_in_the_middle(requests: usize) -> ExitTrace {
+        let mut trace = empty(3);
+        (0..requests).for_each(|_| trace.push_generation(&[row(0.5, 1), row(0.9, 2), row(1.0, 1)]));
+        trace
+    }
+
+    #[test]
+    fn testing_stops_at_the_first_threshold_that_fails() {
+        let trace = wrong_in_the_middle(200);
+        for test in RiskTest::ALL {
+            let found = calibrate(&trace, Measure::Top1, &[0.99, 0.95, 0.8, 0.4], &target(test));
+            assert_eq!(found.candidates.iter().map(|c| c.risk).collect::<Vec<_>>(), [0.0, 0.0, 1.0, 0.0]);
+            let (chosen, refused) = (found.chosen().unwrap(), found.refused().unwrap());
+            assert_eq!((chosen.threshold, chosen.mean_depth), (0.95, 3.0));
+            assert_eq!((refused.threshold, refused.agreement), (0.8, 0.0));
+            let last = found.candidates[3];
+            assert!(last.p_value < 0.1 && !last.keeps_tolerance, "{test}: a later one is not tested any more");
+        }
+    }
+
+    #[test]
+    fn too_few_requests_show_nothing_and_it_is_known_how_many_would() {
+        for test in RiskTest::ALL {
+            let fewest = fewest_trials(&target(test));
+            for (requests, shown) in [(fewest - 1, false), (fewest, true)] {
+                let found = calibrate(&wrong_in_the_middle(requests), Measure::Top1, &[0.95], &target(test));
+                assert_eq!(found.chosen().is_some(), shown, "{test}, {requests} requests");
+            }
+        }
+        assert_eq!(fewest_trials(&target(RiskTest::Binomial)), 45, "0.95^45 is the first power below 0.1");
+    }
+
+    #[test]
+    fn thresholds_go_from_the_strictest_to_the_laxest() {
+        for measure in Measure::ALL {
+            let thresholds = thresholds(measure);
+            assert!(thresholds.is_sorted_by(|a, b| measure.sureness(*a) > measure.sureness(*b)), "{measure}");
+            assert!(thresholds.iter().all(|threshold| threshold.to_string().len() <= 5), "{measure}");
+        }
+    }
+
+    /// How the tokens of a request hang together.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Requests {
+        /// Not at all.
+        Alike,
+        /// One in ten has all the errors.
+        FewHard,
+    }
+
+    impl Requests {
+        /// Two loops. The first loop's top-1 probability `s` is uniform; the chance that its token differs falls
+        /// linearly to 0 at 1.
+        fn draw(self, random: &mut StdRng) -> ExitTrace {
+            let mut trace = empty(2);
+            for _ in 0..100 {
+                let hardness = match self {
+                    Self::Alike => 1.0,
+                    Self::FewHard => f32::from(u8::from(random.random_range(0..10) == 0)) * 10.0,
+                };
+                let mut token = || {
+                    let sure: f32 = random.random_range(0.0..1.0);
+                    let differs = random.random_range(0.0..1.0) < hardness * (1.0 - sure);
+                    [row(sure, u32::from(differs)), row(1.0, 0)]
+                };
+                trace.push_generation(&(0..20).flat_map(|_| token()).collect::<Vec<_>>());
+            }
+            trace
+        }
+
+        /// The true risk: the chance that a token is surer than the threshold and differs.
+        fn risk(self, threshold: f32) -> f64 {
+            let room = 1.0 - f64::from(threshold);
+            match self {
+                Self::Alike => room * room / 2.0,
+                Self::FewHard if room <= 0.1 => 0.1 * 5.0 * room * room,
+                Self::FewHard => 0.1 * (room - 0.05),
+            }
+        }
+    }
+
+    /// Share of draws in which the threshold chosen exceeds the tolerance, and the mean of its true risk.
+    fn simulate(requests: Requests, test: RiskTest) -> (f64, f64) {
+        const DRAWS: usize = 200;
+        let thresholds: Vec<f32> = (0..50).map(|step| 0.99 - 0.02 * step as f32).collect();
+        let mut random = StdRng::seed_from_u64(7);
+        let (mut exceeded, mut sum) = (0, 0.0);
+        for _ in 0..DRAWS {
+            let found = calibrate(&requests.draw(&mut random), Measure::Top1, &thresholds, &target(test));
+            let risk = requests.risk(found.chosen().unwrap().threshold);
+            exceeded += usize::from(risk > 0.05);
+            sum += risk;
+        }
+        (exceeded as f64 / DRAWS as f64, sum / DRAWS as f64)
+    }
+
+    #[test]
+    fn the_threshold_chosen_exceeds_the_tolerance_as_seldom_as_promised() {
+        for requests in [Requests::Alike, Requests::FewHard] {
+            for (test, useful) in [(RiskTest::Betting, 0.02), (RiskTest::HoeffdingBentkus, 0.005)] {
+                let (exceeded, mean) = simulate(requests, test);
+                assert!(exceeded <= 0.1, "{requests:?}, {test}: in {exceeded} of draws");
+                assert!(mean > useful, "{requests:?}, {test}: a mean risk of {mean} is too careful to be of use");
+            }
+        }
+        let (exceeded, mean) = simulate(Requests::Alike, RiskTest::Binomial);
+        assert!(exceeded <= 0.1 && mean > 0.03, "in {exceeded} of draws, mean {mean}");
+    }
+
+    #[test]
+    fn a_test_of_tokens_breaks_its_promise_where_errors_come_by_request() {
+        let (exceeded, _) = simulate(Requests::FewHard, RiskTest::Binomial);
+        assert!(exceeded > 0.2, "in {exceeded} of draws");
+    }
+}

@@ -1,0 +1,478 @@
+//! Multiple-choice questions, answered by log-likelihood as in the LM Evaluation Harness (arXiv 2405.14782).
+//!
+//! A question is a line of JSON in one of the harness's own two layouts:
+//!
+//! ```text
+//! {"query": "The sky is", "choices": ["blue", "green"], "gold": 0}             a processed document
+//! {"arguments": {"gen_args_0": {"arg_0": "The sky is", "arg_1": " blue"},      a sample that --log_samples wrote,
+//!                "gen_args_1": {"arg_0": "The sky is", "arg_1": " green"}},    its examples in `arg_0`
+//!  "target": "0"}
+//! ```
+//!
+//! Other keys are ignored. A document's choice follows its query after a space, as with the harness's defaults.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+use engine::reference::Reference;
+use engine::tokenizer::Tokenizer;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::corpus::inputs_and_targets;
+use crate::error::TrainingError;
+use crate::objective::cross_entropy;
+
+/// Between a query and its choice, and between examples: the harness's `target_delimiter` and `fewshot_delimiter`.
+const CHOICE_DELIMITER: &str = " ";
+const EXAMPLE_DELIMITER: &str = "\n\n";
+
+/// A question with at least two choices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// What may be chosen.
+    pub choices: Vec<Choice>,
+    /// Index of the right one.
+    pub gold: usize,
+}
+
+/// One of a question's choices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Text before it, never empty.
+    pub context: String,
+    /// Its text with what parts it from the context, never empty.
+    pub continuation: String,
+}
+
+impl Choice {
+    /// Characters of its text, which `acc_norm` divides by.
+    fn characters(&self) -> usize {
+        self.continuation.strip_prefix(CHOICE_DELIMITER).unwrap_or(&self.continuation).chars().count()
+    }
+}
+
+impl Question {
+    /// The same question after the first `shots` of `examples`, each with its right choice.
+    pub fn after_examples(mut self, examples: &[Question], shots: usize) -> Self {
+        let example = |question: &Question| {
+            let Choice { context, continuation } = &question.choices[question.gold];
+            format!("{context}{continuation}{EXAMPLE_DELIMITER}")
+        };
+        let before: String = examples.iter().take(shots).map(example).collect();
+        self.choices.iter_mut().for_each(|choice| choice.context.insert_str(0, &before));
+        self
+    }
+}
+
+/// Reads at least `at_least` questions, a line each; blank lines are skipped.
+///
+/// # Errors
+/// If the file does not read, has too few questions, or a line is not a question in one of the layouts.
+pub fn read_questions(path: &Path, at_least: usize) -> Result<Vec<Question>, TrainingError> {
+    let in_file = |source| TrainingError::File { path: path.to_owned(), source };
+    let mut questions = Vec::new();
+    for (index, line) in BufReader::new(File::open(path).map_err(in_file)?).lines().enumerate() {
+        let line = line.map_err(in_file)?;
+        if !line.trim().is_empty() {
+            let question = Line { path, number: index + 1 }.question(line.trim_start_matches('\u{feff}'))?;
+            questions.push(question);
+        }
+    }
+    if questions.len() < at_least {
+        return Err(TrainingError::TooFewQuestions {
+            path: path.to_owned(),
+            found: questions.len(),
+            expected: at_least,
+        });
+    }
+    Ok(questions)
+}
+
+/// A document as the harness's `process_docs` leaves it.
+#[derive(Deserialize)]
+struct Document {
+    query: String,
+    choices: Vec<String>,
+    gold: usize,
+}
+
+/// A sample as the harness logs it.
+#[derive(Deserialize)]
+struct Sample {
+    arguments: HashMap<String, Arguments>,
+    target: serde_json::Value,
+}
+
+#[derive(Deserialize)]
+struct Arguments {
+    arg_0: String,
+    arg_1: String,
+}
+
+/// Where a question stands.
+struct Line<'a> {
+    path: &'a Path,
+    number: usize,
+}
+
+impl Line<'_> {
+    fn error(&self, key: impl Into<String>, message: impl Into<String>) -> TrainingError {
+        let (path, key, message) = (self.path.to_owned(), key.into(), message.into());
+        TrainingError::Json { path, line: self.number, key, message }
+    }
+
+    fn parse<T: DeserializeOwned>(&self, text: &str) -> Result<T, TrainingError> {
+        let mut json = serde_json::Deserializer::from_str(text);
+        serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            let key = match error.path().to_string() {
+                path if path == "." => "the object".to_owned(),
+                path => path,
+            };
+            self.error(key, error.inner().to_string())
+        })
+    }
+
+    fn question(&self, text: &str) -> Result<Question, TrainingError> {
+        let keys: HashMap<String, serde::de::IgnoredAny> = self.parse(text)?;
+        let question = match keys.contains_key("arguments") {
+            true => self.logged(self.parse(text)?)?,
+            false => self.document(self.parse(text)?)?,
+        };
+        match question.choices.len() {
+            0 | 1 => Err(self.error("choices", format!("found {}, expected at least 2", question.choices.len()))),
+            _ => Ok(question),
+        }
+    }
+
+    fn document(&self, Document { query, choices, gold }: Document) -> Result<Question, TrainingError> {
+        if query.trim().is_empty() {
+            return Err(self.error("query", "found no text, expected some before the choices"));
+        }
+        if let Some(empty) = choices.iter().position(String::is_empty) {
+            return Err(self.error(format!("choices[{empty}]"), "found no text, expected some"));
+        }
+        if gold >= choices.len() {
+            return Err(self.error("gold", format!("found {gold}, expected an index of the {} choices", choices.len())));
+        }
+        let choice =
+            |text: String| Choice { context: query.clone(), continuation: CHOICE_DELIMITER.to_owned() + &text };
+        Ok(Question { choices: choices.into_iter().map(choice).collect(), gold })
+    }
+
+    fn logged(&self, Sample { mut arguments, target }: Sample) -> Result<Question, TrainingError> {
+        let mut choices = Vec::new();
+        for index in 0..arguments.len() {
+            let key = format!("arguments.gen_args_{index}");
+            let Some(Arguments { arg_0, arg_1 }) = arguments.remove(&format!("gen_args_{index}")) else {
+                return Err(self.error(key, "found none, expected one for each choice"));
+            };
+            for (name, text) in [("arg_0", &arg_0), ("arg_1", &arg_1)] {
+                if text.trim().is_empty() {
+                    return Err(self.error(format!("{key}.{name}"), "found no text, expected some"));
+                }
+            }
+            choices.push(Choice { context: arg_0, continuation: arg_1 });
+        }
+        let index = match &target {
+            serde_json::Value::Number(number) => number.as_u64(),
+            serde_json::Value::String(text) => text.parse().ok(),
+            _ => None,
+        };
+        match index.map(|index| index as usize).filter(|&index| index < choices.len()) {
+            Some(gold) => Ok(Question { choices, gold }),
+            None => {
+                Err(self
+                    .error("target", format!("found {target}, expected the index of one of {} choices", choices.len())))
+            }
+        }
+    }
+}
+
+/// Log-likelihoods of a question's choices.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// Index of the right choice.
+    pub gold: usize,
+    /// Characters of each choice.
+    pub characters: Vec<usize>,
+    /// Nats by loop and choice.
+    pub log_likelihoods: Vec<Vec<f64>>,
+    /// Choices before which the beginning of the context was left out, for it was longer than the model's positions.
+    pub truncated: usize,
+}
+
+/// Answers questions at every loop; `done` is told after each.
+///
+/// # Errors
+/// If a choice alone does not fit the model's positions, the tokenizer refuses a text or a tensor operation fails.
+pub fn answer(
+    model: &Reference,
+    tokenizer: &Tokenizer,
+    questions: &[Question],
+    mut done: impl FnMut(),
+) -> Result<Vec<Answer>, TrainingError> {
+    let max_positions = model.config().max_positions;
+    let mut answers = Vec::with_capacity(questions.len());
+    for (index, question) in questions.iter().enumerate() {
+        let characters = question.choices.iter().map(Choice::characters).collect();
+        let log_likelihoods = vec![Vec::new(); model.config().num_loops];
+        let mut answer = Answer { gold: question.gold, characters, log_likelihoods, truncated: 0 };
+        for choice in &question.choices {
+            let (tokens, continuation) = encode(tokenizer, choice)?;
+            if continuation > max_positions {
+                return Err(TrainingError::ChoiceTooLong { question: index, tokens: continuation, max_positions });
+            }
+            let kept = &tokens[tokens.len().saturating_sub(max_positions + 1)..];
+            answer.truncated += usize::from(kept.len() < tokens.len());
+            for (loops, nats) in answer.log_likelihoods.iter_mut().zip(log_likelihoods_of(model, kept, continuation)?) {
+                loops.push(nats);
+            }
+        }
+        answers.push(answer);
+        done();
+    }
+    Ok(answers)
+}
+
+/// Tokens of context and continuation together, and how many of them are the continuation's. White space at the end
+/// of the context is left to the continuation, whose first token it usually begins.
+fn encode(tokenizer: &Tokenizer, choice: &Choice) -> Result<(Vec<u32>, usize), TrainingError> {
+    let whole = tokenizer.encode(&format!("{}{}", choice.context, choice.continuation))?;
+    let context = tokenizer.encode(choice.context.trim_end())?.len();
+    let continuation = whole.len().saturating_sub(context).max(1);
+    Ok((whole, continuation))
+}
+
+/// Log-likelihood of the last `continuation` of `tokens` given those before them, nats by loop.
+fn log_likelihoods_of(model: &Reference, tokens: &[u32], continuation: usize) -> Result<Vec<f64>, TrainingError> {
+    let (inputs, targets) = inputs_and_targets(&[tokens])?;
+    let skip = targets.elem_count() - continuation;
+    let targets = targets.narrow(0, skip, continuation)?;
+    let mut nats = Vec::new();
+    for hidden in model.hidden_states(&inputs)? {
+        let logits = model.logits(&hidden.narrow(0, skip, continuation)?)?;
+        let mean: f32 = cross_entropy(&logits, &targets)?.to_scalar()?;
+        nats.push(-f64::from(mean) * continuation as f64);
+    }
+    Ok(nats)
+}
+
+/// Accuracy of one loop, named as in the harness.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Accuracy {
+    /// Passes run: 1 is the first loop.
+    pub passes: usize,
+    /// Questions answered.
+    pub questions: usize,
+    /// Share of questions whose likeliest choice is the right one.
+    pub acc: f64,
+    /// Standard error of that.
+    pub acc_stderr: f64,
+    /// Share of questions whose right choice has the greatest log-likelihood per character.
+    pub acc_norm: f64,
+    /// Standard error of that.
+    pub acc_norm_stderr: f64,
+}
+
+/// Accuracy by loop, of at least one answer.
+pub fn accuracies(answers: &[Answer]) -> Vec<Accuracy> {
+    let loops = answers.first().map_or(0, |answer| answer.log_likelihoods.len());
+    let accuracy = |depth: usize| {
+        let share = |is_right: &dyn Fn(&Answer) -> bool| {
+            answers.iter().filter(|answer| is_right(answer)).count() as f64 / answers.len() as f64
+        };
+        let stderr = |share: f64| (share * (1.0 - share) / (answers.len() as f64 - 1.0).max(1.0)).sqrt();
+        let acc = share(&|answer| greatest(&answer.log_likelihoods[depth]) == answer.gold);
+        let acc_norm = share(&|answer| {
+            let per_character = answer.log_likelihoods[depth].iter().zip(&answer.characters);
+            greatest(&per_character.map(|(nats, &characters)| nats / characters as f64).collect::<Vec<_>>())
+                == answer.gold
+        });
+        let (acc_stderr, acc_norm_stderr) = (stderr(acc), stderr(acc_norm));
+        Accuracy { passes: depth + 1, questions: answers.len(), acc, acc_stderr, acc_norm, acc_norm_stderr }
+    };
+    (0..loops).map(accuracy).collect()
+}
+
+/// Index of the greatest number, the first of equals.
+fn greatest(numbers: &[f64]) -> usize {
+    (1..numbers.len()).fold(0, |best, index| if numbers[index] > numbers[best] { index } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+    use engine::config::ModelConfig;
+    use engine::weights::Weights;
+
+    const VOCAB: usize = 256;
+
+    fn question(query: &str, choices: &[&str], gold: usize) -> Question {
+        let choice = |text: &&str| Choice { context: query.to_owned(), continuation: format!(" {text}") };
+        Question { choices: choices.iter().map(choice).collect(), gold }
+    }
+
+    fn read(text: &str) -> Result<Vec<Question>, TrainingError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("questions.jsonl");
+        std::fs::write(&path, text).unwrap();
+        read_questions(&path, 1)
+    }
+
+    fn tokenizer() -> Tokenizer {
+        Tokenizer::train("bytes alone", VOCAB).unwrap()
+    }
+
+    /// A model of bytes, positions and context aside: the byte after `previous` is `next` with the odds given in nats,
+    /// after others every byte is as likely.
+    fn bigrams(pairs: &[(u8, u8, f32)]) -> Reference {
+        let config = ModelConfig {
+            vocab_size: VOCAB,
+            hidden_size: VOCAB,
+            intermediate_size: 2,
+            num_heads: 1,
+            num_kv_heads: 1,
+            head_dim: 2,
+            block_layers: 1,
+            num_loops: 2,
+            tie_embeddings: false,
+            max_positions: 32,
+            ..ModelConfig::default()
+        };
+        let id = |byte: u8| tokenizer().encode(std::str::from_utf8(&[byte]).unwrap()).unwrap()[0] as usize;
+        let mut head = vec![0.0; VOCAB * VOCAB];
+        for &(previous, next, nats) in pairs {
+            // An embedded byte is a vector of one component, sqrt(VOCAB), that the norm leaves as it is.
+            head[id(next) * VOCAB + id(previous)] = nats / (VOCAB as f32).sqrt();
+        }
+        let random = Weights::random(config.clone(), 1).unwrap();
+        let tensor = |(name, tensor): (&String, &Tensor)| {
+            let tensor = match name.as_str() {
+                "embed_tokens.weight" => {
+                    (Tensor::eye(VOCAB, tensor.dtype(), &Device::Cpu).unwrap() * (VOCAB as f64).sqrt()).unwrap()
+                }
+                "lm_head.weight" => Tensor::from_slice(&head, (VOCAB, VOCAB), &Device::Cpu).unwrap(),
+                "norm.weight" => tensor.ones_like().unwrap(),
+                _ => tensor.zeros_like().unwrap(),
+            };
+            (name.clone(), tensor)
+        };
+        let tensors = random.tensors().iter().map(tensor).collect();
+        Reference::new(&Weights::from_tensors(config, tensors, "test").unwrap()).unwrap()
+    }
+
+    #[test]
+    fn log_likelihoods_are_those_of_the_choice_given_its_context() {
+        let model = bigrams(&[(b'=', b' ', 3.0), (b' ', b'x', 2.0), (b' ', b'y', 1.0)]);
+        let questions = [question("a=", &["x", "yz"], 0), question("a= ", &["x", "q"], 1)];
+        let answers = answer(&model, &tokenizer(), &questions, || ()).unwrap();
+        let nats = |odds: f64, all: &[f64]| odds - (all.iter().map(|o| o.exp() - 1.0).sum::<f64>() + VOCAB as f64).ln();
+        let after_equals = nats(3.0, &[3.0]);
+        let after_space = |odds| nats(odds, &[2.0, 1.0]);
+        let expected = [
+            [after_equals + after_space(2.0), after_equals + after_space(1.0) + nats(0.0, &[])],
+            [after_equals + after_space(0.0) + after_space(2.0), after_equals + 2.0 * after_space(0.0)],
+        ];
+        for (answer, expected) in answers.iter().zip(expected) {
+            for loops in &answer.log_likelihoods {
+                for (found, expected) in loops.iter().zip(expected) {
+                    assert!((found - expected).abs() < 1e-3, "{found} is not {expected}");
+                }
+            }
+        }
+        assert_eq!(answers[0].characters, [1, 2]);
+    }
+
+    #[test]
+    fn accuracies_of_a_model_that_knows_its_answers_are_known() {
+        // After a space x is likelier than y, and after x nothing else but another x is likely.
+        let model = bigrams(&[(b' ', b'x', 9.0), (b' ', b'y', 8.0), (b'x', b'x', 12.0)]);
+        let questions = [
+            question("one:", &["x", "y"], 0),
+            question("two:", &["y", "x"], 0),
+            // Likelier as a whole is `x`, by character `xxxx`.
+            question("three:", &["xxxx", "x"], 0),
+            question("four:", &["q", "x", "z"], 1),
+        ];
+        let answers = answer(&model, &tokenizer(), &questions, || ()).unwrap();
+        let found = accuracies(&answers);
+        assert_eq!(found.len(), 2);
+        for accuracy in found {
+            assert_eq!((accuracy.questions, accuracy.acc, accuracy.acc_norm), (4, 0.5, 0.75));
+            // The standard deviation of 1, 0, 0, 1 over the root of 4, as the harness has it.
+            assert!((accuracy.acc_stderr - (1.0_f64 / 3.0).sqrt() / 2.0).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn examples_come_before_the_question_with_their_right_choice() {
+        let examples =
+            [question("1+1=", &["2", "3"], 0), question("1+2=", &["2", "3"], 1), question("2+2=", &["4"], 0)];
+        let found = question("2+1=", &["3", "4"], 0).after_examples(&examples, 2);
+        for choice in &found.choices {
+            assert_eq!(choice.context, "1+1= 2\n\n1+2= 3\n\n2+1=");
+        }
+        assert_eq!(found.choices[1].continuation, " 4");
+    }
+
+    #[test]
+    fn a_context_beyond_the_positions_loses_its_beginning_and_a_choice_that_long_is_refused() {
+        let model = bigrams(&[(b' ', b'x', 2.0)]);
+        let answers = |context: usize, choice: usize| {
+            let questions = [question(&"a".repeat(context), &["x", &"x".repeat(choice)], 0)];
+            answer(&model, &tokenizer(), &questions, || ())
+        };
+        let (fits, cut) = (answers(30, 2).unwrap(), answers(100, 2).unwrap());
+        assert_eq!((fits[0].truncated, cut[0].truncated), (0, 2));
+        assert_eq!(fits[0].log_likelihoods, cut[0].log_likelihoods);
+        let message = answers(3, 32).unwrap_err().to_string();
+        assert!(message.contains("question 0: a choice has 33 tokens, expected at most the model's 32"), "{message}");
+    }
+
+    #[test]
+    fn a_logged_sample_is_the_question_of_its_document() {
+        let document = r#"{"query": "The sky is", "choices": ["blue", "green"], "gold": 1, "ind": 7}"#;
+        let sample = |target: &str| {
+            format!(
+                r#"{{"doc_id": 0, "target": {target}, "arguments": {{
+                "gen_args_1": {{"arg_0": "The sky is", "arg_1": " green"}},
+                "gen_args_0": {{"arg_0": "The sky is", "arg_1": " blue"}}}}, "acc": 0.0}}"#
+            )
+            .replace('\n', " ")
+        };
+        let questions = read(&format!("{document}\n\n{}\n{}\n", sample("1"), sample("\"1\""))).unwrap();
+        assert_eq!(questions, vec![question("The sky is", &["blue", "green"], 1); 3]);
+    }
+
+    #[test]
+    fn bad_questions_are_named_by_line_and_key() {
+        let good = r#"{"query": "q", "choices": ["a", "b"], "gold": 0}"#;
+        let cases = [
+            ("", "found 0 questions, expected at least 1"),
+            (r#"{"query": "q", "choices": ["a", "b"]}"#, ":1: the object: missing field `gold`"),
+            (r#"{"query": "q", "choices": ["a", 3], "gold": 0}"#, ":1: choices[1]: invalid type: integer `3`"),
+            (r#"{"query": "q", "choices": ["a", ""], "gold": 0}"#, ":1: choices[1]: found no text"),
+            (r#"{"query": " ", "choices": ["a", "b"], "gold": 0}"#, ":1: query: found no text"),
+            (r#"{"query": "q", "choices": ["a"], "gold": 0}"#, ":1: choices: found 1, expected at least 2"),
+            (r#"{"query": "q", "choices": ["a", "b"], "gold": 2}"#, ":1: gold: found 2, expected an index of the 2"),
+            (&format!("{good}\n\n{{\"query\""), ":3: the object: EOF"),
+            (r#"{"arguments": {"gen_args_1": {"arg_0": "q", "arg_1": "a"}}, "target": 0}"#, ":1: arguments.gen_args_0"),
+            (
+                r#"{"arguments": {"gen_args_0": {"arg_0": "", "arg_1": "a"}}, "target": 0}"#,
+                ":1: arguments.gen_args_0.arg_0: found no text",
+            ),
+            (
+                r#"{"arguments": {"gen_args_0": {"arg_0": "q", "arg_1": "a"}}, "target": "b"}"#,
+                ":1: target: found \"b\", expected the index of one of 1 choices",
+            ),
+        ];
+        for (text, expected) in cases {
+            let message = read(text).unwrap_err().to_string();
+            assert!(message.contains("questions.jsonl") && message.contains(expected), "{expected} in {message}");
+        }
+    }
+}
