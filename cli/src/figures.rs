@@ -294,7 +294,8 @@ fn threshold_point(summary: &Summary) -> Option<plots::ThresholdPoint> {
     })
 }
 
-fn exit_depths(trace: &ExitTrace) -> plots::ExitDepths {
+/// Where the tokens of a trace could leave.
+pub fn exit_depths(trace: &ExitTrace) -> plots::ExitDepths {
     let depths = 0..trace.num_loops();
     let mut leaving = vec![0.0; trace.num_loops()];
     for token in 0..trace.num_tokens() {

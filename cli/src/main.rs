@@ -39,6 +39,8 @@ enum Command {
     Capacity(commands::capacity::Args),
     Timeline(commands::timeline::Args),
     Train(commands::train::Args),
+    Evaluate(commands::evaluate::Args),
+    Calibrate(commands::calibrate::Args),
 }
 
 fn main() -> ExitCode {
@@ -65,6 +67,8 @@ fn run(command: Command) -> Result<()> {
         Command::Capacity(args) => commands::capacity::run(args),
         Command::Timeline(args) => commands::timeline::run(args),
         Command::Train(args) => commands::train::run(args),
+        Command::Evaluate(args) => commands::evaluate::run(args),
+        Command::Calibrate(args) => commands::calibrate::run(args),
     }
 }
 

@@ -5,6 +5,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use scheduler::Batching;
 use simulator::{Source, Summary};
 use traces::ExitTrace;
+use training::evaluation::{Evaluation, LoopFigures};
 
 use crate::runs::Run;
 use crate::validation::{Comparison, THROUGHPUT, errors};
@@ -92,6 +93,25 @@ pub fn print_exits(exits: &ExitTrace) {
         &["depth", "agreement with the last", "leave here (oracle)"],
         (0..exits.num_loops()).map(line).collect(),
     );
+}
+
+/// Prints what a model knows of a text, a line per loop.
+pub fn print_loops(evaluation: &Evaluation) {
+    let line = |figures: &LoopFigures| {
+        vec![
+            figures.passes.to_string(),
+            format!("{:.4}", figures.loss_nats_per_token),
+            format!("{:.3}", figures.perplexity),
+            format!("{:.4}", figures.bits_per_byte),
+            format!("{:.1}%", 100.0 * figures.accuracy),
+            format!("{:.1}%", 100.0 * figures.agreement_with_last),
+            format!("{:.1}%", 100.0 * figures.oracle_share),
+        ]
+    };
+    let header =
+        ["passes", "nats/token", "perplexity", "bits/byte", "accuracy", "agrees with last", "leave here (oracle)"];
+    print_table(&header, evaluation.loops.iter().map(line).collect());
+    println!("mean oracle depth {:.3} passes", evaluation.mean_oracle_depth());
 }
 
 /// Prints rows under a header; columns of numbers are aligned to the right.

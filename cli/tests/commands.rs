@@ -368,6 +368,103 @@ fn replay_writes_what_it_measured() {
     assert_eq!((depths[0], depths[1]), (depths[2], depths[3]), "exits do not depend on batching");
 }
 
+const QUESTIONS: &str = "{\"query\": \"In the\", \"choices\": [\"beginning\", \"loop\", \"block\"], \"gold\": 0}
+{\"target\": \"1\", \"arguments\": {\"gen_args_0\": {\"arg_0\": \"the loop was\", \"arg_1\": \" shared\"},
+\"gen_args_1\": {\"arg_0\": \"the loop was\", \"arg_1\": \" with the block\"}}}
+";
+
+#[test]
+fn an_evaluation_leaves_figures_of_text_signals_and_questions_by_loop() {
+    let scene = Scene::new();
+    scene.write("text.txt", &TEXT.repeat(8));
+    scene.write("questions.jsonl", &QUESTIONS.replace("}},\n", "}}, ").replace("},\n", "}, "));
+    let of_text = ["evaluate", "model", "--text", "text.txt", "--seq", "32"];
+    let of_questions = ["--questions", "questions.jsonl", "--examples", "questions.jsonl", "--shots", "1"];
+    let printed = scene.succeed(&[&of_text[..], &of_questions, &["--out", "evaluated"]].concat());
+    for expected in ["perplexity", "bits/byte", "mean oracle depth", "AUROC", "2 questions", "acc_norm"] {
+        assert!(printed.contains(expected), "{expected} in {printed}");
+    }
+    let table = |name: &str| lines(&scene.path("evaluated").join(name));
+    assert_eq!(column(&table("loops.csv"), "passes"), ["1", "2", "3"]);
+    assert_eq!(column(&table("loops.csv"), "agreement_with_last")[2], "1.0");
+    let signals = table("signals.csv");
+    assert_eq!(column(&signals, "measure"), ["top1", "top1", "margin", "margin", "entropy", "entropy", "similarity"]);
+    assert_eq!(column(&signals, "depth"), ["0", "1", "0", "1", "0", "1", "1"]);
+    assert_eq!(table("reliability.csv").len(), 1 + 7 * 15);
+    let measures = table("exit_curves.csv");
+    assert!(["top1", "margin", "entropy", "similarity"].iter().all(|name| column(&measures, "measure").contains(name)));
+    assert_eq!(column(&table("accuracy.csv"), "questions"), ["2"; 3]);
+    assert_eq!(table("answers.csv").len(), 1 + 3 * (3 + 2));
+    for name in ["bits-per-byte", "exit-depths", "exit-curves", "reliability", "accuracy"] {
+        assert!(scene.path("evaluated/figures").join(name).with_extension("png").exists(), "{name}");
+    }
+    let of_window = |text: &str| text.lines().find(|line| line.contains("margin")).map(str::to_owned);
+    scene.measured();
+    let of_trace = scene.succeed(&["evaluate", "--exits", "exits"]);
+    assert!(of_window(&of_trace).is_some() && of_window(&of_trace) != of_window(&printed), "{of_trace}");
+}
+
+#[test]
+fn a_calibrated_threshold_is_an_exit_policy_that_the_simulator_takes() {
+    let scene = Scene::new();
+    scene.measured();
+    let calibrate = ["calibrate", "--exits", "exits", "--measure", "margin", "--tolerance", "0.5"];
+    let printed = scene.succeed(&[&calibrate[..], &["--held-out", "exits", "--out", "calibrated"]].concat());
+    let exit = printed.lines().last().unwrap().strip_prefix("--exit ").unwrap();
+    let summary = scene.succeed(&scene.simulate(&["--exit", exit]));
+    assert!(summary.contains(exit), "{summary}");
+
+    let tried = lines(&scene.path("calibrated/calibration.csv"));
+    let keeps = column(&tried, "keeps_tolerance");
+    let chosen = keeps.iter().filter(|&&keeps| keeps == "true").count();
+    assert!(keeps[..chosen].iter().all(|&keeps| keeps == "true"), "once one fails, the laxer ones do");
+    let threshold: f64 = exit.rsplit(':').next().unwrap().parse().unwrap();
+    assert_eq!(column(&tried, "threshold")[chosen - 1].parse::<f64>().unwrap(), threshold);
+    let held_out = lines(&scene.path("calibrated/held_out.csv"));
+    for name in ["threshold", "risk", "agreement", "mean_depth"] {
+        assert_eq!(column(&held_out, name), column(&tried, name), "the same trace held out");
+    }
+    assert!(scene.path("calibrated/calibration.png").exists());
+}
+
+#[test]
+fn evaluations_and_calibrations_that_cannot_be_say_why_and_leave_nothing() {
+    let scene = Scene::new();
+    scene.measured();
+    scene.write("questions.jsonl", "{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": 2}\n");
+    let calibrate = ["calibrate", "--exits", "exits", "--measure", "top1", "--out", "out"];
+    let cases: [(&[&str], &[&str], &str); 7] = [
+        (&calibrate, &["--tolerance", "0"], "--tolerance 0: expected a share between 0 and 1"),
+        (&calibrate, &["--confidence", "1"], "--confidence 1: expected a share"),
+        (&calibrate, &["--held-out", "nowhere"], "nowhere/exits.yaml"),
+        (
+            &["evaluate", "model", "--out", "out"],
+            &["--questions", "questions.jsonl"],
+            "questions.jsonl:1: gold: found 2",
+        ),
+        (
+            &["evaluate", "model", "--out", "out"],
+            &["--text", "prompts.txt", "--seq", "257"],
+            "--seq 257: expected 2 to",
+        ),
+        (&["evaluate", "model", "--out", "out"], &["--text", "nowhere.txt"], "nowhere.txt"),
+        (&["evaluate", "--exits", "nowhere", "--out", "out"], &[], "nowhere/exits.yaml"),
+    ];
+    for (command, more, expected) in cases {
+        let error = scene.fail(&[command, more].concat());
+        assert!(error.contains(expected), "expected `{expected}` in: {error}");
+        assert!(!scene.path("out").exists(), "something was left by: {error}");
+    }
+    let error = scene.fail(&[&calibrate[..], &["--tolerance", "0.001"]].concat());
+    assert!(error.contains("no threshold of top1 was shown to keep the tolerance: 40 requests, expected at least"));
+    let fingerprint = fs::read_to_string(scene.path("exits/exits.yaml")).unwrap();
+    fs::create_dir(scene.path("other")).unwrap();
+    fs::copy(scene.path("exits/exits.csv"), scene.path("other/exits.csv")).unwrap();
+    scene.write("other/exits.yaml", &fingerprint.replace("fingerprint: ", "fingerprint: f"));
+    let error = scene.fail(&[&calibrate[..5], &["--held-out", "other"]].concat());
+    assert!(error.contains("other: found an exit trace of `model`"), "{error}");
+}
+
 #[test]
 fn bad_experiments_get_one_clear_error_and_leave_nothing() {
     let scene = Scene::new();

@@ -18,6 +18,7 @@ fn main() -> Result<(), Error> {
     draw_trade_offs(&folder, &mut random)?;
     draw_latencies(&folder, &mut random)?;
     draw_depths(&folder, &mut random)?;
+    draw_signals(&folder)?;
     draw_validation(&folder, &mut random)?;
     draw_training(&folder, &mut random)
 }
@@ -127,6 +128,35 @@ fn draw_depths(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
     ];
     let title = "Where tokens can leave, and how often a depth already agrees with the last";
     exit_depths(&figure(folder, "exit_depths", title), &traces)
+}
+
+fn draw_signals(folder: &Path) -> Result<(), Error> {
+    let agreement =
+        |confidence: f64, power: f64, depth: usize| 1.0 - (1.0 - confidence.powf(power)) / (depth + 2) as f64;
+    let shares = || (0..15).map(|bin| (f64::from(bin) + 0.5) / 15.0);
+    let signal = |(name, power): (&str, f64)| {
+        let curve = |depth| (depth, shares().map(|share| (share, agreement(share, power, depth))).collect());
+        Reliability { signal: name.into(), note: "calibration error 0.21".into(), curves: (0..2).map(curve).collect() }
+    };
+    let signals = [("top-1 probability", 0.5), ("margin", 0.3)];
+    let title = "How often tokens agree with the last loop where a signal is so sure";
+    reliability(&figure(folder, "reliability", title), &signals.map(signal))?;
+
+    let curve = |(name, power): (&str, f64)| ExitCurve {
+        signal: name.into(),
+        points: (0..=100).map(|i| f64::from(i) / 100.0).map(|t| (1.0 + 2.0 * t, 0.6 + 0.4 * t.powf(power))).collect(),
+    };
+    let title = "Agreement of exits against mean depth";
+    exit_curves(&figure(folder, "exit_curves", title), &signals.map(curve), &[0.6, 0.8, 1.0], 1.5)?;
+
+    let line = |(name, factor): (&str, f64)| {
+        let points = (0..=100).map(|i| f64::from(i) / 100.0).map(|t| (t, factor * (1.0 - t).powi(2), 1.0 + 2.0 * t));
+        CalibrationLine { name: name.into(), points: points.collect() }
+    };
+    let lines = [("calibration", 0.4), ("held-out", 0.37)].map(line).to_vec();
+    let found = CalibratedThreshold { signal: "margin".into(), tolerance: 0.05, chosen: Some(0.7), lines };
+    let title = "Tokens that differ and mean depth by threshold of margin";
+    calibration(&figure(folder, "calibration", title), &found)
 }
 
 fn draw_validation(folder: &Path, random: &mut StdRng) -> Result<(), Error> {

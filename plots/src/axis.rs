@@ -82,6 +82,16 @@ impl Axis {
         if low > 0.0 && high / low > LOG_FACTOR { Self::log(label, values) } else { Self::linear(label, values) }
     }
 
+    /// Linear or, for a few whole numbers, a tick at each.
+    pub(crate) fn linear_or_steps(label: &str, values: impl IntoIterator<Item = f64> + Clone) -> Self {
+        let (low, high) = extent(values.clone());
+        let are_few = low >= 0.0 && high - low < MOST_VALUE_TICKS as f64;
+        match are_few && values.clone().into_iter().all(|value| value.fract() == 0.0) {
+            true => Self { has_grid: true, ..Self::steps(label, low as usize, high as usize) },
+            false => Self::linear(label, values),
+        }
+    }
+
     /// Whole numbers from `first` to `last`, with half a step of room on either side.
     pub(crate) fn steps(label: &str, first: usize, last: usize) -> Self {
         let stride = (last - first).div_ceil(16).max(1);
@@ -336,6 +346,13 @@ mod tests {
         assert_eq!(labels(&few), ["1", "8", "24"]);
         let many = Axis::log_at_values("", (1..=40).map(f64::from));
         assert_eq!(labels(&many), ["1", "2", "4", "8", "16", "32"]);
+    }
+
+    #[test]
+    fn a_few_whole_numbers_are_ticked_each() {
+        assert_eq!(labels(&Axis::linear_or_steps("", [1.0, 3.0, 4.0])), ["1", "2", "3", "4"]);
+        assert_eq!(labels(&Axis::linear_or_steps("", [1.0, 3.5])).len(), 6);
+        assert_eq!(labels(&Axis::linear_or_steps("", [0.0, 64.0])), ["0", "10", "20", "30", "40", "50", "60"]);
     }
 
     #[test]

@@ -11,6 +11,9 @@
 //! | what do requests wait for their first and their next token? | [`latency_cdfs`] |
 //! | which depths fill the passes? | [`rows_by_depth`] |
 //! | where could tokens leave, and would they be right? | [`exit_depths`] |
+//! | how far can an exit signal be believed? | [`reliability`] |
+//! | what does leaving early on a signal trade? | [`exit_curves`] |
+//! | which threshold keeps a tolerance? | [`calibration`] |
 //! | does the simulator predict what was measured? | [`predictions`] |
 //! | did training converge? | [`losses`] |
 //! | anything against anything | [`sweep`] |
@@ -44,6 +47,7 @@ mod axis;
 mod canvas;
 mod depths;
 mod error;
+mod evaluation;
 mod figure;
 mod latency;
 mod legend;
@@ -58,6 +62,9 @@ mod validation;
 pub use axis::Scale;
 pub use depths::{ExitDepths, PassRows, exit_depths, rows_by_depth};
 pub use error::Error;
+pub use evaluation::{
+    CalibratedThreshold, CalibrationLine, ExitCurve, Reliability, calibration, exit_curves, reliability,
+};
 pub use figure::{Figure, Origin, Policy, PolicyLine};
 pub use latency::{PolicyLatencies, latency_cdfs};
 pub use speedup::{PolicyThroughput, speedup};

@@ -5,7 +5,7 @@ use plotters::prelude::*;
 
 use crate::axis::{Axis, TICK_SIZE};
 use crate::canvas::{Canvas, DrawResult, text_width};
-use crate::style::{self, Fill, GRID, INK, Look, MUTED};
+use crate::style::{self, Dash, Fill, GRID, INK, Look, MUTED};
 
 const LABEL_SIZE: u32 = 32;
 const BAR_LABEL_SIZE: u32 = 25;
@@ -143,6 +143,20 @@ impl<'a> Panel<'a> {
         let stride = points.len().div_ceil(MOST_MARKERS).max(1);
         let marked: Vec<_> = points.into_iter().step_by(stride).collect();
         self.markers(&marked, look)
+    }
+
+    /// A line across the panel at a value of y.
+    pub(crate) fn level(&self, y: f64, colour: RGBColor, dash: Dash) -> DrawResult {
+        let [left, _, right, _] = self.plot;
+        let ends = [(left, self.at_y(y)), (right, self.at_y(y))];
+        style::stroke(&self.canvas, &ends, colour.stroke_width(3), dash)
+    }
+
+    /// A line up the panel at a value of x.
+    pub(crate) fn upright(&self, x: f64, colour: RGBColor, dash: Dash) -> DrawResult {
+        let [_, top, _, bottom] = self.plot;
+        let ends = [(self.at_x(x), top), (self.at_x(x), bottom)];
+        style::stroke(&self.canvas, &ends, colour.stroke_width(3), dash)
     }
 
     /// A bar from the axis up to `value`, with a label on top unless that would run into its neighbours'.

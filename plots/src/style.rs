@@ -171,6 +171,11 @@ impl Look {
         Self::new(index, index, index)
     }
 
+    /// The look of one of `count` ordered classes, such as depths: light to dark.
+    pub(crate) fn ordered(index: usize, count: usize) -> Self {
+        Self { colour: ordered_colour(index, count), ..Self::series(index) }
+    }
+
     fn new(colour_index: usize, marker: usize, dash: usize) -> Self {
         Self {
             colour: colour(colour_index),

@@ -56,7 +56,7 @@ pub fn sweep(figure: &Figure, x_label: &str, x_scale: Scale, y_label: &str, line
     let points = lines.iter().flat_map(|line| &line.points);
     let xs = points.clone().map(|p| p.x);
     let x = match x_scale {
-        Scale::Linear => Axis::linear(x_label, xs),
+        Scale::Linear => Axis::linear_or_steps(x_label, xs),
         Scale::Log => Axis::log(x_label, xs),
     };
     let y = Axis::auto(y_label, points.flat_map(|p| [p.low, p.high]));

@@ -96,7 +96,7 @@ pub fn thresholds(figure: &Figure, lines: &[ThresholdLine]) -> Result<(), Error>
 }
 
 /// Top of an axis of percentages: a marker at 100 % stays whole.
-const HIGHEST_SHARE: f64 = 101.0;
+pub(crate) const HIGHEST_SHARE: f64 = 101.0;
 
 /// Draws `(tokens/s, agreement as a share)` points and the front that no point beats in both.
 ///

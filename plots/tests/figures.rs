@@ -63,6 +63,18 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         let line = SweepLine { name: "series".into(), points: indexed(v).into_iter().map(point).collect() };
         sweep(figure, "x", Scale::Log, "y", &[line])
     };
+    let draw_reliability = |figure: &Figure, v: &[f64]| {
+        let curves = vec![(1, v.iter().map(|v| (0.5, *v)).collect())];
+        reliability(figure, &[Reliability { signal: "series".into(), note: "a note".into(), curves }])
+    };
+    let draw_exit_curves = |figure: &Figure, v: &[f64]| {
+        exit_curves(figure, &[ExitCurve { signal: "series".into(), points: indexed(v) }], &[0.7, 1.0], 1.2)
+    };
+    let draw_calibration = |figure: &Figure, v: &[f64]| {
+        let points = indexed(v).into_iter().map(|(x, y)| (x, y, 1.0)).collect();
+        let lines = vec![CalibrationLine { name: "series".into(), points }];
+        calibration(figure, &CalibratedThreshold { signal: "x".into(), tolerance: 0.1, chosen: Some(0.5), lines })
+    };
     vec![
         ("throughput_by_batch", Box::new(draw_lines)),
         ("pareto", Box::new(draw_pareto)),
@@ -74,6 +86,9 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         ("predictions", Box::new(draw_predictions)),
         ("losses", Box::new(draw_losses)),
         ("sweep", Box::new(draw_sweep)),
+        ("reliability", Box::new(draw_reliability)),
+        ("exit_curves", Box::new(draw_exit_curves)),
+        ("calibration", Box::new(draw_calibration)),
     ]
 }
 

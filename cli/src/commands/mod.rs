@@ -1,6 +1,8 @@
 //! One module per command.
 
+pub mod calibrate;
 pub mod capacity;
+pub mod evaluate;
 pub mod import;
 pub mod plot;
 pub mod profile;

@@ -91,21 +91,46 @@ pub struct Target {
     pub test: RiskTest,
 }
 
-/// A threshold and what the calibration trace says of it.
+/// What a threshold does on a trace.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Candidate {
+pub struct Outcome {
     /// In the measure's own unit.
     pub threshold: f32,
-    /// Chance of a risk this low in the trace if it were above the tolerance.
-    pub p_value: f64,
-    /// Whether this and all stricter thresholds were shown to keep the tolerance.
-    pub keeps_tolerance: bool,
-    /// The risk found, 0 to 1.
+    /// The risk, as the test has it, 0 to 1.
     pub risk: f64,
     /// Share of all tokens that equal those of full depth, 0 to 1.
     pub agreement: f64,
     /// Passes per token.
     pub mean_depth: f64,
+}
+
+impl Outcome {
+    /// Of a threshold on a trace that it was not calibrated on.
+    pub fn new(trace: &ExitTrace, measure: Measure, threshold: f32, test: RiskTest) -> Self {
+        Self::of(threshold, &Exits::confident(trace, measure, threshold), test)
+    }
+
+    fn of(threshold: f32, exits: &Exits, test: RiskTest) -> Self {
+        Self { threshold, risk: test.risk(exits), agreement: exits.agreement(), mean_depth: exits.mean_depth() }
+    }
+}
+
+/// What the calibration trace shows of a threshold.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Evidence {
+    /// Chance of a risk this low in the trace if it were above the tolerance.
+    pub p_value: f64,
+    /// Whether this and all stricter thresholds were shown to keep the tolerance.
+    pub keeps_tolerance: bool,
+}
+
+/// A threshold that was tried.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// What it does on the calibration trace.
+    pub outcome: Outcome,
+    /// What that shows.
+    pub evidence: Evidence,
 }
 
 /// What was found of all thresholds, from the strictest to the laxest.
@@ -118,12 +143,12 @@ pub struct Calibration {
 impl Calibration {
     /// The laxest threshold that keeps the tolerance; none if not even the strictest was shown to.
     pub fn chosen(&self) -> Option<&Candidate> {
-        self.candidates.iter().take_while(|candidate| candidate.keeps_tolerance).last()
+        self.candidates.iter().take_while(|candidate| candidate.evidence.keeps_tolerance).last()
     }
 
     /// The strictest threshold that was not shown to keep the tolerance, where testing stopped.
     pub fn refused(&self) -> Option<&Candidate> {
-        self.candidates.iter().find(|candidate| !candidate.keeps_tolerance)
+        self.candidates.iter().find(|candidate| !candidate.evidence.keeps_tolerance)
     }
 }
 
@@ -152,14 +177,8 @@ pub fn calibrate(trace: &ExitTrace, measure: Measure, thresholds: &[f32], target
         let exits = Exits::confident(trace, measure, threshold);
         let p_value = test.p_value(&exits, tolerance, level);
         keeps_tolerance &= p_value <= level;
-        Candidate {
-            threshold,
-            p_value,
-            keeps_tolerance,
-            risk: test.risk(&exits),
-            agreement: exits.agreement(),
-            mean_depth: exits.mean_depth(),
-        }
+        let evidence = Evidence { p_value, keeps_tolerance };
+        Candidate { outcome: Outcome::of(threshold, &exits, test), evidence }
     };
     Calibration { candidates: thresholds.iter().map(candidate).collect() }
 }
@@ -207,11 +226,14 @@ mod tests {
         let trace = wrong_in_the_middle(200);
         for test in RiskTest::ALL {
             let found = calibrate(&trace, Measure::Top1, &[0.99, 0.95, 0.8, 0.4], &target(test));
-            assert_eq!(found.candidates.iter().map(|c| c.risk).collect::<Vec<_>>(), [0.0, 0.0, 1.0, 0.0]);
-            let (chosen, refused) = (found.chosen().unwrap(), found.refused().unwrap());
+            assert_eq!(
+                found.candidates.iter().map(|candidate| candidate.outcome.risk).collect::<Vec<_>>(),
+                [0.0, 0.0, 1.0, 0.0]
+            );
+            let (chosen, refused) = (found.chosen().unwrap().outcome, found.refused().unwrap().outcome);
             assert_eq!((chosen.threshold, chosen.mean_depth), (0.95, 3.0));
             assert_eq!((refused.threshold, refused.agreement), (0.8, 0.0));
-            let last = found.candidates[3];
+            let last = found.candidates[3].evidence;
             assert!(last.p_value < 0.1 && !last.keeps_tolerance, "{test}: a later one is not tested any more");
         }
     }
@@ -285,7 +307,7 @@ mod tests {
         let (mut exceeded, mut sum) = (0, 0.0);
         for _ in 0..DRAWS {
             let found = calibrate(&requests.draw(&mut random), Measure::Top1, &thresholds, &target(test));
-            let risk = requests.risk(found.chosen().unwrap().threshold);
+            let risk = requests.risk(found.chosen().unwrap().outcome.threshold);
             exceeded += usize::from(risk > 0.05);
             sum += risk;
         }

@@ -154,7 +154,9 @@ fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<Loo
             None => vec![0.0; rows],
         };
         let verdicts = signals::read(&logits, 0.0, &vec![0; rows])?;
-        let row = |(verdict, similarity): (&signals::Verdict, f32)| (verdict.signals(similarity), verdict.token);
+        let row = |(verdict, similarity): (&signals::Verdict, f32)| {
+            (Signals { similarity, ..verdict.signals() }, verdict.token)
+        };
         let rows_read = verdicts.iter().zip(similarities).map(row).collect();
         loops.push(LoopReading { nats: f64::from(mean) * rows as f64, rows: rows_read });
         before = Some(hidden);
