@@ -252,8 +252,8 @@ fn log_likelihoods_of(model: &Reference, tokens: &[u32], continuation: usize) ->
     let skip = targets.elem_count() - continuation;
     let targets = targets.narrow(0, skip, continuation)?;
     let mut nats = Vec::new();
-    for hidden in model.hidden_states(&inputs)? {
-        let logits = model.logits(&hidden.narrow(0, skip, continuation)?)?;
+    for (depth, hidden) in model.hidden_states(&inputs)?.iter().enumerate() {
+        let logits = model.logits(&model.exit(hidden, 1)?.narrow(0, skip, continuation)?, depth)?;
         let mean: f32 = cross_entropy(&logits, &targets)?.to_scalar()?;
         nats.push(-f64::from(mean) * continuation as f64);
     }
