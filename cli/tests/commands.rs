@@ -433,7 +433,8 @@ fn evaluations_and_calibrations_that_cannot_be_say_why_and_leave_nothing() {
     scene.measured();
     scene.write("questions.jsonl", "{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": 2}\n");
     let calibrate = ["calibrate", "--exits", "exits", "--measure", "top1", "--out", "out"];
-    let cases: [(&[&str], &[&str], &str); 7] = [
+    let cases: [(&[&str], &[&str], &str); 8] = [
+        (&["calibrate", "--exits", "exits", "--out", "out"], &["--measure", "gate"], "exits: the model has no gates"),
         (&calibrate, &["--tolerance", "0"], "--tolerance 0: expected a share between 0 and 1"),
         (&calibrate, &["--confidence", "1"], "--confidence 1: expected a share"),
         (&calibrate, &["--held-out", "nowhere"], "nowhere/exits.yaml"),

@@ -184,6 +184,12 @@ impl ExitTrace {
         self.starts.push(self.num_tokens() as u32);
     }
 
+    /// The measures that were recorded.
+    pub fn measures(&self) -> impl Iterator<Item = Measure> + use<> {
+        let has_gates = self.has_gates;
+        Measure::ALL.into_iter().filter(move |&measure| measure != Measure::Gate || has_gates)
+    }
+
     /// The signals of a token at a depth.
     pub fn signals_at(&self, token: usize, depth: usize) -> &Signals {
         &self.signals[token * self.num_loops() + depth]
@@ -436,6 +442,7 @@ mod tests {
             CSV.replace("similarity\n", "similarity,gate\n").replace(",0\n", ",0,0.25\n").replace("0.9\n", "0.9,1\n");
         let with = read(&csv, &meta(2)).unwrap();
         assert!(with.has_gates);
+        assert_eq!((without.measures().count(), with.measures().count()), (4, 5));
         assert_eq!((with.signals_at(2, 0).gate, with.signals_at(2, 1).get(Measure::Gate)), (0.25, 1.0));
         let error = read(&csv.replace(",0.25\n", ",1.25\n"), &meta(2)).unwrap_err().to_string();
         assert!(error.contains("exits.csv:2: gate: found `1.25`, expected a probability from 0 to 1"), "{error}");

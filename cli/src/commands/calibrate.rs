@@ -26,7 +26,7 @@ pub struct Args {
     /// Another exit trace of the model, to see what the threshold does there
     #[arg(long, value_name = "DIR")]
     held_out: Option<PathBuf>,
-    /// Exit signal: top1, margin, entropy, similarity
+    /// Exit signal: top1, margin, entropy, similarity, gate
     #[arg(long)]
     measure: Measure,
     /// Share of generated tokens that may differ from the full-depth token at their exit
@@ -51,6 +51,11 @@ pub fn run(args: Args) -> Result<()> {
     }
     let trace = ExitTrace::read(&args.exits)?;
     ensure!(trace.num_loops() > 1, "{}: the model has one loop, no token can leave early", args.exits.display());
+    ensure!(
+        trace.measures().any(|measure| measure == args.measure),
+        "{}: the model has no gates, expected some for --measure gate",
+        args.exits.display()
+    );
     let held_out = args.held_out.as_deref().map(|folder| read_held_out(folder, &trace)).transpose()?;
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
     let thresholds = thresholds(args.measure);

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::ArgGroup;
+use engine::config::ModelConfig;
 use engine::reference::Reference;
 use engine::tokenizer::Tokenizer;
 use engine::weights::Weights;
@@ -133,14 +134,15 @@ impl LoadedModel {
         ensure!((2..=max_positions).contains(&seq), "--seq {seq}: expected 2 to the model's {max_positions} positions");
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let corpus = Corpus::new(&text, &self.tokenizer, seq, "evaluation")?;
-        let num_loops = self.reference.config().num_loops;
-        let mut exits = ExitTrace::new(ExitTraceMeta {
+        let &ModelConfig { num_loops, gate: has_gates, .. } = self.reference.config();
+        let exits = ExitTrace::new(ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
             model: self.name.clone(),
             fingerprint: self.fingerprint.clone(),
             num_loops: num_loops as u32,
             source: format!("{} in windows of {seq} tokens", file_name(path)),
         });
+        let mut exits = ExitTrace { has_gates, ..exits };
         let bar = progress(corpus.tokens().len() - 1);
         let evaluation = evaluate_and_record(&self.reference, &corpus, seq, |rows| {
             exits.push_generation(rows);
@@ -226,10 +228,10 @@ struct Signals {
 
 impl Signals {
     fn of(trace: &ExitTrace) -> Self {
-        let curves = Measure::ALL.into_iter().map(|measure| (measure, exit_curve(trace, measure)));
+        let curves = trace.measures().map(|measure| (measure, exit_curve(trace, measure)));
         let depths =
             |measure: Measure| (measure.first_depth()..trace.num_loops() - 1).map(move |depth| (measure, depth));
-        let read = || Measure::ALL.into_iter().flat_map(depths);
+        let read = || trace.measures().flat_map(depths);
         Self {
             curves: curves.filter(|(_, curve)| !curve.is_empty()).collect(),
             bins: read().flat_map(|(measure, depth)| reliability(trace, measure, depth)).collect(),

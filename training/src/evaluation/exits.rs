@@ -122,7 +122,8 @@ pub(crate) mod tests {
 
     /// A row with this top-1 probability.
     pub(crate) fn row(top1: f32, token: u32) -> (Signals, u32) {
-        (Signals { top1, margin: top1 / 2.0, entropy: 1.0 - top1, similarity: top1 }, token)
+        let signals = Signals { top1, margin: top1 / 2.0, entropy: 1.0 - top1, similarity: top1, ..Signals::default() };
+        (signals, token)
     }
 
     /// Two loops; two generations of two tokens and one, whose earlier loop is right when it is at least 0.5 sure.

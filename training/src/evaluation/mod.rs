@@ -153,11 +153,15 @@ fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<Loo
             Some(before) => cosines(before, &hidden)?.to_vec1()?,
             None => vec![0.0; rows],
         };
-        let verdicts = signals::read(&logits, 0.0, &vec![0; rows])?;
-        let row = |(verdict, similarity): (&signals::Verdict, f32)| {
-            (Signals { similarity, ..verdict.signals() }, verdict.token)
+        let gates = match model.gate_logits(&hidden, depth)? {
+            Some(scores) => (scores.neg()?.exp()? + 1.0)?.recip()?.to_vec1()?,
+            None => vec![f32::from(u8::from(model.config().gate)); rows],
         };
-        let rows_read = verdicts.iter().zip(similarities).map(row).collect();
+        let verdicts = signals::read(&logits, 0.0, &vec![0; rows])?;
+        let row = |((verdict, similarity), gate): ((&signals::Verdict, f32), f32)| {
+            (Signals { similarity, gate, ..verdict.signals() }, verdict.token)
+        };
+        let rows_read = verdicts.iter().zip(similarities).zip(gates).map(row).collect();
         loops.push(LoopReading { nats: f64::from(mean) * rows as f64, rows: rows_read });
         before = Some(hidden);
     }
@@ -206,6 +210,7 @@ mod tests {
             num_loops: 3,
             tie_embeddings: true,
             max_positions: 64,
+            gate: true,
             ..ModelConfig::default()
         };
         Weights::random(config, 7).unwrap()
