@@ -150,7 +150,12 @@ fn draw_signals(folder: &Path) -> Result<(), Error> {
     exit_curves(&figure(folder, "exit_curves", title), &signals.map(curve), &[0.6, 0.8, 1.0], 1.5)?;
 
     let line = |(name, factor): (&str, f64)| {
-        let points = (0..=100).map(|i| f64::from(i) / 100.0).map(|t| (t, factor * (1.0 - t).powi(2), 1.0 + 2.0 * t));
+        let point = |threshold: f64| CalibrationPoint {
+            threshold,
+            risk: factor * (1.0 - threshold).powi(2),
+            mean_depth: 1.0 + 2.0 * threshold,
+        };
+        let points = (0..=100).map(|i| f64::from(i) / 100.0).map(point);
         CalibrationLine { name: name.into(), points: points.collect() }
     };
     let lines = [("calibration", 0.4), ("held-out", 0.37)].map(line).to_vec();

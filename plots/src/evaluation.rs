@@ -132,8 +132,19 @@ pub struct CalibratedThreshold {
 pub struct CalibrationLine {
     /// The trace's name.
     pub name: String,
-    /// `(threshold, risk as a share, passes per token)` in any order.
-    pub points: Vec<(f64, f64, f64)>,
+    /// Points in any order.
+    pub points: Vec<CalibrationPoint>,
+}
+
+/// What one threshold does.
+#[derive(Clone, Copy, Debug)]
+pub struct CalibrationPoint {
+    /// The threshold, in the signal's own unit.
+    pub threshold: f64,
+    /// Share of tokens that differ, 0 to 1.
+    pub risk: f64,
+    /// Passes per token.
+    pub mean_depth: f64,
 }
 
 /// Draws risk and, below it, mean depth against the threshold, with the tolerance and the threshold chosen.
@@ -145,26 +156,30 @@ pub fn calibration(figure: &Figure, found: &CalibratedThreshold) -> Result<(), E
     let CalibratedThreshold { signal, tolerance, chosen, lines } = found;
     figure.require("exit traces", lines)?;
     for CalibrationLine { name, points } in lines {
-        figure.check(&format!("threshold of `{name}`"), Kind::Finite, points.iter().map(|point| point.0))?;
-        figure.check(&format!("risk of `{name}`"), Kind::Share, points.iter().map(|point| point.1))?;
-        figure.check(&format!("mean depth of `{name}`"), Kind::Positive, points.iter().map(|point| point.2))?;
+        figure.check(&format!("threshold of `{name}`"), Kind::Finite, points.iter().map(|point| point.threshold))?;
+        figure.check(&format!("risk of `{name}`"), Kind::Share, points.iter().map(|point| point.risk))?;
+        figure.check(
+            &format!("mean depth of `{name}`"),
+            Kind::Positive,
+            points.iter().map(|point| point.mean_depth),
+        )?;
     }
     figure.check("tolerance", Kind::Share, [*tolerance])?;
     if let Some(chosen) = chosen {
         figure.check("threshold chosen", Kind::Finite, [*chosen])?;
     }
     let points = || lines.iter().flat_map(|line| &line.points);
-    let x = Axis::linear(&format!("threshold of {signal}"), points().map(|point| point.0));
+    let x = Axis::linear(&format!("threshold of {signal}"), points().map(|point| point.threshold));
     let ys = [
-        Axis::from_zero("tokens that differ (%)", points().map(|point| 100.0 * point.1).chain([100.0 * tolerance])),
-        Axis::linear("mean depth (passes per token)", points().map(|point| point.2)),
+        Axis::from_zero("tokens that differ (%)", points().map(|point| 100.0 * point.risk).chain([100.0 * tolerance])),
+        Axis::linear("mean depth (passes per token)", points().map(|point| point.mean_depth)),
     ];
     let entry =
         |(index, line): (usize, &CalibrationLine)| Entry::new(&line.name, Sample::MarkedLine(Look::series(index)));
     let mut legend: Vec<Entry> = lines.iter().enumerate().map(entry).collect();
     legend.push(Entry::new(format!("tolerance {} %", 100.0 * tolerance), Sample::Stroke(MUTED, Dash::Dashed)));
     legend.extend(chosen.map(|chosen| Entry::new(format!("chosen: {chosen}"), Sample::Stroke(INK, Dash::Dotted))));
-    let values: [fn(&(f64, f64, f64)) -> f64; 2] = [|point| 100.0 * point.1, |point| point.2];
+    let values: [fn(&CalibrationPoint) -> f64; 2] = [|point| 100.0 * point.risk, |point| point.mean_depth];
     canvas::draw(figure, (WIDTH, 1240), &legend, |area| {
         let panels = Panel::labelled_stack(area, &x, &ys)?;
         panels[0].level(100.0 * tolerance, MUTED, Dash::Dashed)?;
@@ -173,7 +188,7 @@ pub fn calibration(figure: &Figure, found: &CalibratedThreshold) -> Result<(), E
                 panel.upright(*chosen, INK, Dash::Dotted)?;
             }
             for (index, line) in lines.iter().enumerate() {
-                let points: Vec<_> = line.points.iter().map(|point| (point.0, value(point))).collect();
+                let points: Vec<_> = line.points.iter().map(|point| (point.threshold, value(point))).collect();
                 panel.marked_line(&points, Look::series(index))?;
             }
         }

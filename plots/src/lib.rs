@@ -63,7 +63,8 @@ pub use axis::Scale;
 pub use depths::{ExitDepths, PassRows, exit_depths, rows_by_depth};
 pub use error::Error;
 pub use evaluation::{
-    CalibratedThreshold, CalibrationLine, ExitCurve, Reliability, calibration, exit_curves, reliability,
+    CalibratedThreshold, CalibrationLine, CalibrationPoint, ExitCurve, Reliability, calibration, exit_curves,
+    reliability,
 };
 pub use figure::{Figure, Origin, Policy, PolicyLine};
 pub use latency::{PolicyLatencies, latency_cdfs};

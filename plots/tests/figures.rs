@@ -71,7 +71,8 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         exit_curves(figure, &[ExitCurve { signal: "series".into(), points: indexed(v) }], &[0.7, 1.0], 1.2)
     };
     let draw_calibration = |figure: &Figure, v: &[f64]| {
-        let points = indexed(v).into_iter().map(|(x, y)| (x, y, 1.0)).collect();
+        let point = |(threshold, risk): (f64, f64)| CalibrationPoint { threshold, risk, mean_depth: 1.0 };
+        let points = indexed(v).into_iter().map(point).collect();
         let lines = vec![CalibrationLine { name: "series".into(), points }];
         calibration(figure, &CalibratedThreshold { signal: "x".into(), tolerance: 0.1, chosen: Some(0.5), lines })
     };

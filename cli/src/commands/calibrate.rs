@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
-use plots::{CalibratedThreshold, CalibrationLine, Figure, Origin};
+use plots::{CalibratedThreshold, CalibrationLine, CalibrationPoint, Figure, Origin};
 use scheduler::ExitPolicy;
 use serde::Serialize;
 use simulator::write_csv;
@@ -181,9 +181,14 @@ impl Report<'_> {
     fn drawn(&self) -> CalibratedThreshold {
         let calibration: Vec<Outcome> = self.found.candidates.iter().map(|candidate| candidate.outcome).collect();
         let shown = changing(&calibration);
+        let point = |&Outcome { threshold, risk, mean_depth, .. }: &Outcome| CalibrationPoint {
+            threshold: decimal(threshold),
+            risk,
+            mean_depth,
+        };
         let line = |name: &str, outcomes: &[Outcome]| CalibrationLine {
             name: name.to_owned(),
-            points: outcomes[shown.clone()].iter().map(|o| (decimal(o.threshold), o.risk, o.mean_depth)).collect(),
+            points: outcomes[shown.clone()].iter().map(point).collect(),
         };
         let held_out = self.held_out.iter().map(|outcomes| line("held-out", outcomes));
         CalibratedThreshold {
