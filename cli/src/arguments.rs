@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use engine::executor::Sampling;
+use engine::kernels::linear::WeightType;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use simulator::{ExitModel, LatencyModel, Objectives, Routing, Simulation};
 use traces::{RequestFormat, RequestSpec, RequestTrace};
@@ -84,12 +85,22 @@ impl RequestArgs {
     }
 }
 
-/// Which model to run, and on what text.
+/// Which model to run.
 #[derive(Debug, clap::Args)]
-pub struct EngineArgs {
+pub struct ModelArgs {
     /// Model folder
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    /// How the numbers of its weights are stored: f32, bf16, q8_0 or q4k
+    #[arg(long, default_value_t, value_name = "TYPE")]
+    pub weights: WeightType,
+}
+
+/// Which model to run, and on what text.
+#[derive(Debug, clap::Args)]
+pub struct EngineArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Text that prompts are cut from
     #[arg(long, value_name = "FILE")]
     pub prompts: PathBuf,
@@ -109,7 +120,8 @@ impl EngineArgs {
     pub fn load(&self) -> Result<NamedEngine> {
         let temperature = self.temperature;
         ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
-        NamedEngine::load(&self.model, &self.prompts, Sampling { temperature, seed: self.seed })
+        let ModelArgs { model, weights } = &self.model;
+        NamedEngine::load(model, *weights, &self.prompts, Sampling { temperature, seed: self.seed })
     }
 }
 

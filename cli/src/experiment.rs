@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use engine::kernels::linear::WeightType;
 use scheduler::{Batching, ExitPolicy, KvFill};
 use serde::{Deserialize, Serialize};
 use traces::{Measure, RequestSpec};
@@ -45,6 +46,9 @@ pub struct Experiment {
 pub struct EngineSpec {
     /// Model folder.
     pub model: PathBuf,
+    /// How the numbers of its weights are stored.
+    #[serde(default)]
+    pub weights: WeightType,
     /// Text that prompts are cut from.
     pub prompts: PathBuf,
     /// Times every combination is replayed, in alternation; the median run is reported.

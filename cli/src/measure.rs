@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use engine::cache::bytes_per_token;
 use engine::clock::Idle;
 use engine::executor::{ExitDepths, Sampling};
+use engine::kernels::linear::WeightType;
 use engine::model::Model;
 use engine::profile::{Grid, Limits, Profiler};
 use engine::prompts::Prompts;
@@ -46,8 +47,8 @@ impl NamedEngine {
     ///
     /// # Errors
     /// If either does not read, or does not fit the other.
-    pub fn load(folder: &Path, prompts: &Path, sampling: Sampling) -> Result<Self> {
-        let mut named = Self::load_without_prompts(folder, sampling)?;
+    pub fn load(folder: &Path, weights: WeightType, prompts: &Path, sampling: Sampling) -> Result<Self> {
+        let mut named = Self::load_without_prompts(folder, weights, sampling)?;
         let tokenizer = Tokenizer::load(&folder.join("tokenizer.json"))?;
         let text = std::fs::read_to_string(prompts).with_context(|| format!("cannot read {}", prompts.display()))?;
         named.engine.prompts = Arc::new(Prompts::Text(tokenizer.encode(&text)?));
@@ -58,8 +59,8 @@ impl NamedEngine {
     ///
     /// # Errors
     /// If it does not read.
-    pub fn load_without_prompts(folder: &Path, sampling: Sampling) -> Result<Self> {
-        let model = Arc::new(Model::load(&Weights::load(folder)?)?);
+    pub fn load_without_prompts(folder: &Path, weights: WeightType, sampling: Sampling) -> Result<Self> {
+        let model = Arc::new(Model::load(&Weights::load(folder)?, weights)?);
         let name = folder.file_name().unwrap_or(folder.as_os_str()).to_string_lossy().into_owned();
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
         Ok(Self { engine: Engine { model, prompts, sampling }, name })

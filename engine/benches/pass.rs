@@ -6,6 +6,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use engine::cache::KvCache;
 use engine::config::ModelConfig;
 use engine::executor::in_pool;
+use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::kernels::signals::read;
 use engine::model::{Model, Rows};
@@ -28,7 +29,7 @@ fn config() -> ModelConfig {
 }
 
 fn pass(criterion: &mut Criterion) {
-    let model = Arc::new(Model::load(&Weights::random(config(), 1).unwrap()).unwrap());
+    let model = Arc::new(Model::load(&Weights::random(config(), 1).unwrap(), WeightType::F32).unwrap());
     let cache = KvCache::new(model.config(), 64 * 16, 16, &candle_core::Device::Cpu).unwrap();
     let blocks: Vec<Vec<u32>> = (0..64).map(|row| (row * 16..row * 16 + 16).collect()).collect();
     for (name, history) in [("block", 1), ("block after 200 tokens", 200)] {

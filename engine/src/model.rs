@@ -11,7 +11,7 @@ use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind, Sharin
 use crate::kernels::DepthRanges;
 use crate::kernels::activation::activate;
 use crate::kernels::attention::{Heads, Row, Sight, attend, keep};
-use crate::kernels::linear::Linear;
+use crate::kernels::linear::{Linear, WeightType};
 use crate::kernels::norm::{HeadNorm, Norm};
 use crate::kernels::rotary;
 use crate::kernels::rows::{Source, add_bias, gather, probe_rows, scale};
@@ -72,6 +72,7 @@ impl<'a> Rows<'a> {
 /// What a layer loads its weights by: the places at which rows meet it, one for all depths or one for each.
 struct Loader<'w> {
     weights: &'w Weights,
+    weight_type: WeightType,
     /// The frequencies of each of the rotary tables.
     rotaries: &'w [Vec<f32>],
     places: Vec<Place>,
@@ -115,7 +116,7 @@ impl<'w> Loader<'w> {
         let biases: Vec<String> = biased.map(|part| format!("{}.bias", part.name)).collect();
         let adapters = self.places.iter().map(|&place| self.adapter(place, &parts));
         Ok(Projection {
-            weight: Linear::stacked(&weights).map_err(in_tensor(&matrices))?,
+            weight: Linear::stacked(&weights, self.weight_type).map_err(in_tensor(&matrices))?,
             biases: if biases.is_empty() { None } else { Some(self.vectors(&biases)?) },
             adapters: adapters.filter_map(Result::transpose).collect::<Result<_, _>>()?,
         })
@@ -183,7 +184,7 @@ impl Adapter {
         let ups = ups.iter().map(|&(outputs, up)| Ok((outputs, up.map(scaled).transpose()?)));
         let ups = ups.collect::<candle_core::Result<Vec<_>>>()?;
         let ups: Vec<_> = ups.iter().map(|(outputs, up)| (*outputs, up.as_ref())).collect();
-        Ok(Self { down: Linear::stacked(downs)?, up: Linear::diagonal(&ups)? })
+        Ok(Self { down: Linear::stacked(downs, WeightType::F32)?, up: Linear::diagonal(&ups)? })
     }
 }
 
@@ -391,12 +392,12 @@ enum Loops {
 }
 
 impl Loops {
-    fn load(weights: &Weights, rotaries: &[Vec<f32>]) -> Result<Self, WeightsError> {
+    fn load(weights: &Weights, weight_type: WeightType, rotaries: &[Vec<f32>]) -> Result<Self, WeightsError> {
         let &ModelConfig { num_loops, block_layers, sharing, .. } = weights.config();
         let layers = |depths: Range<usize>| {
             let layer = |layer| {
                 let places = depths.clone().map(|depth| Place::Block { depth, layer }).collect();
-                Layer::load(&Loader { weights, rotaries, places }, Kept::AtEachDepth(layer))
+                Layer::load(&Loader { weights, weight_type, rotaries, places }, Kept::AtEachDepth(layer))
             };
             (0..block_layers).map(layer).collect::<Result<Vec<_>, _>>()
         };
@@ -431,11 +432,12 @@ pub struct Model {
 }
 
 impl Model {
-    /// Builds the model on weights, whose projections it packs.
+    /// Builds the model on weights, whose projections and head it packs as numbers of a type; the embedding, norms,
+    /// biases, adapters and gates stay `f32`.
     ///
     /// # Errors
     /// If a tensor operation fails.
-    pub fn load(weights: &Weights) -> Result<Self, WeightsError> {
+    pub fn load(weights: &Weights, weight_type: WeightType) -> Result<Self, WeightsError> {
         let config = weights.config().clone();
         let head = if config.tie_embeddings { "embed_tokens.weight" } else { "lm_head.weight" };
         let mut rotaries = Vec::new();
@@ -444,7 +446,8 @@ impl Model {
                 rotaries.push(frequencies);
             }
         }
-        let layer = |place, kept| Layer::load(&Loader { weights, rotaries: &rotaries, places: vec![place] }, kept);
+        let layer =
+            |place, kept| Layer::load(&Loader { weights, weight_type, rotaries: &rotaries, places: vec![place] }, kept);
         let coda_layer = |index| layer(Place::Coda(index), Kept::AtEachDepth(config.block_layers + index));
         let norm = norm_tensors(&config, "norm");
         let norm = norm.iter().map(|name| weights.get(name)).collect::<Result<Vec<_>, _>>()?;
@@ -454,15 +457,15 @@ impl Model {
             prelude: (0..config.prelude_layers)
                 .map(|index| layer(Place::Prelude(index), Kept::Once(index)))
                 .collect::<Result<_, _>>()?,
-            loops: Loops::load(weights, &rotaries)?,
+            loops: Loops::load(weights, weight_type, &rotaries)?,
             coda: (0..config.coda_layers).map(coda_layer).collect::<Result<_, _>>()?,
             norm: new_norm(&config, norm),
-            lm_head: Linear::new(weights.get(head)?).map_err(in_tensor(head))?,
+            lm_head: Linear::new(weights.get(head)?, weight_type).map_err(in_tensor(head))?,
             head_adapters: head_adapters(weights)?,
             gates: gates(weights)?,
             rotary: rotary::tables(&rotaries, config.max_positions).map_err(in_tensor("rotary tables"))?,
-            fingerprint: weights.fingerprint()?,
-            weight_bytes: (weights.num_parameters() * size_of::<f32>()) as u64,
+            fingerprint: fingerprint(weights, weight_type)?,
+            weight_bytes: weight_bytes(weights, weight_type),
             config,
         })
     }
@@ -569,6 +572,25 @@ impl Model {
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
     }
+}
+
+/// The weights' fingerprint, and how they were rounded.
+fn fingerprint(weights: &Weights, weight_type: WeightType) -> Result<String, WeightsError> {
+    let exact = weights.fingerprint()?;
+    Ok(match weight_type {
+        WeightType::F32 => exact,
+        rounded => format!("{exact}-{rounded}"),
+    })
+}
+
+/// Bytes of all weights, of which the projections and the head are rounded; tied tables count once, as the head.
+fn weight_bytes(weights: &Weights, weight_type: WeightType) -> u64 {
+    let config = weights.config();
+    let head = if config.tie_embeddings { "embed_tokens.weight" } else { "lm_head.weight" };
+    let rounded = |name: &str| name == head || name.ends_with("_proj.weight");
+    let bits = |name: &str| if rounded(name) { weight_type.bits() } else { WeightType::F32.bits() };
+    let bytes = weights.tensors().iter().map(|(name, tensor)| tensor.elem_count() as f64 * bits(name) / 8.0);
+    bytes.sum::<f64>() as u64
 }
 
 fn head_adapters(weights: &Weights) -> Result<Vec<Adapter>, WeightsError> {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use common::{configs, grouped, weights, with_everything};
 use engine::config::ModelConfig;
 use engine::executor::{EngineExecutor, Generation, Sampling};
+use engine::kernels::linear::WeightType;
 use engine::model::Model;
 use engine::prompts::Prompts;
 use proptest::prelude::*;
@@ -31,10 +32,10 @@ struct Setup {
 }
 
 impl Setup {
-    fn new(config: &ModelConfig, seed: u64, temperature: f32) -> Self {
+    fn new(config: &ModelConfig, weight_type: WeightType, seed: u64, temperature: f32) -> Self {
         let text = (0..200_u64).map(|i| (i * i * 31 + i * 7 + seed) as u32 % config.vocab_size as u32).collect();
         Self {
-            model: Arc::new(Model::load(&weights(config, seed)).unwrap()),
+            model: Arc::new(Model::load(&weights(config, seed), weight_type).unwrap()),
             prompts: Arc::new(Prompts::Text(text)),
             sampling: Sampling { temperature, seed },
         }
@@ -123,11 +124,11 @@ proptest! {
         config in configs(), seed in 0_u64..1000, requests in requests(), exit in exits(),
         batching in prop::sample::select(Batching::ALL.to_vec()),
         max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
-        temperature in prop_oneof![Just(0.0_f32), Just(0.8)],
+        temperature in prop_oneof![Just(0.0_f32), Just(0.8)], weight_type in prop::sample::select(WeightType::ALL.to_vec()),
     ) {
         let reads_gates = matches!(exit, ExitPolicy::Confidence { measure: Measure::Gate, .. });
         let config = ModelConfig { gate: config.gate || reads_gates, ..config };
-        let setup = Setup::new(&config, seed, temperature);
+        let setup = Setup::new(&config, weight_type, seed, temperature);
         let settings = Settings {
             batching, exit, kv_fill: KvFill::Reuse, max_batch, prefill_chunk, num_blocks, prefix_caching: false, async_scheduling: false,
             num_loops: config.num_loops as u8,
@@ -150,7 +151,7 @@ fn preempted_requests_generate_what_they_generate_alone() {
     for (config, seed) in
         [grouped(), with_everything()].iter().flat_map(|config| (0..4).map(move |seed| (config, seed)))
     {
-        let setup = Setup::new(config, seed, 1.5);
+        let setup = Setup::new(config, WeightType::F32, seed, 1.5);
         let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
         let requests: Vec<Request> = (0..5).map(request).collect();
         let settings = Settings {

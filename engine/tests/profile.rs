@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use common::{grouped, weights};
 use engine::executor::Sampling;
+use engine::kernels::linear::WeightType;
 use engine::model::Model;
 use engine::profile::{Grid, Limits, Profiler};
 use engine::prompts::Prompts;
@@ -14,7 +15,7 @@ use traces::Component;
 
 fn engine() -> Engine {
     Engine {
-        model: Arc::new(Model::load(&weights(&grouped(), 5)).unwrap()),
+        model: Arc::new(Model::load(&weights(&grouped(), 5), WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text((0..40).collect())),
         sampling: Sampling::default(),
     }

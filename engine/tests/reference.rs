@@ -5,6 +5,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{configs, weights};
 use engine::cache::KvCache;
+use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
 use engine::reference::Reference;
@@ -46,7 +47,7 @@ proptest! {
     ) {
         let weights = weights(&config, seed);
         let tokens: Vec<u32> = (0..length).map(|i| (i * i * 31 + i * 7) as u32 % config.vocab_size as u32).collect();
-        let found = chunked_logits(&Model::load(&weights).unwrap(), &tokens, chunk);
+        let found = chunked_logits(&Model::load(&weights, WeightType::F32).unwrap(), &tokens, chunk);
         let input = Tensor::from_vec(tokens.clone(), (1, length), &Device::Cpu).unwrap();
         let expected = Reference::new(&weights).unwrap().forward(&input).unwrap();
         for (found, expected) in found.iter().zip(&expected) {
@@ -62,7 +63,7 @@ proptest! {
 
     #[test]
     fn chunking_changes_no_bit(config in configs(), seed in 0_u64..1000, length in 1_usize..100, chunk in 1_usize..100) {
-        let model = Model::load(&weights(&config, seed)).unwrap();
+        let model = Model::load(&weights(&config, seed), WeightType::F32).unwrap();
         let tokens: Vec<u32> = (0..length).map(|i| (i * i * 17 + i) as u32 % config.vocab_size as u32).collect();
         prop_assert_eq!(chunked_logits(&model, &tokens, chunk), chunked_logits(&model, &tokens, length));
     }

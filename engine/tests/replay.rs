@@ -9,6 +9,7 @@ use common::{grouped, weights, with_everything};
 use engine::clock::Idle;
 use engine::config::ModelConfig;
 use engine::executor::Sampling;
+use engine::kernels::linear::WeightType;
 use engine::model::Model;
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
@@ -17,7 +18,7 @@ use traces::{Nanos, Request};
 
 fn engine(config: &ModelConfig, temperature: f32) -> Engine {
     Engine {
-        model: Arc::new(Model::load(&weights(config, 5)).unwrap()),
+        model: Arc::new(Model::load(&weights(config, 5), WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text((0..300).map(|i| i * i * 7 % 40).collect())),
         sampling: Sampling { temperature, seed: 1 },
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use engine::clock::Idle;
 use engine::executor::Sampling;
+use engine::kernels::linear::WeightType;
 use engine::model::Model;
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
@@ -46,7 +47,7 @@ fn embedded_model() -> Engine {
     let text = std::fs::read_to_string(folder.join("prompts.txt")).unwrap();
     let tokens = Tokenizer::load(&folder.join("tokenizer.json")).unwrap().encode(&text).unwrap();
     Engine {
-        model: Arc::new(Model::load(&Weights::load(&folder).unwrap()).unwrap()),
+        model: Arc::new(Model::load(&Weights::load(&folder).unwrap(), WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text(tokens)),
         sampling: Sampling::default(),
     }

@@ -6,14 +6,14 @@ use anyhow::{Result, ensure};
 use engine::executor::Sampling;
 use engine::profile::{Grid, Limits, Profiler};
 
+use crate::arguments::ModelArgs;
 use crate::measure::{NamedEngine, progress};
 
 /// Measure a latency profile of a model on this machine
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model folder
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Folder to write the profile to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -37,7 +37,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     ensure!(args.rounds > 0, "--rounds 0: expected at least 1");
-    let named = NamedEngine::load_without_prompts(&args.model, Sampling::default())?;
+    let named = NamedEngine::load_without_prompts(&args.model.model, args.model.weights, Sampling::default())?;
     let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
     let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };
     let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits))?;

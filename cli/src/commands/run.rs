@@ -66,7 +66,7 @@ fn measure_and_simulate(
 ) -> Result<()> {
     let requests = &workload.requests;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
-    let engine = NamedEngine::load(&base.join(&spec.model), &base.join(&spec.prompts), sampling)?;
+    let engine = NamedEngine::load(&base.join(&spec.model), spec.weights, &base.join(&spec.prompts), sampling)?;
     let settings = experiment.serving.all_settings(&engine.memory(), requests)?;
     let variants = Variants::new(experiment, &engine.memory(), requests)?;
     let limits = limits(settings.iter().chain(variants.all()), requests);

@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, Device, InplaceOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Device, InplaceOp3, Layout, Result, Shape, Tensor, bail};
+use half::bf16;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
+use super::quantized::{self, Format};
 use super::simd::{LANES, Lanes, multiversion};
 use super::{Shared, slice, slice_mut};
 
@@ -15,11 +18,70 @@ const TILE_ROWS: usize = 8;
 /// Multiplications below which a second thread costs more than it saves.
 const PARALLEL_WORK: usize = 1 << 18;
 
+/// How the numbers of a weight are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightType {
+    /// 32-bit floats, as trained.
+    #[default]
+    F32,
+    /// The upper halves of 32-bit floats, rounded; products are in 32 bits.
+    Bf16,
+    /// GGUF's Q8_0: 8.5 bits a number; products are in integers.
+    #[serde(rename = "q8_0")]
+    Q8,
+    /// GGUF's Q4_K: 4.6 bits a number as packed here; products are in integers.
+    #[serde(rename = "q4k")]
+    Q4K,
+}
+
+impl WeightType {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Q8, Self::Q4K];
+
+    /// Bits a number takes, scales included.
+    pub fn bits(self) -> f64 {
+        match self {
+            Self::F32 => 32.0,
+            Self::Bf16 => 16.0,
+            Self::Q8 => Format::Q8.bits(),
+            Self::Q4K => Format::Q4K.bits(),
+        }
+    }
+
+    /// As written in files and arguments.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8_0",
+            Self::Q4K => "q4k",
+        }
+    }
+}
+
+impl std::fmt::Display for WeightType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for WeightType {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|weight_type| weight_type.name() == text);
+        known.ok_or_else(|| {
+            format!("{text:?} is not a weight type, expected one of {}", Self::ALL.map(Self::name).join(", "))
+        })
+    }
+}
+
 /// A weight, packed once so that products with it read memory in order: one matrix, or several along a diagonal with
 /// zeros elsewhere, which are neither stored nor multiplied.
 ///
-/// The packed form of a matrix is `[panels, inputs, 32]`: panel `p` holds outputs `32 p ..`, input by input, zero
-/// beyond the last. The matrices follow each other.
+/// The packed form of a matrix of floats is `[panels, inputs, 32]`: panel `p` holds outputs `32 p ..`, input by input,
+/// zero beyond the last. The matrices follow each other. That of integers is [`quantized::pack`]'s.
 #[derive(Clone, Debug)]
 pub struct Linear {
     packed: Tensor,
@@ -29,6 +91,7 @@ pub struct Linear {
 /// What a packed weight holds.
 #[derive(Clone, Debug)]
 struct LinearShape {
+    weight_type: WeightType,
     matrices: Vec<Matrix>,
     inputs: usize,
     outputs: usize,
@@ -49,23 +112,31 @@ impl Matrix {
 }
 
 impl Linear {
-    /// Packs a weight `[outputs, inputs]`.
+    /// Packs a weight `[outputs, inputs]` of `f32`, rounded to numbers of a type.
     ///
     /// # Errors
     /// If it is not a matrix of `f32`.
-    pub fn new(weight: &Tensor) -> Result<Self> {
-        Self::diagonal(&[(weight.dims2()?.0, Some(weight))])
+    pub fn new(weight: &Tensor, weight_type: WeightType) -> Result<Self> {
+        let mut linear = Self::diagonal(&[(weight.dims2()?.0, Some(weight))])?;
+        linear.shape.weight_type = weight_type;
+        linear.packed = match weight_type {
+            WeightType::F32 => linear.packed,
+            WeightType::Bf16 => linear.packed.to_dtype(DType::BF16)?,
+            WeightType::Q8 => quantized::pack(weight, Format::Q8)?,
+            WeightType::Q4K => quantized::pack(weight, Format::Q4K)?,
+        };
+        Ok(linear)
     }
 
     /// Packs weights `[outputs, inputs]` of equal inputs as one: the outputs of the first come first.
     ///
     /// # Errors
     /// If inputs differ.
-    pub fn stacked(weights: &[&Tensor]) -> Result<Self> {
-        Self::new(&Tensor::cat(weights, 0)?)
+    pub fn stacked(weights: &[&Tensor], weight_type: WeightType) -> Result<Self> {
+        Self::new(&Tensor::cat(weights, 0)?, weight_type)
     }
 
-    /// Packs weights `[outputs, inputs]` along a diagonal, each given with its outputs: it reads the inputs that follow
+    /// Packs weights `[outputs, inputs]` of `f32` along a diagonal, each given with its outputs: it reads the inputs that follow
     /// those of the one before it and gives the outputs that follow. Where there is none, the outputs are zero.
     ///
     /// # Errors
@@ -84,7 +155,7 @@ impl Linear {
         }
         let numbers = packed.len();
         let packed = Tensor::from_vec(packed, numbers, &Device::Cpu)?;
-        Ok(Self { packed, shape: LinearShape { matrices, inputs, outputs } })
+        Ok(Self { packed, shape: LinearShape { weight_type: WeightType::F32, matrices, inputs, outputs } })
     }
 
     /// `[rows, inputs]` to `[rows, outputs]`.
@@ -126,7 +197,7 @@ impl CustomOp2 for Product<'_> {
     fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Result<(CpuStorage, Shape)> {
         let rows = rows_of(x_l, self.0.inputs)?;
         let mut y = vec![0.0; rows * self.0.outputs];
-        multiply(slice(x, x_l)?, slice(w, w_l)?, self.0, Shared::new(&mut y));
+        add_product(slice(x, x_l)?, w, w_l, self.0, Shared::new(&mut y))?;
         Ok((CpuStorage::F32(y), (rows, self.0.outputs).into()))
     }
 }
@@ -150,8 +221,7 @@ impl InplaceOp3 for AddProduct<'_> {
         if rows_of(x_l, self.0.inputs)? != rows_of(y_l, self.0.outputs)? {
             bail!("{:?} cannot be added to {:?}: other rows", x_l.shape(), y_l.shape());
         }
-        multiply(slice(x, x_l)?, slice(w, w_l)?, self.0, Shared::new(slice_mut(y, y_l)?));
-        Ok(())
+        add_product(slice(x, x_l)?, w, w_l, self.0, Shared::new(slice_mut(y, y_l)?))
     }
 }
 
@@ -163,15 +233,33 @@ fn rows_of(layout: &Layout, width: usize) -> Result<usize> {
     }
 }
 
-/// Adds the product of `x` with a packed weight to `y`, panels shared out among threads.
-fn multiply(x: &[f32], packed: &[f32], shape: &LinearShape, y: Shared<'_>) {
+/// Adds the product of `x` with a packed weight to `y`.
+fn add_product(x: &[f32], w: &CpuStorage, w_l: &Layout, shape: &LinearShape, y: Shared<'_>) -> Result<()> {
+    let Some((start, end)) = w_l.contiguous_offsets() else {
+        bail!("a packed weight of layout {w_l:?}, expected a contiguous one");
+    };
+    let (inputs, outputs) = (shape.inputs, shape.outputs);
+    match shape.weight_type {
+        WeightType::F32 => multiply(x, &w.as_slice::<f32>()?[start..end], shape, y, panel_product),
+        WeightType::Bf16 => multiply(x, &w.as_slice::<bf16>()?[start..end], shape, y, panel_product_bf16),
+        WeightType::Q8 => quantized::multiply(x, &w.as_slice::<u8>()?[start..end], Format::Q8, inputs, y, outputs),
+        WeightType::Q4K => quantized::multiply(x, &w.as_slice::<u8>()?[start..end], Format::Q4K, inputs, y, outputs),
+    }
+    Ok(())
+}
+
+/// Adds the product of all rows with one panel to a place.
+type PanelProduct<W> = fn(&Columns<'_>, &[W], Place<'_>);
+
+/// Adds the product of `x` with packed floats to `y`, panels shared out among threads.
+fn multiply<W: Sync>(x: &[f32], packed: &[W], shape: &LinearShape, y: Shared<'_>, panel_product: PanelProduct<W>) {
     let mut start = 0;
     for matrix in &shape.matrices {
         let packed = &packed[start..start + matrix.numbers()];
         start += packed.len();
         let (inputs, columns) =
             (matrix.inputs.len(), Columns { x, stride: shape.inputs, range: matrix.inputs.clone() });
-        let panel = |(index, panel): (usize, &[f32])| {
+        let panel = |(index, panel): (usize, &[W])| {
             let first = index * PANEL;
             let width = PANEL.min(matrix.outputs.len() - first);
             let place = Place { y, start: matrix.outputs.start + first, stride: shape.outputs, width };
@@ -204,19 +292,52 @@ impl<'a> Columns<'a> {
 }
 
 multiversion! {
-    /// Adds the product of all rows with one panel to `place`.
+    /// The product with a panel of `f32`.
     fn panel_product(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
-        for first in (0..x.rows()).step_by(TILE_ROWS) {
-            match x.rows() - first {
-                1 => tile_product::<1>(x, first, panel, place),
-                2 => tile_product::<2>(x, first, panel, place),
-                3 => tile_product::<3>(x, first, panel, place),
-                4 => tile_product::<4>(x, first, panel, place),
-                5 => tile_product::<5>(x, first, panel, place),
-                6 => tile_product::<6>(x, first, panel, place),
-                7 => tile_product::<7>(x, first, panel, place),
-                _ => tile_product::<TILE_ROWS>(x, first, panel, place),
-            }
+        tile_products(x, panel, place);
+    }
+
+    /// The product with a panel of `bf16`.
+    fn panel_product_bf16(x: &Columns<'_>, panel: &[bf16], place: Place<'_>) {
+        tile_products(x, panel, place);
+    }
+}
+
+/// A float of a panel.
+trait Weight: Copy {
+    fn load(weights: &[Self]) -> Lanes;
+}
+
+impl Weight for f32 {
+    #[inline(always)]
+    fn load(weights: &[Self]) -> Lanes {
+        Lanes::load(weights)
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    fn load(weights: &[Self]) -> Lanes {
+        let mut lanes = Lanes::ZERO;
+        for (lane, weight) in lanes.0.iter_mut().zip(&weights[..LANES]) {
+            *lane = f32::from_bits(u32::from(weight.to_bits()) << 16);
+        }
+        lanes
+    }
+}
+
+#[inline(always)]
+fn tile_products<W: Weight>(x: &Columns<'_>, panel: &[W], place: Place<'_>) {
+    for first in (0..x.rows()).step_by(TILE_ROWS) {
+        match x.rows() - first {
+            1 => tile_product::<1, W>(x, first, panel, place),
+            2 => tile_product::<2, W>(x, first, panel, place),
+            3 => tile_product::<3, W>(x, first, panel, place),
+            4 => tile_product::<4, W>(x, first, panel, place),
+            5 => tile_product::<5, W>(x, first, panel, place),
+            6 => tile_product::<6, W>(x, first, panel, place),
+            7 => tile_product::<7, W>(x, first, panel, place),
+            _ => tile_product::<TILE_ROWS, W>(x, first, panel, place),
         }
     }
 }
@@ -234,12 +355,12 @@ struct Place<'a> {
 /// order of the inputs, whatever `ROWS` is.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
-fn tile_product<const ROWS: usize>(x: &Columns<'_>, first: usize, panel: &[f32], place: Place<'_>) {
+fn tile_product<const ROWS: usize, W: Weight>(x: &Columns<'_>, first: usize, panel: &[W], place: Place<'_>) {
     let inputs = panel.len() / PANEL;
     let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x.row(first + row)[..inputs]);
     let mut sums = [[Lanes::ZERO; 2]; ROWS];
     for (input, weights) in panel.chunks_exact(PANEL).enumerate() {
-        let (left, right) = (Lanes::load(weights), Lanes::load(&weights[LANES..]));
+        let (left, right) = (W::load(weights), W::load(&weights[LANES..]));
         for row in 0..ROWS {
             let a = rows[row][input];
             sums[row][0] = sums[row][0].add_scaled(a, left);

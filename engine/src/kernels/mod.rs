@@ -7,6 +7,7 @@ pub mod activation;
 pub mod attention;
 pub mod linear;
 pub mod norm;
+pub mod quantized;
 pub mod rotary;
 pub mod rows;
 pub mod signals;

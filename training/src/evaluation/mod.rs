@@ -286,7 +286,7 @@ mod tests {
         let weights = weights();
         let prompt = corpus().tokens()[..5].to_vec();
         let engine = Engine {
-            model: Arc::new(Model::load(&weights).unwrap()),
+            model: Arc::new(Model::load(&weights, engine::kernels::linear::WeightType::F32).unwrap()),
             prompts: Arc::new(Prompts::Text(prompt.clone())),
             sampling: Sampling::default(),
         };

@@ -1,0 +1,526 @@
+//! Products of rows with weights in blocks of 8- or 4-bit integers: the numbers of GGUF's Q8_0 and Q4_K, in an order of
+//! our own.
+//!
+//! Rows are rounded to 8 bits too, block by block, and blocks are multiplied in integers, which is exact and so the same
+//! on every CPU and for every number of rows; only the sum over blocks rounds, in the order of the blocks.
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Result, Tensor};
+use half::f16;
+use rayon::prelude::*;
+
+use super::Shared;
+use super::simd::LANES;
+
+/// Inputs of one block: they share a scale.
+const BLOCK: usize = 32;
+/// Outputs of one panel: one register of 32-bit sums.
+const PANEL: usize = LANES;
+/// Inputs that one instruction multiplies and adds, for each output of a panel.
+const GROUP: usize = 4;
+/// Blocks of a Q4_K super-block.
+const SUPER: usize = 8;
+/// Rows that one tile of the product holds: its sums then fit the registers.
+const TILE_ROWS: usize = 8;
+/// Multiplications below which a second thread costs more than it saves.
+const PARALLEL_WORK: usize = 1 << 19;
+
+/// How the integers of a weight are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// GGUF's Q8_0: per block, `scale * q` with `q` in -127..=127 and a scale of 16 bits.
+    Q8,
+    /// GGUF's Q4_K: per block, `scale * q - minimum` with `q` in 0..16; scales and minima are 6-bit multiples of two
+    /// 16-bit numbers per super-block.
+    Q4K,
+}
+
+impl Format {
+    /// Bits a number takes, scales included, in a weight of whole super-blocks.
+    pub fn bits(self) -> f64 {
+        let inputs = BLOCK * SUPER;
+        (PanelLayout::new(self, inputs).bytes() * 8) as f64 / (inputs * PANEL) as f64
+    }
+}
+
+/// Where in a panel what lies, in bytes.
+///
+/// ```text
+/// panel    quants [block][group][output][input in group], then scales
+/// Q8       a quant is a byte, q + 128; scales [block][output], f16
+/// Q4K      a quant is a nibble; two groups share 64 bytes, the second in the high nibbles;
+///          multiples [block][scale, minimum][output], u8; units [super-block][scale, minimum][output], f16
+/// ```
+#[derive(Clone, Copy, Debug)]
+struct PanelLayout {
+    format: Format,
+    blocks: usize,
+}
+
+impl PanelLayout {
+    fn new(format: Format, inputs: usize) -> Self {
+        Self { format, blocks: inputs.div_ceil(BLOCK) }
+    }
+
+    fn block_bytes(self) -> usize {
+        match self.format {
+            Format::Q8 => BLOCK * PANEL,
+            Format::Q4K => BLOCK * PANEL / 2,
+        }
+    }
+
+    fn scales(self, block: usize) -> usize {
+        self.blocks * self.block_bytes() + block * 2 * PANEL
+    }
+
+    fn units(self, block: usize) -> usize {
+        self.scales(self.blocks) + block / SUPER * 4 * PANEL
+    }
+
+    fn bytes(self) -> usize {
+        match self.format {
+            Format::Q8 => self.scales(self.blocks),
+            Format::Q4K => self.units(self.blocks.next_multiple_of(SUPER)),
+        }
+    }
+}
+
+/// Rounds a weight `[outputs, inputs]` as GGUF does, and packs it: `[panels, bytes]` of `u8`.
+///
+/// # Errors
+/// If the weight is not a matrix of `f32`.
+pub fn pack(weight: &Tensor, format: Format) -> Result<Tensor> {
+    let (outputs, inputs) = weight.dims2()?;
+    let (dtype, multiple) = match format {
+        Format::Q8 => (GgmlDType::Q8_0, BLOCK),
+        Format::Q4K => (GgmlDType::Q4K, BLOCK * SUPER),
+    };
+    let padded = weight.pad_with_zeros(1, 0, inputs.next_multiple_of(multiple) - inputs)?;
+    let quantized = QTensor::quantize(&padded, dtype)?;
+    let data = quantized.data()?;
+    let layout = PanelLayout::new(format, inputs);
+    let row_bytes = data.len() / outputs;
+    let panels = outputs.div_ceil(PANEL);
+    let mut packed = vec![0; panels * layout.bytes()];
+    packed.par_chunks_exact_mut(layout.bytes()).enumerate().for_each(|(index, panel)| {
+        let rows = data[index * PANEL * row_bytes..].chunks_exact(row_bytes);
+        for (output, row) in rows.take(PANEL).enumerate() {
+            match format {
+                Format::Q8 => pack_q8(layout, row, output, panel),
+                Format::Q4K => pack_q4k(layout, row, output, panel),
+            }
+        }
+    });
+    Tensor::from_vec(packed, (panels, layout.bytes()), &Device::Cpu)?.to_device(weight.device())
+}
+
+/// Packs one row of `block_q8_0`: a scale and 32 signed bytes.
+fn pack_q8(layout: PanelLayout, row: &[u8], output: usize, panel: &mut [u8]) {
+    for (block, bytes) in row.chunks_exact(2 + BLOCK).enumerate() {
+        panel[layout.scales(block) + 2 * output..][..2].copy_from_slice(&bytes[..2]);
+        for (input, quant) in bytes[2..].iter().enumerate() {
+            let place = block * layout.block_bytes() + (input / GROUP * PANEL + output) * GROUP + input % GROUP;
+            panel[place] = quant ^ 0x80;
+        }
+    }
+}
+
+/// Packs one row of `block_q4_K`: two units, eight 6-bit multiples of each, and 256 nibbles, those of two blocks
+/// interleaved.
+fn pack_q4k(layout: PanelLayout, row: &[u8], output: usize, panel: &mut [u8]) {
+    for (super_block, bytes) in row.chunks_exact(4 + 12 + BLOCK * SUPER / 2).enumerate() {
+        let (units, rest) = bytes.split_at(4);
+        let (multiples, nibbles) = rest.split_at(12);
+        let unit = layout.units(super_block * SUPER) + 2 * output;
+        panel[unit..unit + 2].copy_from_slice(&units[..2]);
+        panel[unit + 2 * PANEL..][..2].copy_from_slice(&units[2..]);
+        for part in 0..SUPER.min(layout.blocks - super_block * SUPER) {
+            let block = super_block * SUPER + part;
+            let (scale, minimum) = q4k_multiples(part, multiples);
+            panel[layout.scales(block) + output] = scale;
+            panel[layout.scales(block) + PANEL + output] = minimum;
+            for input in 0..BLOCK {
+                let quant = nibbles[part / 2 * BLOCK + input] >> (4 * (part % 2)) & 15;
+                let (group, place) = (input / GROUP, output * GROUP + input % GROUP);
+                panel[block * layout.block_bytes() + group / 2 * PANEL * GROUP + place] |= quant << (4 * (group % 2));
+            }
+        }
+    }
+}
+
+/// The 6-bit multiples of a super-block's `part`: four times two whole ones, then the other four split in 4 and 2 bits.
+fn q4k_multiples(part: usize, packed: &[u8]) -> (u8, u8) {
+    match part.checked_sub(4) {
+        None => (packed[part] & 63, packed[part + 4] & 63),
+        Some(high) => {
+            let low = packed[part + 4];
+            (low & 15 | packed[high] >> 6 << 4, low >> 4 | packed[high + 4] >> 6 << 4)
+        }
+    }
+}
+
+/// Rows rounded to 8 bits, each block by its largest number.
+struct Rounded {
+    blocks: usize,
+    /// `[row][block][input in block]`
+    quants: Vec<i8>,
+    /// `[row][block]`
+    scales: Vec<f32>,
+    /// Sum of the quants, `[row][block]`.
+    sums: Vec<i32>,
+}
+
+impl Rounded {
+    fn new(x: &[f32], inputs: usize) -> Self {
+        let (rows, blocks) = (x.len() / inputs, inputs.div_ceil(BLOCK));
+        let mut quants = vec![0; rows * blocks * BLOCK];
+        let (mut scales, mut sums) = (vec![0.0; rows * blocks], vec![0; rows * blocks]);
+        let places = quants.chunks_exact_mut(blocks * BLOCK).zip(scales.chunks_exact_mut(blocks));
+        for ((row, (quants, scales)), sums) in x.chunks_exact(inputs).zip(places).zip(sums.chunks_exact_mut(blocks)) {
+            round_row(row, quants, scales, sums);
+        }
+        Self { blocks, quants, scales, sums }
+    }
+}
+
+super::simd::multiversion! {
+    /// Rounds the blocks of one row.
+    fn round_row(row: &[f32], quants: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+        for (block, numbers) in row.chunks(BLOCK).enumerate() {
+            let mut padded = [0.0; BLOCK];
+            padded[..numbers.len()].copy_from_slice(numbers);
+            let largest = padded.iter().fold(0.0, |largest, x| super::simd::greater(x.abs(), largest));
+            let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+            let mut sum = 0;
+            for (quant, number) in quants[block * BLOCK..].iter_mut().zip(&padded) {
+                *quant = (number * inverse).round_ties_even() as i8;
+                sum += i32::from(*quant);
+            }
+            // A row that is not finite must not come out finite.
+            let finite = padded.iter().all(|x| x.is_finite());
+            scales[block] = if finite { largest / 127.0 } else { f32::NAN };
+            sums[block] = sum;
+        }
+    }
+}
+
+/// Adds the product of `x` with a packed weight to `y`, panels shared out among threads.
+pub(super) fn multiply(x: &[f32], packed: &[u8], format: Format, inputs: usize, y: Shared<'_>, outputs: usize) {
+    let layout = PanelLayout::new(format, inputs);
+    let rows = Rounded::new(x, inputs);
+    let panel = |(index, panel): (usize, &[u8])| {
+        let tile = Tile { layout, panel, rows: &rows };
+        tile.add_all(y, index * PANEL, outputs);
+    };
+    if x.len() * outputs < PARALLEL_WORK {
+        packed.chunks_exact(layout.bytes()).enumerate().for_each(panel);
+    } else {
+        packed.par_chunks_exact(layout.bytes()).enumerate().for_each(panel);
+    }
+}
+
+/// A panel and the rows that it is multiplied with.
+struct Tile<'a> {
+    layout: PanelLayout,
+    panel: &'a [u8],
+    rows: &'a Rounded,
+}
+
+impl Tile<'_> {
+    /// Adds the product of all rows with the panel to the outputs of `y` from `first` on.
+    fn add_all(&self, y: Shared<'_>, first: usize, outputs: usize) {
+        let rows = self.rows.scales.len() / self.rows.blocks;
+        let width = PANEL.min(outputs - first);
+        let mut row = 0;
+        while row < rows {
+            let count = TILE_ROWS.min(rows - row);
+            let products = match count {
+                1 => self.products::<1>(row),
+                2 => self.products::<2>(row),
+                3 => self.products::<3>(row),
+                4 => self.products::<4>(row),
+                5 => self.products::<5>(row),
+                6 => self.products::<6>(row),
+                7 => self.products::<7>(row),
+                _ => self.products::<TILE_ROWS>(row),
+            };
+            for (index, products) in products[..count].iter().enumerate() {
+                // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
+                let y = unsafe { y.get((row + index) * outputs + first, width) };
+                y.iter_mut().zip(products).for_each(|(y, product)| *y += product);
+            }
+            row += count;
+        }
+    }
+
+    /// The products of `ROWS` rows from `row` on with the panel.
+    fn products<const ROWS: usize>(&self, row: usize) -> [[f32; PANEL]; TILE_ROWS] {
+        assert!(self.panel.len() == self.layout.bytes() && self.layout.blocks == self.rows.blocks);
+        assert!((row + ROWS) * self.rows.blocks <= self.rows.scales.len());
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni")
+        {
+            // SAFETY: the CPU has the features, and by the assertions all that is read lies in the slices.
+            return unsafe {
+                match self.layout.format {
+                    Format::Q8 => vnni::products::<ROWS, false>(self, row),
+                    Format::Q4K => vnni::products::<ROWS, true>(self, row),
+                }
+            };
+        }
+        self.plain_products::<ROWS>(row)
+    }
+
+    /// [`Tile::products`] on any CPU.
+    fn plain_products<const ROWS: usize>(&self, row: usize) -> [[f32; PANEL]; TILE_ROWS] {
+        let mut sums = [[0.0_f32; PANEL]; TILE_ROWS];
+        for block in 0..self.layout.blocks {
+            for output in 0..PANEL {
+                let quants = self.quants(block, output);
+                let (scale, minimum) = self.scale(block, output);
+                for (index, sums) in sums.iter_mut().enumerate().take(ROWS) {
+                    let place = (row + index) * self.rows.blocks + block;
+                    let x = &self.rows.quants[place * BLOCK..][..BLOCK];
+                    let dot: i32 = quants.iter().zip(x).map(|(w, x)| w * i32::from(*x)).sum();
+                    let x_scale = self.rows.scales[place];
+                    let sum = (dot as f32).mul_add(scale * x_scale, sums[output]);
+                    let x_sum = self.rows.sums[place] as f32 * x_scale;
+                    sums[output] = if self.layout.format == Format::Q4K { (-minimum).mul_add(x_sum, sum) } else { sum };
+                }
+            }
+        }
+        sums
+    }
+
+    /// The integers of an output's block.
+    fn quants(&self, block: usize, output: usize) -> [i32; BLOCK] {
+        let bytes = &self.panel[block * self.layout.block_bytes()..][..self.layout.block_bytes()];
+        std::array::from_fn(|input| {
+            let (group, place) = (input / GROUP, output * GROUP + input % GROUP);
+            match self.layout.format {
+                Format::Q8 => i32::from(bytes[group * PANEL * GROUP + place]) - 128,
+                Format::Q4K => i32::from(bytes[group / 2 * PANEL * GROUP + place] >> (4 * (group % 2)) & 15),
+            }
+        })
+    }
+
+    /// Scale and minimum of an output's block.
+    fn scale(&self, block: usize, output: usize) -> (f32, f32) {
+        let half = |place: usize| f16::from_le_bytes([self.panel[place], self.panel[place + 1]]).to_f32();
+        let scales = self.layout.scales(block);
+        match self.layout.format {
+            Format::Q8 => (half(scales + 2 * output), 0.0),
+            Format::Q4K => {
+                let units = self.layout.units(block) + 2 * output;
+                let multiple = |place: usize| f32::from(self.panel[place]);
+                let scale = half(units) * multiple(scales + output);
+                (scale, half(units + 2 * PANEL) * multiple(scales + PANEL + output))
+            }
+        }
+    }
+}
+
+/// The same on CPUs that multiply and add bytes: AVX-512 VNNI.
+#[cfg(target_arch = "x86_64")]
+mod vnni {
+    use std::arch::x86_64::*;
+
+    use super::{BLOCK, GROUP, PANEL, TILE_ROWS, Tile};
+
+    /// [`Tile::products`]; `MINIMA` for the format that has them, Q4_K.
+    ///
+    /// # Safety
+    /// The panel and the rows must be as long as the layout says.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
+    pub unsafe fn products<const ROWS: usize, const MINIMA: bool>(
+        tile: &Tile<'_>,
+        row: usize,
+    ) -> [[f32; PANEL]; TILE_ROWS] {
+        let (layout, panel, blocks) = (tile.layout, tile.panel.as_ptr(), tile.layout.blocks);
+        let mut sums = [_mm512_setzero_ps(); ROWS];
+        for block in 0..blocks {
+            let place: [usize; ROWS] = std::array::from_fn(|index| (row + index) * blocks + block);
+            let quants: [*const i8; ROWS] =
+                std::array::from_fn(|index| unsafe { tile.rows.quants.as_ptr().add(place[index] * BLOCK) });
+            let x_sums: [i32; ROWS] =
+                std::array::from_fn(|index| unsafe { *tile.rows.sums.get_unchecked(place[index]) });
+            // Weights are stored with 128 added, so that they are unsigned.
+            let start = |sum: i32| _mm512_set1_epi32(if MINIMA { 0 } else { -128 * sum });
+            let mut dots: [__m512i; ROWS] = std::array::from_fn(|index| start(x_sums[index]));
+            let weights = unsafe { panel.add(block * layout.block_bytes()) };
+            for group in 0..BLOCK / GROUP {
+                let weights = unsafe { group_quants::<MINIMA>(weights, group) };
+                for index in 0..ROWS {
+                    let x = unsafe { quants[index].add(group * GROUP).cast::<i32>().read_unaligned() };
+                    dots[index] = _mm512_dpbusd_epi32(dots[index], weights, _mm512_set1_epi32(x));
+                }
+            }
+            let (scale, minimum) = unsafe { scales::<MINIMA>(tile, block) };
+            for index in 0..ROWS {
+                let x_scale = unsafe { *tile.rows.scales.get_unchecked(place[index]) };
+                let factor = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale));
+                sums[index] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[index]), factor, sums[index]);
+                if MINIMA {
+                    let x_sum = _mm512_set1_ps(x_sums[index] as f32 * x_scale);
+                    sums[index] = _mm512_fnmadd_ps(minimum, x_sum, sums[index]);
+                }
+            }
+        }
+        let mut products = [[0.0; PANEL]; TILE_ROWS];
+        for index in 0..ROWS {
+            // SAFETY: a register holds one panel's outputs.
+            unsafe { _mm512_storeu_ps(products[index].as_mut_ptr(), sums[index]) };
+        }
+        products
+    }
+
+    /// A group's unsigned quants, `[output][input in group]`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn group_quants<const NIBBLES: bool>(block: *const u8, group: usize) -> __m512i {
+        let bytes = PANEL * GROUP;
+        if !NIBBLES {
+            return unsafe { _mm512_loadu_si512(block.add(group * bytes).cast()) };
+        }
+        let both = unsafe { _mm512_loadu_si512(block.add(group / 2 * bytes).cast()) };
+        let nibbles = if group.is_multiple_of(2) { both } else { _mm512_srli_epi16(both, 4) };
+        _mm512_and_si512(nibbles, _mm512_set1_epi8(15))
+    }
+
+    /// Scales and minima of a block, by output.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn scales<const MINIMA: bool>(tile: &Tile<'_>, block: usize) -> (__m512, __m512) {
+        let panel = tile.panel.as_ptr();
+        let halves = |place: usize| _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(panel.add(place).cast()) });
+        let place = tile.layout.scales(block);
+        if !MINIMA {
+            return (halves(place), _mm512_setzero_ps());
+        }
+        let bytes = |place: usize| {
+            let bytes = unsafe { _mm_loadu_si128(panel.add(place).cast()) };
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
+        };
+        let units = tile.layout.units(block);
+        let scale = _mm512_mul_ps(halves(units), bytes(place));
+        (scale, _mm512_mul_ps(halves(units + 2 * PANEL), bytes(place + PANEL)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::DType;
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    fn random(rows: usize, columns: usize, seed: u64) -> Vec<f32> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        (0..rows * columns).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    fn matrix(numbers: &[f32], columns: usize) -> Tensor {
+        Tensor::from_slice(numbers, (numbers.len() / columns, columns), &Device::Cpu).unwrap()
+    }
+
+    fn product(x: &[f32], weight: &Tensor, format: Format) -> Vec<f32> {
+        let (outputs, inputs) = weight.dims2().unwrap();
+        let packed = pack(weight, format).unwrap().flatten_all().unwrap().to_vec1::<u8>().unwrap();
+        let mut y = vec![0.0; x.len() / inputs * outputs];
+        multiply(x, &packed, format, inputs, Shared::new(&mut y), outputs);
+        y
+    }
+
+    /// The weight as GGUF rounds it.
+    fn rounded(weight: &Tensor, format: Format) -> Vec<Vec<f32>> {
+        let inputs = weight.dims()[1];
+        let (dtype, multiple) = match format {
+            Format::Q8 => (GgmlDType::Q8_0, 32),
+            Format::Q4K => (GgmlDType::Q4K, 256),
+        };
+        let padded = weight.pad_with_zeros(1, 0, inputs.next_multiple_of(multiple) - inputs).unwrap();
+        let quantized = QTensor::quantize(&padded, dtype).unwrap().dequantize(&Device::Cpu).unwrap();
+        assert_eq!(quantized.dtype(), DType::F32);
+        quantized.narrow(1, 0, inputs).unwrap().to_vec2().unwrap()
+    }
+
+    const SHAPES: [(usize, usize, usize); 6] =
+        [(1, 32, 16), (3, 576, 192), (9, 40, 17), (8, 256, 33), (20, 300, 5), (2, 1536, 576)];
+
+    #[test]
+    fn the_product_is_that_of_ggufs_numbers_but_for_the_rounding_of_the_rows() {
+        for format in [Format::Q8, Format::Q4K] {
+            for (rows, inputs, outputs) in SHAPES {
+                let (x, w) = (random(rows, inputs, 1), random(outputs, inputs, 2));
+                let weight = matrix(&w, inputs);
+                let y = product(&x, &weight, format);
+                let weight = rounded(&weight, format);
+                for (x, y) in x.chunks(inputs).zip(y.chunks(outputs)) {
+                    for (weight, y) in weight.iter().zip(y) {
+                        let exact: f32 = x.iter().zip(weight).map(|(x, w)| x * w).sum();
+                        // Rounding an input in -1..1 to 8 bits moves it by up to 1/254.
+                        let bound: f32 = weight.iter().map(|w| w.abs() / 254.0).sum::<f32>() + 1e-4;
+                        assert!((y - exact).abs() < bound, "{format:?} {inputs}x{outputs}: {y}, expected {exact}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_are_whole_numbers_of_a_scale_multiply_exactly() {
+        // Blocks whose largest number is 127: rounding changes nothing.
+        let x: Vec<f32> = (0..64).map(|i| if i % 32 == 0 { 127.0 } else { (i % 7) as f32 - 3.0 }).collect();
+        for format in [Format::Q8, Format::Q4K] {
+            let weight = matrix(&random(19, 64, 3), 64);
+            let expected: Vec<f64> = rounded(&weight, format)
+                .iter()
+                .map(|w| w.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum())
+                .collect();
+            for (y, expected) in product(&x, &weight, format).iter().zip(expected) {
+                assert!((f64::from(*y) - expected).abs() < 1e-3, "{format:?}: {y}, expected {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn vector_and_plain_code_agree_to_the_bit() {
+        for format in [Format::Q8, Format::Q4K] {
+            for (rows, inputs, outputs) in SHAPES {
+                let (x, w) = (random(rows, inputs, 4), random(outputs, inputs, 5));
+                let packed = pack(&matrix(&w, inputs), format).unwrap().to_vec2::<u8>().unwrap();
+                let layout = PanelLayout::new(format, inputs);
+                let rows = Rounded::new(&x, inputs);
+                for panel in &packed {
+                    let tile = Tile { layout, panel, rows: &rows };
+                    assert_eq!(tile.products::<1>(0), tile.plain_products::<1>(0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_gives_the_same_bits_whatever_rows_it_is_with() {
+        for format in [Format::Q8, Format::Q4K] {
+            let (x, w) = (random(21, 576, 6), random(40, 576, 7));
+            let weight = matrix(&w, 576);
+            let all = product(&x, &weight, format);
+            for (x, y) in x.chunks(576).zip(all.chunks(40)) {
+                assert_eq!(product(x, &weight, format), y);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_that_is_not_finite_does_not_come_out_finite() {
+        let weight = matrix(&random(16, 64, 8), 64);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = random(1, 64, 9);
+            x[40] = bad;
+            assert!(product(&x, &weight, Format::Q8).iter().all(|y| y.is_nan()));
+        }
+    }
+}
