@@ -38,6 +38,17 @@ impl ResultsFolder {
         Ok(Self { target: target.to_owned(), unfinished })
     }
 
+    /// Starts a folder that will appear at `target`, where there is none yet or an empty one.
+    ///
+    /// # Errors
+    /// As for [`ResultsFolder::create`], and if `target` holds anything.
+    pub fn create_new(target: &Path) -> Result<Self> {
+        if target.exists() && !is_empty(target) {
+            bail!("{} is there already and not empty: choose another --out", target.display());
+        }
+        Self::create(target)
+    }
+
     /// Where to write.
     pub fn path(&self) -> &Path {
         &self.unfinished
@@ -71,8 +82,11 @@ impl Drop for ResultsFolder {
 }
 
 fn is_replaceable(folder: &Path) -> bool {
-    let empty = std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
-    empty || folder.join(CONFIG).is_file()
+    is_empty(folder) || folder.join(CONFIG).is_file()
+}
+
+fn is_empty(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// From now on, Ctrl-C removes what is unfinished and ends the process with the shell's usual status.

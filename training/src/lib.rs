@@ -1,6 +1,8 @@
-//! Training and evaluation of recursive language models with early exits.
+//! Conversion, training and evaluation of recursive language models with early exits.
 //!
 //! ```text
+//! ordinary model ─► convert ─► recursive model
+//!
 //! text ─► corpus (windows of tokens) ─► trainer ─► model folder + training state + loss.csv
 //!                                         │
 //!              reference model ─► objective ─► gradients ─► optimizer
@@ -12,6 +14,7 @@
 //! ```
 
 pub mod calibration;
+pub mod convert;
 pub mod corpus;
 pub mod error;
 pub mod evaluation;

@@ -2,6 +2,7 @@
 
 pub mod calibrate;
 pub mod capacity;
+pub mod convert;
 pub mod evaluate;
 pub mod import;
 pub mod plot;

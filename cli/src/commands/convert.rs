@@ -1,0 +1,164 @@
+//! `depthwise convert`: makes a pretrained model recursive.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use engine::weights::{Stored, TOKENIZER_FILE, Weights};
+use serde::Serialize;
+use serde::de::value::Error;
+use serde::de::{DeserializeOwned, IntoDeserializer};
+use training::convert::{
+    AdapterStart, Conversion, Converted, Initialization, KindEnergy, Ranks, Relaxation, Vectors, beyond_adapters,
+    convert,
+};
+
+use crate::measure::progress;
+use crate::report::print_table;
+use crate::results::ResultsFolder;
+
+/// File that says what the model was made from and how.
+const RECORD_FILE: &str = "conversion.yaml";
+
+/// Make a pretrained model recursive: tie its layers over loops, and give each loop low-rank adapters
+///
+/// As in Relaxed Recursive Transformers (arXiv 2410.20672); docs/conversion.md has the rules.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Model folder to convert
+    #[arg(value_name = "SOURCE")]
+    source: PathBuf,
+    /// Folder for the recursive model, which must not be there or be empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Times the shared block is run; divides the layers to share
+    #[arg(long, value_name = "N")]
+    loops: usize,
+    /// First layers to keep as they are, before the loops
+    #[arg(long, default_value_t = 0, value_name = "LAYERS")]
+    prelude: usize,
+    /// Last layers to keep as they are, after the loops
+    #[arg(long, default_value_t = 0, value_name = "LAYERS")]
+    coda: usize,
+    /// Where the shared matrices come from: stepwise (layers spread from the first to the last), average (the mean of
+    /// those that are tied), lower (the first layers), random [default: average with --rank, stepwise without]
+    #[arg(long, value_name = "RULE", value_parser = by_name::<Initialization>)]
+    init: Option<Initialization>,
+    /// Norms and biases: own (each loop keeps the original's), or shared by all loops: average, first (of the layer
+    /// that the matrices come from), reset (ones and zeros) [default: own with --rank, without it as the matrices]
+    #[arg(long, value_name = "RULE", value_parser = by_name::<Vectors>)]
+    norms: Option<Vectors>,
+    /// Rank of each loop's adapters: one number for all projections, `full`, or a list like q=64,k=32,v=32,o=64,gate=128,up=128,down=128
+    /// [default: no adapters]
+    #[arg(long, value_name = "RANK")]
+    rank: Option<Ranks>,
+    /// What adapters start from: svd (of what the shared matrices lack), zero
+    #[arg(long, default_value = "svd", value_name = "RULE", value_parser = by_name::<AdapterStart>, requires = "rank")]
+    adapters: AdapterStart,
+    /// Seed of what is drawn at random
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Store numbers in two bytes, rounded, rather than four
+    #[arg(long)]
+    f16: bool,
+}
+
+/// A value by its name in files.
+fn by_name<T: DeserializeOwned>(name: &str) -> Result<T, String> {
+    T::deserialize(name.into_deserializer()).map_err(|error: Error| error.to_string())
+}
+
+/// Converts, and prints what became of the parameters and what adapters keep.
+pub fn run(args: Args) -> Result<()> {
+    let started = Instant::now();
+    let folder = ResultsFolder::create_new(&args.out)?;
+    let source = Weights::load(&args.source)?;
+    let conversion = args.conversion();
+    let bar = progress(0);
+    let converted = convert(&source, &conversion, |sites| {
+        bar.set_length(sites as u64);
+        bar.inc(1);
+    })?;
+    bar.finish_and_clear();
+    let stored = if args.f16 { Stored::F16 } else { Stored::F32 };
+    converted.weights.save(folder.path(), stored)?;
+    copy_tokenizer(&args.source, folder.path())?;
+    let record = serde_yaml::to_string(&Record { source: &args.source, conversion: &conversion })?;
+    std::fs::write(folder.path().join(RECORD_FILE), record)?;
+    folder.finish()?;
+    report(&source, &conversion, &converted);
+    println!("\nwritten to {} in {:.1} s", args.out.display(), started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+impl Args {
+    fn conversion(&self) -> Conversion {
+        let relaxation = self.rank.map(|ranks| Relaxation { ranks, start: self.adapters });
+        let initialization = self.init.unwrap_or(Initialization::default_for(relaxation.is_some()));
+        Conversion {
+            num_loops: self.loops,
+            prelude_layers: self.prelude,
+            coda_layers: self.coda,
+            initialization,
+            vectors: self.norms.unwrap_or(initialization.default_vectors(relaxation.is_some())),
+            relaxation,
+            seed: self.seed,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Record<'a> {
+    source: &'a Path,
+    #[serde(flatten)]
+    conversion: &'a Conversion,
+}
+
+fn copy_tokenizer(source: &Path, folder: &Path) -> Result<()> {
+    let tokenizer = source.join(TOKENIZER_FILE);
+    match tokenizer.exists() {
+        true => {
+            let copied = std::fs::copy(&tokenizer, folder.join(TOKENIZER_FILE));
+            copied.map(drop).with_context(|| format!("cannot copy {}", tokenizer.display()))
+        }
+        false => {
+            eprintln!("{}: no tokenizer, so the converted model has none", source.display());
+            Ok(())
+        }
+    }
+}
+
+/// Prints what became of layers and parameters, and what adapters keep of the original.
+fn report(source: &Weights, conversion: &Conversion, converted: &Converted) {
+    let (before, after) = (source.num_parameters(), converted.weights.num_parameters());
+    let config = converted.weights.config();
+    println!(
+        "{} layers, now {} loops of {} between a prelude of {} and a coda of {}",
+        config.num_layers(),
+        config.num_loops,
+        config.block_layers,
+        config.prelude_layers,
+        config.coda_layers,
+    );
+    println!("{before} parameters, now {after}: {:.1}% of the original", 100.0 * after as f64 / before as f64);
+    if conversion.relaxation.is_some() {
+        println!();
+        print_table(
+            &["projection", "rank", "to make up", "at a quarter", "at half", "kept at this rank"],
+            converted.energies.iter().map(cells).collect(),
+        );
+        let beyond = beyond_adapters(config);
+        if !beyond.is_empty() {
+            println!("shared by all loops and not made up for by adapters: {}", beyond.join(", "));
+        }
+    }
+}
+
+/// A kind of projection: what the shared matrices lack, in percent of the original's energy, and how much of it
+/// adapters of a quarter, half and all of the rank give back.
+fn cells(energy: &KindEnergy) -> Vec<String> {
+    let rank = energy.directions.len();
+    let kept = |rank| format!("{:.1}%", 100.0 * energy.kept(rank));
+    let lacking = format!("{:.1}%", 100.0 * energy.residual / energy.original);
+    vec![energy.projection.name.to_owned(), rank.to_string(), lacking, kept(rank / 4), kept(rank / 2), kept(rank)]
+}

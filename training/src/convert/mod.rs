@@ -1,0 +1,181 @@
+//! A pretrained transformer made recursive, as in Relaxed Recursive Transformers (arXiv 2410.20672, sections 2.2 to
+//! 2.4): its layers tied over the loops of a shared block, and the loops told apart again by low-rank adapters.
+//!
+//! ```text
+//! layers of the source ─► initialization ─► shared block
+//!          │                                    │
+//!          └──────────── residuals ◄────────────┘
+//!                            │
+//!                       relaxation ─► adapters of each loop
+//! ```
+
+mod initialization;
+mod layers;
+mod relaxation;
+mod svd;
+mod unroll;
+
+use engine::config::{LoraConfig, ModelConfig, Sharing};
+use engine::weights::{Weights, WeightsError};
+use serde::Serialize;
+
+pub use initialization::{Initialization, Vectors};
+pub use relaxation::{AdapterStart, KindEnergy, Ranks, Relaxation, beyond_adapters};
+pub use unroll::unroll;
+
+use layers::SourceLayers;
+use relaxation::Relaxing;
+
+/// How a model is made recursive.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Conversion {
+    /// Times the block is run; divides the layers between prelude and coda.
+    pub num_loops: usize,
+    /// Layers kept as they are before the first loop. With one of them and one in the coda this is Middle-Cycle of
+    /// arXiv 2507.10524.
+    pub prelude_layers: usize,
+    /// Layers kept as they are after the last loop.
+    pub coda_layers: usize,
+    /// Where the block's matrices come from.
+    pub initialization: Initialization,
+    /// Where its norms and biases come from.
+    pub vectors: Vectors,
+    /// Adapters of each loop; none for a block that is the same in every loop.
+    pub relaxation: Option<Relaxation>,
+    /// Seed of what is drawn at random: blocks, adapters and the test matrices of randomized decompositions.
+    pub seed: u64,
+}
+
+/// A converted model, and what its adapters keep of the original.
+#[derive(Debug)]
+pub struct Converted {
+    /// The recursive model.
+    pub weights: Weights,
+    /// Per kind of projection that has adapters, what they keep.
+    pub energies: Vec<KindEnergy>,
+}
+
+/// Why a model could not be converted.
+#[derive(Debug, thiserror::Error)]
+pub enum ConversionError {
+    /// The source is no ordinary transformer.
+    #[error("the model to convert has `{field}` {found}, expected {expected}")]
+    Source {
+        /// Field of its configuration.
+        field: &'static str,
+        /// Its value.
+        found: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
+    /// Prelude and coda are the whole model.
+    #[error("a prelude of {prelude} and a coda of {coda} leave none of {layers} layers to share")]
+    NothingToShare {
+        /// Layers kept before the shared ones.
+        prelude: usize,
+        /// Layers kept after them.
+        coda: usize,
+        /// Layers of the source.
+        layers: usize,
+    },
+    /// The layers do not divide into the loops.
+    #[error("{layers} layers to share do not divide into {loops} loops, expected one of {}", divisors(*layers))]
+    Loops {
+        /// Layers to share.
+        layers: usize,
+        /// Loops asked for.
+        loops: usize,
+    },
+    /// A residual could not be decomposed.
+    #[error("{adapter}: the singular value decomposition does not converge")]
+    NoConvergence {
+        /// The adapter that it was for.
+        adapter: String,
+    },
+    /// The source or the result was refused.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// Makes `source`, an ordinary transformer, recursive. Matrices are decomposed in parallel on rayon's threads, each
+/// of which holds one residual at a time; after each `progress` is told of how many.
+///
+/// # Errors
+/// If the source is already recursive, its layers do not divide, or the result's configuration is refused.
+pub fn convert(
+    source: &Weights,
+    conversion: &Conversion,
+    progress: impl Fn(usize) + Sync,
+) -> Result<Converted, ConversionError> {
+    let config = target_config(source.config(), conversion)?;
+    config.validate().map_err(WeightsError::from)?;
+    let layers = SourceLayers::new(source);
+    let mut tensors = layers.outside();
+    tensors.extend(initialization::layers(&layers, &config, conversion)?);
+    let mut energies = Vec::new();
+    if let Some(relaxation) = &conversion.relaxation {
+        let (start, seed) = (relaxation.start, conversion.seed);
+        let relaxing = Relaxing { source: &layers, config: &config, tensors: &tensors, start, seed };
+        let adapters = relaxing.adapters(progress)?;
+        tensors.extend(adapters.tensors);
+        energies = adapters.energies;
+    }
+    let weights = Weights::from_tensors(config, tensors, "converted model")?;
+    Ok(Converted { weights, energies })
+}
+
+/// The configuration of the result.
+fn target_config(source: &ModelConfig, conversion: &Conversion) -> Result<ModelConfig, ConversionError> {
+    check_ordinary(source)?;
+    let &Conversion { num_loops: loops, prelude_layers: prelude, coda_layers: coda, .. } = conversion;
+    let layers = source.num_layers();
+    let shared = layers.saturating_sub(prelude).saturating_sub(coda);
+    if shared == 0 {
+        return Err(ConversionError::NothingToShare { prelude, coda, layers });
+    }
+    if loops == 0 || !shared.is_multiple_of(loops) {
+        return Err(ConversionError::Loops { layers: shared, loops });
+    }
+    let mut config = ModelConfig {
+        block_layers: shared / loops,
+        num_loops: loops,
+        prelude_layers: prelude,
+        coda_layers: coda,
+        sharing: match conversion.vectors {
+            Vectors::Own => Sharing::Matrices,
+            Vectors::Average | Vectors::First | Vectors::Reset => Sharing::Block,
+        },
+        ..source.clone()
+    };
+    config.lora = conversion
+        .relaxation
+        .as_ref()
+        .map(|relaxation| LoraConfig { ranks: relaxation.ranks.of_model(&config), scale: 1.0 });
+    Ok(config)
+}
+
+/// A transformer whose loops, if it has several, share nothing, and which has nothing that only recursive models have.
+fn check_ordinary(config: &ModelConfig) -> Result<(), ConversionError> {
+    let refuse = |field, found, expected| Err(ConversionError::Source { field, found, expected });
+    if config.num_loops > 1 && config.sharing != Sharing::Nothing {
+        return refuse("num_loops", config.num_loops.to_string(), "1, or loops that share nothing");
+    }
+    if config.lora.is_some() {
+        return refuse("lora", "given".to_owned(), "none");
+    }
+    if config.head_lora_rank > 0 {
+        return refuse("head_lora_rank", config.head_lora_rank.to_string(), "0");
+    }
+    if config.gate {
+        return refuse("gate", "true".to_owned(), "false");
+    }
+    Ok(())
+}
+
+fn divisors(number: usize) -> String {
+    let divisors = (1..=number).filter(|divisor| number.is_multiple_of(*divisor));
+    divisors.map(|divisor| divisor.to_string()).collect::<Vec<_>>().join(", ")
+}
