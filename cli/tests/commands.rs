@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use engine::config::ModelConfig;
+use engine::config::{ModelConfig, Sharing};
 use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
 use tempfile::TempDir;
@@ -40,6 +40,25 @@ impl Scene {
         let lines: String = (0..40).map(|id| format!("{id},{}.0,{},{}\n", id * 500, 5 + id % 7, 3 + id % 11)).collect();
         scene.write("requests.csv", &format!("request,arrival_us,prompt_tokens,output_tokens\n{lines}"));
         scene
+    }
+
+    /// An ordinary transformer in the folder `ordinary`.
+    fn ordinary_model(&self, layers: usize, hidden_size: usize) {
+        let config = ModelConfig {
+            vocab_size: 272,
+            hidden_size,
+            intermediate_size: 3 * hidden_size,
+            num_heads: 2,
+            num_kv_heads: 1,
+            head_dim: hidden_size / 2,
+            block_layers: layers,
+            num_loops: 1,
+            sharing: Sharing::Nothing,
+            ..ModelConfig::default()
+        };
+        let folder = self.path("ordinary");
+        Weights::random(config, 1).unwrap().save(&folder, Stored::F32).unwrap();
+        fs::copy(self.path("model/tokenizer.json"), folder.join("tokenizer.json")).unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -532,6 +551,57 @@ fn bad_traces_and_profiles_get_one_clear_error() {
     }
     let error = scene.fail(&scene.simulate(&["--num-blocks", "1"]));
     assert!(error.contains("request 12 needs") || error.contains("the cache holds 16"), "{error}");
+}
+
+#[test]
+fn a_converted_model_is_recursive_and_says_what_its_adapters_keep() {
+    let scene = Scene::new();
+    scene.ordinary_model(4, 16);
+    let convert = |more: &[&'static str]| [&["convert", "ordinary", "--out", "recursive"], more].concat();
+    for (more, expected) in [
+        (["--loops", "3"], "4 layers to share do not divide into 3 loops, expected one of 1, 2, 4"),
+        (["--loops=2", "--prelude=4"], "leave none of 4 layers"),
+        (["--loops=2", "--rank=gate=2,gate=3"], "`gate` twice"),
+        (["--loops=2", "--init=meen"], "expected one of `stepwise`, `average`, `lower`, `random`"),
+    ] {
+        let output = scene.run(&convert(&more));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && stderr.contains(expected), "{stderr}");
+        assert!(!scene.path("recursive").exists());
+    }
+
+    let printed = scene.succeed(&convert(&["--loops", "2", "--rank", "full"]));
+    assert!(printed.contains("4 layers, now 2 loops of 2"), "{printed}");
+    let gate = printed.lines().find(|line| line.contains("mlp.gate_proj")).unwrap();
+    let cells: Vec<&str> = gate.split_whitespace().collect();
+    assert_eq!((cells[1], *cells.last().unwrap()), ("16", "100.0%"), "{printed}");
+    let config = Weights::load(&scene.path("recursive")).unwrap().config().clone();
+    assert_eq!((config.num_loops, config.block_layers, config.sharing), (2, 2, Sharing::Matrices));
+    assert_eq!(config.lora.unwrap().ranks.gate, 16);
+    for (file, text) in [("tokenizer.json", "vocab"), ("conversion.yaml", "source: ordinary")] {
+        assert!(fs::read_to_string(scene.path("recursive").join(file)).unwrap().contains(text), "{file}");
+    }
+
+    let refusal = scene.fail(&convert(&["--loops", "2"]));
+    assert!(refusal.contains("recursive is there already and not empty"), "{refusal}");
+    let refusal = scene.fail(&["convert", "recursive", "--loops", "1", "--out", "again"]);
+    assert!(refusal.contains("`num_loops` 2, expected 1"), "{refusal}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_conversion_leaves_nothing() {
+    let scene = Scene::new();
+    scene.ordinary_model(8, 384);
+    let arguments = ["convert", "ordinary", "--loops", "2", "--rank", "full", "--out", "out/recursive"];
+    let mut child = scene.command(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while !scene.path("out").exists() {
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was interrupted");
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(fs::read_dir(scene.path("out")).unwrap().count(), 0);
 }
 
 #[cfg(unix)]

@@ -132,14 +132,11 @@ fn copy_tokenizer(source: &Path, folder: &Path) -> Result<()> {
 fn report(source: &Weights, conversion: &Conversion, converted: &Converted) {
     let (before, after) = (source.num_parameters(), converted.weights.num_parameters());
     let config = converted.weights.config();
-    println!(
-        "{} layers, now {} loops of {} between a prelude of {} and a coda of {}",
-        config.num_layers(),
-        config.num_loops,
-        config.block_layers,
-        config.prelude_layers,
-        config.coda_layers,
-    );
+    let kept = match (config.prelude_layers, config.coda_layers) {
+        (0, 0) => String::new(),
+        (prelude, coda) => format!(", the first {prelude} and the last {coda} kept as they were"),
+    };
+    println!("{} layers, now {} loops of {}{kept}", config.num_layers(), config.num_loops, config.block_layers);
     println!("{before} parameters, now {after}: {:.1}% of the original", 100.0 * after as f64 / before as f64);
     if conversion.relaxation.is_some() {
         println!();

@@ -1,6 +1,7 @@
 //! The shared block: which of the source's layers its matrices, norms and biases come from.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use candle_core::Tensor;
 use engine::config::{ModelConfig, Place, Projection};
@@ -40,15 +41,15 @@ pub enum Vectors {
 }
 
 impl Initialization {
-    /// How matrices are made if nothing else is asked for: what the paper finds best, without adapters and with them.
-    /// Of all shared matrices the mean leaves adapters the least energy to make up for.
+    /// How matrices are made if nothing else is asked for. Of all shared matrices the mean leaves adapters the least
+    /// energy to make up for; without adapters, layers as they were trained.
     pub fn default_for(relaxed: bool) -> Self {
         if relaxed { Self::Average } else { Self::Stepwise }
     }
 
     /// How norms and biases are made if nothing else is asked for. With adapters each loop has its own: they cost next
-    /// to nothing, and without them no rank gives back the original. Without adapters they follow the matrices, as in
-    /// the code of the paper's authors.
+    /// to nothing, and without them no rank gives back a Gemma or a GPT-NeoX. Without adapters they follow the matrices,
+    /// as in the authors' code for Mixture-of-Recursions (arXiv 2507.10524).
     pub fn default_vectors(self, relaxed: bool) -> Vectors {
         match self {
             _ if relaxed => Vectors::Own,
@@ -70,7 +71,7 @@ impl Initialization {
 }
 
 /// `round(first + layer * (last - first) / (block_layers - 1))`, halves to even: NumPy's `linspace` and Python's
-/// `round`, which the paper's authors use.
+/// `round`, as in the authors' code for Mixture-of-Recursions.
 fn stepwise(layer: usize, config: &ModelConfig) -> usize {
     let first = config.prelude_layers as f64;
     let tied_layers = config.num_loops * config.block_layers;
@@ -101,17 +102,14 @@ pub fn layers(
     for place in config.places() {
         let (matrices, vectors) = (config.matrices_prefix(place), config.vectors_prefix(place));
         for projection in config.projections() {
-            let name = format!("{matrices}.{}.weight", projection.name);
-            if !tensors.contains_key(&name) {
-                let matrix = tying.matrix(place, &projection, &name)?;
-                tensors.insert(name, matrix);
+            if let Entry::Vacant(entry) = tensors.entry(format!("{matrices}.{}.weight", projection.name)) {
+                let matrix = tying.matrix(place, &projection, entry.key())?;
+                entry.insert(matrix);
             }
         }
-        for vector in vector_names(config) {
-            let name = format!("{vectors}.{vector}");
-            if !tensors.contains_key(&name) {
-                let vector = tying.vector(place, &vector)?;
-                tensors.insert(name, vector);
+        for name in vector_names(config) {
+            if let Entry::Vacant(entry) = tensors.entry(format!("{vectors}.{name}")) {
+                entry.insert(tying.vector(place, &name)?);
             }
         }
     }
