@@ -28,13 +28,11 @@ use parquet::record::RowAccessor;
 use serde::Deserialize;
 use traces::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta};
 
+use crate::curve::{Curve, line_at};
 use crate::error::{ImportError, read_text};
 use crate::lora::{self, DeviceRates};
 use crate::memory::memory_figures;
 use crate::model::ModelShape;
-
-/// Microseconds over one size.
-type Curve = BTreeMap<u32, f64>;
 
 /// The tables of one GPU and framework.
 #[derive(Clone, Debug)]
@@ -268,25 +266,6 @@ fn chunks(prompts: &Curve) -> impl Iterator<Item = (u32, u32, f64)> {
             (tokens, history, (whole - after).max(0.0) + start)
         })
     })
-}
-
-/// Linear between points; below the first the first, above the last by the last slope, which does not fall.
-fn line_at(curve: &Curve, x: f64) -> f64 {
-    let mut points = curve.iter().map(|(&x, &y)| (f64::from(x), y));
-    let Some(mut low) = points.next() else { return 0.0 };
-    let Some(mut high) = points.next() else { return low.1 };
-    for next in points {
-        if x <= high.0 {
-            break;
-        }
-        (low, high) = (high, next);
-    }
-    let slope = (high.1 - low.1) / (high.0 - low.0);
-    match x {
-        _ if x <= low.0 => low.1,
-        _ if x <= high.0 => low.1 + slope * (x - low.0),
-        _ => high.1 + slope.max(0.0) * (x - high.0),
-    }
 }
 
 /// Linear between points; above the last in proportion, as weights are: a slope between two large sizes that lie close

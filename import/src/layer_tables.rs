@@ -1,93 +1,128 @@
 //! Tables of kernels measured by kind of layer, as LLMServingSim's profiler writes them.
 //!
 //! A folder holds `dense.csv` (layers by tokens of the pass), `per_sequence.csv` (exit head and sampler by sequences),
-//! `attention.csv` (prompt chunk, its history, decode rows, their history) and perhaps `skew_fit.csv` (uneven
-//! histories); all of one layer, in microseconds of kernel time.
+//! `attention.csv` (prompt tokens, what they look back on, decode rows, their history) and perhaps `skew_fit.csv`
+//! ([uneven histories](crate::skew)); all of one layer, in microseconds of kernel time. Columns are found by name.
 //!
 //! What one step of the engine runs of them:
 //!
 //! | part of the profile | tables |
 //! | --- | --- |
-//! | block | for each of its layers: the norms (two, in Gemma 2 and 3 four), and every other dense layer once |
+//! | block | for each of its layers: `layernorm` as often as the model has norms that no other row names (two, in Gemma 2 and 3 four), and every other dense layer once |
 //! | mixed attention | for each layer of the block: `attention` |
 //! | embed | `embedding` and `final_layernorm`, once for each token that runs |
 //! | head | `lm_head` and `sampler`, once for each sequence that predicts |
 //!
+//! Layers need not be measured at the same numbers of tokens: between its own points each is linear.
+//!
+//! Of attention there are two forms. In the older, `kv_prefill` is the history before the one prompt chunk of a pass.
+//! In the newer, `prefill_key` is what a prompt token attends to on average, and passes of several chunks are among the
+//! rows ([`PrefillAxis`]). Rows of several query tokens in a decode row (`decode_q_len`, speculative decoding) are left
+//! out. Tables of other kernels (experts, linear or sparse attention) are refused, and so are those of one device among
+//! several.
+//!
 //! The tables hold kernel times alone, so a step's overhead is 0: with asynchronous scheduling and CUDA graphs, the
 //! device runs one kernel after the other. What the gaps between them cost is not in the tables.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use traces::table::{Owner, Table};
-use traces::{Component, LatencyProfile, MixedAttention, MixedPoint, Point, ProfileMeta, SkewCell};
+use serde::Deserialize;
+use traces::table::{Owner, Table, read_header};
+use traces::{
+    Component, LatencyProfile, MixedAttention, MixedPoint, Point, PrefillAxis, ProfileMeta, SkewCell, TraceError,
+};
 
+use crate::curve::{Curve, line_at};
 use crate::error::{ImportError, read_text};
 use crate::lora::{self, DeviceRates};
 use crate::memory::memory_figures;
 use crate::model::ModelShape;
-
-/// Times in microseconds by tokens or sequences.
-type Curve = BTreeMap<u32, f64>;
+use crate::skew::read_skew;
 
 /// The tables of one device and model.
 #[derive(Clone, Debug)]
 pub struct LayerTables {
     folder: PathBuf,
+    meta: Meta,
     dense: BTreeMap<String, Curve>,
     per_sequence: BTreeMap<String, Curve>,
+    prefill_axis: PrefillAxis,
     attention: Vec<MixedPoint>,
     skew: Vec<SkewCell>,
+}
+
+/// What `meta.yaml` says of the measurement, if it is there.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Meta {
+    gpu: Option<String>,
+    vllm_version: Option<String>,
 }
 
 const NORM: &str = "layernorm";
 const EMBED: [&str; 2] = ["embedding", "final_layernorm"];
 const HEAD: [&str; 2] = ["lm_head", "sampler"];
 const LINEARS: [&str; 4] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"];
+/// Norms of queries and keys, which are not among a layer's norms.
+const QUERY_NORMS: [&str; 3] = ["qk_norm", "q_norm", "k_norm"];
 
 impl LayerTables {
     /// Reads a folder of tables, or the `tp1` within it.
     ///
     /// # Errors
-    /// If a table does not read, or one without which no step can be timed is missing.
+    /// If a table does not read, one without which no step can be timed is missing, or the tables are of one device
+    /// among several or of a model that is not a dense transformer.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self, ImportError> {
-        let folder = folder.as_ref();
-        let inner = folder.join("tp1");
-        let folder = if inner.is_dir() { inner } else { folder.to_owned() };
-        if folder.join("moe.csv").exists() {
-            return Err(ImportError::unusable(&folder, "moe.csv", "the tables of a dense model"));
+        let folder = tables_of_one_device(folder.as_ref())?;
+        for (table, of) in [("moe.csv", "experts"), ("linear_attention.csv", "linear attention")] {
+            if folder.join(table).exists() {
+                return Err(ImportError::unusable(
+                    &folder,
+                    format!("{table}, {of}"),
+                    "the tables of a dense transformer",
+                ));
+            }
         }
-        let dense = read_layers(&folder.join("dense.csv"), &["layer", "tokens", "time_us"])?;
-        let per_sequence = read_layers(&folder.join("per_sequence.csv"), &["layer", "sequences", "time_us"])?;
+        let meta = match meta_file(&folder) {
+            Some(path) => {
+                serde_yaml::from_str(&read_text(&path)?).map_err(|error| ImportError::malformed(&path, error))?
+            }
+            None => Meta::default(),
+        };
+        let dense = read_layers(&folder.join("dense.csv"), "tokens")?;
+        let per_sequence = read_layers(&folder.join("per_sequence.csv"), "sequences")?;
         for (table, layers, needed) in [
-            ("dense.csv", &dense, [&LINEARS[..], &EMBED[..1], &[NORM]].concat()),
+            ("dense.csv", &dense, [&LINEARS[..], &EMBED[..1]].concat()),
             ("per_sequence.csv", &per_sequence, vec![HEAD[0]]),
         ] {
             if let Some(missing) = needed.into_iter().find(|&layer| !layers.contains_key(layer)) {
-                return Err(ImportError::unusable(&folder.join(table), format!("no layer {missing}"), "its times"));
+                let found: Vec<&str> = layers.keys().map(String::as_str).collect();
+                let found = format!("no layer {missing} among {}", found.join(", "));
+                return Err(ImportError::unusable(&folder.join(table), found, "its times"));
             }
         }
-        let attention = read_attention(&folder.join("attention.csv"))?;
-        let skew = read_skew(&folder.join("skew_fit.csv"))?;
-        Ok(Self { folder, dense, per_sequence, attention, skew })
+        let (prefill_axis, attention) = read_attention(&folder.join("attention.csv"))?;
+        let skew = read_skew(&folder)?;
+        Ok(Self { folder, meta, dense, per_sequence, prefill_axis, attention, skew })
+    }
+
+    /// The device that was measured, if the tables say.
+    pub fn device(&self) -> Option<&str> {
+        self.meta.gpu.as_deref()
     }
 
     /// The latency profile of a model whose single layer was measured.
-    pub fn profile(&self, shape: &ModelShape, device: &str, software: &str) -> LatencyProfile {
+    pub fn profile(&self, shape: &ModelShape, device: &str) -> LatencyProfile {
         let layers = shape.block_layers() as f64;
-        let per_layer = |name: &str| match name {
-            NORM => shape.norms_per_layer() as f64,
-            _ if EMBED.contains(&name) => 0.0,
-            _ => 1.0,
-        };
+        let counts = self.layer_counts(shape);
+        let of_block = |name: &str| layers * counts.get(name).copied().unwrap_or(0.0);
         let once = |names: &'static [&'static str]| move |name: &str| if names.contains(&name) { 1.0 } else { 0.0 };
-        let mut points = sum(Component::Block, &self.dense, |name| layers * per_layer(name));
+        let mut points = sum(Component::Block, &self.dense, of_block);
         let rows: Vec<u32> = points.iter().map(|point| point.rows).collect();
         points.extend(lora::points(shape, &self.rates(shape), &rows));
         points.extend(sum(Component::Embed, &self.dense, once(&EMBED)));
         points.extend(sum(Component::Head, &self.per_sequence, once(&HEAD)));
         let block = |point: &MixedPoint| MixedPoint { time_us: layers * point.time_us, ..*point };
-        let points_of_attention = self.attention.iter().map(block).collect();
         LatencyProfile {
             meta: ProfileMeta {
                 schema_version: LatencyProfile::SCHEMA_VERSION,
@@ -95,21 +130,55 @@ impl LayerTables {
                 fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
                 num_loops: shape.num_loops as u32,
                 device: device.to_owned(),
-                software: software.to_owned(),
-                source: format!(
-                    "kernel tables {}, summed over the layers of a step; overhead 0: the tables hold kernel times alone{}{}",
-                    self.folder.display(),
-                    if self.skew.is_empty() { "; no correction for uneven histories" } else { "" },
-                    if shape.lora_rank > 0 { "; LoRA by roofline at the tables' best rates" } else { "" }
-                ),
+                software: self
+                    .meta
+                    .vllm_version
+                    .as_ref()
+                    .map_or("not said".to_owned(), |version| format!("vLLM {version}")),
+                source: self.source(shape, &counts),
                 overhead_us: 0.0,
                 weight_bytes: shape.total_weight_bytes(),
                 kv_bytes_per_token: shape.num_loops * shape.kv_bytes_per_depth(),
                 memory: Some(memory_figures(shape)),
             },
             points,
-            mixed_attention: Some(MixedAttention { points: points_of_attention, skew: self.skew.clone() }),
+            mixed_attention: Some(MixedAttention {
+                prefill_axis: self.prefill_axis,
+                points: self.attention.iter().map(block).collect(),
+                skew: self.skew.clone(),
+            }),
         }
+    }
+
+    /// How often a layer of the block runs each of the dense layers.
+    fn layer_counts(&self, shape: &ModelShape) -> BTreeMap<&str, f64> {
+        let of_layer = self.dense.keys().map(String::as_str).filter(|name| !EMBED.contains(name));
+        let named_norms =
+            of_layer.clone().filter(|name| name.contains("norm") && *name != NORM && !QUERY_NORMS.contains(name));
+        let norms = shape.norms_per_layer().saturating_sub(named_norms.count() as u64).max(1) as f64;
+        of_layer.map(|name| (name, if name == NORM { norms } else { 1.0 })).collect()
+    }
+
+    fn source(&self, shape: &ModelShape, counts: &BTreeMap<&str, f64>) -> String {
+        let layer: Vec<String> = counts.iter().map(|(name, count)| format!("{count} {name}")).collect();
+        let mut source = format!(
+            "kernel tables {}; a layer is {} and attention; overhead 0: the tables hold kernel times alone",
+            self.folder.display(),
+            layer.join(", "),
+        );
+        if self.skew.is_empty() {
+            source += "; no correction for uneven histories";
+            if self.folder.join("skew_fit.csv").exists() {
+                source += " (meta.yaml says that skew_fit.csv is not of this measurement)";
+            }
+        }
+        if let Some(window) = shape.window {
+            source += &format!("; attention as if no layer had its window of {window} tokens");
+        }
+        if shape.lora_rank > 0 {
+            source += "; LoRA by roofline at the tables' best rates";
+        }
+        source
     }
 
     /// The best rates at which the measured kernels moved weights and computed, and the shortest of them.
@@ -129,96 +198,111 @@ impl LayerTables {
     }
 }
 
-/// The weighted sum of layers, at every number of rows where all that have weight were measured.
+/// The folder itself, or `tp1` in it.
+fn tables_of_one_device(folder: &Path) -> Result<PathBuf, ImportError> {
+    let one = folder.join("tp1");
+    if one.is_dir() {
+        return Ok(one);
+    }
+    let degree = |path: &Path| path.file_name()?.to_str()?.strip_prefix("tp")?.parse::<u32>().ok();
+    let entries = std::fs::read_dir(folder).map_err(|source| ImportError::Io { path: folder.to_owned(), source })?;
+    let within = entries.filter_map(|entry| degree(&entry.ok()?.path())).min();
+    match degree(folder).filter(|&degree| degree != 1).or(within) {
+        None => Ok(folder.to_owned()),
+        Some(degree) => Err(ImportError::unusable(
+            folder,
+            format!("tp{degree}, one device of {degree}"),
+            "tp1, the tables of one device",
+        )),
+    }
+}
+
+/// `meta.yaml` beside the tables or a folder above, if it is there.
+pub(crate) fn meta_file(folder: &Path) -> Option<PathBuf> {
+    [Some(folder), folder.parent()]
+        .into_iter()
+        .flatten()
+        .map(|folder| folder.join("meta.yaml"))
+        .find(|path| path.exists())
+}
+
+/// The weighted sum of layers, at every number of rows up to which all that have weight were measured.
 fn sum(component: Component, layers: &BTreeMap<String, Curve>, weight: impl Fn(&str) -> f64) -> Vec<Point> {
     let weighted: Vec<(f64, &Curve)> =
         layers.iter().map(|(name, curve)| (weight(name), curve)).filter(|(weight, _)| *weight > 0.0).collect();
-    let Some((_, first)) = weighted.first() else { return Vec::new() };
-    let time_us =
-        |rows: &u32| weighted.iter().map(|(weight, curve)| Some(weight * curve.get(rows)?)).sum::<Option<f64>>();
-    let point = |(&rows, _)| {
-        let time_us = time_us(&rows)?;
-        Some(Point { component, rows, kv_tokens: 0, depths: 1, time_us, spread_us: 0.0, repeats: 1 })
+    let end = weighted.iter().filter_map(|(_, curve)| curve.last_key_value()).map(|last| *last.0).min().unwrap_or(0);
+    let rows: BTreeSet<u32> =
+        weighted.iter().flat_map(|(_, curve)| curve.keys().copied()).filter(|&rows| rows <= end).collect();
+    let point = |rows: u32| {
+        let time_us = weighted.iter().map(|(weight, curve)| weight * line_at(curve, rows.into())).sum();
+        Point { component, rows, kv_tokens: 0, depths: 1, time_us, spread_us: 0.0, repeats: 1 }
     };
-    first.iter().filter_map(point).collect()
+    rows.into_iter().map(point).collect()
 }
 
-fn read_layers(path: &Path, columns: &'static [&'static str; 3]) -> Result<BTreeMap<String, Curve>, ImportError> {
-    let mut table = Table::open(path, columns, Owner::Others)?;
+fn read_layers(path: &Path, rows: &'static str) -> Result<BTreeMap<String, Curve>, ImportError> {
+    let mut table = Table::open(path, &["layer", rows, "time_us"], Owner::Others)?;
     let mut layers: BTreeMap<String, Curve> = BTreeMap::new();
     while let Some(row) = table.next_row()? {
         let layer = row.get(0, "the name of a layer", |name| Some(name.to_owned()))?;
         let rows = row.number(1, "a whole number, at least 1", |&rows: &u32| rows >= 1)?;
-        layers.entry(layer).or_default().insert(rows, row.number(2, "microseconds, at least 0", is_time)?);
+        let time_us = row.number(2, "microseconds, at least 0", is_time)?;
+        if layers.entry(layer).or_default().insert(rows, time_us).is_some() {
+            return Err(row.error(1, "each number once for a layer").into());
+        }
     }
     Ok(layers)
 }
 
-fn read_attention(path: &Path) -> Result<Vec<MixedPoint>, ImportError> {
-    const COLUMNS: &[&str] = &["prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"];
-    let mut table = Table::open(path, COLUMNS, Owner::Others)?;
+fn read_attention(path: &Path) -> Result<(PrefillAxis, Vec<MixedPoint>), ImportError> {
+    let header = read_header(path)?;
+    let has = |name: &str| header.iter().any(|found| found == name);
+    let (axis, context) = match has("prefill_key") {
+        true => (PrefillAxis::Keys, "prefill_key"),
+        false => (PrefillAxis::History, "kv_prefill"),
+    };
+    let optional = ["layer", "decode_q_len"].into_iter().filter(|name| has(name));
+    let columns: Vec<&str> =
+        ["prefill_chunk", context, "n_decode", "kv_decode", "time_us"].into_iter().chain(optional).collect();
+    let place = |name: &str| columns.iter().position(|column| *column == name);
+    let (layer, query_length) = (place("layer"), place("decode_q_len"));
+    let mut table = Table::open(path, &columns, Owner::Others)?;
     let mut points = Vec::new();
     while let Some(row) = table.next_row()? {
         let count = |column| row.number(column, "a whole number", |_: &u32| true);
+        if let Some(column) = layer {
+            let only = "`attention`, the only kernel of a dense transformer";
+            row.get(column, only, |name| (name == "attention").then_some(()))?;
+        }
+        if query_length.map(count).transpose()?.is_some_and(|length| length != 1) {
+            continue;
+        }
         points.push(MixedPoint {
             prefill_tokens: count(0)?,
-            prefill_history: count(1)?,
+            prefill_context: row.number(1, "tokens, at least 0", is_time)?,
             decode_rows: count(2)?,
             decode_history: count(3)?,
             time_us: row.number(4, "microseconds, at least 0", is_time)?,
         });
     }
-    Ok(points)
+    let prompts = points.iter().filter(|point| point.prefill_tokens > 0).count();
+    if prompts == 0 || prompts == points.len() {
+        let found = format!("{prompts} rows with prompt tokens among {}", points.len());
+        return Err(TraceError::File { path: path.to_owned(), found, expected: "rows with and without".into() }.into());
+    }
+    Ok((axis, points))
 }
 
 fn is_time(time: &f64) -> bool {
     time.is_finite() && *time >= 0.0
 }
 
-/// Reads the cells, whose labels are the upper bounds of what they hold: `n<=32`, `sr<=15%`, `kvB<=4k`, `kp=0`; a cell
-/// above the last bound (`sr>70%`) reaches as far as there is anything. Without the file, or in a file that names its
-/// cells by other axes, there are none.
-fn read_skew(path: &Path) -> Result<Vec<SkewCell>, ImportError> {
-    const COLUMNS: &[&str] = &["pc", "n_label", "skew_rate_label", "kv_big_label", "kp_label", "alpha"];
-    let header =
-        if path.exists() { read_text(path)?.lines().next().unwrap_or_default().to_owned() } else { String::new() };
-    if !COLUMNS.iter().all(|column| header.split(',').any(|found| found.trim() == *column)) {
-        return Ok(Vec::new());
-    }
-    let mut table = Table::open(path, COLUMNS, Owner::Others)?;
-    let mut cells = Vec::new();
-    while let Some(row) = table.next_row()? {
-        let bound = |column| row.get(column, "a label like `n<=32`", upper_bound);
-        cells.push(SkewCell {
-            prefill_tokens: row.number(0, "a whole number", |_: &u32| true)?,
-            decode_rows: bound(1)?,
-            long_share: f64::from(bound(2)?.min(100)) / 100.0,
-            longest_history: bound(3)?,
-            prefill_history: bound(4)?,
-            alpha: row.number(5, "a finite number", |alpha: &f64| alpha.is_finite())?,
-        });
-    }
-    Ok(cells)
-}
-
-/// The number that a label ends in, with `k` for 1,024 and without `%`; beyond any number for `>`.
-fn upper_bound(label: &str) -> Option<u32> {
-    if label.contains('>') {
-        return Some(u32::MAX);
-    }
-    let number = label.rsplit('=').next()?.trim_end_matches('%');
-    match number.strip_suffix('k') {
-        Some(thousands) => thousands.parse::<u32>().ok()?.checked_mul(1024),
-        None => number.parse().ok(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::tests::{LLAMA, shape};
+    use crate::model::tests::{GEMMA, LLAMA, QWEN, shape};
 
-    fn folder(skew: &str) -> tempfile::TempDir {
+    fn folder() -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         let dense = [
             "layernorm,2",
@@ -241,20 +325,14 @@ mod tests {
             "attention.csv",
             "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1,16,9\n16,0,0,0,11\n".to_owned(),
         );
-        if !skew.is_empty() {
-            write(
-                "skew_fit.csv",
-                format!("pc,n_label,skew_rate_label,kv_big_label,kp_label,alpha,n_samples\n{skew}\n"),
-            );
-        }
         folder
     }
 
     #[test]
     fn a_step_runs_each_layer_as_often_as_the_model_has_it() {
-        let folder = folder("");
+        let folder = folder();
         let tables = LayerTables::read(folder.path()).unwrap();
-        let profile = tables.profile(&shape(LLAMA, 2, 0).unwrap(), "d", "s");
+        let profile = tables.profile(&shape(LLAMA, 2, 0).unwrap(), "d");
         let at = |component, rows| profile.points_of(component).find(|p| p.rows == rows).map(|p| p.time_us);
         assert_eq!(at(Component::Block, 1), Some(16.0 * (2.0 * 2.0 + 10.0 + 1.0 + 1.0 + 5.0 + 40.0 + 3.0 + 20.0)));
         assert_eq!(at(Component::Embed, 1), Some(6.0));
@@ -265,28 +343,87 @@ mod tests {
     }
 
     #[test]
-    fn labels_of_uneven_batches_are_upper_bounds() {
-        let folder = folder("16,n<=64,sr<=15%,kvB<=4k,kp=0,0.1,2\n0,n<=8,sr>70%,kvB<=512,kp>8k,-0.02,2");
-        let cells = LayerTables::read(folder.path()).unwrap().skew;
-        let SkewCell { prefill_tokens, decode_rows, long_share, longest_history, prefill_history, alpha } = cells[0];
-        assert_eq!((prefill_tokens, decode_rows, longest_history, prefill_history), (16, 64, 4096, 0));
-        assert_eq!((long_share, alpha), (0.15, 0.1));
-        assert_eq!((cells[1].long_share, cells[1].prefill_history), (1.0, u32::MAX));
+    fn layers_measured_at_other_numbers_of_tokens_are_interpolated() {
+        let folder = folder();
+        let path = folder.path().join("dense.csv");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text + "qkv_proj,3,20\nqkv_proj,100,99\n").unwrap();
+        let profile = LayerTables::read(folder.path()).unwrap().profile(&shape(LLAMA, 1, 0).unwrap(), "d");
+        let rows: Vec<u32> = profile.points_of(Component::Block).map(|point| point.rows).collect();
+        assert_eq!(rows, [1, 3, 8], "up to where the others end");
+        let at = |rows| profile.points_of(Component::Block).find(|p| p.rows == rows).unwrap().time_us;
+        // The others take 74 us at 1 row and 780 us at 8.
+        let others = 74.0 + (780.0 - 74.0) * 2.0 / 7.0;
+        assert!((at(3) - 32.0 * (20.0 + others)).abs() < 1e-9, "{}", at(3));
     }
 
     #[test]
-    fn without_a_correction_that_it_knows_the_profile_says_so() {
-        let shape = shape(LLAMA, 1, 0).unwrap();
-        let folder = folder("0,n<=8,sr>70%,kvB<=512,kp=0,0.1,2");
-        let source = |folder: &Path| LayerTables::read(folder).unwrap().profile(&shape, "d", "s").meta.source;
-        assert!(!source(folder.path()).contains("no correction"));
-        std::fs::write(folder.path().join("skew_fit.csv"), "layer,n_label,lev_label,alpha\n").unwrap();
-        assert!(source(folder.path()).contains("no correction for uneven histories"));
+    fn norms_with_names_of_their_own_count_once_and_the_others_make_up_the_model() {
+        let folder = folder();
+        let path = folder.path().join("dense.csv");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text + "pre_feedforward_layernorm,1,1000\n").unwrap();
+        let tables = LayerTables::read(folder.path()).unwrap();
+        let counts = |config: &str| tables.layer_counts(&shape(config, 1, 0).unwrap())[NORM];
+        assert_eq!((counts(LLAMA), counts(&GEMMA.replace("gemma", "gemma2"))), (1.0, 3.0));
+    }
+
+    #[test]
+    fn attention_reads_in_its_older_and_newer_form() {
+        let folder = folder();
+        let read = |text: &str| {
+            std::fs::write(folder.path().join("attention.csv"), text).unwrap();
+            LayerTables::read(folder.path()).map(|tables| (tables.prefill_axis, tables.attention))
+        };
+        let (axis, points) =
+            read("kv_decode,n_decode,time_us,kv_prefill,prefill_chunk\n16,1,9,0,0\n0,0,11,32,16\n").unwrap();
+        assert_eq!((axis, points[1].prefill_tokens, points[1].prefill_context), (PrefillAxis::History, 16, 32.0));
+        let newer = "layer,prefill_chunk,prefill_key,n_decode,kv_decode,decode_q_len,time_us\n\
+            attention,0,0.0,1,16,1,9\nattention,0,0.0,1,16,4,12\nattention,16,8.5,0,0,1,11\n";
+        let (axis, points) = read(newer).unwrap();
+        assert_eq!((axis, points.len(), points[1].prefill_context), (PrefillAxis::Keys, 2, 8.5));
+        let error = read(&newer.replace("attention,16", "indexer,16")).unwrap_err().to_string();
+        assert!(error.contains("attention.csv:4: layer: found `indexer`"), "{error}");
+        let error = read("prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1,16,9\n").unwrap_err().to_string();
+        assert!(error.contains("found 0 rows with prompt tokens among 1"), "{error}");
+    }
+
+    #[test]
+    fn a_profile_says_what_it_was_made_of() {
+        let model = QWEN.replace("null", "4096").replace("false", "true");
+        let folder = folder();
+        std::fs::write(folder.path().join("meta.yaml"), "gpu: GPU 1\nvllm_version: 0.28.0\n").unwrap();
+        let tables = LayerTables::read(folder.path()).unwrap();
+        let meta = tables.profile(&shape(&model, 1, 0).unwrap(), tables.device().unwrap()).meta;
+        assert_eq!((meta.device.as_str(), meta.software.as_str()), ("GPU 1", "vLLM 0.28.0"));
+        for part in ["1 gate_up_proj", "2 layernorm", "no correction for uneven", "no layer had its window of 4096"] {
+            assert!(meta.source.contains(part), "expected `{part}` in `{}`", meta.source);
+        }
+        assert!(!meta.source.contains("embedding"));
+    }
+
+    #[test]
+    fn only_the_tables_of_one_device_are_read() {
+        let folder = folder();
+        let moved = |name: &str| {
+            let outer = tempfile::tempdir().unwrap();
+            let inner = outer.path().join(name);
+            std::fs::create_dir(&inner).unwrap();
+            for file in ["dense.csv", "per_sequence.csv", "attention.csv"] {
+                std::fs::copy(folder.path().join(file), inner.join(file)).unwrap();
+            }
+            (LayerTables::read(outer.path()), LayerTables::read(&inner))
+        };
+        let (outer, inner) = moved("tp1");
+        assert!(outer.is_ok() && inner.is_ok());
+        let (outer, inner) = moved("tp2");
+        assert!(outer.unwrap_err().to_string().contains("found tp2, one device of 2, expected tp1"));
+        assert!(inner.unwrap_err().to_string().contains("found tp2"));
     }
 
     #[test]
     fn unusable_tables_say_what_is_missing() {
-        let folder = folder("");
+        let folder = folder();
         let edit = |name: &str, from: &str, to: &str| {
             let path = folder.path().join(name);
             let text = std::fs::read_to_string(&path).unwrap();
@@ -295,19 +432,19 @@ mod tests {
             std::fs::write(&path, text).unwrap();
             error
         };
-        assert!(edit("dense.csv", "o_proj", "other").contains("no layer o_proj"));
+        assert!(edit("dense.csv", "o_proj", "other").contains("no layer o_proj among act_fn, down_proj"));
         assert!(edit("dense.csv", "tokens", "rows").contains("expected columns `layer,tokens,time_us`"));
         let error = edit("attention.csv", "16,0,0,0,11", "16,0,0,0,x");
         assert!(error.contains("attention.csv:3: time_us: found `x`"), "{error}");
         std::fs::write(folder.path().join("moe.csv"), "").unwrap();
-        assert!(LayerTables::read(folder.path()).unwrap_err().to_string().contains("dense model"));
+        assert!(LayerTables::read(folder.path()).unwrap_err().to_string().contains("dense transformer"));
     }
 
     #[test]
     fn low_rank_weights_cost_by_the_tables_own_rates() {
-        let folder = folder("");
+        let folder = folder();
         let tables = LayerTables::read(folder.path()).unwrap();
-        let profile = tables.profile(&shape(LLAMA, 2, 64).unwrap(), "d", "s");
+        let profile = tables.profile(&shape(LLAMA, 2, 64).unwrap(), "d");
         let lora: Vec<&Point> = profile.points_of(Component::Lora).collect();
         assert_eq!(lora.len(), 2);
         assert!(lora.iter().all(|point| point.repeats == 0 && point.time_us >= 16.0 * 8.0));

@@ -7,18 +7,22 @@
 //! measured vLLM run ──────── settings, requests ──────────────────────────────┘
 //! ```
 
+pub mod comparison;
+mod curve;
 pub mod error;
 pub mod kernel_tables;
 pub mod layer_tables;
 pub mod lora;
 pub mod memory;
 pub mod model;
+pub mod skew;
 pub mod vllm;
 
+pub use comparison::Comparison;
 pub use error::ImportError;
 pub use kernel_tables::KernelTables;
 pub use layer_tables::LayerTables;
 pub use lora::DeviceRates;
 pub use memory::memory_figures;
 pub use model::ModelShape;
-pub use vllm::{Comparison, MeasuredRun};
+pub use vllm::MeasuredRun;

@@ -27,7 +27,9 @@ pub struct ModelShape {
     pub vocab: u64,
     /// Whether embedding and exit head are the same weights.
     pub tied: bool,
-    /// Bytes of a weight.
+    /// Tokens that sliding-window layers look back on, if there are such layers.
+    pub window: Option<u64>,
+    /// Bytes of a weight, and of an element of keys and values.
     pub weight_bytes: u64,
     /// Times the block runs; its layers are `layers / num_loops`.
     pub num_loops: u64,
@@ -35,6 +37,7 @@ pub struct ModelShape {
     pub lora_rank: u64,
 }
 
+/// Of the keys, what tells a model's shape. Models with an image encoder have them in `text_config`.
 #[derive(Deserialize)]
 struct Config {
     model_type: String,
@@ -46,49 +49,59 @@ struct Config {
     head_dim: Option<u64>,
     vocab_size: u64,
     tie_word_embeddings: Option<bool>,
-    #[serde(alias = "dtype")]
+    dtype: Option<String>,
     torch_dtype: Option<String>,
-    #[serde(alias = "num_local_experts", alias = "num_experts", alias = "n_routed_experts")]
-    experts: Option<u64>,
+    sliding_window: Option<u64>,
+    use_sliding_window: Option<bool>,
 }
+
+/// Keys of what is not a dense transformer with keys and values per head, and what they stand for.
+const OTHER_MODELS: [(&str, &str); 7] = [
+    ("num_local_experts", "experts"),
+    ("num_experts", "experts"),
+    ("n_routed_experts", "experts"),
+    ("kv_lora_rank", "latent attention"),
+    ("linear_num_key_heads", "linear attention"),
+    ("mamba_d_state", "a state space"),
+    ("state_size", "a state space"),
+];
+
+/// Kinds whose MLP has no gate: one product up where the others have two.
+const WITHOUT_GATE: [&str; 9] = ["gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "phi"];
 
 impl ModelShape {
     /// Reads `config.json` of a vanilla model and makes it run its layers as `num_loops` loops of one block.
     ///
     /// # Errors
-    /// If the file does not read, is of a model with experts, or its layers do not make `num_loops` equal blocks.
+    /// If the file does not read, is of a model that is not a dense transformer with a gated MLP, or its layers do not
+    /// make `num_loops` equal blocks.
     pub fn read(path: impl AsRef<Path>, num_loops: u64, lora_rank: u64) -> Result<Self, ImportError> {
         let path = path.as_ref();
-        let config: Config =
-            serde_json::from_str(&read_text(path)?).map_err(|error| ImportError::malformed(path, error))?;
-        if config.experts.is_some_and(|experts| experts > 0) {
-            return Err(ImportError::unusable(path, "a model with experts", "a dense model"));
+        let malformed = |error| ImportError::malformed(path, error);
+        let keys: serde_json::Value = serde_json::from_str(&read_text(path)?).map_err(malformed)?;
+        let keys = keys.get("text_config").filter(|text| text.is_object()).unwrap_or(&keys);
+        let some = |key: &str| keys.get(key).and_then(serde_json::Value::as_u64).is_some_and(|number| number > 0);
+        if let Some((_, kind)) = OTHER_MODELS.into_iter().find(|(key, _)| some(key)) {
+            return Err(ImportError::unusable(path, format!("a model with {kind}"), "a dense transformer"));
+        }
+        let config = Config::deserialize(keys).map_err(malformed)?;
+        if WITHOUT_GATE.contains(&config.model_type.as_str()) {
+            let found = format!("model_type {}, whose MLP has no gate", config.model_type);
+            return Err(ImportError::unusable(path, found, "a model with a gated MLP, as Llama, Qwen or Gemma"));
         }
         if num_loops == 0 || num_loops > 64 || !config.num_hidden_layers.is_multiple_of(num_loops) {
             let found = format!("{} layers", config.num_hidden_layers);
             return Err(ImportError::unusable(path, found, format!("layers that make {num_loops} equal loops")));
         }
-        let sizes = [
-            ("hidden_size", config.hidden_size),
-            ("intermediate_size", config.intermediate_size),
-            ("num_hidden_layers", config.num_hidden_layers),
-            ("num_attention_heads", config.num_attention_heads),
-            ("num_key_value_heads", config.num_key_value_heads.unwrap_or(1)),
-            ("head_dim", config.head_dim.unwrap_or(1)),
-            ("vocab_size", config.vocab_size),
-        ];
-        if let Some((key, size)) = sizes.into_iter().find(|(_, size)| !(1..1 << 32).contains(size)) {
-            return Err(ImportError::unusable(path, format!("{key} {size}"), "a size of at least 1"));
-        }
-        let weight_bytes = match config.torch_dtype.as_deref() {
+        config.check_sizes(path)?;
+        let dtype = config.dtype.or(config.torch_dtype);
+        let weight_bytes = match dtype.as_deref() {
             None | Some("bfloat16" | "float16") => 2,
             Some("float32") => 4,
+            Some(small) if small.starts_with("float8") => 1,
             Some(other) => {
-                return Err(ImportError::unusable(
-                    path,
-                    format!("torch_dtype {other}"),
-                    "bfloat16, float16 or float32",
-                ));
+                let expected = "bfloat16, float16, float32 or float8";
+                return Err(ImportError::unusable(path, format!("dtype {other}"), expected));
             }
         };
         Ok(Self {
@@ -101,6 +114,7 @@ impl ModelShape {
             kv_heads: config.num_key_value_heads.unwrap_or(config.num_attention_heads),
             head_dim: config.head_dim.unwrap_or(config.hidden_size / config.num_attention_heads).max(1),
             vocab: config.vocab_size,
+            window: config.sliding_window.filter(|_| config.use_sliding_window.unwrap_or(true)),
             weight_bytes,
             num_loops,
             lora_rank,
@@ -160,6 +174,26 @@ impl ModelShape {
     }
 }
 
+impl Config {
+    fn check_sizes(&self, path: &Path) -> Result<(), ImportError> {
+        let sizes = [
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads.unwrap_or(1)),
+            ("head_dim", self.head_dim.unwrap_or(1)),
+            ("vocab_size", self.vocab_size),
+        ];
+        match sizes.into_iter().find(|(_, size)| !(1..1 << 32).contains(size)) {
+            Some((key, size)) => {
+                Err(ImportError::unusable(path, format!("{key} {size}"), "a size from 1 to 4294967295"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -197,6 +231,28 @@ pub(crate) mod tests {
         assert_eq!(added, 3 * 6 * 64 * 2 * (2048 + 2560 + 2048 + 2048 + 2048 + 32768 + 16384 + 2048));
     }
 
+    pub(crate) const QWEN: &str = r#"{"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 151936, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "sliding_window": null,
+        "use_sliding_window": false, "rope_scaling": null}"#;
+
+    #[test]
+    fn keys_are_read_as_every_family_writes_them() {
+        let qwen = shape(QWEN, 1, 0).unwrap();
+        assert_eq!((qwen.head_dim, qwen.kv_bytes_per_depth(), qwen.window), (128, 28 * 2 * 8 * 128 * 2, None));
+        let windows = QWEN.replace("\"sliding_window\": null", "\"sliding_window\": 4096");
+        assert_eq!(shape(&windows, 1, 0).unwrap().window, None, "use_sliding_window is false");
+        assert_eq!(shape(&windows.replace("false", "true"), 1, 0).unwrap().window, Some(4096));
+        let newer = QWEN.replace("torch_dtype", "dtype").replace("bfloat16", "float32");
+        assert_eq!(shape(&newer, 1, 0).unwrap().weight_bytes, 4);
+        let gemma3 =
+            format!("{{\"model_type\": \"gemma3\", \"text_config\": {}}}", GEMMA.replace("gemma", "gemma3_text"));
+        let gemma3 = shape(&gemma3, 1, 0).unwrap();
+        assert_eq!((gemma3.kind.as_str(), gemma3.norms_per_layer()), ("gemma3_text", 4));
+        let without = LLAMA.replace("\"num_key_value_heads\": 8, ", "");
+        assert_eq!(shape(&without, 1, 0).unwrap().kv_heads, 32);
+    }
+
     #[test]
     fn other_models_are_refused() {
         let error = |config: &str, loops| shape(config, loops, 0).unwrap_err().to_string();
@@ -205,5 +261,8 @@ pub(crate) mod tests {
         assert!(error(&experts, 1).contains("a model with experts"));
         assert!(error(&LLAMA.replace("4096", "0"), 1).contains("hidden_size 0"));
         assert!(error("{}", 1).contains("missing field `model_type`"));
+        assert!(error(&LLAMA.replace("llama", "gpt_neox"), 1).contains("whose MLP has no gate"));
+        assert!(error(&LLAMA.replace("{\"model", "{\"kv_lora_rank\": 512, \"model"), 1).contains("latent attention"));
+        assert!(error(&LLAMA.replace("bfloat16", "int4"), 1).contains("found dtype int4"));
     }
 }

@@ -1,90 +1,51 @@
-//! A measured run of vLLM, and what a simulation of it says beside it.
+//! A measured run of vLLM: its settings and requests, as the benchmark of LLMServingSim records them.
+//!
+//! `meta.json` holds the settings. What vLLM resolved them to (`resolved_config`, `kv_cache`) counts before what was asked
+//! for (`engine_kwargs`); older runs have the latter only. `requests.jsonl` holds a line for each request. Keys may come
+//! in any order, and others than those named here are not looked at.
+//!
+//! | setting | key, the first that is there | otherwise |
+//! | --- | --- | --- |
+//! | `max_batch` | `max_num_seqs` | an error |
+//! | `token_budget` | `max_num_batched_tokens`, at most `max_num_scheduled_tokens` | an error |
+//! | `num_blocks` | `num_gpu_blocks`, or `num_kv_tokens` in blocks; one of them is a placeholder | given, or an error |
+//! | `block_tokens` | `block_size` | 16 |
+//! | `prefix_caching` | `enable_prefix_caching` | on |
+//! | `async_scheduling` | `async_scheduling` | on from vLLM 0.14 |
+//!
+//! Rules that `docs/scheduling.md` does not have are refused by their key.
 
-use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use traces::{Nanos, PrefixHashes, Request, RequestTrace};
 
+use crate::comparison::RequestTimes;
 use crate::error::{ImportError, read_text};
 
-/// A run as its folder records it: `meta.json` (settings) and `requests.jsonl` (a line for each request).
+/// A run as its folder records it.
 #[derive(Clone, Debug)]
 pub struct MeasuredRun {
     /// How vLLM was set.
     pub settings: Settings,
-    /// What was measured of each request.
+    /// What was measured of each request, in the order in which they were sent.
     pub requests: Vec<RequestTimes>,
-}
-
-/// When a request arrived and got its first and last token, in seconds of one clock.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RequestTimes {
-    /// Arrival.
-    pub arrival_s: f64,
-    /// When the engine took notice of it: between two steps.
-    pub queued_s: f64,
-    /// First token.
-    pub first_token_s: f64,
-    /// Last token.
-    pub last_token_s: f64,
-    /// Tokens generated.
-    pub output_tokens: u32,
-}
-
-#[derive(Deserialize)]
-struct Meta {
-    engine_kwargs: EngineArguments,
-    kv_cache: Option<KvCache>,
-    resolved_config: Option<ResolvedConfig>,
-}
-
-#[derive(Deserialize)]
-struct EngineArguments {
-    max_num_seqs: u32,
-    max_num_batched_tokens: u32,
-    tensor_parallel_size: Option<u32>,
-    data_parallel_size: Option<u32>,
-}
-
-#[derive(Deserialize)]
-struct KvCache {
-    num_gpu_blocks: Option<u32>,
-    block_size: Option<u32>,
-    enable_prefix_caching: Option<bool>,
-}
-
-#[derive(Deserialize)]
-struct ResolvedConfig {
-    scheduler_config: Option<SchedulerConfig>,
-}
-
-/// vLLM 0.19's defaults where a key is missing.
-#[derive(Deserialize)]
-#[serde(default)]
-struct SchedulerConfig {
-    async_scheduling: bool,
-    enable_chunked_prefill: bool,
-    long_prefill_token_threshold: u32,
-    scheduler_reserve_full_isl: bool,
-    policy: String,
-}
-
-impl Default for SchedulerConfig {
-    fn default() -> Self {
-        Self {
-            async_scheduling: true,
-            enable_chunked_prefill: true,
-            long_prefill_token_threshold: 0,
-            scheduler_reserve_full_isl: true,
-            policy: "fcfs".to_owned(),
-        }
-    }
+    /// Prompt tokens of each request, where the run says.
+    prompt_tokens: Vec<Option<u32>>,
+    /// What was assumed where the run does not say, for people.
+    pub assumptions: Vec<String>,
+    /// `requests.jsonl`.
+    path: PathBuf,
 }
 
 #[derive(Deserialize)]
 struct RequestLine {
+    /// Ends in the place of the request in the workload.
+    request_id: Option<String>,
+    input_toks: Option<u32>,
     output_toks: u32,
     /// Of the wall clock, in seconds.
     arrival_time: f64,
@@ -98,68 +59,212 @@ impl MeasuredRun {
     /// Reads a run's folder. `num_blocks` says how many KV blocks there were if `meta.json` does not.
     ///
     /// # Errors
-    /// If a file does not read, the number of blocks is nowhere, or vLLM was set to rules that
+    /// If a file does not read, the number of blocks is nowhere, a request was not served, or vLLM was set to rules that
     /// `docs/scheduling.md` does not have.
     pub fn read(folder: impl AsRef<Path>, num_blocks: Option<u32>) -> Result<Self, ImportError> {
         let folder = folder.as_ref();
-        let path = folder.join("meta.json");
-        let meta: Meta = parse(&path, &read_text(&path)?)?;
-        let settings = settings(&path, meta, num_blocks)?;
+        let meta = Meta::read(folder.join("meta.json"))?;
+        meta.check_rules()?;
+        let mut assumptions = Vec::new();
+        let settings = meta.settings(num_blocks, &mut assumptions)?;
         let path = folder.join("requests.jsonl");
-        let text = read_text(&path)?;
-        let lines: Vec<RequestLine> = (text.lines().zip(1..))
-            .filter(|(line, _)| !line.trim().is_empty())
-            .map(|(line, number): (&str, usize)| {
-                let wrong = |error| ImportError::malformed(&path, format!("line {number}: {error}"));
-                serde_json::from_str(line).map_err(wrong)
-            })
-            .collect::<Result<_, _>>()?;
-        if lines.is_empty() {
-            return Err(ImportError::unusable(&path, "no request", "a line for each"));
+        let lines = read_requests(&path)?;
+        let prompt_tokens = lines.iter().map(|line| line.input_toks).collect();
+        Ok(Self { settings, requests: on_one_clock(&lines), prompt_tokens, assumptions, path })
+    }
+
+    /// The requests as they were served: of the workload, with the arrivals and the output lengths that were measured.
+    /// A workload without token ids gets prompts of which no two begin alike.
+    ///
+    /// # Errors
+    /// If the workload has other requests than the run.
+    pub fn as_served(&self, workload: &RequestTrace) -> Result<RequestTrace, ImportError> {
+        let (sent, served) = (workload.requests.len(), self.requests.len());
+        if sent != served {
+            let expected = format!("the {sent} of the workload");
+            return Err(ImportError::unusable(&self.path, format!("{served} requests"), expected));
         }
-        Ok(Self { settings, requests: on_one_clock(&lines) })
+        let first = self.requests.iter().map(|times| times.arrival_s).fold(f64::INFINITY, f64::min);
+        let mut requests = Vec::with_capacity(sent);
+        for ((request, times), prompt_tokens) in workload.requests.iter().zip(&self.requests).zip(&self.prompt_tokens) {
+            if let Some(found) = prompt_tokens.filter(|&tokens| tokens != request.prompt_tokens) {
+                let found = format!("{found} prompt tokens in request {}", request.id);
+                let expected = format!("the {} of the workload", request.prompt_tokens);
+                return Err(ImportError::unusable(&self.path, found, expected));
+            }
+            let arrival = Nanos::from_secs_f64(times.arrival_s - first);
+            requests.push(Request { arrival, output_tokens: times.output_tokens, ..*request });
+        }
+        requests.sort_by_key(|request| request.arrival);
+        let block_tokens = self.settings.block_tokens;
+        let mut hashes = PrefixHashes::new(block_tokens);
+        let mut others = 0..;
+        for request in &requests {
+            match &workload.prefix_hashes {
+                Some(known) => hashes.push(known.of(request.id).iter().copied()),
+                None => hashes.push(others.by_ref().take((request.prompt_tokens / block_tokens) as usize)),
+            }
+        }
+        for (id, request) in (0..).zip(&mut requests) {
+            request.id = id;
+        }
+        Ok(RequestTrace { requests, prefix_hashes: Some(hashes), ..workload.clone() })
     }
 }
 
-fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ImportError> {
-    serde_json::from_str(text).map_err(|error| ImportError::malformed(path, error))
+/// `meta.json`.
+struct Meta {
+    path: PathBuf,
+    root: Value,
 }
 
-fn settings(path: &Path, meta: Meta, num_blocks: Option<u32>) -> Result<Settings, ImportError> {
-    let engine = meta.engine_kwargs;
-    if engine.tensor_parallel_size.unwrap_or(1) * engine.data_parallel_size.unwrap_or(1) > 1 {
-        return Err(ImportError::unusable(path, "a run on several devices", "one device"));
+const SCHEDULER: &str = "resolved_config.scheduler_config";
+const CACHE: &str = "resolved_config.cache_config";
+const PARALLEL: &str = "resolved_config.parallel_config";
+const ASKED: &str = "engine_kwargs";
+
+impl Meta {
+    fn read(path: PathBuf) -> Result<Self, ImportError> {
+        let root = serde_json::from_str(&read_text(&path)?).map_err(|error| ImportError::malformed(&path, error))?;
+        Ok(Self { path, root })
     }
-    let cache =
-        meta.kv_cache.unwrap_or(KvCache { num_gpu_blocks: None, block_size: None, enable_prefix_caching: None });
-    let config = meta.resolved_config.and_then(|config| config.scheduler_config).unwrap_or_default();
-    let default = SchedulerConfig { async_scheduling: config.async_scheduling, ..SchedulerConfig::default() };
-    let rules = [
-        ("enable_chunked_prefill", config.enable_chunked_prefill == default.enable_chunked_prefill),
-        ("scheduler_reserve_full_isl", config.scheduler_reserve_full_isl == default.scheduler_reserve_full_isl),
-        ("long_prefill_token_threshold", config.long_prefill_token_threshold == 0),
-        ("policy", config.policy == default.policy),
-    ];
-    if let Some((rule, _)) = rules.into_iter().find(|(_, same)| !same) {
-        return Err(ImportError::unusable(path, format!("another {rule}"), "that of vLLM's default"));
+
+    /// The value of `key` in the first of these objects that has one; null counts as none.
+    fn get<T: DeserializeOwned>(&self, objects: &[&str], key: &str) -> Result<Option<T>, ImportError> {
+        let within = |object: &&str| {
+            let object = object.split('.').try_fold(&self.root, |value, key| value.get(key))?;
+            object.get(key).filter(|value| !value.is_null())
+        };
+        let Some(value) = objects.iter().find_map(within) else { return Ok(None) };
+        T::deserialize(value).map(Some).map_err(|error| ImportError::malformed(&self.path, format!("{key}: {error}")))
     }
-    let Some(num_blocks) = num_blocks.or(cache.num_gpu_blocks).filter(|&blocks| blocks > 1) else {
-        return Err(ImportError::unusable(path, "no kv_cache.num_gpu_blocks", "the number of KV blocks, at least 2"));
+
+    fn need(&self, objects: &[&str], key: &str) -> Result<u32, ImportError> {
+        let missing = || ImportError::unusable(&self.path, format!("no {key} in {}", objects.join(" or ")), "it");
+        self.get(objects, key)?.filter(|&number: &u32| number > 0).ok_or_else(missing)
+    }
+
+    /// Whether vLLM ran by the rules that the scheduler has.
+    fn check_rules(&self) -> Result<(), ImportError> {
+        for key in ["tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size"] {
+            if let Some(size) = self.get::<u32>(&[PARALLEL, ASKED], key)?.filter(|&size| size > 1) {
+                return Err(ImportError::unusable(&self.path, format!("{key} {size}"), "1: a run on one device"));
+            }
+        }
+        let rules = [
+            (&[SCHEDULER, ASKED][..], "enable_chunked_prefill", json!(true)),
+            (&[SCHEDULER], "policy", json!("fcfs")),
+            (&[ASKED], "scheduling_policy", json!("fcfs")),
+            (&[SCHEDULER, ASKED], "long_prefill_token_threshold", json!(0)),
+            (&[SCHEDULER, ASKED], "max_num_partial_prefills", json!(1)),
+            (&[SCHEDULER, ASKED], "scheduler_reserve_full_isl", json!(true)),
+            (&[SCHEDULER, ASKED], "prefill_schedule_interval", json!(1)),
+            (&[SCHEDULER, ASKED], "watermark", json!(0)),
+            (&["resolved_config", ASKED], "speculative_config", json!(null)),
+            (&["resolved_config", ASKED], "lora_config", json!(null)),
+            (&["resolved_config", ASKED], "kv_transfer_config", json!(null)),
+        ];
+        for (objects, key, rule) in rules {
+            let Some(found) = self.get::<Value>(objects, key)? else { continue };
+            let same = found == rule || found.as_f64().is_some_and(|number| Some(number) == rule.as_f64());
+            if !same {
+                let found = format!("{key} {}", found.to_string().chars().take(40).collect::<String>());
+                return Err(ImportError::unusable(
+                    &self.path,
+                    found,
+                    format!("{rule}: the scheduler has no other rule"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn settings(&self, num_blocks: Option<u32>, assumptions: &mut Vec<String>) -> Result<Settings, ImportError> {
+        let cache = ["kv_cache", CACHE, ASKED];
+        let block_tokens = self.get(&cache, "block_size")?.filter(|&size: &u32| size > 0).unwrap_or_else(|| {
+            assumptions.push("blocks of 16 tokens".to_owned());
+            16
+        });
+        let budget = self.need(&[SCHEDULER, ASKED], "max_num_batched_tokens")?;
+        let token_budget = self.get(&[SCHEDULER, ASKED], "max_num_scheduled_tokens")?.unwrap_or(budget).min(budget);
+        Ok(Settings {
+            batching: Batching::Sequence,
+            exit: ExitPolicy::None,
+            kv_fill: KvFill::Reuse,
+            num_loops: 1,
+            max_batch: self.need(&[SCHEDULER, ASKED], "max_num_seqs")?,
+            token_budget,
+            prefill_chunk: token_budget,
+            block_tokens,
+            // One block is a placeholder that nobody holds.
+            num_blocks: self.num_blocks(num_blocks, block_tokens)? - 1,
+            prefix_caching: self.get(&cache, "enable_prefix_caching")?.unwrap_or_else(|| {
+                assumptions.push("prefix caching, vLLM's default".to_owned());
+                true
+            }),
+            async_scheduling: match self.get(&[SCHEDULER, ASKED], "async_scheduling")? {
+                Some(on) => on,
+                None => self.async_by_default(assumptions)?,
+            },
+        })
+    }
+
+    fn num_blocks(&self, given: Option<u32>, block_tokens: u32) -> Result<u32, ImportError> {
+        let tokens: Option<u32> = self.get(&["kv_cache"], "num_kv_tokens")?;
+        let known = self.get(&["kv_cache", CACHE], "num_gpu_blocks")?.or(tokens.map(|tokens| tokens / block_tokens));
+        let missing = "the number of KV blocks, at least 2; `--num-blocks` gives it";
+        given
+            .or(known)
+            .filter(|&blocks| blocks > 1)
+            .ok_or_else(|| ImportError::unusable(&self.path, "no kv_cache.num_gpu_blocks", missing))
+    }
+
+    /// Asynchronous scheduling became vLLM's default with 0.14.
+    fn async_by_default(&self, assumptions: &mut Vec<String>) -> Result<bool, ImportError> {
+        let version = match self.root.get("vllm_version").and_then(Value::as_str) {
+            Some(version) => version,
+            None => return Err(ImportError::unusable(&self.path, "neither async_scheduling nor vllm_version", "one")),
+        };
+        let mut parts = version.trim_start_matches('v').split('.').map(|part| part.parse::<u32>().ok());
+        let (Some(Some(major)), Some(Some(minor))) = (parts.next(), parts.next()) else {
+            return Err(ImportError::unusable(&self.path, format!("vllm_version {version}"), "a version like 0.19.0"));
+        };
+        let on = (major, minor) >= (0, 14);
+        assumptions
+            .push(format!("asynchronous scheduling {}, the default of vLLM {version}", if on { "on" } else { "off" }));
+        Ok(on)
+    }
+}
+
+/// The lines in the order of the workload: by the number that each identifier ends in, or else as they are.
+fn read_requests(path: &Path) -> Result<Vec<RequestLine>, ImportError> {
+    let text = read_text(path)?;
+    let mut lines = Vec::new();
+    for (line, number) in text.lines().zip(1..).filter(|(line, _): &(&str, usize)| !line.trim().is_empty()) {
+        let wrong = |error: String| ImportError::malformed(path, format!("line {number}: {error}"));
+        let line: RequestLine = serde_json::from_str(line).map_err(|error| wrong(error.to_string()))?;
+        if !(line.queued_ts <= line.first_token_ts && line.first_token_ts <= line.last_token_ts) {
+            let times = (line.queued_ts, line.first_token_ts, line.last_token_ts);
+            return Err(wrong(format!(
+                "queued_ts, first_token_ts and last_token_ts {times:?} do not follow each other"
+            )));
+        }
+        if line.output_toks == 0 {
+            return Err(wrong("found output_toks 0, expected at least 1".to_owned()));
+        }
+        lines.push(line);
+    }
+    if lines.is_empty() {
+        return Err(ImportError::unusable(path, "no request", "a line for each"));
+    }
+    let place = |line: &RequestLine| -> Option<u64> {
+        let id = line.request_id.as_deref()?;
+        id[id.trim_end_matches(|digit: char| digit.is_ascii_digit()).len()..].parse().ok()
     };
-    Ok(Settings {
-        batching: Batching::Sequence,
-        exit: ExitPolicy::None,
-        kv_fill: KvFill::Reuse,
-        num_loops: 1,
-        max_batch: engine.max_num_seqs,
-        token_budget: engine.max_num_batched_tokens,
-        prefill_chunk: engine.max_num_batched_tokens,
-        block_tokens: cache.block_size.unwrap_or(16),
-        // One block is a placeholder that nobody holds.
-        num_blocks: num_blocks - 1,
-        prefix_caching: cache.enable_prefix_caching.unwrap_or(true),
-        async_scheduling: config.async_scheduling,
-    })
+    if lines.iter().all(|line| place(line).is_some()) {
+        lines.sort_by_key(place);
+    }
+    Ok(lines)
 }
 
 /// Puts arrivals, which are of the wall clock, on the clock of the other times. The clocks' distance is the least
@@ -176,109 +281,15 @@ fn on_one_clock(lines: &[RequestLine]) -> Vec<RequestTimes> {
     lines.iter().map(times).collect()
 }
 
-/// What a comparison looks at, in milliseconds; the last is the makespan, in seconds. Latencies count from the arrival,
-/// but for the TTFT that counts from queueing, as evaluations of vLLM's own records do.
-const METRICS: [&str; 17] = [
-    "TTFT mean",
-    "TTFT p50",
-    "TTFT p90",
-    "TTFT p95",
-    "TTFT p99",
-    "TTFT queued",
-    "TPOT mean",
-    "TPOT p50",
-    "TPOT p90",
-    "TPOT p95",
-    "TPOT p99",
-    "latency mean",
-    "latency p50",
-    "latency p90",
-    "latency p95",
-    "latency p99",
-    "makespan s",
-];
-
-/// Measured and simulated latencies side by side.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Comparison {
-    /// By metric: name, measured, simulated.
-    pub rows: Vec<(&'static str, f64, f64)>,
-}
-
-/// One line of a comparison as a file has it; times in milliseconds, the makespan in seconds.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct ComparisonLine {
-    metric: &'static str,
-    measured: f64,
-    simulated: f64,
-}
-
-impl Comparison {
-    /// Compares two runs of the same requests.
-    pub fn new(measured: &[RequestTimes], simulated: &[RequestTimes]) -> Self {
-        let rows = METRICS.into_iter().zip(metrics(measured)).zip(metrics(simulated));
-        Self { rows: rows.map(|((name, measured), simulated)| (name, measured, simulated)).collect() }
-    }
-
-    /// The lines of a CSV file.
-    pub fn lines(&self) -> impl Iterator<Item = ComparisonLine> {
-        self.rows.iter().map(|&(metric, measured, simulated)| ComparisonLine { metric, measured, simulated })
-    }
-
-    /// Simulated over measured less 1, of a metric by its name.
-    pub fn error(&self, metric: &str) -> Option<f64> {
-        let row = self.rows.iter().find(|row| row.0 == metric)?;
-        Some(row.2 / row.1 - 1.0)
-    }
-}
-
-impl fmt::Display for Comparison {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<14}{:>14}{:>14}{:>10}", "metric", "measured", "simulated", "error")?;
-        for &(name, measured, simulated) in &self.rows {
-            let error = 100.0 * (simulated / measured - 1.0);
-            write!(f, "\n{name:<14}{measured:>14.1}{simulated:>14.1}{error:>+9.2}%")?;
-        }
-        Ok(())
-    }
-}
-
-fn metrics(requests: &[RequestTimes]) -> Vec<f64> {
-    let of = |value: &dyn Fn(&RequestTimes) -> Option<f64>| {
-        let mut values: Vec<f64> = requests.iter().filter_map(value).map(|seconds| 1e3 * seconds).collect();
-        values.sort_by(f64::total_cmp);
-        let mean = values.iter().sum::<f64>() / values.len() as f64;
-        [mean, percentile(&values, 0.5), percentile(&values, 0.9), percentile(&values, 0.95), percentile(&values, 0.99)]
-    };
-    let ttft = of(&|request| Some(request.first_token_s - request.arrival_s));
-    let queued = of(&|request| Some(request.first_token_s - request.queued_s));
-    let tpot = of(&|request| {
-        let gaps = request.output_tokens.checked_sub(1).filter(|&gaps| gaps > 0)?;
-        Some((request.last_token_s - request.first_token_s) / f64::from(gaps))
-    });
-    let latency = of(&|request| Some(request.last_token_s - request.arrival_s));
-    let first = requests.iter().map(|request| request.arrival_s).fold(f64::INFINITY, f64::min);
-    let last = requests.iter().map(|request| request.last_token_s).fold(f64::NEG_INFINITY, f64::max);
-    [&ttft[..], &queued[..1], &tpot, &latency, &[last - first]].concat()
-}
-
-/// Linear between the two nearest ranks; NaN of nothing.
-fn percentile(sorted: &[f64], share: f64) -> f64 {
-    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
-    let place = share * last as f64;
-    let (low, high) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
-    low + (high - low) * place.fract()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const META: &str = r#"{"engine_kwargs": {"max_num_seqs": 8, "max_num_batched_tokens": 64},
+    const META: &str = r#"{"vllm_version": "0.19.0", "engine_kwargs": {"max_num_seqs": 8, "max_num_batched_tokens": 64},
         "kv_cache": {"num_gpu_blocks": 101, "block_size": 16, "enable_prefix_caching": true},
-        "resolved_config": {"scheduler_config": {"async_scheduling": true, "policy": "fcfs"}}}"#;
-    const REQUESTS: &str = r#"{"output_toks": 3, "arrival_time": 1000.5, "queued_ts": 7.6, "first_token_ts": 8.0, "last_token_ts": 8.4}
-{"output_toks": 1, "arrival_time": 1001.0, "queued_ts": 8.0, "first_token_ts": 9.0, "last_token_ts": 9.0}
+        "resolved_config": {"scheduler_config": {"async_scheduling": true, "policy": "fcfs", "watermark": 0.0}}}"#;
+    const REQUESTS: &str = r#"{"request_id": "r-1", "output_toks": 1, "arrival_time": 1001.0, "queued_ts": 8.0, "first_token_ts": 9.0, "last_token_ts": 9.0}
+{"last_token_ts": 8.4, "queued_ts": 7.6, "first_token_ts": 8.0, "output_toks": 3, "arrival_time": 1000.5, "request_id": "r-0", "input_toks": 20, "client": {"name": "x"}}
 "#;
 
     fn read(meta: &str, requests: &str, num_blocks: Option<u32>) -> Result<MeasuredRun, ImportError> {
@@ -288,46 +299,103 @@ mod tests {
         MeasuredRun::read(folder.path(), num_blocks)
     }
 
+    fn settings(meta: &str) -> Settings {
+        read(meta, REQUESTS, None).unwrap().settings
+    }
+
     #[test]
-    fn a_run_reads_with_its_settings_and_on_one_clock() {
+    fn a_run_reads_with_its_settings_and_on_one_clock_in_the_order_sent() {
         let run = read(META, REQUESTS, None).unwrap();
         assert_eq!((run.settings.num_blocks, run.settings.token_budget), (100, 64));
         assert!(run.settings.prefix_caching && run.settings.async_scheduling);
+        assert!(run.assumptions.is_empty(), "{:?}", run.assumptions);
         let arrivals: Vec<f64> = run.requests.iter().map(|request| request.arrival_s).collect();
         assert!((arrivals[0] - 7.5).abs() < 1e-9 && (arrivals[1] - 8.0).abs() < 1e-9);
     }
 
     #[test]
-    fn a_run_under_other_rules_is_refused() {
+    fn what_vllm_resolved_counts_before_what_was_asked_for() {
+        let resolved = META.replace("\"policy\"", "\"max_num_seqs\": 4, \"max_num_scheduled_tokens\": 48, \"policy\"");
+        assert_eq!((settings(&resolved).max_batch, settings(&resolved).token_budget), (4, 48));
+        let off = settings(&META.replace("\"enable_prefix_caching\": true", "\"enable_prefix_caching\": false"));
+        assert!(!off.prefix_caching);
+        assert_eq!(settings(&META.replace("\"block_size\": 16", "\"block_size\": 32")).block_tokens, 32);
+        let tokens = META.replace("\"num_gpu_blocks\": 101", "\"num_gpu_blocks\": null, \"num_kv_tokens\": 800");
+        assert_eq!(settings(&tokens).num_blocks, 49);
+    }
+
+    #[test]
+    fn a_run_that_says_little_takes_the_defaults_of_its_version_and_says_so() {
+        let meta = |version: &str| {
+            format!(
+                r#"{{"vllm_version": "{version}", "engine_kwargs": {{"max_num_seqs": 8, "max_num_batched_tokens": 64}}}}"#
+            )
+        };
+        let run = |version| read(&meta(version), REQUESTS, Some(51));
+        let newer = run("0.28.0rc1").unwrap();
+        assert!(newer.settings.async_scheduling && newer.settings.prefix_caching);
+        assert_eq!((newer.settings.block_tokens, newer.settings.num_blocks, newer.assumptions.len()), (16, 50, 3));
+        assert!(!run("0.11.2").unwrap().settings.async_scheduling);
+        assert!(run("main").unwrap_err().to_string().contains("vllm_version main"));
+        assert!(read(&meta("0.19.0"), REQUESTS, None).unwrap_err().to_string().contains("no kv_cache.num_gpu_blocks"));
+    }
+
+    #[test]
+    fn a_run_under_other_rules_is_refused_by_the_key() {
         let error = |from: &str, to: &str| read(&META.replace(from, to), REQUESTS, None).unwrap_err().to_string();
-        assert!(error("fcfs", "priority").contains("another policy"));
-        assert!(error("\"num_gpu_blocks\": 101, ", "").contains("no kv_cache.num_gpu_blocks"));
-        assert!(error("\"max_num_seqs\": 8, ", "").contains("missing field `max_num_seqs`"));
-        let named = read(&META.replace("\"num_gpu_blocks\": 101, ", ""), REQUESTS, Some(51)).unwrap();
-        assert_eq!(named.settings.num_blocks, 50);
+        assert!(error("fcfs", "priority").contains("found policy \"priority\", expected \"fcfs\""));
+        assert!(error("0.0", "0.1").contains("watermark 0.1"));
+        assert!(
+            error("\"policy\"", "\"enable_chunked_prefill\": false, \"policy\"")
+                .contains("enable_chunked_prefill false")
+        );
+        assert!(
+            error("{\"max_num_seqs\"", "{\"tensor_parallel_size\": 2, \"max_num_seqs\"")
+                .contains("tensor_parallel_size 2")
+        );
+        assert!(
+            error("\"resolved_config\": {", "\"resolved_config\": {\"speculative_config\": {\"n\": 3}, ")
+                .contains("speculative_config")
+        );
+        assert!(error("\"max_num_seqs\": 8, ", "").contains("no max_num_seqs in"));
+        assert!(error("\"max_num_seqs\": 8", "\"max_num_seqs\": \"8\"").contains("max_num_seqs: invalid type"));
+    }
+
+    #[test]
+    fn requests_that_were_not_served_are_refused_by_their_line() {
+        let error = |from: &str, to: &str| read(META, &REQUESTS.replace(from, to), None).unwrap_err().to_string();
+        assert!(error("\"first_token_ts\": 9.0", "\"first_token_ts\": null").contains("line 1"));
+        assert!(
+            error("\"first_token_ts\": 8.0", "\"first_token_ts\": 0.0").contains("line 2: queued_ts, first_token_ts")
+        );
+        assert!(error("\"output_toks\": 3", "\"output_toks\": 0").contains("line 2: found output_toks 0"));
         assert!(read(META, "{", None).unwrap_err().to_string().contains("line 1"));
         assert!(read(META, "", None).unwrap_err().to_string().contains("no request"));
     }
 
     #[test]
-    fn errors_are_relative_to_what_was_measured() {
+    fn requests_are_simulated_as_they_were_served() {
         let run = read(META, REQUESTS, None).unwrap();
-        let same = Comparison::new(&run.requests, &run.requests);
-        assert!(METRICS.iter().all(|metric| same.error(metric) == Some(0.0)));
-        let (_, ttft, _) = same.rows[0];
-        assert!((ttft - 750.0).abs() < 1e-6);
-        let slower: Vec<RequestTimes> =
-            run.requests.iter().map(|r| RequestTimes { last_token_s: r.last_token_s + 0.2, ..*r }).collect();
-        let comparison = Comparison::new(&run.requests, &slower);
-        assert!((comparison.error("TPOT mean").unwrap() - 0.5).abs() < 1e-9, "{comparison}");
-        assert!((comparison.error("makespan s").unwrap() - 0.2 / 1.5).abs() < 1e-9);
-        assert_eq!(comparison.error("TTFT mean"), Some(0.0));
-    }
-
-    #[test]
-    fn percentiles_lie_between_ranks() {
-        assert_eq!(percentile(&[1.0, 2.0, 4.0], 0.5), 2.0);
-        assert_eq!(percentile(&[1.0, 2.0, 4.0], 0.75), 3.0);
-        assert!(percentile(&[], 0.5).is_nan());
+        let request = |id, prompt_tokens| Request { id, arrival: Nanos(5), prompt_tokens, output_tokens: 9 };
+        let mut workload = RequestTrace {
+            name: "w".to_owned(),
+            requests: vec![request(0, 20), request(1, 40)],
+            prefix_hashes: None,
+            dropped: 0,
+        };
+        let served = run.as_served(&workload).unwrap();
+        let of = |request: &Request| (request.arrival, request.prompt_tokens, request.output_tokens);
+        assert_eq!(
+            served.requests.iter().map(of).collect::<Vec<_>>(),
+            [(Nanos(0), 20, 3), (Nanos(500_000_000), 40, 1)]
+        );
+        let hashes = served.prefix_hashes.unwrap();
+        assert_eq!((hashes.of(0).len(), hashes.of(1).len()), (1, 2));
+        assert!(!hashes.of(1).contains(&hashes.of(0)[0]), "no two begin alike");
+        workload.requests[0].prompt_tokens = 21;
+        let error = run.as_served(&workload).unwrap_err().to_string();
+        assert!(error.contains("20 prompt tokens in request 0, expected the 21"), "{error}");
+        workload.requests.pop();
+        assert!(run.as_served(&workload).unwrap_err().to_string().contains("2 requests, expected the 1"));
     }
 }

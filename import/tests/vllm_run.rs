@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use import::vllm::RequestTimes;
+use import::comparison::RequestTimes;
 use import::{Comparison, LayerTables, MeasuredRun, ModelShape};
 use scheduler::Settings;
 use simulator::{ExitModel, LatencyModel, Metrics, Simulation};
@@ -28,10 +28,11 @@ struct Run {
 impl Run {
     fn read(folder: &Path) -> Self {
         let shape = ModelShape::read(folder.join("config.json"), 1, 0).unwrap();
-        let profile = LayerTables::read(folder.join("profile")).unwrap().profile(&shape, "as measured", "vLLM");
+        let profile = LayerTables::read(folder.join("profile")).unwrap().profile(&shape, "as measured");
         let measured = MeasuredRun::read(folder.join("vllm"), None).unwrap();
         let options = ReadOptions { prefix_block_tokens: measured.settings.block_tokens, ..ReadOptions::default() };
-        let requests = RequestTrace::read_with(folder.join("vllm/workload.jsonl"), &options).unwrap();
+        let workload = RequestTrace::read_with(folder.join("vllm/workload.jsonl"), &options).unwrap();
+        let requests = measured.as_served(&workload).unwrap();
         Self { measured, requests, profile }
     }
 

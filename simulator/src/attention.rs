@@ -1,9 +1,10 @@
 //! Time of attention where it was measured for whole passes, prompt chunks and decode rows together.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use scheduler::{Pass, RowKind, Segment};
-use traces::{Component, MixedAttention, MixedPoint, SkewCell};
+use traces::{Component, MixedAttention, MixedPoint, PrefillAxis, SkewCell};
 
 use crate::latency::{Curve, Extrapolations, line};
 
@@ -18,8 +19,6 @@ pub struct AttentionShape {
     pub history: u64,
     /// Sum of the squares of their histories.
     pub squared_history: f64,
-    /// The shortest of their histories.
-    pub shortest: u32,
     /// The longest of their histories.
     pub longest: u32,
 }
@@ -29,7 +28,7 @@ impl AttentionShape {
     /// before its first.
     pub fn measure(&mut self, pass: &Pass<'_>, history: impl Fn(&Segment) -> u32) {
         self.chunks.clear();
-        *self = Self { chunks: std::mem::take(&mut self.chunks), shortest: u32::MAX, ..Self::default() };
+        *self = Self { chunks: std::mem::take(&mut self.chunks), ..Self::default() };
         for segment in pass.segments {
             let history = history(segment);
             if is_chunk(segment) {
@@ -39,7 +38,6 @@ impl AttentionShape {
             self.decode_rows += 1;
             self.history += u64::from(history);
             self.squared_history += f64::from(history) * f64::from(history);
-            self.shortest = self.shortest.min(history);
             self.longest = self.longest.max(history);
         }
     }
@@ -52,39 +50,70 @@ pub fn is_chunk(segment: &Segment) -> bool {
 
 /// Attention of a pass, interpolated over measured passes.
 ///
-/// Time is linear between measured points in each of chunk, history before it, decode rows and their history.
-/// Of a measured pass, the prompt part is one chunk, and the decode rows have one history. So:
+/// Time is linear between measured points in each of prompt tokens, what they look back on, decode rows and their
+/// history. A grid need not be full: between two numbers of prompt tokens, the nearest count that were measured with so
+/// little to look back on. Of a measured pass, the decode rows have one history. So:
 ///
-/// - Several chunks cost what each costs alone, but one start of the kernel; the decode rows add to that what they
-///   add to one chunk of the same total and mean history.
-/// - Uneven histories move the time from that at their mean towards that at the longest, by the measured share.
-///   That share was measured on batches of two lengths, which are as uneven as a mean, a shortest and a longest
-///   history allow (their variance is `(longest - mean) * (mean - shortest)`, and that of others is less). Other
-///   batches move by that share times their variance over the largest possible.
+/// - Where passes were measured with one prompt chunk each, several chunks cost what each costs alone, but one start of
+///   the kernel; the decode rows add to that what they add to one chunk of the same total and mean history.
+/// - Uneven histories move the time from that at their mean towards that at the longest, by the measured share. It was
+///   measured on batches of two lengths, by the share of the rows that have the longer one. Any other batch is taken for
+///   the batch of two lengths that has the same mean, the same longest history and the same variance.
 #[derive(Clone, Debug)]
 pub struct AttentionModel {
+    prefill_axis: PrefillAxis,
     /// Decode rows alone.
     decodes: ByRows,
-    /// By tokens of the chunk.
-    chunks: Vec<(u32, ByRows)>,
+    /// By prompt tokens.
+    prompts: Vec<(f64, ByRows)>,
+    /// The least of all prompts.
+    least: Least,
     skew: Skew,
 }
 
-/// By decode rows, then by history before the chunk, a curve over the decode rows' history.
+/// By decode rows, then by what the prompt tokens look back on, a curve over the decode rows' history.
 #[derive(Clone, Debug, Default)]
-struct ByRows(Vec<(u32, Vec<(u32, Curve)>)>);
+struct ByRows {
+    slices: Vec<(f64, Vec<(f64, Curve)>)>,
+    least: Least,
+}
+
+/// Where a grid begins.
+#[derive(Clone, Copy, Debug, Default)]
+struct Least {
+    /// What prompt tokens look back on.
+    context: f64,
+    /// History of decode rows.
+    history: f64,
+}
+
+impl Least {
+    fn of<'a>(points: impl Iterator<Item = &'a MixedPoint>) -> Self {
+        let none = Self { context: f64::INFINITY, history: f64::INFINITY };
+        points.fold(none, |least, point| Self {
+            context: least.context.min(point.prefill_context),
+            history: if point.decode_rows == 0 {
+                least.history
+            } else {
+                least.history.min(point.decode_history.into())
+            },
+        })
+    }
+}
 
 impl AttentionModel {
     /// Prepares measured passes for look-up.
     pub fn new(mixed: &MixedAttention) -> Self {
-        let mut chunks: BTreeMap<u32, Vec<&MixedPoint>> = BTreeMap::new();
+        let mut prompts: BTreeMap<u32, Vec<&MixedPoint>> = BTreeMap::new();
         for point in &mixed.points {
-            chunks.entry(point.prefill_tokens).or_default().push(point);
+            prompts.entry(point.prefill_tokens).or_default().push(point);
         }
-        let decodes = chunks.remove(&0).unwrap_or_default();
+        let decodes = prompts.remove(&0).unwrap_or_default();
         Self {
+            least: Least::of(prompts.values().flatten().copied()),
+            prefill_axis: mixed.prefill_axis,
             decodes: ByRows::new(&decodes),
-            chunks: chunks.into_iter().map(|(tokens, points)| (tokens, ByRows::new(&points))).collect(),
+            prompts: prompts.into_iter().map(|(tokens, points)| (tokens.into(), ByRows::new(&points))).collect(),
             skew: Skew::new(&mixed.skew),
         }
     }
@@ -93,137 +122,162 @@ impl AttentionModel {
     pub fn attention_ns(&self, shape: &AttentionShape, beyond: &mut Extrapolations) -> f64 {
         let rows = shape.decode_rows;
         let tokens: u32 = shape.chunks.iter().map(|chunk| chunk.0).sum();
-        let before: f64 = shape.chunks.iter().map(|&(tokens, history)| f64::from(tokens) * f64::from(history)).sum();
-        let before = if tokens == 0 { 0.0 } else { before / f64::from(tokens) };
         let mean = if rows == 0 { 0.0 } else { shape.history as f64 / f64::from(rows) };
-        let mut at = |tokens, before, rows, history| self.at(tokens, before, rows, history, beyond);
+        let over_tokens = |of_chunk: &dyn Fn(u32, u32) -> f64| {
+            let sum: f64 =
+                shape.chunks.iter().map(|&(tokens, history)| f64::from(tokens) * of_chunk(tokens, history)).sum();
+            if tokens == 0 { 0.0 } else { sum / f64::from(tokens) }
+        };
+        let context = over_tokens(&|tokens, history| self.context(tokens, history));
+        let mut at = |tokens, context, rows, history| self.at(tokens, context, rows, history, beyond);
 
-        let even = if rows + tokens == 0 { 0.0 } else { at(tokens, before, rows, mean) };
+        let even = if rows + tokens == 0 { 0.0 } else { at(tokens, context, rows, mean) };
         let mut time = even;
-        if shape.chunks.len() > 1 {
+        if shape.chunks.len() > 1 && self.prefill_axis == PrefillAxis::History {
             let apart: f64 = shape.chunks.iter().map(|&(tokens, history)| at(tokens, history.into(), 0, 0.0)).sum();
             let start = at(1, 0.0, 0, 0.0);
             let starts = start * (shape.chunks.len() - 1) as f64;
-            time += apart - starts - at(tokens, before, 0, 0.0);
+            time += apart - starts - at(tokens, context, 0, 0.0);
         }
-        let (shortest, longest) = (f64::from(shape.shortest), f64::from(shape.longest));
-        if rows > 1 && mean > shortest && longest > mean {
-            let share = (mean - shortest) / (longest - shortest);
-            let alpha = self.skew.alpha(tokens, rows, share, shape.longest, before);
-            if alpha != 0.0 {
-                let variance = (shape.squared_history / f64::from(rows) - mean * mean).max(0.0);
-                let unevenness = variance / ((longest - mean) * (mean - shortest));
-                time += alpha * unevenness * (at(tokens, before, rows, longest) - even).max(0.0);
-            }
+        let longest = f64::from(shape.longest);
+        let variance = if rows == 0 { 0.0 } else { shape.squared_history / f64::from(rows) - mean * mean };
+        if variance > 0.0 && longest > mean && !self.skew.is_empty() {
+            let further = (at(tokens, context, rows, longest) - even).max(0.0);
+            let history = over_tokens(&|_, history| f64::from(history));
+            let long_share = variance / (variance + (longest - mean).powi(2));
+            let batch = [tokens.into(), further / even, rows.into(), long_share, longest, history];
+            time += self.skew.alpha(&batch) * further;
         }
         time.max(0.0)
     }
 
-    /// A pass of one chunk and decode rows of one history.
-    fn at(&self, tokens: u32, before: f64, rows: u32, history: f64, beyond: &mut Extrapolations) -> f64 {
+    /// What the tokens of a chunk look back on.
+    fn context(&self, tokens: u32, history: u32) -> f64 {
+        match self.prefill_axis {
+            PrefillAxis::History => history.into(),
+            PrefillAxis::Keys => f64::from(history) + f64::from(tokens) / 2.0,
+        }
+    }
+
+    /// A pass of prompt tokens and decode rows of one history.
+    fn at(&self, tokens: u32, context: f64, rows: u32, history: f64, beyond: &mut Extrapolations) -> f64 {
         if tokens == 0 {
-            return self.decodes.at(before, rows, history, Component::DecodeAttention, beyond);
+            return self.decodes.at(context, rows, history, Component::DecodeAttention, beyond);
         }
         let part = Component::PrefillAttention;
-        if self.chunks.last().is_some_and(|last| tokens > last.0) {
-            beyond.count(part, tokens, before as u32);
+        if self.prompts.last().is_some_and(|last| f64::from(tokens) > last.0) {
+            beyond.count(part, tokens, context as u32);
         }
-        between(&self.chunks, tokens.into(), |by_rows| by_rows.at(before, rows, history, part, beyond))
+        let (context_or_least, history_or_least) = (context.max(self.least.context), history.max(self.least.history));
+        let measured = |by_rows: &ByRows| {
+            by_rows.least.context <= context_or_least && (rows == 0 || by_rows.least.history <= history_or_least)
+        };
+        between(&self.prompts, tokens.into(), measured, |by_rows| by_rows.at(context, rows, history, part, beyond))
     }
 }
 
 impl ByRows {
     fn new(points: &[&MixedPoint]) -> Self {
-        let mut by_rows: BTreeMap<u32, BTreeMap<u32, BTreeMap<u32, f64>>> = BTreeMap::new();
+        let mut by_rows: BTreeMap<u32, Vec<(f64, BTreeMap<u32, f64>)>> = BTreeMap::new();
         for point in points {
-            let by_history = by_rows.entry(point.decode_rows).or_default().entry(point.prefill_history).or_default();
-            by_history.insert(point.decode_history, point.time_us * 1e3);
+            let slices = by_rows.entry(point.decode_rows).or_default();
+            let place = slices.partition_point(|slice| slice.0 < point.prefill_context);
+            if slices.get(place).is_none_or(|slice| slice.0 != point.prefill_context) {
+                slices.insert(place, (point.prefill_context, BTreeMap::new()));
+            }
+            slices[place].1.insert(point.decode_history, point.time_us * 1e3);
         }
-        let curves = |by_history: BTreeMap<u32, BTreeMap<u32, f64>>| {
-            by_history.into_iter().map(|(before, curve)| (before, Curve::new(curve))).collect()
+        let curves = |slices: Vec<(f64, BTreeMap<u32, f64>)>| {
+            slices.into_iter().map(|(context, curve)| (context, Curve::new(curve))).collect()
         };
-        Self(by_rows.into_iter().map(|(rows, by_history)| (rows, curves(by_history))).collect())
+        Self {
+            least: Least::of(points.iter().copied()),
+            slices: by_rows.into_iter().map(|(rows, slices)| (rows.into(), curves(slices))).collect(),
+        }
     }
 
-    fn at(&self, before: f64, rows: u32, history: f64, part: Component, beyond: &mut Extrapolations) -> f64 {
-        if self.0.last().is_some_and(|last| rows > last.0) {
+    fn at(&self, context: f64, rows: u32, history: f64, part: Component, beyond: &mut Extrapolations) -> f64 {
+        if self.slices.last().is_some_and(|last| f64::from(rows) > last.0) {
             beyond.count(part, rows, history as u32);
         }
-        between(&self.0, rows.into(), |by_history| {
-            let ends = by_history.last().map_or((0, f64::INFINITY), |(before, curve)| (*before, curve.end()));
-            if before > ends.0.into() || (rows > 0 && history > ends.1) {
-                beyond.count(part, rows, before.max(history) as u32);
-            }
-            between(by_history, before, |curve| curve.at(history))
-        })
+        between(
+            &self.slices,
+            rows.into(),
+            |_| true,
+            |by_context| {
+                let ends = by_context.last().map_or((0.0, f64::INFINITY), |(context, curve)| (*context, curve.end()));
+                if context > ends.0 || (rows > 0 && history > ends.1) {
+                    beyond.count(part, rows, context.max(history) as u32);
+                }
+                between(by_context, context, |_| true, |curve| curve.at(history))
+            },
+        )
     }
 }
 
-/// Interpolates what `value` gives for the neighbours of `x`; below the first it is that of the first, above the last
-/// the last slope goes on.
-fn between<T>(points: &[(u32, T)], x: f64, mut value: impl FnMut(&T) -> f64) -> f64 {
-    match points {
-        [] => 0.0,
-        [(_, only)] => value(only),
-        [(first, point), ..] if x <= f64::from(*first) => value(point),
-        _ => {
-            let above = points.partition_point(|point| f64::from(point.0) < x).min(points.len() - 1);
-            let ((low, below), (high, above)) = (&points[above - 1], &points[above]);
-            if x == f64::from(*high) {
-                return value(above);
-            }
-            line((f64::from(*low), value(below)), (f64::from(*high), value(above)), x)
-        }
+/// Interpolates what `value` gives for the nearest neighbours of `x` that were `measured`, or if there is none of those
+/// the nearest; below the first it is that of the first, above the last the last slope goes on.
+fn between<T>(points: &[(f64, T)], x: f64, measured: impl Fn(&T) -> bool, mut value: impl FnMut(&T) -> f64) -> f64 {
+    let place = points.partition_point(|point| point.0 < x);
+    let above = || points[place..].iter().find(|point| measured(&point.1));
+    let mut lower = points[..place].iter().rev().filter(|point| measured(&point.1));
+    match (lower.next(), above(), points) {
+        (_, Some((high, above)), _) if *high == x => value(above),
+        (Some((low, below)), Some((high, above)), _) => line((*low, value(below)), (*high, value(above)), x),
+        (Some((high, last)), None, _) => match lower.next() {
+            Some((low, below)) => line((*low, value(below)), (*high, value(last)), x),
+            None => value(last),
+        },
+        (None, Some((_, first)), _) => value(first),
+        (None, None, []) => 0.0,
+        (None, None, _) => value(&points[place.min(points.len() - 1)].1),
     }
 }
 
-/// The measured shares, by the upper bounds of their cells.
+/// The measured shares, sorted by the bounds of their cells.
 #[derive(Clone, Debug, Default)]
-struct Skew {
-    /// Bounds of each axis, rising: chunk tokens, decode rows, share of long rows in thousandths, longest history,
-    /// history before the chunk.
-    bounds: [Vec<u32>; 5],
-    alphas: BTreeMap<[u32; 5], f64>,
-    /// By chunk tokens and decode rows, the mean of their cells, for batches that no cell holds.
-    means: BTreeMap<[u32; 2], f64>,
-}
+struct Skew(Vec<(Batch, f64)>);
+
+/// Of a batch, or the upper bounds of a cell: prompt tokens, lever, decode rows, share of long rows, longest history,
+/// history before the prompts.
+type Batch = [f64; 6];
 
 impl Skew {
     fn new(cells: &[SkewCell]) -> Self {
-        let mut skew = Self::default();
-        let mut sums: BTreeMap<[u32; 2], (f64, f64)> = BTreeMap::new();
-        for cell in cells {
-            let share = thousandths(cell.long_share);
-            let key = [cell.prefill_tokens, cell.decode_rows, share, cell.longest_history, cell.prefill_history];
-            for (bounds, bound) in skew.bounds.iter_mut().zip(key) {
-                if let Err(place) = bounds.binary_search(&bound) {
-                    bounds.insert(place, bound);
-                }
-            }
-            skew.alphas.insert(key, cell.alpha);
-            let sum = sums.entry([key[0], key[1]]).or_default();
-            *sum = (sum.0 + cell.alpha, sum.1 + 1.0);
-        }
-        skew.means = sums.into_iter().map(|(key, (sum, count))| (key, sum / count)).collect();
-        skew
+        let bounds = |cell: &SkewCell| {
+            let SkewCell { prefill_tokens, lever, decode_rows, long_share, longest_history, prefill_history, .. } =
+                *cell;
+            [
+                prefill_tokens.into(),
+                lever,
+                decode_rows.into(),
+                long_share,
+                longest_history.into(),
+                prefill_history.into(),
+            ]
+        };
+        let mut cells: Vec<_> = cells.iter().map(|cell| (bounds(cell), cell.alpha)).collect();
+        cells.sort_by(|a, b| a.0.partial_cmp(&b.0).unwrap_or(Ordering::Equal));
+        Self(cells)
     }
 
-    fn alpha(&self, tokens: u32, rows: u32, share: f64, longest: u32, before: f64) -> f64 {
-        if self.alphas.is_empty() {
-            return 0.0;
-        }
-        let values = [tokens, rows, thousandths(share), longest, before.ceil() as u32];
-        let key: [u32; 5] = std::array::from_fn(|axis| {
-            let bounds = &self.bounds[axis];
-            bounds[bounds.partition_point(|&bound| bound < values[axis]).min(bounds.len() - 1)]
-        });
-        let mean = || self.means.get(&[key[0], key[1]]).copied();
-        self.alphas.get(&key).copied().or_else(mean).unwrap_or(0.0)
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
-}
 
-fn thousandths(share: f64) -> u32 {
-    (share * 1e3).round() as u32
+    /// The share of the cell that holds the batch: of each bound in turn, the smallest that reaches as far, or the
+    /// largest.
+    fn alpha(&self, batch: &Batch) -> f64 {
+        let mut cells = &self.0[..];
+        for (axis, &value) in batch.iter().enumerate() {
+            let reaching = cells.partition_point(|cell| cell.0[axis] < value);
+            let Some(bound) = cells.get(reaching).or(cells.last()).map(|cell| cell.0[axis]) else { return 0.0 };
+            let first = cells.partition_point(|cell| cell.0[axis] < bound);
+            let end = cells.partition_point(|cell| cell.0[axis] <= bound);
+            cells = &cells[first..end];
+        }
+        cells.first().map_or(0.0, |cell| cell.1)
+    }
 }
 
 #[cfg(test)]
@@ -244,9 +298,10 @@ mod tests {
                 for decode_rows in [0, 1, 16].into_iter().filter(|rows| prefill_tokens + rows > 0) {
                     for decode_history in if decode_rows == 0 { vec![0] } else { vec![16, 4096] } {
                         let time_us = kernel(prefill_tokens, prefill_history, decode_rows, decode_history);
+                        let prefill_context = f64::from(prefill_history);
                         points.push(MixedPoint {
                             prefill_tokens,
-                            prefill_history,
+                            prefill_context,
                             decode_rows,
                             decode_history,
                             time_us,
@@ -255,7 +310,20 @@ mod tests {
                 }
             }
         }
-        AttentionModel::new(&MixedAttention { points, skew })
+        AttentionModel::new(&MixedAttention { prefill_axis: PrefillAxis::History, points, skew })
+    }
+
+    /// Of any batch.
+    fn cell(alpha: f64) -> SkewCell {
+        SkewCell {
+            prefill_tokens: u32::MAX,
+            lever: f64::INFINITY,
+            decode_rows: u32::MAX,
+            long_share: 1.0,
+            longest_history: u32::MAX,
+            prefill_history: u32::MAX,
+            alpha,
+        }
     }
 
     fn shape(chunks: &[(u32, u32)], histories: &[u32]) -> AttentionShape {
@@ -264,7 +332,6 @@ mod tests {
             decode_rows: histories.len() as u32,
             history: histories.iter().map(|&history| u64::from(history)).sum(),
             squared_history: histories.iter().map(|&history| f64::from(history).powi(2)).sum(),
-            shortest: histories.iter().copied().min().unwrap_or(u32::MAX),
             longest: histories.iter().copied().max().unwrap_or(0),
         }
     }
@@ -296,21 +363,72 @@ mod tests {
     }
 
     #[test]
-    fn uneven_histories_cost_as_measured_where_there_are_two_and_less_where_there_are_more() {
-        let cell = |decode_rows, alpha| SkewCell {
-            prefill_tokens: 0,
-            decode_rows,
-            long_share: 1.0,
-            longest_history: 4096,
-            prefill_history: 0,
-            alpha,
+    fn uneven_histories_cost_what_two_lengths_of_the_same_mean_longest_and_variance_do() {
+        let model = model(vec![SkewCell { long_share: 0.3, ..cell(0.9) }, cell(0.5)]);
+        let even = kernel(0, 0, 4, 2000);
+        let moved = |histories| (time_us(&model, &[], histories) - even) / (time_us(&model, &[], &[3000; 4]) - even);
+        assert!((moved(&[1000, 1000, 3000, 3000]) - 0.5).abs() < 1e-9, "half of the rows have the longer history");
+        assert!((moved(&[1600, 1600, 1600, 3200]) - 0.9 * 1.2).abs() < 1e-9, "a quarter");
+        assert!((moved(&[1000, 2000, 2000, 3000]) - 0.5).abs() < 1e-9, "as if it were a third");
+        assert!((moved(&[1500, 1750, 1750, 3000]) - 0.9).abs() < 1e-9, "as if it were a fourth and a bit");
+        assert_eq!(moved(&[2000; 4]), 0.0);
+    }
+
+    #[test]
+    fn a_batch_takes_the_cell_whose_bounds_reach_as_far_or_the_last() {
+        let bounded =
+            |prefill_tokens, lever, decode_rows, alpha| SkewCell { prefill_tokens, lever, decode_rows, ..cell(alpha) };
+        let skew = Skew::new(&[
+            bounded(0, f64::INFINITY, 8, 0.1),
+            bounded(0, f64::INFINITY, 64, 0.2),
+            bounded(512, 0.5, 8, 0.3),
+            bounded(512, f64::INFINITY, 16, 0.4),
+        ]);
+        let alpha = |tokens: u32, lever, rows: u32| skew.alpha(&[tokens.into(), lever, rows.into(), 0.5, 100.0, 0.0]);
+        assert_eq!([alpha(0, 2.0, 2), alpha(0, 2.0, 9), alpha(0, 2.0, 100)], [0.1, 0.2, 0.2]);
+        assert_eq!([alpha(1, 0.5, 12), alpha(512, 0.6, 12), alpha(4096, 0.6, 12)], [0.3, 0.4, 0.4]);
+    }
+
+    #[test]
+    fn prompt_tokens_that_were_measured_with_longer_histories_only_are_passed_over() {
+        let point = |prefill_tokens, before, time_us| MixedPoint {
+            prefill_tokens,
+            prefill_context: before,
+            decode_rows: 0,
+            decode_history: 0,
+            time_us,
         };
-        let model = model(vec![cell(2, 0.9), cell(4, 0.5)]);
-        let even = time_us(&model, &[], &[2000; 4]);
-        let two_lengths = time_us(&model, &[], &[1000, 1000, 3000, 3000]);
-        assert!((two_lengths - (even + 0.5 * 4.0)).abs() < 1e-9, "halfway to four rows of 3000: {two_lengths}");
-        let spread = time_us(&model, &[], &[1000, 1500, 2500, 3000]);
-        assert!(even < spread && spread < two_lengths, "{even} {spread} {two_lengths}");
+        let points = vec![
+            point(0, 0.0, 0.0),
+            point(100, 0.0, 10.0),
+            point(100, 1000.0, 110.0),
+            point(200, 500.0, 120.0),
+            point(200, 1000.0, 220.0),
+            point(300, 0.0, 30.0),
+            point(300, 1000.0, 330.0),
+        ];
+        let model = AttentionModel::new(&MixedAttention { points, ..MixedAttention::default() });
+        assert_eq!(time_us(&model, &[(150, 0)], &[]), 15.0, "not towards 200 tokens, that had 500 before them");
+        assert_eq!(time_us(&model, &[(150, 500)], &[]), 90.0);
+        assert_eq!(time_us(&model, &[(200, 0)], &[]), 20.0);
+    }
+
+    #[test]
+    fn passes_of_several_chunks_are_looked_up_by_keys_where_they_were_measured() {
+        let mut points = Vec::new();
+        for prefill_tokens in [0_u32, 100, 400] {
+            for keys in if prefill_tokens == 0 { vec![0.0] } else { vec![50.0, 2000.0] } {
+                let time_us = 10.0 + f64::from(prefill_tokens) * keys / 100.0;
+                let point =
+                    MixedPoint { prefill_tokens, prefill_context: keys, decode_rows: 0, decode_history: 0, time_us };
+                points.push(point);
+            }
+        }
+        let model = AttentionModel::new(&MixedAttention { prefill_axis: PrefillAxis::Keys, points, skew: Vec::new() });
+        assert!((time_us(&model, &[(200, 500)], &[]) - kernel(200, 500, 0, 0)).abs() < 1e-9);
+        assert!((time_us(&model, &[(100, 0); 4], &[]) - (10.0 + 4.0 * 50.0)).abs() < 1e-9);
+        // 300 tokens with 150 keys each and 100 with 1050.
+        assert!((time_us(&model, &[(300, 0), (100, 1000)], &[]) - (10.0 + 450.0 + 1050.0)).abs() < 1e-9);
     }
 
     #[test]

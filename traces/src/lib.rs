@@ -80,7 +80,7 @@ pub mod units;
 pub use error::TraceError;
 pub use exit_trace::{ExitTrace, ExitTraceMeta, Measure, Signals};
 pub use generate::{Arrivals, Generate, Length};
-pub use mixed_attention::{MixedAttention, MixedPoint, SkewCell};
+pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};
 pub use profile::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, check_same_model};
 pub use request::{PrefixHashes, Request, RequestTrace};
 pub use request_file::{ReadOptions, RequestFormat};

@@ -1,4 +1,4 @@
-//! Attention of whole passes: measured for prompt chunk and decode rows together, and for uneven histories.
+//! Attention of whole passes: measured for prompt chunks and decode rows together, and for uneven histories.
 //!
 //! Where one kernel call serves prompt chunks and decode rows, its time is not the sum of two: the two share the
 //! device. Such a profile has `mixed_attention.csv` in place of the attention components of `latency.csv`, and may
@@ -9,16 +9,16 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::error::{Result, TraceError};
-use crate::table::{Owner, Table, write_rows};
+use crate::table::{Owner, Row, Table, write_rows};
 
-/// Time of attention for one prompt chunk and decode rows of one history, over all layers of the block.
+/// Time of attention for prompt tokens and decode rows of one history, over all layers of the block.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct MixedPoint {
-    /// Tokens of the chunk; 0 for decode rows alone.
+    /// Prompt tokens; 0 for decode rows alone.
     pub prefill_tokens: u32,
-    /// History before the chunk, in tokens.
-    pub prefill_history: u32,
-    /// Decode rows; 0 for a chunk alone.
+    /// How much the prompt tokens look back on, as [`MixedAttention::prefill_axis`] counts it.
+    pub prefill_context: f64,
+    /// Decode rows; 0 for prompt tokens alone.
     pub decode_rows: u32,
     /// History of each decode row, in tokens.
     pub decode_history: u32,
@@ -26,21 +26,35 @@ pub struct MixedPoint {
     pub time_us: f64,
 }
 
+/// What the prompts of a pass were varied by, beside their tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PrefillAxis {
+    /// The history before the one chunk of a pass, in tokens.
+    #[default]
+    History,
+    /// The keys that a prompt token attends to, on average over the tokens of all chunks: the history before its chunk
+    /// and half the chunk. Passes of several chunks were measured too: those with fewer keys than half their tokens.
+    Keys,
+}
+
 /// How far uneven histories of decode rows move the time of attention from that at their mean history (0) to that
-/// at the longest (1), measured on batches with two lengths.
+/// at the longest (1).
 ///
-/// A cell holds for passes up to its bounds and above those of the next smaller cell.
+/// A cell holds for passes up to its bounds and above those of the next smaller cell. Bounds are compared in the order
+/// of the fields; one that reaches as far as there is anything is infinite, or the largest number of its type.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct SkewCell {
-    /// Tokens of the prompt chunk, at most.
+    /// Prompt tokens, at most.
     pub prefill_tokens: u32,
+    /// Time at the longest history over that at the mean history, less 1, at most.
+    pub lever: f64,
     /// Decode rows, at most.
     pub decode_rows: u32,
-    /// Share of the rows that have the longer history, at most: `(mean - shortest) / (longest - shortest)`.
+    /// Share of the rows that have the longer of two histories, at most.
     pub long_share: f64,
     /// The longest history in tokens, at most.
     pub longest_history: u32,
-    /// History before the prompt chunk in tokens, at most.
+    /// Mean history before the prompt chunks in tokens, at most.
     pub prefill_history: u32,
     /// The share of the way; slightly negative where measurements scatter.
     pub alpha: f64,
@@ -49,6 +63,8 @@ pub struct SkewCell {
 /// What the attention of a pass takes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MixedAttention {
+    /// What [`MixedPoint::prefill_context`] counts.
+    pub prefill_axis: PrefillAxis,
     /// The measured points.
     pub points: Vec<MixedPoint>,
     /// The correction for uneven histories; none without cells.
@@ -57,49 +73,72 @@ pub struct MixedAttention {
 
 const POINTS: &str = "mixed_attention.csv";
 const SKEW: &str = "skew.csv";
-const POINT_COLUMNS: &[&str] = &["prefill_tokens", "prefill_history", "decode_rows", "decode_history", "time_us"];
 const SKEW_COLUMNS: &[&str] =
-    &["prefill_tokens", "decode_rows", "long_share", "longest_history", "prefill_history", "alpha"];
+    &["prefill_tokens", "lever", "decode_rows", "long_share", "longest_history", "prefill_history", "alpha"];
 
-impl MixedAttention {
-    /// Reads the two files of a profile's folder; none if it has no `mixed_attention.csv`.
-    pub(crate) fn read(folder: &Path) -> Result<Option<Self>> {
-        if !folder.join(POINTS).exists() {
-            return Ok(None);
-        }
-        let points = read_points(&folder.join(POINTS))?;
-        let skew = if folder.join(SKEW).exists() { read_skew(&folder.join(SKEW))? } else { Vec::new() };
-        Ok(Some(Self { points, skew }))
-    }
-
-    /// Writes what [`Self::read`] reads.
-    pub(crate) fn write(&self, folder: &Path) -> Result<()> {
-        write_rows(&folder.join(POINTS), POINT_COLUMNS, &self.points)?;
-        match self.skew.is_empty() {
-            true => Ok(()),
-            false => write_rows(&folder.join(SKEW), SKEW_COLUMNS, &self.skew),
+impl PrefillAxis {
+    /// The columns of `mixed_attention.csv`.
+    fn columns(self) -> &'static [&'static str] {
+        match self {
+            Self::History => &["prefill_tokens", "prefill_history", "decode_rows", "decode_history", "time_us"],
+            Self::Keys => &["prefill_tokens", "prefill_keys", "decode_rows", "decode_history", "time_us"],
         }
     }
 }
 
-fn read_points(path: &Path) -> Result<Vec<MixedPoint>> {
-    let mut table = Table::open(path, POINT_COLUMNS, Owner::Us)?;
-    let mut points = Vec::new();
-    while let Some(row) = table.next_row()? {
-        let count = |column| row.number(column, "a whole number", |_: &u32| true);
-        let time = |time: &f64| time.is_finite() && *time >= 0.0;
-        points.push(MixedPoint {
-            prefill_tokens: count(0)?,
-            prefill_history: count(1)?,
-            decode_rows: count(2)?,
-            decode_history: count(3)?,
-            time_us: row.number(4, "microseconds, at least 0", time)?,
-        });
+impl MixedAttention {
+    /// Reads the two files of a profile's folder; none if it has no `mixed_attention.csv`.
+    pub(crate) fn read(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join(POINTS);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let (prefill_axis, mut table) = match Table::open(&path, PrefillAxis::Keys.columns(), Owner::Us) {
+            Ok(table) => (PrefillAxis::Keys, table),
+            Err(_) => (PrefillAxis::History, Table::open(&path, PrefillAxis::History.columns(), Owner::Us)?),
+        };
+        let mut points = Vec::new();
+        while let Some(row) = table.next_row()? {
+            points.push(read_point(&row)?);
+        }
+        let prompts = points.iter().filter(|point| point.prefill_tokens > 0).count();
+        if prompts == 0 || prompts == points.len() {
+            return Err(TraceError::file(&path, "one kind of pass only", "rows with and rows without prefill_tokens"));
+        }
+        let skew = if folder.join(SKEW).exists() { read_skew(&folder.join(SKEW))? } else { Vec::new() };
+        Ok(Some(Self { prefill_axis, points, skew }))
     }
-    match points.iter().any(|point| point.prefill_tokens > 0) && points.iter().any(|point| point.prefill_tokens == 0) {
-        true => Ok(points),
-        false => Err(TraceError::file(path, "one kind of pass only", "rows with and rows without prefill_tokens")),
+
+    /// Writes what [`Self::read`] reads, and removes what a profile that was there before had in its place.
+    pub(crate) fn write(mixed: Option<&Self>, folder: &Path) -> Result<()> {
+        match mixed {
+            Some(mixed) => write_rows(&folder.join(POINTS), mixed.prefill_axis.columns(), &mixed.points)?,
+            None => remove(&folder.join(POINTS))?,
+        }
+        match mixed.filter(|mixed| !mixed.skew.is_empty()) {
+            Some(mixed) => write_rows(&folder.join(SKEW), SKEW_COLUMNS, &mixed.skew),
+            None => remove(&folder.join(SKEW)),
+        }
     }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(TraceError::io("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn read_point(row: &Row<'_>) -> Result<MixedPoint> {
+    let count = |column| row.number(column, "a whole number", |_: &u32| true);
+    let finite = |column, expected| row.number(column, expected, |value: &f64| value.is_finite() && *value >= 0.0);
+    Ok(MixedPoint {
+        prefill_tokens: count(0)?,
+        prefill_context: finite(1, "tokens, at least 0")?,
+        decode_rows: count(2)?,
+        decode_history: count(3)?,
+        time_us: finite(4, "microseconds, at least 0")?,
+    })
 }
 
 fn read_skew(path: &Path) -> Result<Vec<SkewCell>> {
@@ -109,11 +148,12 @@ fn read_skew(path: &Path) -> Result<Vec<SkewCell>> {
         let count = |column| row.number(column, "a whole number", |_: &u32| true);
         cells.push(SkewCell {
             prefill_tokens: count(0)?,
-            decode_rows: count(1)?,
-            long_share: row.number(2, "a share, 0 to 1", |share: &f64| (0.0..=1.0).contains(share))?,
-            longest_history: count(3)?,
-            prefill_history: count(4)?,
-            alpha: row.number(5, "a finite number", |alpha: &f64| alpha.is_finite())?,
+            lever: row.number(1, "a number of at least 0", |lever: &f64| *lever >= 0.0)?,
+            decode_rows: count(2)?,
+            long_share: row.number(3, "a share, 0 to 1", |share: &f64| (0.0..=1.0).contains(share))?,
+            longest_history: count(4)?,
+            prefill_history: count(5)?,
+            alpha: row.number(6, "a finite number", |alpha: &f64| alpha.is_finite())?,
         });
     }
     Ok(cells)
@@ -124,25 +164,47 @@ mod tests {
     use super::*;
 
     const TWO: &str = "prefill_tokens,prefill_history,decode_rows,decode_history,time_us\n\
-        0,0,1,16,9.5\n16,0,0,0,11\n";
+        0,0.0,1,16,9.5\n16,0.0,0,0,11.0\n";
+
+    fn cell() -> SkewCell {
+        SkewCell {
+            prefill_tokens: 0,
+            lever: f64::INFINITY,
+            decode_rows: 32,
+            long_share: 0.05,
+            longest_history: 1024,
+            prefill_history: u32::MAX,
+            alpha: -0.01,
+        }
+    }
 
     #[test]
     fn what_is_written_reads_back() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(MixedAttention::read(folder.path()).unwrap(), None);
+        for text in [TWO.to_owned(), TWO.replace("prefill_history", "prefill_keys")] {
+            std::fs::write(folder.path().join(POINTS), &text).unwrap();
+            let mut mixed = MixedAttention::read(folder.path()).unwrap().unwrap();
+            assert_eq!(mixed.prefill_axis == PrefillAxis::Keys, text.contains("keys"));
+            assert_eq!(mixed.points[0].time_us, 9.5);
+            mixed.skew = vec![cell()];
+            MixedAttention::write(Some(&mixed), folder.path()).unwrap();
+            assert_eq!(std::fs::read_to_string(folder.path().join(POINTS)).unwrap(), text);
+            assert_eq!(MixedAttention::read(folder.path()).unwrap().unwrap(), mixed);
+        }
+    }
+
+    #[test]
+    fn nothing_stays_of_a_profile_that_was_there_before() {
+        let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(POINTS), TWO).unwrap();
-        let mut mixed = MixedAttention::read(folder.path()).unwrap().unwrap();
-        assert_eq!((mixed.points[0].time_us, mixed.skew.len()), (9.5, 0));
-        mixed.skew.push(SkewCell {
-            prefill_tokens: 0,
-            decode_rows: 32,
-            long_share: 0.05,
-            longest_history: 1024,
-            prefill_history: 0,
-            alpha: -0.01,
-        });
-        mixed.write(folder.path()).unwrap();
-        assert_eq!(MixedAttention::read(folder.path()).unwrap().unwrap(), mixed);
+        let uncorrected = MixedAttention::read(folder.path()).unwrap().unwrap();
+        let corrected = MixedAttention { skew: vec![cell()], ..uncorrected.clone() };
+        MixedAttention::write(Some(&corrected), folder.path()).unwrap();
+        MixedAttention::write(Some(&uncorrected), folder.path()).unwrap();
+        assert_eq!(MixedAttention::read(folder.path()).unwrap(), Some(uncorrected));
+        MixedAttention::write(None, folder.path()).unwrap();
+        assert_eq!(MixedAttention::read(folder.path()).unwrap(), None);
     }
 
     #[test]
@@ -154,10 +216,13 @@ mod tests {
         };
         let error = read(TWO.replace("9.5", "-9.5"));
         assert!(error.contains("mixed_attention.csv:2: time_us: found `-9.5`"), "{error}");
-        assert!(read(TWO.replace("16,0,0,0,11\n", "")).contains("one kind of pass only"));
+        assert!(read(TWO.replace("16,0.0,0,0,11.0\n", "")).contains("one kind of pass only"));
+        assert!(read(TWO.replace("decode_rows", "rows")).contains("expected columns `prefill_tokens,prefill_history,"));
         std::fs::write(folder.path().join(POINTS), TWO).unwrap();
-        std::fs::write(folder.path().join(SKEW), format!("{}\n0,32,2,1024,0,0.1\n", SKEW_COLUMNS.join(","))).unwrap();
+        let mut mixed = MixedAttention::read(folder.path()).unwrap().unwrap();
+        mixed.skew = vec![SkewCell { long_share: 2.0, ..cell() }];
+        MixedAttention::write(Some(&mixed), folder.path()).unwrap();
         let error = MixedAttention::read(folder.path()).unwrap_err().to_string();
-        assert!(error.contains("skew.csv:2: long_share: found `2`, expected a share"), "{error}");
+        assert!(error.contains("skew.csv:2: long_share: found `2.0`, expected a share"), "{error}");
     }
 }

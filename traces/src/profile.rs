@@ -254,9 +254,7 @@ impl LatencyProfile {
         }
         std::fs::create_dir_all(folder).map_err(TraceError::io("create", folder))?;
         write_rows(&path, COLUMNS, &self.points)?;
-        if let Some(mixed) = &self.mixed_attention {
-            mixed.write(folder)?;
-        }
+        MixedAttention::write(self.mixed_attention.as_ref(), folder)?;
         write_yaml(&folder.join("profile.yaml"), &self.meta)
     }
 }

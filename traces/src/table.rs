@@ -22,7 +22,7 @@ pub enum Owner {
 /// A CSV file whose columns are known by their place in `columns`.
 pub struct Table {
     path: PathBuf,
-    columns: &'static [&'static str],
+    columns: Vec<&'static str>,
     /// Place in the file of each of `columns`.
     places: Vec<usize>,
     reader: csv::Reader<File>,
@@ -34,7 +34,7 @@ impl Table {
     ///
     /// # Errors
     /// If it cannot be read, or lacks a column.
-    pub fn open(path: &Path, columns: &'static [&'static str], owner: Owner) -> Result<Self> {
+    pub fn open(path: &Path, columns: &[&'static str], owner: Owner) -> Result<Self> {
         Self::open_optional(path, columns, columns.len(), owner)
     }
 
@@ -42,7 +42,7 @@ impl Table {
     ///
     /// # Errors
     /// As for [`open`](Self::open).
-    pub fn open_optional(path: &Path, columns: &'static [&'static str], optional: usize, owner: Owner) -> Result<Self> {
+    pub fn open_optional(path: &Path, columns: &[&'static str], optional: usize, owner: Owner) -> Result<Self> {
         let mut file = File::open(path).map_err(TraceError::io("read", path))?;
         if owner == Owner::Us {
             check_ends_with_newline(&mut file, path, columns)?;
@@ -56,7 +56,7 @@ impl Table {
         let exact = header.iter().eq(columns.iter().map(|name| name.as_bytes()));
         match places {
             Some(places) if exact || owner == Owner::Others => {
-                Ok(Self { path: path.to_owned(), columns, places, reader, record: ByteRecord::new() })
+                Ok(Self { path: path.to_owned(), columns: columns.to_vec(), places, reader, record: ByteRecord::new() })
             }
             _ => Err(TraceError::Line {
                 path: path.to_owned(),
@@ -83,6 +83,17 @@ impl Table {
             Err(error) => Err(from_csv(&self.path, error)),
         }
     }
+}
+
+/// The names of the columns of a CSV file.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn read_header(path: &Path) -> Result<Vec<String>> {
+    let file = File::open(path).map_err(TraceError::io("read", path))?;
+    let mut reader = csv::ReaderBuilder::new().from_reader(file);
+    let header = reader.byte_headers().map_err(|error| from_csv(path, error))?;
+    Ok(header.iter().map(|name| String::from_utf8_lossy(name.trim_ascii()).into_owned()).collect())
 }
 
 /// A row of a [`Table`].

@@ -24,15 +24,16 @@ enum Tables {
 
 /// From tables by kind of layer, as LLMServingSim's profiler writes them
 ///
-/// The folder holds dense.csv, per_sequence.csv, attention.csv and perhaps skew_fit.csv, or a folder tp1 with them.
+/// The folder holds dense.csv, per_sequence.csv, attention.csv and perhaps skew_fit.csv and meta.yaml, or a folder tp1
+/// with them.
 #[derive(Debug, clap::Args)]
 struct LayerArgs {
     /// Folder of the tables
     #[arg(value_name = "TABLES")]
     tables: PathBuf,
-    /// Name of the device that was measured
-    #[arg(long, default_value = "as measured")]
-    device: String,
+    /// Name of the device that was measured, if not that in the tables' meta.yaml
+    #[arg(long)]
+    device: Option<String>,
     /// Memory of the device, such as 24GB or 24GiB
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     device_memory: Option<u64>,
@@ -90,7 +91,9 @@ pub fn run(args: Args) -> Result<()> {
         Tables::LayerTables(args) => {
             let common = &args.common;
             let shape = common.shape()?;
-            let mut profile = LayerTables::read(&args.tables)?.profile(&shape, &args.device, "kernel tables");
+            let tables = LayerTables::read(&args.tables)?;
+            let device = args.device.as_deref().or(tables.device()).unwrap_or("as measured");
+            let mut profile = tables.profile(&shape, device);
             let (device_bytes, other_bytes) = (args.device_memory, args.other_memory);
             profile.meta.memory = Some(MemoryFigures { device_bytes, other_bytes, ..memory_figures(&shape) });
             common.write(&profile)

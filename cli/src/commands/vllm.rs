@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use import::vllm::RequestTimes;
+use anyhow::Result;
+use import::comparison::RequestTimes;
 use import::{Comparison, MeasuredRun};
 use simulator::metrics::{PassRow, RequestRow};
 use simulator::{ExitModel, LatencyModel, Metrics, Simulation, write_csv};
@@ -37,19 +37,25 @@ pub fn run(args: Args) -> Result<()> {
     let measured = MeasuredRun::read(&args.run, args.num_blocks)?;
     let options = ReadOptions { prefix_block_tokens: measured.settings.block_tokens, ..ReadOptions::default() };
     let workload = args.workload.unwrap_or_else(|| args.run.join("workload.jsonl"));
-    let requests = RequestTrace::read_with(workload, &options)?;
+    let requests = measured.as_served(&RequestTrace::read_with(workload, &options)?)?;
     let profile = LatencyProfile::read(&args.profile)?;
 
     let latency = LatencyModel::new(&profile)?;
     let exits = ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?;
     let mut metrics = Metrics::new(&measured.settings).with_requests().with_passes();
-    let prefixes = Arc::new(requests.prefix_hashes.clone().context("the requests have no token ids or hashes")?);
-    let simulation = Simulation::new(measured.settings, &latency, &exits)?.with_prefixes(&prefixes);
+    let prefixes = requests.prefix_hashes.map(Arc::new);
+    let mut simulation = Simulation::new(measured.settings, &latency, &exits)?;
+    if let Some(prefixes) = &prefixes {
+        simulation = simulation.with_prefixes(prefixes);
+    }
     let outcome = simulation.run(requests.requests.iter().copied(), std::slice::from_mut(&mut metrics))?;
 
     let simulated: Vec<RequestTimes> = metrics.requests().map(|request| times(request, metrics.passes())).collect();
     let comparison = Comparison::new(&measured.requests, &simulated);
     println!("{comparison}");
+    if !measured.assumptions.is_empty() {
+        println!("assumed, since meta.json does not say: {}", measured.assumptions.join("; "));
+    }
     let summary = simulation.summary(&metrics, &outcome);
     println!("preemptions: {}", summary.preemptions);
     if let Some(share) = summary.prefix_hit_rate {
