@@ -9,7 +9,7 @@ use import::comparison::RequestTimes;
 use import::{Comparison, LayerTables, MeasuredRun, ModelShape};
 use scheduler::Settings;
 use simulator::{ExitModel, LatencyModel, Metrics, Simulation};
-use traces::{LatencyProfile, MixedAttention, PrefixHashes, ReadOptions, RequestTrace};
+use traces::{LatencyProfile, PrefixHashes, ReadOptions, RequestTrace};
 
 fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/gpu/rtx4090-llama-3.1-8b")
@@ -37,9 +37,9 @@ impl Run {
     }
 
     /// The same run without one rule.
-    fn without(&self, rule: impl Fn(&mut Settings, &mut MixedAttention)) -> Self {
+    fn without(&self, rule: impl Fn(&mut Settings)) -> Self {
         let mut run = self.clone();
-        rule(&mut run.measured.settings, run.profile.mixed_attention.as_mut().unwrap());
+        rule(&mut run.measured.settings);
         run
     }
 
@@ -80,9 +80,8 @@ fn a_simulation_from_kernel_tables_matches_the_measured_run() {
         println!("\nLLMServingSim's own prediction of the run, in milliseconds:\n{other}");
     }
     for (rule, without) in [
-        ("prefix caching", run.without(|settings, _| settings.prefix_caching = false)),
-        ("asynchronous scheduling", run.without(|settings, _| settings.async_scheduling = false)),
-        ("the correction for uneven histories", run.without(|_, profile| profile.skew.clear())),
+        ("prefix caching", run.without(|settings| settings.prefix_caching = false)),
+        ("asynchronous scheduling", run.without(|settings| settings.async_scheduling = false)),
     ] {
         let without = Comparison::new(&run.measured.requests, &without.simulate());
         let errors = BARS.map(|(metric, _)| format!("{metric} {:+.2}%", 100.0 * without.error(metric).unwrap()));

@@ -178,7 +178,9 @@ impl AttentionModel {
 
 impl ByRows {
     fn new(points: &[&MixedPoint]) -> Self {
-        let mut by_rows: BTreeMap<u32, Vec<(f64, BTreeMap<u32, f64>)>> = BTreeMap::new();
+        /// By context, times by history.
+        type Slices = Vec<(f64, BTreeMap<u32, f64>)>;
+        let mut by_rows: BTreeMap<u32, Slices> = BTreeMap::new();
         for point in points {
             let slices = by_rows.entry(point.decode_rows).or_default();
             let place = slices.partition_point(|slice| slice.0 < point.prefill_context);
@@ -187,9 +189,7 @@ impl ByRows {
             }
             slices[place].1.insert(point.decode_history, point.time_us * 1e3);
         }
-        let curves = |slices: Vec<(f64, BTreeMap<u32, f64>)>| {
-            slices.into_iter().map(|(context, curve)| (context, Curve::new(curve))).collect()
-        };
+        let curves = |slices: Slices| slices.into_iter().map(|(context, curve)| (context, Curve::new(curve))).collect();
         Self {
             least: Least::of(points.iter().copied()),
             slices: by_rows.into_iter().map(|(rows, slices)| (rows.into(), curves(slices))).collect(),
