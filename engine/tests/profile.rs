@@ -4,7 +4,8 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{grouped, weights};
+use common::{grouped, weights, with_everything};
+use engine::config::ModelConfig;
 use engine::executor::Sampling;
 use engine::kernels::linear::WeightType;
 use engine::model::Model;
@@ -13,9 +14,9 @@ use engine::prompts::Prompts;
 use engine::replay::Engine;
 use traces::Component;
 
-fn engine() -> Engine {
+fn engine(config: &ModelConfig) -> Engine {
     Engine {
-        model: Arc::new(Model::load(&weights(&grouped(), 5), WeightType::F32).unwrap()),
+        model: Arc::new(Model::load(&weights(config, 5), WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text((0..40).collect())),
         sampling: Sampling::default(),
     }
@@ -24,7 +25,7 @@ fn engine() -> Engine {
 #[test]
 fn a_profile_covers_every_component_up_to_its_limits() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
-    let mut profiler = Profiler::new(&engine(), grid).unwrap();
+    let mut profiler = Profiler::new(&engine(&grouped()), grid).unwrap();
     let mut done = Vec::new();
     for _ in 0..2 {
         profiler.round(|count, of| done.push((count, of))).unwrap();
@@ -58,8 +59,17 @@ fn a_profile_covers_every_component_up_to_its_limits() {
 }
 
 #[test]
+fn keys_and_values_before_and_after_the_loops_count() {
+    let grid = Grid::up_to(Limits { rows: 3, decodes: 2, history: 4, chunk: 3 });
+    let mut profiler = Profiler::new(&engine(&with_everything()), grid).unwrap();
+    profiler.round(|_, _| ()).unwrap();
+    // A layer of prelude, and at each of three depths two of block and two of coda.
+    assert_eq!(profiler.finish("test", "a test").meta.kv_bytes_per_token, (1 + 3 * (2 + 2)) * 2 * (8 + 32) * 4);
+}
+
+#[test]
 fn a_grid_beyond_the_models_positions_is_refused() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 120, chunk: 12 });
-    let message = Profiler::new(&engine(), grid).map(|_| ()).unwrap_err().to_string();
+    let message = Profiler::new(&engine(&grouped()), grid).map(|_| ()).unwrap_err().to_string();
     assert!(message.contains("needs 132 positions, the model has 128"), "{message}");
 }

@@ -1,4 +1,4 @@
-//! The serving model gives the logits of the reference, at every position and depth, however a prompt is cut.
+//! The serving model gives the logits and gates of the reference, at every position and depth, however a prompt is cut.
 
 mod common;
 
@@ -9,16 +9,25 @@ use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
 use engine::reference::Reference;
+use engine::weights::Weights;
 use proptest::prelude::*;
 
-/// Logits `[tokens][vocab]` by depth, of a sequence that runs in chunks.
-fn chunked_logits(model: &Model, tokens: &[u32], chunk: usize) -> Vec<Vec<Vec<f32>>> {
+/// What a model says of a sequence: by depth and token, the logits, and where it has gates their scores.
+#[derive(Debug, PartialEq)]
+struct Answers {
+    logits: Vec<Vec<Vec<f32>>>,
+    gates: Vec<Vec<f32>>,
+}
+
+/// The serving model's answers of a sequence that runs in chunks.
+fn answers_in_chunks(model: &Model, tokens: &[u32], chunk: usize) -> Answers {
     let config = model.config();
     let cache = KvCache::new(config, 8, 16, &Device::Cpu).unwrap();
     let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu).unwrap();
     // Blocks out of order, as a scheduler may hand them out.
     let blocks = [3, 0, 7, 1, 2, 6, 5, 4];
-    let mut logits = vec![Vec::new(); config.num_loops];
+    let gated = if config.gate { config.num_loops - 1 } else { 0 };
+    let mut answers = Answers { logits: vec![Vec::new(); config.num_loops], gates: vec![Vec::new(); gated] };
     for (index, part) in tokens.chunks(chunk).enumerate() {
         let sources: Vec<Source> = part.iter().map(|&token| Source::First(token)).collect();
         let rows = |depth| {
@@ -28,35 +37,55 @@ fn chunked_logits(model: &Model, tokens: &[u32], chunk: usize) -> Vec<Vec<Vec<f3
             rows
         };
         let hidden = model.embed(&nothing, &sources, &rows(0), &cache).unwrap();
-        for (depth, logits) in logits.iter_mut().enumerate() {
+        for depth in 0..config.num_loops {
             let rows = rows(depth);
             model.forward_block(&hidden, &rows, &cache).unwrap();
             let exits = model.forward_coda(&hidden, &rows, &cache).unwrap();
-            logits.extend(model.logits(&exits, &rows, &cache).unwrap().to_vec2::<f32>().unwrap());
+            answers.logits[depth].extend(model.logits(&exits, &rows, &cache).unwrap().to_vec2::<f32>().unwrap());
+            if let Some(gates) = answers.gates.get_mut(depth) {
+                gates.extend(model.gate_scores(&hidden, &rows).unwrap().to_vec1::<f32>().unwrap());
+            }
         }
     }
-    logits
+    answers
+}
+
+/// The reference's answers.
+fn reference_answers(weights: &Weights, tokens: &[u32]) -> Answers {
+    let reference = Reference::new(weights).unwrap();
+    let tokens = Tensor::from_slice(tokens, (1, tokens.len()), &Device::Cpu).unwrap();
+    let sigmoid = |logits: Tensor| {
+        let logits = logits.to_vec1::<f32>().unwrap();
+        logits.into_iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect()
+    };
+    let states = reference.hidden_states(&tokens).unwrap();
+    let gates = states.iter().enumerate().filter_map(|(depth, hidden)| reference.gate_logits(hidden, depth).unwrap());
+    let logits = reference.forward(&tokens).unwrap();
+    Answers {
+        logits: logits.iter().map(|logits| logits.to_vec2::<f32>().unwrap()).collect(),
+        gates: gates.map(sigmoid).collect(),
+    }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
-    fn logits_equal_the_reference(
+    fn logits_and_gates_equal_the_reference(
         config in configs(), seed in 0_u64..1000, length in 1_usize..100, chunk in 1_usize..100,
     ) {
         let weights = weights(&config, seed);
         let tokens: Vec<u32> = (0..length).map(|i| (i * i * 31 + i * 7) as u32 % config.vocab_size as u32).collect();
-        let found = chunked_logits(&Model::load(&weights, WeightType::F32).unwrap(), &tokens, chunk);
-        let input = Tensor::from_vec(tokens.clone(), (1, length), &Device::Cpu).unwrap();
-        let expected = Reference::new(&weights).unwrap().forward(&input).unwrap();
-        for (found, expected) in found.iter().zip(&expected) {
-            let expected = expected.to_vec2::<f32>().unwrap();
-            for (found, expected) in found.iter().zip(&expected) {
-                let scale = expected.iter().fold(0_f32, |scale, logit| scale.max(logit.abs()));
-                for (found, expected) in found.iter().zip(expected) {
-                    prop_assert!((found - expected).abs() <= 1e-4 * scale, "{found} is not {expected} (of {scale})");
-                }
+        let found = answers_in_chunks(&Model::load(&weights, WeightType::F32).unwrap(), &tokens, chunk);
+        let expected = reference_answers(&weights, &tokens);
+        prop_assert_eq!(found.gates.len(), expected.gates.len());
+        for (found, expected) in found.gates.iter().flatten().zip(expected.gates.iter().flatten()) {
+            prop_assert!((found - expected).abs() <= 1e-4, "gate {found} is not {expected}");
+        }
+        for (found, expected) in found.logits.iter().flatten().zip(expected.logits.iter().flatten()) {
+            let scale = expected.iter().fold(0_f32, |scale, logit| scale.max(logit.abs()));
+            for (found, expected) in found.iter().zip(expected) {
+                prop_assert!((found - expected).abs() <= 1e-4 * scale, "{found} is not {expected} (of {scale})");
             }
         }
     }
@@ -65,6 +94,6 @@ proptest! {
     fn chunking_changes_no_bit(config in configs(), seed in 0_u64..1000, length in 1_usize..100, chunk in 1_usize..100) {
         let model = Model::load(&weights(&config, seed), WeightType::F32).unwrap();
         let tokens: Vec<u32> = (0..length).map(|i| (i * i * 17 + i) as u32 % config.vocab_size as u32).collect();
-        prop_assert_eq!(chunked_logits(&model, &tokens, chunk), chunked_logits(&model, &tokens, length));
+        prop_assert_eq!(answers_in_chunks(&model, &tokens, chunk), answers_in_chunks(&model, &tokens, length));
     }
 }
