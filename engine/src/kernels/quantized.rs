@@ -334,7 +334,6 @@ mod vnni {
     /// # Safety
     /// The panel and the rows must be as long as the layout says.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
     pub unsafe fn products<const ROWS: usize, const MINIMA: bool>(
         tile: &Tile<'_>,
         row: usize,
