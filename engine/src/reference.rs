@@ -424,17 +424,22 @@ impl Reference {
         }
     }
 
-    /// The learned gate's scores `[rows]` of residual streams `[rows, hidden]` after the loop at `depth`: their sigmoid
-    /// is the probability that leaving here gives the last loop's token. The gate reads the stream through the final
-    /// norm alone, so that asking it is cheap, whatever the coda. None after the last loop, or without gates.
+    /// The residual streams `[rows, hidden]` after any loop through the final norm alone: what gates read.
     ///
     /// # Errors
     /// If `hidden` is of another shape.
-    pub fn gate_logits(&self, hidden: &Tensor, depth: usize) -> Result<Option<Tensor>> {
-        let score = |gate: &Gate| {
-            let scores = self.norm.forward(hidden)?.matmul(&gate.weight)?;
-            scores.squeeze(1)?.broadcast_add(&gate.bias)
-        };
+    pub fn final_norm(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.norm.forward(hidden)
+    }
+
+    /// The learned gate's scores `[rows]` of rows `[rows, hidden]` from [`Reference::final_norm`] after the loop at
+    /// `depth`: their sigmoid is the probability that leaving here gives the last loop's token. The gate does not read
+    /// the coda's output, so that asking it is cheap. None after the last loop, or without gates.
+    ///
+    /// # Errors
+    /// If `normed` is of another shape.
+    pub fn gate_logits(&self, normed: &Tensor, depth: usize) -> Result<Option<Tensor>> {
+        let score = |gate: &Gate| normed.matmul(&gate.weight)?.squeeze(1)?.broadcast_add(&gate.bias);
         self.gates.get(depth).map(score).transpose()
     }
 
@@ -613,8 +618,8 @@ mod tests {
         let tokens = Tensor::new(&[[1u32, 2, 3, 4, 5, 6], [9, 8, 7, 1, 0, 10]], &Device::Cpu).unwrap();
         let states = model.hidden_states(&tokens).unwrap();
         let mut outputs = model.forward(&tokens).unwrap();
-        let gates = states.iter().enumerate().filter_map(|(depth, hidden)| model.gate_logits(hidden, depth).unwrap());
-        outputs.extend(gates);
+        let gate = |(depth, hidden)| model.gate_logits(&model.final_norm(hidden).unwrap(), depth).unwrap();
+        outputs.extend(states.iter().enumerate().filter_map(gate));
         let weigh = |(output, y): (usize, &Tensor)| {
             let weight = |i| ((i * 31 + output * 7) as f32).sin();
             let weights = Tensor::from_iter((0..y.elem_count()).map(weight), &Device::Cpu).unwrap();

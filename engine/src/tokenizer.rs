@@ -117,6 +117,19 @@ impl Tokenizer {
         self.0.decode(ids, false).map_err(TokenizerError::Library)
     }
 
+    /// Id of a token by its own text, such as `<|endoftext|>`, if it is known.
+    pub fn id_of(&self, token: &str) -> Option<u32> {
+        self.0.token_to_id(token)
+    }
+
+    /// The text of its `tokenizer.json`.
+    ///
+    /// # Errors
+    /// If the library refuses.
+    pub fn to_json(&self) -> Result<String, TokenizerError> {
+        self.0.to_string(false).map_err(TokenizerError::Library)
+    }
+
     /// Number of tokens known.
     pub fn vocab_size(&self) -> usize {
         self.0.get_vocab_size(true)

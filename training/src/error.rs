@@ -1,11 +1,11 @@
 //! Why training could not go on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why training could not start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainingError {
-    /// An option is out of range.
+    /// An option is out of range or contradicts another.
     #[error("option `{option}` is {found}, expected {expected}")]
     Option {
         /// Name of the option.
@@ -14,6 +14,14 @@ pub enum TrainingError {
         found: String,
         /// What is allowed.
         expected: String,
+    },
+    /// A run's description does not read.
+    #[error("{}: {source}", path.display())]
+    Description {
+        /// The file.
+        path: PathBuf,
+        /// Which key, and what is wrong with it.
+        source: serde_yaml::Error,
     },
     /// A text has too few tokens for one window.
     #[error("the {role} text has {found} tokens, expected more than the sequence length of {expected}")]
@@ -24,6 +32,18 @@ pub enum TrainingError {
         found: usize,
         /// Sequence length.
         expected: usize,
+    },
+    /// A line of a text is no text.
+    #[error("{}:{line}: found {found}, expected {expected}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What the line holds.
+        found: String,
+        /// What it should hold.
+        expected: String,
     },
     /// The loss is no longer a number.
     #[error("step {step}: the loss is {loss}; lower the learning rate")]
@@ -102,4 +122,11 @@ pub enum TrainingError {
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+impl TrainingError {
+    /// What the system said of a file.
+    pub(crate) fn in_file(path: &Path, source: impl Into<std::io::Error>) -> Self {
+        Self::File { path: path.to_owned(), source: source.into() }
+    }
 }

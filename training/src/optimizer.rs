@@ -1,40 +1,136 @@
 //! AdamW with gradient clipping, and the learning rate's course over a run.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
+
+use crate::error::TrainingError;
+use crate::trainer::options::{check, check_weight};
 
 /// Options of the optimizer.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct AdamWOptions {
     /// Learning rate at its peak, after warm-up.
     pub peak_learning_rate: f64,
     /// Steps of linear warm-up.
     pub warmup_steps: usize,
-    /// Share of a matrix that is taken off per step and unit of learning rate. Norms are exempt.
+    /// The learning rate's course after warm-up.
+    pub schedule: Schedule,
+    /// Share of a matrix that is taken off per step and unit of learning rate. Norms and biases are exempt.
     pub weight_decay: f64,
     /// Norm of all gradients together above which they are scaled down to it.
     pub clip_norm: f64,
 }
 
+impl Default for AdamWOptions {
+    fn default() -> Self {
+        Self {
+            peak_learning_rate: 2e-3,
+            warmup_steps: 100,
+            schedule: Schedule::Cosine,
+            weight_decay: 0.1,
+            clip_norm: 1.0,
+        }
+    }
+}
+
+/// The learning rate's course after warm-up: `cosine` or `trapezoid:COOLDOWN_STEPS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Schedule {
+    /// Half a cosine from the peak down, over all steps that are left.
+    Cosine,
+    /// The peak, then a linear fall over this many last steps (arXiv 2405.18392).
+    Trapezoid {
+        /// Steps of the fall.
+        cooldown_steps: usize,
+    },
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cosine => f.write_str("cosine"),
+            Self::Trapezoid { cooldown_steps } => write!(f, "trapezoid:{cooldown_steps}"),
+        }
+    }
+}
+
+impl FromStr for Schedule {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cosine" => Some(Self::Cosine),
+            Some(("trapezoid", steps)) => steps.parse().ok().map(|cooldown_steps| Self::Trapezoid { cooldown_steps }),
+            _ => None,
+        }
+        .ok_or_else(|| format!("unknown schedule `{text}`: expected cosine or trapezoid:COOLDOWN_STEPS"))
+    }
+}
+
+impl From<Schedule> for String {
+    fn from(schedule: Schedule) -> Self {
+        schedule.to_string()
+    }
+}
+
+impl TryFrom<String> for Schedule {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.98;
 const EPSILON: f64 = 1e-8;
-/// The cosine ends at this share of the peak.
+/// The learning rate ends at this share of the peak.
 const FINAL_SHARE: f64 = 0.02;
 
 impl AdamWOptions {
-    /// The learning rate of a step of a run of `steps`: a linear rise, then half a cosine.
+    /// The learning rate of a step of a run of `steps`: a linear rise, then the schedule.
     pub fn learning_rate(&self, step: usize, steps: usize) -> f64 {
         if step < self.warmup_steps {
             return self.peak_learning_rate * (step + 1) as f64 / self.warmup_steps as f64;
         }
-        let span = (steps - self.warmup_steps).max(1) as f64;
-        let done = (step - self.warmup_steps) as f64 / span;
-        let cosine = (1.0 + (std::f64::consts::PI * done).cos()) / 2.0;
-        self.peak_learning_rate * (FINAL_SHARE + (1.0 - FINAL_SHARE) * cosine)
+        let above_final = match self.schedule {
+            Schedule::Cosine => {
+                let span = (steps - self.warmup_steps).max(1) as f64;
+                let done = (step - self.warmup_steps) as f64 / span;
+                (1.0 + (std::f64::consts::PI * done).cos()) / 2.0
+            }
+            Schedule::Trapezoid { cooldown_steps } => {
+                let left = steps.saturating_sub(step) as f64;
+                (left / cooldown_steps.max(1) as f64).min(1.0)
+            }
+        };
+        self.peak_learning_rate * (FINAL_SHARE + (1.0 - FINAL_SHARE) * above_final)
+    }
+
+    /// Checks the numbers for a run of `steps`.
+    ///
+    /// # Errors
+    /// The first option that is out of range.
+    pub fn check(&self, steps: usize) -> Result<(), TrainingError> {
+        let cooldown = match self.schedule {
+            Schedule::Cosine => 0,
+            Schedule::Trapezoid { cooldown_steps } => cooldown_steps,
+        };
+        let course = self.warmup_steps.saturating_add(cooldown);
+        let expected = format!("with the cool-down at most the {steps} steps");
+        check(course <= steps, "optimizer.warmup_steps", &course, &expected)?;
+        for (option, found) in
+            [("optimizer.peak_learning_rate", self.peak_learning_rate), ("optimizer.clip_norm", self.clip_norm)]
+        {
+            check(found.is_finite() && found > 0.0, option, &found, &"a finite number above 0")?;
+        }
+        check_weight("optimizer.weight_decay", self.weight_decay)
     }
 }
 
@@ -56,14 +152,14 @@ impl Parameter {
     ///
     /// # Errors
     /// If the tensor cannot be copied.
-    pub fn new(value: &Tensor) -> Result<Self> {
+    pub fn new(value: &Tensor) -> candle_core::Result<Self> {
         let zeros = vec![0.0; value.elem_count()];
         Ok(Self { value: Var::from_tensor(value)?, mean: zeros.clone(), square: zeros })
     }
 
     /// One step of AdamW (arXiv 1711.05101, algorithm 2) along `gradient * factor`; `step` counts
     /// from 0.
-    fn update(&mut self, gradient: &Tensor, factor: f32, step: usize, rate: Rate) -> Result<()> {
+    fn update(&mut self, gradient: &Tensor, factor: f32, step: usize, rate: Rate) -> candle_core::Result<()> {
         let mut value: Vec<f32> = self.value.flatten_all()?.to_vec1()?;
         let gradient: Vec<f32> = gradient.flatten_all()?.to_vec1()?;
         let correction = |beta: f64| 1.0 - beta.powi(step as i32 + 1);
@@ -91,18 +187,18 @@ struct Rate {
     decay: f64,
 }
 
-/// Moves all `parameters` one step against `gradients`, which are keyed alike, after clipping.
-/// Returns the norm of the gradients before clipping.
+/// Moves `parameters` one step against `gradients`, which are keyed alike, after clipping; those that the objective does
+/// not depend on have no gradient and stay. Returns the norm of the gradients before clipping.
 ///
 /// # Errors
-/// If a gradient is missing or of another shape.
+/// If a gradient is of another shape.
 pub fn step(
     parameters: &mut Parameters,
     gradients: &BTreeMap<String, Tensor>,
     options: &AdamWOptions,
     step: usize,
     steps: usize,
-) -> Result<f64> {
+) -> candle_core::Result<f64> {
     let mut squares = 0.0;
     for gradient in gradients.values() {
         squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
@@ -111,9 +207,7 @@ pub fn step(
     let factor = (options.clip_norm / norm).min(1.0) as f32;
     let learning = options.learning_rate(step, steps);
     for (name, parameter) in parameters {
-        let Some(gradient) = gradients.get(name) else {
-            candle_core::bail!("no gradient for `{name}`");
-        };
+        let Some(gradient) = gradients.get(name) else { continue };
         let decay = match parameter.value.rank() {
             1 => 0.0,
             _ => options.weight_decay,
@@ -128,8 +222,13 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    const OPTIONS: AdamWOptions =
-        AdamWOptions { peak_learning_rate: 0.1, warmup_steps: 10, weight_decay: 0.5, clip_norm: 1.0 };
+    const OPTIONS: AdamWOptions = AdamWOptions {
+        peak_learning_rate: 0.1,
+        warmup_steps: 10,
+        schedule: Schedule::Cosine,
+        weight_decay: 0.5,
+        clip_norm: 1.0,
+    };
 
     #[test]
     fn the_learning_rate_rises_to_its_peak_and_falls_to_its_final_share() {
@@ -137,6 +236,32 @@ mod tests {
         assert!((OPTIONS.learning_rate(10, 110) - 0.1).abs() < 1e-12);
         assert!((OPTIONS.learning_rate(60, 110) - 0.1 * (1.0 + FINAL_SHARE) / 2.0).abs() < 1e-12);
         assert!((OPTIONS.learning_rate(110, 110) - 0.1 * FINAL_SHARE).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_trapezoid_stays_at_its_peak_until_the_cool_down() {
+        let options = AdamWOptions { schedule: Schedule::Trapezoid { cooldown_steps: 20 }, ..OPTIONS };
+        for (step, share) in [(4, 0.5), (10, 1.0), (80, 1.0), (90, (1.0 + FINAL_SHARE) / 2.0), (100, FINAL_SHARE)] {
+            let found = options.learning_rate(step, 100);
+            assert!((found - 0.1 * share).abs() < 1e-12, "step {step}: {found}");
+        }
+    }
+
+    #[test]
+    fn schedules_read_as_they_are_written() {
+        for schedule in [Schedule::Cosine, Schedule::Trapezoid { cooldown_steps: 30 }] {
+            assert_eq!(schedule.to_string().parse(), Ok(schedule));
+        }
+        let message = "trapezoid".parse::<Schedule>().unwrap_err();
+        assert!(message.contains("`trapezoid`: expected cosine or trapezoid:COOLDOWN_STEPS"), "{message}");
+    }
+
+    #[test]
+    fn a_parameter_without_a_gradient_stays_and_does_not_decay() {
+        let matrix = Tensor::new(&[[2f32, -4.0]], &Device::Cpu).unwrap();
+        let mut parameters = Parameters::from([("matrix".into(), Parameter::new(&matrix).unwrap())]);
+        step(&mut parameters, &BTreeMap::new(), &OPTIONS, 0, 100).unwrap();
+        assert_eq!(parameters["matrix"].value.to_vec2::<f32>().unwrap(), [[2.0, -4.0]]);
     }
 
     /// A first step moves every number by the learning rate against its gradient's sign, whatever

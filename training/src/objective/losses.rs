@@ -1,56 +1,24 @@
-//! The early-exit objective: every loop learns the text, and the earlier loops also learn to say
-//! what the last one says.
-//!
-//! ```text
-//! loss = CE(last) + sum over earlier loops d of [ a CE(d) + b KL(p_last || p_d) ]
-//! ```
-//!
-//! with `p_last` detached, so that the last loop is not drawn towards the earlier ones. The
-//! weighted cross-entropy over exits is that of arXiv 2410.20672, section 2.4.
+//! Losses of a batch, with hand-written gradients where candle's take several passes over the logits.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use engine::differentiable::{exp, max_of, numbers, sum_over};
-use serde::{Deserialize, Serialize};
 
-/// Weights of the earlier loops' terms; the last loop's cross-entropy weighs 1.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ObjectiveWeights {
-    /// Of an earlier loop's cross-entropy.
-    pub intermediate: f64,
-    /// Of an earlier loop's divergence from the last loop.
-    pub distillation: f64,
-}
-
-/// The objective and its parts, scalars averaged over tokens, in nats.
-pub struct Objective {
-    /// What training lowers.
-    pub total: Tensor,
-    /// Cross-entropy of the last loop.
-    pub last: Tensor,
-    /// Divergence of the earlier loops from the last, summed over them; 0 with a single loop.
-    pub divergence: Tensor,
-}
-
-/// The objective of `logits`, one `[rows, vocab]` per loop, for the `targets` `[rows]`.
+/// Mean of `-log p(label)` over `scores` `[rows]`, whose sigmoid is the probability of label 1: with `|score|` in the
+/// exponent, so that no score overflows.
 ///
 /// # Errors
-/// If there is no loop or the shapes do not fit.
-pub fn objective(logits: &[Tensor], targets: &Tensor, weights: ObjectiveWeights) -> Result<Objective> {
-    let Some((last, earlier)) = logits.split_last() else {
-        candle_core::bail!("the objective of no loop, expected at least one");
-    };
-    let last_loss = cross_entropy(last, targets)?;
-    let teacher = last.detach().apply_op1_no_bwd(&Softmax)?;
-    let mut total = last_loss.clone();
-    let mut divergences = Tensor::zeros((), DType::F32, last.device())?;
-    for student in earlier {
-        let divergence = divergence(student, &teacher)?;
-        total = (total + (cross_entropy(student, targets)? * weights.intermediate)?)?;
-        total = (total + (&divergence * weights.distillation)?)?;
-        divergences = (divergences + divergence)?;
-    }
-    Ok(Objective { total, last: last_loss, divergence: divergences.detach() })
+/// If the shapes differ.
+pub fn binary_cross_entropy(scores: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let softplus = (scores.relu()? + (scores.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+    (softplus - (scores * labels)?)?.mean_all()
+}
+
+/// Probabilities of `logits` `[rows, vocab]`, without gradient.
+///
+/// # Errors
+/// If the shape is another.
+pub fn softmax(logits: &Tensor) -> Result<Tensor> {
+    logits.detach().apply_op1_no_bwd(&Softmax)
 }
 
 /// Mean of `-log p(target)` over the rows of `logits` `[rows, vocab]`.
@@ -236,106 +204,11 @@ impl CustomOp2 for Divergence {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use super::*;
-    use candle_core::{Device, Var};
-    use engine::config::ModelConfig;
-    use engine::reference::Reference;
-    use engine::weights::Weights;
+    use candle_core::{DType, Device, Var};
 
-    const WEIGHTS: ObjectiveWeights = ObjectiveWeights { intermediate: 0.3, distillation: 0.7 };
-
-    fn tiny() -> ModelConfig {
-        ModelConfig {
-            vocab_size: 13,
-            hidden_size: 8,
-            intermediate_size: 12,
-            num_heads: 4,
-            num_kv_heads: 2,
-            head_dim: 4,
-            block_layers: 2,
-            num_loops: 3,
-            tie_embeddings: true,
-            max_positions: 8,
-            ..ModelConfig::default()
-        }
-    }
-
-    fn scalar(x: &Tensor) -> f32 {
+    fn number(x: &Tensor) -> f32 {
         x.to_scalar().unwrap()
-    }
-
-    /// The objective as in its formula, with the teacher given.
-    fn formula(logits: &[Tensor], targets: &Tensor, teacher: &Tensor) -> f32 {
-        let mut total = scalar(&cross_entropy(&logits[2], targets).unwrap());
-        for student in &logits[..2] {
-            total += 0.3 * scalar(&cross_entropy(student, targets).unwrap());
-            total += 0.7 * scalar(&divergence(student, teacher).unwrap());
-        }
-        total
-    }
-
-    #[test]
-    fn gradients_equal_finite_differences_with_the_teacher_held_fixed() {
-        let start = Weights::random(tiny(), 5).unwrap();
-        // Larger embeddings make the loops differ, so that every term of the objective counts.
-        let mut variables: HashMap<String, Var> = HashMap::new();
-        for (name, tensor) in start.tensors() {
-            let factor = if name == "embed_tokens.weight" { 20.0 } else { 1.0 };
-            let variable = Var::from_tensor(&(tensor * factor).unwrap()).unwrap();
-            variables.insert(name.clone(), variable);
-        }
-        let tensors = variables.iter().map(|(name, v)| (name.clone(), v.as_tensor().clone()));
-        let weights = Weights::from_tensors(tiny(), tensors.collect(), "test").unwrap();
-        let model = Reference::new(&weights).unwrap();
-        let inputs = Tensor::new(&[[1u32, 2, 3, 4, 5], [9, 12, 0, 3, 3]], &Device::Cpu).unwrap();
-        let targets = Tensor::new(&[2u32, 3, 4, 5, 6, 12, 0, 3, 3, 1], &Device::Cpu).unwrap();
-
-        let logits = model.forward(&inputs).unwrap();
-        let teacher = candle_nn::ops::softmax(&logits[2].detach(), 1).unwrap();
-        let found = objective(&logits, &targets, WEIGHTS).unwrap();
-        assert!((scalar(&found.total) - formula(&logits, &targets, &teacher)).abs() < 1e-5);
-        assert!(scalar(&found.divergence) > 0.01, "the loops hardly differ");
-        let gradients = found.total.backward().unwrap();
-
-        for (name, variable) in &variables {
-            let start = variable.as_tensor().copy().unwrap();
-            let direction = start.randn_like(0.0, 1.0).unwrap();
-            let gradient = gradients.get(variable).unwrap();
-            let slope = scalar(&(gradient * &direction).unwrap().sum_all().unwrap());
-            let along = |step: f64| {
-                variable.set(&(&start + (&direction * step).unwrap()).unwrap()).unwrap();
-                formula(&model.forward(&inputs).unwrap(), &targets, &teacher)
-            };
-            let (step, size) = (2e-3, scalar(&direction.sqr().unwrap().sum_all().unwrap()).sqrt());
-            let step = step / f64::from(size) * 4.0;
-            let difference = (along(step) - along(-step)) / (2.0 * step) as f32;
-            variable.set(&start).unwrap();
-            let scale = scalar(&gradient.sqr().unwrap().sum_all().unwrap()).sqrt() * size;
-            assert!(
-                (slope - difference).abs() < 5e-3 * scale,
-                "{name}: gradient gives {slope}, finite difference {difference}"
-            );
-        }
-    }
-
-    #[test]
-    fn distillation_leaves_the_last_loop_alone() {
-        let logits = |seed: f32| {
-            let numbers: Vec<f32> = (0..12).map(|i| (seed * i as f32).sin()).collect();
-            Var::from_tensor(&Tensor::from_vec(numbers, (3, 4), &Device::Cpu).unwrap()).unwrap()
-        };
-        let (earlier, last) = (logits(1.3), logits(2.1));
-        let targets = Tensor::new(&[0u32, 3, 1], &Device::Cpu).unwrap();
-        let gradient_of_last = |distillation| {
-            let weights = ObjectiveWeights { intermediate: 0.0, distillation };
-            let loops = [earlier.as_tensor().clone(), last.as_tensor().clone()];
-            let total = objective(&loops, &targets, weights).unwrap().total;
-            let gradients = total.backward().unwrap();
-            gradients.get(&last).unwrap().to_vec2::<f32>().unwrap()
-        };
-        assert_eq!(gradient_of_last(5.0), gradient_of_last(0.0));
     }
 
     #[test]
@@ -344,7 +217,23 @@ mod tests {
         let targets = Tensor::new(&[0u32, 28, 5, 5, 9, 1, 2], &Device::Cpu).unwrap();
         let expected = candle_nn::loss::cross_entropy(&logits, &targets).unwrap();
         let found = cross_entropy(&logits, &targets).unwrap();
-        assert!((scalar(&found) - scalar(&expected)).abs() < 1e-5);
+        assert!((number(&found) - number(&expected)).abs() < 1e-5);
+    }
+
+    #[test]
+    fn binary_cross_entropy_neither_overflows_nor_loses_small_probabilities() {
+        let pairs = [(0f32, 1f32), (2.0, 0.0), (-3.0, 1.0), (200.0, 1.0), (-200.0, 1.0)];
+        let scores = Var::new(&pairs.map(|(score, _)| score), &Device::Cpu).unwrap();
+        let labels = Tensor::new(&pairs.map(|(_, label)| label), &Device::Cpu).unwrap();
+        let loss = binary_cross_entropy(&scores, &labels).unwrap();
+        let softplus = |x: f32| x.exp().ln_1p();
+        let expected = [softplus(0.0), softplus(2.0), softplus(3.0), 0.0, 200.0].iter().sum::<f32>() / 5.0;
+        assert!((number(&loss) - expected).abs() < 1e-4, "{loss}");
+        let gradient = loss.backward().unwrap().get(&scores).unwrap().to_vec1::<f32>().unwrap();
+        for (gradient, (score, label)) in gradient.iter().zip(pairs) {
+            let expected = (1.0 / (1.0 + (-score).exp()) - label) / 5.0;
+            assert!((gradient - expected).abs() < 1e-5, "{score}: {gradient}, expected {expected}");
+        }
     }
 
     #[test]

@@ -1,0 +1,158 @@
+//! Options of the objective, and what they may be.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use engine::config::ModelConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::error::TrainingError;
+use crate::trainer::options::{check, check_weight};
+
+/// Options of the objective.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ObjectiveOptions {
+    /// Coefficients c_i of the loops' losses.
+    pub exits: ExitCoefficients,
+    /// Weight a of next-token cross-entropy.
+    pub cross_entropy: f64,
+    /// Knowledge distillation from a full-size teacher, if any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<TeacherOptions>,
+    /// Weight d of the divergence of an earlier loop from the last.
+    pub self_distillation: f64,
+    /// Training of the gates, if any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gate: Option<GateOptions>,
+}
+
+impl Default for ObjectiveOptions {
+    fn default() -> Self {
+        Self { exits: ExitCoefficients::Last, cross_entropy: 1.0, teacher: None, self_distillation: 0.0, gate: None }
+    }
+}
+
+/// Coefficients of the loops' losses: `last`, `weighted` or `aggressive:INTERMEDIATE`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ExitCoefficients {
+    /// 1 for the last loop, 0 for the others.
+    Last,
+    /// `i / (1 + 2 + ... + loops)` for the `i`-th loop.
+    Weighted,
+    /// 1 for the last loop, this for the others.
+    Aggressive(f64),
+}
+
+/// A teacher, and how much it counts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TeacherOptions {
+    /// Its model folder.
+    pub model: PathBuf,
+    /// Weight b of the divergence from it.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// Temperature T of both distributions.
+    #[serde(default = "one")]
+    pub temperature: f64,
+}
+
+/// How the gates are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GateOptions {
+    /// Weight g of the gates' binary cross-entropy.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// Whether it also trains what the gates read, rather than the gates alone.
+    #[serde(default)]
+    pub through: bool,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl ExitCoefficients {
+    /// The coefficient of each loop, first to last.
+    pub fn of(self, num_loops: usize) -> Vec<f64> {
+        let sum = (num_loops * (num_loops + 1) / 2) as f64;
+        let coefficient = |number: usize| match self {
+            Self::Weighted => number as f64 / sum,
+            _ if number == num_loops => 1.0,
+            Self::Aggressive(intermediate) => intermediate,
+            Self::Last => 0.0,
+        };
+        (1..=num_loops).map(coefficient).collect()
+    }
+}
+
+impl fmt::Display for ExitCoefficients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Last => f.write_str("last"),
+            Self::Weighted => f.write_str("weighted"),
+            Self::Aggressive(intermediate) => write!(f, "aggressive:{intermediate}"),
+        }
+    }
+}
+
+impl FromStr for ExitCoefficients {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.split_once(':')) {
+            ("last", _) => Some(Self::Last),
+            ("weighted", _) => Some(Self::Weighted),
+            (_, Some(("aggressive", intermediate))) => intermediate.parse().ok().map(Self::Aggressive),
+            _ => None,
+        }
+        .ok_or_else(|| format!("unknown exits `{text}`: expected last, weighted or aggressive:COEFFICIENT"))
+    }
+}
+
+impl From<ExitCoefficients> for String {
+    fn from(exits: ExitCoefficients) -> Self {
+        exits.to_string()
+    }
+}
+
+impl TryFrom<String> for ExitCoefficients {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl ObjectiveOptions {
+    /// Checks the weights, on their own and against the model.
+    ///
+    /// # Errors
+    /// The first option that is out of range.
+    pub fn check(&self, config: &ModelConfig) -> Result<(), TrainingError> {
+        if let ExitCoefficients::Aggressive(intermediate) = self.exits {
+            check_weight("objective.exits", intermediate)?;
+        }
+        check_weight("objective.cross_entropy", self.cross_entropy)?;
+        check_weight("objective.self_distillation", self.self_distillation)?;
+        let distills = self.self_distillation > 0.0;
+        let expected = "0 where objective.exits is last: earlier loops then do not count";
+        check(!distills || self.exits != ExitCoefficients::Last, "objective.self_distillation", &"above 0", &expected)?;
+        if let Some(teacher) = &self.teacher {
+            check_weight("objective.teacher.weight", teacher.weight)?;
+            let temperature = teacher.temperature;
+            let valid = temperature.is_finite() && temperature > 0.0;
+            check(valid, "objective.teacher.temperature", &temperature, &"a finite number above 0")?;
+        }
+        if let Some(gate) = &self.gate {
+            check_weight("objective.gate.weight", gate.weight)?;
+            let gated = config.gate && config.num_loops > 1;
+            check(gated, "objective.gate", &"given", &"none for a model without gates (`gate: true` adds them)")?;
+        }
+        Ok(())
+    }
+}

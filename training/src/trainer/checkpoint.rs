@@ -1,0 +1,118 @@
+//! Checkpoints: all that a run needs to go on as if it had never stopped.
+//!
+//! The state file holds every weight of the model and, for each that is trained, the optimizer's running means, all as
+//! `f32`, and the number of steps taken. What a step draws at random depends on the run's seed and the step alone.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use engine::config::ModelConfig;
+use engine::tokenizer::Tokenizer;
+use engine::weights::{CONFIG_FILE, Stored, TOKENIZER_FILE, Weights, write_then_rename};
+
+use super::{LOSS_FILE, LossRow, Trainer};
+use crate::error::TrainingError;
+
+/// Weights and optimizer state of the latest checkpoint.
+const STATE_FILE: &str = "training-state.safetensors";
+const STEP: &str = "step";
+
+/// The optimizer's running means of gradients and squared gradients, by tensor.
+pub type Means = HashMap<String, (Vec<f32>, Vec<f32>)>;
+
+/// What a checkpoint holds.
+pub struct State {
+    pub weights: Weights,
+    pub means: Means,
+    pub tokenizer: Tokenizer,
+    /// As long as steps were taken.
+    pub curve: Vec<LossRow>,
+}
+
+/// Whether a folder holds a checkpoint.
+pub fn exists(folder: &Path) -> bool {
+    folder.join(STATE_FILE).exists()
+}
+
+/// Writes everything; the state last, so that a state always finds its curve and model.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn save(trainer: &Trainer) -> Result<(), TrainingError> {
+    let folder = &trainer.folder;
+    let stored = if trainer.options.half_precision { Stored::F16 } else { Stored::F32 };
+    trainer.weights.save(folder, stored)?;
+    trainer.tokenizer.save(&folder.join(TOKENIZER_FILE))?;
+    let path = folder.join(LOSS_FILE);
+    write_then_rename(&path, |part| -> std::io::Result<()> {
+        let mut file = csv::Writer::from_path(part)?;
+        for row in &trainer.curve {
+            file.serialize(row)?;
+        }
+        file.flush()
+    })
+    .map_err(|e| TrainingError::in_file(&path, e))?;
+
+    let mut tensors = HashMap::new();
+    for (name, tensor) in trainer.weights.tensors() {
+        tensors.insert(format!("value.{name}"), tensor.clone());
+    }
+    for (name, parameter) in &trainer.parameters {
+        for (kind, numbers) in [("mean", &parameter.mean), ("square", &parameter.square)] {
+            tensors.insert(format!("{kind}.{name}"), Tensor::new(&numbers[..], &Device::Cpu)?);
+        }
+    }
+    tensors.insert(STEP.to_owned(), Tensor::new(trainer.curve.len() as u32, &Device::Cpu)?);
+    write_then_rename(&folder.join(STATE_FILE), |part| candle_core::safetensors::save(&tensors, part))?;
+    Ok(())
+}
+
+/// Reads the latest checkpoint in `folder`.
+///
+/// # Errors
+/// If a file is missing, unreadable or does not belong to the others.
+pub fn load(folder: &Path) -> Result<State, TrainingError> {
+    let config = ModelConfig::load(&folder.join(CONFIG_FILE)).map_err(engine::weights::WeightsError::from)?;
+    let path = folder.join(STATE_FILE);
+    let wrong = |problem: String| TrainingError::Checkpoint { path: path.clone(), problem };
+    let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu)
+        .map_err(|e| wrong(format!("cannot read the training state: {e}")))?;
+    let step = tensors.remove(STEP).ok_or_else(|| wrong(format!("`{STEP}` is missing")))?;
+    let step = step.to_scalar::<u32>()? as usize;
+
+    let (mut values, mut means, mut squares) = (HashMap::new(), HashMap::new(), HashMap::new());
+    for (name, tensor) in tensors {
+        match name.split_once('.') {
+            Some(("value", name)) => drop(values.insert(name.to_owned(), tensor)),
+            Some(("mean", name)) => drop(means.insert(name.to_owned(), tensor.to_vec1::<f32>()?)),
+            Some(("square", name)) => drop(squares.insert(name.to_owned(), tensor.to_vec1::<f32>()?)),
+            _ => return Err(wrong(format!("unexpected tensor `{name}`"))),
+        }
+    }
+    let mut both = Means::new();
+    for (name, mean) in means {
+        let square = squares.remove(&name);
+        let sizes = (values.get(&name).map(Tensor::elem_count), square.as_ref().map(Vec::len));
+        let fits = sizes == (Some(mean.len()), Some(mean.len()));
+        let square = square.filter(|_| fits).ok_or_else(|| wrong(format!("the means of `{name}` do not fit it")))?;
+        both.insert(name, (mean, square));
+    }
+    let curve = read_curve(&folder.join(LOSS_FILE), step)?;
+    let tokenizer = Tokenizer::load(&folder.join(TOKENIZER_FILE))?;
+    let weights = Weights::from_tensors(config, values, &path.display().to_string())?;
+    Ok(State { weights, means: both, tokenizer, curve })
+}
+
+/// Rows of a loss curve before `step`.
+fn read_curve(path: &Path, step: usize) -> Result<Vec<LossRow>, TrainingError> {
+    let read = || -> csv::Result<Vec<LossRow>> { csv::Reader::from_path(path)?.deserialize().take(step).collect() };
+    let curve = read().map_err(|e| TrainingError::in_file(path, e))?;
+    match curve.len() == step {
+        true => Ok(curve),
+        false => Err(TrainingError::Checkpoint {
+            path: path.to_owned(),
+            problem: format!("{} rows, expected at least {step}", curve.len()),
+        }),
+    }
+}

@@ -1,0 +1,624 @@
+//! The training run: data-parallel steps, looks at the held-out text, checkpoints, and going on from one.
+
+mod checkpoint;
+pub mod options;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use candle_core::Tensor;
+use engine::reference::Reference;
+use engine::tokenizer::Tokenizer;
+use engine::weights::Weights;
+use serde::{Deserialize, Serialize};
+
+use crate::corpus::{Corpus, inputs_and_targets};
+use crate::error::TrainingError;
+use crate::evaluation::{Evaluation, evaluate};
+use crate::objective::{Losses, Objective};
+use crate::optimizer::{self, Parameter, Parameters};
+use options::{TrainingOptions, check, load_teacher};
+
+/// The run's options in its folder.
+pub const OPTIONS_FILE: &str = "training.yaml";
+/// The loss curve, one row per step.
+pub const LOSS_FILE: &str = "loss.csv";
+
+/// Sequences of one backward pass hold about this many tokens, so that its activations stay in a
+/// core's cache; a larger batch sums several passes.
+const TOKENS_PER_BACKWARD: usize = 256;
+/// Of the held-out text, this many tokens are looked at during the run.
+const QUICK_HELD_OUT_TOKENS: usize = 4096;
+
+/// A step of the loss curve. Losses are means over the batch's tokens, in nats.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LossRow {
+    /// Step, from 0.
+    pub step: usize,
+    /// Tokens trained on up to and with this step.
+    pub tokens: usize,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// The objective.
+    pub objective: f64,
+    /// Cross-entropy of the last loop.
+    pub loss_nats_per_token: f64,
+    /// Divergence of the last loop from the teacher, if there is one.
+    pub teacher_nats_per_token: Option<f64>,
+    /// Divergence of the earlier loops from the last, summed over them, if they are trained on it.
+    pub self_distillation_nats_per_token: Option<f64>,
+    /// Binary cross-entropy of the gates, summed over them, if they are trained.
+    pub gate_nats_per_token: Option<f64>,
+    /// Norm of the gradients before clipping.
+    pub gradient_norm: f64,
+    /// Cross-entropy of the last loop on the start of the held-out text after this step, where it was looked at.
+    pub held_out_nats_per_token: Option<f64>,
+}
+
+/// News of a training run.
+pub enum Event<'a> {
+    /// A file is about to be tokenized.
+    Tokenizing(&'a Path),
+    /// A step was taken.
+    Step {
+        /// What it gave.
+        row: &'a LossRow,
+        /// Speed since this process began the run.
+        tokens_per_second: f64,
+        /// Time left at that speed.
+        remaining: Duration,
+    },
+    /// The start of the held-out text was looked at.
+    HeldOut {
+        /// Steps taken.
+        step: usize,
+        /// What was found.
+        evaluation: &'a Evaluation,
+    },
+    /// A checkpoint was written.
+    Checkpoint {
+        /// Steps taken.
+        step: usize,
+    },
+}
+
+/// A training run and all its state.
+pub struct Trainer {
+    options: TrainingOptions,
+    folder: PathBuf,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    held_out: Corpus,
+    quick_held_out: Corpus,
+    objective: Objective,
+    parameters: Parameters,
+    weights: Weights,
+    model: Reference,
+    curve: Vec<LossRow>,
+}
+
+impl Trainer {
+    /// Starts a run in `folder`, which is created.
+    ///
+    /// # Errors
+    /// If an option is out of range, a text or model is unreadable or does not fit, or the folder holds a run already
+    /// or cannot be written.
+    pub fn start(
+        options: TrainingOptions,
+        folder: &Path,
+        report: &mut dyn FnMut(Event),
+    ) -> Result<Self, TrainingError> {
+        if checkpoint::exists(folder) {
+            let problem = "a run is here already; resume it or choose another folder".to_owned();
+            return Err(TrainingError::Checkpoint { path: folder.to_owned(), problem });
+        }
+        let weights = options.model.weights(options.seed)?;
+        options.check(weights.config())?;
+        let tokenizer = options.model.tokenizer(&options.data, weights.config().vocab_size)?;
+        let trainer = Self::new(options, folder, weights, tokenizer, None, report)?;
+        std::fs::create_dir_all(folder).map_err(|e| TrainingError::in_file(folder, e))?;
+        trainer.options.save(&folder.join(OPTIONS_FILE))?;
+        Ok(trainer)
+    }
+
+    /// Goes on from the latest checkpoint in `folder`, to the planned end or to another number of `steps`; the learning
+    /// rate then follows the course of a run of that length from here on.
+    ///
+    /// # Errors
+    /// If the checkpoint is incomplete, if more than `steps` were taken, or as for [`Trainer::start`].
+    pub fn resume(folder: &Path, steps: Option<usize>, report: &mut dyn FnMut(Event)) -> Result<Self, TrainingError> {
+        let path = folder.join(OPTIONS_FILE);
+        let mut options = TrainingOptions::load(&path)?;
+        let state = checkpoint::load(folder)?;
+        options.steps = steps.unwrap_or(options.steps);
+        let (taken, expected) = (state.curve.len(), format!("at least the {} already taken", state.curve.len()));
+        check(options.steps >= taken, "steps", &options.steps, &expected)?;
+        options.check(state.weights.config())?;
+        options.save(&path)?;
+        let (weights, tokenizer, progress) = (state.weights, state.tokenizer, (state.means, state.curve));
+        Self::new(options, folder, weights, tokenizer, Some(progress), report)
+    }
+
+    /// A run from `weights`, with the optimizer's means and the loss curve so far if it goes on.
+    fn new(
+        options: TrainingOptions,
+        folder: &Path,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        progress: Option<(checkpoint::Means, Vec<LossRow>)>,
+        report: &mut dyn FnMut(Event),
+    ) -> Result<Self, TrainingError> {
+        let (mut means, curve) = progress.unwrap_or_default();
+        let (mut parameters, mut tensors) = (Parameters::new(), HashMap::new());
+        for (name, tensor) in weights.tensors() {
+            let mut tensor = tensor.clone();
+            if options.trains(name) {
+                let mut parameter = Parameter::new(&tensor)?;
+                if let Some((mean, square)) = means.remove(name) {
+                    (parameter.mean, parameter.square) = (mean, square);
+                }
+                tensor = parameter.value.as_tensor().clone();
+                parameters.insert(name.clone(), parameter);
+            }
+            tensors.insert(name.clone(), tensor);
+        }
+        let weights = Weights::from_tensors(weights.config().clone(), tensors, "training parameters")?;
+        let vocab_size = weights.config().vocab_size;
+        let teacher = options.objective.teacher.as_ref();
+        let teacher = teacher.map(|teacher| load_teacher(&teacher.model, &tokenizer, vocab_size)).transpose()?;
+        let mut tokenizing = |path: &Path| report(Event::Tokenizing(path));
+        let (corpus, held_out) = options.data.load(&tokenizer, options.seq, &mut tokenizing)?;
+        Ok(Self {
+            objective: Objective::new(options.objective.clone(), teacher),
+            model: Reference::new(&weights)?,
+            quick_held_out: held_out.start(QUICK_HELD_OUT_TOKENS, &tokenizer)?,
+            held_out,
+            folder: folder.to_owned(),
+            options,
+            tokenizer,
+            corpus,
+            parameters,
+            weights,
+            curve,
+        })
+    }
+
+    /// Steps until the end of the run, or until `stop` is set; writes checkpoints on the way and
+    /// at the end.
+    ///
+    /// # Errors
+    /// If the loss is no longer finite or a checkpoint cannot be written.
+    pub fn run(&mut self, stop: &AtomicBool, report: &mut dyn FnMut(Event)) -> Result<(), TrainingError> {
+        let mut stepping = Duration::ZERO;
+        let first = self.curve.len();
+        for step in first..self.options.steps {
+            let began = Instant::now();
+            self.step(step)?;
+            stepping += began.elapsed();
+            let per_step = stepping / (step + 1 - first) as u32;
+            let tokens = (self.options.batch * self.options.seq) as f64;
+            report(Event::Step {
+                row: &self.curve[step],
+                tokens_per_second: tokens / per_step.as_secs_f64(),
+                remaining: per_step * (self.options.steps - step - 1) as u32,
+            });
+            let (taken, stopped) = (step + 1, stop.load(Ordering::Relaxed));
+            let due = |every: usize| taken.is_multiple_of(every) || taken == self.options.steps;
+            if due(self.options.evaluation_steps) {
+                let evaluation = evaluate(&self.model, &self.quick_held_out, self.options.seq)?;
+                self.curve[step].held_out_nats_per_token = evaluation.loops.last().map(|last| last.loss_nats_per_token);
+                report(Event::HeldOut { step: taken, evaluation: &evaluation });
+            }
+            if stopped || due(self.options.checkpoint_steps) {
+                checkpoint::save(self)?;
+                report(Event::Checkpoint { step: taken });
+            }
+            if stopped {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all steps of the run were taken.
+    pub fn is_finished(&self) -> bool {
+        self.curve.len() == self.options.steps
+    }
+
+    /// Evaluates the model as saved in the run's folder on the whole held-out text.
+    ///
+    /// # Errors
+    /// If the folder is unreadable.
+    pub fn evaluate_saved(&self) -> Result<Evaluation, TrainingError> {
+        let model = Reference::new(&Weights::load(&self.folder)?)?;
+        evaluate(&model, &self.held_out, self.options.seq)
+    }
+
+    /// The loss curve so far.
+    pub fn curve(&self) -> &[LossRow] {
+        &self.curve
+    }
+
+    /// The weights being trained.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// How many numbers are trained.
+    pub fn num_trained(&self) -> usize {
+        self.parameters.values().map(|parameter| parameter.mean.len()).sum()
+    }
+
+    fn step(&mut self, step: usize) -> Result<(), TrainingError> {
+        let options = &self.options;
+        let windows = self.corpus.batch(options.batch, options.seq, options.seed, step);
+        let share = windows.len().div_ceil(options.workers);
+        let parts = std::thread::scope(|scope| {
+            let workers: Vec<_> =
+                windows.chunks(share).map(|part| scope.spawn(|| self.gradients(part, options.batch))).collect();
+            workers
+                .into_iter()
+                .map(|worker| worker.join().unwrap_or_else(|e| std::panic::resume_unwind(e)))
+                .collect::<candle_core::Result<Vec<_>>>()
+        })?;
+        let mut sum = Gradients::default();
+        for part in parts {
+            sum.add(part.by_name)?;
+            sum.losses.add(&part.losses, 1.0);
+        }
+        let losses = sum.losses;
+        if !losses.objective.is_finite() {
+            return Err(TrainingError::Diverged { step, loss: losses.objective });
+        }
+        for part in &options.train {
+            let depends = sum.by_name.keys().any(|name| part.holds(name));
+            let expected = "parts of the model that the objective depends on";
+            check(depends, "train", part, &expected)?;
+        }
+        let (optimizer, steps) = (&options.optimizer, options.steps);
+        let gradient_norm = optimizer::step(&mut self.parameters, &sum.by_name, optimizer, step, steps)?;
+        self.curve.push(LossRow {
+            step,
+            tokens: (step + 1) * options.batch * options.seq,
+            learning_rate: optimizer.learning_rate(step, steps),
+            objective: losses.objective,
+            loss_nats_per_token: losses.last,
+            teacher_nats_per_token: losses.teacher,
+            self_distillation_nats_per_token: losses.self_distillation,
+            gate_nats_per_token: losses.gate,
+            gradient_norm,
+            held_out_nats_per_token: None,
+        });
+        Ok(())
+    }
+
+    /// A worker's share of a step: the gradients of its windows' part of the mean over `batch`.
+    fn gradients(&self, windows: &[&[u32]], batch: usize) -> candle_core::Result<Gradients> {
+        let at_once = (TOKENS_PER_BACKWARD / self.options.seq).max(1);
+        let mut sum = Gradients::default();
+        for windows in windows.chunks(at_once) {
+            let (inputs, targets) = inputs_and_targets(windows)?;
+            let (total, losses) = self.objective.of(&self.model, &inputs, &targets)?;
+            let share = windows.len() as f64 / batch as f64;
+            let mut store = (total * share)?.backward()?;
+            let mut by_name = BTreeMap::new();
+            for (name, parameter) in &self.parameters {
+                if let Some(gradient) = store.remove(&parameter.value) {
+                    by_name.insert(name.clone(), gradient);
+                }
+            }
+            sum.add(by_name)?;
+            sum.losses.add(&losses, share);
+        }
+        Ok(sum)
+    }
+}
+
+/// Sums over windows of the gradients, and the losses of all of them.
+#[derive(Default)]
+struct Gradients {
+    by_name: BTreeMap<String, Tensor>,
+    losses: Losses,
+}
+
+impl Gradients {
+    fn add(&mut self, gradients: BTreeMap<String, Tensor>) -> candle_core::Result<()> {
+        for (name, gradient) in gradients {
+            let sum = match self.by_name.remove(&name) {
+                Some(sum) => (sum + gradient)?,
+                None => gradient,
+            };
+            self.by_name.insert(name, sum);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::corpus::DataOptions;
+    use crate::objective::{ExitCoefficients, GateOptions, ObjectiveOptions, TeacherOptions};
+    use crate::optimizer::AdamWOptions;
+    use engine::config::{LoraConfig, LoraRanks, ModelConfig};
+    use options::{ModelOptions, Part};
+    use proptest::prelude::*;
+
+    const VERSE: &str = "And God said, Let there be light: and there was light.\n";
+
+    fn sizes() -> serde_yaml::Mapping {
+        serde_yaml::from_str(
+            "{vocab_size: 260, hidden_size: 16, intermediate_size: 24, num_heads: 2, num_kv_heads: 1, head_dim: 8, \
+             block_layers: 1, num_loops: 2, max_positions: 16}",
+        )
+        .unwrap()
+    }
+
+    fn options(folder: &Path) -> TrainingOptions {
+        let text = folder.join("text.txt");
+        std::fs::write(&text, VERSE.repeat(20)).unwrap();
+        TrainingOptions {
+            model: ModelOptions { config: sizes(), ..ModelOptions::default() },
+            data: DataOptions {
+                text: vec![text.clone()],
+                held_out: vec![text],
+                held_out_tokens: Some(200),
+                cache: folder.join("tokens"),
+                ..DataOptions::default()
+            },
+            objective: ObjectiveOptions {
+                exits: ExitCoefficients::Aggressive(0.1),
+                self_distillation: 10.0,
+                ..ObjectiveOptions::default()
+            },
+            optimizer: AdamWOptions { peak_learning_rate: 0.01, warmup_steps: 2, ..AdamWOptions::default() },
+            steps: 6,
+            batch: 2,
+            seq: 16,
+            workers: 1,
+            evaluation_steps: 4,
+            checkpoint_steps: 3,
+            seed: 1,
+            ..TrainingOptions::default()
+        }
+    }
+
+    fn never() -> AtomicBool {
+        AtomicBool::new(false)
+    }
+
+    fn start(options: TrainingOptions, folder: &Path) -> Result<Trainer, TrainingError> {
+        Trainer::start(options, folder, &mut |_| {})
+    }
+
+    fn resume(folder: &Path, steps: Option<usize>) -> Result<Trainer, TrainingError> {
+        Trainer::resume(folder, steps, &mut |_| {})
+    }
+
+    /// A run from beginning to end.
+    fn trained(options: TrainingOptions, folder: &Path) -> Trainer {
+        let mut trainer = start(options, folder).unwrap();
+        trainer.run(&never(), &mut |_| {}).unwrap();
+        trainer
+    }
+
+    fn message(result: Result<Trainer, TrainingError>) -> String {
+        match result {
+            Ok(_) => panic!("a run that should have been refused"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// A run of a relaxed model with gates, taught by the model in `teacher`, that uses everything a run can use.
+    fn everything(folder: &Path, teacher: &Path) -> TrainingOptions {
+        let mut options = options(folder);
+        let lora = LoraConfig { ranks: LoraRanks::all(2), scale: 1.0 };
+        options.model.from = Some(teacher.to_owned());
+        options.model.config = serde_yaml::Mapping::new();
+        options.model.config.insert("lora".into(), serde_yaml::to_value(lora).unwrap());
+        options.model.config.insert("gate".into(), true.into());
+        options.objective.teacher = Some(TeacherOptions { model: teacher.to_owned(), weight: 1.0, temperature: 2.0 });
+        options.objective.gate = Some(GateOptions { weight: 1.0, through: true });
+        options.half_precision = true;
+        options
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_run_stopped_anywhere_and_resumed_equals_an_uninterrupted_one(
+            stops in proptest::collection::btree_set(0usize..5, 1..3),
+            parts in proptest::sample::select(vec![
+                vec![Part::All], vec![Part::Lora, Part::Gate], vec![Part::Shared],
+            ]),
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let path = |name: &str| folder.path().join(name);
+            trained(options(folder.path()), &path("teacher"));
+            let mut options = everything(folder.path(), &path("teacher"));
+            options.train = parts;
+            let uninterrupted = trained(options.clone(), &path("whole"));
+
+            let mut trainer = start(options, &path("pieces")).unwrap();
+            for stop_after in stops {
+                let stop = never();
+                trainer.run(&stop, &mut |event| {
+                    if let Event::Step { row, .. } = event {
+                        stop.store(row.step == stop_after, Ordering::Relaxed);
+                    }
+                }).unwrap();
+                prop_assert!(!trainer.is_finished());
+                trainer = resume(&path("pieces"), None).unwrap();
+            }
+            trainer.run(&never(), &mut |_| {}).unwrap();
+
+            prop_assert!(trainer.is_finished());
+            prop_assert_eq!(trainer.curve(), uninterrupted.curve());
+            let print = |trainer: &Trainer| trainer.weights().fingerprint().unwrap();
+            prop_assert_eq!(print(&trainer), print(&uninterrupted));
+            for file in [LOSS_FILE, OPTIONS_FILE, "model.safetensors"] {
+                let content = |run: &str| std::fs::read(path(run).join(file)).unwrap();
+                prop_assert_eq!(content("pieces"), content("whole"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_finished_run_can_be_lengthened_but_not_shortened() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let trainer = trained(options(folder.path()), &run);
+        let refusal = message(resume(&run, Some(5)));
+        assert!(refusal.contains("`steps` is 5, expected at least the 6"), "{refusal}");
+        let mut longer = resume(&run, Some(8)).unwrap();
+        longer.run(&never(), &mut |_| {}).unwrap();
+        assert_eq!((longer.curve().len(), longer.is_finished()), (8, true));
+        assert_eq!(longer.curve()[..6], *trainer.curve());
+    }
+
+    #[test]
+    fn a_folder_with_a_run_is_not_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        trained(options(folder.path()), &run);
+        let refusal = message(start(options(folder.path()), &run));
+        assert!(refusal.contains("run: a run is here already; resume it"), "{refusal}");
+    }
+
+    #[test]
+    fn the_loss_falls_on_a_text_that_repeats() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut options = options(folder.path());
+        (options.steps, options.batch, options.workers) = (120, 4, 2);
+        let trainer = trained(options, &folder.path().join("run"));
+        let loss = |row: Option<&LossRow>| row.unwrap().loss_nats_per_token;
+        let (first, last) = (loss(trainer.curve().first()), loss(trainer.curve().last()));
+        assert!(last < first / 2.0, "from {first} to {last}");
+        let saved = trainer.evaluate_saved().unwrap();
+        assert!((saved.loops[1].loss_nats_per_token - last).abs() < 0.5);
+        let held_out = trainer.curve()[119].held_out_nats_per_token.unwrap();
+        assert!((held_out - saved.loops[1].loss_nats_per_token).abs() < 1e-6);
+    }
+
+    #[test]
+    fn two_workers_give_the_gradients_of_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let curve = |workers: usize| {
+            let mut options = options(folder.path());
+            (options.workers, options.steps) = (workers, 3);
+            trained(options, &folder.path().join(workers.to_string())).curve().to_vec()
+        };
+        for (one, two) in curve(1).iter().zip(curve(2)) {
+            assert!((one.objective - two.objective).abs() < 1e-4);
+            assert!((one.gradient_norm - two.gradient_norm).abs() < 1e-4);
+        }
+    }
+
+    #[test]
+    fn only_the_chosen_parts_move() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        trained(options(folder.path()), &path("teacher"));
+        for (part, moves) in [(Part::Lora, "lora."), (Part::Shared, "block."), (Part::Gate, "gate."), (Part::All, "")] {
+            let mut options = everything(folder.path(), &path("teacher"));
+            options.train = vec![part];
+            let before = options.model.weights(options.seed).unwrap();
+            let after = trained(options, &path(&part.to_string()));
+            for (name, tensor) in after.weights().tensors() {
+                let change = (tensor - before.get(name).unwrap()).unwrap().abs().unwrap();
+                let change = change.sum_all().unwrap().to_scalar::<f32>().unwrap();
+                assert_eq!(change > 0.0, name.starts_with(moves), "training {part} changed {name} by {change}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_that_the_objective_does_not_depend_on_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut options = options(folder.path());
+        options.train = vec![Part::Shared, Part::HeadLora];
+        let mut trainer = start(options, &folder.path().join("run")).unwrap();
+        let refusal = trainer.run(&never(), &mut |_| {}).unwrap_err().to_string();
+        assert!(refusal.contains("`train` is head-lora, expected parts of the model that the objective"), "{refusal}");
+    }
+
+    #[test]
+    fn a_teacher_with_other_tokens_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        trained(options(folder.path()), &path("teacher"));
+        let mut other = options(folder.path());
+        std::fs::write(&other.data.text[0], "the quick brown fox jumps over the lazy dog\n".repeat(20)).unwrap();
+        other.objective.teacher = Some(TeacherOptions { model: path("teacher"), weight: 1.0, temperature: 1.0 });
+        let refusal = message(start(other, &path("run")));
+        assert!(refusal.contains("`objective.teacher.model` is "), "{refusal}");
+        assert!(refusal.contains("expected a model with the student's tokenizer"), "{refusal}");
+    }
+
+    #[test]
+    fn a_broken_checkpoint_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        trained(options(folder.path()), &run);
+        let loss = run.join(LOSS_FILE);
+        let curve = std::fs::read_to_string(&loss).unwrap();
+        let kept: Vec<&str> = curve.lines().take(4).collect();
+        std::fs::write(&loss, kept.join("\n")).unwrap();
+        let refusal = message(resume(&run, None));
+        assert!(refusal.contains("loss.csv: 3 rows, expected at least 6"), "{refusal}");
+
+        std::fs::write(run.join("training-state.safetensors"), "no tensors").unwrap();
+        let refusal = message(resume(&run, None));
+        assert!(refusal.contains("training-state.safetensors: cannot read"), "{refusal}");
+    }
+
+    #[test]
+    fn options_out_of_range_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let refusal = |change: fn(&mut TrainingOptions)| {
+            let mut options = options(folder.path());
+            change(&mut options);
+            message(start(options, &folder.path().join("run")))
+        };
+        let expect = |change: fn(&mut TrainingOptions), expected: &str| {
+            let found = refusal(change);
+            assert!(found.contains(expected), "{found}");
+        };
+        expect(|options| options.seq = 17, "`seq` is 17, expected at most the model's max_positions of 16");
+        expect(|options| options.batch = 0, "`batch` is 0, expected at least 1");
+        expect(|options| options.data.text.clear(), "`data.text` is 0, expected at least 1");
+        expect(|options| options.optimizer.clip_norm = f64::NAN, "`optimizer.clip_norm` is NaN");
+        expect(|options| options.optimizer.warmup_steps = 7, "`optimizer.warmup_steps` is 7");
+        expect(|options| options.objective.exits = ExitCoefficients::Last, "`objective.self_distillation` is above 0");
+        expect(
+            |options| options.objective.gate = Some(GateOptions { weight: 1.0, through: false }),
+            "`objective.gate` is given, expected none for a model without gates",
+        );
+        expect(
+            |options| drop(options.model.config.insert("num_layers".into(), 3.into())),
+            "unknown field `num_layers`",
+        );
+        assert!(!folder.path().join("run").exists());
+    }
+
+    #[test]
+    fn a_model_folder_can_be_given_parts_but_not_other_sizes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let given = trained(options(folder.path()), &path("model"));
+        let mut options = ModelOptions { from: Some(path("model")), ..ModelOptions::default() };
+        options.config.insert("gate".into(), true.into());
+        let weights = options.weights(9).unwrap();
+        assert_eq!(weights.config(), &ModelConfig { gate: true, ..given.weights().config().clone() });
+        let name = "block.layers.0.mlp.up_proj.weight";
+        let numbers = |weights: &Weights| weights.get(name).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(numbers(&weights), numbers(given.weights()));
+        options.config.insert("hidden_size".into(), 32.into());
+        let refusal = options.weights(9).unwrap_err().to_string();
+        assert!(refusal.contains("model, changed: tensor `block.layers.0.input_layernorm.weight`"), "{refusal}");
+        assert!(refusal.contains("has shape [16], expected [32]"), "{refusal}");
+    }
+}

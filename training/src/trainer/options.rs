@@ -1,0 +1,286 @@
+//! What a training run does: the YAML file that describes it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use engine::config::ModelConfig;
+use engine::reference::Reference;
+use engine::tokenizer::Tokenizer;
+use engine::weights::{TOKENIZER_FILE, Weights, write_then_rename};
+use serde::{Deserialize, Serialize};
+use serde_yaml::{Mapping, Value};
+
+use crate::corpus::DataOptions;
+use crate::error::TrainingError;
+use crate::objective::ObjectiveOptions;
+use crate::optimizer::AdamWOptions;
+
+/// The only `schema_version` this build reads and writes.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// A training run, whole.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingOptions {
+    /// Version of the file format, [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The model to train.
+    pub model: ModelOptions,
+    /// The text.
+    pub data: DataOptions,
+    /// The parts of the model that are trained.
+    pub train: Vec<Part>,
+    /// What training lowers.
+    pub objective: ObjectiveOptions,
+    /// The optimizer.
+    pub optimizer: AdamWOptions,
+    /// Steps of the whole run.
+    pub steps: usize,
+    /// Sequences of a step. Gradients are accumulated over a few at a time, so any number fits in memory.
+    pub batch: usize,
+    /// Tokens of a sequence.
+    pub seq: usize,
+    /// Threads that share a step's sequences.
+    pub workers: usize,
+    /// Steps between looks at the start of the held-out text.
+    pub evaluation_steps: usize,
+    /// Steps between checkpoints.
+    pub checkpoint_steps: usize,
+    /// Whether the model is written as 16-bit floats; a checkpoint's own state is exact.
+    pub half_precision: bool,
+    /// Seed of fresh weights and of the batches.
+    pub seed: u64,
+}
+
+impl Default for TrainingOptions {
+    fn default() -> Self {
+        Self {
+            schema_version: SCHEMA_VERSION,
+            model: ModelOptions::default(),
+            data: DataOptions::default(),
+            train: vec![Part::All],
+            objective: ObjectiveOptions::default(),
+            optimizer: AdamWOptions::default(),
+            steps: 4000,
+            batch: 4,
+            seq: 256,
+            workers: 2,
+            evaluation_steps: 200,
+            checkpoint_steps: 200,
+            half_precision: false,
+            seed: 0,
+        }
+    }
+}
+
+/// The model to train: one in a folder, or a fresh one of the sizes of [`ModelConfig::default`]; either with some
+/// fields of its `config.json` changed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ModelOptions {
+    /// Model folder to go on from; a fresh model if none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<PathBuf>,
+    /// Tokenizer of a fresh model, a `tokenizer.json`; trained on the text if none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
+    /// Fields of `config.json` that differ. Tensors that only the changed configuration asks for start as in a fresh
+    /// model: gates, a head's adapters and adapters of zero difference can be added, sizes cannot be changed.
+    #[serde(flatten)]
+    pub config: Mapping,
+}
+
+/// A part of the model that may be trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// Everything.
+    All,
+    /// The adapters that let each loop's projections differ.
+    Lora,
+    /// What the loops share.
+    Shared,
+    /// The adapters that let each earlier loop's head differ.
+    HeadLora,
+    /// The learned gates.
+    Gate,
+}
+
+impl Part {
+    /// Every part, with its name and the prefix of its tensors' names.
+    const ALL: [(Self, &str, &str); 5] = [
+        (Self::All, "all", ""),
+        (Self::Lora, "lora", "lora."),
+        (Self::Shared, "shared", "block."),
+        (Self::HeadLora, "head-lora", "head_lora."),
+        (Self::Gate, "gate", "gate."),
+    ];
+
+    /// Whether a tensor of this name belongs to the part.
+    pub fn holds(self, name: &str) -> bool {
+        Self::ALL.iter().any(|(part, _, prefix)| *part == self && name.starts_with(prefix))
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::ALL.iter().find(|(part, ..)| part == self).map_or("", |(_, name, _)| name);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.iter().find(|(_, name, _)| *name == text).map(|(part, ..)| *part);
+        let names = Self::ALL.map(|(_, name, _)| name).join(", ");
+        found.ok_or_else(|| format!("unknown part `{text}`: expected one of {names}"))
+    }
+}
+
+impl TrainingOptions {
+    /// Reads a run's description. Its paths are relative to the folder it lies in, except for the cache's.
+    ///
+    /// # Errors
+    /// If the file is unreadable or no such description, or a path in it is not there.
+    pub fn load(path: &Path) -> Result<Self, TrainingError> {
+        let text = std::fs::read_to_string(path).map_err(|e| TrainingError::in_file(path, e))?;
+        let described = |source| TrainingError::Description { path: path.to_owned(), source };
+        let mut options: Self = serde_yaml::from_str(&text).map_err(described)?;
+        options.find_paths(path.parent().unwrap_or(Path::new("")))?;
+        Ok(options)
+    }
+
+    /// Makes the paths of what is read absolute; they are taken as relative to `base`.
+    ///
+    /// # Errors
+    /// If one is not there.
+    pub fn find_paths(&mut self, base: &Path) -> Result<(), TrainingError> {
+        let teacher = self.objective.teacher.as_mut().map(|teacher| &mut teacher.model);
+        let model = self.model.from.iter_mut().chain(&mut self.model.tokenizer);
+        let data = self.data.text.iter_mut().chain(&mut self.data.held_out);
+        for path in model.chain(data).chain(teacher) {
+            let found = base.join(&path);
+            *path = found.canonicalize().map_err(|e| TrainingError::in_file(&found, e))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the description.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<(), TrainingError> {
+        let yaml = serde_yaml::to_string(self)
+            .map_err(|source| TrainingError::Description { path: path.to_owned(), source })?;
+        write_then_rename(path, |part| std::fs::write(part, yaml)).map_err(|e| TrainingError::in_file(path, e))
+    }
+
+    /// Whether a tensor of this name is trained.
+    pub fn trains(&self, name: &str) -> bool {
+        self.train.iter().any(|part| part.holds(name))
+    }
+
+    /// Checks the numbers, on their own and against the model.
+    ///
+    /// # Errors
+    /// The first option that is out of range.
+    pub fn check(&self, config: &ModelConfig) -> Result<(), TrainingError> {
+        check(self.schema_version == SCHEMA_VERSION, "schema_version", &self.schema_version, &SCHEMA_VERSION)?;
+        for (option, found) in [
+            ("steps", self.steps),
+            ("batch", self.batch),
+            ("seq", self.seq),
+            ("workers", self.workers),
+            ("evaluation_steps", self.evaluation_steps),
+            ("checkpoint_steps", self.checkpoint_steps),
+            ("train", self.train.len()),
+            ("data.text", self.data.text.len()),
+            ("data.held_out", self.data.held_out.len()),
+        ] {
+            check(found >= 1, option, &found, &"at least 1")?;
+        }
+        let limit = format!("at most the model's max_positions of {}", config.max_positions);
+        check(self.seq <= config.max_positions, "seq", &self.seq, &limit)?;
+        self.optimizer.check(self.steps)?;
+        self.objective.check(config)
+    }
+}
+
+impl ModelOptions {
+    /// The weights to start from; `seed` is that of what is fresh.
+    ///
+    /// # Errors
+    /// If the folder is unreadable, or the configuration as changed is none or drops or reshapes a tensor.
+    pub fn weights(&self, seed: u64) -> Result<Weights, TrainingError> {
+        let given = self.from.as_deref().map(Weights::load).transpose()?;
+        let config = given.as_ref().map_or_else(ModelConfig::default, |given| given.config().clone());
+        let fresh = Weights::random(changed(&config, &self.config)?, seed)?;
+        let Some(given) = given else { return Ok(fresh) };
+        let tensors =
+            fresh.tensors().iter().chain(given.tensors()).map(|(name, tensor)| (name.clone(), tensor.clone()));
+        let origin = format!("{}, changed", self.from.as_deref().unwrap_or(Path::new("")).display());
+        Ok(Weights::from_tensors(fresh.config().clone(), tensors.collect(), &origin)?)
+    }
+
+    /// The tokenizer: the given one, that of the model folder, or one of `vocab_size` tokens trained on the text.
+    ///
+    /// # Errors
+    /// If a file is unreadable, or the tokenizer has more tokens than the model.
+    pub fn tokenizer(&self, data: &DataOptions, vocab_size: usize) -> Result<Tokenizer, TrainingError> {
+        let in_folder = self.from.as_ref().map(|folder| folder.join(TOKENIZER_FILE));
+        let tokenizer = match self.tokenizer.clone().or(in_folder) {
+            Some(path) => Tokenizer::load(&path)?,
+            None => Tokenizer::train(&data.read_text()?, vocab_size)?,
+        };
+        let found = format!("that of a model of {vocab_size} tokens");
+        let expected = format!("one of at least the tokenizer's {}", tokenizer.vocab_size());
+        check(tokenizer.vocab_size() <= vocab_size, "model.vocab_size", &found, &expected)?;
+        Ok(tokenizer)
+    }
+}
+
+/// A configuration with some fields changed.
+fn changed(config: &ModelConfig, changes: &Mapping) -> Result<ModelConfig, TrainingError> {
+    let refused = |e: serde_yaml::Error| TrainingError::Option {
+        option: "model",
+        found: serde_yaml::to_string(changes).unwrap_or_default().trim_end().replace('\n', ", "),
+        expected: format!("`from`, `tokenizer` and fields of a config.json ({e})"),
+    };
+    let mut fields = serde_yaml::to_value(config).map_err(refused)?;
+    if let Value::Mapping(fields) = &mut fields {
+        fields.extend(changes.clone());
+    }
+    serde_yaml::from_value(fields).map_err(refused)
+}
+
+/// Loads a teacher, which must read and write the same tokens.
+///
+/// # Errors
+/// If the folder is unreadable or its tokenizer or vocabulary is another.
+pub fn load_teacher(folder: &Path, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Reference, TrainingError> {
+    let weights = Weights::load(folder)?;
+    let same_size = weights.config().vocab_size == vocab_size;
+    let same_tokens = Tokenizer::load(&folder.join(TOKENIZER_FILE))?.to_json()? == tokenizer.to_json()?;
+    let found = format!("{}, with a vocabulary of {}", folder.display(), weights.config().vocab_size);
+    let expected = format!("a model with the student's tokenizer and its vocabulary of {vocab_size}");
+    check(same_size && same_tokens, "objective.teacher.model", &found, &expected)?;
+    Ok(Reference::new(&weights)?)
+}
+
+/// Refuses an option unless `holds`.
+pub(crate) fn check(
+    holds: bool,
+    option: &'static str,
+    found: &dyn ToString,
+    expected: &dyn ToString,
+) -> Result<(), TrainingError> {
+    let refused = || TrainingError::Option { option, found: found.to_string(), expected: expected.to_string() };
+    if holds { Ok(()) } else { Err(refused()) }
+}
+
+/// Refuses a weight that is negative or not finite.
+pub(crate) fn check_weight(option: &'static str, weight: f64) -> Result<(), TrainingError> {
+    check(weight.is_finite() && weight >= 0.0, option, &weight, &"a finite number of at least 0")
+}
