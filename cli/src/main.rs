@@ -4,7 +4,9 @@ mod arguments;
 mod commands;
 mod experiment;
 mod figures;
+mod loss_figure;
 mod measure;
+mod process;
 mod report;
 mod results;
 mod runs;
@@ -39,7 +41,7 @@ enum Command {
     Capacity(commands::capacity::Args),
     Timeline(commands::timeline::Args),
     Convert(commands::convert::Args),
-    Train(commands::train::Args),
+    Train(Box<commands::train::Args>),
     Evaluate(commands::evaluate::Args),
     Calibrate(commands::calibrate::Args),
 }
@@ -68,7 +70,7 @@ fn run(command: Command) -> Result<()> {
         Command::Capacity(args) => commands::capacity::run(args),
         Command::Timeline(args) => commands::timeline::run(args),
         Command::Convert(args) => commands::convert::run(args),
-        Command::Train(args) => commands::train::run(args),
+        Command::Train(args) => commands::train::run(*args),
         Command::Evaluate(args) => commands::evaluate::run(args),
         Command::Calibrate(args) => commands::calibrate::run(args),
     }

@@ -620,3 +620,72 @@ fn an_interrupted_run_ends_at_once_and_leaves_nothing() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(fs::read_dir(results).unwrap().count(), 0);
 }
+
+const TRAINING: &str = "
+model:
+  vocab_size: 272
+  hidden_size: 16
+  intermediate_size: 24
+  num_heads: 2
+  num_kv_heads: 1
+  head_dim: 8
+  block_layers: 1
+  num_loops: 2
+data: {text: [../prompts.txt], held_out: [../prompts.txt], held_out_tokens: 200}
+objective: {exits: 'aggressive:0.3', self_distillation: 1}
+optimizer: {warmup_steps: 1, schedule: 'trapezoid:2'}
+steps: 4
+batch: 2
+seq: 16
+evaluation_steps: 2
+";
+
+#[test]
+fn a_run_is_described_by_a_file_and_flags_and_another_goes_on_from_its_model() {
+    let scene = Scene::new();
+    fs::create_dir(scene.path("configs")).unwrap();
+    scene.write("configs/small.yaml", TRAINING);
+    scene.succeed(&["train", "--config", "configs/small.yaml", "--out", "a", "--batch", "3"]);
+    let described = fs::read_to_string(scene.path("a/training.yaml")).unwrap();
+    assert!(described.contains("batch: 3\n") && described.contains("schedule: trapezoid:2\n"), "{described}");
+    let curve = lines(&scene.path("a/loss.csv"));
+    assert_eq!(column(&curve, "tokens"), ["48", "96", "144", "192"]);
+    assert_eq!(column(&curve, "held_out_nats_per_token").iter().filter(|look| !look.is_empty()).count(), 2);
+    assert_eq!(column(&lines(&scene.path("a/eval.csv")), "passes"), ["1", "2"]);
+    for file in ["a/model.safetensors", "a/tokenizer.json", "a/figures/loss.png", "results/tokens"] {
+        assert!(scene.path(file).exists(), "{file}");
+    }
+
+    scene.succeed(&["train", "--resume", "a", "--steps", "5"]);
+    assert_eq!(lines(&scene.path("a/loss.csv")).len(), 1 + 5);
+
+    let gates = ["--from", "a", "--gate", "--gate-weight", "1", "--cross-entropy", "0", "--train", "gate"];
+    let common = ["train", "--config", "configs/small.yaml", "--exits", "last", "--self-distillation", "0"];
+    scene.succeed(&[&common[..], &gates, &["--teacher", "a", "--out", "b"]].concat());
+    assert!(column(&lines(&scene.path("b/loss.csv")), "gate_nats_per_token").iter().all(|loss| !loss.is_empty()));
+    scene.succeed(&["plot", "a", "b", "--out", "both"]);
+    let figure = fs::read_to_string(scene.path("both/loss.svg")).unwrap();
+    assert!(figure.contains("a, train") && figure.contains("b, validation"));
+}
+
+#[test]
+fn bad_training_runs_get_one_clear_error_and_leave_nothing() {
+    let scene = Scene::new();
+    scene.write("small.yaml", &TRAINING.replace("../", ""));
+    let refused = |more: &[&'static str]| {
+        let error = scene.fail(&[&["train", "--config", "small.yaml", "--out", "a"], more].concat());
+        assert!(!scene.path("a").exists(), "{error}");
+        error
+    };
+    assert!(refused(&["--text", "no.txt"]).contains("no.txt: No such file"));
+    assert!(refused(&["--from", "prompts.txt"]).contains("prompts.txt/config.json"));
+    assert!(refused(&["--temperature", "2"]).contains("need a --teacher"));
+    assert!(refused(&["--num-heads", "3", "--num-kv-heads", "2"]).contains("`num_kv_heads` is 2"));
+    assert!(refused(&["--gate-weight", "1"]).contains("`objective.gate` is given"));
+    scene.write("lines.jsonl", "{\"text\": \"good\"}\n{\"body\": \"bad\"}\n");
+    assert!(refused(&["--text", "lines.jsonl"]).contains("lines.jsonl:2: found no `text`"));
+    scene.write("small.yaml", &TRAINING.replace("schedule: 'trapezoid:2'", "schedule: flat"));
+    assert!(refused(&[]).contains("small.yaml: optimizer: unknown schedule `flat`"));
+    scene.write("small.yaml", &format!("{TRAINING}stops: 3"));
+    assert!(refused(&[]).contains("small.yaml: unknown field `stops`"));
+}

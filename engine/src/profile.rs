@@ -432,7 +432,7 @@ impl Summary {
 }
 
 /// The CPU's name, and the threads that kernels use.
-fn device_name() -> String {
+pub fn device_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |line: &str| line.split_once(':').map(|(_, value)| value.trim().to_owned());
     let name = info.lines().find(|line| line.starts_with("model name")).and_then(field);

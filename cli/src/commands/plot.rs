@@ -1,26 +1,44 @@
-//! `depthwise plot`: the figures of a folder of results, drawn again.
+//! `depthwise plot`: the figures of a folder of results, drawn again; the loss curves of several runs, one over the other.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use traces::LatencyProfile;
+use training::trainer::LOSS_FILE;
 
 use crate::experiment::Experiment;
 use crate::figures::{self, Caption};
+use crate::loss_figure;
 use crate::results::CONFIG;
 
-/// Draw the figures of a folder of results again, from its CSV files
+/// Draw the figures of a folder of results again, from its CSV files, or the loss curves of one or several training runs
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder that `depthwise run` or `depthwise validate` wrote
-    results: PathBuf,
+    /// Folder that `depthwise run` or `depthwise validate` wrote, or folders that `depthwise train` wrote
+    #[arg(required = true, num_args = 1..)]
+    results: Vec<PathBuf>,
+    /// Folder for the figures [default: `figures` in the first folder]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let experiment = Experiment::load(&args.results.join(CONFIG))?;
-    let device = LatencyProfile::read(args.results.join("profile"))?.meta.device;
-    figures::draw(&args.results, &Caption { setting: experiment.title, device })?;
-    println!("Figures are in {}", args.results.join("figures").display());
+    let results: Vec<&Path> = args.results.iter().map(PathBuf::as_path).collect();
+    let folder = match results[..] {
+        [first, ..] if first.join(LOSS_FILE).exists() => {
+            let folder = args.out.unwrap_or_else(|| first.join("figures"));
+            loss_figure::draw(&results, &folder)?;
+            folder
+        }
+        [results] if args.out.is_none() => {
+            let experiment = Experiment::load(&results.join(CONFIG))?;
+            let device = LatencyProfile::read(results.join("profile"))?.meta.device;
+            figures::draw(results, &Caption { setting: experiment.title, device })?;
+            results.join("figures")
+        }
+        _ => bail!("several folders and --out are for training runs: {} has no {LOSS_FILE}", results[0].display()),
+    };
+    println!("Figures are in {}", folder.display());
     Ok(())
 }

@@ -153,7 +153,7 @@ fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<Loo
             Some(before) => cosines(before, &hidden)?.to_vec1()?,
             None => vec![0.0; rows],
         };
-        let gates = match model.gate_logits(&hidden, depth)? {
+        let gates = match model.gate_logits(&model.final_norm(&hidden)?, depth)? {
             Some(scores) => (scores.neg()?.exp()? + 1.0)?.recip()?.to_vec1()?,
             None => vec![f32::from(u8::from(model.config().gate)); rows],
         };

@@ -292,8 +292,7 @@ mod tests {
         let logits = model.forward(inputs).unwrap();
         let ce = |logits| number(&candle_nn::loss::cross_entropy(logits, targets).unwrap());
         let mut total = 0.8 * ce(&logits[2]) + 0.6 * 4.0 * kl(&fixed.teacher, &logits[2], 2.0);
-        for depth in 0..2 {
-            let student = &logits[depth];
+        for (depth, student) in logits[..2].iter().enumerate() {
             total += 0.3 * (0.8 * ce(student) + 0.6 * 4.0 * kl(&fixed.teacher, student, 2.0));
             total += 0.3 * 0.7 * kl(&fixed.last, student, 1.0);
             let scores = model.gate_logits(&fixed.normed[depth], depth).unwrap().unwrap().to_vec1::<f32>().unwrap();

@@ -1,0 +1,121 @@
+//! `depthwise train`: trains a model, fresh or at hand, whole or in part.
+
+mod arguments;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use training::evaluation::Evaluation;
+use training::trainer::{Event, Trainer};
+
+use crate::loss_figure;
+use crate::process;
+use arguments::RunArgs;
+
+const BETWEEN_PROGRESS_LINES: Duration = Duration::from_secs(10);
+
+/// Train a model on text: from scratch, or one at hand; all of it, or its adapters, its shared block or its gates.
+///
+/// Every loop may learn to predict the text, from a full-size teacher, and from the last loop. A run is described by
+/// flags, by a YAML file, or by a file and flags that change it. Ctrl-C writes a checkpoint and stops; `--resume` goes
+/// on from it.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Go on from the latest checkpoint in this folder, with the options it was started with;
+    /// only --steps may be given anew
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["out", "config", "ModelArgs", "DataArgs", "ObjectiveArgs", "StepArgs"],
+    )]
+    resume: Option<PathBuf>,
+    /// Folder for the model, the loss curve and the checkpoint
+    #[arg(long, value_name = "DIR", required_unless_present = "resume")]
+    out: Option<PathBuf>,
+    /// Steps of the whole run [default: 4000]
+    #[arg(long)]
+    steps: Option<usize>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// Trains, prints progress and looks at the held-out text to standard error, and evaluates the saved model.
+pub fn run(args: Args) -> Result<()> {
+    process::prepare_for_training();
+    let folder = args.resume.clone().or(args.out).context("either --out or --resume is needed")?;
+    let report = &mut progress();
+    let mut trainer = match args.resume {
+        Some(folder) => Trainer::resume(&folder, args.steps, report)?,
+        None => {
+            let mut options = args.run.options()?;
+            options.steps = args.steps.unwrap_or(options.steps);
+            Trainer::start(options, &folder, report)?
+        }
+    };
+    let (trained, all) = (trainer.num_trained(), trainer.weights().num_parameters());
+    eprintln!("{trained} of {all} parameters trained, from step {}", trainer.curve().len());
+    let stop = Arc::new(AtomicBool::new(false));
+    let stop_on_signal = stop.clone();
+    ctrlc::set_handler(move || stop_on_signal.store(true, Ordering::Relaxed))?;
+
+    trainer.run(&stop, report)?;
+    if !trainer.is_finished() {
+        eprintln!("stopped; go on with: depthwise train --resume {}", folder.display());
+    }
+    finish(&trainer, &folder)
+}
+
+/// Evaluates the model as it was saved, and draws the loss curve.
+fn finish(trainer: &Trainer, folder: &Path) -> Result<()> {
+    let evaluation = trainer.evaluate_saved()?;
+    let path = folder.join("eval.csv");
+    evaluation.write_csv(&path)?;
+    loss_figure::draw(&[folder], &folder.join("figures"))?;
+    println!("held-out text, {} bytes, {} tokens:", evaluation.bytes, evaluation.tokens);
+    print!("{}", table(&evaluation));
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+/// Says on standard error what a run is doing, a line of steps every ten seconds.
+fn progress() -> impl FnMut(Event) {
+    let mut last_line = Instant::now();
+    move |event| match event {
+        Event::Tokenizing(path) => eprintln!("tokenizing {}", path.display()),
+        Event::Step { .. } if last_line.elapsed() < BETWEEN_PROGRESS_LINES => {}
+        Event::Step { row, tokens_per_second, remaining } => {
+            last_line = Instant::now();
+            eprintln!(
+                "step {:6}  objective {:.4}  loss {:.4}  {tokens_per_second:.0} tokens/s  {} left",
+                row.step + 1,
+                row.objective,
+                row.loss_nats_per_token,
+                indicatif::HumanDuration(remaining),
+            );
+        }
+        Event::HeldOut { step, evaluation } => {
+            eprintln!("start of the held-out text after {step} steps:");
+            eprint!("{}", table(evaluation));
+        }
+        Event::Checkpoint { step } => eprintln!("checkpoint after {step} steps"),
+    }
+}
+
+fn table(evaluation: &Evaluation) -> String {
+    let mut lines = String::from("passes  nats/token  bits/byte  accuracy  agrees with last  oracle\n");
+    for figures in &evaluation.loops {
+        lines += &format!(
+            "{:6}  {:10.4}  {:9.4}  {:7.1}%  {:15.1}%  {:5.1}%\n",
+            figures.passes,
+            figures.loss_nats_per_token,
+            figures.bits_per_byte,
+            100.0 * figures.accuracy,
+            100.0 * figures.agreement_with_last,
+            100.0 * figures.oracle_share,
+        );
+    }
+    lines + &format!("mean oracle depth {:.3} passes\n", evaluation.mean_oracle_depth())
+}
