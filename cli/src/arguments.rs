@@ -9,9 +9,11 @@ use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use simulator::{ExitModel, LatencyModel, Objectives, Routing, Simulation};
 use traces::{RequestFormat, RequestSpec, RequestTrace};
 
+use crate::experiment::SCHEMA_VERSION;
 use crate::measure::NamedEngine;
 use crate::runs::{Machines, load_models};
 use crate::serving::{DEFAULT_BLOCK_TOKENS, Serving, parse_bytes};
+use crate::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
 use crate::workload::{Workload, load_requests};
 
 /// Which requests to serve.
@@ -255,6 +257,36 @@ impl SimulationArgs {
         let spread = self.spread.then_some(self.seed);
         let machines = Machines { replicas: self.replicas, routing: self.routing, spread };
         Ok(SimulationInput { workload, latency, exits, settings, machines })
+    }
+}
+
+impl SimulationArgs {
+    /// The same as a sweep's file has it, with paths that are relative to nothing else.
+    ///
+    /// # Errors
+    /// If a YAML file of requests does not read.
+    pub fn spec(&self) -> Result<SweepSpec> {
+        let (mut requests, base) = self.requests.spec()?;
+        requests.file = requests.file.map(|file| base.join(file));
+        if let Some(generate) = &mut requests.generate {
+            generate.lengths_from = generate.lengths_from.take().map(|file| base.join(file));
+        }
+        let (profile, exits) = (self.profile.clone(), self.exits.clone());
+        let system = SweptSystem { name: profile.display().to_string(), profile, exits, batching: None, exit: None };
+        Ok(SweepSpec {
+            schema_version: SCHEMA_VERSION,
+            title: self.requests.requests.display().to_string(),
+            seed: self.seed,
+            requests,
+            serving: self.serving.serving(),
+            systems: vec![system],
+            replicas: self.replicas,
+            routing: self.routing,
+            spread: self.spread,
+            objectives: None,
+            capacity: CapacitySpec::default(),
+            grid: Grid::default(),
+        })
     }
 }
 

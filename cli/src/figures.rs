@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use plots::{Figure, Origin, Policy, PolicyLine, Prediction};
+use plots::{Estimate, Figure, Origin, Policy, PolicyLine, Prediction, Quantity, TradeLine, TradeOff, TradePoint};
 use scheduler::Batching;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -152,11 +152,8 @@ impl<'a> Figures<'a> {
             let summaries: Vec<Summary> = read(&by_threshold)?;
             let title = "Throughput and agreement of exits, over exact keys and values, against the threshold";
             plots::thresholds(&self.figure("thresholds", title, Origin::Simulated), &threshold_lines(&summaries))?;
-            let lines = policy_lines(&summaries, |summary| {
-                (summary.throughput_tok_s, summary.token_agreement.unwrap_or(f64::NAN))
-            });
             let title = "Throughput against agreement of exits, over exact keys and values";
-            plots::pareto(&self.figure("pareto", title, Origin::Simulated), &lines)?;
+            plots::pareto(&self.figure("pareto", title, Origin::Simulated), &[trade_off(&summaries)])?;
         }
         Ok(())
     }
@@ -172,7 +169,11 @@ impl<'a> Figures<'a> {
     }
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+/// The lines of a CSV file.
+///
+/// # Errors
+/// If it does not read.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let lines = csv::Reader::from_path(path).and_then(|reader| reader.into_deserialize().collect());
     lines.with_context(|| path.display().to_string())
 }
@@ -190,7 +191,8 @@ fn exit_label(exit_policy: &str) -> String {
     if exit_policy == "none" { "no exit".to_owned() } else { exit_policy.replace(':', " ") }
 }
 
-fn policy(batching: Batching, exit_policy: &str) -> Policy {
+/// Policies as figures call them.
+pub fn policy(batching: Batching, exit_policy: &str) -> Policy {
     Policy::new(batching_label(batching), exit_label(exit_policy))
 }
 
@@ -270,9 +272,14 @@ fn policy_lines(summaries: &[Summary], point: fn(&Summary) -> (f64, f64)) -> Vec
 
 /// Runs that differ only in their threshold are one line.
 fn sweep_name(summary: &Summary) -> &str {
-    match summary.threshold {
-        Some(_) => summary.exit_policy.rsplit_once(':').map_or("confidence", |(name, _)| name),
-        None => &summary.exit_policy,
+    exit_name(&summary.exit_policy, summary.threshold.is_some())
+}
+
+/// Name of an exit policy without its threshold.
+pub fn exit_name(exit_policy: &str, has_threshold: bool) -> &str {
+    match exit_policy.rsplit_once(':') {
+        Some((name, _)) if has_threshold => name,
+        _ => exit_policy,
     }
 }
 
@@ -292,6 +299,25 @@ fn threshold_point(summary: &Summary) -> Option<plots::ThresholdPoint> {
         throughput: summary.throughput_tok_s,
         agreement: summary.token_agreement?,
     })
+}
+
+fn trade_off(summaries: &[Summary]) -> TradeOff {
+    let exactly = |value| Estimate { value, half_width: 0.0 };
+    let line = |line: plots::ThresholdLine| TradeLine {
+        policy: line.policy,
+        attainable: true,
+        points: line
+            .points
+            .iter()
+            .map(|point| TradePoint {
+                x: exactly(point.throughput),
+                y: exactly(point.agreement),
+                label: point.threshold.to_string(),
+            })
+            .collect(),
+    };
+    let lines = threshold_lines(summaries).into_iter().map(line).collect();
+    TradeOff { x: Quantity::Throughput, y: Quantity::Agreement, lines }
 }
 
 /// Where the tokens of a trace could leave.

@@ -11,6 +11,7 @@ mod report;
 mod results;
 mod runs;
 mod serving;
+mod sweep;
 mod validation;
 mod workload;
 
@@ -38,6 +39,7 @@ enum Command {
     Replay(commands::replay::Args),
     Validate(commands::validate::Args),
     Vllm(commands::vllm::Args),
+    Sweep(commands::sweep::Args),
     Capacity(commands::capacity::Args),
     Timeline(commands::timeline::Args),
     Convert(commands::convert::Args),
@@ -67,6 +69,7 @@ fn run(command: Command) -> Result<()> {
         Command::Replay(args) => commands::replay::run(args),
         Command::Validate(args) => commands::validate::run(args),
         Command::Vllm(args) => commands::vllm::run(args),
+        Command::Sweep(args) => commands::sweep::run(args),
         Command::Capacity(args) => commands::capacity::run(args),
         Command::Timeline(args) => commands::timeline::run(args),
         Command::Convert(args) => commands::convert::run(args),

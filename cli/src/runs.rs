@@ -49,10 +49,32 @@ impl Machines {
     /// One machine whose times are the medians.
     pub const ONE: Self = Self { replicas: 1, routing: Routing::RoundRobin, spread: None };
 
-    /// A simulation for every one of `settings`.
+    /// A simulation of the workload under `settings`.
     ///
     /// # Errors
     /// If profile, exit trace and settings do not belong together.
+    pub fn simulation<'m>(
+        &self,
+        settings: Settings,
+        latency: &'m LatencyModel,
+        exits: &'m ExitModel,
+        workload: &'m Workload,
+    ) -> Result<Simulation<'m>, SimulationError> {
+        let simulation = Simulation::new(settings, latency, exits)?.with_routing(self.routing);
+        let simulation = match &workload.prefixes {
+            Some(prefixes) => simulation.with_prefixes(prefixes),
+            None => simulation,
+        };
+        Ok(match self.spread {
+            Some(seed) => simulation.with_spread(seed),
+            None => simulation,
+        })
+    }
+
+    /// A simulation for every one of `settings`.
+    ///
+    /// # Errors
+    /// As [`Self::simulation`].
     pub fn simulations<'m>(
         &self,
         settings: &[Settings],
@@ -60,18 +82,7 @@ impl Machines {
         exits: &'m ExitModel,
         workload: &'m Workload,
     ) -> Result<Vec<Simulation<'m>>, SimulationError> {
-        let simulation = |&settings| {
-            let simulation = Simulation::new(settings, latency, exits)?.with_routing(self.routing);
-            let simulation = match &workload.prefixes {
-                Some(prefixes) => simulation.with_prefixes(prefixes),
-                None => simulation,
-            };
-            Ok(match self.spread {
-                Some(seed) => simulation.with_spread(seed),
-                None => simulation,
-            })
-        };
-        settings.iter().map(simulation).collect()
+        settings.iter().map(|&settings| self.simulation(settings, latency, exits, workload)).collect()
     }
 }
 

@@ -16,6 +16,7 @@ fn main() -> Result<(), Error> {
     let mut random = StdRng::seed_from_u64(1);
     draw_throughputs(&folder, &mut random)?;
     draw_trade_offs(&folder, &mut random)?;
+    draw_capacities(&folder, &mut random)?;
     draw_latencies(&folder, &mut random)?;
     draw_depths(&folder, &mut random)?;
     draw_signals(&folder)?;
@@ -81,13 +82,43 @@ fn draw_trade_offs(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
     let title = "Throughput and token agreement against the exit threshold";
     thresholds(&figure(folder, "thresholds", title), &lines)?;
 
-    let points = |line: &ThresholdLine| PolicyLine {
-        policy: line.policy.clone(),
-        points: line.points.iter().map(|p| (p.throughput, p.agreement)).collect(),
+    let trade_off = |y, value: fn(&ThresholdPoint) -> Estimate| {
+        let point = |p: &ThresholdPoint| TradePoint {
+            x: Estimate { value: p.throughput, half_width: 12.0 },
+            y: value(p),
+            label: format!("{:.1}", p.threshold),
+        };
+        let line = |line: &ThresholdLine| TradeLine {
+            policy: line.policy.clone(),
+            attainable: true,
+            points: line.points.iter().map(point).collect(),
+        };
+        TradeOff { x: Quantity::Throughput, y, lines: lines.iter().map(line).collect() }
     };
-    let lines: Vec<_> = lines.iter().map(points).collect();
+    let agreement = trade_off(Quantity::Agreement, |p| Estimate { value: p.agreement, half_width: 0.003 });
     let title = "Throughput against token agreement over exit thresholds";
-    pareto(&figure(folder, "pareto", title), &lines)
+    pareto(&figure(folder, "pareto", title), &[agreement])?;
+    let ttft = |p: &ThresholdPoint| Estimate { value: 3e5 / p.throughput, half_width: 20.0 };
+    let tpot = |p: &ThresholdPoint| Estimate { value: 32e3 / p.throughput, half_width: 0.4 };
+    let panels = [
+        trade_off(Quantity::Latency("p99 time to first token"), ttft),
+        trade_off(Quantity::Latency("p99 time per output token"), tpot),
+    ];
+    pareto(&figure(folder, "pareto_latency", "Throughput against latency over exit thresholds"), &panels)
+}
+
+fn draw_capacities(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
+    let systems = ["H100", "A100"].map(String::from);
+    let mut capacity = |(policy, speed): (Policy, f64)| {
+        let rates = [1.0, 0.6].map(|share| {
+            let value = share * speed / 100.0 * random.random_range(0.9..1.1);
+            Some(Estimate { value, half_width: 0.4 })
+        });
+        PolicyCapacity { policy, rates: rates.to_vec() }
+    };
+    let policies: Vec<_> = policies().into_iter().map(&mut capacity).collect();
+    let title = "Highest request rate at which 90% of requests meet the objectives";
+    capacities(&figure(folder, "capacity", title), &systems, &policies)
 }
 
 fn draw_latencies(folder: &Path, random: &mut StdRng) -> Result<(), Error> {

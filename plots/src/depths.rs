@@ -164,7 +164,7 @@ fn draw_shares(
             let across = (from + 0.02 * width, from + 0.98 * width);
             let look = (style::colour(index), Fill::series(index));
             let value = 100.0 * share;
-            panel.bar(across, value, look, &three_digits(value))?;
+            panel.bar(across, (value, value), look, &three_digits(value))?;
         }
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! What every figure has: a name, a folder, a caption, and checks of its values.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use crate::Error;
@@ -125,7 +126,13 @@ impl Policy {
     }
 
     pub(crate) fn label(&self) -> String {
-        format!("{}, {}", self.batching, self.exit)
+        self.to_string()
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", self.batching, self.exit)
     }
 }
 

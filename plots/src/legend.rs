@@ -16,6 +16,7 @@ pub(crate) enum Sample {
     Marker(Look),
     Fill(RGBColor, Fill),
     Stroke(RGBColor, Dash),
+    Ring,
 }
 
 impl Sample {
@@ -25,6 +26,7 @@ impl Sample {
             Self::MarkedLine(_) | Self::Stroke(..) => 107,
             Self::Fill(..) => 60,
             Self::Marker(_) => 30,
+            Self::Ring => 40,
         }
     }
 }
@@ -91,6 +93,7 @@ fn draw_sample(canvas: &Canvas, sample: &Sample, (x, y): (i32, i32)) -> DrawResu
             let corners = [(x, y - 13), (end, y + 13)];
             style::bar(canvas, corners, colour, fill)
         }
+        Sample::Ring => style::ring(canvas, middle),
         Sample::Stroke(colour, dash) => style::stroke(canvas, &ends, colour.stroke_width(3), dash),
     }
 }

@@ -7,7 +7,9 @@
 //! | --- | --- |
 //! | how much faster than sequence-wise batching without exit? | [`speedup`] |
 //! | how does throughput grow with the batch? | [`throughput_by_batch`] |
-//! | what does an exit threshold trade? | [`thresholds`], [`pareto`] |
+//! | what does an exit threshold trade? | [`thresholds`] |
+//! | what does throughput cost in agreement or latency, and which settings does none beat? | [`pareto`] |
+//! | which request rate can be borne? | [`capacities`] |
 //! | what do requests wait for their first and their next token? | [`latency_cdfs`] |
 //! | which depths fill the passes? | [`rows_by_depth`] |
 //! | where could tokens leave, and would they be right? | [`exit_depths`] |
@@ -44,7 +46,9 @@
 //! is measured and, in the PNG, drawn with the embedded DejaVu Sans, so a bare machine will do.
 
 mod axis;
+mod bars;
 mod canvas;
+mod capacity;
 mod depths;
 mod error;
 mod evaluation;
@@ -52,6 +56,7 @@ mod figure;
 mod latency;
 mod legend;
 mod panel;
+mod pareto;
 mod speedup;
 mod style;
 mod sweep;
@@ -60,6 +65,7 @@ mod training;
 mod validation;
 
 pub use axis::Scale;
+pub use capacity::{PolicyCapacity, capacities};
 pub use depths::{ExitDepths, PassRows, exit_depths, rows_by_depth};
 pub use error::Error;
 pub use evaluation::{
@@ -68,8 +74,9 @@ pub use evaluation::{
 };
 pub use figure::{Figure, Origin, Policy, PolicyLine};
 pub use latency::{PolicyLatencies, latency_cdfs};
+pub use pareto::{Estimate, Quantity, TradeLine, TradeOff, TradePoint, pareto};
 pub use speedup::{PolicyThroughput, speedup};
 pub use sweep::{SweepLine, SweepPoint, sweep};
-pub use throughput::{ThresholdLine, ThresholdPoint, pareto, thresholds, throughput_by_batch};
+pub use throughput::{ThresholdLine, ThresholdPoint, thresholds, throughput_by_batch};
 pub use training::{LossCurve, losses};
 pub use validation::{Prediction, predictions};

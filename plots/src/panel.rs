@@ -10,6 +10,8 @@ use crate::style::{self, Dash, Fill, GRID, INK, Look, MUTED};
 const LABEL_SIZE: u32 = 32;
 const BAR_LABEL_SIZE: u32 = 25;
 const BAR_LABEL_OVERHANG: i32 = 8;
+/// Half the width of the ends of a confidence interval.
+const WHISKER_CAP: i32 = 7;
 const MOST_MARKERS: usize = 24;
 const RIGHT_MARGIN: i32 = 60;
 const LEFT_MARGIN: i32 = 24;
@@ -159,23 +161,40 @@ impl<'a> Panel<'a> {
         style::stroke(&self.canvas, &ends, colour.stroke_width(3), dash)
     }
 
-    /// A bar from the axis up to `value`, with a label on top unless that would run into its neighbours'.
+    /// The confidence interval between two points, with caps; nothing if they are the same. What lies outside the axes
+    /// is cut off.
+    pub(crate) fn whisker(&self, ends: [(f64, f64); 2], colour: RGBColor) -> DrawResult {
+        let [left, top, right, bottom] = self.plot;
+        let [from, to] = ends.map(|end| {
+            let (x, y) = self.at(&end);
+            (x.clamp(left, right), y.clamp(top, bottom))
+        });
+        if from == to {
+            return Ok(());
+        }
+        let (across, up) = if from.0 == to.0 { (WHISKER_CAP, 0) } else { (0, WHISKER_CAP) };
+        let cap = |(x, y): (i32, i32)| [(x - across, y - up), (x + across, y + up)];
+        let mut strokes = [[from, to], cap(from), cap(to)].into_iter();
+        strokes.try_for_each(|stroke| style::stroke(&self.canvas, &stroke, colour.stroke_width(2), Dash::Solid))
+    }
+
+    /// A bar from the axis up to `value`, with a label above `top` unless that would run into its neighbours'.
     pub(crate) fn bar(
         &self,
         (from, to): (f64, f64),
-        value: f64,
+        (value, top): (f64, f64),
         (colour, fill): (RGBColor, Fill),
         label: &str,
     ) -> DrawResult {
         let corners = [self.at(&(from, value)), self.at(&(to, 0.0))];
         style::bar(&self.canvas, corners, colour, fill)?;
-        let [(left, top), (right, _)] = corners;
+        let [(left, _), (right, _)] = corners;
         let style = style::text(BAR_LABEL_SIZE, INK).pos(style::ABOVE);
         let width = text_width(&self.canvas, label, &style)?;
         if width > right - left + BAR_LABEL_OVERHANG {
             return Ok(());
         }
-        let (centre, foot) = ((left + right) / 2, top - 6);
+        let (centre, foot) = ((left + right) / 2, self.at_y(top) - 6);
         let ground = [(centre - width / 2, foot - BAR_LABEL_SIZE as i32), (centre + width / 2, foot)];
         self.canvas.draw(&Rectangle::new(ground, WHITE.filled()))?;
         self.canvas.draw_text(label, &style, (centre, foot))

@@ -35,6 +35,7 @@ pub(crate) const BESIDE: Pos = Pos { h_pos: HPos::Left, v_pos: VPos::Center };
 
 const LINE_WIDTH: u32 = 4;
 const MARKER_RADIUS: f64 = 10.0;
+const RING_RADIUS: i32 = 18;
 const HATCH_SPACING: i32 = 14;
 
 pub(crate) fn colour(index: usize) -> RGBColor {
@@ -268,6 +269,11 @@ pub(crate) fn marker(canvas: &Canvas, at: (i32, i32), look: Look) -> DrawResult 
     };
     layer(MARKER_RADIUS + 3.0, WHITE)?;
     layer(MARKER_RADIUS, look.colour)
+}
+
+/// A ring around a marker, so far from it that both can be seen.
+pub(crate) fn ring(canvas: &Canvas, at: (i32, i32)) -> DrawResult {
+    canvas.draw(&Circle::new(at, RING_RADIUS, INK.stroke_width(3)))
 }
 
 /// A bar from corner to corner, filled or hatched so that it reads in grey as well.

@@ -1,13 +1,11 @@
-//! Throughput against batch size, exit threshold and token agreement.
-
-use plotters::prelude::*;
+//! Throughput against batch size and exit threshold.
 
 use crate::axis::Axis;
-use crate::canvas::{self, Canvas, WIDTH};
+use crate::canvas::{self, WIDTH};
 use crate::figure::Kind;
 use crate::legend::{Entry, Sample};
 use crate::panel::Panel;
-use crate::style::{self, Dash, Look, MUTED};
+use crate::style::Look;
 use crate::{Error, Figure, Policy, PolicyLine};
 
 const THROUGHPUT: &str = "throughput (tokens/s)";
@@ -98,69 +96,10 @@ pub fn thresholds(figure: &Figure, lines: &[ThresholdLine]) -> Result<(), Error>
 /// Top of an axis of percentages: a marker at 100 % stays whole.
 pub(crate) const HIGHEST_SHARE: f64 = 101.0;
 
-/// Draws `(tokens/s, agreement as a share)` points and the front that no point beats in both.
-///
-/// # Errors
-/// No lines, a line without points, a negative throughput, or an agreement that is not a share.
-pub fn pareto(figure: &Figure, lines: &[PolicyLine]) -> Result<(), Error> {
-    figure.require("policies", lines)?;
-    for line in lines {
-        let label = line.policy.label();
-        let throughputs = line.points.iter().map(|p| p.0);
-        figure.check(&format!("throughput of `{label}`"), Kind::NonNegative, throughputs)?;
-        let agreements = line.points.iter().map(|p| p.1);
-        figure.check(&format!("agreement of `{label}`"), Kind::Share, agreements)?;
-    }
-    let percent = |&(throughput, agreement): &(f64, f64)| (throughput, 100.0 * agreement);
-    let points: Vec<_> = lines.iter().flat_map(|l| &l.points).map(percent).collect();
-    let x = Axis::linear(THROUGHPUT, points.iter().map(|p| p.0));
-    let y = Axis::linear(AGREEMENT, points.iter().map(|p| p.1)).at_most(HIGHEST_SHARE);
-    let front = front(points);
-    let looks = Look::policies(lines.iter().map(|line| &line.policy));
-    let mut legend = policy_legend(lines.iter().map(|line| &line.policy), Sample::Marker);
-    legend.push(Entry::new("Pareto front", Sample::Stroke(MUTED, Dash::Dashed)));
-    canvas::draw(figure, (WIDTH, 1000), &legend, |area: &Canvas| {
-        let panel = Panel::new(area, &x, &y)?;
-        let corners: Vec<_> = front.iter().map(|point| panel.at(point)).collect();
-        style::stroke(area, &corners, MUTED.stroke_width(3), Dash::Dashed)?;
-        for (line, look) in lines.iter().zip(&looks) {
-            let points: Vec<_> = line.points.iter().map(percent).collect();
-            panel.markers(&points, *look)?;
-        }
-        Ok(())
-    })
-}
-
-/// The points that no other beats in both coordinates, as the corners of a falling staircase.
-fn front(mut points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
-    points.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)));
-    let mut corners: Vec<(f64, f64)> = Vec::new();
-    for (x, y) in points {
-        match corners.last() {
-            Some(&(_, highest)) if y <= highest => {}
-            Some(&(_, highest)) => corners.extend([(x, highest), (x, y)]),
-            None => corners.push((x, y)),
-        }
-    }
-    corners
-}
-
 pub(crate) fn policy_legend<'a>(
     policies: impl Iterator<Item = &'a Policy> + Clone,
     sample: fn(Look) -> Sample,
 ) -> Vec<Entry> {
     let looks = Look::policies(policies.clone());
     policies.zip(looks).map(|(policy, look)| Entry::new(policy.label(), sample(look))).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_front_passes_every_point_that_none_beats_in_both() {
-        let points = vec![(1.0, 9.0), (2.0, 9.0), (4.0, 5.0), (3.0, 4.0), (4.0, 2.0), (5.0, 1.0)];
-        let corners = [(5.0, 1.0), (4.0, 1.0), (4.0, 5.0), (2.0, 5.0), (2.0, 9.0)];
-        assert_eq!(front(points), corners);
-    }
 }

@@ -30,8 +30,19 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
     let draw_lines = |figure: &Figure, v: &[f64]| {
         throughput_by_batch(figure, &[PolicyLine { policy: policy(), points: indexed(v) }])
     };
-    let draw_pareto =
-        |figure: &Figure, v: &[f64]| pareto(figure, &[PolicyLine { policy: policy(), points: indexed(v) }]);
+    let draw_pareto = |figure: &Figure, v: &[f64]| {
+        let estimate = |value| Estimate { value, half_width: 0.1 };
+        let point = |(x, y)| TradePoint { x: estimate(x), y: estimate(y), label: "0.5".into() };
+        let lines =
+            vec![TradeLine { policy: policy(), attainable: true, points: indexed(v).into_iter().map(point).collect() }];
+        let latency = TradeOff { x: Quantity::Throughput, y: Quantity::Latency("latency"), lines: lines.clone() };
+        pareto(figure, &[TradeOff { x: Quantity::Throughput, y: Quantity::Agreement, lines }, latency])
+    };
+    let draw_capacities = |figure: &Figure, v: &[f64]| {
+        let rates = |v: &f64| vec![Some(Estimate { value: *v, half_width: 0.1 }), None];
+        let policies = v.iter().map(|v| PolicyCapacity { policy: policy(), rates: rates(v) });
+        capacities(figure, &["series".into(), "other".into()], &policies.collect::<Vec<_>>())
+    };
     let draw_thresholds = |figure: &Figure, v: &[f64]| {
         let point = |(x, v): (f64, f64)| ThresholdPoint { threshold: x, throughput: v, agreement: v };
         thresholds(figure, &[ThresholdLine { policy: policy(), points: indexed(v).into_iter().map(point).collect() }])
@@ -79,6 +90,7 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
     vec![
         ("throughput_by_batch", Box::new(draw_lines)),
         ("pareto", Box::new(draw_pareto)),
+        ("capacities", Box::new(draw_capacities)),
         ("thresholds", Box::new(draw_thresholds)),
         ("speedup", Box::new(draw_speedup)),
         ("latency_cdfs", Box::new(draw_latencies)),
@@ -160,8 +172,8 @@ fn every_figure_names_the_value_that_is_not_a_number() {
             let Error::Value { index, .. } = &error else {
                 panic!("{name}: {error}");
             };
-            // The speed-up checks each policy's values on their own.
-            assert_eq!(*index, usize::from(name != "speedup"), "{name}: {error}");
+            // Of bars, each policy's values are checked on their own.
+            assert_eq!(*index, usize::from(!["speedup", "capacities"].contains(&name)), "{name}: {error}");
             assert!(error.to_string().contains(&bad.to_string()), "{name}: {error}");
             assert!(files(scratch.path()).is_empty(), "{name}");
         }

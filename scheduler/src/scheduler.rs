@@ -120,7 +120,11 @@ pub enum ScheduleError {
 }
 
 impl Settings {
-    fn check(&self) -> Result<(), ScheduleError> {
+    /// Whether a scheduler can run under these settings.
+    ///
+    /// # Errors
+    /// If they contradict each other.
+    pub fn check(&self) -> Result<(), ScheduleError> {
         let counts = [
             ("num_loops", u32::from(self.num_loops)),
             ("max_batch", self.max_batch),

@@ -1,6 +1,5 @@
 //! The highest request rate that meets latency objectives.
 
-use rayon::prelude::*;
 use traces::{Nanos, Request};
 
 use crate::latency::Extrapolations;
@@ -29,9 +28,9 @@ pub struct CapacitySearch {
 /// The highest rate, and how requests fared at it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capacity {
-    /// Requests per second on average over the trace.
+    /// Requests per second on average over the trace; 0 if even requests that come one by one miss the objectives.
     pub rate_per_s: f64,
-    /// The run at that rate.
+    /// The run at that rate, or at the lowest that was tried.
     pub summary: Summary,
     /// Where that run left the profile's measured grid.
     pub extrapolations: Extrapolations,
@@ -53,16 +52,6 @@ pub enum CapacityError {
     /// Requests without a rate.
     #[error("the requests all arrive at once: expected a trace with a rate that can be raised and lowered")]
     NoRate,
-    /// Even lone requests are too slow.
-    #[error(
-        "the objectives are missed even at {rate_per_s:.3e} requests per second, where {share:.3} of requests meet them"
-    )]
-    NeverMet {
-        /// The lowest rate tried.
-        rate_per_s: f64,
-        /// Share of requests that met the objectives at it.
-        share: f64,
-    },
     /// Nothing ever overloads.
     #[error("the objectives are met even at {rate_per_s:.3e} requests per second: they are loose for so short a trace")]
     AlwaysMet {
@@ -77,23 +66,25 @@ pub enum CapacityError {
 /// Most doublings or halvings of the trace's own rate.
 const MOST_OCTAVES: u32 = 24;
 
-/// Finds the highest rate at which enough of the requests meet the objectives, to within the tolerance.
+/// Finds the highest rate at which enough of the requests meet the objectives, to within the tolerance. `tried` is told
+/// of every rate before it is simulated.
 ///
 /// # Errors
-/// If the search or the trace makes no sense, no rate or every rate meets the objectives, or a run fails.
+/// If the search or the trace makes no sense, every rate meets the objectives, or a run fails.
 pub fn capacity(
     simulation: &Simulation<'_>,
     requests: &[Request],
     search: &CapacitySearch,
+    mut tried: impl FnMut(f64),
 ) -> Result<Capacity, CapacityError> {
     search.check()?;
     let own_rate = rate_per_s(requests).ok_or(CapacityError::NoRate)?;
-    let share_at = |factor: f64| {
+    let mut met_at = |factor: f64| {
+        tried(factor * own_rate);
         let mut watched = vec![Attainment::new(search.objectives); search.replicas];
         simulation.run(at_factor(requests, factor), &mut watched)?;
-        Ok::<f64, SimulationError>(Attainment::share(&watched))
+        Ok::<bool, SimulationError>(Attainment::share(&watched) >= search.share)
     };
-    let met_at = |factor: f64| Ok::<bool, SimulationError>(share_at(factor)? >= search.share);
     let (mut met, mut missed) = (0.5, 1.0);
     while met_at(missed)? {
         met = missed;
@@ -106,7 +97,8 @@ pub fn capacity(
         missed = met;
         met /= 2.0;
         if met < 1.0 / f64::from(1 << MOST_OCTAVES) {
-            return Err(CapacityError::NeverMet { rate_per_s: missed * own_rate, share: share_at(missed)? });
+            let (summary, extrapolations) = run_at(simulation, requests, search, missed)?;
+            return Ok(Capacity { rate_per_s: 0.0, summary, extrapolations });
         }
     }
     while missed - met > search.tolerance * met {
@@ -117,17 +109,17 @@ pub fn capacity(
     Ok(Capacity { rate_per_s: met * own_rate, summary, extrapolations })
 }
 
-/// Searches for every one of `simulations`, in parallel; results come in their order.
-pub fn capacities(
-    simulations: &[Simulation<'_>],
-    requests: &[Request],
-    search: &CapacitySearch,
-) -> Vec<Result<Capacity, CapacityError>> {
-    simulations.par_iter().map(|simulation| capacity(simulation, requests, search)).collect()
-}
-
 impl CapacitySearch {
-    fn check(&self) -> Result<(), CapacityError> {
+    /// Rates that a search tries if the answer lies within an octave of the trace's own rate.
+    pub fn usual_tries(&self) -> u32 {
+        2 + (-self.tolerance.log2()).ceil().clamp(0.0, 60.0) as u32
+    }
+
+    /// Whether the search can be made.
+    ///
+    /// # Errors
+    /// If share or tolerance make no sense.
+    pub fn check(&self) -> Result<(), CapacityError> {
         let error = |name, found, expected| Err(CapacityError::Search { name, found, expected });
         if !(self.share > 0.0 && self.share <= 1.0) {
             return error("share", self.share, "more than 0, at most 1");

@@ -4,7 +4,7 @@ mod common;
 
 use common::{PASS, constant_latency, drawn_exits, poisson, queued, settings, varied_latency};
 use scheduler::Batching;
-use simulator::{CapacityError, CapacitySearch, Objectives, Simulation, capacities, capacity};
+use simulator::{CapacityError, CapacitySearch, Objectives, Simulation, capacity};
 use traces::{Nanos, Request};
 
 /// A request every 10 ms; with one token and one loop each takes the machine for one pass.
@@ -24,7 +24,9 @@ fn regular_requests_are_served_up_to_the_rate_of_the_machines() {
     let simulation = Simulation::new(settings(Batching::Depth, "none", 1, 1), &latency, &exits).unwrap();
     for replicas in [1, 3] {
         let search = CapacitySearch { replicas, ..search(1.001 * PASS.as_millis_f64()) };
-        let found = capacity(&simulation, &regular(1000), &search).unwrap();
+        let mut tries = 0_u32;
+        let found = capacity(&simulation, &regular(1000), &search, |_| tries += 1).unwrap();
+        assert!(tries.abs_diff(search.usual_tries()) <= 5, "{tries} tries");
         let expected = replicas as f64 / PASS.as_secs_f64();
         assert!((found.rate_per_s / expected - 1.0).abs() < 0.002, "{} for {expected}", found.rate_per_s);
         assert!(found.summary.objectives_met.unwrap() >= 0.9);
@@ -41,7 +43,7 @@ fn a_trace_above_capacity_is_slowed_down_to_it() {
         .into_iter()
         .map(|request| Request { arrival: Nanos(request.arrival.0 / 100), ..request })
         .collect();
-    let found = capacity(&simulation, &fast, &search(1.001 * PASS.as_millis_f64())).unwrap();
+    let found = capacity(&simulation, &fast, &search(1.001 * PASS.as_millis_f64()), |_| ()).unwrap();
     assert!((found.rate_per_s * PASS.as_secs_f64() - 1.0).abs() < 0.002, "{}", found.rate_per_s);
 }
 
@@ -53,18 +55,24 @@ fn early_exits_raise_capacity_most_under_depth_wise_batching() {
         .map(|(batching, exit)| Simulation::new(settings(batching, exit, 3, 16), &latency, &exits).unwrap());
     let objectives = Objectives { ttft_ms: Some(50.0), tpot_ms: Some(2.0), e2e_ms: None };
     let search = CapacitySearch { objectives, share: 0.95, replicas: 1, tolerance: 0.01 };
-    let rates: Vec<f64> =
-        capacities(&simulations, &requests, &search).into_iter().map(|found| found.unwrap().rate_per_s).collect();
-    let [lockstep, lockstep_exits, depth_exits] = rates[..] else { panic!("{rates:?}") };
+    let [lockstep, lockstep_exits, depth_exits] =
+        simulations.map(|simulation| capacity(&simulation, &requests, &search, |_| ()).unwrap().rate_per_s);
     assert!(lockstep < lockstep_exits && 1.5 * lockstep < depth_exits, "{lockstep} {lockstep_exits} {depth_exits}");
+}
+
+#[test]
+fn objectives_that_lone_requests_miss_leave_no_capacity() {
+    let (latency, exits) = (constant_latency(1), drawn_exits(&[1.0], 1, 1, 1));
+    let simulation = Simulation::new(settings(Batching::Depth, "none", 1, 1), &latency, &exits).unwrap();
+    let found = capacity(&simulation, &regular(9), &search(0.5), |_| ()).unwrap();
+    assert_eq!((found.rate_per_s, found.summary.objectives_met), (0.0, Some(0.0)));
 }
 
 #[test]
 fn searches_without_an_answer_say_why() {
     let (latency, exits) = (constant_latency(1), drawn_exits(&[1.0], 1, 1, 1));
     let simulation = Simulation::new(settings(Batching::Depth, "none", 1, 1), &latency, &exits).unwrap();
-    let error = |requests: &[Request], search| capacity(&simulation, requests, &search).unwrap_err();
-    assert!(matches!(error(&regular(9), search(0.5)), CapacityError::NeverMet { share: 0.0, .. }));
+    let error = |requests: &[Request], search| capacity(&simulation, requests, &search, |_| ()).unwrap_err();
     assert!(matches!(error(&regular(9), search(100.0)), CapacityError::AlwaysMet { .. }));
     assert_eq!(error(&queued(5, 1, 1).collect::<Vec<_>>(), search(1.5)), CapacityError::NoRate);
     assert_eq!(error(&[], search(1.5)), CapacityError::NoRate);

@@ -37,6 +37,18 @@ pub enum Arrivals {
     },
 }
 
+impl Arrivals {
+    /// The same pattern at another mean rate; none of requests that arrive at once.
+    pub fn at_rate(self, rate_per_s: f64) -> Option<Self> {
+        match self {
+            Self::AllAtOnce => None,
+            Self::Constant { .. } => Some(Self::Constant { rate_per_s }),
+            Self::Poisson { .. } => Some(Self::Poisson { rate_per_s }),
+            Self::Gamma { cv, .. } => Some(Self::Gamma { rate_per_s, cv }),
+        }
+    }
+}
+
 /// How many tokens prompts or outputs have; what is drawn is rounded and kept within 1 and [`Request::MAX_TOKENS`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -287,6 +299,7 @@ mod tests {
 
     fn gap_moments(arrivals: Arrivals) -> (f64, f64) {
         let requests = made(arrivals, Length::Fixed(1));
+        assert_eq!(arrivals.at_rate(20.0).unwrap_or(Arrivals::AllAtOnce), arrivals);
         assert_eq!(requests[0].arrival, Nanos::ZERO);
         assert!(requests.is_sorted_by_key(|request| request.arrival));
         moments(requests.windows(2).map(|pair| (pair[1].arrival - pair[0].arrival).as_secs_f64()))

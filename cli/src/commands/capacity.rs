@@ -1,66 +1,185 @@
 //! `depthwise capacity`: the highest request rate that meets latency objectives.
 
-use anyhow::{Context, Result};
-use scheduler::Settings;
-use simulator::{Capacity, CapacityError, CapacitySearch, Extrapolations, capacities};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::error::ErrorKind;
+use clap::{ArgMatches, Command, FromArgMatches};
+use simulator::{CapacitySearch, Points, Table};
 
 use crate::arguments::{ObjectiveArgs, SimulationArgs};
+use crate::measure::progress;
 use crate::report::print_table;
 use crate::runs::warn_of_extrapolations;
+use crate::sweep::figures::{CAPACITY, CAPACITY_SUMMARY, draw_capacity};
+use crate::sweep::folder::{self, Inputs};
+use crate::sweep::plan::{Plan, SETTINGS};
+use crate::sweep::spec::{CapacitySpec, SweepSpec};
+
+/// A line for each policy and seed.
+pub const CAPACITIES: &str = "capacity.csv";
 
 /// Find the highest request rate that meets latency objectives, for every batching and exit policy asked for
 ///
-/// The requests come in the rhythm of their trace, faster or slower. A dash says that no rate meets the objectives.
+/// What to simulate is said by options, as for `simulate`, or by the YAML file of a sweep. The requests come in the rhythm
+/// of their trace, faster or slower. A dash says that no rate meets the objectives.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    // Before `config`, which is gone from what was matched once it is read.
     #[command(flatten)]
-    simulation: SimulationArgs,
+    simulation: UnlessConfig,
+    /// A sweep's YAML file, instead of the options that say what to simulate
+    #[arg(conflicts_with_all = [
+        "RequestArgs", "ServingArgs", "profile", "exits", "replicas", "routing", "spread", "seed",
+    ])]
+    config: Option<PathBuf>,
     #[command(flatten)]
     objectives: ObjectiveArgs,
-    /// Share of requests that must meet all of them
-    #[arg(long, default_value_t = 0.9)]
-    share: f64,
-    /// Width of the answer, relative to it
-    #[arg(long, default_value_t = 0.01)]
-    tolerance: f64,
+    /// Share of requests that must meet all of them [default: 0.9]
+    #[arg(long)]
+    share: Option<f64>,
+    /// Width of the answer, relative to it [default: 0.01]
+    #[arg(long)]
+    tolerance: Option<f64>,
+    /// Folder to write capacity.csv, its means over seeds and a figure to
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Remove what an earlier search left in the folder
+    #[arg(long, requires = "out")]
+    restart: bool,
+}
+
+/// The options of a simulation where no file stands for them.
+#[derive(Debug)]
+struct UnlessConfig(Option<SimulationArgs>);
+
+impl clap::Args for UnlessConfig {
+    fn augment_args(command: Command) -> Command {
+        // For an update, nothing is required.
+        SimulationArgs::augment_args_for_update(command)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        SimulationArgs::augment_args_for_update(command)
+    }
+}
+
+impl FromArgMatches for UnlessConfig {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        if matches.contains_id("config") {
+            return Ok(Self(None));
+        }
+        let missing = "expected a sweep's YAML file, or --requests, --profile and --exits\n";
+        let missing = |_| clap::Error::raw(ErrorKind::MissingRequiredArgument, missing);
+        Ok(Self(Some(SimulationArgs::from_arg_matches(matches).map_err(missing)?)))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let objectives = args.objectives.objectives()?.context("no objective: give --ttft-ms, --tpot-ms or --e2e-ms")?;
-    let input = args.simulation.load()?;
-    let (share, tolerance) = (args.share, args.tolerance);
-    let search = CapacitySearch { objectives, share, replicas: input.machines.replicas, tolerance };
-    let found = answers(capacities(&input.simulations()?, &input.workload.requests, &search))?;
-    let mut beyond = Extrapolations::default();
-    found.iter().flatten().for_each(|found| beyond.merge(&found.extrapolations));
-    warn_of_extrapolations(&beyond);
-    let header = ["batching", "exit", "batch", "requests/s", "tok/s", "mean depth", "TTFT p90 ms", "TPOT p90 ms"];
-    print_table(&header, input.settings.iter().zip(&found).map(line).collect());
+    let (spec, base) = match (&args.config, &args.simulation.0) {
+        (Some(config), _) => (SweepSpec::load(config)?, config.parent().unwrap_or(Path::new("")).to_owned()),
+        (None, Some(simulation)) => (simulation.spec()?, PathBuf::new()),
+        (None, None) => unreachable!("clap asks for the options where there is no file"),
+    };
+    let CapacitySpec { share, tolerance } = spec.capacity;
+    let spec = SweepSpec {
+        objectives: args.objectives.objectives()?.or(spec.objectives),
+        capacity: CapacitySpec { share: args.share.unwrap_or(share), tolerance: args.tolerance.unwrap_or(tolerance) },
+        ..spec
+    };
+    let search = || search(&spec, &base, args.out.as_deref(), args.restart);
+    match &args.config {
+        Some(config) => search().with_context(|| config.display().to_string()),
+        None => search(),
+    }
+}
+
+fn search(spec: &SweepSpec, base: &Path, target: Option<&Path>, restart: bool) -> Result<()> {
+    let objectives = spec.objectives.context("no objective: give --ttft-ms, --tpot-ms or --e2e-ms")?;
+    ensure!(spec.grid.rate_per_s.is_none(), "grid.rate_per_s: the rate is what is searched for");
+    let CapacitySpec { share, tolerance } = spec.capacity;
+    let search = CapacitySearch { objectives, share, replicas: spec.replicas, tolerance };
+    search.check()?;
+    let plan = Plan::new(spec, base)?;
+    let points = match target {
+        Some(target) => {
+            folder::open(target, spec, &Inputs::new(spec, base, "capacity")?, restart)?;
+            folder::say_on_interrupt(target)?;
+            Points::open(&target.join(CAPACITIES), plan.len())?
+        }
+        None => Points::in_memory(plan.len()),
+    };
+    let table = search_all(&plan, &search, points)?;
+    warn_of_extrapolations(&plan.extrapolations());
+    let summary = table.over_seeds(spec.num_seeds(), &SETTINGS);
+    print(&summary);
+    if let Some(target) = target {
+        summary.write(&target.join(CAPACITY_SUMMARY))?;
+        draw_capacity(target, spec)?;
+        println!("\nResults are in {}", target.display());
+    }
     Ok(())
 }
 
-/// What was found; none where no rate meets the objectives, which is an answer too.
-fn answers(found: Vec<Result<Capacity, CapacityError>>) -> Result<Vec<Option<Capacity>>, CapacityError> {
-    let answer = |found| match found {
-        Ok(found) => Ok(Some(found)),
-        Err(CapacityError::NeverMet { .. }) => Ok(None),
-        Err(error) => Err(error),
+/// Searches on all cores; the bar moves with every rate that is tried.
+fn search_all(plan: &Plan<'_>, search: &CapacitySearch, points: Points) -> Result<Table> {
+    let tries = search.usual_tries();
+    let bar = progress(plan.len() * tries as usize).with_position(points.done() as u64 * u64::from(tries));
+    bar.reset_eta();
+    let search_one = |index| {
+        let mut tried = 0;
+        let line = plan.capacity(index, search, |rate_per_s| {
+            bar.set_message(format!("{}: {rate_per_s:.3} requests/s", plan.describe(index)));
+            bar.inc(u64::from(tried < tries));
+            tried += 1;
+        });
+        bar.inc(u64::from(tries.saturating_sub(tried)));
+        line
     };
-    found.into_iter().map(answer).collect()
+    let table = points.complete(search_one, || ())?;
+    bar.finish_and_clear();
+    Ok(table)
 }
 
-fn line((settings, found): (&Settings, &Option<Capacity>)) -> Vec<String> {
-    let mut line = vec![settings.batching.to_string(), settings.exit.to_string(), settings.max_batch.to_string()];
-    line.extend(match found {
-        Some(Capacity { rate_per_s, summary, .. }) => [
-            format!("{rate_per_s:.4}"),
-            format!("{:.1}", summary.throughput_tok_s),
-            format!("{:.3}", summary.mean_depth),
-            format!("{:.1}", summary.ttft_p90_ms),
-            format!("{:.2}", summary.tpot_p90_ms),
-        ],
-        None => ["-"; 5].map(String::from),
-    });
-    line
+fn print(summary: &Table) {
+    let several = |column: &str| {
+        summary.column(column).is_some_and(|mut cells| {
+            let first = cells.next();
+            cells.any(|cell| Some(cell) != first)
+        })
+    };
+    let mut columns = vec![
+        ("batching", "batching", None),
+        ("exit", "exit_policy", None),
+        ("batch", "max_batch", None),
+        ("fit", "batch_fits", Some(0)),
+        ("requests/s", CAPACITY, Some(4)),
+        ("tok/s", "throughput_tok_s", Some(1)),
+        ("mean depth", "mean_depth", Some(3)),
+        ("TTFT p90 ms", "ttft_p90_ms", Some(1)),
+        ("TPOT p90 ms", "tpot_p90_ms", Some(2)),
+    ];
+    if several("device_memory") {
+        columns.insert(0, ("memory", "device_memory", None));
+    }
+    if several("system") {
+        columns.insert(0, ("system", "system", None));
+    }
+    let header: Vec<&str> = columns.iter().map(|(title, ..)| *title).collect();
+    let cell = |line: usize, &(_, column, decimals): &(&str, &str, Option<usize>)| {
+        let text = |column| summary.column(column).and_then(|mut cells| cells.nth(line)).unwrap_or_default();
+        match (decimals, text(column).parse::<f64>()) {
+            (Some(_), _) if text(CAPACITY) == "0" => "-".to_owned(),
+            (Some(decimals), Ok(number)) => format!("{number:.decimals$}"),
+            _ => text(column).to_owned(),
+        }
+    };
+    let lines = (0..summary.lines.len()).map(|line| columns.iter().map(|column| cell(line, column)).collect());
+    print_table(&header, lines.collect());
 }

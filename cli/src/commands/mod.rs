@@ -11,6 +11,7 @@ pub mod record;
 pub mod replay;
 pub mod run;
 pub mod simulate;
+pub mod sweep;
 pub mod timeline;
 pub mod train;
 pub mod validate;

@@ -10,11 +10,13 @@ use crate::experiment::Experiment;
 use crate::figures::{self, Caption};
 use crate::loss_figure;
 use crate::results::CONFIG;
+use crate::sweep::figures::{CAPACITY_SUMMARY, SWEEP_SUMMARY, draw_capacity, draw_sweep};
+use crate::sweep::spec::SweepSpec;
 
 /// Draw the figures of a folder of results again, from its CSV files, or the loss curves of one or several training runs
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder that `depthwise run` or `depthwise validate` wrote, or folders that `depthwise train` wrote
+    /// Folder that `depthwise run`, `validate`, `sweep` or `capacity` wrote, or folders that `depthwise train` wrote
     #[arg(required = true, num_args = 1..)]
     results: Vec<PathBuf>,
     /// Folder for the figures [default: `figures` in the first folder]
@@ -32,13 +34,27 @@ pub fn run(args: Args) -> Result<()> {
             folder
         }
         [results] if args.out.is_none() => {
-            let experiment = Experiment::load(&results.join(CONFIG))?;
-            let device = LatencyProfile::read(results.join("profile"))?.meta.device;
-            figures::draw(results, &Caption { setting: experiment.title, device })?;
+            draw_results(results)?;
             results.join("figures")
         }
         _ => bail!("several folders and --out are for training runs: {} has no {LOSS_FILE}", results[0].display()),
     };
     println!("Figures are in {}", folder.display());
     Ok(())
+}
+
+fn draw_results(results: &Path) -> Result<()> {
+    let config = results.join(CONFIG);
+    if results.join(SWEEP_SUMMARY).exists() {
+        draw_sweep(results, &SweepSpec::load(&config)?.title)
+    } else if results.join(CAPACITY_SUMMARY).exists() {
+        draw_capacity(results, &SweepSpec::load(&config)?)
+    } else {
+        draw_experiment(results, &Experiment::load(&config)?)
+    }
+}
+
+fn draw_experiment(results: &Path, experiment: &Experiment) -> Result<()> {
+    let device = LatencyProfile::read(results.join("profile"))?.meta.device;
+    figures::draw(results, &Caption { setting: experiment.title.clone(), device })
 }

@@ -1,0 +1,121 @@
+//! A folder of results that grows while a sweep runs, and that only the same sweep may go on filling.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use traces::table::{read_yaml, write_yaml};
+
+use super::spec::SweepSpec;
+use crate::results::CONFIG;
+
+/// What results are of: the same inputs give the same lines.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Inputs {
+    /// Program and version.
+    program: String,
+    /// SHA-256 of what was asked for, as the program understood it.
+    asked: String,
+    /// SHA-256 of every file that was read, by its path as the configuration has it.
+    files: BTreeMap<String, String>,
+}
+
+/// The file that holds [`Inputs`].
+const INPUTS: &str = "inputs.yaml";
+
+impl Inputs {
+    /// Reads everything that the lines of a sweep depend on; `task` says what is done at each point.
+    ///
+    /// # Errors
+    /// If a file does not read.
+    pub fn new(spec: &SweepSpec, base: &Path, task: &str) -> Result<Self> {
+        let untitled = SweepSpec { title: String::new(), ..spec.clone() };
+        let asked = format!("{task}\n{}", serde_yaml::to_string(&untitled)?);
+        let lengths = spec.requests.generate.as_ref().and_then(|generate| generate.lengths_from.clone());
+        let mut paths: Vec<PathBuf> = spec.requests.file.iter().cloned().chain(lengths).collect();
+        for folder in spec.systems.iter().flat_map(|system| [&system.profile, &system.exits]) {
+            paths.extend(files_in(base, folder)?);
+        }
+        let hashed = |path: PathBuf| {
+            let bytes = std::fs::read(base.join(&path))
+                .with_context(|| format!("cannot read {}", base.join(&path).display()))?;
+            Ok((path.display().to_string(), sha256(&bytes)))
+        };
+        Ok(Self {
+            program: format!("depthwise {}", env!("CARGO_PKG_VERSION")),
+            asked: sha256(asked.as_bytes()),
+            files: paths.into_iter().map(hashed).collect::<Result<_>>()?,
+        })
+    }
+
+    /// What is not as it was.
+    fn difference(&self, earlier: &Self) -> Option<String> {
+        if self.program != earlier.program {
+            return Some(format!("written by {}, this is {}", earlier.program, self.program));
+        }
+        if self.asked != earlier.asked {
+            return Some("of another configuration".to_owned());
+        }
+        let paths = self.files.keys().chain(earlier.files.keys());
+        let changed = paths.into_iter().find(|path| self.files.get(*path) != earlier.files.get(*path));
+        changed.map(|path| format!("of another {path}"))
+    }
+}
+
+/// The files of a folder, by name.
+fn files_in(base: &Path, folder: &Path) -> Result<Vec<PathBuf>> {
+    let cannot = || format!("cannot read {}", base.join(folder).display());
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(base.join(folder)).with_context(cannot)? {
+        let entry = entry.with_context(cannot)?;
+        if entry.path().is_file() {
+            files.push(folder.join(entry.file_name()));
+        }
+    }
+    Ok(files)
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Opens a folder for the results of these inputs: a new one, or the one in which they began; with `restart` what an
+/// earlier sweep left there is removed.
+///
+/// # Errors
+/// If it holds the results of others, or cannot be written.
+pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, restart: bool) -> Result<()> {
+    let shown = target.display();
+    let cannot = || format!("cannot write {shown}");
+    let is_empty = std::fs::read_dir(target).map_or(true, |mut entries| entries.next().is_none());
+    let recorded = target.join(INPUTS);
+    if !is_empty && !recorded.exists() {
+        bail!("{shown} is there already and holds no {INPUTS}: choose another --out");
+    }
+    if restart && recorded.exists() {
+        std::fs::remove_dir_all(target).with_context(cannot)?;
+    }
+    let earlier: Option<Inputs> = recorded.exists().then(|| read_yaml(&recorded)).transpose()?;
+    if let Some(difference) = earlier.and_then(|earlier| inputs.difference(&earlier)) {
+        bail!("the results in {shown} are {difference}: choose another --out, or --restart to remove them");
+    }
+    std::fs::create_dir_all(target).with_context(cannot)?;
+    write_yaml(&recorded, inputs)?;
+    Ok(write_yaml(&target.join(CONFIG), spec)?)
+}
+
+/// From now on, Ctrl-C says what becomes of the results, and ends the process with the shell's usual status.
+///
+/// # Errors
+/// If the signal cannot be handled.
+pub fn say_on_interrupt(target: &Path) -> Result<()> {
+    let shown = target.display().to_string();
+    ctrlc::set_handler(move || {
+        eprintln!("\ninterrupted: what has finished is kept in {shown}; the same command goes on with the rest");
+        std::process::exit(130);
+    })
+    .context("cannot handle Ctrl-C")
+}

@@ -1,0 +1,295 @@
+//! The runs of a sweep, found sound before the first of them starts.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Mutex;
+
+use anyhow::{Context, Result};
+use scheduler::Settings;
+use serde::Serialize;
+use simulator::{
+    Capacity, CapacitySearch, Draw, ExitModel, Extrapolations, LatencyModel, Metrics, ModelMemory, Simulation,
+    SimulationError, Summary, capacity,
+};
+use traces::{ExitTrace, Generate, LatencyProfile, Request, RequestSpec, RequestTrace, check_same_model};
+
+use super::spec::{Point, SweepSpec, SweptSystem};
+use crate::runs::Machines;
+use crate::serving::Serving;
+use crate::workload::{Workload, load_requests};
+
+/// Columns of a sweep's lines that say what a run is of, seed and point apart; the others say how it went.
+pub const SETTINGS: [&str; 20] = [
+    "system",
+    "device",
+    "rate_per_s",
+    "device_memory",
+    "memory_utilization",
+    "source",
+    "batching",
+    "exit",
+    "threshold",
+    "exit_policy",
+    "kv_fill",
+    "max_batch",
+    "token_budget",
+    "prefill_chunk",
+    "block_tokens",
+    "prefix_caching",
+    "async_scheduling",
+    "replicas",
+    "weight_bytes",
+    "kv_bytes_per_token",
+];
+
+/// The first columns of a line: what [`Summary`] does not say.
+#[derive(Clone, Debug, Serialize)]
+pub struct OfPoint {
+    point: usize,
+    system: String,
+    device: String,
+    rate_per_s: Option<f64>,
+    device_memory: Option<u64>,
+    memory_utilization: Option<f64>,
+    seed: u64,
+}
+
+/// What a capacity search found, before the run at that rate.
+#[derive(Clone, Debug, Serialize)]
+pub struct Found {
+    /// Requests per second; 0 if even requests that come one by one miss the objectives.
+    capacity_req_s: f64,
+}
+
+/// Everything that runs, read and checked.
+pub struct Plan<'a> {
+    spec: &'a SweepSpec,
+    systems: Vec<System>,
+    workloads: Workloads<'a>,
+    points: Vec<(Point, Settings)>,
+    /// Where runs left the measured grids.
+    beyond: Mutex<Extrapolations>,
+}
+
+struct System {
+    name: String,
+    device: String,
+    latency: LatencyModel,
+    exits: ExitModel,
+}
+
+impl<'a> Plan<'a> {
+    /// Reads what the sweep needs, relative to `base`, and checks every point of it.
+    ///
+    /// # Errors
+    /// If the specification contradicts itself, something does not read, or a point could not run.
+    pub fn new(spec: &'a SweepSpec, base: &'a Path) -> Result<Self> {
+        spec.check()?;
+        let systems: Vec<System> =
+            spec.systems.iter().map(|system| System::read(system, base)).collect::<Result<_>>()?;
+        let workloads = Workloads::new(spec, base)?;
+        let points = spec.points();
+        let longest = workloads.longest(&points)?;
+        let settings = |point: Point| {
+            let System { name, latency, .. } = &systems[point.system];
+            let settings = settings(&spec.serving, &point, latency.memory(), &longest[&point.seed])
+                .with_context(|| format!("{name}, {}, {}", point.batching, point.exit))?;
+            Ok((point, settings))
+        };
+        let points = points.into_iter().map(settings).collect::<Result<_>>()?;
+        let plan = Self { spec, systems, workloads, points, beyond: Mutex::default() };
+        plan.check_models()?;
+        Ok(plan)
+    }
+
+    /// Whether models, requests and settings of each system belong together.
+    fn check_models(&self) -> Result<()> {
+        for system in 0..self.systems.len() {
+            if let Some(index) = self.points.iter().position(|(point, _)| point.system == system) {
+                let run = |simulation: &Simulation<'_>, _: &[Request]| Ok(simulation.run([], &mut [()])?);
+                self.with_simulation(index, run).with_context(|| self.describe(index))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many points there are.
+    pub fn len(&self) -> usize {
+        self.points.len()
+    }
+
+    /// Name of a point, for people.
+    pub fn describe(&self, index: usize) -> String {
+        let (point, _) = &self.points[index];
+        format!("{}, {}, {}", self.systems[point.system].name, point.batching, point.exit)
+    }
+
+    /// Where the runs so far left what was measured.
+    pub fn extrapolations(&self) -> Extrapolations {
+        self.beyond.lock().expect("no thread panics with it").clone()
+    }
+
+    /// Simulates a point.
+    ///
+    /// # Errors
+    /// If it cannot be simulated after all.
+    pub fn simulate(&self, index: usize) -> Result<(OfPoint, Summary)> {
+        self.with_simulation(index, |simulation, requests| {
+            let metrics = Metrics::new(simulation.settings());
+            let metrics = match self.spec.objectives {
+                Some(objectives) => metrics.with_objectives(objectives),
+                None => metrics,
+            };
+            let mut machines = vec![metrics; self.spec.replicas];
+            let outcome = simulation.run(requests.iter().copied(), &mut machines)?;
+            let metrics = Metrics::merged(machines).ok_or(SimulationError::NoReplicas)?;
+            self.note(&outcome.extrapolations);
+            Ok((self.of_point(index), simulation.summary(&metrics, &outcome)))
+        })
+    }
+
+    /// Searches for the highest rate at which a point meets objectives; `tried` is told of every rate.
+    ///
+    /// # Errors
+    /// If the search makes no sense, or objectives are met at every rate.
+    pub fn capacity(
+        &self,
+        index: usize,
+        search: &CapacitySearch,
+        tried: impl FnMut(f64),
+    ) -> Result<(OfPoint, Found, Summary)> {
+        self.with_simulation(index, |simulation, requests| {
+            let Capacity { rate_per_s, summary, extrapolations } =
+                capacity(simulation, requests, search, tried).with_context(|| self.describe(index))?;
+            self.note(&extrapolations);
+            Ok((self.of_point(index), Found { capacity_req_s: rate_per_s }, summary))
+        })
+    }
+
+    fn with_simulation<T>(
+        &self,
+        index: usize,
+        run: impl FnOnce(&Simulation<'_>, &[Request]) -> Result<T>,
+    ) -> Result<T> {
+        let (point, settings) = &self.points[index];
+        let System { latency, exits, .. } = &self.systems[point.system];
+        let seed = point.seed.unwrap_or(self.spec.seed);
+        let exits = exits.with_draw(Draw::Seeded(seed));
+        let workload = self.workloads.at(point)?;
+        let SweepSpec { replicas, routing, spread, .. } = *self.spec;
+        let machines = Machines { replicas, routing, spread: spread.then_some(seed) };
+        run(&machines.simulation(*settings, latency, &exits, &workload)?, &workload.requests)
+    }
+
+    fn note(&self, beyond: &Extrapolations) {
+        self.beyond.lock().expect("no thread panics with it").merge(beyond);
+    }
+
+    fn of_point(&self, index: usize) -> OfPoint {
+        let (point, _) = &self.points[index];
+        let System { name, device, .. } = &self.systems[point.system];
+        OfPoint {
+            point: index,
+            system: name.clone(),
+            device: device.clone(),
+            rate_per_s: point.rate_per_s,
+            device_memory: point.device_memory.or(self.spec.serving.device_memory),
+            memory_utilization: self.spec.serving.memory_utilization,
+            seed: point.seed.unwrap_or(self.spec.seed),
+        }
+    }
+}
+
+impl System {
+    fn read(system: &SweptSystem, base: &Path) -> Result<Self> {
+        let read = || {
+            let profile = LatencyProfile::read(base.join(&system.profile))?;
+            let exits = ExitTrace::read(base.join(&system.exits))?;
+            check_same_model(&profile, &exits)?;
+            Ok::<_, anyhow::Error>(Self {
+                name: system.name.clone(),
+                latency: LatencyModel::new(&profile)?,
+                exits: ExitModel::new(&exits, Draw::Seeded(0))?,
+                device: profile.meta.device,
+            })
+        };
+        read().with_context(|| format!("systems: {:?}", system.name))
+    }
+}
+
+/// The requests of every point.
+struct Workloads<'a> {
+    spec: &'a SweepSpec,
+    base: &'a Path,
+    /// What a file holds; none where requests are made anew for each point.
+    file: Option<Workload>,
+}
+
+impl<'a> Workloads<'a> {
+    fn new(spec: &'a SweepSpec, base: &'a Path) -> Result<Self> {
+        let read = Workload::load(&spec.requests, base, &spec.serving)?;
+        Ok(Self { spec, base, file: spec.requests.file.is_some().then_some(read) })
+    }
+
+    /// The longest request of each seed; on the way, every seed and every rate is found to give requests.
+    fn longest(&self, points: &[Point]) -> Result<BTreeMap<Option<u64>, Request>> {
+        let mut longest = BTreeMap::new();
+        let mut rates: Vec<Option<f64>> = Vec::new();
+        for point in points {
+            if longest.contains_key(&point.seed) && rates.contains(&point.rate_per_s) {
+                continue;
+            }
+            rates.push(point.rate_per_s);
+            let workload = self.at(point)?;
+            let of_seed = workload.requests.iter().max_by_key(|request| request.context_tokens());
+            longest.insert(point.seed, *of_seed.context("requests: none are left")?);
+        }
+        Ok(longest)
+    }
+
+    fn at(&self, point: &Point) -> Result<Cow<'_, Workload>> {
+        match (&self.file, point.rate_per_s) {
+            (Some(read), None) => Ok(Cow::Borrowed(read)),
+            (Some(read), Some(rate_per_s)) => Ok(Cow::Owned(scaled(read, rate_per_s).context("grid")?)),
+            (None, _) => {
+                let requests = load_requests(&self.generated(point)?, self.base)?.requests;
+                Ok(Cow::Owned(Workload { requests, prefixes: None }))
+            }
+        }
+    }
+
+    /// The random process of a point.
+    fn generated(&self, point: &Point) -> Result<RequestSpec> {
+        let requests = &self.spec.requests;
+        let generate = requests.generate.as_ref().context("requests: neither `file` nor `generate`")?;
+        let arrivals = match point.rate_per_s {
+            Some(rate) => {
+                generate.arrivals.at_rate(rate).context("grid.rate_per_s of requests that arrive all at once")?
+            }
+            None => generate.arrivals,
+        };
+        let generate = Generate { arrivals, seed: point.seed.unwrap_or(generate.seed), ..generate.clone() };
+        Ok(RequestSpec { generate: Some(generate), ..requests.clone() })
+    }
+}
+
+/// The same requests at another mean rate.
+fn scaled(Workload { requests, prefixes }: &Workload, rate_per_s: f64) -> Result<Workload> {
+    let trace = RequestTrace { name: String::new(), requests: requests.clone(), prefix_hashes: None, dropped: 0 };
+    Ok(Workload { requests: trace.scale_to_rate(rate_per_s)?.requests, prefixes: prefixes.clone() })
+}
+
+/// The scheduler's settings at a point, under which the longest request can run.
+fn settings(serving: &Serving, point: &Point, model: &ModelMemory, longest: &Request) -> Result<Settings> {
+    let serving = Serving {
+        kv_fill: point.kv_fill,
+        max_batch: point.max_batch,
+        device_memory: point.device_memory.or(serving.device_memory),
+        ..serving.clone()
+    };
+    let settings = serving.settings(point.batching, point.exit, model, longest.context_tokens())?;
+    settings.check()?;
+    settings.check_request(longest)?;
+    Ok(settings)
+}

@@ -1,0 +1,296 @@
+//! What a sweep runs through, as its YAML file says it.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use itertools::iproduct;
+use scheduler::{Batching, ExitPolicy, KvFill};
+use serde::{Deserialize, Serialize};
+use simulator::{Objectives, Routing};
+use traces::{Measure, RequestSpec};
+
+use super::axis::{Axis, Bytes, Value};
+use crate::experiment::SCHEMA_VERSION;
+use crate::serving::Serving;
+
+/// Points that a sweep has at most: more are a mistake, or a day's work.
+const MOST_POINTS: u128 = 100_000;
+
+/// A sweep's file. Paths are relative to the folder it lies in.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SweepSpec {
+    /// Version of the file format: 1.
+    pub schema_version: u32,
+    /// What figures are headed with.
+    pub title: String,
+    /// Seeds everything that is drawn at random but the requests, which have a seed of their own, unless `grid.seed`
+    /// seeds both.
+    #[serde(default)]
+    pub seed: u64,
+    /// The requests to serve.
+    pub requests: RequestSpec,
+    /// How they are scheduled, where the grid does not say otherwise.
+    pub serving: Serving,
+    /// What to simulate.
+    pub systems: Vec<SweptSystem>,
+    /// Machines of each, with a batch and a cache of their own.
+    #[serde(default = "one")]
+    pub replicas: usize,
+    /// How requests are spread over them.
+    #[serde(default = "in_turn")]
+    pub routing: Routing,
+    /// Whether times are drawn from their measured spread instead of being medians.
+    #[serde(default)]
+    pub spread: bool,
+    /// What requests must meet to count for goodput, and what a capacity is searched for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objectives: Option<Objectives>,
+    /// How the capacity is searched for, by `depthwise capacity`.
+    #[serde(default)]
+    pub capacity: CapacitySpec,
+    /// What else varies.
+    #[serde(default)]
+    pub grid: Grid,
+}
+
+/// How the highest rate is searched for.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CapacitySpec {
+    /// Share of requests that must meet all objectives.
+    pub share: f64,
+    /// Width of the answer, relative to it.
+    pub tolerance: f64,
+}
+
+impl Default for CapacitySpec {
+    fn default() -> Self {
+        Self { share: 0.9, tolerance: 0.01 }
+    }
+}
+
+/// A model on a device.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SweptSystem {
+    /// What tables and figures call it.
+    pub name: String,
+    /// Folder of a latency profile.
+    pub profile: PathBuf,
+    /// Folder of an exit trace.
+    pub exits: PathBuf,
+    /// Instead of `serving.batching`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batching: Option<Vec<Batching>>,
+    /// Instead of `serving.exit` and `grid.thresholds`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<Vec<ExitPolicy>>,
+}
+
+/// Lists of values, of which every combination runs.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Grid {
+    /// Thresholds by measure: each is one more exit policy beside `serving.exit`.
+    pub thresholds: BTreeMap<Measure, Axis<f32>>,
+    /// Instead of `serving.kv_fill`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_fill: Option<Axis<KvFill>>,
+    /// Instead of `serving.max_batch`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_batch: Option<Axis<u32>>,
+    /// Instead of `serving.device_memory`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_memory: Option<Axis<Bytes>>,
+    /// Mean requests per second, instead of those of the requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_per_s: Option<Axis<f64>>,
+    /// Instead of `seed` and of the seed of generated requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<Axis<u64>>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn in_turn() -> Routing {
+    Routing::RoundRobin
+}
+
+/// One combination: what its simulation is of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Point {
+    /// Which of the systems.
+    pub system: usize,
+    /// Batching policy.
+    pub batching: Batching,
+    /// Exit policy.
+    pub exit: ExitPolicy,
+    /// What later tokens find at depths that early ones skipped.
+    pub kv_fill: KvFill,
+    /// Most sequences that run at once.
+    pub max_batch: u32,
+    /// The device's memory in bytes, where it varies.
+    pub device_memory: Option<u64>,
+    /// Mean requests per second, where they vary.
+    pub rate_per_s: Option<f64>,
+    /// Seed of everything that is drawn at random; none for that of the requests themselves.
+    pub seed: Option<u64>,
+}
+
+impl SweepSpec {
+    /// Reads a sweep's file.
+    ///
+    /// # Errors
+    /// If it does not read, a key is missing or unknown, or a value makes no sense.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_yaml::from_str(&text).with_context(|| path.display().to_string())
+    }
+
+    /// # Errors
+    /// If keys contradict each other, or the grid is too large.
+    pub fn check(&self) -> Result<()> {
+        let version = self.schema_version;
+        ensure!(version == SCHEMA_VERSION, "schema_version is {version}, expected {SCHEMA_VERSION}");
+        self.serving.check().context("serving")?;
+        ensure!(!self.systems.is_empty(), "systems is empty: expected at least one");
+        self.check_size()?;
+        check_distinct("serving.batching", &self.serving.batching)?;
+        check_distinct("serving.exit and grid.thresholds", &self.exits())?;
+        ensure!(self.replicas > 0, "replicas is 0: expected at least 1");
+        let names: Vec<&str> = self.systems.iter().map(|system| system.name.as_str()).collect();
+        check_distinct("the names of systems", &names)?;
+        for system in &self.systems {
+            system.check().with_context(|| format!("systems: {:?}", system.name))?;
+        }
+        let grid = &self.grid;
+        if let Some(max_batch) = &grid.max_batch {
+            let (most, budget) = (max_batch.values().iter().max(), self.serving.token_budget);
+            ensure!(
+                most <= Some(&budget),
+                "grid.max_batch: {} is more than serving.token_budget, {budget}: every sequence needs a row",
+                most.copied().unwrap_or_default()
+            );
+        }
+        if grid.device_memory.is_some() {
+            let serving = &self.serving;
+            ensure!(
+                serving.num_blocks.is_none(),
+                "grid.device_memory beside serving.num_blocks: expected one of the two"
+            );
+            ensure!(
+                serving.device_memory.is_none(),
+                "grid.device_memory beside serving.device_memory: expected one of the two"
+            );
+        }
+        let requests = &self.requests;
+        if grid.rate_per_s.is_some() && (requests.rate_per_s.is_some() || requests.rate_factor.is_some()) {
+            bail!("grid.rate_per_s beside a rate in requests: expected one of the two");
+        }
+        Ok(())
+    }
+
+    fn check_size(&self) -> Result<()> {
+        let grid = &self.grid;
+        let policies = |system: &SweptSystem| self.combinations(system).len() as u128;
+        let sizes = [
+            ("systems and policies", self.systems.iter().map(policies).sum()),
+            ("kv_fill", size(&grid.kv_fill)),
+            ("max_batch", size(&grid.max_batch)),
+            ("device_memory", size(&grid.device_memory)),
+            ("rate_per_s", size(&grid.rate_per_s)),
+            ("seed", size(&grid.seed)),
+        ];
+        let points: u128 = sizes.iter().map(|(_, size)| size).product();
+        let factors: Vec<String> = sizes.iter().map(|(name, size)| format!("{size} of {name}")).collect();
+        ensure!(
+            points <= MOST_POINTS,
+            "the grid has {points} points ({}): expected at most {MOST_POINTS}",
+            factors.join(" x ")
+        );
+        Ok(())
+    }
+
+    /// Every combination; those that differ in their seed alone follow each other.
+    pub fn points(&self) -> Vec<Point> {
+        let grid = &self.grid;
+        let limits = iproduct!(values(&grid.device_memory), values(&grid.kv_fill), values(&grid.max_batch));
+        let loads = iproduct!(0..self.systems.len(), limits, values(&grid.rate_per_s));
+        type Limits = (Option<Bytes>, Option<KvFill>, Option<u32>);
+        let points_of = |(system, (device_memory, kv_fill, max_batch), rate_per_s): (usize, Limits, Option<f64>)| {
+            let runs = iproduct!(self.combinations(&self.systems[system]), values(&grid.seed));
+            runs.map(move |((batching, exit), seed)| Point {
+                system,
+                batching,
+                exit,
+                kv_fill: kv_fill.unwrap_or(self.serving.kv_fill),
+                max_batch: max_batch.unwrap_or(self.serving.max_batch),
+                device_memory: device_memory.map(|Bytes(bytes)| bytes),
+                rate_per_s,
+                seed,
+            })
+        };
+        loads.flat_map(points_of).collect()
+    }
+
+    /// Points that differ in their seed alone.
+    pub fn num_seeds(&self) -> usize {
+        values(&self.grid.seed).len()
+    }
+
+    /// `serving.exit`, and a policy for each threshold.
+    fn exits(&self) -> Vec<ExitPolicy> {
+        let confidence = |(&measure, thresholds): (&Measure, &Axis<f32>)| {
+            let policy = |&threshold| ExitPolicy::Confidence { measure, threshold };
+            thresholds.values().iter().map(policy).collect::<Vec<_>>()
+        };
+        let thresholds = self.grid.thresholds.iter().flat_map(confidence);
+        self.serving.exit.iter().copied().chain(thresholds).collect()
+    }
+
+    fn combinations(&self, system: &SweptSystem) -> Vec<(Batching, ExitPolicy)> {
+        let batching = system.batching.clone().unwrap_or_else(|| self.serving.batching.clone());
+        let exit = system.exit.clone().unwrap_or_else(|| self.exits());
+        iproduct!(batching, exit).collect()
+    }
+}
+
+impl SweptSystem {
+    fn check(&self) -> Result<()> {
+        ensure!(
+            !self.name.is_empty() && !self.name.contains(char::is_control),
+            "a name is empty or has a line break, expected one line"
+        );
+        for (key, is_empty) in [
+            ("batching", self.batching.as_ref().is_some_and(Vec::is_empty)),
+            ("exit", self.exit.as_ref().is_some_and(Vec::is_empty)),
+        ] {
+            ensure!(!is_empty, "{key} is empty: expected at least one policy");
+        }
+        check_distinct("batching", self.batching.as_deref().unwrap_or_default())?;
+        check_distinct("exit", self.exit.as_deref().unwrap_or_default())
+    }
+}
+
+fn check_distinct<T: PartialEq + Display>(what: &str, items: &[T]) -> Result<()> {
+    match items.iter().enumerate().find(|(index, item)| items[..*index].contains(item)) {
+        Some((_, item)) => bail!("{what}: {item} is there twice"),
+        None => Ok(()),
+    }
+}
+
+fn values<T: Value>(axis: &Option<Axis<T>>) -> Vec<Option<T>> {
+    match axis {
+        Some(axis) => axis.values().iter().copied().map(Some).collect(),
+        None => vec![None],
+    }
+}
+
+fn size<T: Value>(axis: &Option<Axis<T>>) -> u128 {
+    values(axis).len() as u128
+}

@@ -1,0 +1,427 @@
+//! Sweeps and capacity searches as a user runs them, on a profile and an exit trace that are made up.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, MemoryFigures, Point, ProfileMeta, Signals};
+
+const LOOPS: u32 = 3;
+
+/// A folder with a profile, an exit trace and a sweep.
+struct Scene(TempDir);
+
+impl Scene {
+    fn new() -> Self {
+        let scene = Self(tempfile::tempdir().unwrap());
+        profile().write(scene.path("profile")).unwrap();
+        exits().write(scene.path("exits")).unwrap();
+        scene.write("sweep.yaml", SWEEP);
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_depthwise"));
+        command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn succeed(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What a failing command says.
+    fn fail(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+        stderr.lines().find(|line| line.starts_with("error: ")).expect("an error").to_owned()
+    }
+}
+
+/// A pass of 16 rows takes twice as long as one of a single row.
+fn profile() -> LatencyProfile {
+    let point = |component, rows, time_us| Point {
+        component,
+        rows,
+        kv_tokens: 0,
+        depths: 1,
+        time_us,
+        spread_us: 0.0,
+        repeats: 9,
+    };
+    LatencyProfile {
+        meta: ProfileMeta {
+            schema_version: LatencyProfile::SCHEMA_VERSION,
+            model: "made up".into(),
+            fingerprint: "made up".into(),
+            num_loops: LOOPS,
+            device: "no device".into(),
+            software: "none".into(),
+            source: "made up".into(),
+            overhead_us: 5.0,
+            weight_bytes: 1_000_000,
+            kv_bytes_per_token: 3_000,
+            memory: Some(MemoryFigures { device_bytes: None, other_bytes: 0, row_bytes: 100, logits_bytes: 0 }),
+        },
+        points: vec![
+            point(Component::Block, 1, 100.0),
+            point(Component::Block, 64, 500.0),
+            point(Component::Embed, 1, 1.0),
+            point(Component::Head, 1, 10.0),
+        ],
+        mixed_attention: None,
+    }
+}
+
+/// 20 generations of 40 tokens that are the surer the deeper they are, by no rule that anyone would guess.
+fn exits() -> ExitTrace {
+    let mut trace = ExitTrace::new(ExitTraceMeta {
+        schema_version: ExitTrace::SCHEMA_VERSION,
+        model: "made up".into(),
+        fingerprint: "made up".into(),
+        num_loops: LOOPS,
+        source: "made up".into(),
+    });
+    for generation in 0..20_u32 {
+        let row = |index: u32| {
+            let (token, depth) = (index / LOOPS, index % LOOPS);
+            let difficulty = (generation * 7 + token * token * 3 + token * 11) % 10;
+            let top1 = 0.3 + 0.06 * (10 - difficulty) as f32 * (depth + 1) as f32 / LOOPS as f32;
+            let signals = Signals { top1, margin: top1 / 2.0, entropy: 1.0 - top1, similarity: 0.0 };
+            (signals, u32::from(depth * 4 < difficulty))
+        };
+        trace.push_generation(&(0..40 * LOOPS).map(row).collect::<Vec<_>>());
+    }
+    trace
+}
+
+const SWEEP: &str = "schema_version: 1
+title: made up
+requests:
+  generate:
+    count: 60
+    arrivals: {poisson: {rate_per_s: 100}}
+    prompt_tokens: {uniform: {min: 4, max: 30}}
+    output_tokens: {uniform: {min: 5, max: 40}}
+serving:
+  batching: [sequence, depth]
+  exit: [none, oracle]
+  max_batch: 8
+  token_budget: 64
+systems:
+  - {name: 'one, two', profile: profile, exits: exits}
+objectives: {ttft_ms: 50, tpot_ms: 5}
+grid:
+  thresholds: {top1: [0.5, 0.7]}
+  kv_fill: [reuse, first]
+  max_batch: [4, 8]
+  device_memory: [3MB]
+  rate_per_s: [200, 400]
+  seed: [1, 2, 3]
+";
+/// Policies, fills, batch limits, rates and seeds.
+const POINTS: usize = 2 * 4 * 2 * 2 * 2 * 3;
+
+/// The same without fills and rates, which leaves less to draw.
+fn small_sweep() -> String {
+    SWEEP.replace("  kv_fill: [reuse, first]\n", "").replace("  rate_per_s: [200, 400]\n", "")
+}
+const SMALL_POINTS: usize = POINTS / 4;
+
+fn lines(path: &Path) -> Vec<Vec<String>> {
+    let mut reader = csv::ReaderBuilder::new().has_headers(false).from_path(path).unwrap();
+    reader.records().map(|record| record.unwrap().iter().map(str::to_owned).collect()).collect()
+}
+
+fn column<'a>(lines: &'a [Vec<String>], name: &str) -> Vec<&'a str> {
+    let index = lines[0].iter().position(|column| column == name).unwrap_or_else(|| panic!("no column {name}"));
+    lines[1..].iter().map(|line| line[index].as_str()).collect()
+}
+
+/// Every file below a folder, by its path from there, with its bytes.
+fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files: Vec<(PathBuf, Vec<u8>)> = Vec::new();
+    for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap()) {
+        let (path, name) = (entry.path(), PathBuf::from(entry.file_name()));
+        match path.is_dir() {
+            true => files.extend(contents(&path).into_iter().map(|(inner, bytes)| (name.join(inner), bytes))),
+            false => files.push((name, fs::read(&path).unwrap())),
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn a_sweep_leaves_a_line_for_every_combination_and_seed_and_their_means() {
+    let scene = Scene::new();
+    scene.succeed(&["sweep", "sweep.yaml"]);
+    let sweep = lines(&scene.path("results/sweep/sweep.csv"));
+    assert_eq!(sweep.len(), 1 + POINTS);
+    assert!(column(&sweep, "point").iter().enumerate().all(|(index, point)| *point == index.to_string()));
+    for (name, values) in [
+        ("system", vec!["one, two"]),
+        ("batching", vec!["sequence", "depth"]),
+        ("exit_policy", vec!["none", "oracle", "confidence:top1:0.5", "confidence:top1:0.7"]),
+        ("kv_fill", vec!["reuse", "first"]),
+        ("max_batch", vec!["4", "8"]),
+        ("device_memory", vec!["3000000"]),
+        ("rate_per_s", vec!["200.0", "400.0"]),
+        ("seed", vec!["1", "2", "3"]),
+    ] {
+        let cells = column(&sweep, name);
+        for value in &values {
+            let count = cells.iter().filter(|cell| *cell == value).count();
+            assert_eq!(count, POINTS / values.len(), "{name} {value}");
+        }
+    }
+    let blocks = |bytes: u64| ((2_700_000 - 1_000_000 - 64 * 100) / (16 * bytes)).to_string();
+    for (fill, found) in column(&sweep, "kv_fill").into_iter().zip(column(&sweep, "kv_blocks")) {
+        assert_eq!(found, blocks(if fill == "first" { 1_000 } else { 3_000 }));
+    }
+
+    let summary = lines(&scene.path("results/sweep/sweep-summary.csv"));
+    assert_eq!(summary.len(), 1 + POINTS / 3);
+    let number = |text: &str| text.parse::<f64>().unwrap();
+    let throughputs: Vec<f64> = column(&sweep, "throughput_tok_s").into_iter().map(number).collect();
+    let means: Vec<f64> = column(&summary, "throughput_tok_s").into_iter().map(number).collect();
+    let half_widths: Vec<f64> = column(&summary, "throughput_tok_s_ci95").into_iter().map(number).collect();
+    for ((runs, mean), half_width) in throughputs.chunks(3).zip(&means).zip(&half_widths) {
+        assert!((runs.iter().sum::<f64>() / 3.0 - mean).abs() < 1e-9 * mean);
+        let variance = runs.iter().map(|run| (run - mean).powi(2)).sum::<f64>() / 2.0;
+        // Student's t of 2 degrees of freedom at 97.5%.
+        let expected = 4.302_653 * (variance / 3.0).sqrt();
+        assert!(expected > 0.0 && (expected - half_width).abs() < 1e-5 * expected);
+    }
+    let figures: Vec<String> = contents(&scene.path("results/sweep/figures"))
+        .into_iter()
+        .map(|(path, _)| path.display().to_string())
+        .filter(|name| name.ends_with("png"))
+        .collect();
+    // Two of each fill, batch limit and rate; one of each fill and batch limit along the rates.
+    assert_eq!(figures.len(), 2 * 8 + 4, "{figures:?}");
+
+    let svg = "results/sweep/figures/pareto-agreement-kv-fill-first-batch-8-400-requests-s.svg";
+    let earlier = scene.read(svg);
+    assert!(earlier.contains("Pareto-efficient") && earlier.contains("means of 3 seeds"));
+    fs::remove_dir_all(scene.path("results/sweep/figures")).unwrap();
+    scene.succeed(&["plot", "results/sweep"]);
+    assert_eq!(scene.read(svg), earlier);
+}
+
+#[test]
+fn a_sweep_that_was_cut_short_ends_up_the_same_to_the_byte_on_any_number_of_threads() {
+    let scene = Scene::new();
+    scene.write("sweep.yaml", &small_sweep());
+    let sweep = |out: &str, threads: &str| {
+        let output =
+            scene.command(&["sweep", "sweep.yaml", "--out", out]).env("RAYON_NUM_THREADS", threads).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    sweep("whole", "1");
+    let whole = contents(&scene.path("whole"));
+    sweep("again", "4");
+    assert!(contents(&scene.path("again")) == whole, "another number of threads");
+
+    let path = scene.path("again/sweep.csv");
+    let text = fs::read(&path).unwrap();
+    for share in [0.0, 0.01, 0.4, 0.8] {
+        fs::write(&path, &text[..(share * text.len() as f64) as usize]).unwrap();
+        fs::remove_file(scene.path("again/sweep-summary.csv")).unwrap();
+        sweep("again", "2");
+        assert!(contents(&scene.path("again")) == whole, "cut off after {share}");
+    }
+    assert!(sweep("again", "2").contains(&format!("of which {SMALL_POINTS} were there already")));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_sweep_keeps_what_has_finished() {
+    let scene = Scene::new();
+    scene.write("long.yaml", &small_sweep().replace("count: 60", "count: 9000"));
+    scene.succeed(&["sweep", "long.yaml", "--out", "whole"]);
+    let child = scene.command(&["sweep", "long.yaml", "--out", "stopped"]).stderr(Stdio::piped()).spawn().unwrap();
+    let kept = || fs::read_to_string(scene.path("stopped/sweep.csv")).map_or(0, |text| text.lines().count());
+    while kept() < 10 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "it ended before it was interrupted");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("what has finished is kept in stopped"));
+    assert!((10..=SMALL_POINTS).contains(&kept()), "{} lines", kept());
+    scene.succeed(&["sweep", "long.yaml", "--out", "stopped"]);
+    assert!(contents(&scene.path("stopped")) == contents(&scene.path("whole")));
+}
+
+#[test]
+fn results_of_other_inputs_are_not_mixed() {
+    let scene = Scene::new();
+    scene.write("sweep.yaml", &small_sweep());
+    scene.succeed(&["sweep", "sweep.yaml", "--out", "out"]);
+    let before = contents(&scene.path("out"));
+    scene.write("sweep.yaml", &small_sweep().replace("title: made up", "title: retitled # and commented"));
+    scene.succeed(&["sweep", "sweep.yaml", "--out", "out"]);
+
+    scene.write("sweep.yaml", &small_sweep().replace("count: 60", "count: 61"));
+    assert!(scene.fail(&["sweep", "sweep.yaml", "--out", "out"]).contains("out are of another configuration"));
+    scene.write("sweep.yaml", &small_sweep());
+    let latency = scene.read("profile/latency.csv");
+    scene.write("profile/latency.csv", &latency.replacen("500", "501", 1));
+    assert!(scene.fail(&["sweep", "sweep.yaml", "--out", "out"]).contains("of another profile/latency.csv"));
+    scene.succeed(&["sweep", "sweep.yaml", "--out", "out", "--restart"]);
+    assert!(contents(&scene.path("out")) != before);
+    scene.write("profile/latency.csv", &latency);
+    scene.succeed(&["sweep", "sweep.yaml", "--out", "out", "--restart"]);
+    assert!(contents(&scene.path("out")) == before);
+
+    scene.write("out/sweep.csv", &scene.read("out/sweep.csv").replacen("\n3,", "\nthree,", 1));
+    assert!(scene.fail(&["sweep", "sweep.yaml", "--out", "out"]).contains("out/sweep.csv:5: found `three`"));
+    fs::create_dir(scene.path("foreign")).unwrap();
+    scene.write("foreign/thesis.tex", "dear to somebody");
+    assert!(scene.fail(&["sweep", "sweep.yaml", "--out", "foreign"]).contains("choose another --out"));
+}
+
+#[test]
+fn bad_sweeps_get_one_error_that_names_key_and_line_before_anything_runs() {
+    let scene = Scene::new();
+    let seeds: Vec<String> = (0..1000).map(|seed| seed.to_string()).collect();
+    let rates: Vec<String> = (1..=200).map(|rate| rate.to_string()).collect();
+    let absurd = SWEEP
+        .replace("[1, 2, 3]", &format!("[{}]", seeds.join(", ")))
+        .replace("[200, 400]", &format!("[{}]", rates.join(", ")));
+    for (text, expected) in [
+        (
+            SWEEP.replace("max_batch: [4, 8]", "max_batch: [4, 0]"),
+            "grid.max_batch: found 0, expected a whole number of at least 1 at line 20",
+        ),
+        (SWEEP.replace("max_batch: [4, 8]", "max_batch: [4, 4]"), "grid.max_batch: found 4 twice"),
+        (SWEEP.replace("max_batch: [4, 8]", "max_batch: []"), "grid.max_batch: found an empty list"),
+        (
+            SWEEP.replace("max_batch: [4, 8]", "max_batch: 4"),
+            "grid.max_batch: invalid type: integer `4`, expected a list",
+        ),
+        (
+            SWEEP.replace("max_batch: [4, 8]", "max_batch: [4, 80]"),
+            "grid.max_batch: 80 is more than serving.token_budget, 64",
+        ),
+        (
+            SWEEP.replace("rate_per_s: [200, 400]", "rate_per_s: [-1]"),
+            "grid.rate_per_s: found -1, expected a number above 0 at line 22",
+        ),
+        (
+            SWEEP.replace("top1: [0.5, 0.7]", "top1: [.nan]"),
+            "grid.thresholds.top1: found NaN, expected a finite number at line 18",
+        ),
+        (SWEEP.replace("top1:", "top9:"), "grid.thresholds: unknown variant `top9`"),
+        (SWEEP.replace("[reuse, first]", "[reuse, last]"), "reuse, first, skip or backfill at line 19"),
+        (SWEEP.replace("[3MB]", "[3 parrots]"), "grid.device_memory"),
+        (SWEEP.replace("[3MB]", "[1MB]"), "sequence, none: not one KV block fits"),
+        (SWEEP.replace("  seed:", "  seeds:"), "grid: unknown field `seeds`"),
+        (
+            SWEEP.replace("exit: [none, oracle]", "exit: [none, none]"),
+            "serving.exit and grid.thresholds: none is there twice",
+        ),
+        (SWEEP.replace("exit: [none, oracle]", "exit: [none, 'confidence:0.5']"), "confidence:top1:0.5 is there twice"),
+        (SWEEP.replace("exit: [none, oracle]", "exit: ['static:3']"), "static exit depth 3 is outside"),
+        (
+            SWEEP.replace("{poisson: {rate_per_s: 100}}", "all_at_once"),
+            "grid.rate_per_s of requests that arrive all at once",
+        ),
+        (SWEEP.replace("exits: exits", "exits: nowhere"), "nowhere"),
+        (SWEEP.replace("systems:", "systems: []\nrest:"), "unknown field `rest`"),
+        (SWEEP.replace("max: 40}", "max: 4000}"), "the cache holds"),
+        (
+            absurd,
+            "the grid has 6400000 points (8 of systems and policies x 2 of kv_fill x 2 of max_batch x 1 of \
+                  device_memory x 200 of rate_per_s x 1000 of seed): expected at most 100000",
+        ),
+    ] {
+        scene.write("bad.yaml", &text);
+        let error = scene.fail(&["sweep", "bad.yaml"]);
+        assert!(error.contains(expected) && error.contains("bad.yaml"), "expected `{expected}` in: {error}");
+        assert!(!scene.path("results").exists(), "something was left by: {error}");
+    }
+}
+
+#[test]
+fn systems_may_narrow_the_policies_and_traces_are_swept_over_rates() {
+    let scene = Scene::new();
+    let trace: String = (0..50).map(|id| format!("{id},{}.0,20,{}\n", id * 9_000, 5 + id % 30)).collect();
+    scene.write("requests.csv", &format!("request,arrival_us,prompt_tokens,output_tokens\n{trace}"));
+    let (before, rest) = SWEEP.split_once("requests:").unwrap();
+    let (_, after) = rest.split_once("serving:").unwrap();
+    let narrowed = "  - {name: narrow, profile: profile, exits: exits, batching: [vanilla], exit: [none]}\nobjectives";
+    let text = format!("{before}requests: {{file: requests.csv}}\nserving:{after}").replace("objectives", narrowed);
+    scene.write("sweep.yaml", &text);
+    scene.succeed(&["sweep", "sweep.yaml"]);
+    let sweep = lines(&scene.path("results/sweep/sweep.csv"));
+    let of_narrow: Vec<(&str, &str)> = column(&sweep, "system")
+        .into_iter()
+        .zip(column(&sweep, "batching"))
+        .filter(|(system, _)| *system == "narrow")
+        .collect();
+    assert!(of_narrow.len() == POINTS / 8 && of_narrow.iter().all(|(_, batching)| *batching == "vanilla"));
+    let makespans = |rate: &str| -> f64 {
+        let of_rate = column(&sweep, "rate_per_s").into_iter().zip(column(&sweep, "makespan_s"));
+        of_rate.filter(|(of, _)| *of == rate).map(|(_, makespan)| makespan.parse::<f64>().unwrap()).fold(0.0, f64::max)
+    };
+    // 50 requests arrive within 49 gaps.
+    assert!(makespans("200.0") > 49.0 / 200.0 && makespans("400.0") < makespans("200.0"));
+}
+
+#[test]
+fn capacity_of_a_sweep_s_policies_comes_with_a_table_and_a_figure() {
+    let scene = Scene::new();
+    let without_rates = SWEEP.replace("  rate_per_s: [200, 400]\n", "");
+    scene.write("capacity.yaml", &without_rates);
+    let printed = scene.succeed(&["capacity", "capacity.yaml", "--out", "out", "--tolerance", "0.1"]);
+    assert_eq!(printed.lines().filter(|line| line.contains("depth") && line.contains("oracle")).count(), 4);
+    let capacities = lines(&scene.path("out/capacity.csv"));
+    assert_eq!(capacities.len(), 1 + POINTS / 2);
+    let number = |text: &&str| text.parse::<f64>().unwrap();
+    assert!(column(&capacities, "capacity_req_s").iter().map(number).all(|rate| rate > 10.0));
+    assert!(column(&capacities, "objectives_met").iter().map(number).all(|share| share >= 0.9));
+    assert_eq!(lines(&scene.path("out/capacity-summary.csv")).len(), 1 + POINTS / 2 / 3);
+    let figure = "out/figures/capacity-kv-fill-first-batch-8.svg";
+    assert!(scene.read(figure).contains("90% of requests meet TTFT 50 ms, TPOT 5 ms"));
+    let before = contents(&scene.path("out"));
+    fs::write(
+        scene.path("out/capacity.csv"),
+        &before.iter().find(|file| file.0.ends_with("capacity.csv")).unwrap().1[..3000],
+    )
+    .unwrap();
+    scene.succeed(&["capacity", "capacity.yaml", "--out", "out", "--tolerance", "0.1"]);
+    assert!(contents(&scene.path("out")) == before, "a search that was cut short goes on");
+
+    assert!(scene.fail(&["capacity", "capacity.yaml", "--out", "out"]).contains("of another configuration"));
+    assert!(scene.fail(&["capacity", "sweep.yaml"]).contains("grid.rate_per_s: the rate is what is searched for"));
+    scene.write("aimless.yaml", &without_rates.replace("objectives: {ttft_ms: 50, tpot_ms: 5}\n", ""));
+    assert!(scene.fail(&["capacity", "aimless.yaml"]).contains("no objective"));
+    let both = scene.run(&["capacity", "capacity.yaml", "--profile", "profile"]);
+    assert!(String::from_utf8_lossy(&both.stderr).contains("cannot be used with '--profile <DIR>'"));
+    let neither = scene.run(&["capacity", "--ttft-ms", "5"]);
+    assert!(String::from_utf8_lossy(&neither.stderr).contains("expected a sweep's YAML file, or --requests"));
+}

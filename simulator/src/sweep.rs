@@ -1,0 +1,316 @@
+//! Many runs in one CSV file: each is kept as soon as it ends, and one that is kept is not run again.
+//!
+//! ```text
+//! points 0, 1, 2, ... ──not in the file?──► run, on all cores ──► a line at its end ──the last?──► lines in order
+//! ```
+//!
+//! A file that was cut off anywhere, or whose runs were stopped, ends up the same to the byte as one that was not.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use csv::StringRecord;
+use rayon::prelude::*;
+use serde::Serialize;
+use traces::TraceError;
+use traces::table::write_whole;
+
+use crate::statistics::Interval;
+
+/// The column that says which point a line is of: the first of every line.
+pub const POINT: &str = "point";
+
+/// What is known of the points so far.
+#[derive(Debug)]
+pub struct Points {
+    count: usize,
+    header: Option<StringRecord>,
+    lines: BTreeMap<usize, StringRecord>,
+    /// None where nothing is kept beyond the process.
+    file: Option<(PathBuf, File)>,
+}
+
+/// The lines of all points, in their order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Table {
+    /// Names of the columns.
+    pub header: StringRecord,
+    /// As many cells as columns in each.
+    pub lines: Vec<StringRecord>,
+}
+
+impl Points {
+    /// Of `count` points, none yet; they are kept in no file.
+    pub fn in_memory(count: usize) -> Self {
+        Self { count, header: None, lines: BTreeMap::new(), file: None }
+    }
+
+    /// Of `count` points, those that a file holds; it is made if it is not there. A line that was cut off is removed.
+    ///
+    /// # Errors
+    /// If the file cannot be read or written, or has a line that is not of such a point.
+    pub fn open(path: &Path, count: usize) -> Result<Self, TraceError> {
+        let io = |action| move |source| TraceError::Io { action, path: path.to_owned(), source };
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io("open"))?;
+        let mut text = Vec::new();
+        file.read_to_end(&mut text).map_err(io("read"))?;
+        let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        file.set_len(whole as u64).map_err(io("write"))?;
+        let mut points = Self::in_memory(count);
+        points.read(path, &text[..whole])?;
+        points.file = Some((path.to_owned(), file));
+        Ok(points)
+    }
+
+    fn read(&mut self, path: &Path, text: &[u8]) -> Result<(), TraceError> {
+        let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(text);
+        for record in reader.records() {
+            let error = |line, found| TraceError::Line {
+                path: path.to_owned(),
+                line,
+                found,
+                expected: format!("the line of a point below {}", self.count),
+            };
+            let record =
+                record.map_err(|wrong| error(wrong.position().map_or(0, csv::Position::line), wrong.to_string()))?;
+            if self.header.is_none() {
+                self.header = Some(record);
+                continue;
+            }
+            let point = record.get(0).and_then(|cell| cell.parse().ok()).filter(|&point| point < self.count);
+            let line = record.position().map_or(0, csv::Position::line);
+            let point = point.ok_or_else(|| error(line, format!("`{}`", record.get(0).unwrap_or_default())))?;
+            self.lines.insert(point, record);
+        }
+        Ok(())
+    }
+
+    /// Points that are there already.
+    pub fn done(&self) -> usize {
+        self.lines.len()
+    }
+
+    /// Runs the points that are missing, on all cores, keeps the line that each gives, and puts all lines in order.
+    /// After each, `finished` is told.
+    ///
+    /// A line is a structure, or a tuple of structures, whose first field is the point.
+    ///
+    /// # Errors
+    /// One of those of the runs; or if the file cannot be written, or its columns are others than those of a line.
+    pub fn complete<L, E>(
+        self,
+        run: impl Fn(usize) -> Result<L, E> + Sync,
+        finished: impl Fn() + Sync,
+    ) -> Result<Table, E>
+    where
+        L: Serialize,
+        E: From<TraceError> + Send,
+    {
+        let missing: Vec<usize> = (0..self.count).filter(|point| !self.lines.contains_key(point)).collect();
+        let points = Mutex::new(self);
+        missing.into_par_iter().try_for_each(|point| {
+            let line = run(point)?;
+            points.lock().expect("no thread panics with it").append(point, &line)?;
+            finished();
+            Ok::<(), E>(())
+        })?;
+        Ok(points.into_inner().expect("no thread panicked with it").in_order()?)
+    }
+
+    fn append(&mut self, point: usize, line: &impl Serialize) -> Result<(), TraceError> {
+        let (header, record) = records(line);
+        let text = match &self.header {
+            None => [text_of(&header), text_of(&record)].concat(),
+            Some(_) => text_of(&record),
+        };
+        if let Some((path, file)) = &mut self.file {
+            if self.header.as_ref().is_some_and(|there| *there != header) {
+                return Err(TraceError::Line {
+                    path: path.clone(),
+                    line: 1,
+                    found: "other columns".to_owned(),
+                    expected: format!("`{}`", header.iter().collect::<Vec<_>>().join(",")),
+                });
+            }
+            let path = path.clone();
+            file.write_all(&text).map_err(|source| TraceError::Io { action: "write", path, source })?;
+        }
+        self.header = Some(header);
+        self.lines.insert(point, record);
+        Ok(())
+    }
+
+    fn in_order(self) -> Result<Table, TraceError> {
+        let table = Table { header: self.header.unwrap_or_default(), lines: self.lines.into_values().collect() };
+        if let Some((path, _)) = self.file {
+            table.write(&path)?;
+        }
+        Ok(table)
+    }
+}
+
+/// The header and the line of a serialized structure.
+fn records(line: &impl Serialize) -> (StringRecord, StringRecord) {
+    const PLAIN: &str = "lines are structures of numbers and text";
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    writer.serialize(line).expect(PLAIN);
+    let text = writer.into_inner().expect("memory takes everything");
+    let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(&text[..]);
+    let mut records = reader.records().map(|record| record.expect("what was written reads back"));
+    (records.next().expect(PLAIN), records.next().expect(PLAIN))
+}
+
+fn text_of(record: &StringRecord) -> Vec<u8> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    writer.write_record(record).expect("memory takes everything");
+    writer.into_inner().expect("memory takes everything")
+}
+
+impl Table {
+    /// The cells of a column; none if there is no such column.
+    pub fn column(&self, name: &str) -> Option<impl Iterator<Item = &str>> {
+        let index = self.header.iter().position(|column| column == name)?;
+        Some(self.lines.iter().map(move |line| &line[index]))
+    }
+
+    /// Writes the table as CSV, whole or not at all.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), TraceError> {
+        write_whole(path, |file| {
+            let mut writer = csv::Writer::from_writer(file);
+            writer.write_record(&self.header)?;
+            for line in &self.lines {
+                writer.write_record(line)?;
+            }
+            writer.flush()
+        })
+    }
+
+    /// Sums up every `repeats` lines in a row, which are the same but for their seed, as one.
+    ///
+    /// Of the columns `settings` the first line's cells are kept. Every other column but `point` and `seed` is averaged,
+    /// and followed by half the width of its confidence interval, in a column that ends in `_ci95`; cells of a column
+    /// that is empty in one of the lines stay empty. `seeds` counts the lines.
+    pub fn over_seeds(&self, repeats: usize, settings: &[&str]) -> Self {
+        let columns: Vec<(usize, &str)> =
+            self.header.iter().enumerate().filter(|(_, name)| ![POINT, "seed"].contains(name)).collect();
+        let (settings, metrics): (Vec<_>, Vec<_>) = columns.into_iter().partition(|(_, name)| settings.contains(name));
+        let mut header: StringRecord = settings.iter().map(|(_, name)| *name).collect();
+        header.push_field("seeds");
+        for (_, name) in &metrics {
+            header.push_field(name);
+            header.push_field(&format!("{name}_ci95"));
+        }
+        let summed_up = |lines: &[StringRecord]| {
+            let mut line: StringRecord = settings.iter().map(|&(index, _)| &lines[0][index]).collect();
+            line.push_field(&lines.len().to_string());
+            for &(index, _) in &metrics {
+                let values: Option<Vec<f64>> = lines.iter().map(|line| line[index].parse().ok()).collect();
+                let interval = values.map(|values| Interval::of(&values));
+                let number = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
+                line.push_field(&number(interval.map(|interval| interval.mean)));
+                line.push_field(&number(interval.and_then(|interval| interval.half_width)));
+            }
+            line
+        };
+        Self { header, lines: self.lines.chunks(repeats).map(summed_up).collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[derive(Serialize)]
+    struct Line {
+        point: usize,
+        name: &'static str,
+        seed: u64,
+        value: f64,
+        share: Option<f64>,
+    }
+
+    fn line(point: usize) -> Line {
+        let name = ["plain", "with, a comma"][point / 3 % 2];
+        let seed = point as u64 % 3;
+        Line { point, name, seed, value: (point as f64).sqrt() / 3.0, share: (point < 6).then_some(0.5) }
+    }
+
+    fn complete(path: &Path, runs: &AtomicUsize) -> Result<Table, TraceError> {
+        let run = |point| {
+            runs.fetch_add(1, Ordering::Relaxed);
+            Ok(line(point))
+        };
+        Points::open(path, 12)?.complete(run, || ())
+    }
+
+    #[test]
+    fn a_file_that_was_cut_off_anywhere_ends_up_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sweep.csv");
+        let runs = AtomicUsize::new(0);
+        let whole_table = complete(&path, &runs).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        assert_eq!(runs.swap(0, Ordering::Relaxed), 12);
+        for length in 0..=whole.len() {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            assert_eq!(complete(&path, &runs).unwrap(), whole_table);
+            assert!(std::fs::read(&path).unwrap() == whole, "cut off after {length} bytes");
+            let lines = whole[..length].iter().filter(|&&byte| byte == b'\n').count();
+            assert_eq!(runs.swap(0, Ordering::Relaxed), 12 - lines.saturating_sub(1), "only what is missing runs");
+        }
+    }
+
+    #[test]
+    fn what_finished_before_an_error_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sweep.csv");
+        let run = |point| match point {
+            7 => Err(TraceError::Io { action: "run", path: "it".into(), source: std::io::Error::other("no") }),
+            point => Ok(line(point)),
+        };
+        assert!(Points::open(&path, 12).unwrap().complete(run, || ()).is_err());
+        let kept = Points::open(&path, 12).unwrap().done();
+        let runs = AtomicUsize::new(0);
+        let table = complete(&path, &runs).unwrap();
+        assert_eq!(runs.into_inner(), 12 - kept);
+        assert!(table.column("point").unwrap().map(|cell| cell.parse::<usize>().unwrap()).eq(0..12));
+    }
+
+    #[test]
+    fn damaged_lines_and_other_columns_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sweep.csv");
+        let error = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            complete(&path, &AtomicUsize::new(0)).unwrap_err().to_string()
+        };
+        let header = "point,name,seed,value,share\n";
+        let first = error(&format!("{header}0,plain,0,1.0,\nx,plain,0,1.0,\n"));
+        assert!(first.contains("sweep.csv:3: found `x`, expected the line of a point below 12"), "{first}");
+        assert!(error(&format!("{header}0,plain,0\n")).contains("sweep.csv:2"));
+        assert!(error(&format!("{header}12,plain,0,1.0,\n")).contains("sweep.csv:2: found `12`"));
+        assert!(error("point,name\n0,plain\n").contains("other columns, expected `point,name,seed,value,share`"));
+    }
+
+    #[test]
+    fn lines_that_differ_in_their_seed_are_averaged() {
+        let table = Points::in_memory(12).complete(|point| Ok::<_, TraceError>(line(point)), || ()).unwrap();
+        let summary = table.over_seeds(3, &["name"]);
+        assert!(summary.header.iter().eq(["name", "seeds", "value", "value_ci95", "share", "share_ci95"]));
+        assert_eq!(summary.lines.len(), 4);
+        let expected = Interval::of(&[3, 4, 5].map(|point| line(point).value));
+        let number = |column: &str, row: usize| summary.column(column).unwrap().nth(row).unwrap().parse::<f64>().ok();
+        assert_eq!((number("value", 1), number("value_ci95", 1)), (Some(expected.mean), expected.half_width));
+        assert_eq!((number("share", 1), number("share_ci95", 1)), (Some(0.5), Some(0.0)));
+        assert_eq!(number("share", 2), None, "a cell that is empty in a line is empty in the mean");
+        assert_eq!(summary.column("name").unwrap().nth(1), Some("with, a comma"));
+    }
+}
