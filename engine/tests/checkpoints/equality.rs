@@ -38,11 +38,14 @@ fn folder_of(model: &Model) -> tempfile::TempDir {
     folder
 }
 
+/// The logits after a token at a position.
+type Next = Box<dyn FnMut(&Tensor, usize) -> candle_core::Result<Tensor>>;
+
 /// What candle-transformers gives token after token.
 fn candle_logits(model: &Model, tokens: &[u32]) -> Tensor {
     let vb = VarBuilder::from_tensors(model.tensors.clone(), DType::F32, &Device::Cpu);
     let json = model.config.clone();
-    let mut next: Box<dyn FnMut(&Tensor, usize) -> candle_core::Result<Tensor>> = match json["model_type"].as_str() {
+    let mut next: Next = match json["model_type"].as_str() {
         Some("llama") => {
             let config: models::llama::LlamaConfig = serde_json::from_value(json).unwrap();
             let config = config.into_config(false);

@@ -235,8 +235,9 @@ pub fn gpt_neox() -> impl Strategy<Value = Value> {
     let flags = (any::<bool>(), any::<bool>(), any::<bool>());
     (some_sizes(), widths, flags, prop_oneof![Just(0.5), Just(1.0), Just(0.25)]).prop_map(
         |(numbers, (heads, head_dim), (tied, parallel, bias), share)| {
-            let share = if (head_dim as f64 * share) as usize % 2 == 0 { share } else { 1.0 };
-            let share = if (head_dim as f64 * share) as usize == 0 { 1.0 } else { share };
+            // An even number of dimensions is rotated, and some are.
+            let rotated = (head_dim as f64 * share) as usize;
+            let share = if rotated >= 2 && rotated.is_multiple_of(2) { share } else { 1.0 };
             let mut config = json!({
                 "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "hidden_size": heads * head_dim,
                 "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_pct": share, "rotary_emb_base": 10_000,
