@@ -350,7 +350,7 @@ fn capacity_is_the_highest_rate_within_the_objectives() {
     };
     let printed = scene.succeed(&capacity(&["--e2e-ms", "10"]));
     let rates: Vec<f64> =
-        printed.lines().skip(1).map(|line| line.split_whitespace().nth(3).unwrap().parse().unwrap()).collect();
+        printed.lines().skip(1).map(|line| line.split_whitespace().nth(4).unwrap().parse().unwrap()).collect();
     // 8 places serve a request of 8 tokens in about 24 passes of 0.1 ms.
     assert!(rates.len() == 3 && rates.iter().all(|rate| (500.0..20_000.0).contains(rate)), "{printed}");
     let printed = scene.succeed(&capacity(&["--e2e-ms", "0.1"]));
