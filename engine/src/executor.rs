@@ -445,8 +445,8 @@ impl EngineExecutor {
 
     /// Answers the looks of a pass.
     fn look(&self, pass: &Pass<'_>, hidden: &Tensor, signals: &mut [f32]) -> Result<(), EngineError> {
-        let looked: Vec<usize> = (0..pass.segments.len()).filter(|&index| pass.segments[index].look).collect();
-        match pass.look {
+        let looked: Vec<usize> = (0..pass.segments.len()).filter(|&index| pass.looks_at(&pass.segments[index])).collect();
+        match pass.looks.signal {
             Look::Never => {}
             Look::Oracle => {
                 for index in looked {
@@ -509,7 +509,7 @@ impl EngineExecutor {
         self.current.verdicts.resize(pass.segments.len(), None);
         self.run_block(pass)?;
         let hidden = self.current.hidden.clone().expect("the block has run");
-        let asked = |segment: &Segment| segment.head || (self.recording && segment.predicts);
+        let asked = |segment: &Segment| pass.runs_head(segment) || (self.recording && segment.predicts);
         let heads: Vec<usize> = (0..pass.segments.len()).filter(|&index| asked(&pass.segments[index])).collect();
         self.read_head(pass, &heads)?;
         self.look(pass, &hidden, signals)?;

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use scheduler::blocks::BlockTables;
 use scheduler::{
-    Batching, Executor, ExitPolicy, KvFill, Look, Observer, Pass, PassRecord, RowKind, Segment, Server, Settings, Slot,
+    Batching, Executor, ExitPolicy, KvFill, Look, Looks, Observer, Pass, PassRecord, RowKind, Segment, Server, Settings, Slot,
     VirtualClock, serve,
 };
 use traces::{Component, LatencyProfile, Measure, Nanos, Point, ProfileMeta, Request};
@@ -278,7 +278,8 @@ impl Profiler {
     /// Has the executor run and time one pass of a shape.
     fn time(&mut self, shape: Shape, depth: u8) -> Result<Nanos, ReplayError> {
         let segments = self.segments(shape, depth);
-        let pass = Pass { segments: &segments, look: Look::Measure(Measure::Top1), tables: &self.tables };
+        let looks = Looks { signal: Look::Measure(Measure::Top1), below: u8::MAX, head_from: 0 };
+        let pass = Pass { segments: &segments, looks, tables: &self.tables };
         let mut signals = vec![0.0; segments.len()];
         let mut elapsed = self.executor.run(&pass, &mut signals)?;
         if let Shape::Head { rows } = shape {
@@ -290,15 +291,13 @@ impl Profiler {
     }
 
     fn segments(&self, shape: Shape, depth: u8) -> Vec<Segment> {
-        let decode = |slot: Slot, history, depth, look| Segment {
+        let decode = |slot: Slot, history, depth, predicts| Segment {
             slot,
             start: history,
             tokens: 1,
             depth,
             kind: RowKind::Decode,
-            predicts: true,
-            look,
-            head: look,
+            predicts,
         };
         match shape {
             Shape::Decode { rows, history } => (0..rows).map(|slot| decode(slot, history, depth, false)).collect(),
@@ -315,8 +314,6 @@ impl Profiler {
                 depth,
                 kind: RowKind::Prompt,
                 predicts: false,
-                look: false,
-                head: false,
             }],
         }
     }

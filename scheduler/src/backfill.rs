@@ -53,16 +53,8 @@ impl Backlog {
         let tokens = most.min(end - start);
         let place = self.place(slot, depth);
         self.taken[place] = start + tokens;
-        (tokens > 0).then_some(Segment {
-            slot,
-            start,
-            tokens,
-            depth,
-            kind: RowKind::Backfill,
-            predicts: false,
-            look: false,
-            head: false,
-        })
+        let kind = RowKind::Backfill;
+        (tokens > 0).then_some(Segment { slot, start, tokens, depth, kind, predicts: false })
     }
 
     /// Rows have run.
@@ -89,7 +81,7 @@ mod tests {
     use super::*;
 
     fn decode(start: u32, depth: u8) -> Segment {
-        Segment { slot: 1, start, tokens: 1, depth, kind: RowKind::Decode, predicts: true, look: false, head: false }
+        Segment { slot: 1, start, tokens: 1, depth, kind: RowKind::Decode, predicts: true }
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub struct BlockTables {
     block_tokens: u32,
     free: FreeList,
     held: Vec<Vec<BlockId>>,
+    /// By slot, the positions that its blocks hold.
+    room: Vec<u32>,
     cache: Option<PrefixCache>,
 }
 
@@ -51,7 +53,8 @@ struct PrefixCache {
 impl BlockTables {
     /// `num_blocks` free blocks of `block_tokens` positions each, for `num_slots` sequences.
     pub fn new(num_blocks: u32, block_tokens: u32, num_slots: u32) -> Self {
-        Self { block_tokens, free: FreeList::full(num_blocks), held: vec![Vec::new(); num_slots as usize], cache: None }
+        let (held, room) = (vec![Vec::new(); num_slots as usize], vec![0; num_slots as usize]);
+        Self { block_tokens, free: FreeList::full(num_blocks), held, room, cache: None }
     }
 
     /// The same with prefix caching.
@@ -94,7 +97,7 @@ impl BlockTables {
     #[must_use]
     #[inline]
     pub fn grow(&mut self, slot: Slot, tokens: u32) -> bool {
-        tokens as usize <= self.held[slot as usize].len() * self.block_tokens as usize || self.take(slot, tokens)
+        tokens <= self.room[slot as usize] || self.take(slot, tokens)
     }
 
     fn take(&mut self, slot: Slot, tokens: u32) -> bool {
@@ -111,12 +114,14 @@ impl BlockTables {
             }
             held.push(block);
         }
+        self.room[slot as usize] += missing * self.block_tokens;
         true
     }
 
     /// Frees all blocks of a slot that no other slot holds, the last one first: a prefix is worth more than what
     /// follows it.
     pub fn release(&mut self, slot: Slot) {
+        self.room[slot as usize] = 0;
         for block in self.held[slot as usize].drain(..).rev() {
             let last = self.cache.as_mut().is_none_or(|cache| cache.let_go(block));
             if last {
@@ -155,6 +160,7 @@ impl BlockTables {
             cache.holders[block as usize] += 1;
         }
         self.held[slot as usize].extend_from_slice(found);
+        self.room[slot as usize] += found.len() as u32 * self.block_tokens;
         cache.published[slot as usize] = found.len() as u32;
     }
 

@@ -29,10 +29,10 @@ pub trait Executor {
 
     /// Runs the block over the rows of a pass, embedding those at depth 0, and returns how long it took.
     ///
-    /// `signals[i]` must be set for each segment with `look`; the others are not read.
+    /// `signals[i]` must be set for each segment that the pass [looks at](Pass::looks_at); the others are not read.
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error>;
 
     /// The last row of each segment `leaving` (indices into the pass just run) leaves the loop: its token is the
-    /// sequence's next. Returns how long that took, the exit head for rows without `head` included.
+    /// sequence's next. Returns how long that took, the exit head included for rows that [had not run it](Pass::runs_head).
     fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error>;
 }

@@ -51,6 +51,6 @@ pub use blocks::{BlockId, BlockTables};
 pub use executor::Executor;
 pub use observe::{Observer, PassRecord, Token};
 pub use pass::{Pass, RowKind, Segment, Slot};
-pub use policy::{Batching, ExitPolicy, KvFill, Look};
+pub use policy::{Batching, Bound, ExitPolicy, KvFill, Look, Looks};
 pub use scheduler::{PrefixUse, ScheduleError, Scheduler, Settings};
 pub use serve::{Clock, ServeError, Server, VirtualClock, serve};

@@ -1,7 +1,7 @@
 //! A pass: the rows that share one run of the block.
 
 use crate::blocks::{BlockId, BlockTables};
-use crate::policy::Look;
+use crate::policy::{Look, Looks};
 
 /// A place among the running sequences, from 0 to `max_batch - 1`; reused when its sequence ends.
 pub type Slot = u32;
@@ -34,11 +34,6 @@ pub struct Segment {
     /// Whether the pass yields the next token's distribution: true for decode rows and for the chunk
     /// that ends a prompt, until that token has left.
     pub predicts: bool,
-    /// Whether the executor must report the exit signal of the last row.
-    pub look: bool,
-    /// Whether the exit head runs for the last row in any case: its look reads the vocabulary, or no look decides.
-    /// Elsewhere it runs for all rows that leave at once, when that is decided.
-    pub head: bool,
 }
 
 /// What an executor gets to run.
@@ -46,8 +41,8 @@ pub struct Segment {
 pub struct Pass<'a> {
     /// The segments, in no particular order of depth.
     pub segments: &'a [Segment],
-    /// What to report for segments with `look`.
-    pub look: Look,
+    /// What to report of rows that predict.
+    pub looks: Looks,
     /// Where the keys and values of each slot lie.
     pub tables: &'a BlockTables,
 }
@@ -56,6 +51,18 @@ impl<'a> Pass<'a> {
     /// The blocks of a sequence, in order of position; each holds the same positions of every depth.
     pub fn blocks(&self, slot: Slot) -> &'a [BlockId] {
         self.tables.blocks(slot)
+    }
+
+    /// Whether the executor must report the exit signal of a segment's last row.
+    #[inline]
+    pub fn looks_at(&self, segment: &Segment) -> bool {
+        segment.predicts && segment.depth < self.looks.below && self.looks.signal != Look::Never
+    }
+
+    /// Whether the exit head runs for a segment's last row even if that does not leave.
+    #[inline]
+    pub fn runs_head(&self, segment: &Segment) -> bool {
+        segment.predicts && segment.depth >= self.looks.head_from
     }
 
     /// Rows of all segments.

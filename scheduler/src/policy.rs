@@ -83,6 +83,34 @@ pub enum Look {
     Measure(Measure),
 }
 
+/// What is read of rows that predict, by their depth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Looks {
+    /// What an executor must report.
+    pub signal: Look,
+    /// It must below this depth, where rows leave in any case.
+    pub below: u8,
+    /// From this depth on the exit head runs for every row that predicts: its look reads the vocabulary, or it is
+    /// certain to leave. Elsewhere it runs for all rows that leave at once, when that is decided.
+    pub head_from: u8,
+}
+
+/// Signals with which rows leave: those that are `least` or more when multiplied by `sign`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bound {
+    sign: f32,
+    /// Not a number where no signal is enough.
+    least: f32,
+}
+
+impl Bound {
+    /// Whether a row with this signal leaves.
+    #[inline]
+    pub fn is_reached(self, signal: f32) -> bool {
+        signal * self.sign >= self.least
+    }
+}
+
 impl ExitPolicy {
     /// What rows are looked at for.
     pub fn look(self) -> Look {
@@ -110,12 +138,26 @@ impl ExitPolicy {
         }
     }
 
-    /// Whether a row that was looked at leaves.
-    pub fn leaves(self, signal: f32) -> bool {
+    /// What is read of rows that predict, of a model with `num_loops` loops.
+    pub fn looks(self, num_loops: u8) -> Looks {
+        let below = self.last_depth(num_loops);
+        let head_from = match self.look() {
+            Look::Never => below,
+            _ if self.look_needs_head() => 0,
+            // Looks leave the head alone: it runs once, after them, for those that are certain to leave as well.
+            _ => u8::MAX,
+        };
+        Looks { signal: self.look(), below, head_from }
+    }
+
+    /// Which of the rows that were looked at leave.
+    pub fn bound(self) -> Bound {
         match self {
-            Self::None | Self::Static(_) => false,
-            Self::Oracle { .. } => signal >= 1.0,
-            Self::Confidence { measure, threshold } => measure.is_confident(signal, threshold),
+            Self::None | Self::Static(_) => Bound { sign: 1.0, least: f32::NAN },
+            Self::Oracle { .. } => Bound { sign: 1.0, least: 1.0 },
+            Self::Confidence { measure, threshold } => {
+                Bound { sign: measure.sureness(1.0), least: measure.sureness(threshold) }
+            }
         }
     }
 
@@ -312,10 +354,23 @@ mod tests {
     }
 
     #[test]
+    fn looks_end_where_rows_leave_in_any_case_and_pay_for_the_head_where_they_read_it() {
+        let looks = |text: &str| {
+            let looks = text.parse::<ExitPolicy>().unwrap().looks(4);
+            (looks.below, looks.head_from)
+        };
+        assert_eq!((looks("none"), looks("static:1")), ((3, 3), (1, 1)));
+        assert_eq!((looks("confidence:0.9"), looks("oracle:charged")), ((3, 0), (3, 0)));
+        assert_eq!((looks("confidence:similarity:0.9"), looks("oracle")), ((3, u8::MAX), (3, u8::MAX)));
+    }
+
+    #[test]
     fn low_entropy_and_high_probability_leave() {
         let exit = |text: &str| text.parse::<ExitPolicy>().unwrap();
-        assert!(exit("confidence:0.9").leaves(0.9) && !exit("confidence:0.9").leaves(0.89));
-        assert!(exit("confidence:entropy:0.5").leaves(0.4) && !exit("confidence:entropy:0.5").leaves(0.6));
-        assert!(exit("oracle").leaves(1.0) && !exit("oracle").leaves(0.0));
+        let leaves = |text, signal| exit(text).bound().is_reached(signal);
+        assert!(leaves("confidence:0.9", 0.9) && !leaves("confidence:0.9", 0.89));
+        assert!(leaves("confidence:entropy:0.5", 0.5) && !leaves("confidence:entropy:0.5", 0.51));
+        assert!(leaves("oracle", 1.0) && !leaves("oracle", 0.0));
+        assert!(!leaves("none", f32::MAX) && !leaves("confidence:0.9", f32::NAN));
     }
 }

@@ -16,7 +16,7 @@ use crate::backfill::Backlog;
 use crate::blocks::{BlockId, BlockTables, Contents};
 use crate::observe::{Observer, Token};
 use crate::pass::{Pass, RowKind, Segment, Slot};
-use crate::policy::{Batching, ExitPolicy, KvFill, Look};
+use crate::policy::{Batching, Bound, ExitPolicy, KvFill, Look, Looks};
 
 /// How a run is scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -237,13 +237,35 @@ pub struct PrefixUse {
     pub found: u64,
 }
 
+/// When a block can be found by others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Publishing {
+    /// Without prefix caching.
+    Never,
+    /// When its rows have started: in lockstep, whoever finds it runs in this iteration or later, when it is filled.
+    Started,
+    /// When its rows have left all their keys and values: depth-wise, rows in flight are lost when their sequence is
+    /// preempted.
+    Filled,
+}
+
+impl Publishing {
+    fn new(settings: &Settings) -> Self {
+        match (settings.prefix_caching, settings.batching.is_lockstep()) {
+            (false, _) => Self::Never,
+            (true, true) => Self::Started,
+            (true, false) => Self::Filled,
+        }
+    }
+}
+
 /// Decides which rows share the next pass, and what becomes of them after it.
 #[derive(Clone, Debug)]
 pub struct Scheduler {
     settings: Settings,
-    look: Look,
-    /// The deepest depth of rows that predict.
-    last_depth: u8,
+    looks: Looks,
+    bound: Bound,
+    publishing: Publishing,
     prefixes: Option<Arc<PrefixHashes>>,
     waiting: VecDeque<Sequence>,
     /// Requests that have come since the last plan, which asynchronous scheduling sees only after the next.
@@ -259,7 +281,7 @@ pub struct Scheduler {
     /// Running sequences whose prompt has not wholly started, oldest first.
     prefilling: VecDeque<Slot>,
     /// Sequences whose next decode row may start, in the order in which they became so.
-    ready: VecDeque<Slot>,
+    ready: Vec<Slot>,
     tables: BlockTables,
     /// The rows of the pass that runs, or those that go on to the next.
     segments: Vec<Segment>,
@@ -287,8 +309,9 @@ impl Scheduler {
         let idle = Sequence::new(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 });
         Ok(Self {
             settings,
-            look: settings.exit.look(),
-            last_depth: settings.exit.last_depth(settings.num_loops),
+            looks: settings.exit.looks(settings.num_loops),
+            bound: settings.exit.bound(),
+            publishing: Publishing::new(&settings),
             prefixes: None,
             waiting: VecDeque::new(),
             unseen: VecDeque::new(),
@@ -298,7 +321,7 @@ impl Scheduler {
             free_slots: (0..settings.max_batch).rev().collect(),
             admissions: 0,
             prefilling: VecDeque::new(),
-            ready: VecDeque::new(),
+            ready: Vec::new(),
             tables: match settings.prefix_caching {
                 true => BlockTables::with_prefix_cache(settings.num_blocks, settings.block_tokens, settings.max_batch),
                 false => BlockTables::new(settings.num_blocks, settings.block_tokens, settings.max_batch),
@@ -351,7 +374,7 @@ impl Scheduler {
 
     /// The pass that [`plan`](Self::plan) made.
     pub fn pass(&self) -> Pass<'_> {
-        Pass { segments: &self.segments, look: self.look, tables: &self.tables }
+        Pass { segments: &self.segments, looks: self.looks, tables: &self.tables }
     }
 
     /// The segments whose last row leaves, as [`decide`](Self::decide) found.
@@ -399,7 +422,6 @@ impl Scheduler {
             }
         }
         self.fill_idle_places();
-        self.flag_predicting_rows();
         self.busy = !self.segments.is_empty();
         self.busy
     }
@@ -421,8 +443,9 @@ impl Scheduler {
 
     fn start_rows(&mut self, now: Nanos, observer: &mut impl Observer) {
         let form_batch = self.settings.batching != Batching::Vanilla || self.num_running() == 0;
-        let mut preempted = self.start_decodes(now, observer);
-        let mut allowance = self.free_budget().min(self.settings.prefill_chunk);
+        let mut budget = self.free_budget();
+        let mut preempted = self.start_decodes(&mut budget, now, observer);
+        let mut allowance = budget.min(self.settings.prefill_chunk);
         while let Some(&slot) = self.prefilling.front().filter(|_| allowance > 0) {
             preempted |= self.make_room(slot, self.sequences[slot as usize].chunk_end(allowance), now, observer);
             if self.sequences[slot as usize].running {
@@ -499,40 +522,38 @@ impl Scheduler {
 
     /// Starts the next token of every sequence that is ready, as far as the budget goes; says whether any
     /// sequence was preempted for it.
-    fn start_decodes(&mut self, now: Nanos, observer: &mut impl Observer) -> bool {
+    fn start_decodes(&mut self, budget: &mut u32, now: Nanos, observer: &mut impl Observer) -> bool {
         let mut preempted = false;
-        let mut budget = self.free_budget();
-        while budget > 0 {
-            let Some(slot) = self.ready.pop_front() else { break };
+        let mut ready = std::mem::take(&mut self.ready);
+        let mut started = 0;
+        while *budget > 0 && started < ready.len() {
+            let slot = ready[started];
+            started += 1;
             let positions = self.sequences[slot as usize].decode_positions();
-            if self.make_room(slot, positions, now, observer) {
+            if !self.tables.grow(slot, positions) {
+                self.make_room(slot, positions, now, observer);
                 preempted = true;
-                budget = self.free_budget();
+                *budget = self.free_budget();
+                ready.drain(..std::mem::take(&mut started));
+                ready.retain(|&other| self.sequences[other as usize].running);
+                if !self.sequences[slot as usize].running {
+                    continue;
+                }
             }
-            if self.sequences[slot as usize].running {
-                self.segments.push(Segment {
-                    slot,
-                    start: positions - 1,
-                    tokens: 1,
-                    depth: 0,
-                    kind: RowKind::Decode,
-                    predicts: true,
-                    look: false,
-                    head: false,
-                });
-                budget -= 1;
-                // A token that is still in the making cannot be hashed.
-                let hashed = positions - u32::from(self.settings.async_scheduling);
-                let filled = self.backlog.as_ref().map_or(hashed, |backlog| backlog.complete(slot));
-                self.publish_started(slot, hashed.min(filled));
+            let kind = RowKind::Decode;
+            self.segments.push(Segment { slot, start: positions - 1, tokens: 1, depth: 0, kind, predicts: true });
+            *budget -= 1;
+            if self.publishing == Publishing::Started {
+                self.publish_decode(slot, positions);
             }
         }
+        ready.drain(..started);
+        self.ready = ready;
         preempted
     }
 
     /// Takes blocks until the slot's reach `positions`, from the newest sequences if none are free, in the end from
     /// the slot's own; says whether any sequence was preempted.
-    #[inline]
     fn make_room(&mut self, slot: Slot, positions: u32, now: Nanos, observer: &mut impl Observer) -> bool {
         let mut preempted = false;
         while self.sequences[slot as usize].running && !self.tables.grow(slot, positions) {
@@ -553,17 +574,10 @@ impl Scheduler {
         if predicts {
             self.prefilling.retain(|&other| other != slot);
         }
-        self.segments.push(Segment {
-            slot,
-            start,
-            tokens: end - start,
-            depth: 0,
-            kind: RowKind::Prompt,
-            predicts,
-            look: false,
-            head: false,
-        });
-        self.publish_started(slot, end);
+        self.segments.push(Segment { slot, start, tokens: end - start, depth: 0, kind: RowKind::Prompt, predicts });
+        if self.publishing == Publishing::Started {
+            self.publish(slot, end);
+        }
         end - start
     }
 
@@ -617,17 +631,15 @@ impl Scheduler {
         self.tables.publish(slot, positions, |block| contents(prefixes, request, block, block_tokens));
     }
 
-    /// In lockstep, whoever finds a block runs in this iteration or later, when it is filled: it can be found once
-    /// its rows have started.
-    #[inline]
-    fn publish_started(&mut self, slot: Slot, positions: u32) {
-        if self.settings.prefix_caching && self.settings.batching.is_lockstep() {
-            self.publish(slot, positions);
-        }
+    /// Lets others find the slot's blocks up to a decode row that starts.
+    fn publish_decode(&mut self, slot: Slot, positions: u32) {
+        // A token that is still in the making cannot be hashed.
+        let hashed = positions - u32::from(self.settings.async_scheduling);
+        let filled = self.backlog.as_ref().map_or(hashed, |backlog| backlog.complete(slot));
+        self.publish(slot, hashed.min(filled));
     }
 
-    /// Depth-wise, rows in flight are lost when their sequence is preempted: a block can be found only once its rows
-    /// have left all their keys and values.
+    /// Lets others find the blocks of prompt rows that have left all their keys and values.
     fn publish_filled(&mut self) {
         let deepest = self.settings.kv_fill.cached_depths(self.settings.num_loops) - 1;
         for index in 0..self.segments.len() {
@@ -679,28 +691,17 @@ impl Scheduler {
         self.released.push(slot);
     }
 
-    fn flag_predicting_rows(&mut self) {
-        // Where looks leave the head alone, it runs once, after them: for those that are certain to leave as well.
-        let head_first = self.look == Look::Never || self.settings.exit.look_needs_head();
-        for segment in &mut self.segments {
-            let certain = segment.depth == self.last_depth;
-            segment.look = segment.predicts && !certain && self.look != Look::Never;
-            segment.head = segment.predicts && head_first && (certain || segment.look);
-        }
-    }
-
     /// Decides from the signals of the pass which rows leave.
     ///
     /// Which do is as good as random, so the loop writes every index and keeps those that leave by counting on:
     /// a branch would be mispredicted for most rows.
     pub fn decide(&mut self, signals: &[f32]) {
-        let exit = self.settings.exit;
+        let (bound, certain_from) = (self.bound, self.looks.below);
         self.leaving.resize(self.segments.len(), 0);
         let mut leaving = 0;
         for ((index, segment), &signal) in (0..).zip(&self.segments).zip(signals) {
-            let certain = segment.depth == self.last_depth;
             self.leaving[leaving] = index;
-            leaving += usize::from(segment.predicts & (certain | (segment.look & exit.leaves(signal))));
+            leaving += usize::from(segment.predicts & ((segment.depth >= certain_from) | bound.is_reached(signal)));
         }
         self.leaving.truncate(leaving);
     }
@@ -712,7 +713,7 @@ impl Scheduler {
             backlog.ran(&self.segments);
         }
         let lockstep = self.settings.batching.is_lockstep();
-        if self.settings.prefix_caching && !lockstep {
+        if self.publishing == Publishing::Filled {
             self.publish_filled();
         }
         for index in 0..self.leaving.len() {
@@ -777,13 +778,13 @@ impl Scheduler {
         if finished {
             observer.finished(now, &sequence.request, sequence.first_token);
         }
-        if self.settings.prefix_caching && !self.settings.batching.is_lockstep() {
+        if self.publishing == Publishing::Filled {
             self.publish(slot, self.filled_positions(slot));
         }
         match (finished, self.settings.async_scheduling) {
             (true, true) => self.finished.push(slot),
             (true, false) => self.release(slot),
-            (false, _) => self.ready.push_back(slot),
+            (false, _) => self.ready.push(slot),
         }
     }
 }

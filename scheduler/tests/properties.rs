@@ -127,7 +127,7 @@ impl Checker {
                 continue;
             }
             assert_eq!(self.settings.kv_fill, KvFill::Backfill);
-            assert!(!segment.predicts && !segment.look && !segment.head, "nothing is read of backfill");
+            assert!(!segment.predicts, "nothing is read of backfill");
             for position in segment.start..segment.start + segment.tokens {
                 let exit = self.exit_of(segment.slot, position).expect("its token has left");
                 assert!(segment.depth > exit);
@@ -227,7 +227,7 @@ impl Executor for Checker {
                 assert_eq!(segment.start, resident.prompt_tokens + resident.generated - 1, "not the next token");
                 assert!(segment.predicts && segment.tokens == 1);
             }
-            if segment.look {
+            if pass.looks_at(segment) {
                 let sure = sure_depth(resident.request, resident.generated, self.settings.num_loops);
                 *signal = if segment.depth >= sure { 1.0 } else { 0.0 };
             } else {
@@ -505,7 +505,8 @@ impl Executor for Scripted {
             };
             let positions = segment.start..segment.start + segment.tokens;
             rows.push(format!("{kind} {request}:{positions:?} at {}", segment.depth));
-            *signal = if segment.look && segment.depth >= self.exits[request as usize][token] { 1.0 } else { 0.0 };
+            *signal =
+                if pass.looks_at(segment) && segment.depth >= self.exits[request as usize][token] { 1.0 } else { 0.0 };
         }
         self.passes.push(rows.join(", "));
         Ok(Nanos(1))

@@ -91,10 +91,10 @@ impl Executor for ProfileExecutor<'_> {
         let mut shape = PassShape::default();
         let mut depths = 0u64;
         let mut chunks_ns = 0.0;
-        for (segment, signal) in pass.segments.iter().zip(signals) {
+        for segment in pass.segments {
             shape.rows += segment.tokens;
             shape.embed_rows += if segment.depth == 0 { segment.tokens } else { 0 };
-            shape.head_rows += u32::from(segment.head);
+            shape.head_rows += u32::from(pass.runs_head(segment));
             depths |= 1 << segment.depth;
             let history = history(&self.reach, segment);
             if is_chunk(segment) {
@@ -103,11 +103,8 @@ impl Executor for ProfileExecutor<'_> {
                 shape.decode_rows += 1;
                 shape.decode_history += u64::from(history);
             }
-            if segment.look {
-                let row = self.exits.row(&self.cursors[segment.slot as usize], segment.depth);
-                *signal = self.exits.signal(pass.look, row);
-            }
         }
+        self.exits.look(pass, &self.cursors, signals);
         shape.depths = depths.count_ones();
         let mut ns = chunks_ns + self.latency.pass_ns(&shape, &mut self.extrapolations);
         if self.latency.has_mixed_attention() {
@@ -127,10 +124,10 @@ impl Executor for ProfileExecutor<'_> {
         for &index in leaving {
             let segment = &pass.segments[index as usize];
             let cursor = &mut self.cursors[segment.slot as usize];
-            self.agreeing += u64::from(self.exits.agrees(self.exits.row(cursor, segment.depth)));
+            self.agreeing += u64::from(self.exits.agrees(cursor.at(segment.depth)));
             self.exits.advance(cursor);
-            self.exits.prefetch(pass.look, cursor);
-            head_rows += u32::from(!segment.head);
+            self.exits.prefetch(pass.looks.signal, cursor);
+            head_rows += u32::from(!pass.runs_head(segment));
             if let Some(reach) = &mut self.reach {
                 reach.emit(segment);
             }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use scheduler::Look;
+use scheduler::{Look, Pass};
 use traces::{ExitTrace, ExitTraceMeta, Measure, Request, Signals};
 
 /// Which generations of the trace a request takes.
@@ -138,30 +138,35 @@ impl ExitModel {
         }
         let mut cursor = self.drawn(request.id, 0);
         let mut left = generated;
-        while left >= cursor.end - cursor.token {
-            left -= cursor.end - cursor.token;
+        while left >= self.tokens_left(&cursor) {
+            left -= self.tokens_left(&cursor);
             cursor = self.drawn(request.id, cursor.draws);
         }
-        cursor.token += left;
+        cursor.row += left as usize * usize::from(self.num_loops);
         Ok(cursor)
     }
 
     /// Moves on to the request's next token.
     #[inline]
     pub fn advance(&self, cursor: &mut Cursor) {
-        cursor.token += 1;
-        if cursor.token == cursor.end {
+        cursor.row += usize::from(self.num_loops);
+        if cursor.row == cursor.end {
             *cursor = self.drawn(cursor.request, cursor.draws);
         }
     }
 
-    /// What a look at a [`row`](Self::row) finds.
-    #[inline]
-    pub fn signal(&self, look: Look, row: usize) -> f32 {
-        match look {
-            Look::Never => 0.0,
-            Look::Oracle => f32::from(u8::from(self.agrees(row))),
-            Look::Measure(measure) => self.signals[measure as usize][row],
+    /// What looks find in the rows of a pass, by segment; `cursors` are by slot. Rows that are not looked at get a
+    /// signal like others, which spares the loop a branch that would be mispredicted.
+    pub fn look(&self, pass: &Pass<'_>, cursors: &[Cursor], signals: &mut [f32]) {
+        let segments = pass.segments.iter().zip(signals);
+        let rows = segments.map(|(segment, signal)| (cursors[segment.slot as usize].at(segment.depth), signal));
+        match pass.looks.signal {
+            Look::Never => {}
+            Look::Oracle => rows.for_each(|(row, signal)| *signal = f32::from(u8::from(self.agrees(row)))),
+            Look::Measure(measure) => {
+                let values = &self.signals[measure as usize];
+                rows.for_each(|(row, signal)| *signal = values[row]);
+            }
         }
     }
 
@@ -170,15 +175,13 @@ impl ExitModel {
     pub fn prefetch(&self, look: Look, cursor: &Cursor) {
         if let Look::Measure(measure) = look {
             let signals = &self.signals[measure as usize];
-            prefetch(signals, self.row(cursor, 0));
-            prefetch(signals, self.row(cursor, self.num_loops - 1));
+            prefetch(signals, cursor.at(0));
+            prefetch(signals, cursor.at(self.num_loops - 1));
         }
     }
 
-    /// The index of a token's row at a depth.
-    #[inline]
-    pub fn row(&self, cursor: &Cursor, depth: u8) -> usize {
-        cursor.token as usize * usize::from(self.num_loops) + usize::from(depth)
+    fn tokens_left(&self, cursor: &Cursor) -> u32 {
+        ((cursor.end - cursor.row) / usize::from(self.num_loops)) as u32
     }
 
     /// Whether the token predicted in a row equals that of the last depth.
@@ -207,7 +210,8 @@ impl ExitModel {
             Draw::Seeded(seed) => scaled(hash(seed, u64::from(request) << 32 | u64::from(draws)), generations) as usize,
             Draw::Recorded => request as usize,
         };
-        Cursor { request, draws: draws + 1, token: self.starts[index], end: self.starts[index + 1] }
+        let [row, end] = [index, index + 1].map(|at| self.starts[at] as usize * usize::from(self.num_loops));
+        Cursor { request, draws: draws + 1, row, end }
     }
 }
 
@@ -240,9 +244,18 @@ pub struct Cursor {
     request: u32,
     /// Generations drawn so far.
     draws: u32,
-    token: u32,
-    /// End of the current generation.
-    end: u32,
+    /// The token's row at depth 0; those at deeper ones follow.
+    row: usize,
+    /// End of the current generation's rows.
+    end: usize,
+}
+
+impl Cursor {
+    /// The token's row at a depth.
+    #[inline]
+    pub fn at(&self, depth: u8) -> usize {
+        self.row + usize::from(depth)
+    }
 }
 
 /// A well-mixed number from a seed and a key (SplitMix64's finalizer, twice).
@@ -264,6 +277,7 @@ pub(crate) fn scaled(hash: u64, bound: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use scheduler::{BlockTables, Looks, RowKind, Segment};
     use traces::Nanos;
 
     /// Generation `g` has `g + 1` tokens, each of them predicted as `10 g + token` at the last depth.
@@ -291,7 +305,7 @@ mod tests {
     fn tokens(model: &ExitModel, request: &Request, count: usize) -> Vec<u32> {
         let mut cursor = model.cursor(request, 0).unwrap();
         std::iter::repeat_with(|| {
-            let token = cursor.token;
+            let token = cursor.row as u32 / u32::from(model.num_loops);
             model.advance(&mut cursor);
             token
         })
@@ -321,7 +335,7 @@ mod tests {
         let model = ExitModel::new(&trace, Draw::Seeded(1)).unwrap();
         let mut counts = [0u32; 10];
         for id in 0..10_000 {
-            let first = model.cursor(&request(id, 1), 0).unwrap().token;
+            let first = tokens(&model, &request(id, 1), 1)[0];
             counts[trace.starts.iter().position(|&start| start == first).unwrap()] += 1;
         }
         assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
@@ -332,7 +346,7 @@ mod tests {
         let model = ExitModel::new(&trace(4), Draw::Seeded(5)).unwrap();
         let request = request(3, 60);
         for (generated, &token) in tokens(&model, &request, 60).iter().enumerate() {
-            assert_eq!(model.cursor(&request, generated as u32).unwrap().token, token);
+            assert_eq!(model.cursor(&request, generated as u32).unwrap().row, 2 * token as usize);
         }
     }
 
@@ -343,14 +357,21 @@ mod tests {
         let mut cursor = model.cursor(&request(2, 3), 0).unwrap();
         model.advance(&mut cursor);
         let token = trace.generation(2).start + 1;
+        let tables = BlockTables::new(1, 1, 1);
         for depth in 0..2u8 {
-            let row = model.row(&cursor, depth);
+            let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind: RowKind::Decode, predicts: true }];
+            let looked = |signal| {
+                let mut signals = [f32::NAN];
+                let looks = Looks { signal, below: 1, head_from: 0 };
+                model.look(&Pass { segments: &segments, looks, tables: &tables }, &[cursor], &mut signals);
+                signals[0]
+            };
             let signals = trace.signals_at(token, depth.into());
             for measure in Measure::ALL {
-                assert_eq!(model.signal(Look::Measure(measure), row), signals.get(measure));
+                assert_eq!(looked(Look::Measure(measure)), signals.get(measure));
             }
-            assert_eq!(model.agrees(row), trace.agrees(token, depth.into()));
-            assert_eq!(model.signal(Look::Oracle, row) == 1.0, trace.agrees(token, depth.into()));
+            assert_eq!(model.agrees(cursor.at(depth)), trace.agrees(token, depth.into()));
+            assert_eq!(looked(Look::Oracle) == 1.0, trace.agrees(token, depth.into()));
         }
     }
 

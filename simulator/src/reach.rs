@@ -90,7 +90,7 @@ mod tests {
     const REQUEST: Request = Request { id: 7, arrival: Nanos::ZERO, prompt_tokens: 10, output_tokens: 5 };
 
     fn segment(start: u32, tokens: u32, depth: u8, kind: RowKind) -> Segment {
-        Segment { slot: 1, start, tokens, depth, kind, predicts: true, look: false, head: false }
+        Segment { slot: 1, start, tokens, depth, kind, predicts: true }
     }
 
     fn histories(reach: &Reach, start: u32) -> [u32; 3] {

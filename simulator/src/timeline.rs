@@ -218,7 +218,7 @@ impl Observer for Timeline {
 mod tests {
     use super::*;
     use scheduler::blocks::BlockTables;
-    use scheduler::{Look, Pass, Segment};
+    use scheduler::{ExitPolicy, Pass, Segment};
 
     const MICRO: u64 = 1000;
 
@@ -229,19 +229,10 @@ mod tests {
     fn pass(timeline: &mut Timeline, from: u64, to: u64, depths: &[u8]) {
         let segments: Vec<Segment> = depths
             .iter()
-            .map(|&depth| Segment {
-                slot: 0,
-                start: 0,
-                tokens: 1,
-                depth,
-                kind: RowKind::Decode,
-                predicts: true,
-                look: false,
-                head: false,
-            })
+            .map(|&depth| Segment { slot: 0, start: 0, tokens: 1, depth, kind: RowKind::Decode, predicts: true })
             .collect();
         let tables = BlockTables::new(1, 1, 1);
-        let pass = Pass { segments: &segments, look: Look::Never, tables: &tables };
+        let pass = Pass { segments: &segments, looks: ExitPolicy::None.looks(2), tables: &tables };
         let (start, elapsed) = (Nanos(from * MICRO), Nanos((to - from) * MICRO));
         timeline.pass(&PassRecord { start, elapsed, pass, running: 1, waiting: 0 });
     }

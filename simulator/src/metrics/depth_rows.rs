@@ -153,7 +153,7 @@ fn add(sum: &mut [u64; KINDS], other: &[u64; KINDS]) {
 mod tests {
     use super::*;
     use scheduler::blocks::BlockTables;
-    use scheduler::{Look, Pass, RowKind, Segment};
+    use scheduler::{ExitPolicy, Pass, RowKind, Segment};
     use traces::Nanos;
 
     use RowKind::{Backfill, Decode, Prompt};
@@ -161,19 +161,10 @@ mod tests {
     fn record(rows: &mut DepthRows, start: u64, elapsed: u64, depths: &[(u8, u32, RowKind)]) -> PassRows {
         let segments: Vec<Segment> = depths
             .iter()
-            .map(|&(depth, tokens, kind)| Segment {
-                slot: 0,
-                start: 0,
-                tokens,
-                depth,
-                kind,
-                predicts: false,
-                look: false,
-                head: false,
-            })
+            .map(|&(depth, tokens, kind)| Segment { slot: 0, start: 0, tokens, depth, kind, predicts: false })
             .collect();
         let tables = BlockTables::new(1, 1, 1);
-        let pass = Pass { segments: &segments, look: Look::Never, tables: &tables };
+        let pass = Pass { segments: &segments, looks: ExitPolicy::None.looks(2), tables: &tables };
         rows.record(&PassRecord { start: Nanos(start), elapsed: Nanos(elapsed), pass, running: 1, waiting: 0 })
     }
 
