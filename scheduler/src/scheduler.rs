@@ -520,36 +520,43 @@ impl Scheduler {
         self.settings.token_budget - self.pass().num_rows()
     }
 
-    /// Starts the next token of every sequence that is ready, as far as the budget goes; says whether any
-    /// sequence was preempted for it.
+    /// Starts the next token of every sequence that is ready, as far as the budget goes, and takes it off the budget;
+    /// says whether any sequence was preempted for it.
     fn start_decodes(&mut self, budget: &mut u32, now: Nanos, observer: &mut impl Observer) -> bool {
         let mut preempted = false;
         let mut ready = std::mem::take(&mut self.ready);
-        let mut started = 0;
-        while *budget > 0 && started < ready.len() {
-            let slot = ready[started];
-            started += 1;
+        loop {
+            let affordable = ready.len().min(*budget as usize);
+            let started = self.start_decodes_with_room(&ready[..affordable]);
+            ready.drain(..started);
+            *budget -= started as u32;
+            if started == affordable {
+                break;
+            }
+            let positions = self.sequences[ready[0] as usize].decode_positions();
+            self.make_room(ready[0], positions, now, observer);
+            preempted = true;
+            ready.retain(|&slot| self.sequences[slot as usize].running);
+            *budget = self.free_budget();
+        }
+        self.ready = ready;
+        preempted
+    }
+
+    /// Starts the next token of sequences until one finds no block for it; returns how many have started.
+    fn start_decodes_with_room(&mut self, ready: &[Slot]) -> usize {
+        for (started, &slot) in ready.iter().enumerate() {
             let positions = self.sequences[slot as usize].decode_positions();
             if !self.tables.grow(slot, positions) {
-                self.make_room(slot, positions, now, observer);
-                preempted = true;
-                *budget = self.free_budget();
-                ready.drain(..std::mem::take(&mut started));
-                ready.retain(|&other| self.sequences[other as usize].running);
-                if !self.sequences[slot as usize].running {
-                    continue;
-                }
+                return started;
             }
             let kind = RowKind::Decode;
             self.segments.push(Segment { slot, start: positions - 1, tokens: 1, depth: 0, kind, predicts: true });
-            *budget -= 1;
             if self.publishing == Publishing::Started {
                 self.publish_decode(slot, positions);
             }
         }
-        ready.drain(..started);
-        self.ready = ready;
-        preempted
+        ready.len()
     }
 
     /// Takes blocks until the slot's reach `positions`, from the newest sequences if none are free, in the end from
@@ -699,8 +706,8 @@ impl Scheduler {
         let (bound, certain_from) = (self.bound, self.looks.below);
         self.leaving.resize(self.segments.len(), 0);
         let mut leaving = 0;
-        for ((index, segment), &signal) in (0..).zip(&self.segments).zip(signals) {
-            self.leaving[leaving] = index;
+        for (index, (segment, &signal)) in self.segments.iter().zip(signals).enumerate() {
+            self.leaving[leaving] = index as u32;
             leaving += usize::from(segment.predicts & ((segment.depth >= certain_from) | bound.is_reached(signal)));
         }
         self.leaving.truncate(leaving);
@@ -764,6 +771,7 @@ impl Scheduler {
         self.held = held;
     }
 
+    #[inline]
     fn deliver(&mut self, Held { slot, depth }: Held, now: Nanos, observer: &mut impl Observer) {
         let sequence = &mut self.sequences[slot as usize];
         let index = sequence.generated;
@@ -773,18 +781,24 @@ impl Scheduler {
         }
         sequence.generated += 1;
         sequence.last_token = now;
-        observer.token(now, &sequence.request, Token { index, depth, previous });
         let finished = sequence.is_finished();
-        if finished {
-            observer.finished(now, &sequence.request, sequence.first_token);
-        }
+        observer.token(now, &sequence.request, Token { index, depth, previous });
         if self.publishing == Publishing::Filled {
             self.publish(slot, self.filled_positions(slot));
         }
-        match (finished, self.settings.async_scheduling) {
-            (true, true) => self.finished.push(slot),
-            (true, false) => self.release(slot),
-            (false, _) => self.ready.push(slot),
+        match finished {
+            true => self.finish(slot, now, observer),
+            false => self.ready.push(slot),
+        }
+    }
+
+    #[inline(never)]
+    fn finish(&mut self, slot: Slot, now: Nanos, observer: &mut impl Observer) {
+        let sequence = &self.sequences[slot as usize];
+        observer.finished(now, &sequence.request, sequence.first_token);
+        match self.settings.async_scheduling {
+            true => self.finished.push(slot),
+            false => self.release(slot),
         }
     }
 }

@@ -44,8 +44,9 @@ impl AttentionShape {
 }
 
 /// Whether attention runs over the rows of a segment together, as over a prompt chunk, rather than as a decode row.
+#[inline]
 pub fn is_chunk(segment: &Segment) -> bool {
-    segment.kind == RowKind::Prompt || segment.tokens > 1
+    (segment.kind == RowKind::Prompt) | (segment.tokens > 1)
 }
 
 /// Attention of a pass, interpolated over measured passes.

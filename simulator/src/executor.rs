@@ -88,25 +88,18 @@ impl Executor for ProfileExecutor<'_> {
     }
 
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, ExitError> {
-        let mut shape = PassShape::default();
-        let mut depths = 0u64;
-        let mut chunks_ns = 0.0;
-        for segment in pass.segments {
-            shape.rows += segment.tokens;
-            shape.embed_rows += if segment.depth == 0 { segment.tokens } else { 0 };
-            shape.head_rows += u32::from(pass.runs_head(segment));
-            depths |= 1 << segment.depth;
-            let history = history(&self.reach, segment);
-            if is_chunk(segment) {
-                chunks_ns += self.latency.prefill_attention_ns(segment.tokens, history, &mut self.extrapolations);
-            } else {
-                shape.decode_rows += 1;
-                shape.decode_history += u64::from(history);
+        self.exits.look(pass, &self.cursors, signals);
+        let shape = match &self.reach {
+            None => PassShape::of(pass, |segment| segment.start),
+            Some(reach) => PassShape::of(pass, |segment| reach.history(segment)),
+        };
+        let mut ns = self.latency.pass_ns(&shape, &mut self.extrapolations);
+        if shape.decode_rows < shape.rows {
+            for chunk in pass.segments.iter().filter(|segment| is_chunk(segment)) {
+                let history = history(&self.reach, chunk);
+                ns += self.latency.prefill_attention_ns(chunk.tokens, history, &mut self.extrapolations);
             }
         }
-        self.exits.look(pass, &self.cursors, signals);
-        shape.depths = depths.count_ones();
-        let mut ns = chunks_ns + self.latency.pass_ns(&shape, &mut self.extrapolations);
         if self.latency.has_mixed_attention() {
             self.attention.measure(pass, |segment| history(&self.reach, segment));
             ns += self.latency.mixed_attention_ns(&self.attention, &mut self.extrapolations);
@@ -120,19 +113,13 @@ impl Executor for ProfileExecutor<'_> {
     }
 
     fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, ExitError> {
-        let mut head_rows = 0;
-        for &index in leaving {
-            let segment = &pass.segments[index as usize];
-            let cursor = &mut self.cursors[segment.slot as usize];
-            self.agreeing += u64::from(self.exits.agrees(cursor.at(segment.depth)));
-            self.exits.advance(cursor);
-            self.exits.prefetch(pass.looks.signal, cursor);
-            head_rows += u32::from(!pass.runs_head(segment));
-            if let Some(reach) = &mut self.reach {
-                reach.emit(segment);
-            }
+        let segments = || leaving.iter().map(|&index| &pass.segments[index as usize]);
+        if let Some(reach) = &mut self.reach {
+            segments().for_each(|segment| reach.emit(segment));
         }
+        self.agreeing += self.exits.leave(pass, leaving, &mut self.cursors);
         self.tokens += leaving.len() as u64;
+        let head_rows = segments().map(|segment| u32::from(!pass.runs_head(segment))).sum();
         let mut ns = self.latency.head_ns(head_rows, &mut self.extrapolations);
         if let Some(spread) = &mut self.spread {
             ns = spread.draw(ns, self.latency.squared_head_spread(head_rows));

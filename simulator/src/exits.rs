@@ -146,13 +146,28 @@ impl ExitModel {
         Ok(cursor)
     }
 
-    /// Moves on to the request's next token.
-    #[inline]
-    pub fn advance(&self, cursor: &mut Cursor) {
-        cursor.row += usize::from(self.num_loops);
-        if cursor.row == cursor.end {
-            *cursor = self.drawn(cursor.request, cursor.draws);
+    /// Moves the requests whose rows leave on to their next tokens; returns how many of the tokens that left agree with
+    /// the last depth.
+    pub fn leave(&self, pass: &Pass<'_>, leaving: &[u32], cursors: &mut [Cursor]) -> u64 {
+        let num_loops = usize::from(self.num_loops);
+        let signals: &[f32] = match pass.looks.signal {
+            Look::Measure(measure) => &self.signals[measure as usize],
+            Look::Never | Look::Oracle => &[],
+        };
+        let mut agreeing = 0;
+        for &index in leaving {
+            let segment = &pass.segments[index as usize];
+            let cursor = &mut cursors[segment.slot as usize];
+            agreeing += u64::from(self.agrees(cursor.at(segment.depth)));
+            cursor.row += num_loops;
+            if cursor.row == cursor.end {
+                *cursor = self.drawn(cursor.request, cursor.draws);
+            }
+            // The pass that looks at the next token need not wait for the memory then.
+            prefetch(signals, cursor.row);
+            prefetch(signals, cursor.row + num_loops - 1);
         }
+        agreeing
     }
 
     /// What looks find in the rows of a pass, by segment; `cursors` are by slot. Rows that are not looked at get a
@@ -167,16 +182,6 @@ impl ExitModel {
                 let values = &self.signals[measure as usize];
                 rows.for_each(|(row, signal)| *signal = values[row]);
             }
-        }
-    }
-
-    /// Has the signals of a token fetched into the cache, so that the pass that looks at them need not wait.
-    #[inline]
-    pub fn prefetch(&self, look: Look, cursor: &Cursor) {
-        if let Look::Measure(measure) = look {
-            let signals = &self.signals[measure as usize];
-            prefetch(signals, cursor.at(0));
-            prefetch(signals, cursor.at(self.num_loops - 1));
         }
     }
 
@@ -277,7 +282,7 @@ pub(crate) fn scaled(hash: u64, bound: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scheduler::{BlockTables, Looks, RowKind, Segment};
+    use scheduler::{BlockTables, ExitPolicy, Looks, RowKind, Segment};
     use traces::Nanos;
 
     /// Generation `g` has `g + 1` tokens, each of them predicted as `10 g + token` at the last depth.
@@ -302,11 +307,20 @@ mod tests {
         Request { id, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens }
     }
 
+    /// Lets the token at a cursor leave at the last depth.
+    fn leave(model: &ExitModel, cursor: &mut Cursor) {
+        let kind = RowKind::Decode;
+        let segments = [Segment { slot: 0, start: 1, tokens: 1, depth: 1, kind, predicts: true }];
+        let (tables, looks) = (BlockTables::new(1, 1, 1), ExitPolicy::None.looks(2));
+        let pass = Pass { segments: &segments, looks, tables: &tables };
+        assert_eq!(model.leave(&pass, &[0], std::slice::from_mut(cursor)), 1);
+    }
+
     fn tokens(model: &ExitModel, request: &Request, count: usize) -> Vec<u32> {
         let mut cursor = model.cursor(request, 0).unwrap();
         std::iter::repeat_with(|| {
             let token = cursor.row as u32 / u32::from(model.num_loops);
-            model.advance(&mut cursor);
+            leave(model, &mut cursor);
             token
         })
         .take(count)
@@ -355,7 +369,7 @@ mod tests {
         let trace = trace(3);
         let model = ExitModel::new(&trace, Draw::Recorded).unwrap();
         let mut cursor = model.cursor(&request(2, 3), 0).unwrap();
-        model.advance(&mut cursor);
+        leave(&model, &mut cursor);
         let token = trace.generation(2).start + 1;
         let tables = BlockTables::new(1, 1, 1);
         for depth in 0..2u8 {

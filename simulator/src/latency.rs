@@ -7,9 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use scheduler::{Pass, Segment};
 use traces::{Component, LatencyProfile, Nanos, Point};
 
-use crate::attention::{AttentionModel, AttentionShape};
+use crate::attention::{AttentionModel, AttentionShape, is_chunk};
 use crate::memory::ModelMemory;
 
 /// Rows up to which one-dimensional components are tabulated.
@@ -70,6 +71,28 @@ pub struct PassShape {
     pub embed_rows: u32,
     /// Rows that need the exit head.
     pub head_rows: u32,
+}
+
+impl PassShape {
+    /// The shape of a pass; `history` says how many tokens a segment attends to before its first.
+    ///
+    /// Without branches: it runs for every row.
+    #[inline]
+    pub(crate) fn of(pass: &Pass<'_>, history: impl Fn(&Segment) -> u32) -> Self {
+        let mut shape = Self::default();
+        let mut depths = 0u64;
+        for segment in pass.segments {
+            let (tokens, alone) = (segment.tokens, !is_chunk(segment));
+            shape.rows += tokens;
+            shape.decode_rows += u32::from(alone);
+            shape.decode_history += if alone { u64::from(history(segment)) } else { 0 };
+            shape.embed_rows += if segment.depth == 0 { tokens } else { 0 };
+            shape.head_rows += u32::from(pass.runs_head(segment));
+            depths |= 1 << segment.depth;
+        }
+        shape.depths = depths.count_ones();
+        shape
+    }
 }
 
 /// Latency by pass shape for one profile.

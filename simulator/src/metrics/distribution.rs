@@ -34,12 +34,16 @@ impl Sketch {
     #[inline]
     fn record(&mut self, value: u64) {
         let recent = &mut self.recent[(value % 8) as usize];
-        if recent.0 == value {
-            recent.1 += 1;
-        } else {
-            let evicted = std::mem::replace(recent, (value, 1));
-            self.settle(evicted);
+        match recent.0 == value {
+            true => recent.1 += 1,
+            false => self.settle_recent(value),
         }
+    }
+
+    #[inline(never)]
+    fn settle_recent(&mut self, value: u64) {
+        let evicted = std::mem::replace(&mut self.recent[(value % 8) as usize], (value, 1));
+        self.settle(evicted);
     }
 
     fn settle(&mut self, (value, count): (u64, u64)) {
@@ -75,6 +79,7 @@ impl Distribution {
         }
     }
 
+    #[inline(never)]
     fn record_exact(&mut self, value: u64) {
         self.exact.push(value);
         if self.exact.len() > Self::EXACT {

@@ -172,6 +172,7 @@ impl Metrics {
         })
     }
 
+    #[inline]
     fn request_row(&mut self, request: &Request) -> Option<&mut RequestRow> {
         self.requests.as_mut().map(|rows| records::row_of(rows, request))
     }
@@ -233,6 +234,7 @@ impl Observer for Metrics {
         }
     }
 
+    #[inline]
     fn token(&mut self, now: Nanos, request: &Request, token: Token) {
         let passes = u64::from(token.depth) + 1;
         self.totals.tokens += 1;

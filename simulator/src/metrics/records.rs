@@ -60,6 +60,7 @@ impl RequestLatencies {
 }
 
 /// The row of a request; rows lie by id.
+#[inline(never)]
 pub(super) fn row_of<'a>(rows: &'a mut Vec<RequestRow>, request: &Request) -> &'a mut RequestRow {
     let index = request.id as usize;
     while rows.len() <= index {
