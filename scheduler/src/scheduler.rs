@@ -491,9 +491,13 @@ impl Scheduler {
     /// Gives places of the batch that no row has taken to backfill that nobody waits for yet: of the oldest sequence
     /// first, of its shallowest depth first, which is needed soonest.
     fn fill_idle_places(&mut self) {
-        let budget = self.free_budget();
         let (Some(backlog), Some(first)) = (&mut self.backlog, self.segments.first()) else { return };
-        let taken: u32 = self.segments.iter().filter(|row| row.kind != RowKind::Prompt).map(|row| row.tokens).sum();
+        let rows = |prompt: bool| -> u32 {
+            let of_kind = self.segments.iter().filter(|row| (row.kind == RowKind::Prompt) == prompt);
+            of_kind.map(|row| row.tokens).sum()
+        };
+        let (taken, prompt_rows) = (rows(false), rows(true));
+        let budget = self.settings.token_budget - taken - prompt_rows;
         let mut places = self.settings.max_batch.saturating_sub(taken).min(budget);
         if places == 0 {
             return;
@@ -745,13 +749,13 @@ impl Scheduler {
         let deepest = self.settings.num_loops - 1;
         let mut kept = 0;
         for index in 0..self.segments.len() {
-            let segment = self.segments[index];
+            let segment = &self.segments[index];
             let stays = (segment.depth < deepest) & (segment.predicts | (segment.kind == RowKind::Prompt));
-            self.segments[kept] = segment;
-            self.segments[kept].depth += 1;
+            self.segments[kept] = self.segments[index];
             kept += usize::from(stays);
         }
         self.segments.truncate(kept);
+        self.segments.iter_mut().for_each(|segment| segment.depth += 1);
         if !(self.released.is_empty() && self.finished.is_empty()) {
             let sequences = &self.sequences;
             self.segments.retain(|segment| {
@@ -771,7 +775,7 @@ impl Scheduler {
         self.held = held;
     }
 
-    #[inline]
+    #[inline(always)]
     fn deliver(&mut self, Held { slot, depth }: Held, now: Nanos, observer: &mut impl Observer) {
         let sequence = &mut self.sequences[slot as usize];
         let index = sequence.generated;

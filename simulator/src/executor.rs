@@ -4,7 +4,7 @@ use scheduler::{Executor, KvFill, Pass, Segment, Settings, Slot};
 use traces::{Nanos, Request};
 
 use crate::attention::{AttentionShape, is_chunk};
-use crate::exits::{Cursor, ExitError, ExitModel};
+use crate::exits::{Cursor, ExitError, ExitModel, Left};
 use crate::latency::{Extrapolations, LatencyModel, PassShape, nanos};
 use crate::reach::Reach;
 use crate::spread::Spread;
@@ -113,13 +113,12 @@ impl Executor for ProfileExecutor<'_> {
     }
 
     fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, ExitError> {
-        let segments = || leaving.iter().map(|&index| &pass.segments[index as usize]);
         if let Some(reach) = &mut self.reach {
-            segments().for_each(|segment| reach.emit(segment));
+            leaving.iter().for_each(|&index| reach.emit(&pass.segments[index as usize]));
         }
-        self.agreeing += self.exits.leave(pass, leaving, &mut self.cursors);
+        let Left { agreeing, head_rows } = self.exits.leave(pass, leaving, &mut self.cursors);
+        self.agreeing += agreeing;
         self.tokens += leaving.len() as u64;
-        let head_rows = segments().map(|segment| u32::from(!pass.runs_head(segment))).sum();
         let mut ns = self.latency.head_ns(head_rows, &mut self.extrapolations);
         if let Some(spread) = &mut self.spread {
             ns = spread.draw(ns, self.latency.squared_head_spread(head_rows));

@@ -146,19 +146,19 @@ impl ExitModel {
         Ok(cursor)
     }
 
-    /// Moves the requests whose rows leave on to their next tokens; returns how many of the tokens that left agree with
-    /// the last depth.
-    pub fn leave(&self, pass: &Pass<'_>, leaving: &[u32], cursors: &mut [Cursor]) -> u64 {
+    /// Moves the requests whose rows leave on to their next tokens.
+    pub fn leave(&self, pass: &Pass<'_>, leaving: &[u32], cursors: &mut [Cursor]) -> Left {
         let num_loops = usize::from(self.num_loops);
         let signals: &[f32] = match pass.looks.signal {
             Look::Measure(measure) => &self.signals[measure as usize],
             Look::Never | Look::Oracle => &[],
         };
-        let mut agreeing = 0;
+        let mut left = Left::default();
         for &index in leaving {
             let segment = &pass.segments[index as usize];
             let cursor = &mut cursors[segment.slot as usize];
-            agreeing += u64::from(self.agrees(cursor.at(segment.depth)));
+            left.agreeing += u64::from(self.agrees(cursor.at(segment.depth)));
+            left.head_rows += u32::from(!pass.runs_head(segment));
             cursor.row += num_loops;
             if cursor.row == cursor.end {
                 *cursor = self.drawn(cursor.request, cursor.draws);
@@ -167,7 +167,7 @@ impl ExitModel {
             prefetch(signals, cursor.row);
             prefetch(signals, cursor.row + num_loops - 1);
         }
-        agreeing
+        left
     }
 
     /// What looks find in the rows of a pass, by segment; `cursors` are by slot. Rows that are not looked at get a
@@ -243,6 +243,15 @@ fn bits(values: impl Iterator<Item = bool>) -> Vec<u64> {
     words
 }
 
+/// What tokens that leave come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Tokens that agree with the last depth.
+    pub agreeing: u64,
+    /// Rows for which the exit head has still to run.
+    pub head_rows: u32,
+}
+
 /// A place in an exit trace: the token that a request generates next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
@@ -313,7 +322,8 @@ mod tests {
         let segments = [Segment { slot: 0, start: 1, tokens: 1, depth: 1, kind, predicts: true }];
         let (tables, looks) = (BlockTables::new(1, 1, 1), ExitPolicy::None.looks(2));
         let pass = Pass { segments: &segments, looks, tables: &tables };
-        assert_eq!(model.leave(&pass, &[0], std::slice::from_mut(cursor)), 1);
+        let left = model.leave(&pass, &[0], std::slice::from_mut(cursor));
+        assert_eq!(left, Left { agreeing: 1, head_rows: 0 });
     }
 
     fn tokens(model: &ExitModel, request: &Request, count: usize) -> Vec<u32> {
