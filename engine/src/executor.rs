@@ -445,7 +445,8 @@ impl EngineExecutor {
 
     /// Answers the looks of a pass.
     fn look(&self, pass: &Pass<'_>, hidden: &Tensor, signals: &mut [f32]) -> Result<(), EngineError> {
-        let looked: Vec<usize> = (0..pass.segments.len()).filter(|&index| pass.looks_at(&pass.segments[index])).collect();
+        let looked: Vec<usize> =
+            (0..pass.segments.len()).filter(|&index| pass.looks_at(&pass.segments[index])).collect();
         match pass.looks.signal {
             Look::Never => {}
             Look::Oracle => {

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use scheduler::blocks::BlockTables;
 use scheduler::{
-    Batching, Executor, ExitPolicy, KvFill, Look, Looks, Observer, Pass, PassRecord, RowKind, Segment, Server, Settings, Slot,
-    VirtualClock, serve,
+    Batching, Executor, ExitPolicy, KvFill, Look, Looks, Observer, Pass, PassRecord, RowKind, Segment, Server,
+    Settings, Slot, VirtualClock, serve,
 };
 use traces::{Component, LatencyProfile, Measure, Nanos, Point, ProfileMeta, Request};
 
