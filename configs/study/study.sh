@@ -172,6 +172,7 @@ fill() {
 setting() {
     local vanilla=$OUT/vanilla first
     first=$(ls -d "$OUT"/seed-*/* | head -n 1)
+    echo "- the pretrained model: $(sed -n 's/^\([0-9]*\) of .* parameters trained.*/\1/p' "$OUT/logs/${vanilla//\//-}.log" | head -n 1) parameters"
     echo "- pretraining: $(described "$vanilla" steps) steps of $(described "$vanilla" batch) x $(described "$vanilla" seq) tokens"
     echo "- every other run: $(described "$first" steps) steps of $(described "$first" batch) x $(described "$first" seq) tokens, seeds $SEEDS"
     echo "- held-out text: the first $(described "$first" held_out_tokens) tokens"
