@@ -59,7 +59,10 @@ fn reference_answers(weights: &Weights, tokens: &[u32]) -> Answers {
         logits.into_iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect()
     };
     let states = reference.hidden_states(&tokens).unwrap();
-    let gates = states.iter().enumerate().filter_map(|(depth, hidden)| reference.gate_logits(hidden, depth).unwrap());
+    let gates = states
+        .iter()
+        .enumerate()
+        .filter_map(|(depth, hidden)| reference.gate_logits(&reference.final_norm(hidden).unwrap(), depth).unwrap());
     let logits = reference.forward(&tokens).unwrap();
     Answers {
         logits: logits.iter().map(|logits| logits.to_vec2::<f32>().unwrap()).collect(),
