@@ -5,6 +5,7 @@ mod commands;
 mod experiment;
 mod figures;
 mod measure;
+mod parts;
 mod report;
 mod results;
 mod runs;

@@ -182,7 +182,7 @@ pub fn replay(
         kv_bytes_per_token: Some(memory.kv_bytes_per_token),
         ..metrics.summary(Source::Measured, Some(agreement))
     };
-    Ok(Run { summary, metrics })
+    Ok(Run { summary, metrics, time: None })
 }
 
 /// The run of median throughput; of an even number, the slower of the middle two.

@@ -10,6 +10,7 @@
 //! | what does an exit threshold trade? | [`thresholds`], [`pareto`] |
 //! | what do requests wait for their first and their next token? | [`latency_cdfs`] |
 //! | which depths fill the passes? | [`rows_by_depth`] |
+//! | where does the time of a token go? | [`token_times`] |
 //! | where could tokens leave, and would they be right? | [`exit_depths`] |
 //! | how far can an exit signal be believed? | [`reliability`] |
 //! | what does leaving early on a signal trade? | [`exit_curves`] |
@@ -52,6 +53,7 @@ mod figure;
 mod latency;
 mod legend;
 mod panel;
+mod parts;
 mod speedup;
 mod style;
 mod sweep;
@@ -68,6 +70,7 @@ pub use evaluation::{
 };
 pub use figure::{Figure, Origin, Policy, PolicyLine};
 pub use latency::{PolicyLatencies, latency_cdfs};
+pub use parts::{TokenTime, token_times};
 pub use speedup::{PolicyThroughput, speedup};
 pub use sweep::{SweepLine, SweepPoint, sweep};
 pub use throughput::{ThresholdLine, ThresholdPoint, pareto, thresholds, throughput_by_batch};
