@@ -468,8 +468,7 @@ impl ModelConfig {
             Some(window) if self.window(place).is_some() => (window.rope_theta, None),
             _ => (*rope_theta, rope_scaling.as_ref()),
         };
-        let dims = self.architecture.rotary_dims(self.head_dim);
-        let frequencies = (0..dims).step_by(2).map(|i| theta.powf(i as f32 / dims as f32).recip());
+        let frequencies = self.architecture.unscaled_frequencies(self.head_dim, theta);
         frequencies.map(|frequency| scaling.map_or(frequency, |scaling| scaling.stretch(frequency))).collect()
     }
 
@@ -577,6 +576,18 @@ impl Architecture {
     /// Factor on attention scores.
     pub fn attention_scale(&self, head_dim: usize) -> f32 {
         self.attention_scale.unwrap_or_else(|| (head_dim as f32).sqrt().recip())
+    }
+
+    /// Rotary frequencies of a base, before they are stretched.
+    fn unscaled_frequencies(&self, head_dim: usize, theta: f32) -> impl Iterator<Item = f32> + use<> {
+        let dims = self.rotary_dims(head_dim);
+        (0..dims).step_by(2).map(move |i| theta.powf(i as f32 / dims as f32).recip())
+    }
+
+    /// By how much a scaling slows each rotary frequency down.
+    pub(crate) fn frequency_factors(&self, head_dim: usize, scaling: RopeScaling) -> Vec<f32> {
+        let frequencies = self.unscaled_frequencies(head_dim, self.rope_theta);
+        frequencies.map(|frequency| frequency / scaling.stretch(frequency)).collect()
     }
 
     fn validate(&self, head_dim: usize, num_layers: usize) -> Result<(), InvalidField> {

@@ -1,6 +1,7 @@
 //! A recursive transformer: model, KV cache, kernels, profiler and an executor that runs them.
 
 pub mod cache;
+pub mod checkpoint;
 pub mod clock;
 pub mod config;
 pub mod differentiable;
@@ -11,5 +12,7 @@ pub mod profile;
 pub mod prompts;
 pub mod reference;
 pub mod replay;
+mod tensor_file;
 pub mod tokenizer;
+mod unroll;
 pub mod weights;

@@ -1,4 +1,5 @@
-//! Byte-level byte-pair encoding, a thin wrapper of the `tokenizers` crate.
+//! Text to token ids and back, a thin wrapper of the `tokenizers` crate: byte-level byte-pair encodings trained here, and
+//! those of other models.
 
 use std::path::{Path, PathBuf};
 
@@ -88,6 +89,11 @@ impl Tokenizer {
         loaded.map(Self).map_err(|e| TokenizerError::Load { path: path.to_owned(), message: e.to_string() })
     }
 
+    /// The tokenizer that a `tokenizer.json` describes.
+    pub(crate) fn from_json(json: &serde_json::Value) -> Result<Self, TokenizerError> {
+        tokenizers::Tokenizer::from_bytes(json.to_string()).map(Self).map_err(TokenizerError::Library)
+    }
+
     /// Writes a `tokenizer.json`.
     ///
     /// # Errors
@@ -102,6 +108,16 @@ impl Tokenizer {
     /// If the library refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.0.encode_fast(text, false);
+        Ok(encoding.map_err(TokenizerError::Library)?.get_ids().to_vec())
+    }
+
+    /// Token ids of a text that begins a sequence: as [`Tokenizer::encode`], with the tokens that the model was trained
+    /// to find around it, such as Gemma's `<bos>`.
+    ///
+    /// # Errors
+    /// If the library refuses the text.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.0.encode_fast(text, true);
         Ok(encoding.map_err(TokenizerError::Library)?.get_ids().to_vec())
     }
 

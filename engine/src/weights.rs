@@ -3,13 +3,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_distr::{Distribution, Normal};
 use sha2::{Digest, Sha256};
 
 use crate::config::{ConfigError, InvalidField, ModelConfig, Norm, Place, Projection};
+use crate::differentiable::numbers;
+use crate::tensor_file::{Entry, Layout, Safetensors, read_weights};
 
 /// The configuration's file name in a model folder.
 pub const CONFIG_FILE: &str = "config.json";
@@ -32,6 +34,15 @@ pub enum Stored {
     F32,
     /// Two bytes a number, rounded.
     F16,
+}
+
+impl Stored {
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+        }
+    }
 }
 
 /// Why tensors were refused, or a model folder could not be read or written.
@@ -207,9 +218,10 @@ impl Weights {
     pub fn load(folder: &Path) -> Result<Self, WeightsError> {
         let config = ModelConfig::load(&folder.join(CONFIG_FILE))?;
         let path = folder.join(TENSORS_FILE);
-        let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
-            .map_err(|source| WeightsError::Read { path: path.clone(), source })?;
-        Self::from_tensors(config, tensors, &path.display().to_string())
+        let file = Safetensors::open(std::slice::from_ref(&path), &path)?;
+        let entry = |name: String| Entry { theirs: name.clone(), ours: vec![name], layout: Layout::Same };
+        let entries: Vec<Entry> = expected_tensors(&config).into_keys().map(entry).collect();
+        read_weights(&file, config, &entries, |_| false)
     }
 
     /// Writes `config.json` and `model.safetensors` into a model folder, which is created. Each
@@ -218,13 +230,9 @@ impl Weights {
     /// # Errors
     /// If a file cannot be written.
     pub fn save(&self, folder: &Path, stored: Stored) -> Result<(), WeightsError> {
-        let dtype = match stored {
-            Stored::F32 => DType::F32,
-            Stored::F16 => DType::F16,
-        };
         let mut tensors = HashMap::new();
         for (name, tensor) in &self.tensors {
-            let tensor = tensor.to_dtype(dtype).map_err(|e| in_tensor(name, e))?;
+            let tensor = tensor.to_dtype(stored.dtype()).map_err(|e| in_tensor(name, e))?;
             tensors.insert(name.clone(), tensor);
         }
         let fail = |path: &Path, message: String| WeightsError::Write { path: path.to_owned(), message };
@@ -292,9 +300,7 @@ impl Weights {
         hash.update(self.config.to_json());
         for (name, tensor) in &self.tensors {
             hash.update(name);
-            for number in flat_numbers(tensor).map_err(|e| in_tensor(name, e))? {
-                hash.update(number.to_le_bytes());
-            }
+            with_numbers(tensor, |numbers| hash_numbers(&mut hash, numbers)).map_err(|e| in_tensor(name, e))?;
         }
         let digest = hash.finalize();
         Ok(digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect())
@@ -305,8 +311,26 @@ fn in_tensor(name: &str, source: candle_core::Error) -> WeightsError {
     WeightsError::Tensor { name: name.to_owned(), source }
 }
 
-fn flat_numbers(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    tensor.flatten_all()?.to_vec1()
+/// Looks at the numbers of a tensor, row-major, where they are.
+fn with_numbers<T>(tensor: &Tensor, look: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
+    let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(look(numbers(storage, layout)?)),
+        _ => candle_core::bail!("a tensor on the CPU is not in its memory"),
+    }
+}
+
+/// Hashes the little-endian bytes of `numbers`, gathered so that the hash gets many at once.
+fn hash_numbers(hash: &mut Sha256, numbers: &[f32]) {
+    let mut bytes = [0; 1 << 14];
+    for part in numbers.chunks(bytes.len() / size_of::<f32>()) {
+        let bytes = &mut bytes[..size_of_val(part)];
+        for (bytes, number) in bytes.chunks_exact_mut(size_of::<f32>()).zip(part) {
+            bytes.copy_from_slice(&number.to_le_bytes());
+        }
+        hash.update(bytes);
+    }
 }
 
 fn checked_tensor(origin: &str, name: &str, tensor: &Tensor, expected: Vec<usize>) -> Result<Tensor, WeightsError> {
@@ -319,15 +343,15 @@ fn checked_tensor(origin: &str, name: &str, tensor: &Tensor, expected: Vec<usize
         });
     }
     let tensor = tensor.to_dtype(DType::F32).map_err(|e| in_tensor(name, e))?;
-    let numbers = flat_numbers(&tensor).map_err(|e| in_tensor(name, e))?;
-    match numbers.iter().position(|number| !number.is_finite()) {
+    let first_odd = |numbers: &[f32]| {
+        let index = numbers.iter().position(|number| !number.is_finite())?;
+        Some((index, numbers[index]))
+    };
+    match with_numbers(&tensor, first_odd).map_err(|e| in_tensor(name, e))? {
         None => Ok(tensor),
-        Some(index) => Err(WeightsError::NotFinite {
-            origin: origin.to_owned(),
-            name: name.to_owned(),
-            index,
-            value: numbers[index],
-        }),
+        Some((index, value)) => {
+            Err(WeightsError::NotFinite { origin: origin.to_owned(), name: name.to_owned(), index, value })
+        }
     }
 }
 
@@ -400,8 +424,8 @@ mod tests {
         let name = "block.layers.1.mlp.up_proj.weight";
         let (exact, rounded) = (weights.get(name).unwrap(), loaded.get(name).unwrap());
         assert_eq!(rounded.dtype(), DType::F32);
-        let exact = flat_numbers(exact).unwrap();
-        for (exact, rounded) in exact.iter().zip(flat_numbers(rounded).unwrap()) {
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (exact, rounded) in flat(exact).into_iter().zip(flat(rounded)) {
             assert!((exact - rounded).abs() <= exact.abs() / 1024.0 + 1e-7);
         }
     }

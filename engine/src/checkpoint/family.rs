@@ -1,0 +1,409 @@
+//! The families of Hugging Face models: their `config.json`, both ways.
+
+use serde_json::{Map, Value, json};
+
+use super::keys::Keys;
+use super::names::{self, Naming};
+use super::{Result, num_layers};
+use crate::config::{Activation, Architecture, ModelConfig, Norm, RopeScaling, Sharing, SlidingWindow};
+
+/// Every how many layers Gemma 3 sees all tokens, where its configuration does not say.
+pub(super) const GEMMA3_PATTERN: usize = 6;
+/// Rotary base of Gemma 3's sliding layers, where its configuration does not say.
+pub(super) const GEMMA3_LOCAL_THETA: f32 = 10_000.0;
+const FULL_ATTENTION: &str = "full_attention";
+const SLIDING_ATTENTION: &str = "sliding_attention";
+
+/// A family of Hugging Face models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    Llama,
+    Gemma,
+    Gemma3,
+    GptNeoX,
+}
+
+impl Family {
+    pub const ALL: [Self; 4] = [Self::Llama, Self::Gemma, Self::Gemma3, Self::GptNeoX];
+
+    /// The family of a `config.json`, by its architecture or else its model type.
+    pub fn of(keys: &Keys) -> Result<Self> {
+        let architectures: Vec<String> = keys.optional("architectures")?.unwrap_or_default();
+        let (key, name, known): (_, _, fn(Self) -> &'static str) = match architectures.into_iter().next() {
+            Some(name) => ("architectures", name, Self::architecture),
+            None => ("model_type", keys.required("model_type")?, Self::model_type),
+        };
+        let expected = || format!("one of {}", Self::ALL.map(known).join(", "));
+        Self::ALL.into_iter().find(|family| known(*family) == name).ok_or_else(|| keys.refuse(key, &expected()))
+    }
+
+    fn architecture(self) -> &'static str {
+        match self {
+            Self::Llama => "LlamaForCausalLM",
+            Self::Gemma => "GemmaForCausalLM",
+            Self::Gemma3 => "Gemma3ForCausalLM",
+            Self::GptNeoX => "GPTNeoXForCausalLM",
+        }
+    }
+
+    fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Gemma => "gemma",
+            Self::Gemma3 => "gemma3_text",
+            Self::GptNeoX => "gpt_neox",
+        }
+    }
+
+    /// What the family calls its tensors.
+    pub fn naming(self) -> &'static Naming {
+        match self {
+            Self::Llama => &names::LLAMA,
+            Self::Gemma | Self::Gemma3 => &names::GEMMA,
+            Self::GptNeoX => &names::GPT_NEOX,
+        }
+    }
+
+    /// Reads a `config.json` of the family: all layers in one block, run once.
+    pub fn config(self, keys: &Keys) -> Result<ModelConfig> {
+        keys.must_be_absent("quantization_config", &Value::Null)?;
+        match self {
+            Self::Llama => llama(keys),
+            Self::Gemma => gemma(keys),
+            Self::Gemma3 => gemma3(keys),
+            Self::GptNeoX => gpt_neox(keys),
+        }
+    }
+
+    /// The `config.json` of an ordinary transformer, as far as the family can say what it does.
+    pub fn to_json(self, config: &ModelConfig) -> Map<String, Value> {
+        let architecture = &config.architecture;
+        let own = match self {
+            Self::Llama => llama_json(config),
+            Self::Gemma => Value::Object(gemma_like_json(config)),
+            Self::Gemma3 => gemma3_json(config),
+            Self::GptNeoX => gpt_neox_json(config),
+        };
+        let common = json!({
+            "architectures": [self.architecture()],
+            "model_type": self.model_type(),
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers(),
+            "num_attention_heads": config.num_heads,
+            "max_position_embeddings": config.max_positions,
+            "tie_word_embeddings": config.tie_embeddings,
+            "attention_bias": architecture.qkv_bias,
+            "rope_scaling": architecture.rope_scaling.map(scaling_json),
+            "bos_token_id": null,
+            "eos_token_id": null,
+        });
+        let objects = [common, own].into_iter().filter_map(|object| match object {
+            Value::Object(object) => Some(object),
+            _ => None,
+        });
+        objects.flatten().collect()
+    }
+}
+
+/// What all families say in the same words. `tie` is what the family takes for granted.
+fn common(keys: &Keys, tie: bool, architecture: Architecture) -> Result<ModelConfig> {
+    let num_heads = keys.required("num_attention_heads")?;
+    let hidden_size: usize = keys.required("hidden_size")?;
+    Ok(ModelConfig {
+        vocab_size: keys.required("vocab_size")?,
+        hidden_size,
+        intermediate_size: keys.required("intermediate_size")?,
+        num_heads,
+        num_kv_heads: num_heads,
+        head_dim: hidden_size.checked_div(num_heads).unwrap_or(0),
+        block_layers: num_layers(keys, "num_hidden_layers")?,
+        num_loops: 1,
+        sharing: Sharing::Nothing,
+        tie_embeddings: keys.optional("tie_word_embeddings")?.unwrap_or(tie),
+        max_positions: keys.required("max_position_embeddings")?,
+        architecture,
+        ..ModelConfig::default()
+    })
+}
+
+fn llama(keys: &Keys) -> Result<ModelConfig> {
+    heads_rotate_whole(keys)?;
+    let (rope_theta, rope_scaling) = rope(keys, 10_000.0)?;
+    let attention_bias = keys.optional("attention_bias")?.unwrap_or(false);
+    let architecture = Architecture {
+        norm_eps: keys.optional("rms_norm_eps")?.unwrap_or(1e-6),
+        activation: activation(keys, "hidden_act")?.unwrap_or(Activation::Silu),
+        qkv_bias: attention_bias,
+        output_bias: attention_bias,
+        mlp_bias: keys.optional("mlp_bias")?.unwrap_or(false),
+        rope_theta,
+        rope_scaling,
+        ..Architecture::default()
+    };
+    let config = common(keys, false, architecture)?;
+    Ok(ModelConfig {
+        num_kv_heads: keys.optional("num_key_value_heads")?.unwrap_or(config.num_heads),
+        head_dim: keys.optional("head_dim")?.unwrap_or(config.head_dim),
+        ..config
+    })
+}
+
+fn llama_json(config: &ModelConfig) -> Value {
+    let Architecture { norm_eps, activation, mlp_bias, rope_theta, .. } = config.architecture;
+    json!({
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": activation_name(activation),
+        "rms_norm_eps": decimal(norm_eps),
+        "mlp_bias": mlp_bias,
+        "rope_theta": decimal(rope_theta),
+    })
+}
+
+/// What Gemma and Gemma 3 have in common.
+fn gemma_like(keys: &Keys, architecture: Architecture) -> Result<ModelConfig> {
+    heads_rotate_whole(keys)?;
+    let attention_bias = keys.optional("attention_bias")?.unwrap_or(false);
+    let architecture = Architecture {
+        norm_eps: keys.optional("rms_norm_eps")?.unwrap_or(1e-6),
+        qkv_bias: attention_bias,
+        output_bias: attention_bias,
+        ..architecture
+    };
+    let mut config = common(keys, true, architecture)?;
+    config.num_kv_heads = keys.required("num_key_value_heads")?;
+    config.head_dim = keys.optional("head_dim")?.unwrap_or(256);
+    config.architecture.embedding_scale = embedding_scale(config.hidden_size);
+    Ok(config)
+}
+
+fn gemma_like_json(config: &ModelConfig) -> Map<String, Value> {
+    let Architecture { norm_eps, activation, rope_theta, .. } = config.architecture;
+    let keys = [
+        ("num_key_value_heads", json!(config.num_kv_heads)),
+        ("head_dim", json!(config.head_dim)),
+        ("hidden_activation", json!(activation_name(activation))),
+        ("rms_norm_eps", decimal(norm_eps)),
+        ("rope_theta", decimal(rope_theta)),
+    ];
+    keys.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+}
+
+fn gemma(keys: &Keys) -> Result<ModelConfig> {
+    let (rope_theta, rope_scaling) = rope(keys, 10_000.0)?;
+    let activation = match activation(keys, "hidden_activation")? {
+        None => activation(keys, "hidden_act")?,
+        given => given,
+    };
+    let activation = activation.unwrap_or(Activation::GeluTanh);
+    gemma_like(keys, Architecture { activation, rope_theta, rope_scaling, ..Architecture::default() })
+}
+
+fn gemma3(keys: &Keys) -> Result<ModelConfig> {
+    keys.must_be_absent("attn_logit_softcapping", &Value::Null)?;
+    keys.must_be_absent("final_logit_softcapping", &Value::Null)?;
+    keys.must_be_absent("use_bidirectional_attention", &Value::Bool(false))?;
+    let by_layer_type = keys.object("rope_parameters")?;
+    let parameters = |layer_type| by_layer_type.as_ref().map_or(Ok(None), |keys| keys.object(layer_type));
+    let (rope_theta, rope_scaling) = match parameters(FULL_ATTENTION)? {
+        Some(full) => (full.optional("rope_theta")?.unwrap_or(1e6), scaling(&full)?),
+        None => rope(keys, 1e6)?,
+    };
+    let local_theta = match parameters(SLIDING_ATTENTION)? {
+        Some(sliding) => {
+            sliding.must_be_absent("rope_type", &json!("default"))?;
+            sliding.optional("rope_theta")?
+        }
+        None => keys.optional("rope_local_base_freq")?,
+    };
+    let architecture = Architecture {
+        post_norms: true,
+        qk_norm: true,
+        activation: activation(keys, "hidden_activation")?.unwrap_or(Activation::GeluTanh),
+        rope_theta,
+        rope_scaling,
+        ..Architecture::default()
+    };
+    let mut config = gemma_like(keys, architecture)?;
+    let layers = sliding_layers(keys, config.block_layers)?;
+    config.architecture.attention_scale = Some(match keys.optional::<f64>("query_pre_attn_scalar")? {
+        Some(scalar) => scalar.powf(-0.5) as f32,
+        None => 256_f32.powf(-0.5),
+    });
+    config.architecture.sliding_window = match layers.is_empty() {
+        true => None,
+        false => Some(SlidingWindow {
+            tokens: keys.optional("sliding_window")?.unwrap_or(4096),
+            rope_theta: local_theta.unwrap_or(GEMMA3_LOCAL_THETA),
+            layers,
+        }),
+    };
+    Ok(config)
+}
+
+/// The layers of a Gemma 3 that see only the latest tokens: as listed, or all but every sixth.
+fn sliding_layers(keys: &Keys, num_layers: usize) -> Result<Vec<usize>> {
+    let Some(types) = keys.optional::<Vec<String>>("layer_types")? else {
+        return match keys.optional("sliding_window_pattern")? {
+            Some(0) => Err(keys.refuse("sliding_window_pattern", "at least 1")),
+            pattern => Ok(sliding_by_pattern(pattern.unwrap_or(GEMMA3_PATTERN), num_layers)),
+        };
+    };
+    let known = types.iter().all(|layer| [FULL_ATTENTION, SLIDING_ATTENTION].contains(&layer.as_str()));
+    if types.len() != num_layers || !known {
+        let expected = format!("{num_layers} of {FULL_ATTENTION} and {SLIDING_ATTENTION}");
+        return Err(keys.refuse("layer_types", &expected));
+    }
+    Ok((0..num_layers).filter(|layer| types[*layer] == SLIDING_ATTENTION).collect())
+}
+
+/// The layers that see only the latest tokens, where every `pattern`-th sees all.
+pub(super) fn sliding_by_pattern(pattern: usize, num_layers: usize) -> Vec<usize> {
+    (0..num_layers).filter(|layer| !(layer + 1).is_multiple_of(pattern)).collect()
+}
+
+fn gemma3_json(config: &ModelConfig) -> Value {
+    let (architecture, num_layers) = (&config.architecture, config.num_layers());
+    let window = architecture.sliding_window.as_ref();
+    let sliding = window.map_or(&[][..], |window| &window.layers);
+    let layer_type = |layer| if sliding.contains(&layer) { SLIDING_ATTENTION } else { FULL_ATTENTION };
+    // Readers older than `layer_types` know only a pattern, of which a missing last full layer is part too.
+    let pattern = (1..=num_layers + 1).find(|pattern| sliding_by_pattern(*pattern, num_layers) == sliding);
+    let scale = f64::from(architecture.attention_scale(config.head_dim));
+    let mut keys = gemma_like_json(config);
+    let own = [
+        ("query_pre_attn_scalar", whole_if_exact(scale.powi(-2), |scalar| scalar.powf(-0.5) as f32)),
+        ("layer_types", json!((0..num_layers).map(layer_type).collect::<Vec<_>>())),
+        ("sliding_window_pattern", json!(pattern)),
+        ("sliding_window", json!(window.map_or(config.max_positions, |window| window.tokens))),
+        ("rope_local_base_freq", decimal(window.map_or(GEMMA3_LOCAL_THETA, |window| window.rope_theta))),
+        ("attn_logit_softcapping", Value::Null),
+        ("final_logit_softcapping", Value::Null),
+    ];
+    keys.extend(own.into_iter().map(|(key, value)| (key.to_owned(), value)));
+    Value::Object(keys)
+}
+
+fn gpt_neox(keys: &Keys) -> Result<ModelConfig> {
+    let (rope_theta, rope_scaling) = rope(keys, keys.optional("rotary_emb_base")?.unwrap_or(10_000.0))?;
+    let parameters = keys.object("rope_parameters")?;
+    let partial = parameters.map_or(Ok(None), |keys| keys.optional::<f64>("partial_rotary_factor"))?;
+    let rotated = partial.or(keys.optional("rotary_pct")?).unwrap_or(0.25);
+    let attention_bias = keys.optional("attention_bias")?.unwrap_or(true);
+    let architecture = Architecture {
+        norm: Norm::Layer,
+        norm_eps: keys.optional("layer_norm_eps")?.unwrap_or(1e-5),
+        activation: activation(keys, "hidden_act")?.unwrap_or(Activation::Gelu),
+        gated_mlp: false,
+        parallel_residual: keys.optional("use_parallel_residual")?.unwrap_or(true),
+        qkv_bias: attention_bias,
+        output_bias: attention_bias,
+        mlp_bias: true,
+        rope_theta,
+        rope_scaling,
+        ..Architecture::default()
+    };
+    let mut config = common(keys, false, architecture)?;
+    config.architecture.rotary_dims = Some((config.head_dim as f64 * rotated) as usize);
+    Ok(config)
+}
+
+fn gpt_neox_json(config: &ModelConfig) -> Value {
+    let architecture = &config.architecture;
+    let (rotated, head_dim) = (architecture.rotary_dims(config.head_dim), config.head_dim as f64);
+    // Readers multiply by the head's width and round down.
+    let share = rotated as f64 / head_dim;
+    let share = if (share * head_dim) as usize == rotated { share } else { share.next_up() };
+    json!({
+        "hidden_act": activation_name(architecture.activation),
+        "layer_norm_eps": decimal(architecture.norm_eps),
+        "use_parallel_residual": architecture.parallel_residual,
+        "rotary_pct": share,
+        "rotary_emb_base": decimal(architecture.rope_theta),
+    })
+}
+
+/// Rotary base and scaling: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before.
+fn rope(keys: &Keys, default_theta: f32) -> Result<(f32, Option<RopeScaling>)> {
+    let theta = keys.optional("rope_theta")?.unwrap_or(default_theta);
+    match keys.object("rope_parameters")? {
+        Some(parameters) => Ok((parameters.optional("rope_theta")?.unwrap_or(theta), scaling(&parameters)?)),
+        None => Ok((theta, keys.object("rope_scaling")?.map_or(Ok(None), |keys| scaling(&keys))?)),
+    }
+}
+
+/// Refuses what these families' code has no room for.
+fn heads_rotate_whole(keys: &Keys) -> Result<()> {
+    const PARTIAL: &str = "partial_rotary_factor";
+    keys.must_be_absent(PARTIAL, &json!(1.0))?;
+    keys.object("rope_parameters")?.map_or(Ok(()), |keys| keys.must_be_absent(PARTIAL, &json!(1.0)))
+}
+
+fn scaling(keys: &Keys) -> Result<Option<RopeScaling>> {
+    let (key, kind) = match keys.optional::<String>("rope_type")? {
+        Some(kind) => ("rope_type", Some(kind)),
+        None => ("type", keys.optional("type")?),
+    };
+    match kind.as_deref() {
+        None => keys.must_be_absent("factor", &Value::Null).map(|()| None),
+        Some("default") => Ok(None),
+        Some("linear") => Ok(Some(RopeScaling::Linear { factor: keys.required("factor")? })),
+        Some("llama3") => Ok(Some(RopeScaling::Llama3 {
+            factor: keys.required("factor")?,
+            low_freq_factor: keys.required("low_freq_factor")?,
+            high_freq_factor: keys.required("high_freq_factor")?,
+            original_positions: keys.required("original_max_position_embeddings")?,
+        })),
+        Some(_) => Err(keys.refuse(key, "one of default, linear, llama3")),
+    }
+}
+
+fn scaling_json(scaling: RopeScaling) -> Value {
+    match scaling {
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": decimal(factor)}),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => json!({
+            "rope_type": "llama3",
+            "factor": decimal(factor),
+            "low_freq_factor": decimal(low_freq_factor),
+            "high_freq_factor": decimal(high_freq_factor),
+            "original_max_position_embeddings": original_positions,
+        }),
+    }
+}
+
+fn activation(keys: &Keys, key: &str) -> Result<Option<Activation>> {
+    let name: Option<String> = keys.optional(key)?;
+    let known = |name: String| match name.as_str() {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" => Ok(Activation::Gelu),
+        "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Ok(Activation::GeluTanh),
+        _ => Err(keys.refuse(key, "one of silu, gelu, gelu_pytorch_tanh, gelu_new, gelu_fast")),
+    };
+    name.map(known).transpose()
+}
+
+fn activation_name(activation: Activation) -> &'static str {
+    match activation {
+        Activation::Silu => "silu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_pytorch_tanh",
+    }
+}
+
+/// Gemma's factor on embeddings.
+pub(super) fn embedding_scale(hidden_size: usize) -> f32 {
+    (hidden_size as f32).sqrt()
+}
+
+/// A number as its shortest decimal, rather than that of the `f64` it widens to.
+fn decimal(number: f32) -> Value {
+    json!(number.to_string().parse::<f64>().unwrap_or(f64::from(number)))
+}
+
+/// A number, rounded to a whole one if that reads as the same.
+fn whole_if_exact(number: f64, read: impl Fn(f64) -> f32) -> Value {
+    let whole = number.round();
+    if read(whole) == read(number) { json!(whole as u64) } else { json!(number) }
+}

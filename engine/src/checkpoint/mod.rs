@@ -1,0 +1,215 @@
+//! Checkpoints of ordinary transformers, as others publish them: Hugging Face folders and GGUF files, local or from the
+//! Hugging Face hub, read into [`Weights`] whose loops share nothing, and written back.
+//!
+//! ```text
+//! config.json + *.safetensors ──┐                                       ┌── config.json + model.safetensors
+//! *.gguf ───────────────────────┴─► Weights, sharing nothing ── merged ─┘
+//! ```
+//!
+//! | family | Hugging Face | GGUF |
+//! | --- | --- | --- |
+//! | Llama | `LlamaForCausalLM` | `llama` |
+//! | Gemma | `GemmaForCausalLM` | |
+//! | Gemma 3, text | `Gemma3ForCausalLM` | `gemma3` |
+//! | GPT-NeoX, Pythia | `GPTNeoXForCausalLM` | |
+//!
+//! What a family has and [`ModelConfig`] cannot say is refused with the key that asks for it.
+
+mod export;
+mod family;
+mod gguf;
+mod gguf_header;
+mod gguf_tokenizer;
+mod hub;
+mod keys;
+mod names;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use keys::Keys;
+
+use crate::config::{ConfigError, MAX_LAYERS, ModelConfig};
+use crate::tensor_file::{Safetensors, read_weights};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::weights::{CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, Weights, WeightsError};
+
+pub use export::write_hugging_face;
+
+/// The file that says in which file each tensor is, where there are several.
+const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// An ordinary transformer and its tokenizer.
+pub struct Checkpoint {
+    /// The weights, of [`Sharing::Nothing`](crate::config::Sharing::Nothing).
+    pub weights: Weights,
+    /// The tokenizer; none if the folder has no `tokenizer.json`.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+/// Why a checkpoint could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// A file could not be read.
+    #[error("{}: cannot read: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file is not a JSON object.
+    #[error("{}: not a JSON object: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with line and column.
+        source: serde_json::Error,
+    },
+    /// A key of the configuration is missing, or not what a supported model has there.
+    #[error("{}: `{key}` is {found}, expected {expected}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key, with those of the objects around it.
+        key: String,
+        /// Its value.
+        found: String,
+        /// What is supported.
+        expected: String,
+    },
+    /// The sizes make no model.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The tensors do not fit the configuration.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The tokenizer could not be read or written.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A GGUF file is damaged, or of a kind that is not supported.
+    #[error("{}: not a supported GGUF file: {message}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// The layers cannot be split into that many equal loops.
+    #[error("{}: {layers} layers, expected a multiple of {num_loops} loops", path.display())]
+    Loops {
+        /// The file.
+        path: PathBuf,
+        /// Layers found.
+        layers: usize,
+        /// Loops asked for.
+        num_loops: usize,
+    },
+    /// There is neither a file of that name nor such a model on the hub.
+    #[error("{name}: no such file or folder, and the Hugging Face hub does not have it either: {message}")]
+    Hub {
+        /// The name.
+        name: String,
+        /// What the hub's client said.
+        message: String,
+    },
+    /// No Hugging Face architecture computes what the model does.
+    #[error("no Hugging Face architecture computes what this model's layers do: {0}")]
+    NoFamily(String),
+    /// A file could not be written.
+    #[error("{}: cannot write: {message}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        message: String,
+    },
+}
+
+type Result<T, E = CheckpointError> = std::result::Result<T, E>;
+
+impl Checkpoint {
+    /// Opens a checkpoint: a Hugging Face folder, a GGUF file or, where `name` is neither, a model on the Hugging Face
+    /// hub, `owner/model` or `owner/model/file.gguf`. The hub's files are kept in its usual cache (`HF_HOME`), which is
+    /// asked first. The layers become `num_loops` blocks in a row that share nothing.
+    ///
+    /// # Errors
+    /// If nothing is found under the name, a file is damaged, the model is of a family or has an option that is not
+    /// supported, its tensors do not fit its configuration, or `num_loops` does not divide its layers.
+    pub fn open(name: &str, num_loops: usize) -> Result<Self> {
+        let path = Path::new(name);
+        match path.exists() {
+            true => Self::read(path, num_loops),
+            false => Self::read(&hub::fetch(name)?, num_loops),
+        }
+    }
+
+    /// Reads a Hugging Face folder or a GGUF file.
+    ///
+    /// # Errors
+    /// As for [`Checkpoint::open`].
+    pub fn read(path: &Path, num_loops: usize) -> Result<Self> {
+        match path.is_dir() {
+            true => read_folder(path, num_loops),
+            false => gguf::read(path, num_loops),
+        }
+    }
+}
+
+fn read_folder(folder: &Path, num_loops: usize) -> Result<Checkpoint> {
+    let keys = Keys::read(&folder.join(CONFIG_FILE))?;
+    let family = family::Family::of(&keys)?;
+    let config = in_loops(family.config(&keys)?, num_loops, keys.path())?;
+    let (files, origin) = tensor_files(folder)?;
+    let file = Safetensors::open(&files, &origin)?;
+    let weights = read_weights(&file, config.clone(), &family.naming().entries(&config), |name| {
+        family.naming().ignores(name, &config)
+    })?;
+    let path = folder.join(TOKENIZER_FILE);
+    let tokenizer = path.exists().then(|| Tokenizer::load(&path)).transpose()?;
+    Ok(Checkpoint { weights, tokenizer })
+}
+
+/// The safetensors files of a folder, and the file that names them.
+fn tensor_files(folder: &Path) -> Result<(Vec<PathBuf>, PathBuf)> {
+    let (single, index) = (folder.join(TENSORS_FILE), folder.join(INDEX_FILE));
+    if single.exists() || !index.exists() {
+        return Ok((vec![single.clone()], single));
+    }
+    Ok((indexed_files(&index)?.iter().map(|name| folder.join(name)).collect(), index))
+}
+
+/// The names of the files that an index names, all of them beside it.
+fn indexed_files(index: &Path) -> Result<BTreeSet<String>> {
+    let keys = Keys::read(index)?;
+    let files = keys.object("weight_map")?.ok_or_else(|| keys.refuse("weight_map", "an object"))?;
+    let mut names = BTreeSet::new();
+    for tensor in files.names() {
+        let name: String = files.required(tensor)?;
+        if Path::new(&name).file_name() != Some(name.as_ref()) {
+            return Err(files.refuse(tensor, "the name of a file beside the index"));
+        }
+        names.insert(name);
+    }
+    Ok(names)
+}
+
+/// Splits the layers of an ordinary transformer, a single block, into `num_loops` equal blocks.
+fn in_loops(mut config: ModelConfig, num_loops: usize, path: &Path) -> Result<ModelConfig> {
+    let layers = config.block_layers;
+    if num_loops == 0 || !layers.is_multiple_of(num_loops) {
+        return Err(CheckpointError::Loops { path: path.to_owned(), layers, num_loops });
+    }
+    (config.num_loops, config.block_layers) = (num_loops, layers / num_loops);
+    config.validate().map_err(|invalid| ConfigError::Invalid { path: path.to_owned(), invalid })?;
+    Ok(config)
+}
+
+/// The number of layers at a key, bounded so that lists of layers can be made of it.
+fn num_layers(keys: &Keys, key: &str) -> Result<usize> {
+    let layers = keys.required(key)?;
+    match (1..=MAX_LAYERS).contains(&layers) {
+        true => Ok(layers),
+        false => Err(keys.refuse(key, &format!("from 1 to {MAX_LAYERS} layers"))),
+    }
+}

@@ -1,0 +1,188 @@
+//! Tensors in files under names of their own: checked against what a model asks for by the headers alone, then read one
+//! at a time.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use candle_core::safetensors::{Load, MmapedSafetensors};
+use candle_core::{DType, Device, Tensor};
+
+use crate::config::ModelConfig;
+use crate::weights::{Weights, WeightsError, expected_tensors};
+
+/// Tensors that can be looked up before they are read.
+pub(crate) trait TensorFile {
+    /// Where the tensors are, for errors.
+    fn origin(&self) -> &str;
+    /// The names of all tensors.
+    fn names(&self) -> Vec<&str>;
+    /// A tensor's shape, if there is such a tensor.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+    /// A tensor as `f32`.
+    ///
+    /// # Errors
+    /// If its numbers are of no float type, or damaged.
+    fn read(&self, name: &str) -> candle_core::Result<Tensor>;
+}
+
+/// Safetensors files, mapped into memory: only what is read takes memory of its own.
+pub(crate) struct Safetensors {
+    origin: String,
+    shapes: BTreeMap<String, Vec<usize>>,
+    files: MmapedSafetensors,
+}
+
+impl Safetensors {
+    /// Opens `paths`, whose tensors are found under the name `origin` in errors.
+    ///
+    /// # Errors
+    /// If a file is unreadable, or its header is damaged or does not fit its length.
+    pub fn open(paths: &[PathBuf], origin: &Path) -> Result<Self, WeightsError> {
+        // SAFETY: as with any mapped file, the caller's part is that nobody cuts the files while they are read.
+        let files = unsafe { MmapedSafetensors::multi(paths) }
+            .map_err(|source| WeightsError::Read { path: origin.to_owned(), source })?;
+        let shapes = files.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+        Ok(Self { origin: origin.display().to_string(), shapes, files })
+    }
+}
+
+impl TensorFile for Safetensors {
+    fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.shapes.keys().map(String::as_str).collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.shapes.get(name).cloned()
+    }
+
+    fn read(&self, name: &str) -> candle_core::Result<Tensor> {
+        let tensor = self.files.get(name)?.load(&Device::Cpu)?;
+        if !tensor.dtype().is_float() {
+            candle_core::bail!("numbers of type {:?}, expected a float type", tensor.dtype());
+        }
+        tensor.to_dtype(DType::F32)
+    }
+}
+
+/// A tensor of a file and the tensors of [`Weights`] that it holds.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Entry {
+    /// Its name in the file.
+    pub theirs: String,
+    /// The names in [`Weights`]: one, or those of query, key and value.
+    pub ours: Vec<String>,
+    /// How the file holds them.
+    pub layout: Layout,
+}
+
+/// How a tensor of a file holds tensors of [`Weights`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// As it is.
+    Same,
+    /// Less one: Gemma multiplies by `1 + weight`.
+    LessOne,
+    /// Query, key and value in one, the rows of a head together: GPT-NeoX.
+    HeadwiseQkv {
+        /// Heads.
+        heads: usize,
+    },
+}
+
+impl Entry {
+    /// The shape of the tensor in the file.
+    fn shape(&self, expected: &BTreeMap<String, Vec<usize>>) -> Vec<usize> {
+        let mut shape = expected[&self.ours[0]].clone();
+        shape[0] = self.ours.iter().map(|name| expected[name][0]).sum();
+        shape
+    }
+
+    /// The tensors of [`Weights`] in a tensor of the file.
+    fn split(&self, theirs: Tensor) -> candle_core::Result<Vec<Tensor>> {
+        match self.layout {
+            Layout::Same => Ok(vec![theirs]),
+            Layout::LessOne => Ok(vec![(theirs + 1.0)?]),
+            Layout::HeadwiseQkv { heads } => {
+                let mut dims = theirs.dims().to_vec();
+                let rows = dims[0] / self.ours.len();
+                dims.splice(0..1, [heads, self.ours.len(), rows / heads]);
+                let by_head = theirs.reshape(dims)?;
+                let part = |index| by_head.narrow(1, index, 1)?.flatten(0, 2)?.contiguous();
+                (0..self.ours.len()).map(part).collect()
+            }
+        }
+    }
+
+    /// The tensor of the file that holds tensors of [`Weights`].
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn join(&self, ours: &[&Tensor]) -> candle_core::Result<Tensor> {
+        match self.layout {
+            Layout::Same => Ok(ours[0].clone()),
+            Layout::LessOne => ours[0] - 1.0,
+            Layout::HeadwiseQkv { heads } => {
+                let by_head = |tensor: &&Tensor| {
+                    let mut dims = tensor.dims().to_vec();
+                    dims.splice(0..1, [heads, 1, dims[0] / heads]);
+                    tensor.reshape(dims)
+                };
+                let parts = ours.iter().map(by_head).collect::<candle_core::Result<Vec<_>>>()?;
+                Tensor::cat(&parts, 1)?.flatten(0, 2)
+            }
+        }
+    }
+}
+
+/// Reads the weights of `config` from a file that holds them as `entries` say. Tensors for which `ignored` holds need
+/// not be among the entries.
+///
+/// # Errors
+/// If a tensor is missing, unexpected, of the wrong shape, damaged or not finite. Shapes are checked before any tensor
+/// is read, so that a file of a few bytes cannot ask for more memory than it has tensors.
+pub(crate) fn read_weights(
+    file: &dyn TensorFile,
+    config: ModelConfig,
+    entries: &[Entry],
+    ignored: impl Fn(&str) -> bool,
+) -> Result<Weights, WeightsError> {
+    check_shapes(file, &config, entries, ignored)?;
+    let mut tensors = HashMap::new();
+    for entry in entries {
+        let parts = file.read(&entry.theirs).and_then(|theirs| entry.split(theirs));
+        let name = || format!("{}` of `{}", entry.theirs, file.origin());
+        let parts = parts.map_err(|source| WeightsError::Tensor { name: name(), source })?;
+        tensors.extend(entry.ours.iter().cloned().zip(parts));
+    }
+    Weights::from_tensors(config, tensors, file.origin())
+}
+
+fn check_shapes(
+    file: &dyn TensorFile,
+    config: &ModelConfig,
+    entries: &[Entry],
+    ignored: impl Fn(&str) -> bool,
+) -> Result<(), WeightsError> {
+    let origin = || file.origin().to_owned();
+    let known: HashSet<&str> = entries.iter().map(|entry| entry.theirs.as_str()).collect();
+    if let Some(name) = file.names().into_iter().find(|name| !known.contains(name) && !ignored(name)) {
+        let found = file.shape(name).unwrap_or_default();
+        return Err(WeightsError::Unexpected { origin: origin(), name: name.to_owned(), found });
+    }
+    let shapes = expected_tensors(config);
+    for entry in entries {
+        let (name, expected) = (entry.theirs.clone(), entry.shape(&shapes));
+        match file.shape(&name) {
+            None => return Err(WeightsError::Missing { origin: origin(), name, expected }),
+            Some(found) if found != expected => {
+                return Err(WeightsError::Shape { origin: origin(), name, found, expected });
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}

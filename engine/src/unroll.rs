@@ -1,0 +1,65 @@
+//! The ordinary transformer that computes what a recursive one computes at full depth.
+
+use std::collections::HashMap;
+
+use candle_core::Tensor;
+
+use crate::config::{ModelConfig, Place, Projection, Sharing};
+use crate::weights::{Weights, WeightsError};
+
+impl Weights {
+    /// The ordinary transformer with the last loop's logits: every loop's layers written out, low-rank differences
+    /// added to the matrices (`W + scale B A`). What belongs to earlier exits alone, their heads' differences and
+    /// gates, is left out.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn unrolled(&self) -> Result<Self, WeightsError> {
+        let config = ModelConfig {
+            block_layers: self.config().num_layers(),
+            num_loops: 1,
+            sharing: Sharing::Nothing,
+            prelude_layers: 0,
+            coda_layers: 0,
+            lora: None,
+            head_lora_rank: 0,
+            gate: false,
+            ..self.config().clone()
+        };
+        let mut tensors = HashMap::new();
+        for name in ["embed_tokens.weight", "norm.weight", "norm.bias", "lm_head.weight"] {
+            if let Some(tensor) = self.tensors().get(name) {
+                tensors.insert(name.to_owned(), tensor.clone());
+            }
+        }
+        for (place, unrolled) in self.config().places().zip(config.places()) {
+            let prefix = config.matrices_prefix(unrolled);
+            for projection in config.projections() {
+                let name = format!("{prefix}.{}.weight", projection.name);
+                let merged = self.merged(place, &projection);
+                tensors.insert(name.clone(), merged.map_err(|source| WeightsError::Tensor { name, source })?);
+            }
+            let vectors = format!("{}.", self.config().vectors_prefix(place));
+            for (name, tensor) in self.tensors() {
+                if let Some(part) = name.strip_prefix(&vectors).filter(|_| tensor.rank() == 1) {
+                    tensors.insert(format!("{prefix}.{part}"), tensor.clone());
+                }
+            }
+        }
+        Self::from_tensors(config, tensors, "unrolled weights")
+    }
+
+    /// A layer's matrix with its low-rank difference.
+    fn merged(&self, place: Place, projection: &Projection) -> candle_core::Result<Tensor> {
+        let config = self.config();
+        let weight = &self.tensors()[&format!("{}.{}.weight", config.matrices_prefix(place), projection.name)];
+        match (place, &config.lora) {
+            (Place::Block { depth, layer }, Some(lora)) if lora.ranks.of(projection.kind) > 0 => {
+                let prefix = ModelConfig::lora_prefix(depth, layer, projection);
+                let (a, b) = (&self.tensors()[&format!("{prefix}.a")], &self.tensors()[&format!("{prefix}.b")]);
+                weight + (b.matmul(a)? * f64::from(lora.scale))?
+            }
+            _ => Ok(weight.clone()),
+        }
+    }
+}

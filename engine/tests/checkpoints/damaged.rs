@@ -1,0 +1,259 @@
+//! Checkpoints that are damaged, or of kinds that are not supported, are refused by name, at once, and without taking
+//! more memory than their files are long.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use engine::checkpoint::Checkpoint;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::folders::{Model, Tensors};
+use super::gguf::write_gguf;
+
+/// The system's allocator, which remembers the largest request of each thread.
+struct Largest;
+
+thread_local! {
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: every request goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Largest {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(layout.size())));
+        // SAFETY: as the caller's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as the caller's.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Largest = Largest;
+
+fn llama() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 19, "hidden_size": 8,
+        "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": false,
+    })
+}
+
+fn gemma3() -> Value {
+    json!({
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 19, "hidden_size": 8,
+        "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 4, "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "sliding_window": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 4,
+    })
+}
+
+fn refusal(path: &Path, num_loops: usize) -> String {
+    Checkpoint::read(path, num_loops).map(drop).unwrap_err().to_string()
+}
+
+/// Why a folder is refused whose configuration was changed.
+fn refusal_with(mut config: Value, key: &str, value: Value) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    Model::random(config.clone(), 1).write(folder.path());
+    config[key] = value;
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    refusal(folder.path(), 1)
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_its_key() {
+    for (config, key, value, expected) in [
+        (llama(), "architectures", json!(["MixtralForCausalLM"]), "expected one of LlamaForCausalLM"),
+        (llama(), "hidden_act", json!("relu"), "`hidden_act` is \"relu\", expected one of silu"),
+        (llama(), "rope_scaling", json!({"type": "yarn"}), "`rope_scaling.type` is \"yarn\", expected one of default"),
+        (
+            llama(),
+            "rope_scaling",
+            json!({"rope_type": "linear"}),
+            "`rope_scaling.factor` is missing, expected a number",
+        ),
+        (llama(), "rope_scaling", json!(3), "`rope_scaling` is 3, expected an object"),
+        (llama(), "partial_rotary_factor", json!(0.5), "`partial_rotary_factor` is 0.5, expected null or 1.0"),
+        (llama(), "quantization_config", json!({"bits": 4}), "`quantization_config` is {\"bits\":4}, expected null"),
+        (llama(), "hidden_size", json!("wide"), "`hidden_size` is \"wide\", expected a whole number"),
+        (llama(), "num_attention_heads", Value::Null, "`num_attention_heads` is null, expected a whole number"),
+        (llama(), "num_hidden_layers", json!(1_u64 << 50), "expected from 1 to 4096 layers"),
+        (llama(), "num_key_value_heads", json!(3), "`num_kv_heads` is 3, expected a divisor"),
+        (gemma3(), "final_logit_softcapping", json!(30.0), "`final_logit_softcapping` is 30.0, expected null"),
+        (gemma3(), "attn_logit_softcapping", json!(50.0), "`attn_logit_softcapping` is 50.0, expected null"),
+        (gemma3(), "use_bidirectional_attention", json!(true), "`use_bidirectional_attention` is true"),
+        (gemma3(), "layer_types", json!(["full_attention"]), "`layer_types` is [\"full_attention\"], expected 2 of"),
+    ] {
+        let message = refusal_with(config, key, value);
+        assert!(message.contains("config.json: `") && message.contains(expected), "{message}");
+    }
+}
+
+#[test]
+fn tensors_that_do_not_fit_are_refused_by_name() {
+    let refused = |change: &dyn Fn(&mut Tensors)| {
+        let mut model = Model::random(llama(), 1);
+        change(&mut model.tensors);
+        let folder = tempfile::tempdir().unwrap();
+        model.write(folder.path());
+        refusal(folder.path(), 1)
+    };
+    let name = "model.layers.1.self_attn.k_proj.weight";
+    let wrong = |dtype| Tensor::zeros((8, 4), dtype, &Device::Cpu).unwrap();
+    let missing = refused(&|tensors| drop(tensors.remove(name)));
+    assert!(
+        missing.contains(&format!("model.safetensors: tensor `{name}` is missing, expected shape [4, 8]")),
+        "{missing}"
+    );
+    let misshapen = refused(&|tensors| drop(tensors.insert(name.to_owned(), wrong(DType::F32))));
+    assert!(misshapen.contains("has shape [8, 4], expected [4, 8]"), "{misshapen}");
+    let integers = refused(&|tensors| {
+        let numbers = Tensor::zeros((4, 8), DType::I64, &Device::Cpu).unwrap();
+        tensors.insert(name.to_owned(), numbers);
+    });
+    assert!(integers.contains(name) && integers.contains("expected a float type"), "{integers}");
+    let bias = "model.layers.0.self_attn.q_proj.bias";
+    let unexpected = refused(&|tensors| drop(tensors.insert(bias.to_owned(), wrong(DType::F32))));
+    assert!(unexpected.contains(&format!("unexpected tensor `{bias}`")), "{unexpected}");
+}
+
+#[test]
+fn layers_that_loops_do_not_divide_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    Model::random(llama(), 1).write(folder.path());
+    for num_loops in [0, 3] {
+        let message = refusal(folder.path(), num_loops);
+        assert!(message.contains(&format!("2 layers, expected a multiple of {num_loops} loops")), "{message}");
+    }
+}
+
+#[test]
+fn tensors_may_lie_in_several_files_and_half_precision() {
+    let model = Model::random(llama(), 1);
+    let folder = tempfile::tempdir().unwrap();
+    let mut files = [Tensors::new(), Tensors::new()];
+    let mut weight_map = serde_json::Map::new();
+    for (index, (name, tensor)) in model.tensors.iter().enumerate() {
+        let dtype = [DType::BF16, DType::F16][index % 2];
+        files[index % 2].insert(name.clone(), tensor.to_dtype(dtype).unwrap());
+        weight_map.insert(name.clone(), json!(format!("{}.safetensors", index % 2)));
+    }
+    for (index, tensors) in files.iter().enumerate() {
+        candle_core::safetensors::save(tensors, folder.path().join(format!("{index}.safetensors"))).unwrap();
+    }
+    std::fs::write(folder.path().join("config.json"), model.config.to_string()).unwrap();
+    let index = folder.path().join("model.safetensors.index.json");
+    std::fs::write(&index, json!({"weight_map": weight_map}).to_string()).unwrap();
+    let weights = Checkpoint::read(folder.path(), 2).unwrap().weights;
+    let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let found = flat(weights.get("loops.1.layers.0.mlp.up_proj.weight").unwrap());
+    for (found, exact) in found.into_iter().zip(flat(&model.tensors["model.layers.1.mlp.up_proj.weight"])) {
+        assert!((found - exact).abs() <= exact.abs() / 128.0, "{found} is not {exact}");
+    }
+
+    std::fs::remove_file(folder.path().join("1.safetensors")).unwrap();
+    let message = refusal(folder.path(), 2);
+    assert!(message.contains("1.safetensors"), "{message}");
+    std::fs::write(&index, json!({"weight_map": {"x": "../elsewhere.safetensors"}}).to_string()).unwrap();
+    let message = refusal(folder.path(), 2);
+    assert!(
+        message.contains("`weight_map.x` is \"../elsewhere.safetensors\", expected the name of a file"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_gguf_file_of_another_kind_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    std::fs::write(&path, "no such thing").unwrap();
+    let message = refusal(&path, 1);
+    assert!(message.contains("model.gguf: not a supported GGUF file"), "{message}");
+    write_gguf(&Model::random(llama(), 1), &path, &[], &[]);
+    let bytes = std::fs::read(&path).unwrap();
+    let other = String::from_utf8_lossy(&bytes[..200]).find("llama").unwrap();
+    let mut bytes = bytes.clone();
+    bytes[other..other + 5].copy_from_slice(b"mamba");
+    std::fs::write(&path, bytes).unwrap();
+    let message = refusal(&path, 1);
+    assert!(message.contains("`general.architecture` is \"mamba\", expected one of llama, gemma3"), "{message}");
+}
+
+#[derive(Clone, Debug)]
+enum Damage {
+    Cut(usize),
+    Flip(usize, u8),
+    Overwrite(usize, u64),
+}
+
+fn damages() -> impl Strategy<Value = Damage> {
+    let place = any::<usize>;
+    // Most of a file is numbers, of which any is as good as another; headers come first.
+    let early = prop_oneof![place(), 0_usize..3000];
+    prop_oneof![
+        early.prop_map(Damage::Cut),
+        (prop_oneof![place(), 0_usize..3000], 0_u8..8).prop_map(|(at, bit)| Damage::Flip(at, bit)),
+        (prop_oneof![place(), 0_usize..3000], any::<u64>()).prop_map(|(at, value)| Damage::Overwrite(at, value)),
+    ]
+}
+
+fn damage(bytes: &mut Vec<u8>, damage: &Damage) {
+    match *damage {
+        Damage::Cut(at) => bytes.truncate(at % bytes.len()),
+        Damage::Flip(at, bit) => {
+            let at = at % bytes.len();
+            bytes[at] ^= 1 << bit;
+        }
+        Damage::Overwrite(at, value) => {
+            let at = at % bytes.len();
+            let part = &mut bytes[at..];
+            let count = part.len().min(8);
+            part[..count].copy_from_slice(&value.to_le_bytes()[..count]);
+        }
+    }
+}
+
+/// Reads a damaged checkpoint, which may go well or not, but not wrong.
+fn survives(folder: &Path, name: &str, pristine: &[u8], changes: &[Damage], opened: &Path) {
+    let mut bytes = pristine.to_vec();
+    changes.iter().filter(|_| !pristine.is_empty()).for_each(|change| {
+        if !bytes.is_empty() {
+            damage(&mut bytes, change);
+        }
+    });
+    std::fs::write(folder.join(name), &bytes).unwrap();
+    LARGEST.set(0);
+    let _ = Checkpoint::read(opened, 1);
+    let (largest, length) = (LARGEST.get(), pristine.len());
+    assert!(largest <= 64 * length + (1 << 20), "{largest} bytes at once for a file of {length}");
+    std::fs::write(folder.join(name), pristine).unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn damaged_files_never_panic_hang_or_ask_for_much_memory(
+        changes in prop::collection::vec(prop::collection::vec(damages(), 1..4), 20), of_gemma in any::<bool>(),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let model = Model::random(if of_gemma { gemma3() } else { llama() }, 1);
+        model.write(folder.path());
+        let gguf = folder.path().join("model.gguf");
+        write_gguf(&model, &gguf, &[], &[]);
+        for name in ["config.json", "model.safetensors", "model.gguf"] {
+            let pristine = std::fs::read(folder.path().join(name)).unwrap();
+            let opened = if name == "model.gguf" { &gguf } else { folder.path() };
+            for changes in &changes {
+                survives(folder.path(), name, &pristine, changes, opened);
+            }
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! GGUF files, written by candle from models whose logits are known.
+
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{Value as GgufValue, write};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use engine::checkpoint::Checkpoint;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::equality::{assert_close, engine_logits, tokens};
+use super::folders::{Model, gemma3, head_dim, llama, size};
+use super::plain;
+
+fn uint(value: usize) -> GgufValue {
+    GgufValue::U32(value as u32)
+}
+
+fn text(value: &str) -> GgufValue {
+    GgufValue::String(value.to_owned())
+}
+
+fn texts(values: &[&str]) -> GgufValue {
+    GgufValue::Array(values.iter().map(|value| text(value)).collect())
+}
+
+/// What llama.cpp's converter calls a tensor.
+fn gguf_name(name: &str, gemma3: bool) -> String {
+    let mut name = name.replace("model.layers.", "blk.").replace("model.norm", "output_norm");
+    let norms = match gemma3 {
+        true => [("post_attention_layernorm", "post_attention_norm"), ("pre_feedforward_layernorm", "ffn_norm")],
+        false => [("post_attention_layernorm", "ffn_norm"), ("", "")],
+    };
+    for (theirs, ours) in norms.into_iter().chain([
+        ("model.embed_tokens", "token_embd"),
+        ("lm_head", "output"),
+        ("input_layernorm", "attn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ]) {
+        if !theirs.is_empty() {
+            name = name.replace(theirs, ours);
+        }
+    }
+    name
+}
+
+/// Row `2 i` of a head is its row `i`, row `2 i + 1` is row `i + width / 2`.
+fn interleaved(tensor: &Tensor, width: usize) -> Tensor {
+    let rows = (0..tensor.dim(0).unwrap()).map(|row| {
+        let (head, place) = (row / width, row % width);
+        (head * width + place / 2 + place % 2 * (width / 2)) as u32
+    });
+    tensor.index_select(&Tensor::from_iter(rows, &Device::Cpu).unwrap(), 0).unwrap()
+}
+
+/// Writes a model as llama.cpp's converter does.
+pub fn write_gguf(model: &Model, path: &Path, extra: &[(&str, GgufValue)], more: &[(&str, Tensor)]) {
+    let config = &model.config;
+    let gemma3 = config["model_type"] == "gemma3_text";
+    let (name, width) = (if gemma3 { "gemma3" } else { "llama" }, head_dim(config));
+    let mut values = vec![("general.architecture".to_owned(), text(name))];
+    let mut add = |key: &str, value| values.push((format!("{name}.{key}"), value));
+    add("block_count", uint(size(config, "num_hidden_layers")));
+    add("context_length", uint(size(config, "max_position_embeddings")));
+    add("embedding_length", uint(size(config, "hidden_size")));
+    add("feed_forward_length", uint(size(config, "intermediate_size")));
+    add("attention.head_count", uint(size(config, "num_attention_heads")));
+    add("attention.head_count_kv", uint(size(config, "num_key_value_heads")));
+    add("attention.key_length", uint(width));
+    add("attention.value_length", uint(width));
+    let number = |key: &str| GgufValue::F32(config[key].as_f64().unwrap() as f32);
+    add("attention.layer_norm_rms_epsilon", number("rms_norm_eps"));
+    add("rope.freq_base", number("rope_theta"));
+    if gemma3 {
+        add("attention.sliding_window", uint(size(config, "sliding_window")));
+        add("attention.sliding_window_pattern", uint(size(config, "sliding_window_pattern")));
+    }
+    values.extend(extra.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+
+    let convert = |(name, tensor): (&String, &Tensor)| {
+        let tensor = match () {
+            () if gemma3 && name.contains("norm.weight") => (tensor + 1.0).unwrap(),
+            () if !gemma3 && (name.contains("q_proj") || name.contains("k_proj")) => interleaved(tensor, width),
+            () => tensor.clone(),
+        };
+        (gguf_name(name, gemma3), tensor)
+    };
+    let more = more.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone()));
+    let quantize = |(name, tensor): (String, Tensor)| (name, QTensor::quantize(&tensor, GgmlDType::F32).unwrap());
+    let tensors: Vec<_> = model.tensors.iter().map(convert).chain(more).map(quantize).collect();
+    let values: Vec<(&str, &GgufValue)> = values.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    write(&mut std::fs::File::create(path).unwrap(), &values, &tensors).unwrap();
+}
+
+/// As a configuration of these can be said in a GGUF file.
+fn for_gguf(mut config: Value) -> Value {
+    config["rope_scaling"] = Value::Null;
+    config["hidden_act"] = json!("silu");
+    if config["model_type"] == "gemma3_text" {
+        config["rms_norm_eps"] = json!(1e-6);
+    }
+    config
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn a_gguf_file_gives_the_logits_of_the_model_it_was_made_of(
+        config in prop_oneof![llama(false), gemma3(true)].prop_map(for_gguf), seed in 0_u64..1000,
+    ) {
+        let model = Model::random(config, seed);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        write_gguf(&model, &path, &[], &[]);
+        let tokens = tokens(&model.config, 14);
+        assert_close(&engine_logits(&path, 1, &tokens), &plain::logits(&model, &tokens));
+    }
+}
+
+fn small_llama() -> Model {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 17, "hidden_size": 16,
+        "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": false,
+    });
+    Model::random(config, 4)
+}
+
+#[test]
+fn llama_3_scaling_is_found_in_its_factors_and_no_other_is() {
+    let mut model = small_llama();
+    model.config["rope_scaling"] = json!({
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    // 5e5^-(i / 4): the first turns 1304 times in 8192 tokens, the second 49, the third 1.84, the last 0.07.
+    let third = 1.0 / ((1.0 - 0.8438_f64 / 3.0) / 32.0 + 0.8438 / 3.0);
+    let turns = 8192.0 / (2.0 * std::f64::consts::PI * 5e5_f64.powf(0.5));
+    assert!((turns - 1.8438).abs() < 1e-4);
+    let factors = |last: f32| Tensor::new(&[1.0_f32, 1.0, third as f32, last], &Device::Cpu).unwrap();
+    write_gguf(&model, &path, &[], &[("rope_freqs.weight", factors(32.0))]);
+    let tokens = tokens(&model.config, 20);
+    assert_close(&engine_logits(&path, 1, &tokens), &plain::logits(&model, &tokens));
+
+    write_gguf(&model, &path, &[], &[("rope_freqs.weight", factors(30.0))]);
+    let message = Checkpoint::read(&path, 1).map(drop).unwrap_err().to_string();
+    assert!(message.contains("`rope_freqs.weight` holds other factors"), "{message}");
+}
+
+/// Texts that tokenizers trip over.
+const TEXTS: [&str; 4] = ["a ab  abc", "12 ab\n", "", "naïve ☃ b"];
+
+fn tokenizer_of(extra: &[(&str, GgufValue)]) -> engine::tokenizer::Tokenizer {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    write_gguf(&small_llama(), &path, extra, &[]);
+    Checkpoint::read(&path, 1).unwrap().tokenizer.unwrap()
+}
+
+#[test]
+fn sentence_piece_joins_the_best_pair_and_falls_back_on_bytes() {
+    let bytes: Vec<String> = (0..=255).map(|byte| format!("<0x{byte:02X}>")).collect();
+    let pieces = [("<unk>", 2, 0.0), ("<s>", 3, 0.0), ("▁", 1, -5.0), ("a", 1, -6.0), ("b", 1, -7.0), ("c", 1, -8.0)];
+    // "ab" is better than "▁a", so the word " ab" is "▁" + "ab" and " a" is one token.
+    let joined = [("▁a", 1, -2.0), ("ab", 1, -1.0), ("▁▁", 4, -1000.0)];
+    let all: Vec<_> = pieces.iter().chain(&joined).map(|(text, kind, score)| (*text, *kind, *score)).collect();
+    let all: Vec<_> = all.into_iter().chain(bytes.iter().map(|text| (text.as_str(), 6, 0.0))).collect();
+    let tokenizer = |space_first| {
+        tokenizer_of(&[
+            ("tokenizer.ggml.model", text("llama")),
+            ("tokenizer.ggml.tokens", texts(&all.iter().map(|(text, _, _)| *text).collect::<Vec<_>>())),
+            ("tokenizer.ggml.token_type", GgufValue::Array(all.iter().map(|(_, k, _)| GgufValue::I32(*k)).collect())),
+            ("tokenizer.ggml.scores", GgufValue::Array(all.iter().map(|(_, _, s)| GgufValue::F32(*s)).collect())),
+            ("tokenizer.ggml.unknown_token_id", uint(0)),
+            ("tokenizer.ggml.bos_token_id", uint(1)),
+            ("tokenizer.ggml.add_space_prefix", GgufValue::Bool(space_first)),
+        ])
+    };
+    let gemma = tokenizer(false);
+    assert_eq!(gemma.encode("a ab  c").unwrap(), [3, 2, 7, 8, 5]);
+    assert_eq!(gemma.encode_prompt("a").unwrap(), [1, 3]);
+    assert_eq!(gemma.encode("é").unwrap(), [9 + 0xC3, 9 + 0xA9]);
+    let llama = tokenizer(true);
+    assert_eq!(llama.encode("a ab").unwrap(), [6, 2, 7]);
+    for tokenizer in [gemma, llama] {
+        for text in TEXTS {
+            assert_eq!(tokenizer.decode(&tokenizer.encode(text).unwrap()).unwrap(), text);
+        }
+    }
+}
+
+#[test]
+fn byte_level_tokens_are_split_as_the_file_says() {
+    let alphabet = byte_alphabet();
+    let mut all: Vec<&str> = alphabet.iter().map(String::as_str).collect();
+    all.extend(["12", "ab", "Ġab", "<|end|>"]);
+    let kinds: Vec<_> = (0..all.len()).map(|id| GgufValue::I32(if id == 259 { 3 } else { 1 })).collect();
+    let tokenizer = |splitter| {
+        tokenizer_of(&[
+            ("tokenizer.ggml.model", text("gpt2")),
+            ("tokenizer.ggml.pre", text(splitter)),
+            ("tokenizer.ggml.tokens", texts(&all)),
+            ("tokenizer.ggml.token_type", GgufValue::Array(kinds.clone())),
+            ("tokenizer.ggml.merges", texts(&["1 2", "a b", "Ġ ab"])),
+        ])
+    };
+    let words = tokenizer("gpt-2");
+    assert_eq!(words.encode("12 ab<|end|>").unwrap(), [256, 258, 259]);
+    let digits = tokenizer("smollm");
+    assert_eq!(digits.encode("12 ab").unwrap().len(), 3);
+    assert_eq!(tokenizer("llama-bpe").encode("12 ab").unwrap(), [256, 258]);
+    for text in TEXTS {
+        for tokenizer in [&words, &digits] {
+            assert_eq!(tokenizer.decode(&tokenizer.encode(text).unwrap()).unwrap(), text);
+        }
+    }
+}
+
+/// GPT-2's printable characters for the 256 bytes: those that print stand for themselves.
+fn byte_alphabet() -> Vec<String> {
+    let prints = |byte: u32| (33..127).contains(&byte) || (161..173).contains(&byte) || (174..256).contains(&byte);
+    let mut others = 256..;
+    let of_byte = |byte| if prints(byte) { byte } else { others.next().unwrap() };
+    (0..256).map(of_byte).map(|point| char::from_u32(point).unwrap().to_string()).collect()
+}
