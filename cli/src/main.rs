@@ -1,6 +1,7 @@
 //! The `depthwise` command: argument parsing and wiring only.
 
 mod arguments;
+mod checkpoints;
 mod commands;
 mod experiment;
 mod figures;
@@ -39,6 +40,7 @@ enum Command {
     Capacity(commands::capacity::Args),
     Timeline(commands::timeline::Args),
     Convert(commands::convert::Args),
+    Export(commands::export::Args),
     Train(commands::train::Args),
     Evaluate(commands::evaluate::Args),
     Calibrate(commands::calibrate::Args),
@@ -68,6 +70,7 @@ fn run(command: Command) -> Result<()> {
         Command::Capacity(args) => commands::capacity::run(args),
         Command::Timeline(args) => commands::timeline::run(args),
         Command::Convert(args) => commands::convert::run(args),
+        Command::Export(args) => commands::export::run(args),
         Command::Train(args) => commands::train::run(args),
         Command::Evaluate(args) => commands::evaluate::run(args),
         Command::Calibrate(args) => commands::calibrate::run(args),

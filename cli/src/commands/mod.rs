@@ -4,6 +4,7 @@ pub mod calibrate;
 pub mod capacity;
 pub mod convert;
 pub mod evaluate;
+pub mod export;
 pub mod import;
 pub mod plot;
 pub mod profile;
