@@ -291,14 +291,14 @@ struct History<'a> {
 }
 
 impl<'a> History<'a> {
-    /// The tile from a position on: keys `[head_dim, TILE]` and values `[TILE, value_stride]`.
+    /// The tile from a position on: keys `[key_dims, TILE]` and values `[TILE, value_stride]`.
     #[inline(always)]
     fn tile(&self, position: usize) -> (&'a [f32], &'a [f32]) {
         let History { layout, start, row, kv_head, pages } = *self;
         let block = row.blocks[position / layout.block_tokens] as usize;
         let offset = position % layout.block_tokens;
         let page = &pages[start + block * layout.page_numbers()..][..layout.page_numbers()];
-        let keys = &page[layout.key_tile(kv_head, offset)..][..layout.head_dim * TILE];
+        let keys = &page[layout.key_tile(kv_head, offset)..][..layout.key_dims() * TILE];
         (keys, &page[layout.value(kv_head, offset)..][..layout.value_stride() * TILE])
     }
 }
@@ -340,22 +340,20 @@ fn see_stride<const HEADS: usize, const DIM: usize>(
     rotated: &[[f32; DIM]; HEADS],
     seen: &mut Seen<HEADS, DIM>,
 ) {
-    let Range { start: skip, end: count } = visible;
-    let (first_tile, tiles) = (skip / TILE, count.div_ceil(TILE));
+    let Range { start: hidden, end: count } = visible;
+    let tiles = count.div_ceil(TILE);
     let mut weights = [[Lanes([f32::NEG_INFINITY; LANES]); STRIDE / TILE]; HEADS];
     let mut values: [&[f32]; STRIDE / TILE] = [&[]; STRIDE / TILE];
-    for tile in first_tile..tiles {
+    for tile in 0..tiles {
         let keys;
         (keys, values[tile]) = from.tile(start + tile * TILE);
         let scores = scores(rotated, keys);
         for head in 0..HEADS {
             weights[head][tile] = scores[head].first(count - tile * TILE, f32::NEG_INFINITY);
         }
-        if skip > tile * TILE {
-            for head in 0..HEADS {
-                weights[head][tile] = weights[head][tile].after(skip - tile * TILE, f32::NEG_INFINITY);
-            }
-        }
+    }
+    if hidden > 0 {
+        weights.iter_mut().for_each(|weights| hide(weights, hidden));
     }
     let mut rescale = [0.0; HEADS];
     for head in 0..HEADS {
@@ -375,7 +373,7 @@ fn see_stride<const HEADS: usize, const DIM: usize>(
         let mut sums: [[Lanes; 2]; HEADS] = std::array::from_fn(|head| {
             [0, LANES].map(|half| Lanes::load(&seen.mixed[head][first + half..]).map(|mixed| mixed * rescale[head]))
         });
-        for tile in first_tile..tiles {
+        for tile in 0..tiles {
             let values = values[tile].chunks_exact(from.layout.value_stride());
             for (offset, value) in values.enumerate().take(count - tile * TILE) {
                 let value = [Lanes::load(&value[first..]), Lanes::load(&value[first + LANES..])];
@@ -393,19 +391,20 @@ fn see_stride<const HEADS: usize, const DIM: usize>(
     }
 }
 
-/// Scores of rotated queries against a tile of keys `[head_dim, TILE]`, even and odd dimensions apart, so that their
+/// Hides the first scores of a stride, which lie before a window.
+#[cold]
+fn hide(scores: &mut [Lanes], count: usize) {
+    for (tile, scores) in scores.iter_mut().enumerate() {
+        *scores = scores.after(count.saturating_sub(tile * TILE), f32::NEG_INFINITY);
+    }
+}
+
+/// Scores of rotated queries against a tile of keys `[key_dims, TILE]`, even and odd dimensions apart, so that their
 /// latencies overlap.
 #[inline(always)]
 fn scores<const HEADS: usize, const DIM: usize>(rotated: &[[f32; DIM]; HEADS], keys: &[f32]) -> [Lanes; HEADS] {
     let mut partial = [[Lanes::ZERO; 2]; HEADS];
-    let pairs = keys.chunks_exact(2 * TILE);
-    if let last @ [_, ..] = pairs.remainder() {
-        let last = (keys.len() / TILE - 1, Lanes::load(last));
-        for head in 0..HEADS {
-            partial[head][0] = partial[head][0].add_scaled(rotated[head][last.0], last.1);
-        }
-    }
-    for (pair, keys) in pairs.enumerate() {
+    for (pair, keys) in keys.chunks_exact(2 * TILE).enumerate() {
         let (even, odd) = (Lanes::load(keys), Lanes::load(&keys[TILE..]));
         for head in 0..HEADS {
             partial[head][0] = partial[head][0].add_scaled(rotated[head][2 * pair], even);
