@@ -2,14 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use engine::executor::Sampling;
 use engine::kernels::linear::WeightType;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use simulator::{ExitModel, LatencyModel, Objectives, Routing, Simulation};
 use traces::{RequestFormat, RequestSpec, RequestTrace};
 
-use crate::experiment::SCHEMA_VERSION;
+use crate::experiment::{SCHEMA_VERSION, read_yaml};
 use crate::measure::NamedEngine;
 use crate::runs::{Machines, load_models};
 use crate::serving::{DEFAULT_BLOCK_TOKENS, Serving, parse_bytes};
@@ -54,7 +54,7 @@ impl RequestArgs {
     pub fn spec(&self) -> Result<(RequestSpec, PathBuf)> {
         let extension = self.requests.extension().unwrap_or_default();
         let (spec, base) = if extension == "yaml" || extension == "yml" {
-            (self.read_spec()?, self.requests.parent().unwrap_or(Path::new("")).to_owned())
+            (read_yaml(&self.requests)?, self.requests.parent().unwrap_or(Path::new("")).to_owned())
         } else {
             (RequestSpec { file: Some(self.requests.clone()), ..RequestSpec::default() }, PathBuf::new())
         };
@@ -78,12 +78,6 @@ impl RequestArgs {
     pub fn load(&self) -> Result<RequestTrace> {
         let (spec, base) = self.spec()?;
         load_requests(&spec, &base)
-    }
-
-    fn read_spec(&self) -> Result<RequestSpec> {
-        let path = self.requests.display();
-        let text = std::fs::read_to_string(&self.requests).with_context(|| format!("cannot read {path}"))?;
-        serde_yaml::from_str(&text).with_context(|| path.to_string())
     }
 }
 

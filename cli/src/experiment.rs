@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use engine::kernels::linear::WeightType;
 use scheduler::{Batching, ExitPolicy, KvFill};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use traces::{Measure, RequestSpec};
 
@@ -100,14 +101,22 @@ pub struct Sweeps {
     pub max_batch: Vec<u32>,
 }
 
+/// Reads a YAML file.
+///
+/// # Errors
+/// If it does not read, or a key is missing or unknown; with its path.
+pub fn read_yaml<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_yaml::from_str(&text).with_context(|| path.display().to_string())
+}
+
 impl Experiment {
     /// Reads an experiment file.
     ///
     /// # Errors
     /// If it does not read, or a key is missing or unknown.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        serde_yaml::from_str(&text).with_context(|| path.display().to_string())
+        read_yaml(path)
     }
 
     /// # Errors

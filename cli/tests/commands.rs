@@ -1,20 +1,21 @@
 //! The commands as a user runs them, on a small model with random weights.
 
+mod common;
+
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use engine::config::{ModelConfig, Sharing};
 use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
-use tempfile::TempDir;
+
+use common::Scene;
 
 const TEXT: &str = "In the beginning was the loop, and the loop was with the block, and the block was shared. ";
 
-/// A folder with a model, a text, a request trace and an experiment.
-struct Scene(TempDir);
-
+/// The folder holds a model, a text, a request trace and an experiment.
 impl Scene {
     fn new() -> Self {
         let scene = Self(tempfile::tempdir().unwrap());
@@ -59,41 +60,6 @@ impl Scene {
         let folder = self.path("ordinary");
         Weights::random(config, 1).unwrap().save(&folder, Stored::F32).unwrap();
         fs::copy(self.path("model/tokenizer.json"), folder.join("tokenizer.json")).unwrap();
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.path(name), text).unwrap();
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_depthwise"));
-        command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
-    }
-
-    fn succeed(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// The one line that a failing command says.
-    fn fail(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
-        let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
-        assert_eq!(errors.len(), 1, "{arguments:?}: {stderr}");
-        assert!(!stderr.contains("panicked"), "{stderr}");
-        errors[0].to_owned()
     }
 
     /// A profile and an exit trace of the model.

@@ -1,18 +1,18 @@
 //! Sweeps and capacity searches as a user runs them, on a profile and an exit trace that are made up.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use tempfile::TempDir;
+use common::Scene;
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, MemoryFigures, Point, ProfileMeta, Signals};
 
 const LOOPS: u32 = 3;
 
-/// A folder with a profile, an exit trace and a sweep.
-struct Scene(TempDir);
-
+/// The folder holds a profile, an exit trace and a sweep.
 impl Scene {
     fn new() -> Self {
         let scene = Self(tempfile::tempdir().unwrap());
@@ -22,40 +22,8 @@ impl Scene {
         scene
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.path(name), text).unwrap();
-    }
-
     fn read(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).unwrap()
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_depthwise"));
-        command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
-    }
-
-    fn succeed(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// What a failing command says.
-    fn fail(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
-        stderr.lines().find(|line| line.starts_with("error: ")).expect("an error").to_owned()
     }
 }
 

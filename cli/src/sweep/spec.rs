@@ -12,7 +12,7 @@ use simulator::{Objectives, Routing};
 use traces::{Measure, RequestSpec};
 
 use super::axis::{Axis, Bytes, Value};
-use crate::experiment::SCHEMA_VERSION;
+use crate::experiment::{SCHEMA_VERSION, read_yaml};
 use crate::serving::Serving;
 
 /// Points that a sweep has at most: more are a mistake, or a day's work.
@@ -148,8 +148,7 @@ impl SweepSpec {
     /// # Errors
     /// If it does not read, a key is missing or unknown, or a value makes no sense.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        serde_yaml::from_str(&text).with_context(|| path.display().to_string())
+        read_yaml(path)
     }
 
     /// # Errors
