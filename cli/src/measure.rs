@@ -15,7 +15,7 @@ use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use engine::weights::Weights;
 use indicatif::{ProgressBar, ProgressStyle};
-use scheduler::{Look, Settings};
+use scheduler::{KvFill, Look, Settings};
 use simulator::{Metrics, ModelMemory, Source, Summary};
 use traces::{ExitTrace, LatencyProfile, MemoryFigures, Request};
 
@@ -76,7 +76,7 @@ fn model_memory(model: &Model) -> ModelMemory {
     ModelMemory {
         num_loops: model.config().num_loops as u32,
         weight_bytes: model.weight_bytes(),
-        kv_bytes_per_token: bytes_per_token(model.config()),
+        kv_bytes_per_token: bytes_per_token(model.config(), KvFill::Reuse),
         figures: MemoryFigures::default(),
     }
 }
@@ -176,10 +176,9 @@ pub fn replay(
         Some(known) => known,
         None => engine.agreement(&generations)?,
     };
-    let memory = model_memory(&engine.model);
     let summary = Summary {
-        weight_bytes: Some(memory.weight_bytes),
-        kv_bytes_per_token: Some(memory.kv_bytes_per_token),
+        weight_bytes: Some(engine.model.weight_bytes()),
+        kv_bytes_per_token: Some(bytes_per_token(engine.model.config(), settings.kv_fill)),
         ..metrics.summary(Source::Measured, Some(agreement))
     };
     Ok(Run { summary, metrics })

@@ -285,9 +285,10 @@ fn prompts_that_begin_alike_are_found_again() {
 }
 
 #[test]
-fn simulations_take_any_kv_fill_and_the_engine_the_one_it_has() {
+fn simulations_and_replays_take_any_kv_fill() {
     let scene = Scene::new();
     scene.measured();
+    let mut kv_bytes = Vec::new();
     for fill in ["reuse", "first", "skip", "backfill"] {
         let printed = scene.succeed(&scene.simulate(&["--kv-fill", fill, "--out", "out"]));
         assert!(printed.contains("KV fill") && printed.contains(&format!(" {fill} ")), "{printed}");
@@ -295,10 +296,15 @@ fn simulations_take_any_kv_fill_and_the_engine_the_one_it_has() {
         assert_eq!(column(&summary, "kv_fill"), [fill; 9]);
         let backfill: u64 = column(&summary, "backfill_rows").iter().map(|rows| rows.parse::<u64>().unwrap()).sum();
         assert_eq!(backfill > 0, fill == "backfill");
+        let replay = ["replay", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
+        let measured = ["--kv-fill", fill, "--exit", "static:0", "--max-batch", "4", "--out", "measured"];
+        scene.succeed(&[&replay[..], &measured].concat());
+        let summary = lines(&scene.path("measured/summary.csv"));
+        assert_eq!(column(&summary, "kv_fill"), [fill; 3]);
+        kv_bytes.extend(column(&summary, "kv_bytes_per_token")[..1].iter().map(|bytes| bytes.parse::<u64>().unwrap()));
     }
-    let replay = ["replay", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
-    let error = scene.fail(&[&replay[..], &["--kv-fill", "skip", "--max-batch", "4"]].concat());
-    assert!(error.contains("does not run KV fill `skip`: expected reuse"), "{error}");
+    assert_eq!(kv_bytes[1] * 3, kv_bytes[0], "`first` keeps one depth");
+    assert_eq!(kv_bytes, [kv_bytes[0], kv_bytes[1], kv_bytes[0], kv_bytes[0]]);
 }
 
 #[test]
@@ -468,7 +474,6 @@ fn bad_experiments_get_one_clear_error_and_leave_nothing() {
         ),
         (experiment("", 12).replace("count: 12", "count: -3"), "-3"),
         (experiment("", 12).replace("max_batch: 4", "kv_fill: copy\n  max_batch: 4"), "reuse, first, skip or backfill"),
-        (experiment("", 12).replace("max_batch: 4", "kv_fill: first\n  max_batch: 4"), "does not run KV fill `first`"),
         (experiment("", 12).replace("model: model", "model: nowhere"), "nowhere"),
         (experiment("", 12).replace("repeats: 2", "repeats: 0"), "engine.repeats is 0"),
         (longer, "the cache holds 16"),

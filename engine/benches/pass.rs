@@ -6,11 +6,13 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use engine::cache::KvCache;
 use engine::config::ModelConfig;
 use engine::executor::in_pool;
+use engine::kernels::attention::Row;
 use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::kernels::signals::read;
 use engine::model::{Model, Rows};
 use engine::weights::Weights;
+use scheduler::KvFill;
 
 /// The model in the repository.
 fn small() -> ModelConfig {
@@ -40,13 +42,14 @@ fn blocks(rows: usize) -> Vec<Vec<u32>> {
 
 fn block(criterion: &mut Criterion, name: &str, model: &Model, history: usize, counts: &[usize]) {
     let most = counts.iter().copied().max().unwrap_or(0);
-    let (cache, blocks) = (KvCache::new(model.config(), most as u32 * 16, 16, &Device::Cpu).unwrap(), blocks(most));
+    let (cache, blocks) =
+        (KvCache::new(model.config(), KvFill::Reuse, most as u32 * 16, 16, &Device::Cpu).unwrap(), blocks(most));
     let mut group = criterion.benchmark_group(name);
     for &count in counts {
         let nothing = Tensor::zeros((1, model.config().hidden_size), DType::F32, &Device::Cpu).unwrap();
         let sources: Vec<Source> = (0..count).map(|row| Source::First(row as u32)).collect();
         let mut rows = Rows::default();
-        (0..count).for_each(|row| rows.push(history, 1, 1..2, &blocks[row]));
+        (0..count).for_each(|row| rows.push(Row::new(history, 1, &blocks[row])));
         let hidden = model.embed(&nothing, &sources, &rows, &cache).unwrap();
         group.throughput(Throughput::Elements(count as u64));
         group.bench_function(count.to_string(), |bencher| {
@@ -61,13 +64,13 @@ fn block(criterion: &mut Criterion, name: &str, model: &Model, history: usize, c
 }
 
 fn head(criterion: &mut Criterion, model: &Model, counts: &[usize]) {
-    let (cache, blocks) = (KvCache::new(model.config(), 1, 16, &Device::Cpu).unwrap(), blocks(1));
+    let (cache, blocks) = (KvCache::new(model.config(), KvFill::Reuse, 1, 16, &Device::Cpu).unwrap(), blocks(1));
     let mut group = criterion.benchmark_group("head");
     for &count in counts {
         let hidden = Tensor::ones((count, model.config().hidden_size), DType::F32, &Device::Cpu).unwrap();
         let keys = vec![0; count];
         let mut rows = Rows::default();
-        (0..count).for_each(|_| rows.push(1, 1, 1..2, &blocks[0]));
+        (0..count).for_each(|_| rows.push(Row::new(1, 1, &blocks[0])));
         group.throughput(Throughput::Elements(count as u64));
         group.bench_function(count.to_string(), |bencher| {
             in_pool(|| bencher.iter(|| read(&model.logits(&hidden, &rows, &cache).unwrap(), 0.0, &keys).unwrap()));

@@ -2,6 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use scheduler::KvFill;
+
 use crate::config::ModelConfig;
 
 /// Positions whose keys lie side by side; a block holds a whole number of tiles.
@@ -47,7 +49,7 @@ pub enum Kept {
 pub struct PageLayout {
     /// Layers of the prelude.
     pub prelude_layers: usize,
-    /// Depths, the model's `num_loops`.
+    /// Depths that keep keys and values of their own: the model's `num_loops`, or 1, which all depths share.
     pub depths: usize,
     /// Layers at each depth: those of the block and of the coda.
     pub depth_layers: usize,
@@ -62,11 +64,11 @@ pub struct PageLayout {
 }
 
 impl PageLayout {
-    /// The layout of a model's cache.
-    pub fn new(config: &ModelConfig, num_blocks: u32, block_tokens: u32) -> Self {
+    /// The layout of a model's cache under a KV fill.
+    pub fn new(config: &ModelConfig, kv_fill: KvFill, num_blocks: u32, block_tokens: u32) -> Self {
         Self {
             prelude_layers: config.prelude_layers,
-            depths: config.num_loops,
+            depths: kv_fill.cached_depths(config.num_loops as u8).into(),
             depth_layers: config.block_layers + config.coda_layers,
             blocks: num_blocks as usize,
             block_tokens: block_tokens as usize,
@@ -96,7 +98,7 @@ impl PageLayout {
     pub fn pages(&self, kept: Kept, depth: usize) -> usize {
         let layer = match kept {
             Kept::Once(layer) => layer,
-            Kept::AtEachDepth(layer) => self.prelude_layers + depth * self.depth_layers + layer,
+            Kept::AtEachDepth(layer) => self.prelude_layers + depth.min(self.depths - 1) * self.depth_layers + layer,
         };
         layer * self.blocks * self.page_numbers()
     }
@@ -122,15 +124,22 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache of `num_blocks` blocks of `block_tokens` positions, each of every layer and depth.
+    /// An empty cache of `num_blocks` blocks of `block_tokens` positions, each of every layer and of the depths that a
+    /// KV fill keeps.
     ///
     /// # Errors
     /// If `block_tokens` is no multiple of [`TILE`] or the memory is not to be had.
-    pub fn new(config: &ModelConfig, num_blocks: u32, block_tokens: u32, device: &Device) -> Result<Self, CacheError> {
+    pub fn new(
+        config: &ModelConfig,
+        kv_fill: KvFill,
+        num_blocks: u32,
+        block_tokens: u32,
+        device: &Device,
+    ) -> Result<Self, CacheError> {
         if block_tokens == 0 || !(block_tokens as usize).is_multiple_of(TILE) {
             return Err(CacheError::BlockTokens(block_tokens));
         }
-        let layout = PageLayout::new(config, num_blocks, block_tokens);
+        let layout = PageLayout::new(config, kv_fill, num_blocks, block_tokens);
         let pages = Tensor::zeros(layout.numbers(), DType::F32, device).map_err(|source| CacheError::Allocate {
             blocks: num_blocks,
             bytes: (layout.numbers() * size_of::<f32>()) as u64,
@@ -160,7 +169,8 @@ impl KvCache {
     }
 }
 
-/// Bytes of the keys and values of one token, over all layers and depths, as they lie in the cache.
-pub fn bytes_per_token(config: &ModelConfig) -> u64 {
-    (PageLayout::new(config, 1, TILE as u32).numbers() * size_of::<f32>() / TILE) as u64
+/// Bytes of the keys and values of one token, over all layers and the depths that a KV fill keeps, as they lie in the
+/// cache.
+pub fn bytes_per_token(config: &ModelConfig, kv_fill: KvFill) -> u64 {
+    (PageLayout::new(config, kv_fill, 1, TILE as u32).numbers() * size_of::<f32>() / TILE) as u64
 }

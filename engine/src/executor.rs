@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use scheduler::{Executor, ExitPolicy, Look, Pass, RowKind, Segment, Slot};
+use scheduler::{Executor, ExitPolicy, KvFill, Look, Pass, RowKind, Segment, Slot};
 use traces::{Measure, Nanos, Request, Signals};
 
 use crate::cache::{CacheError, KvCache};
-use crate::kernels::attention::{Fill, fill_deeper};
+use crate::kernels::attention::{Fill, Row, fill_deeper};
 use crate::kernels::rows::{Source, cosines, gather, scatter};
 use crate::kernels::signals::{Verdict, mix, read};
 use crate::model::{Model, Rows};
@@ -101,9 +101,10 @@ impl Generation {
         }
     }
 
-    /// The generated token that the row at a position yields, if the row is not inside the prompt.
-    fn yields(&self, position: usize) -> Option<usize> {
-        (position + 1).checked_sub(self.prompt.len())
+    /// The depth at which the row at a position left, if that is beyond the prompt and has.
+    fn left(&self, position: usize) -> Option<u8> {
+        let after_prompt = position.checked_sub(self.prompt.len())?;
+        self.exit_depths.get(after_prompt + 1).copied()
     }
 }
 
@@ -115,8 +116,16 @@ pub type ExitDepths = HashMap<u32, Vec<u8>>;
 struct Sequence {
     request: u32,
     generation: Generation,
-    /// The arena row of each position that is between two depths.
+    /// The arena row of each position that is between two depths, or under [`KvFill::Backfill`] has left early.
     in_flight: Vec<Option<u32>>,
+    /// Under [`KvFill::Skip`], by depth the positions that left no keys and values there.
+    skipped: Vec<Vec<u32>>,
+}
+
+impl Sequence {
+    fn skipped(&self, depth: usize) -> &[u32] {
+        self.skipped.get(depth).map_or(&[], Vec::as_slice)
+    }
 }
 
 /// Hidden states of rows between two passes, `[capacity, hidden]`.
@@ -170,6 +179,7 @@ impl Current {
 #[derive(Debug)]
 pub struct EngineExecutor {
     model: Arc<Model>,
+    kv_fill: KvFill,
     cache: KvCache,
     prompts: Arc<Prompts>,
     sampling: Sampling,
@@ -184,7 +194,8 @@ pub struct EngineExecutor {
 }
 
 impl EngineExecutor {
-    /// An executor with an empty cache of `num_blocks` blocks of `block_tokens` positions.
+    /// An executor with an empty cache of `num_blocks` blocks of `block_tokens` positions, whose tokens that leave early
+    /// leave `kv_fill` behind at the depths they skip.
     ///
     /// # Errors
     /// If the cache cannot be made.
@@ -192,14 +203,16 @@ impl EngineExecutor {
         model: Arc<Model>,
         prompts: Arc<Prompts>,
         sampling: Sampling,
+        kv_fill: KvFill,
         num_blocks: u32,
         block_tokens: u32,
     ) -> Result<Self, EngineError> {
-        let cache = KvCache::new(model.config(), num_blocks, block_tokens, &Device::Cpu)?;
+        let cache = KvCache::new(model.config(), kv_fill, num_blocks, block_tokens, &Device::Cpu)?;
         let arena = Arena::new(model.config().hidden_size, &Device::Cpu)?;
         Ok(Self {
             exit_depths: 0..model.config().num_loops,
             model,
+            kv_fill,
             cache,
             prompts,
             sampling,
@@ -218,7 +231,7 @@ impl EngineExecutor {
         self
     }
 
-    /// Knows that rows leave by this policy only, and runs no coda where none can.
+    /// Knows that rows leave by this policy only, and runs no coda where none can and nobody reads its keys and values.
     pub fn leaving_by(mut self, exit: ExitPolicy) -> Self {
         let num_loops = self.num_loops();
         self.exit_depths = match exit {
@@ -226,6 +239,9 @@ impl EngineExecutor {
             ExitPolicy::Static(depth) => usize::from(depth)..usize::from(depth) + 1,
             ExitPolicy::Oracle { .. } | ExitPolicy::Confidence { .. } => 0..num_loops,
         };
+        if self.kv_fill == KvFill::First {
+            self.exit_depths.start = 0;
+        }
         self
     }
 
@@ -264,8 +280,22 @@ impl EngineExecutor {
             self.sequences.resize_with(slot + 1, Sequence::default);
         }
         let in_flight = vec![None; context_tokens as usize];
-        let before = std::mem::replace(&mut self.sequences[slot], Sequence { request, generation, in_flight });
+        let skipped = self.skipped_positions(&generation);
+        let before = std::mem::replace(&mut self.sequences[slot], Sequence { request, generation, in_flight, skipped });
         self.arena.free.extend(before.in_flight.into_iter().flatten());
+    }
+
+    /// By depth, the positions that left no keys and values there.
+    fn skipped_positions(&self, generation: &Generation) -> Vec<Vec<u32>> {
+        if self.kv_fill != KvFill::Skip {
+            return Vec::new();
+        }
+        let generated = generation.prompt.len()..generation.prompt.len() + generation.tokens.len();
+        let of_depth = |depth| {
+            let skips = |&position: &usize| generation.left(position).is_some_and(|left| usize::from(left) < depth);
+            generated.clone().filter(skips).map(|position| position as u32).collect()
+        };
+        (0..self.num_loops()).map(of_depth).collect()
     }
 
     fn num_loops(&self) -> usize {
@@ -291,14 +321,15 @@ impl EngineExecutor {
         let mut order: Vec<usize> = (0..pass.segments.len()).collect();
         order.sort_by_key(|&index| pass.segments[index].depth);
         let (mut rows, mut sources) = (Rows::default(), Vec::new());
-        self.current.first_rows.resize(pass.segments.len(), 0);
+        let mut first_rows = vec![0; pass.segments.len()];
         for &index in &order {
-            self.current.first_rows[index] = rows.len();
+            first_rows[index] = rows.len();
             self.push_rows(pass, &pass.segments[index], &mut rows, &mut sources);
         }
         let hidden = self.model.embed(&self.arena.hidden, &sources, &rows, &self.cache)?;
         self.model.forward_block(&hidden, &rows, &self.cache)?;
         (self.current.exits, self.current.first_exit) = self.run_coda(&hidden, &rows)?;
+        self.current.first_rows = first_rows;
         self.current.hidden = Some(hidden);
         Ok(())
     }
@@ -317,29 +348,39 @@ impl EngineExecutor {
         Ok((Some(exits), range.start))
     }
 
-    fn push_rows<'a>(&self, pass: &Pass<'a>, segment: &Segment, rows: &mut Rows<'a>, sources: &mut Vec<Source>) {
+    fn push_rows<'a>(&'a self, pass: &Pass<'a>, segment: &Segment, rows: &mut Rows<'a>, sources: &mut Vec<Source>) {
         let sequence = &self.sequences[segment.slot as usize];
-        let depth = usize::from(segment.depth);
-        let blocks = pass.blocks(segment.slot);
         for position in positions(segment) {
             sources.push(match sequence.in_flight[position] {
                 Some(row) => Source::Second(row),
                 None => Source::First(sequence.generation.token_at(position)),
             });
-            rows.push(position, depth, self.fills(sequence, position, depth), blocks);
+            rows.push(self.row(pass, segment, position));
         }
     }
 
-    /// The depths whose keys and values a row leaves. A generated token that comes again after a preemption gets
-    /// the KV fill it had: none of its own below the depth at which it left.
-    fn fills(&self, sequence: &Sequence, position: usize, depth: usize) -> Range<usize> {
-        let generation = &sequence.generation;
-        let in_prompt = position < generation.prompt.len();
-        let left = generation.yields(position).and_then(|token| generation.exit_depths.get(token));
-        match left.map(|&left| usize::from(left)) {
-            Some(left) if !in_prompt && left < depth => depth..depth,
-            Some(left) if !in_prompt && left == depth => depth..self.num_loops(),
-            _ => depth..depth + 1,
+    /// The row at a position of a segment.
+    fn row<'a>(&'a self, pass: &Pass<'a>, segment: &Segment, position: usize) -> Row<'a> {
+        let (sequence, depth) = (&self.sequences[segment.slot as usize], usize::from(segment.depth));
+        Row {
+            position,
+            depth,
+            fills: self.fills(&sequence.generation, position, depth),
+            skipped: sequence.skipped(depth),
+            blocks: pass.blocks(segment.slot),
+        }
+    }
+
+    /// The depths at which a row leaves its keys and values. A generated token that comes again after a preemption gets
+    /// the KV fill it had, which is exact below the depth at which it left only under [`KvFill::Backfill`].
+    fn fills(&self, generation: &Generation, position: usize, depth: usize) -> Range<usize> {
+        let (own, none) = (depth..depth + 1, depth..depth);
+        match (self.kv_fill, generation.left(position).map(usize::from)) {
+            (KvFill::First, _) if depth > 0 => none,
+            (KvFill::First | KvFill::Backfill, _) | (_, None) => own,
+            (KvFill::Reuse | KvFill::Skip, Some(left)) if left < depth => none,
+            (KvFill::Reuse, Some(left)) if left == depth => depth..self.num_loops(),
+            (KvFill::Reuse | KvFill::Skip, Some(_)) => own,
         }
     }
 
@@ -364,13 +405,10 @@ impl EngineExecutor {
     }
 
     /// The last rows of `segments`, which come by depth.
-    fn last_rows<'a>(&self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
+    fn last_rows<'a>(&'a self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
         let mut rows = Rows::default();
-        for &index in segments {
-            let segment = &pass.segments[index];
-            let (position, depth) = (positions(segment).end - 1, usize::from(segment.depth));
-            let fills = self.fills(&self.sequences[segment.slot as usize], position, depth);
-            rows.push(position, depth, fills, pass.blocks(segment.slot));
+        for segment in segments.iter().map(|&index| &pass.segments[index]) {
+            rows.push(self.row(pass, segment, positions(segment).end - 1));
         }
         rows
     }
@@ -527,18 +565,28 @@ impl EngineExecutor {
         let mut fills = Vec::new();
         for &index in leaving {
             let segment = &pass.segments[index as usize];
+            let depth = usize::from(segment.depth);
             let verdict = self.current.verdicts[index as usize].expect("the head was read above");
             let sequence = &mut self.sequences[segment.slot as usize];
             sequence.generation.tokens.push(verdict.token);
             sequence.generation.exit_depths.push(segment.depth);
             let position = (segment.start + segment.tokens - 1) as usize;
-            if segment.kind == RowKind::Decode {
+            if segment.kind == RowKind::Decode && self.kv_fill != KvFill::Backfill {
                 self.arena.free.extend(sequence.in_flight[position].take());
             }
-            if position >= sequence.generation.prompt.len() {
-                let block_tokens = self.cache.layout().block_tokens;
-                let block = pass.blocks(segment.slot)[position / block_tokens];
-                fills.push(Fill { block, offset: position % block_tokens, depth: usize::from(segment.depth) });
+            if position < sequence.generation.prompt.len() {
+                continue;
+            }
+            match self.kv_fill {
+                KvFill::Reuse => {
+                    let block_tokens = self.cache.layout().block_tokens;
+                    let block = pass.blocks(segment.slot)[position / block_tokens];
+                    fills.push(Fill { block, offset: position % block_tokens, depth });
+                }
+                KvFill::Skip => {
+                    sequence.skipped[depth + 1..].iter_mut().for_each(|of_depth| of_depth.push(position as u32))
+                }
+                KvFill::First | KvFill::Backfill => {}
             }
         }
         Ok(fill_deeper(&self.cache, &fills)?)

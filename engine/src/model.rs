@@ -4,7 +4,6 @@
 use std::ops::Range;
 
 use candle_core::{Tensor, bail};
-use scheduler::blocks::BlockId;
 
 use crate::cache::{Kept, KvCache};
 use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind, Sharing};
@@ -20,19 +19,19 @@ use crate::weights::{Weights, WeightsError};
 /// The rows of a pass: what the block must know of each, and where in the order of rows each depth lies.
 #[derive(Clone, Debug, Default)]
 pub struct Rows<'a> {
-    /// Position, depth and blocks of each row; sorted by depth.
+    /// Sorted by depth.
     rows: Vec<Row<'a>>,
     /// The rows of each depth that occurs.
     depths: Vec<(usize, Range<usize>)>,
 }
 
 impl<'a> Rows<'a> {
-    /// Appends a row of a sequence that holds `blocks`, leaving keys and values at the depths `fills`.
+    /// Appends a row.
     ///
     /// # Panics
     /// If the row before it was deeper: rows come by depth.
-    pub fn push(&mut self, position: usize, depth: usize, fills: Range<usize>, blocks: &'a [BlockId]) {
-        let index = self.rows.len();
+    pub fn push(&mut self, row: Row<'a>) {
+        let (index, depth) = (self.rows.len(), row.depth);
         match self.depths.last_mut() {
             Some((last, rows)) if *last == depth => rows.end = index + 1,
             last => {
@@ -40,7 +39,7 @@ impl<'a> Rows<'a> {
                 self.depths.push((depth, index..index + 1));
             }
         }
-        self.rows.push(Row { position, depth, fills, blocks });
+        self.rows.push(row);
     }
 
     /// Rows.
@@ -62,9 +61,7 @@ impl<'a> Rows<'a> {
     /// Some of the rows.
     pub fn part(&self, range: Range<usize>) -> Self {
         let mut part = Self::default();
-        for Row { position, depth, fills, blocks } in self.rows[range].iter().cloned() {
-            part.push(position, depth, fills, blocks);
-        }
+        self.rows[range].iter().cloned().for_each(|row| part.push(row));
         part
     }
 }

@@ -136,6 +136,7 @@ impl Profiler {
             engine.model.clone(),
             engine.prompts.clone(),
             engine.sampling,
+            KvFill::Reuse,
             num_blocks,
             block_tokens,
         )?;
@@ -194,7 +195,7 @@ impl Profiler {
                 source: format!("{source}; medians times {slowdown:.3}, the mean over the median of a pass"),
                 overhead_us: Summary::of(&self.overheads).median * slowdown,
                 weight_bytes: self.engine.model.weight_bytes(),
-                kv_bytes_per_token: bytes_per_token(config),
+                kv_bytes_per_token: bytes_per_token(config, KvFill::Reuse),
                 memory: None,
             },
             points: self.points(slowdown),

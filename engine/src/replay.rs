@@ -12,6 +12,7 @@ use traces::{ExitTrace, ExitTraceMeta, Measure, Request};
 use crate::cache::{KvCache, TILE};
 use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineError, EngineExecutor, ExitDepths, Generation, Sampling, in_pool};
+use crate::kernels::attention::Row;
 use crate::kernels::rows::Source;
 use crate::kernels::signals::read;
 use crate::model::{Model, Rows};
@@ -37,9 +38,6 @@ pub enum ReplayError {
         /// The model's.
         model: usize,
     },
-    /// A KV fill that only the simulator knows.
-    #[error("the engine does not run KV fill `{0}`: expected {expected}", expected = KvFill::Reuse)]
-    KvFill(KvFill),
     /// An exit policy that reads what the model does not have.
     #[error("exit policy {0}: the model has no gates, expected another measure")]
     NoGates(ExitPolicy),
@@ -77,8 +75,9 @@ impl Engine {
     /// # Errors
     /// If the cache cannot be made.
     pub fn executor(&self, settings: &Settings) -> Result<EngineExecutor, EngineError> {
+        let &Settings { kv_fill, num_blocks, block_tokens, .. } = settings;
         let (model, prompts) = (self.model.clone(), self.prompts.clone());
-        let executor = EngineExecutor::new(model, prompts, self.sampling, settings.num_blocks, settings.block_tokens)?;
+        let executor = EngineExecutor::new(model, prompts, self.sampling, kv_fill, num_blocks, block_tokens)?;
         Ok(executor.leaving_by(settings.exit))
     }
 
@@ -106,7 +105,7 @@ impl Engine {
     /// Whether the engine can run under these settings.
     ///
     /// # Errors
-    /// If they are for another number of loops, or ask for a KV fill other than `reuse`.
+    /// If they are for another number of loops, or read gates that the model does not have.
     pub fn check_settings(&self, settings: &Settings) -> Result<(), ReplayError> {
         let model = self.model.config().num_loops;
         if usize::from(settings.num_loops) != model {
@@ -115,10 +114,7 @@ impl Engine {
         if settings.exit.look() == Look::Measure(Measure::Gate) && !self.model.config().gate {
             return Err(ReplayError::NoGates(settings.exit));
         }
-        match settings.kv_fill {
-            KvFill::Reuse => Ok(()),
-            other => Err(ReplayError::KvFill(other)),
-        }
+        Ok(())
     }
 
     fn serve(
@@ -204,7 +200,8 @@ impl Engine {
         let inputs: Vec<u32> = generation.prompt.iter().chain(&generation.tokens).copied().collect();
         let inputs = &inputs[..inputs.len().saturating_sub(1)];
         let num_blocks = inputs.len().div_ceil(TILE) as u32;
-        let cache = KvCache::new(config, num_blocks, TILE as u32, &Device::Cpu).map_err(EngineError::Cache)?;
+        let cache =
+            KvCache::new(config, KvFill::Reuse, num_blocks, TILE as u32, &Device::Cpu).map_err(EngineError::Cache)?;
         let blocks: Vec<BlockId> = (0..num_blocks).collect();
         let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu)?;
         let mut tokens = Vec::with_capacity(generation.tokens.len());
@@ -213,7 +210,7 @@ impl Engine {
             let sources: Vec<Source> = chunk.iter().map(|&token| Source::First(token)).collect();
             let rows = |depth| {
                 let mut rows = Rows::default();
-                (start..start + chunk.len()).for_each(|position| rows.push(position, depth, depth..depth + 1, &blocks));
+                (start..start + chunk.len()).for_each(|position| rows.push(Row::new(position, depth, &blocks)));
                 rows
             };
             let hidden = self.model.embed(&nothing, &sources, &rows(0), &cache)?;

@@ -1,5 +1,5 @@
 //! A request generates, to the bit, what it generates alone with the same exits: whatever the batching, the other
-//! requests, the chunks of its prompt, and however often it is preempted.
+//! requests, the chunks of its prompt, and however often it is preempted; for every weight type and KV fill.
 
 mod common;
 
@@ -7,13 +7,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use common::{configs, grouped, weights, with_everything};
+use engine::cache::{Kept, TILE};
 use engine::config::ModelConfig;
 use engine::executor::{EngineExecutor, Generation, Sampling};
 use engine::kernels::linear::WeightType;
+use engine::kernels::signals::mix;
 use engine::model::Model;
 use engine::prompts::Prompts;
 use proptest::prelude::*;
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, Server, Settings, VirtualClock, serve};
+use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, VirtualClock, serve};
 use traces::{Measure, Nanos, Request};
 
 #[derive(Default)]
@@ -42,8 +44,9 @@ impl Setup {
     }
 
     fn executor(&self, settings: &Settings) -> EngineExecutor {
-        let (blocks, block_tokens) = (settings.num_blocks, settings.block_tokens);
-        EngineExecutor::new(self.model.clone(), self.prompts.clone(), self.sampling, blocks, block_tokens).unwrap()
+        let &Settings { kv_fill, num_blocks, block_tokens, .. } = settings;
+        let (model, prompts) = (self.model.clone(), self.prompts.clone());
+        EngineExecutor::new(model, prompts, self.sampling, kv_fill, num_blocks, block_tokens).unwrap()
     }
 
     /// Serves requests and returns what each generated, and how often one was preempted.
@@ -60,12 +63,12 @@ impl Setup {
     }
 
     /// Serves one request on a machine of its own that lets its tokens leave at given depths, with signals.
-    fn run_alone(&self, request: Request, exits: Vec<u8>) -> Generation {
+    fn run_alone(&self, request: Request, kv_fill: KvFill, exits: Vec<u8>) -> Generation {
         let exits = Arc::new(HashMap::from([(request.id, exits)]));
         let settings = Settings {
             batching: Batching::Sequence,
             exit: ExitPolicy::Oracle { charged: false },
-            kv_fill: KvFill::Reuse,
+            kv_fill,
             num_loops: self.model.config().num_loops as u8,
             max_batch: 1,
             token_budget: 1000,
@@ -107,11 +110,11 @@ fn exits() -> impl Strategy<Value = ExitPolicy> {
     ]
 }
 
-fn assert_all_as_alone(setup: &Setup, requests: &[Request], generations: &HashMap<u32, Generation>) {
+fn assert_all_as_alone(setup: &Setup, kv_fill: KvFill, requests: &[Request], generations: &HashMap<u32, Generation>) {
     for request in requests {
         let found = &generations[&request.id];
         assert_eq!(found.tokens.len(), request.output_tokens as usize);
-        let alone = setup.run_alone(*request, found.exit_depths.clone());
+        let alone = setup.run_alone(*request, kv_fill, found.exit_depths.clone());
         assert_eq!(found, &alone, "request {}", request.id);
     }
 }
@@ -122,7 +125,7 @@ proptest! {
     #[test]
     fn batched_requests_generate_what_they_generate_alone(
         config in configs(), seed in 0_u64..1000, requests in requests(), exit in exits(),
-        batching in prop::sample::select(Batching::ALL.to_vec()),
+        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
         max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)], weight_type in prop::sample::select(WeightType::ALL.to_vec()),
     ) {
@@ -130,13 +133,13 @@ proptest! {
         let config = ModelConfig { gate: config.gate || reads_gates, ..config };
         let setup = Setup::new(&config, weight_type, seed, temperature);
         let settings = Settings {
-            batching, exit, kv_fill: KvFill::Reuse, max_batch, prefill_chunk, num_blocks, prefix_caching: false, async_scheduling: false,
+            batching, exit, kv_fill, max_batch, prefill_chunk, num_blocks, prefix_caching: false, async_scheduling: false,
             num_loops: config.num_loops as u8,
             token_budget: max_batch + spare_budget,
             block_tokens: 16,
         };
         let (generations, _) = setup.run(settings, &requests, setup.executor(&settings).recording());
-        assert_all_as_alone(&setup, &requests, &generations);
+        assert_all_as_alone(&setup, kv_fill, &requests, &generations);
         // What is not recorded need not be computed, and changes no token.
         let (unrecorded, _) = setup.run(settings, &requests, setup.executor(&settings).leaving_by(exit));
         for (request, Generation { tokens, exit_depths, .. }) in &unrecorded {
@@ -148,29 +151,137 @@ proptest! {
 
 #[test]
 fn preempted_requests_generate_what_they_generate_alone() {
-    for (config, seed) in
-        [grouped(), with_everything()].iter().flat_map(|config| (0..4).map(move |seed| (config, seed)))
+    for (config, kv_fill) in
+        [grouped(), with_everything()].iter().flat_map(|config| KvFill::ALL.map(|fill| (config, fill)))
     {
-        let setup = Setup::new(config, WeightType::F32, seed, 1.5);
-        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
-        let requests: Vec<Request> = (0..5).map(request).collect();
-        let settings = Settings {
-            batching: Batching::Depth,
-            exit: ExitPolicy::Confidence { measure: Measure::Top1, threshold: 0.6 },
-            kv_fill: KvFill::Reuse,
-            num_loops: 3,
-            max_batch: 5,
-            token_budget: 30,
-            prefill_chunk: 7,
-            block_tokens: 16,
-            num_blocks: 7,
-            prefix_caching: false,
-            async_scheduling: false,
-        };
-        let (generations, preemptions) = setup.run(settings, &requests, setup.executor(&settings).recording());
-        assert!(preemptions > 3, "{preemptions}");
-        let exits: Vec<u8> = generations.values().flat_map(|generation| generation.exit_depths.clone()).collect();
-        assert!((0..3).all(|depth| exits.contains(&depth)), "tokens leave at every depth: {exits:?}");
-        assert_all_as_alone(&setup, &requests, &generations);
+        for seed in 0..2 {
+            let setup = Setup::new(config, WeightType::F32, seed, 1.5);
+            let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
+            let requests: Vec<Request> = (0..5).map(request).collect();
+            let settings = Settings {
+                batching: Batching::Depth,
+                exit: ExitPolicy::Confidence { measure: Measure::Top1, threshold: 0.6 },
+                kv_fill,
+                num_loops: 3,
+                max_batch: 5,
+                token_budget: 30,
+                prefill_chunk: 7,
+                block_tokens: 16,
+                num_blocks: 7,
+                prefix_caching: false,
+                async_scheduling: false,
+            };
+            let (generations, preemptions) = setup.run(settings, &requests, setup.executor(&settings).recording());
+            assert!(preemptions > 3, "{kv_fill}: {preemptions}");
+            let exits: Vec<u8> = generations.values().flat_map(|generation| generation.exit_depths.clone()).collect();
+            assert!((0..3).all(|depth| exits.contains(&depth)), "{kv_fill}: tokens leave at every depth: {exits:?}");
+            assert_all_as_alone(&setup, kv_fill, &requests, &generations);
+        }
+    }
+}
+
+/// The blocks of each slot, of sequences that never share one.
+#[derive(Default)]
+struct Blocks(HashMap<u32, Vec<u32>>);
+
+impl Observer for Blocks {
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        for segment in record.pass.segments {
+            self.0.insert(segment.slot, record.pass.blocks(segment.slot).to_vec());
+        }
+    }
+}
+
+/// Keys and values of a sequence's first `positions`, of every layer and depth.
+fn entries(executor: &EngineExecutor, blocks: &[u32], positions: usize) -> Vec<f32> {
+    let layout = executor.cache().layout();
+    let pages = executor.cache().pages().to_vec1::<f32>().unwrap();
+    let kept = (0..layout.prelude_layers).map(|layer| (Kept::Once(layer), 0)).chain(
+        (0..layout.depth_layers)
+            .flat_map(|layer| (0..layout.depths).map(move |depth| (Kept::AtEachDepth(layer), depth))),
+    );
+    let mut entries = Vec::new();
+    for (kept, depth) in kept {
+        for position in 0..positions {
+            let block = blocks[position / layout.block_tokens] as usize;
+            let page = &pages[layout.pages(kept, depth) + block * layout.page_numbers()..][..layout.page_numbers()];
+            let offset = position % layout.block_tokens;
+            for kv_head in 0..layout.kv_heads {
+                let key = &page[layout.key_tile(kv_head, offset) + offset % TILE..];
+                entries.extend(key.iter().step_by(TILE).take(layout.head_dim));
+                entries.extend(&page[layout.value(kv_head, offset)..][..layout.head_dim]);
+            }
+        }
+    }
+    entries
+}
+
+/// Requests whose tokens leave anywhere but for the last, which runs every depth and so has all before it complete.
+fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Vec<u32>, Vec<f32>)> {
+    let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 5 + 7 * id, output_tokens: 30 };
+    let requests: Vec<Request> = (0..4).map(request).collect();
+    let exit =
+        |request: u32, token: u64| if token == 29 { 2 } else { (mix(token << 8 | u64::from(request)) % 3) as u8 };
+    let exits = requests.iter().map(|request| (request.id, (0..30).map(|token| exit(request.id, token)).collect()));
+    let settings = Settings {
+        batching,
+        exit: ExitPolicy::Oracle { charged: false },
+        kv_fill,
+        num_loops: 3,
+        max_batch: 4,
+        token_budget: 9,
+        prefill_chunk: 4,
+        block_tokens: 16,
+        num_blocks: 20,
+        prefix_caching: false,
+        async_scheduling: false,
+    };
+    let executor = setup.executor(&settings).with_oracle(Arc::new(exits.collect()));
+    let mut server = Server::new(settings, executor).unwrap();
+    let mut blocks = Blocks::default();
+    serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut blocks).unwrap();
+    let executor = server.executor();
+    let of_request = |request: &Request| {
+        let Generation { prompt, tokens, .. } = &executor.generations()[&request.id];
+        let context = [&prompt[..], &tokens[..tokens.len() - 1]].concat();
+        let entries = entries(executor, &blocks.0[&request.id], context.len());
+        (context, entries)
+    };
+    requests.iter().map(of_request).collect()
+}
+
+#[test]
+fn backfill_leaves_the_very_cache_that_full_depth_leaves() {
+    for (config, batching) in
+        [grouped(), with_everything()].iter().flat_map(|config| Batching::ALL.map(|batching| (config, batching)))
+    {
+        let setup = Setup::new(config, WeightType::F32, 3, 1.0);
+        for (context, found) in run_with_exits(&setup, KvFill::Backfill, batching) {
+            // As the prompt of a request, the same tokens run every depth.
+            let tokens = context.len() as u32;
+            let prompts = Arc::new(Prompts::Given(HashMap::from([(0, context)])));
+            let setup = Setup { model: setup.model.clone(), prompts, sampling: setup.sampling };
+            let settings = Settings {
+                batching: Batching::Sequence,
+                exit: ExitPolicy::None,
+                kv_fill: KvFill::Backfill,
+                num_loops: 3,
+                max_batch: 1,
+                token_budget: 1000,
+                prefill_chunk: 1000,
+                block_tokens: 128,
+                num_blocks: 1,
+                prefix_caching: false,
+                async_scheduling: false,
+            };
+            let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: tokens, output_tokens: 1 };
+            let mut server = Server::new(settings, setup.executor(&settings)).unwrap();
+            serve(&mut server, [request], &mut VirtualClock::default(), &mut ()).unwrap();
+            let expected = entries(server.executor(), &[0], tokens as usize);
+            assert!(found == expected, "{batching}: keys and values of {tokens} tokens differ");
+        }
+        let reused = run_with_exits(&setup, KvFill::Reuse, batching);
+        let backfilled = run_with_exits(&setup, KvFill::Backfill, batching);
+        assert!(reused[0].1 != backfilled[0].1, "tokens that leave early leave a mark under other fills");
     }
 }

@@ -5,12 +5,14 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{configs, weights};
 use engine::cache::KvCache;
+use engine::kernels::attention::Row;
 use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
 use engine::reference::Reference;
 use engine::weights::Weights;
 use proptest::prelude::*;
+use scheduler::KvFill;
 
 /// What a model says of a sequence: by depth and token, the logits, and where it has gates their scores.
 #[derive(Debug, PartialEq)]
@@ -22,7 +24,7 @@ struct Answers {
 /// The serving model's answers of a sequence that runs in chunks.
 fn answers_in_chunks(model: &Model, tokens: &[u32], chunk: usize) -> Answers {
     let config = model.config();
-    let cache = KvCache::new(config, 8, 16, &Device::Cpu).unwrap();
+    let cache = KvCache::new(config, KvFill::Reuse, 8, 16, &Device::Cpu).unwrap();
     let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu).unwrap();
     // Blocks out of order, as a scheduler may hand them out.
     let blocks = [3, 0, 7, 1, 2, 6, 5, 4];
@@ -33,7 +35,7 @@ fn answers_in_chunks(model: &Model, tokens: &[u32], chunk: usize) -> Answers {
         let rows = |depth| {
             let mut rows = Rows::default();
             let positions = index * chunk..index * chunk + part.len();
-            positions.for_each(|position| rows.push(position, depth, depth..depth + 1, &blocks));
+            positions.for_each(|position| rows.push(Row::new(position, depth, &blocks)));
             rows
         };
         let hidden = model.embed(&nothing, &sources, &rows(0), &cache).unwrap();

@@ -125,7 +125,6 @@ fn what_cannot_run_is_refused_before_the_run() {
         (refuse(Settings { num_blocks: 2, ..none }, 50), "holds 32"),
         (refuse(none, 122), "request 7 needs 130 positions, the model has 128"),
         (refuse(Settings { num_loops: 4, ..none }, 5), "4 loops, this one has 3"),
-        (refuse(Settings { kv_fill: KvFill::Backfill, ..none }, 5), "does not run KV fill `backfill`: expected reuse"),
         (refuse(Settings { block_tokens: 10, ..none }, 5), "a KV block of 10 tokens"),
         (refuse(settings("gate:0.5".parse().unwrap()), 5), "confidence:gate:0.5: the model has no gates"),
     ];

@@ -14,7 +14,8 @@ use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use engine::weights::Weights;
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Settings, Token};
+use itertools::iproduct;
+use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, RowKind, Settings, Token};
 use simulator::{Draw, ExitModel, LatencyModel, Simulation};
 use traces::{LatencyProfile, Nanos, Request};
 
@@ -24,12 +25,16 @@ struct Log {
     passes: Vec<Vec<(u32, u32, u32, u8)>>,
     tokens: Vec<(u32, u32, u8)>,
     preemptions: usize,
+    /// Rows.
+    backfill: u32,
 }
 
 impl Observer for Log {
     fn pass(&mut self, record: &PassRecord<'_>) {
         let rows = record.pass.segments.iter().map(|row| (row.slot, row.start, row.tokens, row.depth));
         self.passes.push(rows.collect());
+        let backfill = record.pass.segments.iter().filter(|row| row.kind == RowKind::Backfill);
+        self.backfill += backfill.map(|row| row.tokens).sum::<u32>();
     }
 
     fn token(&mut self, _: Nanos, request: &Request, token: Token) {
@@ -80,30 +85,29 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
     let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
     let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
 
-    for batching in Batching::ALL {
-        for exit in [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false }] {
-            for num_blocks in [1000, 8] {
-                let settings = Settings {
-                    batching,
-                    exit,
-                    kv_fill: KvFill::Reuse,
-                    num_loops,
-                    max_batch: 6,
-                    token_budget: 24,
-                    prefill_chunk: 10,
-                    block_tokens: 16,
-                    num_blocks,
-                    prefix_caching: false,
-                    async_scheduling: false,
-                };
-                let mut measured = Log::default();
-                engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
-                let mut simulated = [Log::default()];
-                let simulation = Simulation::new(settings, &latency, &model).unwrap();
-                simulation.run(requests.iter().copied(), &mut simulated).unwrap();
-                assert_eq!(measured, simulated[0], "{batching}, {exit}, {num_blocks} blocks");
-                assert_eq!(measured.preemptions > 0, num_blocks == 8, "{batching}, {exit}, {num_blocks} blocks");
-            }
-        }
+    let policies = [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false }];
+    for (batching, kv_fill, exit, num_blocks) in iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8]) {
+        let settings = Settings {
+            batching,
+            exit,
+            kv_fill,
+            num_loops,
+            max_batch: 6,
+            token_budget: 24,
+            prefill_chunk: 10,
+            block_tokens: 16,
+            num_blocks,
+            prefix_caching: false,
+            async_scheduling: false,
+        };
+        let mut measured = Log::default();
+        engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
+        let mut simulated = [Log::default()];
+        let simulation = Simulation::new(settings, &latency, &model).unwrap();
+        simulation.run(requests.iter().copied(), &mut simulated).unwrap();
+        assert_eq!(measured, simulated[0], "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+        assert_eq!(measured.preemptions > 0, num_blocks == 8, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+        let backfills = kv_fill == KvFill::Backfill && exit != ExitPolicy::None;
+        assert_eq!(measured.backfill > 0, backfills, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
     }
 }

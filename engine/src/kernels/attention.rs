@@ -2,7 +2,7 @@
 //!
 //! A pass first stores the keys and values of all its rows, then attends: so a row finds what earlier rows of the
 //! same pass left at its depth, and a prompt chunk is causal inside. The softmax is computed online (arXiv
-//! 1805.02867) over strides at absolute positions, so its order of summation depends on the row's position alone.
+//! 1805.02867) over strides of a sequence's entries, so its order of summation depends on what the row sees alone.
 
 use std::ops::Range;
 
@@ -23,23 +23,40 @@ const GROUP: usize = 4;
 const MAX_HEAD_DIM: usize = 256;
 /// Widest head that need not clear and hold as much as the widest of all.
 const NARROW_HEAD_DIM: usize = 64;
-/// Positions after which the online softmax rescales.
+/// Entries after which the online softmax rescales.
 const STRIDE: usize = 4 * TILE;
 /// Keys read, over all rows and heads, below which a second thread costs more than it saves.
 const PARALLEL_KEYS: usize = 1 << 9;
 
 /// What attention needs to know of a row.
+///
+/// The entries of a sequence at a depth follow each other without gaps: a position that left none is passed over, so
+/// that attention reads no more than it uses.
 #[derive(Clone, Debug)]
 pub struct Row<'a> {
     /// Its position in its sequence.
     pub position: usize,
     /// The depth it runs at.
     pub depth: usize,
-    /// The depths whose key and value it leaves: its own; its own and all deeper ones if it leaves the loop here;
-    /// none if it left before.
+    /// The depths at which it leaves its key and value.
     pub fills: Range<usize>,
+    /// Positions of its sequence that left no entry at its depth, in order.
+    pub skipped: &'a [u32],
     /// The blocks of its sequence, in order of position.
     pub blocks: &'a [BlockId],
+}
+
+impl<'a> Row<'a> {
+    /// A row that leaves an entry at its own depth, like all before it.
+    pub fn new(position: usize, depth: usize, blocks: &'a [BlockId]) -> Self {
+        Self { position, depth, fills: depth..depth + 1, skipped: &[], blocks }
+    }
+
+    /// Entries of the row's sequence and depth before a position.
+    #[inline(always)]
+    fn entries_before(&self, position: usize) -> usize {
+        position - self.skipped.partition_point(|&skipped| (skipped as usize) < position)
+    }
 }
 
 /// What the attention of one layer is like.
@@ -78,10 +95,11 @@ impl Heads {
         self.sights[if self.sights.len() == 1 { 0 } else { depth }]
     }
 
-    /// The positions that a row sees.
+    /// The entries that a row sees.
     fn seen(&self, row: &Row<'_>) -> Range<usize> {
         let end = row.position + 1;
-        self.sight(row.depth).window.map_or(0, |window| end.saturating_sub(window))..end
+        let start = self.sight(row.depth).window.map_or(0, |window| end.saturating_sub(window));
+        row.entries_before(start)..row.entries_before(end)
     }
 }
 
@@ -168,8 +186,9 @@ impl InplaceOp3 for Store<'_> {
                 Kept::AtEachDepth(_) => row.fills.clone(),
             };
             let (keys, values) = qkv[heads.heads * heads.head_dim..].split_at(heads.kv_heads * heads.head_dim);
-            let block = row.blocks[row.position / layout.block_tokens] as usize;
-            let offset = row.position % layout.block_tokens;
+            let entry = row.entries_before(row.position);
+            let block = row.blocks[entry / layout.block_tokens] as usize;
+            let offset = entry % layout.block_tokens;
             for kv_head in 0..heads.kv_heads {
                 let of_head = kv_head * heads.head_dim..(kv_head + 1) * heads.head_dim;
                 rotate(&keys[of_head.clone()], turn, 1.0, &mut key);
@@ -265,7 +284,7 @@ struct Query<'a> {
     turn: &'a [f32],
     /// Factor on scores.
     scale: f32,
-    /// The positions it sees.
+    /// The entries it sees.
     seen: Range<usize>,
 }
 
@@ -291,12 +310,12 @@ struct History<'a> {
 }
 
 impl<'a> History<'a> {
-    /// The tile from a position on: keys `[head_dim, TILE]` and values `[TILE, value_stride]`.
+    /// The tile from an entry on: keys `[head_dim, TILE]` and values `[TILE, value_stride]`.
     #[inline(always)]
-    fn tile(&self, position: usize) -> (&'a [f32], &'a [f32]) {
+    fn tile(&self, entry: usize) -> (&'a [f32], &'a [f32]) {
         let History { layout, start, row, kv_head, pages } = *self;
-        let block = row.blocks[position / layout.block_tokens] as usize;
-        let offset = position % layout.block_tokens;
+        let block = row.blocks[entry / layout.block_tokens] as usize;
+        let offset = entry % layout.block_tokens;
         let page = &pages[start + block * layout.page_numbers()..][..layout.page_numbers()];
         let keys = &page[layout.key_tile(kv_head, offset)..][..layout.head_dim * TILE];
         (keys, &page[layout.value(kv_head, offset)..][..layout.value_stride() * TILE])
@@ -330,7 +349,7 @@ fn attend_heads<const HEADS: usize, const DIM: usize>(from: History<'_>, query: 
     }
 }
 
-/// Takes in the positions of the stride at `start` that the row sees.
+/// Takes in the entries of the stride at `start` that the row sees.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
 fn see_stride<const HEADS: usize, const DIM: usize>(
