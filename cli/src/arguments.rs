@@ -84,9 +84,13 @@ impl RequestArgs {
 /// Which model to run.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// Model folder
-    #[arg(long, value_name = "DIR")]
+    /// A folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub (OWNER/MODEL or
+    /// OWNER/MODEL/FILE.gguf)
+    #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
+    /// Split the layers of an ordinary transformer into so many blocks, a depth each
+    #[arg(long, value_name = "N")]
+    pub loops: Option<usize>,
     /// How the numbers of its weights are stored: f32, bf16, q8_0 or q4k
     #[arg(long, default_value_t, value_name = "TYPE")]
     pub weights: WeightType,
@@ -116,8 +120,8 @@ impl EngineArgs {
     pub fn load(&self) -> Result<NamedEngine> {
         let temperature = self.temperature;
         ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
-        let ModelArgs { model, weights } = &self.model;
-        NamedEngine::load(model, *weights, &self.prompts, Sampling { temperature, seed: self.seed })
+        let ModelArgs { model, loops, weights } = &self.model;
+        NamedEngine::load(model, *loops, *weights, &self.prompts, Sampling { temperature, seed: self.seed })
     }
 }
 

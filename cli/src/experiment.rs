@@ -45,8 +45,11 @@ pub struct Experiment {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSpec {
-    /// Model folder.
+    /// A folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub.
     pub model: PathBuf,
+    /// Split the layers of an ordinary transformer into so many blocks, a depth each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loops: Option<usize>,
     /// How the numbers of its weights are stored.
     #[serde(default)]
     pub weights: WeightType,
@@ -141,6 +144,14 @@ impl Experiment {
         let strange = self.sweeps.thresholds.values().flatten().find(|threshold| !threshold.is_finite());
         ensure!(strange.is_none(), "sweeps.thresholds: {strange:?} is not a finite number");
         Ok(())
+    }
+}
+
+impl EngineSpec {
+    /// Where the model is: relative to `base`, or, if nothing is there, on the hub.
+    pub fn model_from(&self, base: &Path) -> PathBuf {
+        let path = base.join(&self.model);
+        if path.exists() { path } else { self.model.clone() }
     }
 }
 

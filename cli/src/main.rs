@@ -43,7 +43,9 @@ enum Command {
     Capacity(commands::capacity::Args),
     Timeline(commands::timeline::Args),
     Convert(commands::convert::Args),
+    Export(commands::export::Args),
     Train(Box<commands::train::Args>),
+    Generate(commands::generate::Args),
     Evaluate(commands::evaluate::Args),
     Calibrate(commands::calibrate::Args),
 }
@@ -73,7 +75,9 @@ fn run(command: Command) -> Result<()> {
         Command::Capacity(args) => commands::capacity::run(args),
         Command::Timeline(args) => commands::timeline::run(args),
         Command::Convert(args) => commands::convert::run(args),
+        Command::Export(args) => commands::export::run(args),
         Command::Train(args) => commands::train::run(*args),
+        Command::Generate(args) => commands::generate::run(args),
         Command::Evaluate(args) => commands::evaluate::run(args),
         Command::Calibrate(args) => commands::calibrate::run(args),
     }

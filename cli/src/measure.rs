@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use engine::cache::bytes_per_token;
+use engine::checkpoint::Checkpoint;
 use engine::clock::Idle;
 use engine::executor::{ExitDepths, Sampling};
 use engine::kernels::linear::WeightType;
@@ -13,7 +14,6 @@ use engine::profile::{Grid, Limits, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
-use engine::weights::Weights;
 use indicatif::{ProgressBar, ProgressStyle};
 use scheduler::{KvFill, Look, Settings};
 use simulator::{Metrics, ModelMemory, Source, Summary};
@@ -38,30 +38,60 @@ pub struct Measured {
 pub struct NamedEngine {
     /// The engine.
     pub engine: Engine,
-    /// The model folder's name.
+    /// The name of the model's folder or file.
     pub name: String,
 }
 
 impl NamedEngine {
-    /// Loads a model folder and the text that prompts are cut from.
+    /// Opens a model and the text that prompts are cut from; `loops` is as for [`Checkpoint::open`].
     ///
     /// # Errors
     /// If either does not read, or does not fit the other.
-    pub fn load(folder: &Path, weights: WeightType, prompts: &Path, sampling: Sampling) -> Result<Self> {
-        let mut named = Self::load_without_prompts(folder, weights, sampling)?;
-        let tokenizer = Tokenizer::load(&folder.join("tokenizer.json"))?;
+    pub fn load(
+        model: &Path,
+        loops: Option<usize>,
+        weights: WeightType,
+        prompts: &Path,
+        sampling: Sampling,
+    ) -> Result<Self> {
+        let (mut named, tokenizer) = Self::with_tokenizer(model, loops, weights, sampling)?;
         let text = std::fs::read_to_string(prompts).with_context(|| format!("cannot read {}", prompts.display()))?;
-        named.engine.prompts = Arc::new(Prompts::Text(tokenizer.encode(&text)?));
+        let prompts = Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)? };
+        named.engine.prompts = Arc::new(prompts);
         Ok(named)
     }
 
-    /// Loads a model folder for runs whose prompts do not matter: all of them repeat one token.
+    /// Opens a model that must have a tokenizer; prompts repeat one token until others are given.
+    ///
+    /// # Errors
+    /// If it does not read, or has no tokenizer.
+    pub fn with_tokenizer(
+        model: &Path,
+        loops: Option<usize>,
+        weights: WeightType,
+        sampling: Sampling,
+    ) -> Result<(Self, Tokenizer)> {
+        let checkpoint = Checkpoint::open(model, loops)?;
+        let named = Self::new(model, &checkpoint, weights, sampling)?;
+        Ok((named, checkpoint.tokenizer.with_context(|| format!("{}: the model has no tokenizer", model.display()))?))
+    }
+
+    /// Opens a model for runs whose prompts do not matter: all of them repeat one token.
     ///
     /// # Errors
     /// If it does not read.
-    pub fn load_without_prompts(folder: &Path, weights: WeightType, sampling: Sampling) -> Result<Self> {
-        let model = Arc::new(Model::load(&Weights::load(folder)?, weights)?);
-        let name = folder.file_name().unwrap_or(folder.as_os_str()).to_string_lossy().into_owned();
+    pub fn load_without_prompts(
+        model: &Path,
+        loops: Option<usize>,
+        weights: WeightType,
+        sampling: Sampling,
+    ) -> Result<Self> {
+        Self::new(model, &Checkpoint::open(model, loops)?, weights, sampling)
+    }
+
+    fn new(path: &Path, checkpoint: &Checkpoint, weights: WeightType, sampling: Sampling) -> Result<Self> {
+        let model = Arc::new(Model::load(&checkpoint.weights, weights)?);
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
         Ok(Self { engine: Engine { model, prompts, sampling }, name })
     }

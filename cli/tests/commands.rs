@@ -555,7 +555,15 @@ fn a_converted_model_is_recursive_and_says_what_its_adapters_keep() {
 
     let refusal = scene.fail(&convert(&["--loops", "2"]));
     assert!(refusal.contains("recursive is there already and not empty"), "{refusal}");
-    let refusal = scene.fail(&["convert", "recursive", "--loops", "1", "--out", "again"]);
+
+    scene.succeed(&["export", "recursive", "--out", "exported"]);
+    let exported = fs::read_to_string(scene.path("exported/config.json")).unwrap();
+    assert!(exported.contains("LlamaForCausalLM") && exported.contains("\"num_hidden_layers\": 4"), "{exported}");
+    scene.succeed(&["convert", "exported", "--loops", "4", "--out", "again"]);
+    assert_eq!(Weights::load(&scene.path("again")).unwrap().config().num_loops, 4);
+    assert!(scene.path("again/tokenizer.json").exists());
+    assert!(scene.fail(&["export", "recursive", "--out", "exported"]).contains("not empty"));
+    let refusal = scene.fail(&["convert", "recursive", "--loops", "1", "--out", "refused"]);
     assert!(refusal.contains("`num_loops` 2, expected 1"), "{refusal}");
 }
 
@@ -649,7 +657,7 @@ fn bad_training_runs_get_one_clear_error_and_leave_nothing() {
         error
     };
     assert!(refused(&["--text", "no.txt"]).contains("no.txt: No such file"));
-    assert!(refused(&["--from", "prompts.txt"]).contains("prompts.txt/config.json"));
+    assert!(refused(&["--from", "prompts.txt"]).contains("prompts.txt: not a supported GGUF file"));
     assert!(refused(&["--temperature", "2"]).contains("need a --teacher"));
     assert!(refused(&["--num-heads", "3", "--num-kv-heads", "2"]).contains("`num_kv_heads` is 2"));
     assert!(refused(&["--gate-weight", "1"]).contains("`objective.gate` is given"));

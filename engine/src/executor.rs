@@ -258,6 +258,13 @@ impl EngineExecutor {
         &self.generations
     }
 
+    /// What a request, by id, was given and has generated so far.
+    pub fn generation(&self, request: u32) -> Option<&Generation> {
+        let holds_slot = |sequence: &&Sequence| sequence.request == request && !sequence.generation.prompt.is_empty();
+        let in_slot = || self.sequences.iter().find(holds_slot).map(|sequence| &sequence.generation);
+        self.generations.get(&request).or_else(in_slot)
+    }
+
     /// The same, when the run is over.
     pub fn into_generations(self) -> HashMap<u32, Generation> {
         self.generations
@@ -599,7 +606,7 @@ impl Executor for EngineExecutor {
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), EngineError> {
         self.check_request(request)?;
         let mut generation = match generated {
-            0 => Generation { prompt: self.prompts.get(request)?.to_vec(), ..Generation::default() },
+            0 => Generation { prompt: self.prompts.get(request)?, ..Generation::default() },
             _ => self.generations.remove(&request.id).unwrap_or_default(),
         };
         assert_eq!(generation.tokens.len(), generated as usize, "a preempted request goes on where it was");

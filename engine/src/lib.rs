@@ -6,6 +6,7 @@ pub mod clock;
 pub mod config;
 pub mod differentiable;
 pub mod executor;
+pub mod generate;
 pub mod kernels;
 pub mod model;
 pub mod profile;

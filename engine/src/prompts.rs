@@ -11,6 +11,13 @@ use crate::kernels::signals::mix;
 pub enum Prompts {
     /// Slices of one text, as token ids; where a request's slice starts depends on its id alone.
     Text(Vec<u32>),
+    /// The same, each after the tokens that a sequence begins with, such as Gemma's `<bos>`.
+    TextAfter {
+        /// Tokens that every prompt begins with.
+        begin: Vec<u32>,
+        /// The text.
+        text: Vec<u32>,
+    },
     /// Token ids by request.
     Given(HashMap<u32, Vec<u32>>),
 }
@@ -45,19 +52,16 @@ impl Prompts {
     ///
     /// # Errors
     /// If the text is too short, or no such prompt was given.
-    pub fn get(&self, request: &Request) -> Result<&[u32], PromptError> {
+    pub fn get(&self, request: &Request) -> Result<Vec<u32>, PromptError> {
         let &Request { id, prompt_tokens, .. } = request;
-        let length = prompt_tokens as usize;
         match self {
-            Self::Text(text) => match text.len().checked_sub(length) {
-                Some(room) => {
-                    let start = (mix(u64::from(id)) % (room as u64 + 1)) as usize;
-                    Ok(&text[start..start + length])
-                }
-                None => Err(PromptError::TextTooShort { request: id, asked: prompt_tokens, found: text.len() }),
-            },
+            Self::Text(text) => slice(text, request, prompt_tokens as usize).map(<[u32]>::to_vec),
+            Self::TextAfter { begin, text } => {
+                let begin = &begin[..begin.len().min(prompt_tokens as usize)];
+                Ok([begin, slice(text, request, prompt_tokens as usize - begin.len())?].concat())
+            }
             Self::Given(prompts) => match prompts.get(&id) {
-                Some(prompt) if prompt.len() == length => Ok(prompt),
+                Some(prompt) if prompt.len() == prompt_tokens as usize => Ok(prompt.clone()),
                 other => {
                     let found = other.map_or(0, Vec::len);
                     Err(PromptError::NotGiven { request: id, asked: prompt_tokens, found })
@@ -65,6 +69,15 @@ impl Prompts {
             },
         }
     }
+}
+
+/// A request's own slice of a text.
+fn slice<'a>(text: &'a [u32], request: &Request, length: usize) -> Result<&'a [u32], PromptError> {
+    let &Request { id, prompt_tokens: asked, .. } = request;
+    let room = text.len().checked_sub(length);
+    let room = room.ok_or(PromptError::TextTooShort { request: id, asked, found: text.len() })?;
+    let start = (mix(u64::from(id)) % (room as u64 + 1)) as usize;
+    Ok(&text[start..start + length])
 }
 
 #[cfg(test)]
@@ -89,11 +102,20 @@ mod tests {
     }
 
     #[test]
+    fn prompts_of_a_text_begin_with_the_tokens_that_a_sequence_begins_with() {
+        let prompts = Prompts::TextAfter { begin: vec![500, 501], text: (0..100).collect() };
+        let prompt = prompts.get(&request(3, 42)).unwrap();
+        assert_eq!((prompt.len(), &prompt[..2]), (42, &[500, 501][..]));
+        assert_eq!(prompt[2..], Prompts::Text((0..100).collect()).get(&request(3, 40)).unwrap());
+        assert_eq!(prompts.get(&request(3, 1)).unwrap(), [500]);
+    }
+
+    #[test]
     fn prompts_that_are_not_there_are_errors() {
         let message = Prompts::Text(vec![1, 2]).get(&request(7, 3)).unwrap_err().to_string();
         assert!(message.contains("request 7 asks for a prompt of 3 tokens, the text has 2"), "{message}");
         let given = Prompts::Given(HashMap::from([(1, vec![1, 2])]));
-        assert_eq!(given.get(&request(1, 2)).unwrap(), &[1, 2]);
+        assert_eq!(given.get(&request(1, 2)).unwrap(), [1, 2]);
         assert!(given.get(&request(1, 3)).is_err() && given.get(&request(2, 2)).is_err());
     }
 }

@@ -117,6 +117,22 @@ impl Engine {
         Ok(())
     }
 
+    /// An idle machine that can serve `requests`.
+    pub(crate) fn server(
+        &self,
+        settings: Settings,
+        executor: EngineExecutor,
+        requests: &[Request],
+    ) -> Result<Server<EngineExecutor>, ReplayError> {
+        self.check_settings(&settings)?;
+        for request in requests {
+            settings.check_request(request)?;
+            executor.check_request(request)?;
+            self.prompts.get(request).map_err(EngineError::Prompt)?;
+        }
+        Ok(Server::new(settings, executor)?)
+    }
+
     fn serve(
         &self,
         settings: Settings,
@@ -125,13 +141,7 @@ impl Engine {
         idle: Idle,
         observer: &mut (impl Observer + Send),
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
-        self.check_settings(&settings)?;
-        for request in requests {
-            settings.check_request(request)?;
-            executor.check_request(request)?;
-            self.prompts.get(request).map_err(EngineError::Prompt)?;
-        }
-        let mut server = Server::new(settings, executor)?;
+        let mut server = self.server(settings, executor, requests)?;
         in_pool(|| {
             serve(&mut server, requests.iter().copied(), &mut WallClock::start(idle), observer)?;
             Ok(server.into_executor().into_generations())

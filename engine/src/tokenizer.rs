@@ -121,6 +121,23 @@ impl Tokenizer {
         Ok(encoding.map_err(TokenizerError::Library)?.get_ids().to_vec())
     }
 
+    /// The tokens that [`Tokenizer::encode_prompt`] puts before a text; often none, or one.
+    ///
+    /// # Errors
+    /// If the library refuses.
+    pub fn begin(&self) -> Result<Vec<u32>, TokenizerError> {
+        const TEXT: &str = "a";
+        let (text, mut prompt) = (self.encode(TEXT)?, self.encode_prompt(TEXT)?);
+        let before = (0..prompt.len()).find(|&at| prompt[at..].starts_with(&text)).unwrap_or(0);
+        prompt.truncate(before);
+        Ok(prompt)
+    }
+
+    /// Whether a token is no text but a sign of the tokenizer's own, such as `<|endoftext|>` or `<|im_end|>`.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.0.get_added_vocabulary().is_special_token(&self.0.id_to_token(id).unwrap_or_default())
+    }
+
     /// Text of token ids. Bytes that are no UTF-8, as when a character is cut, become U+FFFD.
     ///
     /// # Errors
@@ -131,6 +148,11 @@ impl Tokenizer {
             return Err(TokenizerError::UnknownToken { id, vocab_size });
         }
         self.0.decode(ids, false).map_err(TokenizerError::Library)
+    }
+
+    /// Begins a text whose tokens come one after the other.
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream(self.0.decode_stream(false))
     }
 
     /// Id of a token by its own text, such as `<|endoftext|>`, if it is known.
@@ -152,6 +174,28 @@ impl Tokenizer {
     }
 }
 
+/// Text of tokens that come one after the other.
+pub struct TextStream<'a>(Decoding<'a>);
+
+type Decoding<'a> = tokenizers::DecodeStream<
+    'a,
+    tokenizers::models::ModelWrapper,
+    tokenizers::normalizers::NormalizerWrapper,
+    tokenizers::pre_tokenizers::PreTokenizerWrapper,
+    tokenizers::processors::PostProcessorWrapper,
+    tokenizers::decoders::DecoderWrapper,
+>;
+
+impl TextStream<'_> {
+    /// What the text gains by a token: none while its last character lacks bytes.
+    ///
+    /// # Errors
+    /// If the library refuses the token.
+    pub fn push(&mut self, id: u32) -> Result<Option<String>, TokenizerError> {
+        self.0.step(id).map_err(TokenizerError::Library)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,6 +211,15 @@ mod tests {
             assert_eq!(tokenizer.decode(&ids).unwrap(), text);
         }
         assert!(tokenizer.encode(TEXT).unwrap().len() < TEXT.len());
+    }
+
+    #[test]
+    fn a_stream_gives_the_text_character_by_character_and_waits_for_those_of_several_tokens() {
+        let tokenizer = Tokenizer::train(TEXT, 256).unwrap();
+        let mut stream = tokenizer.stream();
+        let parts: Vec<_> = tokenizer.encode("a ☃.").unwrap().iter().map(|&id| stream.push(id).unwrap()).collect();
+        let parts: Vec<_> = parts.iter().map(Option::as_deref).collect();
+        assert_eq!(parts, [Some("a"), Some(" "), None, None, Some("☃"), Some(".")]);
     }
 
     #[test]

@@ -7,6 +7,30 @@ use candle_core::Tensor;
 use crate::config::{ModelConfig, Place, Projection, Sharing};
 use crate::weights::{Weights, WeightsError};
 
+impl ModelConfig {
+    /// Whether it is an ordinary transformer: its loops, if it has several, share nothing, and nothing is for early
+    /// exits alone.
+    pub fn is_ordinary(&self) -> bool {
+        let shares = self.num_loops > 1 && self.sharing != Sharing::Nothing;
+        !shares && self.lora.is_none() && self.head_lora_rank == 0 && !self.gate
+    }
+
+    /// The ordinary transformer of as many layers as a token meets on its way.
+    pub(crate) fn unrolled(&self) -> Self {
+        Self {
+            block_layers: self.num_layers(),
+            num_loops: 1,
+            sharing: Sharing::Nothing,
+            prelude_layers: 0,
+            coda_layers: 0,
+            lora: None,
+            head_lora_rank: 0,
+            gate: false,
+            ..self.clone()
+        }
+    }
+}
+
 impl Weights {
     /// The ordinary transformer with the last loop's logits: every loop's layers written out, low-rank differences
     /// added to the matrices (`W + scale B A`). What belongs to earlier exits alone, their heads' differences and
@@ -15,17 +39,11 @@ impl Weights {
     /// # Errors
     /// If a tensor operation fails.
     pub fn unrolled(&self) -> Result<Self, WeightsError> {
-        let config = ModelConfig {
-            block_layers: self.config().num_layers(),
-            num_loops: 1,
-            sharing: Sharing::Nothing,
-            prelude_layers: 0,
-            coda_layers: 0,
-            lora: None,
-            head_lora_rank: 0,
-            gate: false,
-            ..self.config().clone()
-        };
+        self.written_out(self.config().unrolled())
+    }
+
+    /// The same with its layers spread over the blocks of `config`, which share nothing.
+    pub(crate) fn written_out(&self, config: ModelConfig) -> Result<Self, WeightsError> {
         let mut tensors = HashMap::new();
         for name in ["embed_tokens.weight", "norm.weight", "norm.bias", "lm_head.weight"] {
             if let Some(tensor) = self.tensors().get(name) {

@@ -113,6 +113,9 @@ pub enum TrainingError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A model could not be opened.
+    #[error(transparent)]
+    Model(#[from] engine::checkpoint::CheckpointError),
     /// The model folder was refused or could not be written.
     #[error(transparent)]
     Weights(#[from] engine::weights::WeightsError),

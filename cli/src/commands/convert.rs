@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use engine::checkpoint::Checkpoint;
 use engine::weights::{Stored, TOKENIZER_FILE, Weights};
 use serde::Serialize;
 use serde::de::value::Error;
@@ -25,7 +26,8 @@ const RECORD_FILE: &str = "conversion.yaml";
 /// As in Relaxed Recursive Transformers (arXiv 2410.20672); docs/conversion.md has the rules.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model folder to convert
+    /// Model to convert: a folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub
+    /// (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
     #[arg(value_name = "SOURCE")]
     source: PathBuf,
     /// Folder for the recursive model, which must not be there or be empty
@@ -72,7 +74,7 @@ fn by_name<T: DeserializeOwned>(name: &str) -> Result<T, String> {
 pub fn run(args: Args) -> Result<()> {
     let started = Instant::now();
     let folder = ResultsFolder::create_new(&args.out)?;
-    let source = Weights::load(&args.source)?;
+    let Checkpoint { weights: source, tokenizer } = Checkpoint::open(&args.source, None)?;
     let conversion = args.conversion();
     let bar = progress(0);
     let converted = convert(&source, &conversion, |sites| {
@@ -82,7 +84,10 @@ pub fn run(args: Args) -> Result<()> {
     bar.finish_and_clear();
     let stored = if args.f16 { Stored::F16 } else { Stored::F32 };
     converted.weights.save(folder.path(), stored)?;
-    copy_tokenizer(&args.source, folder.path())?;
+    match tokenizer {
+        Some(tokenizer) => tokenizer.save(&folder.path().join(TOKENIZER_FILE))?,
+        None => eprintln!("{}: no tokenizer, so the converted model has none", args.source.display()),
+    }
     let record = serde_yaml::to_string(&Record { source: &args.source, conversion: &conversion })?;
     std::fs::write(folder.path().join(RECORD_FILE), record)?;
     folder.finish()?;
@@ -112,20 +117,6 @@ struct Record<'a> {
     source: &'a Path,
     #[serde(flatten)]
     conversion: &'a Conversion,
-}
-
-fn copy_tokenizer(source: &Path, folder: &Path) -> Result<()> {
-    let tokenizer = source.join(TOKENIZER_FILE);
-    match tokenizer.exists() {
-        true => {
-            let copied = std::fs::copy(&tokenizer, folder.join(TOKENIZER_FILE));
-            copied.map(drop).with_context(|| format!("cannot copy {}", tokenizer.display()))
-        }
-        false => {
-            eprintln!("{}: no tokenizer, so the converted model has none", source.display());
-            Ok(())
-        }
-    }
 }
 
 /// Prints what became of layers and parameters, and what adapters keep of the original.

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::ArgGroup;
+use engine::checkpoint::Checkpoint;
 use engine::config::ModelConfig;
 use engine::reference::Reference;
 use engine::tokenizer::Tokenizer;
-use engine::weights::Weights;
 use plots::{ExitCurve, Figure, Origin, Reliability, Scale, SweepLine, SweepPoint};
 use serde::Serialize;
 use simulator::write_csv;
@@ -16,7 +16,7 @@ use training::corpus::Corpus;
 use training::evaluation::exits::{CurvePoint, exit_curve, shallowest};
 use training::evaluation::multiple_choice::{self, Accuracy, Answer, Question, accuracies, read_questions};
 use training::evaluation::reliability::{ReliabilityBin, SignalQuality, reliability, signal_quality};
-use training::evaluation::{Evaluation, evaluate_and_record};
+use training::evaluation::{Evaluation, Windows, evaluate_and_record};
 
 use crate::figures::exit_depths;
 use crate::measure::progress;
@@ -32,9 +32,13 @@ const AGREEMENTS: [f64; 3] = [0.99, 0.95, 0.9];
 #[derive(Debug, Serialize, clap::Args)]
 #[command(group = ArgGroup::new("evidence").required(true).multiple(true).args(["text", "exits", "questions"]))]
 pub struct Args {
-    /// Model folder
+    /// A folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub (OWNER/MODEL or
+    /// OWNER/MODEL/FILE.gguf)
     #[arg(required_unless_present = "exits")]
     model: Option<PathBuf>,
+    /// Split the layers of an ordinary transformer into so many blocks, a depth each
+    #[arg(long, value_name = "N", requires = "model")]
+    loops: Option<usize>,
     /// Plain text to predict, token by token
     #[arg(long, value_name = "FILE", requires = "model")]
     text: Option<PathBuf>,
@@ -51,7 +55,7 @@ pub struct Args {
     /// How many of them
     #[arg(long, value_name = "N", requires = "examples")]
     shots: Option<usize>,
-    /// Tokens of a window of the text; all but the first are predicted from half as many or more
+    /// Tokens of a window of the text; all but those of the first window are predicted from half as many or more
     #[arg(long, default_value_t = 256, value_name = "TOKENS")]
     seq: usize,
     /// Folder to write CSV files and figures to
@@ -63,7 +67,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let questions = args.questions.as_deref().map(|path| with_examples(path, &args)).transpose()?;
     let recorded = args.exits.as_deref().map(ExitTrace::read).transpose()?;
-    let model = args.model.as_deref().map(LoadedModel::load).transpose()?;
+    let model = args.model.as_deref().map(|model| LoadedModel::load(model, args.loops)).transpose()?;
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
     let out = folder.as_ref().map(ResultsFolder::path);
 
@@ -118,12 +122,12 @@ struct LoadedModel {
 }
 
 impl LoadedModel {
-    fn load(folder: &Path) -> Result<Self> {
-        let weights = Weights::load(folder)?;
+    fn load(path: &Path, loops: Option<usize>) -> Result<Self> {
+        let Checkpoint { weights, tokenizer } = Checkpoint::open(path, loops)?;
         Ok(Self {
             reference: Reference::new(&weights)?,
-            tokenizer: Tokenizer::load(&folder.join("tokenizer.json"))?,
-            name: file_name(folder),
+            tokenizer: tokenizer.with_context(|| format!("{}: the model has no tokenizer", path.display()))?,
+            name: file_name(path),
             fingerprint: weights.fingerprint()?,
         })
     }
@@ -133,7 +137,9 @@ impl LoadedModel {
         let max_positions = self.reference.config().max_positions;
         ensure!((2..=max_positions).contains(&seq), "--seq {seq}: expected 2 to the model's {max_positions} positions");
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let corpus = Corpus::new(&text, &self.tokenizer, seq, "evaluation")?;
+        let corpus = Corpus::new(&text, &self.tokenizer, 1, "evaluation")?;
+        let begin = &self.tokenizer.begin()?;
+        ensure!(2 * begin.len() < seq, "--seq {seq}: expected more than twice the {} that begin a window", begin.len());
         let &ModelConfig { num_loops, gate: has_gates, .. } = self.reference.config();
         let exits = ExitTrace::new(ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
@@ -143,8 +149,8 @@ impl LoadedModel {
             source: format!("{} in windows of {seq} tokens", file_name(path)),
         });
         let mut exits = ExitTrace { has_gates, ..exits };
-        let bar = progress(corpus.tokens().len() - 1);
-        let evaluation = evaluate_and_record(&self.reference, &corpus, seq, |rows| {
+        let bar = progress(corpus.tokens().len());
+        let evaluation = evaluate_and_record(&self.reference, &corpus, Windows { seq, begin }, |rows| {
             exits.push_generation(rows);
             bar.inc((rows.len() / num_loops) as u64);
         })?;

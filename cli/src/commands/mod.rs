@@ -4,6 +4,8 @@ pub mod calibrate;
 pub mod capacity;
 pub mod convert;
 pub mod evaluate;
+pub mod export;
+pub mod generate;
 pub mod import;
 pub mod plot;
 pub mod profile;

@@ -66,7 +66,8 @@ fn measure_and_simulate(
 ) -> Result<()> {
     let requests = &workload.requests;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
-    let engine = NamedEngine::load(&base.join(&spec.model), spec.weights, &base.join(&spec.prompts), sampling)?;
+    let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
+    let engine = NamedEngine::load(&model, spec.loops, spec.weights, &prompts, sampling)?;
     let settings = experiment.serving.all_settings(&engine.memory(), requests)?;
     let variants = Variants::new(experiment, &engine.memory(), requests)?;
     let limits = limits(settings.iter().chain(variants.all()), requests);

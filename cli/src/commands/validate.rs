@@ -29,14 +29,14 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let (mut requests, base) = args.requests.spec()?;
     requests.file = requests.file.map(|file| base.join(file));
-    let EngineArgs { model: ModelArgs { model, weights }, prompts, temperature, seed } = args.engine;
+    let EngineArgs { model: ModelArgs { model, loops, weights }, prompts, temperature, seed } = args.engine;
     let experiment = Experiment {
         schema_version: SCHEMA_VERSION,
         title: format!("{}, {}", model.display(), args.requests.requests.display()),
         seed,
         requests,
         serving: args.serving.serving(),
-        engine: Some(EngineSpec { model, weights, prompts, repeats: args.repeats, temperature }),
+        engine: Some(EngineSpec { model, loops, weights, prompts, repeats: args.repeats, temperature }),
         systems: Vec::new(),
         sweeps: Sweeps::default(),
     };

@@ -1,9 +1,11 @@
-//! Checkpoints of ordinary transformers, as others publish them: Hugging Face folders and GGUF files, local or from the
-//! Hugging Face hub, read into [`Weights`] whose loops share nothing, and written back.
+//! Models from wherever they lie: folders of ours, and ordinary transformers as others publish them, which are Hugging
+//! Face folders and GGUF files, local or from the Hugging Face hub. Those are read into [`Weights`] whose loops share
+//! nothing; all are written back as Hugging Face folders.
 //!
 //! ```text
-//! config.json + *.safetensors ──┐                                       ┌── config.json + model.safetensors
-//! *.gguf ───────────────────────┴─► Weights, sharing nothing ── merged ─┘
+//! a folder of ours ─────────────┐
+//! config.json + *.safetensors ──┤                                       ┌── config.json + model.safetensors
+//! *.gguf ───────────────────────┴─► Weights ─────────────── unrolled ───┘
 //! ```
 //!
 //! | family | Hugging Face | GGUF |
@@ -29,7 +31,7 @@ use std::path::{Path, PathBuf};
 
 use keys::Keys;
 
-use crate::config::{ConfigError, MAX_LAYERS, ModelConfig};
+use crate::config::{ConfigError, MAX_LAYERS, MODEL_TYPE, ModelConfig};
 use crate::tensor_file::{Safetensors, read_weights};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, Weights, WeightsError};
@@ -39,9 +41,9 @@ pub use export::write_hugging_face;
 /// The file that says in which file each tensor is, where there are several.
 const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// An ordinary transformer and its tokenizer.
+/// A model and its tokenizer.
 pub struct Checkpoint {
-    /// The weights, of [`Sharing::Nothing`](crate::config::Sharing::Nothing).
+    /// The weights; those of an ordinary transformer are of [`Sharing::Nothing`](crate::config::Sharing::Nothing).
     pub weights: Weights,
     /// The tokenizer; none if the folder has no `tokenizer.json`.
     pub tokenizer: Option<Tokenizer>,
@@ -105,6 +107,14 @@ pub enum CheckpointError {
         /// Loops asked for.
         num_loops: usize,
     },
+    /// A recursive model is asked for other loops than its own.
+    #[error("{}: a recursive model of {found} loops: only an ordinary transformer is split into other loops", path.display())]
+    Recursive {
+        /// The folder.
+        path: PathBuf,
+        /// Its loops.
+        found: usize,
+    },
     /// There is neither a file of that name nor such a model on the hub.
     #[error("{name}: no such file or folder, and the Hugging Face hub does not have it either: {message}")]
     Hub {
@@ -129,22 +139,27 @@ pub enum CheckpointError {
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 impl Checkpoint {
-    /// Opens a checkpoint: a Hugging Face folder, a GGUF file or, where `name` is neither, a model on the Hugging Face
-    /// hub, `owner/model` or `owner/model/file.gguf`. The hub's files are kept in its usual cache (`HF_HOME`), which is
-    /// asked first. The layers become `num_loops` blocks in a row that share nothing.
+    /// Opens a model: a folder of ours, a Hugging Face folder, a GGUF file or, where `name` is none of them, a model on
+    /// the Hugging Face hub, `owner/model` or `owner/model/file.gguf`. The hub's files are kept in its usual cache
+    /// (`HF_HOME`), which is asked first. The layers of an ordinary transformer become `num_loops` blocks in a row that
+    /// share nothing; if none is given, one block, or those that a folder of ours says.
     ///
     /// # Errors
     /// If nothing is found under the name, a file is damaged, the model is of a family or has an option that is not
-    /// supported, its tensors do not fit its configuration, or `num_loops` does not divide its layers.
-    pub fn open(name: &str, num_loops: usize) -> Result<Self> {
-        let path = Path::new(name);
-        match path.exists() {
-            true => Self::read(path, num_loops),
-            false => Self::read(&hub::fetch(name)?, num_loops),
+    /// supported, its tensors do not fit its configuration, or `num_loops` does not divide its layers or is given for a
+    /// recursive model.
+    pub fn open(name: &Path, num_loops: Option<usize>) -> Result<Self> {
+        let path = match name.exists() {
+            true => name.to_owned(),
+            false => hub::fetch(&name.to_string_lossy())?,
+        };
+        match is_ours(&path) {
+            true => read_ours(&path, num_loops),
+            false => Self::read(&path, num_loops.unwrap_or(1)),
         }
     }
 
-    /// Reads a Hugging Face folder or a GGUF file.
+    /// Reads an ordinary transformer, a Hugging Face folder or a GGUF file, as `num_loops` blocks.
     ///
     /// # Errors
     /// As for [`Checkpoint::open`].
@@ -156,6 +171,25 @@ impl Checkpoint {
     }
 }
 
+/// Whether a folder is one that [`Weights::save`] wrote, by the `model_type` of its configuration.
+fn is_ours(folder: &Path) -> bool {
+    let model_type = || Keys::read(&folder.join(CONFIG_FILE)).ok()?.optional::<String>("model_type").ok()?;
+    folder.is_dir() && model_type().is_some_and(|found| found == MODEL_TYPE)
+}
+
+fn read_ours(folder: &Path, num_loops: Option<usize>) -> Result<Checkpoint> {
+    let weights = Weights::load(folder)?;
+    let config = weights.config();
+    let weights = match num_loops {
+        None => weights,
+        Some(num_loops) if config.is_ordinary() => {
+            weights.written_out(in_loops(config.unrolled(), num_loops, folder)?)?
+        }
+        Some(_) => return Err(CheckpointError::Recursive { path: folder.to_owned(), found: config.num_loops }),
+    };
+    Ok(Checkpoint { weights, tokenizer: tokenizer_of(folder)? })
+}
+
 fn read_folder(folder: &Path, num_loops: usize) -> Result<Checkpoint> {
     let keys = Keys::read(&folder.join(CONFIG_FILE))?;
     let family = family::Family::of(&keys)?;
@@ -165,9 +199,13 @@ fn read_folder(folder: &Path, num_loops: usize) -> Result<Checkpoint> {
     let weights = read_weights(&file, config.clone(), &family.naming().entries(&config), |name| {
         family.naming().ignores(name, &config)
     })?;
+    Ok(Checkpoint { weights, tokenizer: tokenizer_of(folder)? })
+}
+
+/// The tokenizer of a folder, if it has one.
+fn tokenizer_of(folder: &Path) -> Result<Option<Tokenizer>> {
     let path = folder.join(TOKENIZER_FILE);
-    let tokenizer = path.exists().then(|| Tokenizer::load(&path)).transpose()?;
-    Ok(Checkpoint { weights, tokenizer })
+    Ok(path.exists().then(|| Tokenizer::load(&path)).transpose()?)
 }
 
 /// The safetensors files of a folder, and the file that names them.

@@ -10,11 +10,17 @@ fn of_repository(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
+/// Where `scripts/fetch-models.sh` puts models: `DEPTHWISE_MODELS`, or `models/fetched`.
+fn fetched(name: &str) -> PathBuf {
+    let folder = std::env::var_os("DEPTHWISE_MODELS");
+    folder.map_or_else(|| of_repository("models/fetched"), PathBuf::from).join(name)
+}
+
 /// Tokens of a fixed text, with those that begin a prompt, and the perplexity of it; nothing if the model is not there.
 fn tokens_and_perplexity(name: &str) -> Option<(usize, f64)> {
-    let path = of_repository("models/fetched").join(name);
+    let path = fetched(name);
     if !path.exists() {
-        eprintln!("skipped: {name} is not in models/fetched, run scripts/fetch-models.sh");
+        eprintln!("skipped: {} is not there, run scripts/fetch-models.sh", path.display());
         return None;
     }
     let text = std::fs::read_to_string(of_repository("models/kjv/prompts.txt")).unwrap();

@@ -13,7 +13,6 @@ mod initialization;
 mod layers;
 mod relaxation;
 mod svd;
-mod unroll;
 
 use engine::config::{LoraConfig, ModelConfig, Sharing};
 use engine::weights::{Weights, WeightsError};
@@ -21,7 +20,6 @@ use serde::Serialize;
 
 pub use initialization::{Initialization, Vectors};
 pub use relaxation::{AdapterStart, KindEnergy, Ranks, Relaxation, beyond_adapters};
-pub use unroll::unroll;
 
 use layers::SourceLayers;
 use relaxation::Relaxing;

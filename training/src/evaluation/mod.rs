@@ -25,8 +25,8 @@ pub struct LoopFigures {
     pub loss_nats_per_token: f64,
     /// `exp` of that: the number of equally likely tokens that would be as hard to guess.
     pub perplexity: f64,
-    /// Bits to code the text with this loop's probabilities, over its bytes; the first token, which
-    /// nothing precedes, is counted at `log2(vocab)` bits.
+    /// Bits to code the text with this loop's probabilities, over its bytes; the first token, if
+    /// nothing precedes it, is counted at `log2(vocab)` bits.
     pub bits_per_byte: f64,
     /// Share of tokens whose most likely token is the right one.
     pub accuracy: f64,
@@ -87,10 +87,20 @@ struct Sums {
 /// # Errors
 /// If a tensor operation fails or the model gives logits that are not finite.
 pub fn evaluate(model: &Reference, corpus: &Corpus, seq: usize) -> Result<Evaluation, TrainingError> {
-    evaluate_and_record(model, corpus, seq, |_| ())
+    evaluate_and_record(model, corpus, Windows { seq, begin: &[] }, |_| ())
 }
 
-/// The same, and hands over the exit signals of each window's tokens that count, and the tokens predicted: entry
+/// How a text is cut into what the model sees at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Windows<'a> {
+    /// Tokens of a window.
+    pub seq: usize,
+    /// Those that every window begins with, such as Gemma's `<bos>`; fewer than half of `seq`. After them, the text's
+    /// first token is predicted too.
+    pub begin: &'a [u32],
+}
+
+/// As [`evaluate`], and hands over the exit signals of each window's tokens that count, and the tokens predicted: entry
 /// `token * num_loops + depth`, as [`traces::ExitTrace::push_generation`] takes them.
 ///
 /// # Errors
@@ -98,26 +108,28 @@ pub fn evaluate(model: &Reference, corpus: &Corpus, seq: usize) -> Result<Evalua
 pub fn evaluate_and_record(
     model: &Reference,
     corpus: &Corpus,
-    seq: usize,
+    Windows { seq, begin }: Windows<'_>,
     mut record: impl FnMut(&[(Signals, u32)]),
 ) -> Result<Evaluation, TrainingError> {
     let tokens = corpus.tokens();
-    let predicted = tokens.len() - 1;
+    let first = usize::from(begin.is_empty());
+    let predicted = tokens.len() - first;
     let mut sums = vec![Sums::default(); model.config().num_loops];
-    let mut counted = 0;
-    while counted < predicted {
-        let start = counted.saturating_sub(seq / 2);
-        let end = (start + seq).min(predicted);
-        let loops = read_window(model, &tokens[start..=end], counted - start)?;
+    let mut next = first;
+    while next < tokens.len() {
+        let start = (next + begin.len()).saturating_sub(seq / 2 + 1);
+        let end = (start + seq + 1 - begin.len()).min(tokens.len());
+        let window = [begin, &tokens[start..end]].concat();
+        let loops = read_window(model, &window, begin.len() + next - start - 1)?;
         if let Some(depth) = loops.iter().position(|read| read.rows.iter().any(|row| !row.0.top1.is_finite())) {
-            return Err(TrainingError::NotFinite { from: counted, to: end, depth });
+            return Err(TrainingError::NotFinite { from: next - first, to: end - first, depth });
         }
-        add(&mut sums, &loops, &tokens[counted + 1..=end]);
-        let rows = (0..end - counted).flat_map(|row| loops.iter().map(move |read| read.rows[row]));
+        add(&mut sums, &loops, &tokens[next..end]);
+        let rows = (0..end - next).flat_map(|row| loops.iter().map(move |read| read.rows[row]));
         record(&rows.collect::<Vec<_>>());
-        counted = end;
+        next = end;
     }
-    let first_token_bits = (model.config().vocab_size as f64).log2();
+    let first_token_bits = first as f64 * (model.config().vocab_size as f64).log2();
     let figures = |(loop_index, sums): (usize, &Sums)| LoopFigures {
         passes: loop_index + 1,
         loss_nats_per_token: sums.nats / predicted as f64,
@@ -258,6 +270,23 @@ mod tests {
     }
 
     #[test]
+    fn every_window_begins_with_the_tokens_that_a_sequence_begins_with() {
+        let model = Reference::new(&weights()).unwrap();
+        let corpus = corpus().start(13, &Tokenizer::train(TEXT, 256).unwrap()).unwrap();
+        let found = evaluate_and_record(&model, &corpus, Windows { seq: 8, begin: &[200] }, |_| ()).unwrap();
+        assert_eq!(found.tokens, 13);
+        let tokens = corpus.tokens();
+        let windows = [(0..8, 0), (4..12, 4), (8..13, 4)];
+        let nats = windows.map(|(range, skip)| {
+            let window = [&[200], &tokens[range]].concat();
+            read_window(&model, &window, skip).unwrap()[2].nats
+        });
+        assert!((found.loops[2].loss_nats_per_token - nats.iter().sum::<f64>() / 13.0).abs() < 1e-9);
+        let bits = nats.iter().sum::<f64>() / std::f64::consts::LN_2;
+        assert!((found.loops[2].bits_per_byte - bits / corpus.bytes() as f64).abs() < 1e-9);
+    }
+
+    #[test]
     fn oracle_shares_add_up_and_the_last_loop_agrees_with_itself() {
         let model = Reference::new(&weights()).unwrap();
         let evaluation = evaluate(&model, &corpus(), 8).unwrap();
@@ -272,7 +301,10 @@ mod tests {
     fn what_is_recorded_tells_the_same_as_the_figures() {
         let model = Reference::new(&weights()).unwrap();
         let mut exits = exits::tests::empty(3);
-        let evaluation = evaluate_and_record(&model, &corpus(), 8, |rows| exits.push_generation(rows)).unwrap();
+        let evaluation = evaluate_and_record(&model, &corpus(), Windows { seq: 8, begin: &[] }, |rows| {
+            exits.push_generation(rows);
+        })
+        .unwrap();
         assert_eq!(exits.num_tokens(), evaluation.tokens);
         assert_eq!(exits.num_generations(), 1 + (evaluation.tokens - 8).div_ceil(4));
         for (depth, figures) in evaluation.loops.iter().enumerate() {

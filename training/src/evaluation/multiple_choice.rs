@@ -237,11 +237,12 @@ pub fn answer(
     Ok(answers)
 }
 
-/// Tokens of context and continuation together, and how many of them are the continuation's. White space at the end
-/// of the context is left to the continuation, whose first token it usually begins.
+/// Tokens of context and continuation together, after those that a sequence begins with, and how many of them are the
+/// continuation's. White space at the end of the context is left to the continuation, whose first token it usually
+/// begins.
 fn encode(tokenizer: &Tokenizer, choice: &Choice) -> Result<(Vec<u32>, usize), TrainingError> {
-    let whole = tokenizer.encode(&format!("{}{}", choice.context, choice.continuation))?;
-    let context = tokenizer.encode(choice.context.trim_end())?.len();
+    let whole = tokenizer.encode_prompt(&format!("{}{}", choice.context, choice.continuation))?;
+    let context = tokenizer.encode_prompt(choice.context.trim_end())?.len();
     let continuation = whole.len().saturating_sub(context).max(1);
     Ok((whole, continuation))
 }

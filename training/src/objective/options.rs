@@ -50,7 +50,7 @@ pub enum ExitCoefficients {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherOptions {
-    /// Its model folder.
+    /// What [`Checkpoint::open`](engine::checkpoint::Checkpoint::open) knows: a folder, a GGUF file or a name on the hub.
     pub model: PathBuf,
     /// Weight b of the divergence from it.
     #[serde(default = "one")]

@@ -114,9 +114,9 @@ impl Trainer {
             let problem = "a run is here already; resume it or choose another folder".to_owned();
             return Err(TrainingError::Checkpoint { path: folder.to_owned(), problem });
         }
-        let weights = options.model.weights(options.seed)?;
+        let (weights, tokenizer) = options.model.start(options.seed)?;
         options.check(weights.config())?;
-        let tokenizer = options.model.tokenizer(&options.data, weights.config().vocab_size)?;
+        let tokenizer = options.model.tokenizer(tokenizer, &options.data, weights.config().vocab_size)?;
         let trainer = Self::new(options, folder, weights, tokenizer, None, report)?;
         std::fs::create_dir_all(folder).map_err(|e| TrainingError::in_file(folder, e))?;
         trainer.options.save(&folder.join(OPTIONS_FILE))?;
@@ -525,7 +525,7 @@ mod tests {
         for (part, moves) in [(Part::Lora, "lora."), (Part::Shared, "block."), (Part::Gate, "gate."), (Part::All, "")] {
             let mut options = everything(folder.path(), &path("teacher"));
             options.train = vec![part];
-            let before = options.model.weights(options.seed).unwrap();
+            let (before, _) = options.model.start(options.seed).unwrap();
             let after = trained(options, &path(&part.to_string()));
             for (name, tensor) in after.weights().tensors() {
                 let change = (tensor - before.get(name).unwrap()).unwrap().abs().unwrap();
@@ -611,13 +611,13 @@ mod tests {
         let given = trained(options(folder.path()), &path("model"));
         let mut options = ModelOptions { from: Some(path("model")), ..ModelOptions::default() };
         options.config.insert("gate".into(), true.into());
-        let weights = options.weights(9).unwrap();
+        let (weights, _) = options.start(9).unwrap();
         assert_eq!(weights.config(), &ModelConfig { gate: true, ..given.weights().config().clone() });
         let name = "block.layers.0.mlp.up_proj.weight";
         let numbers = |weights: &Weights| weights.get(name).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(numbers(&weights), numbers(given.weights()));
         options.config.insert("hidden_size".into(), 32.into());
-        let refusal = options.weights(9).unwrap_err().to_string();
+        let refusal = options.start(9).map(drop).unwrap_err().to_string();
         assert!(refusal.contains("model, changed: tensor `block.layers.0.input_layernorm.weight`"), "{refusal}");
         assert!(refusal.contains("has shape [16], expected [32]"), "{refusal}");
     }

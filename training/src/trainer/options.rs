@@ -4,10 +4,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use engine::checkpoint::Checkpoint;
 use engine::config::ModelConfig;
 use engine::reference::Reference;
 use engine::tokenizer::Tokenizer;
-use engine::weights::{TOKENIZER_FILE, Weights, write_then_rename};
+use engine::weights::{Weights, write_then_rename};
 use serde::{Deserialize, Serialize};
 use serde_yaml::{Mapping, Value};
 
@@ -74,11 +75,12 @@ impl Default for TrainingOptions {
     }
 }
 
-/// The model to train: one in a folder, or a fresh one of the sizes of [`ModelConfig::default`]; either with some
+/// The model to train: one at hand, or a fresh one of the sizes of [`ModelConfig::default`]; either with some
 /// fields of its `config.json` changed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelOptions {
-    /// Model folder to go on from; a fresh model if none is given.
+    /// What to go on from, as [`Checkpoint::open`] knows it: a folder, a GGUF file or a name on the hub; a fresh model
+    /// if none is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<PathBuf>,
     /// Tokenizer of a fresh model, a `tokenizer.json`; trained on the text if none is given.
@@ -152,15 +154,18 @@ impl TrainingOptions {
         Ok(options)
     }
 
-    /// Makes the paths of what is read absolute; they are taken as relative to `base`.
+    /// Makes the paths of what is read absolute; they are taken as relative to `base`. A model that is not there may be
+    /// on the hub: its name is left as it is.
     ///
     /// # Errors
-    /// If one is not there.
+    /// If another file is not there.
     pub fn find_paths(&mut self, base: &Path) -> Result<(), TrainingError> {
         let teacher = self.objective.teacher.as_mut().map(|teacher| &mut teacher.model);
-        let model = self.model.from.iter_mut().chain(&mut self.model.tokenizer);
+        for model in self.model.from.iter_mut().chain(teacher) {
+            *model = base.join(&model).canonicalize().unwrap_or(model.clone());
+        }
         let data = self.data.text.iter_mut().chain(&mut self.data.held_out);
-        for path in model.chain(data).chain(teacher) {
+        for path in data.chain(&mut self.model.tokenizer) {
             let found = base.join(&path);
             *path = found.canonicalize().map_err(|e| TrainingError::in_file(&found, e))?;
         }
@@ -209,30 +214,47 @@ impl TrainingOptions {
 }
 
 impl ModelOptions {
-    /// The weights to start from; `seed` is that of what is fresh.
+    /// The weights to start from, and the tokenizer of a model to go on from; `seed` is that of what is fresh.
     ///
     /// # Errors
-    /// If the folder is unreadable, or the configuration as changed is none or drops or reshapes a tensor.
-    pub fn weights(&self, seed: u64) -> Result<Weights, TrainingError> {
-        let given = self.from.as_deref().map(Weights::load).transpose()?;
-        let config = given.as_ref().map_or_else(ModelConfig::default, |given| given.config().clone());
-        let fresh = Weights::random(changed(&config, &self.config)?, seed)?;
-        let Some(given) = given else { return Ok(fresh) };
+    /// If the model does not open, or the configuration as changed is none or drops or reshapes a tensor.
+    pub fn start(&self, seed: u64) -> Result<(Weights, Option<Tokenizer>), TrainingError> {
+        let Some(from) = &self.from else {
+            return Ok((Weights::random(changed(&ModelConfig::default(), &self.config)?, seed)?, None));
+        };
+        let Checkpoint { weights: given, tokenizer } = Checkpoint::open(from, None)?;
+        if self.config.is_empty() {
+            return Ok((given, tokenizer));
+        }
+        let fresh = Weights::random(changed(given.config(), &self.config)?, seed)?;
         let tensors =
             fresh.tensors().iter().chain(given.tensors()).map(|(name, tensor)| (name.clone(), tensor.clone()));
-        let origin = format!("{}, changed", self.from.as_deref().unwrap_or(Path::new("")).display());
-        Ok(Weights::from_tensors(fresh.config().clone(), tensors.collect(), &origin)?)
+        let origin = format!("{}, changed", from.display());
+        Ok((Weights::from_tensors(fresh.config().clone(), tensors.collect(), &origin)?, tokenizer))
     }
 
-    /// The tokenizer: the given one, that of the model folder, or one of `vocab_size` tokens trained on the text.
+    /// The tokenizer: the one given here, that `of_model`, or, for a fresh model, one of `vocab_size` tokens trained on
+    /// the text.
     ///
     /// # Errors
-    /// If a file is unreadable, or the tokenizer has more tokens than the model.
-    pub fn tokenizer(&self, data: &DataOptions, vocab_size: usize) -> Result<Tokenizer, TrainingError> {
-        let in_folder = self.from.as_ref().map(|folder| folder.join(TOKENIZER_FILE));
-        let tokenizer = match self.tokenizer.clone().or(in_folder) {
-            Some(path) => Tokenizer::load(&path)?,
-            None => Tokenizer::train(&data.read_text()?, vocab_size)?,
+    /// If there is none, a file is unreadable, or the tokenizer has more tokens than the model.
+    pub fn tokenizer(
+        &self,
+        of_model: Option<Tokenizer>,
+        data: &DataOptions,
+        vocab_size: usize,
+    ) -> Result<Tokenizer, TrainingError> {
+        let tokenizer = match (&self.tokenizer, of_model, &self.from) {
+            (Some(path), ..) => Tokenizer::load(path)?,
+            (None, Some(tokenizer), _) => tokenizer,
+            (None, None, Some(from)) => {
+                return Err(TrainingError::Option {
+                    option: "model.from",
+                    found: format!("{}, which has no tokenizer", from.display()),
+                    expected: "a model with one, or `model.tokenizer`".to_owned(),
+                });
+            }
+            (None, None, None) => Tokenizer::train(&data.read_text()?, vocab_size)?,
         };
         let found = format!("that of a model of {vocab_size} tokens");
         let expected = format!("one of at least the tokenizer's {}", tokenizer.vocab_size());
@@ -258,12 +280,13 @@ fn changed(config: &ModelConfig, changes: &Mapping) -> Result<ModelConfig, Train
 /// Loads a teacher, which must read and write the same tokens.
 ///
 /// # Errors
-/// If the folder is unreadable or its tokenizer or vocabulary is another.
-pub fn load_teacher(folder: &Path, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Reference, TrainingError> {
-    let weights = Weights::load(folder)?;
+/// If it does not open or its tokenizer or vocabulary is another.
+pub fn load_teacher(model: &Path, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Reference, TrainingError> {
+    let Checkpoint { weights, tokenizer: of_teacher } = Checkpoint::open(model, None)?;
     let same_size = weights.config().vocab_size == vocab_size;
-    let same_tokens = Tokenizer::load(&folder.join(TOKENIZER_FILE))?.to_json()? == tokenizer.to_json()?;
-    let found = format!("{}, with a vocabulary of {}", folder.display(), weights.config().vocab_size);
+    let of_teacher = of_teacher.as_ref().map(Tokenizer::to_json).transpose()?;
+    let same_tokens = of_teacher == Some(tokenizer.to_json()?);
+    let found = format!("{}, with a vocabulary of {}", model.display(), weights.config().vocab_size);
     let expected = format!("a model with the student's tokenizer and its vocabulary of {vocab_size}");
     check(same_size && same_tokens, "objective.teacher.model", &found, &expected)?;
     Ok(Reference::new(&weights)?)

@@ -27,8 +27,9 @@ pub struct RunArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 struct ModelArgs {
-    /// Model folder to go on from [default: a fresh model]
-    #[arg(long, value_name = "DIR")]
+    /// Model to go on from: a folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub
+    /// [default: a fresh model]
+    #[arg(long, value_name = "MODEL")]
     from: Option<PathBuf>,
     /// Tokenizer of a fresh model [default: one trained on the text]
     #[arg(long, value_name = "FILE")]
@@ -109,8 +110,8 @@ struct ObjectiveArgs {
     /// Weight of next-token cross-entropy [default: 1]
     #[arg(long, value_name = "WEIGHT")]
     cross_entropy: Option<f64>,
-    /// Model folder of a teacher to distil from
-    #[arg(long, value_name = "DIR")]
+    /// Teacher to distil from, found as the model to go on from is
+    #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
     /// Weight of the divergence from the teacher [default: 1]
     #[arg(long, value_name = "WEIGHT")]
