@@ -6,6 +6,7 @@ mod experiment;
 mod figures;
 mod loss_figure;
 mod measure;
+mod parts;
 mod process;
 mod report;
 mod results;

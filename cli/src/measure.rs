@@ -211,7 +211,7 @@ pub fn replay(
         kv_bytes_per_token: Some(bytes_per_token(engine.model.config(), settings.kv_fill)),
         ..metrics.summary(Source::Measured, Some(agreement))
     };
-    Ok(Run { summary, metrics })
+    Ok(Run { summary, metrics, time: None })
 }
 
 /// The run of median throughput; of an even number, the slower of the middle two.

@@ -8,7 +8,7 @@ use scheduler::Settings;
 use serde::Serialize;
 use simulator::{
     Draw, ExitModel, Extrapolations, LatencyModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError,
-    Source, Summary, run_all, write_csv,
+    Source, Summary, TimeByPart, run_all, write_csv,
 };
 use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
 
@@ -21,6 +21,8 @@ pub struct Run {
     pub summary: Summary,
     /// What it was made of.
     pub metrics: Metrics,
+    /// Where its time went, of a simulation.
+    pub time: Option<TimeByPart>,
 }
 
 /// Reads what a simulation looks times and exits up in; exits are drawn with `seed`.
@@ -119,7 +121,7 @@ pub fn run_simulations(
     let run = |(simulation, (metrics, outcome)): (&Simulation<'_>, (Vec<Metrics>, Outcome))| {
         beyond.merge(&outcome.extrapolations);
         let metrics = Metrics::merged(metrics).ok_or(SimulationError::NoReplicas)?;
-        Ok(Run { summary: simulation.summary(&metrics, &outcome), metrics })
+        Ok(Run { summary: simulation.summary(&metrics, &outcome), metrics, time: Some(outcome.time) })
     };
     let runs = simulations.iter().zip(outcomes).map(run).collect();
     warn_of_extrapolations(&beyond);

@@ -12,6 +12,7 @@
 //! | which request rate can be borne? | [`capacities`] |
 //! | what do requests wait for their first and their next token? | [`latency_cdfs`] |
 //! | which depths fill the passes? | [`rows_by_depth`] |
+//! | where does the time of a token go? | [`token_times`] |
 //! | where could tokens leave, and would they be right? | [`exit_depths`] |
 //! | how far can an exit signal be believed? | [`reliability`] |
 //! | what does leaving early on a signal trade? | [`exit_curves`] |
@@ -57,6 +58,7 @@ mod latency;
 mod legend;
 mod panel;
 mod pareto;
+mod parts;
 mod speedup;
 mod style;
 mod sweep;
@@ -75,6 +77,7 @@ pub use evaluation::{
 pub use figure::{Figure, Origin, Policy, PolicyLine};
 pub use latency::{PolicyLatencies, latency_cdfs};
 pub use pareto::{Estimate, Quantity, TradeLine, TradeOff, TradePoint, pareto};
+pub use parts::{TokenTime, token_times};
 pub use speedup::{PolicyThroughput, speedup};
 pub use sweep::{SweepLine, SweepPoint, sweep};
 pub use throughput::{ThresholdLine, ThresholdPoint, thresholds, throughput_by_batch};

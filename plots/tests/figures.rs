@@ -58,6 +58,10 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         let pass = |(i, v): (f64, f64)| PassRows { start_s: i, end_s: i + v, rows: vec![3.0, 2.0] };
         rows_by_depth(figure, &indexed(v).into_iter().map(pass).collect::<Vec<_>>())
     };
+    let draw_times = |figure: &Figure, v: &[f64]| {
+        let run = |v: &f64| TokenTime { label: "series".into(), parts_us: vec![2.0, *v] };
+        token_times(figure, &["part", "other part"], &v.iter().map(run).collect::<Vec<_>>())
+    };
     let draw_exits = |figure: &Figure, v: &[f64]| {
         exit_depths(figure, &[ExitDepths { name: "series".into(), leaving: v.to_vec(), agreement: v.to_vec() }])
     };

@@ -1,11 +1,12 @@
 //! An executor that runs no model: it looks times up in a latency model and exit signals up in an exit model.
 
 use scheduler::{Executor, KvFill, Pass, Segment, Settings, Slot};
-use traces::{Nanos, Request};
+use traces::{Component, Nanos, Request};
 
 use crate::attention::{AttentionShape, is_chunk};
 use crate::exits::{Cursor, ExitError, ExitModel, Left};
 use crate::latency::{Extrapolations, LatencyModel, PassShape, nanos};
+use crate::parts::TimeByPart;
 use crate::reach::Reach;
 use crate::spread::Spread;
 
@@ -23,6 +24,7 @@ pub struct ProfileExecutor<'m> {
     tokens: u64,
     agreeing: u64,
     extrapolations: Extrapolations,
+    time: TimeByPart,
     attention: AttentionShape,
 }
 
@@ -39,6 +41,7 @@ impl<'m> ProfileExecutor<'m> {
             tokens: 0,
             agreeing: 0,
             extrapolations: Extrapolations::default(),
+            time: TimeByPart::default(),
             attention: AttentionShape::default(),
         }
     }
@@ -56,6 +59,11 @@ impl<'m> ProfileExecutor<'m> {
     /// Tokens emitted so far that equal what full depth gives.
     pub fn agreeing_tokens(&self) -> u64 {
         self.agreeing
+    }
+
+    /// Where the time of passes went so far.
+    pub fn time(&self) -> &TimeByPart {
+        &self.time
     }
 
     /// Where the run has left the measured grid so far.
@@ -93,16 +101,23 @@ impl Executor for ProfileExecutor<'_> {
             None => PassShape::of(pass, |segment| segment.start),
             Some(reach) => PassShape::of(pass, |segment| reach.history(segment)),
         };
-        let mut ns = self.latency.pass_ns(&shape, &mut self.extrapolations);
+        let parts = self.latency.parts_ns(&shape, &mut self.extrapolations);
+        self.time.add_pass(self.latency.overhead_ns(), &parts);
+        let mut ns = self.latency.overhead_ns() + parts.iter().sum::<f64>();
         if shape.decode_rows < shape.rows {
             for chunk in pass.segments.iter().filter(|segment| is_chunk(segment)) {
                 let history = history(&self.reach, chunk);
-                ns += self.latency.prefill_attention_ns(chunk.tokens, history, &mut self.extrapolations);
+                let attention = self.latency.prefill_attention_ns(chunk.tokens, history, &mut self.extrapolations);
+                self.time.add(Component::PrefillAttention, attention);
+                ns += attention;
             }
         }
         if self.latency.has_mixed_attention() {
             self.attention.measure(pass, |segment| history(&self.reach, segment));
-            ns += self.latency.mixed_attention_ns(&self.attention, &mut self.extrapolations);
+            let attention = self.latency.mixed_attention_ns(&self.attention, &mut self.extrapolations);
+            let alone = self.attention.chunks.is_empty();
+            self.time.add(if alone { Component::DecodeAttention } else { Component::PrefillAttention }, attention);
+            ns += attention;
         }
         if let Some(spread) = &mut self.spread {
             let chunks = pass.segments.iter().filter(|segment| is_chunk(segment));
@@ -120,6 +135,7 @@ impl Executor for ProfileExecutor<'_> {
         self.agreeing += agreeing;
         self.tokens += leaving.len() as u64;
         let mut ns = self.latency.head_ns(head_rows, &mut self.extrapolations);
+        self.time.add(Component::Head, ns);
         if let Some(spread) = &mut self.spread {
             ns = spread.draw(ns, self.latency.squared_head_spread(head_rows));
         }

@@ -126,6 +126,7 @@ impl LatencyModel {
         Ok(Self {
             num_loops: meta.num_loops as u8,
             fingerprint: meta.fingerprint.clone(),
+            device: meta.device.clone(),
             memory: ModelMemory::from(meta),
             overhead_ns: meta.overhead_us * 1e3,
             mixed_attention: profile.mixed_attention.as_ref().map(AttentionModel::new),
@@ -139,6 +140,11 @@ impl LatencyModel {
         self.num_loops
     }
 
+    /// Device that was measured.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
     /// Fingerprint of the model that was measured.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
@@ -149,9 +155,30 @@ impl LatencyModel {
         &self.memory
     }
 
+    /// The parts of [`Self::parts_ns`].
+    pub(crate) const PARTS: [Component; 7] = [
+        Component::Block,
+        Component::Elementwise,
+        Component::Lora,
+        Component::DecodeAttention,
+        Component::DepthMix,
+        Component::Embed,
+        Component::Head,
+    ];
+
+    /// Median times of the parts of a pass without the attention of its prompt chunks, in nanoseconds.
+    pub(crate) fn parts_ns(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 7] {
+        self.times.of_pass(shape, beyond)
+    }
+
+    /// What a pass costs beside its parts, in nanoseconds.
+    pub(crate) fn overhead_ns(&self) -> f64 {
+        self.overhead_ns
+    }
+
     /// Median time of a pass without the attention of its prompt chunks, in nanoseconds.
     pub fn pass_ns(&self, shape: &PassShape, beyond: &mut Extrapolations) -> f64 {
-        self.overhead_ns + self.times.of_pass(shape, beyond).iter().sum::<f64>()
+        self.overhead_ns + self.parts_ns(shape, beyond).iter().sum::<f64>()
     }
 
     /// Median time that attention of one prompt chunk adds to a pass, in nanoseconds, by its tokens and the history
@@ -227,7 +254,7 @@ impl Parts {
         })
     }
 
-    /// The parts of a pass but for the attention of its prompt chunks.
+    /// The parts of a pass but for the attention of its prompt chunks: those of [`LatencyModel::PARTS`].
     fn of_pass(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 7] {
         let PassShape { rows, decode_rows, decode_history, depths, embed_rows, head_rows } = *shape;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];

@@ -12,6 +12,7 @@ use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
 use crate::latency::{Extrapolations, LatencyModel};
 use crate::metrics::{Metrics, Source, Summary};
+use crate::parts::TimeByPart;
 use crate::routing::{Router, Routing};
 
 /// Why a simulation did not run to its end.
@@ -68,6 +69,8 @@ pub struct Outcome {
     pub prefix_use: PrefixUse,
     /// Where the run left the profile's measured grid.
     pub extrapolations: Extrapolations,
+    /// Where the time of passes went, on all machines.
+    pub time: TimeByPart,
 }
 
 impl Outcome {
@@ -301,6 +304,7 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
             agreeing_tokens: 0,
             prefix_use: PrefixUse::default(),
             extrapolations: Extrapolations::default(),
+            time: TimeByPart::default(),
         };
         for server in self.servers {
             let PrefixUse { looked_up, found } = server.scheduler().prefix_use();
@@ -310,6 +314,7 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
             outcome.tokens += executor.tokens();
             outcome.agreeing_tokens += executor.agreeing_tokens();
             outcome.extrapolations.merge(executor.extrapolations());
+            outcome.time.merge(executor.time());
         }
         outcome
     }

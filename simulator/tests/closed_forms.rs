@@ -203,3 +203,19 @@ fn running_sequences_obey_littles_law_to_the_nanosecond() {
         }
     }
 }
+
+#[test]
+fn the_parts_of_a_run_add_up_to_the_time_in_which_it_ran_passes() {
+    let latency = varied_latency(3);
+    let exits = drawn_exits(&[0.5, 0.3, 0.2], 50, 20, 3);
+    for (batching, exit) in [(Batching::Sequence, "top1:0.5"), (Batching::Depth, "gate:0.5")] {
+        let settings = settings(batching, exit, 3, 8);
+        let mut metrics = Metrics::new(&settings);
+        let simulation = Simulation::new(settings, &latency, &exits).unwrap();
+        let outcome = simulation.run(queued(40, 30, 20), std::slice::from_mut(&mut metrics)).unwrap();
+        let parts: f64 = Component::ALL.iter().map(|&part| outcome.time.of(part)).sum();
+        let ran = simulation.summary(&metrics, &outcome);
+        assert_close(parts + outcome.time.overhead_s(), ran.busy * ran.makespan_s, 1e-6);
+        assert!(outcome.time.of(Component::Head) > 0.0 && outcome.time.of(Component::DepthMix) >= 0.0);
+    }
+}

@@ -12,6 +12,7 @@ use traces::Request;
 use crate::experiment::{EngineSpec, Experiment, System};
 use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
 use crate::measure::{NamedEngine, limits, measure};
+use crate::parts::{SystemTime, write_time_by_part};
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
 use crate::runs::{Run, load_models, simulate_all, write_depth_rows, write_requests};
@@ -148,18 +149,43 @@ impl OfSystem {
     }
 }
 
-/// Simulates each system under its policies, and compares with what was published of it.
+/// Simulates each system under its policies, at each batch limit of the sweep if there is one; compares with what was
+/// published of it, and shows where the time goes.
 fn simulate_systems(experiment: &Experiment, base: &Path, workload: &Workload, results: &Path) -> Result<()> {
     let mut lines = Vec::new();
+    let mut times = Vec::new();
+    let mut devices: Vec<String> = Vec::new();
     for system in &experiment.systems {
         let (latency, exits) = load_models(&base.join(&system.profile), &base.join(&system.exits), experiment.seed)?;
+        if !devices.iter().any(|device| device == latency.device()) {
+            devices.push(latency.device().to_owned());
+        }
         let serving = system.serving(&experiment.serving);
-        let settings =
-            serving.all_settings(latency.memory(), &workload.requests).with_context(|| system.name.clone())?;
-        let runs = simulate_all(&settings, &latency, &exits, workload)?;
-        lines.extend(runs.into_iter().map(|run| (OfSystem::new(system, &run), run.summary)));
+        let of_size = |&max_batch: &u32| Serving {
+            max_batch,
+            token_budget: serving.token_budget.max(max_batch),
+            ..serving.clone()
+        };
+        let mut sizes: Vec<Serving> = experiment.sweeps.max_batch.iter().map(of_size).collect();
+        if sizes.is_empty() {
+            sizes.push(serving.clone());
+        }
+        let settings = |serving: &Serving| serving.all_settings(latency.memory(), &workload.requests);
+        let settings: Vec<Vec<Settings>> =
+            sizes.iter().map(settings).collect::<Result<_>>().with_context(|| system.name.clone())?;
+        for run in simulate_all(&settings.concat(), &latency, &exits, workload)? {
+            times.extend(run.time);
+            lines.push((OfSystem::new(system, &run), run.summary));
+        }
     }
     write_csv(&results.join("summary.csv"), &lines)?;
+    let runs: Vec<SystemTime<'_>> = lines
+        .iter()
+        .zip(&times)
+        .map(|((of, summary), time)| SystemTime { system: &of.system, summary, time })
+        .collect();
+    let caption = Caption { setting: experiment.title.clone(), device: devices.join(", ") };
+    write_time_by_part(results, &caption, &runs)?;
     print_systems(&lines);
     report::print_memory(lines.iter().map(|(_, summary)| summary));
     Ok(())

@@ -1,0 +1,121 @@
+//! Makes the exit traces of the GPU study (`docs/gpu-study.md`): where tokens leave is the paper's, how sure a model is
+//! there was measured on the model of this repository.
+//!
+//! ```text
+//! cargo run --release -p traces --example gpu_exits -- RECORDED configs/gpu/exits
+//! ```
+//!
+//! `RECORDED` is an exit trace of a model with four loops, as `depthwise record` writes it. A token of the made-up model
+//! becomes right after its first, second, ... loop, in the shares below. Its signals at a loop are those of a recorded
+//! token at the loop nearest in depth that was right there, or was not, as this one: so a measure tells right from wrong
+//! as well as it does in the recorded model, and no better. The gate is one that knows what the top-1 probability does.
+
+use std::error::Error;
+use std::path::Path;
+
+use traces::{ExitTrace, ExitTraceMeta, Measure, Signals};
+
+/// Folder, loops, and of 13 tokens how many become right after each loop: 9 after the first, as the paper's relaxed models
+/// at two loops (`docs/paper.md`). The split of the rest at three loops is an assumption. In the last, nobody looks
+/// before the second loop.
+const MODELS: [(&str, &[usize]); 4] =
+    [("vanilla", &[13]), ("2-loops", &[9, 4]), ("3-loops", &[9, 3, 1]), ("3-loops-second-look", &[0, 12, 1])];
+
+/// Times the 13 tokens come with other signals.
+const ROUNDS: usize = 60;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [recorded, out] = &arguments[..] else { return Err("expected RECORDED and a folder".into()) };
+    let recorded = ExitTrace::read(recorded)?;
+    for (name, becoming_right) in MODELS {
+        let trace = exits(name, becoming_right, &recorded);
+        trace.write(Path::new(out).join(name))?;
+        println!("{name}: {:.3} passes under the oracle", trace.mean_oracle_passes());
+        for measure in [Measure::Top1, Measure::Margin, Measure::Similarity] {
+            print_thresholds(&trace, measure);
+        }
+    }
+    Ok(())
+}
+
+fn exits(name: &str, becoming_right: &[usize], recorded: &ExitTrace) -> ExitTrace {
+    let loops = becoming_right.len();
+    let mut pools: Vec<[Pool; 2]> =
+        (0..loops).map(|depth| pools(recorded, recorded_depth(depth, loops, recorded))).collect();
+    let meta = ExitTraceMeta {
+        schema_version: ExitTrace::SCHEMA_VERSION,
+        model: format!("Gemma-like, {name}"),
+        fingerprint: "gpu-study".to_owned(),
+        num_loops: loops as u32,
+        source: format!(
+            "of 13 tokens {becoming_right:?} become right after each loop; signals drawn from {}, gate = top-1",
+            recorded.meta.model
+        ),
+    };
+    let mut trace = ExitTrace { has_gates: true, ..ExitTrace::new(meta) };
+    for _ in 0..ROUNDS {
+        let mut rows = Vec::new();
+        for token in 0..13 {
+            // Spread evenly: token t takes the place 5 t modulo 13.
+            let place: usize = token * 5 % 13;
+            let right_from =
+                (0..loops).find(|&depth| place < becoming_right[..=depth].iter().sum::<usize>()).unwrap_or(loops - 1);
+            for (depth, pool) in pools.iter_mut().enumerate() {
+                let is_right = depth >= right_from;
+                let signals = pool[usize::from(is_right)].next(recorded);
+                rows.push((Signals { gate: signals.top1, ..signals }, u32::from(is_right)));
+            }
+        }
+        trace.push_generation(&rows);
+    }
+    trace
+}
+
+/// The depth of the recorded model whose share of all layers is nearest.
+fn recorded_depth(depth: usize, loops: usize, recorded: &ExitTrace) -> usize {
+    let share = (depth + 1) as f64 / loops as f64;
+    let distance = |other: &usize| (share - (other + 1) as f64 / recorded.num_loops() as f64).abs();
+    let nearest = (0..recorded.num_loops()).min_by(|a, b| distance(a).total_cmp(&distance(b)));
+    nearest.unwrap_or_default()
+}
+
+/// Recorded tokens at one depth, taken in turn.
+struct Pool {
+    depth: usize,
+    tokens: Vec<usize>,
+    taken: usize,
+}
+
+impl Pool {
+    /// The next token is a long way on, so that neighbours are of different texts.
+    fn next(&mut self, recorded: &ExitTrace) -> Signals {
+        const STRIDE: usize = 7919;
+        let token = self.tokens[self.taken * STRIDE % self.tokens.len()];
+        self.taken += 1;
+        *recorded.signals_at(token, self.depth)
+    }
+}
+
+/// The tokens that are not right at a depth, and those that are.
+fn pools(recorded: &ExitTrace, depth: usize) -> [Pool; 2] {
+    [false, true].map(|is_right| {
+        let tokens = (0..recorded.num_tokens()).filter(|&token| recorded.agrees(token, depth) == is_right).collect();
+        Pool { depth, tokens, taken: 0 }
+    })
+}
+
+/// For thresholds of a measure: passes a token, and the share of tokens that are right where they leave.
+fn print_thresholds(trace: &ExitTrace, measure: Measure) {
+    let tokens = trace.num_tokens();
+    for threshold in [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99] {
+        let depths = (0..tokens).map(|token| trace.confident_depth(token, measure, threshold));
+        let (mut passes, mut right) = (0, 0);
+        for (token, depth) in depths.enumerate() {
+            passes += depth + 1;
+            right += usize::from(trace.agrees(token, depth));
+        }
+        let share = |count: usize| count as f64 / tokens as f64;
+        println!("  {measure} {threshold}: {:.3} passes, {:.1}% right", share(passes), 100.0 * share(right));
+    }
+}
