@@ -87,6 +87,9 @@ pub struct System {
     /// Instead of `serving.kv_fill`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_fill: Option<KvFill>,
+    /// Name of the system that its speed-up is over, if not the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compared_with: Option<String>,
     /// Throughput that somebody published of it, in tokens per second, to compare with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub published_tok_s: Option<f64>,
@@ -122,6 +125,16 @@ impl Experiment {
         read_yaml(path)
     }
 
+    /// The system that another one's speed-up is over.
+    ///
+    /// # Errors
+    /// If it is not there.
+    pub fn baseline_of(&self, system: &System) -> Result<&System> {
+        let Some(name) = &system.compared_with else { return Ok(&self.systems[0]) };
+        let found = self.systems.iter().find(|other| other.name == *name);
+        found.with_context(|| format!("{}: compared_with is `{name}`, which is no system", system.name))
+    }
+
     /// # Errors
     /// If it asks for nothing or for what cannot be.
     pub fn check(&self) -> Result<()> {
@@ -141,6 +154,13 @@ impl Experiment {
                 "engine.temperature is {temperature}: expected 0 or more"
             );
         }
+        for system in &self.systems {
+            self.baseline_of(system)?;
+        }
+        ensure!(
+            self.systems.is_empty() || self.sweeps.thresholds.is_empty(),
+            "sweeps.thresholds beside systems: expected the thresholds in the systems' `exit`"
+        );
         let strange = self.sweeps.thresholds.values().flatten().find(|threshold| !threshold.is_finite());
         ensure!(strange.is_none(), "sweeps.thresholds: {strange:?} is not a finite number");
         Ok(())

@@ -13,6 +13,7 @@ mod results;
 mod runs;
 mod serving;
 mod sweep;
+mod systems;
 mod validation;
 mod workload;
 

@@ -5,31 +5,22 @@ use std::path::Path;
 use anyhow::Result;
 use plots::{Figure, Origin, TokenTime};
 use serde::Serialize;
-use simulator::{Summary, TimeByPart, write_csv};
+use simulator::write_csv;
 use traces::Component;
 
-use crate::figures::Caption;
+use crate::figures::{Caption, policy};
+use crate::systems::SystemRun;
 
 /// Parts as people name them, and what of a profile each is.
 const PARTS: [(&str, &[Component]); 6] = [
     ("linear layers", &[Component::Block]),
-    ("norms, activations", &[Component::Elementwise]),
-    ("LoRA", &[Component::Lora, Component::DepthMix]),
+    ("norms and activations", &[Component::Elementwise]),
     ("attention", &[Component::DecodeAttention, Component::PrefillAttention]),
-    ("embedding", &[Component::Embed]),
+    ("LoRA", &[Component::Lora, Component::DepthMix]),
     ("exit head", &[Component::Head]),
+    ("embedding", &[Component::Embed]),
 ];
 const OVERHEAD: &str = "between passes";
-
-/// A run of a system, and where its time went.
-pub struct SystemTime<'a> {
-    /// The system's name.
-    pub system: &'a str,
-    /// What the run came to.
-    pub summary: &'a Summary,
-    /// Of the whole run.
-    pub time: &'a TimeByPart,
-}
 
 /// A line of `time_by_part.csv`.
 #[derive(Serialize)]
@@ -43,7 +34,8 @@ struct PartLine<'a> {
     us_per_token: f64,
 }
 
-impl SystemTime<'_> {
+impl SystemRun<'_> {
+    /// Names and times per generated token, in microseconds.
     fn parts(&self) -> Vec<(&'static str, f64)> {
         let per_token = |seconds: f64| 1e6 * seconds / self.summary.output_tokens as f64;
         let of = |components: &[Component]| components.iter().map(|&component| self.time.of(component)).sum::<f64>();
@@ -52,20 +44,22 @@ impl SystemTime<'_> {
     }
 
     fn bar(&self) -> TokenTime {
-        let Summary { batching, exit_policy, .. } = self.summary;
-        let parts_us = self.parts().into_iter().map(|(_, time)| time).collect();
-        TokenTime { label: format!("{}: {batching}, {}", self.system, exit_policy.replace(':', " ")), parts_us }
+        TokenTime {
+            label: format!("{}: {}", self.system.name, policy(self.summary.batching, &self.summary.exit_policy)),
+            parts_us: self.parts().into_iter().map(|(_, time)| time).collect(),
+            speedup: self.speedup,
+        }
     }
 }
 
-/// Writes `time_by_part.csv` and a figure for each batch limit, in which the first run is what others are compared with.
+/// Writes `time_by_part.csv` and a figure, one for each batch limit where that is swept.
 ///
 /// # Errors
 /// If something cannot be written.
-pub fn write_time_by_part(results: &Path, caption: &Caption, runs: &[SystemTime<'_>]) -> Result<()> {
+pub fn write_time_by_part(results: &Path, caption: &Caption, runs: &[SystemRun<'_>]) -> Result<()> {
     let lines = runs.iter().flat_map(|run| {
         run.parts().into_iter().map(|(part, us_per_token)| PartLine {
-            system: run.system,
+            system: &run.system.name,
             batching: run.summary.batching.name(),
             exit_policy: &run.summary.exit_policy,
             max_batch: run.summary.max_batch,
@@ -74,22 +68,25 @@ pub fn write_time_by_part(results: &Path, caption: &Caption, runs: &[SystemTime<
         })
     });
     write_csv(&results.join("time_by_part.csv"), lines)?;
-    let mut batches: Vec<u32> = runs.iter().map(|run| run.summary.max_batch).collect();
-    batches.sort_unstable();
-    batches.dedup();
     let names: Vec<&str> = PARTS.iter().map(|part| part.0).chain([OVERHEAD]).collect();
-    for batch in batches {
-        let bars: Vec<TokenTime> =
-            runs.iter().filter(|run| run.summary.max_batch == batch).map(SystemTime::bar).collect();
+    let title = "Where the time of a generated token goes";
+    let sizes = runs.iter().map(|run| run.size + 1).max().unwrap_or(0);
+    for size in 0..sizes {
+        let runs: Vec<&SystemRun<'_>> = runs.iter().filter(|run| run.size == size).collect();
+        let batch = runs[0].summary.max_batch;
+        let (name, title) = match sizes {
+            1 => ("time-by-part".to_owned(), title.to_owned()),
+            _ => (format!("time-by-part-{batch}"), format!("{title}, up to {batch} sequences at once")),
+        };
         let figure = Figure {
             folder: results.join("figures"),
-            name: format!("time-by-part-{batch}"),
-            title: format!("Where the time of a generated token goes, up to {batch} sequences at once"),
+            name,
+            title,
             setting: caption.setting.clone(),
             device: caption.device.clone(),
             origin: Origin::Simulated,
         };
-        plots::token_times(&figure, &names, &bars)?;
+        plots::token_times(&figure, &names, &runs.into_iter().map(SystemRun::bar).collect::<Vec<_>>())?;
     }
     Ok(())
 }

@@ -96,6 +96,11 @@ impl Serving {
         Ok(())
     }
 
+    /// The same with another batch limit, and a token budget that holds it.
+    pub fn with_batch(&self, max_batch: u32) -> Self {
+        Self { max_batch, token_budget: self.token_budget.max(max_batch), ..self.clone() }
+    }
+
     /// Every batching policy with every exit policy.
     pub fn combinations(&self) -> impl Iterator<Item = (Batching, ExitPolicy)> {
         self.batching.iter().flat_map(|&batching| self.exit.iter().map(move |&exit| (batching, exit)))

@@ -393,3 +393,56 @@ fn capacity_of_a_sweep_s_policies_comes_with_a_table_and_a_figure() {
     let neither = scene.run(&["capacity", "--ttft-ms", "5"]);
     assert!(String::from_utf8_lossy(&neither.stderr).contains("expected a sweep's YAML file, or --requests"));
 }
+
+const SYSTEMS: &str = "schema_version: 1
+title: made up
+requests:
+  generate:
+    count: 40
+    arrivals: all_at_once
+    prompt_tokens: {fixed: 8}
+    output_tokens: {fixed: 20}
+serving:
+  batching: [depth]
+  exit: [none, 'top1:0.6']
+  max_batch: 8
+  token_budget: 64
+systems:
+  - {name: plain, profile: profile, exits: exits, batching: [sequence], exit: [none]}
+  - {name: ours, profile: profile, exits: exits}
+  - {name: bound, profile: profile, exits: exits, exit: [oracle], compared_with: ours}
+sweeps:
+  max_batch: [4, 8]
+";
+
+#[test]
+fn systems_are_compared_at_each_batch_limit_and_the_parts_of_a_token_add_up_to_its_time() {
+    let scene = Scene::new();
+    scene.write("systems.yaml", SYSTEMS);
+    scene.succeed(&["run", "systems.yaml"]);
+    let runs = lines(&scene.path("results/systems/summary.csv"));
+    let number = |name: &str| -> Vec<f64> { column(&runs, name).iter().map(|cell| cell.parse().unwrap()).collect() };
+    assert_eq!(column(&runs, "system"), ["plain", "plain", "ours", "ours", "ours", "ours", "bound", "bound"]);
+    assert_eq!(number("max_batch"), [4.0, 8.0, 4.0, 4.0, 8.0, 8.0, 4.0, 8.0]);
+    let (throughput, speedup) = (number("throughput_tok_s"), number("speedup"));
+    for (run, baseline) in [0, 1, 0, 0, 1, 1, 2, 4].into_iter().enumerate() {
+        let expected = throughput[run] / throughput[baseline];
+        assert!((speedup[run] - expected).abs() < 1e-9, "run {run}: {} instead of {expected}", speedup[run]);
+    }
+
+    let parts = lines(&scene.path("results/systems/time_by_part.csv"));
+    let times = column(&parts, "us_per_token");
+    let (busy, makespan, tokens) = (number("busy"), number("makespan_s"), number("output_tokens"));
+    let of_run = times.len() / busy.len();
+    for (run, times) in times.chunks(of_run).enumerate() {
+        let sum: f64 = times.iter().map(|time| time.parse::<f64>().unwrap()).sum();
+        let expected = 1e6 * busy[run] * makespan[run] / tokens[run];
+        assert!((sum / expected - 1.0).abs() < 1e-4, "run {run}: {sum} instead of {expected}");
+    }
+    assert!(scene.path("results/systems/figures/time-by-part-8.svg").exists());
+
+    scene.write("systems.yaml", &SYSTEMS.replace("compared_with: ours", "compared_with: theirs"));
+    let error = scene.fail(&["run", "systems.yaml", "--out", "other"]);
+    assert!(error.contains("bound: compared_with is `theirs`, which is no system"), "{error}");
+    assert!(!scene.path("other").exists());
+}

@@ -19,6 +19,7 @@ fn main() -> Result<(), Error> {
     draw_capacities(&folder, &mut random)?;
     draw_latencies(&folder, &mut random)?;
     draw_depths(&folder, &mut random)?;
+    draw_token_times(&folder)?;
     draw_signals(&folder)?;
     draw_validation(&folder, &mut random)?;
     draw_training(&folder, &mut random)
@@ -159,6 +160,18 @@ fn draw_depths(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
     ];
     let title = "Where tokens can leave, and how often a depth already agrees with the last";
     exit_depths(&figure(folder, "exit_depths", title), &traces)
+}
+
+fn draw_token_times(folder: &Path) -> Result<(), Error> {
+    let run = |(label, block, head, speedup): (&str, f64, f64, f64)| TokenTime {
+        label: label.into(),
+        parts_us: vec![block, 0.3 * block, head],
+        speedup,
+    };
+    let runs =
+        [("vanilla", 30.0, 6.0, 1.0), ("2 loops, rank 64", 19.0, 9.0, 1.29), ("3 loops, rank 64", 14.0, 11.0, 1.54)];
+    let title = "Where the time of a generated token goes";
+    token_times(&figure(folder, "token_times", title), &["linear layers", "attention", "exit head"], &runs.map(run))
 }
 
 fn draw_signals(folder: &Path) -> Result<(), Error> {

@@ -106,6 +106,18 @@ impl Axis {
         }
     }
 
+    /// Names from the top down, a step each.
+    pub(crate) fn names<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        let ticks: Vec<_> = names.into_iter().enumerate().map(|(at, name)| (Self::name_at(at), name.into())).collect();
+        let (low, high) = (0.5 - ticks.len() as f64, 0.5);
+        Self { label: String::new(), scale: Scale::Linear, low, high, ticks, has_grid: false }
+    }
+
+    /// Where a name stands on an axis of [`Self::names`].
+    pub(crate) fn name_at(place: usize) -> f64 {
+        -(place as f64)
+    }
+
     /// The same axis without ticks and label, for a panel that shares it with one below.
     pub(crate) fn unlabelled(&self) -> Self {
         let ticks = self.ticks.iter().map(|(v, _)| (*v, String::new()));

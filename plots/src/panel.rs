@@ -92,6 +92,9 @@ impl<'a> Panel<'a> {
         if !x.has_grid {
             mesh.disable_x_mesh();
         }
+        if !y.has_grid {
+            mesh.disable_y_mesh();
+        }
         mesh.bold_line_style(GRID.stroke_width(2))
             .light_line_style(TRANSPARENT)
             .axis_style(INK.stroke_width(2))

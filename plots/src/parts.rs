@@ -1,9 +1,7 @@
 //! Where the time of a token goes, part by part.
 
-use plotters::prelude::*;
-
 use crate::axis::{Axis, number, three_digits};
-use crate::canvas::{self, Canvas, DrawResult, WIDTH, wrap};
+use crate::canvas::{self, Canvas, DrawResult};
 use crate::figure::Kind;
 use crate::legend::{Entry, Sample};
 use crate::panel::Panel;
@@ -17,59 +15,64 @@ pub struct TokenTime {
     pub label: String,
     /// Time of each part, us; the parts of all runs come in the same order.
     pub parts_us: Vec<f64>,
+    /// How many times as fast it is as what it is compared with.
+    pub speedup: f64,
 }
 
-const BAR_WIDTH: f64 = 0.62;
-const UNITS_PER_BAR: u32 = 190;
-const LABEL_SIZE: u32 = 25;
-const LABEL_LINE: i32 = 29;
-const TOTAL_SIZE: u32 = 25;
+impl TokenTime {
+    fn total_us(&self) -> f64 {
+        self.parts_us.iter().sum()
+    }
+}
 
-/// Draws a bar for each run, of its parts on top of each other, with its total and how many times as fast as the first
-/// run it is.
+/// In runs.
+const BAR_WIDTH: f64 = 0.72;
+const UNITS_PER_BAR: u32 = 52;
+const TOTAL_SIZE: u32 = 25;
+/// Room to the right of the longest bar, as a share of it.
+const TOTAL_ROOM: f64 = 0.2;
+
+/// Draws a bar for each run, of its parts side by side, with its total and its speed-up.
 ///
 /// # Errors
-/// No runs, runs with other parts, or times that are negative.
+/// No runs, runs with other parts, times that are negative, or a speed-up that is not positive.
 pub fn token_times(figure: &Figure, parts: &[&str], runs: &[TokenTime]) -> Result<(), Error> {
     figure.require("runs", runs)?;
     for run in runs {
         let what = format!("time of `{}` (us)", run.label);
         figure.require_length(&what, &run.parts_us, parts.len())?;
         figure.check(&what, Kind::NonNegative, run.parts_us.iter().copied())?;
+        figure.check(&format!("speed-up of `{}`", run.label), Kind::Positive, [run.speedup])?;
     }
-    let fill = |index| Sample::Fill(ordered_colour(index, parts.len()), Fill::series(index));
-    let legend: Vec<Entry> = parts.iter().enumerate().map(|(index, part)| Entry::new(*part, fill(index))).collect();
-    let width = WIDTH.max(260 + runs.len() as u32 * UNITS_PER_BAR);
-    canvas::draw(figure, (width, 1000), &legend, |area| draw_bars(area, runs))
+    let sample = |part| Sample::Fill(ordered_colour(part, parts.len()), fill(part));
+    let legend: Vec<Entry> = parts.iter().enumerate().map(|(part, name)| Entry::new(*name, sample(part))).collect();
+    let height = 180 + runs.len() as u32 * UNITS_PER_BAR;
+    canvas::draw(figure, (canvas::WIDTH, height), &legend, |area| draw_bars(area, runs))
+}
+
+fn fill(part: usize) -> Fill {
+    if part.is_multiple_of(2) { Fill::Solid } else { Fill::Hatched }
 }
 
 fn draw_bars(area: &Canvas, runs: &[TokenTime]) -> DrawResult {
-    let total = |run: &TokenTime| run.parts_us.iter().sum::<f64>();
-    let style = style::text(LABEL_SIZE, INK);
-    let labels: Vec<Vec<String>> =
-        runs.iter().map(|run| wrap(area, &run.label, &style, UNITS_PER_BAR as i32 - 12)).collect::<DrawResult<_>>()?;
-    let most_lines = labels.iter().map(Vec::len).max().unwrap_or(0) as i32;
-    let x = Axis::with_linear_ticks("", 0.0, runs.len() as f64).without_ticks();
-    let y = Axis::from_zero("time of a generated token (us)", runs.iter().map(|run| 1.1 * total(run)));
-    let panels = Panel::stack(area, &x, &[y], 14 + most_lines * LABEL_LINE)?;
-    let panel = &panels[0];
-    for (place, (run, lines)) in runs.iter().zip(&labels).enumerate() {
-        let centre = place as f64 + 0.5;
-        let (from, to) = (centre - BAR_WIDTH / 2.0, centre + BAR_WIDTH / 2.0);
-        let mut foot = 0.0;
-        for (index, part) in run.parts_us.iter().enumerate() {
-            let corners = [panel.at(&(from, foot + part)), panel.at(&(to, foot))];
-            style::bar(&panel.canvas, corners, ordered_colour(index, run.parts_us.len()), Fill::series(index))?;
-            foot += part;
+    let ends = runs.iter().map(|run| (1.0 + TOTAL_ROOM) * run.total_us());
+    let x = Axis::from_zero("time of a generated token (us)", ends);
+    let y = Axis::names(runs.iter().map(|run| run.label.as_str()));
+    let panel = Panel::new(area, &x, &y)?;
+    let style = style::text(TOTAL_SIZE, INK).pos(style::BESIDE);
+    for (place, run) in runs.iter().enumerate() {
+        let middle = Axis::name_at(place);
+        let mut from = 0.0;
+        for (part, time) in run.parts_us.iter().enumerate() {
+            let corners = [(from, middle + BAR_WIDTH / 2.0), (from + time, middle - BAR_WIDTH / 2.0)];
+            let corners = corners.map(|corner| panel.at(&corner));
+            if corners[0].0 < corners[1].0 {
+                style::bar(&panel.canvas, corners, ordered_colour(part, run.parts_us.len()), fill(part))?;
+            }
+            from += time;
         }
-        let [_, _, _, bottom] = panel.plot;
-        for (row, line) in lines.iter().enumerate() {
-            let at = (panel.at_x(centre), bottom + 12 + row as i32 * LABEL_LINE);
-            panel.canvas.draw_text(line, &style.pos(style::BELOW), at)?;
-        }
-        let faster = format!("{} ({}×)", three_digits(foot), number(total(&runs[0]) / foot, 2));
-        let above = style::bold_text(TOTAL_SIZE, INK).pos(style::ABOVE);
-        panel.canvas.draw_text(&faster, &above, (panel.at_x(centre), panel.at_y(foot) - 8))?;
+        let total = format!("{} ({}×)", three_digits(from), number(run.speedup, 2));
+        panel.canvas.draw_text(&total, &style, (panel.at_x(from) + 12, panel.at_y(middle)))?;
     }
     Ok(())
 }

@@ -59,7 +59,7 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         rows_by_depth(figure, &indexed(v).into_iter().map(pass).collect::<Vec<_>>())
     };
     let draw_times = |figure: &Figure, v: &[f64]| {
-        let run = |v: &f64| TokenTime { label: "series".into(), parts_us: vec![2.0, *v] };
+        let run = |v: &f64| TokenTime { label: "series".into(), parts_us: vec![2.0, *v], speedup: 1.5 };
         token_times(figure, &["part", "other part"], &v.iter().map(run).collect::<Vec<_>>())
     };
     let draw_exits = |figure: &Figure, v: &[f64]| {
@@ -99,6 +99,7 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         ("speedup", Box::new(draw_speedup)),
         ("latency_cdfs", Box::new(draw_latencies)),
         ("rows_by_depth", Box::new(draw_rows)),
+        ("token_times", Box::new(draw_times)),
         ("exit_depths", Box::new(draw_exits)),
         ("predictions", Box::new(draw_predictions)),
         ("losses", Box::new(draw_losses)),

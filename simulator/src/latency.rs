@@ -100,6 +100,7 @@ impl PassShape {
 pub struct LatencyModel {
     num_loops: u8,
     fingerprint: String,
+    device: String,
     memory: ModelMemory,
     overhead_ns: f64,
     mixed_attention: Option<AttentionModel>,

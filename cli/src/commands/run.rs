@@ -5,18 +5,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use engine::executor::Sampling;
 use scheduler::{Batching, ExitPolicy, Settings};
-use serde::Serialize;
 use simulator::{Draw, ExitModel, LatencyModel, ModelMemory, Summary, write_csv};
 use traces::Request;
 
-use crate::experiment::{EngineSpec, Experiment, System};
+use crate::experiment::{EngineSpec, Experiment};
 use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
 use crate::measure::{NamedEngine, limits, measure};
-use crate::parts::{SystemTime, write_time_by_part};
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
-use crate::runs::{Run, load_models, simulate_all, write_depth_rows, write_requests};
+use crate::runs::{Run, simulate_all, write_depth_rows, write_requests};
 use crate::serving::Serving;
+use crate::systems::simulate_systems;
 use crate::validation::compare;
 use crate::workload::Workload;
 
@@ -114,97 +113,13 @@ impl Variants {
         let at = |measure| move |&threshold: &f32| ExitPolicy::Confidence { measure, threshold };
         let exit = sweeps.thresholds.iter().flat_map(|(&measure, thresholds)| thresholds.iter().map(at(measure)));
         let thresholds = Serving { batching: vec![Batching::Depth], exit: exit.collect(), ..serving.clone() };
-        let of_size = |&max_batch: &u32| Serving {
-            max_batch,
-            token_budget: serving.token_budget.max(max_batch),
-            ..serving.clone()
-        };
         let settings = |serving: Serving| serving.all_settings(model, requests);
-        let by_batch: Vec<Vec<Settings>> = sweeps.max_batch.iter().map(of_size).map(settings).collect::<Result<_>>()?;
+        let by_batch = sweeps.max_batch.iter().map(|&max_batch| settings(serving.with_batch(max_batch)));
+        let by_batch: Vec<Vec<Settings>> = by_batch.collect::<Result<_>>()?;
         Ok(Self { thresholds: settings(thresholds)?, max_batch: by_batch.concat() })
     }
 
     fn all(&self) -> impl Iterator<Item = &Settings> + Clone {
         self.thresholds.iter().chain(&self.max_batch)
     }
-}
-
-/// What a line of `summary.csv` is of, where there are several systems.
-#[derive(Clone, Serialize)]
-struct OfSystem {
-    system: String,
-    published_tok_s: Option<f64>,
-    /// Simulated less published, in percent of published.
-    error_pct: Option<f64>,
-}
-
-impl OfSystem {
-    fn new(system: &System, run: &Run) -> Self {
-        let error_pct = |published: f64| 100.0 * (run.summary.throughput_tok_s / published - 1.0);
-        Self {
-            system: system.name.clone(),
-            published_tok_s: system.published_tok_s,
-            error_pct: system.published_tok_s.map(error_pct),
-        }
-    }
-}
-
-/// Simulates each system under its policies, at each batch limit of the sweep if there is one; compares with what was
-/// published of it, and shows where the time goes.
-fn simulate_systems(experiment: &Experiment, base: &Path, workload: &Workload, results: &Path) -> Result<()> {
-    let mut lines = Vec::new();
-    let mut times = Vec::new();
-    let mut devices: Vec<String> = Vec::new();
-    for system in &experiment.systems {
-        let (latency, exits) = load_models(&base.join(&system.profile), &base.join(&system.exits), experiment.seed)?;
-        if !devices.iter().any(|device| device == latency.device()) {
-            devices.push(latency.device().to_owned());
-        }
-        let serving = system.serving(&experiment.serving);
-        let of_size = |&max_batch: &u32| Serving {
-            max_batch,
-            token_budget: serving.token_budget.max(max_batch),
-            ..serving.clone()
-        };
-        let mut sizes: Vec<Serving> = experiment.sweeps.max_batch.iter().map(of_size).collect();
-        if sizes.is_empty() {
-            sizes.push(serving.clone());
-        }
-        let settings = |serving: &Serving| serving.all_settings(latency.memory(), &workload.requests);
-        let settings: Vec<Vec<Settings>> =
-            sizes.iter().map(settings).collect::<Result<_>>().with_context(|| system.name.clone())?;
-        for run in simulate_all(&settings.concat(), &latency, &exits, workload)? {
-            times.extend(run.time);
-            lines.push((OfSystem::new(system, &run), run.summary));
-        }
-    }
-    write_csv(&results.join("summary.csv"), &lines)?;
-    let runs: Vec<SystemTime<'_>> = lines
-        .iter()
-        .zip(&times)
-        .map(|((of, summary), time)| SystemTime { system: &of.system, summary, time })
-        .collect();
-    let caption = Caption { setting: experiment.title.clone(), device: devices.join(", ") };
-    write_time_by_part(results, &caption, &runs)?;
-    print_systems(&lines);
-    report::print_memory(lines.iter().map(|(_, summary)| summary));
-    Ok(())
-}
-
-fn print_systems(lines: &[(OfSystem, Summary)]) {
-    let header = ["system", "batching", "exit", "batch", "mean depth", "tok/s", "published", "error %"];
-    let number = |number: Option<f64>| number.map_or("-".to_owned(), |number| format!("{number:.1}"));
-    let cells = lines.iter().map(|(of, summary)| {
-        vec![
-            of.system.clone(),
-            summary.batching.to_string(),
-            summary.exit_policy.clone(),
-            summary.max_batch.to_string(),
-            format!("{:.3}", summary.mean_depth),
-            number(Some(summary.throughput_tok_s)),
-            number(of.published_tok_s),
-            number(of.error_pct),
-        ]
-    });
-    report::print_table(&header, cells.collect());
 }

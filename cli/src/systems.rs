@@ -1,0 +1,136 @@
+//! Systems side by side: profiles and exit traces at hand, each simulated under its policies.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use simulator::{Summary, TimeByPart, write_csv};
+
+use crate::experiment::{Experiment, System};
+use crate::figures::Caption;
+use crate::parts::write_time_by_part;
+use crate::report;
+use crate::runs::{load_models, simulate_all};
+use crate::serving::Serving;
+use crate::workload::Workload;
+
+/// What a line of `summary.csv` is of, where there are several systems.
+#[derive(Clone, Debug, Serialize)]
+struct OfSystem {
+    system: String,
+    published_tok_s: Option<f64>,
+    /// Simulated less published, in percent of published.
+    error_pct: Option<f64>,
+    /// Throughput over that of what the system is compared with.
+    speedup: f64,
+}
+
+/// A system under one of its policies, at one batch limit.
+pub struct SystemRun<'a> {
+    /// Which.
+    pub system: &'a System,
+    /// Place of the batch limit among those that all systems are run at.
+    pub size: usize,
+    /// What it came to.
+    pub summary: Summary,
+    /// Where its time went.
+    pub time: TimeByPart,
+    /// Throughput over that of what the system is compared with; NaN until all have run.
+    pub speedup: f64,
+}
+
+/// Simulates each system under its policies, at each batch limit of the sweep if there is one; compares them with each
+/// other and with what was published of them, and shows where the time goes.
+///
+/// # Errors
+/// If something does not read, cannot be served or cannot be written.
+pub fn simulate_systems(experiment: &Experiment, base: &Path, workload: &Workload, results: &Path) -> Result<()> {
+    let mut runs = Vec::new();
+    let mut devices: Vec<String> = Vec::new();
+    for system in &experiment.systems {
+        let device = simulate_system(experiment, system, base, workload, &mut runs)
+            .with_context(|| format!("system `{}`", system.name))?;
+        if !devices.contains(&device) {
+            devices.push(device);
+        }
+    }
+    compare(experiment, &mut runs)?;
+    let lines: Vec<(OfSystem, &Summary)> = runs.iter().map(|run| (OfSystem::new(run), &run.summary)).collect();
+    write_csv(&results.join("summary.csv"), &lines)?;
+    print_systems(&lines);
+    report::print_memory(runs.iter().map(|run| &run.summary));
+    write_time_by_part(results, &Caption { setting: experiment.title.clone(), device: devices.join(", ") }, &runs)
+}
+
+/// Runs one system, and returns the device that its profile was measured on.
+fn simulate_system<'a>(
+    experiment: &Experiment,
+    system: &'a System,
+    base: &Path,
+    workload: &Workload,
+    runs: &mut Vec<SystemRun<'a>>,
+) -> Result<String> {
+    let (latency, exits) = load_models(&base.join(&system.profile), &base.join(&system.exits), experiment.seed)?;
+    let serving = system.serving(&experiment.serving);
+    let mut sizes: Vec<Serving> = experiment.sweeps.max_batch.iter().map(|&batch| serving.with_batch(batch)).collect();
+    if sizes.is_empty() {
+        sizes.push(serving);
+    }
+    for (size, serving) in sizes.iter().enumerate() {
+        let settings = serving.all_settings(latency.memory(), &workload.requests)?;
+        let run = |run: crate::runs::Run| SystemRun {
+            system,
+            size,
+            summary: run.summary,
+            time: run.time.unwrap_or_default(),
+            speedup: f64::NAN,
+        };
+        runs.extend(simulate_all(&settings, &latency, &exits, workload)?.into_iter().map(run));
+    }
+    Ok(latency.device().to_owned())
+}
+
+/// Fills in how many times as fast each run is as the first of what its system is compared with, at the same limit.
+fn compare(experiment: &Experiment, runs: &mut [SystemRun<'_>]) -> Result<()> {
+    for index in 0..runs.len() {
+        let baseline = &experiment.baseline_of(runs[index].system)?.name;
+        let size = runs[index].size;
+        let first = runs.iter().find(|run| run.system.name == *baseline && run.size == size);
+        let first = first.context("every system has run")?.summary.throughput_tok_s;
+        runs[index].speedup = runs[index].summary.throughput_tok_s / first;
+    }
+    Ok(())
+}
+
+impl OfSystem {
+    fn new(run: &SystemRun<'_>) -> Self {
+        let error_pct = |published: f64| 100.0 * (run.summary.throughput_tok_s / published - 1.0);
+        Self {
+            system: run.system.name.clone(),
+            published_tok_s: run.system.published_tok_s,
+            error_pct: run.system.published_tok_s.map(error_pct),
+            speedup: run.speedup,
+        }
+    }
+}
+
+fn print_systems(lines: &[(OfSystem, &Summary)]) {
+    let header =
+        ["system", "batching", "exit", "batch", "mean depth", "agreement", "tok/s", "speed-up", "published", "error %"];
+    let number = |number: Option<f64>| number.map_or("-".to_owned(), |number| format!("{number:.1}"));
+    let cells = lines.iter().map(|(of, summary)| {
+        vec![
+            of.system.clone(),
+            summary.batching.to_string(),
+            summary.exit_policy.clone(),
+            summary.max_batch.to_string(),
+            format!("{:.3}", summary.mean_depth),
+            summary.token_agreement.map_or("-".to_owned(), |share| format!("{share:.3}")),
+            number(Some(summary.throughput_tok_s)),
+            format!("{:.2}", of.speedup),
+            number(of.published_tok_s),
+            number(of.error_pct),
+        ]
+    });
+    report::print_table(&header, cells.collect());
+}
