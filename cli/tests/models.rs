@@ -134,7 +134,7 @@ fn num_loops() -> usize {
 /// The depths that are told of the texts, by text.
 fn depths(notes: &str) -> Vec<Vec<usize>> {
     let lines = notes.lines().filter_map(|line| line.strip_prefix("depths "));
-    lines.map(|line| line.split(' ').map(|depth| depth.parse().unwrap()).collect()).collect()
+    lines.map(|line| line.split_whitespace().map(|depth| depth.parse().unwrap()).collect()).collect()
 }
 
 #[test]

@@ -42,7 +42,7 @@ fn folder_of(model: &Model) -> tempfile::TempDir {
 type Next = Box<dyn FnMut(&Tensor, usize) -> candle_core::Result<Tensor>>;
 
 /// What candle-transformers gives token after token.
-fn candle_logits(model: &Model, tokens: &[u32]) -> Tensor {
+pub fn candle_logits(model: &Model, tokens: &[u32]) -> Tensor {
     let vb = VarBuilder::from_tensors(model.tensors.clone(), DType::F32, &Device::Cpu);
     let json = model.config.clone();
     let mut next: Next = match json["model_type"].as_str() {

@@ -10,7 +10,7 @@ use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
 use proptest::prelude::*;
 
-use super::equality::{assert_close, engine_logits, tokens};
+use super::equality::{assert_close, candle_logits, engine_logits, tokens};
 use super::folders::{Model, gemma1, gemma3, gpt_neox, llama};
 use super::plain;
 
@@ -97,6 +97,21 @@ fn an_unrolled_model_has_the_last_loops_logits() {
         write_hugging_face(&weights, None, folder.path(), Stored::F32).unwrap();
         assert_close(&engine_logits(folder.path(), 4, &tokens), &expected);
     }
+}
+
+#[test]
+fn candle_transformers_reads_a_written_recursive_model_and_finds_the_last_loops_logits() {
+    let weights = noisy(recursive(Architecture::default()));
+    let tokens = [3_u32, 14, 15, 9, 2, 6, 5];
+    let input = Tensor::new(&[tokens], &Device::Cpu).unwrap();
+    let expected = Reference::new(&weights).unwrap().forward(&input).unwrap().pop().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_hugging_face(&weights, None, folder.path(), Stored::F32).unwrap();
+    let written = Model {
+        config: serde_json::from_slice(&std::fs::read(folder.path().join("config.json")).unwrap()).unwrap(),
+        tensors: candle_core::safetensors::load(folder.path().join("model.safetensors"), &Device::Cpu).unwrap(),
+    };
+    assert_close(&candle_logits(&written, &tokens), &expected);
 }
 
 #[test]
