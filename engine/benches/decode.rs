@@ -8,9 +8,12 @@
 //! what is timed goes from the first token of the last to the end. Weight types take turns, run by run; the table has
 //! medians. `RAYON_NUM_THREADS` sets the threads.
 
+mod common;
+
 use std::sync::Arc;
 use std::time::Instant;
 
+use common::{Arguments, machine, median};
 use engine::checkpoint::Checkpoint;
 use engine::clock::Idle;
 use engine::config::{ModelConfig, Sharing};
@@ -26,38 +29,6 @@ use traces::{Nanos, Request};
 
 const PROMPT: u32 = 64;
 const OUTPUT: u32 = 72;
-
-/// What the command line asks for.
-struct Arguments {
-    model: Option<String>,
-    weight_types: Vec<WeightType>,
-    batches: Vec<u32>,
-    runs: usize,
-}
-
-impl Arguments {
-    fn parse() -> Self {
-        let mut arguments =
-            Self { model: None, weight_types: WeightType::ALL.to_vec(), batches: vec![1, 8, 16, 32], runs: 3 };
-        let mut words = std::env::args().skip(1);
-        while let Some(word) = words.next() {
-            let mut value = || words.next().unwrap_or_else(|| panic!("{word} takes a value"));
-            match word.as_str() {
-                "--bench" => {}
-                "--weights" => arguments.weight_types = list(&value()),
-                "--batch" => arguments.batches = list(&value()),
-                "--runs" => arguments.runs = value().parse().expect("a number of runs"),
-                _ => arguments.model = Some(word),
-            }
-        }
-        arguments
-    }
-}
-
-fn list<T: std::str::FromStr>(text: &str) -> Vec<T> {
-    let item = |item: &str| item.parse().unwrap_or_else(|_| panic!("cannot read {item:?}"));
-    text.split(',').map(item).collect()
-}
 
 /// SmolLM2-135M's sizes.
 fn sizes() -> ModelConfig {
@@ -114,11 +85,6 @@ fn throughput(engine: &Engine, batch: u32) -> f64 {
     engine.replay(settings, &requests, None, Idle::Skip, &mut decoding).unwrap();
     let seconds = decoding.ended.since(decoding.started).as_micros_f64() / 1e6;
     f64::from(batch * (OUTPUT - 1)) / seconds
-}
-
-fn median(mut numbers: Vec<f64>) -> f64 {
-    numbers.sort_by(f64::total_cmp);
-    numbers[numbers.len() / 2]
 }
 
 /// Bytes a second that all threads read from memory, once each.
@@ -195,8 +161,8 @@ mod arithmetic {
 }
 
 fn main() {
-    let arguments = Arguments::parse();
-    let weights = match &arguments.model {
+    let arguments = Arguments::parse(&["weights", "batch", "runs"]);
+    let weights = match arguments.words.first() {
         Some(path) => Checkpoint::read(path.as_ref(), 1).unwrap_or_else(|error| panic!("{error}")).weights,
         None => Weights::random(sizes(), 1).unwrap(),
     };
@@ -206,8 +172,9 @@ fn main() {
         prompts: prompts.clone(),
         sampling: Sampling::default(),
     };
+    let weight_types: Vec<WeightType> = arguments.list("weights", "f32,bf16,q8_0,q4k");
     let engines: Vec<(WeightType, Engine)> =
-        arguments.weight_types.iter().map(|&weight_type| (weight_type, engine(weight_type))).collect();
+        weight_types.into_iter().map(|weight_type| (weight_type, engine(weight_type))).collect();
     // The embedding is read by the row, the head's matrix wholly, which is the same where they are tied.
     let config = weights.config();
     let embedding = if config.tie_embeddings { 0 } else { config.vocab_size * config.hidden_size };
@@ -216,20 +183,16 @@ fn main() {
 
     let bandwidth = read_bandwidth();
     let peaks = arithmetic::peaks();
-    println!(
-        "{}; {} loaded",
-        engine::profile::device_name(),
-        std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim()
-    );
+    println!("{}", machine());
     println!("reading memory: {:.1} GB/s", bandwidth / 1e9);
     if let Some((floats, bytes)) = peaks {
         println!("arithmetic: {:.0} GFLOP/s in f32, {:.0} GOP/s in bytes", floats / 1e9, bytes / 1e9);
     }
     println!("\n| batch | weights | tok/s | of memory bandwidth | of arithmetic peak |");
     println!("| ---: | --- | ---: | ---: | ---: |");
-    for &batch in &arguments.batches {
+    for batch in arguments.list("batch", "1,8,16,32") {
         let mut samples = vec![Vec::new(); engines.len()];
-        for _ in 0..arguments.runs {
+        for _ in 0..arguments.get("runs", 3) {
             for ((_, engine), samples) in engines.iter().zip(&mut samples) {
                 samples.push(throughput(engine, batch));
             }

@@ -9,7 +9,6 @@ use engine::executor::in_pool;
 use engine::kernels::attention::Row;
 use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
-use engine::kernels::signals::read;
 use engine::model::{Model, Rows};
 use engine::weights::Weights;
 use scheduler::KvFill;
@@ -73,7 +72,7 @@ fn head(criterion: &mut Criterion, model: &Model, counts: &[usize]) {
         (0..count).for_each(|_| rows.push(Row::new(1, 1, &blocks[0])));
         group.throughput(Throughput::Elements(count as u64));
         group.bench_function(count.to_string(), |bencher| {
-            in_pool(|| bencher.iter(|| read(&model.logits(&hidden, &rows, &cache).unwrap(), 0.0, &keys).unwrap()));
+            in_pool(|| bencher.iter(|| model.verdicts(&hidden, &rows, &cache, 0.0, &keys).unwrap()));
         });
     }
 }

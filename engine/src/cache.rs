@@ -42,7 +42,7 @@ pub enum Kept {
 ///
 /// ```text
 /// cache  [layer][block] pages         layers: those of the prelude, then at each depth those of the block and the coda
-/// page   keys   [kv head][tile][dim][position in tile]    positions side by side, so that scores vectorize over them
+/// page   keys   [kv head][tile][dim, even][position in tile]    positions side by side: scores vectorize over them
 ///        values [kv head][position][dim, padded]
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,10 +82,16 @@ impl PageLayout {
         self.head_dim.next_multiple_of(CHUNK)
     }
 
+    /// Dimensions of a key, padded with zeros to an even number: scores sum even and odd ones apart.
+    #[inline(always)]
+    pub fn key_dims(&self) -> usize {
+        self.head_dim.next_multiple_of(2)
+    }
+
     /// Numbers of a page.
     #[inline(always)]
     pub fn page_numbers(&self) -> usize {
-        self.kv_heads * self.block_tokens * (self.head_dim + self.value_stride())
+        self.kv_heads * self.block_tokens * (self.key_dims() + self.value_stride())
     }
 
     /// Numbers of the whole cache.
@@ -103,16 +109,17 @@ impl PageLayout {
         layer * self.blocks * self.page_numbers()
     }
 
-    /// Where in a page the tile `[head_dim, TILE]` of a head's keys that holds `offset` starts.
+    /// Where in a page the tile `[key_dims, TILE]` of a head's keys that holds `offset` starts.
     #[inline(always)]
     pub fn key_tile(&self, kv_head: usize, offset: usize) -> usize {
-        (kv_head * self.block_tokens + offset / TILE * TILE) * self.head_dim
+        (kv_head * self.block_tokens + offset / TILE * TILE) * self.key_dims()
     }
 
     /// Where in a page a head's value at `offset` starts; those of later offsets follow.
     #[inline(always)]
     pub fn value(&self, kv_head: usize, offset: usize) -> usize {
-        self.kv_heads * self.block_tokens * self.head_dim + (kv_head * self.block_tokens + offset) * self.value_stride()
+        self.kv_heads * self.block_tokens * self.key_dims()
+            + (kv_head * self.block_tokens + offset) * self.value_stride()
     }
 }
 

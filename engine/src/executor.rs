@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use scheduler::{Executor, ExitPolicy, KvFill, Look, Pass, RowKind, Segment, Slot};
@@ -12,7 +12,7 @@ use traces::{Measure, Nanos, Request, Signals};
 use crate::cache::{CacheError, KvCache};
 use crate::kernels::attention::{Fill, Row, fill_deeper};
 use crate::kernels::rows::{Source, cosines, gather, scatter};
-use crate::kernels::signals::{Verdict, mix, read};
+use crate::kernels::signals::{Verdict, mix};
 use crate::model::{Model, Rows};
 use crate::prompts::{PromptError, Prompts};
 
@@ -191,6 +191,7 @@ pub struct EngineExecutor {
     sequences: Vec<Sequence>,
     current: Current,
     generations: HashMap<u32, Generation>,
+    head_time: Duration,
 }
 
 impl EngineExecutor {
@@ -222,6 +223,7 @@ impl EngineExecutor {
             sequences: Vec::new(),
             current: Current::default(),
             generations: HashMap::new(),
+            head_time: Duration::ZERO,
         })
     }
 
@@ -268,6 +270,11 @@ impl EngineExecutor {
     /// The same, when the run is over.
     pub fn into_generations(self) -> HashMap<u32, Generation> {
         self.generations
+    }
+
+    /// What the exit head has taken so far, of the time of all passes.
+    pub fn head_time(&self) -> Duration {
+        self.head_time
     }
 
     /// The KV cache.
@@ -425,6 +432,7 @@ impl EngineExecutor {
         if segments.is_empty() {
             return Ok(());
         }
+        let start = Instant::now();
         let segments = by_depth(pass, segments);
         let exits = self.current.exits.as_ref().expect("a row leaves only where the coda has run");
         let first = self.current.first_exit;
@@ -436,8 +444,9 @@ impl EngineExecutor {
         };
         let keys: Vec<u64> = segments.iter().map(key).collect();
         let rows = self.last_rows(pass, &segments);
-        let logits = self.model.logits(&gather(exits, exits, &sources)?, &rows, &self.cache)?;
-        for (segment, verdict) in segments.into_iter().zip(read(&logits, self.sampling.temperature, &keys)?) {
+        let exits = gather(exits, exits, &sources)?;
+        let verdicts = self.model.verdicts(&exits, &rows, &self.cache, self.sampling.temperature, &keys)?;
+        for (segment, verdict) in segments.into_iter().zip(verdicts) {
             if !verdict.top1.is_finite() {
                 let Segment { slot, depth, .. } = pass.segments[segment];
                 let sequence = &self.sequences[slot as usize];
@@ -446,6 +455,7 @@ impl EngineExecutor {
             }
             self.current.verdicts[segment] = Some(verdict);
         }
+        self.head_time += start.elapsed();
         Ok(())
     }
 

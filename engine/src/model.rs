@@ -14,7 +14,11 @@ use crate::kernels::linear::{Linear, WeightType};
 use crate::kernels::norm::{HeadNorm, Norm};
 use crate::kernels::rotary;
 use crate::kernels::rows::{Source, add_bias, gather, probe_rows, scale};
+use crate::kernels::signals::{Reader, Verdict};
 use crate::weights::{Weights, WeightsError};
+
+/// Tokens of a part of the vocabulary: the head's logits of a batch then fit the caches.
+const HEAD_PART: usize = 1 << 13;
 
 /// The rows of a pass: what the block must know of each, and where in the order of rows each depth lies.
 #[derive(Clone, Debug, Default)]
@@ -416,9 +420,10 @@ pub struct Model {
     loops: Loops,
     coda: Vec<Layer>,
     norm: Norm,
-    lm_head: Linear,
+    /// By parts of the vocabulary, so that logits need not all be there at once.
+    lm_head: Vec<Linear>,
     /// What each depth but the last adds to the head; empty if nothing.
-    head_adapters: Vec<Adapter>,
+    head_adapters: Vec<HeadAdapter>,
     /// The gate of each depth but the last, `[num_loops - 1, hidden + 1]`, its bias last.
     gates: Option<Tensor>,
     /// [`rotary::tables`]
@@ -457,7 +462,7 @@ impl Model {
             loops: Loops::load(weights, weight_type, &rotaries)?,
             coda: (0..config.coda_layers).map(coda_layer).collect::<Result<_, _>>()?,
             norm: new_norm(&config, norm),
-            lm_head: Linear::new(weights.get(head)?, weight_type).map_err(in_tensor(head))?,
+            lm_head: head_parts(weights.get(head)?, weight_type).map_err(in_tensor(head))?,
             head_adapters: head_adapters(weights)?,
             gates: gates(weights)?,
             rotary: rotary::tables(&rotaries, config.max_positions).map_err(in_tensor("rotary tables"))?,
@@ -531,6 +536,39 @@ impl Model {
     /// # Errors
     /// If `hidden` is of another shape.
     pub fn logits(&self, hidden: &Tensor, rows: &Rows<'_>, cache: &KvCache) -> candle_core::Result<Tensor> {
+        let mut parts = Vec::new();
+        self.each_logits(hidden, rows, cache, |logits| {
+            parts.push(logits);
+            Ok(())
+        })?;
+        Tensor::cat(&parts, 1)
+    }
+
+    /// What the exit head says of such rows, drawing tokens as [`Reader`] does, by a key of each row; keeps no logits.
+    ///
+    /// # Errors
+    /// As for [`logits`](Self::logits).
+    pub fn verdicts(
+        &self,
+        hidden: &Tensor,
+        rows: &Rows<'_>,
+        cache: &KvCache,
+        temperature: f32,
+        keys: &[u64],
+    ) -> candle_core::Result<Vec<Verdict>> {
+        let mut reader = Reader::new(temperature, keys);
+        self.each_logits(hidden, rows, cache, |logits| reader.read(&logits))?;
+        Ok(reader.verdicts())
+    }
+
+    /// Hands out the scores of each part of the vocabulary.
+    fn each_logits(
+        &self,
+        hidden: &Tensor,
+        rows: &Rows<'_>,
+        cache: &KvCache,
+        mut each: impl FnMut(Tensor) -> candle_core::Result<()>,
+    ) -> candle_core::Result<()> {
         let finished = match self.coda.last() {
             None => hidden.clone(),
             Some(last) => {
@@ -540,9 +578,20 @@ impl Model {
             }
         };
         let normed = self.norm.forward(&finished, &rows.depths)?;
-        let logits = self.lm_head.forward(&normed)?;
-        add_adapted(&self.head_adapters, &logits, &normed, &rows.depths)?;
-        Ok(logits)
+        let mut lowered = Vec::new();
+        for (depth, range) in &rows.depths {
+            if let Some(HeadAdapter { down, ups }) = self.head_adapters.get(*depth) {
+                lowered.push((down.forward(&normed.narrow(0, range.start, range.len())?)?, ups, range));
+            }
+        }
+        for (part, weight) in self.lm_head.iter().enumerate() {
+            let logits = weight.forward(&normed)?;
+            for (lowered, ups, range) in &lowered {
+                ups[part].add_to(&logits.narrow(0, range.start, range.len())?, lowered)?;
+            }
+            each(logits)?;
+        }
+        Ok(())
     }
 
     /// The gates' scores `[rows]`, each from 0 to 1, of rows that come out of the block, `hidden` `[rows, hidden]`, at
@@ -590,12 +639,32 @@ fn weight_bytes(weights: &Weights, weight_type: WeightType) -> u64 {
     bytes.sum::<f64>() as u64
 }
 
-fn head_adapters(weights: &Weights) -> Result<Vec<Adapter>, WeightsError> {
-    let &ModelConfig { head_lora_rank, num_loops, vocab_size, .. } = weights.config();
+/// Packs a head `[vocab, inputs]` part by part.
+fn head_parts(weight: &Tensor, weight_type: WeightType) -> candle_core::Result<Vec<Linear>> {
+    let (vocab, inputs) = weight.dims2()?;
+    let part = |start| {
+        let outputs = HEAD_PART.min(vocab - start);
+        let numbers = weight.narrow(0, start, outputs)?.flatten_all()?.to_vec1::<f32>()?;
+        Linear::new(&Tensor::from_vec(numbers, (outputs, inputs), weight.device())?, weight_type)
+    };
+    (0..vocab).step_by(HEAD_PART).map(part).collect()
+}
+
+/// A low-rank matrix that is added to the head.
+#[derive(Debug)]
+struct HeadAdapter {
+    down: Linear,
+    /// By parts of the vocabulary.
+    ups: Vec<Linear>,
+}
+
+fn head_adapters(weights: &Weights) -> Result<Vec<HeadAdapter>, WeightsError> {
+    let &ModelConfig { head_lora_rank, num_loops, .. } = weights.config();
     let depths = if head_lora_rank == 0 { 0..0 } else { 0..num_loops - 1 };
     let adapter = |depth| {
         let [down, up] = ["a", "b"].map(|side| weights.get(&format!("head_lora.{depth}.{side}")));
-        Adapter::new(&[down?], &[(vocab_size, Some(up?))], 1.0).map_err(in_tensor("head_lora"))
+        let down = Linear::new(down?, WeightType::F32).map_err(in_tensor("head_lora"))?;
+        Ok(HeadAdapter { down, ups: head_parts(up?, WeightType::F32).map_err(in_tensor("head_lora"))? })
     };
     depths.map(adapter).collect()
 }

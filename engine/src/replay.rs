@@ -14,7 +14,6 @@ use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineError, EngineExecutor, ExitDepths, Generation, Sampling, in_pool};
 use crate::kernels::attention::Row;
 use crate::kernels::rows::Source;
-use crate::kernels::signals::read;
 use crate::model::{Model, Rows};
 use crate::prompts::Prompts;
 
@@ -233,11 +232,12 @@ impl Engine {
             let yielding = first - start..chunk.len();
             if !yielding.is_empty() {
                 let exits = exits.narrow(0, yielding.start, yielding.len())?;
-                let logits = self.model.logits(&exits, &rows.part(yielding), &cache)?;
                 let token = |position| position + 1 - generation.prompt.len();
                 let keys: Vec<u64> =
                     (first..start + chunk.len()).map(|position| self.sampling.key(request, token(position))).collect();
-                tokens.extend(read(&logits, self.sampling.temperature, &keys)?.iter().map(|verdict| verdict.token));
+                let temperature = self.sampling.temperature;
+                let verdicts = self.model.verdicts(&exits, &rows.part(yielding), &cache, temperature, &keys)?;
+                tokens.extend(verdicts.iter().map(|verdict| verdict.token));
             }
         }
         Ok(tokens)

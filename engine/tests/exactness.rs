@@ -4,19 +4,24 @@
 mod common;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::{DType, Device, Tensor};
+
 use common::{configs, grouped, weights, with_everything};
-use engine::cache::{Kept, TILE};
+use engine::cache::{Kept, KvCache, TILE};
 use engine::config::ModelConfig;
 use engine::executor::{EngineExecutor, Generation, Sampling};
+use engine::kernels::attention::Row;
 use engine::kernels::linear::WeightType;
-use engine::kernels::signals::mix;
-use engine::model::Model;
+use engine::kernels::rows::Source;
+use engine::kernels::signals::{Verdict, mix};
+use engine::model::{Model, Rows};
 use engine::prompts::Prompts;
 use proptest::prelude::*;
 use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, VirtualClock, serve};
-use traces::{Measure, Nanos, Request};
+use traces::{Measure, Nanos, Request, Signals};
 
 #[derive(Default)]
 struct Preemptions(u32);
@@ -283,5 +288,81 @@ fn backfill_leaves_the_very_cache_that_full_depth_leaves() {
         let reused = run_with_exits(&setup, KvFill::Reuse, batching);
         let backfilled = run_with_exits(&setup, KvFill::Backfill, batching);
         assert!(reused[0].1 != backfilled[0].1, "tokens that leave early leave a mark under other fills");
+    }
+}
+
+/// What a recording says of a request that leaves at given depths: token by token on a machine of its own, with the
+/// keys and values that a KV fill is defined to leave.
+fn recorded_by_hand(
+    model: &Model,
+    sampling: Sampling,
+    kv_fill: KvFill,
+    generation: &Generation,
+) -> Vec<(u32, Vec<Verdict>)> {
+    let config = model.config();
+    let cache = KvCache::new(config, kv_fill, 1, 128, &Device::Cpu).unwrap();
+    let Generation { prompt, tokens, exit_depths, .. } = generation;
+    let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu).unwrap();
+    let mut skipped = vec![Vec::<u32>::new(); config.num_loops];
+    let mut recorded = Vec::new();
+    for (index, &left) in exit_depths.iter().enumerate() {
+        let positions = if index == 0 { 0..prompt.len() } else { prompt.len() + index - 1..prompt.len() + index };
+        let inputs = if index == 0 { &prompt[..] } else { &tokens[index - 1..index] };
+        let sources: Vec<Source> = inputs.iter().map(|&token| Source::First(token)).collect();
+        let (left, is_prompt) = (usize::from(left), index == 0);
+        let rows = |depth: usize, fills: Range<usize>| {
+            let mut rows = Rows::default();
+            for position in positions.clone() {
+                let of_fill = if kv_fill == KvFill::Skip { &skipped[depth][..] } else { &[] };
+                rows.push(Row { fills: fills.clone(), skipped: of_fill, ..Row::new(position, depth, &[0]) });
+            }
+            rows
+        };
+        let mut verdicts = Vec::new();
+        let first_only = |depth: usize| kv_fill == KvFill::First && depth > 0;
+        let hidden = model.embed(&nothing, &sources, &rows(0, 0..1), &cache).unwrap();
+        let deepest = if is_prompt || kv_fill == KvFill::Backfill { config.num_loops - 1 } else { left };
+        for depth in 0..=deepest {
+            let fills = match kv_fill {
+                _ if first_only(depth) => depth..depth,
+                KvFill::Reuse if depth == left && !is_prompt => depth..config.num_loops,
+                _ => depth..depth + 1,
+            };
+            let rows = rows(depth, fills);
+            model.forward_block(&hidden, &rows, &cache).unwrap();
+            let exits = model.forward_coda(&hidden, &rows, &cache).unwrap();
+            let last = rows.len() - 1;
+            let (exit, row) = (exits.narrow(0, last, 1).unwrap(), rows.part(last..last + 1));
+            if depth <= left {
+                let keys = [sampling.key(0, index)];
+                verdicts.extend(model.verdicts(&exit, &row, &cache, sampling.temperature, &keys).unwrap());
+            }
+        }
+        if !is_prompt {
+            skipped[left + 1..].iter_mut().for_each(|skipped| skipped.push(positions.start as u32));
+        }
+        recorded.push((verdicts[left].token, verdicts));
+    }
+    recorded
+}
+
+#[test]
+fn each_kv_fill_leaves_what_it_is_defined_to_leave() {
+    let exits: Vec<u8> = (0..25).map(|token| (mix(token) % 3) as u8).collect();
+    for (config, kv_fill) in
+        [grouped(), with_everything()].iter().flat_map(|config| KvFill::ALL.map(|kv_fill| (config, kv_fill)))
+    {
+        let setup = Setup::new(config, WeightType::F32, 4, 1.0);
+        let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 20, output_tokens: 25 };
+        let found = setup.run_alone(request, kv_fill, exits.clone());
+        let expected = recorded_by_hand(&setup.model, setup.sampling, kv_fill, &found);
+        for (index, (token, verdicts)) in expected.into_iter().enumerate() {
+            assert_eq!(found.tokens[index], token, "{kv_fill}: token {index}");
+            for (depth, verdict) in verdicts.iter().enumerate() {
+                let (signals, token) = found.recorded[index * config.num_loops + depth];
+                let of_head = Signals { similarity: 0.0, gate: 0.0, ..signals };
+                assert_eq!((of_head, token), (verdict.signals(), verdict.token), "{kv_fill}: {index} at {depth}");
+            }
+        }
     }
 }

@@ -310,14 +310,14 @@ struct History<'a> {
 }
 
 impl<'a> History<'a> {
-    /// The tile from an entry on: keys `[head_dim, TILE]` and values `[TILE, value_stride]`.
+    /// The tile from an entry on: keys `[key_dims, TILE]` and values `[TILE, value_stride]`.
     #[inline(always)]
     fn tile(&self, entry: usize) -> (&'a [f32], &'a [f32]) {
         let History { layout, start, row, kv_head, pages } = *self;
         let block = row.blocks[entry / layout.block_tokens] as usize;
         let offset = entry % layout.block_tokens;
         let page = &pages[start + block * layout.page_numbers()..][..layout.page_numbers()];
-        let keys = &page[layout.key_tile(kv_head, offset)..][..layout.head_dim * TILE];
+        let keys = &page[layout.key_tile(kv_head, offset)..][..layout.key_dims() * TILE];
         (keys, &page[layout.value(kv_head, offset)..][..layout.value_stride() * TILE])
     }
 }
@@ -359,8 +359,8 @@ fn see_stride<const HEADS: usize, const DIM: usize>(
     rotated: &[[f32; DIM]; HEADS],
     seen: &mut Seen<HEADS, DIM>,
 ) {
-    let Range { start: skip, end: count } = visible;
-    let (first_tile, tiles) = (skip / TILE, count.div_ceil(TILE));
+    let Range { start: hidden, end: count } = visible;
+    let (first_tile, tiles) = (hidden / TILE, count.div_ceil(TILE));
     let mut weights = [[Lanes([f32::NEG_INFINITY; LANES]); STRIDE / TILE]; HEADS];
     let mut values: [&[f32]; STRIDE / TILE] = [&[]; STRIDE / TILE];
     for tile in first_tile..tiles {
@@ -370,11 +370,9 @@ fn see_stride<const HEADS: usize, const DIM: usize>(
         for head in 0..HEADS {
             weights[head][tile] = scores[head].first(count - tile * TILE, f32::NEG_INFINITY);
         }
-        if skip > tile * TILE {
-            for head in 0..HEADS {
-                weights[head][tile] = weights[head][tile].after(skip - tile * TILE, f32::NEG_INFINITY);
-            }
-        }
+    }
+    if hidden > 0 {
+        weights.iter_mut().for_each(|weights| hide(weights, hidden));
     }
     let mut rescale = [0.0; HEADS];
     for head in 0..HEADS {
@@ -412,19 +410,20 @@ fn see_stride<const HEADS: usize, const DIM: usize>(
     }
 }
 
-/// Scores of rotated queries against a tile of keys `[head_dim, TILE]`, even and odd dimensions apart, so that their
+/// Hides the first scores of a stride, which lie before a window.
+#[cold]
+fn hide(scores: &mut [Lanes], count: usize) {
+    for (tile, scores) in scores.iter_mut().enumerate() {
+        *scores = scores.after(count.saturating_sub(tile * TILE), f32::NEG_INFINITY);
+    }
+}
+
+/// Scores of rotated queries against a tile of keys `[key_dims, TILE]`, even and odd dimensions apart, so that their
 /// latencies overlap.
 #[inline(always)]
 fn scores<const HEADS: usize, const DIM: usize>(rotated: &[[f32; DIM]; HEADS], keys: &[f32]) -> [Lanes; HEADS] {
     let mut partial = [[Lanes::ZERO; 2]; HEADS];
-    let pairs = keys.chunks_exact(2 * TILE);
-    if let last @ [_, ..] = pairs.remainder() {
-        let last = (keys.len() / TILE - 1, Lanes::load(last));
-        for head in 0..HEADS {
-            partial[head][0] = partial[head][0].add_scaled(rotated[head][last.0], last.1);
-        }
-    }
-    for (pair, keys) in pairs.enumerate() {
+    for (pair, keys) in keys.chunks_exact(2 * TILE).enumerate() {
         let (even, odd) = (Lanes::load(keys), Lanes::load(&keys[TILE..]));
         for head in 0..HEADS {
             partial[head][0] = partial[head][0].add_scaled(rotated[head][2 * pair], even);
@@ -488,5 +487,81 @@ fn copy_entry(pages: &mut [f32], layout: PageLayout, from: usize, to: usize, off
         }
         let value = layout.value(kv_head, offset);
         pages.copy_within(from + value..from + value + layout.head_dim, to + value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+    use scheduler::KvFill;
+
+    use crate::config::ModelConfig;
+
+    /// The softmax over the positions that a row sees, one after the other: `[heads * head_dim]`.
+    fn plain_attention(heads: &Heads, qkv: &[Vec<f32>], position: usize, seen: &[usize]) -> Vec<f64> {
+        let dim = heads.head_dim;
+        let part = |row: usize, part: usize| qkv[row][part * dim..][..dim].iter().map(|&x| f64::from(x));
+        let mut out = Vec::new();
+        for head in 0..heads.heads {
+            let kv_head = head / (heads.heads / heads.kv_heads);
+            let score = |&row: &usize| {
+                let dot: f64 = part(position, head).zip(part(row, heads.heads + kv_head)).map(|(q, k)| q * k).sum();
+                (dot * f64::from(heads.scale)).exp()
+            };
+            let weights: Vec<f64> = seen.iter().map(score).collect();
+            let mut mixed = vec![0.0; dim];
+            for (&row, weight) in seen.iter().zip(&weights) {
+                let values = part(row, heads.heads + heads.kv_heads + kv_head);
+                mixed
+                    .iter_mut()
+                    .zip(values)
+                    .for_each(|(mixed, value)| *mixed += weight / weights.iter().sum::<f64>() * value);
+            }
+            out.extend(mixed);
+        }
+        out
+    }
+
+    #[test]
+    fn rows_attend_to_what_they_see_and_pass_over_what_was_skipped() {
+        const POSITIONS: usize = 200;
+        let mut rng = StdRng::seed_from_u64(1);
+        for (head_dim, window) in [(64, None), (6, Some(70)), (5, None), (70, Some(1000))] {
+            let config =
+                ModelConfig { head_dim, num_heads: 6, num_kv_heads: 2, num_loops: 2, ..ModelConfig::default() };
+            let sights = vec![Sight { window, rotary: 0 }];
+            let kept = Kept::AtEachDepth(0);
+            let heads = Heads { heads: 6, kv_heads: 2, head_dim, scale: 0.3, sights, kept };
+            let cache = KvCache::new(&config, KvFill::Skip, 13, 16, &Device::Cpu).unwrap();
+            let blocks: Vec<BlockId> = (0..13).rev().collect();
+            // Turning by nothing.
+            let rotary = [vec![1.0_f32; head_dim / 2], vec![0.0; head_dim / 2]].concat().repeat(POSITIONS);
+            let rotary = Tensor::from_vec(rotary, (1, POSITIONS, head_dim / 2 * 2), &Device::Cpu).unwrap();
+            let skipped: Vec<u32> =
+                (30..POSITIONS as u32).filter(|position| position % 7 < 3 && position % 50 != 9).collect();
+            let reached: Vec<usize> =
+                (0..POSITIONS).filter(|&position| !skipped.contains(&(position as u32))).collect();
+            let numbers = |_| (0..heads.qkv_size()).map(|_| rng.random_range(-1.0..1.0)).collect();
+            let qkv: Vec<Vec<f32>> = (0..POSITIONS).map(numbers).collect();
+            // Two passes, the second of which finds what the first left.
+            for part in [&reached[..90], &reached[90..]] {
+                let row = |&position: &usize| Row { skipped: &skipped, ..Row::new(position, 1, &blocks) };
+                let rows: Vec<Row<'_>> = part.iter().map(row).collect();
+                let of_part: Vec<f32> = part.iter().flat_map(|&position| qkv[position].clone()).collect();
+                let of_part = Tensor::from_vec(of_part, (part.len(), heads.qkv_size()), &Device::Cpu).unwrap();
+                let found = attend(&of_part, &rotary, &cache, &heads, &rows).unwrap().to_vec2::<f32>().unwrap();
+                for (&position, found) in part.iter().zip(found) {
+                    let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+                    let seen: Vec<usize> =
+                        reached.iter().copied().filter(|seen| (first..=position).contains(seen)).collect();
+                    for (found, expected) in found.iter().zip(plain_attention(&heads, &qkv, position, &seen)) {
+                        assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} is not {expected} at {position}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -10,7 +10,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::Shared;
-use super::simd::LANES;
+use super::simd::{LANES, Lanes, greater};
 
 /// Inputs of one block: they share a scale.
 const BLOCK: usize = 32;
@@ -20,10 +20,14 @@ const PANEL: usize = LANES;
 const GROUP: usize = 4;
 /// Blocks of a Q4_K super-block.
 const SUPER: usize = 8;
-/// Rows that one tile of the product holds: its sums then fit the registers.
-const TILE_ROWS: usize = 8;
+/// Rows that one tile of the product holds, and panels: its sums then fit the registers, and a row's number that is
+/// loaded meets several panels.
+const TILE_ROWS: usize = 4;
+const TILE_PANELS: usize = 3;
 /// Multiplications below which a second thread costs more than it saves.
 const PARALLEL_WORK: usize = 1 << 19;
+/// Numbers rounded below which it does.
+const PARALLEL_ROUNDING: usize = 1 << 12;
 
 /// How the integers of a weight are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,41 +169,60 @@ struct Rounded {
     /// `[row][block][input in block]`
     quants: Vec<i8>,
     /// `[row][block]`
-    scales: Vec<f32>,
-    /// Sum of the quants, `[row][block]`.
-    sums: Vec<i32>,
+    blocks_of_rows: Vec<Block>,
+}
+
+/// What the product needs to know of a row's block beside its quants.
+#[derive(Clone, Copy, Debug, Default)]
+struct Block {
+    /// Of the quants.
+    scale: f32,
+    /// Sum of the rounded numbers.
+    sum: f32,
+    /// Where sums of products with weights that have 128 added start: -128 times the sum of the quants.
+    start: i32,
 }
 
 impl Rounded {
     fn new(x: &[f32], inputs: usize) -> Self {
         let (rows, blocks) = (x.len() / inputs, inputs.div_ceil(BLOCK));
-        let mut quants = vec![0; rows * blocks * BLOCK];
-        let (mut scales, mut sums) = (vec![0.0; rows * blocks], vec![0; rows * blocks]);
-        let places = quants.chunks_exact_mut(blocks * BLOCK).zip(scales.chunks_exact_mut(blocks));
-        for ((row, (quants, scales)), sums) in x.chunks_exact(inputs).zip(places).zip(sums.chunks_exact_mut(blocks)) {
-            round_row(row, quants, scales, sums);
+        let (mut quants, mut of_rows) = (vec![0; rows * blocks * BLOCK], vec![Block::default(); rows * blocks]);
+        let round = |((row, quants), blocks): ((&[f32], &mut [i8]), &mut [Block])| round_row(row, quants, blocks);
+        if x.len() < PARALLEL_ROUNDING {
+            let places = quants.chunks_exact_mut(blocks * BLOCK);
+            x.chunks_exact(inputs).zip(places).zip(of_rows.chunks_exact_mut(blocks)).for_each(round);
+        } else {
+            let places = quants.par_chunks_exact_mut(blocks * BLOCK);
+            x.par_chunks_exact(inputs).zip(places).zip(of_rows.par_chunks_exact_mut(blocks)).for_each(round);
         }
-        Self { blocks, quants, scales, sums }
+        Self { blocks, quants, blocks_of_rows: of_rows }
+    }
+
+    fn rows(&self) -> usize {
+        self.blocks_of_rows.len() / self.blocks
     }
 }
 
 super::simd::multiversion! {
     /// Rounds the blocks of one row.
-    fn round_row(row: &[f32], quants: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
-        for (block, numbers) in row.chunks(BLOCK).enumerate() {
+    fn round_row(row: &[f32], quants: &mut [i8], blocks: &mut [Block]) {
+        for ((numbers, quants), block) in row.chunks(BLOCK).zip(quants.chunks_exact_mut(BLOCK)).zip(blocks) {
             let mut padded = [0.0; BLOCK];
             padded[..numbers.len()].copy_from_slice(numbers);
-            let largest = padded.iter().fold(0.0, |largest, x| super::simd::greater(x.abs(), largest));
+            let halves = [Lanes::load(&padded), Lanes::load(&padded[LANES..])].map(|half| half.map(f32::abs));
+            // The difference of a number to itself is NaN unless it is finite.
+            let difference = halves[0].map(|x| x - x).zip(halves[1].map(|x| x - x), |a, b| a + b).reduce(|a, b| a + b);
+            let largest = halves[0].zip(halves[1], greater).reduce(greater);
             let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
             let mut sum = 0;
-            for (quant, number) in quants[block * BLOCK..].iter_mut().zip(&padded) {
-                *quant = (number * inverse).round_ties_even() as i8;
+            for (quant, number) in quants.iter_mut().zip(&padded) {
+                // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the lowest bits.
+                *quant = (number * inverse + 12_582_912.0).to_bits() as i8;
                 sum += i32::from(*quant);
             }
             // A row that is not finite must not come out finite.
-            let finite = padded.iter().all(|x| x.is_finite());
-            scales[block] = if finite { largest / 127.0 } else { f32::NAN };
-            sums[block] = sum;
+            let scale = largest / 127.0 + difference;
+            *block = Block { scale, sum: sum as f32 * scale, start: -128 * sum };
         }
     }
 }
@@ -208,55 +231,58 @@ super::simd::multiversion! {
 pub(super) fn multiply(x: &[f32], packed: &[u8], format: Format, inputs: usize, y: Shared<'_>, outputs: usize) {
     let layout = PanelLayout::new(format, inputs);
     let rows = Rounded::new(x, inputs);
-    let panel = |(index, panel): (usize, &[u8])| {
-        let tile = Tile { layout, panel, rows: &rows };
-        tile.add_all(y, index * PANEL, outputs);
+    let tile = |(index, panels): (usize, &[u8])| {
+        let tile = Tile { layout, panels, rows: &rows };
+        tile.add_all(y, index * TILE_PANELS * PANEL, outputs);
     };
     if x.len() * outputs < PARALLEL_WORK {
-        packed.chunks_exact(layout.bytes()).enumerate().for_each(panel);
+        packed.chunks(TILE_PANELS * layout.bytes()).enumerate().for_each(tile);
     } else {
-        packed.par_chunks_exact(layout.bytes()).enumerate().for_each(panel);
+        packed.par_chunks(TILE_PANELS * layout.bytes()).enumerate().for_each(tile);
     }
 }
 
-/// A panel and the rows that it is multiplied with.
+/// Up to [`TILE_PANELS`] panels and the rows that they are multiplied with.
 struct Tile<'a> {
     layout: PanelLayout,
-    panel: &'a [u8],
+    panels: &'a [u8],
     rows: &'a Rounded,
 }
 
-impl Tile<'_> {
-    /// Adds the product of all rows with the panel to the outputs of `y` from `first` on.
+impl<'a> Tile<'a> {
+    fn panel(&self, panel: usize) -> &'a [u8] {
+        &self.panels[panel * self.layout.bytes()..][..self.layout.bytes()]
+    }
+
+    /// Adds the product of all rows with the panels to the outputs of `y` from `first` on.
     fn add_all(&self, y: Shared<'_>, first: usize, outputs: usize) {
-        let rows = self.rows.scales.len() / self.rows.blocks;
-        let width = PANEL.min(outputs - first);
-        let mut row = 0;
-        while row < rows {
-            let count = TILE_ROWS.min(rows - row);
-            let products = match count {
-                1 => self.products::<1>(row),
-                2 => self.products::<2>(row),
-                3 => self.products::<3>(row),
-                4 => self.products::<4>(row),
-                5 => self.products::<5>(row),
-                6 => self.products::<6>(row),
-                7 => self.products::<7>(row),
-                _ => self.products::<TILE_ROWS>(row),
-            };
-            for (index, products) in products[..count].iter().enumerate() {
-                // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
-                let y = unsafe { y.get((row + index) * outputs + first, width) };
-                y.iter_mut().zip(products).for_each(|(y, product)| *y += product);
+        let rows = self.rows.rows();
+        for row in (0..rows).step_by(TILE_ROWS) {
+            match rows - row {
+                1 => self.add::<1>(row, y, first, outputs),
+                2 => self.add::<2>(row, y, first, outputs),
+                3 => self.add::<3>(row, y, first, outputs),
+                _ => self.add::<TILE_ROWS>(row, y, first, outputs),
             }
-            row += count;
         }
     }
 
-    /// The products of `ROWS` rows from `row` on with the panel.
-    fn products<const ROWS: usize>(&self, row: usize) -> [[f32; PANEL]; TILE_ROWS] {
-        assert!(self.panel.len() == self.layout.bytes() && self.layout.blocks == self.rows.blocks);
-        assert!((row + ROWS) * self.rows.blocks <= self.rows.scales.len());
+    /// The same for `ROWS` rows from `row` on.
+    fn add<const ROWS: usize>(&self, row: usize, y: Shared<'_>, first: usize, outputs: usize) {
+        let panels = self.panels.len() / self.layout.bytes();
+        if panels == TILE_PANELS {
+            add_products(self.products::<ROWS, TILE_PANELS>(row, 0), row, y, first, outputs);
+        } else {
+            for panel in 0..panels {
+                add_products(self.products::<ROWS, 1>(row, panel), row, y, first + panel * PANEL, outputs);
+            }
+        }
+    }
+
+    /// The products of `ROWS` rows from `row` on with `PANELS` panels from `panel` on.
+    fn products<const ROWS: usize, const PANELS: usize>(&self, row: usize, panel: usize) -> Products<ROWS, PANELS> {
+        assert!((panel + PANELS) * self.layout.bytes() <= self.panels.len() && self.layout.blocks == self.rows.blocks);
+        assert!((row + ROWS) * self.rows.blocks <= self.rows.blocks_of_rows.len());
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -265,29 +291,36 @@ impl Tile<'_> {
             // SAFETY: the CPU has the features, and by the assertions all that is read lies in the slices.
             return unsafe {
                 match self.layout.format {
-                    Format::Q8 => vnni::products::<ROWS, false>(self, row),
-                    Format::Q4K => vnni::products::<ROWS, true>(self, row),
+                    Format::Q8 => vnni::products::<ROWS, PANELS, false>(self, row, panel),
+                    Format::Q4K => vnni::products::<ROWS, PANELS, true>(self, row, panel),
                 }
             };
         }
-        self.plain_products::<ROWS>(row)
+        self.plain_products(row, panel)
     }
 
     /// [`Tile::products`] on any CPU.
-    fn plain_products<const ROWS: usize>(&self, row: usize) -> [[f32; PANEL]; TILE_ROWS] {
-        let mut sums = [[0.0_f32; PANEL]; TILE_ROWS];
+    fn plain_products<const ROWS: usize, const PANELS: usize>(
+        &self,
+        row: usize,
+        panel: usize,
+    ) -> Products<ROWS, PANELS> {
+        let mut sums = [[[0.0; PANEL]; PANELS]; ROWS];
         for block in 0..self.layout.blocks {
-            for output in 0..PANEL {
-                let quants = self.quants(block, output);
-                let (scale, minimum) = self.scale(block, output);
-                for (index, sums) in sums.iter_mut().enumerate().take(ROWS) {
+            for place in 0..PANELS * PANEL {
+                let (of_tile, output) = (place / PANEL, place % PANEL);
+                let quants = self.quants(panel + of_tile, block, output);
+                let (scale, minimum) = self.scale(panel + of_tile, block, output);
+                for (index, sums) in sums.iter_mut().enumerate() {
                     let place = (row + index) * self.rows.blocks + block;
                     let x = &self.rows.quants[place * BLOCK..][..BLOCK];
                     let dot: i32 = quants.iter().zip(x).map(|(w, x)| w * i32::from(*x)).sum();
-                    let x_scale = self.rows.scales[place];
-                    let sum = (dot as f32).mul_add(scale * x_scale, sums[output]);
-                    let x_sum = self.rows.sums[place] as f32 * x_scale;
-                    sums[output] = if self.layout.format == Format::Q4K { (-minimum).mul_add(x_sum, sum) } else { sum };
+                    let Block { scale: x_scale, sum: x_sum, .. } = self.rows.blocks_of_rows[place];
+                    let sum = &mut sums[of_tile][output];
+                    *sum = (dot as f32).mul_add(scale * x_scale, *sum);
+                    if self.layout.format == Format::Q4K {
+                        *sum = (-minimum).mul_add(x_sum, *sum);
+                    }
                 }
             }
         }
@@ -295,8 +328,8 @@ impl Tile<'_> {
     }
 
     /// The integers of an output's block.
-    fn quants(&self, block: usize, output: usize) -> [i32; BLOCK] {
-        let bytes = &self.panel[block * self.layout.block_bytes()..][..self.layout.block_bytes()];
+    fn quants(&self, panel: usize, block: usize, output: usize) -> [i32; BLOCK] {
+        let bytes = &self.panel(panel)[block * self.layout.block_bytes()..][..self.layout.block_bytes()];
         std::array::from_fn(|input| {
             let (group, place) = (input / GROUP, output * GROUP + input % GROUP);
             match self.layout.format {
@@ -307,18 +340,38 @@ impl Tile<'_> {
     }
 
     /// Scale and minimum of an output's block.
-    fn scale(&self, block: usize, output: usize) -> (f32, f32) {
-        let half = |place: usize| f16::from_le_bytes([self.panel[place], self.panel[place + 1]]).to_f32();
+    fn scale(&self, panel: usize, block: usize, output: usize) -> (f32, f32) {
+        let panel = self.panel(panel);
+        let half = |place: usize| f16::from_le_bytes([panel[place], panel[place + 1]]).to_f32();
         let scales = self.layout.scales(block);
         match self.layout.format {
             Format::Q8 => (half(scales + 2 * output), 0.0),
             Format::Q4K => {
                 let units = self.layout.units(block) + 2 * output;
-                let multiple = |place: usize| f32::from(self.panel[place]);
+                let multiple = |place: usize| f32::from(panel[place]);
                 let scale = half(units) * multiple(scales + output);
                 (scale, half(units + 2 * PANEL) * multiple(scales + PANEL + output))
             }
         }
+    }
+}
+
+/// Products of rows with panels, by row.
+type Products<const ROWS: usize, const PANELS: usize> = [[[f32; PANEL]; PANELS]; ROWS];
+
+/// Adds products to the rows of `y` from `row` on, at outputs from `first` on.
+fn add_products<const ROWS: usize, const PANELS: usize>(
+    products: Products<ROWS, PANELS>,
+    row: usize,
+    y: Shared<'_>,
+    first: usize,
+    outputs: usize,
+) {
+    let width = (PANELS * PANEL).min(outputs - first);
+    for (index, products) in products.iter().enumerate() {
+        // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
+        let y = unsafe { y.get((row + index) * outputs + first, width) };
+        y.iter_mut().zip(products.as_flattened()).for_each(|(y, product)| *y += product);
     }
 }
 
@@ -327,51 +380,59 @@ impl Tile<'_> {
 mod vnni {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, GROUP, PANEL, TILE_ROWS, Tile};
+    use super::{BLOCK, Block, GROUP, PANEL, Products, Tile};
 
     /// [`Tile::products`]; `MINIMA` for the format that has them, Q4_K.
     ///
     /// # Safety
-    /// The panel and the rows must be as long as the layout says.
+    /// The panels and the rows must be as long as the layout says.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub unsafe fn products<const ROWS: usize, const MINIMA: bool>(
+    pub unsafe fn products<const ROWS: usize, const PANELS: usize, const MINIMA: bool>(
         tile: &Tile<'_>,
         row: usize,
-    ) -> [[f32; PANEL]; TILE_ROWS] {
-        let (layout, panel, blocks) = (tile.layout, tile.panel.as_ptr(), tile.layout.blocks);
-        let mut sums = [_mm512_setzero_ps(); ROWS];
+        panel: usize,
+    ) -> Products<ROWS, PANELS> {
+        let (layout, blocks) = (tile.layout, tile.layout.blocks);
+        let panels: [*const u8; PANELS] =
+            std::array::from_fn(|of_tile| unsafe { tile.panels.as_ptr().add((panel + of_tile) * layout.bytes()) });
+        let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
         for block in 0..blocks {
             let place: [usize; ROWS] = std::array::from_fn(|index| (row + index) * blocks + block);
             let quants: [*const i8; ROWS] =
                 std::array::from_fn(|index| unsafe { tile.rows.quants.as_ptr().add(place[index] * BLOCK) });
-            let x_sums: [i32; ROWS] =
-                std::array::from_fn(|index| unsafe { *tile.rows.sums.get_unchecked(place[index]) });
-            // Weights are stored with 128 added, so that they are unsigned.
-            let start = |sum: i32| _mm512_set1_epi32(if MINIMA { 0 } else { -128 * sum });
-            let mut dots: [__m512i; ROWS] = std::array::from_fn(|index| start(x_sums[index]));
-            let weights = unsafe { panel.add(block * layout.block_bytes()) };
+            let of_rows: [&Block; ROWS] =
+                std::array::from_fn(|index| unsafe { tile.rows.blocks_of_rows.get_unchecked(place[index]) });
+            // Weights without minima are stored with 128 added, so that they are unsigned.
+            let start = |block: &Block| if MINIMA { _mm512_setzero_si512() } else { _mm512_set1_epi32(block.start) };
+            let mut dots: [[__m512i; PANELS]; ROWS] = std::array::from_fn(|index| [start(of_rows[index]); PANELS]);
             for group in 0..BLOCK / GROUP {
-                let weights = unsafe { group_quants::<MINIMA>(weights, group) };
+                let weights: [__m512i; PANELS] = std::array::from_fn(|of_tile| unsafe {
+                    group_quants::<MINIMA>(panels[of_tile].add(block * layout.block_bytes()), group)
+                });
                 for index in 0..ROWS {
                     let x = unsafe { quants[index].add(group * GROUP).cast::<i32>().read_unaligned() };
-                    dots[index] = _mm512_dpbusd_epi32(dots[index], weights, _mm512_set1_epi32(x));
+                    for of_tile in 0..PANELS {
+                        dots[index][of_tile] =
+                            _mm512_dpbusd_epi32(dots[index][of_tile], weights[of_tile], _mm512_set1_epi32(x));
+                    }
                 }
             }
-            let (scale, minimum) = unsafe { scales::<MINIMA>(tile, block) };
-            for index in 0..ROWS {
-                let x_scale = unsafe { *tile.rows.scales.get_unchecked(place[index]) };
-                let factor = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale));
-                sums[index] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[index]), factor, sums[index]);
-                if MINIMA {
-                    let x_sum = _mm512_set1_ps(x_sums[index] as f32 * x_scale);
-                    sums[index] = _mm512_fnmadd_ps(minimum, x_sum, sums[index]);
+            for of_tile in 0..PANELS {
+                let (scale, minimum) = unsafe { scales::<MINIMA>(tile, panels[of_tile], block) };
+                for index in 0..ROWS {
+                    let sum = &mut sums[index][of_tile];
+                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(of_rows[index].scale));
+                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[index][of_tile]), factor, *sum);
+                    if MINIMA {
+                        *sum = _mm512_fnmadd_ps(minimum, _mm512_set1_ps(of_rows[index].sum), *sum);
+                    }
                 }
             }
         }
-        let mut products = [[0.0; PANEL]; TILE_ROWS];
-        for index in 0..ROWS {
+        let mut products = [[[0.0; PANEL]; PANELS]; ROWS];
+        for (products, sums) in products.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
             // SAFETY: a register holds one panel's outputs.
-            unsafe { _mm512_storeu_ps(products[index].as_mut_ptr(), sums[index]) };
+            unsafe { _mm512_storeu_ps(products.as_mut_ptr(), *sums) };
         }
         products
     }
@@ -392,8 +453,7 @@ mod vnni {
     /// Scales and minima of a block, by output.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn scales<const MINIMA: bool>(tile: &Tile<'_>, block: usize) -> (__m512, __m512) {
-        let panel = tile.panel.as_ptr();
+    unsafe fn scales<const MINIMA: bool>(tile: &Tile<'_>, panel: *const u8, block: usize) -> (__m512, __m512) {
         let halves = |place: usize| _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(panel.add(place).cast()) });
         let place = tile.layout.scales(block);
         if !MINIMA {
@@ -493,9 +553,12 @@ mod tests {
                 let packed = pack(&matrix(&w, inputs), format).unwrap().to_vec2::<u8>().unwrap();
                 let layout = PanelLayout::new(format, inputs);
                 let rows = Rounded::new(&x, inputs);
-                for panel in &packed {
-                    let tile = Tile { layout, panel, rows: &rows };
-                    assert_eq!(tile.products::<1>(0), tile.plain_products::<1>(0));
+                for panels in packed.concat().chunks(TILE_PANELS * layout.bytes()) {
+                    let tile = Tile { layout, panels, rows: &rows };
+                    assert_eq!(tile.products::<1, 1>(0, 0), tile.plain_products(0, 0));
+                    if panels.len() == TILE_PANELS * layout.bytes() {
+                        assert_eq!(tile.products::<1, TILE_PANELS>(0, 0), tile.plain_products(0, 0));
+                    }
                 }
             }
         }

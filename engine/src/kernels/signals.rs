@@ -1,4 +1,5 @@
-//! How sure the model is: exit signals and the next token from rows of logits, in one sweep.
+//! How sure the model is: exit signals and the next token from rows of logits, in one sweep, which may come in parts of
+//! the vocabulary: so logits need not all be there at once.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -10,7 +11,7 @@ use super::slice;
 /// Logits below which a second thread costs more than it saves.
 const PARALLEL_LOGITS: usize = 1 << 13;
 /// Numbers that the sweep gives for a row.
-const NUMBERS: usize = 4;
+const NUMBERS: usize = 7;
 
 /// What a row of logits says.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,23 +33,126 @@ impl Verdict {
     }
 }
 
-/// Reads rows of logits `[rows, vocab]` and draws a token from each: at temperature 0 the most likely one.
+/// Reads rows of logits and draws a token from each: at temperature 0 the most likely one.
 ///
 /// Above, it is the greatest of `logit / temperature + noise` with Gumbel noise that depends on the row's key and the
 /// token alone: so whichever pass and depth the logits come from, the same dice are thrown under the same key.
+pub struct Reader<'a> {
+    temperature: f32,
+    keys: &'a [u64],
+    rows: Vec<Seen>,
+    /// Tokens read so far.
+    tokens: usize,
+}
+
+impl<'a> Reader<'a> {
+    /// A reader of as many rows as there are keys.
+    pub fn new(temperature: f32, keys: &'a [u64]) -> Self {
+        Self { temperature, keys, rows: vec![Seen::NOTHING; keys.len()], tokens: 0 }
+    }
+
+    /// Reads the logits `[rows, part]` of the tokens that follow those read before.
+    ///
+    /// # Errors
+    /// If `logits` is not such a tensor.
+    pub fn read(&mut self, logits: &Tensor) -> Result<()> {
+        let sweep = Sweep { temperature: self.temperature, keys: self.keys, first_token: self.tokens };
+        let numbers = logits.apply_op1_no_bwd(&sweep)?.flatten_all()?.to_vec1::<f32>()?;
+        for (seen, part) in self.rows.iter_mut().zip(numbers.chunks_exact(NUMBERS)) {
+            *seen = seen.and(Seen::new(part, self.tokens));
+        }
+        self.tokens += logits.dim(1)?;
+        Ok(())
+    }
+
+    /// What the rows say.
+    pub fn verdicts(&self) -> Vec<Verdict> {
+        self.rows.iter().map(Seen::verdict).collect()
+    }
+}
+
+/// Reads rows of logits `[rows, vocab]` that are all there; see [`Reader`].
 ///
 /// # Errors
 /// If `logits` is not such a tensor.
 pub fn read(logits: &Tensor, temperature: f32, keys: &[u64]) -> Result<Vec<Verdict>> {
-    let numbers = logits.apply_op1_no_bwd(&Sweep { temperature, keys })?.flatten_all()?.to_vec1::<f32>()?;
-    let verdict = |row: &[f32]| Verdict { top1: row[0], margin: row[1], entropy: row[2], token: row[3] as u32 };
-    Ok(numbers.chunks_exact(NUMBERS).map(verdict).collect())
+    let mut reader = Reader::new(temperature, keys);
+    reader.read(logits)?;
+    Ok(reader.verdicts())
 }
 
-/// `[rows, vocab]` to `[rows, 4]`: top-1, margin, entropy, and the token, which `f32` holds exactly below 2^24.
+/// What has been read of a row.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    /// The greatest logit, and the second.
+    first: f32,
+    second: f32,
+    /// Sums over logits of `e^below` and `below e^below`, where `below` is the logit less the greatest.
+    sum: f32,
+    weighted: f32,
+    /// The first token of the greatest logit.
+    token: u32,
+    /// The greatest logit with noise, and the first token of it; at temperature 0 nothing.
+    drawn: (f32, u32),
+}
+
+impl Seen {
+    const NOTHING: Self = Self {
+        first: f32::NEG_INFINITY,
+        second: f32::NEG_INFINITY,
+        sum: 0.0,
+        weighted: 0.0,
+        token: 0,
+        drawn: (f32::NEG_INFINITY, 0),
+    };
+
+    /// What the sweep gave of a part whose first token is `first_token`.
+    fn new(numbers: &[f32], first_token: usize) -> Self {
+        let &[first, second, sum, weighted, token, score, drawn] = numbers else {
+            unreachable!("the sweep gives {NUMBERS} numbers a row");
+        };
+        let of_vocab = |place: f32| first_token as u32 + place as u32;
+        Self { first, second, sum, weighted, token: of_vocab(token), drawn: (score, of_vocab(drawn)) }
+    }
+
+    /// This and a later part.
+    fn and(self, later: Self) -> Self {
+        if self.sum == 0.0 {
+            return later;
+        }
+        let first = greater(self.first, later.first);
+        let lowered = |part: Self| {
+            let below = part.first - first;
+            (part.sum * exp(below), exp(below) * (part.weighted + below * part.sum))
+        };
+        let ((sum_a, weighted_a), (sum_b, weighted_b)) = (lowered(self), lowered(later));
+        Self {
+            first,
+            second: self.first.min(later.first).max(self.second).max(later.second),
+            sum: sum_a + sum_b,
+            weighted: weighted_a + weighted_b,
+            token: if later.first > self.first { later.token } else { self.token },
+            drawn: if later.drawn.0 > self.drawn.0 { later.drawn } else { self.drawn },
+        }
+    }
+
+    fn verdict(&self) -> Verdict {
+        let top1 = self.sum.recip();
+        Verdict {
+            top1,
+            margin: top1 - exp(self.second - self.first) / self.sum,
+            entropy: (self.sum.ln() - self.weighted / self.sum).max(0.0),
+            token: if self.drawn.0 > f32::NEG_INFINITY { self.drawn.1 } else { self.token },
+        }
+    }
+}
+
+/// `[rows, part]` to `[rows, 7]`: what [`Seen`] holds, tokens counted from the part's first; `f32` holds them exactly
+/// below 2^24.
 struct Sweep<'a> {
     temperature: f32,
     keys: &'a [u64],
+    first_token: usize,
 }
 
 impl CustomOp1 for Sweep<'_> {
@@ -62,9 +166,11 @@ impl CustomOp1 for Sweep<'_> {
         let mut out = vec![0.0; rows * NUMBERS];
         let sweep = |((logits, key), out): ((&[f32], &u64), &mut [f32])| {
             read_row(logits, out);
-            if self.temperature > 0.0 {
-                out[NUMBERS - 1] = sample(logits, self.temperature, *key) as f32;
-            }
+            let drawn = match self.temperature > 0.0 {
+                true => sample(logits, self.temperature, *key, self.first_token as u64),
+                false => (f32::NEG_INFINITY, 0.0),
+            };
+            [out[NUMBERS - 2], out[NUMBERS - 1]] = [drawn.0, drawn.1];
         };
         if logits.len() < PARALLEL_LOGITS {
             logits.chunks_exact(vocab).zip(self.keys).zip(out.chunks_exact_mut(NUMBERS)).for_each(sweep);
@@ -77,7 +183,7 @@ impl CustomOp1 for Sweep<'_> {
 }
 
 multiversion! {
-    /// Top-1 probability, margin, entropy and the most likely token (the first of equals) of one row.
+    /// The greatest logit, the second, the sums and the token of [`Seen`] for a row.
     fn read_row(logits: &[f32], out: &mut [f32]) {
         let (first, second) = two_greatest(logits);
         let token = logits.iter().position(|&logit| logit == first).unwrap_or(0);
@@ -97,9 +203,7 @@ multiversion! {
             }
         }
         let (sum, weighted) = (sums.iter().sum::<f32>(), weighted.iter().sum::<f32>());
-        let top1 = sum.recip();
-        let entropy = (sum.ln() - weighted / sum).max(0.0);
-        out.copy_from_slice(&[top1, top1 - exp(second - first) / sum, entropy, token as f32]);
+        out[..5].copy_from_slice(&[first, second, sum, weighted, token as f32]);
     }
 }
 
@@ -129,11 +233,15 @@ fn two_greatest(numbers: &[f32]) -> (f32, f32) {
     (best, next)
 }
 
-/// Draws a token by the Gumbel-max trick; of equals the first.
-fn sample(logits: &[f32], temperature: f32, key: u64) -> usize {
-    let score = |(token, logit): (usize, &f32)| (token, f64::from(logit / temperature) + gumbel(key, token as u64));
+/// Draws one of the tokens from `first_token` on by the Gumbel-max trick, of equals the first: its score, and its place
+/// among them.
+fn sample(logits: &[f32], temperature: f32, key: u64, first_token: u64) -> (f32, f32) {
+    let score = |(place, logit): (usize, &f32)| {
+        (place, f64::from(logit / temperature) + gumbel(key, first_token + place as u64))
+    };
     let better = |best: (usize, f64), next: (usize, f64)| if next.1 > best.1 { next } else { best };
-    logits.iter().enumerate().map(score).fold((0, f64::NEG_INFINITY), better).0
+    let (place, score) = logits.iter().enumerate().map(score).fold((0, f64::NEG_INFINITY), better);
+    (score as f32, place as f32)
 }
 
 /// Standard Gumbel noise of a token under a key.
@@ -178,6 +286,28 @@ mod tests {
     }
 
     #[test]
+    fn a_row_that_is_read_in_parts_says_the_same() {
+        let logits: Vec<f32> = (0..100).map(|i| ((i * 29) % 97) as f32 * 0.1 - 5.0).collect();
+        for (temperature, parts) in [(0.0, [1, 40, 59]), (1.0, [60, 30, 10]), (1.0, [10, 89, 1])] {
+            let whole = Tensor::from_slice(&[&logits[..], &logits[..]].concat(), (2, 100), &Device::Cpu).unwrap();
+            let keys = [3, 4];
+            let mut reader = Reader::new(temperature, &keys);
+            let mut start = 0;
+            for part in parts {
+                reader.read(&whole.narrow(1, start, part).unwrap().contiguous().unwrap()).unwrap();
+                start += part;
+            }
+            for (found, expected) in reader.verdicts().iter().zip(read(&whole, temperature, &keys).unwrap()) {
+                assert_eq!(found.token, expected.token);
+                let close = |found: f32, expected: f32| assert!((found - expected).abs() < 1e-5, "{found}, {expected}");
+                close(found.top1, expected.top1);
+                close(found.margin, expected.margin);
+                close(found.entropy, expected.entropy);
+            }
+        }
+    }
+
+    #[test]
     fn equal_logits_have_no_margin_and_the_first_token_wins() {
         let found = verdict(&[0.0, 2.0, 2.0, 1.0]);
         assert_eq!((found.token, found.margin), (1, 0.0));
@@ -196,7 +326,7 @@ mod tests {
         let logits = [0.0_f32, 1.0, 2.0];
         let mut counts = [0.0_f64; 3];
         for key in 0..20_000 {
-            counts[sample(&logits, 2.0, mix(key))] += 1.0 / 20_000.0;
+            counts[sample(&logits, 2.0, mix(key), 0).1 as usize] += 1.0 / 20_000.0;
         }
         let total: f64 = logits.iter().map(|&logit| f64::from(logit / 2.0).exp()).sum();
         for (count, logit) in counts.iter().zip(logits) {
