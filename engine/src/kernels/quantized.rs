@@ -210,8 +210,7 @@ super::simd::multiversion! {
             let mut padded = [0.0; BLOCK];
             padded[..numbers.len()].copy_from_slice(numbers);
             let halves = [Lanes::load(&padded), Lanes::load(&padded[LANES..])].map(|half| half.map(f32::abs));
-            // The difference of a number to itself is NaN unless it is finite.
-            let difference = halves[0].map(|x| x - x).zip(halves[1].map(|x| x - x), |a, b| a + b).reduce(|a, b| a + b);
+            let finite = padded.iter().fold(true, |finite, x| finite & x.is_finite());
             let largest = halves[0].zip(halves[1], greater).reduce(greater);
             let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
             let mut sum = 0;
@@ -221,7 +220,7 @@ super::simd::multiversion! {
                 sum += i32::from(*quant);
             }
             // A row that is not finite must not come out finite.
-            let scale = largest / 127.0 + difference;
+            let scale = if finite { largest / 127.0 } else { f32::NAN };
             *block = Block { scale, sum: sum as f32 * scale, start: -128 * sum };
         }
     }
