@@ -1,12 +1,12 @@
 //! How much of what early exits could give a model is left when it serves: all requests at once, on this machine.
 //!
 //! ```sh
-//! cargo bench -p engine --bench bound -- [MODEL] [--requests 256] [--batch 64] [--output 64] [--runs 5]
+//! cargo bench -p engine --bench bound -- [MODEL] [--requests 256] [--batch 64] [--prompt 2] [--output 128] [--runs 5]
 //! ```
 //! With a batch that stays full and passes that all take the same time, depth-wise batching with exits at `mean depth`
 //! would be `num_loops / mean depth` times as fast as sequence-wise batching without exits. Printed is how much of that
 //! is reached with the oracle's exits, where the rest goes, what a learned gate reaches at the same mean depth, and
-//! what scheduling takes: everything outside the executor.
+//! what scheduling takes: everything outside the executor. Prompts run every depth whatever the exits, so they are short.
 //!
 //! The oracle's exits and those of its parts' absence are the same, so parts are told apart by leaving them out: the
 //! adapters, and attention by windows of one token. Runs take turns; times are medians.
@@ -135,7 +135,7 @@ fn medians(runs: &[Costs]) -> Costs {
 }
 
 fn main() {
-    let arguments = Arguments::parse(&["requests", "batch", "output", "runs"]);
+    let arguments = Arguments::parse(&["requests", "batch", "prompt", "output", "runs"]);
     let embedded = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/kjv");
     let folder = Path::new(arguments.words.first().map_or(embedded, String::as_str));
     let weights = Weights::load(folder).unwrap_or_else(|error| panic!("{error}"));
@@ -149,13 +149,10 @@ fn main() {
     };
     let whole = engine(&weights);
     let num_loops = whole.model.config().num_loops;
-    let (batch, output): (u32, u32) = (arguments.get("batch", 64), arguments.get("output", 64));
-    let request = |id: u32| Request {
-        id,
-        arrival: Nanos::ZERO,
-        prompt_tokens: 16 + id * 5 % 17,
-        output_tokens: output / 2 + id * 7 % output,
-    };
+    let (batch, output): (u32, u32) = (arguments.get("batch", 64), arguments.get("output", 128));
+    let prompt_tokens = arguments.get("prompt", 2);
+    let request =
+        |id: u32| Request { id, arrival: Nanos::ZERO, prompt_tokens, output_tokens: output / 2 + id * 7 % output };
     let requests: Vec<Request> = (0..arguments.get("requests", 256)).map(request).collect();
     let trace = whole.record(&requests, "measured", "all requests at once", &mut ()).unwrap();
     let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
