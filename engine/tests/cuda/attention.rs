@@ -102,6 +102,12 @@ impl Case {
         Self::with_fill(shape, chunks, kept, KvFill::Reuse, 0, dice)
     }
 
+    /// Every row sees its whole history, so that nothing that is wrong with it stays unseen.
+    pub fn without_windows(mut self) -> Self {
+        self.sights.iter_mut().for_each(|sight| sight.window = None);
+        self
+    }
+
     /// With histories of which some positions left no entry.
     fn with_fill(
         shape: Shape,

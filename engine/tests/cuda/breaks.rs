@@ -12,7 +12,7 @@ fn caught(from: &str, to: &str) -> Option<String> {
     let mut dice = Dice::new(5);
     let chunks = [(40, 1, 0), (300, 1, 1), (3, 30, 2)];
     let chunks = chunks.map(|(history, rows, depth)| Chunk { history, rows, depth }).to_vec();
-    let mut case = Case::new(SHAPES[0], chunks, Kept::AtEachDepth(0), &mut dice)?;
+    let mut case = Case::new(SHAPES[0], chunks, Kept::AtEachDepth(0), &mut dice)?.without_windows();
     case.check();
     let whole = case.bench.specialization.source();
     assert_eq!(whole.matches(from).count(), 1, "`{from}` is not in the kernels once");
