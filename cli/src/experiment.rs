@@ -60,6 +60,10 @@ pub struct EngineSpec {
     /// Softmax temperature of sampling; 0 takes the most likely token.
     #[serde(default)]
     pub temperature: f32,
+    /// Shares of the capacity to which arrivals are scaled, each served on its own: the capacity is the rate at which
+    /// the first batching policy with the first exit policy serves the requests when all arrive at once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub loads: Vec<f64>,
 }
 
 /// Something to simulate.
@@ -153,6 +157,12 @@ impl Experiment {
                 temperature.is_finite() && temperature >= 0.0,
                 "engine.temperature is {temperature}: expected 0 or more"
             );
+            let strange = engine.loads.iter().find(|load| !(load.is_finite() && **load > 0.0));
+            ensure!(strange.is_none(), "engine.loads: {strange:?} is no positive share of the capacity");
+            let distinct = engine.loads.iter().enumerate().all(|(place, load)| !engine.loads[..place].contains(load));
+            ensure!(distinct, "engine.loads: a load is there twice");
+            let sweeps = !(self.sweeps.thresholds.is_empty() && self.sweeps.max_batch.is_empty());
+            ensure!(!(sweeps && !engine.loads.is_empty()), "sweeps beside engine.loads: expected one of the two");
         }
         for system in &self.systems {
             self.baseline_of(system)?;
@@ -185,6 +195,80 @@ impl System {
             max_batch: self.max_batch.unwrap_or(common.max_batch),
             token_budget: self.token_budget.unwrap_or(common.token_budget),
             ..common.clone()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use simulator::ModelMemory;
+    use traces::MemoryFigures;
+
+    use super::*;
+
+    const QUICKSTART: &str = include_str!("../../configs/quickstart.yaml");
+    const MODEL: ModelMemory =
+        ModelMemory { num_loops: 4, weight_bytes: 1, kv_bytes_per_token: 1, figures: NO_FIGURES };
+    const NO_FIGURES: MemoryFigures =
+        MemoryFigures { device_bytes: None, other_bytes: 0, row_bytes: 0, logits_bytes: 0 };
+
+    /// What stands in for a word of the file, or between two.
+    const SCRAPS: &[&str] = &[
+        "-1",
+        "0",
+        "4294967295",
+        "4294967296",
+        "1e308",
+        ".nan",
+        ".inf",
+        "",
+        "\"",
+        "{",
+        "[",
+        "&a [*a]",
+        "? :",
+        "\t",
+        "- ",
+        "!!binary x",
+        "\u{0}",
+        "\u{feff}",
+        "null",
+        "depth",
+        "[[[[[[[[[[[[[[[[",
+    ];
+
+    #[test]
+    fn the_experiments_of_this_repository_can_be_run() {
+        let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+        for name in ["quickstart", "paper/table", "validation/azure-kjv", "validation/azure-smollm2"] {
+            Experiment::load(&configs.join(format!("{name}.yaml"))).unwrap().check().unwrap();
+        }
+        let generated = Experiment::load(&configs.join("validation/generated-kjv.yaml")).unwrap();
+        generated.check().unwrap();
+        assert_eq!(generated.requests.load(&configs).unwrap().requests.len(), 160);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        #[test]
+        fn damaged_experiments_are_refused_or_can_be_checked(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), prop::sample::select(SCRAPS)), 1..4),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let mut words: Vec<&str> = QUICKSTART.split_inclusive([' ', '\n']).collect();
+            for (place, scrap) in changes {
+                let place = place.index(words.len());
+                words[place] = scrap;
+            }
+            words.truncate(cut.map_or(words.len(), |cut| cut.index(words.len())));
+            if let Ok(experiment) = serde_yaml::from_str::<Experiment>(&words.concat())
+                && experiment.check().is_ok()
+                && let Ok(settings) = experiment.serving.all_settings(&MODEL, &[])
+            {
+                settings.iter().for_each(|settings| drop(settings.check()));
+            }
         }
     }
 }

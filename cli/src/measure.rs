@@ -17,21 +17,39 @@ use engine::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 use scheduler::{KvFill, Look, Settings};
 use simulator::{Metrics, ModelMemory, Source, Summary};
-use traces::{ExitTrace, LatencyProfile, MemoryFigures, Request};
+use traces::{ExitTrace, LatencyProfile, MemoryFigures, Nanos, Request, RequestTrace};
 
 use crate::runs::Run;
 
 /// Slowdown by other work above which measurements are not to be trusted.
 const BUSY: f64 = 1.1;
+/// Difference between two halves of a profile above which it is not to be trusted.
+const UNSTEADY: f64 = 0.05;
+/// Replays that the capacity is the median of.
+const CAPACITY_REPLAYS: usize = 3;
 
 /// What was measured.
 pub struct Measured {
     /// What the parts of a pass take on this machine.
     pub profile: LatencyProfile,
+    /// The same by repeat: of the two rounds before and after its replays.
+    pub profiles: Vec<LatencyProfile>,
     /// Signals and predictions of the requests at full depth.
     pub exits: ExitTrace,
-    /// One run for each of the settings asked for: of its repeats, the one of median throughput.
+    /// By load.
+    pub loads: Vec<MeasuredLoad>,
+}
+
+/// What was measured of requests that arrive at one rate.
+pub struct MeasuredLoad {
+    /// Share of the capacity at which they arrive; none if they arrive as the trace says.
+    pub load: Option<f64>,
+    /// What was served.
+    pub requests: Vec<Request>,
+    /// For each of the settings asked for: of its repeats, the run of median throughput.
     pub runs: Vec<Run>,
+    /// By repeat, a summary for each of the settings.
+    pub repeats: Vec<Vec<Summary>>,
 }
 
 /// An engine and what its records call its model.
@@ -117,53 +135,110 @@ pub fn progress(steps: usize) -> ProgressBar {
     ProgressBar::new(steps as u64).with_style(style.expect("the template is well formed").progress_chars("=> "))
 }
 
-/// Profiles up to `limits`, records, and replays the requests under every one of `settings`.
+/// Profiles up to `limits`, records, and replays the requests under every one of `settings`; where `loads` are given,
+/// once for each of them, with the arrivals scaled to that share of the [`capacity`] under the first of `settings`.
 ///
 /// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays see the
 /// machine in the same moods.
 ///
 /// # Errors
-/// If the engine cannot serve the requests.
+/// If the engine cannot serve the requests, or a load is none.
 pub fn measure(
     named: &NamedEngine,
     settings: &[Settings],
-    requests: &[Request],
+    trace: &RequestTrace,
+    loads: &[f64],
     repeats: u32,
     limits: Limits,
 ) -> Result<Measured> {
     let NamedEngine { engine, name } = named;
     settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
     let repeats = repeats as usize;
-    let bar = progress(1 + (repeats + 1) + repeats * settings.len());
+    let bar = progress(1 + (repeats + 1) + repeats * settings.len() * loads.len().max(1));
     let step = |message: String| {
         bar.inc(1);
         bar.set_message(message);
     };
 
     bar.set_message("recording exit signals at full depth");
-    let exits = record(named, requests)?;
-    let oracle = Arc::new(oracle_depths(&exits, requests));
+    let exits = record(named, &trace.requests)?;
+    let oracle = Arc::new(oracle_depths(&exits, &trace.requests));
+    let mut loads = match loads {
+        [] => vec![MeasuredLoad::new(None, trace.requests.clone())],
+        loads => {
+            let capacity = capacity(engine, settings[0], &trace.requests, &oracle)?;
+            bar.println(format!("capacity: {capacity:.3} requests/s under {} batching", settings[0].batching));
+            let scaled = |&load: &f64| -> Result<MeasuredLoad> {
+                Ok(MeasuredLoad::new(Some(load), trace.clone().scale_to_rate(load * capacity)?.requests))
+            };
+            loads.iter().map(scaled).collect::<Result<_>>()?
+        }
+    };
 
     let mut profiler = Profiler::new(engine, Grid::up_to(limits))?;
-    let mut repeated: Vec<Vec<Run>> = settings.iter().map(|_| Vec::new()).collect();
+    let mut repeated: Vec<Vec<Run>> = loads.iter().flat_map(|_| settings).map(|_| Vec::new()).collect();
     for repeat in 1..=repeats {
         step(format!("profiling, round {repeat} of {}", repeats + 1));
         profiler.round(|_, _| ())?;
-        for (runs, &settings) in repeated.iter_mut().zip(settings) {
+        let cases = loads.iter().flat_map(|load| settings.iter().map(move |settings| (load, settings)));
+        for (runs, (load, &settings)) in repeated.iter_mut().zip(cases) {
             step(format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
-            let agreement = runs.first().and_then(|run: &Run| run.summary.token_agreement);
-            runs.push(replay(engine, settings, requests, &oracle, Idle::Skip, agreement)?);
+            let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
+            runs.push(replay(engine, settings, &load.requests, &oracle, Idle::Skip, agreement)?);
         }
     }
     step(format!("profiling, round {0} of {0}", repeats + 1));
     profiler.round(|_, _| ())?;
     bar.finish_and_clear();
-    let slowdown = profiler.slowdown();
+    warn_of_noise(&profiler);
+    for (load, repeated) in loads.iter_mut().zip(chunks(repeated, settings.len())) {
+        load.repeats =
+            (0..repeats).map(|repeat| repeated.iter().map(|runs| runs[repeat].summary.clone()).collect()).collect();
+        load.runs = repeated.into_iter().map(median_run).collect();
+    }
+    let source = format!("{} rounds between replays of {repeats} repeats", repeats + 1);
+    let around = |repeat| profiler.measured_in(repeat..repeat + 2).profile(name, &source);
+    Ok(Measured {
+        profile: profiler.measured().profile(name, &source),
+        profiles: (0..repeats).map(around).collect(),
+        exits,
+        loads,
+    })
+}
+
+impl MeasuredLoad {
+    fn new(load: Option<f64>, requests: Vec<Request>) -> Self {
+        Self { load, requests, runs: Vec::new(), repeats: Vec::new() }
+    }
+}
+
+fn chunks<T>(items: Vec<T>, size: usize) -> impl Iterator<Item = Vec<T>> {
+    let mut items = items.into_iter();
+    std::iter::from_fn(move || Some(items.by_ref().take(size).collect::<Vec<_>>()).filter(|chunk| !chunk.is_empty()))
+}
+
+/// Requests per second that the engine serves when all of them arrive at once: the median of some replays.
+fn capacity(engine: &Engine, settings: Settings, requests: &[Request], oracle: &Arc<ExitDepths>) -> Result<f64> {
+    let at_once: Vec<Request> = requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
+    let run = || replay(engine, settings, &at_once, oracle, Idle::Skip, Some(None));
+    let runs = (0..CAPACITY_REPLAYS).map(|_| run()).collect::<Result<Vec<Run>>>()?;
+    Ok(requests.len() as f64 / median_run(runs).summary.makespan_s)
+}
+
+/// Says so where other work on the machine has spoiled a profile.
+pub fn warn_of_noise(profiler: &Profiler) {
+    let slowdown = profiler.measured().slowdown();
     if slowdown > BUSY {
         eprintln!("warning: other work on this machine made passes {slowdown:.2} times as long: measure again at rest");
     }
-    let profile = profiler.finish(name, &format!("{} rounds between replays of {repeats} repeats", repeats + 1));
-    Ok(Measured { profile, exits, runs: repeated.into_iter().map(median_run).collect() })
+    if let Some(share) = profiler.disagreement().filter(|&share| share > UNSTEADY) {
+        eprintln!(
+            "warning: two halves of the profile differ by {:.1}%, more than {:.0}%: measure again at rest, or with more \
+             rounds",
+            100.0 * share,
+            100.0 * UNSTEADY
+        );
+    }
 }
 
 /// Records the exit trace of these requests.
@@ -171,9 +246,12 @@ pub fn measure(
 /// # Errors
 /// If the engine cannot serve the requests.
 pub fn record(NamedEngine { engine, name }: &NamedEngine, requests: &[Request]) -> Result<ExitTrace> {
-    let temperature = engine.sampling.temperature;
-    let source = format!("{} requests at full depth, temperature {temperature}", requests.len());
-    Ok(engine.record(requests, name, &source, &mut ())?)
+    Ok(engine.record(requests, name, &recording_source(engine, requests), &mut ())?)
+}
+
+/// What an exit trace of these requests says of how it was made.
+pub fn recording_source(engine: &Engine, requests: &[Request]) -> String {
+    format!("{} requests at full depth, temperature {}", requests.len(), engine.sampling.temperature)
 }
 
 /// What runs under these settings ask of a machine at most.
@@ -186,7 +264,7 @@ pub fn limits<'a>(settings: impl Iterator<Item = &'a Settings> + Clone, requests
     Limits { rows: most(|settings| settings.token_budget), decodes, history: longest, chunk }
 }
 
-/// Serves the requests once. Token agreement is computed unless an earlier run under the same settings told it:
+/// Serves the requests once. Token agreement is computed unless `agreement` says what it is, or that nobody asks:
 /// tokens and exits do not change from run to run.
 ///
 /// # Errors
@@ -197,19 +275,19 @@ pub fn replay(
     requests: &[Request],
     oracle: &Arc<ExitDepths>,
     idle: Idle,
-    agreement: Option<f64>,
+    agreement: Option<Option<f64>>,
 ) -> Result<Run> {
     let mut metrics = Metrics::new(&settings).with_requests();
     let oracle = (settings.exit.look() == Look::Oracle).then(|| oracle.clone());
     let generations = engine.replay(settings, requests, oracle, idle, &mut metrics)?;
     let agreement = match agreement {
         Some(known) => known,
-        None => engine.agreement(&generations)?,
+        None => Some(engine.agreement(&generations)?),
     };
     let summary = Summary {
         weight_bytes: Some(engine.model.weight_bytes()),
         kv_bytes_per_token: Some(bytes_per_token(engine.model.config(), settings.kv_fill)),
-        ..metrics.summary(Source::Measured, Some(agreement))
+        ..metrics.summary(Source::Measured, agreement)
     };
     Ok(Run { summary, metrics, time: None })
 }

@@ -15,7 +15,7 @@ use crate::systems::SystemRun;
 const PARTS: [(&str, &[Component]); 6] = [
     ("linear layers", &[Component::Block]),
     ("norms and activations", &[Component::Elementwise]),
-    ("attention", &[Component::DecodeAttention, Component::PrefillAttention]),
+    ("attention", &[Component::DecodeAttention, Component::PrefillAttention, Component::KvFill]),
     ("LoRA", &[Component::Lora, Component::DepthMix]),
     ("exit head", &[Component::Head]),
     ("embedding", &[Component::Embed]),

@@ -3,12 +3,12 @@
 use bytesize::ByteSize;
 use comfy_table::{CellAlignment, Table, presets};
 use scheduler::Batching;
-use simulator::{Source, Summary};
-use traces::ExitTrace;
+use simulator::Summary;
+use traces::DepthTally;
 use training::evaluation::{Evaluation, LoopFigures};
 
 use crate::runs::Run;
-use crate::validation::{Comparison, THROUGHPUT, errors};
+use crate::validation::{Comparison, E2E_P99, MeanError, THROUGHPUT, TPOT, TTFT};
 
 /// Prints one line per run, with goodput where there are objectives, and what memory holds.
 pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
@@ -83,15 +83,13 @@ fn cells(summary: &Summary) -> Vec<String> {
 }
 
 /// Prints what an exit trace holds, a line per depth.
-pub fn print_exits(exits: &ExitTrace) {
-    let tokens = exits.num_tokens() as f64;
-    let leaving = |depth| (0..exits.num_tokens()).filter(|&token| exits.oracle_depth(token) == depth).count() as f64;
-    let line = |depth: usize| {
-        vec![depth.to_string(), format!("{:.3}", exits.agreement_at(depth)), format!("{:.3}", leaving(depth) / tokens)]
+pub fn print_exits(tally: &DepthTally) {
+    let line = |(depth, (agreement, leaving)): (usize, (f64, f64))| {
+        vec![depth.to_string(), format!("{agreement:.3}"), format!("{leaving:.3}")]
     };
     print_table(
         &["depth", "agreement with the last", "leave here (oracle)"],
-        (0..exits.num_loops()).map(line).collect(),
+        tally.shares().enumerate().map(line).collect(),
     );
 }
 
@@ -130,16 +128,13 @@ pub fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
     println!("{table}");
 }
 
-/// Says what it all comes to: the speed-up that was measured, and how far the simulator was off.
-pub fn print_verdict(runs: &[Run], comparisons: &[Comparison]) {
-    let measured = |batching, kind: &str| {
-        runs.iter()
-            .map(|run| &run.summary)
-            .find(|summary| summary.source == Source::Measured && summary.batching == batching && summary.exit == kind)
+/// Says what speed-up was measured, where both of its sides were.
+pub fn print_speedup(measured: &[Run]) {
+    let find = |batching, kind: &str| {
+        let summaries = measured.iter().map(|run| &run.summary);
+        summaries.into_iter().find(|summary| summary.batching == batching && summary.exit == kind)
     };
-    if let (Some(baseline), Some(exits)) =
-        (measured(Batching::Sequence, "none"), measured(Batching::Depth, "confidence"))
-    {
+    if let (Some(baseline), Some(exits)) = (find(Batching::Sequence, "none"), find(Batching::Depth, "confidence")) {
         println!(
             "\nmeasured: depth-wise batching with {} runs {:.2} times as fast as sequence-wise batching without exit, \
              at a token agreement of {:.3}",
@@ -148,7 +143,31 @@ pub fn print_verdict(runs: &[Run], comparisons: &[Comparison]) {
             exits.token_agreement.unwrap_or(f64::NAN),
         );
     }
-    if let Some((mean, largest)) = errors(comparisons, THROUGHPUT) {
-        println!("simulated throughput is off by {mean:.1}% on average and {largest:.1}% at most");
+}
+
+/// The metrics that the simulator is judged by, and what to call them.
+const JUDGED: [(&str, &str); 4] =
+    [(THROUGHPUT, "throughput"), (TTFT, "mean TTFT"), (TPOT, "mean TPOT"), (E2E_P99, "p99 e2e latency")];
+
+/// Prints how far simulations are off, by combination and on average.
+pub fn print_errors(comparisons: &[Comparison], errors: &[MeanError]) {
+    let interval = |half_width: Option<f64>| half_width.map_or(String::new(), |width| format!(" ±{width:.1}"));
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    for line in comparisons.iter().filter(|line| line.metric == THROUGHPUT) {
+        let of = |(metric, _): (&str, &str)| {
+            let same = |other: &&Comparison| (other.batching, &other.exit) == (line.batching, &line.exit);
+            let found = comparisons.iter().filter(same).find(|other| other.metric == metric);
+            found.map_or("-".into(), |other| format!("{:+.1}{}", other.error_pct, interval(other.error_ci95_pct)))
+        };
+        rows.push([line.batching.to_string(), line.exit.clone()].into_iter().chain(JUDGED.map(of)).collect());
     }
+    let mean = |(metric, _): (&str, &str)| {
+        let found = errors.iter().find(|error| error.metric == metric);
+        found.map_or("-".into(), |error| {
+            format!("{:.1}{}", error.mean_abs_error_pct, interval(error.mean_abs_error_ci95_pct))
+        })
+    };
+    rows.push(["mean absolute".to_owned(), String::new()].into_iter().chain(JUDGED.map(mean)).collect());
+    println!("\nsimulated less measured, in percent of measured, with 95% confidence intervals:");
+    print_table(&["batching", "exit"].into_iter().chain(JUDGED.map(|judged| judged.1)).collect::<Vec<_>>(), rows);
 }

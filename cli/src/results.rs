@@ -9,6 +9,9 @@ use anyhow::{Context, Result, bail};
 /// What a folder of ours always holds: the configuration that it came from.
 pub const CONFIG: &str = "config.yaml";
 
+/// What a folder that we may replace holds: results, or an exit trace.
+const MARKS: [&str; 2] = [CONFIG, "exits.yaml"];
+
 /// Unfinished folders, to be removed on Ctrl-C.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 static HANDLED: AtomicBool = AtomicBool::new(false);
@@ -24,10 +27,10 @@ impl ResultsFolder {
     /// Starts a folder that will replace `target`.
     ///
     /// # Errors
-    /// If `target` is there and not a folder of results, or the folder beside it cannot be made.
+    /// If `target` is there and neither a folder of results nor an exit trace, or the folder beside it cannot be made.
     pub fn create(target: &Path) -> Result<Self> {
         if target.exists() && !is_replaceable(target) {
-            bail!("{} is there already and holds no {CONFIG}: choose another --out", target.display());
+            bail!("{} is there already and holds no {}: choose another --out", target.display(), MARKS.join(" nor "));
         }
         clean_up_on_interrupt()?;
         let name = target.file_name().with_context(|| format!("{}: not a folder's name", target.display()))?;
@@ -82,7 +85,7 @@ impl Drop for ResultsFolder {
 }
 
 fn is_replaceable(folder: &Path) -> bool {
-    is_empty(folder) || folder.join(CONFIG).is_file()
+    is_empty(folder) || MARKS.iter().any(|mark| folder.join(mark).is_file())
 }
 
 fn is_empty(folder: &Path) -> bool {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use engine::config::{ModelConfig, Sharing};
 use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
+use traces::{ExitTable, ExitTrace};
 
 use common::Scene;
 
@@ -170,8 +171,12 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
         assert!(*exit != "none" || (number(agreement), number(depth)) == (1.0, 3.0), "no exit is full depth");
     }
     let validation = lines(&results.join("validation.csv"));
-    assert_eq!(validation[0], ["batching", "exit", "metric", "measured", "simulated", "error_pct"]);
+    let columns = ["batching", "exit", "metric", "measured", "simulated", "error_pct", "error_ci95_pct"];
+    assert_eq!(validation[0], columns);
     assert_eq!(column(&validation, "metric").iter().filter(|&&metric| metric == "throughput_tok_s").count(), 9);
+    let errors = lines(&results.join("errors.csv"));
+    assert_eq!(column(&errors, "combinations"), ["9"; 9]);
+    assert!(column(&errors, "mean_abs_error_ci95_pct").iter().all(|width| number(width) >= 0.0));
     let figures = fs::read_dir(results.join("figures")).unwrap().count();
     assert!(figures >= 2 * 8, "{figures} figures");
 
@@ -179,6 +184,27 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
     fs::remove_dir_all(results.join("figures")).unwrap();
     scene.succeed(&["plot", "results/experiment"]);
     assert_eq!(fs::read(results.join("figures/throughput.svg")).unwrap(), earlier);
+}
+
+#[test]
+fn a_validation_at_loads_serves_the_same_requests_at_each_share_of_the_capacity() {
+    let scene = Scene::new();
+    let model = ["--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
+    let policies = ["--batching", "sequence,depth", "--exit", "none", "--max-batch", "4", "--token-budget", "16"];
+    let validate = [&["validate"], &model[..], &policies[..], &["--repeats", "2", "--out", "out"]].concat();
+    let printed = scene.succeed(&[&validate[..], &["--loads", "0.5,0.25"]].concat());
+    assert!(printed.contains("at 50% of the capacity") && printed.contains("mean absolute"), "{printed}");
+    let span = |load: &str| {
+        let requests = lines(&scene.path(&format!("out/load-{load}/requests.csv")));
+        let measured = lines(&scene.path(&format!("out/load-{load}/summary.csv")));
+        assert_eq!(measured.len(), 1 + 2 * 2);
+        let arrivals = column(&requests, "arrival_s").into_iter().map(|text| text.parse::<f64>().unwrap());
+        arrivals.fold(0.0, f64::max)
+    };
+    // Arrivals are whole nanoseconds.
+    assert!((span("0.25") / span("0.5") - 2.0).abs() < 1e-5, "half the rate is twice the time");
+    let error = scene.fail(&[&validate[..], &["--loads", "0"]].concat());
+    assert!(error.contains("engine.loads: Some(0.0) is no positive share"), "{error}");
 }
 
 #[test]
@@ -419,6 +445,30 @@ fn a_calibrated_threshold_is_an_exit_policy_that_the_simulator_takes() {
 }
 
 #[test]
+fn a_recording_is_parquet_or_csv_with_the_same_rows_and_replaces_only_recordings() {
+    let scene = Scene::new();
+    scene.measured();
+    let record = ["record", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
+    let recorded = ExitTrace::read(scene.path("exits")).unwrap();
+    let names = || {
+        let entries = fs::read_dir(scene.path("exits")).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(), ["exits.parquet", "exits.yaml"]);
+    scene.succeed(&[&record[..], &["--out", "exits", "--csv"]].concat());
+    assert_eq!(names(), ["exits.csv", "exits.yaml"]);
+    assert_eq!(ExitTrace::read(scene.path("exits")).unwrap(), recorded);
+    scene.write("long.csv", "request,arrival_us,prompt_tokens,output_tokens\n0,0,3,5\n1,0,1000,5\n");
+    let error = scene.fail(&[&record[..5], &["--requests", "long.csv", "--out", "exits"]].concat());
+    assert!(error.contains("request 1"), "{error}");
+    assert_eq!(names(), ["exits.csv", "exits.yaml"], "a recording that fails leaves the one before");
+    let error = scene.fail(&[&record[..], &["--out", "profile"]].concat());
+    assert!(error.contains("profile is there already"), "{error}");
+}
+
+#[test]
 fn evaluations_and_calibrations_that_cannot_be_say_why_and_leave_nothing() {
     let scene = Scene::new();
     scene.measured();
@@ -451,7 +501,7 @@ fn evaluations_and_calibrations_that_cannot_be_say_why_and_leave_nothing() {
     assert!(error.contains("no threshold of top1 was shown to keep the tolerance: 40 requests, expected at least"));
     let fingerprint = fs::read_to_string(scene.path("exits/exits.yaml")).unwrap();
     fs::create_dir(scene.path("other")).unwrap();
-    fs::copy(scene.path("exits/exits.csv"), scene.path("other/exits.csv")).unwrap();
+    fs::copy(scene.path("exits/exits.parquet"), scene.path("other/exits.parquet")).unwrap();
     scene.write("other/exits.yaml", &fingerprint.replace("fingerprint: ", "fingerprint: f"));
     let error = scene.fail(&[&calibrate[..5], &["--held-out", "other"]].concat());
     assert!(error.contains("other: found an exit trace of `model`"), "{error}");
@@ -493,6 +543,7 @@ fn bad_experiments_get_one_clear_error_and_leave_nothing() {
 fn bad_traces_and_profiles_get_one_clear_error() {
     let scene = Scene::new();
     scene.measured();
+    ExitTrace::read(scene.path("exits")).unwrap().write(scene.path("exits"), ExitTable::Csv).unwrap();
     let read = |name: &str| fs::read_to_string(scene.path(name)).unwrap();
     let (requests, latency, tokens) = (read("requests.csv"), read("profile/latency.csv"), read("exits/exits.csv"));
     let profile = read("profile/profile.yaml");

@@ -8,7 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::Scene;
-use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, MemoryFigures, Point, ProfileMeta, Signals};
+use traces::{
+    Component, ExitTable, ExitTrace, ExitTraceMeta, LatencyProfile, MemoryFigures, Point, ProfileMeta, Signals,
+};
 
 const LOOPS: u32 = 3;
 
@@ -17,7 +19,7 @@ impl Scene {
     fn new() -> Self {
         let scene = Self(tempfile::tempdir().unwrap());
         profile().write(scene.path("profile")).unwrap();
-        exits().write(scene.path("exits")).unwrap();
+        exits().write(scene.path("exits"), ExitTable::Parquet).unwrap();
         scene.write("sweep.yaml", SWEEP);
         scene
     }

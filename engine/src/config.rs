@@ -8,9 +8,11 @@ use serde::{Deserialize, Serialize};
 pub const SCHEMA_VERSION: u32 = 2;
 /// The only `model_type` this build reads and writes.
 pub const MODEL_TYPE: &str = "depthwise-recursive";
-/// Largest size of a configuration, and most positions: whole numbers up to here are exact in `f32`, and products of
+/// Largest size of a configuration: whole numbers up to here are exact in `f32`, and products of
 /// two stay far from overflowing.
 pub const MAX_SIZE: usize = 1 << 24;
+/// Positions that a model may have at most: there is a rotary table for all of them.
+pub const MAX_POSITIONS: usize = 1 << 20;
 /// Most layers of a configuration. Models have a hundred; a damaged file may say a quadrillion.
 pub const MAX_LAYERS: usize = 1 << 12;
 
@@ -385,6 +387,8 @@ impl ModelConfig {
         for (field, size) in self.sizes() {
             check((1..=MAX_SIZE).contains(&size), field, &size, &format!("from 1 to {MAX_SIZE}"))?;
         }
+        let positions = self.max_positions;
+        check(positions <= MAX_POSITIONS, "max_positions", &positions, &format!("at most {MAX_POSITIONS}"))?;
         let q_size = self.q_size();
         check(q_size <= MAX_SIZE, "num_heads x head_dim", &q_size, &format!("at most {MAX_SIZE}"))?;
         let block = self.num_loops * self.block_layers;

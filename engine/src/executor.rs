@@ -277,6 +277,15 @@ impl EngineExecutor {
         self.head_time
     }
 
+    /// Hands over what a request was given and generated, once that is so many tokens.
+    pub(crate) fn take_finished(&mut self, request: &Request) -> Option<Generation> {
+        let generation = self.generations.get(&request.id)?;
+        match generation.tokens.len() == request.output_tokens as usize {
+            true => self.generations.remove(&request.id),
+            false => None,
+        }
+    }
+
     /// The KV cache.
     pub fn cache(&self) -> &KvCache {
         &self.cache

@@ -12,6 +12,7 @@ pub mod kernels;
 pub mod model;
 pub mod profile;
 pub mod prompts;
+pub mod record;
 pub mod reference;
 pub mod replay;
 mod tensor_file;

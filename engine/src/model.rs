@@ -429,6 +429,7 @@ pub struct Model {
     /// [`rotary::tables`]
     rotary: Tensor,
     config: ModelConfig,
+    weight_type: WeightType,
     fingerprint: String,
     weight_bytes: u64,
 }
@@ -466,10 +467,16 @@ impl Model {
             head_adapters: head_adapters(weights)?,
             gates: gates(weights)?,
             rotary: rotary::tables(&rotaries, config.max_positions).map_err(in_tensor("rotary tables"))?,
+            weight_type,
             fingerprint: fingerprint(weights, weight_type)?,
             weight_bytes: weight_bytes(weights, weight_type),
             config,
         })
+    }
+
+    /// How projections and head are stored.
+    pub fn weight_type(&self) -> WeightType {
+        self.weight_type
     }
 
     /// The residual stream `[sources, hidden]` of rows that enter the block: rows in flight (`Second`) as they are, and

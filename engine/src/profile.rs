@@ -4,6 +4,7 @@
 //! cannot run alone are differences of two shapes: what histories add is a pass with histories less one without.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Instant;
 
 use scheduler::blocks::BlockTables;
@@ -20,7 +21,7 @@ use crate::replay::{Engine, ReplayError};
 
 /// History of decode rows that stand for no history: the fewest tokens that one can follow.
 const SHORT: u32 = 1;
-/// Times that each shape runs in a round at each depth.
+/// Times that each shape runs in a round, by loops of the model.
 const REPEATS: usize = 2;
 
 /// The shapes to measure.
@@ -85,8 +86,10 @@ enum Shape {
     Decode { rows: u32, history: u32 },
     /// The same at depth 0, without history.
     Embed { rows: u32 },
-    /// The same without history, but every row is looked at and every other one leaves.
+    /// Rows at the last depth without history, all of which leave.
     Head { rows: u32 },
+    /// Rows without history that leave at the first depth, or at the last, once the head has run: leaving alone counts.
+    Leave { rows: u32, skips: bool },
     /// The same without history, spread over depths.
     Mix { rows: u32, depths: u32 },
     /// One prompt chunk.
@@ -100,12 +103,16 @@ pub struct Profiler {
     executor: EngineExecutor,
     tables: BlockTables,
     shapes: Vec<Shape>,
-    /// Microseconds.
-    samples: BTreeMap<Shape, Vec<f64>>,
-    /// Microseconds of scheduler and serving loop per pass.
-    overheads: Vec<f64>,
+    rounds: Vec<Round>,
     grid: Grid,
-    rounds: u64,
+}
+
+/// What one round measured, in microseconds.
+#[derive(Clone, Debug, Default)]
+struct Round {
+    samples: BTreeMap<Shape, Vec<f64>>,
+    /// Of scheduler and serving loop, per pass.
+    overhead: f64,
 }
 
 impl Profiler {
@@ -143,8 +150,7 @@ impl Profiler {
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: history + chunk, output_tokens: 1 };
         executor.check_request(&request)?;
         let shapes = shapes(&grid, engine.model.config().num_loops as u32);
-        let samples = shapes.iter().map(|&shape| (shape, Vec::new())).collect();
-        Ok(Self { engine: engine.clone(), executor, tables, shapes, samples, overheads: Vec::new(), grid, rounds: 0 })
+        Ok(Self { engine: engine.clone(), executor, tables, shapes, rounds: Vec::new(), grid })
     }
 
     /// Measures every shape, in another order than the last round; `progress` is told how many of how many are done.
@@ -152,106 +158,70 @@ impl Profiler {
     /// # Errors
     /// If the engine fails.
     pub fn round(&mut self, mut progress: impl FnMut(usize, usize) + Send) -> Result<(), ReplayError> {
-        self.rounds += 1;
-        let mut shapes = self.shapes.clone();
-        shapes.sort_by_key(|&shape| mix(self.rounds ^ mix(key(shape))));
-        in_pool(|| {
+        let (mut shapes, number) = (self.shapes.clone(), self.rounds.len() as u64 + 1);
+        shapes.sort_by_key(|&shape| mix(number ^ mix(key(shape))));
+        let round = in_pool(|| {
+            let mut round = Round::default();
             for (done, &shape) in shapes.iter().enumerate() {
-                self.measure(shape)?;
+                round.samples.insert(shape, self.measure(shape)?);
                 progress(done + 1, shapes.len());
             }
-            self.measure_overhead()
-        })
+            round.overhead = self.measure_overhead()?;
+            Ok::<_, ReplayError>(round)
+        })?;
+        self.rounds.push(round);
+        Ok(())
     }
 
-    /// What other work on the machine took: the mean over the median of a pass, over all shapes together. It is 1 on
-    /// a machine that does nothing else, and above that as much as a long run is slower than its median pass says.
+    /// What all rounds measured.
     ///
     /// # Panics
     /// If there was no round.
-    pub fn slowdown(&self) -> f64 {
-        assert!(self.rounds > 0, "a profile takes at least one round");
-        let undisturbed = |samples: &Vec<f64>| Summary::of(samples).median * samples.len() as f64;
-        let all: f64 = self.samples.values().flatten().sum();
-        all / self.samples.values().map(undisturbed).sum::<f64>()
+    pub fn measured(&self) -> Measured<'_> {
+        self.measured_in(0..self.rounds.len())
     }
 
-    /// The medians over all rounds, times the [`slowdown`](Self::slowdown): times that add up to those of a run.
-    /// `model` is the model's name, `source` says how the profile came about.
+    /// What some rounds measured, counted from 0.
     ///
     /// # Panics
-    /// If there was no round.
-    pub fn finish(&self, model: &str, source: &str) -> LatencyProfile {
-        let slowdown = self.slowdown();
-        let config = self.engine.model.config();
-        LatencyProfile {
-            meta: ProfileMeta {
-                schema_version: LatencyProfile::SCHEMA_VERSION,
-                model: model.to_owned(),
-                fingerprint: self.engine.model.fingerprint().to_owned(),
-                num_loops: config.num_loops as u32,
-                device: device_name(),
-                software: format!("depthwise {}, f32", env!("CARGO_PKG_VERSION")),
-                source: format!("{source}; medians times {slowdown:.3}, the mean over the median of a pass"),
-                overhead_us: Summary::of(&self.overheads).median * slowdown,
-                weight_bytes: self.engine.model.weight_bytes(),
-                kv_bytes_per_token: bytes_per_token(config, KvFill::Reuse),
-                memory: None,
-            },
-            points: self.points(slowdown),
-            mixed_attention: None,
+    /// If there was no such round.
+    pub fn measured_in(&self, rounds: Range<usize>) -> Measured<'_> {
+        let rounds = &self.rounds[rounds];
+        assert!(!rounds.is_empty(), "a profile takes at least one round");
+        let samples = |shape| rounds.iter().flat_map(move |round| &round.samples[shape]).copied();
+        let overheads: Vec<f64> = rounds.iter().map(|round| round.overhead).collect();
+        Measured {
+            profiler: self,
+            samples: self.shapes.iter().map(|shape| (*shape, samples(shape).collect())).collect(),
+            overhead: Summary::of(&overheads).median,
         }
     }
 
-    fn points(&self, slowdown: f64) -> Vec<Point> {
-        let summary = |shape| Summary::of(&self.samples[&shape]);
-        let mut points: Vec<Point> = Vec::new();
-        for &shape in &self.shapes {
-            let (component, rows, kv_tokens, depths) = match shape {
-                Shape::Decode { rows, history } => (Component::DecodeAttention, rows, history, 1),
-                Shape::Embed { rows } => (Component::Embed, rows, 0, 1),
-                Shape::Head { rows } => (Component::Head, rows, 0, 1),
-                Shape::Mix { rows, depths } => (Component::DepthMix, rows, 0, depths),
-                Shape::Prefill { tokens, history } => (Component::PrefillAttention, tokens, history, 1),
-            };
-            let point = |component, summary: Summary| Point {
-                component,
-                rows,
-                kv_tokens,
-                depths,
-                time_us: summary.median * slowdown,
-                spread_us: summary.spread * slowdown,
-                repeats: summary.repeats,
-            };
-            let block = summary(Shape::Decode { rows, history: SHORT });
-            let is_block = shape == Shape::Decode { rows, history: SHORT };
-            if is_block {
-                points.push(Point { kv_tokens: 0, ..point(Component::Block, block) });
-            }
-            if !is_block || self.grid.decodes.contains(&rows) {
-                points.push(point(component, summary(shape).less(&block)));
-            }
+    /// How far the profile of the later half of the rounds is from that of the earlier half: the differences of all
+    /// passes of the grid, added up, in a share of their times. None if there was only one round.
+    pub fn disagreement(&self) -> Option<f64> {
+        let half = self.rounds.len() / 2;
+        if half == 0 {
+            return None;
         }
-        points.sort_by_key(|point| (point.component, point.depths, point.rows, point.kv_tokens));
-        points
+        let (earlier, later) = (self.measured_in(0..half), self.measured_in(half..self.rounds.len()));
+        let pairs = || self.shapes.iter().map(|shape| (earlier.median(shape), later.median(shape)));
+        let differences: f64 = pairs().map(|(earlier, later)| (earlier - later).abs()).sum();
+        Some(differences / pairs().map(|(earlier, later)| (earlier + later) / 2.0).sum::<f64>())
     }
 
-    /// Runs a shape at every depth that it may be at and keeps the times.
-    fn measure(&mut self, shape: Shape) -> Result<(), ReplayError> {
+    /// Runs a shape at every depth that it may be at: microseconds of each run.
+    fn measure(&mut self, shape: Shape) -> Result<Vec<f64>, ReplayError> {
         let num_loops = self.engine.model.config().num_loops as u8;
         let depths = match shape {
-            Shape::Embed { .. } | Shape::Mix { .. } => 0..1,
-            _ => 1.min(num_loops - 1)..num_loops,
+            Shape::Embed { .. } | Shape::Mix { .. } | Shape::Leave { skips: true, .. } => 0..1,
+            Shape::Head { .. } | Shape::Leave { skips: false, .. } => num_loops - 1..num_loops,
+            Shape::Decode { .. } | Shape::Prefill { .. } => 1.min(num_loops - 1)..num_loops,
         };
         self.occupy(shape);
         self.time(shape, depths.start)?;
-        for _ in 0..REPEATS {
-            for depth in depths.clone() {
-                let micros = self.time(shape, depth)?.as_micros_f64();
-                self.samples.entry(shape).or_default().push(micros);
-            }
-        }
-        Ok(())
+        let runs = depths.cycle().take(REPEATS * usize::from(num_loops));
+        runs.map(|depth| Ok(self.time(shape, depth)?.as_micros_f64())).collect()
     }
 
     /// Gives every row of a shape a sequence of its history.
@@ -262,7 +232,9 @@ impl Profiler {
         let chunk_slot = Grid::max(&self.grid.rows);
         let (slots, prompt_tokens) = match shape {
             Shape::Decode { rows, history } => (0..rows, history),
-            Shape::Embed { rows } | Shape::Head { rows } | Shape::Mix { rows, .. } => (0..rows, SHORT),
+            Shape::Embed { rows } | Shape::Head { rows } | Shape::Leave { rows, .. } | Shape::Mix { rows, .. } => {
+                (0..rows, SHORT)
+            }
             Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
         };
         for slot in slots {
@@ -282,13 +254,11 @@ impl Profiler {
         let looks = Looks { signal: Look::Measure(Measure::Top1), below: u8::MAX, head_from: 0 };
         let pass = Pass { segments: &segments, looks, tables: &self.tables };
         let mut signals = vec![0.0; segments.len()];
-        let mut elapsed = self.executor.run(&pass, &mut signals)?;
-        if let Shape::Head { rows } = shape {
-            let leaving: Vec<u32> = (0..rows).step_by(2).collect();
-            elapsed += self.executor.emit(&pass, &leaving)?;
-            self.occupy(shape);
-        }
-        Ok(elapsed)
+        let ran = self.executor.run(&pass, &mut signals)?;
+        let (Shape::Head { rows } | Shape::Leave { rows, .. }) = shape else { return Ok(ran) };
+        let left = self.executor.emit(&pass, &(0..rows).collect::<Vec<_>>())?;
+        self.occupy(shape);
+        Ok(if matches!(shape, Shape::Head { .. }) { ran + left } else { left })
     }
 
     fn segments(&self, shape: Shape, depth: u8) -> Vec<Segment> {
@@ -303,7 +273,9 @@ impl Profiler {
         match shape {
             Shape::Decode { rows, history } => (0..rows).map(|slot| decode(slot, history, depth, false)).collect(),
             Shape::Embed { rows } => (0..rows).map(|slot| decode(slot, SHORT, depth, false)).collect(),
-            Shape::Head { rows } => (0..rows).map(|slot| decode(slot, SHORT, depth, true)).collect(),
+            Shape::Head { rows } | Shape::Leave { rows, .. } => {
+                (0..rows).map(|slot| decode(slot, SHORT, depth, true)).collect()
+            }
             Shape::Mix { rows, depths } => {
                 let depth = |slot| (slot % depths) as u8;
                 (0..rows).map(|slot| decode(slot, SHORT, depth(slot), false)).collect()
@@ -319,8 +291,8 @@ impl Profiler {
         }
     }
 
-    /// Serves a full batch through the scheduler and keeps what a pass takes beyond the executor's own time.
-    fn measure_overhead(&mut self) -> Result<(), ReplayError> {
+    /// Serves a full batch through the scheduler: microseconds that a pass takes beyond the executor's own time.
+    fn measure_overhead(&self) -> Result<f64, ReplayError> {
         let max_batch = Grid::max(&self.grid.decodes);
         let settings = Settings {
             batching: Batching::Depth,
@@ -341,8 +313,100 @@ impl Profiler {
         let start = Instant::now();
         serve(&mut server, (0..max_batch).map(request), &mut VirtualClock::default(), &mut passes)?;
         let outside = Nanos::from(start.elapsed()).since(passes.elapsed);
-        self.overheads.push(outside.as_micros_f64() / f64::from(passes.count));
-        Ok(())
+        Ok(outside.as_micros_f64() / f64::from(passes.count))
+    }
+}
+
+/// What some rounds of a [`Profiler`] measured.
+pub struct Measured<'a> {
+    profiler: &'a Profiler,
+    /// Microseconds.
+    samples: BTreeMap<Shape, Vec<f64>>,
+    /// Microseconds.
+    overhead: f64,
+}
+
+impl Measured<'_> {
+    fn median(&self, shape: &Shape) -> f64 {
+        Summary::of(&self.samples[shape]).median
+    }
+
+    /// What other work on the machine took: the mean over the median of a pass, over all shapes together. It is 1 on
+    /// a machine that does nothing else, and above that as much as a long run is slower than its median pass says.
+    pub fn slowdown(&self) -> f64 {
+        let all: f64 = self.samples.values().flatten().sum();
+        all / self.samples.iter().map(|(shape, samples)| self.median(shape) * samples.len() as f64).sum::<f64>()
+    }
+
+    /// The medians, times the [`slowdown`](Self::slowdown): times that add up to those of a run. `model` is the
+    /// model's name, `source` says how the profile came about; how busy the machine was is added.
+    pub fn profile(&self, model: &str, source: &str) -> LatencyProfile {
+        let slowdown = self.slowdown();
+        let served = &self.profiler.engine.model;
+        let disagreement = self.profiler.disagreement();
+        let halves = disagreement.map_or(String::new(), |share| format!("; halves differ by {:.1}%", 100.0 * share));
+        LatencyProfile {
+            meta: ProfileMeta {
+                schema_version: LatencyProfile::SCHEMA_VERSION,
+                model: model.to_owned(),
+                fingerprint: served.fingerprint().to_owned(),
+                num_loops: served.config().num_loops as u32,
+                device: device_name(),
+                software: format!("depthwise {}, {}", env!("CARGO_PKG_VERSION"), served.weight_type()),
+                source: format!(
+                    "{source}; {}; medians times {slowdown:.3}, the mean over the median of a pass{halves}",
+                    machine_state()
+                ),
+                overhead_us: self.overhead * slowdown,
+                weight_bytes: served.weight_bytes(),
+                kv_bytes_per_token: bytes_per_token(served.config(), KvFill::Reuse),
+                memory: None,
+            },
+            points: self.points(slowdown),
+            mixed_attention: None,
+        }
+    }
+
+    fn points(&self, slowdown: f64) -> Vec<Point> {
+        let summary = |shape| Summary::of(&self.samples[&shape]);
+        let mut points: Vec<Point> = Vec::new();
+        for &shape in &self.profiler.shapes {
+            let (component, rows, kv_tokens, depths) = match shape {
+                Shape::Decode { rows, history } => (Component::DecodeAttention, rows, history, 1),
+                Shape::Embed { rows } => (Component::Embed, rows, 0, 1),
+                Shape::Head { rows } => (Component::Head, rows, 0, 1),
+                Shape::Mix { rows, depths } => (Component::DepthMix, rows, 0, depths),
+                Shape::Prefill { tokens, history } => (Component::PrefillAttention, tokens, history, 1),
+                Shape::Leave { skips: false, .. } => continue,
+                Shape::Leave { rows, skips: true } => {
+                    let skipped = self.profiler.engine.model.config().num_loops as u32 - 1;
+                    (Component::KvFill, rows * skipped, 0, 1)
+                }
+            };
+            let point = |component, summary: Summary| Point {
+                component,
+                rows,
+                kv_tokens,
+                depths,
+                time_us: summary.median * slowdown,
+                spread_us: summary.spread * slowdown,
+                repeats: summary.repeats,
+            };
+            let base = match shape {
+                Shape::Leave { rows, .. } => Shape::Leave { rows, skips: false },
+                _ => Shape::Decode { rows, history: SHORT },
+            };
+            let base = summary(base);
+            let is_block = shape == Shape::Decode { rows, history: SHORT };
+            if is_block {
+                points.push(Point { kv_tokens: 0, ..point(Component::Block, base) });
+            }
+            if !is_block || self.profiler.grid.decodes.contains(&rows) {
+                points.push(point(component, summary(shape).less(&base)));
+            }
+        }
+        points.sort_by_key(|point| (point.component, point.depths, point.rows, point.kv_tokens));
+        points
     }
 }
 
@@ -374,6 +438,9 @@ fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
     }
     for &rows in &grid.decodes {
         shapes.push(Shape::Head { rows });
+        if num_loops > 1 {
+            shapes.extend([true, false].map(|skips| Shape::Leave { rows, skips }));
+        }
         shapes.extend(grid.histories.iter().map(|&history| Shape::Decode { rows, history }));
     }
     let largest = Grid::max(&grid.rows);
@@ -395,6 +462,7 @@ fn key(shape: Shape) -> u64 {
         Shape::Head { rows } => (2, rows, 0),
         Shape::Mix { rows, depths } => (3, rows, depths),
         Shape::Prefill { tokens, history } => (4, tokens, history),
+        Shape::Leave { rows, skips } => (5, rows, u32::from(skips)),
     };
     (kind << 60) | (u64::from(a) << 30) | u64::from(b)
 }
@@ -437,6 +505,20 @@ pub fn device_name() -> String {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let name = name.unwrap_or_else(|| format!("CPU ({})", std::env::consts::ARCH));
     format!("{name}, {cores} cores, {} threads", rayon::current_num_threads())
+}
+
+/// How busy the machine is and how fast it runs, as far as the system tells.
+fn machine_state() -> String {
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load: Vec<&str> = load.split_whitespace().take(3).collect();
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let clock = info.lines().filter(|line| line.starts_with("cpu MHz")).filter_map(|line| line.split_once(':'));
+    let clock = clock.filter_map(|(_, mhz)| mhz.trim().parse::<f64>().ok()).reduce(f64::max);
+    let clock = clock.map_or(String::new(), |mhz| format!(", cores at up to {:.2} GHz", mhz / 1e3));
+    match load.is_empty() {
+        true => format!("load unknown{clock}"),
+        false => format!("load {} over 1, 5 and 15 minutes{clock}", load.join(" ")),
+    }
 }
 
 #[cfg(test)]

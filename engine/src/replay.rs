@@ -1,13 +1,12 @@
-//! Runs of request traces on the engine: measured replays, recordings at full depth, and what full depth would have
-//! said after the same prefixes.
+//! Runs of request traces on the engine: measured replays, and what full depth would have said after the same prefixes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use scheduler::blocks::BlockId;
-use scheduler::{Batching, ExitPolicy, KvFill, Look, Observer, ScheduleError, ServeError, Server, Settings, serve};
-use traces::{ExitTrace, ExitTraceMeta, Measure, Request};
+use scheduler::{Executor, ExitPolicy, KvFill, Look, Observer, ScheduleError, ServeError, Server, Settings, serve};
+use traces::{ExitTrace, Measure, Request, TraceError};
 
 use crate::cache::{KvCache, TILE};
 use crate::clock::{Idle, WallClock};
@@ -18,7 +17,7 @@ use crate::model::{Model, Rows};
 use crate::prompts::Prompts;
 
 /// Rows of a pass of runs that nobody times.
-const UNTIMED_ROWS: usize = 256;
+pub(crate) const UNTIMED_ROWS: usize = 256;
 
 /// Why a run stopped.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +28,9 @@ pub enum ReplayError {
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// A recording cannot be written.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// The settings are those of another model.
     #[error("settings for a model of {settings} loops, this one has {model}")]
     NumLoops {
@@ -98,7 +100,8 @@ impl Engine {
             Some(exits) => executor.with_oracle(exits),
             None => executor,
         };
-        self.serve(settings, executor, requests, idle, observer)
+        self.check(&settings, &executor, requests)?;
+        Ok(run_to_end(settings, executor, requests, idle, observer)?.into_generations())
     }
 
     /// Whether the engine can run under these settings.
@@ -123,77 +126,24 @@ impl Engine {
         executor: EngineExecutor,
         requests: &[Request],
     ) -> Result<Server<EngineExecutor>, ReplayError> {
-        self.check_settings(&settings)?;
+        self.check(&settings, &executor, requests)?;
+        Ok(Server::new(settings, executor)?)
+    }
+
+    /// Whether all requests can be served.
+    pub(crate) fn check(
+        &self,
+        settings: &Settings,
+        executor: &EngineExecutor,
+        requests: &[Request],
+    ) -> Result<(), ReplayError> {
+        self.check_settings(settings)?;
         for request in requests {
             settings.check_request(request)?;
             executor.check_request(request)?;
             self.prompts.get(request).map_err(EngineError::Prompt)?;
         }
-        Ok(Server::new(settings, executor)?)
-    }
-
-    fn serve(
-        &self,
-        settings: Settings,
-        executor: EngineExecutor,
-        requests: &[Request],
-        idle: Idle,
-        observer: &mut (impl Observer + Send),
-    ) -> Result<HashMap<u32, Generation>, ReplayError> {
-        let mut server = self.server(settings, executor, requests)?;
-        in_pool(|| {
-            serve(&mut server, requests.iter().copied(), &mut WallClock::start(idle), observer)?;
-            Ok(server.into_executor().into_generations())
-        })
-    }
-
-    /// Runs `requests` at full depth and returns the signals and predictions of every token at every depth;
-    /// generation `i` of the trace is that of `requests[i]`. Arrival times play no part. `model` is the model's name,
-    /// `source` says how the trace was made; `observer` may watch the progress.
-    ///
-    /// # Errors
-    /// If a request does not fit the model or has no prompt, or the engine fails.
-    pub fn record(
-        &self,
-        requests: &[Request],
-        model: &str,
-        source: &str,
-        observer: &mut (impl Observer + Send),
-    ) -> Result<ExitTrace, ReplayError> {
-        let settings = self.recording_settings(requests);
-        let executor = self.executor(&settings)?.recording();
-        let generations = self.serve(settings, executor, requests, Idle::Skip, observer)?;
-        let mut trace = ExitTrace::new(ExitTraceMeta {
-            schema_version: ExitTrace::SCHEMA_VERSION,
-            model: model.to_owned(),
-            fingerprint: self.model.fingerprint().to_owned(),
-            num_loops: u32::from(settings.num_loops),
-            source: source.to_owned(),
-        });
-        trace.has_gates = self.model.config().gate;
-        for request in requests {
-            trace.push_generation(&generations[&request.id].recorded);
-        }
-        Ok(trace)
-    }
-
-    /// A full batch at full depth, with a cache that holds the longest requests at once.
-    fn recording_settings(&self, requests: &[Request]) -> Settings {
-        let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
-        let max_batch = (requests.len() as u32).clamp(1, 32);
-        Settings {
-            batching: Batching::Sequence,
-            exit: ExitPolicy::None,
-            kv_fill: KvFill::Reuse,
-            num_loops: self.model.config().num_loops as u8,
-            max_batch,
-            token_budget: UNTIMED_ROWS as u32,
-            prefill_chunk: UNTIMED_ROWS as u32,
-            block_tokens: TILE as u32,
-            num_blocks: max_batch * longest.div_ceil(TILE as u32),
-            prefix_caching: false,
-            async_scheduling: false,
-        }
+        Ok(())
     }
 
     /// For each generated token, the token that full depth gives after the same prefix, with the same dice.
@@ -256,6 +206,24 @@ impl Engine {
         }
         Ok(agreeing as f64 / total as f64)
     }
+}
+
+/// Serves `requests` on the wall clock and gives the executor back.
+pub(crate) fn run_to_end<E: Executor + Send>(
+    settings: Settings,
+    executor: E,
+    requests: &[Request],
+    idle: Idle,
+    observer: &mut (impl Observer + Send),
+) -> Result<E, ReplayError>
+where
+    ReplayError: From<ServeError<E::Error>>,
+{
+    let mut server = Server::new(settings, executor)?;
+    in_pool(|| {
+        serve(&mut server, requests.iter().copied(), &mut WallClock::start(idle), observer)?;
+        Ok(server.into_executor())
+    })
 }
 
 /// The earliest depth of each token whose prediction equals that of the last depth, by request: what the oracle needs

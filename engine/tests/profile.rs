@@ -31,7 +31,8 @@ fn a_profile_covers_every_component_up_to_its_limits() {
         profiler.round(|count, of| done.push((count, of))).unwrap();
     }
     assert_eq!(done.iter().filter(|(count, of)| count == of).count(), 2);
-    let profile = profiler.finish("test", "a test");
+    assert!(profiler.disagreement().is_some_and(|share| (0.0..1.0).contains(&share)), "{:?}", profiler.disagreement());
+    let profile = profiler.measured().profile("test", "a test");
     // A value of width 8 is padded to 32.
     assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
     assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
@@ -44,6 +45,8 @@ fn a_profile_covers_every_component_up_to_its_limits() {
         let (rows, kv_tokens) = match component {
             Component::DepthMix => (20, 0),
             Component::Head => (5, 0),
+            // Every row that leaves at the first of three depths skips two.
+            Component::KvFill => (10, 0),
             Component::DecodeAttention => (5, 40),
             Component::PrefillAttention => (12, 40),
             _ => (20, 0),
@@ -64,7 +67,10 @@ fn keys_and_values_before_and_after_the_loops_count() {
     let mut profiler = Profiler::new(&engine(&with_everything()), grid).unwrap();
     profiler.round(|_, _| ()).unwrap();
     // A layer of prelude, and at each of three depths two of block and two of coda.
-    assert_eq!(profiler.finish("test", "a test").meta.kv_bytes_per_token, (1 + 3 * (2 + 2)) * 2 * (8 + 32) * 4);
+    assert_eq!(
+        profiler.measured().profile("test", "a test").meta.kv_bytes_per_token,
+        (1 + 3 * (2 + 2)) * 2 * (8 + 32) * 4
+    );
 }
 
 #[test]

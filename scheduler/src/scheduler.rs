@@ -58,6 +58,16 @@ pub enum ScheduleError {
     /// A setting that must be at least 1 is 0.
     #[error("{0} is 0: expected at least 1")]
     Zero(&'static str),
+    /// A setting beyond what any machine holds, for which nobody should ask memory.
+    #[error("{name} is {count}: expected at most {most}")]
+    TooMany {
+        /// The setting.
+        name: &'static str,
+        /// As given.
+        count: u32,
+        /// The limit.
+        most: u32,
+    },
     /// Decode rows alone could exceed the budget.
     #[error("token_budget is {token_budget}, less than max_batch {max_batch}: every sequence needs a row")]
     BudgetBelowBatch {
@@ -120,10 +130,15 @@ pub enum ScheduleError {
 }
 
 impl Settings {
+    /// The most sequences that may run at once.
+    pub const MOST_SEQUENCES: u32 = 1 << 20;
+    /// The most KV blocks.
+    pub const MOST_BLOCKS: u32 = 1 << 26;
+
     /// Whether a scheduler can run under these settings.
     ///
     /// # Errors
-    /// If they contradict each other.
+    /// If they contradict each other, or a number is beyond what any machine holds.
     pub fn check(&self) -> Result<(), ScheduleError> {
         let counts = [
             ("num_loops", u32::from(self.num_loops)),
@@ -135,6 +150,11 @@ impl Settings {
         ];
         if let Some((name, _)) = counts.into_iter().find(|&(_, count)| count == 0) {
             return Err(ScheduleError::Zero(name));
+        }
+        let limits =
+            [("max_batch", self.max_batch, Self::MOST_SEQUENCES), ("num_blocks", self.num_blocks, Self::MOST_BLOCKS)];
+        if let Some((name, count, most)) = limits.into_iter().find(|&(_, count, most)| count > most) {
+            return Err(ScheduleError::TooMany { name, count, most });
         }
         if self.token_budget < self.max_batch {
             return Err(ScheduleError::BudgetBelowBatch { token_budget: self.token_budget, max_batch: self.max_batch });

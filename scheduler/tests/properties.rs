@@ -464,6 +464,9 @@ fn impossible_settings_and_requests_are_refused() {
     let refused = |settings: Settings| Server::new(settings, Checker::new(settings)).err().unwrap().to_string();
     assert!(refused(Settings { max_batch: 0, ..settings }).contains("max_batch is 0"));
     assert!(refused(Settings { token_budget: 3, ..settings }).contains("less than max_batch"));
+    let absurd = Settings { token_budget: u32::MAX, ..settings };
+    assert!(refused(Settings { max_batch: u32::MAX, ..absurd }).contains("expected at most 1048576"));
+    assert!(refused(Settings { num_blocks: u32::MAX, ..absurd }).contains("expected at most 67108864"));
     assert!(refused(Settings { exit: ExitPolicy::Static(2), ..settings }).contains("depths 0 to 1"));
 
     let request = Request { id: 7, arrival: Nanos::ZERO, prompt_tokens: 10, output_tokens: 7 };

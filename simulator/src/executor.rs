@@ -19,6 +19,8 @@ pub struct ProfileExecutor<'m> {
     cursors: Vec<Cursor>,
     /// None where rows attend to every token before them.
     reach: Option<Reach>,
+    /// Whether rows that leave copy their keys and values to the depths they skip.
+    copies: bool,
     /// None where every time is the median.
     spread: Option<Spread>,
     tokens: u64,
@@ -37,6 +39,7 @@ impl<'m> ProfileExecutor<'m> {
             exits,
             cursors: vec![Cursor::default(); max_batch as usize],
             reach: (kv_fill == KvFill::Skip).then(|| Reach::new(num_loops, max_batch)),
+            copies: kv_fill == KvFill::Reuse,
             spread: None,
             tokens: 0,
             agreeing: 0,
@@ -131,13 +134,17 @@ impl Executor for ProfileExecutor<'_> {
         if let Some(reach) = &mut self.reach {
             leaving.iter().for_each(|&index| reach.emit(&pass.segments[index as usize]));
         }
-        let Left { agreeing, head_rows } = self.exits.leave(pass, leaving, &mut self.cursors);
+        let Left { agreeing, head_rows, skipped_depths } = self.exits.leave(pass, leaving, &mut self.cursors);
         self.agreeing += agreeing;
         self.tokens += leaving.len() as u64;
-        let mut ns = self.latency.head_ns(head_rows, &mut self.extrapolations);
-        self.time.add(Component::Head, ns);
+        let filled = if self.copies { skipped_depths } else { 0 };
+        let head = self.latency.head_ns(head_rows, &mut self.extrapolations);
+        let copies = self.latency.kv_fill_ns(filled, &mut self.extrapolations);
+        self.time.add(Component::Head, head);
+        self.time.add(Component::KvFill, copies);
+        let mut ns = head + copies;
         if let Some(spread) = &mut self.spread {
-            ns = spread.draw(ns, self.latency.squared_head_spread(head_rows));
+            ns = spread.draw(ns, self.latency.squared_emit_spread(head_rows, filled));
         }
         Ok(nanos(ns))
     }

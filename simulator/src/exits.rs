@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use scheduler::{Look, Pass};
+use scheduler::{Look, Pass, RowKind};
 use traces::{ExitTrace, ExitTraceMeta, Measure, Request, Signals};
 
 /// Which generations of the trace a request takes.
@@ -159,6 +159,8 @@ impl ExitModel {
             let cursor = &mut cursors[segment.slot as usize];
             left.agreeing += u64::from(self.agrees(cursor.at(segment.depth)));
             left.head_rows += u32::from(!pass.runs_head(segment));
+            let skipped = u32::from(self.num_loops - 1 - segment.depth);
+            left.skipped_depths += if segment.kind == RowKind::Decode { skipped } else { 0 };
             cursor.row += num_loops;
             if cursor.row == cursor.end {
                 *cursor = self.drawn(cursor.request, cursor.draws);
@@ -250,6 +252,8 @@ pub struct Left {
     pub agreeing: u64,
     /// Rows for which the exit head has still to run.
     pub head_rows: u32,
+    /// Depths that rows of generated tokens skip, over all rows.
+    pub skipped_depths: u32,
 }
 
 /// A place in an exit trace: the token that a request generates next.
@@ -323,7 +327,7 @@ mod tests {
         let (tables, looks) = (BlockTables::new(1, 1, 1), ExitPolicy::None.looks(2));
         let pass = Pass { segments: &segments, looks, tables: &tables };
         let left = model.leave(&pass, &[0], std::slice::from_mut(cursor));
-        assert_eq!(left, Left { agreeing: 1, head_rows: 0 });
+        assert_eq!(left, Left { agreeing: 1, head_rows: 0, skipped_depths: 0 });
     }
 
     fn tokens(model: &ExitModel, request: &Request, count: usize) -> Vec<u32> {

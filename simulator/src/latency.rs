@@ -203,6 +203,11 @@ impl LatencyModel {
         self.times.head.at(rows, Component::Head, beyond)
     }
 
+    /// Median time of copying keys and values to so many depths that rows skip, counted over all rows, in nanoseconds.
+    pub fn kv_fill_ns(&self, depths: u32, beyond: &mut Extrapolations) -> f64 {
+        self.times.kv_fill.at(depths, Component::KvFill, beyond)
+    }
+
     /// Half the distance between the quartiles of the time of a pass, squared, in square nanoseconds: as of a sum of
     /// independent parts, given as [`pass_ns`](Self::pass_ns) and its prompt chunks, by tokens and history.
     pub fn squared_pass_spread(&self, shape: &PassShape, chunks: impl Iterator<Item = (u32, u32)>) -> f64 {
@@ -214,9 +219,11 @@ impl LatencyModel {
         parts.into_iter().chain(chunks).map(|spread| spread * spread).sum()
     }
 
-    /// The same of the exit head.
-    pub fn squared_head_spread(&self, rows: u32) -> f64 {
-        self.spreads.head.at(rows, Component::Head, &mut Extrapolations::default()).powi(2)
+    /// The same of the exit head for some rows, and of copying keys and values to some depths.
+    pub fn squared_emit_spread(&self, head_rows: u32, filled_depths: u32) -> f64 {
+        let mut counted = Extrapolations::default();
+        let head = self.spreads.head.at(head_rows, Component::Head, &mut counted);
+        head.powi(2) + self.spreads.kv_fill.at(filled_depths, Component::KvFill, &mut counted).powi(2)
     }
 }
 
@@ -232,6 +239,7 @@ struct Parts {
     depth_mix: Vec<Table>,
     embed: Table,
     head: Table,
+    kv_fill: Table,
 }
 
 impl Parts {
@@ -252,6 +260,7 @@ impl Parts {
             depth_mix: depth_mix(profile, value_us)?,
             embed: by_rows(Component::Embed)?,
             head: by_rows(Component::Head)?,
+            kv_fill: by_rows(Component::KvFill)?,
         })
     }
 

@@ -70,6 +70,23 @@ fn only_looks_that_read_the_vocabulary_pay_for_the_head() {
 }
 
 #[test]
+fn rows_that_leave_early_pay_for_the_depths_they_skip_where_keys_and_values_are_copied() {
+    use Component::{Block, KvFill as Copies};
+    let tokens = 20;
+    let points = [(Block, 1, 0, 1, 100.0), (Copies, 1, 0, 1, 0.5), (Copies, 2, 0, 1, 3.0)];
+    let latency = LatencyModel::new(&profile(3, &points)).unwrap();
+    let exits = ExitModel::new(&exit_trace(3, &[vec![0; tokens as usize]]), Draw::Recorded).unwrap();
+    let e2e_us = |kv_fill| {
+        let settings = Settings { kv_fill, ..settings(Batching::Sequence, "static:0", 3, 1) };
+        simulate(settings, &latency, &exits, queued(1, 1, tokens)).e2e_mean_ms * 1e3
+    };
+    // The first token is the prompt's, which runs every depth.
+    let copied = e2e_us(KvFill::Reuse) - e2e_us(KvFill::First);
+    assert_close(copied, f64::from(tokens - 1) * 3.0, 1e-9);
+    assert_eq!(e2e_us(KvFill::First), e2e_us(KvFill::Skip));
+}
+
+#[test]
 fn full_lockstep_batch_yields_batch_over_the_passes_of_its_deepest_row() {
     let probabilities = [0.7, 0.2, 0.1];
     let (batch, tokens) = (8u32, 100);

@@ -13,7 +13,7 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Point, ProfileMeta, Signals};
+use traces::{Component, ExitTable, ExitTrace, ExitTraceMeta, LatencyProfile, Point, ProfileMeta, Signals};
 
 /// A row of `time_per_token_a100_16gb_budget.csv`; times in milliseconds, those at the full batch by token.
 #[derive(Debug, Deserialize)]
@@ -227,7 +227,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         };
         let name = format!("{kind:?}").to_lowercase();
-        exit_trace(kind, share, source).write(configs.join("exits").join(name))?;
+        exit_trace(kind, share, source).write(configs.join("exits").join(name), ExitTable::Csv)?;
         shares.push((kind, share));
     }
 

@@ -104,6 +104,9 @@ pub struct Generate {
 }
 
 impl Generate {
+    /// The most requests that are made.
+    pub const MOST: u32 = 100_000_000;
+
     /// The requests, made one at a time as they are asked for; paths are relative to `base_dir`.
     ///
     /// # Errors
@@ -111,6 +114,9 @@ impl Generate {
     pub fn requests(&self, base_dir: &Path) -> Result<Generated> {
         if self.count == 0 {
             return Err(TraceError::spec("count", 0, "at least 1"));
+        }
+        if self.count > Self::MOST {
+            return Err(TraceError::spec("count", self.count, format!("at most {}", Self::MOST)));
         }
         let mut seeds = Xoshiro256PlusPlus::seed_from_u64(self.seed);
         Ok(Generated {
@@ -386,6 +392,8 @@ mod tests {
             assert!(found.starts_with("requests: output_tokens: found "), "{found}");
         }
         assert!(message(&format!("{{count: 0, arrivals: all_at_once, {lengths}}}")).contains("count: found 0"));
+        let most = message(&format!("{{count: 4294967295, arrivals: all_at_once, {lengths}}}"));
+        assert!(most.contains("count: found 4294967295, expected at most 100000000"), "{most}");
         let found = message("{count: 1, arrivals: all_at_once, prompt_tokens: {fixed: 1}}");
         assert!(found.contains("generate: found prompt_tokens, expected prompt_tokens and output_tokens"), "{found}");
     }

@@ -8,7 +8,7 @@
 //!
 //! A request trace is read from a file of any known format ([`RequestFormat`]) and shaped by its methods, or
 //! described by a configuration ([`RequestSpec`]) that can also make requests at random. Exit traces and
-//! latency profiles are folders with a YAML file that says where they come from and a CSV file with the
+//! latency profiles are folders with a YAML file that says where they come from and a CSV or Parquet file with the
 //! numbers; what is written reads back to the bit. `docs/formats.md` lists every file, column and unit.
 //!
 //! ```
@@ -35,7 +35,7 @@
 //! });
 //! let at = |top1| Signals { top1, margin: top1 - 0.1, entropy: 0.5, similarity: 0.9, gate: 0.0 };
 //! exits.push_generation(&[(at(0.7), 42), (at(0.95), 42)]);
-//! exits.write(folder.join("exits"))?;
+//! exits.write(folder.join("exits"), ExitTable::Parquet)?;
 //! let exits = ExitTrace::read(folder.join("exits"))?;
 //! assert_eq!(exits.oracle_depth(0), 0);
 //!
@@ -67,6 +67,8 @@
 //! ```
 
 pub mod error;
+pub mod exit_file;
+mod exit_parquet;
 pub mod exit_trace;
 pub mod generate;
 pub mod mixed_attention;
@@ -78,7 +80,8 @@ pub mod table;
 pub mod units;
 
 pub use error::TraceError;
-pub use exit_trace::{ExitTrace, ExitTraceMeta, Measure, Signals};
+pub use exit_file::{ExitTable, ExitTraceWriter};
+pub use exit_trace::{DepthTally, ExitTrace, ExitTraceMeta, Measure, Signals};
 pub use generate::{Arrivals, Generate, Length};
 pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};
 pub use profile::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, check_same_model};

@@ -12,6 +12,7 @@
 //! + depth_mix(rows, depths)                  what distinct depths in one pass add (LoRA, gathering)
 //! + embed(rows at depth 0)
 //! + head(rows that are looked at or leave)
+//! + kv_fill(depths that the leaving rows skip)   under the KV fill `reuse`
 //! ```
 //!
 //! Where attention was measured for whole passes, [`MixedAttention`] takes the place of the two attention parts.
@@ -24,9 +25,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, TraceError};
-use crate::exit_trace::{ExitTrace, check_version};
+use crate::exit_trace::ExitTrace;
 use crate::mixed_attention::MixedAttention;
-use crate::table::{Owner, Row, Table, read_yaml, write_rows, write_yaml};
+use crate::table::{Owner, Row, Table, check_version, read_yaml, write_rows, write_yaml};
 
 /// A part of a pass that is measured on its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -49,11 +50,13 @@ pub enum Component {
     Embed,
     /// The exit head over the vocabulary, by `rows`.
     Head,
+    /// Copying keys and values to the depths that rows which leave skip, by `rows`: one for each depth that one skips.
+    KvFill,
 }
 
 impl Component {
     /// Every component, in the order in which files list them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Block,
         Self::Elementwise,
         Self::Lora,
@@ -62,6 +65,7 @@ impl Component {
         Self::DepthMix,
         Self::Embed,
         Self::Head,
+        Self::KvFill,
     ];
 
     /// The name in files.
@@ -75,6 +79,7 @@ impl Component {
             Self::DepthMix => "depth_mix",
             Self::Embed => "embed",
             Self::Head => "head",
+            Self::KvFill => "kv_fill",
         }
     }
 

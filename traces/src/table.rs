@@ -194,22 +194,60 @@ fn line_of_record(path: &Path, byte: u64) -> u64 {
     line
 }
 
-/// Writes a file under a temporary name beside it and renames it, so that nobody ever sees half of it.
-pub fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
-    let mut name = OsString::from(path);
-    name.push(".partial");
-    let partial = PathBuf::from(name);
-    let written = File::create(&partial).and_then(|file| {
-        let mut out = BufWriter::new(file);
-        write(&mut out)?;
-        out.flush()?;
-        std::fs::rename(&partial, path)
-    });
-    written.map_err(|source| {
-        // The first error is the one to report; a temporary file that stays is harmless.
-        let _ = std::fs::remove_file(&partial);
-        TraceError::Io { action: "write", path: path.to_owned(), source }
-    })
+/// A file under a temporary name beside its place, which it takes when it is finished: so nobody ever sees half of it,
+/// and one that is dropped before leaves nothing.
+#[derive(Debug)]
+pub struct PartialFile {
+    out: BufWriter<File>,
+    path: PathBuf,
+    partial: PathBuf,
+}
+
+impl PartialFile {
+    /// Starts a file that will replace `path`.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn create(path: &Path) -> Result<Self> {
+        let mut name = OsString::from(path);
+        name.push(".partial");
+        let partial = PathBuf::from(name);
+        let out = BufWriter::new(File::create(&partial).map_err(TraceError::io("write", path))?);
+        Ok(Self { out, path: path.to_owned(), partial })
+    }
+
+    /// Puts the file in its place.
+    ///
+    /// # Errors
+    /// If what is still to be written or the renaming fails.
+    pub fn finish(mut self) -> Result<()> {
+        let placed = self.out.flush().and_then(|()| std::fs::rename(&self.partial, &self.path));
+        placed.map_err(TraceError::io("write", &self.path))
+    }
+}
+
+impl Write for PartialFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.out.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+impl Drop for PartialFile {
+    fn drop(&mut self) {
+        // After `finish` there is none; otherwise an earlier error is the one to report.
+        let _ = std::fs::remove_file(&self.partial);
+    }
+}
+
+/// Writes a file that is there whole or not at all.
+pub fn write_whole(path: &Path, write: impl FnOnce(&mut PartialFile) -> io::Result<()>) -> Result<()> {
+    let mut file = PartialFile::create(path)?;
+    write(&mut file).map_err(TraceError::io("write", path))?;
+    file.finish()
 }
 
 /// Writes a CSV file whole.
@@ -228,6 +266,19 @@ pub fn write_rows<R: serde::Serialize>(path: &Path, columns: &[&str], rows: impl
 pub fn read_yaml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read_to_string(path).map_err(TraceError::io("read", path))?;
     serde_yaml::from_str(&text).map_err(|source| TraceError::Yaml { path: path.to_owned(), source })
+}
+
+/// Whether a file is of the version that this program reads.
+pub(crate) fn check_version(path: &Path, found: u32, expected: u32) -> Result<()> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(TraceError::Key {
+            path: path.to_owned(),
+            key: "schema_version",
+            found: found.to_string(),
+            expected: format!("{expected}, the version of this program"),
+        }),
+    }
 }
 
 /// Writes a YAML file whole.

@@ -1,9 +1,16 @@
 //! Whatever happens to a file, reading it gives a sound value or an error, never a panic.
 
-use std::path::Path;
+mod allocations;
 
+use std::path::Path;
+use std::sync::OnceLock;
+
+use allocations::Allocations;
 use proptest::prelude::*;
-use traces::{Component, ExitTrace, LatencyProfile, Request, RequestTrace};
+use traces::{Component, ExitTable, ExitTrace, LatencyProfile, Request, RequestTrace};
+
+#[global_allocator]
+static ALLOCATIONS: Allocations = Allocations;
 
 const REQUESTS: [&str; 5] = [
     "request,arrival_us,prompt_tokens,output_tokens\n0,0,10,1\n1,1000.125,20,2\n2,2000,30,3\n",
@@ -66,8 +73,8 @@ fn damage() -> impl Strategy<Value = Damage> {
     ]
 }
 
-fn damaged(contents: &str, damages: &[Damage]) -> Vec<u8> {
-    let mut bytes = contents.as_bytes().to_vec();
+fn damaged(contents: impl AsRef<[u8]>, damages: &[Damage]) -> Vec<u8> {
+    let mut bytes = contents.as_ref().to_vec();
     for damage in damages {
         let place = |at: usize| at % bytes.len().max(1);
         let part = |at: usize, length: usize| place(at)..(place(at) + length).min(bytes.len());
@@ -90,6 +97,28 @@ fn damaged(contents: &str, damages: &[Damage]) -> Vec<u8> {
     bytes
 }
 
+/// The trace of [`EXITS_CSV`] as Parquet.
+fn parquet_exits() -> Vec<u8> {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    let bytes = BYTES.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "exits.yaml", EXITS_YAML.as_bytes());
+        write(folder.path(), "exits.csv", EXITS_CSV.as_bytes());
+        ExitTrace::read(folder.path()).unwrap().write(folder.path(), ExitTable::Parquet).unwrap();
+        std::fs::read(folder.path().join("exits.parquet")).unwrap()
+    });
+    bytes.clone()
+}
+
+/// Bytes of a Parquet file's footer: the metadata, their length and the magic word.
+fn footer_bytes(file: &[u8]) -> usize {
+    let length = file[file.len() - 8..].first_chunk().copied().map(u32::from_le_bytes).unwrap();
+    length as usize + 8
+}
+
+/// More memory than that at once is not for files of a few hundred bytes.
+const MEMORY: usize = 1 << 20;
+
 fn write(path: &Path, name: &str, contents: &[u8]) {
     std::fs::write(path.join(name), contents).unwrap();
 }
@@ -101,7 +130,9 @@ proptest! {
     fn damaged_request_traces(contents in prop::sample::select(&REQUESTS[..]), damages in prop::collection::vec(damage(), 1..4)) {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), "trace", &damaged(contents, &damages));
-        if let Ok(trace) = RequestTrace::read(folder.path().join("trace")) {
+        let (trace, allocated) = ALLOCATIONS.largest(|| RequestTrace::read(folder.path().join("trace")));
+        prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
+        if let Ok(trace) = trace {
             prop_assert!(!trace.requests.is_empty());
             prop_assert!(trace.requests.is_sorted_by_key(|request| request.arrival));
             for (place, request) in trace.requests.iter().enumerate() {
@@ -122,7 +153,29 @@ proptest! {
         let (yaml, csv) = if in_yaml { (&damages[..], &[][..]) } else { (&[][..], &damages[..]) };
         write(folder.path(), "exits.yaml", &damaged(EXITS_YAML, yaml));
         write(folder.path(), "exits.csv", &damaged(EXITS_CSV, csv));
-        if let Ok(trace) = ExitTrace::read(folder.path()) {
+        let (trace, allocated) = ALLOCATIONS.largest(|| ExitTrace::read(folder.path()));
+        prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
+        if let Ok(trace) = trace {
+            prop_assert!(trace.num_tokens() > 0);
+            prop_assert!((1.0..=trace.num_loops() as f64).contains(&trace.mean_oracle_passes()));
+            prop_assert!(trace.signals.iter().all(|signals| signals.top1.is_finite() && signals.entropy.is_finite()));
+        }
+    }
+
+    #[test]
+    fn damaged_parquet_exit_traces(damages in prop::collection::vec(damage(), 1..4), in_footer: bool) {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "exits.yaml", EXITS_YAML.as_bytes());
+        let whole = parquet_exits();
+        let (rows, footer) = whole.split_at(whole.len() - footer_bytes(&whole));
+        let contents = match in_footer {
+            true => [rows, &damaged(footer, &damages)].concat(),
+            false => damaged(&whole, &damages),
+        };
+        write(folder.path(), "exits.parquet", &contents);
+        let (trace, allocated) = ALLOCATIONS.largest(|| ExitTrace::read(folder.path()));
+        prop_assert!(allocated <= MEMORY, "{allocated} bytes at once for a file of {}", contents.len());
+        if let Ok(trace) = trace {
             prop_assert!(trace.num_tokens() > 0);
             prop_assert!((1.0..=trace.num_loops() as f64).contains(&trace.mean_oracle_passes()));
             prop_assert!(trace.signals.iter().all(|signals| signals.top1.is_finite() && signals.entropy.is_finite()));
@@ -135,7 +188,9 @@ proptest! {
         let (yaml, csv) = if in_yaml { (&damages[..], &[][..]) } else { (&[][..], &damages[..]) };
         write(folder.path(), "profile.yaml", &damaged(PROFILE_YAML, yaml));
         write(folder.path(), "latency.csv", &damaged(PROFILE_CSV, csv));
-        if let Ok(profile) = LatencyProfile::read(folder.path()) {
+        let (profile, allocated) = ALLOCATIONS.largest(|| LatencyProfile::read(folder.path()));
+        prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
+        if let Ok(profile) = profile {
             prop_assert!(profile.points.iter().all(|point| point.time_us.is_finite() && point.time_us >= 0.0));
             prop_assert!(profile.points_of(Component::Block).count() > 0);
         }

@@ -7,7 +7,7 @@ use engine::executor::Sampling;
 use engine::profile::{Grid, Limits, Profiler};
 
 use crate::arguments::ModelArgs;
-use crate::measure::{NamedEngine, progress};
+use crate::measure::{NamedEngine, progress, warn_of_noise};
 
 /// Measure a latency profile of a model on this machine
 #[derive(Debug, clap::Args)]
@@ -50,7 +50,8 @@ pub fn run(args: Args) -> Result<()> {
         })?;
     }
     bar.finish_and_clear();
-    let profile = profiler.finish(&named.name, &format!("depthwise profile, {} rounds", args.rounds));
+    warn_of_noise(&profiler);
+    let profile = profiler.measured().profile(&named.name, &format!("depthwise profile, {} rounds", args.rounds));
     profile.write(&args.out)?;
     println!("{} points on {}: {}", profile.points.len(), profile.meta.device, args.out.display());
     Ok(())

@@ -6,18 +6,18 @@ use anyhow::{Context, Result};
 use engine::executor::Sampling;
 use scheduler::{Batching, ExitPolicy, Settings};
 use simulator::{Draw, ExitModel, LatencyModel, ModelMemory, Summary, write_csv};
-use traces::Request;
+use traces::{ExitTable, Request};
 
 use crate::experiment::{EngineSpec, Experiment};
 use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
-use crate::measure::{NamedEngine, limits, measure};
+use crate::measure::{Measured, MeasuredLoad, NamedEngine, limits, measure};
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
 use crate::runs::{Run, simulate_all, write_depth_rows, write_requests};
 use crate::serving::Serving;
 use crate::systems::simulate_systems;
-use crate::validation::compare;
-use crate::workload::Workload;
+use crate::validation::{compare, mean_errors};
+use crate::workload::{Workload, load_requests};
 
 /// Do a whole experiment: measure, replay, simulate, compare, draw
 #[derive(Debug, clap::Args)]
@@ -46,10 +46,12 @@ pub fn run_experiment(experiment: &Experiment, base: &Path, target: &Path) -> Re
     experiment.check()?;
     let folder = ResultsFolder::create(target)?;
     std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(experiment)?)?;
-    let workload = Workload::load(&experiment.requests, base, &experiment.serving)?;
     match &experiment.engine {
-        Some(spec) => measure_and_simulate(experiment, spec, base, &workload, folder.path())?,
-        None => simulate_systems(experiment, base, &workload, folder.path())?,
+        Some(spec) => measure_and_simulate(experiment, spec, base, folder.path())?,
+        None => {
+            let workload = Workload::load(&experiment.requests, base, &experiment.serving)?;
+            simulate_systems(experiment, base, &workload, folder.path())?;
+        }
     }
     folder.finish()?;
     println!("\nResults are in {}", target.display());
@@ -57,49 +59,84 @@ pub fn run_experiment(experiment: &Experiment, base: &Path, target: &Path) -> Re
 }
 
 /// Measures the engine, simulates the same and more from what was measured, and compares.
-fn measure_and_simulate(
-    experiment: &Experiment,
-    spec: &EngineSpec,
-    base: &Path,
-    workload: &Workload,
-    results: &Path,
-) -> Result<()> {
-    let requests = &workload.requests;
+fn measure_and_simulate(experiment: &Experiment, spec: &EngineSpec, base: &Path, results: &Path) -> Result<()> {
+    let trace = load_requests(&experiment.requests, base)?;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
     let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
     let engine = NamedEngine::load(&model, spec.loops, spec.weights, &prompts, sampling)?;
-    let settings = experiment.serving.all_settings(&engine.memory(), requests)?;
-    let variants = Variants::new(experiment, &engine.memory(), requests)?;
-    let limits = limits(settings.iter().chain(variants.all()), requests);
-    let measured = measure(&engine, &settings, requests, spec.repeats, limits)?;
+    let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
+    let variants = Variants::new(experiment, &engine.memory(), &trace.requests)?;
+    let limits = limits(settings.iter().chain(variants.all()), &trace.requests);
+    let measured = measure(&engine, &settings, &trace, &spec.loads, spec.repeats, limits)?;
     measured.profile.write(results.join("profile"))?;
-    measured.exits.write(results.join("exits"))?;
+    measured.exits.write(results.join("exits"), ExitTable::Parquet)?;
 
-    let latency = LatencyModel::new(&measured.profile)?;
     let exits = ExitModel::new(&measured.exits, Draw::Recorded)?;
-    let simulate = |settings: &[Settings]| simulate_all(settings, &latency, &exits, workload);
-    let simulated = simulate(&settings)?;
-    let comparisons = compare(summaries(&measured.runs), summaries(&simulated));
-    write_csv(&results.join("validation.csv"), &comparisons)?;
-    for (file, settings) in [(SWEEP_THRESHOLD, &variants.thresholds), (SWEEP_MAX_BATCH, &variants.max_batch)] {
-        if !settings.is_empty() {
-            write_csv(&results.join(file), summaries(&simulate(settings)?))?;
-        }
+    simulate_variants(&variants, &measured, &exits, trace.requests, results)?;
+    let caption = Caption { setting: experiment.title.clone(), device: measured.profile.meta.device.clone() };
+    for load in &measured.loads {
+        let Some(share) = load.load else {
+            simulate_load(&settings, &measured, &exits, load, &caption, results)?;
+            continue;
+        };
+        println!("\nat {:.0}% of the capacity:", 100.0 * share);
+        let setting = format!("{}, {:.0}% load", caption.setting, 100.0 * share);
+        let folder = results.join(format!("load-{share}"));
+        std::fs::create_dir(&folder)?;
+        simulate_load(&settings, &measured, &exits, load, &Caption { setting, ..caption.clone() }, &folder)?;
     }
-
-    let runs: Vec<Run> = measured.runs.into_iter().chain(simulated).collect();
-    write_csv(&results.join("summary.csv"), summaries(&runs))?;
-    write_requests(results, &runs)?;
-    write_depth_rows(results, &runs)?;
-    let caption = Caption { setting: experiment.title.clone(), device: measured.profile.meta.device };
-    figures::draw(results, &caption)?;
-    report::print_summaries(summaries(&runs));
-    report::print_verdict(&runs, &comparisons);
     Ok(())
 }
 
-fn summaries(runs: &[Run]) -> impl Iterator<Item = &Summary> {
-    runs.iter().map(|run| &run.summary)
+/// Simulates what was measured at one load, and writes, draws and prints both into a folder.
+fn simulate_load(
+    settings: &[Settings],
+    measured: &Measured,
+    exits: &ExitModel,
+    load: &MeasuredLoad,
+    caption: &Caption,
+    folder: &Path,
+) -> Result<()> {
+    let workload = Workload { requests: load.requests.clone(), prefixes: None };
+    let simulate = |profile| simulate_all(settings, &LatencyModel::new(profile)?, exits, &workload);
+    let simulated = simulate(&measured.profile)?;
+    let by_repeat = measured.profiles.iter().map(|profile| Ok(summaries(&simulate(profile)?).cloned().collect()));
+    let by_repeat: Vec<Vec<Summary>> = by_repeat.collect::<Result<_>>()?;
+    let comparisons = compare(&load.repeats, &by_repeat);
+    let errors = mean_errors(&comparisons);
+    write_csv(&folder.join("validation.csv"), &comparisons)?;
+    write_csv(&folder.join("errors.csv"), &errors)?;
+    let runs = || load.runs.iter().chain(&simulated);
+    write_csv(&folder.join("summary.csv"), summaries(runs()))?;
+    write_requests(folder, runs())?;
+    write_depth_rows(folder, runs())?;
+    figures::draw(folder, caption)?;
+    report::print_summaries(summaries(runs()));
+    report::print_speedup(&load.runs);
+    report::print_errors(&comparisons, &errors);
+    Ok(())
+}
+
+/// Simulates what the experiment varies.
+fn simulate_variants(
+    variants: &Variants,
+    measured: &Measured,
+    exits: &ExitModel,
+    requests: Vec<Request>,
+    results: &Path,
+) -> Result<()> {
+    let (latency, workload) = (LatencyModel::new(&measured.profile)?, Workload { requests, prefixes: None });
+    for (file, settings) in [(SWEEP_THRESHOLD, &variants.thresholds), (SWEEP_MAX_BATCH, &variants.max_batch)] {
+        if !settings.is_empty() {
+            let runs = simulate_all(settings, &latency, exits, &workload)?;
+            write_csv(&results.join(file), summaries(&runs))?;
+        }
+    }
+    Ok(())
+}
+
+fn summaries<'a>(runs: impl IntoIterator<Item = &'a Run>) -> impl Iterator<Item = &'a Summary> {
+    runs.into_iter().map(|run| &run.summary)
 }
 
 /// What the experiment varies in the simulator.

@@ -20,6 +20,10 @@ pub struct Args {
     /// Times every combination is replayed
     #[arg(long, default_value_t = 3)]
     repeats: u32,
+    /// Shares of the capacity to scale arrivals to, separated by commas, each replayed on its own. The capacity is the
+    /// rate at which the first batching policy with the first exit policy serves the requests when all arrive at once
+    #[arg(long, value_delimiter = ',', value_name = "SHARES")]
+    loads: Vec<f64>,
     /// Folder of results
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -36,7 +40,15 @@ pub fn run(args: Args) -> Result<()> {
         seed,
         requests,
         serving: args.serving.serving(),
-        engine: Some(EngineSpec { model, loops, weights, prompts, repeats: args.repeats, temperature }),
+        engine: Some(EngineSpec {
+            model,
+            loops,
+            weights,
+            prompts,
+            repeats: args.repeats,
+            temperature,
+            loads: args.loads,
+        }),
         systems: Vec::new(),
         sweeps: Sweeps::default(),
     };

@@ -7,6 +7,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use engine::checkpoint::Checkpoint;
+use engine::config::{LoraConfig, LoraRanks, ModelConfig};
+use engine::kernels::linear::WeightType;
+use engine::model::Model as EngineModel;
+use engine::weights::{Stored, Weights};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -184,6 +188,76 @@ fn a_gguf_file_of_another_kind_is_refused() {
     std::fs::write(&path, bytes).unwrap();
     let message = refusal(&path, 1);
     assert!(message.contains("`general.architecture` is \"mamba\", expected one of llama, gemma3"), "{message}");
+}
+
+/// Where the numbers of a configuration are, as JSON pointers.
+fn numbers(value: &Value, at: &str, found: &mut Vec<String>) {
+    match value {
+        Value::Number(_) => found.push(at.to_owned()),
+        Value::Array(items) => {
+            items.iter().enumerate().for_each(|(index, item)| numbers(item, &format!("{at}/{index}"), found));
+        }
+        Value::Object(fields) => fields.iter().for_each(|(key, field)| numbers(field, &format!("{at}/{key}"), found)),
+        _ => {}
+    }
+}
+
+/// A model folder of ours with everything that its configuration can ask for.
+fn write_ours(folder: &Path) {
+    let config = ModelConfig {
+        vocab_size: 19,
+        hidden_size: 8,
+        intermediate_size: 6,
+        num_heads: 2,
+        num_kv_heads: 1,
+        head_dim: 4,
+        block_layers: 1,
+        num_loops: 2,
+        prelude_layers: 1,
+        coda_layers: 1,
+        max_positions: 32,
+        lora: Some(LoraConfig { ranks: LoraRanks::all(2), scale: 1.0 }),
+        head_lora_rank: 2,
+        gate: true,
+        ..ModelConfig::default()
+    };
+    Weights::random(config, 1).unwrap().save(folder, Stored::F32).unwrap();
+}
+
+#[test]
+fn absurd_numbers_in_configurations_are_refused_or_harmless() {
+    let theirs = |config: Value| move |folder: &Path| Model::random(config, 1).write(folder);
+    let (llama, gemma3) = (theirs(llama()), theirs(gemma3()));
+    let kinds: [(&str, Box<dyn FnOnce(&Path)>); 3] =
+        [("ours", Box::new(write_ours)), ("llama", Box::new(llama)), ("gemma3", Box::new(gemma3))];
+    for (kind, write) in kinds {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path());
+        let path = folder.path().join("config.json");
+        let config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let length = std::fs::metadata(folder.path().join("model.safetensors")).unwrap().len() as usize;
+        let mut places = Vec::new();
+        numbers(&config, "", &mut places);
+        assert!(places.len() > 7, "{kind}: {places:?}");
+        for place in places {
+            for absurd in [json!(0), json!(-1), json!(4096), json!(1 << 24), json!(u64::MAX), json!(1e300), json!(-0.5)]
+            {
+                let mut config = config.clone();
+                *config.pointer_mut(&place).unwrap() = absurd.clone();
+                std::fs::write(&path, config.to_string()).unwrap();
+                LARGEST.set(0);
+                let weights = match kind {
+                    "ours" => Weights::load(folder.path()).ok(),
+                    _ => Checkpoint::read(folder.path(), 1).ok().map(|checkpoint| checkpoint.weights),
+                };
+                let positions = weights.as_ref().map_or(0, |weights| weights.config().max_positions);
+                let loaded = weights.is_some_and(|weights| EngineModel::load(&weights, WeightType::F32).is_ok());
+                // A rotary table holds the sine and cosine of 2 pairs of numbers at each position.
+                let (largest, allowed) = (LARGEST.get(), 64 * length + (1 << 20) + 32 * positions);
+                assert!(largest <= allowed, "{kind}: {place} {absurd}: {largest} bytes at once, loaded: {loaded}");
+            }
+        }
+    }
 }
 
 #[derive(Clone, Debug)]

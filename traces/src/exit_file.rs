@@ -1,0 +1,595 @@
+//! Folders that hold an exit trace: `exits.yaml`, and the rows as `exits.parquet` or `exits.csv`.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Result, TraceError};
+use crate::exit_parquet::{ParquetRows, ParquetWriter};
+use crate::exit_trace::{ExitTrace, ExitTraceMeta, Measure, Signals};
+use crate::profile::check_num_loops;
+use crate::table::{Owner, PartialFile, Row, Table, check_version, read_yaml, write_yaml};
+
+/// How the rows of an exit trace are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExitTable {
+    /// For machines: a third of the size, and read a good deal faster.
+    #[default]
+    Parquet,
+    /// For people.
+    Csv,
+}
+
+impl ExitTable {
+    /// Name of the file.
+    pub fn file_name(self) -> &'static str {
+        match self {
+            Self::Parquet => "exits.parquet",
+            Self::Csv => "exits.csv",
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Parquet => Self::Csv,
+            Self::Csv => Self::Parquet,
+        }
+    }
+}
+
+impl fmt::Display for ExitTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.file_name())
+    }
+}
+
+const YAML: &str = "exits.yaml";
+
+pub(crate) const COLUMNS: &[&str] =
+    &["generation", "token", "depth", "prediction", "top1", "margin", "entropy", "similarity", "gate"];
+const GENERATION: usize = 0;
+const TOKEN: usize = 1;
+const DEPTH: usize = 2;
+const PREDICTION: usize = 3;
+/// The first of the signals, which are those of [`Measure::ALL`]; the columns before hold whole numbers.
+pub(crate) const FIRST_SIGNAL: usize = 4;
+/// Missing where the model has no gates.
+pub(crate) const GATE: usize = 8;
+
+/// How far rounding may carry a probability or a cosine out of its range.
+const SLACK: f32 = 1e-3;
+
+/// Range of each measure, in the order of [`Measure::ALL`], and what to call it.
+const RANGES: [(f32, f32, &str); Measure::ALL.len()] = [
+    (-SLACK, 1.0 + SLACK, "a probability from 0 to 1"),
+    (-SLACK, 1.0 + SLACK, "a difference of probabilities from 0 to 1"),
+    (-SLACK, f32::MAX, "nats, at least 0"),
+    (-1.0 - SLACK, 1.0 + SLACK, "a cosine from -1 to 1"),
+    (-SLACK, 1.0 + SLACK, "a probability from 0 to 1"),
+];
+
+/// One generated token at one depth.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct ExitRow {
+    pub generation: u32,
+    pub token: u32,
+    pub depth: u32,
+    pub prediction: u32,
+    pub signals: Signals,
+}
+
+/// A column whose value is not what it should be, and what that is.
+pub(crate) struct Fault {
+    pub column: usize,
+    pub expected: String,
+}
+
+impl ExitTrace {
+    /// Reads a folder with `exits.yaml` and one of `exits.parquet` and `exits.csv`.
+    ///
+    /// # Errors
+    /// If a file does not read, is of another version, has no row, lacks a depth of a token, lists
+    /// rows out of order, or has a signal that is not finite or out of its range.
+    pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let yaml = folder.join(YAML);
+        let meta: ExitTraceMeta = read_yaml(&yaml)?;
+        check_meta(&yaml, &meta)?;
+        let (parquet, csv) = (folder.join(ExitTable::Parquet.file_name()), folder.join(ExitTable::Csv.file_name()));
+        match (parquet.exists(), csv.exists()) {
+            (true, true) => Err(TraceError::file(folder, "exits.parquet beside exits.csv", "one of the two")),
+            (false, true) => read_csv(&csv, meta),
+            (true, false) => read_parquet(&parquet, meta),
+            (false, false) => Err(TraceError::file(folder, "neither exits.parquet nor exits.csv", "one of the two")),
+        }
+    }
+
+    /// Writes `exits.yaml` and the rows into a folder, each file whole or not at all; creates the folder.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or the trace is one that [`Self::read`] would refuse.
+    pub fn write(&self, folder: impl AsRef<Path>, table: ExitTable) -> Result<()> {
+        let mut writer = ExitTraceWriter::create(folder, self.meta.clone(), self.has_gates, table)?;
+        for generation in 0..self.num_generations() {
+            let tokens = self.generation(generation);
+            let rows = tokens.start * self.num_loops()..tokens.end * self.num_loops();
+            let rows = self.signals[rows.clone()].iter().copied().zip(self.predictions[rows].iter().copied());
+            writer.push_generation(&rows.collect::<Vec<_>>())?;
+        }
+        writer.finish()
+    }
+}
+
+fn check_meta(path: &Path, meta: &ExitTraceMeta) -> Result<()> {
+    check_version(path, meta.schema_version, ExitTrace::SCHEMA_VERSION)?;
+    check_num_loops(path, meta.num_loops)
+}
+
+fn read_csv(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
+    let mut table = Table::open_optional(path, COLUMNS, GATE, Owner::Us)?;
+    let mut collector = Collector::new(meta, table.has(GATE));
+    while let Some(row) = table.next_row()? {
+        let values = read_csv_row(&row, collector.trace.has_gates)?;
+        collector.push(&values).map_err(|fault| row.error(fault.column, fault.expected))?;
+    }
+    collector.finish(path)
+}
+
+fn read_csv_row(row: &Row<'_>, has_gates: bool) -> Result<ExitRow> {
+    let index = |column| row.number(column, "a whole number", |_: &u32| true);
+    let signal = |column| row.number(column, RANGES[column - FIRST_SIGNAL].2, |_: &f32| true);
+    Ok(ExitRow {
+        generation: index(GENERATION)?,
+        token: index(TOKEN)?,
+        depth: index(DEPTH)?,
+        prediction: row.number(PREDICTION, "a token id", |_: &u32| true)?,
+        signals: Signals {
+            top1: signal(FIRST_SIGNAL)?,
+            margin: signal(FIRST_SIGNAL + 1)?,
+            entropy: signal(FIRST_SIGNAL + 2)?,
+            similarity: signal(FIRST_SIGNAL + 3)?,
+            gate: if has_gates { signal(GATE)? } else { 0.0 },
+        },
+    })
+}
+
+fn read_parquet(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
+    let rows = ParquetRows::open(path)?;
+    let mut collector = Collector::new(meta, rows.has_gates());
+    rows.for_each(|row| collector.push(row))?;
+    collector.finish(path)
+}
+
+/// Takes the rows of a table one by one and sees that none is missing, out of place or out of range.
+struct Collector {
+    trace: ExitTrace,
+    /// Where the last row stands.
+    generation: u32,
+    token: u32,
+    /// Rows of the token so far.
+    depths: u32,
+}
+
+impl Collector {
+    fn new(meta: ExitTraceMeta, has_gates: bool) -> Self {
+        let trace = ExitTrace { has_gates, ..ExitTrace::new(meta) };
+        Self { trace, generation: 0, token: 0, depths: 0 }
+    }
+
+    fn push(&mut self, row: &ExitRow) -> Result<(), Fault> {
+        let ends_generation = self.advance(row)?;
+        check_signals(&row.signals)?;
+        if ends_generation {
+            self.end_generation().map_err(|expected| Fault { column: TOKEN, expected })?;
+        }
+        self.trace.predictions.push(row.prediction);
+        self.trace.signals.push(row.signals);
+        Ok(())
+    }
+
+    /// Moves on to a row, which must be the next one, and says whether it begins another generation.
+    fn advance(&mut self, row: &ExitRow) -> Result<bool, Fault> {
+        let next_token = self.depths == self.trace.meta.num_loops;
+        let next_generation = next_token && row.generation != self.generation;
+        let expected = match (next_generation, next_token) {
+            (true, _) => (self.generation.wrapping_add(1), 0, 0),
+            (false, true) => (self.generation, self.token.wrapping_add(1), 0),
+            (false, false) => (self.generation, self.token, self.depths),
+        };
+        let column = match (row.generation == expected.0, row.token == expected.1, row.depth == expected.2) {
+            (false, _, _) => GENERATION,
+            (true, false, _) => TOKEN,
+            (true, true, false) => DEPTH,
+            (true, true, true) => {
+                (self.generation, self.token, self.depths) = (row.generation, row.token, row.depth + 1);
+                return Ok(next_generation);
+            }
+        };
+        let (generation, token, depth) = expected;
+        let expected = format!("the row of generation {generation}, token {token}, depth {depth}");
+        Err(Fault { column, expected })
+    }
+
+    fn end_generation(&mut self) -> Result<(), String> {
+        let end = u32::try_from(self.trace.num_tokens());
+        self.trace.starts.push(end.map_err(|_| "at most 4294967295 tokens".to_owned())?);
+        Ok(())
+    }
+
+    fn finish(mut self, path: &Path) -> Result<ExitTrace> {
+        let num_loops = self.trace.meta.num_loops;
+        if self.depths != num_loops {
+            let found = match self.depths {
+                0 => "no rows".to_owned(),
+                depths => format!("{depths} rows of the last token"),
+            };
+            return Err(TraceError::file(path, found, format!("{num_loops} rows for each token")));
+        }
+        self.end_generation().map_err(|expected| TraceError::file(path, "more tokens", expected))?;
+        Ok(self.trace)
+    }
+}
+
+fn check_signals(signals: &Signals) -> Result<(), Fault> {
+    for (place, (measure, (low, high, expected))) in Measure::ALL.into_iter().zip(RANGES).enumerate() {
+        if !(low..=high).contains(&signals.get(measure)) {
+            return Err(Fault { column: FIRST_SIGNAL + place, expected: expected.to_owned() });
+        }
+    }
+    Ok(())
+}
+
+/// Writes an exit trace generation by generation, holding no more than a group of rows of it. Dropped before
+/// [`finish`](Self::finish), it leaves the folder as it was.
+pub struct ExitTraceWriter {
+    meta: ExitTraceMeta,
+    folder: PathBuf,
+    table: ExitTable,
+    rows: Sink,
+    generations: u32,
+}
+
+enum Sink {
+    Parquet(ParquetWriter),
+    Csv { writer: Box<csv::Writer<PartialFile>>, has_gates: bool },
+}
+
+impl ExitTraceWriter {
+    /// Starts the files of a folder, which is created; those of an earlier trace stay until this one is finished.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or `meta` is one that [`ExitTrace::read`] would refuse.
+    pub fn create(folder: impl AsRef<Path>, meta: ExitTraceMeta, has_gates: bool, table: ExitTable) -> Result<Self> {
+        let folder = folder.as_ref().to_owned();
+        check_meta(&folder.join(YAML), &meta)?;
+        std::fs::create_dir_all(&folder).map_err(TraceError::io("create", &folder))?;
+        let path = folder.join(table.file_name());
+        let file = PartialFile::create(&path)?;
+        let rows = match table {
+            ExitTable::Parquet => Sink::Parquet(ParquetWriter::new(path, file, has_gates)?),
+            ExitTable::Csv => {
+                let mut writer = Box::new(csv::WriterBuilder::new().has_headers(false).from_writer(file));
+                let columns = if has_gates { COLUMNS } else { &COLUMNS[..GATE] };
+                writer.write_record(columns).map_err(from_csv(&path))?;
+                Sink::Csv { writer, has_gates }
+            }
+        };
+        Ok(Self { meta, folder, table, rows, generations: 0 })
+    }
+
+    /// Writes a generation: `rows[t * num_loops + d]` is token `t` at depth `d`.
+    ///
+    /// # Errors
+    /// If it cannot be written, has no row or not those of whole tokens, or has a signal out of its range.
+    pub fn push_generation(&mut self, rows: &[(Signals, u32)]) -> Result<()> {
+        let num_loops = self.meta.num_loops;
+        let path = self.folder.join(self.table.file_name());
+        if rows.is_empty() || rows.len() % num_loops as usize != 0 {
+            let found = format!("{} rows of generation {}", rows.len(), self.generations);
+            return Err(TraceError::file(&path, found, format!("{num_loops} rows for each token")));
+        }
+        for (index, &(signals, prediction)) in (0u32..).zip(rows) {
+            let (generation, token, depth) = (self.generations, index / num_loops, index % num_loops);
+            check_signals(&signals).map_err(|Fault { column, expected }| {
+                let value = signals.get(Measure::ALL[column - FIRST_SIGNAL]);
+                let place = format!("generation {generation}, token {token}, depth {depth}");
+                TraceError::file(&path, format!("{} {value} at {place}", COLUMNS[column]), expected)
+            })?;
+            self.write_row(&path, &ExitRow { generation, token, depth, prediction, signals })?;
+        }
+        self.generations += 1;
+        Ok(())
+    }
+
+    fn write_row(&mut self, path: &Path, row: &ExitRow) -> Result<()> {
+        match &mut self.rows {
+            Sink::Parquet(writer) => writer.push(row),
+            Sink::Csv { writer, has_gates } => {
+                let &ExitRow { generation, token, depth, prediction, ref signals } = row;
+                let Signals { top1, margin, entropy, similarity, ref gate } = *signals;
+                let gate = if *has_gates { std::slice::from_ref(gate) } else { &[] };
+                let row = (generation, token, depth, prediction, top1, margin, entropy, similarity, gate);
+                writer.serialize(row).map_err(from_csv(path))
+            }
+        }
+    }
+
+    /// Puts the files in their place, instead of those of an earlier trace.
+    ///
+    /// # Errors
+    /// If that fails, or there is no generation.
+    pub fn finish(self) -> Result<()> {
+        let path = self.folder.join(self.table.file_name());
+        if self.generations == 0 {
+            return Err(TraceError::file(&path, "no generation", "at least one"));
+        }
+        match self.rows {
+            Sink::Parquet(writer) => writer.finish()?,
+            Sink::Csv { writer, .. } => {
+                writer.into_inner().map_err(|error| TraceError::io("write", &path)(error.into_error()))?.finish()?;
+            }
+        }
+        let earlier = self.folder.join(self.table.other().file_name());
+        if earlier.exists() {
+            std::fs::remove_file(&earlier).map_err(TraceError::io("remove", &earlier))?;
+        }
+        write_yaml(&self.folder.join(YAML), &self.meta)
+    }
+}
+
+fn from_csv(path: &Path) -> impl FnOnce(csv::Error) -> TraceError {
+    move |error| TraceError::io("write", path)(error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn meta(num_loops: u32) -> ExitTraceMeta {
+        let text = |text: &str| text.to_owned();
+        let schema_version = ExitTrace::SCHEMA_VERSION;
+        ExitTraceMeta { schema_version, model: text("m"), fingerprint: text("f"), num_loops, source: text("a: test") }
+    }
+
+    /// Two loops; generations of two tokens and one.
+    const CSV: &str = "generation,token,depth,prediction,top1,margin,entropy,similarity\n\
+        0,0,0,7,0.5,0.25,1,0\n0,0,1,7,0.75,0.5,0.5,0.9\n\
+        0,1,0,8,0.5,0.25,1,0\n0,1,1,9,0.75,0.5,0.5,0.9\n\
+        1,0,0,1,0.5,0.25,1,0\n1,0,1,1,0.75,0.5,0.5,0.9\n";
+
+    fn read(csv: &str, meta: &ExitTraceMeta) -> Result<ExitTrace> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("exits.csv"), csv).unwrap();
+        write_yaml(&folder.path().join(YAML), meta).unwrap();
+        ExitTrace::read(folder.path())
+    }
+
+    #[test]
+    fn a_folder_reads_by_generation_token_and_depth() {
+        let trace = read(CSV, &meta(2)).unwrap();
+        assert_eq!((trace.num_generations(), trace.num_tokens()), (2, 3));
+        assert_eq!(trace.generation(1), 2..3);
+        assert_eq!(trace.signals_at(2, 1).similarity, 0.9);
+        assert_eq!((0..3).map(|token| trace.oracle_depth(token)).collect::<Vec<_>>(), [0, 1, 0]);
+    }
+
+    #[test]
+    fn gates_are_a_column_where_the_model_has_them() {
+        let without = read(CSV, &meta(2)).unwrap();
+        assert!(!without.has_gates && without.signals.iter().all(|signals| signals.gate == 0.0));
+        let csv =
+            CSV.replace("similarity\n", "similarity,gate\n").replace(",0\n", ",0,0.25\n").replace("0.9\n", "0.9,1\n");
+        let with = read(&csv, &meta(2)).unwrap();
+        assert!(with.has_gates);
+        assert_eq!((without.measures().count(), with.measures().count()), (4, 5));
+        assert_eq!((with.signals_at(2, 0).gate, with.signals_at(2, 1).get(Measure::Gate)), (0.25, 1.0));
+        let error = read(&csv.replace(",0.25\n", ",1.25\n"), &meta(2)).unwrap_err().to_string();
+        assert!(error.contains("exits.csv:2: gate: found `1.25`, expected a probability from 0 to 1"), "{error}");
+        let error = read(&csv.replace("similarity,gate", "gate,similarity"), &meta(2)).unwrap_err().to_string();
+        assert!(error.contains("exits.csv:1: found columns"), "{error}");
+    }
+
+    #[test]
+    fn damaged_files_name_line_column_and_what_was_expected() {
+        let header = &CSV[..CSV.find('\n').unwrap() + 1];
+        for (csv, message) in [
+            (String::new(), "exits.csv: found an empty file"),
+            (header.to_owned(), "found no rows, expected 2 rows for each token"),
+            (CSV.trim_end().to_owned(), "a last line that is cut off"),
+            (CSV.replace("1,0,1,1,0.75,0.5,0.5,0.9\n", ""), "found 1 rows of the last token, expected 2 rows"),
+            (
+                CSV.replace("0,1,1,9,0.75,0.5,0.5,0.9\n", ""),
+                "exits.csv:5: generation: found `1`, expected the row of generation 0, token 1, depth 1",
+            ),
+            (CSV.replace("top1,", ""), "exits.csv:1: found columns `generation,token,depth,prediction,margin,"),
+            (
+                CSV.replace("0,0,1,7,0.75", "0,0,1,7,NaN"),
+                "exits.csv:3: top1: found `NaN`, expected a probability from 0 to 1",
+            ),
+            (CSV.replace("0,0,1,7,0.75", "0,0,1,7,1.5"), "exits.csv:3: top1: found `1.5`"),
+            (CSV.replace("0,0,1,7,0.75", "0,0,1,-7,0.75"), "exits.csv:3: prediction: found `-7`, expected a token id"),
+            (
+                CSV.replace("0,0,1,7", "0,0,2,7"),
+                "exits.csv:3: depth: found `2`, expected the row of generation 0, token 0, depth 1",
+            ),
+            (
+                CSV.replace("0,1,0,8", "0,2,0,8"),
+                "exits.csv:4: token: found `2`, expected the row of generation 0, token 1, depth 0",
+            ),
+            (
+                CSV.replace("1,0,0,1", "2,0,0,1"),
+                "exits.csv:6: generation: found `2`, expected the row of generation 1, token 0, depth 0",
+            ),
+            (
+                CSV.replace("0.5,0.9\n0,1,0", "0.5,1.9\n0,1,0"),
+                "exits.csv:3: similarity: found `1.9`, expected a cosine",
+            ),
+            (CSV.replace("0.25,1,0\n0,0", "0.25,inf,0\n0,0"), "exits.csv:2: entropy: found `inf`, expected nats"),
+            (CSV.replace("0,1,0,8,", "0,1,0,8,1,"), "exits.csv:4: found 9 columns, expected 8, as in the header"),
+        ] {
+            let error = read(&csv, &meta(2)).unwrap_err().to_string();
+            assert!(error.contains(message), "expected `{message}` in `{error}`");
+        }
+        let other = ExitTraceMeta { schema_version: 9, ..meta(2) };
+        assert!(read(CSV, &other).unwrap_err().to_string().contains("exits.yaml: schema_version: found 9, expected 1"));
+        assert!(read(CSV, &meta(0)).unwrap_err().to_string().contains("num_loops: found 0"));
+        assert!(read(CSV, &meta(3)).unwrap_err().to_string().contains("exits.csv:4: token: found `1`"));
+    }
+
+    #[test]
+    fn a_trace_that_would_not_read_is_not_written() {
+        for table in [ExitTable::Parquet, ExitTable::Csv] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut trace = ExitTrace::new(meta(1));
+            let error = |trace: &ExitTrace| trace.write(folder.path(), table).unwrap_err().to_string();
+            assert!(error(&trace).contains("found no generation"), "{}", error(&trace));
+            trace.push_generation(&[(Signals { top1: f32::NAN, ..Default::default() }, 3)]);
+            assert!(error(&trace).contains("found top1 NaN at generation 0, token 0, depth 0"), "{}", error(&trace));
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn a_writer_that_is_dropped_leaves_the_folder_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let trace = read(CSV, &meta(2)).unwrap();
+        trace.write(folder.path(), ExitTable::Csv).unwrap();
+        let mut writer = ExitTraceWriter::create(folder.path(), meta(2), false, ExitTable::Parquet).unwrap();
+        writer.push_generation(&[(trace.signals[0], 1), (trace.signals[1], 1)]).unwrap();
+        let uneven = writer.push_generation(&[(trace.signals[0], 1)]).unwrap_err().to_string();
+        assert!(uneven.contains("found 1 rows of generation 1, expected 2 rows for each token"), "{uneven}");
+        drop(writer);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+        assert_eq!(ExitTrace::read(folder.path()).unwrap(), trace);
+    }
+
+    #[test]
+    fn a_folder_has_one_table_and_a_new_one_replaces_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let trace = read(CSV, &meta(2)).unwrap();
+        for table in [ExitTable::Csv, ExitTable::Parquet, ExitTable::Csv] {
+            trace.write(folder.path(), table).unwrap();
+            assert_eq!(ExitTrace::read(folder.path()).unwrap(), trace);
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+        }
+        std::fs::write(folder.path().join("exits.parquet"), "").unwrap();
+        let both = ExitTrace::read(folder.path()).unwrap_err().to_string();
+        assert!(both.contains("found exits.parquet beside exits.csv, expected one of the two"), "{both}");
+        for table in ["exits.csv", "exits.parquet"] {
+            std::fs::remove_file(folder.path().join(table)).unwrap();
+        }
+        let none = ExitTrace::read(folder.path()).unwrap_err().to_string();
+        assert!(none.contains("found neither exits.parquet nor exits.csv"), "{none}");
+    }
+
+    /// As many tokens of one loop, each its own prediction.
+    fn long_trace(tokens: u32) -> ExitTrace {
+        let mut trace = ExitTrace::new(meta(1));
+        for generation in 0..tokens.div_ceil(100) {
+            let rows = |token| (Signals { top1: 0.5, ..Signals::default() }, token);
+            trace.push_generation(
+                &(generation * 100..(generation * 100 + 100).min(tokens)).map(rows).collect::<Vec<_>>(),
+            );
+        }
+        trace
+    }
+
+    #[test]
+    fn parquet_holds_more_than_a_group_of_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        for tokens in [1 << 16, (1 << 17) + 12_345] {
+            let trace = long_trace(tokens);
+            trace.write(folder.path(), ExitTable::Parquet).unwrap();
+            assert!(ExitTrace::read(folder.path()).unwrap() == trace, "{tokens} tokens");
+        }
+    }
+
+    /// What reading says of Parquet rows that no writer of ours would write.
+    fn parquet_error(rows: &[ExitRow]) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("exits.parquet");
+        let mut writer = ParquetWriter::new(path.clone(), PartialFile::create(&path).unwrap(), false).unwrap();
+        rows.iter().for_each(|row| writer.push(row).unwrap());
+        writer.finish().unwrap();
+        write_yaml(&folder.path().join(YAML), &meta(2)).unwrap();
+        ExitTrace::read(folder.path()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn parquet_rows_that_are_not_in_order_or_out_of_range_are_named() {
+        let row = |generation, token, depth, top1| ExitRow {
+            generation,
+            token,
+            depth,
+            prediction: 7,
+            signals: Signals { top1, ..Signals::default() },
+        };
+        for (rows, message) in [
+            (vec![], "exits.parquet: found no rows, expected 2 rows for each token"),
+            (vec![row(0, 0, 0, 0.5)], "found 1 rows of the last token"),
+            (
+                vec![row(0, 0, 0, 0.5), row(0, 0, 0, 0.5)],
+                "exits.parquet:2: depth: found `0`, expected the row of generation 0, token 0, depth 1",
+            ),
+            (
+                vec![row(0, 0, 0, 0.5), row(0, 0, 1, f32::NAN)],
+                "exits.parquet:2: top1: found `NaN`, expected a probability from 0 to 1",
+            ),
+        ] {
+            let error = parquet_error(&rows);
+            assert!(error.contains(message), "expected `{message}` in `{error}`");
+        }
+    }
+
+    #[test]
+    fn parquet_that_is_none_or_of_something_else_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("exits.parquet");
+        write_yaml(&folder.path().join(YAML), &meta(1)).unwrap();
+        let error = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            ExitTrace::read(folder.path()).unwrap_err().to_string()
+        };
+        let message = error(b"generation,token\n");
+        assert!(message.contains("exits.parquet: found") && message.contains("expected a Parquet file"), "{message}");
+        let other = tempfile::tempdir().unwrap();
+        long_trace(3).write(other.path(), ExitTable::Parquet).unwrap();
+        let whole = std::fs::read(other.path().join("exits.parquet")).unwrap();
+        let message = error(&whole[..whole.len() - 9]);
+        assert!(message.contains("exits.parquet: found"), "{message}");
+        let at = whole.windows(6).position(|part| part == b"margin").unwrap();
+        let renamed: Vec<u8> = whole.iter().enumerate().map(|(i, &byte)| if i == at { b'M' } else { byte }).collect();
+        let message = error(&renamed);
+        assert!(
+            message.contains("prediction,top1,Margin,entropy,similarity`, expected columns `generation,"),
+            "{message}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_reads_back_to_the_bit(
+            num_loops in 1..4_u32, has_gates: bool, parquet: bool,
+            lengths in prop::collection::vec(1..5_usize, 1..5),
+            rows in prop::collection::vec(
+                ((0.0..=1.0_f32, 0.0..=1.0_f32, 0.0..20.0_f32, -1.0..=1.0_f32, 0.0..=1.0_f32), any::<u32>()),
+                48,
+            ),
+        ) {
+            let mut trace = ExitTrace { has_gates, ..ExitTrace::new(meta(num_loops)) };
+            let row = |&((top1, margin, entropy, similarity, gate), prediction): &((f32, f32, f32, f32, f32), u32)| {
+                let gate = if has_gates { gate } else { 0.0 };
+                (Signals { top1, margin, entropy, similarity, gate }, prediction)
+            };
+            for (start, length) in lengths.into_iter().enumerate() {
+                let rows = rows.iter().skip(start).take(length * num_loops as usize);
+                trace.push_generation(&rows.map(row).collect::<Vec<_>>());
+            }
+            let table = if parquet { ExitTable::Parquet } else { ExitTable::Csv };
+            let folder = tempfile::tempdir().unwrap();
+            trace.write(folder.path().join("new/folder"), table).unwrap();
+            prop_assert_eq!(ExitTrace::read(folder.path().join("new/folder")).unwrap(), trace);
+        }
+    }
+}

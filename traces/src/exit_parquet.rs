@@ -1,0 +1,259 @@
+//! Exit traces as Parquet: written and read a group of rows at a time.
+//!
+//! Pages are not compressed: signals hardly shrink, and a damaged file cannot ask for more memory than it has bytes.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parquet::basic::{Compression, Encoding, Type};
+use parquet::column::reader::{ColumnReaderImpl, get_typed_column_reader};
+use parquet::data_type::{DataType, FloatType, Int32Type};
+use parquet::errors::ParquetError;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
+use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
+use parquet::schema::parser::parse_message_type;
+use parquet::schema::types::ColumnPath;
+
+use crate::error::{Result, TraceError};
+use crate::exit_file::{COLUMNS, ExitRow, FIRST_SIGNAL, Fault, GATE};
+use crate::exit_trace::{Measure, Signals};
+use crate::table::PartialFile;
+
+/// Rows of a group: what is held before it is written.
+const GROUP: usize = 1 << 16;
+/// Rows that are read at once.
+const CHUNK: usize = 1 << 12;
+
+/// Writes rows in groups of [`GROUP`].
+pub(crate) struct ParquetWriter {
+    path: PathBuf,
+    writer: SerializedFileWriter<PartialFile>,
+    rows: Vec<ExitRow>,
+    has_gates: bool,
+}
+
+impl ParquetWriter {
+    pub fn new(path: PathBuf, file: PartialFile, has_gates: bool) -> Result<Self> {
+        let schema = parse_message_type(&schema(has_gates)).expect("the schema is well formed");
+        let properties = COLUMNS[..FIRST_SIGNAL].iter().fold(
+            WriterProperties::builder()
+                .set_compression(Compression::UNCOMPRESSED)
+                .set_statistics_enabled(EnabledStatistics::None)
+                .set_dictionary_enabled(false),
+            |properties, &column| {
+                properties.set_column_encoding(ColumnPath::from(column), Encoding::DELTA_BINARY_PACKED)
+            },
+        );
+        let writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::new(properties.build()));
+        Ok(Self { writer: writer.map_err(unwritten(&path))?, path, rows: Vec::new(), has_gates })
+    }
+
+    pub fn push(&mut self, row: &ExitRow) -> Result<()> {
+        self.rows.push(*row);
+        if self.rows.len() == GROUP { self.write_group() } else { Ok(()) }
+    }
+
+    pub fn finish(mut self) -> Result<()> {
+        if !self.rows.is_empty() {
+            self.write_group()?;
+        }
+        self.writer.into_inner().map_err(unwritten(&self.path))?.finish()
+    }
+
+    fn write_group(&mut self) -> Result<()> {
+        write_group(&mut self.writer, &self.rows, self.has_gates).map_err(unwritten(&self.path))?;
+        self.rows.clear();
+        Ok(())
+    }
+}
+
+fn schema(has_gates: bool) -> String {
+    let column = |(place, name): (usize, &&str)| match place < FIRST_SIGNAL {
+        true => format!("REQUIRED INT32 {name} (INTEGER(32,false));"),
+        false => format!("REQUIRED FLOAT {name};"),
+    };
+    let columns = if has_gates { COLUMNS } else { &COLUMNS[..GATE] };
+    format!("message exits {{ {} }}", columns.iter().enumerate().map(column).collect::<String>())
+}
+
+fn write_group(
+    writer: &mut SerializedFileWriter<PartialFile>,
+    rows: &[ExitRow],
+    has_gates: bool,
+) -> Result<(), ParquetError> {
+    let mut group = writer.next_row_group()?;
+    let integers: [fn(&ExitRow) -> u32; FIRST_SIGNAL] =
+        [|row| row.generation, |row| row.token, |row| row.depth, |row| row.prediction];
+    for of in integers {
+        write_column::<Int32Type>(&mut group, rows.iter().map(|row| of(row) as i32).collect())?;
+    }
+    for measure in Measure::ALL.into_iter().filter(|&measure| has_gates || measure != Measure::Gate) {
+        write_column::<FloatType>(&mut group, rows.iter().map(|row| row.signals.get(measure)).collect())?;
+    }
+    group.close()?;
+    Ok(())
+}
+
+fn write_column<T: DataType>(
+    group: &mut SerializedRowGroupWriter<'_, PartialFile>,
+    values: Vec<T::T>,
+) -> Result<(), ParquetError> {
+    let mut column = group.next_column()?.expect("the schema has a column for each");
+    column.typed::<T>().write_batch(&values, None, None)?;
+    column.close()
+}
+
+/// The rows of a file.
+pub(crate) struct ParquetRows {
+    path: PathBuf,
+    reader: SerializedFileReader<File>,
+    /// Place in the file of each of [`COLUMNS`], but for a gate that is not there.
+    places: Vec<usize>,
+}
+
+impl ParquetRows {
+    /// # Errors
+    /// If it does not read, or its columns are others.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(TraceError::io("read", path))?;
+        let reader = SerializedFileReader::new(file).map_err(unread(path))?;
+        let schema = reader.metadata().file_metadata().schema_descr();
+        let name = |column: usize| schema.column(column).path().string();
+        let mut places = Vec::new();
+        for (column, &wanted) in COLUMNS.iter().enumerate() {
+            let Some(place) = (0..schema.num_columns()).find(|&place| name(place) == wanted) else {
+                if column == GATE {
+                    break;
+                }
+                let found = format!("columns `{}`", (0..schema.num_columns()).map(name).collect::<Vec<_>>().join(","));
+                return Err(TraceError::file(path, found, format!("columns `{}`", COLUMNS.join(","))));
+            };
+            let of = schema.column(place);
+            let expected = if column < FIRST_SIGNAL { Type::INT32 } else { Type::FLOAT };
+            if (of.physical_type(), of.max_rep_level()) != (expected, 0) {
+                let found = format!("column `{wanted}` of {} values", of.physical_type());
+                return Err(TraceError::file(path, found, format!("one {expected} in each row")));
+            }
+            places.push(place);
+        }
+        Ok(Self { path: path.to_owned(), reader, places })
+    }
+
+    pub fn has_gates(&self) -> bool {
+        self.places.len() > GATE
+    }
+
+    /// Reads row after row.
+    ///
+    /// # Errors
+    /// If the file does not read, or at the first row that `each` refuses.
+    pub fn for_each(&self, mut each: impl FnMut(&ExitRow) -> Result<(), Fault>) -> Result<()> {
+        let mut line = 0;
+        for group in 0..self.reader.num_row_groups() {
+            let group = self.reader.get_row_group(group).map_err(unread(&self.path))?;
+            let mut columns = Columns::open(&*group, &self.places).map_err(unread(&self.path))?;
+            while columns.read_chunk().map_err(unread(&self.path))? {
+                for index in 0..columns.integers[0].len() {
+                    line += 1;
+                    let row = columns.row(index);
+                    each(&row).map_err(|Fault { column, expected }| TraceError::Value {
+                        path: self.path.clone(),
+                        line,
+                        column: COLUMNS[column].into(),
+                        found: columns.quote(column, index),
+                        expected,
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The columns of a group of rows, and the chunk of them that was read last.
+struct Columns {
+    integer_readers: Vec<ColumnReaderImpl<Int32Type>>,
+    signal_readers: Vec<ColumnReaderImpl<FloatType>>,
+    integers: Vec<Vec<i32>>,
+    signals: Vec<Vec<f32>>,
+}
+
+impl Columns {
+    fn open(group: &dyn RowGroupReader, places: &[usize]) -> Result<Self, ParquetError> {
+        let (integers, signals) = places.split_at(FIRST_SIGNAL);
+        let integer_readers: Vec<_> = typed_readers(group, integers)?;
+        let signal_readers: Vec<_> = typed_readers(group, signals)?;
+        Ok(Self {
+            integers: vec![Vec::new(); integer_readers.len()],
+            signals: vec![Vec::new(); signal_readers.len()],
+            integer_readers,
+            signal_readers,
+        })
+    }
+
+    /// Reads the next rows; false after the last.
+    fn read_chunk(&mut self) -> Result<bool, ParquetError> {
+        for (reader, values) in self.integer_readers.iter_mut().zip(&mut self.integers) {
+            read_column(reader, values)?;
+        }
+        for (reader, values) in self.signal_readers.iter_mut().zip(&mut self.signals) {
+            read_column(reader, values)?;
+        }
+        let rows = self.integers[0].len();
+        let whole = self.integers.iter().all(|column| column.len() == rows)
+            && self.signals.iter().all(|column| column.len() == rows);
+        match whole {
+            true => Ok(rows > 0),
+            false => Err(ParquetError::General("columns of different lengths".to_owned())),
+        }
+    }
+
+    fn row(&self, index: usize) -> ExitRow {
+        let [generation, token, depth, prediction] = [0, 1, 2, 3].map(|column| self.integers[column][index] as u32);
+        let signal = |column: usize| self.signals.get(column).map_or(0.0, |column: &Vec<f32>| column[index]);
+        let [top1, margin, entropy, similarity, gate] = [0, 1, 2, 3, 4].map(signal);
+        ExitRow { generation, token, depth, prediction, signals: Signals { top1, margin, entropy, similarity, gate } }
+    }
+
+    fn quote(&self, column: usize, index: usize) -> String {
+        match column.checked_sub(FIRST_SIGNAL) {
+            None => format!("`{}`", self.integers[column][index] as u32),
+            Some(signal) => format!("`{}`", self.signals[signal][index]),
+        }
+    }
+}
+
+fn typed_readers<T: DataType>(
+    group: &dyn RowGroupReader,
+    places: &[usize],
+) -> Result<Vec<ColumnReaderImpl<T>>, ParquetError> {
+    places.iter().map(|&place| Ok(get_typed_column_reader::<T>(group.get_column_reader(place)?))).collect()
+}
+
+/// Reads up to [`CHUNK`] values; a row without one is an error.
+fn read_column<T: DataType>(reader: &mut ColumnReaderImpl<T>, values: &mut Vec<T::T>) -> Result<(), ParquetError> {
+    values.clear();
+    let mut levels = Vec::new();
+    let mut left = CHUNK;
+    while left > 0 {
+        let (rows, found, _) = reader.read_records(left, Some(&mut levels), None, values)?;
+        if found != rows {
+            return Err(ParquetError::General("a row without a value".to_owned()));
+        }
+        if rows == 0 {
+            break;
+        }
+        left -= rows;
+    }
+    Ok(())
+}
+
+fn unread(path: &Path) -> impl FnOnce(ParquetError) -> TraceError {
+    move |error| TraceError::file(path, error.to_string(), "a Parquet file, uncompressed or zstd")
+}
+
+fn unwritten(path: &Path) -> impl FnOnce(ParquetError) -> TraceError {
+    move |error| TraceError::io("write", path)(std::io::Error::other(error))
+}
