@@ -14,7 +14,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use traces::{ExitTrace, ExitTraceMeta, Measure, Signals};
+use traces::{ExitTable, ExitTrace, ExitTraceMeta, Measure, Signals};
 
 /// Folder, loops, and of 13 tokens how many become right after each loop: 9 after the first, as the paper's relaxed models
 /// at two loops (`docs/paper.md`). The split of the rest at three loops is an assumption.
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let recorded = ExitTrace::read(recorded)?;
     for (name, becoming_right) in MODELS {
         let trace = exits(name, becoming_right, &recorded);
-        trace.write(Path::new(out).join(name))?;
+        trace.write(Path::new(out).join(name), ExitTable::Csv)?;
         println!("{name}: {:.3} passes under the oracle", trace.mean_oracle_passes());
         if becoming_right.len() > 1 {
             for measure in [Measure::Top1, Measure::Margin, Measure::Similarity] {
