@@ -13,7 +13,7 @@
 //! | prefill attention | measured for whole prompts; a chunk after a history is the prompt of both less that of the history |
 //! | depth mix | the low-rank weights of the other depths, read by one grouped kernel: roofline |
 //! | embed | roofline |
-//! | head | the product with the vocabulary |
+//! | head | the product with the vocabulary: computed where that has more words than any product measured |
 //!
 //! Between measured sizes times are linear. Beyond the largest, products grow in proportion to inputs and outputs, and
 //! elsewhere the last slope goes on. Attention of a head shape
@@ -127,15 +127,18 @@ impl KernelTables {
         let mut by_rows = |component, repeats, time_us: &dyn Fn(u32) -> f64| {
             points.extend(rows.iter().map(|&rows| point(component, rows, 0, time_us(rows), repeats)));
         };
-        by_rows(Component::Block, 1, &|rows| layers * linears(rows));
+        let block = [qkv, out, up, down].iter().all(|&sizes| self.holds(sizes));
+        by_rows(Component::Block, u32::from(block), &|rows| layers * linears(rows));
         by_rows(Component::Elementwise, 0, &|rows| layers * self.elementwise_us(shape, rows));
         if rank > 0 {
-            by_rows(Component::Lora, 1, &|rows| layers * low_rank(rows));
+            let held = |&(inputs, outputs): &(u64, u64)| self.holds((inputs, rank)) && self.holds((rank, outputs));
+            let lora = [qkv, out, up, down].iter().all(held);
+            by_rows(Component::Lora, u32::from(lora), &|rows| layers * low_rank(rows));
         }
         by_rows(Component::Embed, 0, &|rows| {
             2.0 * self.streamed_us(2 * u64::from(rows) * shape.hidden * shape.weight_bytes)
         });
-        by_rows(Component::Head, 1, &head);
+        by_rows(Component::Head, u32::from(self.holds((shape.hidden, shape.vocab))), &head);
         points.extend(
             lora::points(shape, &self.rates(), &rows).into_iter().filter(|p| p.component == Component::DepthMix),
         );
@@ -149,7 +152,7 @@ impl KernelTables {
                 device: self.gpu.clone(),
                 software: "bfloat16".to_owned(),
                 source: format!(
-                    "{}; overhead as given; repeats 0: roofline at the rates of {}.yaml",
+                    "{}; overhead as given; repeats 0: roofline at the rates of {}.yaml, products beyond the tables in proportion",
                     self.source, self.gpu
                 ),
                 overhead_us,
@@ -187,6 +190,11 @@ impl KernelTables {
         shape.norms_per_layer() as f64 * self.streamed_us(4 * bytes * shape.hidden)
             + self.streamed_us(3 * bytes * shape.intermediate)
             + self.streamed_us(bytes * rotary)
+    }
+
+    /// Whether a product's sizes lie within those measured: larger ones are scaled, not measured.
+    fn holds(&self, (inputs, outputs): (u64, u64)) -> bool {
+        self.gemm.keys().any(|&(n, k)| inputs <= u64::from(k) && outputs <= u64::from(n))
     }
 
     /// A matrix product, linear in each size between those measured.
@@ -465,7 +473,7 @@ mod tests {
         assert!((block.time_us - 6.0 * (4.0 + 64.0 * weights * 1e-9)).abs() < 1e-6, "{block:?}");
         let head = at(&profile, Component::Head, 1, 0);
         assert!((head.time_us - 256_000.0 / 65_536.0 * (1.0 + 65_536.0 * 2048.0 * 1e-9)).abs() < 1e-9, "{head:?}");
-        assert_eq!((block.repeats, head.repeats), (1, 1));
+        assert_eq!((block.repeats, head.repeats), (1, 0), "the head has more outputs than any measured product");
         assert_eq!(at(&profile, Component::Elementwise, 1, 0).repeats, 0);
         assert_eq!(profile.meta.overhead_us, 5.0);
     }

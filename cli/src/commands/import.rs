@@ -46,8 +46,8 @@ struct LayerArgs {
 
 /// From the Parquet tables of PyPI's aiconfigurator-core
 ///
-/// What they lack (norms and activations, attention of unmeasured head shapes, mixing of depths) is a roofline, and
-/// has `repeats` 0 in the profile.
+/// What they lack (norms and activations, attention of unmeasured head shapes, mixing of depths) is a roofline, products
+/// larger than any of theirs are scaled in proportion; both have `repeats` 0 in the profile.
 #[derive(Debug, clap::Args)]
 struct AiconfiguratorArgs {
     /// The package's folder `systems`
