@@ -177,11 +177,6 @@ impl LatencyModel {
         self.overhead_ns
     }
 
-    /// Median time of a pass without the attention of its prompt chunks, in nanoseconds.
-    pub fn pass_ns(&self, shape: &PassShape, beyond: &mut Extrapolations) -> f64 {
-        self.overhead_ns + self.parts_ns(shape, beyond).iter().sum::<f64>()
-    }
-
     /// Median time that attention of one prompt chunk adds to a pass, in nanoseconds, by its tokens and the history
     /// before it.
     pub fn prefill_attention_ns(&self, tokens: u32, history: u32, beyond: &mut Extrapolations) -> f64 {
@@ -209,7 +204,7 @@ impl LatencyModel {
     }
 
     /// Half the distance between the quartiles of the time of a pass, squared, in square nanoseconds: as of a sum of
-    /// independent parts, given as [`pass_ns`](Self::pass_ns) and its prompt chunks, by tokens and history.
+    /// independent parts, given as its shape and its prompt chunks, by tokens and history.
     pub fn squared_pass_spread(&self, shape: &PassShape, chunks: impl Iterator<Item = (u32, u32)>) -> f64 {
         let (prefill, mut counted) = (&self.spreads.prefill_attention, Extrapolations::default());
         let parts = self.spreads.of_pass(shape, &mut counted);
@@ -534,6 +529,11 @@ mod tests {
 
     use Component::{Block, DecodeAttention, DepthMix, Embed, Head, PrefillAttention};
 
+    /// A pass without the attention of its prompt chunks.
+    fn pass_ns(model: &LatencyModel, shape: &PassShape, beyond: &mut Extrapolations) -> f64 {
+        model.overhead_ns() + model.parts_ns(shape, beyond).iter().sum::<f64>()
+    }
+
     #[test]
     fn a_pass_is_the_sum_of_its_parts() {
         let model = model(&[
@@ -553,11 +553,11 @@ mod tests {
         let shape = PassShape { rows: 4, decode_rows: 2, decode_history: 400, depths: 2, embed_rows: 1, head_rows: 2 };
         // overhead + block + decode attention at 2 rows of 200 + depth mix halfway from 1 depth to 3 + embed + head
         let expected = 0.25 + 25.0 + 6.0 + 2.0 + 0.5 + 3.0;
-        assert!((model.pass_ns(&shape, &mut beyond) - 1e3 * expected).abs() < 1e-6);
+        assert!((pass_ns(&model, &shape, &mut beyond) - 1e3 * expected).abs() < 1e-6);
         assert_eq!(model.prefill_attention_ns(2, 0, &mut beyond), 7e3);
         assert!(beyond.is_empty(), "{beyond}");
         let empty = PassShape { depths: 1, ..PassShape::default() };
-        assert_eq!(model.pass_ns(&empty, &mut beyond), 250.0);
+        assert_eq!(pass_ns(&model, &empty, &mut beyond), 250.0);
     }
 
     #[test]
@@ -605,7 +605,7 @@ mod tests {
         let mix = |depths| {
             let mut beyond = Extrapolations::default();
             let shape = PassShape { rows: 1, depths, ..PassShape::default() };
-            (model.pass_ns(&shape, &mut beyond) - 1250.0, beyond.is_empty())
+            (pass_ns(&model, &shape, &mut beyond) - 1250.0, beyond.is_empty())
         };
         assert_eq!([mix(1), mix(2), mix(3), mix(4)], [(0.0, true), (3e3, true), (3e3, false), (3e3, false)]);
     }
