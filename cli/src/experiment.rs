@@ -162,7 +162,7 @@ impl Experiment {
             let distinct = engine.loads.iter().enumerate().all(|(place, load)| !engine.loads[..place].contains(load));
             ensure!(distinct, "engine.loads: a load is there twice");
             let sweeps = !(self.sweeps.thresholds.is_empty() && self.sweeps.max_batch.is_empty());
-            ensure!(!(sweeps && !engine.loads.is_empty()), "sweeps beside engine.loads: expected one of the two");
+            ensure!(!sweeps || engine.loads.is_empty(), "sweeps beside engine.loads: expected one of the two");
         }
         for system in &self.systems {
             self.baseline_of(system)?;

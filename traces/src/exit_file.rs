@@ -249,7 +249,7 @@ pub struct ExitTraceWriter {
 }
 
 enum Sink {
-    Parquet(ParquetWriter),
+    Parquet(Box<ParquetWriter>),
     Csv { writer: Box<csv::Writer<PartialFile>>, has_gates: bool },
 }
 
@@ -265,7 +265,7 @@ impl ExitTraceWriter {
         let path = folder.join(table.file_name());
         let file = PartialFile::create(&path)?;
         let rows = match table {
-            ExitTable::Parquet => Sink::Parquet(ParquetWriter::new(path, file, has_gates)?),
+            ExitTable::Parquet => Sink::Parquet(Box::new(ParquetWriter::new(path, file, has_gates)?)),
             ExitTable::Csv => {
                 let mut writer = Box::new(csv::WriterBuilder::new().has_headers(false).from_writer(file));
                 let columns = if has_gates { COLUMNS } else { &COLUMNS[..GATE] };
@@ -283,7 +283,7 @@ impl ExitTraceWriter {
     pub fn push_generation(&mut self, rows: &[(Signals, u32)]) -> Result<()> {
         let num_loops = self.meta.num_loops;
         let path = self.folder.join(self.table.file_name());
-        if rows.is_empty() || rows.len() % num_loops as usize != 0 {
+        if rows.is_empty() || !rows.len().is_multiple_of(num_loops as usize) {
             let found = format!("{} rows of generation {}", rows.len(), self.generations);
             return Err(TraceError::file(&path, found, format!("{num_loops} rows for each token")));
         }

@@ -228,7 +228,8 @@ fn write_ours(folder: &Path) {
 fn absurd_numbers_in_configurations_are_refused_or_harmless() {
     let theirs = |config: Value| move |folder: &Path| Model::random(config, 1).write(folder);
     let (llama, gemma3) = (theirs(llama()), theirs(gemma3()));
-    let kinds: [(&str, Box<dyn FnOnce(&Path)>); 3] =
+    type Write = Box<dyn FnOnce(&Path)>;
+    let kinds: [(&str, Write); 3] =
         [("ours", Box::new(write_ours)), ("llama", Box::new(llama)), ("gemma3", Box::new(gemma3))];
     for (kind, write) in kinds {
         let folder = tempfile::tempdir().unwrap();
