@@ -1,5 +1,7 @@
 //! Tables on the terminal.
 
+use std::collections::BTreeSet;
+
 use bytesize::ByteSize;
 use comfy_table::{CellAlignment, Table, presets};
 use scheduler::Batching;
@@ -33,7 +35,17 @@ pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
         header.push("goodput req/s");
     }
     print_table(&header, summaries.iter().copied().map(cells).collect());
-    print_memory(summaries);
+    print_memory(summaries.iter().copied());
+    print_computed(&summaries);
+}
+
+/// Prints which times of the latency profiles were computed, not measured, if some were.
+fn print_computed(summaries: &[&Summary]) {
+    let parts: BTreeSet<&str> = summaries.iter().flat_map(|summary| summary.computed_components.split(' ')).collect();
+    let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    if !parts.is_empty() {
+        println!("computed, not measured, in the latency profile: {}", parts.join(", "));
+    }
 }
 
 /// Prints what memory holds at once, a line for each amount that runs had.

@@ -101,6 +101,7 @@ pub struct LatencyModel {
     num_loops: u8,
     fingerprint: String,
     device: String,
+    computed: Vec<Component>,
     memory: ModelMemory,
     overhead_ns: f64,
     mixed_attention: Option<AttentionModel>,
@@ -128,12 +129,18 @@ impl LatencyModel {
             num_loops: meta.num_loops as u8,
             fingerprint: meta.fingerprint.clone(),
             device: meta.device.clone(),
+            computed: profile.computed_components().collect(),
             memory: ModelMemory::from(meta),
             overhead_ns: meta.overhead_us * 1e3,
             mixed_attention: profile.mixed_attention.as_ref().map(AttentionModel::new),
             times: Parts::new(profile, |point| point.time_us)?,
             spreads: Parts::new(profile, |point| point.spread_us)?,
         })
+    }
+
+    /// Components with times that the profile's maker computed rather than measured.
+    pub fn computed(&self) -> &[Component] {
+        &self.computed
     }
 
     /// Loops of the model that was measured.

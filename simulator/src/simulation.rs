@@ -143,6 +143,7 @@ impl<'m> Simulation<'m> {
             weight_bytes: Some(memory.weight_bytes),
             kv_bytes_per_token: Some(memory.kv_bytes(self.settings.kv_fill)),
             prefix_hit_rate: self.settings.prefix_caching.then(|| found as f64 / looked_up as f64),
+            computed_components: self.latency.computed().iter().map(|part| part.name()).collect::<Vec<_>>().join(" "),
             ..metrics.summary(Source::Simulated, Some(outcome.token_agreement()))
         }
     }

@@ -239,3 +239,16 @@ fn the_parts_of_a_run_add_up_to_the_time_in_which_it_ran_passes() {
         assert!(outcome.time.of(Component::Head) > 0.0 && outcome.time.of(Component::PrefillAttention) > 0.0);
     }
 }
+
+#[test]
+fn a_result_names_the_times_that_were_not_measured() {
+    let mut made = profile(1, &[(Component::Block, 1, 0, 1, 100.0), (Component::Head, 1, 0, 1, 7.0)]);
+    let exits = ExitModel::new(&exit_trace(1, &[vec![0; 4]]), Draw::Recorded).unwrap();
+    let mut computed = |repeats| {
+        made.points[1].repeats = repeats;
+        let latency = LatencyModel::new(&made).unwrap();
+        simulate(settings(Batching::Sequence, "none", 1, 1), &latency, &exits, queued(1, 1, 4)).computed_components
+    };
+    assert_eq!(computed(1), "");
+    assert_eq!(computed(0), "head");
+}

@@ -132,6 +132,9 @@ pub struct Summary {
     /// Share of the tokens of prompts (and of what preempted requests had generated) that prefix caching found; empty
     /// without it.
     pub prefix_hit_rate: Option<f64>,
+    /// Components of the latency profile with times that were computed, not measured, such as by a roofline; separated
+    /// by spaces, empty of a measured run.
+    pub computed_components: String,
     /// Share of requests that met the objectives, 0 to 1; empty if none were set.
     pub objectives_met: Option<f64>,
     /// Requests per second of makespan that met the objectives; empty if none were set.
@@ -201,6 +204,7 @@ impl Metrics {
             backfill_rows: totals.backfill_rows,
             preemptions: totals.preemptions,
             prefix_hit_rate: None,
+            computed_components: String::new(),
             objectives_met: self.objectives.map(|_| totals.met as f64 / totals.requests as f64),
             goodput_req_s: self.objectives.map(|_| totals.met as f64 / makespan_s),
         }
