@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Batched decode of SmolLM2-135M: depthwise's engine beside llama.cpp, run by run in turn.
 
-    python3 benches/llama_cpp.py [--runs 5] [--batches 1,8,16,32] [--threads 2] [--out results/llama_cpp] [--llama benches/.llama]
+    python3 benches/compare_llama_cpp.py [--runs 5] [--batches 1,8,16,32] [--threads 2] [--out results/llama_cpp] [--llama benches/.llama]
 
 Every sequence has a prompt of 64 tokens and generates 72, so contexts grow from 64 to 136; what counts is the time from
 the first generated token of the last sequence to the end, as in engine/benches/decode.rs, which is the engine's side of
