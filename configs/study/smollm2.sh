@@ -38,7 +38,7 @@ ranks="0 64 256 full"
 {
     echo "| initialization |$(for rank in $ranks; do printf ' rank %s |' "$rank"; done)"
     echo "| --- |$(for _ in $ranks; do printf ' ---: |'; done)"
-    for init in stepwise average lower random; do
+    for init in stepwise average; do
         echo "| $init |$(for rank in $ranks; do printf ' %s |' "$(converted "$init" "$rank")"; done)"
         echo "$init: done" >&2
     done
