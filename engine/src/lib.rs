@@ -4,6 +4,7 @@ pub mod cache;
 pub mod checkpoint;
 pub mod clock;
 pub mod config;
+pub mod cuda;
 pub mod differentiable;
 pub mod executor;
 pub mod generate;

@@ -1,0 +1,613 @@
+//! A function per kernel: checks sizes, computes the grid, launches.
+
+use candle_core::{Result, bail};
+
+use super::device::{Device, Plain, Stored, THREADS, View};
+use super::pass::{Group, OnDevice, Row};
+use super::source::Specialization;
+use crate::config::{Activation, Norm};
+
+/// Ranks that a warp of `lora_shrink` reduces, times its warps, as in `lora.cu`.
+const RANKS_OF_BLOCK: usize = 16;
+/// Logits of a slice, as in `signals.cu`.
+const SLICE: usize = 16 * THREADS;
+/// Bytes that one slice of a row of logits comes down to, as in `signals.cu`.
+pub const SWEEP_BYTES: usize = 32;
+
+/// Pointers to a kernel's arguments.
+macro_rules! arguments {
+    ($($argument:expr),* $(,)?) => { &[$(std::ptr::from_ref(&$argument).cast()),*] };
+}
+
+/// Refuses what is too small for a kernel to read or write.
+macro_rules! require {
+    ($what:literal, $view:expr, $expected:expr) => {
+        let (len, expected) = ($view.len, $expected);
+        if len < expected {
+            bail!("{}: {len} numbers where the kernel takes {expected}", $what);
+        }
+    };
+}
+
+/// What the attention of one layer is like, as `attention.cu` has it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Query heads.
+    pub heads: i32,
+    /// Key-value heads.
+    pub kv_heads: i32,
+    /// KV blocks of the cache.
+    pub blocks: i32,
+    /// The layer's pages at depth 0.
+    pub first_layer: i32,
+    /// Layers from one depth to the next; 0 for a layer of the prelude.
+    pub layer_stride: i32,
+    /// Sights: one for all depths or one for each.
+    pub sights: i32,
+    /// Positions of the rotary tables.
+    pub positions: i32,
+    /// Leading dimensions that turn.
+    pub rotary_dims: i32,
+    /// Factor on scores.
+    pub scale: f32,
+}
+
+/// What a row sees.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Sight {
+    /// Latest positions, its own among them; `i32::MAX` for all.
+    pub window: i32,
+    /// Which rotary table turns its queries and keys.
+    pub rotary: i32,
+}
+
+/// An entry of the cache that deeper depths share.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Fill {
+    /// The block.
+    pub block: i32,
+    /// The position within it.
+    pub offset: i32,
+    /// The depth whose key and value are copied to every deeper one.
+    pub depth: i32,
+}
+
+/// What a norm does, as `norm.cu` has it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Formula {
+    width: i32,
+    sets: i32,
+    centred: i32,
+    eps: f32,
+}
+
+impl Formula {
+    /// Norms of `width` numbers with `sets` sets of vectors: one for all depths or one for each.
+    pub fn new(kind: Norm, width: usize, sets: usize, eps: f32) -> Self {
+        Self { width: width as i32, sets: sets as i32, centred: i32::from(kind == Norm::Layer), eps }
+    }
+
+    fn numbers(&self) -> usize {
+        (self.width * if self.centred == 1 { 2 } else { 1 }) as usize
+    }
+}
+
+/// One of several adapted projections of the same input.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    /// The first of the ranks it reads.
+    pub first_rank: i32,
+    /// How many it reads.
+    pub ranks: i32,
+    /// The first of the outputs it gives.
+    pub first_output: i32,
+    /// How many it gives.
+    pub outputs: i32,
+    /// Where its matrix `[depths, ranks, outputs]` starts in the ups.
+    pub at: i64,
+}
+
+/// What a row of logits says, as `signals.cu` has it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Verdict {
+    /// Probability of the most likely token; NaN if a logit is not finite.
+    pub top1: f32,
+    /// That less the probability of the second.
+    pub margin: f32,
+    /// Entropy of the distribution in nats.
+    pub entropy: f32,
+    /// Logarithm of the sum of the exponentials of the logits.
+    pub log_sum_exp: f32,
+    /// The token drawn.
+    pub token: i32,
+}
+
+// SAFETY: `repr(C)` of 4-byte numbers alone.
+unsafe impl Plain for Sight {}
+// SAFETY: as above.
+unsafe impl Plain for Fill {}
+// SAFETY: four numbers of 4 bytes before one of 8: no padding.
+unsafe impl Plain for Part {}
+// SAFETY: as the first.
+unsafe impl Plain for Verdict {}
+
+/// The kernels of a model on a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels<'d, D> {
+    /// Where they run.
+    pub device: &'d D,
+    /// What they were compiled for.
+    pub specialization: Specialization,
+}
+
+/// What attention reads and writes besides the rows.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionInputs {
+    /// `[rows, (heads + 2 kv_heads) * head_dim]`
+    pub qkv: View<Stored>,
+    /// [`rotary::tables`](crate::kernels::rotary::tables)
+    pub rotary: View<f32>,
+    /// The cache: `[layers, blocks]` pages, each `[keys or values, kv_heads, block_tokens, head_dim]`.
+    pub pages: View<Stored>,
+    /// What rows see: one for all depths or one for each.
+    pub sights: View<Sight>,
+    /// What the layer is like.
+    pub geometry: Geometry,
+}
+
+/// LoRA by depth of projections of one input.
+#[derive(Clone, Copy, Debug)]
+pub struct LoraInputs {
+    /// `[depths, ranks, inputs]`
+    pub downs: View<Stored>,
+    /// Of each part `[depths, ranks, outputs]`, scale included.
+    pub ups: View<Stored>,
+    /// The parts.
+    pub parts: View<Part>,
+    /// Outputs of the widest part.
+    pub widest: usize,
+    /// Depths that have an adapter.
+    pub depths: usize,
+    /// Ranks of all parts.
+    pub ranks: usize,
+    /// Width of the input.
+    pub inputs: usize,
+    /// Width of the output.
+    pub outputs: usize,
+}
+
+impl<D: Device> Kernels<'_, D> {
+    fn check_attention(&self, inputs: &AttentionInputs, rows: &OnDevice<D>) -> Result<()> {
+        let (g, head_dim) = (&inputs.geometry, self.specialization.head_dim);
+        require!("qkv", inputs.qkv, rows.rows.len * (g.heads + 2 * g.kv_heads) as usize * head_dim);
+        require!("sights", inputs.sights, g.sights as usize);
+        require!("rotary tables", inputs.rotary, (g.positions * g.rotary_dims) as usize);
+        Ok(())
+    }
+
+    /// Stores the rows' rotated keys, and values.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn store_kv(&self, inputs: &AttentionInputs, rows: &OnDevice<D>) -> Result<()> {
+        self.check_attention(inputs, rows)?;
+        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        let arguments = arguments![
+            qkv.address,
+            rotary.address,
+            rows.rows.address,
+            rows.block_table.address,
+            sights.address,
+            geometry,
+            pages.address,
+        ];
+        // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
+        unsafe { self.device.launch("store_kv", [rows.rows.len, geometry.kv_heads as usize, 1], arguments) }
+    }
+
+    /// Numbers of the scratch memory that [`attend`](Self::attend) takes.
+    pub fn partial_numbers(&self, rows: &OnDevice<D>, heads: usize) -> usize {
+        rows.items.len * heads * (2 + self.specialization.head_dim)
+    }
+
+    /// Attends from the rows' rotated queries to what is stored: `out` `[rows, heads * head_dim]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn attend(
+        &self,
+        inputs: &AttentionInputs,
+        rows: &OnDevice<D>,
+        partial: View<f32>,
+        out: View<Stored>,
+    ) -> Result<()> {
+        self.check_attention(inputs, rows)?;
+        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        let heads = geometry.heads as usize;
+        require!("attention's output", out, rows.rows.len * heads * self.specialization.head_dim);
+        require!("attention's scratch", partial, self.partial_numbers(rows, heads));
+        let splits = arguments![
+            qkv.address,
+            rotary.address,
+            pages.address,
+            rows.rows.address,
+            rows.items.address,
+            rows.block_table.address,
+            sights.address,
+            geometry,
+            partial.address,
+            out.address,
+        ];
+        let join =
+            arguments![partial.address, rows.rows.address, rows.items.address, sights.address, geometry, out.address];
+        let tiles = arguments![
+            qkv.address,
+            rotary.address,
+            pages.address,
+            rows.rows.address,
+            rows.tiles.address,
+            rows.block_table.address,
+            sights.address,
+            geometry,
+            out.address,
+        ];
+        // SAFETY: the kernels' arguments; rows, whose blocks reach their positions, and sizes are checked.
+        unsafe {
+            let groups = heads / self.specialization.group;
+            self.device.launch("attend_splits", [rows.items.len, groups, 1], splits)?;
+            self.device.launch("attend_join", [rows.items.len, heads, 1], join)?;
+            self.device.launch("attend_tiles", [rows.tiles.len, heads, 1], tiles)
+        }
+    }
+
+    /// Copies keys and values of exited tokens to the depths they never ran, in `layers` layers from that of
+    /// `geometry` on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn fill_deeper(
+        &self,
+        fills: View<Fill>,
+        geometry: Geometry,
+        layers: usize,
+        depths: usize,
+        pages: View<Stored>,
+    ) -> Result<()> {
+        let depths = depths as i32;
+        let arguments = arguments![fills.address, geometry, depths, pages.address];
+        // SAFETY: the kernel's arguments; fills lie in the cache.
+        unsafe { self.device.launch("fill_deeper", [fills.len, layers, 1], arguments) }
+    }
+
+    /// Norms rows of the residual stream `x`: those that `picks` names, or all. `out` `[picks, width]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn norm_rows(
+        &self,
+        x: View<f32>,
+        picks: Option<View<i32>>,
+        rows: View<Row>,
+        vectors: View<f32>,
+        formula: Formula,
+        out: View<Stored>,
+    ) -> Result<()> {
+        let (picks, count) = picks.map_or((0, rows.len), |picks| (picks.address, picks.len));
+        require!("a norm's input", x, rows.len * formula.width as usize);
+        require!("a norm's output", out, count * formula.width as usize);
+        require!("a norm's vectors", vectors, formula.sets as usize * formula.numbers());
+        let arguments = arguments![x.address, picks, rows.address, vectors.address, formula, out.address];
+        // SAFETY: the kernel's arguments, whose sizes are checked.
+        unsafe { self.device.launch("norm_rows", [count, 1, 1], arguments) }
+    }
+
+    /// Adds the normed rows of `x` `[rows, width]` to those of `residual`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn add_normed(
+        &self,
+        x: View<Stored>,
+        rows: View<Row>,
+        vectors: View<f32>,
+        formula: Formula,
+        residual: View<f32>,
+    ) -> Result<()> {
+        require!("a norm's input", x, rows.len * formula.width as usize);
+        require!("the residual stream", residual, rows.len * formula.width as usize);
+        require!("a norm's vectors", vectors, formula.sets as usize * formula.numbers());
+        let arguments = arguments![x.address, rows.address, vectors.address, formula, residual.address];
+        // SAFETY: the kernel's arguments, whose sizes are checked.
+        unsafe { self.device.launch("add_normed", [rows.len, 1, 1], arguments) }
+    }
+
+    /// Norms each head of queries and keys of `qkv` in place. A set of `vectors` is first for queries, then for keys.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn norm_heads(
+        &self,
+        qkv: View<Stored>,
+        rows: View<Row>,
+        vectors: View<f32>,
+        formula: Formula,
+        heads: usize,
+        kv_heads: usize,
+    ) -> Result<()> {
+        require!("qkv", qkv, rows.len * (heads + 2 * kv_heads) * formula.width as usize);
+        require!("a norm's vectors", vectors, formula.sets as usize * 2 * formula.numbers());
+        let (heads, kv_heads) = (heads as i32, kv_heads as i32);
+        let arguments = arguments![qkv.address, rows.address, vectors.address, formula, heads, kv_heads];
+        // SAFETY: the kernel's arguments, whose sizes are checked.
+        unsafe { self.device.launch("norm_heads", [rows.len, 1, 1], arguments) }
+    }
+
+    /// The residual stream `out` `[sources, width]` of rows that enter the block: source `s >= 0` is token `s` of the
+    /// embedding `[_, width]` times `factor`, `s < 0` row `-1 - s` of those in flight `[_, width]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn enter_rows(
+        &self,
+        embedding: View<Stored>,
+        in_flight: View<f32>,
+        sources: View<i32>,
+        width: usize,
+        factor: f32,
+        out: View<f32>,
+    ) -> Result<()> {
+        require!("the residual stream", out, sources.len * width);
+        let width = width as i32;
+        let arguments = arguments![embedding.address, in_flight.address, sources.address, width, factor, out.address];
+        // SAFETY: the kernel's arguments; sources are rows that exist.
+        unsafe { self.device.launch("enter_rows", [sources.len, 1, 1], arguments) }
+    }
+
+    /// Copies row `i` of `rows` to row `places[i]` of `target`, both `[_, width]`; rows without a place (-1) are left.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn keep_rows(&self, rows: View<f32>, places: View<i32>, width: usize, target: View<f32>) -> Result<()> {
+        require!("rows to keep", rows, places.len * width);
+        let width = width as i32;
+        let arguments = arguments![rows.address, places.address, width, target.address];
+        // SAFETY: the kernel's arguments; places exist.
+        unsafe { self.device.launch("keep_rows", [places.len, 1, 1], arguments) }
+    }
+
+    /// Adds a bias to each row of `x` `[rows, width]`; `biases` `[sets, width]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn add_bias(
+        &self,
+        x: View<Stored>,
+        rows: View<Row>,
+        biases: View<f32>,
+        sets: usize,
+        width: usize,
+    ) -> Result<()> {
+        require!("rows to add a bias to", x, rows.len * width);
+        self.launch_add_bias("add_bias_to_rows", x.address, rows, biases, sets, width)
+    }
+
+    /// The same for the residual stream.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn add_bias_to_residual(
+        &self,
+        x: View<f32>,
+        rows: View<Row>,
+        biases: View<f32>,
+        sets: usize,
+        width: usize,
+    ) -> Result<()> {
+        require!("rows to add a bias to", x, rows.len * width);
+        self.launch_add_bias("add_bias_to_residual", x.address, rows, biases, sets, width)
+    }
+
+    fn launch_add_bias(
+        &self,
+        kernel: &'static str,
+        x: u64,
+        rows: View<Row>,
+        biases: View<f32>,
+        sets: usize,
+        width: usize,
+    ) -> Result<()> {
+        require!("biases", biases, sets * width);
+        let (sets, width) = (sets as i32, width as i32);
+        let arguments = arguments![x, rows.address, biases.address, sets, width];
+        // SAFETY: the kernel's arguments, whose sizes are checked.
+        unsafe { self.device.launch(kernel, [rows.len, 1, 1], arguments) }
+    }
+
+    /// `activation(gate) * up` of `x` `[rows, 2 inner]`, gates first, or not gated `activation(x)` of `[rows, inner]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn activate(
+        &self,
+        x: View<Stored>,
+        rows: usize,
+        inner: usize,
+        gated: bool,
+        activation: Activation,
+        out: View<Stored>,
+    ) -> Result<()> {
+        require!("the activation's input", x, rows * inner * if gated { 2 } else { 1 });
+        require!("the activation's output", out, rows * inner);
+        let parts = inner.div_ceil(THREADS * self.specialization.scalar.pack());
+        let activation = match activation {
+            Activation::Silu => 0_i32,
+            Activation::Gelu => 1,
+            Activation::GeluTanh => 2,
+        };
+        let (inner, gated) = (inner as i32, i32::from(gated));
+        let arguments = arguments![x.address, inner, gated, activation, out.address];
+        // SAFETY: the kernel's arguments, whose sizes are checked.
+        unsafe { self.device.launch("activate", [rows, parts, 1], arguments) }
+    }
+
+    /// The cosine of row `ours[i]` of `a` and row `theirs[i]` of `b`, both `[_, width]`; 0 where a row is zero.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn cosines(
+        &self,
+        (a, ours): (View<f32>, View<i32>),
+        (b, theirs): (View<f32>, View<i32>),
+        width: usize,
+        out: View<f32>,
+    ) -> Result<()> {
+        require!("rows to compare with", theirs, ours.len);
+        require!("cosines", out, ours.len);
+        let width = width as i32;
+        let arguments = arguments![a.address, b.address, ours.address, theirs.address, width, out.address];
+        // SAFETY: the kernel's arguments; the rows exist.
+        unsafe { self.device.launch("cosines", [ours.len, 1, 1], arguments) }
+    }
+
+    /// Scores of the learned gates of normed rows `x` `[picks, width]`, of which row `i` is row `picks[i]` of the pass.
+    /// `probes` `[depths, width + 1]`, biases last.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn gates(
+        &self,
+        x: View<Stored>,
+        picks: View<i32>,
+        rows: View<Row>,
+        probes: View<f32>,
+        width: usize,
+        out: View<f32>,
+    ) -> Result<()> {
+        require!("rows for the gate", x, picks.len * width);
+        require!("gate scores", out, picks.len);
+        let width = width as i32;
+        let arguments = arguments![x.address, picks.address, rows.address, probes.address, width, out.address];
+        // SAFETY: the kernel's arguments; the rows are at depths that have a probe.
+        unsafe { self.device.launch("gates", [picks.len, 1, 1], arguments) }
+    }
+
+    /// The first half of LoRA: `shrunk` `[rows, ranks]` of `x` `[rows, inputs]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn lora_shrink(
+        &self,
+        lora: &LoraInputs,
+        x: View<Stored>,
+        rows: usize,
+        groups: View<Group>,
+        shrunk: View<f32>,
+    ) -> Result<()> {
+        require!("LoRA's input", x, rows * lora.inputs);
+        require!("LoRA's scratch", shrunk, rows * lora.ranks);
+        require!("LoRA's downs", lora.downs, lora.depths * lora.ranks * lora.inputs);
+        let grid = [groups.len, lora.ranks.div_ceil(RANKS_OF_BLOCK), 1];
+        let (depths, ranks, inputs) = (lora.depths as i32, lora.ranks as i32, lora.inputs as i32);
+        let arguments =
+            arguments![x.address, lora.downs.address, groups.address, depths, ranks, inputs, shrunk.address];
+        // SAFETY: the kernel's arguments, whose sizes are checked.
+        unsafe { self.device.launch("lora_shrink", grid, arguments) }
+    }
+
+    /// The second half: adds to `y` `[rows, outputs]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn lora_expand(
+        &self,
+        lora: &LoraInputs,
+        shrunk: View<f32>,
+        rows: usize,
+        groups: View<Group>,
+        y: View<Stored>,
+    ) -> Result<()> {
+        require!("LoRA's output", y, rows * lora.outputs);
+        self.launch_expand("lora_expand", lora, shrunk, rows, groups, y.address)
+    }
+
+    /// The same into `f32`: the residual stream, or logits.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn lora_expand_f32(
+        &self,
+        lora: &LoraInputs,
+        shrunk: View<f32>,
+        rows: usize,
+        groups: View<Group>,
+        y: View<f32>,
+    ) -> Result<()> {
+        require!("LoRA's output", y, rows * lora.outputs);
+        self.launch_expand("lora_expand_f32", lora, shrunk, rows, groups, y.address)
+    }
+
+    fn launch_expand(
+        &self,
+        kernel: &'static str,
+        lora: &LoraInputs,
+        shrunk: View<f32>,
+        rows: usize,
+        groups: View<Group>,
+        y: u64,
+    ) -> Result<()> {
+        require!("LoRA's scratch", shrunk, rows * lora.ranks);
+        let grid = [groups.len, lora.parts.len, lora.widest.div_ceil(THREADS)];
+        let (depths, ranks, outputs) = (lora.depths as i32, lora.ranks as i32, lora.outputs as i32);
+        let arguments = arguments![
+            shrunk.address,
+            lora.ups.address,
+            groups.address,
+            lora.parts.address,
+            depths,
+            ranks,
+            outputs,
+            y,
+        ];
+        // SAFETY: the kernel's arguments; the parts lie in ups and output.
+        unsafe { self.device.launch(kernel, grid, arguments) }
+    }
+
+    /// Bytes of the scratch memory that [`read_logits`](Self::read_logits) takes.
+    pub fn sweep_bytes(rows: usize, vocab: usize) -> usize {
+        rows * vocab.div_ceil(SLICE) * SWEEP_BYTES
+    }
+
+    /// Reads rows of logits `[keys, vocab]` and draws a token from each, as
+    /// [`signals::read`](crate::kernels::signals::read) does. `scratch` counts bytes.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn read_logits(
+        &self,
+        logits: View<f32>,
+        keys: View<u64>,
+        vocab: usize,
+        temperature: f32,
+        scratch: View<u8>,
+        out: View<Verdict>,
+    ) -> Result<()> {
+        require!("logits", logits, keys.len * vocab);
+        require!("verdicts", out, keys.len);
+        require!("the sweep's scratch", scratch, Self::sweep_bytes(keys.len, vocab));
+        let slices = vocab.div_ceil(SLICE);
+        let (vocab, slice_count) = (vocab as i32, slices as i32);
+        let sweep = arguments![logits.address, keys.address, vocab, temperature, scratch.address];
+        let judge = arguments![scratch.address, slice_count, out.address];
+        // SAFETY: the kernels' arguments, whose sizes are checked.
+        unsafe {
+            self.device.launch("sweep_logits", [keys.len, slices, 1], sweep)?;
+            self.device.launch("judge_rows", [keys.len, 1, 1], judge)
+        }
+    }
+}

@@ -1,0 +1,108 @@
+// Norms of rows, and of the heads of queries and keys. The residual stream is in f32, what the products read is not.
+
+// What a norm does: x / rms(x) * weight, or (x - mean(x)) / deviation(x) * weight + bias.
+struct Formula {
+    int width;
+    // Sets of vectors: one for all depths or one for each.
+    int sets;
+    // Whether the mean is subtracted, and a bias follows the weights of each set.
+    int centred;
+    float eps;
+
+    __device__ int numbers() const { return centred ? 2 * width : width; }
+};
+
+// What a row is shifted and scaled by.
+struct Moments {
+    float mean, scale;
+};
+
+__device__ inline float normed(float x, const Moments& moments, const Formula& formula, const float* vectors, int at) {
+    const float y = (x - moments.mean) * moments.scale * vectors[at];
+    return formula.centred ? y + vectors[formula.width + at] : y;
+}
+
+template <class T> __device__ inline Moments block_moments(
+    const T* x, const Formula& formula, float (&means)[WARPS], float (&squares)[WARPS]) {
+    float mean = 0;
+    if (formula.centred) {
+        float sum = 0;
+        for (int at = threadIdx.x; at < formula.width; at += THREADS) {
+            sum += to_float(x[at]);
+        }
+        mean = block_sum(sum, means) / formula.width;
+    }
+    float sum = 0;
+    for (int at = threadIdx.x; at < formula.width; at += THREADS) {
+        const float below = to_float(x[at]) - mean;
+        sum += below * below;
+    }
+    return {mean, rsqrtf(block_sum(sum, squares) / formula.width + formula.eps)};
+}
+
+// Norms rows of the residual stream. Grid [rows]: row `i` is row `picks[i]` of `x` [_, width], or `i` without picks.
+extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(
+    const float* x, const int* picks, const Row* rows, const float* vectors, Formula formula, scalar* out) {
+    __shared__ float means[WARPS], squares[WARPS];
+    const int row = picks ? picks[blockIdx.x] : int(blockIdx.x);
+    if (row < 0 || rows[row].position < 0) {
+        return;
+    }
+    const float* from = x + (long long)row * formula.width;
+    vectors += set_of(formula.sets, rows[row].depth) * formula.numbers();
+    const Moments moments = block_moments(from, formula, means, squares);
+    scalar* to = out + (long long)blockIdx.x * formula.width;
+    for (int at = threadIdx.x; at < formula.width; at += THREADS) {
+        store(to + at, normed(from[at], moments, formula, vectors, at));
+    }
+}
+
+// Adds the normed rows of `x` [rows, width] to those of the residual stream. Grid [rows].
+extern "C" __global__ void __launch_bounds__(THREADS) add_normed(
+    const scalar* x, const Row* rows, const float* vectors, Formula formula, float* residual) {
+    __shared__ float means[WARPS], squares[WARPS];
+    const Row row = rows[blockIdx.x];
+    if (row.position < 0) {
+        return;
+    }
+    const scalar* from = x + (long long)blockIdx.x * formula.width;
+    vectors += set_of(formula.sets, row.depth) * formula.numbers();
+    const Moments moments = block_moments(from, formula, means, squares);
+    float* to = residual + (long long)blockIdx.x * formula.width;
+    for (int at = threadIdx.x; at < formula.width; at += THREADS) {
+        to[at] += normed(to_float(from[at]), moments, formula, vectors, at);
+    }
+}
+
+// Norms each head of queries and keys in place. Grid [rows], a warp per head. A set of `vectors` is first for queries,
+// then for keys; the width is a head's.
+extern "C" __global__ void __launch_bounds__(THREADS) norm_heads(
+    scalar* qkv, const Row* rows, const float* vectors, Formula formula, int heads, int kv_heads) {
+    const Row row = rows[blockIdx.x];
+    if (row.position < 0) {
+        return;
+    }
+    const int lane = threadIdx.x % WARP;
+    vectors += set_of(formula.sets, row.depth) * 2 * formula.numbers();
+    for (int head = threadIdx.x / WARP; head < heads + kv_heads; head += WARPS) {
+        scalar* x = qkv + ((long long)blockIdx.x * (heads + 2 * kv_heads) + head) * formula.width;
+        const float* own = head < heads ? vectors : vectors + formula.numbers();
+        Moments moments = {0, 0};
+        if (formula.centred) {
+            float sum = 0;
+            for (int at = lane; at < formula.width; at += WARP) {
+                sum += to_float(x[at]);
+            }
+            moments.mean = warp_sum(sum) / formula.width;
+        }
+        float sum = 0;
+        for (int at = lane; at < formula.width; at += WARP) {
+            const float below = to_float(x[at]) - moments.mean;
+            sum += below * below;
+        }
+        moments.scale = rsqrtf(warp_sum(sum) / formula.width + formula.eps);
+        for (int at = lane; at < formula.width; at += WARP) {
+            store(x + at, normed(to_float(x[at]), moments, formula, own, at));
+        }
+    }
+}

@@ -1,0 +1,130 @@
+// Operations on each row by itself: gathering and scattering, biases, the MLP's nonlinearity, cosines and gates.
+
+// The residual stream of rows that enter the block, `out` [rows, width]: source `s >= 0` is token `s` of the embedding
+// times `factor`, `s < 0` is row `-1 - s` of those in flight. Grid [rows].
+extern "C" __global__ void __launch_bounds__(THREADS) enter_rows(
+    const scalar* embedding, const float* in_flight, const int* sources, int width, float factor, float* out) {
+    const int source = sources[blockIdx.x];
+    float* to = out + (long long)blockIdx.x * width;
+    for (int at = threadIdx.x; at < width; at += THREADS) {
+        to[at] = source >= 0 ? to_float(embedding[(long long)source * width + at]) * factor
+                             : in_flight[(long long)(-1 - source) * width + at];
+    }
+}
+
+// Copies row `i` of `rows` to row `places[i]` of `target`, both [_, width]; rows without a place (-1) are left.
+// Grid [rows].
+extern "C" __global__ void __launch_bounds__(THREADS) keep_rows(
+    const float* rows, const int* places, int width, float* target) {
+    const int place = places[blockIdx.x];
+    if (place < 0) {
+        return;
+    }
+    for (int at = threadIdx.x; at < width; at += THREADS) {
+        target[(long long)place * width + at] = rows[(long long)blockIdx.x * width + at];
+    }
+}
+
+template <class T> __device__ inline void add_bias(T* x, const Row* rows, const float* biases, int sets, int width) {
+    const Row row = rows[blockIdx.x];
+    if (row.position < 0) {
+        return;
+    }
+    biases += set_of(sets, row.depth) * width;
+    x += (long long)blockIdx.x * width;
+    for (int at = threadIdx.x; at < width; at += THREADS) {
+        store(x + at, to_float(x[at]) + biases[at]);
+    }
+}
+
+// Adds a bias to each row of `x` [rows, width]. Grid [rows].
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias_to_rows(
+    scalar* x, const Row* rows, const float* biases, int sets, int width) {
+    add_bias(x, rows, biases, sets, width);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias_to_residual(
+    float* x, const Row* rows, const float* biases, int sets, int width) {
+    add_bias(x, rows, biases, sets, width);
+}
+
+enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2 };
+
+__device__ inline float activated(float x, int activation) {
+    if (activation == SILU) {
+        return x / (1.0f + expf(-x));
+    }
+    if (activation == GELU) {
+        return 0.5f * x * erfcf(-0.707106781f * x);
+    }
+    return x / (1.0f + expf(-1.59576912f * (x + 0.044715f * x * x * x)));
+}
+
+// `activation(gate) * up` of `x` [rows, 2 inner], gates first; or, not gated, `activation(x)` of [rows, inner].
+// Grid [rows, parts of a row]; a thread takes a pack.
+extern "C" __global__ void __launch_bounds__(THREADS) activate(
+    const scalar* x, int inner, int gated, int activation, scalar* out) {
+    constexpr int SIZE = Pack<scalar>::SIZE;
+    const int at = (blockIdx.y * THREADS + threadIdx.x) * SIZE;
+    const scalar* gates = x + (long long)blockIdx.x * inner * (gated ? 2 : 1) + at;
+    scalar* to = out + (long long)blockIdx.x * inner + at;
+    // Rows whose width is no whole number of packs are not aligned.
+    if (inner % SIZE == 0 && at < inner) {
+        Pack<scalar> result = load_pack(gates), ups = gated ? load_pack(gates + inner) : result;
+        for (int i = 0; i < SIZE; i++) {
+            const float y = activated(to_float(result.numbers[i]), activation);
+            store(&result.numbers[i], gated ? y * to_float(ups.numbers[i]) : y);
+        }
+        store_pack(to, result);
+    } else {
+        for (int i = 0; i < SIZE && at + i < inner; i++) {
+            const float y = activated(to_float(gates[i]), activation);
+            store(to + i, gated ? y * to_float(gates[inner + i]) : y);
+        }
+    }
+}
+
+// The cosine of row `ours[i]` of `a` and row `theirs[i]` of `b`, both [_, width]; 0 where a row is zero. Grid [pairs].
+extern "C" __global__ void __launch_bounds__(THREADS) cosines(
+    const float* a, const float* b, const int* ours, const int* theirs, int width, float* out) {
+    __shared__ float of_a[WARPS], of_b[WARPS], of_both[WARPS];
+    const int mine = ours[blockIdx.x];
+    if (mine < 0) {
+        return;
+    }
+    const float* x = a + (long long)mine * width;
+    const float* y = b + (long long)theirs[blockIdx.x] * width;
+    float xx = 0, yy = 0, xy = 0;
+    for (int at = threadIdx.x; at < width; at += THREADS) {
+        xx += x[at] * x[at];
+        yy += y[at] * y[at];
+        xy += x[at] * y[at];
+    }
+    xx = block_sum(xx, of_a);
+    yy = block_sum(yy, of_b);
+    xy = block_sum(xy, of_both);
+    const float norms = sqrtf(xx * yy);
+    if (threadIdx.x == 0) {
+        out[blockIdx.x] = norms > 0 ? xy / norms : 0.0f;
+    }
+}
+
+// The learned gate: sigmoid(weight . x + bias) of normed rows `x` [gates, width]. Row `i` is row `picks[i]` of the
+// pass; `probes` [depths, width + 1] holds one for each depth, its bias last. Grid [gates].
+extern "C" __global__ void __launch_bounds__(THREADS) gates(
+    const scalar* x, const int* picks, const Row* rows, const float* probes, int width, float* out) {
+    __shared__ float sums[WARPS];
+    if (picks[blockIdx.x] < 0) {
+        return;
+    }
+    const float* probe = probes + (long long)rows[picks[blockIdx.x]].depth * (width + 1);
+    x += (long long)blockIdx.x * width;
+    float sum = 0;
+    for (int at = threadIdx.x; at < width; at += THREADS) {
+        sum += to_float(x[at]) * probe[at];
+    }
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0) {
+        out[blockIdx.x] = 1.0f / (1.0f + expf(-(sum + probe[width])));
+    }
+}

@@ -1,0 +1,113 @@
+// Storage types, 16-byte loads of them, and sums over warps and blocks.
+//
+// The files of this folder are one source, joined by `source.rs`, and are compiled three times over: at run time by
+// NVRTC, by the compile check for every architecture, and by a C++ compiler for the CPU behind `emulation.h`. So they
+// include no header. What a model fixes comes as macros:
+//   SCALAR        f32, f16 or bf16: how weights, activations, keys and values are stored; sums are always in f32
+//   HEAD_DIM      width of a head
+//   GROUP         query heads that share what is loaded of a key-value head
+//   BLOCK_TOKENS  positions of a KV block
+
+typedef float f32;
+struct f16 { unsigned short bits; };
+struct bf16 { unsigned short bits; };
+typedef SCALAR scalar;
+
+#define NEGATIVE_INFINITY __int_as_float(0xff800000)
+#define NOT_A_NUMBER __int_as_float(0x7fc00000)
+#define FULL_WARP 0xffffffffu
+constexpr int WARP = 32;
+// Threads of a block of every kernel.
+constexpr int THREADS = 128;
+constexpr int WARPS = THREADS / WARP;
+
+#ifdef __CUDACC__
+__device__ inline float half_to_float(unsigned short bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+__device__ inline unsigned short float_to_half(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+__device__ inline unsigned short float_to_bfloat(float x) {
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif
+
+__device__ inline float to_float(f32 x) { return x; }
+__device__ inline float to_float(f16 x) { return half_to_float(x.bits); }
+__device__ inline float to_float(bf16 x) { return __int_as_float(int(unsigned(x.bits) << 16)); }
+__device__ inline void store(f32* to, float x) { *to = x; }
+__device__ inline void store(f16* to, float x) { to->bits = float_to_half(x); }
+__device__ inline void store(bf16* to, float x) { to->bits = float_to_bfloat(x); }
+
+// As many numbers as one load takes.
+template <class T> struct alignas(16) Pack {
+    static constexpr int SIZE = 16 / int(sizeof(T));
+    T numbers[SIZE];
+};
+
+template <class T> __device__ inline Pack<T> load_pack(const T* from) {
+    Pack<T> pack;
+    *reinterpret_cast<uint4*>(&pack) = *reinterpret_cast<const uint4*>(from);
+    return pack;
+}
+
+template <class T> __device__ inline void store_pack(T* to, const Pack<T>& pack) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&pack);
+}
+
+template <class T> __device__ inline Pack<T> zero_pack() {
+    Pack<T> pack;
+    *reinterpret_cast<uint4*>(&pack) = make_uint4(0, 0, 0, 0);
+    return pack;
+}
+
+// The sum over the lanes of a warp, in each of them.
+__device__ inline float warp_sum(float x) {
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        x += __shfl_xor_sync(FULL_WARP, x, step);
+    }
+    return x;
+}
+
+__device__ inline float warp_max(float x) {
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, step));
+    }
+    return x;
+}
+
+// The sum over the threads of a block, in each of them. `sums` is shared memory of its own.
+__device__ inline float block_sum(float x, float (&sums)[WARPS]) {
+    x = warp_sum(x);
+    if (threadIdx.x % WARP == 0) {
+        sums[threadIdx.x / WARP] = x;
+    }
+    __syncthreads();
+    float sum = 0;
+    for (int warp = 0; warp < WARPS; warp++) {
+        sum += sums[warp];
+    }
+    return sum;
+}
+
+// What the kernels know of a row of the pass; a row that pads a batch has no position (-1).
+struct Row {
+    int position;
+    int depth;
+    // The depths whose key and value it leaves.
+    int first_fill, end_fill;
+    // Where in the block table its sequence's blocks start.
+    int first_block;
+    // Its first item of decode attention.
+    int first_item;
+};
+
+// Which of `sets` sets of parameters, one for all depths or one for each, a row takes.
+__device__ inline int set_of(int sets, int depth) { return sets == 1 ? 0 : depth; }

@@ -1,0 +1,126 @@
+// How sure the model is: exit signals and the next token, in one sweep over the logits as the head's product leaves
+// them.
+
+constexpr int SLICE = 16 * THREADS;   // logits of a slice
+
+// What is known of part of a row of logits.
+struct Sweep {
+    float top, second;
+    // Of exp(logit - top), and of that times (logit - top).
+    float sum, weighted;
+    // The greatest of logit / temperature + noise, and the token that has it.
+    double score;
+    int token;
+};
+
+struct Verdict {
+    // Probability of the most likely token (not a number if a logit is not finite), and that less the second's.
+    float top1, margin;
+    // Of the distribution, in nats.
+    float entropy;
+    float log_sum_exp;
+    // The token drawn.
+    int token;
+};
+
+__device__ inline Sweep nothing_swept() {
+    const double lowest = NEGATIVE_INFINITY;
+    return {NEGATIVE_INFINITY, NEGATIVE_INFINITY, 0, 0, lowest, 0x7fffffff};
+}
+
+// A share of a sum, of a greatest term `top`, in terms of a greater one.
+__device__ inline void rescale(float& sum, float& weighted, float top, float greater) {
+    if (top == greater || sum == 0) {
+        return;
+    }
+    const float below = top - greater, factor = expf(below);
+    weighted = factor * (weighted + sum * below);
+    sum *= factor;
+}
+
+// Of equal scores the first token wins.
+__device__ inline Sweep joined(Sweep a, Sweep b) {
+    const float top = fmaxf(a.top, b.top);
+    rescale(a.sum, a.weighted, a.top, top);
+    rescale(b.sum, b.weighted, b.top, top);
+    const bool first = a.score > b.score || (a.score == b.score && a.token < b.token);
+    return {top, fmaxf(fminf(a.top, b.top), fmaxf(a.second, b.second)), a.sum + b.sum, a.weighted + b.weighted,
+            first ? a.score : b.score, first ? a.token : b.token};
+}
+
+__device__ inline Sweep shuffled(const Sweep& a, int step) {
+    return {__shfl_xor_sync(FULL_WARP, a.top, step), __shfl_xor_sync(FULL_WARP, a.second, step),
+            __shfl_xor_sync(FULL_WARP, a.sum, step), __shfl_xor_sync(FULL_WARP, a.weighted, step),
+            __shfl_xor_sync(FULL_WARP, a.score, step), __shfl_xor_sync(FULL_WARP, a.token, step)};
+}
+
+// What the threads of a block have swept, in the first of them.
+__device__ inline Sweep block_joined(Sweep mine, Sweep (&of_warps)[WARPS]) {
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        mine = joined(mine, shuffled(mine, step));
+    }
+    if (threadIdx.x % WARP == 0) {
+        of_warps[threadIdx.x / WARP] = mine;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int warp = 1; warp < WARPS; warp++) {
+            mine = joined(mine, of_warps[warp]);
+        }
+    }
+    return mine;
+}
+
+// A bijection that scatters neighbours (the finalizer of SplitMix64, after a step).
+__device__ inline unsigned long long mix(unsigned long long number) {
+    unsigned long long z = number + 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+// Standard Gumbel noise of a token under a key.
+__device__ inline double gumbel(unsigned long long key, unsigned long long token) {
+    const double uniform = (double(mix(key ^ mix(token)) >> 11) + 0.5) / double(1ull << 53);
+    return -log(-log(uniform));
+}
+
+// Sweeps `logits` [rows, vocab]. Grid [rows, slices of the vocabulary]; `partial` [rows, slices].
+extern "C" __global__ void __launch_bounds__(THREADS) sweep_logits(
+    const float* logits, const unsigned long long* keys, int vocab, float temperature, Sweep* partial) {
+    __shared__ Sweep of_warps[WARPS];
+    const float* row = logits + (long long)blockIdx.x * vocab;
+    const int end = min(vocab, int(blockIdx.y + 1) * SLICE);
+    Sweep mine = nothing_swept();
+    for (int token = blockIdx.y * SLICE + threadIdx.x; token < end; token += THREADS) {
+        const float logit = row[token];
+        double score = logit;
+        if (temperature > 0) {
+            score = double(logit / temperature) + gumbel(keys[blockIdx.x], token);
+        }
+        // What is no number must show in the sum.
+        const float one = logit == logit ? 1.0f : logit;
+        mine = joined(mine, {logit, NEGATIVE_INFINITY, one, 0, score, token});
+    }
+    mine = block_joined(mine, of_warps);
+    if (threadIdx.x == 0) {
+        partial[(long long)blockIdx.x * gridDim.y + blockIdx.y] = mine;
+    }
+}
+
+// Joins the slices of each row. Grid [rows].
+extern "C" __global__ void __launch_bounds__(THREADS) judge_rows(const Sweep* partial, int slices, Verdict* out) {
+    __shared__ Sweep of_warps[WARPS];
+    Sweep mine = nothing_swept();
+    for (int slice = threadIdx.x; slice < slices; slice += THREADS) {
+        mine = joined(mine, partial[(long long)blockIdx.x * slices + slice]);
+    }
+    mine = block_joined(mine, of_warps);
+    if (threadIdx.x == 0) {
+        const bool finite = mine.top - mine.top == 0;
+        const float top1 = finite ? 1.0f / mine.sum : NOT_A_NUMBER;
+        const float log_sum = logf(mine.sum);
+        out[blockIdx.x] = {top1, top1 - expf(mine.second - mine.top) * top1,
+                           fmaxf(log_sum - mine.weighted / mine.sum, 0.0f), mine.top + log_sum, mine.token};
+    }
+}

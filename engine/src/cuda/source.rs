@@ -1,0 +1,123 @@
+//! The kernels' source, joined and specialized.
+
+use candle_core::{Result, bail};
+
+/// How weights, activations, keys and values are stored on the device; sums are always in `f32`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scalar {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper halves of 32-bit floats, rounded.
+    Bf16,
+}
+
+impl Scalar {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// As the kernels name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// Bytes of a number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// Numbers that one load of 16 bytes takes.
+    pub fn pack(self) -> usize {
+        16 / self.bytes()
+    }
+}
+
+/// What a model fixes of the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Specialization {
+    /// Storage.
+    pub scalar: Scalar,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Query heads that attend together to what is loaded of a key-value head.
+    pub group: usize,
+    /// Positions of a KV block.
+    pub block_tokens: usize,
+}
+
+/// Widest head: the kernels hold heads in shared memory.
+pub const MAX_HEAD_DIM: usize = 256;
+/// Most query heads that attend together: their sums fit the registers.
+pub const MAX_GROUP: usize = 8;
+
+impl Specialization {
+    /// The kernels of a model whose query heads come `heads_per_kv_head` to a key-value head.
+    ///
+    /// # Errors
+    /// If heads are wider than [`MAX_HEAD_DIM`] or cannot be read in loads of 16 bytes.
+    pub fn new(scalar: Scalar, head_dim: usize, heads_per_kv_head: usize, block_tokens: usize) -> Result<Self> {
+        if head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(scalar.pack()) {
+            bail!(
+                "a head is {head_dim} wide: in {} the GPU kernels take multiples of {}, up to {MAX_HEAD_DIM}",
+                scalar.name(),
+                scalar.pack()
+            );
+        }
+        let divides = |group: &usize| heads_per_kv_head.is_multiple_of(*group);
+        let group = (1..=MAX_GROUP).rev().find(divides).expect("1 divides every number");
+        Ok(Self { scalar, head_dim, group, block_tokens })
+    }
+
+    /// What NVRTC or a C++ compiler is to compile.
+    pub fn source(&self) -> String {
+        let Self { scalar, head_dim, group, block_tokens } = self;
+        let mut source =
+            format!("#define SCALAR {}\n#define HEAD_DIM {head_dim}\n#define GROUP {group}\n", scalar.name());
+        source += &format!("#define BLOCK_TOKENS {block_tokens}\n");
+        for (name, text) in FILES {
+            source += &format!("#line 1 \"{name}\"\n{text}");
+        }
+        source
+    }
+}
+
+const FILES: [(&str, &str); 6] = [
+    ("scalar.cuh", include_str!("scalar.cuh")),
+    ("attention.cu", include_str!("attention.cu")),
+    ("norm.cu", include_str!("norm.cu")),
+    ("rows.cu", include_str!("rows.cu")),
+    ("lora.cu", include_str!("lora.cu")),
+    ("signals.cu", include_str!("signals.cu")),
+];
+
+/// Every kernel.
+pub const KERNELS: [&str; 20] = [
+    "store_kv",
+    "fill_deeper",
+    "attend_splits",
+    "attend_join",
+    "attend_tiles",
+    "norm_rows",
+    "add_normed",
+    "norm_heads",
+    "enter_rows",
+    "keep_rows",
+    "add_bias_to_rows",
+    "add_bias_to_residual",
+    "activate",
+    "cosines",
+    "gates",
+    "lora_shrink",
+    "lora_expand",
+    "lora_expand_f32",
+    "sweep_logits",
+    "judge_rows",
+];

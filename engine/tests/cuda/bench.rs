@@ -1,0 +1,172 @@
+//! Random numbers on an emulated device, and the same for the CPU operations.
+
+use std::sync::Arc;
+
+use candle_core::{Device as CandleDevice, Tensor};
+use engine::cuda::device::{Device, Plain, Stored, View, bytes_of, bytes_of_mut};
+use engine::cuda::kernels::Kernels;
+use engine::cuda::source::{Scalar, Specialization};
+use engine::kernels::signals::mix;
+use half::{bf16, f16};
+
+use crate::emulator::{Emulator, Memory};
+
+/// Random numbers of a seed.
+pub struct Dice(u64);
+
+impl Dice {
+    pub fn new(seed: u64) -> Self {
+        Self(mix(seed))
+    }
+
+    pub fn bits(&mut self) -> u64 {
+        self.0 = mix(self.0);
+        self.0
+    }
+
+    /// From `0` to `end - 1`.
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.bits() % end as u64) as usize
+    }
+
+    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+
+    /// From -1 to 1.
+    pub fn number(&mut self) -> f32 {
+        ((self.bits() >> 40) as f32 / (1 << 23) as f32) - 1.0
+    }
+
+    pub fn numbers(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.number()).collect()
+    }
+}
+
+/// A number as it is stored.
+pub fn rounded(scalar: Scalar, x: f32) -> f32 {
+    match scalar {
+        Scalar::F32 => x,
+        Scalar::F16 => f16::from_f32(x).to_f32(),
+        Scalar::Bf16 => bf16::from_f32(x).to_f32(),
+    }
+}
+
+/// How far results may lie from those of the CPU operation, for results around 1: sums in another order in `f32`, and
+/// rounding to storage on the way.
+pub fn tolerance(scalar: Scalar) -> f32 {
+    match scalar {
+        Scalar::F32 => 2e-5,
+        Scalar::F16 => 3e-3,
+        Scalar::Bf16 => 2e-2,
+    }
+}
+
+/// Checks that results are close to what is expected; what is not a number is close to nothing.
+pub fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
+    assert_eq!(found.len(), expected.len(), "{what}: other lengths");
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let error = (found - expected).abs();
+        assert!(error <= tolerance * (1.0 + expected.abs()), "{what}: number {i} is {found}, expected {expected}");
+    }
+}
+
+/// An emulated device with the kernels of a specialization.
+pub struct Bench {
+    pub emulator: Arc<Emulator>,
+    pub specialization: Specialization,
+}
+
+/// Memory of the device and what it holds.
+pub struct Held<T> {
+    pub view: View<T>,
+    pub memory: Memory,
+    count: usize,
+}
+
+impl Bench {
+    /// None if there is no C++ compiler.
+    pub fn new(specialization: Specialization) -> Option<Self> {
+        Some(Self { emulator: Emulator::new(specialization)?, specialization })
+    }
+
+    /// With kernels for small heads, for what attends not.
+    pub fn of(scalar: Scalar) -> Option<Self> {
+        Self::new(Specialization::new(scalar, 64, 2, 16).unwrap())
+    }
+
+    pub fn kernels(&self) -> Kernels<'_, Emulator> {
+        Kernels { device: &*self.emulator, specialization: self.specialization }
+    }
+
+    pub fn scalar(&self) -> Scalar {
+        self.specialization.scalar
+    }
+
+    fn held<T>(&self, bytes: usize, count: usize) -> Held<T> {
+        let memory = self.emulator.allocate(bytes).unwrap();
+        Held { view: View::new(self.emulator.address(&memory), count), memory, count }
+    }
+
+    /// Memory for `count` numbers, NaN all of them.
+    pub fn empty<T: Plain>(&self, count: usize) -> Held<T> {
+        self.held(count * size_of::<T>(), count)
+    }
+
+    pub fn bytes(&self, count: usize) -> Held<u8> {
+        self.held(count, count)
+    }
+
+    pub fn empty_stored(&self, count: usize) -> Held<Stored> {
+        self.held(count * self.scalar().bytes(), count)
+    }
+
+    pub fn put<T: Plain>(&self, numbers: &[T]) -> Held<T> {
+        let held = self.empty(numbers.len());
+        self.emulator.upload(&held.memory, bytes_of(numbers)).unwrap();
+        held
+    }
+
+    pub fn get<T: Plain + Default>(&self, held: &Held<T>) -> Vec<T> {
+        let mut numbers = vec![T::default(); held.count];
+        self.emulator.download(&held.memory, bytes_of_mut(&mut numbers)).unwrap();
+        numbers
+    }
+
+    /// Numbers rounded to how they are stored.
+    pub fn store(&self, numbers: &[f32]) -> Held<Stored> {
+        let held = self.empty_stored(numbers.len());
+        let bytes: Vec<u8> = match self.scalar() {
+            Scalar::F32 => bytes_of(numbers).to_vec(),
+            Scalar::F16 => numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            Scalar::Bf16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        };
+        self.emulator.upload(&held.memory, &bytes).unwrap();
+        held
+    }
+
+    pub fn stored(&self, held: &Held<Stored>) -> Vec<f32> {
+        let mut bytes = vec![0; held.count * self.scalar().bytes()];
+        self.emulator.download(&held.memory, &mut bytes).unwrap();
+        match self.scalar() {
+            Scalar::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+            Scalar::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            Scalar::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        }
+    }
+
+    /// Random numbers as they are stored.
+    pub fn random(&self, dice: &mut Dice, count: usize) -> Vec<f32> {
+        dice.numbers(count).into_iter().map(|x| rounded(self.scalar(), x)).collect()
+    }
+}
+
+/// A matrix for the CPU operations.
+pub fn matrix(numbers: &[f32], width: usize) -> Tensor {
+    Tensor::from_slice(numbers, (numbers.len() / width, width), &CandleDevice::Cpu).unwrap()
+}
+
+/// All numbers of a tensor.
+pub fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}

@@ -1,0 +1,105 @@
+//! Kernels broken on purpose: the emulation must not take them for whole.
+
+use engine::cache::Kept;
+use engine::cuda::source::{Scalar, Specialization};
+
+use crate::attention::{Case, Chunk, SHAPES};
+use crate::bench::{Bench, Dice};
+use crate::emulator::Emulator;
+
+/// Whether attention comes out wrong, or the launch fails, when `from` is replaced by `to` in the kernels.
+fn caught(from: &str, to: &str) -> Option<String> {
+    let mut dice = Dice::new(5);
+    let chunks = [(40, 1, 0), (300, 1, 1), (3, 30, 2)];
+    let chunks = chunks.map(|(history, rows, depth)| Chunk { history, rows, depth }).to_vec();
+    let mut case = Case::new(SHAPES[0], chunks, Kept::AtEachDepth(0), &mut dice)?;
+    case.check();
+    let whole = case.bench.specialization.source();
+    assert_eq!(whole.matches(from).count(), 1, "`{from}` is not in the kernels once");
+    case.bench.emulator = Emulator::of_source(&whole.replace(from, to), 1)?.into();
+    let wrong = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| case.check()));
+    let message = wrong.expect_err("a broken kernel passes for a whole one");
+    Some(message.downcast_ref::<String>().expect("a formatted message").clone())
+}
+
+fn assert_caught(from: &str, to: &str, by: &str) {
+    if let Some(message) = caught(from, to) {
+        assert!(message.contains(by), "{message}");
+    }
+}
+
+#[test]
+fn a_page_index_off_by_one_is_caught() {
+    assert_caught(
+        "const int block = visible[key] ? block_table[row.first_block + position / BLOCK_TOKENS] : 0;",
+        "const int block = visible[key] ? block_table[row.first_block + (position + 1) / BLOCK_TOKENS] : 0;",
+        "expected",
+    );
+}
+
+#[test]
+fn a_key_read_beyond_the_last_is_caught() {
+    assert_caught(
+        "visible[key] = position >= first && position < end;",
+        "visible[key] = position >= first && position <= end;",
+        "is NaN, expected",
+    );
+}
+
+#[test]
+fn a_missing_barrier_is_caught() {
+    assert_caught("    __syncthreads();\n\n    const bool whole", "\n    const bool whole", "expected");
+}
+
+#[test]
+fn a_missing_barrier_before_shared_memory_is_written_again_is_caught() {
+    assert_caught("step += KEYS_OF_STEP) {\n        __syncthreads();", "step += KEYS_OF_STEP) {", "expected");
+}
+
+#[test]
+fn a_barrier_that_some_threads_miss_is_caught() {
+    assert_caught(
+        "    __syncthreads();\n\n    const bool whole",
+        "    if (threadIdx.x < 100) { __syncthreads(); }\n\n    const bool whole",
+        "a barrier or shuffle that not all threads reach",
+    );
+}
+
+#[test]
+fn a_shuffle_across_too_few_lanes_is_caught() {
+    assert_caught("half = LANES / 2; half > 0", "half = LANES / 2; half > 1", "expected");
+}
+
+#[test]
+fn an_index_beyond_shared_memory_is_caught() {
+    assert_caught(
+        "tops[warp][head] = seen.top[head];",
+        "tops[warp + WARPS][head] = seen.top[head];",
+        "beyond an array",
+    );
+}
+
+#[test]
+fn a_misaligned_load_is_caught() {
+    assert_caught(
+        "keys[key][n] = there ? load_pack(from + pack * PACK) : zero_pack<scalar>();",
+        "keys[key][n] = there ? load_pack(from + pack * PACK + 1) : zero_pack<scalar>();",
+        "misaligned",
+    );
+}
+
+#[test]
+fn an_access_beyond_memory_is_caught() {
+    let specialization = Specialization::new(Scalar::F32, 64, 2, 16).unwrap();
+    let whole = specialization.source();
+    let Some(emulator) =
+        Emulator::of_source(&whole.replace("at < width; at += THREADS", "at <= width; at += THREADS"), 1)
+    else {
+        return;
+    };
+    let bench = Bench { emulator: emulator.into(), specialization };
+    let (rows, places) = (bench.put(&[1.0_f32; 64]), bench.put(&[0]));
+    let target = bench.empty::<f32>(64);
+    let error = bench.kernels().keep_rows(rows.view, places.view, 64, target.view).unwrap_err();
+    assert!(error.to_string().contains("out of bounds"), "{error}");
+}

@@ -1,0 +1,359 @@
+//! Every kernel but attention's, against the CPU operation.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+use engine::config::{Activation, Norm};
+use engine::cuda::kernels::{Formula, Kernels, LoraInputs, Part, Verdict};
+use engine::cuda::pass::{OnDevice, PassRows};
+use engine::cuda::source::Scalar;
+use engine::kernels::activation::activate;
+use engine::kernels::attention::Row;
+use engine::kernels::linear::{Linear, WeightType};
+use engine::kernels::norm::{self, HeadNorm};
+use engine::kernels::rows::{Source, add_bias, cosines, gather, probe_rows, scale, scatter};
+use engine::kernels::signals::{mix, read};
+
+use crate::bench::{Bench, Dice, Held, assert_close, matrix, numbers, rounded, tolerance};
+use crate::emulator::Emulator;
+
+const DEPTHS: usize = 3;
+const ROWS: [usize; 5] = [1, 2, 17, 64, 257];
+
+/// Rows of random depths, on the device and as the CPU operations take them.
+fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (OnDevice<Emulator>, Vec<(usize, Range<usize>)>) {
+    let mut depths: Vec<usize> = (0..count).map(|_| dice.below(DEPTHS)).collect();
+    depths.sort_unstable();
+    let blocks: Vec<[u32; 1]> = (0..count as u32).map(|block| [block]).collect();
+    let places = depths.iter().zip(&blocks);
+    let rows: Vec<Row<'_>> =
+        places.map(|(&depth, blocks)| Row { position: 0, depth, fills: depth..depth + 1, blocks }).collect();
+    let mut start = 0;
+    let ranges = depths.chunk_by(|a, b| a == b).map(|of_depth| {
+        start += of_depth.len();
+        (of_depth[0], start - of_depth.len()..start)
+    });
+    (PassRows::new(&rows).upload(&*bench.emulator).unwrap(), ranges.collect())
+}
+
+/// Runs a test for every storage type and count of rows.
+fn for_each_size(test: impl Fn(&Bench, &mut Dice, usize)) {
+    for scalar in Scalar::ALL {
+        let Some(bench) = Bench::of(scalar) else { return };
+        for rows in ROWS {
+            test(&bench, &mut Dice::new(rows as u64), rows);
+        }
+    }
+}
+
+fn plus_one(numbers: Vec<f32>) -> Vec<f32> {
+    numbers.into_iter().map(|x| 1.0 + 0.5 * x).collect()
+}
+
+#[test]
+fn norms_are_those_of_the_cpu() {
+    for_each_size(|bench, dice, count| {
+        let (kind, sets, width) =
+            (dice.pick(&[Norm::Rms, Norm::Layer]), dice.pick(&[1, DEPTHS]), dice.pick(&[1, 24, 129, 576]));
+        let (rows, depths) = rows_by_depth(bench, dice, count);
+        let vectors = plus_one(dice.numbers(sets * width * if kind == Norm::Layer { 2 } else { 1 }));
+        let on_device = bench.put(&vectors);
+        let cpu = norm::Norm::new(matrix(&vectors, vectors.len() / sets), kind, 1e-5, width);
+        let formula = Formula::new(kind, width, sets, 1e-5);
+        let what = format!("{kind:?} norm of {count} rows of {width}, {sets} sets");
+
+        let x = dice.numbers(count * width);
+        let out = bench.empty_stored(count * width);
+        let kernels = bench.kernels();
+        let residual = bench.put(&x);
+        kernels.norm_rows(residual.view, None, rows.rows, on_device.view, formula, out.view).unwrap();
+        let expected = numbers(&cpu.forward(&matrix(&x, width), &depths).unwrap());
+        assert_close(&what, &bench.stored(&out), &expected, tolerance(bench.scalar()));
+
+        let picks: Vec<i32> = (0..count.div_ceil(2)).map(|_| dice.below(count) as i32).collect();
+        let (picked, out) = (bench.put(&picks), bench.empty_stored(picks.len() * width));
+        kernels.norm_rows(residual.view, Some(picked.view), rows.rows, on_device.view, formula, out.view).unwrap();
+        let expected: Vec<f32> =
+            picks.iter().flat_map(|&row| expected[row as usize * width..][..width].to_vec()).collect();
+        assert_close(&what, &bench.stored(&out), &expected, tolerance(bench.scalar()));
+
+        let y = bench.random(dice, count * width);
+        kernels.add_normed(bench.store(&y).view, rows.rows, on_device.view, formula, residual.view).unwrap();
+        let sum = matrix(&x, width);
+        cpu.add_to(&sum, &matrix(&y, width), &depths).unwrap();
+        assert_close(&what, &bench.get(&residual), &numbers(&sum), tolerance(Scalar::F32));
+    });
+}
+
+#[test]
+fn head_norms_are_those_of_the_cpu() {
+    for_each_size(|bench, dice, count| {
+        let (kind, sets, width) =
+            (dice.pick(&[Norm::Rms, Norm::Layer]), dice.pick(&[1, DEPTHS]), dice.pick(&[8, 64, 80]));
+        let (heads, kv_heads) = dice.pick(&[(1, 1), (4, 2), (9, 3)]);
+        let (rows, depths) = rows_by_depth(bench, dice, count);
+        let vectors = plus_one(dice.numbers(sets * 2 * width * if kind == Norm::Layer { 2 } else { 1 }));
+        let cpu = HeadNorm::new(matrix(&vectors, vectors.len() / sets), kind, 1e-5, width, heads, kv_heads);
+        let x = bench.random(dice, count * (heads + 2 * kv_heads) * width);
+        let (qkv, of_cpu) = (bench.store(&x), matrix(&x, (heads + 2 * kv_heads) * width));
+        let formula = Formula::new(kind, width, sets, 1e-5);
+        let vectors = bench.put(&vectors);
+        bench.kernels().norm_heads(qkv.view, rows.rows, vectors.view, formula, heads, kv_heads).unwrap();
+        cpu.apply(&of_cpu, &depths).unwrap();
+        assert_close("heads", &bench.stored(&qkv), &numbers(&of_cpu), tolerance(bench.scalar()));
+    });
+}
+
+#[test]
+fn rows_enter_and_are_kept_as_on_the_cpu() {
+    for_each_size(|bench, dice, count| {
+        let (width, capacity, factor) = (dice.pick(&[1, 30, 576]), count + 3, 1.5);
+        let (embedding, arena) = (bench.random(dice, 11 * width), dice.numbers(capacity * width));
+        let sources: Vec<i32> = (0..count)
+            .map(|_| match dice.below(2) {
+                0 => dice.below(11) as i32,
+                _ => -1 - dice.below(capacity) as i32,
+            })
+            .collect();
+        let (in_flight, out) = (bench.put(&arena), bench.empty::<f32>(count * width));
+        let on_device = (bench.store(&embedding), bench.put(&sources));
+        let kernels = bench.kernels();
+        kernels.enter_rows(on_device.0.view, in_flight.view, on_device.1.view, width, factor, out.view).unwrap();
+        let scaled = matrix(&embedding, width);
+        scale(&scaled, factor).unwrap();
+        let source = |&source: &i32| match source {
+            0.. => Source::First(source as u32),
+            _ => Source::Second((-1 - source) as u32),
+        };
+        let target = matrix(&arena, width);
+        let entered = gather(&scaled, &target, &sources.iter().map(source).collect::<Vec<_>>()).unwrap();
+        assert_eq!(bench.get(&out), numbers(&entered));
+
+        let mut places: Vec<i32> = (0..capacity as i32).collect();
+        (0..capacity).for_each(|i| places.swap(i, dice.below(capacity)));
+        places.truncate(count);
+        places.iter_mut().step_by(3).for_each(|place| *place = -1);
+        kernels.keep_rows(out.view, bench.put(&places).view, width, in_flight.view).unwrap();
+        let places: Vec<Option<u32>> = places.into_iter().map(|place| u32::try_from(place).ok()).collect();
+        scatter(&target, &entered, &places).unwrap();
+        assert_eq!(bench.get(&in_flight), numbers(&target));
+    });
+}
+
+#[test]
+fn biases_are_added_as_on_the_cpu() {
+    for_each_size(|bench, dice, count| {
+        let (width, sets) = (dice.pick(&[1, 30, 576]), dice.pick(&[1, DEPTHS]));
+        let (rows, depths) = rows_by_depth(bench, dice, count);
+        let (x, biases) = (bench.random(dice, count * width), dice.numbers(sets * width));
+        let (stored, residual, on_device) = (bench.store(&x), bench.put(&x), bench.put(&biases));
+        bench.kernels().add_bias(stored.view, rows.rows, on_device.view, sets, width).unwrap();
+        bench.kernels().add_bias_to_residual(residual.view, rows.rows, on_device.view, sets, width).unwrap();
+        let expected = matrix(&x, width);
+        add_bias(&expected, &matrix(&biases, width), &depths).unwrap();
+        let expected = numbers(&expected);
+        assert_eq!(bench.get(&residual), expected);
+        let expected: Vec<f32> = expected.into_iter().map(|x| rounded(bench.scalar(), x)).collect();
+        assert_eq!(bench.stored(&stored), expected);
+    });
+}
+
+#[test]
+fn activations_are_those_of_the_cpu() {
+    for_each_size(|bench, dice, count| {
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
+            let (inner, gated) = (dice.pick(&[1, 7, 64, 1536]), dice.pick(&[true, false]));
+            let width = if gated { 2 * inner } else { inner };
+            let x: Vec<f32> = bench.random(dice, count * width).iter().map(|x| 4.0 * x).collect();
+            let out = bench.empty_stored(count * inner);
+            bench.kernels().activate(bench.store(&x).view, count, inner, gated, activation, out.view).unwrap();
+            let expected = numbers(&activate(&matrix(&x, width), activation, gated).unwrap());
+            let what = format!("{activation:?}, {inner} wide, gated {gated}");
+            assert_close(&what, &bench.stored(&out), &expected, tolerance(bench.scalar()));
+        }
+    });
+}
+
+#[test]
+fn cosines_are_those_of_the_cpu() {
+    for_each_size(|bench, dice, count| {
+        let width = dice.pick(&[1, 100, 576]);
+        let (mut a, b) = (dice.numbers(count * width), dice.numbers(count * width));
+        a[..width].fill(0.0);
+        let ours: Vec<i32> = (0..count as i32).collect();
+        let theirs: Vec<i32> = ours.iter().map(|_| dice.below(count) as i32).collect();
+        let (x, y, out) = (bench.put(&a), bench.put(&b), bench.empty::<f32>(count));
+        let (ours, picked) = (bench.put(&ours), bench.put(&theirs));
+        bench.kernels().cosines((x.view, ours.view), (y.view, picked.view), width, out.view).unwrap();
+        let rows: Vec<Source> = theirs.iter().map(|&row| Source::First(row as u32)).collect();
+        let b = matrix(&b, width);
+        let expected = cosines(&matrix(&a, width), &gather(&b, &b, &rows).unwrap()).unwrap();
+        assert_close("cosines", &bench.get(&out), &numbers(&expected), 2e-6);
+    });
+}
+
+#[test]
+fn gates_are_those_of_the_cpu() {
+    for_each_size(|bench, dice, count| {
+        let width = dice.pick(&[1, 100, 576]);
+        let (rows, depths) = rows_by_depth(bench, dice, count);
+        let (x, probes) = (bench.random(dice, count * width), dice.numbers(DEPTHS * (width + 1)));
+        let (picks, out) = (bench.put(&(0..count as i32).collect::<Vec<_>>()), bench.empty::<f32>(count));
+        let on_device = (bench.store(&x), bench.put(&probes));
+        bench.kernels().gates(on_device.0.view, picks.view, rows.rows, on_device.1.view, width, out.view).unwrap();
+        let expected = probe_rows(&matrix(&x, width), &matrix(&probes, width + 1), &depths).unwrap();
+        assert_close("gates", &bench.get(&out), &numbers(&expected), 1e-5);
+    });
+}
+
+/// Adapters of projections of one input at every depth.
+struct Lora {
+    /// By depth the downs of all parts, `[ranks, inputs]`.
+    downs: Vec<Vec<f32>>,
+    /// By part, by depth, `[outputs, rank]`.
+    ups: Vec<Vec<Vec<f32>>>,
+    /// Rank and outputs of each part.
+    shape: Vec<(usize, usize)>,
+    inputs: usize,
+}
+
+impl Lora {
+    fn random(bench: &Bench, dice: &mut Dice, depths: usize, shape: &[(usize, usize)], inputs: usize) -> Self {
+        let ranks: usize = shape.iter().map(|part| part.0).sum();
+        let smaller = |numbers: Vec<f32>| numbers.iter().map(|x| rounded(bench.scalar(), x / 16.0)).collect();
+        Self {
+            downs: (0..depths).map(|_| smaller(bench.random(dice, ranks * inputs))).collect(),
+            ups: shape
+                .iter()
+                .map(|(rank, outputs)| (0..depths).map(|_| smaller(bench.random(dice, outputs * rank))).collect())
+                .collect(),
+            shape: shape.to_vec(),
+            inputs,
+        }
+    }
+
+    fn outputs(&self) -> usize {
+        self.shape.iter().map(|part| part.1).sum()
+    }
+
+    /// The parts that have a rank, and the ups of all depths, `[ranks, outputs]` each.
+    fn parts(&self) -> (Vec<Part>, Vec<f32>) {
+        let (mut parts, mut ups): (Vec<Part>, Vec<f32>) = Default::default();
+        let (mut first_rank, mut first_output) = (0, 0);
+        for (&(rank, outputs), by_depth) in self.shape.iter().zip(&self.ups) {
+            if rank > 0 {
+                let (ranks, at) = (rank as i32, ups.len() as i64);
+                parts.push(Part { first_rank, ranks, first_output, outputs: outputs as i32, at });
+            }
+            for up in by_depth {
+                ups.extend((0..rank).flat_map(|r| (0..outputs).map(move |output| up[output * rank + r])));
+            }
+            first_rank += rank as i32;
+            first_output += outputs as i32;
+        }
+        (parts, ups)
+    }
+
+    fn on_cpu(&self, y: &Tensor, x: &Tensor, depths: &[(usize, Range<usize>)]) {
+        for (depth, rows) in depths.iter().filter(|(depth, _)| *depth < self.downs.len()) {
+            let down = Linear::new(&matrix(&self.downs[*depth], self.inputs), WeightType::F32).unwrap();
+            let ups: Vec<(usize, Option<Tensor>)> = self
+                .shape
+                .iter()
+                .zip(&self.ups)
+                .map(|(&(rank, outputs), up)| (outputs, (rank > 0).then(|| matrix(&up[*depth], rank))))
+                .collect();
+            let ups: Vec<(usize, Option<&Tensor>)> = ups.iter().map(|(outputs, up)| (*outputs, up.as_ref())).collect();
+            let of_depth = |tensor: &Tensor| tensor.narrow(0, rows.start, rows.len()).unwrap();
+            let shrunk = down.forward(&of_depth(x)).unwrap();
+            Linear::diagonal(&ups).unwrap().add_to(&of_depth(y), &shrunk).unwrap();
+        }
+    }
+}
+
+#[test]
+fn lora_of_mixed_depths_is_that_of_the_cpu() {
+    let shapes: [&[(usize, usize)]; 6] = [
+        &[(1, 5)],
+        &[(0, 40), (8, 24), (0, 24)],
+        &[(3, 130), (3, 40), (5, 40)],
+        &[(64, 300)],
+        &[(16, 64), (0, 64)],
+        &[(512, 96)],
+    ];
+    for_each_size(|bench, dice, count| {
+        for shape in shapes {
+            let inputs = dice.pick(&[1, 40, 67, 576]);
+            let adapted = dice.pick(&[DEPTHS, DEPTHS - 1]);
+            let lora = Lora::random(bench, dice, adapted, shape, inputs);
+            let (rows, depths) = rows_by_depth(bench, dice, count);
+            let (x, y) = (bench.random(dice, count * inputs), bench.random(dice, count * lora.outputs()));
+            let ((parts, ups), ranks) = (lora.parts(), shape.iter().map(|part| part.0).sum());
+            let (parts, ups, downs) = (bench.put(&parts), bench.store(&ups), bench.store(&lora.downs.concat()));
+            let given = LoraInputs {
+                downs: downs.view,
+                ups: ups.view,
+                parts: parts.view,
+                widest: shape.iter().map(|part| part.1).max().unwrap(),
+                depths: adapted,
+                ranks,
+                inputs,
+                outputs: lora.outputs(),
+            };
+            let (shrunk, stored, residual) = (bench.empty::<f32>(count * ranks), bench.store(&y), bench.put(&y));
+            let kernels = bench.kernels();
+            kernels.lora_shrink(&given, bench.store(&x).view, count, rows.groups, shrunk.view).unwrap();
+            kernels.lora_expand(&given, shrunk.view, count, rows.groups, stored.view).unwrap();
+            kernels.lora_expand_f32(&given, shrunk.view, count, rows.groups, residual.view).unwrap();
+            let expected = matrix(&y, lora.outputs());
+            lora.on_cpu(&expected, &matrix(&x, inputs), &depths);
+            let what = format!("{shape:?}, {inputs} inputs, {count} rows");
+            assert_close(&what, &bench.get(&residual), &numbers(&expected), tolerance(Scalar::F32));
+            assert_close(&what, &bench.stored(&stored), &numbers(&expected), tolerance(bench.scalar()));
+        }
+    });
+}
+
+fn verdicts(bench: &Bench, logits: &[f32], vocab: usize, temperature: f32, keys: &[u64]) -> Vec<Verdict> {
+    let (logits, keys_held, out): (_, _, Held<Verdict>) = (bench.put(logits), bench.put(keys), bench.empty(keys.len()));
+    let scratch = bench.bytes(Kernels::<Emulator>::sweep_bytes(keys.len(), vocab));
+    let kernels = bench.kernels();
+    kernels.read_logits(logits.view, keys_held.view, vocab, temperature, scratch.view, out.view).unwrap();
+    bench.get(&out)
+}
+
+#[test]
+fn exit_signals_and_draws_are_those_of_the_cpu() {
+    let Some(bench) = Bench::of(Scalar::F32) else { return };
+    for (rows, vocab) in [(1, 1), (2, 2), (257, 37), (17, 2048), (3, 2049), (2, 49_152)] {
+        for temperature in [0.0, 0.7] {
+            let mut dice = Dice::new(vocab as u64);
+            // Coarse logits have equals.
+            let logits: Vec<f32> = dice.numbers(rows * vocab).iter().map(|x| (x * 60.0).round() / 8.0 - 3.0).collect();
+            let keys: Vec<u64> = (0..rows as u64).map(mix).collect();
+            let found = verdicts(&bench, &logits, vocab, temperature, &keys);
+            let expected = read(&matrix(&logits, vocab), temperature, &keys).unwrap();
+            for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let what = format!("row {row} of {vocab} logits");
+                let signals = [found.top1, found.margin, found.entropy];
+                assert_close(&what, &signals, &[expected.top1, expected.margin, expected.entropy], 1e-5);
+                assert_eq!(found.token as u32, expected.token, "{what} at temperature {temperature}");
+                let logits = &logits[row * vocab..][..vocab];
+                let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+                assert_close(&what, &[found.log_sum_exp], &[sum.ln() as f32], 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_that_are_not_finite_show_in_top1() {
+    let Some(bench) = Bench::of(Scalar::F32) else { return };
+    for bad in [f32::NAN, f32::INFINITY] {
+        for at in [0, 5, 2999] {
+            let mut logits = Dice::new(1).numbers(3000);
+            logits[at] = bad;
+            assert!(verdicts(&bench, &logits, 3000, 0.0, &[0])[0].top1.is_nan(), "{bad} at {at}");
+        }
+    }
+}
