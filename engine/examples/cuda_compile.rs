@@ -11,6 +11,7 @@ use std::ptr::null_mut;
 
 use engine::cuda::source::{KERNELS, Scalar, Specialization};
 use libloading::Library;
+use rayon::prelude::*;
 
 /// A100, RTX 30, RTX 40, H100, B200.
 const ARCHITECTURES: [u32; 5] = [80, 86, 89, 90, 100];
@@ -18,7 +19,7 @@ const ARCHITECTURES: [u32; 5] = [80, 86, 89, 90, 100];
 const HEADS: [(usize, usize); 4] = [(64, 3), (80, 1), (128, 4), (256, 8)];
 const BLOCK_TOKENS: usize = 16;
 
-type Error = Box<dyn std::error::Error>;
+type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// NVRTC, as `nvrtc.h` declares it.
 struct Nvrtc(Library);
@@ -92,17 +93,15 @@ struct Usage {
 
 /// Assembles PTX; gives what each kernel takes.
 fn assemble(toolkit: &Path, ptx: &[u8], architecture: u32) -> Result<BTreeMap<String, Usage>, Error> {
-    let folder = std::env::temp_dir().join(format!("depthwise-cuda-{}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
-    let file = folder.join("kernels.ptx");
+    let folder = tempfile::tempdir()?;
+    let (file, object) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
     std::fs::write(&file, ptx)?;
     let ptxas = toolkit.join("bin/ptxas");
     let output = Command::new(&ptxas)
         .args(["-v", &format!("-arch=sm_{architecture}"), "-o"])
-        .args([&folder.join("kernels.cubin"), &file])
+        .args([&object, &file])
         .output()
         .map_err(|error| format!("{}: {error}", ptxas.display()))?;
-    std::fs::remove_dir_all(&folder)?;
     let report = String::from_utf8_lossy(&output.stderr);
     match output.status.success() {
         true => Ok(read_report(&report)),
@@ -150,31 +149,30 @@ fn usages(
 fn run() -> Result<(), Error> {
     let toolkit: PathBuf = std::env::args_os().nth(1).ok_or("expected the folder of the CUDA toolkit")?.into();
     let nvrtc = Nvrtc::open(&toolkit)?;
+    let mut jobs = Vec::new();
+    for scalar in Scalar::ALL {
+        for (head_dim, heads_per_kv_head) in HEADS {
+            let kernels = Specialization::new(scalar, head_dim, heads_per_kv_head, BLOCK_TOKENS)?;
+            jobs.extend(ARCHITECTURES.map(|architecture| (kernels, architecture)));
+        }
+    }
+    let compile = |(kernels, architecture): &(Specialization, u32)| usages(&nvrtc, &toolkit, kernels, *architecture);
+    let compiled = jobs.par_iter().map(compile).collect::<Result<Vec<_>, _>>()?;
     println!("type,head_dim,group,architecture,kernel,registers,shared_bytes,spilled_bytes");
     let mut spilling = 0;
-    for (scalar, (head_dim, heads_per_kv_head)) in iproduct(Scalar::ALL, HEADS) {
-        let kernels = Specialization::new(scalar, head_dim, heads_per_kv_head, BLOCK_TOKENS)?;
-        for architecture in ARCHITECTURES {
-            for (kernel, Usage { registers, shared_bytes, spilled_bytes }) in
-                usages(&nvrtc, &toolkit, &kernels, architecture)?
-            {
-                let (scalar, group) = (scalar.name(), kernels.group);
-                println!(
-                    "{scalar},{head_dim},{group},sm_{architecture},{kernel},{registers},{shared_bytes},{spilled_bytes}"
-                );
-                spilling += usize::from(spilled_bytes > 0);
-            }
+    for ((Specialization { scalar, head_dim, group, .. }, architecture), usages) in jobs.iter().zip(compiled) {
+        for (kernel, Usage { registers, shared_bytes, spilled_bytes }) in usages {
+            let scalar = scalar.name();
+            println!(
+                "{scalar},{head_dim},{group},sm_{architecture},{kernel},{registers},{shared_bytes},{spilled_bytes}"
+            );
+            spilling += usize::from(spilled_bytes > 0);
         }
     }
     match spilling {
         0 => Ok(()),
         _ => Err(format!("{spilling} kernels spill registers").into()),
     }
-}
-
-/// Every pair of two lists.
-fn iproduct<A: Copy, B: Copy, const M: usize, const N: usize>(a: [A; M], b: [B; N]) -> impl Iterator<Item = (A, B)> {
-    a.into_iter().flat_map(move |a| b.into_iter().map(move |b| (a, b)))
 }
 
 fn main() -> ExitCode {

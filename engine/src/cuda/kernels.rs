@@ -12,7 +12,7 @@ const RANKS_OF_BLOCK: usize = 16;
 /// Logits of a slice, as in `signals.cu`.
 const SLICE: usize = 16 * THREADS;
 /// Bytes that one slice of a row of logits comes down to, as in `signals.cu`.
-pub const SWEEP_BYTES: usize = 32;
+const SWEEP_BYTES: usize = 32;
 
 /// Pointers to a kernel's arguments.
 macro_rules! arguments {
@@ -136,6 +136,11 @@ unsafe impl Plain for Fill {}
 unsafe impl Plain for Part {}
 // SAFETY: as the first.
 unsafe impl Plain for Verdict {}
+
+/// Bytes of the scratch memory that [`Kernels::read_logits`] takes.
+pub fn sweep_bytes(rows: usize, vocab: usize) -> usize {
+    rows * vocab.div_ceil(SLICE) * SWEEP_BYTES
+}
 
 /// The kernels of a model on a device.
 #[derive(Clone, Copy, Debug)]
@@ -578,11 +583,6 @@ impl<D: Device> Kernels<'_, D> {
         unsafe { self.device.launch(kernel, grid, arguments) }
     }
 
-    /// Bytes of the scratch memory that [`read_logits`](Self::read_logits) takes.
-    pub fn sweep_bytes(rows: usize, vocab: usize) -> usize {
-        rows * vocab.div_ceil(SLICE) * SWEEP_BYTES
-    }
-
     /// Reads rows of logits `[keys, vocab]` and draws a token from each, as
     /// [`signals::read`](crate::kernels::signals::read) does. `scratch` counts bytes.
     ///
@@ -599,7 +599,7 @@ impl<D: Device> Kernels<'_, D> {
     ) -> Result<()> {
         require!("logits", logits, keys.len * vocab);
         require!("verdicts", out, keys.len);
-        require!("the sweep's scratch", scratch, Self::sweep_bytes(keys.len, vocab));
+        require!("the sweep's scratch", scratch, sweep_bytes(keys.len, vocab));
         let slices = vocab.div_ceil(SLICE);
         let (vocab, slice_count) = (vocab as i32, slices as i32);
         let sweep = arguments![logits.address, keys.address, vocab, temperature, scratch.address];

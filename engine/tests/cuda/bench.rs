@@ -1,4 +1,4 @@
-//! Random numbers on an emulated device, and the same for the CPU operations.
+//! Random numbers on the machine under test, and the same for the CPU operations.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use engine::cuda::source::{Scalar, Specialization};
 use engine::kernels::signals::mix;
 use half::{bf16, f16};
 
-use crate::emulator::{Emulator, Memory};
+use crate::machine::{Machine, machine};
 
 /// Random numbers of a seed.
 pub struct Dice(u64);
@@ -71,23 +71,23 @@ pub fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32)
     }
 }
 
-/// An emulated device with the kernels of a specialization.
+/// The machine under test with the kernels of a specialization.
 pub struct Bench {
-    pub emulator: Arc<Emulator>,
+    pub machine: Arc<Machine>,
     pub specialization: Specialization,
 }
 
 /// Memory of the device and what it holds.
 pub struct Held<T> {
     pub view: View<T>,
-    pub memory: Memory,
+    pub memory: <Machine as Device>::Memory,
     count: usize,
 }
 
 impl Bench {
-    /// None if there is no C++ compiler.
+    /// None if there is no such machine.
     pub fn new(specialization: Specialization) -> Option<Self> {
-        Some(Self { emulator: Emulator::new(specialization)?, specialization })
+        Some(Self { machine: machine(specialization)?, specialization })
     }
 
     /// With kernels for small heads, for what attends not.
@@ -95,8 +95,8 @@ impl Bench {
         Self::new(Specialization::new(scalar, 64, 2, 16).unwrap())
     }
 
-    pub fn kernels(&self) -> Kernels<'_, Emulator> {
-        Kernels { device: &*self.emulator, specialization: self.specialization }
+    pub fn kernels(&self) -> Kernels<'_, Machine> {
+        Kernels { device: &*self.machine, specialization: self.specialization }
     }
 
     pub fn scalar(&self) -> Scalar {
@@ -104,11 +104,11 @@ impl Bench {
     }
 
     fn held<T>(&self, bytes: usize, count: usize) -> Held<T> {
-        let memory = self.emulator.allocate(bytes).unwrap();
-        Held { view: View::new(self.emulator.address(&memory), count), memory, count }
+        let memory = self.machine.allocate(bytes).unwrap();
+        Held { view: View::new(self.machine.address(&memory), count), memory, count }
     }
 
-    /// Memory for `count` numbers, NaN all of them.
+    /// Memory for `count` numbers; emulated, NaN all of them.
     pub fn empty<T: Plain>(&self, count: usize) -> Held<T> {
         self.held(count * size_of::<T>(), count)
     }
@@ -123,13 +123,13 @@ impl Bench {
 
     pub fn put<T: Plain>(&self, numbers: &[T]) -> Held<T> {
         let held = self.empty(numbers.len());
-        self.emulator.upload(&held.memory, bytes_of(numbers)).unwrap();
+        self.machine.upload(&held.memory, bytes_of(numbers)).unwrap();
         held
     }
 
     pub fn get<T: Plain + Default>(&self, held: &Held<T>) -> Vec<T> {
         let mut numbers = vec![T::default(); held.count];
-        self.emulator.download(&held.memory, bytes_of_mut(&mut numbers)).unwrap();
+        self.machine.download(&held.memory, bytes_of_mut(&mut numbers)).unwrap();
         numbers
     }
 
@@ -141,13 +141,13 @@ impl Bench {
             Scalar::F16 => numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
             Scalar::Bf16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
         };
-        self.emulator.upload(&held.memory, &bytes).unwrap();
+        self.machine.upload(&held.memory, &bytes).unwrap();
         held
     }
 
     pub fn stored(&self, held: &Held<Stored>) -> Vec<f32> {
         let mut bytes = vec![0; held.count * self.scalar().bytes()];
-        self.emulator.download(&held.memory, &mut bytes).unwrap();
+        self.machine.download(&held.memory, &mut bytes).unwrap();
         match self.scalar() {
             Scalar::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
             Scalar::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),

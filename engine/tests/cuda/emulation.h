@@ -52,7 +52,8 @@ inline float half_to_float(unsigned short bits) {
     if (exponent == 31) {
         return __int_as_float(sign | 0x7f800000 | fraction << 13);
     }
-    const float magnitude = exponent ? ldexpf(float(1024 + fraction), int(exponent) - 25) : ldexpf(float(fraction), -24);
+    const float magnitude =
+        exponent ? ldexpf(float(1024 + fraction), int(exponent) - 25) : ldexpf(float(fraction), -24);
     return sign ? -magnitude : magnitude;
 }
 

@@ -54,19 +54,22 @@ fn one_at_a_time() -> MutexGuard<'static, ()> {
     LAUNCHES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Emulator {
-    /// The kernels of a specialization, or none, said on standard error, if there is no C++ compiler.
-    pub fn new(specialization: Specialization) -> Option<Arc<Self>> {
-        static KNOWN: LazyLock<Mutex<HashMap<Specialization, Arc<Emulator>>>> = LazyLock::new(Mutex::default);
-        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(emulator) = known.get(&specialization) {
-            return Some(emulator.clone());
-        }
-        let emulator = Arc::new(Self::of_source(&specialization.source(), 1)?);
-        known.insert(specialization, emulator.clone());
-        Some(emulator)
-    }
+/// The machine under test.
+pub type Machine = Emulator;
 
+/// It with the kernels of a specialization, or none, said on standard error, if there is no C++ compiler.
+pub fn machine(specialization: Specialization) -> Option<Arc<Machine>> {
+    static KNOWN: LazyLock<Mutex<HashMap<Specialization, Arc<Machine>>>> = LazyLock::new(Mutex::default);
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(emulator) = known.get(&specialization) {
+        return Some(emulator.clone());
+    }
+    let emulator = Arc::new(Emulator::of_source(&specialization.source(), 1)?);
+    known.insert(specialization, emulator.clone());
+    Some(emulator)
+}
+
+impl Emulator {
     /// Kernels of any source, their threads run in an order that `seed` sets.
     pub fn of_source(kernels: &str, seed: u64) -> Option<Self> {
         let library = compile(kernels)?;

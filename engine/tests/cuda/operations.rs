@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 use engine::config::{Activation, Norm};
-use engine::cuda::kernels::{Formula, Kernels, LoraInputs, Part, Verdict};
+use engine::cuda::kernels::{Formula, LoraInputs, Part, Verdict, sweep_bytes};
 use engine::cuda::pass::{OnDevice, PassRows};
 use engine::cuda::source::Scalar;
 use engine::kernels::activation::activate;
@@ -15,13 +15,13 @@ use engine::kernels::rows::{Source, add_bias, cosines, gather, probe_rows, scale
 use engine::kernels::signals::{mix, read};
 
 use crate::bench::{Bench, Dice, Held, assert_close, matrix, numbers, rounded, tolerance};
-use crate::emulator::Emulator;
+use crate::machine::Machine;
 
 const DEPTHS: usize = 3;
 const ROWS: [usize; 5] = [1, 2, 17, 64, 257];
 
 /// Rows of random depths, on the device and as the CPU operations take them.
-fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (OnDevice<Emulator>, Vec<(usize, Range<usize>)>) {
+fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (OnDevice<Machine>, Vec<(usize, Range<usize>)>) {
     let mut depths: Vec<usize> = (0..count).map(|_| dice.below(DEPTHS)).collect();
     depths.sort_unstable();
     let blocks: Vec<[u32; 1]> = (0..count as u32).map(|block| [block]).collect();
@@ -33,7 +33,7 @@ fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (OnDevice<Emul
         start += of_depth.len();
         (of_depth[0], start - of_depth.len()..start)
     });
-    (PassRows::new(&rows).upload(&*bench.emulator).unwrap(), ranges.collect())
+    (PassRows::new(&rows).upload(&*bench.machine).unwrap(), ranges.collect())
 }
 
 /// Runs a test for every storage type and count of rows.
@@ -316,7 +316,7 @@ fn lora_of_mixed_depths_is_that_of_the_cpu() {
 
 fn verdicts(bench: &Bench, logits: &[f32], vocab: usize, temperature: f32, keys: &[u64]) -> Vec<Verdict> {
     let (logits, keys_held, out): (_, _, Held<Verdict>) = (bench.put(logits), bench.put(keys), bench.empty(keys.len()));
-    let scratch = bench.bytes(Kernels::<Emulator>::sweep_bytes(keys.len(), vocab));
+    let scratch = bench.bytes(sweep_bytes(keys.len(), vocab));
     let kernels = bench.kernels();
     kernels.read_logits(logits.view, keys_held.view, vocab, temperature, scratch.view, out.view).unwrap();
     bench.get(&out)
