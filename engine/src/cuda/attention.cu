@@ -1,12 +1,12 @@
 // Attention over rows of mixed sequence, length and depth, on keys and values in pages.
 //
 //   cache  [layer][block] pages     layers: those of the prelude, then at each depth those of the block and the coda
-//   page   keys [kv head][position][HEAD_DIM], then values likewise
+//   page   keys [kv head][entry][HEAD_DIM], then values likewise
 //
-// Decode rows attend in items: splits of their history at fixed positions, so that what comes out for a row does not
+// Decode rows attend in items: splits of their history at fixed entries, so that what comes out for a row does not
 // depend on the others; a second kernel joins the splits. The rows of a prompt's chunk attend in tiles of QUERIES.
 
-constexpr int SPLIT = 256;    // positions of a split
+constexpr int SPLIT = 256;    // entries of a split
 constexpr int QUERIES = 16;   // rows of a tile
 constexpr float LOG2_E = 1.44269504f;
 
@@ -14,8 +14,10 @@ struct Geometry {
     int heads, kv_heads;
     // KV blocks of the cache.
     int blocks;
-    // The layer at depth d is first_layer + d * layer_stride; a layer of the prelude has stride 0.
-    int first_layer, layer_stride;
+    // The layer at depth d is first_layer + d * layer_stride, up to the last of the depths that have pages.
+    int first_layer, layer_stride, depths;
+    // Whether it is a layer of the prelude, whose rows all leave one entry whatever they leave at depths.
+    int once;
     // Rows see by one sight for all depths or one for each.
     int sights;
     // Of the rotary tables: positions, and leading dimensions that turn.
@@ -25,8 +27,8 @@ struct Geometry {
 };
 
 struct Sight {
-    // Latest positions that are seen, the row's own among them.
-    int window;
+    // Whether only the latest positions are seen.
+    int windowed;
     // Which rotary table turns its queries and keys.
     int rotary;
 };
@@ -49,7 +51,8 @@ struct Fill {
 __device__ inline long long page_numbers(const Geometry& g) { return 2LL * g.kv_heads * BLOCK_TOKENS * HEAD_DIM; }
 
 __device__ inline long long page_at(const Geometry& g, int depth, int block) {
-    return ((long long)(g.first_layer + depth * g.layer_stride) * g.blocks + block) * page_numbers(g);
+    const int layer = g.first_layer + min(depth, g.depths - 1) * g.layer_stride;
+    return ((long long)layer * g.blocks + block) * page_numbers(g);
 }
 
 // Where in a page a key lies; its value lies `values_at` further on.
@@ -76,7 +79,7 @@ __device__ inline const float* turn_of(const float* rotary, const Geometry& g, c
     return rotary + ((long long)sight.rotary * g.positions + position) * g.rotary_dims;
 }
 
-__device__ inline int first_seen(const Sight& sight, int position) { return max(position - sight.window + 1, 0); }
+__device__ inline int first_seen(const Sight& sight, const Row& row) { return sight.windowed ? row.first_windowed : 0; }
 
 // Stores rotated keys, and values. Grid [rows, kv heads].
 extern "C" __global__ void __launch_bounds__(THREADS) store_kv(
@@ -92,10 +95,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) store_kv(
     const scalar* heads = qkv + (long long)blockIdx.x * (g.heads + 2 * g.kv_heads) * HEAD_DIM;
     const scalar* key = heads + (g.heads + kv_head) * HEAD_DIM;
     const scalar* value = key + g.kv_heads * HEAD_DIM;
-    const int block = block_table[row.first_block + row.position / BLOCK_TOKENS];
-    const long long at = key_at(kv_head, row.position % BLOCK_TOKENS);
-    const bool once = g.layer_stride == 0;
-    const int first = once ? 0 : row.first_fill, end = once ? 1 : row.end_fill;
+    const int block = block_table[row.first_block + row.entry / BLOCK_TOKENS];
+    const long long at = key_at(kv_head, row.entry % BLOCK_TOKENS);
+    const int first = g.once ? 0 : row.first_fill, end = g.once ? 1 : row.end_fill;
     for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
         const float turned = rotated(key, turn, g.rotary_dims, i);
         for (int depth = first; depth < end; depth++) {
@@ -109,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) store_kv(
 // Copies keys and values of exited tokens to the depths they never ran. Grid [fills, layers at each depth]; `g` is the
 // geometry of the first of those layers.
 extern "C" __global__ void __launch_bounds__(THREADS) fill_deeper(
-    const Fill* fills, Geometry g, int depths, scalar* pages) {
+    const Fill* fills, Geometry g, scalar* pages) {
     const Fill fill = fills[blockIdx.x];
     g.first_layer += blockIdx.y;
     constexpr int PACKS = HEAD_DIM / Pack<scalar>::SIZE;
@@ -118,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fill_deeper(
         const long long half = i / PACKS < g.kv_heads ? 0 : values_at(g);
         const long long at = half + key_at(kv_head, fill.offset) + i % PACKS * Pack<scalar>::SIZE;
         const Pack<scalar> pack = load_pack(pages + page_at(g, fill.depth, fill.block) + at);
-        for (int depth = fill.depth + 1; depth < depths; depth++) {
+        for (int depth = fill.depth + 1; depth < g.depths; depth++) {
             store_pack(pages + page_at(g, depth, fill.block) + at, pack);
         }
     }
@@ -182,8 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_splits(
     }
     const Row row = rows[item.row];
     const Sight sight = sights[set_of(g.sights, row.depth)];
-    const int start = first_seen(sight, row.position);
-    const int first = max(start, item.split * SPLIT), end = min(row.position + 1, (item.split + 1) * SPLIT);
+    const int start = first_seen(sight, row);
+    const int first = max(start, item.split * SPLIT), end = min(row.end, (item.split + 1) * SPLIT);
     if (first >= end) {
         return;
     }
@@ -214,10 +216,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_splits(
         bool visible[KEYS_OF_LANE];
 #pragma unroll
         for (int key = 0; key < KEYS_OF_LANE; key++) {
-            const int position = step + (key * WARPS + warp) * KEYS_OF_WARP + key_of_warp;
-            visible[key] = position >= first && position < end;
-            const int block = visible[key] ? block_table[row.first_block + position / BLOCK_TOKENS] : 0;
-            const scalar* from = pages + page_at(g, row.depth, block) + key_at(kv_head, position % BLOCK_TOKENS);
+            const int entry = step + (key * WARPS + warp) * KEYS_OF_WARP + key_of_warp;
+            visible[key] = entry >= first && entry < end;
+            const int block = visible[key] ? block_table[row.first_block + entry / BLOCK_TOKENS] : 0;
+            const scalar* from = pages + page_at(g, row.depth, block) + key_at(kv_head, entry % BLOCK_TOKENS);
 #pragma unroll
             for (int n = 0; n < PACKS_OF_LANE; n++) {
                 const int pack = part + n * LANES;
@@ -299,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_splits(
     }
     __syncthreads();
 
-    const bool whole = start / SPLIT == row.position / SPLIT;
+    const bool whole = start / SPLIT == (row.end - 1) / SPLIT;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         const int head = i / HEAD_DIM, at = i % HEAD_DIM;
         float top = NEGATIVE_INFINITY;
@@ -334,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_join(
     }
     const Row row = rows[item.row];
     const Sight sight = sights[set_of(g.sights, row.depth)];
-    const int first = first_seen(sight, row.position) / SPLIT, last = row.position / SPLIT;
+    const int first = first_seen(sight, row) / SPLIT, last = (row.end - 1) / SPLIT;
     if (first == last) {
         return;
     }
@@ -386,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
         float x = 0;
         if (query < tile.rows) {
             const scalar* from = qkv + (long long)(tile.first_row + query) * width + head * HEAD_DIM;
-            const float* turn = turn_of(rotary, g, sight, row.position + query);
+            const float* turn = turn_of(rotary, g, sight, rows[tile.first_row + query].position);
             x = rotated(from, turn, g.rotary_dims, at) * (g.scale * LOG2_E);
         }
         queries[query][at] = x;
@@ -394,23 +396,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int first_query = warp * QUERIES_OF_WARP;
+    int first_of_query[QUERIES_OF_WARP], end_of_query[QUERIES_OF_WARP];
     float top[QUERIES_OF_WARP], sum[QUERIES_OF_WARP], mixed[QUERIES_OF_WARP][PAIRS_OF_LANE][2];
     for (int query = 0; query < QUERIES_OF_WARP; query++) {
+        const bool there = first_query + query < tile.rows;
+        first_of_query[query] = there ? first_seen(sight, rows[tile.first_row + first_query + query]) : 0;
+        end_of_query[query] = there ? rows[tile.first_row + first_query + query].end : 0;
         top[query] = NEGATIVE_INFINITY;
         sum[query] = 0;
         for (int pair = 0; pair < PAIRS_OF_LANE; pair++) {
             mixed[query][pair][0] = mixed[query][pair][1] = 0;
         }
     }
-    const int end = row.position + tile.rows;
-    for (int step = first_seen(sight, row.position) / KEYS_OF_STEP * KEYS_OF_STEP; step < end; step += KEYS_OF_STEP) {
+    const int first = first_seen(sight, row), end = rows[tile.first_row + tile.rows - 1].end;
+    for (int step = first / KEYS_OF_STEP * KEYS_OF_STEP; step < end; step += KEYS_OF_STEP) {
         __syncthreads();
         for (int i = threadIdx.x; i < KEYS_OF_STEP * PACKS_OF_HEAD; i += THREADS) {
             const int key = i / PACKS_OF_HEAD, at = i % PACKS_OF_HEAD * PACK;
-            const int position = step + key;
-            const bool there = position >= first_seen(sight, row.position) && position < end;
-            const int block = there ? block_table[row.first_block + position / BLOCK_TOKENS] : 0;
-            const scalar* from = pages + page_at(g, row.depth, block) + key_at(kv_head, position % BLOCK_TOKENS) + at;
+            const int entry = step + key;
+            const bool there = entry >= first && entry < end;
+            const int block = there ? block_table[row.first_block + entry / BLOCK_TOKENS] : 0;
+            const scalar* from = pages + page_at(g, row.depth, block) + key_at(kv_head, entry % BLOCK_TOKENS) + at;
             store_pack(&keys[key][at], there ? load_pack(from) : zero_pack<scalar>());
             store_pack(&values[key][at], there ? load_pack(from + values_at(g)) : zero_pack<scalar>());
         }
@@ -433,8 +439,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
         }
 #pragma unroll
         for (int query = 0; query < QUERIES_OF_WARP; query++) {
-            const int position = row.position + first_query + query, key = step + lane;
-            const bool visible = lane < KEYS_OF_STEP && key <= position && key >= first_seen(sight, position);
+            const int entry = step + lane;
+            const bool visible =
+                lane < KEYS_OF_STEP && entry >= first_of_query[query] && entry < end_of_query[query];
             const float score = visible ? scores[query] : NEGATIVE_INFINITY;
             const float greatest = fmaxf(top[query], warp_max(score));
             const float correction = weight(top[query], greatest), w = weight(score, greatest);

@@ -41,8 +41,12 @@ pub struct Geometry {
     pub blocks: i32,
     /// The layer's pages at depth 0.
     pub first_layer: i32,
-    /// Layers from one depth to the next; 0 for a layer of the prelude.
+    /// Layers from one depth to the next.
     pub layer_stride: i32,
+    /// Depths that have pages of their own; deeper ones share the last one's.
+    pub depths: i32,
+    /// 1 for a layer of the prelude, whose rows all leave one entry; 0 for others.
+    pub once: i32,
     /// Sights: one for all depths or one for each.
     pub sights: i32,
     /// Positions of the rotary tables.
@@ -57,8 +61,8 @@ pub struct Geometry {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Sight {
-    /// Latest positions, its own among them; `i32::MAX` for all.
-    pub window: i32,
+    /// 1 if only the latest positions are seen, 0 if all are.
+    pub windowed: i32,
     /// Which rotary table turns its queries and keys.
     pub rotary: i32,
 }
@@ -276,16 +280,8 @@ impl<D: Device> Kernels<'_, D> {
     ///
     /// # Errors
     /// If the device fails.
-    pub fn fill_deeper(
-        &self,
-        fills: View<Fill>,
-        geometry: Geometry,
-        layers: usize,
-        depths: usize,
-        pages: View<Stored>,
-    ) -> Result<()> {
-        let depths = depths as i32;
-        let arguments = arguments![fills.address, geometry, depths, pages.address];
+    pub fn fill_deeper(&self, fills: View<Fill>, geometry: Geometry, layers: usize, pages: View<Stored>) -> Result<()> {
+        let arguments = arguments![fills.address, geometry, pages.address];
         // SAFETY: the kernel's arguments; fills lie in the cache.
         unsafe { self.device.launch("fill_deeper", [fills.len, layers, 1], arguments) }
     }

@@ -4,7 +4,7 @@ use super::device::{Device, Plain, View, bytes_of};
 use crate::kernels::attention;
 use candle_core::Result;
 
-/// Positions of a split of a decode row's history, as in `attention.cu`.
+/// Entries of a split of a decode row's history, as in `attention.cu`.
 pub const SPLIT: usize = 256;
 /// Rows of a tile of a prompt's chunk, as in `attention.cu`.
 pub const QUERIES: usize = 16;
@@ -19,6 +19,9 @@ pub struct Row {
     depth: i32,
     first_fill: i32,
     end_fill: i32,
+    entry: i32,
+    end: i32,
+    first_windowed: i32,
     first_block: i32,
     first_item: i32,
 }
@@ -72,10 +75,11 @@ pub struct PassRows {
 
 impl PassRows {
     /// Of rows that come by depth. Rows that follow each other in one sequence, at one depth, are a prompt's chunk.
-    pub fn new(rows: &[attention::Row<'_>]) -> Self {
+    /// `window` is what layers with a window see.
+    pub fn new(rows: &[attention::Row<'_>], window: Option<usize>) -> Self {
         let mut pass = Self::default();
         for chunk in rows.chunk_by(follows) {
-            pass.push_chunk(chunk);
+            pass.push_chunk(chunk, window);
         }
         for of_depth in pass.rows.chunk_by(|a, b| a.depth == b.depth) {
             let start = pass.groups.last().map_or(0, |last| last.first_row + last.rows);
@@ -88,7 +92,7 @@ impl PassRows {
         pass
     }
 
-    fn push_chunk(&mut self, chunk: &[attention::Row<'_>]) {
+    fn push_chunk(&mut self, chunk: &[attention::Row<'_>], window: Option<usize>) {
         let (first_row, first_block) = (self.rows.len(), self.block_table.len() as i32);
         let first_item = self.items.len() as i32;
         self.rows.extend(chunk.iter().map(|row| Row {
@@ -96,13 +100,17 @@ impl PassRows {
             depth: row.depth as i32,
             first_fill: row.fills.start as i32,
             end_fill: row.fills.end as i32,
+            entry: row.entries_before(row.position) as i32,
+            end: row.entries_before(row.position + 1) as i32,
+            first_windowed:
+                window.map_or(0, |window| row.entries_before((row.position + 1).saturating_sub(window)) as i32),
             first_block,
             first_item,
         }));
         self.block_table.extend(chunk[0].blocks.iter().map(|&block| block as i32));
         if let [row] = chunk {
             let split = |split| Item { row: first_row as i32, split: split as i32 };
-            self.items.extend((0..=row.position / SPLIT).map(split));
+            self.items.extend((0..row.entries_before(row.position + 1).div_ceil(SPLIT)).map(split));
         } else {
             self.tiles.extend((0..chunk.len()).step_by(QUERIES).map(|first| Tile {
                 first_row: (first_row + first) as i32,

@@ -101,8 +101,11 @@ __device__ inline float block_sum(float x, float (&sums)[WARPS]) {
 struct Row {
     int position;
     int depth;
-    // The depths whose key and value it leaves.
+    // The depths at which it leaves its key and value.
     int first_fill, end_fill;
+    // The entries of a sequence at a depth follow each other without gaps. Its own; and those it sees: to `end`, from
+    // the first on, or in layers with a window from `first_windowed` on.
+    int entry, end, first_windowed;
     // Where in the block table its sequence's blocks start.
     int first_block;
     // Its first item of decode attention.

@@ -54,7 +54,7 @@ impl<'a> Row<'a> {
 
     /// Entries of the row's sequence and depth before a position.
     #[inline(always)]
-    fn entries_before(&self, position: usize) -> usize {
+    pub(crate) fn entries_before(&self, position: usize) -> usize {
         position - self.skipped.partition_point(|&skipped| (skipped as usize) < position)
     }
 }

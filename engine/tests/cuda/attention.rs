@@ -9,6 +9,7 @@ use engine::cuda::pass::PassRows;
 use engine::cuda::source::{Scalar, Specialization};
 use engine::kernels::attention::{self, Heads, Row, attend, fill_deeper};
 use engine::kernels::rotary;
+use scheduler::KvFill;
 
 use crate::bench::{Bench, Dice, Held, assert_close, numbers, rounded, tolerance};
 
@@ -44,7 +45,10 @@ pub struct Case {
     pages: Vec<f32>,
     chunks: Vec<Chunk>,
     fills: Vec<std::ops::Range<usize>>,
+    /// Of each chunk, the positions of its history that left no entry at its depth.
+    skipped: Vec<Vec<u32>>,
     blocks: Vec<Vec<u32>>,
+    window: usize,
     sights: Vec<attention::Sight>,
     qkv: Vec<f32>,
     rotary: Tensor,
@@ -95,6 +99,18 @@ pub fn chunks(dice: &mut Dice, batch: usize, longest: usize) -> Vec<Chunk> {
 impl Case {
     /// None if there is no machine to test.
     pub fn new(shape: Shape, chunks: Vec<Chunk>, kept: Kept, dice: &mut Dice) -> Option<Self> {
+        Self::with_fill(shape, chunks, kept, KvFill::Reuse, 0, dice)
+    }
+
+    /// With histories of which some positions left no entry.
+    fn with_fill(
+        shape: Shape,
+        chunks: Vec<Chunk>,
+        kept: Kept,
+        fill: KvFill,
+        skipped_percent: usize,
+        dice: &mut Dice,
+    ) -> Option<Self> {
         let Shape { scalar, heads, kv_heads, head_dim, block_tokens } = shape;
         let bench = Bench::new(Specialization::new(scalar, head_dim, heads / kv_heads, block_tokens).unwrap())?;
         let of_chunk = |chunk: &Chunk| (chunk.history + chunk.rows).div_ceil(block_tokens);
@@ -105,19 +121,22 @@ impl Case {
             .map(|chunk| (0..of_chunk(chunk)).map(|_| free.swap_remove(dice.below(free.len()))).collect())
             .collect();
         let positions = chunks.iter().map(|chunk| chunk.history + chunk.rows).max().unwrap_or(1);
-        let cache = KvCache::new(&config(shape, positions), num_blocks as u32, block_tokens as u32, &CandleDevice::Cpu)
-            .unwrap();
+        let (config, cpu) = (config(shape, positions), CandleDevice::Cpu);
+        let cache = KvCache::new(&config, fill, num_blocks as u32, block_tokens as u32, &cpu).unwrap();
+        let mut skips = |chunk: &Chunk| match kept {
+            Kept::Once(_) => Vec::new(),
+            Kept::AtEachDepth(_) => (0..chunk.history as u32).filter(|_| dice.below(100) < skipped_percent).collect(),
+        };
+        let skipped = chunks.iter().map(&mut skips).collect();
+        let window = dice.pick(&[1, 7, 300]);
         let rotary_dims = dice.pick(&[head_dim, head_dim / 4 * 2]);
         let frequencies =
             |base: f32| (0..rotary_dims / 2).map(|i| base.powf(-(i as f32) / rotary_dims as f32)).collect();
         let sights = (0..DEPTHS)
-            .map(|_| attention::Sight {
-                window: dice.pick(&[None, None, Some(1), Some(7), Some(300)]),
-                rotary: dice.below(2),
-            })
+            .map(|_| attention::Sight { window: dice.pick(&[None, Some(window)]), rotary: dice.below(2) })
             .collect();
         let rows: usize = chunks.iter().map(|chunk| chunk.rows).sum();
-        let layers = PRELUDE_LAYERS + DEPTHS * DEPTH_LAYERS;
+        let layers = PRELUDE_LAYERS + cache.layout().depths * DEPTH_LAYERS;
         let mut case = Self {
             qkv: bench.random(dice, rows * (heads + 2 * kv_heads) * head_dim),
             bench,
@@ -126,7 +145,9 @@ impl Case {
             cache,
             pages: vec![f32::NAN; layers * num_blocks * 2 * kv_heads * block_tokens * head_dim],
             fills: Vec::new(),
+            skipped,
             blocks,
+            window,
             sights,
             rotary: rotary::tables(&[frequencies(100.0), frequencies(3.0)], positions).unwrap(),
             chunks,
@@ -139,8 +160,11 @@ impl Case {
     /// depths whose entries it leaves. One that leaves none finds what was left before.
     fn fill_histories(&mut self, dice: &mut Dice) {
         let mut cpu = numbers(self.cache.pages());
-        for (chunk, blocks) in self.chunks.clone().iter().zip(self.blocks.clone()) {
-            for position in 0..chunk.history + chunk.rows {
+        for (index, chunk) in self.chunks.clone().iter().enumerate() {
+            let (blocks, skipped) = (self.blocks[index].clone(), self.skipped[index].clone());
+            let mut entries = 0..;
+            for position in (0..chunk.history + chunk.rows).filter(|position| !skipped.contains(&(*position as u32))) {
+                let at = entries.next().unwrap();
                 if position >= chunk.history {
                     let leaves = [chunk.depth..chunk.depth + 1, chunk.depth..DEPTHS, chunk.depth..chunk.depth];
                     self.fills.push(leaves[if chunk.rows > 1 { 0 } else { dice.below(3) }].clone());
@@ -151,14 +175,7 @@ impl Case {
                 }
                 for head in 0..self.shape.kv_heads {
                     let entry = self.bench.random(dice, 2 * self.shape.head_dim);
-                    self.put_entry(
-                        &mut cpu,
-                        chunk.depth,
-                        blocks[position / self.shape.block_tokens],
-                        position,
-                        head,
-                        &entry,
-                    );
+                    self.put_entry(&mut cpu, chunk.depth, blocks[at / self.shape.block_tokens], at, head, &entry);
                 }
             }
         }
@@ -166,8 +183,8 @@ impl Case {
         self.cache.pages().slice_set(&pages, 0, 0).unwrap();
     }
 
-    fn put_entry(&mut self, cpu: &mut [f32], depth: usize, block: u32, position: usize, head: usize, entry: &[f32]) {
-        let (layout, offset) = (self.cache.layout(), position % self.shape.block_tokens);
+    fn put_entry(&mut self, cpu: &mut [f32], depth: usize, block: u32, at: usize, head: usize, entry: &[f32]) {
+        let (layout, offset) = (self.cache.layout(), at % self.shape.block_tokens);
         let page = layout.pages(self.kept, depth) + block as usize * layout.page_numbers();
         let (key, value) = entry.split_at(self.shape.head_dim);
         for (i, &x) in key.iter().enumerate() {
@@ -185,7 +202,9 @@ impl Case {
         let half = kv_heads * block_tokens * head_dim;
         let layer = match self.kept {
             Kept::Once(layer) => layer,
-            Kept::AtEachDepth(layer) => PRELUDE_LAYERS + depth * DEPTH_LAYERS + layer,
+            Kept::AtEachDepth(layer) => {
+                PRELUDE_LAYERS + depth.min(self.cache.layout().depths - 1) * DEPTH_LAYERS + layer
+            }
         };
         let page = (layer * self.cache.layout().blocks + block as usize) * 2 * half;
         [0, half].map(|part| page + part + (head * block_tokens + offset) * head_dim)
@@ -193,11 +212,15 @@ impl Case {
 
     fn rows(&self) -> Vec<Row<'_>> {
         let mut fills = self.fills.iter();
-        let rows = self.chunks.iter().zip(&self.blocks).flat_map(|(chunk, blocks)| {
-            (chunk.history..chunk.history + chunk.rows).map(move |position| (position, chunk.depth, blocks))
-        });
-        rows.map(|(position, depth, blocks)| Row { position, depth, fills: fills.next().unwrap().clone(), blocks })
-            .collect()
+        let mut rows = Vec::new();
+        for ((chunk, blocks), skipped) in self.chunks.iter().zip(&self.blocks).zip(&self.skipped) {
+            rows.extend((chunk.history..chunk.history + chunk.rows).map(|position| Row {
+                fills: fills.next().unwrap().clone(),
+                skipped,
+                ..Row::new(position, chunk.depth, blocks)
+            }));
+        }
+        rows
     }
 
     pub fn geometry(&self) -> Geometry {
@@ -212,6 +235,8 @@ impl Case {
             blocks: self.cache.layout().blocks as i32,
             first_layer: first_layer as i32,
             layer_stride: layer_stride as i32,
+            depths: self.cache.layout().depths as i32,
+            once: i32::from(matches!(self.kept, Kept::Once(_))),
             sights: DEPTHS as i32,
             positions: positions as i32,
             rotary_dims: rotary_dims as i32,
@@ -222,11 +247,11 @@ impl Case {
     /// Runs the kernels; gives the attention and the pages.
     pub fn on_device(&self) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
         let bench = &self.bench;
-        let rows = PassRows::new(&self.rows()).upload(&*bench.machine)?;
+        let rows = PassRows::new(&self.rows(), Some(self.window)).upload(&*bench.machine)?;
         let pages: Held<Stored> = bench.store(&self.pages);
         let (qkv, rotary) = (bench.store(&self.qkv), bench.put(&numbers(&self.rotary)));
         let sight = |sight: &attention::Sight| Sight {
-            window: sight.window.map_or(i32::MAX, |window| window as i32),
+            windowed: i32::from(sight.window.is_some()),
             rotary: sight.rotary as i32,
         };
         let sights = bench.put(&self.sights.iter().map(sight).collect::<Vec<_>>());
@@ -258,7 +283,8 @@ impl Case {
         let (cpu, layout, rows) = (numbers(self.cache.pages()), self.cache.layout(), self.rows());
         let mut pages = self.pages.clone();
         for (row, depth) in rows.iter().flat_map(|row| self.stored_depths(row).map(move |depth| (row, depth))) {
-            let (block, offset) = (row.blocks[row.position / layout.block_tokens], row.position % layout.block_tokens);
+            let entry = row.position - row.skipped.len();
+            let (block, offset) = (row.blocks[entry / layout.block_tokens], entry % layout.block_tokens);
             let page = layout.pages(self.kept, depth) + block as usize * layout.page_numbers();
             for head in 0..self.shape.kv_heads {
                 let [key, value] = self.places(depth, block, offset, head);
@@ -309,7 +335,8 @@ fn check_all(shape: Shape, seed: u64) {
     for (batch, longest) in [(1, 0), (1, 700), (2, 300), (5, 520), (17, 60), (64, 20)] {
         let kept = dice.pick(&[Kept::Once(0), Kept::AtEachDepth(0), Kept::AtEachDepth(1)]);
         let chunks = chunks(&mut dice, batch, longest);
-        let Some(case) = Case::new(shape, chunks, kept, &mut dice) else { return };
+        let (fill, skipped) = dice.pick(&[(KvFill::Reuse, 0), (KvFill::First, 0), (KvFill::Skip, 50)]);
+        let Some(case) = Case::with_fill(shape, chunks, kept, fill, skipped, &mut dice) else { return };
         case.check();
     }
 }
@@ -346,9 +373,11 @@ fn a_row_attends_alike_in_any_company() {
     case.fills.fill(0..1);
     let (together, _) = case.on_device().unwrap();
     let (width, qkv_width) = (9 * 64, 15 * 64);
-    let (chunks, blocks, qkv) = (case.chunks.clone(), case.blocks.clone(), case.qkv.clone());
+    let (chunks, blocks, skipped, qkv) =
+        (case.chunks.clone(), case.blocks.clone(), case.skipped.clone(), case.qkv.clone());
     for row in 0..chunks.len() {
-        (case.chunks, case.blocks) = (vec![chunks[row]], vec![blocks[row].clone()]);
+        case.chunks = vec![chunks[row]];
+        (case.blocks, case.skipped) = (vec![blocks[row].clone()], vec![skipped[row].clone()]);
         case.fills.truncate(1);
         case.qkv = qkv[row * qkv_width..][..qkv_width].to_vec();
         let (alone, _) = case.on_device().unwrap();
@@ -374,7 +403,7 @@ fn fills_copy_entries_to_every_deeper_depth() {
             .collect();
         let uploaded = case.bench.put(&uploaded);
         let kernels = case.bench.kernels();
-        kernels.fill_deeper(uploaded.view, case.geometry(), DEPTH_LAYERS, DEPTHS, pages.view).unwrap();
+        kernels.fill_deeper(uploaded.view, case.geometry(), DEPTH_LAYERS, pages.view).unwrap();
         let found = case.bench.stored(&pages);
         fill_deeper(&case.cache, &fills).unwrap();
         let (cpu, layout) = (numbers(case.cache.pages()), case.cache.layout());

@@ -31,8 +31,8 @@ fn assert_caught(from: &str, to: &str, by: &str) {
 #[test]
 fn a_page_index_off_by_one_is_caught() {
     assert_caught(
-        "const int block = visible[key] ? block_table[row.first_block + position / BLOCK_TOKENS] : 0;",
-        "const int block = visible[key] ? block_table[row.first_block + (position + 1) / BLOCK_TOKENS] : 0;",
+        "const int block = visible[key] ? block_table[row.first_block + entry / BLOCK_TOKENS] : 0;",
+        "const int block = visible[key] ? block_table[row.first_block + (entry + 1) / BLOCK_TOKENS] : 0;",
         "expected",
     );
 }
@@ -40,8 +40,8 @@ fn a_page_index_off_by_one_is_caught() {
 #[test]
 fn a_key_read_beyond_the_last_is_caught() {
     assert_caught(
-        "visible[key] = position >= first && position < end;",
-        "visible[key] = position >= first && position <= end;",
+        "visible[key] = entry >= first && entry < end;",
+        "visible[key] = entry >= first && entry <= end;",
         "is NaN, expected",
     );
 }

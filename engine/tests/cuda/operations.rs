@@ -26,14 +26,13 @@ fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (OnDevice<Mach
     depths.sort_unstable();
     let blocks: Vec<[u32; 1]> = (0..count as u32).map(|block| [block]).collect();
     let places = depths.iter().zip(&blocks);
-    let rows: Vec<Row<'_>> =
-        places.map(|(&depth, blocks)| Row { position: 0, depth, fills: depth..depth + 1, blocks }).collect();
+    let rows: Vec<Row<'_>> = places.map(|(&depth, blocks)| Row::new(0, depth, blocks)).collect();
     let mut start = 0;
     let ranges = depths.chunk_by(|a, b| a == b).map(|of_depth| {
         start += of_depth.len();
         (of_depth[0], start - of_depth.len()..start)
     });
-    (PassRows::new(&rows).upload(&*bench.machine).unwrap(), ranges.collect())
+    (PassRows::new(&rows, None).upload(&*bench.machine).unwrap(), ranges.collect())
 }
 
 /// Runs a test for every storage type and count of rows.
