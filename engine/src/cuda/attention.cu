@@ -168,9 +168,11 @@ __device__ inline void join_lanes(Seen& seen, int step) {
 
 // Attention of decode rows over one split of their history. Grid [items, heads / GROUP].
 //
+// One block to a multiprocessor is the least that is asked for: without it ptxas spills for occupancy, narrow heads first.
+//
 // Rows with one split write `out` [rows, heads * HEAD_DIM]; of others `partial` [items, heads, 2 + HEAD_DIM] gets the
 // greatest score, the sum of weights, and the values mixed.
-extern "C" __global__ void __launch_bounds__(THREADS) attend_splits(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Item* items,
     const int* block_table, const Sight* sights, Geometry g, float* partial, scalar* out) {
     __shared__ float queries[GROUP][HEAD_DIM];
