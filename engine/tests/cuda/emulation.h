@@ -18,7 +18,7 @@
 
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // In a section of its own, so that it can be filled as a whole.
 #define __shared__ static __attribute__((section("emulated_shared")))
