@@ -9,6 +9,7 @@ use crate::cache::{Kept, KvCache};
 use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind, Sharing};
 use crate::kernels::DepthRanges;
 use crate::kernels::activation::activate;
+use crate::kernels::adapters::{Adapters, Parts};
 use crate::kernels::attention::{Heads, Row, Sight, attend, keep};
 use crate::kernels::linear::{Linear, WeightType};
 use crate::kernels::norm::{HeadNorm, Norm};
@@ -115,11 +116,10 @@ impl<'w> Loader<'w> {
         let weights = weights.collect::<Result<Vec<_>, _>>()?;
         let biased = parts.iter().filter(|part| part.bias);
         let biases: Vec<String> = biased.map(|part| format!("{}.bias", part.name)).collect();
-        let adapters = self.places.iter().map(|&place| self.adapter(place, &parts));
         Ok(Projection {
             weight: Linear::stacked(&weights, self.weight_type).map_err(in_tensor(&matrices))?,
             biases: if biases.is_empty() { None } else { Some(self.vectors(&biases)?) },
-            adapters: adapters.filter_map(Result::transpose).collect::<Result<_, _>>()?,
+            adapters: self.adapters(&parts)?,
         })
     }
 
@@ -130,23 +130,23 @@ impl<'w> Loader<'w> {
         Sight { window: self.config().window(place), rotary: rotary.expect("there is a table for every layer") }
     }
 
-    /// The low-rank difference of projections at a place, if there is any.
-    fn adapter(&self, place: Place, parts: &[config::Projection]) -> Result<Option<Adapter>, WeightsError> {
-        let (Some(lora), Place::Block { depth, layer }) = (&self.config().lora, place) else { return Ok(None) };
-        let (mut downs, mut ups) = (Vec::new(), Vec::new());
-        for part in parts {
-            let prefix = ModelConfig::lora_prefix(depth, layer, part);
-            let adapted = lora.ranks.of(part.kind) > 0;
-            if adapted {
-                downs.push(self.weights.get(&format!("{prefix}.a"))?);
-            }
-            let up = || self.weights.get(&format!("{prefix}.b"));
-            ups.push((part.outputs, if adapted { Some(up()?) } else { None }));
-        }
-        match downs.is_empty() {
-            true => Ok(None),
-            false => Adapter::new(&downs, &ups, lora.scale).map(Some).map_err(in_tensor("lora")),
-        }
+    /// The low-rank differences of projections at the places, if there are any.
+    fn adapters(&self, parts: &[config::Projection]) -> Result<Option<Adapters>, WeightsError> {
+        let Some(lora) = &self.config().lora else { return Ok(None) };
+        let adapter = |depth, layer| -> Result<Parts, WeightsError> {
+            let part = |part: &config::Projection| {
+                let prefix = ModelConfig::lora_prefix(depth, layer, part);
+                let side = |side: &str| self.weights.get(&format!("{prefix}.{side}")).cloned();
+                Ok((part.outputs, if lora.ranks.of(part.kind) > 0 { Some((side("a")?, side("b")?)) } else { None }))
+            };
+            parts.iter().map(part).collect()
+        };
+        let of_place = |&place: &Place| match place {
+            Place::Block { depth, layer } => Some(adapter(depth, layer)),
+            Place::Prelude(_) | Place::Coda(_) => None,
+        };
+        let depths = self.places.iter().filter_map(of_place).collect::<Result<Vec<_>, _>>()?;
+        Adapters::new(&depths, lora.scale).map_err(in_tensor("lora"))
     }
 }
 
@@ -169,45 +169,13 @@ fn in_tensor(name: &str) -> impl Fn(candle_core::Error) -> WeightsError {
     move |source| WeightsError::Tensor { name: name.clone(), source }
 }
 
-/// A low-rank matrix.
-#[derive(Debug)]
-struct Adapter {
-    /// Down to the ranks of all parts side by side.
-    down: Linear,
-    /// Up from them, each part from its own, scale included.
-    up: Linear,
-}
-
-impl Adapter {
-    /// Of downs `[rank, inputs]`, and ups `[outputs, rank]` with their outputs; parts without rank have neither.
-    fn new(downs: &[&Tensor], ups: &[(usize, Option<&Tensor>)], scale: f32) -> candle_core::Result<Self> {
-        let scaled = |up: &Tensor| up * f64::from(scale);
-        let ups = ups.iter().map(|&(outputs, up)| Ok((outputs, up.map(scaled).transpose()?)));
-        let ups = ups.collect::<candle_core::Result<Vec<_>>>()?;
-        let ups: Vec<_> = ups.iter().map(|(outputs, up)| (*outputs, up.as_ref())).collect();
-        Ok(Self { down: Linear::stacked(downs, WeightType::F32)?, up: Linear::diagonal(&ups)? })
-    }
-}
-
-/// Adds to the rows of `y` at each depth what the adapter of that depth, if there is one, makes of those of `x`.
-fn add_adapted(adapters: &[Adapter], y: &Tensor, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<()> {
-    for (depth, range) in depths {
-        if let Some(Adapter { down, up }) = adapters.get(*depth) {
-            let of_depth = |tensor: &Tensor| tensor.narrow(0, range.start, range.len());
-            up.add_to(&of_depth(y)?, &down.forward(&of_depth(x)?)?)?;
-        }
-    }
-    Ok(())
-}
-
 /// Projections of the same input side by side, with biases and a low-rank difference by depth where the model has them.
 #[derive(Debug)]
 struct Projection {
     weight: Linear,
     /// `[sets, outputs]`, a set for all depths or one for each.
     biases: Option<Tensor>,
-    /// By depth, or empty.
-    adapters: Vec<Adapter>,
+    adapters: Option<Adapters>,
 }
 
 impl Projection {
@@ -232,7 +200,10 @@ impl Projection {
         if let Some(biases) = &self.biases {
             add_bias(y, biases, depths)?;
         }
-        add_adapted(&self.adapters, y, x, depths)
+        match &self.adapters {
+            Some(adapters) => adapters.add_to(y, x, depths),
+            None => Ok(()),
+        }
     }
 }
 

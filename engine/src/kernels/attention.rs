@@ -27,6 +27,8 @@ const NARROW_HEAD_DIM: usize = 64;
 const STRIDE: usize = 4 * TILE;
 /// Keys read, over all rows and heads, below which a second thread costs more than it saves.
 const PARALLEL_KEYS: usize = 1 << 9;
+/// Entries copied to deeper depths below which it does.
+const PARALLEL_ENTRIES: usize = 1 << 5;
 
 /// What attention needs to know of a row.
 ///
@@ -463,30 +465,40 @@ impl InplaceOp1 for FillDeeper<'_> {
     }
 
     fn cpu_fwd(&self, pages: &mut CpuStorage, p_l: &Layout) -> Result<()> {
-        let layout = self.layout;
-        let pages = slice_mut(pages, p_l)?;
-        for fill in self.fills {
-            for layer in 0..layout.depth_layers {
-                let page =
-                    |depth| layout.pages(Kept::AtEachDepth(layer), depth) + fill.block as usize * layout.page_numbers();
-                for depth in fill.depth + 1..layout.depths {
-                    copy_entry(pages, layout, page(fill.depth), page(depth), fill.offset);
-                }
-            }
+        let pages = Shared::new(slice_mut(pages, p_l)?);
+        let entries = self.layout.depth_layers * self.layout.depths * self.fills.len();
+        match entries < PARALLEL_ENTRIES {
+            true => (0..self.layout.depth_layers).for_each(|layer| self.fill_layer(layer, pages)),
+            false => (0..self.layout.depth_layers).into_par_iter().for_each(|layer| self.fill_layer(layer, pages)),
         }
         Ok(())
     }
 }
 
+impl FillDeeper<'_> {
+    fn fill_layer(&self, layer: usize, pages: Shared<'_>) {
+        let layout = self.layout;
+        for fill in self.fills {
+            let page = |depth| {
+                let start = layout.pages(Kept::AtEachDepth(layer), depth) + fill.block as usize * layout.page_numbers();
+                // SAFETY: every layer has pages of its own at each depth, and one thread fills those of a layer.
+                unsafe { pages.get(start, layout.page_numbers()) }
+            };
+            let from = page(fill.depth);
+            (fill.depth + 1..layout.depths).for_each(|depth| copy_entry(from, page(depth), layout, fill.offset));
+        }
+    }
+}
+
 /// Copies the key and value of one position of every head from page to page.
-fn copy_entry(pages: &mut [f32], layout: PageLayout, from: usize, to: usize, offset: usize) {
+fn copy_entry(from: &[f32], to: &mut [f32], layout: PageLayout, offset: usize) {
     for kv_head in 0..layout.kv_heads {
         let key = layout.key_tile(kv_head, offset) + offset % TILE;
         for i in (key..).step_by(TILE).take(layout.head_dim) {
-            pages[to + i] = pages[from + i];
+            to[i] = from[i];
         }
         let value = layout.value(kv_head, offset);
-        pages.copy_within(from + value..from + value + layout.head_dim, to + value);
+        to[value..value + layout.head_dim].copy_from_slice(&from[value..value + layout.head_dim]);
     }
 }
 

@@ -12,11 +12,11 @@ use super::simd::{LANES, Lanes, multiversion};
 use super::{Shared, slice, slice_mut};
 
 /// Outputs that one panel of a packed weight holds.
-const PANEL: usize = 2 * LANES;
+pub(super) const PANEL: usize = 2 * LANES;
 /// Rows that one tile of the product holds: its sums then fit the registers.
 const TILE_ROWS: usize = 8;
 /// Multiplications below which a second thread costs more than it saves.
-const PARALLEL_WORK: usize = 1 << 18;
+pub(super) const PARALLEL_WORK: usize = 1 << 18;
 
 /// How the numbers of a weight are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,11 +77,10 @@ impl std::str::FromStr for WeightType {
     }
 }
 
-/// A weight, packed once so that products with it read memory in order: one matrix, or several along a diagonal with
-/// zeros elsewhere, which are neither stored nor multiplied.
+/// A weight, packed once so that products with it read memory in order.
 ///
-/// The packed form of a matrix of floats is `[panels, inputs, 32]`: panel `p` holds outputs `32 p ..`, input by input,
-/// zero beyond the last. The matrices follow each other. That of integers is [`quantized::pack`]'s.
+/// The packed form of floats is `[panels, inputs, 32]`: panel `p` holds outputs `32 p ..`, input by input, zero beyond
+/// the last. That of integers is [`quantized::pack`]'s.
 #[derive(Clone, Debug)]
 pub struct Linear {
     packed: Tensor,
@@ -89,26 +88,11 @@ pub struct Linear {
 }
 
 /// What a packed weight holds.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 struct LinearShape {
     weight_type: WeightType,
-    matrices: Vec<Matrix>,
     inputs: usize,
     outputs: usize,
-}
-
-/// One matrix of a diagonal: the inputs it reads and the outputs it gives.
-#[derive(Clone, Debug)]
-struct Matrix {
-    inputs: Range<usize>,
-    outputs: Range<usize>,
-}
-
-impl Matrix {
-    /// Numbers of its packed form.
-    fn numbers(&self) -> usize {
-        self.outputs.len().div_ceil(PANEL) * PANEL * self.inputs.len()
-    }
 }
 
 impl Linear {
@@ -117,15 +101,19 @@ impl Linear {
     /// # Errors
     /// If it is not a matrix of `f32`.
     pub fn new(weight: &Tensor, weight_type: WeightType) -> Result<Self> {
-        let mut linear = Self::diagonal(&[(weight.dims2()?.0, Some(weight))])?;
-        linear.shape.weight_type = weight_type;
-        linear.packed = match weight_type {
-            WeightType::F32 => linear.packed,
-            WeightType::Bf16 => linear.packed.to_dtype(DType::BF16)?,
+        let (outputs, inputs) = weight.dims2()?;
+        let floats = || {
+            let mut packed = Vec::new();
+            pack(&weight.flatten_all()?.to_vec1::<f32>()?, outputs, inputs, &mut packed);
+            Tensor::new(packed, &Device::Cpu)
+        };
+        let packed = match weight_type {
+            WeightType::F32 => floats()?,
+            WeightType::Bf16 => floats()?.to_dtype(DType::BF16)?,
             WeightType::Q8 => quantized::pack(weight, Format::Q8)?,
             WeightType::Q4K => quantized::pack(weight, Format::Q4K)?,
         };
-        Ok(linear)
+        Ok(Self { packed, shape: LinearShape { weight_type, inputs, outputs } })
     }
 
     /// Packs weights `[outputs, inputs]` of equal inputs as one: the outputs of the first come first.
@@ -136,34 +124,12 @@ impl Linear {
         Self::new(&Tensor::cat(weights, 0)?, weight_type)
     }
 
-    /// Packs weights `[outputs, inputs]` of `f32` along a diagonal, each given with its outputs: it reads the inputs that follow
-    /// those of the one before it and gives the outputs that follow. Where there is none, the outputs are zero.
-    ///
-    /// # Errors
-    /// If one is not a matrix of `f32`.
-    pub fn diagonal(weights: &[(usize, Option<&Tensor>)]) -> Result<Self> {
-        let (mut matrices, mut packed) = (Vec::new(), Vec::new());
-        let (mut inputs, mut outputs) = (0, 0);
-        for &(height, weight) in weights {
-            if let Some(weight) = weight {
-                let width = weight.dims2()?.1;
-                pack(&weight.flatten_all()?.to_vec1::<f32>()?, height, width, &mut packed);
-                matrices.push(Matrix { inputs: inputs..inputs + width, outputs: outputs..outputs + height });
-                inputs += width;
-            }
-            outputs += height;
-        }
-        let numbers = packed.len();
-        let packed = Tensor::from_vec(packed, numbers, &Device::Cpu)?;
-        Ok(Self { packed, shape: LinearShape { weight_type: WeightType::F32, matrices, inputs, outputs } })
-    }
-
     /// `[rows, inputs]` to `[rows, outputs]`.
     ///
     /// # Errors
     /// If `x` is of another shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op2_no_bwd(&self.packed, &Product(&self.shape))
+        x.apply_op2_no_bwd(&self.packed, &Product(self.shape))
     }
 
     /// Adds the product of `x` `[rows, inputs]` to `y` `[rows, outputs]`.
@@ -171,12 +137,12 @@ impl Linear {
     /// # Errors
     /// If a shape is another.
     pub fn add_to(&self, y: &Tensor, x: &Tensor) -> Result<()> {
-        y.inplace_op3(x, &self.packed, &AddProduct(&self.shape))
+        y.inplace_op3(x, &self.packed, &AddProduct(self.shape))
     }
 }
 
 /// Appends the packed form of a weight `[outputs, inputs]`.
-fn pack(weight: &[f32], outputs: usize, inputs: usize, packed: &mut Vec<f32>) {
+pub(super) fn pack(weight: &[f32], outputs: usize, inputs: usize, packed: &mut Vec<f32>) {
     let start = packed.len();
     packed.resize(start + outputs.div_ceil(PANEL) * inputs * PANEL, 0.0);
     for output in 0..outputs {
@@ -187,9 +153,9 @@ fn pack(weight: &[f32], outputs: usize, inputs: usize, packed: &mut Vec<f32>) {
     }
 }
 
-struct Product<'a>(&'a LinearShape);
+struct Product(LinearShape);
 
-impl CustomOp2 for Product<'_> {
+impl CustomOp2 for Product {
     fn name(&self) -> &'static str {
         "product"
     }
@@ -202,9 +168,9 @@ impl CustomOp2 for Product<'_> {
     }
 }
 
-struct AddProduct<'a>(&'a LinearShape);
+struct AddProduct(LinearShape);
 
-impl InplaceOp3 for AddProduct<'_> {
+impl InplaceOp3 for AddProduct {
     fn name(&self) -> &'static str {
         "add-product"
     }
@@ -226,7 +192,7 @@ impl InplaceOp3 for AddProduct<'_> {
 }
 
 /// Rows of a matrix that must be `width` wide.
-fn rows_of(layout: &Layout, width: usize) -> Result<usize> {
+pub(super) fn rows_of(layout: &Layout, width: usize) -> Result<usize> {
     match layout.dims() {
         &[rows, found] if found == width => Ok(rows),
         found => bail!("a kernel got a tensor of shape {found:?}, expected [rows, {width}]"),
@@ -234,12 +200,12 @@ fn rows_of(layout: &Layout, width: usize) -> Result<usize> {
 }
 
 /// Adds the product of `x` with a packed weight to `y`.
-fn add_product(x: &[f32], w: &CpuStorage, w_l: &Layout, shape: &LinearShape, y: Shared<'_>) -> Result<()> {
+fn add_product(x: &[f32], w: &CpuStorage, w_l: &Layout, shape: LinearShape, y: Shared<'_>) -> Result<()> {
     let Some((start, end)) = w_l.contiguous_offsets() else {
         bail!("a packed weight of layout {w_l:?}, expected a contiguous one");
     };
-    let (inputs, outputs) = (shape.inputs, shape.outputs);
-    match shape.weight_type {
+    let LinearShape { weight_type, inputs, outputs } = shape;
+    match weight_type {
         WeightType::F32 => multiply(x, &w.as_slice::<f32>()?[start..end], shape, y, panel_product),
         WeightType::Bf16 => multiply(x, &w.as_slice::<bf16>()?[start..end], shape, y, panel_product_bf16),
         WeightType::Q8 => quantized::multiply(x, &w.as_slice::<u8>()?[start..end], Format::Q8, inputs, y, outputs),
@@ -252,48 +218,39 @@ fn add_product(x: &[f32], w: &CpuStorage, w_l: &Layout, shape: &LinearShape, y: 
 type PanelProduct<W> = fn(&Columns<'_>, &[W], Place<'_>);
 
 /// Adds the product of `x` with packed floats to `y`, panels shared out among threads.
-fn multiply<W: Sync>(x: &[f32], packed: &[W], shape: &LinearShape, y: Shared<'_>, panel_product: PanelProduct<W>) {
-    let mut start = 0;
-    for matrix in &shape.matrices {
-        let packed = &packed[start..start + matrix.numbers()];
-        start += packed.len();
-        let (inputs, columns) =
-            (matrix.inputs.len(), Columns { x, stride: shape.inputs, range: matrix.inputs.clone() });
-        let panel = |(index, panel): (usize, &[W])| {
-            let first = index * PANEL;
-            let width = PANEL.min(matrix.outputs.len() - first);
-            let place = Place { y, start: matrix.outputs.start + first, stride: shape.outputs, width };
-            panel_product(&columns, panel, place);
-        };
-        if columns.rows() * inputs * matrix.outputs.len() < PARALLEL_WORK {
-            packed.chunks_exact(inputs * PANEL).enumerate().for_each(panel);
-        } else {
-            packed.par_chunks_exact(inputs * PANEL).enumerate().for_each(panel);
-        }
+fn multiply<W: Sync>(x: &[f32], packed: &[W], shape: LinearShape, y: Shared<'_>, panel_product: PanelProduct<W>) {
+    let LinearShape { inputs, outputs, .. } = shape;
+    let columns = Columns { x, stride: inputs, range: 0..inputs };
+    let panel =
+        |(index, panel): (usize, &[W])| panel_product(&columns, panel, Place::panel(y, 0, index, outputs, 0..outputs));
+    if columns.rows() * inputs * outputs < PARALLEL_WORK {
+        packed.chunks_exact(inputs * PANEL).enumerate().for_each(panel);
+    } else {
+        packed.par_chunks_exact(inputs * PANEL).enumerate().for_each(panel);
     }
 }
 
 /// Some columns of rows.
-struct Columns<'a> {
-    x: &'a [f32],
-    stride: usize,
-    range: Range<usize>,
+pub(super) struct Columns<'a> {
+    pub x: &'a [f32],
+    pub stride: usize,
+    pub range: Range<usize>,
 }
 
 impl<'a> Columns<'a> {
-    fn rows(&self) -> usize {
+    pub fn rows(&self) -> usize {
         self.x.len() / self.stride
     }
 
     #[inline(always)]
-    fn row(&self, row: usize) -> &'a [f32] {
+    pub fn row(&self, row: usize) -> &'a [f32] {
         &self.x[row * self.stride + self.range.start..][..self.range.len()]
     }
 }
 
 multiversion! {
     /// The product with a panel of `f32`.
-    fn panel_product(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
+    pub(super) fn panel_product(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
         tile_products(x, panel, place);
     }
 
@@ -344,11 +301,19 @@ fn tile_products<W: Weight>(x: &Columns<'_>, panel: &[W], place: Place<'_>) {
 
 /// Where outputs go: `width` numbers of each row, those of row 0 from `start` on.
 #[derive(Clone, Copy)]
-struct Place<'a> {
-    y: Shared<'a>,
-    start: usize,
-    stride: usize,
-    width: usize,
+pub(super) struct Place<'a> {
+    pub y: Shared<'a>,
+    pub start: usize,
+    pub stride: usize,
+    pub width: usize,
+}
+
+impl<'a> Place<'a> {
+    /// The place of panel `index` of a matrix that gives columns `outputs` of rows `stride` wide, from a row on.
+    pub fn panel(y: Shared<'a>, first_row: usize, index: usize, stride: usize, outputs: Range<usize>) -> Self {
+        let first = outputs.start + index * PANEL;
+        Self { y, start: first_row * stride + first, stride, width: PANEL.min(outputs.end - first) }
+    }
 }
 
 /// The product of `ROWS` rows from `first` on with one panel. Each output is one chain of fused multiply-adds in the

@@ -4,6 +4,7 @@
 //! which or how many others share the pass. That is what makes a request's tokens independent of batching.
 
 pub mod activation;
+pub mod adapters;
 pub mod attention;
 pub mod linear;
 pub mod norm;

@@ -20,11 +20,28 @@ impl Lanes {
         lanes
     }
 
+    /// All numbers of a slice that does not fill a register, and zeros.
+    #[inline(always)]
+    pub fn load_some(numbers: &[f32]) -> Self {
+        let mut lanes = Self::ZERO;
+        lanes.0[..numbers.len()].copy_from_slice(numbers);
+        lanes
+    }
+
     /// `self + a * b`, fused.
     #[inline(always)]
     pub fn add_scaled(mut self, a: f32, b: Self) -> Self {
         for lane in 0..LANES {
             self.0[lane] = a.mul_add(b.0[lane], self.0[lane]);
+        }
+        self
+    }
+
+    /// `self + a * b` lane by lane, fused.
+    #[inline(always)]
+    pub fn add_product(mut self, a: Self, b: Self) -> Self {
+        for lane in 0..LANES {
+            self.0[lane] = a.0[lane].mul_add(b.0[lane], self.0[lane]);
         }
         self
     }

@@ -8,8 +8,8 @@ use engine::cuda::kernels::{Formula, LoraInputs, Part, Verdict, sweep_bytes};
 use engine::cuda::pass::{OnDevice, PassRows};
 use engine::cuda::source::Scalar;
 use engine::kernels::activation::activate;
+use engine::kernels::adapters::{Adapters, Parts};
 use engine::kernels::attention::Row;
-use engine::kernels::linear::{Linear, WeightType};
 use engine::kernels::norm::{self, HeadNorm};
 use engine::kernels::rows::{Source, add_bias, cosines, gather, probe_rows, scale, scatter};
 use engine::kernels::signals::{mix, read};
@@ -254,19 +254,18 @@ impl Lora {
     }
 
     fn on_cpu(&self, y: &Tensor, x: &Tensor, depths: &[(usize, Range<usize>)]) {
-        for (depth, rows) in depths.iter().filter(|(depth, _)| *depth < self.downs.len()) {
-            let down = Linear::new(&matrix(&self.downs[*depth], self.inputs), WeightType::F32).unwrap();
-            let ups: Vec<(usize, Option<Tensor>)> = self
-                .shape
-                .iter()
-                .zip(&self.ups)
-                .map(|(&(rank, outputs), up)| (outputs, (rank > 0).then(|| matrix(&up[*depth], rank))))
-                .collect();
-            let ups: Vec<(usize, Option<&Tensor>)> = ups.iter().map(|(outputs, up)| (*outputs, up.as_ref())).collect();
-            let of_depth = |tensor: &Tensor| tensor.narrow(0, rows.start, rows.len()).unwrap();
-            let shrunk = down.forward(&of_depth(x)).unwrap();
-            Linear::diagonal(&ups).unwrap().add_to(&of_depth(y), &shrunk).unwrap();
-        }
+        let of_depth = |depth: usize| {
+            let down = matrix(&self.downs[depth], self.inputs);
+            let mut first_rank = 0;
+            let part = |(&(rank, outputs), ups): (&(usize, usize), &Vec<Vec<f32>>)| {
+                let of_part = down.narrow(0, first_rank, rank).unwrap();
+                first_rank += rank;
+                (outputs, (rank > 0).then(|| (of_part, matrix(&ups[depth], rank))))
+            };
+            self.shape.iter().zip(&self.ups).map(part).collect()
+        };
+        let adapters: Vec<Parts> = (0..self.downs.len()).map(of_depth).collect();
+        Adapters::new(&adapters, 1.0).unwrap().unwrap().add_to(y, x, depths).unwrap();
     }
 }
 

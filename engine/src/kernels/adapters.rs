@@ -1,0 +1,464 @@
+//! Low-rank differences of a projection, one for each depth: rows of mixed depths get their own in one operation.
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, Device, InplaceOp3, Layout, Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::linear::{Columns, PANEL, PARALLEL_WORK, Place, pack, panel_product, rows_of};
+use super::simd::{LANES, Lanes, multiversion};
+use super::{DepthRanges, Shared, slice, slice_mut};
+
+/// Rows, and ranks, of a tile of the product with a narrow matrix: its sums then fit the registers.
+const TILE: usize = 4;
+
+/// What projections side by side differ by from those that all depths share, at each depth: `up (down x)`, where `down`
+/// `[rank, inputs]` holds the ranks of all the projections and each has an up of its own, `[outputs, its ranks]`.
+///
+/// Packed they follow each other depth by depth, each its down and then its ups. If all ranks together fill no panel,
+/// a down lies `[rank, inputs]` and an up `[tiles of 4 ranks][registers of outputs][ranks of the tile]`, padded with zeros
+/// to whole registers, and rows are adapted from the first input to the last output a few at a time. Wider ones are packed as a weight of
+/// [`Linear`](super::linear::Linear), and panels shared out among threads.
+#[derive(Clone, Debug)]
+pub struct Adapters {
+    packed: Tensor,
+    shape: AdapterShape,
+}
+
+/// What packed adapters hold; the same at every depth.
+#[derive(Clone, Debug)]
+struct AdapterShape {
+    depths: usize,
+    inputs: usize,
+    outputs: usize,
+    rank: usize,
+    /// Of projections that have any, the ranks they read and the outputs they give.
+    ups: Vec<(Range<usize>, Range<usize>)>,
+}
+
+impl AdapterShape {
+    fn is_narrow(&self) -> bool {
+        self.rank < PANEL
+    }
+
+    /// Numbers of a packed down.
+    fn down_numbers(&self) -> usize {
+        match self.is_narrow() {
+            true => self.rank * self.inputs.next_multiple_of(LANES),
+            false => self.rank.next_multiple_of(PANEL) * self.inputs,
+        }
+    }
+
+    /// Numbers of a packed up.
+    fn up_numbers(&self, (ranks, outputs): &(Range<usize>, Range<usize>)) -> usize {
+        ranks.len() * outputs.len().next_multiple_of(if self.is_narrow() { LANES } else { PANEL })
+    }
+
+    /// Numbers of everything of one depth.
+    fn numbers(&self) -> usize {
+        self.down_numbers() + self.ups.iter().map(|up| self.up_numbers(up)).sum::<usize>()
+    }
+
+    /// Each up with its packed form, out of those of a depth.
+    fn ups<'a>(
+        &'a self,
+        mut packed: &'a [f32],
+    ) -> impl Iterator<Item = (&'a Range<usize>, &'a Range<usize>, &'a [f32])> {
+        self.ups.iter().map(move |up| {
+            let (of_up, rest) = packed.split_at(self.up_numbers(up));
+            packed = rest;
+            (&up.0, &up.1, of_up)
+        })
+    }
+}
+
+/// The adapter of projections at one depth, as a model has it: of each its outputs, and if it is adapted its down
+/// `[rank, inputs]` and up `[outputs, rank]`.
+pub type Parts = Vec<(usize, Option<(Tensor, Tensor)>)>;
+
+impl Adapters {
+    /// Packs the adapters of each depth from depth 0 on, which have the same shapes, scaled; none if nothing is adapted.
+    ///
+    /// # Errors
+    /// If a tensor is no matrix of `f32` or its shape is not that of the others.
+    pub fn new(depths: &[Parts], scale: f32) -> Result<Option<Self>> {
+        let Some(first) = depths.first() else { return Ok(None) };
+        let Some(mut shape) = shape_of(first)? else { return Ok(None) };
+        shape.depths = depths.len();
+        let mut packed = Vec::with_capacity(depths.len() * shape.numbers());
+        for parts in depths {
+            shape.pack(parts, scale, &mut packed)?;
+        }
+        Ok(Some(Self { packed: Tensor::new(packed, &Device::Cpu)?, shape }))
+    }
+
+    /// Adds to the rows of `y` `[rows, outputs]` at each depth that has an adapter what it makes of those of `x`
+    /// `[rows, inputs]`.
+    ///
+    /// # Errors
+    /// If a tensor is of another shape.
+    pub fn add_to(&self, y: &Tensor, x: &Tensor, depths: &DepthRanges) -> Result<()> {
+        y.inplace_op3(x, &self.packed, &AddAdapted { shape: &self.shape, depths })
+    }
+}
+
+/// The shape of adapters like those of one depth, if anything is adapted.
+fn shape_of(parts: &[(usize, Option<(Tensor, Tensor)>)]) -> Result<Option<AdapterShape>> {
+    let (mut ups, mut inputs) = (Vec::new(), 0);
+    let (mut rank, mut first_output) = (0, 0);
+    for &(outputs, ref adapted) in parts {
+        if let Some((down, _)) = adapted {
+            let (ranks, width) = down.dims2()?;
+            ups.push((rank..rank + ranks, first_output..first_output + outputs));
+            rank += ranks;
+            inputs = width;
+        }
+        first_output += outputs;
+    }
+    Ok((rank > 0).then_some(AdapterShape { depths: 1, inputs, outputs: first_output, rank, ups }))
+}
+
+impl AdapterShape {
+    /// Appends the packed adapters of a depth.
+    fn pack(&self, parts: &[(usize, Option<(Tensor, Tensor)>)], scale: f32, packed: &mut Vec<f32>) -> Result<()> {
+        let adapted: Vec<_> = parts.iter().filter_map(|(_, adapted)| adapted.as_ref()).collect();
+        let mut downs = Vec::with_capacity(self.rank * self.inputs);
+        for ((down, _), (ranks, _)) in adapted.iter().zip(&self.ups) {
+            downs.extend(numbers_of(down, (ranks.len(), self.inputs))?);
+        }
+        match self.is_narrow() {
+            true => pack_narrow_down(&downs, self.inputs, packed),
+            false => pack(&downs, self.rank, self.inputs, packed),
+        }
+        for ((_, up), (ranks, outputs)) in adapted.iter().zip(&self.ups) {
+            let mut up = numbers_of(up, (outputs.len(), ranks.len()))?;
+            up.iter_mut().for_each(|number| *number *= scale);
+            match self.is_narrow() {
+                true => pack_narrow_up(&up, ranks.len(), packed),
+                false => pack(&up, outputs.len(), ranks.len(), packed),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Appends the packed form of a narrow down of so many inputs.
+fn pack_narrow_down(down: &[f32], inputs: usize, packed: &mut Vec<f32>) {
+    for row in down.chunks_exact(inputs) {
+        packed.extend_from_slice(row);
+        packed.resize(packed.len() + inputs.next_multiple_of(LANES) - inputs, 0.0);
+    }
+}
+
+/// Appends the packed form of a narrow up of so many ranks.
+fn pack_narrow_up(up: &[f32], ranks: usize, packed: &mut Vec<f32>) {
+    for first in (0..ranks).step_by(TILE) {
+        for outputs in up.chunks(LANES * ranks) {
+            for rank in first..ranks.min(first + TILE) {
+                packed.extend(outputs.iter().skip(rank).step_by(ranks));
+                packed.resize(packed.len().next_multiple_of(LANES), 0.0);
+            }
+        }
+    }
+}
+
+/// The numbers of a matrix of a shape.
+fn numbers_of(matrix: &Tensor, shape: (usize, usize)) -> Result<Vec<f32>> {
+    match matrix.dims2()? == shape {
+        true => matrix.flatten_all()?.to_vec1::<f32>(),
+        false => bail!("an adapter's matrix is {:?}, expected {shape:?}", matrix.shape()),
+    }
+}
+
+struct AddAdapted<'a> {
+    shape: &'a AdapterShape,
+    depths: &'a DepthRanges,
+}
+
+impl InplaceOp3 for AddAdapted<'_> {
+    fn name(&self) -> &'static str {
+        "add-adapted"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &mut CpuStorage,
+        y_l: &Layout,
+        x: &CpuStorage,
+        x_l: &Layout,
+        w: &CpuStorage,
+        w_l: &Layout,
+    ) -> Result<()> {
+        let shape = self.shape;
+        let rows = rows_of(x_l, shape.inputs)?;
+        if rows_of(y_l, shape.outputs)? != rows {
+            bail!("what adapters make of {:?} cannot be added to {:?}", x_l.shape(), y_l.shape());
+        }
+        let (x, packed) = (slice(x, x_l)?, slice(w, w_l)?);
+        let (adapted, y) = (self.adapted(packed), Shared::new(slice_mut(y, y_l)?));
+        match shape.is_narrow() {
+            true => adapt(shape, &adapted, x, y),
+            false => {
+                let mut lowered = vec![0.0; rows * shape.rank];
+                lower(shape, &adapted, x, Shared::new(&mut lowered));
+                raise(shape, &adapted, &lowered, y);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rows of one depth and the packed adapter of that depth.
+struct Adapted<'a> {
+    rows: Range<usize>,
+    down: &'a [f32],
+    ups: &'a [f32],
+}
+
+impl AddAdapted<'_> {
+    fn adapted<'a>(&self, packed: &'a [f32]) -> Vec<Adapted<'a>> {
+        let of_depth = |(depth, rows): &(usize, Range<usize>)| {
+            let numbers = self.shape.numbers();
+            let (down, ups) = packed[depth * numbers..][..numbers].split_at(self.shape.down_numbers());
+            Adapted { rows: rows.clone(), down, ups }
+        };
+        self.depths.iter().filter(|(depth, _)| *depth < self.shape.depths).map(of_depth).collect()
+    }
+}
+
+/// Columns `range` of some rows of a matrix whose rows are `stride` wide.
+fn columns<'a>(x: &'a [f32], stride: usize, rows: &Range<usize>, range: Range<usize>) -> Columns<'a> {
+    Columns { x: &x[rows.start * stride..rows.end * stride], stride, range }
+}
+
+/// Runs tasks, on several threads if there is enough work.
+fn run<T: Send>(tasks: Vec<T>, work: usize, task: impl Fn(T) + Sync + Send) {
+    match work < PARALLEL_WORK {
+        true => tasks.into_iter().for_each(task),
+        false => tasks.into_par_iter().for_each(task),
+    }
+}
+
+/// Adds the downs' products with rows `x` `[rows, inputs]` to `lowered` `[rows, rank]`.
+fn lower(shape: &AdapterShape, adapted: &[Adapted<'_>], x: &[f32], lowered: Shared<'_>) {
+    let &AdapterShape { inputs, rank, .. } = shape;
+    let mut panels = Vec::new();
+    for Adapted { rows, down, .. } in adapted {
+        let of_down = down.chunks_exact(inputs * PANEL).enumerate();
+        panels.extend(of_down.map(|(index, panel)| (rows, index, panel)));
+    }
+    run(panels, x.len() * rank, |(rows, index, panel)| {
+        let place = Place::panel(lowered, rows.start, index, rank, 0..rank);
+        panel_product(&columns(x, inputs, rows, 0..inputs), panel, place);
+    });
+}
+
+/// Adds the ups' products with `lowered` `[rows, rank]` to `y` `[rows, outputs]`.
+fn raise(shape: &AdapterShape, adapted: &[Adapted<'_>], lowered: &[f32], y: Shared<'_>) {
+    let mut panels = Vec::new();
+    for Adapted { rows, ups, .. } in adapted {
+        for (ranks, outputs, up) in shape.ups(ups) {
+            let of_up = up.chunks_exact(ranks.len() * PANEL).enumerate();
+            panels.extend(of_up.map(|(index, panel)| (rows, ranks, outputs, index, panel)));
+        }
+    }
+    run(panels, lowered.len() * shape.outputs, |(rows, ranks, outputs, index, panel)| {
+        let place = Place::panel(y, rows.start, index, shape.outputs, outputs.clone());
+        panel_product(&columns(lowered, shape.rank, rows, ranks.clone()), panel, place);
+    });
+}
+
+/// Adds to rows `y` `[rows, outputs]` what narrow adapters make of rows `x` `[rows, inputs]`.
+fn adapt(shape: &AdapterShape, adapted: &[Adapted<'_>], x: &[f32], y: Shared<'_>) {
+    let &AdapterShape { inputs, outputs, rank, .. } = shape;
+    let mut tiles = Vec::new();
+    for adapted @ Adapted { rows, .. } in adapted {
+        tiles.extend(rows.clone().step_by(TILE).map(|start| (start..rows.end.min(start + TILE), adapted)));
+    }
+    let work = x.len() / inputs * (rank * inputs + outputs * rank.max(TILE));
+    run(tiles, work, |(rows, Adapted { down, ups, .. })| {
+        let mut lowered = [0.0; TILE * PANEL];
+        lower_tile(&columns(x, inputs, &rows, 0..inputs), down, rank, &mut lowered);
+        for (row, lowered) in rows.zip(lowered.chunks_exact(rank)) {
+            // SAFETY: a thread writes the rows of its own tile only.
+            let y = unsafe { y.get(row * outputs, outputs) };
+            for (ranks, outputs, up) in shape.ups(ups) {
+                raise_row(&lowered[ranks.clone()], up, &mut y[outputs.clone()]);
+            }
+        }
+    });
+}
+
+multiversion! {
+    /// The product of up to [`TILE`] rows with a narrow down: `lowered` `[rows, rank]`.
+    fn lower_tile(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
+        match x.rows() {
+            1 => lower_rows::<1>(x, down, rank, lowered),
+            2 => lower_rows::<2>(x, down, rank, lowered),
+            3 => lower_rows::<3>(x, down, rank, lowered),
+            _ => lower_rows::<TILE>(x, down, rank, lowered),
+        }
+    }
+
+    /// Adds the product of a row's ranks with a narrow up to its outputs, rank by rank.
+    fn raise_row(lowered: &[f32], up: &[f32], y: &mut [f32]) {
+        let width = up.len() / lowered.len();
+        for (lowered, up) in lowered.chunks(TILE).zip(up.chunks(TILE * width)) {
+            match lowered.len() {
+                1 => raise_ranks::<1>(lowered, up, y),
+                2 => raise_ranks::<2>(lowered, up, y),
+                3 => raise_ranks::<3>(lowered, up, y),
+                _ => raise_ranks::<TILE>(lowered, up, y),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn lower_rows<const ROWS: usize>(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| x.row(row));
+    let width = down.len() / rank;
+    for first in (0..rank).step_by(TILE) {
+        let (down, lowered) = (&down[first * width..], &mut lowered[first..]);
+        match rank - first {
+            1 => lower_ranks::<ROWS, 1>(&rows, down, width, rank, lowered),
+            2 => lower_ranks::<ROWS, 2>(&rows, down, width, rank, lowered),
+            3 => lower_ranks::<ROWS, 3>(&rows, down, width, rank, lowered),
+            _ => lower_ranks::<ROWS, TILE>(&rows, down, width, rank, lowered),
+        }
+    }
+}
+
+/// The scalar products of rows with the first `RANKS` rows of a down, which are `width` apart. Each is the sum of the
+/// lanes of one register, added up in the order of the inputs, whatever `ROWS` and `RANKS` are.
+#[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
+fn lower_ranks<const ROWS: usize, const RANKS: usize>(
+    rows: &[&[f32]; ROWS],
+    down: &[f32],
+    width: usize,
+    rank: usize,
+    lowered: &mut [f32],
+) {
+    let ranks: [&[f32]; RANKS] = std::array::from_fn(|rank| &down[rank * width..][..width]);
+    let whole = rows[0].len() / LANES * LANES;
+    let mut sums = [[Lanes::ZERO; RANKS]; ROWS];
+    for start in (0..width).step_by(LANES) {
+        let mut x = [Lanes::ZERO; ROWS];
+        for row in 0..ROWS {
+            x[row] = match start < whole {
+                true => Lanes::load(&rows[row][start..]),
+                false => Lanes::load_some(&rows[row][start..]),
+            };
+        }
+        for rank in 0..RANKS {
+            let weights = Lanes::load(&ranks[rank][start..]);
+            for row in 0..ROWS {
+                sums[row][rank] = sums[row][rank].add_product(x[row], weights);
+            }
+        }
+    }
+    for row in 0..ROWS {
+        for of_row in 0..RANKS {
+            lowered[row * rank + of_row] = sums[row][of_row].reduce(|a, b| a + b);
+        }
+    }
+}
+
+#[inline(always)]
+fn raise_ranks<const RANKS: usize>(lowered: &[f32], up: &[f32], y: &mut [f32]) {
+    let (mut registers, mut ups) = (y.chunks_exact_mut(LANES), up.chunks_exact(RANKS * LANES));
+    for (y, up) in registers.by_ref().zip(ups.by_ref()) {
+        y.copy_from_slice(&raised::<RANKS>(Lanes::load(y), lowered, up).0);
+    }
+    let y = registers.into_remainder();
+    if let (Some(up), false) = (ups.next(), y.is_empty()) {
+        y.copy_from_slice(&raised::<RANKS>(Lanes::load_some(y), lowered, up).0[..y.len()]);
+    }
+}
+
+/// A register of outputs and what ranks add to it.
+#[inline(always)]
+fn raised<const RANKS: usize>(mut y: Lanes, lowered: &[f32], up: &[f32]) -> Lanes {
+    for rank in 0..RANKS {
+        y = y.add_scaled(lowered[rank], Lanes::load(&up[rank * LANES..]));
+    }
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    const DEPTHS: usize = 3;
+
+    /// Numbers of a matrix `[rows, width]`.
+    type Matrix = Vec<Vec<f32>>;
+
+    fn random(rng: &mut StdRng, rows: usize, width: usize) -> Matrix {
+        (0..rows).map(|_| (0..width).map(|_| rng.random_range(-1.0..1.0)).collect()).collect()
+    }
+
+    fn tensor(matrix: &Matrix) -> Tensor {
+        Tensor::new(matrix.clone(), &Device::Cpu).unwrap()
+    }
+
+    /// Products of the rows of two matrices.
+    fn products(x: &[f64], matrix: &Matrix) -> Vec<f64> {
+        let product = |row: &Vec<f32>| row.iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum();
+        matrix.iter().map(product).collect()
+    }
+
+    #[test]
+    fn rows_get_the_adapters_of_their_depths() {
+        let mut rng = StdRng::seed_from_u64(1);
+        let shapes: [&[(usize, usize)]; 5] =
+            [&[(1, 5)], &[(0, 40), (9, 70), (0, 3)], &[(2, 64), (3, 33)], &[(20, 31), (13, 64)], &[(70, 100)]];
+        for (shape, inputs) in shapes.into_iter().flat_map(|shape| [1, 40, 64].map(|inputs| (shape, inputs))) {
+            let parts = |rng: &mut StdRng| -> Vec<Option<(Matrix, Matrix)>> {
+                let part =
+                    |&(rank, outputs)| (rank > 0).then(|| (random(rng, rank, inputs), random(rng, outputs, rank)));
+                shape.iter().map(part).collect()
+            };
+            let matrices: Vec<_> = (0..DEPTHS).map(|_| parts(&mut rng)).collect();
+            let tensors = |part: &Option<(Matrix, Matrix)>| part.as_ref().map(|(down, up)| (tensor(down), tensor(up)));
+            let of_depth = |parts: &Vec<Option<(Matrix, Matrix)>>| -> Parts {
+                shape.iter().map(|part| part.1).zip(parts.iter().map(tensors)).collect()
+            };
+            let adapters = Adapters::new(&matrices.iter().map(of_depth).collect::<Vec<_>>(), 0.5).unwrap().unwrap();
+
+            // Depth 3 has no adapter.
+            let depths = [(0, 0..7), (2, 7..8), (3, 8..13)];
+            let outputs: usize = shape.iter().map(|part| part.1).sum();
+            let (x, before) = (random(&mut rng, 13, inputs), random(&mut rng, 13, outputs));
+            let y = tensor(&before);
+            adapters.add_to(&y, &tensor(&x), &depths).unwrap();
+            let y = y.to_vec2::<f32>().unwrap();
+            for (depth, row) in depths.iter().flat_map(|(depth, rows)| rows.clone().map(move |row| (*depth, row))) {
+                let x: Vec<f64> = x[row].iter().map(|&x| f64::from(x)).collect();
+                let added = |(&(_, outputs), part): (&(usize, usize), &Option<(Matrix, Matrix)>)| match part {
+                    Some((down, up)) => products(&products(&x, down), up),
+                    None => vec![0.0; outputs],
+                };
+                let added: Vec<f64> = match matrices.get(depth) {
+                    Some(parts) => shape.iter().zip(parts).flat_map(added).collect(),
+                    None => vec![0.0; outputs],
+                };
+                for ((found, before), added) in y[row].iter().zip(&before[row]).zip(added) {
+                    let expected = f64::from(*before) + 0.5 * added;
+                    assert!(
+                        (f64::from(*found) - expected).abs() < 1e-4,
+                        "{found} is not {expected}: {shape:?} {inputs}"
+                    );
+                }
+                // And the same to the bit without the other rows.
+                let alone = tensor(&vec![before[row].clone()]);
+                let x = tensor(&vec![x.iter().map(|&x| x as f32).collect()]);
+                adapters.add_to(&alone, &x, &[(depth, 0..1)]).unwrap();
+                assert_eq!(alone.to_vec2::<f32>().unwrap()[0], y[row], "{shape:?} {inputs}");
+            }
+        }
+    }
+}
