@@ -80,7 +80,7 @@ impl Family {
         let architecture = &config.architecture;
         let own = match self {
             Self::Llama => llama_json(config),
-            Self::Gemma => Value::Object(gemma_like_json(config)),
+            Self::Gemma => Value::Object(gemma_like_json(config, "hidden_act")),
             Self::Gemma3 => gemma3_json(config),
             Self::GptNeoX => gpt_neox_json(config),
         };
@@ -179,12 +179,13 @@ fn gemma_like(keys: &Keys, architecture: Architecture) -> Result<ModelConfig> {
     Ok(config)
 }
 
-fn gemma_like_json(config: &ModelConfig) -> Map<String, Value> {
+/// `activation_key` is where readers of the family look for the activation.
+fn gemma_like_json(config: &ModelConfig, activation_key: &str) -> Map<String, Value> {
     let Architecture { norm_eps, activation, rope_theta, .. } = config.architecture;
     let keys = [
         ("num_key_value_heads", json!(config.num_kv_heads)),
         ("head_dim", json!(config.head_dim)),
-        ("hidden_activation", json!(activation_name(activation))),
+        (activation_key, json!(activation_name(activation))),
         ("rms_norm_eps", decimal(norm_eps)),
         ("rope_theta", decimal(rope_theta)),
     ];
@@ -192,12 +193,15 @@ fn gemma_like_json(config: &ModelConfig) -> Map<String, Value> {
 }
 
 fn gemma(keys: &Keys) -> Result<ModelConfig> {
+    keys.must_be_absent("use_bidirectional_attention", &Value::Bool(false))?;
     let (rope_theta, rope_scaling) = rope(keys, 10_000.0)?;
-    let activation = match activation(keys, "hidden_activation")? {
-        None => activation(keys, "hidden_act")?,
-        given => given,
+    let activation = match (activation(keys, "hidden_activation")?, activation(keys, "hidden_act")?) {
+        (Some(given), _) => given,
+        // The first Gemmas were published with `hidden_act` "gelu" but trained with its approximation, which is what
+        // transformers takes it for.
+        (None, Some(Activation::Gelu) | None) => Activation::GeluTanh,
+        (None, Some(given)) => given,
     };
-    let activation = activation.unwrap_or(Activation::GeluTanh);
     gemma_like(keys, Architecture { activation, rope_theta, rope_scaling, ..Architecture::default() })
 }
 
@@ -272,7 +276,7 @@ fn gemma3_json(config: &ModelConfig) -> Value {
     // Readers older than `layer_types` know only a pattern, of which a missing last full layer is part too.
     let pattern = (1..=num_layers + 1).find(|pattern| sliding_by_pattern(*pattern, num_layers) == sliding);
     let scale = f64::from(architecture.attention_scale(config.head_dim));
-    let mut keys = gemma_like_json(config);
+    let mut keys = gemma_like_json(config, "hidden_activation");
     let own = [
         ("query_pre_attn_scalar", whole_if_exact(scale.powi(-2), |scalar| scalar.powf(-0.5) as f32)),
         ("layer_types", json!((0..num_layers).map(layer_type).collect::<Vec<_>>())),

@@ -153,11 +153,18 @@ impl Architectural<'_> {
         })
     }
 
+    /// As llama.cpp: where no type is given, a factor is one of linear scaling; older files call it `scale_linear`.
     fn rope_scaling(&self) -> Result<Option<RopeScaling>> {
-        match self.optional::<String>("rope.scaling.type")?.as_deref() {
-            None | Some("none") => Ok(None),
-            Some("linear") => Ok(Some(RopeScaling::Linear { factor: self.required("rope.scaling.factor")? })),
+        const FACTOR: &str = "rope.scaling.factor";
+        let kind = self.optional::<String>("rope.scaling.type")?;
+        match kind.as_deref() {
+            Some("none") => Ok(None),
+            Some("linear") => Ok(Some(RopeScaling::Linear { factor: self.required(FACTOR)? })),
             Some(_) => Err(self.refuse("rope.scaling.type", "none or linear")),
+            None => {
+                let factor = self.optional(FACTOR)?.or(self.optional("rope.scale_linear")?);
+                Ok(factor.map(|factor| RopeScaling::Linear { factor }))
+            }
         }
     }
 }

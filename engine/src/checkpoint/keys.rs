@@ -103,7 +103,8 @@ impl Keys {
     pub fn must_be_absent(&self, key: &str, harmless: &Value) -> Result<(), CheckpointError> {
         match self.values.get(key) {
             Some(value) if !value.is_null() && value != harmless => {
-                Err(self.refuse(key, &format!("null or {harmless}: this engine knows no other")))
+                let or_harmless = if harmless.is_null() { String::new() } else { format!(" or {harmless}") };
+                Err(self.refuse(key, &format!("null{or_harmless}: this engine knows no other")))
             }
             _ => Ok(()),
         }

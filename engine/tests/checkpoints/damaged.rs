@@ -49,6 +49,14 @@ fn llama() -> Value {
     })
 }
 
+fn gemma() -> Value {
+    json!({
+        "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "vocab_size": 19, "hidden_size": 8,
+        "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 4, "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    })
+}
+
 fn gemma3() -> Value {
     json!({
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 19, "hidden_size": 8,
@@ -90,7 +98,8 @@ fn what_is_not_supported_is_refused_by_its_key() {
         (llama(), "num_attention_heads", Value::Null, "`num_attention_heads` is null, expected a whole number"),
         (llama(), "num_hidden_layers", json!(1_u64 << 50), "expected from 1 to 4096 layers"),
         (llama(), "num_key_value_heads", json!(3), "`num_kv_heads` is 3, expected a divisor"),
-        (gemma3(), "final_logit_softcapping", json!(30.0), "`final_logit_softcapping` is 30.0, expected null"),
+        (gemma(), "use_bidirectional_attention", json!(true), "`use_bidirectional_attention` is true"),
+        (gemma3(), "final_logit_softcapping", json!(30.0), "`final_logit_softcapping` is 30.0, expected null: "),
         (gemma3(), "attn_logit_softcapping", json!(50.0), "`attn_logit_softcapping` is 50.0, expected null"),
         (gemma3(), "use_bidirectional_attention", json!(true), "`use_bidirectional_attention` is true"),
         (gemma3(), "layer_types", json!(["full_attention"]), "`layer_types` is [\"full_attention\"], expected 2 of"),

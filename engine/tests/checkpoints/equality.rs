@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models;
 use engine::checkpoint::Checkpoint;
+use engine::config::Activation;
 use engine::reference::Reference;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -139,4 +140,27 @@ fn rope_parameters_by_layer_type_mean_what_the_older_keys_mean() {
     assert_eq!(read(&new), read(&old));
     let tokens = tokens(&old.config, 12);
     assert_close(&engine_logits(folder_of(&new).path(), 1, &tokens), &plain::logits(&old, &tokens));
+}
+
+/// The first Gemmas were published with the exact function's name, but trained with its approximation.
+#[test]
+fn a_gemmas_hidden_act_gelu_is_the_approximation_and_its_hidden_activation_comes_first() {
+    let config = |key: &str, value: &str| {
+        let mut config = json!({
+            "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "vocab_size": 19, "hidden_size": 12,
+            "intermediate_size": 10, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 8, "max_position_embeddings": 64, "hidden_act": "gelu",
+        });
+        config[key] = json!(value);
+        let model = Model::random(config, 3);
+        Checkpoint::read(folder_of(&model).path(), 1).unwrap().weights.config().architecture.activation
+    };
+    for (key, value, expected) in [
+        ("hidden_act", "gelu", Activation::GeluTanh),
+        ("hidden_act", "silu", Activation::Silu),
+        ("hidden_activation", "gelu_pytorch_tanh", Activation::GeluTanh),
+        ("hidden_activation", "gelu", Activation::Gelu),
+    ] {
+        assert_eq!(config(key, value), expected, "{key}: {value}");
+    }
 }

@@ -161,6 +161,22 @@ fn llama_3_scaling_is_found_in_its_factors_and_no_other_is() {
     assert!(message.contains("`rope_freqs.weight` holds other factors"), "{message}");
 }
 
+#[test]
+fn a_rope_factor_without_a_type_is_one_of_linear_scaling() {
+    let mut model = small_llama();
+    model.config["rope_scaling"] = json!({"rope_type": "linear", "factor": 4.0});
+    let tokens = tokens(&model.config, 20);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    for key in ["llama.rope.scaling.factor", "llama.rope.scale_linear"] {
+        write_gguf(&model, &path, &[(key, GgufValue::F32(4.0))], &[]);
+        assert_close(&engine_logits(&path, 1, &tokens), &plain::logits(&model, &tokens));
+    }
+    write_gguf(&model, &path, &[("llama.rope.scaling.type", text("yarn"))], &[]);
+    let message = Checkpoint::read(&path, 1).map(drop).unwrap_err().to_string();
+    assert!(message.contains("`llama.rope.scaling.type` is \"yarn\", expected none or linear"), "{message}");
+}
+
 /// Texts that tokenizers trip over.
 const TEXTS: [&str; 4] = ["a ab  abc", "12 ab\n", "", "naïve ☃ b"];
 

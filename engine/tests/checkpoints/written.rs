@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use engine::checkpoint::{Checkpoint, write_hugging_face};
+use engine::checkpoint::{Checkpoint, CheckpointError, write_hugging_face};
 use engine::config::{Activation, Architecture, LoraConfig, LoraRanks, ModelConfig, Sharing};
 use engine::reference::Reference;
 use engine::tokenizer::Tokenizer;
@@ -133,4 +133,23 @@ fn the_tokenizer_goes_with_the_model() {
     write_hugging_face(&weights, Some(&tokenizer), folder.path(), Stored::F16).unwrap();
     let read = Checkpoint::read(folder.path(), 1).unwrap();
     assert_eq!(read.tokenizer.unwrap().encode(text).unwrap(), tokenizer.encode(text).unwrap());
+}
+
+/// transformers and candle-transformers agree on where a Gemma's activation is written, but transformers takes the exact
+/// function's name for its approximation.
+#[test]
+fn a_gemmas_activation_is_written_where_others_look_for_it() {
+    let write = |activation| {
+        let architecture = Architecture { activation, embedding_scale: 4.0, norm_eps: 1e-6, ..Architecture::default() };
+        let folder = tempfile::tempdir().unwrap();
+        write_hugging_face(&noisy(recursive(architecture)), None, folder.path(), Stored::F32)?;
+        let config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(folder.path().join("config.json")).unwrap()).unwrap();
+        assert_eq!((&config["model_type"], config.get("hidden_activation")), (&"gemma".into(), None));
+        Ok::<_, CheckpointError>(config["hidden_act"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(write(Activation::Silu).unwrap(), "silu");
+    assert_eq!(write(Activation::GeluTanh).unwrap(), "gelu_pytorch_tanh");
+    let message = write(Activation::Gelu).unwrap_err().to_string();
+    assert!(message.contains("\"activation\":\"gelu\""), "{message}");
 }
