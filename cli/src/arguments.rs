@@ -198,9 +198,9 @@ pub struct SimulationArgs {
     /// Folder of a latency profile
     #[arg(long, value_name = "DIR")]
     profile: PathBuf,
-    /// Folder of an exit trace
+    /// Folder of an exit trace; without one, every token runs every depth (--exit none)
     #[arg(long, value_name = "DIR")]
-    exits: PathBuf,
+    exits: Option<PathBuf>,
     #[command(flatten)]
     serving: ServingArgs,
     /// Machines, each with a batch and a cache of its own
@@ -250,7 +250,7 @@ impl SimulationArgs {
         let (spec, base) = self.requests.spec()?;
         let serving = self.serving.serving();
         let workload = Workload::load(&spec, &base, &serving)?;
-        let (latency, exits) = load_models(&self.profile, &self.exits, self.seed)?;
+        let (latency, exits) = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
         let settings = serving.all_settings(latency.memory(), &workload.requests)?;
         let spread = self.spread.then_some(self.seed);
         let machines = Machines { replicas: self.replicas, routing: self.routing, spread };

@@ -53,6 +53,12 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Rust ignores this signal, and printing to `head` would panic.
+    // SAFETY: no other thread runs yet, and the default handler is no function of ours.
+    #[cfg(unix)]
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -3,8 +3,8 @@
 use std::fmt::Debug;
 use std::path::Path;
 
-use anyhow::Result;
-use scheduler::Settings;
+use anyhow::{Result, bail};
+use scheduler::{ExitPolicy, Settings};
 use serde::Serialize;
 use simulator::{
     Draw, ExitModel, Extrapolations, LatencyModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError,
@@ -25,15 +25,28 @@ pub struct Run {
     pub time: Option<TimeByPart>,
 }
 
-/// Reads what a simulation looks times and exits up in; exits are drawn with `seed`.
+/// Reads what a simulation looks times and exits up in; exits are drawn with `seed`. Without an exit trace every token
+/// runs every depth, and the policies must ask for nothing else.
 ///
 /// # Errors
-/// If a folder does not read, or the two are of different models.
-pub fn load_models(profile: &Path, exits: &Path, seed: u64) -> Result<(LatencyModel, ExitModel)> {
+/// If a folder does not read, the two are of different models, or a policy lets rows leave and there is no exit trace.
+pub fn load_models(
+    profile: &Path,
+    exits: Option<&Path>,
+    seed: u64,
+    policies: &[ExitPolicy],
+) -> Result<(LatencyModel, ExitModel)> {
     let profile = LatencyProfile::read(profile)?;
+    let latency = LatencyModel::new(&profile)?;
+    let Some(exits) = exits else {
+        if let Some(policy) = policies.iter().find(|policy| **policy != ExitPolicy::None) {
+            bail!("exit policy {policy} without an exit trace: expected one (exits), or exit policy none alone");
+        }
+        return Ok((latency, ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?));
+    };
     let exits = ExitTrace::read(exits)?;
     check_same_model(&profile, &exits)?;
-    Ok((LatencyModel::new(&profile)?, ExitModel::new(&exits, Draw::Seeded(seed))?))
+    Ok((latency, ExitModel::new(&exits, Draw::Seeded(seed))?))
 }
 
 /// The machines of a simulated system.

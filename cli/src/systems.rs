@@ -70,7 +70,8 @@ fn simulate_system<'a>(
     workload: &Workload,
     runs: &mut Vec<SystemRun<'a>>,
 ) -> Result<String> {
-    let (latency, exits) = load_models(&base.join(&system.profile), &base.join(&system.exits), experiment.seed)?;
+    let (latency, exits) =
+        load_models(&base.join(&system.profile), Some(&base.join(&system.exits)), experiment.seed, &[])?;
     let serving = system.serving(&experiment.serving);
     let mut sizes: Vec<Serving> = experiment.sweeps.max_batch.iter().map(|&batch| serving.with_batch(batch)).collect();
     if sizes.is_empty() {

@@ -88,6 +88,29 @@ parts() {
         }' "$1/time_by_part.csv"
 }
 
+# What fits into a memory and what comes of it; speed-ups are to vanilla in the same memory, for which `first` is `reuse`.
+memory() {
+    awk -F, "$columns"' {
+            bytes = $column["device_memory"]; vanilla = $column["system"] == "vanilla"
+            if (vanilla && $column["kv_fill"] == "reuse") base[bytes] = $column["throughput_tok_s"]
+            if (vanilla && $column["kv_fill"] != "reuse") next
+            rows[bytes]++; row = bytes SUBSEP rows[bytes]
+            if (!(bytes in seen)) { seen[bytes]; memories[++count] = bytes }
+            start[row] = sprintf("| %d GB | %s | %s | %.1f GB | %d | %d |", bytes / 1e9, $column["system"],
+                $column["kv_fill"], $column["weight_bytes"] / 1e9, $column["kv_tokens"], $column["batch_fits"])
+            speed[row] = $column["throughput_tok_s"]
+            end[row] = sprintf(" %.0f | %.0f |", $column["mean_running"], $column["preemptions"])
+        }
+        END {
+            print "| memory | model | KV fill | weights | tokens that fit | requests that fit | tok/s | ran at once | preemptions |"
+            print "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+            for (m = 1; m <= count; m++) for (r = 1; r <= rows[memories[m]]; r++) {
+                row = memories[m] SUBSEP r
+                print start[row] sprintf(" %.0f (%.2fx) |", speed[row], speed[row] / base[memories[m]]) end[row]
+            }
+        }' "$1/sweep-summary.csv"
+}
+
 # Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in the document by a file.
 fill() {
     awk -v name="<!-- $1 -->" -v file="$2" '
@@ -105,3 +128,7 @@ for experiment in h100 h100-exits a100 a100-exits; do
     fill "$experiment-parts" "$scratch/table"
     cp "$OUT/$experiment/figures/time-by-part-64.png" "$(dirname "$DOCUMENT")/figures/gpu-$experiment.png"
 done
+
+"$DEPTHWISE" sweep configs/gpu/memory.yaml --out "$OUT/memory" --restart
+memory "$OUT/memory" >"$scratch/table"
+fill memory "$scratch/table"

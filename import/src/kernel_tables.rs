@@ -16,8 +16,10 @@
 //! | head | the product with the vocabulary: computed where that has more words than any product measured |
 //!
 //! Between measured sizes times are linear. Beyond the largest, products grow in proportion to inputs and outputs, and
-//! elsewhere the last slope goes on. Attention of a head shape
-//! that no table holds is a roofline. What is not measured has `repeats` 0 in the profile.
+//! elsewhere the last slope goes on. Attention of a head shape that no table holds is a roofline. What is not measured has
+//! `repeats` 0 in the profile. Products are those of the model's number type: of 8-bit floats for the layers of a quantized
+//! model, of 16-bit floats otherwise. A table that a version does not have is that of the version which its `reuse.yaml`
+//! names.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -32,7 +34,7 @@ use crate::curve::{Curve, line_at};
 use crate::error::{ImportError, read_text};
 use crate::lora::{self, DeviceRates};
 use crate::memory::memory_figures;
-use crate::model::ModelShape;
+use crate::model::{ModelShape, Quantized};
 
 /// The tables of one GPU and framework.
 #[derive(Clone, Debug)]
@@ -40,13 +42,24 @@ pub struct KernelTables {
     source: String,
     gpu: String,
     system: System,
-    /// By outputs and inputs, over rows; 16-bit floats.
-    gemm: BTreeMap<(u32, u32), Curve>,
+    /// Where the products were read from.
+    gemm_path: PathBuf,
+    /// By number type.
+    gemm: BTreeMap<&'static str, Products>,
     /// One prompt, by head shape, over its length.
     prefill: BTreeMap<HeadShape, Curve>,
     /// By head shape and batch, over history.
     decode: BTreeMap<HeadShape, BTreeMap<u32, Curve>>,
 }
+
+/// Matrix products of one number type by outputs and inputs, over rows.
+#[derive(Clone, Debug, Default)]
+struct Products(BTreeMap<(u32, u32), Curve>);
+
+/// Number types as the tables call them: of models that are not quantized, and of the layers of those that are.
+const FULL: &str = "bfloat16";
+const FP8: &str = "fp8";
+const FP8_BLOCKS: &str = "fp8_block";
 
 /// Query heads, KV heads and head size.
 type HeadShape = (u32, u32, u32);
@@ -82,79 +95,79 @@ impl KernelTables {
         let systems = systems.as_ref();
         let path = systems.join(format!("{gpu}.yaml"));
         if !path.exists() {
-            return Err(ImportError::unusable(&path, "no such file", format!("one of {}", names_in(systems))));
+            let known = names_in(&systems.join("data"));
+            return Err(ImportError::unusable(&path, "no such file", format!("one of {known}")));
         }
         let system: System =
             serde_yaml::from_str(&read_text(&path)?).map_err(|error| ImportError::malformed(&path, error))?;
-        let folder = |kind: &str| -> Result<PathBuf, ImportError> {
+        let mut source = format!("aiconfigurator-core tables {gpu}/{framework}/{version}");
+        let mut table = |kind: &str, name: &str| -> Result<PathBuf, ImportError> {
             let versions = systems.join(&system.data_dir).join(kind).join(framework);
-            let folder = versions.join(version);
-            match folder.is_dir() {
-                true => Ok(folder),
-                false => {
-                    let known =
-                        names_in(if versions.is_dir() { &versions } else { versions.parent().unwrap_or(systems) });
-                    Err(ImportError::unusable(&folder, "no such folder", format!("one of {known}")))
-                }
+            let (path, reused) = find_table(&versions, version, name)?;
+            if let Some(reused) = reused {
+                source += &format!("; {name} of {reused}, as reuse.yaml says");
             }
+            Ok(path)
         };
-        let (gemm, attention) = (folder("gemm")?, folder("attention")?);
-        Ok(Self {
-            source: format!("aiconfigurator-core tables {gpu}/{framework}/{version}"),
-            gpu: gpu.to_owned(),
-            gemm: read_gemm(&gemm.join("gemm_perf.parquet"))?,
-            prefill: read_prefill(&attention.join("context_attention_perf.parquet"))?,
-            decode: read_decode(&attention.join("generation_attention_perf.parquet"))?,
-            system,
-        })
+        let gemm_path = table("gemm", "gemm_perf")?;
+        let prefill = read_prefill(&table("attention", "context_attention_perf")?)?;
+        let decode = read_decode(&table("attention", "generation_attention_perf")?)?;
+        let gemm = read_gemm(&gemm_path)?;
+        Ok(Self { source, gpu: gpu.to_owned(), gemm_path, gemm, prefill, decode, system })
     }
 
-    /// The latency profile of a model in 16-bit floats, with what a pass costs beside its kernels.
-    pub fn profile(&self, shape: &ModelShape, overhead_us: f64) -> LatencyProfile {
-        let rows: Vec<u32> = self.gemm.values().next().map(|curve| curve.keys().copied().collect()).unwrap_or_default();
+    /// The latency profile of a model, with what a pass costs beside its kernels.
+    ///
+    /// # Errors
+    /// If the tables have no products of the model's number type.
+    pub fn profile(&self, shape: &ModelShape, overhead_us: f64) -> Result<LatencyProfile, ImportError> {
+        let (quantized, full) = (self.products(shape)?, self.products_of(FULL)?);
+        let rows = quantized.rows();
         let layers = shape.block_layers() as f64;
         let [qkv, out, up, down] = shape.linears();
-        let linears = |rows: u32| -> f64 { [qkv, out, up, down].iter().map(|&sizes| self.gemm_us(rows, sizes)).sum() };
+        let linears = |rows: u32| -> f64 { [qkv, out, up, down].iter().map(|&sizes| quantized.us(rows, sizes)).sum() };
         let rank = shape.lora_rank;
         let low_rank = |rows: u32| -> f64 {
-            let pair = |&(inputs, outputs): &(u64, u64)| {
-                self.gemm_us(rows, (inputs, rank)) + self.gemm_us(rows, (rank, outputs))
-            };
+            let pair = |&(inputs, outputs): &(u64, u64)| full.us(rows, (inputs, rank)) + full.us(rows, (rank, outputs));
             [qkv, out, up, down].iter().map(pair).sum()
         };
-        let head = |rows: u32| self.gemm_us(rows, (shape.hidden, shape.vocab));
+        let head = |rows: u32| full.us(rows, (shape.hidden, shape.vocab));
         let mut points = Vec::new();
         let mut by_rows = |component, repeats, time_us: &dyn Fn(u32) -> f64| {
             points.extend(rows.iter().map(|&rows| point(component, rows, 0, time_us(rows), repeats)));
         };
-        let block = [qkv, out, up, down].iter().all(|&sizes| self.holds(sizes));
+        let block = [qkv, out, up, down].iter().all(|&sizes| quantized.holds(sizes));
         by_rows(Component::Block, u32::from(block), &|rows| layers * linears(rows));
         by_rows(Component::Elementwise, 0, &|rows| layers * self.elementwise_us(shape, rows));
         if rank > 0 {
-            let held = |&(inputs, outputs): &(u64, u64)| self.holds((inputs, rank)) && self.holds((rank, outputs));
+            let held = |&(inputs, outputs): &(u64, u64)| full.holds((inputs, rank)) && full.holds((rank, outputs));
             let lora = [qkv, out, up, down].iter().all(held);
             by_rows(Component::Lora, u32::from(lora), &|rows| layers * low_rank(rows));
         }
         by_rows(Component::Embed, 0, &|rows| {
             2.0 * self.streamed_us(2 * u64::from(rows) * shape.hidden * shape.weight_bytes)
         });
-        by_rows(Component::Head, u32::from(self.holds((shape.hidden, shape.vocab))), &head);
+        by_rows(Component::Head, u32::from(full.holds((shape.hidden, shape.vocab))), &head);
         points.extend(
             lora::points(shape, &self.rates(), &rows).into_iter().filter(|p| p.component == Component::DepthMix),
         );
         points.extend(self.attention(shape));
-        LatencyProfile {
+        let mut source = format!(
+            "{}; overhead as given; repeats 0: roofline at the rates of {}.yaml, products beyond the tables in proportion",
+            self.source, self.gpu
+        );
+        if let Some(window) = shape.window {
+            source += &format!("; attention as if no layer had its window of {window} tokens");
+        }
+        Ok(LatencyProfile {
             meta: ProfileMeta {
                 schema_version: LatencyProfile::SCHEMA_VERSION,
                 model: shape.describe(),
                 fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
                 num_loops: shape.num_loops as u32,
                 device: self.gpu.clone(),
-                software: "bfloat16".to_owned(),
-                source: format!(
-                    "{}; overhead as given; repeats 0: roofline at the rates of {}.yaml, products beyond the tables in proportion",
-                    self.source, self.gpu
-                ),
+                software: if shape.quantized.is_some() { "bfloat16, layers in fp8" } else { "bfloat16" }.to_owned(),
+                source,
                 overhead_us,
                 weight_bytes: shape.total_weight_bytes(),
                 kv_bytes_per_token: shape.num_loops * shape.kv_bytes_per_depth(),
@@ -166,7 +179,25 @@ impl KernelTables {
             },
             points,
             mixed_attention: None,
+        })
+    }
+
+    /// The products of the model's layers.
+    fn products(&self, shape: &ModelShape) -> Result<&Products, ImportError> {
+        match (shape.weight_bytes, shape.quantized) {
+            (2, None) => self.products_of(FULL),
+            (2, Some(Quantized::Fp8)) => self.products_of(FP8),
+            (2, Some(Quantized::Fp8Blocks)) => self.products_of(FP8_BLOCKS),
+            _ => self.products_of("float32"),
         }
+    }
+
+    fn products_of(&self, number_type: &str) -> Result<&Products, ImportError> {
+        let missing = || {
+            let known = self.gemm.keys().copied().collect::<Vec<_>>().join(", ");
+            ImportError::unusable(&self.gemm_path, format!("no product in {number_type}"), format!("one of {known}"))
+        };
+        self.gemm.get(number_type).ok_or_else(missing)
     }
 
     fn rates(&self) -> DeviceRates {
@@ -190,22 +221,6 @@ impl KernelTables {
         shape.norms_per_layer() as f64 * self.streamed_us(4 * bytes * shape.hidden)
             + self.streamed_us(3 * bytes * shape.intermediate)
             + self.streamed_us(bytes * rotary)
-    }
-
-    /// Whether a product's sizes lie within those measured: larger ones are scaled, not measured.
-    fn holds(&self, (inputs, outputs): (u64, u64)) -> bool {
-        self.gemm.keys().any(|&(n, k)| inputs <= u64::from(k) && outputs <= u64::from(n))
-    }
-
-    /// A matrix product, linear in each size between those measured.
-    fn gemm_us(&self, rows: u32, (inputs, outputs): (u64, u64)) -> f64 {
-        let mut by_outputs: BTreeMap<u32, Curve> = BTreeMap::new();
-        for (&(outputs, inputs), curve) in &self.gemm {
-            by_outputs.entry(outputs).or_default().insert(inputs, line_at(curve, f64::from(rows)));
-        }
-        let over_outputs: Curve =
-            by_outputs.iter().map(|(&outputs, curve)| (outputs, share_at(curve, inputs as f64))).collect();
-        share_at(&over_outputs, outputs as f64)
     }
 
     fn attention(&self, shape: &ModelShape) -> Vec<Point> {
@@ -258,22 +273,96 @@ impl KernelTables {
     }
 }
 
+impl Products {
+    /// Numbers of rows that were measured.
+    fn rows(&self) -> Vec<u32> {
+        self.0.values().next().map(|curve| curve.keys().copied().collect()).unwrap_or_default()
+    }
+
+    /// Whether a product's sizes lie within those measured: larger ones are scaled, not measured.
+    fn holds(&self, (inputs, outputs): (u64, u64)) -> bool {
+        self.0.keys().any(|&(n, k)| inputs <= u64::from(k) && outputs <= u64::from(n))
+    }
+
+    /// Microseconds of a product, linear in each size between those measured.
+    fn us(&self, rows: u32, (inputs, outputs): (u64, u64)) -> f64 {
+        let mut by_outputs: BTreeMap<u32, Curve> = BTreeMap::new();
+        for (&(outputs, inputs), curve) in &self.0 {
+            by_outputs.entry(outputs).or_default().insert(inputs, line_at(curve, f64::from(rows)));
+        }
+        let over_outputs: Curve =
+            by_outputs.iter().map(|(&outputs, curve)| (outputs, share_at(curve, inputs as f64))).collect();
+        share_at(&over_outputs, outputs as f64)
+    }
+}
+
+/// Where a version's table lies, and the other version it is of where `reuse.yaml` says so.
+fn find_table(versions: &Path, version: &str, name: &str) -> Result<(PathBuf, Option<String>), ImportError> {
+    let folder = versions.join(version);
+    if !folder.is_dir() {
+        let known = names_in(if versions.is_dir() { versions } else { versions.parent().unwrap_or(versions) });
+        return Err(ImportError::unusable(&folder, "no such folder", format!("one of {known}")));
+    }
+    let path = folder.join(name).with_extension("parquet");
+    let reuse = folder.join("reuse.yaml");
+    if path.exists() || !reuse.exists() {
+        return Ok((path, None));
+    }
+    let declared: ReuseFile =
+        serde_yaml::from_str(&read_text(&reuse)?).map_err(|error| ImportError::malformed(&reuse, error))?;
+    match declared.reuse.into_iter().find(|reuse| reuse.table == name) {
+        Some(Reuse { from_version, .. }) => {
+            Ok((versions.join(&from_version).join(name).with_extension("parquet"), Some(from_version)))
+        }
+        None => Ok((path, None)),
+    }
+}
+
+/// Which tables of a version are those of another.
+#[derive(Deserialize)]
+struct ReuseFile {
+    reuse: Vec<Reuse>,
+}
+
+#[derive(Deserialize)]
+struct Reuse {
+    table: String,
+    from_version: String,
+}
+
 fn point(component: Component, rows: u32, kv_tokens: u32, time_us: f64, repeats: u32) -> Point {
     Point { component, rows, kv_tokens, depths: 1, time_us, spread_us: 0.0, repeats }
 }
 
-/// Tokens, history and time of chunks that end where a measured prompt ends: `f(tokens + history) - f(history)`, and
-/// what it takes to start.
+/// Tokens, history and time of chunks: `f(tokens + history) - f(history)`, and what it takes to start. Differences carry
+/// the scatter of both prompts; none is shorter than that after a shorter history.
 fn chunks(prompts: &Curve) -> impl Iterator<Item = (u32, u32, f64)> {
     let start = prompts.values().copied().fold(f64::INFINITY, f64::min);
-    let histories = [0].into_iter().chain(prompts.keys().copied().filter(|length| length.is_power_of_two()));
-    histories.flat_map(move |history| {
-        let after = if history == 0 { start } else { line_at(prompts, f64::from(history)) };
-        prompts.keys().map(move |&tokens| {
-            let whole = line_at(prompts, f64::from(tokens) + f64::from(history));
-            (tokens, history, (whole - after).max(0.0) + start)
-        })
+    let per_token: Curve = prompts.iter().map(|(&length, time)| (length, time / f64::from(length))).collect();
+    let histories: Vec<u32> =
+        [0].into_iter().chain(prompts.keys().copied().filter(|length| length.is_power_of_two())).collect();
+    prompts.keys().flat_map(move |&tokens| {
+        let mut longest = 0.0;
+        let chunk = |&history: &u32| {
+            let after = if history == 0 { start } else { prompt_us(prompts, &per_token, history) };
+            let whole = prompt_us(prompts, &per_token, tokens + history);
+            longest = (whole - after + start).max(longest);
+            (tokens, history, longest)
+        };
+        histories.iter().map(chunk).collect::<Vec<_>>()
     })
+}
+
+/// Time of a whole prompt. Linear between two lengths, and likewise linear per token, are both too long for a sum of a
+/// start, a part by token and a part by pair of tokens: the shorter is taken. Beyond the last length, times per token go
+/// on.
+fn prompt_us(prompts: &Curve, per_token: &Curve, length: u32) -> f64 {
+    let length = f64::from(length);
+    let by_token = length * line_at(per_token, length);
+    match prompts.last_key_value() {
+        Some((&last, _)) if length <= f64::from(last) => by_token.min(line_at(prompts, length)),
+        _ => by_token,
+    }
 }
 
 /// Linear between points; above the last in proportion, as weights are: a slope between two large sizes that lie close
@@ -298,16 +387,17 @@ fn names_in(folder: &Path) -> String {
     names.join(", ")
 }
 
-fn read_gemm(path: &Path) -> Result<BTreeMap<(u32, u32), Curve>, ImportError> {
-    let mut gemm: BTreeMap<(u32, u32), Curve> = BTreeMap::new();
+fn read_gemm(path: &Path) -> Result<BTreeMap<&'static str, Products>, ImportError> {
+    let mut gemm: BTreeMap<&'static str, Products> = BTreeMap::new();
     read_parquet(path, &["gemm_dtype"], &["n", "k", "m"], |texts, sizes, time_us| {
-        if texts[0] == "bfloat16" {
-            keep_fastest(gemm.entry((sizes[0], sizes[1])).or_default(), sizes[2], time_us);
+        if let Some(number_type) = [FULL, FP8, FP8_BLOCKS].into_iter().find(|known| *known == texts[0]) {
+            let products = &mut gemm.entry(number_type).or_default().0;
+            keep_fastest(products.entry((sizes[0], sizes[1])).or_default(), sizes[2], time_us);
         }
     })?;
-    match gemm.is_empty() {
-        true => Err(ImportError::unusable(path, "no bfloat16 row", "products of 16-bit floats")),
-        false => Ok(gemm),
+    match gemm.contains_key(FULL) {
+        false => Err(ImportError::unusable(path, format!("no {FULL} row"), "products of 16-bit floats")),
+        true => Ok(gemm),
     }
 }
 
@@ -458,7 +548,7 @@ mod tests {
     fn profile(heads: i64, num_loops: u64, rank: u64) -> LatencyProfile {
         let systems = systems(heads);
         let tables = KernelTables::read(systems.path(), "g", "vllm", "1.0").unwrap();
-        tables.profile(&shape(GEMMA, num_loops, rank).unwrap(), 5.0)
+        tables.profile(&shape(GEMMA, num_loops, rank).unwrap(), 5.0).unwrap()
     }
 
     fn at(profile: &LatencyProfile, component: Component, rows: u32, history: u32) -> &Point {
@@ -490,6 +580,21 @@ mod tests {
     }
 
     #[test]
+    fn chunks_of_prompts_that_grow_with_their_square_take_what_the_square_says() {
+        let prompts: Curve = (4..15).map(|power| 1 << power).map(|x| (x, 2.0 + f64::from(x * x) * 1e-6)).collect();
+        let chunks: Vec<_> = chunks(&prompts).collect();
+        let of = |tokens: u32, history: u32| chunks.iter().find(|c| (c.0, c.1) == (tokens, history)).unwrap().2;
+        for (tokens, history) in [(1024, 2048), (2048, 4096), (512, 4096)] {
+            let (tokens_f, history_f) = (f64::from(tokens), f64::from(history));
+            let expected = 2.0 + (tokens_f * tokens_f + 2.0 * tokens_f * history_f) * 1e-6;
+            assert!((of(tokens, history) / expected - 1.0).abs() < 0.05, "{tokens} after {history}: {expected}");
+        }
+        let noisy: Curve = prompts.iter().map(|(&x, time)| (x, if x == 4096 { 1.4 * time } else { *time })).collect();
+        let falls = super::chunks(&noisy).zip(super::chunks(&noisy).skip(1)).any(|(a, b)| a.0 == b.0 && b.2 < a.2);
+        assert!(!falls, "no chunk is shorter after a longer history");
+    }
+
+    #[test]
     fn attention_that_was_not_measured_is_a_roofline_and_says_so() {
         let profile = profile(4, 1, 0);
         let decode = at(&profile, Component::DecodeAttention, 8, 4096);
@@ -512,8 +617,51 @@ mod tests {
         let error = |gpu, framework, version| {
             KernelTables::read(systems.path(), gpu, framework, version).unwrap_err().to_string()
         };
-        assert!(error("h", "vllm", "1.0").contains("expected one of data, g"));
+        assert!(error("h", "vllm", "1.0").contains("expected one of g"));
         assert!(error("g", "vllm", "2.0").contains("expected one of 1.0"));
         assert!(error("g", "trt", "1.0").contains("expected one of vllm"));
+        for kind in ["gemm", "attention"] {
+            std::fs::create_dir(systems.path().join("data/g").join(kind).join("vllm/3.0")).unwrap();
+        }
+        assert!(error("g", "vllm", "3.0").contains("vllm/3.0/context_attention_perf.parquet"));
+    }
+
+    #[test]
+    fn a_table_that_a_version_reuses_is_that_of_the_other_and_the_profile_says_so() {
+        let systems = systems(8);
+        for (kind, tables) in
+            [("gemm", vec!["gemm_perf"]), ("attention", vec!["context_attention_perf", "generation_attention_perf"])]
+        {
+            let folder = systems.path().join("data/g").join(kind).join("vllm/2.0");
+            std::fs::create_dir(&folder).unwrap();
+            let reuse = tables.iter().map(|table| format!("- {{table: {table}, from_version: '1.0', reason: r}}\n"));
+            let text = format!("schema_version: 1\nreuse:\n{}", reuse.collect::<String>());
+            std::fs::write(folder.join("reuse.yaml"), text).unwrap();
+        }
+        let read = |version| KernelTables::read(systems.path(), "g", "vllm", version).unwrap();
+        let gemma = shape(GEMMA, 1, 0).unwrap();
+        let [own, reused] = ["1.0", "2.0"].map(|version| read(version).profile(&gemma, 0.0).unwrap());
+        assert_eq!(own.points, reused.points);
+        assert!(reused.meta.source.contains("gemm_perf of 1.0, as reuse.yaml says"), "{}", reused.meta.source);
+    }
+
+    #[test]
+    fn layers_are_timed_in_their_own_number_type_and_the_head_in_16_bits() {
+        let systems = systems(8);
+        let path = systems.path().join("data/g/gemm/vllm/1.0/gemm_perf.parquet");
+        let rows: Vec<_> = [("bfloat16", 2.0), ("fp8", 1.0)]
+            .into_iter()
+            .flat_map(|(number_type, ms)| [1, 8].map(|m| (vec![number_type], vec![262_144, 65_536, m], ms)))
+            .collect();
+        write(&path, &["gemm_dtype"], &["n", "k", "m"], &rows);
+        let tables = KernelTables::read(systems.path(), "g", "vllm", "1.0").unwrap();
+        let quantized = GEMMA.replace("{\"model", "{\"quantization_config\": {\"quant_method\": \"fp8\"}, \"model");
+        let fp8 = tables.profile(&shape(&quantized, 1, 0).unwrap(), 0.0).unwrap();
+        assert_eq!(at(&fp8, Component::Block, 8, 0).time_us, 18.0 * 4.0 * 1e3);
+        assert_eq!(at(&fp8, Component::Head, 8, 0).time_us, 2e3);
+        let error = |config: &str| tables.profile(&shape(config, 1, 0).unwrap(), 0.0).unwrap_err().to_string();
+        let blocks = quantized.replace("\"fp8\"", "\"fp8\", \"weight_block_size\": [128, 128]");
+        assert!(error(&blocks).contains("found no product in fp8_block, expected one of bfloat16, fp8"));
+        assert!(error(&GEMMA.replace("bfloat16", "float32")).contains("found no product in float32"));
     }
 }

@@ -191,7 +191,7 @@ impl LayerTables {
         let best = |rate: &dyn Fn(&(u32, f64, f64)) -> f64| measured.iter().map(rate).fold(0.0, f64::max);
         let shortest = self.dense.values().flat_map(BTreeMap::values).copied().fold(f64::INFINITY, f64::min);
         DeviceRates {
-            bytes_per_us: best(&|&(_, time, weights)| weights * shape.weight_bytes as f64 / time),
+            bytes_per_us: best(&|&(_, time, weights)| weights * shape.linear_bytes() as f64 / time),
             flops_per_us: best(&|&(rows, time, weights)| 2.0 * f64::from(rows) * weights / time),
             kernel_us: shortest,
         }

@@ -29,12 +29,23 @@ pub struct ModelShape {
     pub tied: bool,
     /// Tokens that sliding-window layers look back on, if there are such layers.
     pub window: Option<u64>,
-    /// Bytes of a weight, and of an element of keys and values.
+    /// Bytes of an element of activations, keys and values, and of every weight outside the linear layers.
     pub weight_bytes: u64,
+    /// How the linear layers of the block are quantized, if they are.
+    pub quantized: Option<Quantized>,
     /// Times the block runs; its layers are `layers / num_loops`.
     pub num_loops: u64,
     /// Rank of each loop's own low-rank weights on every linear layer; 0 for none.
     pub lora_rank: u64,
+}
+
+/// Linear layers in 8-bit floats: the head, the embedding and low-rank weights are as they were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quantized {
+    /// A scale for a whole weight or each of its outputs.
+    Fp8,
+    /// A scale for each block of a weight.
+    Fp8Blocks,
 }
 
 /// Of the keys, what tells a model's shape. Models with an image encoder have them in `text_config`.
@@ -53,6 +64,28 @@ struct Config {
     torch_dtype: Option<String>,
     sliding_window: Option<u64>,
     use_sliding_window: Option<bool>,
+    quantization_config: Option<Quantization>,
+}
+
+/// How a checkpoint says that its linear layers are quantized.
+#[derive(Deserialize)]
+struct Quantization {
+    quant_method: String,
+    quant_algo: Option<String>,
+    weight_block_size: Option<[u64; 2]>,
+}
+
+impl Quantization {
+    fn kind(&self, path: &Path) -> Result<Quantized, ImportError> {
+        match (self.quant_method.as_str(), self.quant_algo.as_deref()) {
+            ("fp8", _) if self.weight_block_size.is_some() => Ok(Quantized::Fp8Blocks),
+            ("fp8" | "fbgemm_fp8", _) | ("modelopt", Some("FP8")) => Ok(Quantized::Fp8),
+            (method, algorithm) => {
+                let found = format!("quantization_config of {method} {}", algorithm.unwrap_or_default());
+                Err(ImportError::unusable(path, found.trim_end(), "none, or one to 8-bit floats (fp8)"))
+            }
+        }
+    }
 }
 
 /// Keys of what is not a dense transformer with keys and values per head, and what they stand for.
@@ -94,11 +127,12 @@ impl ModelShape {
             return Err(ImportError::unusable(path, found, format!("layers that make {num_loops} equal loops")));
         }
         config.check_sizes(path)?;
+        let quantized = config.quantization_config.as_ref().map(|quantization| quantization.kind(path)).transpose()?;
         let dtype = config.dtype.or(config.torch_dtype);
-        let weight_bytes = match dtype.as_deref() {
-            None | Some("bfloat16" | "float16") => 2,
-            Some("float32") => 4,
-            Some(small) if small.starts_with("float8") => 1,
+        let (weight_bytes, quantized) = match dtype.as_deref() {
+            None | Some("bfloat16" | "float16") => (2, quantized),
+            Some("float32") => (4, quantized),
+            Some(small) if small.starts_with("float8") => (2, quantized.or(Some(Quantized::Fp8))),
             Some(other) => {
                 let expected = "bfloat16, float16, float32 or float8";
                 return Err(ImportError::unusable(path, format!("dtype {other}"), expected));
@@ -116,6 +150,7 @@ impl ModelShape {
             vocab: config.vocab_size,
             window: config.sliding_window.filter(|_| config.use_sliding_window.unwrap_or(true)),
             weight_bytes,
+            quantized,
             num_loops,
             lora_rank,
         })
@@ -143,6 +178,11 @@ impl ModelShape {
         ]
     }
 
+    /// Bytes of a weight of the block's linear layers.
+    pub fn linear_bytes(&self) -> u64 {
+        if self.quantized.is_some() { 1 } else { self.weight_bytes }
+    }
+
     /// Bytes of the low-rank weights of one loop.
     pub fn lora_bytes_per_loop(&self) -> u64 {
         let widths: u64 = self.linears().into_iter().map(|(inputs, outputs)| inputs + outputs).sum();
@@ -152,10 +192,11 @@ impl ModelShape {
     /// Bytes of all weights: the block once, low-rank weights for each loop.
     pub fn total_weight_bytes(&self) -> u64 {
         let linears: u64 = self.linears().into_iter().map(|(inputs, outputs)| inputs * outputs).sum();
-        let layer = linears + self.norms_per_layer() * self.hidden;
+        let norms = self.norms_per_layer() * self.hidden;
         let embeddings = self.vocab * self.hidden * if self.tied { 1 } else { 2 };
-        let shared = embeddings + self.hidden + self.block_layers() * layer;
-        shared * self.weight_bytes + self.num_loops * self.lora_bytes_per_loop()
+        let layer = linears * self.linear_bytes() + norms * self.weight_bytes;
+        let outside = (embeddings + self.hidden) * self.weight_bytes;
+        outside + self.block_layers() * layer + self.num_loops * self.lora_bytes_per_loop()
     }
 
     /// Bytes of keys and values of one token at one depth.
@@ -264,5 +305,22 @@ pub(crate) mod tests {
         assert!(error(&LLAMA.replace("llama", "gpt_neox"), 1).contains("whose MLP has no gate"));
         assert!(error(&LLAMA.replace("{\"model", "{\"kv_lora_rank\": 512, \"model"), 1).contains("latent attention"));
         assert!(error(&LLAMA.replace("bfloat16", "int4"), 1).contains("found dtype int4"));
+        let awq = LLAMA.replace("{\"model", "{\"quantization_config\": {\"quant_method\": \"awq\"}, \"model");
+        assert!(error(&awq, 1).contains("found quantization_config of awq, expected none, or one to 8-bit floats"));
+    }
+
+    #[test]
+    fn quantized_layers_take_a_byte_a_weight_and_nothing_else_does() {
+        let read = |quantization: &str| {
+            let key = format!("{{\"quantization_config\": {{{quantization}}}, \"model");
+            shape(&LLAMA.replace("{\"model", &key), 1, 0).unwrap()
+        };
+        let fp8 = read("\"quant_method\": \"modelopt\", \"quant_algo\": \"FP8\"");
+        let blocks = read("\"quant_method\": \"fp8\", \"weight_block_size\": [128, 128]");
+        assert_eq!((fp8.quantized, blocks.quantized), (Some(Quantized::Fp8), Some(Quantized::Fp8Blocks)));
+        let linears = 32 * (4096 * 6144 + 4096 * 4096 + 4096 * 28_672 + 14_336 * 4096);
+        let full = shape(LLAMA, 1, 0).unwrap();
+        assert_eq!(full.total_weight_bytes() - fp8.total_weight_bytes(), linears);
+        assert_eq!(full.kv_bytes_per_depth(), fp8.kv_bytes_per_depth());
     }
 }

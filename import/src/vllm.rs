@@ -8,7 +8,7 @@
 //! | --- | --- | --- |
 //! | `max_batch` | `max_num_seqs` | an error |
 //! | `token_budget` | `max_num_batched_tokens`, at most `max_num_scheduled_tokens` | an error |
-//! | `num_blocks` | `num_gpu_blocks`, or `num_kv_tokens` in blocks; one of them is a placeholder | given, or an error |
+//! | `num_blocks` | `num_gpu_blocks`, or `num_kv_tokens` in blocks; one of them is a placeholder | given, or 0 |
 //! | `block_tokens` | `block_size` | 16 |
 //! | `prefix_caching` | `enable_prefix_caching` | on |
 //! | `async_scheduling` | `async_scheduling` | on from vLLM 0.14 |
@@ -29,8 +29,12 @@ use crate::error::{ImportError, read_text};
 /// A run as its folder records it.
 #[derive(Clone, Debug)]
 pub struct MeasuredRun {
-    /// How vLLM was set.
+    /// How vLLM was set; `num_blocks` is 0 if nobody says how many KV blocks it had.
     pub settings: Settings,
+    /// Bytes of the device's memory, where the run says.
+    pub device_bytes: Option<u64>,
+    /// Share of it that vLLM used, where the run says.
+    pub memory_utilization: Option<f64>,
     /// What was measured of each request, in the order in which they were sent.
     pub requests: Vec<RequestTimes>,
     /// Prompt tokens of each request, where the run says.
@@ -59,8 +63,8 @@ impl MeasuredRun {
     /// Reads a run's folder. `num_blocks` says how many KV blocks there were if `meta.json` does not.
     ///
     /// # Errors
-    /// If a file does not read, the number of blocks is nowhere, a request was not served, or vLLM was set to rules that
-    /// `docs/scheduling.md` does not have.
+    /// If a file does not read, a request was not served, or vLLM was set to rules that `docs/scheduling.md` does not
+    /// have.
     pub fn read(folder: impl AsRef<Path>, num_blocks: Option<u32>) -> Result<Self, ImportError> {
         let folder = folder.as_ref();
         let meta = Meta::read(folder.join("meta.json"))?;
@@ -70,7 +74,10 @@ impl MeasuredRun {
         let path = folder.join("requests.jsonl");
         let lines = read_requests(&path)?;
         let prompt_tokens = lines.iter().map(|line| line.input_toks).collect();
-        Ok(Self { settings, requests: on_one_clock(&lines), prompt_tokens, assumptions, path })
+        let device_bytes = meta.get(&["hardware"], "device_total_memory_bytes")?;
+        let memory_utilization = meta.get(&["kv_cache", CACHE, ASKED], "gpu_memory_utilization")?;
+        let requests = on_one_clock(&lines);
+        Ok(Self { settings, device_bytes, memory_utilization, requests, prompt_tokens, assumptions, path })
     }
 
     /// The requests as they were served: of the workload, with the arrivals and the output lengths that were measured.
@@ -196,8 +203,7 @@ impl Meta {
             token_budget,
             prefill_chunk: token_budget,
             block_tokens,
-            // One block is a placeholder that nobody holds.
-            num_blocks: self.num_blocks(num_blocks, block_tokens)? - 1,
+            num_blocks: self.num_blocks(num_blocks, block_tokens)?,
             prefix_caching: self.get(&cache, "enable_prefix_caching")?.unwrap_or_else(|| {
                 assumptions.push("prefix caching, vLLM's default".to_owned());
                 true
@@ -209,14 +215,18 @@ impl Meta {
         })
     }
 
+    /// The blocks that requests can hold: one is a placeholder that nobody holds.
     fn num_blocks(&self, given: Option<u32>, block_tokens: u32) -> Result<u32, ImportError> {
         let tokens: Option<u32> = self.get(&["kv_cache"], "num_kv_tokens")?;
         let known = self.get(&["kv_cache", CACHE], "num_gpu_blocks")?.or(tokens.map(|tokens| tokens / block_tokens));
-        let missing = "the number of KV blocks, at least 2; `--num-blocks` gives it";
-        given
-            .or(known)
-            .filter(|&blocks| blocks > 1)
-            .ok_or_else(|| ImportError::unusable(&self.path, "no kv_cache.num_gpu_blocks", missing))
+        match given.or(known) {
+            Some(blocks @ ..2) => {
+                let expected = "at least 2: one is a placeholder; `--num-blocks` gives another";
+                Err(ImportError::unusable(&self.path, format!("{blocks} KV blocks"), expected))
+            }
+            Some(blocks) => Ok(blocks - 1),
+            None => Ok(0),
+        }
     }
 
     /// Asynchronous scheduling became vLLM's default with 0.14.
@@ -337,7 +347,8 @@ mod tests {
         assert_eq!((newer.settings.block_tokens, newer.settings.num_blocks, newer.assumptions.len()), (16, 50, 3));
         assert!(!run("0.11.2").unwrap().settings.async_scheduling);
         assert!(run("main").unwrap_err().to_string().contains("vllm_version main"));
-        assert!(read(&meta("0.19.0"), REQUESTS, None).unwrap_err().to_string().contains("no kv_cache.num_gpu_blocks"));
+        assert_eq!(read(&meta("0.19.0"), REQUESTS, None).unwrap().settings.num_blocks, 0);
+        assert!(read(&meta("0.19.0"), REQUESTS, Some(1)).unwrap_err().to_string().contains("found 1 KV blocks"));
     }
 
     #[test]

@@ -300,7 +300,7 @@ fn depth_mix(profile: &LatencyProfile, value_us: fn(&Point) -> f64) -> Result<Ve
             let (below, above) = (below.at(f64::from(rows)), above.at(f64::from(rows)));
             below + share * (above - below)
         };
-        Table::new(Curve { knots: knots.into_iter().map(|rows| (f64::from(rows), mixed(rows))).collect() })
+        Table::new(Curve::new(knots.into_iter().map(|rows| (rows, mixed(rows)))))
     };
     Ok((1..=profile.meta.num_loops).map(table).collect())
 }
@@ -329,32 +329,50 @@ fn curves(
 /// Piecewise-linear time in nanoseconds over one variable; zero without points.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Curve {
-    /// Where it was measured and what, rising in the first.
-    knots: Vec<(f64, f64)>,
+    /// Rising in where they lie.
+    knots: Vec<Knot>,
+}
+
+/// A measured point of a curve.
+#[derive(Clone, Copy, Debug)]
+struct Knot {
+    x: f64,
+    y: f64,
+    /// From the point before it; 0 at the first.
+    slope: f64,
 }
 
 impl Curve {
-    pub(crate) fn new(points: BTreeMap<u32, f64>) -> Self {
-        Self { knots: points.into_iter().map(|(x, y)| (x.into(), y)).collect() }
+    /// The curve through points that rise in the first.
+    pub(crate) fn new(points: impl IntoIterator<Item = (u32, f64)>) -> Self {
+        let mut knots: Vec<Knot> = Vec::new();
+        for (x, y) in points {
+            let x = f64::from(x);
+            let slope = knots.last().map_or(0.0, |before| (y - before.y) / (x - before.x));
+            knots.push(Knot { x, y, slope });
+        }
+        Self { knots }
     }
 
     fn xs(&self) -> impl Iterator<Item = u32> {
-        self.knots.iter().map(|knot| knot.0 as u32)
+        self.knots.iter().map(|knot| knot.x as u32)
     }
 
     /// The largest measured place; infinite without points, since nothing lies beyond.
     pub(crate) fn end(&self) -> f64 {
-        self.knots.last().map_or(f64::INFINITY, |knot| knot.0)
+        self.knots.last().map_or(f64::INFINITY, |knot| knot.x)
     }
 
     pub(crate) fn at(&self, x: f64) -> f64 {
         match self.knots[..] {
             [] => 0.0,
-            [(_, only)] => only,
-            [(first, y), ..] if x <= first => y,
+            [first, ..] if x <= first.x => first.y,
+            [only] => only.y,
             _ => {
-                let above = self.knots.partition_point(|knot| knot.0 < x).min(self.knots.len() - 1);
-                line(self.knots[above - 1], self.knots[above], x)
+                let above = self.knots.partition_point(|knot| knot.x < x).min(self.knots.len() - 1);
+                let (low, high) = (self.knots[above - 1], self.knots[above]);
+                // Beyond the last the line does not fall, as in `line`.
+                if x <= high.x { low.y + high.slope * (x - low.x) } else { high.y + high.slope.max(0.0) * (x - high.x) }
             }
         }
     }
@@ -405,16 +423,24 @@ impl Table {
 struct Surface {
     /// Measured numbers of rows, rising, and the curve over history of each.
     curves: Vec<(u32, Curve)>,
+    /// By rows, the first curve of as many or more: passes ask for it too often to search.
+    above: Vec<u32>,
 }
 
 impl Surface {
     fn new(curves: BTreeMap<u32, Curve>) -> Self {
-        Self { curves: curves.into_iter().collect() }
+        let curves: Vec<(u32, Curve)> = curves.into_iter().collect();
+        let end = curves.last().map_or(0, |last| last.0.min(MAX_TABULATED));
+        let above = (0..=end).map(|rows| curves.partition_point(|curve| curve.0 < rows) as u32).collect();
+        Self { curves, above }
     }
 
     fn at(&self, rows: u32, history: f64, component: Component, beyond: &mut Extrapolations) -> f64 {
         let (Some(last), true) = (self.curves.last(), rows > 0) else { return 0.0 };
-        let above = self.curves.partition_point(|curve| curve.0 < rows).min(self.curves.len() - 1);
+        let above = match self.above.get(rows as usize) {
+            Some(&above) => above as usize,
+            None => self.curves.partition_point(|curve| curve.0 < rows).min(self.curves.len() - 1),
+        };
         let (high, upper) = &self.curves[above];
         if above == 0 || *high == rows {
             if history > upper.end() || rows > *high {

@@ -69,7 +69,7 @@ impl FromArgMatches for UnlessConfig {
         if matches.contains_id("config") {
             return Ok(Self(None));
         }
-        let missing = "expected a sweep's YAML file, or --requests, --profile and --exits\n";
+        let missing = "expected a sweep's YAML file, or --requests and --profile\n";
         let missing = |_| clap::Error::raw(ErrorKind::MissingRequiredArgument, missing);
         Ok(Self(Some(SimulationArgs::from_arg_matches(matches).map_err(missing)?)))
     }

@@ -102,7 +102,7 @@ pub fn run(args: Args) -> Result<()> {
             let common = &args.common;
             let shape = common.shape()?;
             let tables = KernelTables::read(&args.systems, &args.gpu, &args.framework, &args.version)?;
-            common.write(&tables.profile(&shape, args.overhead_us))
+            common.write(&tables.profile(&shape, args.overhead_us)?)
         }
     }
 }

@@ -7,8 +7,10 @@ use anyhow::Result;
 use import::comparison::RequestTimes;
 use import::{Comparison, MeasuredRun};
 use simulator::metrics::{PassRow, RequestRow};
-use simulator::{ExitModel, LatencyModel, Metrics, Simulation, write_csv};
+use simulator::{ExitModel, LatencyModel, MemoryBudget, Metrics, ModelMemory, Simulation, write_csv};
 use traces::{LatencyProfile, ReadOptions, RequestTrace};
+
+use crate::serving::longest;
 
 /// Simulate the requests of a measured vLLM run under its settings, and compare
 ///
@@ -21,7 +23,8 @@ pub struct Args {
     /// Folder of the latency profile of the run's device and model
     #[arg(long, value_name = "DIR")]
     profile: PathBuf,
-    /// KV blocks, if meta.json does not say
+    /// KV blocks, if meta.json does not say [default: what fits into the device's memory; where that is not known, room
+    /// for a full batch of the longest request]
     #[arg(long)]
     num_blocks: Option<u32>,
     /// Requests as sent, if not workload.jsonl in the run's folder
@@ -34,7 +37,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let measured = MeasuredRun::read(&args.run, args.num_blocks)?;
+    let mut measured = MeasuredRun::read(&args.run, args.num_blocks)?;
     let options = ReadOptions { prefix_block_tokens: measured.settings.block_tokens, ..ReadOptions::default() };
     let workload = args.workload.unwrap_or_else(|| args.run.join("workload.jsonl"));
     let requests = measured.as_served(&RequestTrace::read_with(workload, &options)?)?;
@@ -42,6 +45,9 @@ pub fn run(args: Args) -> Result<()> {
 
     let latency = LatencyModel::new(&profile)?;
     let exits = ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?;
+    if measured.settings.num_blocks == 0 {
+        fill_memory(&mut measured, latency.memory(), longest(&requests.requests))?;
+    }
     let mut metrics = Metrics::new(&measured.settings).with_requests().with_passes();
     let prefixes = requests.prefix_hashes.map(Arc::new);
     let mut simulation = Simulation::new(measured.settings, &latency, &exits)?;
@@ -72,6 +78,25 @@ pub fn run(args: Args) -> Result<()> {
         Some(out) => Ok(write_csv(&out, comparison.lines())?),
         None => Ok(()),
     }
+}
+
+/// Gives a run that does not say how many KV blocks it had those that its memory holds, or plenty.
+fn fill_memory(run: &mut MeasuredRun, model: &ModelMemory, longest: u32) -> Result<()> {
+    let settings = &mut run.settings;
+    let (blocks, why) = match run.device_bytes.or(model.figures.device_bytes) {
+        Some(device_bytes) => {
+            let utilization = run.memory_utilization.unwrap_or(MemoryBudget::DEFAULT_UTILIZATION);
+            let plan = model.plan(MemoryBudget { device_bytes, utilization }, settings)?;
+            (plan.num_blocks, format!("which {utilization} of the device's {device_bytes} bytes hold by computation"))
+        }
+        None => {
+            let blocks = longest.div_ceil(settings.block_tokens).saturating_mul(settings.max_batch);
+            (blocks, "room for every batch, as the device's memory is not known".to_owned())
+        }
+    };
+    settings.num_blocks = blocks;
+    run.assumptions.push(format!("{blocks} KV blocks, {why} (--num-blocks gives vLLM's own number)"));
+    Ok(())
 }
 
 fn times(request: &RequestRow, passes: &[PassRow]) -> RequestTimes {

@@ -1,6 +1,7 @@
 //! A folder of results that grows while a sweep runs, and that only the same sweep may go on filling.
 
 use std::collections::BTreeMap;
+use std::iter;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -36,7 +37,7 @@ impl Inputs {
         let asked = format!("{task}\n{}", serde_yaml::to_string(&untitled)?);
         let lengths = spec.requests.generate.as_ref().and_then(|generate| generate.lengths_from.clone());
         let mut paths: Vec<PathBuf> = spec.requests.file.iter().cloned().chain(lengths).collect();
-        for folder in spec.systems.iter().flat_map(|system| [&system.profile, &system.exits]) {
+        for folder in spec.systems.iter().flat_map(|system| iter::once(&system.profile).chain(&system.exits)) {
             paths.extend(files_in(base, folder)?);
         }
         let hashed = |path: PathBuf| {

@@ -12,10 +12,10 @@ use simulator::{
     Capacity, CapacitySearch, Draw, ExitModel, Extrapolations, LatencyModel, Metrics, ModelMemory, Simulation,
     SimulationError, Summary, capacity,
 };
-use traces::{ExitTrace, Generate, LatencyProfile, Request, RequestSpec, RequestTrace, check_same_model};
+use traces::{Generate, Request, RequestSpec, RequestTrace};
 
 use super::spec::{Point, SweepSpec, SweptSystem};
-use crate::runs::Machines;
+use crate::runs::{Machines, load_models};
 use crate::serving::Serving;
 use crate::workload::{Workload, load_requests};
 
@@ -87,7 +87,7 @@ impl<'a> Plan<'a> {
     pub fn new(spec: &'a SweepSpec, base: &'a Path) -> Result<Self> {
         spec.check()?;
         let systems: Vec<System> =
-            spec.systems.iter().map(|system| System::read(system, base)).collect::<Result<_>>()?;
+            spec.systems.iter().map(|system| System::read(spec, system, base)).collect::<Result<_>>()?;
         let workloads = Workloads::new(spec, base)?;
         let points = spec.points();
         let longest = workloads.longest(&points)?;
@@ -202,19 +202,11 @@ impl<'a> Plan<'a> {
 }
 
 impl System {
-    fn read(system: &SweptSystem, base: &Path) -> Result<Self> {
-        let read = || {
-            let profile = LatencyProfile::read(base.join(&system.profile))?;
-            let exits = ExitTrace::read(base.join(&system.exits))?;
-            check_same_model(&profile, &exits)?;
-            Ok::<_, anyhow::Error>(Self {
-                name: system.name.clone(),
-                latency: LatencyModel::new(&profile)?,
-                exits: ExitModel::new(&exits, Draw::Seeded(0))?,
-                device: profile.meta.device,
-            })
-        };
-        read().with_context(|| format!("systems: {:?}", system.name))
+    fn read(spec: &SweepSpec, system: &SweptSystem, base: &Path) -> Result<Self> {
+        let exits = system.exits.as_ref().map(|exits| base.join(exits));
+        let (latency, exits) = load_models(&base.join(&system.profile), exits.as_deref(), 0, &spec.exits_of(system))
+            .with_context(|| format!("systems: {:?}", system.name))?;
+        Ok(Self { name: system.name.clone(), device: latency.device().to_owned(), latency, exits })
     }
 }
 

@@ -80,8 +80,9 @@ pub struct SweptSystem {
     pub name: String,
     /// Folder of a latency profile.
     pub profile: PathBuf,
-    /// Folder of an exit trace.
-    pub exits: PathBuf,
+    /// Folder of an exit trace; without one, every token runs every depth (exit policy `none`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exits: Option<PathBuf>,
     /// Instead of `serving.batching`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batching: Option<Vec<Batching>>,
@@ -254,8 +255,12 @@ impl SweepSpec {
 
     fn combinations(&self, system: &SweptSystem) -> Vec<(Batching, ExitPolicy)> {
         let batching = system.batching.clone().unwrap_or_else(|| self.serving.batching.clone());
-        let exit = system.exit.clone().unwrap_or_else(|| self.exits());
-        iproduct!(batching, exit).collect()
+        iproduct!(batching, self.exits_of(system)).collect()
+    }
+
+    /// The exit policies of a system.
+    pub fn exits_of(&self, system: &SweptSystem) -> Vec<ExitPolicy> {
+        system.exit.clone().unwrap_or_else(|| self.exits())
     }
 }
 

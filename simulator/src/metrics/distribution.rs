@@ -18,9 +18,9 @@ pub struct Distribution {
 struct Sketch {
     histogram: Histogram<u64>,
     sum: u128,
-    /// Values seen last and how often, not yet in the histogram: tokens of the same passes share their gaps, and
-    /// counting is cheaper than finding a place in the histogram.
-    recent: [(u64, u64); 8],
+    /// By key, the value seen last and how often, not yet in the histogram: counting is cheaper than finding a place in
+    /// it.
+    recent: [(u64, u64); Distribution::KEYS],
 }
 
 const RESIZES: &str = "a histogram that resizes itself holds any value";
@@ -28,21 +28,21 @@ const RESIZES: &str = "a histogram that resizes itself holds any value";
 impl Sketch {
     fn new() -> Self {
         let histogram = Histogram::new(3).expect("3 significant digits are in range");
-        Self { histogram, sum: 0, recent: [(0, 0); 8] }
+        Self { histogram, sum: 0, recent: [(0, 0); Distribution::KEYS] }
     }
 
     #[inline]
-    fn record(&mut self, value: u64) {
-        let recent = &mut self.recent[(value % 8) as usize];
+    fn record(&mut self, value: u64, key: usize) {
+        let recent = &mut self.recent[key % Distribution::KEYS];
         match recent.0 == value {
             true => recent.1 += 1,
-            false => self.settle_recent(value),
+            false => self.settle_recent(value, key),
         }
     }
 
     #[inline(never)]
-    fn settle_recent(&mut self, value: u64) {
-        let evicted = std::mem::replace(&mut self.recent[(value % 8) as usize], (value, 1));
+    fn settle_recent(&mut self, value: u64, key: usize) {
+        let evicted = std::mem::replace(&mut self.recent[key % Distribution::KEYS], (value, 1));
         self.settle(evicted);
     }
 
@@ -70,11 +70,20 @@ impl Distribution {
     /// Most values whose quantiles are exact.
     pub const EXACT: usize = 100_000;
 
+    /// Keys of [`record_by_key`](Self::record_by_key) that are told apart.
+    pub const KEYS: usize = 8;
+
     /// Adds a value.
     #[inline]
     pub fn record(&mut self, value: Nanos) {
+        self.record_by_key(value, 0);
+    }
+
+    /// Adds a value of a kind whose values often repeat: such are counted fastest.
+    #[inline]
+    pub fn record_by_key(&mut self, value: Nanos, key: usize) {
         match &mut self.sketch {
-            Some(sketch) => sketch.record(value.0),
+            Some(sketch) => sketch.record(value.0, key),
             None => self.record_exact(value.0),
         }
     }
@@ -90,7 +99,7 @@ impl Distribution {
     fn sketch_exact(&mut self) -> &mut Sketch {
         let sketch = self.sketch.get_or_insert_with(|| Box::new(Sketch::new()));
         for value in std::mem::take(&mut self.exact) {
-            sketch.record(value);
+            sketch.record(value, 0);
         }
         sketch
     }
@@ -103,7 +112,7 @@ impl Distribution {
         }
         let sketch = self.sketch_exact();
         for value in other.exact {
-            sketch.record(value);
+            sketch.record(value, 0);
         }
         if let Some(other) = other.sketch {
             sketch.merge(&other);

@@ -240,7 +240,8 @@ impl Observer for Metrics {
         self.totals.tokens += 1;
         self.totals.token_passes += passes;
         if let Some(previous) = token.previous {
-            self.itl.record(now - previous);
+            // Tokens that leave one pass at one depth mostly came one pass, too, before: their gaps are the same.
+            self.itl.record_by_key(now - previous, token.depth.into());
         }
         if let Some(row) = self.request_row(request) {
             row.passes += passes;
