@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use engine::cache::bytes_per_token;
+use engine::backend::ServedModel;
 use engine::checkpoint::Checkpoint;
 use engine::clock::Idle;
 use engine::executor::{ExitDepths, Sampling};
@@ -116,15 +116,15 @@ impl NamedEngine {
 
     /// What the model takes of memory, as far as it is known without a profile.
     pub fn memory(&self) -> ModelMemory {
-        model_memory(&self.engine.model)
+        model_memory(&*self.engine.model)
     }
 }
 
-fn model_memory(model: &Model) -> ModelMemory {
+fn model_memory(model: &dyn ServedModel) -> ModelMemory {
     ModelMemory {
         num_loops: model.config().num_loops as u32,
         weight_bytes: model.weight_bytes(),
-        kv_bytes_per_token: bytes_per_token(model.config(), KvFill::Reuse),
+        kv_bytes_per_token: model.kv_bytes_per_token(KvFill::Reuse),
         figures: MemoryFigures::default(),
     }
 }
@@ -286,7 +286,7 @@ pub fn replay(
     };
     let summary = Summary {
         weight_bytes: Some(engine.model.weight_bytes()),
-        kv_bytes_per_token: Some(bytes_per_token(engine.model.config(), settings.kv_fill)),
+        kv_bytes_per_token: Some(engine.model.kv_bytes_per_token(settings.kv_fill)),
         ..metrics.summary(Source::Measured, agreement)
     };
     Ok(Run { summary, metrics, time: None })
