@@ -10,6 +10,9 @@
 //! Nothing here needs CUDA: the only device so far is the one that the tests emulate on the CPU. See `docs/cuda.md`.
 
 pub mod device;
+pub mod floors;
 pub mod kernels;
+#[cfg(feature = "cuda")]
+pub mod nvidia;
 pub mod pass;
 pub mod source;
