@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use engine::backend::ServedModel;
 use engine::checkpoint::Checkpoint;
 use engine::clock::Idle;
+use engine::device::DeviceName;
 use engine::executor::{ExitDepths, Sampling};
 use engine::kernels::linear::WeightType;
 use engine::model::Model;
@@ -69,10 +70,11 @@ impl NamedEngine {
         model: &Path,
         loops: Option<usize>,
         weights: WeightType,
+        device: DeviceName,
         prompts: &Path,
         sampling: Sampling,
     ) -> Result<Self> {
-        let (mut named, tokenizer) = Self::with_tokenizer(model, loops, weights, sampling)?;
+        let (mut named, tokenizer) = Self::with_tokenizer(model, loops, weights, device, sampling)?;
         let text = std::fs::read_to_string(prompts).with_context(|| format!("cannot read {}", prompts.display()))?;
         let prompts = Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)? };
         named.engine.prompts = Arc::new(prompts);
@@ -87,10 +89,11 @@ impl NamedEngine {
         model: &Path,
         loops: Option<usize>,
         weights: WeightType,
+        device: DeviceName,
         sampling: Sampling,
     ) -> Result<(Self, Tokenizer)> {
         let checkpoint = Checkpoint::open(model, loops)?;
-        let named = Self::new(model, &checkpoint, weights, sampling)?;
+        let named = Self::new(model, &checkpoint, weights, device, sampling)?;
         Ok((named, checkpoint.tokenizer.with_context(|| format!("{}: the model has no tokenizer", model.display()))?))
     }
 
@@ -102,12 +105,21 @@ impl NamedEngine {
         model: &Path,
         loops: Option<usize>,
         weights: WeightType,
+        device: DeviceName,
         sampling: Sampling,
     ) -> Result<Self> {
-        Self::new(model, &Checkpoint::open(model, loops)?, weights, sampling)
+        Self::new(model, &Checkpoint::open(model, loops)?, weights, device, sampling)
     }
 
-    fn new(path: &Path, checkpoint: &Checkpoint, weights: WeightType, sampling: Sampling) -> Result<Self> {
+    fn new(
+        path: &Path,
+        checkpoint: &Checkpoint,
+        weights: WeightType,
+        device: DeviceName,
+        sampling: Sampling,
+    ) -> Result<Self> {
+        device.candle()?;
+        ensure!(device == DeviceName::Cpu, "device `{device}`: the engine runs on the CPU alone");
         let model = Arc::new(Model::load(&checkpoint.weights, weights)?);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));

@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod clock;
 pub mod config;
 pub mod cuda;
+pub mod device;
 pub mod differentiable;
 pub mod executor;
 pub mod generate;

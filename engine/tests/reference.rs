@@ -150,6 +150,11 @@ fn passes_on_an_emulated_gpu_equal_the_reference() {
     passes_equal_the_reference(Device::Emulated, 20);
 }
 
+#[test]
+fn passes_on_a_gpu_equal_the_reference() {
+    passes_equal_the_reference(Device::Gpu, 100);
+}
+
 /// Of random models.
 fn passes_equal_the_reference(device: Device, cases: u32) {
     let strategy = (configs_of_one_head_size(), 0_u64..1000, 1_usize..40, 1_usize..40);

@@ -10,14 +10,17 @@
 //! model         a whole model's weights on a device
 //! backend       passes: sections, memory, graphs, answers
 //! ```
-//! Nothing here needs CUDA: it runs on any [`Device`](device::Device), such as the one that the tests emulate on the CPU.
+//! Only `nvidia` needs CUDA, and feature `cuda`; all else runs on any [`Device`](device::Device), such as the one that the tests emulate on the CPU.
 //! See `docs/cuda.md`.
 
 mod backend;
 pub mod device;
+pub mod floors;
 pub mod kernels;
 mod layers;
 mod model;
+#[cfg(feature = "cuda")]
+pub mod nvidia;
 pub mod pass;
 pub mod source;
 

@@ -17,6 +17,8 @@ pub enum Device {
     Cpu,
     /// CUDA kernels, compiled for the CPU.
     Emulated,
+    /// The first GPU of this machine.
+    Gpu,
 }
 
 impl Device {
@@ -25,6 +27,7 @@ impl Device {
         match self {
             Self::Cpu => Some(Arc::new(Model::load(weights, WeightType::F32).unwrap())),
             Self::Emulated => Some(Arc::new(CudaModel::load(emulator::machine()?, weights, Scalar::F32).unwrap())),
+            Self::Gpu => on_gpu(weights),
         }
     }
 
@@ -32,7 +35,7 @@ impl Device {
     pub fn tolerance(self) -> f32 {
         match self {
             Self::Cpu => 0.0,
-            Self::Emulated => 1e-4,
+            Self::Emulated | Self::Gpu => 1e-4,
         }
     }
 
@@ -40,4 +43,28 @@ impl Device {
         let error = (found - expected).abs();
         assert!(error <= self.tolerance() * (1.0 + expected.abs()), "{what}: {found} on {self:?}, expected {expected}");
     }
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(weights: &Weights) -> Option<Arc<dyn ServedModel>> {
+    use engine::cuda::nvidia::Nvidia;
+    match Nvidia::count() {
+        Ok(1..) => {}
+        Ok(0) => {
+            eprintln!("SKIPPED: there is no GPU");
+            return None;
+        }
+        Err(error) => {
+            eprintln!("SKIPPED: {error}");
+            return None;
+        }
+    }
+    let device = Arc::new(Nvidia::new(0).unwrap());
+    Some(Arc::new(CudaModel::load(device, weights, Scalar::F32).unwrap()))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpu(_: &Weights) -> Option<Arc<dyn ServedModel>> {
+    eprintln!("SKIPPED: built without CUDA");
+    None
 }
