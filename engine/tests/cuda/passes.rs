@@ -18,6 +18,8 @@ use crate::emulator::{Machine, machine};
 
 const BLOCKS: u32 = 64;
 const BLOCK_TOKENS: u32 = 16;
+/// Rows of a prompt's chunk.
+const CHUNK: usize = 30;
 /// Room for rows in flight.
 const IN_FLIGHT: usize = 40;
 
@@ -45,32 +47,34 @@ impl Pair {
         Some(Self { machine, on_device, on_cpu, config: config.clone() })
     }
 
-    /// Sequences with all of their positions run at every depth but for the last position.
-    fn sequences(&mut self, dice: &mut Dice, count: usize, positions: usize) -> Vec<Sequence> {
+    /// Sequences of these lengths with all of their positions run at every depth but for the last position.
+    fn sequences(&mut self, dice: &mut Dice, lengths: &[usize]) -> Vec<Sequence> {
         let mut free: Vec<u32> = (0..BLOCKS).collect();
-        let mut sequence = || Sequence {
+        let mut sequence = |&positions: &usize| Sequence {
             blocks: (0..positions.div_ceil(BLOCK_TOKENS as usize))
                 .map(|_| free.swap_remove(dice.below(free.len())))
                 .collect(),
             tokens: (0..positions).map(|_| dice.below(self.config.vocab_size) as u32).collect(),
         };
-        let sequences: Vec<Sequence> = (0..count).map(|_| sequence()).collect();
-        for sequence in &sequences {
-            for depth in 0..self.config.num_loops {
-                let places = 0..positions as u32 - 1;
-                let mut rows = Rows::default();
-                places.clone().for_each(|position| rows.push(Row::new(position as usize, depth, &sequence.blocks)));
-                let source = |place: u32| match depth {
-                    0 => Source::First(sequence.tokens[place as usize]),
-                    _ => Source::Second(place),
-                };
-                self.run(&Work {
-                    coda: 0..rows.len(),
-                    sources: places.clone().map(source).collect(),
-                    places: places.map(Some).collect(),
-                    rows,
-                    ..Work::default()
-                });
+        let sequences: Vec<Sequence> = lengths.iter().map(&mut sequence).collect();
+        for Sequence { blocks, tokens } in &sequences {
+            let history = &tokens[..tokens.len() - 1];
+            for (index, chunk) in history.chunks(CHUNK).enumerate() {
+                for depth in 0..self.config.num_loops {
+                    let (mut rows, places) = (Rows::default(), 0..chunk.len() as u32);
+                    let positions = index * CHUNK..index * CHUNK + chunk.len();
+                    positions.for_each(|position| rows.push(Row::new(position, depth, blocks)));
+                    self.run(&Work {
+                        coda: 0..rows.len(),
+                        sources: match depth {
+                            0 => chunk.iter().map(|&token| Source::First(token)).collect(),
+                            _ => places.clone().map(Source::Second).collect(),
+                        },
+                        places: places.map(Some).collect(),
+                        rows,
+                        ..Work::default()
+                    });
+                }
             }
         }
         sequences
@@ -142,7 +146,7 @@ fn graphs_replayed_on_other_rows_give_what_the_cpu_gives() {
         let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
         for round in 0..6 {
             // As many rows each time, at other depths, positions and blocks; two of each depth at least.
-            let sequences = pair.sequences(&mut dice, 9, 4 + 5 * round);
+            let sequences = pair.sequences(&mut dice, &[4 + 5 * round; 9]);
             for depths in [[0; 9], [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2]] {
                 let work = pair.decode(&sequences, &depths, 100 * round as u64);
                 pair.run(&work);
@@ -153,10 +157,38 @@ fn graphs_replayed_on_other_rows_give_what_the_cpu_gives() {
 }
 
 #[test]
+fn graphs_keep_up_with_memory_that_moves_longer_histories_and_other_temperatures() {
+    let mut dice = Dice::new(15);
+    let config = ModelConfig { max_positions: 400, ..grouped() };
+    let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
+    let mut short = pair.sequences(&mut dice, &[2, 2, 2]);
+    // More blocks than they need, so that indices have room for what comes: only the rows' memory is to grow.
+    short.iter_mut().for_each(|sequence| sequence.blocks.resize(500, 0));
+    for _ in 0..3 {
+        let work = pair.decode(&short, &[0; 3], 1);
+        pair.run(&work);
+    }
+    let sequences = pair.sequences(&mut dice, &[40, 10, 300]);
+    // Prompts' chunks made it grow, and change nothing else that graphs depend on.
+    let replays = pair.machine.replays();
+    let work = pair.decode(&short, &[0; 3], 2);
+    pair.run(&work);
+    // Of the third row's history there are two splits.
+    for temperature in [9.0, 9.0, 0.0] {
+        for rows in [0..2, 1..3, 0..3] {
+            let mut work = pair.decode(&sequences[rows.clone()], &vec![0; rows.len()], 3);
+            work.heads.temperature = temperature;
+            pair.run(&work);
+        }
+    }
+    assert!(pair.machine.replays() > replays, "no graph was replayed");
+}
+
+#[test]
 fn rows_that_pad_a_pass_change_no_bit() {
     let mut dice = Dice::new(12);
     let Some(mut pair) = Pair::new(&with_everything(), KvFill::Reuse) else { return };
-    let sequences = pair.sequences(&mut dice, 9, 21);
+    let sequences = pair.sequences(&mut dice, &[21; 9]);
     let depths = [0, 0, 0, 0, 0, 1, 1, 1, 1];
     // Rows at depth 1 start from what this leaves.
     let work = pair.decode(&sequences, &[0; 9], 5);
@@ -188,7 +220,7 @@ fn heads_read_after_a_pass_and_fills_are_those_of_the_cpu() {
     for config in models() {
         let mut dice = Dice::new(13);
         let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
-        let sequences = pair.sequences(&mut dice, 3, 20);
+        let sequences = pair.sequences(&mut dice, &[20; 3]);
         let work = Work { heads: Heads::default(), ..pair.decode(&sequences, &[0; 3], 0) };
         pair.run(&work);
         let heads = Heads { rows: vec![0, 2], keys: vec![3, 4], temperature: 0.0 };
