@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 toolkit=$PWD/target/cuda-toolkit
-scripts/cuda-toolkit.sh "$toolkit"
+scripts/cuda-toolkit.sh compile "$toolkit"
 LD_LIBRARY_PATH="$toolkit/lib" cargo run --release --quiet -p engine --example cuda_compile -- "$toolkit"

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
+use engine::device::DeviceName;
 use engine::executor::Sampling;
 use engine::kernels::linear::WeightType;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
@@ -91,9 +92,12 @@ pub struct ModelArgs {
     /// Split the layers of an ordinary transformer into so many blocks, a depth each
     #[arg(long, value_name = "N")]
     pub loops: Option<usize>,
-    /// How the numbers of its weights are stored: f32, bf16, q8_0 or q4k
+    /// How the numbers of its weights are stored: f32, bf16, q8_0 or q4k on the CPU; f32, f16 or bf16 on a GPU
     #[arg(long, default_value_t, value_name = "TYPE")]
     pub weights: WeightType,
+    /// Where to run it: cpu, cuda or cuda:N
+    #[arg(long, default_value_t)]
+    pub device: DeviceName,
 }
 
 /// Which model to run, and on what text.
@@ -120,8 +124,9 @@ impl EngineArgs {
     pub fn load(&self) -> Result<NamedEngine> {
         let temperature = self.temperature;
         ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
-        let ModelArgs { model, loops, weights } = &self.model;
-        NamedEngine::load(model, *loops, *weights, &self.prompts, Sampling { temperature, seed: self.seed })
+        let ModelArgs { model, loops, weights, device } = &self.model;
+        let sampling = Sampling { temperature, seed: self.seed };
+        NamedEngine::load(model, *loops, *weights, *device, &self.prompts, sampling)
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use engine::device::DeviceName;
 use engine::kernels::linear::WeightType;
 use scheduler::{Batching, ExitPolicy, KvFill};
 use serde::de::DeserializeOwned;
@@ -53,6 +54,9 @@ pub struct EngineSpec {
     /// How the numbers of its weights are stored.
     #[serde(default)]
     pub weights: WeightType,
+    /// Where it runs: `cpu`, `cuda` or `cuda:N`.
+    #[serde(default)]
+    pub device: DeviceName,
     /// Text that prompts are cut from.
     pub prompts: PathBuf,
     /// Times every combination is replayed, in alternation; the median run is reported.
@@ -241,7 +245,15 @@ mod tests {
     #[test]
     fn the_experiments_of_this_repository_can_be_run() {
         let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
-        for name in ["quickstart", "paper/table", "validation/azure-kjv", "validation/azure-smollm2"] {
+        for name in [
+            "quickstart",
+            "paper/table",
+            "validation/azure-kjv",
+            "validation/azure-smollm2",
+            "cuda/kjv",
+            "cuda/smollm2",
+            "cuda/validation",
+        ] {
             Experiment::load(&configs.join(format!("{name}.yaml"))).unwrap().check().unwrap();
         }
         let generated = Experiment::load(&configs.join("validation/generated-kjv.yaml")).unwrap();

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use engine::cache::bytes_per_token;
+use anyhow::{Context, Result, ensure};
+use engine::backend::ServedModel;
 use engine::checkpoint::Checkpoint;
 use engine::clock::Idle;
+use engine::device::DeviceName;
 use engine::executor::{ExitDepths, Sampling};
 use engine::kernels::linear::WeightType;
 use engine::model::Model;
@@ -69,10 +70,11 @@ impl NamedEngine {
         model: &Path,
         loops: Option<usize>,
         weights: WeightType,
+        device: DeviceName,
         prompts: &Path,
         sampling: Sampling,
     ) -> Result<Self> {
-        let (mut named, tokenizer) = Self::with_tokenizer(model, loops, weights, sampling)?;
+        let (mut named, tokenizer) = Self::with_tokenizer(model, loops, weights, device, sampling)?;
         let text = std::fs::read_to_string(prompts).with_context(|| format!("cannot read {}", prompts.display()))?;
         let prompts = Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)? };
         named.engine.prompts = Arc::new(prompts);
@@ -87,10 +89,11 @@ impl NamedEngine {
         model: &Path,
         loops: Option<usize>,
         weights: WeightType,
+        device: DeviceName,
         sampling: Sampling,
     ) -> Result<(Self, Tokenizer)> {
         let checkpoint = Checkpoint::open(model, loops)?;
-        let named = Self::new(model, &checkpoint, weights, sampling)?;
+        let named = Self::new(model, &checkpoint, weights, device, sampling)?;
         Ok((named, checkpoint.tokenizer.with_context(|| format!("{}: the model has no tokenizer", model.display()))?))
     }
 
@@ -102,12 +105,21 @@ impl NamedEngine {
         model: &Path,
         loops: Option<usize>,
         weights: WeightType,
+        device: DeviceName,
         sampling: Sampling,
     ) -> Result<Self> {
-        Self::new(model, &Checkpoint::open(model, loops)?, weights, sampling)
+        Self::new(model, &Checkpoint::open(model, loops)?, weights, device, sampling)
     }
 
-    fn new(path: &Path, checkpoint: &Checkpoint, weights: WeightType, sampling: Sampling) -> Result<Self> {
+    fn new(
+        path: &Path,
+        checkpoint: &Checkpoint,
+        weights: WeightType,
+        device: DeviceName,
+        sampling: Sampling,
+    ) -> Result<Self> {
+        device.candle()?;
+        ensure!(device == DeviceName::Cpu, "device `{device}`: the engine runs on the CPU alone");
         let model = Arc::new(Model::load(&checkpoint.weights, weights)?);
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
@@ -116,15 +128,15 @@ impl NamedEngine {
 
     /// What the model takes of memory, as far as it is known without a profile.
     pub fn memory(&self) -> ModelMemory {
-        model_memory(&self.engine.model)
+        model_memory(&*self.engine.model)
     }
 }
 
-fn model_memory(model: &Model) -> ModelMemory {
+fn model_memory(model: &dyn ServedModel) -> ModelMemory {
     ModelMemory {
         num_loops: model.config().num_loops as u32,
         weight_bytes: model.weight_bytes(),
-        kv_bytes_per_token: bytes_per_token(model.config(), KvFill::Reuse),
+        kv_bytes_per_token: model.kv_bytes_per_token(KvFill::Reuse),
         figures: MemoryFigures::default(),
     }
 }
@@ -286,7 +298,7 @@ pub fn replay(
     };
     let summary = Summary {
         weight_bytes: Some(engine.model.weight_bytes()),
-        kv_bytes_per_token: Some(bytes_per_token(engine.model.config(), settings.kv_fill)),
+        kv_bytes_per_token: Some(engine.model.kv_bytes_per_token(settings.kv_fill)),
         ..metrics.summary(Source::Measured, agreement)
     };
     Ok(Run { summary, metrics, time: None })

@@ -1,7 +1,10 @@
 //! Operations of the reference model with hand-written gradients, one pass over memory each.
 //!
 //! candle composes these from elementwise steps that each write a tensor; its own fused versions
-//! have no gradient. All take contiguous `f32` tensors on the CPU and run on the calling thread.
+//! have no gradient. All take contiguous `f32` tensors and, on the CPU, run on the calling thread; on other devices they
+//! are composed.
+
+mod composed;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,7 +19,10 @@ use crate::config::Activation;
 /// # Errors
 /// If the shapes do not fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    x.apply_op2(weight, RmsNorm { eps })
+    match x.device().is_cpu() {
+        true => x.apply_op2(weight, RmsNorm { eps }),
+        false => composed::rms_norm(x, weight, eps),
+    }
 }
 
 /// `(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` over the last dimension of `[rows, n]`.
@@ -24,7 +30,10 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
-    x.apply_op3(weight, bias, LayerNorm { eps })
+    match x.device().is_cpu() {
+        true => x.apply_op3(weight, bias, LayerNorm { eps }),
+        false => composed::layer_norm(x, weight, bias, eps),
+    }
 }
 
 /// Softmax of `scale * scores`, `[.., seq, seq]`, over the keys that are not after the query and among the latest
@@ -33,7 +42,10 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Resul
 /// # Errors
 /// If the last two dimensions differ.
 pub fn causal_softmax(scores: &Tensor, scale: f32, window: Option<usize>) -> Result<Tensor> {
-    scores.apply_op1(CausalSoftmax { scale, window: window.unwrap_or(usize::MAX) })
+    match scores.device().is_cpu() {
+        true => scores.apply_op1(CausalSoftmax { scale, window: window.unwrap_or(usize::MAX) }),
+        false => composed::causal_softmax(scores, scale, window),
+    }
 }
 
 /// `activation(gate) * up`, elementwise.
@@ -41,7 +53,10 @@ pub fn causal_softmax(scores: &Tensor, scale: f32, window: Option<usize>) -> Res
 /// # Errors
 /// If the shapes differ.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    gate.apply_op2(up, Gated(activation))
+    match gate.device().is_cpu() {
+        true => gate.apply_op2(up, Gated(activation)),
+        false => composed::gated(gate, up, activation),
+    }
 }
 
 /// Turns the pairs (`i`, `i + pairs`) of `[.., seq, head_dim]` by the angle of their position. Dimensions from
@@ -50,7 +65,10 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tenso
 /// # Errors
 /// If `turns` has fewer positions than `x` or more dimensions.
 pub fn rotate(x: &Tensor, turns: &Turns) -> Result<Tensor> {
-    x.apply_op1(Rotate { turns: turns.clone(), direction: 1.0 })
+    match x.device().is_cpu() {
+        true => x.apply_op1(Rotate { turns: turns.clone(), direction: 1.0 }),
+        false => composed::rotate(x, turns),
+    }
 }
 
 /// The turns of a rotary position embedding (arXiv 2104.09864).
@@ -553,8 +571,7 @@ impl CustomOp1 for Rotate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{D, Device, Var};
-    use candle_nn::ops::softmax;
+    use candle_core::{Device, Var};
 
     fn random(dims: &[usize]) -> Var {
         Var::rand(-2f32, 2f32, dims, &Device::Cpu).unwrap()
@@ -581,19 +598,14 @@ mod tests {
     #[test]
     fn rms_norm_and_its_gradients_equal_the_composed_ones() {
         let (x, weight) = (random(&[5, 37]), random(&[37]));
-        let square = x.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
-        let composed = x.broadcast_div(&(square + 0.1).unwrap().sqrt().unwrap());
-        let composed = composed.unwrap().broadcast_mul(&weight).unwrap();
+        let composed = composed::rms_norm(&x, &weight, 0.1).unwrap();
         assert_same(&rms_norm(&x, &weight, 0.1).unwrap(), &composed, &[&x, &weight]);
     }
 
     #[test]
     fn layer_norm_and_its_gradients_equal_the_composed_ones() {
         let (x, weight, bias) = (random(&[5, 37]), random(&[37]), random(&[37]));
-        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1).unwrap()).unwrap();
-        let variance = centred.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
-        let composed = centred.broadcast_div(&(variance + 0.1).unwrap().sqrt().unwrap()).unwrap();
-        let composed = composed.broadcast_mul(&weight).unwrap().broadcast_add(&bias).unwrap();
+        let composed = composed::layer_norm(&x, &weight, &bias, 0.1).unwrap();
         assert_same(&layer_norm(&x, &weight, &bias, 0.1).unwrap(), &composed, &[&x, &weight, &bias]);
     }
 
@@ -601,11 +613,7 @@ mod tests {
     fn causal_softmax_and_its_gradient_equal_the_composed_ones() {
         for window in [None, Some(1), Some(5), Some(21)] {
             let scores = random(&[2, 3, 21, 21]);
-            let hidden = |query: usize, key: usize| key > query || key + window.unwrap_or(21) <= query;
-            let mask = (0..21 * 21).map(|i| if hidden(i / 21, i % 21) { f32::NEG_INFINITY } else { 0.0 });
-            let mask = Tensor::from_iter(mask, &Device::Cpu).unwrap().reshape((21, 21)).unwrap();
-            let scaled = (scores.as_tensor() * 0.7).unwrap();
-            let composed = softmax(&scaled.broadcast_add(&mask).unwrap(), D::Minus1).unwrap();
+            let composed = composed::causal_softmax(&scores, 0.7, window).unwrap();
             assert_same(&causal_softmax(&scores, 0.7, window).unwrap(), &composed, &[&scores]);
         }
     }
@@ -613,25 +621,22 @@ mod tests {
     #[test]
     fn gated_activations_and_their_gradients_equal_the_composed_ones() {
         let (gate, up) = (random(&[5, 37]), random(&[5, 37]));
-        for (activation, activated) in
-            [(Activation::Silu, gate.silu()), (Activation::Gelu, gate.gelu_erf()), (Activation::GeluTanh, gate.gelu())]
-        {
-            let composed = (activated.unwrap() * up.as_tensor()).unwrap();
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
+            let composed = composed::gated(&gate, &up, activation).unwrap();
             assert_same(&gated(&gate, &up, activation).unwrap(), &composed, &[&gate, &up]);
         }
     }
 
     #[test]
     fn rotation_and_its_gradient_equal_the_composed_ones() {
-        let x = random(&[2, 3, 5, 11]);
         let frequencies = [0.3f32, 1.0, 0.1, 0.7];
-        let angles: Vec<f32> = (0..5 * 4).map(|i| (i / 4) as f32 * frequencies[i % 4]).collect();
-        let angles = Tensor::from_vec(angles, (5, 4), &Device::Cpu).unwrap();
-        let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
-        let turned = x.narrow(3, 0, 8).unwrap().contiguous().unwrap();
-        let turned = candle_nn::rotary_emb::rope_slow(&turned, &cos, &sin).unwrap();
-        let composed = Tensor::cat(&[turned, x.narrow(3, 8, 3).unwrap()], 3).unwrap();
-        assert_same(&rotate(&x, &Turns::new(&frequencies, 5)).unwrap(), &composed, &[&x]);
+        let turns = Turns::new(&frequencies, 7);
+        // Some dimensions turn, or all.
+        for head_dim in [11, 8] {
+            let x = random(&[2, 3, 5, head_dim]);
+            let composed = composed::rotate(&x, &turns).unwrap();
+            assert_same(&rotate(&x, &turns).unwrap(), &composed, &[&x]);
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind};
 use crate::differentiable::{self, Turns};
@@ -454,6 +454,11 @@ impl Reference {
         states.iter().enumerate().map(logits).collect()
     }
 
+    /// Where the model is, and its inputs must be.
+    pub fn device(&self) -> &Device {
+        self.embed_tokens.device()
+    }
+
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -469,7 +474,7 @@ mod tests {
     use super::*;
     use crate::config::tests::tiny;
     use crate::config::{Architecture, LoraConfig, LoraRanks, RopeScaling, Sharing, SlidingWindow};
-    use candle_core::{DType, Device, Var};
+    use candle_core::{DType, Var};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 

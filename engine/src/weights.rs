@@ -262,6 +262,18 @@ impl Weights {
         Self::from_tensors(config, tensors, "random weights")
     }
 
+    /// The same weights on another device; tensors that are there already are shared.
+    ///
+    /// # Errors
+    /// If the device's memory is too small or fails.
+    pub fn to_device(&self, device: &Device) -> Result<Self, WeightsError> {
+        let moved = |(name, tensor): (&String, &Tensor)| {
+            Ok((name.clone(), tensor.to_device(device).map_err(|e| in_tensor(name, e))?))
+        };
+        let tensors = self.tensors.iter().map(moved).collect::<Result<_, WeightsError>>()?;
+        Ok(Self { config: self.config.clone(), tensors })
+    }
+
     /// The sizes.
     pub fn config(&self) -> &ModelConfig {
         &self.config

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use clap::ArgGroup;
 use engine::checkpoint::Checkpoint;
 use engine::config::ModelConfig;
+use engine::device::DeviceName;
 use engine::reference::Reference;
 use engine::tokenizer::Tokenizer;
 use plots::{ExitCurve, Figure, Origin, Reliability, Scale, SweepLine, SweepPoint};
@@ -39,6 +40,9 @@ pub struct Args {
     /// Split the layers of an ordinary transformer into so many blocks, a depth each
     #[arg(long, value_name = "N", requires = "model")]
     loops: Option<usize>,
+    /// Where to run it: cpu, cuda or cuda:N
+    #[arg(long, default_value_t, requires = "model")]
+    device: DeviceName,
     /// Plain text to predict, token by token
     #[arg(long, value_name = "FILE", requires = "model")]
     text: Option<PathBuf>,
@@ -67,7 +71,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let questions = args.questions.as_deref().map(|path| with_examples(path, &args)).transpose()?;
     let recorded = args.exits.as_deref().map(ExitTrace::read).transpose()?;
-    let model = args.model.as_deref().map(|model| LoadedModel::load(model, args.loops)).transpose()?;
+    let model = args.model.as_deref().map(|model| LoadedModel::load(model, args.loops, args.device)).transpose()?;
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
     let out = folder.as_ref().map(ResultsFolder::path);
 
@@ -122,10 +126,10 @@ struct LoadedModel {
 }
 
 impl LoadedModel {
-    fn load(path: &Path, loops: Option<usize>) -> Result<Self> {
+    fn load(path: &Path, loops: Option<usize>, device: DeviceName) -> Result<Self> {
         let Checkpoint { weights, tokenizer } = Checkpoint::open(path, loops)?;
         Ok(Self {
-            reference: Reference::new(&weights)?,
+            reference: Reference::new(&weights.to_device(&device.candle()?)?)?,
             tokenizer: tokenizer.with_context(|| format!("{}: the model has no tokenizer", path.display()))?,
             name: file_name(path),
             fingerprint: weights.fingerprint()?,

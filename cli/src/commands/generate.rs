@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::ColorChoice;
 use clap::builder::styling::{Ansi256Color, Style};
+use engine::device::DeviceName;
 use engine::executor::Sampling;
 use engine::generate::Generated;
 use engine::kernels::linear::WeightType;
@@ -48,9 +49,12 @@ pub struct Args {
     /// Split the layers of an ordinary transformer into so many blocks, a depth each
     #[arg(long, value_name = "N")]
     loops: Option<usize>,
-    /// How the numbers of the model's weights are stored: f32, bf16, q8_0 or q4k
+    /// How the numbers of the model's weights are stored: f32, bf16, q8_0 or q4k on the CPU; f32, f16 or bf16 on a GPU
     #[arg(long, default_value_t, value_name = "TYPE")]
     weights: WeightType,
+    /// Where to run it: cpu, cuda or cuda:N
+    #[arg(long, default_value_t)]
+    device: DeviceName,
     /// Most tokens to generate for a prompt
     #[arg(long, default_value_t = 128, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
@@ -85,7 +89,8 @@ pub fn run(args: Args) -> Result<()> {
         args.exit
     );
     let sampling = Sampling { temperature, seed: args.seed };
-    let (mut named, tokenizer) = NamedEngine::with_tokenizer(&args.model, args.loops, args.weights, sampling)?;
+    let (mut named, tokenizer) =
+        NamedEngine::with_tokenizer(&args.model, args.loops, args.weights, args.device, sampling)?;
     let requests = args.ask(&mut named, &tokenizer)?;
     let settings = args.settings(&named, &requests)?;
 

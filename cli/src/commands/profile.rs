@@ -37,8 +37,8 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     ensure!(args.rounds > 0, "--rounds 0: expected at least 1");
-    let ModelArgs { model, loops, weights } = &args.model;
-    let named = NamedEngine::load_without_prompts(model, *loops, *weights, Sampling::default())?;
+    let ModelArgs { model, loops, weights, device } = &args.model;
+    let named = NamedEngine::load_without_prompts(model, *loops, *weights, *device, Sampling::default())?;
     let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
     let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };
     let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits))?;

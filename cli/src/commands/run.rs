@@ -63,7 +63,7 @@ fn measure_and_simulate(experiment: &Experiment, spec: &EngineSpec, base: &Path,
     let trace = load_requests(&experiment.requests, base)?;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
     let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
-    let engine = NamedEngine::load(&model, spec.loops, spec.weights, &prompts, sampling)?;
+    let engine = NamedEngine::load(&model, spec.loops, spec.weights, spec.device, &prompts, sampling)?;
     let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
     let variants = Variants::new(experiment, &engine.memory(), &trace.requests)?;
     let limits = limits(settings.iter().chain(variants.all()), &trace.requests);

@@ -33,7 +33,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let (mut requests, base) = args.requests.spec()?;
     requests.file = requests.file.map(|file| base.join(file));
-    let EngineArgs { model: ModelArgs { model, loops, weights }, prompts, temperature, seed } = args.engine;
+    let EngineArgs { model: ModelArgs { model, loops, weights, device }, prompts, temperature, seed } = args.engine;
     let experiment = Experiment {
         schema_version: SCHEMA_VERSION,
         title: format!("{}, {}", model.display(), args.requests.requests.display()),
@@ -44,6 +44,7 @@ pub fn run(args: Args) -> Result<()> {
             model,
             loops,
             weights,
+            device,
             prompts,
             repeats: args.repeats,
             temperature,

@@ -72,22 +72,27 @@ impl AdapterShape {
     }
 }
 
-/// The adapter of projections at one depth, as a model has it: of each its outputs, and if it is adapted its down
-/// `[rank, inputs]` and up `[outputs, rank]`.
-pub type Parts = Vec<(usize, Option<(Tensor, Tensor)>)>;
+/// The low-rank matrices of projections side by side at one depth, as a model has them.
+#[derive(Clone, Debug)]
+pub struct Adapter<'w> {
+    /// Of each projection its outputs, and where it is adapted `[rank, inputs]` and `[outputs, rank]`.
+    pub parts: Vec<(usize, Option<(&'w Tensor, &'w Tensor)>)>,
+    /// Factor on what comes of them.
+    pub scale: f32,
+}
 
 impl Adapters {
-    /// Packs the adapters of each depth from depth 0 on, which have the same shapes, scaled; none if nothing is adapted.
+    /// Packs the adapters of each depth from depth 0 on, which have the same shapes; none if nothing is adapted.
     ///
     /// # Errors
     /// If a tensor is no matrix of `f32` or its shape is not that of the others.
-    pub fn new(depths: &[Parts], scale: f32) -> Result<Option<Self>> {
+    pub fn new(depths: &[Adapter<'_>]) -> Result<Option<Self>> {
         let Some(first) = depths.first() else { return Ok(None) };
         let Some(mut shape) = shape_of(first)? else { return Ok(None) };
         shape.depths = depths.len();
         let mut packed = Vec::with_capacity(depths.len() * shape.numbers());
-        for parts in depths {
-            shape.pack(parts, scale, &mut packed)?;
+        for adapter in depths {
+            shape.pack(adapter, &mut packed)?;
         }
         Ok(Some(Self { packed: Tensor::new(packed, &Device::Cpu)?, shape }))
     }
@@ -103,10 +108,10 @@ impl Adapters {
 }
 
 /// The shape of adapters like those of one depth, if anything is adapted.
-fn shape_of(parts: &[(usize, Option<(Tensor, Tensor)>)]) -> Result<Option<AdapterShape>> {
+fn shape_of(adapter: &Adapter<'_>) -> Result<Option<AdapterShape>> {
     let (mut ups, mut inputs) = (Vec::new(), 0);
     let (mut rank, mut first_output) = (0, 0);
-    for &(outputs, ref adapted) in parts {
+    for &(outputs, adapted) in &adapter.parts {
         if let Some((down, _)) = adapted {
             let (ranks, width) = down.dims2()?;
             ups.push((rank..rank + ranks, first_output..first_output + outputs));
@@ -120,8 +125,8 @@ fn shape_of(parts: &[(usize, Option<(Tensor, Tensor)>)]) -> Result<Option<Adapte
 
 impl AdapterShape {
     /// Appends the packed adapters of a depth.
-    fn pack(&self, parts: &[(usize, Option<(Tensor, Tensor)>)], scale: f32, packed: &mut Vec<f32>) -> Result<()> {
-        let adapted: Vec<_> = parts.iter().filter_map(|(_, adapted)| adapted.as_ref()).collect();
+    fn pack(&self, adapter: &Adapter<'_>, packed: &mut Vec<f32>) -> Result<()> {
+        let adapted: Vec<_> = adapter.parts.iter().filter_map(|(_, adapted)| *adapted).collect();
         let mut downs = Vec::with_capacity(self.rank * self.inputs);
         for ((down, _), (ranks, _)) in adapted.iter().zip(&self.ups) {
             downs.extend(numbers_of(down, (ranks.len(), self.inputs))?);
@@ -132,7 +137,7 @@ impl AdapterShape {
         }
         for ((_, up), (ranks, outputs)) in adapted.iter().zip(&self.ups) {
             let mut up = numbers_of(up, (outputs.len(), ranks.len()))?;
-            up.iter_mut().for_each(|number| *number *= scale);
+            up.iter_mut().for_each(|number| *number *= adapter.scale);
             match self.is_narrow() {
                 true => pack_narrow_up(&up, ranks.len(), packed),
                 false => pack(&up, outputs.len(), ranks.len(), packed),
@@ -424,10 +429,13 @@ mod tests {
             };
             let matrices: Vec<_> = (0..DEPTHS).map(|_| parts(&mut rng)).collect();
             let tensors = |part: &Option<(Matrix, Matrix)>| part.as_ref().map(|(down, up)| (tensor(down), tensor(up)));
-            let of_depth = |parts: &Vec<Option<(Matrix, Matrix)>>| -> Parts {
-                shape.iter().map(|part| part.1).zip(parts.iter().map(tensors)).collect()
-            };
-            let adapters = Adapters::new(&matrices.iter().map(of_depth).collect::<Vec<_>>(), 0.5).unwrap().unwrap();
+            let tensors: Vec<Vec<_>> = matrices.iter().map(|parts| parts.iter().map(tensors).collect()).collect();
+            let mut of_depths = Vec::new();
+            for tensors in &tensors {
+                let adapted = tensors.iter().map(|part| part.as_ref().map(|(down, up)| (down, up)));
+                of_depths.push(Adapter { parts: shape.iter().map(|part| part.1).zip(adapted).collect(), scale: 0.5 });
+            }
+            let adapters = Adapters::new(&of_depths).unwrap().unwrap();
 
             // Depth 3 has no adapter.
             let depths = [(0, 0..7), (2, 7..8), (3, 8..13)];

@@ -25,6 +25,8 @@ pub enum WeightType {
     /// 32-bit floats, as trained.
     #[default]
     F32,
+    /// IEEE half precision, on GPUs alone; sums are in 32 bits.
+    F16,
     /// The upper halves of 32-bit floats, rounded; products are in 32 bits.
     Bf16,
     /// GGUF's Q8_0: 8.5 bits a number; products are in integers.
@@ -37,13 +39,15 @@ pub enum WeightType {
 
 impl WeightType {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Q8, Self::Q4K];
+    pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Q8, Self::Q4K];
+    /// Those that the CPU multiplies with.
+    pub const ON_CPU: [Self; 4] = [Self::F32, Self::Bf16, Self::Q8, Self::Q4K];
 
     /// Bits a number takes, scales included.
     pub fn bits(self) -> f64 {
         match self {
             Self::F32 => 32.0,
-            Self::Bf16 => 16.0,
+            Self::F16 | Self::Bf16 => 16.0,
             Self::Q8 => Format::Q8.bits(),
             Self::Q4K => Format::Q4K.bits(),
         }
@@ -53,6 +57,7 @@ impl WeightType {
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
+            Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::Q8 => "q8_0",
             Self::Q4K => "q4k",
@@ -71,10 +76,13 @@ impl std::str::FromStr for WeightType {
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let known = Self::ALL.into_iter().find(|weight_type| weight_type.name() == text);
-        known.ok_or_else(|| {
-            format!("{text:?} is not a weight type, expected one of {}", Self::ALL.map(Self::name).join(", "))
-        })
+        known.ok_or_else(|| format!("{text:?} is not a weight type, expected one of {}", names(&Self::ALL)))
     }
+}
+
+/// Weight types, for people.
+pub fn names(types: &[WeightType]) -> String {
+    types.iter().map(|weight_type| weight_type.name()).collect::<Vec<_>>().join(", ")
 }
 
 /// A weight, packed once so that products with it read memory in order.
@@ -99,7 +107,7 @@ impl Linear {
     /// Packs a weight `[outputs, inputs]` of `f32`, rounded to numbers of a type.
     ///
     /// # Errors
-    /// If it is not a matrix of `f32`.
+    /// If it is not a matrix of `f32`, or the CPU does not multiply with the type.
     pub fn new(weight: &Tensor, weight_type: WeightType) -> Result<Self> {
         let (outputs, inputs) = weight.dims2()?;
         let floats = || {
@@ -109,6 +117,9 @@ impl Linear {
         };
         let packed = match weight_type {
             WeightType::F32 => floats()?,
+            WeightType::F16 => {
+                bail!("weights of f16 on the CPU, which multiplies with {}", names(&WeightType::ON_CPU))
+            }
             WeightType::Bf16 => floats()?.to_dtype(DType::BF16)?,
             WeightType::Q8 => quantized::pack(weight, Format::Q8)?,
             WeightType::Q4K => quantized::pack(weight, Format::Q4K)?,
@@ -206,6 +217,7 @@ fn add_product(x: &[f32], w: &CpuStorage, w_l: &Layout, shape: LinearShape, y: S
     };
     let LinearShape { weight_type, inputs, outputs } = shape;
     match weight_type {
+        WeightType::F16 => bail!("a packed weight of f16"),
         WeightType::F32 => multiply(x, &w.as_slice::<f32>()?[start..end], shape, y, panel_product),
         WeightType::Bf16 => multiply(x, &w.as_slice::<bf16>()?[start..end], shape, y, panel_product_bf16),
         WeightType::Q8 => quantized::multiply(x, &w.as_slice::<u8>()?[start..end], Format::Q8, inputs, y, outputs),

@@ -2,6 +2,10 @@
 
 #![allow(dead_code)] // each test file uses its own share
 
+pub mod devices;
+#[path = "../cuda/emulator.rs"]
+pub mod emulator;
+
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
@@ -44,6 +48,15 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
             config
         },
     )
+}
+
+/// The same with heads of one kind: the emulated kernels are compiled for each.
+pub fn configs_of_one_head_size() -> impl Strategy<Value = ModelConfig> {
+    configs().prop_map(|mut config| {
+        (config.num_heads, config.num_kv_heads, config.head_dim) = (4, 2, 8);
+        config.vocab_size = config.vocab_size.min(30);
+        config
+    })
 }
 
 /// Small Llamas: multi-head, grouped and multi-query attention, tied and untied, narrow heads and wide ones.

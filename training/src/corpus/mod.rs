@@ -173,16 +173,16 @@ impl Corpus {
 }
 
 /// Windows of `seq + 1` tokens as the model's inputs `[windows, seq]` and the tokens that follow
-/// them `[windows * seq]`.
+/// them `[windows * seq]`, where the model is.
 ///
 /// # Errors
 /// If the windows differ in length.
-pub fn inputs_and_targets(windows: &[&[u32]]) -> candle_core::Result<(Tensor, Tensor)> {
+pub fn inputs_and_targets(windows: &[&[u32]], device: &Device) -> candle_core::Result<(Tensor, Tensor)> {
     let seq = windows.first().map_or(0, |window| window.len() - 1);
     let inputs: Vec<u32> = windows.iter().flat_map(|w| &w[..w.len() - 1]).copied().collect();
     let targets: Vec<u32> = windows.iter().flat_map(|w| &w[1..]).copied().collect();
-    let targets = Tensor::new(targets, &Device::Cpu)?;
-    Ok((Tensor::from_vec(inputs, (windows.len(), seq), &Device::Cpu)?, targets))
+    let targets = Tensor::new(targets, device)?;
+    Ok((Tensor::from_vec(inputs, (windows.len(), seq), device)?, targets))
 }
 
 #[cfg(test)]
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn targets_are_the_tokens_after_the_inputs() {
-        let (inputs, targets) = inputs_and_targets(&[&[1, 2, 3], &[4, 5, 6]]).unwrap();
+        let (inputs, targets) = inputs_and_targets(&[&[1, 2, 3], &[4, 5, 6]], &Device::Cpu).unwrap();
         assert_eq!(inputs.to_vec2::<u32>().unwrap(), [[1, 2], [4, 5]]);
         assert_eq!(targets.to_vec1::<u32>().unwrap(), [2, 3, 5, 6]);
     }

@@ -6,7 +6,7 @@ pub mod reliability;
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use engine::kernels::rows::cosines;
 use engine::kernels::signals;
 use engine::reference::Reference;
@@ -152,24 +152,26 @@ struct LoopReading {
 
 /// Reads the predictions of a window from its `skip`-th on, at every loop.
 fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<LoopReading>, TrainingError> {
-    let (inputs, targets) = inputs_and_targets(&[window])?;
+    let (inputs, targets) = inputs_and_targets(&[window], model.device())?;
     let rows = targets.elem_count() - skip;
     let targets = targets.narrow(0, skip, rows)?;
     let mut before: Option<Tensor> = None;
     let mut loops = Vec::new();
     for (depth, hidden) in model.hidden_states(&inputs)?.iter().enumerate() {
         let logits = model.logits(&model.exit(hidden, 1)?.narrow(0, skip, rows)?, depth)?;
+        // The signals are read on the CPU.
         let hidden = hidden.narrow(0, skip, rows)?;
+        let gates = match model.gate_logits(&model.final_norm(&hidden)?, depth)? {
+            Some(scores) => (scores.neg()?.exp()? + 1.0)?.recip()?.to_vec1()?,
+            None => vec![f32::from(u8::from(model.config().gate)); rows],
+        };
+        let hidden = hidden.to_device(&Device::Cpu)?;
         let mean: f32 = cross_entropy(&logits, &targets)?.to_scalar()?;
         let similarities = match &before {
             Some(before) => cosines(before, &hidden)?.to_vec1()?,
             None => vec![0.0; rows],
         };
-        let gates = match model.gate_logits(&model.final_norm(&hidden)?, depth)? {
-            Some(scores) => (scores.neg()?.exp()? + 1.0)?.recip()?.to_vec1()?,
-            None => vec![f32::from(u8::from(model.config().gate)); rows],
-        };
-        let verdicts = signals::read(&logits, 0.0, &vec![0; rows])?;
+        let verdicts = signals::read(&logits.to_device(&Device::Cpu)?, 0.0, &vec![0; rows])?;
         let row = |((verdict, similarity), gate): ((&signals::Verdict, f32), f32)| {
             (Signals { similarity, gate, ..verdict.signals() }, verdict.token)
         };
@@ -276,7 +278,7 @@ mod tests {
         assert_eq!(found.tokens, 12);
 
         let nats = |window: &[u32], skip: usize| {
-            let (inputs, targets) = inputs_and_targets(&[window]).unwrap();
+            let (inputs, targets) = inputs_and_targets(&[window], model.device()).unwrap();
             let logits = model.forward(&inputs).unwrap().pop().unwrap();
             let rows = targets.elem_count() - skip;
             let (logits, targets) = (logits.narrow(0, skip, rows).unwrap(), targets.narrow(0, skip, rows).unwrap());

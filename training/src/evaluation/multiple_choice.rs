@@ -249,7 +249,7 @@ fn encode(tokenizer: &Tokenizer, choice: &Choice) -> Result<(Vec<u32>, usize), T
 
 /// Log-likelihood of the last `continuation` of `tokens` given those before them, nats by loop.
 fn log_likelihoods_of(model: &Reference, tokens: &[u32], continuation: usize) -> Result<Vec<f64>, TrainingError> {
-    let (inputs, targets) = inputs_and_targets(&[tokens])?;
+    let (inputs, targets) = inputs_and_targets(&[tokens], model.device())?;
     let skip = targets.elem_count() - continuation;
     let targets = targets.narrow(0, skip, continuation)?;
     let mut nats = Vec::new();

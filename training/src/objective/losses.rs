@@ -1,4 +1,7 @@
-//! Losses of a batch, with hand-written gradients where candle's take several passes over the logits.
+//! Losses of a batch, with hand-written gradients where candle's take several passes over the logits; on other devices
+//! than the CPU they are candle's.
+
+mod composed;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use engine::differentiable::{exp, max_of, numbers, sum_over};
@@ -18,7 +21,10 @@ pub fn binary_cross_entropy(scores: &Tensor, labels: &Tensor) -> Result<Tensor> 
 /// # Errors
 /// If the shape is another.
 pub fn softmax(logits: &Tensor) -> Result<Tensor> {
-    logits.detach().apply_op1_no_bwd(&Softmax)
+    match logits.device().is_cpu() {
+        true => logits.detach().apply_op1_no_bwd(&Softmax),
+        false => composed::softmax(logits),
+    }
 }
 
 /// Mean of `-log p(target)` over the rows of `logits` `[rows, vocab]`.
@@ -26,7 +32,10 @@ pub fn softmax(logits: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit or a target is not in the vocabulary.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    logits.apply_op2(targets, CrossEntropy)?.mean_all()
+    match logits.device().is_cpu() {
+        true => logits.apply_op2(targets, CrossEntropy)?.mean_all(),
+        false => composed::cross_entropy(logits, targets),
+    }
 }
 
 /// Mean of `KL(teacher || softmax(logits))` over rows; `teacher` holds probabilities and gets no
@@ -35,7 +44,10 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If the shapes differ.
 pub fn divergence(logits: &Tensor, teacher: &Tensor) -> Result<Tensor> {
-    logits.apply_op2(teacher, Divergence)?.mean_all()
+    match logits.device().is_cpu() {
+        true => logits.apply_op2(teacher, Divergence)?.mean_all(),
+        false => composed::divergence(logits, teacher),
+    }
 }
 
 /// Writes `exp(row - log_sum_exp)` and returns `log_sum_exp`.
@@ -211,13 +223,35 @@ mod tests {
         x.to_scalar().unwrap()
     }
 
+    fn assert_close(found: &Tensor, expected: &Tensor) {
+        let worst = (found - expected).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(number(&worst) < 1e-5, "{found} is not {expected}");
+    }
+
+    /// Checks a loss and its gradient.
+    fn assert_same(found: &Tensor, expected: &Tensor, logits: &Var) {
+        assert_close(found, expected);
+        let gradient = |loss: &Tensor| loss.backward().unwrap().get(logits).unwrap().clone();
+        assert_close(&gradient(found), &gradient(expected));
+    }
+
     #[test]
-    fn cross_entropy_equals_candles() {
-        let logits = Tensor::randn(0f32, 3.0, (7, 29), &Device::Cpu).unwrap();
+    fn cross_entropy_and_its_gradient_equal_the_composed_ones() {
+        let logits = Var::randn(0f32, 3.0, (7, 29), &Device::Cpu).unwrap();
         let targets = Tensor::new(&[0u32, 28, 5, 5, 9, 1, 2], &Device::Cpu).unwrap();
-        let expected = candle_nn::loss::cross_entropy(&logits, &targets).unwrap();
-        let found = cross_entropy(&logits, &targets).unwrap();
-        assert!((number(&found) - number(&expected)).abs() < 1e-5);
+        let composed = composed::cross_entropy(&logits, &targets).unwrap();
+        assert_same(&cross_entropy(&logits, &targets).unwrap(), &composed, &logits);
+    }
+
+    #[test]
+    fn divergence_and_its_gradient_equal_the_composed_ones_where_the_teacher_is_sure_too() {
+        let logits = Var::randn(0f32, 3.0, (7, 29), &Device::Cpu).unwrap();
+        let scores = Tensor::randn(0f32, 3.0, (6, 29), &Device::Cpu).unwrap();
+        let sure = Tensor::from_iter((0..29).map(|token| f32::from(u8::from(token == 3))), &Device::Cpu).unwrap();
+        let teacher = Tensor::cat(&[softmax(&scores).unwrap(), sure.reshape((1, 29)).unwrap()], 0).unwrap();
+        assert_close(&softmax(&scores).unwrap(), &composed::softmax(&scores).unwrap());
+        let composed = composed::divergence(&logits, &teacher).unwrap();
+        assert_same(&divergence(&logits, &teacher).unwrap(), &composed, &logits);
     }
 
     #[test]

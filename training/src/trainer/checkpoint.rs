@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use engine::config::ModelConfig;
 use engine::tokenizer::Tokenizer;
 use engine::weights::{CONFIG_FILE, Stored, TOKENIZER_FILE, Weights, write_then_rename};
@@ -18,8 +18,8 @@ use crate::error::TrainingError;
 const STATE_FILE: &str = "training-state.safetensors";
 const STEP: &str = "step";
 
-/// The optimizer's running means of gradients and squared gradients, by tensor.
-pub type Means = HashMap<String, (Vec<f32>, Vec<f32>)>;
+/// The optimizer's running means of gradients and squared gradients, flat, by tensor.
+pub type Means = HashMap<String, (Tensor, Tensor)>;
 
 /// What a checkpoint holds.
 pub struct State {
@@ -60,7 +60,7 @@ pub fn save(trainer: &Trainer) -> Result<(), TrainingError> {
     }
     for (name, parameter) in &trainer.parameters {
         for (kind, numbers) in [("mean", &parameter.mean), ("square", &parameter.square)] {
-            tensors.insert(format!("{kind}.{name}"), Tensor::new(&numbers[..], &Device::Cpu)?);
+            tensors.insert(format!("{kind}.{name}"), numbers.clone());
         }
     }
     tensors.insert(STEP.to_owned(), Tensor::new(trainer.curve.len() as u32, &Device::Cpu)?);
@@ -85,16 +85,19 @@ pub fn load(folder: &Path) -> Result<State, TrainingError> {
     for (name, tensor) in tensors {
         match name.split_once('.') {
             Some(("value", name)) => drop(values.insert(name.to_owned(), tensor)),
-            Some(("mean", name)) => drop(means.insert(name.to_owned(), tensor.to_vec1::<f32>()?)),
-            Some(("square", name)) => drop(squares.insert(name.to_owned(), tensor.to_vec1::<f32>()?)),
+            Some(("mean", name)) => drop(means.insert(name.to_owned(), tensor)),
+            Some(("square", name)) => drop(squares.insert(name.to_owned(), tensor)),
             _ => return Err(wrong(format!("unexpected tensor `{name}`"))),
         }
     }
     let mut both = Means::new();
     for (name, mean) in means {
         let square = squares.remove(&name);
-        let sizes = (values.get(&name).map(Tensor::elem_count), square.as_ref().map(Vec::len));
-        let fits = sizes == (Some(mean.len()), Some(mean.len()));
+        let count = values.get(&name).map(Tensor::elem_count);
+        let flat = |means: &Tensor| {
+            means.dtype() == DType::F32 && means.dims().len() == 1 && Some(means.elem_count()) == count
+        };
+        let fits = flat(&mean) && square.as_ref().is_some_and(flat);
         let square = square.filter(|_| fits).ok_or_else(|| wrong(format!("the means of `{name}` do not fit it")))?;
         both.insert(name, (mean, square));
     }

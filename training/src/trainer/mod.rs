@@ -29,6 +29,8 @@ pub const LOSS_FILE: &str = "loss.csv";
 /// Sequences of one backward pass hold about this many tokens, so that its activations stay in a
 /// core's cache; a larger batch sums several passes.
 const TOKENS_PER_BACKWARD: usize = 256;
+/// On a GPU about this many, so that it is busy while the logits of every loop still fit its memory.
+const TOKENS_PER_BACKWARD_ON_GPU: usize = 4096;
 /// Of the held-out text, this many tokens are looked at during the run.
 const QUICK_HELD_OUT_TOKENS: usize = 4096;
 
@@ -150,6 +152,8 @@ impl Trainer {
         progress: Option<(checkpoint::Means, Vec<LossRow>)>,
         report: &mut dyn FnMut(Event),
     ) -> Result<Self, TrainingError> {
+        let device = options.device.candle()?;
+        let weights = weights.to_device(&device)?;
         let (mut means, curve) = progress.unwrap_or_default();
         let (mut parameters, mut tensors) = (Parameters::new(), HashMap::new());
         for (name, tensor) in weights.tensors() {
@@ -157,7 +161,7 @@ impl Trainer {
             if options.trains(name) {
                 let mut parameter = Parameter::new(&tensor)?;
                 if let Some((mean, square)) = means.remove(name) {
-                    (parameter.mean, parameter.square) = (mean, square);
+                    (parameter.mean, parameter.square) = (mean.to_device(&device)?, square.to_device(&device)?);
                 }
                 tensor = parameter.value.as_tensor().clone();
                 parameters.insert(name.clone(), parameter);
@@ -167,7 +171,8 @@ impl Trainer {
         let weights = Weights::from_tensors(weights.config().clone(), tensors, "training parameters")?;
         let vocab_size = weights.config().vocab_size;
         let teacher = options.objective.teacher.as_ref();
-        let teacher = teacher.map(|teacher| load_teacher(&teacher.model, &tokenizer, vocab_size)).transpose()?;
+        let teacher =
+            teacher.map(|teacher| load_teacher(&teacher.model, &tokenizer, vocab_size, &device)).transpose()?;
         let mut tokenizing = |path: &Path| report(Event::Tokenizing(path));
         let (corpus, held_out) = options.data.load(&tokenizer, options.seq, &mut tokenizing)?;
         Ok(Self {
@@ -232,7 +237,7 @@ impl Trainer {
     /// # Errors
     /// If the folder is unreadable.
     pub fn evaluate_saved(&self) -> Result<Evaluation, TrainingError> {
-        let model = Reference::new(&Weights::load(&self.folder)?)?;
+        let model = Reference::new(&Weights::load(&self.folder)?.to_device(self.model.device())?)?;
         evaluate(&model, &self.held_out, self.options.seq)
     }
 
@@ -248,13 +253,15 @@ impl Trainer {
 
     /// How many numbers are trained.
     pub fn num_trained(&self) -> usize {
-        self.parameters.values().map(|parameter| parameter.mean.len()).sum()
+        self.parameters.values().map(|parameter| parameter.mean.elem_count()).sum()
     }
 
     fn step(&mut self, step: usize) -> Result<(), TrainingError> {
         let options = &self.options;
         let windows = self.corpus.batch(options.batch, options.seq, options.seed, step);
-        let share = windows.len().div_ceil(options.workers);
+        // A GPU works for one thread at a time.
+        let workers = if self.model.device().is_cpu() { options.workers } else { 1 };
+        let share = windows.len().div_ceil(workers);
         let parts = std::thread::scope(|scope| {
             let workers: Vec<_> =
                 windows.chunks(share).map(|part| scope.spawn(|| self.gradients(part, options.batch))).collect();
@@ -296,10 +303,11 @@ impl Trainer {
 
     /// A worker's share of a step: the gradients of its windows' part of the mean over `batch`.
     fn gradients(&self, windows: &[&[u32]], batch: usize) -> candle_core::Result<Gradients> {
-        let at_once = (TOKENS_PER_BACKWARD / self.options.seq).max(1);
+        let tokens = if self.model.device().is_cpu() { TOKENS_PER_BACKWARD } else { TOKENS_PER_BACKWARD_ON_GPU };
+        let at_once = (tokens / self.options.seq).max(1);
         let mut sum = Gradients::default();
         for windows in windows.chunks(at_once) {
-            let (inputs, targets) = inputs_and_targets(windows)?;
+            let (inputs, targets) = inputs_and_targets(windows, self.model.device())?;
             let (total, losses) = self.objective.of(&self.model, &inputs, &targets)?;
             let share = windows.len() as f64 / batch as f64;
             let mut store = (total * share)?.backward()?;

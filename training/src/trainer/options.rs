@@ -4,8 +4,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use candle_core::Device;
 use engine::checkpoint::Checkpoint;
 use engine::config::ModelConfig;
+use engine::device::DeviceName;
 use engine::reference::Reference;
 use engine::tokenizer::Tokenizer;
 use engine::weights::{Weights, write_then_rename};
@@ -42,7 +44,9 @@ pub struct TrainingOptions {
     pub batch: usize,
     /// Tokens of a sequence.
     pub seq: usize,
-    /// Threads that share a step's sequences.
+    /// Where the model is trained: on a GPU by candle, whose results differ from the CPU's in rounding.
+    pub device: DeviceName,
+    /// Threads that share a step's sequences on the CPU.
     pub workers: usize,
     /// Steps between looks at the start of the held-out text.
     pub evaluation_steps: usize,
@@ -66,6 +70,7 @@ impl Default for TrainingOptions {
             steps: 4000,
             batch: 4,
             seq: 256,
+            device: DeviceName::Cpu,
             workers: 2,
             evaluation_steps: 200,
             checkpoint_steps: 200,
@@ -277,11 +282,16 @@ fn changed(config: &ModelConfig, changes: &Mapping) -> Result<ModelConfig, Train
     serde_yaml::from_value(fields).map_err(refused)
 }
 
-/// Loads a teacher, which must read and write the same tokens.
+/// Loads a teacher to a device; it must read and write the same tokens.
 ///
 /// # Errors
 /// If it does not open or its tokenizer or vocabulary is another.
-pub fn load_teacher(model: &Path, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Reference, TrainingError> {
+pub fn load_teacher(
+    model: &Path,
+    tokenizer: &Tokenizer,
+    vocab_size: usize,
+    device: &Device,
+) -> Result<Reference, TrainingError> {
     let Checkpoint { weights, tokenizer: of_teacher } = Checkpoint::open(model, None)?;
     let same_size = weights.config().vocab_size == vocab_size;
     let of_teacher = of_teacher.as_ref().map(Tokenizer::to_json).transpose()?;
@@ -289,7 +299,7 @@ pub fn load_teacher(model: &Path, tokenizer: &Tokenizer, vocab_size: usize) -> R
     let found = format!("{}, with a vocabulary of {}", model.display(), weights.config().vocab_size);
     let expected = format!("a model with the student's tokenizer and its vocabulary of {vocab_size}");
     check(same_size && same_tokens, "objective.teacher.model", &found, &expected)?;
-    Ok(Reference::new(&weights)?)
+    Ok(Reference::new(&weights.to_device(device)?)?)
 }
 
 /// Refuses an option unless `holds`.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use engine::device::DeviceName;
 use serde_yaml::Value;
 use training::objective::{ExitCoefficients, GateOptions, TeacherOptions};
 use training::optimizer::Schedule;
@@ -154,7 +155,10 @@ struct StepArgs {
     /// Gradient norm above which gradients are scaled down [default: 1]
     #[arg(long)]
     clip_norm: Option<f64>,
-    /// Threads that share a step [default: 2]
+    /// Where to train: cpu, cuda or cuda:N [default: cpu]
+    #[arg(long)]
+    device: Option<DeviceName>,
+    /// Threads that share a step on the CPU [default: 2]
     #[arg(long)]
     workers: Option<usize>,
     /// Steps between looks at the start of the held-out text [default: 200]
@@ -275,6 +279,7 @@ impl StepArgs {
         set(&mut options.optimizer.schedule, self.schedule);
         set(&mut options.optimizer.weight_decay, self.weight_decay);
         set(&mut options.optimizer.clip_norm, self.clip_norm);
+        set(&mut options.device, self.device);
         set(&mut options.workers, self.workers);
         set(&mut options.evaluation_steps, self.evaluation_steps);
         set(&mut options.checkpoint_steps, self.checkpoint_steps);
