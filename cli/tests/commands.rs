@@ -310,6 +310,45 @@ fn prompts_that_begin_alike_are_found_again() {
     assert!(scene.fail(&scene.simulate(&["--exit", "oracle", "--async-scheduling"])).contains("async_scheduling"));
 }
 
+/// A profile of one loop that comes with the repository, and an exit trace of as many.
+const PAPER: [&str; 2] = [
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/paper/profiles/gemma-vanilla"),
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/paper/exits/vanilla"),
+];
+
+#[test]
+fn without_an_exit_trace_every_token_runs_every_depth() {
+    let scene = Scene::new();
+    let [profile, exits] = PAPER;
+    let simulate = ["simulate", "--requests", "requests.csv", "--profile", profile, "--out", "out"];
+    let makespan = |more: &[&str]| {
+        scene.succeed(&[&simulate[..], &["--batching", "sequence", "--exit", "none"], more].concat());
+        column(&lines(&scene.path("out/summary.csv")), "makespan_s")[0].to_owned()
+    };
+    assert_eq!(makespan(&[]), makespan(&["--exits", exits]));
+    assert!(scene.fail(&simulate).contains("exit policy oracle without an exit trace"));
+}
+
+#[test]
+fn a_vllm_run_that_does_not_say_its_kv_blocks_has_those_that_fit() {
+    let scene = Scene::new();
+    fs::create_dir(scene.path("run")).unwrap();
+    let requests = r#"{"request_id": "r-0", "input_toks": 20, "output_toks": 3, "arrival_time": 9.0, "queued_ts": 1.0, "first_token_ts": 2.0, "last_token_ts": 3.0}"#;
+    scene.write("run/requests.jsonl", requests);
+    scene.write("run/workload.jsonl", r#"{"input_toks": 20, "output_toks": 3, "arrival_time_ns": 0}"#);
+    let vllm = |meta: &str| {
+        let asked = r#""vllm_version": "0.19.0", "engine_kwargs": {"max_num_seqs": 8, "max_num_batched_tokens": 64}"#;
+        scene.write("run/meta.json", &format!("{{{asked}{meta}}}"));
+        scene.run(&["vllm", "run", "--profile", PAPER[0]])
+    };
+    let printed = |meta| String::from_utf8(vllm(meta).stdout).unwrap();
+    assert!(printed("").contains("16 KV blocks, room for every batch"), "{}", printed(""));
+    // 9 GB, less the profile's weights of 5,008,576,000 bytes, by 16 tokens of 18,432 bytes.
+    let memory = r#", "hardware": {"device_total_memory_bytes": 10000000000}"#;
+    assert!(printed(memory).contains("13534 KV blocks, which 0.9 of the device's 10000000000 bytes hold"));
+    assert!(!vllm(r#", "hardware": {"device_total_memory_bytes": 1000000000}"#).status.success());
+}
+
 #[test]
 fn simulations_and_replays_take_any_kv_fill() {
     let scene = Scene::new();

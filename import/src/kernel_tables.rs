@@ -300,8 +300,12 @@ impl Products {
 fn find_table(versions: &Path, version: &str, name: &str) -> Result<(PathBuf, Option<String>), ImportError> {
     let folder = versions.join(version);
     if !folder.is_dir() {
-        let known = names_in(if versions.is_dir() { versions } else { versions.parent().unwrap_or(versions) });
-        return Err(ImportError::unusable(&folder, "no such folder", format!("one of {known}")));
+        let known = [versions, versions.parent().unwrap_or(versions)].into_iter().find(|folder| folder.is_dir());
+        let expected = match known {
+            Some(known) => format!("one of {}", names_in(known)),
+            None => "a GPU with tables: of this one there are the rates alone".to_owned(),
+        };
+        return Err(ImportError::unusable(&folder, "no such folder", expected));
     }
     let path = folder.join(name).with_extension("parquet");
     let reuse = folder.join("reuse.yaml");
@@ -620,6 +624,9 @@ mod tests {
         assert!(error("h", "vllm", "1.0").contains("expected one of g"));
         assert!(error("g", "vllm", "2.0").contains("expected one of 1.0"));
         assert!(error("g", "trt", "1.0").contains("expected one of vllm"));
+        let rates = std::fs::read_to_string(systems.path().join("g.yaml")).unwrap().replace("data/g", "data/rates");
+        std::fs::write(systems.path().join("rates.yaml"), rates).unwrap();
+        assert!(error("rates", "vllm", "1.0").contains("of this one there are the rates alone"));
         for kind in ["gemm", "attention"] {
             std::fs::create_dir(systems.path().join("data/g").join(kind).join("vllm/3.0")).unwrap();
         }

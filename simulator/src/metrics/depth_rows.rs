@@ -1,6 +1,6 @@
 //! How many rows run at each depth, over time, in bounded memory.
 
-use scheduler::PassRecord;
+use scheduler::{PassRecord, Segment};
 use serde::{Deserialize, Serialize};
 
 /// Rows of one pass.
@@ -36,6 +36,8 @@ pub struct DepthRows {
     row_time: Vec<[u64; KINDS]>,
     /// Scratch: rows of the pass at hand, by depth and kind.
     pass: Vec<[u64; KINDS]>,
+    /// Scratch: every other of them, so that counting a row need not wait for the one before it.
+    others: Vec<[u64; KINDS]>,
 }
 
 /// One line of `depth_rows.csv`.
@@ -63,17 +65,26 @@ impl DepthRows {
     /// Of a model with `num_loops` loops.
     pub fn new(num_loops: u8) -> Self {
         let num_loops = usize::from(num_loops);
-        Self { num_loops, width_ns: Self::FIRST_WIDTH_NS, row_time: Vec::new(), pass: vec![[0; KINDS]; num_loops] }
+        let none = vec![[0; KINDS]; num_loops];
+        Self { num_loops, width_ns: Self::FIRST_WIDTH_NS, row_time: Vec::new(), pass: none.clone(), others: none }
     }
 
     /// Counts the rows of a pass.
     pub(super) fn record(&mut self, record: &PassRecord<'_>) -> PassRows {
         let mut rows = PassRows::default();
         self.pass.fill([0; KINDS]);
-        for segment in record.pass.segments {
-            self.pass[usize::from(segment.depth)][segment.kind as usize] += u64::from(segment.tokens);
+        self.others.fill([0; KINDS]);
+        let mut count = |counts: &mut [[u64; KINDS]], segment: &Segment| {
+            counts[usize::from(segment.depth)][segment.kind as usize] += u64::from(segment.tokens);
             rows.depths |= 1 << segment.depth;
+        };
+        let mut pairs = record.pass.segments.chunks_exact(2);
+        for pair in &mut pairs {
+            count(&mut self.pass, &pair[0]);
+            count(&mut self.others, &pair[1]);
         }
+        pairs.remainder().iter().for_each(|segment| count(&mut self.pass, segment));
+        self.pass.iter_mut().zip(&self.others).for_each(|(sum, others)| add(sum, others));
         for [decode, prefill, backfill] in &self.pass {
             rows.decode += *decode as u32;
             rows.prefill += *prefill as u32;
