@@ -3,14 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
-use engine::cache::bytes_per_token;
+use anyhow::{Context, Result};
+use engine::backend::ServedModel;
 use engine::checkpoint::Checkpoint;
 use engine::clock::Idle;
 use engine::device::DeviceName;
 use engine::executor::{ExitDepths, Sampling};
 use engine::kernels::linear::WeightType;
-use engine::model::Model;
 use engine::profile::{Grid, Limits, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
@@ -118,9 +117,7 @@ impl NamedEngine {
         device: DeviceName,
         sampling: Sampling,
     ) -> Result<Self> {
-        device.candle()?;
-        ensure!(device == DeviceName::Cpu, "device `{device}`: the engine runs on the CPU alone");
-        let model = Arc::new(Model::load(&checkpoint.weights, weights)?);
+        let model = device.serve(&checkpoint.weights, weights)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
         Ok(Self { engine: Engine { model, prompts, sampling }, name })
@@ -128,15 +125,15 @@ impl NamedEngine {
 
     /// What the model takes of memory, as far as it is known without a profile.
     pub fn memory(&self) -> ModelMemory {
-        model_memory(&self.engine.model)
+        model_memory(&*self.engine.model)
     }
 }
 
-fn model_memory(model: &Model) -> ModelMemory {
+fn model_memory(model: &dyn ServedModel) -> ModelMemory {
     ModelMemory {
         num_loops: model.config().num_loops as u32,
         weight_bytes: model.weight_bytes(),
-        kv_bytes_per_token: bytes_per_token(model.config(), KvFill::Reuse),
+        kv_bytes_per_token: model.kv_bytes_per_token(KvFill::Reuse),
         figures: MemoryFigures::default(),
     }
 }
@@ -298,7 +295,7 @@ pub fn replay(
     };
     let summary = Summary {
         weight_bytes: Some(engine.model.weight_bytes()),
-        kv_bytes_per_token: Some(bytes_per_token(engine.model.config(), settings.kv_fill)),
+        kv_bytes_per_token: Some(engine.model.kv_bytes_per_token(settings.kv_fill)),
         ..metrics.summary(Source::Measured, agreement)
     };
     Ok(Run { summary, metrics, time: None })

@@ -109,6 +109,15 @@ impl PageLayout {
         layer * self.blocks * self.page_numbers()
     }
 
+    /// Every layer that keeps keys and values, at each of its depths, as they follow each other in the cache.
+    pub fn layers(&self) -> impl Iterator<Item = (Kept, usize)> {
+        let of_depth = {
+            let layers = self.depth_layers;
+            move |depth| (0..layers).map(move |layer| (Kept::AtEachDepth(layer), depth))
+        };
+        (0..self.prelude_layers).map(|layer| (Kept::Once(layer), 0)).chain((0..self.depths).flat_map(of_depth))
+    }
+
     /// Where in a page the tile `[key_dims, TILE]` of a head's keys that holds `offset` starts.
     #[inline(always)]
     pub fn key_tile(&self, kv_head: usize, offset: usize) -> usize {
@@ -143,9 +152,7 @@ impl KvCache {
         block_tokens: u32,
         device: &Device,
     ) -> Result<Self, CacheError> {
-        if block_tokens == 0 || !(block_tokens as usize).is_multiple_of(TILE) {
-            return Err(CacheError::BlockTokens(block_tokens));
-        }
+        check_block_tokens(block_tokens)?;
         let layout = PageLayout::new(config, kv_fill, num_blocks, block_tokens);
         let pages = Tensor::zeros(layout.numbers(), DType::F32, device).map_err(|source| CacheError::Allocate {
             blocks: num_blocks,
@@ -173,6 +180,14 @@ impl KvCache {
     /// Positions that fit, of all sequences together.
     pub fn capacity_tokens(&self) -> u64 {
         (self.layout.blocks * self.layout.block_tokens) as u64
+    }
+}
+
+/// Refuses blocks that are not whole tiles.
+pub(crate) fn check_block_tokens(block_tokens: u32) -> Result<(), CacheError> {
+    match block_tokens > 0 && (block_tokens as usize).is_multiple_of(TILE) {
+        true => Ok(()),
+        false => Err(CacheError::BlockTokens(block_tokens)),
     }
 }
 

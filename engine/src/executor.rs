@@ -5,15 +5,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Tensor};
+use scheduler::blocks::BlockId;
 use scheduler::{Executor, ExitPolicy, KvFill, Look, Pass, RowKind, Segment, Slot};
 use traces::{Measure, Nanos, Request, Signals};
 
-use crate::cache::{CacheError, KvCache};
-use crate::kernels::attention::{Fill, Row, fill_deeper};
-use crate::kernels::rows::{Source, cosines, gather, scatter};
+use crate::backend::{Answers, Backend, Heads, ServedModel, Work};
+use crate::cache::CacheError;
+use crate::kernels::attention::{Fill, Row};
+use crate::kernels::rows::Source;
 use crate::kernels::signals::{Verdict, mix};
-use crate::model::{Model, Rows};
+use crate::model::Rows;
 use crate::prompts::{PromptError, Prompts};
 
 /// Why the engine cannot go on.
@@ -128,43 +129,131 @@ impl Sequence {
     }
 }
 
-/// Hidden states of rows between two passes, `[capacity, hidden]`.
+/// What an executor knows of its sequences.
 #[derive(Debug)]
+struct Sequences {
+    by_slot: Vec<Sequence>,
+    kv_fill: KvFill,
+    num_loops: usize,
+}
+
+impl Sequences {
+    fn of(&self, segment: &Segment) -> &Sequence {
+        &self.by_slot[segment.slot as usize]
+    }
+
+    fn of_mut(&mut self, segment: &Segment) -> &mut Sequence {
+        &mut self.by_slot[segment.slot as usize]
+    }
+
+    /// The row at a position of a segment.
+    fn row<'a>(&'a self, pass: &Pass<'a>, segment: &Segment, position: usize) -> Row<'a> {
+        let (sequence, depth) = (self.of(segment), usize::from(segment.depth));
+        Row {
+            position,
+            depth,
+            fills: self.fills(&sequence.generation, position, depth),
+            skipped: sequence.skipped(depth),
+            blocks: pass.blocks(segment.slot),
+        }
+    }
+
+    /// The depths at which a row leaves its keys and values. A generated token that comes again after a preemption gets
+    /// the KV fill it had, which is exact below the depth at which it left only under [`KvFill::Backfill`].
+    fn fills(&self, generation: &Generation, position: usize, depth: usize) -> Range<usize> {
+        let (own, none) = (depth..depth + 1, depth..depth);
+        match (self.kv_fill, generation.left(position).map(usize::from)) {
+            (KvFill::First, _) if depth > 0 => none,
+            (KvFill::First | KvFill::Backfill, _) | (_, None) => own,
+            (KvFill::Reuse | KvFill::Skip, Some(left)) if left < depth => none,
+            (KvFill::Reuse, Some(left)) if left == depth => depth..self.num_loops,
+            (KvFill::Reuse | KvFill::Skip, Some(_)) => own,
+        }
+    }
+
+    /// By depth, the positions that left no keys and values there.
+    fn skipped_positions(&self, generation: &Generation) -> Vec<Vec<u32>> {
+        if self.kv_fill != KvFill::Skip {
+            return Vec::new();
+        }
+        let generated = generation.prompt.len()..generation.prompt.len() + generation.tokens.len();
+        let of_depth = |depth| {
+            let skips = |&position: &usize| generation.left(position).is_some_and(|left| usize::from(left) < depth);
+            generated.clone().filter(skips).map(|position| position as u32).collect()
+        };
+        (0..self.num_loops).map(of_depth).collect()
+    }
+
+    /// The rows of segments, in their order.
+    fn rows<'a>(&'a self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
+        let mut rows = Rows::default();
+        for segment in segments.iter().map(|&index| &pass.segments[index]) {
+            positions(segment).for_each(|position| rows.push(self.row(pass, segment, position)));
+        }
+        rows
+    }
+
+    /// The last rows of segments, which come by depth.
+    fn last_rows<'a>(&'a self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
+        let mut rows = Rows::default();
+        for segment in segments.iter().map(|&index| &pass.segments[index]) {
+            rows.push(self.row(pass, segment, last_position(segment)));
+        }
+        rows
+    }
+}
+
+/// Which rows of the backend's memory for rows in flight are free.
+#[derive(Debug, Default)]
 struct Arena {
-    hidden: Tensor,
+    capacity: usize,
     free: Vec<u32>,
 }
 
 impl Arena {
-    fn new(width: usize, device: &Device) -> candle_core::Result<Self> {
-        Ok(Self { hidden: Tensor::zeros((1, width), DType::F32, device)?, free: vec![0] })
-    }
-
     /// Makes sure that `rows` more rows can be taken.
-    fn reserve(&mut self, rows: usize) -> candle_core::Result<()> {
+    fn reserve(&mut self, backend: &mut dyn Backend, rows: usize) -> candle_core::Result<()> {
         if self.free.len() < rows {
-            let (capacity, width) = self.hidden.dims2()?;
-            let more = rows.max(capacity);
-            let zeros = Tensor::zeros((more, width), DType::F32, self.hidden.device())?;
-            self.hidden = Tensor::cat(&[&self.hidden, &zeros], 0)?;
-            self.free.extend((capacity..capacity + more).map(|row| row as u32));
+            let more = rows.max(self.capacity);
+            backend.reserve(self.capacity + more)?;
+            self.free.extend((self.capacity..self.capacity + more).map(|row| row as u32));
+            self.capacity += more;
         }
         Ok(())
     }
 }
 
-/// The rows of the pass at hand, in the order in which they run: by depth.
+/// What is asked of the pass at hand, as segments by depth.
+#[derive(Debug, Default)]
+struct Questions {
+    heads: Vec<usize>,
+    gates: Vec<usize>,
+    /// With the row in flight that the last row of each was before.
+    similarities: Vec<(usize, u32)>,
+}
+
+/// The pass at hand.
 #[derive(Debug, Default)]
 struct Current {
-    /// Hidden states after the pass.
-    hidden: Option<Tensor>,
-    /// What the head reads of them: the rows from `first_exit` on, which have run the coda.
-    exits: Option<Tensor>,
-    first_exit: usize,
-    /// By segment, the place of its first row.
+    /// By segment, the place of its first row among those of the pass.
     first_rows: Vec<usize>,
-    /// By segment, what the head says of its last row, where that was asked for.
-    verdicts: Vec<Option<Verdict>>,
+    /// By segment, what is known of its last row.
+    findings: Vec<Finding>,
+}
+
+/// What is known of a row.
+#[derive(Clone, Copy, Debug)]
+struct Finding {
+    /// What the head says, where that was asked for.
+    verdict: Option<Verdict>,
+    /// The gate's score; 1 at the last depth, which has none.
+    gate: f32,
+    /// How similar the row is to what it was a depth ago; 0 at depth 0.
+    similarity: f32,
+}
+
+impl Finding {
+    const NOTHING: Self = Self { verdict: None, gate: 1.0, similarity: 0.0 };
 }
 
 impl Current {
@@ -178,9 +267,11 @@ impl Current {
 /// It keeps what every request generated, also after that has left its slot: [`EngineExecutor::generations`].
 #[derive(Debug)]
 pub struct EngineExecutor {
-    model: Arc<Model>,
-    kv_fill: KvFill,
-    cache: KvCache,
+    model: Arc<dyn ServedModel>,
+    backend: Box<dyn Backend>,
+    /// Positions of a KV block, and of all.
+    block_tokens: usize,
+    capacity_tokens: u64,
     prompts: Arc<Prompts>,
     sampling: Sampling,
     oracle: Option<Arc<ExitDepths>>,
@@ -188,10 +279,9 @@ pub struct EngineExecutor {
     /// Depths at which a row may leave or be looked at, so that its coda is needed there.
     exit_depths: Range<usize>,
     arena: Arena,
-    sequences: Vec<Sequence>,
+    sequences: Sequences,
     current: Current,
     generations: HashMap<u32, Generation>,
-    head_time: Duration,
 }
 
 impl EngineExecutor {
@@ -201,29 +291,28 @@ impl EngineExecutor {
     /// # Errors
     /// If the cache cannot be made.
     pub fn new(
-        model: Arc<Model>,
+        model: Arc<dyn ServedModel>,
         prompts: Arc<Prompts>,
         sampling: Sampling,
         kv_fill: KvFill,
         num_blocks: u32,
         block_tokens: u32,
     ) -> Result<Self, EngineError> {
-        let cache = KvCache::new(model.config(), kv_fill, num_blocks, block_tokens, &Device::Cpu)?;
-        let arena = Arena::new(model.config().hidden_size, &Device::Cpu)?;
+        let num_loops = model.config().num_loops;
         Ok(Self {
-            exit_depths: 0..model.config().num_loops,
+            backend: model.clone().backend(kv_fill, num_blocks, block_tokens)?,
             model,
-            kv_fill,
-            cache,
+            block_tokens: block_tokens as usize,
+            capacity_tokens: u64::from(num_blocks) * u64::from(block_tokens),
             prompts,
             sampling,
             oracle: None,
             recording: false,
-            arena,
-            sequences: Vec::new(),
+            exit_depths: 0..num_loops,
+            arena: Arena::default(),
+            sequences: Sequences { by_slot: Vec::new(), kv_fill, num_loops },
             current: Current::default(),
             generations: HashMap::new(),
-            head_time: Duration::ZERO,
         })
     }
 
@@ -241,7 +330,7 @@ impl EngineExecutor {
             ExitPolicy::Static(depth) => usize::from(depth)..usize::from(depth) + 1,
             ExitPolicy::Oracle { .. } | ExitPolicy::Confidence { .. } => 0..num_loops,
         };
-        if self.kv_fill == KvFill::First {
+        if self.sequences.kv_fill == KvFill::First {
             self.exit_depths.start = 0;
         }
         self
@@ -263,7 +352,7 @@ impl EngineExecutor {
     /// What a request, by id, was given and has generated so far.
     pub fn generation(&self, request: u32) -> Option<&Generation> {
         let holds_slot = |sequence: &&Sequence| sequence.request == request && !sequence.generation.prompt.is_empty();
-        let in_slot = || self.sequences.iter().find(holds_slot).map(|sequence| &sequence.generation);
+        let in_slot = || self.sequences.by_slot.iter().find(holds_slot).map(|sequence| &sequence.generation);
         self.generations.get(&request).or_else(in_slot)
     }
 
@@ -274,7 +363,7 @@ impl EngineExecutor {
 
     /// What the exit head has taken so far, of the time of all passes.
     pub fn head_time(&self) -> Duration {
-        self.head_time
+        self.backend.head_time()
     }
 
     /// Hands over what a request was given and generated, once that is so many tokens.
@@ -286,43 +375,29 @@ impl EngineExecutor {
         }
     }
 
-    /// The KV cache.
-    pub fn cache(&self) -> &KvCache {
-        &self.cache
-    }
-
-    /// The model.
-    pub fn model(&self) -> &Model {
-        &self.model
+    /// Keys and values that the first `positions` entries of a sequence left in its `blocks`, of every layer and depth.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn cached(&self, blocks: &[BlockId], positions: usize) -> Result<Vec<f32>, EngineError> {
+        Ok(self.backend.cached(blocks, positions)?)
     }
 
     /// Puts a sequence of up to `context_tokens` positions into a slot, in place of what is there.
     pub(crate) fn occupy(&mut self, slot: Slot, request: u32, generation: Generation, context_tokens: u32) {
-        let slot = slot as usize;
-        if self.sequences.len() <= slot {
-            self.sequences.resize_with(slot + 1, Sequence::default);
+        let (slot, sequences) = (slot as usize, &mut self.sequences);
+        if sequences.by_slot.len() <= slot {
+            sequences.by_slot.resize_with(slot + 1, Sequence::default);
         }
         let in_flight = vec![None; context_tokens as usize];
-        let skipped = self.skipped_positions(&generation);
-        let before = std::mem::replace(&mut self.sequences[slot], Sequence { request, generation, in_flight, skipped });
+        let skipped = sequences.skipped_positions(&generation);
+        let sequence = Sequence { request, generation, in_flight, skipped };
+        let before = std::mem::replace(&mut sequences.by_slot[slot], sequence);
         self.arena.free.extend(before.in_flight.into_iter().flatten());
     }
 
-    /// By depth, the positions that left no keys and values there.
-    fn skipped_positions(&self, generation: &Generation) -> Vec<Vec<u32>> {
-        if self.kv_fill != KvFill::Skip {
-            return Vec::new();
-        }
-        let generated = generation.prompt.len()..generation.prompt.len() + generation.tokens.len();
-        let of_depth = |depth| {
-            let skips = |&position: &usize| generation.left(position).is_some_and(|left| usize::from(left) < depth);
-            generated.clone().filter(skips).map(|position| position as u32).collect()
-        };
-        (0..self.num_loops()).map(of_depth).collect()
-    }
-
     fn num_loops(&self) -> usize {
-        self.model.config().num_loops
+        self.sequences.num_loops
     }
 
     /// Checks that a request fits the model's positions and the cache.
@@ -331,89 +406,105 @@ impl EngineExecutor {
     /// If it does not.
     pub fn check_request(&self, request: &Request) -> Result<(), EngineError> {
         let needed = u64::from(request.prompt_tokens) + u64::from(request.output_tokens) - 1;
-        let holders =
-            [("the model", self.model.config().max_positions as u64), ("the KV cache", self.cache.capacity_tokens())];
+        let holders = [("the model", self.model.config().max_positions as u64), ("the KV cache", self.capacity_tokens)];
         match holders.into_iter().find(|(_, available)| needed > *available) {
             None => Ok(()),
             Some((holder, available)) => Err(EngineError::TooLong { request: request.id, needed, holder, available }),
         }
     }
 
-    /// Collects the rows of a pass, runs them through the block and keeps what goes on.
-    fn run_block(&mut self, pass: &Pass<'_>) -> Result<(), EngineError> {
-        let mut order: Vec<usize> = (0..pass.segments.len()).collect();
-        order.sort_by_key(|&index| pass.segments[index].depth);
-        let (mut rows, mut sources) = (Rows::default(), Vec::new());
-        let mut first_rows = vec![0; pass.segments.len()];
-        for &index in &order {
-            first_rows[index] = rows.len();
-            self.push_rows(pass, &pass.segments[index], &mut rows, &mut sources);
-        }
-        let hidden = self.model.embed(&self.arena.hidden, &sources, &rows, &self.cache)?;
-        self.model.forward_block(&hidden, &rows, &self.cache)?;
-        (self.current.exits, self.current.first_exit) = self.run_coda(&hidden, &rows)?;
-        self.current.first_rows = first_rows;
-        self.current.hidden = Some(hidden);
-        Ok(())
+    /// Runs the rows of a pass, keeps those that go on, and takes in what was asked of them.
+    fn run_rows(&mut self, pass: &Pass<'_>) -> Result<(), EngineError> {
+        let order = by_depth(pass, (0..pass.segments.len()).collect());
+        self.place_rows(pass, &order);
+        let questions = self.questions(pass);
+        let sources = self.sources(pass, &order);
+        let places = self.places(pass)?;
+        let last_row = |&segment: &usize| self.current.last_row(pass, segment);
+        let rows = self.sequences.rows(pass, &order);
+        let work = Work {
+            sources,
+            coda: rows.range(self.exit_depths.clone()),
+            places,
+            heads: self.heads(pass, &questions.heads),
+            gates: questions.gates.iter().map(last_row).collect(),
+            similarities: questions.similarities.iter().map(|(segment, kept)| (last_row(segment), *kept)).collect(),
+            rows,
+        };
+        let answers = self.backend.run(&work)?;
+        self.take_answers(pass, &questions, answers)
     }
 
-    /// Runs the coda for the rows of a pass that may leave; gives them, if there are any, and the first one's place.
-    fn run_coda(&self, hidden: &Tensor, rows: &Rows<'_>) -> Result<(Option<Tensor>, usize), EngineError> {
-        if self.model.config().coda_layers == 0 {
-            return Ok((Some(hidden.clone()), 0));
+    /// Says where the rows of each segment are among those of the pass.
+    fn place_rows(&mut self, pass: &Pass<'_>, order: &[usize]) {
+        self.current.first_rows.resize(pass.segments.len(), 0);
+        self.current.findings.clear();
+        self.current.findings.resize(pass.segments.len(), Finding::NOTHING);
+        let mut rows = 0;
+        for &segment in order {
+            self.current.first_rows[segment] = rows;
+            rows += pass.segments[segment].tokens as usize;
         }
-        let range = rows.range(self.exit_depths.clone());
-        if range.is_empty() {
-            return Ok((None, 0));
-        }
-        let leaving = hidden.narrow(0, range.start, range.len())?;
-        let exits = self.model.forward_coda(&leaving, &rows.part(range.clone()), &self.cache)?;
-        Ok((Some(exits), range.start))
     }
 
-    fn push_rows<'a>(&'a self, pass: &Pass<'a>, segment: &Segment, rows: &mut Rows<'a>, sources: &mut Vec<Source>) {
-        let sequence = &self.sequences[segment.slot as usize];
-        for position in positions(segment) {
-            sources.push(match sequence.in_flight[position] {
+    fn sources(&self, pass: &Pass<'_>, order: &[usize]) -> Vec<Source> {
+        let of_segment = |&index: &usize| {
+            let segment = &pass.segments[index];
+            let sequence = self.sequences.of(segment);
+            positions(segment).map(|position| match sequence.in_flight[position] {
                 Some(row) => Source::Second(row),
                 None => Source::First(sequence.generation.token_at(position)),
-            });
-            rows.push(self.row(pass, segment, position));
+            })
+        };
+        order.iter().flat_map(of_segment).collect()
+    }
+
+    /// What must be known of the last rows of segments: what the scheduler looks at, and what is recorded.
+    fn questions(&self, pass: &Pass<'_>) -> Questions {
+        let segments = |asked: &dyn Fn(&Segment) -> bool| {
+            by_depth(pass, (0..pass.segments.len()).filter(|&index| asked(&pass.segments[index])).collect())
+        };
+        let recorded = |segment: &Segment| self.recording && segment.predicts;
+        let looks_for =
+            |measure| move |segment: &Segment| pass.looks.signal == Look::Measure(measure) && pass.looks_at(segment);
+        let gate = |segment: &Segment| {
+            let is_read = looks_for(Measure::Gate)(segment) || (recorded(segment) && self.model.config().gate);
+            is_read && usize::from(segment.depth) + 1 < self.num_loops()
+        };
+        let compared = segments(&|segment| looks_for(Measure::Similarity)(segment) || recorded(segment));
+        let kept = |index: usize| {
+            let segment = &pass.segments[index];
+            Some((index, self.sequences.of(segment).in_flight[last_position(segment)]?))
+        };
+        Questions {
+            heads: segments(&|segment| {
+                pass.runs_head(segment) || recorded(segment) || self.surely_leaves(pass, segment)
+            }),
+            gates: segments(&gate),
+            similarities: compared.into_iter().filter_map(kept).collect(),
         }
     }
 
-    /// The row at a position of a segment.
-    fn row<'a>(&'a self, pass: &Pass<'a>, segment: &Segment, position: usize) -> Row<'a> {
-        let (sequence, depth) = (&self.sequences[segment.slot as usize], usize::from(segment.depth));
-        Row {
-            position,
-            depth,
-            fills: self.fills(&sequence.generation, position, depth),
-            skipped: sequence.skipped(depth),
-            blocks: pass.blocks(segment.slot),
-        }
+    /// Whether a segment's last row leaves after this pass whatever comes of it, so that its head may be read with the
+    /// rest of the pass.
+    fn surely_leaves(&self, pass: &Pass<'_>, segment: &Segment) -> bool {
+        let leaves = match pass.looks.signal {
+            Look::Never => usize::from(segment.depth) + 1 == self.exit_depths.end,
+            Look::Oracle => self.oracle_leaves(segment).unwrap_or(false),
+            // Of what is not known yet, the head reads all at once.
+            Look::Measure(_) => false,
+        };
+        segment.predicts && leaves
     }
 
-    /// The depths at which a row leaves its keys and values. A generated token that comes again after a preemption gets
-    /// the KV fill it had, which is exact below the depth at which it left only under [`KvFill::Backfill`].
-    fn fills(&self, generation: &Generation, position: usize, depth: usize) -> Range<usize> {
-        let (own, none) = (depth..depth + 1, depth..depth);
-        match (self.kv_fill, generation.left(position).map(usize::from)) {
-            (KvFill::First, _) if depth > 0 => none,
-            (KvFill::First | KvFill::Backfill, _) | (_, None) => own,
-            (KvFill::Reuse | KvFill::Skip, Some(left)) if left < depth => none,
-            (KvFill::Reuse, Some(left)) if left == depth => depth..self.num_loops(),
-            (KvFill::Reuse | KvFill::Skip, Some(_)) => own,
-        }
-    }
-
-    /// Keeps the hidden states of rows that may go on to the next depth.
-    fn keep_hidden(&mut self, pass: &Pass<'_>, hidden: &Tensor) -> Result<(), EngineError> {
-        self.arena.reserve(hidden.dim(0)?)?;
-        let mut places = vec![None; hidden.dim(0)?];
+    /// Finds room for the hidden states of rows that may go on to the next depth; frees that of the others.
+    fn places(&mut self, pass: &Pass<'_>) -> Result<Vec<Option<u32>>, EngineError> {
+        let rows = pass.num_rows() as usize;
+        self.arena.reserve(&mut *self.backend, rows)?;
+        let mut places = vec![None; rows];
         let last_depth = self.num_loops() - 1;
         for (segment, &first_row) in pass.segments.iter().zip(&self.current.first_rows) {
-            let in_flight = &mut self.sequences[segment.slot as usize].in_flight;
+            let in_flight = &mut self.sequences.of_mut(segment).in_flight;
             for (position, place) in positions(segment).zip(&mut places[first_row..]) {
                 let kept = &mut in_flight[position];
                 if usize::from(segment.depth) == last_depth {
@@ -424,122 +515,69 @@ impl EngineExecutor {
                 }
             }
         }
-        Ok(scatter(&self.arena.hidden, hidden, &places)?)
+        Ok(places)
     }
 
-    /// The last rows of `segments`, which come by depth.
-    fn last_rows<'a>(&'a self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
-        let mut rows = Rows::default();
-        for segment in segments.iter().map(|&index| &pass.segments[index]) {
-            rows.push(self.row(pass, segment, positions(segment).end - 1));
-        }
-        rows
-    }
-
-    /// Reads the head for the last rows of `segments`.
-    fn read_head(&mut self, pass: &Pass<'_>, segments: &[usize]) -> Result<(), EngineError> {
-        if segments.is_empty() {
-            return Ok(());
-        }
-        let start = Instant::now();
-        let segments = by_depth(pass, segments);
-        let exits = self.current.exits.as_ref().expect("a row leaves only where the coda has run");
-        let first = self.current.first_exit;
-        let row = |&segment: &usize| Source::First((self.current.last_row(pass, segment) - first) as u32);
-        let sources: Vec<Source> = segments.iter().map(row).collect();
+    /// The heads of the last rows of `segments`, which come by depth.
+    fn heads(&self, pass: &Pass<'_>, segments: &[usize]) -> Heads {
         let key = |&segment: &usize| {
-            let sequence = &self.sequences[pass.segments[segment].slot as usize];
+            let sequence = self.sequences.of(&pass.segments[segment]);
             self.sampling.key(sequence.request, sequence.generation.tokens.len())
         };
-        let keys: Vec<u64> = segments.iter().map(key).collect();
-        let rows = self.last_rows(pass, &segments);
-        let exits = gather(exits, exits, &sources)?;
-        let verdicts = self.model.verdicts(&exits, &rows, &self.cache, self.sampling.temperature, &keys)?;
-        for (segment, verdict) in segments.into_iter().zip(verdicts) {
-            if !verdict.top1.is_finite() {
-                let Segment { slot, depth, .. } = pass.segments[segment];
-                let sequence = &self.sequences[slot as usize];
-                let (request, token) = (sequence.request, sequence.generation.tokens.len());
-                return Err(EngineError::NotFinite { request, token, depth });
-            }
-            self.current.verdicts[segment] = Some(verdict);
+        Heads {
+            rows: segments.iter().map(|&segment| self.current.last_row(pass, segment)).collect(),
+            keys: segments.iter().map(key).collect(),
+            temperature: self.sampling.temperature,
         }
-        self.head_time += start.elapsed();
+    }
+
+    fn take_answers(&mut self, pass: &Pass<'_>, asked: &Questions, answers: Answers) -> Result<(), EngineError> {
+        self.take_verdicts(pass, &asked.heads, answers.verdicts)?;
+        let findings = &mut self.current.findings;
+        asked.gates.iter().zip(answers.gates).for_each(|(&segment, gate)| findings[segment].gate = gate);
+        for (&(segment, _), similarity) in asked.similarities.iter().zip(answers.similarities) {
+            findings[segment].similarity = similarity;
+        }
         Ok(())
     }
 
-    /// The gate's score of the last row of each of `segments`; 1 at the last depth.
-    fn gates(&self, pass: &Pass<'_>, hidden: &Tensor, segments: &[usize]) -> Result<Vec<f32>, EngineError> {
-        let mut scores = vec![1.0; segments.len()];
-        let last_depth = self.num_loops() - 1;
-        let depth = |index: usize| usize::from(pass.segments[segments[index]].depth);
-        let mut asked: Vec<usize> = (0..segments.len()).filter(|&index| depth(index) < last_depth).collect();
-        if asked.is_empty() {
-            return Ok(scores);
+    fn take_verdicts(
+        &mut self,
+        pass: &Pass<'_>,
+        segments: &[usize],
+        verdicts: Vec<Verdict>,
+    ) -> Result<(), EngineError> {
+        for (&index, verdict) in segments.iter().zip(verdicts) {
+            let segment = &pass.segments[index];
+            if !verdict.top1.is_finite() {
+                let Sequence { request, generation, .. } = self.sequences.of(segment);
+                let (request, token, depth) = (*request, generation.tokens.len(), segment.depth);
+                return Err(EngineError::NotFinite { request, token, depth });
+            }
+            self.current.findings[index].verdict = Some(verdict);
         }
-        asked.sort_by_key(|&index| depth(index));
-        let asked_segments: Vec<usize> = asked.iter().map(|&index| segments[index]).collect();
-        let row = |&segment: &usize| Source::First(self.current.last_row(pass, segment) as u32);
-        let sources: Vec<Source> = asked_segments.iter().map(row).collect();
-        let rows = self.last_rows(pass, &asked_segments);
-        let found = self.model.gate_scores(&gather(hidden, hidden, &sources)?, &rows)?.to_vec1::<f32>()?;
-        asked.iter().zip(found).for_each(|(&index, score)| scores[index] = score);
-        Ok(scores)
-    }
-
-    /// How similar the last row of each of `segments` is to what it was a depth ago; 0 at depth 0.
-    fn similarities(&self, pass: &Pass<'_>, hidden: &Tensor, segments: &[usize]) -> Result<Vec<f32>, EngineError> {
-        let kept = |&segment: &usize| {
-            let Segment { slot, start, tokens, .. } = pass.segments[segment];
-            self.sequences[slot as usize].in_flight[(start + tokens - 1) as usize]
-        };
-        let before: Vec<Option<u32>> = segments.iter().map(kept).collect();
-        let row = |&segment: &usize| Source::First(self.current.last_row(pass, segment) as u32);
-        let after: Vec<Source> =
-            segments.iter().zip(&before).filter(|(_, b)| b.is_some()).map(|(s, _)| row(s)).collect();
-        if after.is_empty() {
-            return Ok(vec![0.0; segments.len()]);
-        }
-        let rows: Vec<Source> = before.iter().flatten().map(|&row| Source::Second(row)).collect();
-        let after = gather(hidden, &self.arena.hidden, &after)?;
-        let cosines = cosines(&gather(hidden, &self.arena.hidden, &rows)?, &after)?.to_vec1::<f32>()?;
-        let mut cosines = cosines.into_iter();
-        Ok(before.iter().map(|before| before.and_then(|_| cosines.next()).unwrap_or(0.0)).collect())
+        Ok(())
     }
 
     /// Answers the looks of a pass.
-    fn look(&self, pass: &Pass<'_>, hidden: &Tensor, signals: &mut [f32]) -> Result<(), EngineError> {
-        let looked: Vec<usize> =
-            (0..pass.segments.len()).filter(|&index| pass.looks_at(&pass.segments[index])).collect();
-        match pass.looks.signal {
-            Look::Never => {}
-            Look::Oracle => {
-                for index in looked {
-                    signals[index] = f32::from(u8::from(self.oracle_leaves(&pass.segments[index])?));
+    fn look(&self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
+        for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| pass.looks_at(segment)) {
+            let Finding { verdict, gate, similarity } = self.current.findings[index];
+            signals[index] = match pass.looks.signal {
+                Look::Never => continue,
+                Look::Oracle => f32::from(u8::from(self.oracle_leaves(segment)?)),
+                Look::Measure(Measure::Similarity) => similarity,
+                Look::Measure(Measure::Gate) => gate,
+                Look::Measure(measure @ (Measure::Top1 | Measure::Margin | Measure::Entropy)) => {
+                    verdict.expect("looks that need the head ask for it").signals().get(measure)
                 }
-            }
-            Look::Measure(Measure::Similarity) => {
-                for (&index, similarity) in looked.iter().zip(self.similarities(pass, hidden, &looked)?) {
-                    signals[index] = similarity;
-                }
-            }
-            Look::Measure(Measure::Gate) => {
-                for (&index, score) in looked.iter().zip(self.gates(pass, hidden, &looked)?) {
-                    signals[index] = score;
-                }
-            }
-            Look::Measure(measure @ (Measure::Top1 | Measure::Margin | Measure::Entropy)) => {
-                for index in looked {
-                    let verdict = self.current.verdicts[index].expect("looks that need the head ask for it");
-                    signals[index] = verdict.signals().get(measure);
-                }
-            }
+            };
         }
         Ok(())
     }
 
     fn oracle_leaves(&self, segment: &Segment) -> Result<bool, EngineError> {
-        let Sequence { request, generation, .. } = &self.sequences[segment.slot as usize];
+        let Sequence { request, generation, .. } = self.sequences.of(segment);
         let token = generation.tokens.len();
         let exits = self.oracle.as_ref().and_then(|oracle| oracle.get(request));
         match exits.and_then(|exits| exits.get(token)) {
@@ -549,63 +587,63 @@ impl EngineExecutor {
     }
 
     /// Keeps signals and predictions of all rows that predict.
-    fn record(&mut self, pass: &Pass<'_>, hidden: &Tensor, predicting: &[usize]) -> Result<(), EngineError> {
-        let similarities = self.similarities(pass, hidden, predicting)?;
-        let gates = match self.model.config().gate {
-            true => self.gates(pass, hidden, predicting)?,
-            false => vec![0.0; predicting.len()],
-        };
-        let num_loops = self.num_loops();
-        for ((&index, similarity), gate) in predicting.iter().zip(similarities).zip(gates) {
-            let verdict =
-                self.current.verdicts[index].expect("a recording executor reads the head of all that predict");
-            let segment = &pass.segments[index];
-            let generation = &mut self.sequences[segment.slot as usize].generation;
+    fn record(&mut self, pass: &Pass<'_>) {
+        let (num_loops, has_gates) = (self.num_loops(), self.model.config().gate);
+        let segments = pass.segments.iter().zip(&self.current.findings);
+        for (segment, &Finding { verdict, gate, similarity }) in segments.filter(|(segment, _)| segment.predicts) {
+            let verdict = verdict.expect("a recording executor reads the head of all that predict");
+            let generation = &mut self.sequences.of_mut(segment).generation;
             let entry = generation.tokens.len() * num_loops + usize::from(segment.depth);
             generation.recorded.resize(entry, (Signals::default(), 0));
-            let signals = Signals { similarity, gate, ..verdict.signals() };
-            generation.recorded.push((signals, verdict.token));
+            let gate = if has_gates { gate } else { 0.0 };
+            generation.recorded.push((Signals { similarity, gate, ..verdict.signals() }, verdict.token));
+        }
+    }
+
+    fn run_pass(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
+        self.run_rows(pass)?;
+        self.look(pass, signals)?;
+        if self.recording {
+            self.record(pass);
         }
         Ok(())
     }
 
-    fn run_pass(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
-        self.current.verdicts.clear();
-        self.current.verdicts.resize(pass.segments.len(), None);
-        self.run_block(pass)?;
-        let hidden = self.current.hidden.clone().expect("the block has run");
-        let asked = |segment: &Segment| pass.runs_head(segment) || (self.recording && segment.predicts);
-        let heads: Vec<usize> = (0..pass.segments.len()).filter(|&index| asked(&pass.segments[index])).collect();
-        self.read_head(pass, &heads)?;
-        self.look(pass, &hidden, signals)?;
-        if self.recording {
-            self.record(pass, &hidden, &heads)?;
+    /// Reads the heads of rows that leave and whose head was not read before.
+    fn read_unread(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<(), EngineError> {
+        let leaving = leaving.iter().map(|&index| index as usize);
+        let unread = leaving.filter(|&index| self.current.findings[index].verdict.is_none()).collect();
+        let unread = by_depth(pass, unread);
+        if unread.is_empty() {
+            return Ok(());
         }
-        self.keep_hidden(pass, &hidden)
+        let rows = self.sequences.last_rows(pass, &unread);
+        let heads = self.heads(pass, &unread);
+        let verdicts = self.backend.read_head(&rows, &heads)?;
+        self.take_verdicts(pass, &unread, verdicts)
     }
 
     fn emit_tokens(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<(), EngineError> {
-        let unread = |&index: &usize| self.current.verdicts[index].is_none();
-        let unread: Vec<usize> = leaving.iter().map(|&index| index as usize).filter(unread).collect();
-        self.read_head(pass, &unread)?;
+        self.read_unread(pass, leaving)?;
         let mut fills = Vec::new();
+        let kv_fill = self.sequences.kv_fill;
         for &index in leaving {
             let segment = &pass.segments[index as usize];
             let depth = usize::from(segment.depth);
-            let verdict = self.current.verdicts[index as usize].expect("the head was read above");
-            let sequence = &mut self.sequences[segment.slot as usize];
+            let verdict = self.current.findings[index as usize].verdict.expect("the head was read above");
+            let sequence = self.sequences.of_mut(segment);
             sequence.generation.tokens.push(verdict.token);
             sequence.generation.exit_depths.push(segment.depth);
-            let position = (segment.start + segment.tokens - 1) as usize;
-            if segment.kind == RowKind::Decode && self.kv_fill != KvFill::Backfill {
+            let position = last_position(segment);
+            if segment.kind == RowKind::Decode && kv_fill != KvFill::Backfill {
                 self.arena.free.extend(sequence.in_flight[position].take());
             }
             if position < sequence.generation.prompt.len() {
                 continue;
             }
-            match self.kv_fill {
+            match kv_fill {
                 KvFill::Reuse => {
-                    let block_tokens = self.cache.layout().block_tokens;
+                    let block_tokens = self.block_tokens;
                     let block = pass.blocks(segment.slot)[position / block_tokens];
                     fills.push(Fill { block, offset: position % block_tokens, depth });
                 }
@@ -615,7 +653,7 @@ impl EngineExecutor {
                 KvFill::First | KvFill::Backfill => {}
             }
         }
-        Ok(fill_deeper(&self.cache, &fills)?)
+        Ok(self.backend.fill_deeper(&fills)?)
     }
 }
 
@@ -635,7 +673,7 @@ impl Executor for EngineExecutor {
     }
 
     fn release(&mut self, slot: Slot) {
-        let sequence = std::mem::take(&mut self.sequences[slot as usize]);
+        let sequence = std::mem::take(&mut self.sequences.by_slot[slot as usize]);
         self.arena.free.extend(sequence.in_flight.into_iter().flatten());
         self.generations.insert(sequence.request, sequence.generation);
     }
@@ -643,13 +681,13 @@ impl Executor for EngineExecutor {
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, EngineError> {
         let start = Instant::now();
         in_pool(|| self.run_pass(pass, signals))?;
-        Ok(start.elapsed().into())
+        Ok(self.backend.take_time().unwrap_or_else(|| start.elapsed()).into())
     }
 
     fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, EngineError> {
         let start = Instant::now();
         in_pool(|| self.emit_tokens(pass, leaving))?;
-        Ok(start.elapsed().into())
+        Ok(self.backend.take_time().unwrap_or_else(|| start.elapsed()).into())
     }
 }
 
@@ -665,9 +703,13 @@ fn positions(segment: &Segment) -> Range<usize> {
     start..start + segment.tokens as usize
 }
 
+/// The position of a segment's last row.
+fn last_position(segment: &Segment) -> usize {
+    positions(segment).end - 1
+}
+
 /// `segments`, indices into those of the pass, sorted by depth.
-fn by_depth(pass: &Pass<'_>, segments: &[usize]) -> Vec<usize> {
-    let mut sorted = segments.to_vec();
-    sorted.sort_by_key(|&index| pass.segments[index].depth);
-    sorted
+fn by_depth(pass: &Pass<'_>, mut segments: Vec<usize>) -> Vec<usize> {
+    segments.sort_by_key(|&index| pass.segments[index].depth);
+    segments
 }

@@ -1,5 +1,6 @@
 //! A recursive transformer: model, KV cache, kernels, profiler and an executor that runs them.
 
+pub mod backend;
 pub mod cache;
 pub mod checkpoint;
 pub mod clock;
@@ -11,6 +12,7 @@ pub mod executor;
 pub mod generate;
 pub mod kernels;
 pub mod model;
+mod parameters;
 pub mod profile;
 pub mod prompts;
 pub mod record;

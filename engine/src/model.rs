@@ -5,16 +5,16 @@ use std::ops::Range;
 
 use candle_core::{Tensor, bail};
 
-use crate::cache::{Kept, KvCache};
-use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind, Sharing};
+use crate::cache::KvCache;
+use crate::config::{Activation, ModelConfig};
 use crate::kernels::DepthRanges;
 use crate::kernels::activation::activate;
-use crate::kernels::attention::{Heads, Row, Sight, attend, keep};
+use crate::kernels::attention::{Heads, Row, attend, keep};
 use crate::kernels::linear::{Linear, WeightType};
 use crate::kernels::norm::{HeadNorm, Norm};
-use crate::kernels::rotary;
 use crate::kernels::rows::{Source, add_bias, gather, probe_rows, scale};
 use crate::kernels::signals::{Reader, Verdict};
+use crate::parameters::{self, LayerParameters, Loops, ModelParameters, Projections, head_name, in_tensor};
 use crate::weights::{Weights, WeightsError};
 
 /// Tokens of a part of the vocabulary: the head's logits of a batch then fit the caches.
@@ -64,109 +64,25 @@ impl<'a> Rows<'a> {
 
     /// Some of the rows.
     pub fn part(&self, range: Range<usize>) -> Self {
-        let mut part = Self::default();
-        self.rows[range].iter().cloned().for_each(|row| part.push(row));
-        part
-    }
-}
-
-/// What a layer loads its weights by: the places at which rows meet it, one for all depths or one for each.
-struct Loader<'w> {
-    weights: &'w Weights,
-    weight_type: WeightType,
-    /// The frequencies of each of the rotary tables.
-    rotaries: &'w [Vec<f32>],
-    places: Vec<Place>,
-}
-
-impl<'w> Loader<'w> {
-    fn config(&self) -> &'w ModelConfig {
-        self.weights.config()
+        self.pick(range)
     }
 
-    /// Prefixes of the names of norms and biases: one for all places, or one for each.
-    fn vector_prefixes(&self) -> Vec<String> {
-        let mut prefixes: Vec<String> = self.places.iter().map(|&place| self.config().vectors_prefix(place)).collect();
-        prefixes.dedup();
-        prefixes
+    /// Rows by their places, which come by depth.
+    pub fn pick(&self, places: impl IntoIterator<Item = usize>) -> Self {
+        let mut picked = Self::default();
+        places.into_iter().for_each(|place| picked.push(self.rows[place].clone()));
+        picked
     }
 
-    /// The named vectors side by side, `[sets, numbers]`, a set for all depths or one for each.
-    fn vectors(&self, names: &[String]) -> Result<Tensor, WeightsError> {
-        let set = |prefix: String| -> Result<Tensor, WeightsError> {
-            let parts = names.iter().map(|name| self.weights.get(&format!("{prefix}.{name}")));
-            let parts = parts.collect::<Result<Vec<_>, _>>()?;
-            Tensor::cat(&parts, 0).map_err(in_tensor(&names[0]))
-        };
-        let sets = self.vector_prefixes().into_iter().map(set).collect::<Result<Vec<_>, _>>()?;
-        Tensor::stack(&sets, 0).map_err(in_tensor(&names[0]))
+    /// Each row.
+    pub fn rows(&self) -> &[Row<'a>] {
+        &self.rows
     }
-
-    fn norm(&self, name: &str) -> Result<Norm, WeightsError> {
-        let vectors = self.vectors(&norm_tensors(self.config(), name))?;
-        Ok(new_norm(self.config(), vectors))
-    }
-
-    /// The projections of these kinds as one, in their order.
-    fn projection(&self, kinds: &[ProjectionKind]) -> Result<Projection, WeightsError> {
-        let parts: Vec<config::Projection> = kinds.iter().map(|&kind| self.config().projection(kind)).collect();
-        let matrices = self.config().matrices_prefix(self.places[0]);
-        let weights = parts.iter().map(|part| self.weights.get(&format!("{matrices}.{}.weight", part.name)));
-        let weights = weights.collect::<Result<Vec<_>, _>>()?;
-        let biased = parts.iter().filter(|part| part.bias);
-        let biases: Vec<String> = biased.map(|part| format!("{}.bias", part.name)).collect();
-        let adapters = self.places.iter().map(|&place| self.adapter(place, &parts));
-        Ok(Projection {
-            weight: Linear::stacked(&weights, self.weight_type).map_err(in_tensor(&matrices))?,
-            biases: if biases.is_empty() { None } else { Some(self.vectors(&biases)?) },
-            adapters: adapters.filter_map(Result::transpose).collect::<Result<_, _>>()?,
-        })
-    }
-
-    /// What rows see at a place.
-    fn sight(&self, place: Place) -> Sight {
-        let frequencies = self.config().rotary_frequencies(place);
-        let rotary = self.rotaries.iter().position(|rotary| *rotary == frequencies);
-        Sight { window: self.config().window(place), rotary: rotary.expect("there is a table for every layer") }
-    }
-
-    /// The low-rank difference of projections at a place, if there is any.
-    fn adapter(&self, place: Place, parts: &[config::Projection]) -> Result<Option<Adapter>, WeightsError> {
-        let (Some(lora), Place::Block { depth, layer }) = (&self.config().lora, place) else { return Ok(None) };
-        let (mut downs, mut ups) = (Vec::new(), Vec::new());
-        for part in parts {
-            let prefix = ModelConfig::lora_prefix(depth, layer, part);
-            let adapted = lora.ranks.of(part.kind) > 0;
-            if adapted {
-                downs.push(self.weights.get(&format!("{prefix}.a"))?);
-            }
-            let up = || self.weights.get(&format!("{prefix}.b"));
-            ups.push((part.outputs, if adapted { Some(up()?) } else { None }));
-        }
-        match downs.is_empty() {
-            true => Ok(None),
-            false => Adapter::new(&downs, &ups, lora.scale).map(Some).map_err(in_tensor("lora")),
-        }
-    }
-}
-
-/// Names of the tensors of a norm, as its vectors hold them.
-fn norm_tensors(config: &ModelConfig, name: &str) -> Vec<String> {
-    let mut names = vec![format!("{name}.weight")];
-    if config.architecture.norm == config::Norm::Layer {
-        names.push(format!("{name}.bias"));
-    }
-    names
 }
 
 /// A norm of the residual stream.
 fn new_norm(config: &ModelConfig, vectors: Tensor) -> Norm {
     Norm::new(vectors, config.architecture.norm, config.architecture.norm_eps, config.hidden_size)
-}
-
-fn in_tensor(name: &str) -> impl Fn(candle_core::Error) -> WeightsError {
-    let name = name.to_owned();
-    move |source| WeightsError::Tensor { name: name.clone(), source }
 }
 
 /// A low-rank matrix.
@@ -179,13 +95,15 @@ struct Adapter {
 }
 
 impl Adapter {
-    /// Of downs `[rank, inputs]`, and ups `[outputs, rank]` with their outputs; parts without rank have neither.
-    fn new(downs: &[&Tensor], ups: &[(usize, Option<&Tensor>)], scale: f32) -> candle_core::Result<Self> {
-        let scaled = |up: &Tensor| up * f64::from(scale);
-        let ups = ups.iter().map(|&(outputs, up)| Ok((outputs, up.map(scaled).transpose()?)));
-        let ups = ups.collect::<candle_core::Result<Vec<_>>>()?;
+    fn new(parameters: &parameters::Adapter<'_>) -> candle_core::Result<Self> {
+        let (mut downs, mut ups) = (Vec::new(), Vec::new());
+        for &(outputs, matrices) in &parameters.parts {
+            downs.extend(matrices.map(|(down, _)| down));
+            let scaled = |(_, up): (_, &Tensor)| up * f64::from(parameters.scale);
+            ups.push((outputs, matrices.map(scaled).transpose()?));
+        }
         let ups: Vec<_> = ups.iter().map(|(outputs, up)| (*outputs, up.as_ref())).collect();
-        Ok(Self { down: Linear::stacked(downs, WeightType::F32)?, up: Linear::diagonal(&ups)? })
+        Ok(Self { down: Linear::stacked(&downs, WeightType::F32)?, up: Linear::diagonal(&ups)? })
     }
 }
 
@@ -211,6 +129,16 @@ struct Projection {
 }
 
 impl Projection {
+    fn new(parameters: Projections<'_>, weight_type: WeightType) -> Result<Self, WeightsError> {
+        let Projections { name, weights, biases, adapters } = parameters;
+        let adapters = adapters.iter().map(Adapter::new).collect::<candle_core::Result<_>>();
+        Ok(Self {
+            weight: Linear::stacked(&weights, weight_type).map_err(in_tensor(&name))?,
+            biases,
+            adapters: adapters.map_err(in_tensor("lora"))?,
+        })
+    }
+
     fn forward(&self, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<Tensor> {
         let y = self.weight.forward(x)?;
         self.add_differences(&y, x, depths)?;
@@ -247,40 +175,6 @@ struct Attention {
 }
 
 impl Attention {
-    fn load(loader: &Loader<'_>, kept: Kept) -> Result<Self, WeightsError> {
-        let config = loader.config();
-        let &ModelConfig { num_heads, num_kv_heads, head_dim, ref architecture, .. } = config;
-        let head_norm = match architecture.qk_norm {
-            false => None,
-            true => {
-                let names = ["self_attn.q_norm", "self_attn.k_norm"].map(|name| norm_tensors(config, name)).concat();
-                let (kind, eps) = (architecture.norm, architecture.norm_eps);
-                Some(HeadNorm::new(loader.vectors(&names)?, kind, eps, head_dim, num_heads, num_kv_heads))
-            }
-        };
-        let mut sights: Vec<Sight> = loader.places.iter().map(|&place| loader.sight(place)).collect();
-        if sights.iter().all(|sight| *sight == sights[0]) {
-            sights.truncate(1);
-        }
-        Ok(Self {
-            qkv_proj: loader.projection(&[ProjectionKind::Q, ProjectionKind::K, ProjectionKind::V])?,
-            head_norm,
-            o_proj: loader.projection(&[ProjectionKind::O])?,
-            post_norm: match architecture.post_norms {
-                true => Some(loader.norm("post_attention_layernorm")?),
-                false => None,
-            },
-            heads: Heads {
-                heads: num_heads,
-                kv_heads: num_kv_heads,
-                head_dim,
-                scale: architecture.attention_scale(head_dim),
-                sights,
-                kept,
-            },
-        })
-    }
-
     fn queries_keys_values(&self, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<Tensor> {
         let qkv = self.qkv_proj.forward(x, depths)?;
         if let Some(norm) = &self.head_norm {
@@ -315,23 +209,6 @@ struct Mlp {
 }
 
 impl Mlp {
-    fn load(loader: &Loader<'_>) -> Result<Self, WeightsError> {
-        let architecture = &loader.config().architecture;
-        Ok(Self {
-            gate_up_proj: match architecture.gated_mlp {
-                true => loader.projection(&[ProjectionKind::Gate, ProjectionKind::Up])?,
-                false => loader.projection(&[ProjectionKind::Up])?,
-            },
-            activation: architecture.activation,
-            gated: architecture.gated_mlp,
-            down_proj: loader.projection(&[ProjectionKind::Down])?,
-            post_norm: match architecture.post_norms {
-                true => Some(loader.norm("post_feedforward_layernorm")?),
-                false => None,
-            },
-        })
-    }
-
     /// Adds the MLP of `x` to `residual`.
     fn add_to(&self, residual: &Tensor, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<()> {
         let inner = activate(&self.gate_up_proj.forward(x, depths)?, self.activation, self.gated)?;
@@ -350,14 +227,35 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(loader: &Loader<'_>, kept: Kept) -> Result<Self, WeightsError> {
-        let architecture = &loader.config().architecture;
-        let mlp_norm = if architecture.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+    fn new(
+        config: &ModelConfig,
+        parameters: LayerParameters<'_>,
+        weight_type: WeightType,
+    ) -> Result<Self, WeightsError> {
+        let architecture = &config.architecture;
+        let norm = |vectors| new_norm(config, vectors);
+        let head_norm = |vectors| {
+            let &ModelConfig { num_heads, num_kv_heads, head_dim, .. } = config;
+            HeadNorm::new(vectors, architecture.norm, architecture.norm_eps, head_dim, num_heads, num_kv_heads)
+        };
+        let projection = |parameters| Projection::new(parameters, weight_type);
         Ok(Self {
-            input_norm: loader.norm("input_layernorm")?,
-            attention: Attention::load(loader, kept)?,
-            mlp_norm: loader.norm(mlp_norm)?,
-            mlp: Mlp::load(loader)?,
+            input_norm: norm(parameters.input_norm),
+            attention: Attention {
+                qkv_proj: projection(parameters.qkv)?,
+                head_norm: parameters.head_norm.map(head_norm),
+                o_proj: projection(parameters.o)?,
+                post_norm: parameters.attention_post_norm.map(norm),
+                heads: parameters.heads,
+            },
+            mlp_norm: norm(parameters.mlp_norm),
+            mlp: Mlp {
+                gate_up_proj: projection(parameters.gate_up)?,
+                activation: architecture.activation,
+                gated: architecture.gated_mlp,
+                down_proj: projection(parameters.down)?,
+                post_norm: parameters.mlp_post_norm.map(norm),
+            },
             parallel: architecture.parallel_residual,
         })
     }
@@ -383,41 +281,13 @@ impl Layer {
     }
 }
 
-/// The layers that each loop runs.
-#[derive(Debug)]
-enum Loops {
-    /// The same at every depth.
-    Shared(Vec<Layer>),
-    /// Of each depth its own.
-    Own(Vec<Vec<Layer>>),
-}
-
-impl Loops {
-    fn load(weights: &Weights, weight_type: WeightType, rotaries: &[Vec<f32>]) -> Result<Self, WeightsError> {
-        let &ModelConfig { num_loops, block_layers, sharing, .. } = weights.config();
-        let layers = |depths: Range<usize>| {
-            let layer = |layer| {
-                let places = depths.clone().map(|depth| Place::Block { depth, layer }).collect();
-                Layer::load(&Loader { weights, weight_type, rotaries, places }, Kept::AtEachDepth(layer))
-            };
-            (0..block_layers).map(layer).collect::<Result<Vec<_>, _>>()
-        };
-        Ok(match sharing {
-            Sharing::Block | Sharing::Matrices => Self::Shared(layers(0..num_loops)?),
-            Sharing::Nothing => {
-                Self::Own((0..num_loops).map(|depth| layers(depth..depth + 1)).collect::<Result<_, _>>()?)
-            }
-        })
-    }
-}
-
 /// The whole model.
 #[derive(Debug)]
 pub struct Model {
     /// `[vocab, hidden]`
     embed_tokens: Tensor,
     prelude: Vec<Layer>,
-    loops: Loops,
+    loops: Loops<Layer>,
     coda: Vec<Layer>,
     norm: Norm,
     /// By parts of the vocabulary, so that logits need not all be there at once.
@@ -442,31 +312,28 @@ impl Model {
     /// If a tensor operation fails.
     pub fn load(weights: &Weights, weight_type: WeightType) -> Result<Self, WeightsError> {
         let config = weights.config().clone();
-        let head = if config.tie_embeddings { "embed_tokens.weight" } else { "lm_head.weight" };
-        let mut rotaries = Vec::new();
-        for frequencies in config.places().map(|place| config.rotary_frequencies(place)) {
-            if !rotaries.contains(&frequencies) {
-                rotaries.push(frequencies);
-            }
-        }
-        let layer =
-            |place, kept| Layer::load(&Loader { weights, weight_type, rotaries: &rotaries, places: vec![place] }, kept);
-        let coda_layer = |index| layer(Place::Coda(index), Kept::AtEachDepth(config.block_layers + index));
-        let norm = norm_tensors(&config, "norm");
-        let norm = norm.iter().map(|name| weights.get(name)).collect::<Result<Vec<_>, _>>()?;
-        let norm = Tensor::cat(&norm, 0).and_then(|vectors| vectors.unsqueeze(0)).map_err(in_tensor("norm"))?;
+        let parameters = ModelParameters::new(weights)?;
+        let layer = |of_layer| Layer::new(&config, of_layer, weight_type);
+        let head_part =
+            |part: &Tensor, weight_type| head_parts(part, weight_type).map_err(in_tensor(head_name(&config)));
+        let head_adapter = |(down, up): (&Tensor, &Tensor)| {
+            let down = Linear::new(down, WeightType::F32).map_err(in_tensor("head_lora"))?;
+            Ok(HeadAdapter { down, ups: head_part(up, WeightType::F32)? })
+        };
         Ok(Self {
-            embed_tokens: weights.get("embed_tokens.weight")?.clone(),
-            prelude: (0..config.prelude_layers)
-                .map(|index| layer(Place::Prelude(index), Kept::Once(index)))
-                .collect::<Result<_, _>>()?,
-            loops: Loops::load(weights, weight_type, &rotaries)?,
-            coda: (0..config.coda_layers).map(coda_layer).collect::<Result<_, _>>()?,
-            norm: new_norm(&config, norm),
-            lm_head: head_parts(weights.get(head)?, weight_type).map_err(in_tensor(head))?,
-            head_adapters: head_adapters(weights)?,
-            gates: gates(weights)?,
-            rotary: rotary::tables(&rotaries, config.max_positions).map_err(in_tensor("rotary tables"))?,
+            embed_tokens: parameters.embedding.clone(),
+            prelude: parameters.prelude.into_iter().map(layer).collect::<Result<_, _>>()?,
+            loops: parameters.loops.try_map(layer)?,
+            coda: parameters.coda.into_iter().map(layer).collect::<Result<_, _>>()?,
+            norm: new_norm(&config, parameters.norm),
+            lm_head: head_part(parameters.head, weight_type)?,
+            head_adapters: parameters
+                .head_adapters
+                .into_iter()
+                .map(head_adapter)
+                .collect::<Result<_, WeightsError>>()?,
+            gates: parameters.gates,
+            rotary: parameters.rotary,
             weight_type,
             fingerprint: fingerprint(weights, weight_type)?,
             weight_bytes: weight_bytes(weights, weight_type),
@@ -639,8 +506,7 @@ fn fingerprint(weights: &Weights, weight_type: WeightType) -> Result<String, Wei
 /// Bytes of all weights, of which the projections and the head are rounded; tied tables count once, as the head.
 fn weight_bytes(weights: &Weights, weight_type: WeightType) -> u64 {
     let config = weights.config();
-    let head = if config.tie_embeddings { "embed_tokens.weight" } else { "lm_head.weight" };
-    let rounded = |name: &str| name == head || name.ends_with("_proj.weight");
+    let rounded = |name: &str| name == head_name(config) || name.ends_with("_proj.weight");
     let bits = |name: &str| if rounded(name) { weight_type.bits() } else { WeightType::F32.bits() };
     let bytes = weights.tensors().iter().map(|(name, tensor)| tensor.elem_count() as f64 * bits(name) / 8.0);
     bytes.sum::<f64>() as u64
@@ -663,28 +529,4 @@ struct HeadAdapter {
     down: Linear,
     /// By parts of the vocabulary.
     ups: Vec<Linear>,
-}
-
-fn head_adapters(weights: &Weights) -> Result<Vec<HeadAdapter>, WeightsError> {
-    let &ModelConfig { head_lora_rank, num_loops, .. } = weights.config();
-    let depths = if head_lora_rank == 0 { 0..0 } else { 0..num_loops - 1 };
-    let adapter = |depth| {
-        let [down, up] = ["a", "b"].map(|side| weights.get(&format!("head_lora.{depth}.{side}")));
-        let down = Linear::new(down?, WeightType::F32).map_err(in_tensor("head_lora"))?;
-        Ok(HeadAdapter { down, ups: head_parts(up?, WeightType::F32).map_err(in_tensor("head_lora"))? })
-    };
-    depths.map(adapter).collect()
-}
-
-fn gates(weights: &Weights) -> Result<Option<Tensor>, WeightsError> {
-    let &ModelConfig { gate, num_loops, .. } = weights.config();
-    if !gate || num_loops == 1 {
-        return Ok(None);
-    }
-    let gate = |depth| {
-        let [weight, bias] = ["weight", "bias"].map(|part| weights.get(&format!("gate.{depth}.{part}")));
-        Tensor::cat(&[weight?, bias?], 0).map_err(in_tensor("gate"))
-    };
-    let gates = (0..num_loops - 1).map(gate).collect::<Result<Vec<_>, _>>()?;
-    Tensor::stack(&gates, 0).map(Some).map_err(in_tensor("gate"))
 }

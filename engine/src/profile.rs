@@ -14,7 +14,7 @@ use scheduler::{
 };
 use traces::{Component, LatencyProfile, Measure, Nanos, Point, ProfileMeta, Request};
 
-use crate::cache::{TILE, bytes_per_token};
+use crate::cache::TILE;
 use crate::executor::{EngineExecutor, Generation, in_pool};
 use crate::kernels::signals::mix;
 use crate::replay::{Engine, ReplayError};
@@ -351,15 +351,15 @@ impl Measured<'_> {
                 model: model.to_owned(),
                 fingerprint: served.fingerprint().to_owned(),
                 num_loops: served.config().num_loops as u32,
-                device: device_name(),
-                software: format!("depthwise {}, {}", env!("CARGO_PKG_VERSION"), served.weight_type()),
+                device: served.device_name(),
+                software: format!("depthwise {}, {}", env!("CARGO_PKG_VERSION"), served.storage()),
                 source: format!(
                     "{source}; {}; medians times {slowdown:.3}, the mean over the median of a pass{halves}",
-                    machine_state()
+                    served.device_state()
                 ),
                 overhead_us: self.overhead * slowdown,
                 weight_bytes: served.weight_bytes(),
-                kv_bytes_per_token: bytes_per_token(served.config(), KvFill::Reuse),
+                kv_bytes_per_token: served.kv_bytes_per_token(KvFill::Reuse),
                 memory: None,
             },
             points: self.points(slowdown),
@@ -508,7 +508,7 @@ pub fn device_name() -> String {
 }
 
 /// How busy the machine is and how fast it runs, as far as the system tells.
-fn machine_state() -> String {
+pub(crate) fn machine_state() -> String {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load: Vec<&str> = load.split_whitespace().take(3).collect();
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -3,17 +3,17 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
 use scheduler::blocks::BlockId;
 use scheduler::{Executor, ExitPolicy, KvFill, Look, Observer, ScheduleError, ServeError, Server, Settings, serve};
 use traces::{ExitTrace, Measure, Request, TraceError};
 
-use crate::cache::{KvCache, TILE};
+use crate::backend::{Heads, ServedModel, Work};
+use crate::cache::TILE;
 use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineError, EngineExecutor, ExitDepths, Generation, Sampling, in_pool};
 use crate::kernels::attention::Row;
 use crate::kernels::rows::Source;
-use crate::model::{Model, Rows};
+use crate::model::Rows;
 use crate::prompts::Prompts;
 
 /// Rows of a pass of runs that nobody times.
@@ -63,7 +63,7 @@ impl From<candle_core::Error> for ReplayError {
 #[derive(Clone, Debug)]
 pub struct Engine {
     /// The model.
-    pub model: Arc<Model>,
+    pub model: Arc<dyn ServedModel>,
     /// What requests ask.
     pub prompts: Arc<Prompts>,
     /// How tokens are drawn.
@@ -155,39 +155,42 @@ impl Engine {
     }
 
     fn teacher_forced(&self, request: u32, generation: &Generation) -> Result<Vec<u32>, ReplayError> {
-        let config = self.model.config();
         let inputs: Vec<u32> = generation.prompt.iter().chain(&generation.tokens).copied().collect();
         let inputs = &inputs[..inputs.len().saturating_sub(1)];
         let num_blocks = inputs.len().div_ceil(TILE) as u32;
-        let cache =
-            KvCache::new(config, KvFill::Reuse, num_blocks, TILE as u32, &Device::Cpu).map_err(EngineError::Cache)?;
+        let mut backend = self.model.clone().backend(KvFill::Reuse, num_blocks, TILE as u32)?;
+        backend.reserve(UNTIMED_ROWS)?;
         let blocks: Vec<BlockId> = (0..num_blocks).collect();
-        let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu)?;
+        let last_depth = self.model.config().num_loops - 1;
         let mut tokens = Vec::with_capacity(generation.tokens.len());
         for (index, chunk) in inputs.chunks(UNTIMED_ROWS).enumerate() {
             let start = index * UNTIMED_ROWS;
-            let sources: Vec<Source> = chunk.iter().map(|&token| Source::First(token)).collect();
-            let rows = |depth| {
+            for depth in 0..=last_depth {
                 let mut rows = Rows::default();
                 (start..start + chunk.len()).for_each(|position| rows.push(Row::new(position, depth, &blocks)));
-                rows
-            };
-            let hidden = self.model.embed(&nothing, &sources, &rows(0), &cache)?;
-            for depth in 0..config.num_loops {
-                self.model.forward_block(&hidden, &rows(depth), &cache)?;
-            }
-            let rows = rows(config.num_loops - 1);
-            let exits = self.model.forward_coda(&hidden, &rows, &cache)?;
-            let first = (generation.prompt.len() - 1).clamp(start, start + chunk.len());
-            let yielding = first - start..chunk.len();
-            if !yielding.is_empty() {
-                let exits = exits.narrow(0, yielding.start, yielding.len())?;
+                let places = 0..chunk.len() as u32;
+                let last = depth == last_depth;
+                let yielding = (generation.prompt.len() - 1).max(start)..start + chunk.len();
                 let token = |position| position + 1 - generation.prompt.len();
-                let keys: Vec<u64> =
-                    (first..start + chunk.len()).map(|position| self.sampling.key(request, token(position))).collect();
-                let temperature = self.sampling.temperature;
-                let verdicts = self.model.verdicts(&exits, &rows.part(yielding), &cache, temperature, &keys)?;
-                tokens.extend(verdicts.iter().map(|verdict| verdict.token));
+                let answers = backend.run(&Work {
+                    rows,
+                    sources: match depth {
+                        0 => chunk.iter().map(|&token| Source::First(token)).collect(),
+                        _ => places.clone().map(Source::Second).collect(),
+                    },
+                    coda: if last { 0..chunk.len() } else { 0..0 },
+                    places: places.map(Some).collect(),
+                    heads: match last {
+                        true => Heads {
+                            rows: yielding.clone().map(|position| position - start).collect(),
+                            keys: yielding.map(|position| self.sampling.key(request, token(position))).collect(),
+                            temperature: self.sampling.temperature,
+                        },
+                        false => Heads::default(),
+                    },
+                    ..Work::default()
+                })?;
+                tokens.extend(answers.verdicts.iter().map(|verdict| verdict.token));
             }
         }
         Ok(tokens)

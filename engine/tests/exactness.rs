@@ -1,16 +1,20 @@
-//! A request generates, to the bit, what it generates alone with the same exits: whatever the batching, the other
-//! requests, the chunks of its prompt, and however often it is preempted; for every weight type and KV fill.
+//! A request generates what it generates alone on the CPU with the same exits: whatever the device, the batching, the
+//! other requests, the chunks of its prompt, and however often it is preempted; for every weight type and KV fill. On
+//! the CPU that is so to the bit.
 
 mod common;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
-use common::{configs, grouped, weights, with_everything};
-use engine::cache::{Kept, KvCache, TILE};
+use common::devices::Device;
+use common::{configs, configs_of_one_head_size, grouped, weights, with_everything};
+use engine::backend::ServedModel;
+use engine::cache::KvCache;
 use engine::config::ModelConfig;
 use engine::executor::{EngineExecutor, Generation, Sampling};
 use engine::kernels::attention::Row;
@@ -20,8 +24,9 @@ use engine::kernels::signals::{Verdict, mix};
 use engine::model::{Model, Rows};
 use engine::prompts::Prompts;
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, VirtualClock, serve};
-use traces::{Measure, Nanos, Request, Signals};
+use traces::{Measure, Nanos, Request};
 
 #[derive(Default)]
 struct Preemptions(u32);
@@ -33,7 +38,11 @@ impl Observer for Preemptions {
 }
 
 struct Setup {
-    model: Arc<Model>,
+    device: Device,
+    /// The model under test.
+    model: Arc<dyn ServedModel>,
+    /// The same on the CPU, where requests run alone.
+    on_cpu: Arc<Model>,
     prompts: Arc<Prompts>,
     sampling: Sampling,
 }
@@ -41,17 +50,32 @@ struct Setup {
 impl Setup {
     fn new(config: &ModelConfig, weight_type: WeightType, seed: u64, temperature: f32) -> Self {
         let text = (0..200_u64).map(|i| (i * i * 31 + i * 7 + seed) as u32 % config.vocab_size as u32).collect();
+        let model = Arc::new(Model::load(&weights(config, seed), weight_type).unwrap());
         Self {
-            model: Arc::new(Model::load(&weights(config, seed), weight_type).unwrap()),
+            device: Device::Cpu,
+            model: model.clone(),
+            on_cpu: model,
             prompts: Arc::new(Prompts::Text(text)),
             sampling: Sampling { temperature, seed },
         }
     }
 
+    /// None if there is no such device.
+    fn on(device: Device, config: &ModelConfig, seed: u64, temperature: f32) -> Option<Self> {
+        let on_cpu = Self::new(config, WeightType::F32, seed, temperature);
+        match device {
+            Device::Cpu => Some(on_cpu),
+            _ => Some(Self { device, model: device.serve(&weights(config, seed))?, ..on_cpu }),
+        }
+    }
+
     fn executor(&self, settings: &Settings) -> EngineExecutor {
+        self.executor_of(self.model.clone(), settings)
+    }
+
+    fn executor_of(&self, model: Arc<dyn ServedModel>, settings: &Settings) -> EngineExecutor {
         let &Settings { kv_fill, num_blocks, block_tokens, .. } = settings;
-        let (model, prompts) = (self.model.clone(), self.prompts.clone());
-        EngineExecutor::new(model, prompts, self.sampling, kv_fill, num_blocks, block_tokens).unwrap()
+        EngineExecutor::new(model, self.prompts.clone(), self.sampling, kv_fill, num_blocks, block_tokens).unwrap()
     }
 
     /// Serves requests and returns what each generated, and how often one was preempted.
@@ -67,8 +91,18 @@ impl Setup {
         (server.into_executor().into_generations(), preemptions.0)
     }
 
-    /// Serves one request on a machine of its own that lets its tokens leave at given depths, with signals.
+    /// Serves one request on the CPU alone, which lets its tokens leave at given depths, with signals.
     fn run_alone(&self, request: Request, kv_fill: KvFill, exits: Vec<u8>) -> Generation {
+        self.run_alone_on(self.on_cpu.clone(), request, kv_fill, exits)
+    }
+
+    fn run_alone_on(
+        &self,
+        model: Arc<dyn ServedModel>,
+        request: Request,
+        kv_fill: KvFill,
+        exits: Vec<u8>,
+    ) -> Generation {
         let exits = Arc::new(HashMap::from([(request.id, exits)]));
         let settings = Settings {
             batching: Batching::Sequence,
@@ -83,7 +117,7 @@ impl Setup {
             prefix_caching: false,
             async_scheduling: false,
         };
-        let executor = self.executor(&settings).recording().with_oracle(exits);
+        let executor = self.executor_of(model, &settings).recording().with_oracle(exits);
         self.run(settings, &[request], executor).0.remove(&request.id).unwrap()
     }
 }
@@ -120,7 +154,24 @@ fn assert_all_as_alone(setup: &Setup, kv_fill: KvFill, requests: &[Request], gen
         let found = &generations[&request.id];
         assert_eq!(found.tokens.len(), request.output_tokens as usize);
         let alone = setup.run_alone(*request, kv_fill, found.exit_depths.clone());
-        assert_eq!(found, &alone, "request {}", request.id);
+        assert_same(setup.device, &format!("request {}", request.id), found, &alone);
+    }
+}
+
+/// Checks that two generations have the same tokens and predictions, and the same signals as far as the device allows.
+fn assert_same(device: Device, what: &str, found: &Generation, expected: &Generation) {
+    if device == Device::Cpu {
+        assert_eq!(found, expected, "{what}");
+    }
+    assert_eq!(found.tokens, expected.tokens, "{what} on {device:?}");
+    assert_eq!(found.recorded.len(), expected.recorded.len(), "{what} on {device:?}");
+    for (entry, ((found, token), (expected, as_expected))) in found.recorded.iter().zip(&expected.recorded).enumerate()
+    {
+        assert_eq!(token, as_expected, "{what} on {device:?}: prediction {entry}");
+        for measure in [Measure::Top1, Measure::Margin, Measure::Entropy, Measure::Similarity, Measure::Gate] {
+            let what = format!("{what}: {measure:?} {entry}");
+            device.assert_close(&what, found.get(measure), expected.get(measure));
+        }
     }
 }
 
@@ -154,13 +205,76 @@ proptest! {
     }
 }
 
+/// The same on a device, of fewer and smaller mixes: emulation is slow.
+fn batched_requests_on(device: Device, cases: u32) {
+    let strategy = (configs_of_one_head_size(), 0_u64..1000, exits(), prop::sample::select(KvFill::ALL.to_vec()));
+    let mut runner =
+        TestRunner::new_with_rng(ProptestConfig::with_cases(cases), TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    let case = Cell::new(0);
+    let result = runner.run(&strategy, |(config, seed, exit, kv_fill)| {
+        case.set(case.get() + 1);
+        let Some(setup) = Setup::on(device, &ModelConfig { gate: true, ..config.clone() }, seed, 0.8) else {
+            return Ok(());
+        };
+        let request = |id| Request {
+            id,
+            arrival: Nanos(u64::from(id) * 300_000),
+            prompt_tokens: 3 + 9 * id,
+            output_tokens: 7 + id,
+        };
+        let requests: Vec<Request> = (0..3).map(request).collect();
+        let settings = Settings {
+            batching: Batching::ALL[case.get() % Batching::ALL.len()],
+            exit,
+            kv_fill,
+            num_loops: config.num_loops as u8,
+            max_batch: 3,
+            token_budget: 17,
+            prefill_chunk: 13,
+            block_tokens: 16,
+            num_blocks: 12,
+            prefix_caching: false,
+            async_scheduling: false,
+        };
+        let (generations, _) = setup.run(settings, &requests, setup.executor(&settings).recording());
+        assert_all_as_alone(&setup, kv_fill, &requests, &generations);
+        let (unrecorded, _) = setup.run(settings, &requests, setup.executor(&settings).leaving_by(exit));
+        for (request, Generation { tokens, exit_depths, .. }) in &unrecorded {
+            let recorded = &generations[request];
+            assert_eq!((tokens, exit_depths), (&recorded.tokens, &recorded.exit_depths), "request {request}");
+        }
+        Ok(())
+    });
+    result.unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn batched_requests_on_an_emulated_gpu_generate_what_they_generate_alone() {
+    batched_requests_on(Device::Emulated, 12);
+}
+
 #[test]
 fn preempted_requests_generate_what_they_generate_alone() {
-    for (config, kv_fill) in
-        [grouped(), with_everything()].iter().flat_map(|config| KvFill::ALL.map(|fill| (config, fill)))
-    {
-        for seed in 0..2 {
-            let setup = Setup::new(config, WeightType::F32, seed, 1.5);
+    preempted_requests_on(Device::Cpu, 2);
+}
+
+#[test]
+fn preempted_requests_on_an_emulated_gpu_generate_what_they_generate_alone() {
+    preempted_requests_on(Device::Emulated, 1);
+}
+
+/// Models to test on a device: where passes are slow only the one that has everything.
+fn models(device: Device) -> Vec<ModelConfig> {
+    match device {
+        Device::Emulated => vec![with_everything()],
+        _ => vec![grouped(), with_everything()],
+    }
+}
+
+fn preempted_requests_on(device: Device, seeds: u64) {
+    for (config, kv_fill) in models(device).iter().flat_map(|config| KvFill::ALL.map(|fill| (config, fill))) {
+        for seed in 0..seeds {
+            let Some(setup) = Setup::on(device, config, seed, 1.5) else { return };
             let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
             let requests: Vec<Request> = (0..5).map(request).collect();
             let settings = Settings {
@@ -197,30 +311,6 @@ impl Observer for Blocks {
     }
 }
 
-/// Keys and values of a sequence's first `positions`, of every layer and depth.
-fn entries(executor: &EngineExecutor, blocks: &[u32], positions: usize) -> Vec<f32> {
-    let layout = executor.cache().layout();
-    let pages = executor.cache().pages().to_vec1::<f32>().unwrap();
-    let kept = (0..layout.prelude_layers).map(|layer| (Kept::Once(layer), 0)).chain(
-        (0..layout.depth_layers)
-            .flat_map(|layer| (0..layout.depths).map(move |depth| (Kept::AtEachDepth(layer), depth))),
-    );
-    let mut entries = Vec::new();
-    for (kept, depth) in kept {
-        for position in 0..positions {
-            let block = blocks[position / layout.block_tokens] as usize;
-            let page = &pages[layout.pages(kept, depth) + block * layout.page_numbers()..][..layout.page_numbers()];
-            let offset = position % layout.block_tokens;
-            for kv_head in 0..layout.kv_heads {
-                let key = &page[layout.key_tile(kv_head, offset) + offset % TILE..];
-                entries.extend(key.iter().step_by(TILE).take(layout.head_dim));
-                entries.extend(&page[layout.value(kv_head, offset)..][..layout.head_dim]);
-            }
-        }
-    }
-    entries
-}
-
 /// Requests whose tokens leave anywhere but for the last, which runs every depth and so has all before it complete.
 fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Vec<u32>, Vec<f32>)> {
     let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 5 + 7 * id, output_tokens: 30 };
@@ -249,7 +339,7 @@ fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Ve
     let of_request = |request: &Request| {
         let Generation { prompt, tokens, .. } = &executor.generations()[&request.id];
         let context = [&prompt[..], &tokens[..tokens.len() - 1]].concat();
-        let entries = entries(executor, &blocks.0[&request.id], context.len());
+        let entries = executor.cached(&blocks.0[&request.id], context.len()).unwrap();
         (context, entries)
     };
     requests.iter().map(of_request).collect()
@@ -257,15 +347,23 @@ fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Ve
 
 #[test]
 fn backfill_leaves_the_very_cache_that_full_depth_leaves() {
-    for (config, batching) in
-        [grouped(), with_everything()].iter().flat_map(|config| Batching::ALL.map(|batching| (config, batching)))
+    backfill_on(Device::Cpu);
+}
+
+#[test]
+fn backfill_on_an_emulated_gpu_leaves_the_cache_that_full_depth_leaves() {
+    backfill_on(Device::Emulated);
+}
+
+fn backfill_on(device: Device) {
+    for (config, batching) in models(device).iter().flat_map(|config| Batching::ALL.map(|batching| (config, batching)))
     {
-        let setup = Setup::new(config, WeightType::F32, 3, 1.0);
+        let Some(setup) = Setup::on(device, config, 3, 1.0) else { return };
         for (context, found) in run_with_exits(&setup, KvFill::Backfill, batching) {
             // As the prompt of a request, the same tokens run every depth.
             let tokens = context.len() as u32;
             let prompts = Arc::new(Prompts::Given(HashMap::from([(0, context)])));
-            let setup = Setup { model: setup.model.clone(), prompts, sampling: setup.sampling };
+            let setup = Setup { model: setup.model.clone(), on_cpu: setup.on_cpu.clone(), prompts, ..setup };
             let settings = Settings {
                 batching: Batching::Sequence,
                 exit: ExitPolicy::None,
@@ -282,8 +380,10 @@ fn backfill_leaves_the_very_cache_that_full_depth_leaves() {
             let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: tokens, output_tokens: 1 };
             let mut server = Server::new(settings, setup.executor(&settings)).unwrap();
             serve(&mut server, [request], &mut VirtualClock::default(), &mut ()).unwrap();
-            let expected = entries(server.executor(), &[0], tokens as usize);
-            assert!(found == expected, "{batching}: keys and values of {tokens} tokens differ");
+            let expected = server.executor().cached(&[0], tokens as usize).unwrap();
+            assert_eq!(found.len(), expected.len());
+            let what = format!("{batching}: keys and values of {tokens} tokens");
+            found.iter().zip(expected).for_each(|(&found, expected)| device.assert_close(&what, found, expected));
         }
         let reused = run_with_exits(&setup, KvFill::Reuse, batching);
         let backfilled = run_with_exits(&setup, KvFill::Backfill, batching);
@@ -300,9 +400,9 @@ fn recorded_by_hand(
     generation: &Generation,
 ) -> Vec<(u32, Vec<Verdict>)> {
     let config = model.config();
-    let cache = KvCache::new(config, kv_fill, 1, 128, &Device::Cpu).unwrap();
+    let cache = KvCache::new(config, kv_fill, 1, 128, &candle_core::Device::Cpu).unwrap();
     let Generation { prompt, tokens, exit_depths, .. } = generation;
-    let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu).unwrap();
+    let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &candle_core::Device::Cpu).unwrap();
     let mut skipped = vec![Vec::<u32>::new(); config.num_loops];
     let mut recorded = Vec::new();
     for (index, &left) in exit_depths.iter().enumerate() {
@@ -348,20 +448,30 @@ fn recorded_by_hand(
 
 #[test]
 fn each_kv_fill_leaves_what_it_is_defined_to_leave() {
+    each_kv_fill_on(Device::Cpu);
+}
+
+#[test]
+fn each_kv_fill_on_an_emulated_gpu_leaves_what_it_is_defined_to_leave() {
+    each_kv_fill_on(Device::Emulated);
+}
+
+fn each_kv_fill_on(device: Device) {
     let exits: Vec<u8> = (0..25).map(|token| (mix(token) % 3) as u8).collect();
-    for (config, kv_fill) in
-        [grouped(), with_everything()].iter().flat_map(|config| KvFill::ALL.map(|kv_fill| (config, kv_fill)))
-    {
-        let setup = Setup::new(config, WeightType::F32, 4, 1.0);
+    for (config, kv_fill) in models(device).iter().flat_map(|config| KvFill::ALL.map(|kv_fill| (config, kv_fill))) {
+        let Some(setup) = Setup::on(device, config, 4, 1.0) else { return };
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 20, output_tokens: 25 };
-        let found = setup.run_alone(request, kv_fill, exits.clone());
-        let expected = recorded_by_hand(&setup.model, setup.sampling, kv_fill, &found);
+        let found = setup.run_alone_on(setup.model.clone(), request, kv_fill, exits.clone());
+        let expected = recorded_by_hand(&setup.on_cpu, setup.sampling, kv_fill, &found);
         for (index, (token, verdicts)) in expected.into_iter().enumerate() {
             assert_eq!(found.tokens[index], token, "{kv_fill}: token {index}");
             for (depth, verdict) in verdicts.iter().enumerate() {
                 let (signals, token) = found.recorded[index * config.num_loops + depth];
-                let of_head = Signals { similarity: 0.0, gate: 0.0, ..signals };
-                assert_eq!((of_head, token), (verdict.signals(), verdict.token), "{kv_fill}: {index} at {depth}");
+                let what = format!("{kv_fill}: {index} at {depth}");
+                assert_eq!(token, verdict.token, "{what}");
+                for measure in [Measure::Top1, Measure::Margin, Measure::Entropy] {
+                    device.assert_close(&what, signals.get(measure), verdict.signals().get(measure));
+                }
             }
         }
     }

@@ -2,17 +2,23 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor};
-use common::{configs, weights, with_everything};
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use common::devices::Device;
+use common::{configs, configs_of_one_head_size, weights, with_everything};
+use engine::backend::{Heads, ServedModel, Work};
 use engine::cache::KvCache;
 use engine::config::ModelConfig;
 use engine::kernels::attention::Row;
 use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
+use engine::kernels::signals::read;
 use engine::model::{Model, Rows};
 use engine::reference::Reference;
 use engine::weights::Weights;
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use scheduler::KvFill;
 
 /// What a model says of a sequence: by depth and token, the logits, and where it has gates their scores.
@@ -25,8 +31,8 @@ struct Answers {
 /// The serving model's answers of a sequence that runs in chunks.
 fn answers_in_chunks(model: &Model, tokens: &[u32], chunk: usize) -> Answers {
     let config = model.config();
-    let cache = KvCache::new(config, KvFill::Reuse, 8, 16, &Device::Cpu).unwrap();
-    let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu).unwrap();
+    let cache = KvCache::new(config, KvFill::Reuse, 8, 16, &candle_core::Device::Cpu).unwrap();
+    let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &candle_core::Device::Cpu).unwrap();
     // Blocks out of order, as a scheduler may hand them out.
     let blocks = [3, 0, 7, 1, 2, 6, 5, 4];
     let gated = if config.gate { config.num_loops - 1 } else { 0 };
@@ -56,7 +62,7 @@ fn answers_in_chunks(model: &Model, tokens: &[u32], chunk: usize) -> Answers {
 /// The reference's answers.
 fn reference_answers(weights: &Weights, tokens: &[u32]) -> Answers {
     let reference = Reference::new(weights).unwrap();
-    let tokens = Tensor::from_slice(tokens, (1, tokens.len()), &Device::Cpu).unwrap();
+    let tokens = Tensor::from_slice(tokens, (1, tokens.len()), &candle_core::Device::Cpu).unwrap();
     let sigmoid = |logits: Tensor| {
         let logits = logits.to_vec1::<f32>().unwrap();
         logits.into_iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect()
@@ -89,6 +95,75 @@ fn assert_equals_the_reference(config: &ModelConfig, seed: u64, length: usize, c
             assert!((found - expected).abs() <= 1e-4 * scale, "{found} is not {expected} (of {scale})");
         }
     }
+}
+
+/// Checks what a device's backend says of a sequence that runs in chunks, by depth and position, against the reference.
+fn assert_answers_of_passes_equal_the_reference(
+    device: Device,
+    model: Arc<dyn ServedModel>,
+    expected: &Answers,
+    tokens: &[u32],
+    chunk: usize,
+) {
+    let config = model.config().clone();
+    let mut backend = model.backend(KvFill::Reuse, 8, 16).unwrap();
+    backend.reserve(chunk).unwrap();
+    let blocks = [3, 0, 7, 1, 2, 6, 5, 4];
+    for (index, part) in tokens.chunks(chunk).enumerate() {
+        for depth in 0..config.num_loops {
+            let (mut rows, places) = (Rows::default(), 0..part.len() as u32);
+            let positions = index * chunk..index * chunk + part.len();
+            positions.clone().for_each(|position| rows.push(Row::new(position, depth, &blocks)));
+            let gated = config.gate && depth + 1 < config.num_loops;
+            let found = backend.run(&Work {
+                coda: 0..part.len(),
+                sources: match depth {
+                    0 => part.iter().map(|&token| Source::First(token)).collect(),
+                    _ => places.clone().map(Source::Second).collect(),
+                },
+                places: places.map(Some).collect(),
+                heads: Heads { rows: (0..part.len()).collect(), keys: vec![0; part.len()], temperature: 0.0 },
+                gates: if gated { (0..part.len()).collect() } else { Vec::new() },
+                rows,
+                ..Work::default()
+            });
+            let found = found.unwrap();
+            for (found, position) in found.verdicts.iter().zip(positions.clone()) {
+                let logits = Tensor::new(&expected.logits[depth][position][..], &candle_core::Device::Cpu).unwrap();
+                let expected = read(&logits.unsqueeze(0).unwrap(), 0.0, &[0]).unwrap()[0];
+                let what = format!("position {position} at depth {depth}");
+                device.assert_close(&what, found.top1, expected.top1);
+                device.assert_close(&what, found.margin, expected.margin);
+                device.assert_close(&what, found.entropy, expected.entropy);
+                // Two tokens that are as likely may come in either order.
+                assert!(found.token == expected.token || expected.margin < 1e-3, "{what}");
+            }
+            for (&found, position) in found.gates.iter().zip(positions) {
+                device.assert_close("a gate", found, expected.gates[depth][position]);
+            }
+        }
+    }
+}
+
+#[test]
+fn passes_on_an_emulated_gpu_equal_the_reference() {
+    passes_equal_the_reference(Device::Emulated, 20);
+}
+
+/// Of random models.
+fn passes_equal_the_reference(device: Device, cases: u32) {
+    let strategy = (configs_of_one_head_size(), 0_u64..1000, 1_usize..40, 1_usize..40);
+    let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let mut runner = TestRunner::new_with_rng(ProptestConfig::with_cases(cases), rng);
+    let result = runner.run(&strategy, |(config, seed, length, chunk)| {
+        let weights = weights(&config, seed);
+        let Some(model) = device.serve(&weights) else { return Ok(()) };
+        let tokens: Vec<u32> = (0..length).map(|i| (i * i * 31 + i * 7) as u32 % config.vocab_size as u32).collect();
+        let expected = reference_answers(&weights, &tokens);
+        assert_answers_of_passes_equal_the_reference(device, model, &expected, &tokens, chunk);
+        Ok(())
+    });
+    result.unwrap_or_else(|error| panic!("{error}"));
 }
 
 #[test]

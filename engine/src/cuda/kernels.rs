@@ -1,8 +1,10 @@
 //! A function per kernel: checks sizes, computes the grid, launches.
 
+use std::ffi::c_void;
+
 use candle_core::{Result, bail};
 
-use super::device::{Device, Plain, Stored, THREADS, View};
+use super::device::{Device, Out, Plain, Product, Stored, THREADS, View};
 use super::pass::{Group, OnDevice, Row};
 use super::source::Specialization;
 use crate::config::{Activation, Norm};
@@ -147,11 +149,12 @@ pub fn sweep_bytes(rows: usize, vocab: usize) -> usize {
 }
 
 /// The kernels of a model on a device.
-#[derive(Clone, Copy, Debug)]
-pub struct Kernels<'d, D> {
+pub struct Kernels<'d, D: Device> {
     /// Where they run.
     pub device: &'d D,
-    /// What they were compiled for.
+    /// The kernels,
+    pub module: &'d D::Module,
+    /// and what they were compiled for.
     pub specialization: Specialization,
 }
 
@@ -191,8 +194,57 @@ pub struct LoraInputs {
     pub outputs: usize,
 }
 
+/// A weight `[outputs, inputs]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    /// Its numbers, row by row.
+    pub numbers: View<Stored>,
+    /// Rows.
+    pub outputs: usize,
+    /// Columns.
+    pub inputs: usize,
+}
+
+/// Where a product goes.
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    /// In place of what is stored there.
+    Stored(View<Stored>),
+    /// In place of what is there.
+    F32(View<f32>),
+    /// Added to what is there.
+    AddedTo(View<f32>),
+}
+
 impl<D: Device> Kernels<'_, D> {
-    fn check_attention(&self, inputs: &AttentionInputs, rows: &OnDevice<D>) -> Result<()> {
+    /// The product of `rows` rows `x` with a weight.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn product(&self, x: View<Stored>, rows: usize, weight: Matrix, target: Target) -> Result<()> {
+        let Matrix { numbers, outputs, inputs } = weight;
+        let (y, len, out) = match target {
+            Target::Stored(y) => (y.address, y.len, Out::Stored),
+            Target::F32(y) => (y.address, y.len, Out::F32),
+            Target::AddedTo(y) => (y.address, y.len, Out::AddedToF32),
+        };
+        require!("a product's input", x, rows * inputs);
+        require!("a product's weight", numbers, outputs * inputs);
+        require!("a product's output", View::<u8>::new(y, len), rows * outputs);
+        let scalar = self.specialization.scalar;
+        let (x, weight) = (x.address, numbers.address);
+        // SAFETY: the sizes are checked.
+        unsafe { self.device.product(&Product { scalar, rows, inputs, outputs, x, weight, y, out }) }
+    }
+
+    /// # Safety
+    /// As for [`Device::launch`].
+    unsafe fn launch(&self, kernel: &'static str, grid: [usize; 3], arguments: &[*const c_void]) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.device.launch(self.module, kernel, grid, arguments) }
+    }
+
+    fn check_attention(&self, inputs: &AttentionInputs, rows: &OnDevice) -> Result<()> {
         let (g, head_dim) = (&inputs.geometry, self.specialization.head_dim);
         require!("qkv", inputs.qkv, rows.rows.len * (g.heads + 2 * g.kv_heads) as usize * head_dim);
         require!("sights", inputs.sights, g.sights as usize);
@@ -204,7 +256,7 @@ impl<D: Device> Kernels<'_, D> {
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
-    pub fn store_kv(&self, inputs: &AttentionInputs, rows: &OnDevice<D>) -> Result<()> {
+    pub fn store_kv(&self, inputs: &AttentionInputs, rows: &OnDevice) -> Result<()> {
         self.check_attention(inputs, rows)?;
         let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
         let arguments = arguments![
@@ -217,11 +269,11 @@ impl<D: Device> Kernels<'_, D> {
             pages.address,
         ];
         // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
-        unsafe { self.device.launch("store_kv", [rows.rows.len, geometry.kv_heads as usize, 1], arguments) }
+        unsafe { self.launch("store_kv", [rows.rows.len, geometry.kv_heads as usize, 1], arguments) }
     }
 
     /// Numbers of the scratch memory that [`attend`](Self::attend) takes.
-    pub fn partial_numbers(&self, rows: &OnDevice<D>, heads: usize) -> usize {
+    pub fn partial_numbers(&self, rows: &OnDevice, heads: usize) -> usize {
         rows.items.len * heads * (2 + self.specialization.head_dim)
     }
 
@@ -232,16 +284,44 @@ impl<D: Device> Kernels<'_, D> {
     pub fn attend(
         &self,
         inputs: &AttentionInputs,
-        rows: &OnDevice<D>,
+        rows: &OnDevice,
+        partial: View<f32>,
+        out: View<Stored>,
+    ) -> Result<()> {
+        self.attend_splits(inputs, rows, partial, out)?;
+        self.attend_join(inputs, rows, partial, out)?;
+        self.attend_tiles(inputs, rows, out)
+    }
+
+    fn check_decode(
+        &self,
+        inputs: &AttentionInputs,
+        rows: &OnDevice,
         partial: View<f32>,
         out: View<Stored>,
     ) -> Result<()> {
         self.check_attention(inputs, rows)?;
-        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
-        let heads = geometry.heads as usize;
+        let heads = inputs.geometry.heads as usize;
         require!("attention's output", out, rows.rows.len * heads * self.specialization.head_dim);
         require!("attention's scratch", partial, self.partial_numbers(rows, heads));
-        let splits = arguments![
+        Ok(())
+    }
+
+    /// The first part of [`attend`](Self::attend): each split of the decode rows' histories by itself.
+    ///
+    /// # Errors
+    /// As for [`attend`](Self::attend).
+    pub fn attend_splits(
+        &self,
+        inputs: &AttentionInputs,
+        rows: &OnDevice,
+        partial: View<f32>,
+        out: View<Stored>,
+    ) -> Result<()> {
+        self.check_decode(inputs, rows, partial, out)?;
+        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        let groups = geometry.heads as usize / self.specialization.group;
+        let arguments = arguments![
             qkv.address,
             rotary.address,
             pages.address,
@@ -253,9 +333,39 @@ impl<D: Device> Kernels<'_, D> {
             partial.address,
             out.address,
         ];
-        let join =
+        // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
+        unsafe { self.launch("attend_splits", [rows.items.len, groups, 1], arguments) }
+    }
+
+    /// The second: joins the splits.
+    ///
+    /// # Errors
+    /// As for [`attend`](Self::attend).
+    pub fn attend_join(
+        &self,
+        inputs: &AttentionInputs,
+        rows: &OnDevice,
+        partial: View<f32>,
+        out: View<Stored>,
+    ) -> Result<()> {
+        self.check_decode(inputs, rows, partial, out)?;
+        let AttentionInputs { sights, geometry, .. } = *inputs;
+        let arguments =
             arguments![partial.address, rows.rows.address, rows.items.address, sights.address, geometry, out.address];
-        let tiles = arguments![
+        // SAFETY: the kernel's arguments, whose sizes are checked.
+        unsafe { self.launch("attend_join", [rows.items.len, geometry.heads as usize, 1], arguments) }
+    }
+
+    /// The third: rows of prompts' chunks.
+    ///
+    /// # Errors
+    /// As for [`attend`](Self::attend).
+    pub fn attend_tiles(&self, inputs: &AttentionInputs, rows: &OnDevice, out: View<Stored>) -> Result<()> {
+        self.check_attention(inputs, rows)?;
+        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        let heads = geometry.heads as usize;
+        require!("attention's output", out, rows.rows.len * heads * self.specialization.head_dim);
+        let arguments = arguments![
             qkv.address,
             rotary.address,
             pages.address,
@@ -266,13 +376,8 @@ impl<D: Device> Kernels<'_, D> {
             geometry,
             out.address,
         ];
-        // SAFETY: the kernels' arguments; rows, whose blocks reach their positions, and sizes are checked.
-        unsafe {
-            let groups = heads / self.specialization.group;
-            self.device.launch("attend_splits", [rows.items.len, groups, 1], splits)?;
-            self.device.launch("attend_join", [rows.items.len, heads, 1], join)?;
-            self.device.launch("attend_tiles", [rows.tiles.len, heads, 1], tiles)
-        }
+        // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
+        unsafe { self.launch("attend_tiles", [rows.tiles.len, heads, 1], arguments) }
     }
 
     /// Copies keys and values of exited tokens to the depths they never ran, in `layers` layers from that of
@@ -283,7 +388,7 @@ impl<D: Device> Kernels<'_, D> {
     pub fn fill_deeper(&self, fills: View<Fill>, geometry: Geometry, layers: usize, pages: View<Stored>) -> Result<()> {
         let arguments = arguments![fills.address, geometry, pages.address];
         // SAFETY: the kernel's arguments; fills lie in the cache.
-        unsafe { self.device.launch("fill_deeper", [fills.len, layers, 1], arguments) }
+        unsafe { self.launch("fill_deeper", [fills.len, layers, 1], arguments) }
     }
 
     /// Norms rows of the residual stream `x`: those that `picks` names, or all. `out` `[picks, width]`.
@@ -305,7 +410,7 @@ impl<D: Device> Kernels<'_, D> {
         require!("a norm's vectors", vectors, formula.sets as usize * formula.numbers());
         let arguments = arguments![x.address, picks, rows.address, vectors.address, formula, out.address];
         // SAFETY: the kernel's arguments, whose sizes are checked.
-        unsafe { self.device.launch("norm_rows", [count, 1, 1], arguments) }
+        unsafe { self.launch("norm_rows", [count, 1, 1], arguments) }
     }
 
     /// Adds the normed rows of `x` `[rows, width]` to those of `residual`.
@@ -325,7 +430,7 @@ impl<D: Device> Kernels<'_, D> {
         require!("a norm's vectors", vectors, formula.sets as usize * formula.numbers());
         let arguments = arguments![x.address, rows.address, vectors.address, formula, residual.address];
         // SAFETY: the kernel's arguments, whose sizes are checked.
-        unsafe { self.device.launch("add_normed", [rows.len, 1, 1], arguments) }
+        unsafe { self.launch("add_normed", [rows.len, 1, 1], arguments) }
     }
 
     /// Norms each head of queries and keys of `qkv` in place. A set of `vectors` is first for queries, then for keys.
@@ -346,7 +451,7 @@ impl<D: Device> Kernels<'_, D> {
         let (heads, kv_heads) = (heads as i32, kv_heads as i32);
         let arguments = arguments![qkv.address, rows.address, vectors.address, formula, heads, kv_heads];
         // SAFETY: the kernel's arguments, whose sizes are checked.
-        unsafe { self.device.launch("norm_heads", [rows.len, 1, 1], arguments) }
+        unsafe { self.launch("norm_heads", [rows.len, 1, 1], arguments) }
     }
 
     /// The residual stream `out` `[sources, width]` of rows that enter the block: source `s >= 0` is token `s` of the
@@ -367,7 +472,7 @@ impl<D: Device> Kernels<'_, D> {
         let width = width as i32;
         let arguments = arguments![embedding.address, in_flight.address, sources.address, width, factor, out.address];
         // SAFETY: the kernel's arguments; sources are rows that exist.
-        unsafe { self.device.launch("enter_rows", [sources.len, 1, 1], arguments) }
+        unsafe { self.launch("enter_rows", [sources.len, 1, 1], arguments) }
     }
 
     /// Copies row `i` of `rows` to row `places[i]` of `target`, both `[_, width]`; rows without a place (-1) are left.
@@ -379,7 +484,7 @@ impl<D: Device> Kernels<'_, D> {
         let width = width as i32;
         let arguments = arguments![rows.address, places.address, width, target.address];
         // SAFETY: the kernel's arguments; places exist.
-        unsafe { self.device.launch("keep_rows", [places.len, 1, 1], arguments) }
+        unsafe { self.launch("keep_rows", [places.len, 1, 1], arguments) }
     }
 
     /// Adds a bias to each row of `x` `[rows, width]`; `biases` `[sets, width]`.
@@ -427,7 +532,7 @@ impl<D: Device> Kernels<'_, D> {
         let (sets, width) = (sets as i32, width as i32);
         let arguments = arguments![x, rows.address, biases.address, sets, width];
         // SAFETY: the kernel's arguments, whose sizes are checked.
-        unsafe { self.device.launch(kernel, [rows.len, 1, 1], arguments) }
+        unsafe { self.launch(kernel, [rows.len, 1, 1], arguments) }
     }
 
     /// `activation(gate) * up` of `x` `[rows, 2 inner]`, gates first, or not gated `activation(x)` of `[rows, inner]`.
@@ -454,7 +559,7 @@ impl<D: Device> Kernels<'_, D> {
         let (inner, gated) = (inner as i32, i32::from(gated));
         let arguments = arguments![x.address, inner, gated, activation, out.address];
         // SAFETY: the kernel's arguments, whose sizes are checked.
-        unsafe { self.device.launch("activate", [rows, parts, 1], arguments) }
+        unsafe { self.launch("activate", [rows, parts, 1], arguments) }
     }
 
     /// The cosine of row `ours[i]` of `a` and row `theirs[i]` of `b`, both `[_, width]`; 0 where a row is zero.
@@ -473,7 +578,7 @@ impl<D: Device> Kernels<'_, D> {
         let width = width as i32;
         let arguments = arguments![a.address, b.address, ours.address, theirs.address, width, out.address];
         // SAFETY: the kernel's arguments; the rows exist.
-        unsafe { self.device.launch("cosines", [ours.len, 1, 1], arguments) }
+        unsafe { self.launch("cosines", [ours.len, 1, 1], arguments) }
     }
 
     /// Scores of the learned gates of normed rows `x` `[picks, width]`, of which row `i` is row `picks[i]` of the pass.
@@ -495,7 +600,7 @@ impl<D: Device> Kernels<'_, D> {
         let width = width as i32;
         let arguments = arguments![x.address, picks.address, rows.address, probes.address, width, out.address];
         // SAFETY: the kernel's arguments; the rows are at depths that have a probe.
-        unsafe { self.device.launch("gates", [picks.len, 1, 1], arguments) }
+        unsafe { self.launch("gates", [picks.len, 1, 1], arguments) }
     }
 
     /// The first half of LoRA: `shrunk` `[rows, ranks]` of `x` `[rows, inputs]`.
@@ -518,7 +623,7 @@ impl<D: Device> Kernels<'_, D> {
         let arguments =
             arguments![x.address, lora.downs.address, groups.address, depths, ranks, inputs, shrunk.address];
         // SAFETY: the kernel's arguments, whose sizes are checked.
-        unsafe { self.device.launch("lora_shrink", grid, arguments) }
+        unsafe { self.launch("lora_shrink", grid, arguments) }
     }
 
     /// The second half: adds to `y` `[rows, outputs]`.
@@ -576,7 +681,7 @@ impl<D: Device> Kernels<'_, D> {
             y,
         ];
         // SAFETY: the kernel's arguments; the parts lie in ups and output.
-        unsafe { self.device.launch(kernel, grid, arguments) }
+        unsafe { self.launch(kernel, grid, arguments) }
     }
 
     /// Reads rows of logits `[keys, vocab]` and draws a token from each, as
@@ -602,8 +707,8 @@ impl<D: Device> Kernels<'_, D> {
         let judge = arguments![scratch.address, slice_count, out.address];
         // SAFETY: the kernels' arguments, whose sizes are checked.
         unsafe {
-            self.device.launch("sweep_logits", [keys.len, slices, 1], sweep)?;
-            self.device.launch("judge_rows", [keys.len, 1, 1], judge)
+            self.launch("sweep_logits", [keys.len, slices, 1], sweep)?;
+            self.launch("judge_rows", [keys.len, 1, 1], judge)
         }
     }
 }

@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lora_shrink(
     const Group group = groups[blockIdx.x];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int first_rank = (blockIdx.y * WARPS + warp) * RANKS_OF_WARP;
-    if (group.depth >= depths || first_rank >= ranks) {
+    if (group.rows == 0 || group.depth >= depths || first_rank >= ranks) {
         return;
     }
     constexpr int SIZE = Pack<scalar>::SIZE;
@@ -86,7 +86,7 @@ template <class T> __device__ inline void expand(
     const Group group = groups[blockIdx.x];
     const Part part = parts[blockIdx.y];
     const int output = blockIdx.z * THREADS + threadIdx.x;
-    if (group.depth >= depths || output >= part.outputs) {
+    if (group.rows == 0 || group.depth >= depths || output >= part.outputs) {
         return;
     }
     const scalar* up = ups + part.at + (long long)group.depth * part.ranks * part.outputs + output;

@@ -1,8 +1,7 @@
 //! What the kernels must know of the rows of a pass: built once a pass, uploaded as one.
 
-use super::device::{Device, Plain, View, bytes_of};
+use super::device::{Plain, View, bytes_of};
 use crate::kernels::attention;
-use candle_core::Result;
 
 /// Entries of a split of a decode row's history, as in `attention.cu`.
 pub const SPLIT: usize = 256;
@@ -24,6 +23,20 @@ pub struct Row {
     first_windowed: i32,
     first_block: i32,
     first_item: i32,
+}
+
+impl Row {
+    const PADDING: Self = Self {
+        position: -1,
+        depth: 0,
+        first_fill: 0,
+        end_fill: 0,
+        entry: 0,
+        end: 0,
+        first_windowed: 0,
+        first_block: 0,
+        first_item: 0,
+    };
 }
 
 /// One split of a decode row's history.
@@ -50,6 +63,10 @@ pub struct Group {
     rows: i32,
     depth: i32,
 }
+
+const NO_ITEM: Item = Item { row: -1, split: 0 };
+const NO_TILE: Tile = Tile { first_row: 0, rows: 0 };
+const NO_GROUP: Group = Group { first_row: 0, rows: 0, depth: 0 };
 
 // SAFETY: `repr(C)` of `i32` alone.
 unsafe impl Plain for Row {}
@@ -119,28 +136,83 @@ impl PassRows {
         }
     }
 
-    /// Copies everything to a device, in one piece.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn upload<D: Device>(&self, device: &D) -> Result<OnDevice<D>> {
-        let mut bytes = Vec::new();
-        let rows = append(&mut bytes, &self.rows);
-        let items = append(&mut bytes, &self.items);
-        let tiles = append(&mut bytes, &self.tiles);
-        let groups = append(&mut bytes, &self.groups);
-        let block_table = append(&mut bytes, &self.block_table);
-        let memory = device.allocate(bytes.len())?;
-        device.upload(&memory, &bytes)?;
-        let start = device.address(&memory);
-        Ok(OnDevice {
-            rows: View::new(start + rows, self.rows.len()),
-            items: View::new(start + items, self.items.len()),
-            tiles: View::new(start + tiles, self.tiles.len()),
-            groups: View::new(start + groups, self.groups.len()),
-            block_table: View::new(start + block_table, self.block_table.len()),
-            _memory: memory,
-        })
+    /// What it takes as it is.
+    pub fn room(&self) -> Room {
+        Room {
+            rows: self.rows.len(),
+            items: self.items.len(),
+            tiles: self.tiles.len(),
+            groups: self.groups.len(),
+            blocks: self.block_table.len(),
+        }
+    }
+
+    /// Appends everything to what is uploaded, padded to `room` by what no kernel works on.
+    pub fn append(&self, arrays: &mut Arrays, room: Room) -> OnDevice {
+        OnDevice {
+            rows: arrays.push(&self.rows, room.rows, Row::PADDING),
+            items: arrays.push(&self.items, room.items, NO_ITEM),
+            tiles: arrays.push(&self.tiles, room.tiles, NO_TILE),
+            groups: arrays.push(&self.groups, room.groups, NO_GROUP),
+            block_table: arrays.push(&self.block_table, room.blocks, 0),
+        }
+    }
+}
+
+/// How much of each there is, or is room for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Room {
+    /// Rows.
+    pub rows: usize,
+    /// Splits of the histories of rows that attend by themselves.
+    pub items: usize,
+    /// Tiles of prompts' chunks.
+    pub tiles: usize,
+    /// Groups of rows of one depth.
+    pub groups: usize,
+    /// Blocks of all sequences.
+    pub blocks: usize,
+}
+
+impl Room {
+    /// The least that holds both.
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            rows: self.rows.max(other.rows),
+            items: self.items.max(other.items),
+            tiles: self.tiles.max(other.tiles),
+            groups: self.groups.max(other.groups),
+            blocks: self.blocks.max(other.blocks),
+        }
+    }
+}
+
+/// Arrays that are uploaded as one, each at a multiple of 16 bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Arrays {
+    bytes: Vec<u8>,
+}
+
+impl Arrays {
+    /// Appends numbers, then padding up to `room` of them; gives where they lie, counted from the start.
+    pub fn push<T: Plain>(&mut self, numbers: &[T], room: usize, padding: T) -> View<T> {
+        let start = self.bytes.len().next_multiple_of(16);
+        self.bytes.resize(start, 0);
+        self.bytes.extend_from_slice(bytes_of(numbers));
+        for _ in numbers.len()..room {
+            self.bytes.extend_from_slice(bytes_of(&[padding]));
+        }
+        View::new(start as u64, room)
+    }
+
+    /// Empties them.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+    }
+
+    /// What is to be uploaded.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 }
 
@@ -149,17 +221,9 @@ fn follows(before: &attention::Row<'_>, after: &attention::Row<'_>) -> bool {
     std::ptr::eq(before.blocks, after.blocks) && before.depth == after.depth && before.position + 1 == after.position
 }
 
-/// Appends numbers at the next multiple of 16; gives where.
-fn append<T: Plain>(bytes: &mut Vec<u8>, numbers: &[T]) -> u64 {
-    let start = bytes.len().next_multiple_of(16);
-    bytes.resize(start, 0);
-    bytes.extend_from_slice(bytes_of(numbers));
-    start as u64
-}
-
-/// The rows of a pass, on a device.
-#[derive(Debug)]
-pub struct OnDevice<D: Device> {
+/// The rows of a pass, on a device, or before the upload counted from the start of what is uploaded.
+#[derive(Clone, Copy, Debug)]
+pub struct OnDevice {
     /// Rows.
     pub rows: View<Row>,
     /// Splits of the histories of rows that attend by themselves.
@@ -170,5 +234,28 @@ pub struct OnDevice<D: Device> {
     pub groups: View<Group>,
     /// The blocks of all sequences.
     pub block_table: View<i32>,
-    _memory: D::Memory,
+}
+
+impl OnDevice {
+    /// The same so many bytes further on.
+    pub fn moved(self, bytes: u64) -> Self {
+        Self {
+            rows: self.rows.moved(bytes),
+            items: self.items.moved(bytes),
+            tiles: self.tiles.moved(bytes),
+            groups: self.groups.moved(bytes),
+            block_table: self.block_table.moved(bytes),
+        }
+    }
+
+    /// The first of each.
+    pub fn first(self, room: Room) -> Self {
+        Self {
+            rows: self.rows.first(room.rows),
+            items: self.items.first(room.items),
+            tiles: self.tiles.first(room.tiles),
+            groups: self.groups.first(room.groups),
+            block_table: self.block_table.first(room.blocks),
+        }
+    }
 }

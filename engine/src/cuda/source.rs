@@ -1,6 +1,9 @@
 //! The kernels' source, joined and specialized.
 
 use candle_core::{Result, bail};
+use half::{bf16, f16};
+
+use super::device::bytes_of;
 
 /// How weights, activations, keys and values are stored on the device; sums are always in `f32`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,6 +37,28 @@ impl Scalar {
         }
     }
 
+    /// Numbers as they are stored, rounded to the nearest.
+    pub fn encode(self, numbers: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => bytes_of(numbers).to_vec(),
+            Self::F16 => numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            Self::Bf16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        }
+    }
+
+    /// Stored numbers.
+    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        let halves = || bytes.chunks_exact(2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]));
+        match self {
+            Self::F32 => bytes
+                .chunks_exact(4)
+                .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+                .collect(),
+            Self::F16 => halves().map(|bits| f16::from_bits(bits).to_f32()).collect(),
+            Self::Bf16 => halves().map(|bits| bf16::from_bits(bits).to_f32()).collect(),
+        }
+    }
+
     /// Numbers that one load of 16 bytes takes.
     pub fn pack(self) -> usize {
         16 / self.bytes()
@@ -62,13 +87,14 @@ impl Specialization {
     /// The kernels of a model whose query heads come `heads_per_kv_head` to a key-value head.
     ///
     /// # Errors
-    /// If heads are wider than [`MAX_HEAD_DIM`] or cannot be read in loads of 16 bytes.
+    /// If heads are wider than [`MAX_HEAD_DIM`], narrower than two loads of 16 bytes, or not read by whole loads.
     pub fn new(scalar: Scalar, head_dim: usize, heads_per_kv_head: usize, block_tokens: usize) -> Result<Self> {
-        if head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(scalar.pack()) {
+        let pack = scalar.pack();
+        if !(2 * pack..=MAX_HEAD_DIM).contains(&head_dim) || !head_dim.is_multiple_of(pack) {
             bail!(
-                "a head is {head_dim} wide: in {} the GPU kernels take multiples of {}, up to {MAX_HEAD_DIM}",
+                "a head is {head_dim} wide: in {} the GPU kernels take multiples of {pack}, from {} to {MAX_HEAD_DIM}",
                 scalar.name(),
-                scalar.pack()
+                2 * pack
             );
         }
         let divides = |group: &usize| heads_per_kv_head.is_multiple_of(*group);

@@ -2,6 +2,14 @@
 
 #![allow(dead_code)] // each test file uses its own share
 
+pub mod devices;
+#[cfg(not(feature = "cuda"))]
+#[path = "../cuda/emulator.rs"]
+pub mod emulator;
+#[cfg(feature = "cuda")]
+#[path = "../cuda/gpu.rs"]
+pub mod emulator;
+
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
@@ -44,6 +52,15 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
             config
         },
     )
+}
+
+/// The same with heads of one kind: the emulated kernels are compiled for each.
+pub fn configs_of_one_head_size() -> impl Strategy<Value = ModelConfig> {
+    configs().prop_map(|mut config| {
+        (config.num_heads, config.num_kv_heads, config.head_dim) = (4, 2, 8);
+        config.vocab_size = config.vocab_size.min(30);
+        config
+    })
 }
 
 /// Small Llamas: multi-head, grouped and multi-query attention, tied and untied, narrow heads and wide ones.

@@ -103,6 +103,7 @@ impl Case {
     }
 
     /// Every row sees its whole history, so that nothing that is wrong with it stays unseen.
+    #[cfg(not(feature = "cuda"))]
     pub fn without_windows(mut self) -> Self {
         self.sights.iter_mut().for_each(|sight| sight.window = None);
         self
@@ -253,7 +254,8 @@ impl Case {
     /// Runs the kernels; gives the attention and the pages.
     pub fn on_device(&self) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
         let bench = &self.bench;
-        let rows = PassRows::new(&self.rows(), Some(self.window)).upload(&*bench.machine)?;
+        let uploaded = bench.upload(&PassRows::new(&self.rows(), Some(self.window)));
+        let rows = uploaded.views;
         let pages: Held<Stored> = bench.store(&self.pages);
         let (qkv, rotary) = (bench.store(&self.qkv), bench.put(&numbers(&self.rotary)));
         let sight = |sight: &attention::Sight| Sight {

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::{Device as CandleDevice, Tensor};
-use engine::cuda::device::{Device, Plain, Stored, View, bytes_of, bytes_of_mut};
+use engine::cuda::device::{self, Device, Plain, Stored, bytes_of_mut};
 use engine::cuda::kernels::Kernels;
+use engine::cuda::pass::{Arrays, OnDevice, PassRows};
 use engine::cuda::source::{Scalar, Specialization};
 use engine::kernels::signals::mix;
 use half::{bf16, f16};
@@ -74,20 +75,24 @@ pub fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32)
 /// The machine under test with the kernels of a specialization.
 pub struct Bench {
     pub machine: Arc<Machine>,
+    pub module: <Machine as Device>::Module,
     pub specialization: Specialization,
 }
 
-/// Memory of the device and what it holds.
-pub struct Held<T> {
-    pub view: View<T>,
-    pub memory: <Machine as Device>::Memory,
-    count: usize,
+/// Memory of the machine under test and what it holds.
+pub type Held<T> = device::Held<Machine, T>;
+
+/// A pass's rows and the memory that they lie in.
+pub struct Rows {
+    pub views: OnDevice,
+    _memory: Held<u8>,
 }
 
 impl Bench {
     /// None if there is no such machine.
     pub fn new(specialization: Specialization) -> Option<Self> {
-        Some(Self { machine: machine(specialization)?, specialization })
+        let machine = machine()?;
+        Some(Self { module: machine.load(&specialization).unwrap(), machine, specialization })
     }
 
     /// With kernels for small heads, for what attends not.
@@ -96,63 +101,48 @@ impl Bench {
     }
 
     pub fn kernels(&self) -> Kernels<'_, Machine> {
-        Kernels { device: &*self.machine, specialization: self.specialization }
+        Kernels { device: &*self.machine, module: &self.module, specialization: self.specialization }
     }
 
     pub fn scalar(&self) -> Scalar {
         self.specialization.scalar
     }
 
-    fn held<T>(&self, bytes: usize, count: usize) -> Held<T> {
-        let memory = self.machine.allocate(bytes).unwrap();
-        Held { view: View::new(self.machine.address(&memory), count), memory, count }
-    }
-
     /// Memory for `count` numbers; emulated, NaN all of them.
     pub fn empty<T: Plain>(&self, count: usize) -> Held<T> {
-        self.held(count * size_of::<T>(), count)
-    }
-
-    pub fn bytes(&self, count: usize) -> Held<u8> {
-        self.held(count, count)
+        Held::room(&*self.machine, count, size_of::<T>()).unwrap()
     }
 
     pub fn empty_stored(&self, count: usize) -> Held<Stored> {
-        self.held(count * self.scalar().bytes(), count)
+        Held::room(&*self.machine, count, self.scalar().bytes()).unwrap()
     }
 
     pub fn put<T: Plain>(&self, numbers: &[T]) -> Held<T> {
-        let held = self.empty(numbers.len());
-        self.machine.upload(&held.memory, bytes_of(numbers)).unwrap();
-        held
+        Held::of(&*self.machine, numbers).unwrap()
     }
 
     pub fn get<T: Plain + Default>(&self, held: &Held<T>) -> Vec<T> {
-        let mut numbers = vec![T::default(); held.count];
-        self.machine.download(&held.memory, bytes_of_mut(&mut numbers)).unwrap();
+        let mut numbers = vec![T::default(); held.view.len()];
+        self.machine.download(held.memory(), bytes_of_mut(&mut numbers)).unwrap();
         numbers
+    }
+
+    pub fn upload(&self, rows: &PassRows) -> Rows {
+        let mut arrays = Arrays::default();
+        let views = rows.append(&mut arrays, rows.room());
+        let memory = self.put(arrays.bytes());
+        Rows { views: views.moved(self.machine.address(memory.memory())), _memory: memory }
     }
 
     /// Numbers rounded to how they are stored.
     pub fn store(&self, numbers: &[f32]) -> Held<Stored> {
-        let held = self.empty_stored(numbers.len());
-        let bytes: Vec<u8> = match self.scalar() {
-            Scalar::F32 => bytes_of(numbers).to_vec(),
-            Scalar::F16 => numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
-            Scalar::Bf16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-        };
-        self.machine.upload(&held.memory, &bytes).unwrap();
-        held
+        Held::stored(&*self.machine, self.scalar(), numbers).unwrap()
     }
 
     pub fn stored(&self, held: &Held<Stored>) -> Vec<f32> {
-        let mut bytes = vec![0; held.count * self.scalar().bytes()];
-        self.machine.download(&held.memory, &mut bytes).unwrap();
-        match self.scalar() {
-            Scalar::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
-            Scalar::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            Scalar::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        }
+        let mut bytes = vec![0; held.view.len() * self.scalar().bytes()];
+        self.machine.download(held.memory(), &mut bytes).unwrap();
+        self.scalar().decode(&bytes)
     }
 
     /// Random numbers as they are stored.

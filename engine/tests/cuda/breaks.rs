@@ -5,7 +5,7 @@ use engine::cuda::source::{Scalar, Specialization};
 
 use crate::attention::{Case, Chunk, SHAPES};
 use crate::bench::{Bench, Dice};
-use crate::emulator::Emulator;
+use crate::emulator::Module;
 
 /// Whether attention comes out wrong, or the launch fails, when `from` is replaced by `to` in the kernels.
 fn caught(from: &str, to: &str) -> Option<String> {
@@ -16,7 +16,7 @@ fn caught(from: &str, to: &str) -> Option<String> {
     case.check();
     let whole = case.bench.specialization.source();
     assert_eq!(whole.matches(from).count(), 1, "`{from}` is not in the kernels once");
-    case.bench.machine = Emulator::of_source(&whole.replace(from, to), 1)?.into();
+    case.bench.module = Module::of_source(&whole.replace(from, to), 1);
     let wrong = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| case.check()));
     let message = wrong.expect_err("a broken kernel passes for a whole one");
     Some(message.downcast_ref::<String>().expect("a formatted message").clone())
@@ -92,12 +92,8 @@ fn a_misaligned_load_is_caught() {
 fn an_access_beyond_memory_is_caught() {
     let specialization = Specialization::new(Scalar::F32, 64, 2, 16).unwrap();
     let whole = specialization.source();
-    let Some(emulator) =
-        Emulator::of_source(&whole.replace("at < width; at += THREADS", "at <= width; at += THREADS"), 1)
-    else {
-        return;
-    };
-    let bench = Bench { machine: emulator.into(), specialization };
+    let Some(mut bench) = Bench::new(specialization) else { return };
+    bench.module = Module::of_source(&whole.replace("at < width; at += THREADS", "at <= width; at += THREADS"), 1);
     let (rows, places) = (bench.put(&[1.0_f32; 64]), bench.put(&[0]));
     let target = bench.empty::<f32>(64);
     let error = bench.kernels().keep_rows(rows.view, places.view, 64, target.view).unwrap_err();

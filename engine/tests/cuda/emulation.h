@@ -230,6 +230,8 @@ constexpr int FAULTS[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
 struct Kernel {
     const char* name;
     int arguments;
+    // Of each argument.
+    const size_t* sizes;
     void (*call)(void**);
 };
 
@@ -237,10 +239,11 @@ template <class... A, size_t... I> void call(void (*kernel)(A...), void** argume
     kernel(*static_cast<std::remove_reference_t<A>*>(arguments[I])...);
 }
 
-template <auto kernel> struct Entry;
-template <class... A, void (*kernel)(A...)> struct Entry<kernel> {
-    static constexpr int ARGUMENTS = sizeof...(A);
-    static void run(void** arguments) { call(kernel, arguments, std::index_sequence_for<A...>()); }
+template <auto function> struct Entry;
+template <class... A, void (*function)(A...)> struct Entry<function> {
+    static constexpr size_t SIZES[] = {sizeof(A)...};
+    static void run(void** arguments) { call(function, arguments, std::index_sequence_for<A...>()); }
+    static constexpr Kernel kernel(const char* name) { return {name, sizeof...(A), SIZES, run}; }
 };
 
 }  // namespace emulation
@@ -279,18 +282,18 @@ extern "C" void emulated_free(void* memory, size_t bytes) {
 
 extern "C" const emulation::Kernel emulated_kernels[];
 
-// Runs every block of a launch; null, or what went wrong.
-extern "C" const char* emulated_launch(const char* name, const unsigned* grid, unsigned threads, void** arguments,
-                                       int count, uint64_t seed) {
-    using namespace emulation;
+namespace emulation {
+
+static const Kernel* find(const char* name) {
     const Kernel* kernel = emulated_kernels;
     while (kernel->name && strcmp(kernel->name, name) != 0) {
         kernel++;
     }
-    if (!kernel->name || kernel->arguments != count) {
-        snprintf(message, sizeof message, "there is no kernel %s of %d arguments", name, count);
-        return message;
-    }
+    return kernel->name ? kernel : nullptr;
+}
+
+// Does work whose faults are caught; null, or what went wrong.
+template <class Work> const char* guarded(Work work) {
     struct sigaction action = {};
     action.sa_sigaction = fault;
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
@@ -298,14 +301,41 @@ extern "C" const char* emulated_launch(const char* name, const unsigned* grid, u
         sigaction(signal, &action, &before[signal]);
     }
     message[0] = 0;
+    if (sigsetjmp(outside, 1) == 0) {
+        running = 1;
+        work();
+    }
+    running = 0;
+    for (int signal : FAULTS) {
+        sigaction(signal, &before[signal], nullptr);
+    }
+    return message[0] ? message : nullptr;
+}
+
+}  // namespace emulation
+
+// Sizes of a kernel's arguments; null if there is no such kernel.
+extern "C" const size_t* emulated_sizes(const char* name) {
+    const emulation::Kernel* kernel = emulation::find(name);
+    return kernel ? kernel->sizes : nullptr;
+}
+
+// Runs every block of a launch; null, or what went wrong.
+extern "C" const char* emulated_launch(const char* name, const unsigned* grid, unsigned threads, void** arguments,
+                                       int count, uint64_t seed) {
+    using namespace emulation;
+    const Kernel* kernel = find(name);
+    if (!kernel || kernel->arguments != count) {
+        snprintf(message, sizeof message, "there is no kernel %s of %d arguments", name, count);
+        return message;
+    }
     body = kernel->call;
     emulation::arguments = arguments;
     gridDim = {grid[0], grid[1], grid[2]};
-    if (sigsetjmp(outside, 1) == 0) {
+    const char* error = guarded([&] {
         if (!alive) {
             start_fibres();
         }
-        running = 1;
         uint64_t random = seed;
         for (unsigned block = 0; block < grid[0] * grid[1] * grid[2] && !message[0]; block++) {
             blockIdx = {block % grid[0], block / grid[0] % grid[1], block / grid[0] / grid[1]};
@@ -315,12 +345,59 @@ extern "C" const char* emulated_launch(const char* name, const unsigned* grid, u
                          blockIdx.y, blockIdx.z);
             }
         }
-    }
-    running = 0;
+    });
     // Fibres that a fault or a barrier left in the middle of a kernel cannot be used again.
-    alive = !message[0];
-    for (int signal : FAULTS) {
-        sigaction(signal, &before[signal], nullptr);
+    alive = alive && !error;
+    return error;
+}
+
+namespace emulation {
+
+enum Storage { F32 = 0, F16 = 1, BF16 = 2 };
+enum Out { STORED = 0, REPLACED_F32 = 1, ADDED_TO_F32 = 2 };
+
+static float load_number(uint64_t address, int storage, size_t index) {
+    if (storage == F32) {
+        return reinterpret_cast<const float*>(address)[index];
     }
-    return message[0] ? message : nullptr;
+    const unsigned short bits = reinterpret_cast<const unsigned short*>(address)[index];
+    return storage == F16 ? half_to_float(bits) : __int_as_float(unsigned(bits) << 16);
+}
+
+static void store_number(uint64_t address, int storage, size_t index, float x) {
+    if (storage == F32) {
+        reinterpret_cast<float*>(address)[index] = x;
+    } else {
+        reinterpret_cast<unsigned short*>(address)[index] = storage == F16 ? float_to_half(x) : float_to_bfloat(x);
+    }
+}
+
+}  // namespace emulation
+
+// What a product is of: `x` [rows, inputs], a weight [outputs, inputs], `y` [rows, outputs].
+struct Operands {
+    int storage, out;
+    size_t rows, inputs, outputs;
+    uint64_t x, weight, y;
+};
+
+// A product as a library would compute it; null, or what went wrong.
+extern "C" const char* emulated_product(const Operands* of) {
+    using namespace emulation;
+    return guarded([&] {
+        for (size_t row = 0; row < of->rows; row++) {
+            for (size_t output = 0; output < of->outputs; output++) {
+                float sum = 0;
+                for (size_t i = 0; i < of->inputs; i++) {
+                    sum += load_number(of->x, of->storage, row * of->inputs + i) *
+                           load_number(of->weight, of->storage, output * of->inputs + i);
+                }
+                const size_t at = row * of->outputs + output;
+                if (of->out == ADDED_TO_F32) {
+                    sum += load_number(of->y, F32, at);
+                }
+                store_number(of->y, of->out == STORED ? of->storage : F32, at, sum);
+            }
+        }
+    });
 }

@@ -1,15 +1,17 @@
 //! The kernels on the CPU: their source behind `emulation.h`, compiled by the C++ compiler that is there.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use candle_core::{Result, bail};
-use engine::cuda::device::{Device, THREADS};
-use engine::cuda::source::{KERNELS, Specialization};
+use engine::cuda::device::{Device, Out, Product, THREADS};
+use engine::cuda::source::{KERNELS, Scalar, Specialization};
 use libloading::{Library, Symbol};
 
 const COMPILERS: [&str; 3] = ["c++", "g++", "clang++"];
@@ -30,9 +32,30 @@ type Launch =
 
 /// A device that stands for a GPU: kernels run on the CPU, memory is the process's, its ends guarded.
 pub struct Emulator {
-    library: Library,
+    /// The emulation without kernels: memory, and products.
+    library: Arc<Library>,
+    /// What a capture has recorded so far; none outside of one.
+    recording: Mutex<Option<Vec<Work>>>,
+    /// Graphs replayed so far.
+    replays: AtomicUsize,
+}
+
+/// Kernels, whose threads run in an order that `seed` sets.
+#[derive(Clone)]
+pub struct Module {
+    library: Arc<Library>,
     seed: u64,
 }
+
+/// A piece of work with its arguments as they were when it was asked for.
+#[derive(Clone)]
+enum Work {
+    Launch { module: Module, kernel: &'static str, grid: [usize; 3], arguments: Vec<Vec<u64>> },
+    Product(Product),
+}
+
+/// What a capture recorded.
+pub struct Graph(Vec<Work>);
 
 /// Memory whose end is that of a page; what lies behind must not be touched. Full of NaN at first.
 pub struct Memory {
@@ -54,45 +77,77 @@ fn one_at_a_time() -> MutexGuard<'static, ()> {
     LAUNCHES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+// SAFETY: whoever holds the memory alone may free it, on any thread.
+unsafe impl Send for Memory {}
+// SAFETY: the memory's address is all that is read of it.
+unsafe impl Sync for Memory {}
+
 /// The machine under test.
 pub type Machine = Emulator;
 
-/// It with the kernels of a specialization, or none, said on standard error, if there is no C++ compiler.
-pub fn machine(specialization: Specialization) -> Option<Arc<Machine>> {
-    static KNOWN: LazyLock<Mutex<HashMap<Specialization, Arc<Machine>>>> = LazyLock::new(Mutex::default);
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(emulator) = known.get(&specialization) {
-        return Some(emulator.clone());
-    }
-    let emulator = Arc::new(Emulator::of_source(&specialization.source(), 1)?);
-    known.insert(specialization, emulator.clone());
-    Some(emulator)
+/// A machine of one's own, or none, said on standard error, if there is no C++ compiler.
+pub fn machine() -> Option<Arc<Machine>> {
+    static LIBRARY: LazyLock<Option<Arc<Library>>> = LazyLock::new(|| Some(Arc::new(open(&compile("", &[])?))));
+    let library = LIBRARY.clone()?;
+    Some(Arc::new(Emulator { library, recording: Mutex::default(), replays: AtomicUsize::new(0) }))
 }
 
-impl Emulator {
-    /// Kernels of any source, their threads run in an order that `seed` sets.
-    pub fn of_source(kernels: &str, seed: u64) -> Option<Self> {
-        let library = compile(kernels)?;
-        // SAFETY: the library runs no code when it is loaded.
-        let library = unsafe { Library::new(library) }.expect("what the compiler made can be loaded");
-        Some(Self { library, seed })
+impl Module {
+    /// Kernels of any source; there is a C++ compiler.
+    pub fn of_source(kernels: &str, seed: u64) -> Self {
+        let library = compile(kernels, &KERNELS).expect("the machine under test needs a C++ compiler as well");
+        Self { library: Arc::new(open(&library)), seed }
     }
 
-    fn function<F>(&self, name: &str) -> Symbol<'_, F> {
-        // SAFETY: callers name functions of `emulation.h` with their types.
-        unsafe { self.library.get(name) }.expect("the emulation has this function")
+    /// The bytes of a kernel's arguments, each in whole words.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel.
+    unsafe fn copied(&self, kernel: &CStr, arguments: &[*const c_void]) -> Vec<Vec<u64>> {
+        let sizes = function::<unsafe extern "C" fn(*const c_char) -> *const usize>(&self.library, "emulated_sizes");
+        // SAFETY: a name; the sizes are as many as the kernel has arguments.
+        let sizes = unsafe { std::slice::from_raw_parts(sizes(kernel.as_ptr()), arguments.len()) };
+        let copied = |(&argument, &bytes): (&*const c_void, &usize)| {
+            let mut words = vec![0_u64; bytes.div_ceil(8)];
+            // SAFETY: the argument is of so many bytes.
+            unsafe { std::ptr::copy_nonoverlapping(argument.cast::<u8>(), words.as_mut_ptr().cast(), bytes) };
+            words
+        };
+        arguments.iter().zip(sizes).map(copied).collect()
     }
+}
+
+fn open(library: &Path) -> Library {
+    // SAFETY: the library runs no code when it is loaded.
+    unsafe { Library::new(library) }.expect("what the compiler made can be loaded")
+}
+
+fn function<'l, F>(library: &'l Library, name: &str) -> Symbol<'l, F> {
+    // SAFETY: callers name functions of `emulation.h` with their types.
+    unsafe { library.get(name) }.expect("the emulation has this function")
+}
+
+/// The emulation's word for what went wrong, if anything did.
+///
+/// # Safety
+/// `error` is null or a string.
+unsafe fn check(what: &str, error: *const c_char) -> Result<()> {
+    if error.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the emulation's message is a string that stays until the next launch.
+    bail!("{what}: {}", unsafe { CStr::from_ptr(error) }.to_string_lossy())
 }
 
 /// Compiles kernels behind the emulation, unless the same were compiled before; none if there is no compiler.
-fn compile(kernels: &str) -> Option<PathBuf> {
-    let entries = KERNELS.map(|kernel| {
-        format!("{{\"{kernel}\", emulation::Entry<&{kernel}>::ARGUMENTS, emulation::Entry<&{kernel}>::run}},\n")
-    });
+fn compile(kernels: &str, names: &[&str]) -> Option<PathBuf> {
+    static COMPILING: Mutex<()> = Mutex::new(());
+    let _alone = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
+    let entry = |name: &&str| format!("emulation::Entry<&{name}>::kernel(\"{name}\"),\n");
     let source = format!(
-        "{}\n{kernels}\nextern \"C\" const emulation::Kernel emulated_kernels[] = {{\n{}{{nullptr, 0, nullptr}}}};\n",
+        "{}\n{kernels}\nextern \"C\" const emulation::Kernel emulated_kernels[] = {{\n{}{{}}}};\n",
         include_str!("emulation.h"),
-        entries.concat()
+        names.iter().map(entry).collect::<String>()
     );
     let chosen = std::env::var("CXX").ok();
     let runs = |name: &&str| Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success());
@@ -115,12 +170,109 @@ fn compile(kernels: &str) -> Option<PathBuf> {
     Some(library)
 }
 
+impl Emulator {
+    /// Graphs replayed so far.
+    pub fn replays(&self) -> usize {
+        self.replays.load(Ordering::Relaxed)
+    }
+
+    fn run(&self, work: &Work) -> Result<()> {
+        match work {
+            Work::Launch { module, kernel, grid, arguments } => {
+                let arguments: Vec<*const c_void> = arguments.iter().map(|words| words.as_ptr().cast()).collect();
+                // SAFETY: these are what the kernel was launched with, and whoever launched it made the promises.
+                unsafe { launch(module, kernel, *grid, &arguments) }
+            }
+            Work::Product(product) => {
+                let multiply = function::<unsafe extern "C" fn(*const Operands) -> *const c_char>(
+                    &self.library,
+                    "emulated_product",
+                );
+                let operands = Operands {
+                    storage: match product.scalar {
+                        Scalar::F32 => 0,
+                        Scalar::F16 => 1,
+                        Scalar::Bf16 => 2,
+                    },
+                    out: match product.out {
+                        Out::Stored => 0,
+                        Out::F32 => 1,
+                        Out::AddedToF32 => 2,
+                    },
+                    sizes: [product.rows, product.inputs, product.outputs],
+                    addresses: [product.x, product.weight, product.y],
+                };
+                let _alone = one_at_a_time();
+                // SAFETY: as above.
+                unsafe { check("a product", multiply(&raw const operands)) }
+            }
+        }
+    }
+
+    /// Does work, or records it if that is what is being done.
+    fn ask(&self, work: Work) -> Result<()> {
+        match &mut *self.recording.lock().unwrap() {
+            Some(recorded) => {
+                recorded.push(work);
+                Ok(())
+            }
+            None => self.run(&work),
+        }
+    }
+
+    fn assert_not_recording(&self) {
+        assert!(self.recording.lock().unwrap().is_none(), "only launches and products can be captured");
+    }
+}
+
+/// As `emulation.h` has it.
+#[repr(C)]
+struct Operands {
+    storage: c_int,
+    out: c_int,
+    sizes: [usize; 3],
+    addresses: [u64; 3],
+}
+
+/// # Safety
+/// As for [`Device::launch`].
+unsafe fn launch(module: &Module, kernel: &'static str, grid: [usize; 3], arguments: &[*const c_void]) -> Result<()> {
+    let launch = function::<Launch>(&module.library, "emulated_launch");
+    let name = CString::new(kernel).unwrap();
+    let (grid, count) = (grid.map(|blocks| blocks as c_uint), arguments.len() as c_int);
+    let _alone = one_at_a_time();
+    // SAFETY: the caller's promise.
+    unsafe {
+        let arguments = arguments.as_ptr();
+        check(kernel, launch(name.as_ptr(), grid.as_ptr(), THREADS as c_uint, arguments, count, module.seed))
+    }
+}
+
 impl Device for Emulator {
     type Memory = Memory;
+    type Module = Module;
+    type Graph = Graph;
+    type Event = Mutex<Option<Instant>>;
+
+    fn name(&self) -> String {
+        "emulated".into()
+    }
+
+    fn state(&self) -> String {
+        "on the CPU".into()
+    }
+
+    fn load(&self, specialization: &Specialization) -> Result<Module> {
+        static KNOWN: LazyLock<Mutex<HashMap<Specialization, Module>>> = LazyLock::new(Mutex::default);
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        let compiled = || Module::of_source(&specialization.source(), 1);
+        Ok(known.entry(*specialization).or_insert_with(compiled).clone())
+    }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {
-        let allocate = self.function::<unsafe extern "C" fn(usize) -> *mut c_void>("emulated_allocate");
-        let free = *self.function("emulated_free");
+        self.assert_not_recording();
+        let allocate = function::<unsafe extern "C" fn(usize) -> *mut c_void>(&self.library, "emulated_allocate");
+        let free = *function(&self.library, "emulated_free");
         // SAFETY: any size will do.
         let start = unsafe { allocate(bytes) };
         if start.is_null() {
@@ -134,6 +286,7 @@ impl Device for Emulator {
     }
 
     fn upload(&self, to: &Memory, bytes: &[u8]) -> Result<()> {
+        self.assert_not_recording();
         assert!(bytes.len() <= to.bytes);
         // SAFETY: there is room.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.start.cast(), bytes.len()) };
@@ -141,24 +294,53 @@ impl Device for Emulator {
     }
 
     fn download(&self, from: &Memory, bytes: &mut [u8]) -> Result<()> {
+        self.assert_not_recording();
         assert!(bytes.len() <= from.bytes);
         // SAFETY: there are as many.
         unsafe { std::ptr::copy_nonoverlapping(from.start.cast(), bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &'static str, grid: [usize; 3], arguments: &[*const c_void]) -> Result<()> {
-        let launch = self.function::<Launch>("emulated_launch");
-        let name = std::ffi::CString::new(kernel).unwrap();
-        let (grid, count) = (grid.map(|blocks| blocks as c_uint), arguments.len() as c_int);
-        let _alone = one_at_a_time();
+    unsafe fn launch(
+        &self,
+        module: &Module,
+        kernel: &'static str,
+        grid: [usize; 3],
+        arguments: &[*const c_void],
+    ) -> Result<()> {
+        let name = CString::new(kernel).unwrap();
         // SAFETY: the caller's promise.
-        let error =
-            unsafe { launch(name.as_ptr(), grid.as_ptr(), THREADS as c_uint, arguments.as_ptr(), count, self.seed) };
-        if error.is_null() {
-            return Ok(());
-        }
-        // SAFETY: the emulation's message is a string that stays until the next launch.
-        bail!("{kernel}: {}", unsafe { CStr::from_ptr(error) }.to_string_lossy())
+        let arguments = unsafe { module.copied(&name, arguments) };
+        self.ask(Work::Launch { module: module.clone(), kernel, grid, arguments })
+    }
+
+    unsafe fn product(&self, product: &Product) -> Result<()> {
+        self.ask(Work::Product(*product))
+    }
+
+    fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        *self.recording.lock().unwrap() = Some(Vec::new());
+        let result = work();
+        let recorded = self.recording.lock().unwrap().take().expect("nobody else captures");
+        result.map(|()| Graph(recorded))
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<()> {
+        self.replays.fetch_add(1, Ordering::Relaxed);
+        graph.0.iter().try_for_each(|work| self.run(work))
+    }
+
+    fn event(&self) -> Result<Self::Event> {
+        Ok(Mutex::default())
+    }
+
+    fn record(&self, event: &Self::Event) -> Result<()> {
+        *event.lock().unwrap() = Some(Instant::now());
+        Ok(())
+    }
+
+    fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<Duration> {
+        let moment = |event: &Self::Event| event.lock().unwrap().expect("the event was recorded");
+        Ok(moment(to) - moment(from))
     }
 }

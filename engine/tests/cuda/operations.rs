@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use engine::config::{Activation, Norm};
 use engine::cuda::kernels::{Formula, LoraInputs, Part, Verdict, sweep_bytes};
-use engine::cuda::pass::{OnDevice, PassRows};
+use engine::cuda::pass::PassRows;
 use engine::cuda::source::Scalar;
 use engine::kernels::activation::activate;
 use engine::kernels::attention::Row;
@@ -14,14 +14,13 @@ use engine::kernels::norm::{self, HeadNorm};
 use engine::kernels::rows::{Source, add_bias, cosines, gather, probe_rows, scale, scatter};
 use engine::kernels::signals::{mix, read};
 
-use crate::bench::{Bench, Dice, Held, assert_close, matrix, numbers, rounded, tolerance};
-use crate::emulator::Machine;
+use crate::bench::{Bench, Dice, Held, Rows, assert_close, matrix, numbers, rounded, tolerance};
 
 const DEPTHS: usize = 3;
 const ROWS: [usize; 5] = [1, 2, 17, 64, 257];
 
 /// Rows of random depths, on the device and as the CPU operations take them.
-fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (OnDevice<Machine>, Vec<(usize, Range<usize>)>) {
+fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (Rows, Vec<(usize, Range<usize>)>) {
     let mut depths: Vec<usize> = (0..count).map(|_| dice.below(DEPTHS)).collect();
     depths.sort_unstable();
     let blocks: Vec<[u32; 1]> = (0..count as u32).map(|block| [block]).collect();
@@ -32,7 +31,7 @@ fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (OnDevice<Mach
         start += of_depth.len();
         (of_depth[0], start - of_depth.len()..start)
     });
-    (PassRows::new(&rows, None).upload(&*bench.machine).unwrap(), ranges.collect())
+    (bench.upload(&PassRows::new(&rows, None)), ranges.collect())
 }
 
 /// Runs a test for every storage type and count of rows.
@@ -65,19 +64,21 @@ fn norms_are_those_of_the_cpu() {
         let out = bench.empty_stored(count * width);
         let kernels = bench.kernels();
         let residual = bench.put(&x);
-        kernels.norm_rows(residual.view, None, rows.rows, on_device.view, formula, out.view).unwrap();
+        kernels.norm_rows(residual.view, None, rows.views.rows, on_device.view, formula, out.view).unwrap();
         let expected = numbers(&cpu.forward(&matrix(&x, width), &depths).unwrap());
         assert_close(&what, &bench.stored(&out), &expected, tolerance(bench.scalar()));
 
         let picks: Vec<i32> = (0..count.div_ceil(2)).map(|_| dice.below(count) as i32).collect();
         let (picked, out) = (bench.put(&picks), bench.empty_stored(picks.len() * width));
-        kernels.norm_rows(residual.view, Some(picked.view), rows.rows, on_device.view, formula, out.view).unwrap();
+        kernels
+            .norm_rows(residual.view, Some(picked.view), rows.views.rows, on_device.view, formula, out.view)
+            .unwrap();
         let expected: Vec<f32> =
             picks.iter().flat_map(|&row| expected[row as usize * width..][..width].to_vec()).collect();
         assert_close(&what, &bench.stored(&out), &expected, tolerance(bench.scalar()));
 
         let y = bench.random(dice, count * width);
-        kernels.add_normed(bench.store(&y).view, rows.rows, on_device.view, formula, residual.view).unwrap();
+        kernels.add_normed(bench.store(&y).view, rows.views.rows, on_device.view, formula, residual.view).unwrap();
         let sum = matrix(&x, width);
         cpu.add_to(&sum, &matrix(&y, width), &depths).unwrap();
         assert_close(&what, &bench.get(&residual), &numbers(&sum), tolerance(Scalar::F32));
@@ -97,7 +98,7 @@ fn head_norms_are_those_of_the_cpu() {
         let (qkv, of_cpu) = (bench.store(&x), matrix(&x, (heads + 2 * kv_heads) * width));
         let formula = Formula::new(kind, width, sets, 1e-5);
         let vectors = bench.put(&vectors);
-        bench.kernels().norm_heads(qkv.view, rows.rows, vectors.view, formula, heads, kv_heads).unwrap();
+        bench.kernels().norm_heads(qkv.view, rows.views.rows, vectors.view, formula, heads, kv_heads).unwrap();
         cpu.apply(&of_cpu, &depths).unwrap();
         assert_close("heads", &bench.stored(&qkv), &numbers(&of_cpu), tolerance(bench.scalar()));
     });
@@ -146,8 +147,8 @@ fn biases_are_added_as_on_the_cpu() {
         let (rows, depths) = rows_by_depth(bench, dice, count);
         let (x, biases) = (bench.random(dice, count * width), dice.numbers(sets * width));
         let (stored, residual, on_device) = (bench.store(&x), bench.put(&x), bench.put(&biases));
-        bench.kernels().add_bias(stored.view, rows.rows, on_device.view, sets, width).unwrap();
-        bench.kernels().add_bias_to_residual(residual.view, rows.rows, on_device.view, sets, width).unwrap();
+        bench.kernels().add_bias(stored.view, rows.views.rows, on_device.view, sets, width).unwrap();
+        bench.kernels().add_bias_to_residual(residual.view, rows.views.rows, on_device.view, sets, width).unwrap();
         let expected = matrix(&x, width);
         add_bias(&expected, &matrix(&biases, width), &depths).unwrap();
         let expected = numbers(&expected);
@@ -199,7 +200,10 @@ fn gates_are_those_of_the_cpu() {
         let (x, probes) = (bench.random(dice, count * width), dice.numbers(DEPTHS * (width + 1)));
         let (picks, out) = (bench.put(&(0..count as i32).collect::<Vec<_>>()), bench.empty::<f32>(count));
         let on_device = (bench.store(&x), bench.put(&probes));
-        bench.kernels().gates(on_device.0.view, picks.view, rows.rows, on_device.1.view, width, out.view).unwrap();
+        bench
+            .kernels()
+            .gates(on_device.0.view, picks.view, rows.views.rows, on_device.1.view, width, out.view)
+            .unwrap();
         let expected = probe_rows(&matrix(&x, width), &matrix(&probes, width + 1), &depths).unwrap();
         assert_close("gates", &bench.get(&out), &numbers(&expected), 1e-5);
     });
@@ -301,9 +305,9 @@ fn lora_of_mixed_depths_is_that_of_the_cpu() {
             };
             let (shrunk, stored, residual) = (bench.empty::<f32>(count * ranks), bench.store(&y), bench.put(&y));
             let kernels = bench.kernels();
-            kernels.lora_shrink(&given, bench.store(&x).view, count, rows.groups, shrunk.view).unwrap();
-            kernels.lora_expand(&given, shrunk.view, count, rows.groups, stored.view).unwrap();
-            kernels.lora_expand_f32(&given, shrunk.view, count, rows.groups, residual.view).unwrap();
+            kernels.lora_shrink(&given, bench.store(&x).view, count, rows.views.groups, shrunk.view).unwrap();
+            kernels.lora_expand(&given, shrunk.view, count, rows.views.groups, stored.view).unwrap();
+            kernels.lora_expand_f32(&given, shrunk.view, count, rows.views.groups, residual.view).unwrap();
             let expected = matrix(&y, lora.outputs());
             lora.on_cpu(&expected, &matrix(&x, inputs), &depths);
             let what = format!("{shape:?}, {inputs} inputs, {count} rows");
@@ -315,7 +319,7 @@ fn lora_of_mixed_depths_is_that_of_the_cpu() {
 
 fn verdicts(bench: &Bench, logits: &[f32], vocab: usize, temperature: f32, keys: &[u64]) -> Vec<Verdict> {
     let (logits, keys_held, out): (_, _, Held<Verdict>) = (bench.put(logits), bench.put(keys), bench.empty(keys.len()));
-    let scratch = bench.bytes(sweep_bytes(keys.len(), vocab));
+    let scratch = bench.empty::<u8>(sweep_bytes(keys.len(), vocab));
     let kernels = bench.kernels();
     kernels.read_logits(logits.view, keys_held.view, vocab, temperature, scratch.view, out.view).unwrap();
     bench.get(&out)

@@ -1,0 +1,795 @@
+//! Runs passes on a device: one upload of indices, launches and products, one download of what was asked.
+//!
+//! A pass is cut into sections: rows that run through the same layers. A section's rows lie in memory that never moves
+//! while passes are no larger than those before, and so do its indices. Without prompts' chunks in a pass the sections
+//! are padded to a few sizes, and what a section launches is captured as a graph when a size comes up again.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt::{self, Debug, Formatter};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use candle_core::{Result, bail};
+use scheduler::KvFill;
+use scheduler::blocks::BlockId;
+
+use super::device::{Device, Held, Stored, View, bytes_of_mut};
+use super::kernels::{self, Kernels, Target, sweep_bytes};
+use super::layers::{Layer, Run, Scratch};
+use super::model::CudaModel;
+use super::pass::{Arrays, GROUP_ROWS, OnDevice, PassRows, Room};
+use super::source::Specialization;
+use crate::backend::{Answers, Backend, Heads, Work};
+use crate::cache::{CacheError, PageLayout, check_block_tokens};
+use crate::config::ModelConfig;
+use crate::executor::EngineError;
+use crate::kernels::attention::{Fill, Row};
+use crate::kernels::rows::Source;
+use crate::kernels::signals::Verdict;
+use crate::model::Rows;
+use crate::parameters::Loops;
+
+/// Graphs kept at most; then all are dropped, and captured again as their sizes come up.
+const MAX_GRAPHS: usize = 512;
+
+/// Rows that run through the same layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Layers {
+    /// All rows of a pass through the block, if its loops share it; through nothing otherwise.
+    Block,
+    Prelude,
+    /// Of loops that share nothing, that of a depth.
+    Loop(usize),
+    /// The coda to the last layer's keys and values.
+    Coda,
+    /// The last layer of the coda, and the head.
+    Head,
+}
+
+/// What a graph holds: a section of a size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Size {
+    layers: Layers,
+    rows: usize,
+    items: usize,
+    /// Bits of the temperature at which the head's tokens are drawn.
+    temperature: u32,
+}
+
+/// A section of a pass.
+#[derive(Clone, Copy)]
+struct Section {
+    layers: Layers,
+    /// Its rows, padded if it runs as a graph.
+    rows: OnDevice,
+    /// Where each comes from: rows of what ran before it, as `enter_rows` takes them. None for the block, whose rows are in
+    /// place.
+    gather: Option<View<i32>>,
+    /// The rows of the pass that its own become again.
+    scatter: Option<View<i32>>,
+    graph: bool,
+}
+
+impl Section {
+    /// The same with its indices so many bytes further on.
+    fn moved(self, bytes: u64) -> Self {
+        Self {
+            rows: self.rows.moved(bytes),
+            gather: self.gather.map(|gather| gather.moved(bytes)),
+            scatter: self.scatter.map(|scatter| scatter.moved(bytes)),
+            ..self
+        }
+    }
+}
+
+/// What is laid out for an upload of the sections of a pass.
+#[derive(Default)]
+struct Plan {
+    /// Their rows, and what those are among the rows that ran before.
+    sections: BTreeMap<Layers, (PassRows, Vec<i32>)>,
+    /// Of the head.
+    keys: Vec<u64>,
+}
+
+impl Plan {
+    fn push(&mut self, layers: Layers, rows: &[Row<'_>], window: Option<usize>, places: impl Iterator<Item = usize>) {
+        if !rows.is_empty() {
+            let places = places.map(|place| place as i32).collect();
+            self.sections.insert(layers, (PassRows::new(rows, window), places));
+        }
+    }
+
+    /// Whether every row attends by itself.
+    fn is_decode(&self) -> bool {
+        self.sections.values().all(|(rows, _)| rows.room().tiles == 0)
+    }
+}
+
+/// Memory that grows with the largest pass seen.
+struct Growing<D: Device>(Option<Held<D, u8>>);
+
+impl<D: Device> Growing<D> {
+    /// Makes room for so many bytes; says whether what was there is gone.
+    fn fit(&mut self, device: &D, bytes: usize) -> Result<bool> {
+        if self.0.as_ref().is_some_and(|held| held.view.len() >= bytes) {
+            return Ok(false);
+        }
+        self.0 = None;
+        self.0 = Some(Held::room(device, bytes.next_power_of_two(), 1)?);
+        Ok(true)
+    }
+
+    fn held(&self) -> &Held<D, u8> {
+        self.0.as_ref().expect("memory was made to fit before it is used")
+    }
+
+    fn carve(&self) -> Carver {
+        Carver(self.held().view.address())
+    }
+}
+
+/// Cuts memory into arrays, each at a multiple of 16 bytes.
+struct Carver(u64);
+
+impl Carver {
+    fn take<T>(&mut self, len: usize, bytes_of_number: usize) -> View<T> {
+        let view = View::new(self.0, len);
+        self.0 += (len * bytes_of_number).next_multiple_of(16) as u64;
+        view
+    }
+}
+
+/// Memory of the rows of a pass.
+struct RowMemory {
+    /// The residual stream of all,
+    hidden: View<f32>,
+    /// of those of a section of its own,
+    part: View<f32>,
+    /// and of those that have run the coda.
+    exits: View<f32>,
+    scratch: Scratch,
+}
+
+impl RowMemory {
+    /// For so many rows; `partial` is left to be set.
+    fn carve(carver: &mut Carver, config: &ModelConfig, scalar_bytes: usize, rows: usize) -> Self {
+        let &ModelConfig { hidden_size, intermediate_size, .. } = config;
+        let (queries, qkv) = (config.q_size(), config.q_size() + 2 * config.kv_size());
+        let gate_up = intermediate_size * if config.architecture.gated_mlp { 2 } else { 1 };
+        let ranks = config.lora.as_ref().map_or(0, |lora| {
+            let ranks = &lora.ranks;
+            (ranks.q + ranks.k + ranks.v).max(ranks.o).max(ranks.gate + ranks.up).max(ranks.down)
+        });
+        let residual = |carver: &mut Carver| carver.take(rows * hidden_size, size_of::<f32>());
+        let (hidden, part, exits) = (residual(carver), residual(carver), residual(carver));
+        let mut stored = |width| carver.take(rows * width, scalar_bytes);
+        let scratch = Scratch {
+            normed: stored(hidden_size),
+            mlp_normed: stored(hidden_size),
+            qkv: stored(qkv),
+            mixed: stored(queries),
+            gate_up: stored(gate_up),
+            inner: stored(intermediate_size),
+            projected: stored(hidden_size),
+            shrunk: carver.take(rows * ranks.max(config.head_lora_rank), size_of::<f32>()),
+            partial: View::new(0, 0),
+        };
+        Self { hidden, part, exits, scratch }
+    }
+}
+
+/// Memory of the rows whose head is read.
+struct HeadMemory {
+    hidden: View<f32>,
+    logits: View<f32>,
+    sweep: View<u8>,
+}
+
+impl HeadMemory {
+    fn carve(carver: &mut Carver, config: &ModelConfig, rows: usize) -> Self {
+        Self {
+            hidden: carver.take(rows * config.hidden_size, size_of::<f32>()),
+            logits: carver.take(rows * config.vocab_size, size_of::<f32>()),
+            sweep: carver.take(sweep_bytes(rows, config.vocab_size), 1),
+        }
+    }
+}
+
+/// Where the answers of a pass are left, to be downloaded as one.
+struct AnswerMemory {
+    verdicts: View<kernels::Verdict>,
+    gates: View<f32>,
+    similarities: View<f32>,
+}
+
+impl AnswerMemory {
+    fn carve(carver: &mut Carver, [verdicts, gates, similarities]: [usize; 3]) -> Self {
+        Self {
+            verdicts: carver.take(verdicts, size_of::<kernels::Verdict>()),
+            gates: carver.take(gates, size_of::<f32>()),
+            similarities: carver.take(similarities, size_of::<f32>()),
+        }
+    }
+}
+
+/// A moment before and after a piece of work.
+struct Span<D: Device> {
+    start: D::Event,
+    end: D::Event,
+}
+
+impl<D: Device> Span<D> {
+    fn new(device: &D) -> Result<Self> {
+        Ok(Self { start: device.event()?, end: device.event()? })
+    }
+}
+
+/// A device's backend.
+pub(super) struct CudaBackend<D: Device> {
+    model: Arc<CudaModel<D>>,
+    module: D::Module,
+    specialization: Specialization,
+    layout: PageLayout,
+    pages: Held<D, Stored>,
+    /// `[capacity, hidden]`
+    in_flight: Option<Held<D, f32>>,
+    /// What is uploaded for a pass, and where it goes.
+    arrays: Arrays,
+    indices: Growing<D>,
+    row_memory: Growing<D>,
+    head_memory: Growing<D>,
+    partial: Growing<D>,
+    answers: Growing<D>,
+    fills: Growing<D>,
+    /// Rows that `row_memory` and `head_memory` are cut for.
+    rows: usize,
+    head_rows: usize,
+    /// The indices' room for each section of passes that run as graphs.
+    rooms: BTreeMap<Layers, Room>,
+    graphs: HashMap<Size, D::Graph>,
+    /// Sizes that have run, so that the next run is worth a graph.
+    seen: HashSet<Size>,
+    /// The first row of the last pass that has run the coda.
+    first_exit: usize,
+    passes: Span<D>,
+    heads: Span<D>,
+    time: Duration,
+    head_time: Duration,
+}
+
+impl<D: Device> Debug for CudaBackend<D> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CudaBackend").field("model", &self.model).field("layout", &self.layout).finish_non_exhaustive()
+    }
+}
+
+/// A size that is at most a quarter larger, of which there are four to a doubling.
+fn bucket(n: usize) -> usize {
+    n.next_multiple_of((n.next_power_of_two() / 8).max(1))
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// With an empty cache.
+    pub fn new(
+        model: Arc<CudaModel<D>>,
+        kv_fill: KvFill,
+        num_blocks: u32,
+        block_tokens: u32,
+    ) -> std::result::Result<Self, EngineError> {
+        check_block_tokens(block_tokens)?;
+        let (device, scalar) = (&*model.device, model.scalar);
+        let layout = PageLayout::new(&model.config, kv_fill, num_blocks, block_tokens);
+        let numbers = layout.layers().count() * layout.blocks * page_numbers(&layout);
+        let pages = Held::room(device, numbers, scalar.bytes());
+        let specialization = model.specialization(layout.block_tokens)?;
+        Ok(Self {
+            module: device.load(&specialization)?,
+            specialization,
+            pages: pages.map_err(|source| CacheError::Allocate {
+                blocks: num_blocks,
+                bytes: (numbers * scalar.bytes()) as u64,
+                source,
+            })?,
+            layout,
+            in_flight: None,
+            arrays: Arrays::default(),
+            indices: Growing(None),
+            row_memory: Growing(None),
+            head_memory: Growing(None),
+            partial: Growing(None),
+            answers: Growing(None),
+            fills: Growing(None),
+            rows: 0,
+            head_rows: 0,
+            rooms: BTreeMap::new(),
+            graphs: HashMap::new(),
+            seen: HashSet::new(),
+            first_exit: 0,
+            passes: Span::new(device)?,
+            heads: Span::new(device)?,
+            time: Duration::ZERO,
+            head_time: Duration::ZERO,
+            model,
+        })
+    }
+
+    fn kernels(&self) -> Kernels<'_, D> {
+        Kernels { device: &self.model.device, module: &self.module, specialization: self.specialization }
+    }
+
+    fn width(&self) -> usize {
+        self.model.config.hidden_size
+    }
+
+    fn row_views(&self) -> RowMemory {
+        let mut views =
+            RowMemory::carve(&mut self.row_memory.carve(), &self.model.config, self.model.scalar.bytes(), self.rows);
+        let partial = self.partial.held().view;
+        views.scratch.partial = View::new(partial.address(), partial.len() / size_of::<f32>());
+        views
+    }
+
+    fn head_views(&self) -> HeadMemory {
+        HeadMemory::carve(&mut self.head_memory.carve(), &self.model.config, self.head_rows)
+    }
+
+    fn run_of(&self, rows: OnDevice) -> Run<'_, D> {
+        Run {
+            kernels: self.kernels(),
+            rows,
+            scratch: self.row_views().scratch,
+            rotary: self.model.rotary(),
+            pages: self.pages.view,
+            layout: self.layout,
+        }
+    }
+
+    /// Refuses what the kernels would read or write beyond memory.
+    fn check(&self, work: &Work<'_>) -> Result<()> {
+        let &ModelConfig { vocab_size, max_positions, .. } = &self.model.config;
+        for row in work.rows.rows() {
+            let reach = max_positions.min(row.blocks.len() * self.layout.block_tokens);
+            if row.position >= reach {
+                bail!("a row is at position {}, its sequence has room for {reach}", row.position);
+            }
+        }
+        let in_flight = self.in_flight.as_ref().map_or(0, |held| held.view.len()) / self.width();
+        let kept = work.places.iter().flatten().map(|&row| Source::Second(row));
+        let compared = work.similarities.iter().map(|&(_, row)| Source::Second(row));
+        for source in work.sources.iter().copied().chain(kept).chain(compared) {
+            let (row, rows) = match source {
+                Source::First(token) => (token as usize, vocab_size),
+                Source::Second(row) => (row as usize, in_flight),
+            };
+            if row >= rows {
+                bail!("row {row} was asked for, there are {rows}");
+            }
+        }
+        match work.gates.is_empty() || self.model.gates.is_some() {
+            true => Ok(()),
+            false => bail!("the model has no gates"),
+        }
+    }
+
+    /// The sections of a pass.
+    fn plan(&self, work: &Work<'_>) -> Plan {
+        let window = self.window();
+        let rows = work.rows.rows();
+        let mut plan = Plan::default();
+        plan.push(Layers::Block, rows, window, 0..rows.len());
+        let mut part = |layers, range: Range<usize>| plan.push(layers, &rows[range.clone()], window, range);
+        if !self.model.prelude.is_empty() {
+            part(Layers::Prelude, work.rows.range(0..1));
+        }
+        if let Loops::Own(loops) = &self.model.loops {
+            (0..loops.len()).for_each(|depth| part(Layers::Loop(depth), work.rows.range(depth..depth + 1)));
+        }
+        if !self.model.coda.is_empty() {
+            part(Layers::Coda, work.coda.clone());
+        }
+        let first_exit = if self.model.coda.is_empty() { 0 } else { work.coda.start };
+        let of_exits = work.heads.rows.iter().map(|&row| row - first_exit);
+        plan.push(Layers::Head, work.rows.pick(work.heads.rows.iter().copied()).rows(), window, of_exits);
+        plan.keys = work.heads.keys.clone();
+        plan
+    }
+
+    /// The sections of a pass before the head, in their order.
+    fn order(&self) -> Vec<Layers> {
+        let block = match &self.model.loops {
+            Loops::Shared(_) => vec![Layers::Block],
+            Loops::Own(loops) => (0..loops.len()).map(Layers::Loop).collect(),
+        };
+        [vec![Layers::Prelude], block, vec![Layers::Coda]].concat()
+    }
+
+    fn window(&self) -> Option<usize> {
+        self.model.config.architecture.sliding_window.as_ref().map(|window| window.tokens)
+    }
+
+    /// The size that rows are padded to if they run as a graph.
+    fn padded(&self, room: Room) -> Room {
+        let rows = bucket(room.rows);
+        let groups = rows.min(rows.div_ceil(GROUP_ROWS) + self.model.config.num_loops - 1);
+        Room { rows, items: bucket(room.items), tiles: 0, groups, blocks: bucket(room.blocks) }
+    }
+
+    /// Lays the sections of a plan out among the indices. The views count from the start of those.
+    fn lay_out(&mut self, plan: &Plan) -> (Vec<Section>, View<u64>) {
+        self.arrays.clear();
+        let graph = plan.is_decode();
+        let used = |(rows, _): &(PassRows, _)| if graph { self.padded(rows.room()) } else { rows.room() };
+        let used: BTreeMap<Layers, Room> =
+            plan.sections.iter().map(|(&layers, section)| (layers, used(section))).collect();
+        let rooms = if graph { self.grown_rooms(&used) } else { used.clone() };
+        // What graphs read comes first: its place does not depend on the pass.
+        let mut placed = BTreeMap::new();
+        for (&layers, &room) in &rooms {
+            let nothing = PassRows::default();
+            let rows = plan.sections.get(&layers).map_or(&nothing, |(rows, _)| rows);
+            placed.insert(layers, rows.append(&mut self.arrays, room));
+        }
+        let head_rows = rooms.get(&Layers::Head).map_or(0, |room| room.rows);
+        let keys = self.arrays.push(&plan.keys, head_rows, 0);
+        let sections = plan.sections.iter().map(|(&layers, (_, places))| {
+            let before: Vec<i32> = places.iter().map(|place| -1 - place).collect();
+            let in_place = layers == Layers::Block;
+            let stays = matches!(layers, Layers::Block | Layers::Coda | Layers::Head);
+            Section {
+                layers,
+                rows: placed[&layers].first(used[&layers]),
+                gather: (!in_place).then(|| self.arrays.push(&before, before.len(), 0)),
+                scatter: (!stays).then(|| self.arrays.push(places, places.len(), 0)),
+                graph,
+            }
+        });
+        (sections.collect(), keys)
+    }
+
+    /// Room for these sections and all that came before; graphs that know of less are gone.
+    fn grown_rooms(&mut self, needed: &BTreeMap<Layers, Room>) -> BTreeMap<Layers, Room> {
+        for (&layers, &room) in needed {
+            let known = self.rooms.entry(layers).or_default();
+            if known.or(room) != *known {
+                *known = known.or(room);
+                self.graphs.clear();
+            }
+        }
+        self.rooms.clone()
+    }
+
+    /// Makes memory fit sections, and drops the graphs that knew it elsewhere.
+    fn fit(&mut self, sections: &[Section]) -> Result<()> {
+        let model = self.model.clone();
+        let (device, config, scalar_bytes) = (&*model.device, &model.config, model.scalar.bytes());
+        let mut moved = false;
+        let most = |layers: &dyn Fn(Layers) -> bool| {
+            sections.iter().filter(|section| layers(section.layers)).map(|section| section.rows.rows.len()).max()
+        };
+        // The rows of a head are rows of the pass, but may be padded further.
+        let rows = most(&|_| true).unwrap_or(0).max(self.rows);
+        if rows > self.rows {
+            let mut carver = Carver(0);
+            RowMemory::carve(&mut carver, config, scalar_bytes, rows.next_power_of_two());
+            self.row_memory.fit(device, carver.0 as usize)?;
+            (self.rows, moved) = (rows.next_power_of_two(), true);
+        }
+        let head_rows = most(&|layers| layers == Layers::Head).unwrap_or(0);
+        if head_rows > self.head_rows {
+            let mut carver = Carver(0);
+            HeadMemory::carve(&mut carver, config, head_rows.next_power_of_two());
+            self.head_memory.fit(device, carver.0 as usize)?;
+            (self.head_rows, moved) = (head_rows.next_power_of_two(), true);
+        }
+        let items = sections.iter().map(|section| section.rows.items.len()).max().unwrap_or(0);
+        let partial = items * config.num_heads * (2 + config.head_dim) * size_of::<f32>();
+        moved |= self.partial.fit(device, partial)?;
+        if moved {
+            self.graphs.clear();
+        }
+        Ok(())
+    }
+
+    /// Uploads what is laid out; gives where.
+    fn upload(&mut self) -> Result<u64> {
+        let device = self.model.device.clone();
+        if self.indices.fit(&device, self.arrays.bytes().len())? {
+            self.graphs.clear();
+        }
+        device.upload(self.indices.held().memory(), self.arrays.bytes())?;
+        Ok(self.indices.held().view.address())
+    }
+
+    /// Makes room for answers, and drops the graphs that leave theirs elsewhere.
+    fn fit_answers(&mut self, sizes: [usize; 3]) -> Result<AnswerMemory> {
+        let mut carver = Carver(0);
+        AnswerMemory::carve(&mut carver, sizes);
+        if self.answers.fit(&self.model.device, carver.0 as usize)? {
+            self.graphs.clear();
+        }
+        Ok(AnswerMemory::carve(&mut self.answers.carve(), sizes))
+    }
+
+    /// Runs a section's rows through its layers.
+    fn run_section(&mut self, section: &Section) -> Result<()> {
+        let views = self.row_views();
+        let residual = if section.layers == Layers::Coda { views.exits } else { views.part };
+        let residual = if section.layers == Layers::Block { views.hidden } else { residual };
+        if let Some(gather) = section.gather {
+            self.gather(views.hidden, gather, residual)?;
+        }
+        self.perform(section, 0, |backend| backend.run_layers(section, residual))?;
+        match section.scatter {
+            Some(scatter) => self.kernels().keep_rows(residual, scatter, self.width(), views.hidden),
+            None => Ok(()),
+        }
+    }
+
+    fn gather(&self, from: View<f32>, gather: View<i32>, to: View<f32>) -> Result<()> {
+        self.kernels().enter_rows(self.model.embedding.view, from, gather, self.width(), 1.0, to)
+    }
+
+    /// Does a section's work, by a graph if it has run in its size before.
+    fn perform(&mut self, section: &Section, temperature: u32, work: impl Fn(&Self) -> Result<()>) -> Result<()> {
+        let (rows, items) = (section.rows.rows.len(), section.rows.items.len());
+        let size = Size { layers: section.layers, rows, items, temperature };
+        // What runs for the first time may make the driver load kernels, which no capture allows.
+        if !section.graph || self.seen.insert(size) {
+            return work(self);
+        }
+        if !self.graphs.contains_key(&size) {
+            let graph = self.model.device.capture(|| work(self))?;
+            if self.graphs.len() == MAX_GRAPHS {
+                self.graphs.clear();
+            }
+            self.graphs.insert(size, graph);
+        }
+        // SAFETY: where memory is freed, the graphs that know it are dropped.
+        unsafe { self.model.device.replay(&self.graphs[&size]) }
+    }
+
+    fn run_layers(&self, section: &Section, residual: View<f32>) -> Result<()> {
+        let run = self.run_of(section.rows);
+        let forward = |layers: &[Layer<D>]| layers.iter().try_for_each(|layer| layer.forward(&run, residual));
+        match (section.layers, &self.model.loops) {
+            (Layers::Prelude, _) => forward(&self.model.prelude),
+            (Layers::Block, Loops::Shared(layers)) => forward(layers),
+            (Layers::Loop(depth), Loops::Own(loops)) => forward(&loops[depth]),
+            (Layers::Coda, _) => match self.model.coda.split_last() {
+                Some((last, before)) => {
+                    forward(before)?;
+                    last.keep(&run, residual).map(drop)
+                }
+                None => Ok(()),
+            },
+            (Layers::Head, _) => forward(self.model.coda.last().map_or(&[], std::slice::from_ref)),
+            (Layers::Block, Loops::Own(_)) | (Layers::Loop(_), Loops::Shared(_)) => {
+                unreachable!("the block is one section or one for each loop")
+            }
+        }
+    }
+
+    /// Reads the head of the rows of a section.
+    fn run_head(
+        &mut self,
+        section: &Section,
+        keys: View<u64>,
+        temperature: f32,
+        verdicts: View<kernels::Verdict>,
+    ) -> Result<()> {
+        let model = self.model.clone();
+        let (views, head) = (self.row_views(), self.head_views());
+        model.device.record(&self.heads.start)?;
+        let exits = if model.coda.is_empty() { views.hidden } else { views.exits };
+        self.gather(exits, section.gather.expect("heads are gathered"), head.hidden)?;
+        self.perform(section, temperature.to_bits(), |backend| {
+            backend.run_layers(section, head.hidden)?;
+            let (run, normed) = (backend.run_of(section.rows), views.scratch.normed);
+            model.norm.of_rows(&run, head.hidden, None, normed)?;
+            run.kernels.product(normed, section.rows.rows.len(), model.head, Target::F32(head.logits))?;
+            if let Some(lora) = &model.head_lora {
+                lora.add_to(&run, normed, head.logits)?;
+            }
+            let keys = keys.first(section.rows.rows.len());
+            run.kernels.read_logits(head.logits, keys, model.config.vocab_size, temperature, head.sweep, verdicts)
+        })?;
+        model.device.record(&self.heads.end)
+    }
+
+    /// Scores of the gates of some rows.
+    fn run_gates(&self, rows: OnDevice, picks: View<i32>, out: View<f32>) -> Result<()> {
+        let Some(gates) = &self.model.gates else { return Ok(()) };
+        let (run, views) = (self.run_of(rows), self.row_views());
+        let normed = views.scratch.normed;
+        self.model.norm.of_rows(&run, views.hidden, Some(picks), normed)?;
+        run.kernels.gates(normed, picks, rows.rows, gates.view, self.width(), out)
+    }
+
+    /// Downloads answers, and adds up what they took.
+    fn finish(&mut self, sizes: [usize; 3]) -> Result<Answers> {
+        let device = self.model.device.clone();
+        device.record(&self.passes.end)?;
+        let mut bytes = Carver(0);
+        let places = AnswerMemory::carve(&mut bytes, sizes);
+        let mut found = vec![0; bytes.0 as usize];
+        if !found.is_empty() {
+            device.download(self.answers.held().memory(), &mut found)?;
+        }
+        self.time += device.elapsed(&self.passes.start, &self.passes.end)?;
+        if sizes[0] > 0 {
+            self.head_time += device.elapsed(&self.heads.start, &self.heads.end)?;
+        }
+        let mut verdicts = vec![kernels::Verdict::default(); sizes[0]];
+        let (mut gates, mut similarities) = (vec![0.0_f32; sizes[1]], vec![0.0_f32; sizes[2]]);
+        let at = |address: u64, bytes: &mut [u8]| bytes.copy_from_slice(&found[address as usize..][..bytes.len()]);
+        at(places.verdicts.address(), bytes_of_mut(&mut verdicts));
+        at(places.gates.address(), bytes_of_mut(&mut gates));
+        at(places.similarities.address(), bytes_of_mut(&mut similarities));
+        let verdict = |verdict: kernels::Verdict| {
+            let kernels::Verdict { top1, margin, entropy, token, .. } = verdict;
+            Verdict { top1, margin, entropy, token: token as u32 }
+        };
+        Ok(Answers { verdicts: verdicts.into_iter().map(verdict).collect(), gates, similarities })
+    }
+}
+
+/// Numbers of a page on the device: keys, then values, as `attention.cu` has them.
+fn page_numbers(layout: &PageLayout) -> usize {
+    2 * layout.kv_heads * layout.block_tokens * layout.head_dim
+}
+
+impl<D: Device + 'static> Backend for CudaBackend<D> {
+    fn reserve(&mut self, rows: usize) -> Result<()> {
+        let width = self.width();
+        let there = self.in_flight.as_ref().map_or(0, |held| held.view.len()) / width;
+        if rows <= there {
+            return Ok(());
+        }
+        let device = self.model.device.clone();
+        let larger = Held::room(&*device, rows * width, size_of::<f32>())?;
+        if let Some(smaller) = &self.in_flight {
+            let places = Held::of(&*device, &(0..there as i32).collect::<Vec<_>>())?;
+            self.kernels().keep_rows(smaller.view, places.view, width, larger.view)?;
+            // What is copied from must not be freed before it is.
+            device.download(larger.memory(), &mut [])?;
+        }
+        self.in_flight = Some(larger);
+        Ok(())
+    }
+
+    fn run(&mut self, work: &Work<'_>) -> Result<Answers> {
+        if work.rows.is_empty() {
+            return Ok(Answers::default());
+        }
+        self.check(work)?;
+        let device = self.model.device.clone();
+        let plan = self.plan(work);
+        self.first_exit = if self.model.coda.is_empty() { 0 } else { work.coda.start };
+        let (sections, keys) = self.lay_out(&plan);
+        let mut push = |numbers: Vec<i32>| self.arrays.push(&numbers, numbers.len(), 0);
+        let sources = push(work.sources.iter().map(|&source| source_number(source)).collect());
+        let places = push(work.places.iter().map(|place| place.map_or(-1, |place| place as i32)).collect());
+        let gates = push(work.gates.iter().map(|&row| row as i32).collect());
+        let compared = push(work.similarities.iter().map(|&(row, _)| row as i32).collect());
+        let before = push(work.similarities.iter().map(|&(_, row)| row as i32).collect());
+        self.fit(&sections)?;
+        let head = sections.iter().find(|section| section.layers == Layers::Head);
+        let padded = [head.map_or(0, |head| head.rows.rows.len()), gates.len(), compared.len()];
+        let answers = self.fit_answers(padded)?;
+        device.record(&self.passes.start)?;
+        let indices = self.upload()?;
+        let sections: Vec<Section> = sections.iter().map(|section| section.moved(indices)).collect();
+
+        let (views, in_flight) = (self.row_views(), self.in_flight.as_ref().map_or(View::new(0, 0), |held| held.view));
+        let (width, factor) = (self.width(), self.model.config.architecture.embedding_scale);
+        self.kernels().enter_rows(
+            self.model.embedding.view,
+            in_flight,
+            sources.moved(indices),
+            width,
+            factor,
+            views.hidden,
+        )?;
+        for layers in self.order() {
+            if let Some(section) = sections.iter().find(|section| section.layers == layers) {
+                self.run_section(section)?;
+            }
+        }
+        if let Some(section) = sections.iter().find(|section| section.layers == Layers::Head) {
+            self.run_head(section, keys.moved(indices), work.heads.temperature, answers.verdicts)?;
+        }
+        let whole = sections.iter().find(|section| section.layers == Layers::Block).expect("every pass has rows");
+        if gates.len() > 0 {
+            self.run_gates(whole.rows, gates.moved(indices), answers.gates)?;
+        }
+        if compared.len() > 0 {
+            let (ours, theirs) = (compared.moved(indices), before.moved(indices));
+            self.kernels().cosines((views.hidden, ours), (in_flight, theirs), width, answers.similarities)?;
+        }
+        self.kernels().keep_rows(views.hidden, places.moved(indices), width, in_flight)?;
+        let mut answers = self.finish(padded)?;
+        answers.verdicts.truncate(work.heads.rows.len());
+        Ok(answers)
+    }
+
+    fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
+        let mut plan = Plan { keys: heads.keys.clone(), ..Plan::default() };
+        let of_exits = heads.rows.iter().map(|&row| row - self.first_exit);
+        plan.push(Layers::Head, rows.rows(), self.window(), of_exits);
+        let (sections, keys) = self.lay_out(&plan);
+        let [section] = &sections[..] else { return Ok(Vec::new()) };
+        self.fit(&sections)?;
+        let padded = [section.rows.rows.len(), 0, 0];
+        let answers = self.fit_answers(padded)?;
+        self.model.device.record(&self.passes.start)?;
+        let indices = self.upload()?;
+        self.run_head(&section.moved(indices), keys.moved(indices), heads.temperature, answers.verdicts)?;
+        let mut answers = self.finish(padded)?;
+        answers.verdicts.truncate(heads.rows.len());
+        Ok(answers.verdicts)
+    }
+
+    fn fill_deeper(&mut self, fills: &[Fill]) -> Result<()> {
+        if fills.is_empty() {
+            return Ok(());
+        }
+        let device = self.model.device.clone();
+        let fill = |fill: &Fill| kernels::Fill {
+            block: fill.block as i32,
+            offset: fill.offset as i32,
+            depth: fill.depth as i32,
+        };
+        let mut arrays = Arrays::default();
+        let fills: Vec<kernels::Fill> = fills.iter().map(fill).collect();
+        let view = arrays.push(&fills, fills.len(), fills[0]);
+        device.record(&self.passes.start)?;
+        self.fills.fit(&device, arrays.bytes().len())?;
+        device.upload(self.fills.held().memory(), arrays.bytes())?;
+        let view = view.moved(self.fills.held().view.address());
+        let first = match &self.model.loops {
+            Loops::Shared(layers) => &layers[0],
+            Loops::Own(loops) => &loops[0][0],
+        };
+        let geometry = first.geometry(self.model.rotary(), &self.layout);
+        self.kernels().fill_deeper(view, geometry, self.layout.depth_layers, self.pages.view)?;
+        self.finish([0; 3]).map(drop)
+    }
+
+    fn take_time(&mut self) -> Option<Duration> {
+        Some(std::mem::take(&mut self.time))
+    }
+
+    fn head_time(&self) -> Duration {
+        self.head_time
+    }
+
+    fn cached(&self, blocks: &[BlockId], positions: usize) -> Result<Vec<f32>> {
+        let (layout, scalar) = (&self.layout, self.model.scalar);
+        let mut bytes = vec![0; self.pages.view.len() * scalar.bytes()];
+        self.model.device.download(self.pages.memory(), &mut bytes)?;
+        let pages = scalar.decode(&bytes);
+        let mut entries = Vec::new();
+        for layer in 0..layout.layers().count() {
+            for position in 0..positions {
+                let block = layer * layout.blocks + blocks[position / layout.block_tokens] as usize;
+                let (keys, values) =
+                    pages[block * page_numbers(layout)..][..page_numbers(layout)].split_at(page_numbers(layout) / 2);
+                for kv_head in 0..layout.kv_heads {
+                    let at = (kv_head * layout.block_tokens + position % layout.block_tokens) * layout.head_dim;
+                    entries.extend(&keys[at..][..layout.head_dim]);
+                    entries.extend(&values[at..][..layout.head_dim]);
+                }
+            }
+        }
+        Ok(entries)
+    }
+}
+
+/// A source as `enter_rows` takes it.
+fn source_number(source: Source) -> i32 {
+    match source {
+        Source::First(token) => token as i32,
+        Source::Second(row) => -1 - row as i32,
+    }
+}

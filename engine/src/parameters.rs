@@ -1,0 +1,278 @@
+//! What a model is made of, whatever device it is laid out for: which tensors of its weights go together, and at which
+//! depths.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use crate::cache::Kept;
+use crate::config::{self, ModelConfig, Norm, Place, ProjectionKind, Sharing};
+use crate::kernels::attention::{Heads, Sight};
+use crate::kernels::rotary;
+use crate::weights::{Weights, WeightsError};
+
+/// The tensors of a whole model.
+pub(crate) struct ModelParameters<'w> {
+    /// `[vocab, hidden]`
+    pub embedding: &'w Tensor,
+    pub prelude: Vec<LayerParameters<'w>>,
+    pub loops: Loops<LayerParameters<'w>>,
+    pub coda: Vec<LayerParameters<'w>>,
+    /// `[1, numbers]`
+    pub norm: Tensor,
+    /// `[vocab, hidden]`
+    pub head: &'w Tensor,
+    /// What each depth but the last adds to the head, `[rank, hidden]` and `[vocab, rank]`; empty if nothing.
+    pub head_adapters: Vec<(&'w Tensor, &'w Tensor)>,
+    /// The gate of each depth but the last, `[num_loops - 1, hidden + 1]`, its bias last.
+    pub gates: Option<Tensor>,
+    /// [`rotary::tables`]
+    pub rotary: Tensor,
+}
+
+impl<'w> ModelParameters<'w> {
+    /// Those of weights.
+    pub fn new(weights: &'w Weights) -> Result<Self, WeightsError> {
+        let config = weights.config();
+        let mut rotaries = Vec::new();
+        for frequencies in config.places().map(|place| config.rotary_frequencies(place)) {
+            if !rotaries.contains(&frequencies) {
+                rotaries.push(frequencies);
+            }
+        }
+        let layer = |places: Vec<Place>, kept| Loader { weights, rotaries: &rotaries, places }.layer(kept);
+        let coda_layer = |index| layer(vec![Place::Coda(index)], Kept::AtEachDepth(config.block_layers + index));
+        let block = |depths: Range<usize>| {
+            let places = |layer| depths.clone().map(|depth| Place::Block { depth, layer }).collect();
+            let layers = (0..config.block_layers).map(|index| layer(places(index), Kept::AtEachDepth(index)));
+            layers.collect::<Result<Vec<_>, WeightsError>>()
+        };
+        let norm = norm_tensors(config, "norm");
+        let norm = norm.iter().map(|name| weights.get(name)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            embedding: weights.get("embed_tokens.weight")?,
+            prelude: (0..config.prelude_layers)
+                .map(|index| layer(vec![Place::Prelude(index)], Kept::Once(index)))
+                .collect::<Result<_, _>>()?,
+            loops: match config.sharing {
+                Sharing::Block | Sharing::Matrices => Loops::Shared(block(0..config.num_loops)?),
+                Sharing::Nothing => {
+                    Loops::Own((0..config.num_loops).map(|depth| block(depth..depth + 1)).collect::<Result<_, _>>()?)
+                }
+            },
+            coda: (0..config.coda_layers).map(coda_layer).collect::<Result<_, _>>()?,
+            norm: Tensor::cat(&norm, 0).and_then(|vectors| vectors.unsqueeze(0)).map_err(in_tensor("norm"))?,
+            head: weights.get(head_name(config))?,
+            head_adapters: head_adapters(weights)?,
+            gates: gates(weights)?,
+            rotary: rotary::tables(&rotaries, config.max_positions).map_err(in_tensor("rotary tables"))?,
+        })
+    }
+}
+
+/// The layers that each loop runs.
+#[derive(Debug)]
+pub(crate) enum Loops<L> {
+    /// The same at every depth.
+    Shared(Vec<L>),
+    /// Of each depth its own.
+    Own(Vec<Vec<L>>),
+}
+
+impl<L> Loops<L> {
+    /// Each layer as something else.
+    pub fn try_map<M, E>(self, mut layer: impl FnMut(L) -> Result<M, E>) -> Result<Loops<M>, E> {
+        let mut layers = |of_loop: Vec<L>| of_loop.into_iter().map(&mut layer).collect::<Result<Vec<_>, E>>();
+        Ok(match self {
+            Self::Shared(of_loop) => Loops::Shared(layers(of_loop)?),
+            Self::Own(loops) => Loops::Own(loops.into_iter().map(layers).collect::<Result<_, E>>()?),
+        })
+    }
+}
+
+/// The tensors of a layer. Norms are `[sets, numbers]`, a set for all depths or one for each; a set is weights, then
+/// where the norm has them biases.
+pub(crate) struct LayerParameters<'w> {
+    pub input_norm: Tensor,
+    pub qkv: Projections<'w>,
+    /// Of a set, first the queries' norm, then the keys'.
+    pub head_norm: Option<Tensor>,
+    pub o: Projections<'w>,
+    pub attention_post_norm: Option<Tensor>,
+    pub mlp_norm: Tensor,
+    pub gate_up: Projections<'w>,
+    pub down: Projections<'w>,
+    pub mlp_post_norm: Option<Tensor>,
+    pub heads: Heads,
+}
+
+/// Projections of the same input side by side.
+pub(crate) struct Projections<'w> {
+    /// What errors call them.
+    pub name: String,
+    /// `[outputs, inputs]` of each.
+    pub weights: Vec<&'w Tensor>,
+    /// `[sets, outputs of all]`
+    pub biases: Option<Tensor>,
+    /// By depth, or empty.
+    pub adapters: Vec<Adapter<'w>>,
+}
+
+/// The low-rank differences of projections at a depth.
+pub(crate) struct Adapter<'w> {
+    /// Of each projection its outputs, and where it is adapted `[rank, inputs]` and `[outputs, rank]`.
+    pub parts: Vec<(usize, Option<(&'w Tensor, &'w Tensor)>)>,
+    /// Factor on what comes of them.
+    pub scale: f32,
+}
+
+/// What a layer loads its tensors by: the places at which rows meet it, one for all depths or one for each.
+struct Loader<'w, 'r> {
+    weights: &'w Weights,
+    /// The frequencies of each of the rotary tables.
+    rotaries: &'r [Vec<f32>],
+    places: Vec<Place>,
+}
+
+impl<'w> Loader<'w, '_> {
+    fn config(&self) -> &'w ModelConfig {
+        self.weights.config()
+    }
+
+    fn layer(&self, kept: Kept) -> Result<LayerParameters<'w>, WeightsError> {
+        use ProjectionKind::{Down, Gate, K, O, Q, Up, V};
+        let architecture = &self.config().architecture;
+        let mlp_norm = if architecture.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let post_norm = |name| architecture.post_norms.then(|| self.norm(&[name])).transpose();
+        let head_norm = || self.norm(&["self_attn.q_norm", "self_attn.k_norm"]);
+        Ok(LayerParameters {
+            input_norm: self.norm(&["input_layernorm"])?,
+            qkv: self.projections(&[Q, K, V])?,
+            head_norm: architecture.qk_norm.then(head_norm).transpose()?,
+            o: self.projections(&[O])?,
+            attention_post_norm: post_norm("post_attention_layernorm")?,
+            mlp_norm: self.norm(&[mlp_norm])?,
+            gate_up: self.projections(if architecture.gated_mlp { &[Gate, Up] } else { &[Up] })?,
+            down: self.projections(&[Down])?,
+            mlp_post_norm: post_norm("post_feedforward_layernorm")?,
+            heads: self.heads(kept),
+        })
+    }
+
+    fn heads(&self, kept: Kept) -> Heads {
+        let &ModelConfig { num_heads, num_kv_heads, head_dim, ref architecture, .. } = self.config();
+        let mut sights: Vec<Sight> = self.places.iter().map(|&place| self.sight(place)).collect();
+        if sights.iter().all(|sight| *sight == sights[0]) {
+            sights.truncate(1);
+        }
+        Heads {
+            heads: num_heads,
+            kv_heads: num_kv_heads,
+            head_dim,
+            scale: architecture.attention_scale(head_dim),
+            sights,
+            kept,
+        }
+    }
+
+    /// Prefixes of the names of norms and biases: one for all places, or one for each.
+    fn vector_prefixes(&self) -> Vec<String> {
+        let mut prefixes: Vec<String> = self.places.iter().map(|&place| self.config().vectors_prefix(place)).collect();
+        prefixes.dedup();
+        prefixes
+    }
+
+    /// The named vectors side by side, `[sets, numbers]`, a set for all depths or one for each.
+    fn vectors(&self, names: &[String]) -> Result<Tensor, WeightsError> {
+        let set = |prefix: String| -> Result<Tensor, WeightsError> {
+            let parts = names.iter().map(|name| self.weights.get(&format!("{prefix}.{name}")));
+            let parts = parts.collect::<Result<Vec<_>, _>>()?;
+            Tensor::cat(&parts, 0).map_err(in_tensor(&names[0]))
+        };
+        let sets = self.vector_prefixes().into_iter().map(set).collect::<Result<Vec<_>, _>>()?;
+        Tensor::stack(&sets, 0).map_err(in_tensor(&names[0]))
+    }
+
+    /// The vectors of norms side by side.
+    fn norm(&self, names: &[&str]) -> Result<Tensor, WeightsError> {
+        let tensors: Vec<String> = names.iter().flat_map(|name| norm_tensors(self.config(), name)).collect();
+        self.vectors(&tensors)
+    }
+
+    /// The projections of these kinds as one, in their order.
+    fn projections(&self, kinds: &[ProjectionKind]) -> Result<Projections<'w>, WeightsError> {
+        let parts: Vec<config::Projection> = kinds.iter().map(|&kind| self.config().projection(kind)).collect();
+        let matrices = self.config().matrices_prefix(self.places[0]);
+        let weights = parts.iter().map(|part| self.weights.get(&format!("{matrices}.{}.weight", part.name)));
+        let biased = parts.iter().filter(|part| part.bias);
+        let biases: Vec<String> = biased.map(|part| format!("{}.bias", part.name)).collect();
+        let adapters = self.places.iter().map(|&place| self.adapter(place, &parts));
+        Ok(Projections {
+            weights: weights.collect::<Result<_, _>>()?,
+            biases: if biases.is_empty() { None } else { Some(self.vectors(&biases)?) },
+            adapters: adapters.filter_map(Result::transpose).collect::<Result<_, _>>()?,
+            name: matrices,
+        })
+    }
+
+    /// What rows see at a place.
+    fn sight(&self, place: Place) -> Sight {
+        let frequencies = self.config().rotary_frequencies(place);
+        let rotary = self.rotaries.iter().position(|rotary| *rotary == frequencies);
+        Sight { window: self.config().window(place), rotary: rotary.expect("there is a table for every layer") }
+    }
+
+    /// The low-rank difference of projections at a place, if there is any.
+    fn adapter(&self, place: Place, parts: &[config::Projection]) -> Result<Option<Adapter<'w>>, WeightsError> {
+        let (Some(lora), Place::Block { depth, layer }) = (&self.config().lora, place) else { return Ok(None) };
+        let part = |part: &config::Projection| {
+            let prefix = ModelConfig::lora_prefix(depth, layer, part);
+            let matrix = |side| self.weights.get(&format!("{prefix}.{side}"));
+            let adapted = if lora.ranks.of(part.kind) > 0 { Some((matrix("a")?, matrix("b")?)) } else { None };
+            Ok::<_, WeightsError>((part.outputs, adapted))
+        };
+        let parts = parts.iter().map(part).collect::<Result<Vec<_>, _>>()?;
+        let is_adapted = parts.iter().any(|(_, adapted)| adapted.is_some());
+        Ok(is_adapted.then_some(Adapter { parts, scale: lora.scale }))
+    }
+}
+
+/// Name of the tensor that is the head.
+pub(crate) fn head_name(config: &ModelConfig) -> &'static str {
+    if config.tie_embeddings { "embed_tokens.weight" } else { "lm_head.weight" }
+}
+
+/// Names of the tensors of a norm, in the order of a set.
+fn norm_tensors(config: &ModelConfig, name: &str) -> Vec<String> {
+    let mut names = vec![format!("{name}.weight")];
+    if config.architecture.norm == Norm::Layer {
+        names.push(format!("{name}.bias"));
+    }
+    names
+}
+
+/// Names the tensor that an operation failed on.
+pub(crate) fn in_tensor(name: &str) -> impl Fn(candle_core::Error) -> WeightsError {
+    let name = name.to_owned();
+    move |source| WeightsError::Tensor { name: name.clone(), source }
+}
+
+fn head_adapters(weights: &Weights) -> Result<Vec<(&Tensor, &Tensor)>, WeightsError> {
+    let &ModelConfig { head_lora_rank, num_loops, .. } = weights.config();
+    let depths = if head_lora_rank == 0 { 0..0 } else { 0..num_loops - 1 };
+    let side = |depth, side| weights.get(&format!("head_lora.{depth}.{side}"));
+    depths.map(|depth| Ok((side(depth, "a")?, side(depth, "b")?))).collect()
+}
+
+fn gates(weights: &Weights) -> Result<Option<Tensor>, WeightsError> {
+    let &ModelConfig { gate, num_loops, .. } = weights.config();
+    if !gate || num_loops == 1 {
+        return Ok(None);
+    }
+    let gate = |depth| {
+        let [weight, bias] = ["weight", "bias"].map(|part| weights.get(&format!("gate.{depth}.{part}")));
+        Tensor::cat(&[weight?, bias?], 0).map_err(in_tensor("gate"))
+    };
+    let gates = (0..num_loops - 1).map(gate).collect::<Result<Vec<_>, _>>()?;
+    Tensor::stack(&gates, 0).map(Some).map_err(in_tensor("gate"))
+}

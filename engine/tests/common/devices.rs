@@ -1,0 +1,43 @@
+//! The devices that tests run on.
+
+use std::sync::Arc;
+
+use engine::backend::ServedModel;
+use engine::cuda::CudaModel;
+use engine::cuda::source::Scalar;
+use engine::kernels::linear::WeightType;
+use engine::model::Model;
+use engine::weights::Weights;
+
+use super::emulator;
+
+/// What models run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    /// CUDA kernels, compiled for the CPU; with the feature `cuda`, on the first GPU.
+    Emulated,
+}
+
+impl Device {
+    /// A model in `f32` on it; none, said on standard error, if there is no such device.
+    pub fn serve(self, weights: &Weights) -> Option<Arc<dyn ServedModel>> {
+        match self {
+            Self::Cpu => Some(Arc::new(Model::load(weights, WeightType::F32).unwrap())),
+            Self::Emulated => Some(Arc::new(CudaModel::load(emulator::machine()?, weights, Scalar::F32).unwrap())),
+        }
+    }
+
+    /// How far numbers around 1 may lie from those of the CPU: sums in another order.
+    pub fn tolerance(self) -> f32 {
+        match self {
+            Self::Cpu => 0.0,
+            Self::Emulated => 1e-4,
+        }
+    }
+
+    pub fn assert_close(self, what: &str, found: f32, expected: f32) {
+        let error = (found - expected).abs();
+        assert!(error <= self.tolerance() * (1.0 + expected.abs()), "{what}: {found} on {self:?}, expected {expected}");
+    }
+}

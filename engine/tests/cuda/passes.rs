@@ -1,0 +1,263 @@
+//! Passes of a whole model, padded and replayed as graphs, against the CPU's.
+
+use std::sync::Arc;
+
+use engine::backend::{Answers, Backend, Heads, ServedModel, Work};
+use engine::config::{ModelConfig, Sharing};
+use engine::cuda::CudaModel;
+use engine::cuda::source::Scalar;
+use engine::kernels::attention::{Fill, Row};
+use engine::kernels::linear::WeightType;
+use engine::kernels::rows::Source;
+use engine::model::{Model, Rows};
+use scheduler::KvFill;
+
+use crate::bench::{Dice, assert_close};
+use crate::common::{grouped, weights, with_everything};
+use crate::emulator::{Machine, machine};
+
+const BLOCKS: u32 = 64;
+const BLOCK_TOKENS: u32 = 16;
+/// Room for rows in flight.
+const IN_FLIGHT: usize = 40;
+
+/// The same model on the machine under test and on the CPU, with a cache each.
+struct Pair {
+    machine: Arc<Machine>,
+    on_device: Box<dyn Backend>,
+    on_cpu: Box<dyn Backend>,
+    config: ModelConfig,
+}
+
+/// A sequence of one block per [`BLOCK_TOKENS`] positions; which ones, dice say.
+struct Sequence {
+    blocks: Vec<u32>,
+    tokens: Vec<u32>,
+}
+
+impl Pair {
+    /// None if there is no machine to test.
+    fn new(config: &ModelConfig, kv_fill: KvFill) -> Option<Self> {
+        let (machine, weights) = (machine()?, weights(config, 7));
+        let model: Arc<dyn ServedModel> = Arc::new(CudaModel::load(machine.clone(), &weights, Scalar::F32).unwrap());
+        let cpu: Arc<dyn ServedModel> = Arc::new(Model::load(&weights, WeightType::F32).unwrap());
+        let (on_device, on_cpu) = (backend(model, kv_fill), backend(cpu, kv_fill));
+        Some(Self { machine, on_device, on_cpu, config: config.clone() })
+    }
+
+    /// Sequences with all of their positions run at every depth but for the last position.
+    fn sequences(&mut self, dice: &mut Dice, count: usize, positions: usize) -> Vec<Sequence> {
+        let mut free: Vec<u32> = (0..BLOCKS).collect();
+        let mut sequence = || Sequence {
+            blocks: (0..positions.div_ceil(BLOCK_TOKENS as usize))
+                .map(|_| free.swap_remove(dice.below(free.len())))
+                .collect(),
+            tokens: (0..positions).map(|_| dice.below(self.config.vocab_size) as u32).collect(),
+        };
+        let sequences: Vec<Sequence> = (0..count).map(|_| sequence()).collect();
+        for sequence in &sequences {
+            for depth in 0..self.config.num_loops {
+                let places = 0..positions as u32 - 1;
+                let mut rows = Rows::default();
+                places.clone().for_each(|position| rows.push(Row::new(position as usize, depth, &sequence.blocks)));
+                let source = |place: u32| match depth {
+                    0 => Source::First(sequence.tokens[place as usize]),
+                    _ => Source::Second(place),
+                };
+                self.run(&Work {
+                    coda: 0..rows.len(),
+                    sources: places.clone().map(source).collect(),
+                    places: places.map(Some).collect(),
+                    rows,
+                    ..Work::default()
+                });
+            }
+        }
+        sequences
+    }
+
+    /// Runs a pass on both; gives the device's answers, which are close to the CPU's.
+    fn run(&mut self, work: &Work<'_>) -> Answers {
+        let (found, expected) = (self.on_device.run(work).unwrap(), self.on_cpu.run(work).unwrap());
+        assert_same_answers(&found, &expected);
+        found
+    }
+
+    /// A decode row at the last position of each sequence at a depth, with everything asked of it.
+    fn decode<'a>(&self, sequences: &'a [Sequence], depths: &[usize], key: u64) -> Work<'a> {
+        let mut work = Work::default();
+        for (place, (sequence, &depth)) in sequences.iter().zip(depths).enumerate() {
+            work.rows.push(Row::new(sequence.tokens.len() - 1, depth, &sequence.blocks));
+            work.sources.push(match depth {
+                0 => Source::First(*sequence.tokens.last().unwrap()),
+                _ => Source::Second(place as u32),
+            });
+            work.places.push(Some(place as u32));
+            work.heads.rows.push(place);
+            work.heads.keys.push(key + place as u64);
+            if depth > 0 {
+                work.similarities.push((place, place as u32));
+            }
+            if self.config.gate && depth + 1 < self.config.num_loops {
+                work.gates.push(place);
+            }
+        }
+        work.coda = 0..work.rows.len();
+        work.heads.temperature = 0.7;
+        work
+    }
+}
+
+fn backend(model: Arc<dyn ServedModel>, kv_fill: KvFill) -> Box<dyn Backend> {
+    let mut backend = model.backend(kv_fill, BLOCKS, BLOCK_TOKENS).unwrap();
+    backend.reserve(IN_FLIGHT).unwrap();
+    backend
+}
+
+fn without_places(mut work: Work<'_>) -> Work<'_> {
+    work.places.fill(None);
+    work
+}
+
+fn assert_same_answers(found: &Answers, expected: &Answers) {
+    let tokens = |answers: &Answers| answers.verdicts.iter().map(|verdict| verdict.token).collect::<Vec<_>>();
+    assert_eq!(tokens(found), tokens(expected));
+    let numbers = |answers: &Answers| -> Vec<f32> {
+        answers.verdicts.iter().flat_map(|verdict| [verdict.top1, verdict.margin, verdict.entropy]).collect()
+    };
+    assert_close("verdicts", &numbers(found), &numbers(expected), 1e-4);
+    assert_close("gates", &found.gates, &expected.gates, 1e-4);
+    assert_close("similarities", &found.similarities, &expected.similarities, 1e-4);
+}
+
+/// Models whose passes are cut in every way.
+fn models() -> Vec<ModelConfig> {
+    vec![grouped(), with_everything(), ModelConfig { sharing: Sharing::Nothing, lora: None, ..with_everything() }]
+}
+
+#[test]
+fn graphs_replayed_on_other_rows_give_what_the_cpu_gives() {
+    for config in models() {
+        let mut dice = Dice::new(11);
+        let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
+        for round in 0..6 {
+            // As many rows each time, at other depths, positions and blocks; two of each depth at least.
+            let sequences = pair.sequences(&mut dice, 9, 4 + 5 * round);
+            for depths in [[0; 9], [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2]] {
+                let work = pair.decode(&sequences, &depths, 100 * round as u64);
+                pair.run(&work);
+            }
+        }
+        // A GPU does not count them.
+        #[cfg(not(feature = "cuda"))]
+        assert!(pair.machine.replays() >= 10, "{} replays", pair.machine.replays());
+    }
+}
+
+#[test]
+fn rows_that_pad_a_pass_change_no_bit() {
+    let mut dice = Dice::new(12);
+    let Some(mut pair) = Pair::new(&with_everything(), KvFill::Reuse) else { return };
+    let sequences = pair.sequences(&mut dice, 9, 21);
+    let depths = [0, 0, 0, 0, 0, 1, 1, 1, 1];
+    // Rows at depth 1 start from what this leaves.
+    let work = pair.decode(&sequences, &[0; 9], 5);
+    pair.run(&work);
+    let work = without_places(pair.decode(&sequences, &depths, 5));
+    // Nine rows are padded to ten.
+    let first = pair.run(&work);
+    for _ in 0..2 {
+        let again = pair.run(&work);
+        assert_eq!(
+            (&again.verdicts, &again.gates),
+            (&first.verdicts, &first.gates),
+            "a graph and what it was captured of"
+        );
+    }
+    for row in 0..9 {
+        let mut alone = without_places(pair.decode(&sequences[row..row + 1], &depths[row..row + 1], 5 + row as u64));
+        if depths[row] > 0 {
+            alone.sources[0] = Source::Second(row as u32);
+            alone.similarities[0].1 = row as u32;
+        }
+        let alone = pair.run(&alone);
+        assert_eq!(alone.verdicts[0], first.verdicts[row], "row {row}");
+    }
+}
+
+#[test]
+fn heads_read_after_a_pass_and_fills_are_those_of_the_cpu() {
+    for config in models() {
+        let mut dice = Dice::new(13);
+        let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
+        let sequences = pair.sequences(&mut dice, 3, 20);
+        let work = Work { heads: Heads::default(), ..pair.decode(&sequences, &[0; 3], 0) };
+        pair.run(&work);
+        let heads = Heads { rows: vec![0, 2], keys: vec![3, 4], temperature: 0.0 };
+        let rows = work.rows.pick([0, 2]);
+        let [found, expected] = [&mut pair.on_device, &mut pair.on_cpu]
+            .map(|backend| Answers { verdicts: backend.read_head(&rows, &heads).unwrap(), ..Answers::default() });
+        assert_same_answers(&found, &expected);
+        let fills = [0, 2].map(|sequence| Fill { block: sequences[sequence].blocks[1], offset: 3, depth: 0 });
+        for backend in [&mut pair.on_device, &mut pair.on_cpu] {
+            backend.fill_deeper(&fills).unwrap();
+        }
+        for sequence in [0, 2] {
+            let cached = |backend: &dyn Backend| backend.cached(&sequences[sequence].blocks, 20).unwrap();
+            assert_close("the cache", &cached(&*pair.on_device), &cached(&*pair.on_cpu), 1e-4);
+        }
+    }
+}
+
+#[test]
+fn impossible_rows_are_refused_before_they_run() {
+    let Some(mut pair) = Pair::new(&grouped(), KvFill::Reuse) else { return };
+    let mut refused = |source, position| {
+        let mut work = Work { sources: vec![source], places: vec![None], ..Work::default() };
+        work.rows.push(Row::new(position, 0, &[1]));
+        pair.on_device.run(&work).unwrap_err().to_string()
+    };
+    assert!(refused(Source::First(40), 0).contains("row 40 was asked for, there are 40"));
+    assert!(refused(Source::Second(99), 0).contains("row 99 was asked for, there are 40"));
+    assert!(refused(Source::First(1), 16).contains("position 16, its sequence has room for 16"));
+}
+
+#[test]
+fn heads_that_the_kernels_cannot_read_are_refused_at_load() {
+    let Some(machine) = machine() else { return };
+    for (head_dim, scalar) in [(8, Scalar::Bf16), (4, Scalar::F32), (36, Scalar::F16), (260, Scalar::F32)] {
+        let weights = weights(&ModelConfig { head_dim, ..grouped() }, 1);
+        let error = CudaModel::load(machine.clone(), &weights, scalar).unwrap_err().to_string();
+        assert!(error.contains(&format!("a head is {head_dim} wide")), "{error}");
+    }
+}
+
+#[test]
+fn half_precision_stays_near_single() {
+    let Some(machine) = machine() else { return };
+    for config in models() {
+        let config = ModelConfig { head_dim: 16, ..config };
+        let weights = weights(&config, 7);
+        let verdicts = |scalar| {
+            let model = CudaModel::load(machine.clone(), &weights, scalar).unwrap();
+            let mut rows = Rows::default();
+            (0..20).for_each(|position| rows.push(Row::new(position, 0, &[3, 9])));
+            let work = Work {
+                coda: 0..20,
+                sources: (0..20).map(|position| Source::First(position * 7 % config.vocab_size as u32)).collect(),
+                places: vec![None; 20],
+                heads: Heads { rows: (0..20).collect(), keys: vec![0; 20], temperature: 0.0 },
+                rows,
+                ..Work::default()
+            };
+            backend(Arc::new(model), KvFill::Reuse).run(&work).unwrap().verdicts
+        };
+        let exact = verdicts(Scalar::F32);
+        for (scalar, tolerance) in [(Scalar::F16, 0.01), (Scalar::Bf16, 0.1)] {
+            for (exact, rounded) in exact.iter().zip(verdicts(scalar)) {
+                let error = (exact.top1 - rounded.top1).abs().max((exact.entropy - rounded.entropy).abs());
+                assert!(error < tolerance * (1.0 + exact.entropy), "{scalar:?}: {rounded:?}, expected {exact:?}");
+            }
+        }
+    }
+}
