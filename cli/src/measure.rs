@@ -3,14 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use engine::backend::ServedModel;
 use engine::checkpoint::Checkpoint;
 use engine::clock::Idle;
 use engine::device::DeviceName;
 use engine::executor::{ExitDepths, Sampling};
 use engine::kernels::linear::WeightType;
-use engine::model::Model;
 use engine::profile::{Grid, Limits, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
@@ -118,9 +117,7 @@ impl NamedEngine {
         device: DeviceName,
         sampling: Sampling,
     ) -> Result<Self> {
-        device.candle()?;
-        ensure!(device == DeviceName::Cpu, "device `{device}`: the engine runs on the CPU alone");
-        let model = Arc::new(Model::load(&checkpoint.weights, weights)?);
+        let model = device.serve(&checkpoint.weights, weights)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
         Ok(Self { engine: Engine { model, prompts, sampling }, name })

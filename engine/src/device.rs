@@ -2,9 +2,19 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use candle_core::{Device, Result};
+use candle_core::{Device, Result, bail};
 use serde::{Deserialize, Serialize};
+
+use crate::backend::ServedModel;
+use crate::config::ModelConfig;
+use crate::cuda::floors::{Load, Sizes};
+use crate::cuda::source::Scalar;
+use crate::cuda::timing::Report;
+use crate::kernels::linear::WeightType;
+use crate::model::Model;
+use crate::weights::{Weights, WeightsError};
 
 /// `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,29 +35,107 @@ impl DeviceName {
     pub fn candle(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda(ordinal) => candle_cuda(ordinal),
+            Self::Cuda(ordinal) => cuda::candle(ordinal),
+        }
+    }
+
+    /// A model there, with its weights stored as `weight_type`; on a GPU its activations, keys and values too.
+    ///
+    /// # Errors
+    /// As [`candle`](Self::candle); or if the device does not multiply with the type, its kernels cannot have the model's
+    /// sizes, or its memory is too small.
+    pub fn serve(
+        self,
+        weights: &Weights,
+        weight_type: WeightType,
+    ) -> std::result::Result<Arc<dyn ServedModel>, WeightsError> {
+        match self {
+            Self::Cpu => Ok(Arc::new(Model::load(weights, weight_type)?)),
+            Self::Cuda(ordinal) => {
+                cuda::serve(ordinal, weights, self.scalar(weight_type).map_err(WeightsError::Device)?)
+            }
+        }
+    }
+
+    /// What a GPU can do at most, and what each operation of passes of such loads takes on it; none of the CPU, whose
+    /// kernels have benchmarks.
+    ///
+    /// # Errors
+    /// As [`serve`](Self::serve).
+    pub fn report(self, config: &ModelConfig, weight_type: WeightType, loads: &[Load]) -> Result<Option<Report>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(ordinal) => {
+                let sizes = Sizes { config, scalar: self.scalar(weight_type)? };
+                cuda::report(ordinal, &sizes, loads).map(Some)
+            }
+        }
+    }
+
+    /// How a GPU stores what the CPU would store as `weight_type`.
+    fn scalar(self, weight_type: WeightType) -> Result<Scalar> {
+        let known = [(WeightType::F32, Scalar::F32), (WeightType::F16, Scalar::F16), (WeightType::Bf16, Scalar::Bf16)];
+        match known.iter().find(|(known, _)| *known == weight_type) {
+            Some((_, scalar)) => Ok(*scalar),
+            None => bail!("weights of {weight_type} on `{self}`, which multiplies with f32, f16, bf16"),
         }
     }
 }
 
 #[cfg(feature = "cuda")]
-fn candle_cuda(ordinal: usize) -> Result<Device> {
-    crate::cuda::nvidia::Nvidia::check(ordinal)?;
-    Device::new_cuda(ordinal)
+mod cuda {
+    use super::*;
+    use crate::cuda::CudaModel;
+    use crate::cuda::nvidia::Nvidia;
+    use crate::cuda::timing::{Effort, report as report_on};
+
+    pub fn candle(ordinal: usize) -> Result<Device> {
+        Nvidia::check(ordinal)?;
+        Device::new_cuda(ordinal)
+    }
+
+    pub fn serve(
+        ordinal: usize,
+        weights: &Weights,
+        scalar: Scalar,
+    ) -> std::result::Result<Arc<dyn ServedModel>, WeightsError> {
+        Ok(Arc::new(CudaModel::load(Arc::new(Nvidia::new(ordinal).map_err(WeightsError::Device)?), weights, scalar)?))
+    }
+
+    pub fn report(ordinal: usize, sizes: &Sizes<'_>, loads: &[Load]) -> Result<Report> {
+        report_on(&Nvidia::new(ordinal)?, sizes, loads, Effort::GPU)
+    }
 }
 
+/// Of a program without the feature `cuda`.
 #[cfg(not(feature = "cuda"))]
-fn candle_cuda(ordinal: usize) -> Result<Device> {
-    Err(without_cuda(ordinal))
-}
+mod cuda {
+    use candle_core::Error;
 
-/// Why a program without the feature `cuda` does not open a GPU.
-#[cfg(not(feature = "cuda"))]
-pub(crate) fn without_cuda(ordinal: usize) -> candle_core::Error {
-    let device = DeviceName::Cuda(ordinal);
-    candle_core::Error::Msg(format!(
-        "device `{device}`: this program was built without CUDA, scripts/cuda-build.sh builds it with"
-    ))
+    use super::*;
+
+    pub fn candle(ordinal: usize) -> Result<Device> {
+        Err(refusal(ordinal))
+    }
+
+    pub fn serve(
+        ordinal: usize,
+        _weights: &Weights,
+        _scalar: Scalar,
+    ) -> std::result::Result<Arc<dyn ServedModel>, WeightsError> {
+        Err(WeightsError::Device(refusal(ordinal)))
+    }
+
+    pub fn report(ordinal: usize, _sizes: &Sizes<'_>, _loads: &[Load]) -> Result<Report> {
+        Err(refusal(ordinal))
+    }
+
+    fn refusal(ordinal: usize) -> Error {
+        let device = DeviceName::Cuda(ordinal);
+        Error::Msg(format!(
+            "device `{device}`: this program was built without CUDA, scripts/cuda-build.sh builds it with"
+        ))
+    }
 }
 
 impl fmt::Display for DeviceName {
@@ -103,6 +191,13 @@ mod tests {
             let message = text.parse::<DeviceName>().unwrap_err();
             assert_eq!(message, format!("unknown device `{text}`: expected cpu, cuda or cuda:N"));
         }
+    }
+
+    #[test]
+    fn weights_that_a_gpu_does_not_multiply_with_are_refused() {
+        assert_eq!(DeviceName::Cuda(0).scalar(WeightType::F16).unwrap(), Scalar::F16);
+        let message = DeviceName::Cuda(0).scalar(WeightType::Q8).unwrap_err().to_string();
+        assert!(message.contains("weights of q8_0 on `cuda`, which multiplies with f32, f16, bf16"), "{message}");
     }
 
     #[cfg(not(feature = "cuda"))]

@@ -114,6 +114,9 @@ pub enum WeightsError {
         /// The number found.
         value: f32,
     },
+    /// The device for them cannot be opened, or does not store them so.
+    #[error(transparent)]
+    Device(candle_core::Error),
     /// A tensor operation failed.
     #[error("tensor `{name}`: {source}")]
     Tensor {

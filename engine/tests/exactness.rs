@@ -249,13 +249,8 @@ fn batched_requests_on(device: Device, cases: u32) {
 }
 
 #[test]
-fn batched_requests_on_an_emulated_gpu_generate_what_they_generate_alone() {
-    batched_requests_on(Device::Emulated, 12);
-}
-
-#[test]
-fn batched_requests_on_a_gpu_generate_what_they_generate_alone() {
-    batched_requests_on(Device::Gpu, 100);
+fn batched_requests_by_cuda_kernels_generate_what_they_generate_alone() {
+    batched_requests_on(Device::Cuda, 12);
 }
 
 #[test]
@@ -264,21 +259,16 @@ fn preempted_requests_generate_what_they_generate_alone() {
 }
 
 #[test]
-fn preempted_requests_on_an_emulated_gpu_generate_what_they_generate_alone() {
-    preempted_requests_on(Device::Emulated, 1);
+fn preempted_requests_by_cuda_kernels_generate_what_they_generate_alone() {
+    preempted_requests_on(Device::Cuda, 1);
 }
 
 /// Models to test on a device: where passes are slow only the one that has everything.
 fn models(device: Device) -> Vec<ModelConfig> {
     match device {
-        Device::Emulated => vec![with_everything()],
+        Device::Cuda => vec![with_everything()],
         _ => vec![grouped(), with_everything()],
     }
-}
-
-#[test]
-fn preempted_requests_on_a_gpu_generate_what_they_generate_alone() {
-    preempted_requests_on(Device::Gpu, 2);
 }
 
 fn preempted_requests_on(device: Device, seeds: u64) {
@@ -361,13 +351,8 @@ fn backfill_leaves_the_very_cache_that_full_depth_leaves() {
 }
 
 #[test]
-fn backfill_on_an_emulated_gpu_leaves_the_cache_that_full_depth_leaves() {
-    backfill_on(Device::Emulated);
-}
-
-#[test]
-fn backfill_on_a_gpu_leaves_the_cache_that_full_depth_leaves() {
-    backfill_on(Device::Gpu);
+fn backfill_by_cuda_kernels_leaves_the_cache_that_full_depth_leaves() {
+    backfill_on(Device::Cuda);
 }
 
 fn backfill_on(device: Device) {
@@ -467,13 +452,8 @@ fn each_kv_fill_leaves_what_it_is_defined_to_leave() {
 }
 
 #[test]
-fn each_kv_fill_on_an_emulated_gpu_leaves_what_it_is_defined_to_leave() {
-    each_kv_fill_on(Device::Emulated);
-}
-
-#[test]
-fn each_kv_fill_on_a_gpu_leaves_what_it_is_defined_to_leave() {
-    each_kv_fill_on(Device::Gpu);
+fn each_kv_fill_by_cuda_kernels_leaves_what_it_is_defined_to_leave() {
+    each_kv_fill_on(Device::Cuda);
 }
 
 fn each_kv_fill_on(device: Device) {

@@ -146,13 +146,8 @@ fn assert_answers_of_passes_equal_the_reference(
 }
 
 #[test]
-fn passes_on_an_emulated_gpu_equal_the_reference() {
-    passes_equal_the_reference(Device::Emulated, 20);
-}
-
-#[test]
-fn passes_on_a_gpu_equal_the_reference() {
-    passes_equal_the_reference(Device::Gpu, 100);
+fn passes_by_cuda_kernels_equal_the_reference() {
+    passes_equal_the_reference(Device::Cuda, 20);
 }
 
 /// Of random models.

@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
+use engine::cuda::floors::Load;
 use engine::executor::Sampling;
 use engine::profile::{Grid, Limits, Profiler};
+
+use simulator::write_csv;
 
 use crate::arguments::ModelArgs;
 use crate::measure::{NamedEngine, progress, warn_of_noise};
@@ -53,6 +56,20 @@ pub fn run(args: Args) -> Result<()> {
     warn_of_noise(&profiler);
     let profile = profiler.measured().profile(&named.name, &format!("depthwise profile, {} rounds", args.rounds));
     profile.write(&args.out)?;
+    if let Some(report) = device.report(named.engine.model.config(), *weights, &loads(&named, limits))? {
+        std::fs::write(args.out.join("device.yaml"), serde_yaml::to_string(&report)?)?;
+        write_csv(&args.out.join("kernels.csv"), &report.times)?;
+    }
     println!("{} points on {}: {}", profile.points.len(), profile.meta.device, args.out.display());
     Ok(())
+}
+
+/// The passes whose operations are timed one by one on a GPU: of one row and of the largest batch, at one depth and at all.
+fn loads(named: &NamedEngine, Limits { decodes, history, chunk, .. }: Limits) -> Vec<Load> {
+    let num_loops = named.engine.model.config().num_loops;
+    let (history, chunk) = (history as usize, chunk as usize);
+    let load = |rows: u32, depths| Load { rows: rows as usize, depths, history, chunk };
+    let mut loads = vec![load(1, 1), load(decodes, 1), load(decodes, num_loops.min(decodes as usize))];
+    loads.dedup();
+    loads
 }

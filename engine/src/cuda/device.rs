@@ -178,7 +178,7 @@ pub fn bytes_of_mut<T: Plain>(numbers: &mut [T]) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
 }
 
-/// Marks numbers stored as the kernels' [`Scalar`](super::source::Scalar).
+/// Marks numbers stored as the kernels' [`Scalar`].
 #[derive(Clone, Copy, Debug)]
 pub enum Stored {}
 

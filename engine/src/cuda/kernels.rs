@@ -288,12 +288,40 @@ impl<D: Device> Kernels<'_, D> {
         partial: View<f32>,
         out: View<Stored>,
     ) -> Result<()> {
+        self.attend_splits(inputs, rows, partial, out)?;
+        self.attend_join(inputs, rows, partial, out)?;
+        self.attend_tiles(inputs, rows, out)
+    }
+
+    fn check_decode(
+        &self,
+        inputs: &AttentionInputs,
+        rows: &OnDevice,
+        partial: View<f32>,
+        out: View<Stored>,
+    ) -> Result<()> {
         self.check_attention(inputs, rows)?;
-        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
-        let heads = geometry.heads as usize;
+        let heads = inputs.geometry.heads as usize;
         require!("attention's output", out, rows.rows.len * heads * self.specialization.head_dim);
         require!("attention's scratch", partial, self.partial_numbers(rows, heads));
-        let splits = arguments![
+        Ok(())
+    }
+
+    /// The first part of [`attend`](Self::attend): each split of the decode rows' histories by itself.
+    ///
+    /// # Errors
+    /// As for [`attend`](Self::attend).
+    pub fn attend_splits(
+        &self,
+        inputs: &AttentionInputs,
+        rows: &OnDevice,
+        partial: View<f32>,
+        out: View<Stored>,
+    ) -> Result<()> {
+        self.check_decode(inputs, rows, partial, out)?;
+        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        let groups = geometry.heads as usize / self.specialization.group;
+        let arguments = arguments![
             qkv.address,
             rotary.address,
             pages.address,
@@ -305,9 +333,39 @@ impl<D: Device> Kernels<'_, D> {
             partial.address,
             out.address,
         ];
-        let join =
+        // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
+        unsafe { self.launch("attend_splits", [rows.items.len, groups, 1], arguments) }
+    }
+
+    /// The second: joins the splits.
+    ///
+    /// # Errors
+    /// As for [`attend`](Self::attend).
+    pub fn attend_join(
+        &self,
+        inputs: &AttentionInputs,
+        rows: &OnDevice,
+        partial: View<f32>,
+        out: View<Stored>,
+    ) -> Result<()> {
+        self.check_decode(inputs, rows, partial, out)?;
+        let AttentionInputs { sights, geometry, .. } = *inputs;
+        let arguments =
             arguments![partial.address, rows.rows.address, rows.items.address, sights.address, geometry, out.address];
-        let tiles = arguments![
+        // SAFETY: the kernel's arguments, whose sizes are checked.
+        unsafe { self.launch("attend_join", [rows.items.len, geometry.heads as usize, 1], arguments) }
+    }
+
+    /// The third: rows of prompts' chunks.
+    ///
+    /// # Errors
+    /// As for [`attend`](Self::attend).
+    pub fn attend_tiles(&self, inputs: &AttentionInputs, rows: &OnDevice, out: View<Stored>) -> Result<()> {
+        self.check_attention(inputs, rows)?;
+        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        let heads = geometry.heads as usize;
+        require!("attention's output", out, rows.rows.len * heads * self.specialization.head_dim);
+        let arguments = arguments![
             qkv.address,
             rotary.address,
             pages.address,
@@ -318,13 +376,8 @@ impl<D: Device> Kernels<'_, D> {
             geometry,
             out.address,
         ];
-        // SAFETY: the kernels' arguments; rows, whose blocks reach their positions, and sizes are checked.
-        unsafe {
-            let groups = heads / self.specialization.group;
-            self.launch("attend_splits", [rows.items.len, groups, 1], splits)?;
-            self.launch("attend_join", [rows.items.len, heads, 1], join)?;
-            self.launch("attend_tiles", [rows.tiles.len, heads, 1], tiles)
-        }
+        // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
+        unsafe { self.launch("attend_tiles", [rows.tiles.len, heads, 1], arguments) }
     }
 
     /// Copies keys and values of exited tokens to the depths they never ran, in `layers` layers from that of

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result::gemm_ex, sys as cublas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, result, sys,
+    CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::sys::nvrtcVersion;
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileError, CompileOptions, Ptx, compile_ptx_with_opts};
@@ -100,7 +100,9 @@ impl Nvidia {
     /// # Errors
     /// If there is no driver that answers.
     pub fn count() -> Result<usize> {
-        result::init().or_say("there is no NVIDIA driver here, or it does not answer")?;
+        result::init().map_err(|DriverError(code)| {
+            Error::Msg(format!("there is no GPU here: NVIDIA's driver is missing or does not answer ({code:?})"))
+        })?;
         let count = result::device::get_count().or_say("counting the GPUs")?;
         Ok(count.max(0) as usize)
     }

@@ -15,10 +15,8 @@ use super::emulator;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
     Cpu,
-    /// CUDA kernels, compiled for the CPU.
-    Emulated,
-    /// The first GPU of this machine.
-    Gpu,
+    /// By the CUDA kernels: emulated, or with the feature `cuda` on the first GPU.
+    Cuda,
 }
 
 impl Device {
@@ -26,8 +24,7 @@ impl Device {
     pub fn serve(self, weights: &Weights) -> Option<Arc<dyn ServedModel>> {
         match self {
             Self::Cpu => Some(Arc::new(Model::load(weights, WeightType::F32).unwrap())),
-            Self::Emulated => Some(Arc::new(CudaModel::load(emulator::machine()?, weights, Scalar::F32).unwrap())),
-            Self::Gpu => on_gpu(weights),
+            Self::Cuda => Some(Arc::new(CudaModel::load(emulator::machine()?, weights, Scalar::F32).unwrap())),
         }
     }
 
@@ -35,7 +32,7 @@ impl Device {
     pub fn tolerance(self) -> f32 {
         match self {
             Self::Cpu => 0.0,
-            Self::Emulated | Self::Gpu => 1e-4,
+            Self::Cuda => 1e-4,
         }
     }
 
@@ -43,28 +40,4 @@ impl Device {
         let error = (found - expected).abs();
         assert!(error <= self.tolerance() * (1.0 + expected.abs()), "{what}: {found} on {self:?}, expected {expected}");
     }
-}
-
-#[cfg(feature = "cuda")]
-fn on_gpu(weights: &Weights) -> Option<Arc<dyn ServedModel>> {
-    use engine::cuda::nvidia::Nvidia;
-    match Nvidia::count() {
-        Ok(1..) => {}
-        Ok(0) => {
-            eprintln!("SKIPPED: there is no GPU");
-            return None;
-        }
-        Err(error) => {
-            eprintln!("SKIPPED: {error}");
-            return None;
-        }
-    }
-    let device = Arc::new(Nvidia::new(0).unwrap());
-    Some(Arc::new(CudaModel::load(device, weights, Scalar::F32).unwrap()))
-}
-
-#[cfg(not(feature = "cuda"))]
-fn on_gpu(_: &Weights) -> Option<Arc<dyn ServedModel>> {
-    eprintln!("SKIPPED: built without CUDA");
-    None
 }

@@ -3,7 +3,11 @@
 #![allow(dead_code)] // each test file uses its own share
 
 pub mod devices;
+#[cfg(not(feature = "cuda"))]
 #[path = "../cuda/emulator.rs"]
+pub mod emulator;
+#[cfg(feature = "cuda")]
+#[path = "../cuda/gpu.rs"]
 pub mod emulator;
 
 use std::collections::HashMap;

@@ -103,6 +103,7 @@ impl Case {
     }
 
     /// Every row sees its whole history, so that nothing that is wrong with it stays unseen.
+    #[cfg(not(feature = "cuda"))]
     pub fn without_windows(mut self) -> Self {
         self.sights.iter_mut().for_each(|sight| sight.window = None);
         self

@@ -92,6 +92,11 @@ pub fn machine() -> Option<Arc<Machine>> {
     Some(Arc::new(Emulator { library, recording: Mutex::default(), replays: AtomicUsize::new(0) }))
 }
 
+/// How often graphs were replayed on a machine.
+pub fn replays(machine: &Machine) -> Option<usize> {
+    Some(machine.replays())
+}
+
 impl Module {
     /// Kernels of any source; there is a C++ compiler.
     pub fn of_source(kernels: &str, seed: u64) -> Self {
@@ -172,7 +177,7 @@ fn compile(kernels: &str, names: &[&str]) -> Option<PathBuf> {
 
 impl Emulator {
     /// Graphs replayed so far.
-    pub fn replays(&self) -> usize {
+    fn replays(&self) -> usize {
         self.replays.load(Ordering::Relaxed)
     }
 

@@ -1,0 +1,526 @@
+//! What the operations of a pass take on a device, each by itself, beside the least that they can take there.
+//!
+//! Every operation runs with its memory out of the caches, as the weights of a large model are when their turn comes.
+
+use candle_core::Result;
+use serde::Serialize;
+
+use super::device::{Device, Out, Plain, Product, Stored, View, bytes_of};
+use super::floors::{Ceilings, Load, Operation, Projections, Sizes, Work};
+use super::kernels::{
+    AttentionInputs, Fill, Formula, Geometry, Kernels, LoraInputs, Part, Sight, Verdict, sweep_bytes,
+};
+use super::pass::{Arrays, OnDevice, PassRows};
+use super::source::{Scalar, Specialization};
+use crate::kernels::attention::Row;
+use crate::kernels::signals::mix;
+
+/// Positions of a KV block.
+const BLOCK_TOKENS: usize = 16;
+
+const ALL_PROJECTIONS: [Projections; 5] =
+    [Projections::Qkv, Projections::Output, Projections::Up, Projections::Down, Projections::Head];
+
+/// How long is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Times that everything runs, after once that does not count; the median is kept.
+    pub repeats: usize,
+    /// Bytes that the copy moves that says how fast memory is, and that clears the caches.
+    pub copied_bytes: usize,
+    /// Rows, inputs and outputs of the product that says how fast arithmetic is.
+    pub product: usize,
+}
+
+impl Effort {
+    /// Enough for a GPU: more than its caches hold, and a product that keeps all of it busy.
+    pub const GPU: Self = Self { repeats: 20, copied_bytes: 1 << 29, product: 8192 };
+}
+
+/// A line of `kernels.csv`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct KernelTime {
+    /// The operation.
+    pub operation: String,
+    /// Decode rows of the pass.
+    pub rows: usize,
+    /// Depths that they are spread over.
+    pub depths: usize,
+    /// Entries that each of them attends to.
+    pub history: usize,
+    /// Rows of the prompt's chunk.
+    pub chunk: usize,
+    /// Bytes that it must move.
+    pub bytes: f64,
+    /// Additions and multiplications.
+    pub operations: f64,
+    /// What bounds it: `memory` or `arithmetic`.
+    pub bound: &'static str,
+    /// The least microseconds that it can take on this device.
+    pub floor_us: f64,
+    /// Microseconds that it took, the median.
+    pub time_us: f64,
+}
+
+/// What a profile on a GPU says of it besides the latencies: `device.yaml`, and `kernels.csv`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The device's name.
+    pub device: String,
+    /// Driver, CUDA, clocks and power, right after the measurement.
+    pub state: String,
+    /// How numbers are stored.
+    pub stored: &'static str,
+    /// What the device was measured to do at most.
+    pub ceilings: Ceilings,
+    /// The operations of passes.
+    #[serde(skip)]
+    pub times: Vec<KernelTime>,
+}
+
+/// Measures what a device can do at most, and every operation of passes of such loads.
+///
+/// # Errors
+/// If the kernels cannot have the model's sizes, the memory is too small, or the device fails.
+pub fn report<D: Device>(device: &D, sizes: &Sizes<'_>, loads: &[Load], effort: Effort) -> Result<Report> {
+    let ceilings = ceilings(device, sizes.scalar, effort)?;
+    let mut times = Vec::new();
+    for load in loads {
+        times.extend(kernel_times(device, sizes, load, &ceilings, effort)?);
+    }
+    let (name, state) = (device.name(), device.state());
+    Ok(Report { device: name, state, stored: sizes.scalar.name(), ceilings, times })
+}
+
+/// Measures what a device can do at most: by a copy, a product of `f32` and one of numbers as they are stored.
+///
+/// # Errors
+/// If the device fails.
+fn ceilings<D: Device>(device: &D, scalar: Scalar, effort: Effort) -> Result<Ceilings> {
+    let bench = Bench::new(device, &Specialization::new(scalar, 2 * scalar.pack(), 1, BLOCK_TOKENS)?, effort)?;
+    let copy_s = bench.median_s(|| bench.clear_caches())?;
+    let size = effort.product;
+    let product_s = |scalar: Scalar| {
+        let matrix = || bench.numbers(scalar, size * size);
+        let (x, weight, y) = (matrix()?, matrix()?, matrix()?);
+        let product = Product {
+            scalar,
+            rows: size,
+            inputs: size,
+            outputs: size,
+            x: device.address(&x),
+            weight: device.address(&weight),
+            y: device.address(&y),
+            out: Out::Stored,
+        };
+        // SAFETY: all three are as large.
+        bench.median_s(|| unsafe { device.product(&product) })
+    };
+    let operations = 2.0 * (size as f64).powi(3);
+    Ok(Ceilings {
+        bytes_per_s: 2.0 * bench.copied_numbers as f64 * 4.0 / copy_s,
+        operations_per_s: operations / product_s(Scalar::F32)?,
+        product_operations_per_s: operations / product_s(scalar)?,
+    })
+}
+
+/// Measures every operation of a pass.
+///
+/// # Errors
+/// If the kernels cannot have the model's sizes, the memory is too small, or the device fails.
+fn kernel_times<D: Device>(
+    device: &D,
+    sizes: &Sizes<'_>,
+    load: &Load,
+    ceilings: &Ceilings,
+    effort: Effort,
+) -> Result<Vec<KernelTime>> {
+    let config = sizes.config;
+    let heads = config.num_heads / config.num_kv_heads;
+    let specialization = Specialization::new(sizes.scalar, config.head_dim, heads, BLOCK_TOKENS)?;
+    let bench = Bench::new(device, &specialization, effort)?;
+    let pass = Inputs::new(&bench, sizes, load)?;
+    let time = |operation: Operation| {
+        let seconds = bench.median_s(|| pass.run(&bench, operation))?;
+        let work = sizes.work(operation, load);
+        Ok(KernelTime::new(operation, load, &work, ceilings, 1e6 * seconds))
+    };
+    sizes.operations().into_iter().map(time).collect()
+}
+
+impl KernelTime {
+    fn new(operation: Operation, load: &Load, work: &Work, ceilings: &Ceilings, time_us: f64) -> Self {
+        let by_memory = work.memory_us(ceilings) >= work.arithmetic_us(ceilings);
+        let &Load { rows, depths, history, chunk } = load;
+        Self {
+            operation: operation.to_string(),
+            rows,
+            depths,
+            history,
+            chunk,
+            bytes: work.bytes,
+            operations: work.operations,
+            bound: if by_memory { "memory" } else { "arithmetic" },
+            floor_us: work.floor_us(ceilings),
+            time_us,
+        }
+    }
+}
+
+/// A device with kernels, and what is measured with.
+struct Bench<'d, D: Device> {
+    device: &'d D,
+    module: D::Module,
+    specialization: Specialization,
+    effort: Effort,
+    /// Numbers of `f32` of the copy.
+    copied_numbers: usize,
+    copied: Copied<D>,
+    events: [D::Event; 2],
+}
+
+/// What the copy reads and writes.
+struct Copied<D: Device> {
+    from: D::Memory,
+    to: D::Memory,
+    /// Which row goes where: all stay in order.
+    places: D::Memory,
+}
+
+/// Numbers of a row of the copy.
+const COPIED_WIDTH: usize = 4096;
+
+impl<'d, D: Device> Bench<'d, D> {
+    fn new(device: &'d D, specialization: &Specialization, effort: Effort) -> Result<Self> {
+        let rows = (effort.copied_bytes / 2 / 4 / COPIED_WIDTH).max(1);
+        let places: Vec<i32> = (0..rows as i32).collect();
+        let side = || device.allocate(rows * COPIED_WIDTH * 4);
+        let copied = Copied { from: side()?, to: side()?, places: device.allocate(rows * 4)? };
+        device.upload(&copied.places, bytes_of(&places))?;
+        Ok(Self {
+            device,
+            module: device.load(specialization)?,
+            specialization: *specialization,
+            effort,
+            copied_numbers: rows * COPIED_WIDTH,
+            copied,
+            events: [device.event()?, device.event()?],
+        })
+    }
+
+    fn kernels(&self) -> Kernels<'_, D> {
+        Kernels { device: self.device, module: &self.module, specialization: self.specialization }
+    }
+
+    fn view<T>(&self, memory: &D::Memory, len: usize) -> View<T> {
+        View::new(self.device.address(memory), len)
+    }
+
+    /// Copies more than the caches hold.
+    fn clear_caches(&self) -> Result<()> {
+        let (rows, Copied { from, to, places }) = (self.copied_numbers / COPIED_WIDTH, &self.copied);
+        let [from, to] = [from, to].map(|side| self.view(side, self.copied_numbers));
+        self.kernels().keep_rows(from, self.view(places, rows), COPIED_WIDTH, to)
+    }
+
+    /// Seconds that `work` takes, the median.
+    fn median_s(&self, work: impl Fn() -> Result<()>) -> Result<f64> {
+        let [from, to] = &self.events;
+        let mut seconds = Vec::new();
+        for _ in 0..=self.effort.repeats {
+            self.clear_caches()?;
+            self.device.record(from)?;
+            work()?;
+            self.device.record(to)?;
+            seconds.push(self.device.elapsed(from, to)?.as_secs_f64());
+        }
+        let counted = &mut seconds[1..];
+        counted.sort_unstable_by(f64::total_cmp);
+        Ok(counted[counted.len() / 2])
+    }
+
+    /// Memory that holds `numbers` numbers from -1 to 1.
+    fn numbers(&self, scalar: Scalar, numbers: usize) -> Result<D::Memory> {
+        const TILE: u64 = 1 << 14;
+        let number = |i| (mix(i) >> 40) as f32 / (1 << 23) as f32 - 1.0;
+        let tile = scalar.encode(&(0..TILE).map(number).collect::<Vec<_>>());
+        let bytes: Vec<u8> = tile.iter().copied().cycle().take(numbers * scalar.bytes()).collect();
+        self.uploaded(&bytes)
+    }
+
+    /// The rows of a pass, and the memory that they are in.
+    fn rows(&self, rows: &[Row<'_>]) -> Result<(OnDevice, D::Memory)> {
+        let (pass, mut arrays) = (PassRows::new(rows, None), Arrays::default());
+        let views = pass.append(&mut arrays, pass.room());
+        let held = self.uploaded(arrays.bytes())?;
+        Ok((views.moved(self.device.address(&held)), held))
+    }
+
+    fn uploaded<T: Plain>(&self, numbers: &[T]) -> Result<D::Memory> {
+        let memory = self.device.allocate(size_of_val(numbers))?;
+        self.device.upload(&memory, bytes_of(numbers))?;
+        Ok(memory)
+    }
+}
+
+/// Memory of what the operations of a pass read and write. Numbers that an operation reads, another one need not have
+/// written.
+struct Inputs<'a, D: Device> {
+    sizes: &'a Sizes<'a>,
+    load: &'a Load,
+    decode: OnDevice,
+    chunk: OnDevice,
+    _rows: [D::Memory; 2],
+    geometry: Geometry,
+    /// `[rows, the widest input]`, as stored.
+    x: D::Memory,
+    /// `[rows, the widest output]`, of `f32`.
+    y: D::Memory,
+    /// As large as the largest weight.
+    weight: D::Memory,
+    adapters: Vec<Adapter<D>>,
+    /// What adapters shrink rows to.
+    shrunk: D::Memory,
+    /// Where rows are kept.
+    kept: D::Memory,
+    rotary: D::Memory,
+    pages: D::Memory,
+    sight: D::Memory,
+    partial: D::Memory,
+    vectors: D::Memory,
+    /// By row a token, the row itself, the key of its dice, and what it leaves to deeper depths.
+    tokens: D::Memory,
+    places: D::Memory,
+    keys: D::Memory,
+    fills: D::Memory,
+    sweep: D::Memory,
+    verdicts: D::Memory,
+}
+
+impl<'a, D: Device> Inputs<'a, D> {
+    fn new(bench: &Bench<'_, D>, sizes: &'a Sizes<'a>, load: &'a Load) -> Result<Self> {
+        let (config, scalar) = (sizes.config, sizes.scalar);
+        let (rows, most_rows) = (load.rows, load.rows.max(load.chunk));
+        let of_row = load.history.div_ceil(BLOCK_TOKENS);
+        let tables: Vec<Vec<u32>> = (0..rows).map(|row| ((row * of_row) as u32..).take(of_row).collect()).collect();
+        let depth = |row: usize| row * load.depths / rows;
+        let decode: Vec<Row<'_>> =
+            tables.iter().enumerate().map(|(row, table)| Row::new(load.history - 1, depth(row), table)).collect();
+        let chunk_table: Vec<u32> = (0..load.chunk.div_ceil(BLOCK_TOKENS) as u32).collect();
+        let chunk: Vec<Row<'_>> = (0..load.chunk).map(|position| Row::new(position, 0, &chunk_table)).collect();
+
+        let blocks = (rows * of_row).max(chunk_table.len());
+        let positions = load.history.max(load.chunk);
+        let rotary_dims = config.architecture.rotary_dims(config.head_dim);
+        let page = 2 * config.num_kv_heads * BLOCK_TOKENS * config.head_dim;
+        let most = |numbers: &dyn Fn(Projections) -> usize| ALL_PROJECTIONS.map(numbers).into_iter().max().unwrap_or(1);
+        // `x` is read by projections, attention and the activation.
+        let inputs =
+            most(&|of| sizes.inputs(of)).max(sizes.outputs(Projections::Qkv)).max(2 * config.intermediate_size);
+        let outputs = most(&|of| sizes.outputs(of)).max(config.hidden_size).max(config.q_size());
+        let ranks = most(&|of| sizes.ranks(of));
+        let weight = most(&|of| {
+            let adapters = sizes.ranks(of) * sizes.inputs(of).max(sizes.outputs(of)) * load.depths;
+            adapters.max(sizes.inputs(of) * sizes.outputs(of))
+        });
+        let weight = bench.numbers(scalar, weight)?;
+        let (decode, decode_held) = bench.rows(&decode)?;
+        let (chunk, chunk_held) = bench.rows(&chunk)?;
+        let partial = bench.kernels().partial_numbers(&decode, config.num_heads);
+        let fill = |row: usize| Fill { block: (row * of_row) as i32, offset: 0, depth: 0 };
+        Ok(Self {
+            sizes,
+            load,
+            chunk,
+            _rows: [decode_held, chunk_held],
+            geometry: Geometry {
+                heads: config.num_heads as i32,
+                kv_heads: config.num_kv_heads as i32,
+                blocks: blocks as i32,
+                first_layer: 0,
+                layer_stride: 1,
+                depths: config.num_loops as i32,
+                once: 0,
+                sights: 1,
+                positions: positions as i32,
+                rotary_dims: rotary_dims as i32,
+                scale: config.architecture.attention_scale(config.head_dim),
+            },
+            x: bench.numbers(scalar, most_rows * inputs)?,
+            y: bench.numbers(Scalar::F32, most_rows * outputs)?,
+            adapters: Adapter::of_model(bench, sizes, load.depths, &weight)?,
+            weight,
+            shrunk: bench.device.allocate(4 * rows * ranks)?,
+            kept: bench.device.allocate(4 * rows * config.hidden_size)?,
+            rotary: bench.numbers(Scalar::F32, positions * rotary_dims)?,
+            pages: bench.numbers(scalar, config.num_loops * blocks * page)?,
+            sight: bench.uploaded(&[Sight { windowed: 0, rotary: 0 }])?,
+            partial: bench.device.allocate(4 * partial)?,
+            vectors: bench.numbers(Scalar::F32, 2 * config.hidden_size)?,
+            tokens: bench.uploaded(&(0..rows).map(|row| (row * 97 % config.vocab_size) as i32).collect::<Vec<_>>())?,
+            places: bench.uploaded(&(0..rows as i32).collect::<Vec<_>>())?,
+            keys: bench.uploaded(&(0..rows as u64).collect::<Vec<_>>())?,
+            fills: bench.uploaded(&(0..rows).map(fill).collect::<Vec<_>>())?,
+            sweep: bench.device.allocate(sweep_bytes(rows, config.vocab_size))?,
+            verdicts: bench.device.allocate(rows * size_of::<Verdict>())?,
+            decode,
+        })
+    }
+
+    fn run(&self, bench: &Bench<'_, D>, operation: Operation) -> Result<()> {
+        match operation {
+            Operation::Product(of) => self.multiply(bench, of),
+            Operation::LoraShrink(of) | Operation::LoraExpand(of) => self.adapt(bench, operation, of),
+            Operation::StoreKv | Operation::AttendSplits | Operation::AttendJoin | Operation::AttendTiles => {
+                self.attend(bench, operation)
+            }
+            _ => self.by_row(bench, operation),
+        }
+    }
+
+    fn x(&self, bench: &Bench<'_, D>, width: usize) -> View<Stored> {
+        bench.view(&self.x, self.load.rows.max(self.load.chunk) * width)
+    }
+
+    fn y<T>(&self, bench: &Bench<'_, D>, width: usize) -> View<T> {
+        bench.view(&self.y, self.load.rows.max(self.load.chunk) * width)
+    }
+
+    fn multiply(&self, bench: &Bench<'_, D>, of: Projections) -> Result<()> {
+        let product = Product {
+            scalar: self.sizes.scalar,
+            rows: self.load.rows,
+            inputs: self.sizes.inputs(of),
+            outputs: self.sizes.outputs(of),
+            x: bench.device.address(&self.x),
+            weight: bench.device.address(&self.weight),
+            y: bench.device.address(&self.y),
+            out: match of {
+                Projections::Qkv | Projections::Up => Out::Stored,
+                Projections::Head => Out::F32,
+                Projections::Output | Projections::Down => Out::AddedToF32,
+            },
+        };
+        // SAFETY: all three are as large as the widest need.
+        unsafe { bench.device.product(&product) }
+    }
+
+    fn adapt(&self, bench: &Bench<'_, D>, operation: Operation, of: Projections) -> Result<()> {
+        let Some(Adapter { lora, .. }) = self.adapters.iter().find(|adapter| adapter.of == of) else { return Ok(()) };
+        let (kernels, rows, groups) = (bench.kernels(), self.load.rows, self.decode.groups);
+        let shrunk: View<f32> = bench.view(&self.shrunk, rows * lora.ranks);
+        match (operation, of) {
+            (Operation::LoraShrink(_), _) => {
+                kernels.lora_shrink(lora, self.x(bench, lora.inputs), rows, groups, shrunk)
+            }
+            (_, Projections::Qkv | Projections::Up) => {
+                kernels.lora_expand(lora, shrunk, rows, groups, self.y(bench, lora.outputs))
+            }
+            _ => kernels.lora_expand_f32(lora, shrunk, rows, groups, self.y(bench, lora.outputs)),
+        }
+    }
+
+    fn attend(&self, bench: &Bench<'_, D>, operation: Operation) -> Result<()> {
+        let (kernels, config) = (bench.kernels(), self.sizes.config);
+        let inputs = AttentionInputs {
+            qkv: self.x(bench, self.sizes.outputs(Projections::Qkv)),
+            rotary: bench.view(&self.rotary, (self.geometry.positions * self.geometry.rotary_dims) as usize),
+            pages: bench.view(&self.pages, 0),
+            sights: bench.view(&self.sight, 1),
+            geometry: self.geometry,
+        };
+        let partial = bench.view(&self.partial, kernels.partial_numbers(&self.decode, config.num_heads));
+        let out = self.y(bench, config.num_heads * config.head_dim);
+        match operation {
+            Operation::StoreKv => kernels.store_kv(&inputs, &self.decode),
+            Operation::AttendSplits => kernels.attend_splits(&inputs, &self.decode, partial, out),
+            Operation::AttendJoin => kernels.attend_join(&inputs, &self.decode, partial, out),
+            _ => kernels.attend_tiles(&inputs, &self.chunk, out),
+        }
+    }
+
+    fn by_row(&self, bench: &Bench<'_, D>, operation: Operation) -> Result<()> {
+        let (kernels, config, rows) = (bench.kernels(), self.sizes.config, self.load.rows);
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let architecture = &config.architecture;
+        let (tokens, places) = (bench.view(&self.tokens, rows), bench.view(&self.places, rows));
+        match operation {
+            Operation::EnterRows => {
+                let embedding = bench.view(&self.weight, vocab * hidden);
+                kernels.enter_rows(embedding, self.y(bench, hidden), tokens, hidden, 1.0, self.y(bench, hidden))
+            }
+            Operation::NormRows => {
+                let formula = Formula::new(architecture.norm, hidden, 1, architecture.norm_eps);
+                let vectors = bench.view(&self.vectors, 2 * hidden);
+                kernels.norm_rows(
+                    self.y(bench, hidden),
+                    None,
+                    self.decode.rows,
+                    vectors,
+                    formula,
+                    self.x(bench, hidden),
+                )
+            }
+            Operation::Activate => {
+                let (inner, gated) = (config.intermediate_size, architecture.gated_mlp);
+                let x = self.x(bench, if gated { 2 * inner } else { inner });
+                kernels.activate(x, rows, inner, gated, architecture.activation, self.y(bench, inner))
+            }
+            Operation::KeepRows => {
+                kernels.keep_rows(self.y(bench, hidden), places, hidden, bench.view(&self.kept, rows * hidden))
+            }
+            Operation::FillDeeper => {
+                kernels.fill_deeper(bench.view(&self.fills, rows), self.geometry, 1, bench.view(&self.pages, 0))
+            }
+            _ => {
+                let (keys, scratch) = (bench.view(&self.keys, rows), bench.view(&self.sweep, sweep_bytes(rows, vocab)));
+                let verdicts = bench.view(&self.verdicts, rows);
+                kernels.read_logits(self.y(bench, vocab), keys, vocab, 0.0, scratch, verdicts)
+            }
+        }
+    }
+}
+
+/// Adapters of projections.
+struct Adapter<D: Device> {
+    of: Projections,
+    lora: LoraInputs,
+    _parts: D::Memory,
+}
+
+impl<D: Device> Adapter<D> {
+    /// Those of a model, whose numbers are in `weight`.
+    fn of_model(bench: &Bench<'_, D>, sizes: &Sizes<'_>, depths: usize, weight: &D::Memory) -> Result<Vec<Self>> {
+        let is_adapted = |of: &Projections| sizes.ranks(*of) > 0;
+        ALL_PROJECTIONS.into_iter().filter(is_adapted).map(|of| Self::new(bench, sizes, depths, weight, of)).collect()
+    }
+
+    fn new(
+        bench: &Bench<'_, D>,
+        sizes: &Sizes<'_>,
+        depths: usize,
+        weight: &D::Memory,
+        of: Projections,
+    ) -> Result<Self> {
+        let (mut parts, mut first_rank, mut first_output, mut at) = (Vec::new(), 0, 0, 0);
+        for (ranks, outputs) in sizes.parts(of) {
+            parts.push(Part { first_rank, ranks: ranks as i32, first_output, outputs: outputs as i32, at });
+            first_rank += ranks as i32;
+            first_output += outputs as i32;
+            at += (depths * ranks * outputs) as i64;
+        }
+        let held = bench.uploaded(&parts)?;
+        let (ranks, inputs) = (sizes.ranks(of), sizes.inputs(of));
+        let lora = LoraInputs {
+            downs: bench.view(weight, depths * ranks * inputs),
+            ups: bench.view(weight, at as usize),
+            parts: bench.view(&held, parts.len()),
+            widest: sizes.parts(of).iter().map(|(_, outputs)| *outputs).max().unwrap_or(1),
+            depths,
+            ranks,
+            inputs,
+            outputs: sizes.outputs(of),
+        };
+        Ok(Self { of, lora, _parts: held })
+    }
+}
