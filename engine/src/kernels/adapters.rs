@@ -337,7 +337,6 @@ fn lower_rows<const ROWS: usize>(x: &Columns<'_>, down: &[f32], rank: usize, low
 /// The scalar products of rows with the first `RANKS` rows of a down, which are `width` apart. Each is the sum of the
 /// lanes of one register, added up in the order of the inputs, whatever `ROWS` and `RANKS` are.
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
 fn lower_ranks<const ROWS: usize, const RANKS: usize>(
     rows: &[&[f32]; ROWS],
     down: &[f32],
