@@ -153,7 +153,7 @@ impl ParquetRows {
         let mut line = 0;
         for group in 0..self.reader.num_row_groups() {
             let group = self.reader.get_row_group(group).map_err(unread(&self.path))?;
-            let mut columns = Columns::open(&*group, &self.places).map_err(unread(&self.path))?;
+            let mut columns = catching(|| Columns::open(&*group, &self.places)).map_err(unread(&self.path))?;
             while columns.read_chunk().map_err(unread(&self.path))? {
                 for index in 0..columns.integers[0].len() {
                     line += 1;
@@ -195,12 +195,7 @@ impl Columns {
 
     /// Reads the next rows; false after the last.
     fn read_chunk(&mut self) -> Result<bool, ParquetError> {
-        for (reader, values) in self.integer_readers.iter_mut().zip(&mut self.integers) {
-            read_column(reader, values)?;
-        }
-        for (reader, values) in self.signal_readers.iter_mut().zip(&mut self.signals) {
-            read_column(reader, values)?;
-        }
+        catching(|| self.read_columns())?;
         let rows = self.integers[0].len();
         let whole = self.integers.iter().all(|column| column.len() == rows)
             && self.signals.iter().all(|column| column.len() == rows);
@@ -208,6 +203,16 @@ impl Columns {
             true => Ok(rows > 0),
             false => Err(ParquetError::General("columns of different lengths".to_owned())),
         }
+    }
+
+    fn read_columns(&mut self) -> Result<(), ParquetError> {
+        for (reader, values) in self.integer_readers.iter_mut().zip(&mut self.integers) {
+            read_column(reader, values)?;
+        }
+        for (reader, values) in self.signal_readers.iter_mut().zip(&mut self.signals) {
+            read_column(reader, values)?;
+        }
+        Ok(())
     }
 
     fn row(&self, index: usize) -> ExitRow {
@@ -230,6 +235,12 @@ fn typed_readers<T: DataType>(
     places: &[usize],
 ) -> Result<Vec<ColumnReaderImpl<T>>, ParquetError> {
     places.iter().map(|&place| Ok(get_typed_column_reader::<T>(group.get_column_reader(place)?))).collect()
+}
+
+/// What the parquet crate gives, or an error where it panics: some damage passes its checks.
+fn catching<R>(read: impl FnOnce() -> Result<R, ParquetError>) -> Result<R, ParquetError> {
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    caught.unwrap_or_else(|_| Err(ParquetError::General("its encoding is damaged".to_owned())))
 }
 
 /// Reads up to [`CHUNK`] values; a row without one is an error.

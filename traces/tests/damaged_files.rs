@@ -172,6 +172,9 @@ proptest! {
             true => [rows, &damaged(footer, &damages)].concat(),
             false => damaged(&whole, &damages),
         };
+        // SAFETY: nothing else in this program reads or sets it. A backtrace of a panic in the parquet crate, which is
+        // caught, would take megabytes of its own.
+        unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
         write(folder.path(), "exits.parquet", &contents);
         let (trace, allocated) = ALLOCATIONS.largest(|| ExitTrace::read(folder.path()));
         prop_assert!(allocated <= MEMORY, "{allocated} bytes at once for a file of {}", contents.len());
