@@ -194,14 +194,19 @@ proptest! {
             token_budget: max_batch + spare_budget,
             block_tokens: 16,
         };
-        let (generations, _) = setup.run(settings, &requests, setup.executor(&settings).recording());
-        assert_all_as_alone(&setup, kv_fill, &requests, &generations);
-        // What is not recorded need not be computed, and changes no token.
-        let (unrecorded, _) = setup.run(settings, &requests, setup.executor(&settings).leaving_by(exit));
-        for (request, Generation { tokens, exit_depths, .. }) in &unrecorded {
-            let recorded = &generations[request];
-            assert_eq!((tokens, exit_depths), (&recorded.tokens, &recorded.exit_depths), "request {request}");
-        }
+        assert_batched_as_alone(&setup, settings, &requests);
+    }
+}
+
+/// Runs requests under settings; each generates what it does alone, recorded or not: what is not recorded need not be
+/// computed, and changes no token.
+fn assert_batched_as_alone(setup: &Setup, settings: Settings, requests: &[Request]) {
+    let (generations, _) = setup.run(settings, requests, setup.executor(&settings).recording());
+    assert_all_as_alone(setup, settings.kv_fill, requests, &generations);
+    let (unrecorded, _) = setup.run(settings, requests, setup.executor(&settings).leaving_by(settings.exit));
+    for (request, Generation { tokens, exit_depths, .. }) in &unrecorded {
+        let recorded = &generations[request];
+        assert_eq!((tokens, exit_depths), (&recorded.tokens, &recorded.exit_depths), "request {request}");
     }
 }
 
@@ -236,13 +241,7 @@ fn batched_requests_on(device: Device, cases: u32) {
             prefix_caching: false,
             async_scheduling: false,
         };
-        let (generations, _) = setup.run(settings, &requests, setup.executor(&settings).recording());
-        assert_all_as_alone(&setup, kv_fill, &requests, &generations);
-        let (unrecorded, _) = setup.run(settings, &requests, setup.executor(&settings).leaving_by(exit));
-        for (request, Generation { tokens, exit_depths, .. }) in &unrecorded {
-            let recorded = &generations[request];
-            assert_eq!((tokens, exit_depths), (&recorded.tokens, &recorded.exit_depths), "request {request}");
-        }
+        assert_batched_as_alone(&setup, settings, &requests);
         Ok(())
     });
     result.unwrap_or_else(|error| panic!("{error}"));

@@ -3,7 +3,7 @@
 mod allocations;
 
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 use allocations::Allocations;
 use proptest::prelude::*;
@@ -11,6 +11,9 @@ use traces::{Component, ExitTable, ExitTrace, LatencyProfile, Request, RequestTr
 
 #[global_allocator]
 static ALLOCATIONS: Allocations = Allocations;
+
+/// A backtrace of a panic in the parquet crate, which is caught, would take megabytes of its own.
+static NO_BACKTRACES: Once = Once::new();
 
 const REQUESTS: [&str; 5] = [
     "request,arrival_us,prompt_tokens,output_tokens\n0,0,10,1\n1,1000.125,20,2\n2,2000,30,3\n",
@@ -172,9 +175,10 @@ proptest! {
             true => [rows, &damaged(footer, &damages)].concat(),
             false => damaged(&whole, &damages),
         };
-        // SAFETY: nothing else in this program reads or sets it. A backtrace of a panic in the parquet crate, which is
-        // caught, would take megabytes of its own.
-        unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
+        NO_BACKTRACES.call_once(|| {
+            // SAFETY: the environment is read by Rust's library alone, which locks it.
+            unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
+        });
         write(folder.path(), "exits.parquet", &contents);
         let (trace, allocated) = ALLOCATIONS.largest(|| ExitTrace::read(folder.path()));
         prop_assert!(allocated <= MEMORY, "{allocated} bytes at once for a file of {}", contents.len());

@@ -15,12 +15,13 @@ const TILE: usize = 4;
 /// What projections side by side differ by from those that all depths share, at each depth: `up (down x)`, where `down`
 /// `[rank, inputs]` holds the ranks of all the projections and each has an up of its own, `[outputs, its ranks]`.
 ///
-/// Packed they follow each other depth by depth, each its down and then its ups. If all ranks together fill no panel,
-/// a down lies `[rank, inputs]` and an up `[tiles of 4 ranks][registers of outputs][ranks of the tile]`, padded with zeros
-/// to whole registers, and rows are adapted from the first input to the last output a few at a time. Wider ones are packed as a weight of
-/// [`Linear`](super::linear::Linear), and panels shared out among threads.
+/// Packed they follow each other depth by depth, each its down and then its ups. If all ranks together fill no panel, a
+/// down lies `[rank, inputs]` and an up `[tiles of 4 ranks][registers of outputs][ranks of the tile]`, padded with zeros to
+/// whole registers, and rows are adapted from the first input to the last output a few at a time. Wider ones are packed as
+/// a weight of [`Linear`](super::linear::Linear), and panels shared out among threads.
 #[derive(Clone, Debug)]
 pub struct Adapters {
+    /// `[depths, numbers of one]`
     packed: Tensor,
     shape: AdapterShape,
 }
@@ -28,7 +29,6 @@ pub struct Adapters {
 /// What packed adapters hold; the same at every depth.
 #[derive(Clone, Debug)]
 struct AdapterShape {
-    depths: usize,
     inputs: usize,
     outputs: usize,
     rank: usize,
@@ -37,6 +37,22 @@ struct AdapterShape {
 }
 
 impl AdapterShape {
+    /// The shape of adapters like those of one depth, if anything is adapted.
+    fn of(adapter: &Adapter<'_>) -> Result<Option<Self>> {
+        let (mut ups, mut inputs) = (Vec::new(), 0);
+        let (mut rank, mut first_output) = (0, 0);
+        for &(outputs, adapted) in &adapter.parts {
+            if let Some((down, _)) = adapted {
+                let (ranks, width) = down.dims2()?;
+                ups.push((rank..rank + ranks, first_output..first_output + outputs));
+                rank += ranks;
+                inputs = width;
+            }
+            first_output += outputs;
+        }
+        Ok((rank > 0).then_some(Self { inputs, outputs: first_output, rank, ups }))
+    }
+
     fn is_narrow(&self) -> bool {
         self.rank < PANEL
     }
@@ -70,60 +86,7 @@ impl AdapterShape {
             (&up.0, &up.1, of_up)
         })
     }
-}
 
-/// The low-rank matrices of projections side by side at one depth, as a model has them.
-#[derive(Clone, Debug)]
-pub struct Adapter<'w> {
-    /// Of each projection its outputs, and where it is adapted `[rank, inputs]` and `[outputs, rank]`.
-    pub parts: Vec<(usize, Option<(&'w Tensor, &'w Tensor)>)>,
-    /// Factor on what comes of them.
-    pub scale: f32,
-}
-
-impl Adapters {
-    /// Packs the adapters of each depth from depth 0 on, which have the same shapes; none if nothing is adapted.
-    ///
-    /// # Errors
-    /// If a tensor is no matrix of `f32` or its shape is not that of the others.
-    pub fn new(depths: &[Adapter<'_>]) -> Result<Option<Self>> {
-        let Some(first) = depths.first() else { return Ok(None) };
-        let Some(mut shape) = shape_of(first)? else { return Ok(None) };
-        shape.depths = depths.len();
-        let mut packed = Vec::with_capacity(depths.len() * shape.numbers());
-        for adapter in depths {
-            shape.pack(adapter, &mut packed)?;
-        }
-        Ok(Some(Self { packed: Tensor::new(packed, &Device::Cpu)?, shape }))
-    }
-
-    /// Adds to the rows of `y` `[rows, outputs]` at each depth that has an adapter what it makes of those of `x`
-    /// `[rows, inputs]`.
-    ///
-    /// # Errors
-    /// If a tensor is of another shape.
-    pub fn add_to(&self, y: &Tensor, x: &Tensor, depths: &DepthRanges) -> Result<()> {
-        y.inplace_op3(x, &self.packed, &AddAdapted { shape: &self.shape, depths })
-    }
-}
-
-/// The shape of adapters like those of one depth, if anything is adapted.
-fn shape_of(adapter: &Adapter<'_>) -> Result<Option<AdapterShape>> {
-    let (mut ups, mut inputs) = (Vec::new(), 0);
-    let (mut rank, mut first_output) = (0, 0);
-    for &(outputs, adapted) in &adapter.parts {
-        if let Some((down, _)) = adapted {
-            let (ranks, width) = down.dims2()?;
-            ups.push((rank..rank + ranks, first_output..first_output + outputs));
-            rank += ranks;
-            inputs = width;
-        }
-        first_output += outputs;
-    }
-    Ok((rank > 0).then_some(AdapterShape { depths: 1, inputs, outputs: first_output, rank, ups }))
-}
-
-impl AdapterShape {
     /// Appends the packed adapters of a depth.
     fn pack(&self, adapter: &Adapter<'_>, packed: &mut Vec<f32>) -> Result<()> {
         let adapted: Vec<_> = adapter.parts.iter().filter_map(|(_, adapted)| *adapted).collect();
@@ -144,6 +107,41 @@ impl AdapterShape {
             }
         }
         Ok(())
+    }
+}
+
+/// The low-rank matrices of projections side by side at one depth, as a model has them.
+#[derive(Clone, Debug)]
+pub struct Adapter<'w> {
+    /// Of each projection its outputs, and where it is adapted `[rank, inputs]` and `[outputs, rank]`.
+    pub parts: Vec<(usize, Option<(&'w Tensor, &'w Tensor)>)>,
+    /// Factor on what comes of them.
+    pub scale: f32,
+}
+
+impl Adapters {
+    /// Packs the adapters of each depth from depth 0 on, which have the same shapes; none if nothing is adapted.
+    ///
+    /// # Errors
+    /// If a tensor is no matrix of `f32` or its shape is not that of the others.
+    pub fn new(depths: &[Adapter<'_>]) -> Result<Option<Self>> {
+        let Some(first) = depths.first() else { return Ok(None) };
+        let Some(shape) = AdapterShape::of(first)? else { return Ok(None) };
+        let mut packed = Vec::with_capacity(depths.len() * shape.numbers());
+        for adapter in depths {
+            shape.pack(adapter, &mut packed)?;
+        }
+        let packed = Tensor::from_vec(packed, (depths.len(), shape.numbers()), &Device::Cpu)?;
+        Ok(Some(Self { packed, shape }))
+    }
+
+    /// Adds to the rows of `y` `[rows, outputs]` at each depth that has an adapter what it makes of those of `x`
+    /// `[rows, inputs]`.
+    ///
+    /// # Errors
+    /// If a tensor is of another shape.
+    pub fn add_to(&self, y: &Tensor, x: &Tensor, depths: &DepthRanges) -> Result<()> {
+        y.inplace_op3(x, &self.packed, &AddAdapted { shape: &self.shape, depths })
     }
 }
 
@@ -222,12 +220,12 @@ struct Adapted<'a> {
 
 impl AddAdapted<'_> {
     fn adapted<'a>(&self, packed: &'a [f32]) -> Vec<Adapted<'a>> {
+        let (numbers, of_down) = (self.shape.numbers(), self.shape.down_numbers());
         let of_depth = |(depth, rows): &(usize, Range<usize>)| {
-            let numbers = self.shape.numbers();
-            let (down, ups) = packed[depth * numbers..][..numbers].split_at(self.shape.down_numbers());
-            Adapted { rows: rows.clone(), down, ups }
+            let (down, ups) = packed.chunks_exact(numbers).nth(*depth)?.split_at(of_down);
+            Some(Adapted { rows: rows.clone(), down, ups })
         };
-        self.depths.iter().filter(|(depth, _)| *depth < self.shape.depths).map(of_depth).collect()
+        self.depths.iter().filter_map(of_depth).collect()
     }
 }
 
