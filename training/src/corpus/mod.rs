@@ -177,7 +177,8 @@ impl Corpus {
 ///
 /// # Errors
 /// If the windows differ in length.
-pub fn inputs_and_targets(windows: &[&[u32]], device: &Device) -> candle_core::Result<(Tensor, Tensor)> {
+pub fn inputs_and_targets(windows: &[impl AsRef<[u32]>], device: &Device) -> candle_core::Result<(Tensor, Tensor)> {
+    let windows: Vec<&[u32]> = windows.iter().map(AsRef::as_ref).collect();
     let seq = windows.first().map_or(0, |window| window.len() - 1);
     let inputs: Vec<u32> = windows.iter().flat_map(|w| &w[..w.len() - 1]).copied().collect();
     let targets: Vec<u32> = windows.iter().flat_map(|w| &w[1..]).copied().collect();

@@ -80,14 +80,13 @@ struct Sums {
     oracle: usize,
 }
 
-/// Evaluates `model` on a text. Windows of `seq` tokens overlap by half
-/// and only a window's second half counts, so a token is predicted from `seq / 2` to `seq - 1`
-/// tokens before it, except in the first window, which counts whole.
+/// Evaluates `model` on a text. Windows overlap by half and only a window's second half counts, so a token is predicted
+/// from `seq / 2` to `seq - 1` tokens before it, except in the first window, which counts whole.
 ///
 /// # Errors
 /// If a tensor operation fails or the model gives logits that are not finite.
-pub fn evaluate(model: &Reference, corpus: &Corpus, seq: usize) -> Result<Evaluation, TrainingError> {
-    evaluate_and_record(model, corpus, Windows { seq, begin: &[] }, |_| ())
+pub fn evaluate(model: &Reference, corpus: &Corpus, windows: Windows<'_>) -> Result<Evaluation, TrainingError> {
+    evaluate_and_record(model, corpus, windows, |_| ())
 }
 
 /// How a text is cut into what the model sees at once.
@@ -230,6 +229,10 @@ mod tests {
         Weights::random(config, 7).unwrap()
     }
 
+    fn windows(seq: usize) -> Windows<'static> {
+        Windows { seq, begin: &[] }
+    }
+
     fn corpus() -> Corpus {
         let tokenizer = Tokenizer::train(TEXT, 256).unwrap();
         Corpus::new(TEXT, &tokenizer, 8, "held-out").unwrap()
@@ -241,7 +244,7 @@ mod tests {
         let config = weights().config().clone();
         let tensors = weights().tensors().iter().map(zeros).collect();
         let model = Reference::new(&Weights::from_tensors(config, tensors, "test").unwrap()).unwrap();
-        let evaluation = evaluate(&model, &corpus(), 8).unwrap();
+        let evaluation = evaluate(&model, &corpus(), windows(8)).unwrap();
         assert_eq!((evaluation.tokens, evaluation.bytes), (TEXT.len() - 1, TEXT.len()));
         for figures in &evaluation.loops {
             assert!((figures.bits_per_byte - 8.0).abs() < 1e-5);
@@ -262,7 +265,7 @@ mod tests {
         let corpus = Corpus::new("!!a!b!!!c", &tokenizer, 4, "held-out").unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("eval.csv");
-        evaluate(&model, &corpus, 4).unwrap().write_csv(&path).unwrap();
+        evaluate(&model, &corpus, windows(4)).unwrap().write_csv(&path).unwrap();
         let mut file = csv::Reader::from_path(&path).unwrap();
         let column = file.headers().unwrap().iter().position(|name| name == "accuracy").unwrap();
         let accuracies: Vec<f64> = file.records().map(|line| line.unwrap()[column].parse().unwrap()).collect();
@@ -274,7 +277,7 @@ mod tests {
         let model = Reference::new(&weights()).unwrap();
         let tokenizer = Tokenizer::train(TEXT, 256).unwrap();
         let corpus = Corpus::new(&TEXT[..13], &tokenizer, 8, "held-out").unwrap();
-        let found = evaluate(&model, &corpus, 8).unwrap();
+        let found = evaluate(&model, &corpus, windows(8)).unwrap();
         assert_eq!(found.tokens, 12);
 
         let nats = |window: &[u32], skip: usize| {
@@ -294,7 +297,7 @@ mod tests {
     fn every_window_begins_with_the_tokens_that_a_sequence_begins_with() {
         let model = Reference::new(&weights()).unwrap();
         let corpus = corpus().start(13, &Tokenizer::train(TEXT, 256).unwrap()).unwrap();
-        let found = evaluate_and_record(&model, &corpus, Windows { seq: 8, begin: &[200] }, |_| ()).unwrap();
+        let found = evaluate(&model, &corpus, Windows { seq: 8, begin: &[200] }).unwrap();
         assert_eq!(found.tokens, 13);
         let tokens = corpus.tokens();
         let windows = [(0..8, 0), (4..12, 4), (8..13, 4)];
@@ -310,7 +313,7 @@ mod tests {
     #[test]
     fn oracle_shares_add_up_and_the_last_loop_agrees_with_itself() {
         let model = Reference::new(&weights()).unwrap();
-        let evaluation = evaluate(&model, &corpus(), 8).unwrap();
+        let evaluation = evaluate(&model, &corpus(), windows(8)).unwrap();
         let sum: f64 = evaluation.loops.iter().map(|figures| figures.oracle_share).sum();
         assert!((sum - 1.0).abs() < 1e-12);
         assert_eq!(evaluation.loops[2].agreement_with_last, 1.0);
@@ -322,7 +325,7 @@ mod tests {
     fn what_is_recorded_tells_the_same_as_the_figures() {
         let model = Reference::new(&weights()).unwrap();
         let mut exits = exits::tests::empty(3);
-        let evaluation = evaluate_and_record(&model, &corpus(), Windows { seq: 8, begin: &[] }, |rows| {
+        let evaluation = evaluate_and_record(&model, &corpus(), windows(8), |rows| {
             exits.push_generation(rows);
         })
         .unwrap();
@@ -364,7 +367,7 @@ mod tests {
         let norm = tensors.get_mut("norm.weight").unwrap();
         *norm = (norm.ones_like().unwrap() * 3e38).unwrap();
         let weights = Weights::from_tensors(weights().config().clone(), tensors, "test").unwrap();
-        let message = evaluate(&Reference::new(&weights).unwrap(), &corpus(), 8).unwrap_err().to_string();
+        let message = evaluate(&Reference::new(&weights).unwrap(), &corpus(), windows(8)).unwrap_err().to_string();
         assert!(message.contains("tokens 0 to 8") && message.contains("depth 0"), "{message}");
     }
 }

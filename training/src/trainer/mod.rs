@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 use engine::reference::Reference;
 use engine::tokenizer::Tokenizer;
-use engine::weights::Weights;
+use engine::weights::{CONFIG_FILE, Weights};
 use serde::{Deserialize, Serialize};
 
 use crate::corpus::{Corpus, inputs_and_targets};
 use crate::error::TrainingError;
-use crate::evaluation::{Evaluation, evaluate};
+use crate::evaluation::{Evaluation, Windows, evaluate};
 use crate::objective::{Losses, Objective};
 use crate::optimizer::{self, Parameter, Parameters};
 use options::{TrainingOptions, check, load_teacher};
@@ -91,6 +91,8 @@ pub struct Trainer {
     options: TrainingOptions,
     folder: PathBuf,
     tokenizer: Tokenizer,
+    /// What every window begins with, such as Gemma's `<bos>`; in training it stands for as many tokens of the text.
+    begin: Vec<u32>,
     corpus: Corpus,
     held_out: Corpus,
     quick_held_out: Corpus,
@@ -105,8 +107,8 @@ impl Trainer {
     /// Starts a run in `folder`, which is created.
     ///
     /// # Errors
-    /// If an option is out of range, a text or model is unreadable or does not fit, or the folder holds a run already
-    /// or cannot be written.
+    /// If an option is out of range, a text or model is unreadable or does not fit, or the folder holds a run or a model
+    /// already or cannot be written.
     pub fn start(
         options: TrainingOptions,
         folder: &Path,
@@ -114,6 +116,10 @@ impl Trainer {
     ) -> Result<Self, TrainingError> {
         if checkpoint::exists(folder) {
             let problem = "a run is here already; resume it or choose another folder".to_owned();
+            return Err(TrainingError::Checkpoint { path: folder.to_owned(), problem });
+        }
+        if folder.join(CONFIG_FILE).exists() {
+            let problem = "a model is here already; choose another folder".to_owned();
             return Err(TrainingError::Checkpoint { path: folder.to_owned(), problem });
         }
         let (weights, tokenizer) = options.model.start(options.seed)?;
@@ -175,7 +181,11 @@ impl Trainer {
             teacher.map(|teacher| load_teacher(&teacher.model, &tokenizer, vocab_size, &device)).transpose()?;
         let mut tokenizing = |path: &Path| report(Event::Tokenizing(path));
         let (corpus, held_out) = options.data.load(&tokenizer, options.seq, &mut tokenizing)?;
+        let begin = tokenizer.begin()?;
+        let enough = format!("more than twice the {} that every sequence begins with", begin.len());
+        check(2 * begin.len() < options.seq, "seq", &options.seq, &enough)?;
         Ok(Self {
+            begin,
             objective: Objective::new(options.objective.clone(), teacher),
             model: Reference::new(&weights)?,
             quick_held_out: held_out.start(QUICK_HELD_OUT_TOKENS, &tokenizer)?,
@@ -212,7 +222,7 @@ impl Trainer {
             let (taken, stopped) = (step + 1, stop.load(Ordering::Relaxed));
             let due = |every: usize| taken.is_multiple_of(every) || taken == self.options.steps;
             if due(self.options.evaluation_steps) {
-                let evaluation = evaluate(&self.model, &self.quick_held_out, self.options.seq)?;
+                let evaluation = self.evaluate(&self.model, &self.quick_held_out)?;
                 self.curve[step].held_out_nats_per_token = evaluation.loops.last().map(|last| last.loss_nats_per_token);
                 report(Event::HeldOut { step: taken, evaluation: &evaluation });
             }
@@ -238,7 +248,11 @@ impl Trainer {
     /// If the folder is unreadable.
     pub fn evaluate_saved(&self) -> Result<Evaluation, TrainingError> {
         let model = Reference::new(&Weights::load(&self.folder)?.to_device(self.model.device())?)?;
-        evaluate(&model, &self.held_out, self.options.seq)
+        self.evaluate(&model, &self.held_out)
+    }
+
+    fn evaluate(&self, model: &Reference, text: &Corpus) -> Result<Evaluation, TrainingError> {
+        evaluate(model, text, Windows { seq: self.options.seq, begin: &self.begin })
     }
 
     /// The loss curve so far.
@@ -259,6 +273,8 @@ impl Trainer {
     fn step(&mut self, step: usize) -> Result<(), TrainingError> {
         let options = &self.options;
         let windows = self.corpus.batch(options.batch, options.seq, options.seed, step);
+        let begun = windows.iter().map(|window| [&self.begin, &window[self.begin.len()..]].concat());
+        let windows: Vec<Vec<u32>> = begun.collect();
         // A GPU works for one thread at a time.
         let workers = if self.model.device().is_cpu() { options.workers } else { 1 };
         let share = windows.len().div_ceil(workers);
@@ -302,7 +318,7 @@ impl Trainer {
     }
 
     /// A worker's share of a step: the gradients of its windows' part of the mean over `batch`.
-    fn gradients(&self, windows: &[&[u32]], batch: usize) -> candle_core::Result<Gradients> {
+    fn gradients(&self, windows: &[Vec<u32>], batch: usize) -> candle_core::Result<Gradients> {
         let tokens = if self.model.device().is_cpu() { TOKENS_PER_BACKWARD } else { TOKENS_PER_BACKWARD_ON_GPU };
         let at_once = (tokens / self.options.seq).max(1);
         let mut sum = Gradients::default();
@@ -353,6 +369,7 @@ mod tests {
     use engine::config::{LoraConfig, LoraRanks, ModelConfig};
     use options::{ModelOptions, Part};
     use proptest::prelude::*;
+    use serde_json::json;
 
     const VERSE: &str = "And God said, Let there be light: and there was light.\n";
 
@@ -494,6 +511,44 @@ mod tests {
         trained(options(folder.path()), &run);
         let refusal = message(start(options(folder.path()), &run));
         assert!(refusal.contains("run: a run is here already; resume it"), "{refusal}");
+        std::fs::remove_file(run.join("training-state.safetensors")).unwrap();
+        let refusal = message(start(options(folder.path()), &run));
+        assert!(refusal.contains("run: a model is here already"), "{refusal}");
+    }
+
+    /// A tokenizer that begins every sequence with `!`, its token 0, which the text has not.
+    fn beginning_tokenizer(path: &Path) {
+        let plain = Tokenizer::train(VERSE, 260).unwrap().to_json().unwrap();
+        let mut json: serde_json::Value = serde_json::from_str(&plain).unwrap();
+        let (begin, text) =
+            (json!({"SpecialToken": {"id": "!", "type_id": 0}}), json!({"Sequence": {"id": "A", "type_id": 0}}));
+        json["post_processor"] = json!({
+            "type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text],
+            "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}},
+        });
+        std::fs::write(path, json.to_string()).unwrap();
+    }
+
+    #[test]
+    fn windows_begin_as_the_tokenizer_begins_a_sequence() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut options = options(folder.path());
+        options.model.config.insert("tie_embeddings".into(), false.into());
+        options.optimizer.weight_decay = 0.0;
+        let row_moves = |options: TrainingOptions, name: &str| {
+            let embedding = |weights: &Weights| weights.get("embed_tokens.weight").unwrap().to_vec2::<f32>().unwrap();
+            let before = embedding(&options.model.start(options.seed).unwrap().0);
+            let trainer = trained(options, &folder.path().join(name));
+            (embedding(trainer.weights())[0] != before[0], trainer.evaluate_saved().unwrap().tokens)
+        };
+        assert_eq!(row_moves(options.clone(), "plain"), (false, 199));
+        let tokenizer = folder.path().join("tokenizer.json");
+        beginning_tokenizer(&tokenizer);
+        options.model.tokenizer = Some(tokenizer);
+        assert_eq!(row_moves(options.clone(), "begun"), (true, 200), "the first token is predicted too");
+        options.seq = 2;
+        let refusal = message(start(options, &folder.path().join("short")));
+        assert!(refusal.contains("`seq` is 2, expected more than twice the 1"), "{refusal}");
     }
 
     #[test]
