@@ -10,7 +10,7 @@ use engine::clock::Idle;
 use engine::device::DeviceName;
 use engine::executor::{ExitDepths, Sampling};
 use engine::kernels::linear::WeightType;
-use engine::profile::{Grid, Limits, Profiler};
+use engine::profile::{Grid, Limits, Probe, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
@@ -50,6 +50,9 @@ pub struct MeasuredLoad {
     pub runs: Vec<Run>,
     /// By repeat, a summary for each of the settings.
     pub repeats: Vec<Vec<Summary>>,
+    /// By repeat, for each of the settings how many times as long passes took right before and after its replay as in
+    /// the repeat's profile.
+    pub paces: Vec<Vec<f64>>,
 }
 
 /// An engine and what its records call its model.
@@ -148,7 +151,7 @@ pub fn progress(steps: usize) -> ProgressBar {
 /// once for each of them, with the arrivals scaled to that share of the [`capacity`] under the first of `settings`.
 ///
 /// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays see the
-/// machine in the same moods.
+/// machine in the same moods. Moods that are shorter than that are told by probes between the replays.
 ///
 /// # Errors
 /// If the engine cannot serve the requests, or a load is none.
@@ -186,20 +189,35 @@ pub fn measure(
 
     let mut profiler = Profiler::new(engine, Grid::up_to(limits))?;
     let mut repeated: Vec<Vec<Run>> = loads.iter().flat_map(|_| settings).map(|_| Vec::new()).collect();
+    let mut probes: Vec<Vec<[Probe; 2]>> = Vec::new();
     for repeat in 1..=repeats {
         step(format!("profiling, round {repeat} of {}", repeats + 1));
         profiler.round(|_, _| ())?;
+        let (mut of_repeat, mut before) = (Vec::new(), profiler.probe()?);
         let cases = loads.iter().flat_map(|load| settings.iter().map(move |settings| (load, settings)));
         for (runs, (load, &settings)) in repeated.iter_mut().zip(cases) {
             step(format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
             let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
             runs.push(replay(engine, settings, &load.requests, &oracle, Idle::Skip, agreement)?);
+            let after = profiler.probe()?;
+            of_repeat.push([before, after.clone()]);
+            before = after;
         }
+        probes.push(of_repeat);
     }
     step(format!("profiling, round {0} of {0}", repeats + 1));
     profiler.round(|_, _| ())?;
     bar.finish_and_clear();
     warn_of_noise(&profiler);
+    let paces = probes.iter().enumerate().map(|(repeat, probes)| {
+        let measured = profiler.measured_in(repeat..repeat + 2);
+        probes.iter().map(|probes| measured.pace(probes)).collect()
+    });
+    let paces: Vec<Vec<f64>> = paces.collect();
+    for (index, load) in loads.iter_mut().enumerate() {
+        let of_load = index * settings.len()..(index + 1) * settings.len();
+        load.paces = paces.iter().map(|of_repeat| of_repeat[of_load.clone()].to_vec()).collect();
+    }
     for (load, repeated) in loads.iter_mut().zip(chunks(repeated, settings.len())) {
         load.repeats =
             (0..repeats).map(|repeat| repeated.iter().map(|runs| runs[repeat].summary.clone()).collect()).collect();
@@ -217,7 +235,7 @@ pub fn measure(
 
 impl MeasuredLoad {
     fn new(load: Option<f64>, requests: Vec<Request>) -> Self {
-        Self { load, requests, runs: Vec::new(), repeats: Vec::new() }
+        Self { load, requests, runs: Vec::new(), repeats: Vec::new(), paces: Vec::new() }
     }
 }
 

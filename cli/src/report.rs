@@ -163,20 +163,26 @@ const JUDGED: [(&str, &str); 4] =
 
 /// Prints how far simulations are off, by combination and on average.
 pub fn print_errors(comparisons: &[Comparison], errors: &[MeanError]) {
-    let interval = |half_width: Option<f64>| half_width.map_or(String::new(), |width| format!(" ±{width:.1}"));
+    let interval = |low: Option<f64>, high: Option<f64>| match (low, high) {
+        (Some(low), Some(high)) => format!(" [{low:.1}, {high:.1}]"),
+        _ => String::new(),
+    };
     let mut rows: Vec<Vec<String>> = Vec::new();
     for line in comparisons.iter().filter(|line| line.metric == THROUGHPUT) {
         let of = |(metric, _): (&str, &str)| {
             let same = |other: &&Comparison| (other.batching, &other.exit) == (line.batching, &line.exit);
             let found = comparisons.iter().filter(same).find(|other| other.metric == metric);
-            found.map_or("-".into(), |other| format!("{:+.1}{}", other.error_pct, interval(other.error_ci95_pct)))
+            found.map_or("-".into(), |other| {
+                format!("{:+.1}{}", other.error_pct, interval(other.error_low_pct, other.error_high_pct))
+            })
         };
         rows.push([line.batching.to_string(), line.exit.clone()].into_iter().chain(JUDGED.map(of)).collect());
     }
     let mean = |(metric, _): (&str, &str)| {
         let found = errors.iter().find(|error| error.metric == metric);
         found.map_or("-".into(), |error| {
-            format!("{:.1}{}", error.mean_abs_error_pct, interval(error.mean_abs_error_ci95_pct))
+            let interval = interval(error.mean_abs_error_low_pct, error.mean_abs_error_high_pct);
+            format!("{:.1}{interval}", error.mean_abs_error_pct)
         })
     };
     rows.push(["mean absolute".to_owned(), String::new()].into_iter().chain(JUDGED.map(mean)).collect());

@@ -1,8 +1,10 @@
 //! The simulator against the engine: the same requests under the same policies, metric by metric, repeat by repeat.
 
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use scheduler::Batching;
 use serde::{Deserialize, Serialize};
-use simulator::{Interval, Summary};
+use simulator::Summary;
 
 /// One metric of one combination: a line of `validation.csv`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -13,17 +15,36 @@ pub struct Comparison {
     pub exit: String,
     /// Name of the metric, as the column of `summary.csv`.
     pub metric: String,
-    /// What the engine gave: the mean over the repeats.
+    /// What the engine gave: the median of the repeats.
     pub measured: f64,
     /// What the simulator said, likewise.
     pub simulated: f64,
-    /// Simulated less measured, in percent of measured: the mean over the repeats.
+    /// Simulated less measured, in percent of measured: the median of the repeats.
     pub error_pct: f64,
-    /// Half the width of its 95% confidence interval by Student's t; none of a single repeat.
-    pub error_ci95_pct: Option<f64>,
-    /// The error of each repeat.
+    /// Where its 95% confidence interval begins; none of a single repeat.
+    pub error_low_pct: Option<f64>,
+    /// Where it ends.
+    pub error_high_pct: Option<f64>,
+    /// By repeat, what the engine gave and what the simulator said.
     #[serde(skip)]
-    errors_pct: Vec<f64>,
+    repeats: Vec<(f64, f64)>,
+}
+
+/// One repeat of one combination: a line of `repeats.csv`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Repeat<'a> {
+    /// Batching policy.
+    pub batching: Batching,
+    /// Exit policy: none, oracle, confidence.
+    pub exit: &'a str,
+    /// Name of the metric, as the column of `summary.csv`.
+    pub metric: &'a str,
+    /// Which repeat, from 1 on.
+    pub repeat: usize,
+    /// What the engine gave.
+    pub measured: f64,
+    /// What the simulator said.
+    pub simulated: f64,
 }
 
 type Metric = (&'static str, fn(&Summary) -> Option<f64>);
@@ -50,6 +71,79 @@ pub const TPOT: &str = "tpot_mean_ms";
 /// The 99th percentile of end-to-end latency.
 pub const E2E_P99: &str = "e2e_p99_ms";
 
+/// Samples of as many repeats as there are, drawn from them with replacement, for intervals by the percentile bootstrap.
+struct Bootstrap(Vec<Vec<usize>>);
+
+impl Bootstrap {
+    const SAMPLES: usize = 2000;
+
+    fn new(repeats: usize) -> Self {
+        let mut rng = StdRng::seed_from_u64(1);
+        let sample = |_| (0..repeats).map(|_| rng.random_range(0..repeats)).collect();
+        Self((0..Self::SAMPLES).map(sample).collect())
+    }
+
+    /// The interval that 95% of the samples' values are in; none of a single repeat.
+    fn interval(&self, value: impl Fn(&[usize]) -> f64) -> Option<(f64, f64)> {
+        if self.0[0].len() < 2 {
+            return None;
+        }
+        let mut values: Vec<f64> = self.0.iter().map(|sample| value(sample)).collect();
+        values.sort_unstable_by(f64::total_cmp);
+        let tail = Self::SAMPLES / 40;
+        Some((values[tail], values[Self::SAMPLES - 1 - tail]))
+    }
+}
+
+/// The middle value; of an even number, the mean of the middle two.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_unstable_by(f64::total_cmp);
+    (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
+}
+
+impl Comparison {
+    fn new(batching: Batching, exit: &str, metric: &str, repeats: Vec<(f64, f64)>) -> Self {
+        let mut comparison = Self {
+            batching,
+            exit: exit.to_owned(),
+            metric: metric.to_owned(),
+            measured: median(repeats.iter().map(|repeat| repeat.0)),
+            simulated: median(repeats.iter().map(|repeat| repeat.1)),
+            error_pct: 0.0,
+            error_low_pct: None,
+            error_high_pct: None,
+            repeats,
+        };
+        let all: Vec<usize> = (0..comparison.repeats.len()).collect();
+        comparison.error_pct = comparison.error_of(&all);
+        let interval = Bootstrap::new(all.len()).interval(|sample| comparison.error_of(sample));
+        (comparison.error_low_pct, comparison.error_high_pct) = interval.unzip();
+        comparison
+    }
+
+    /// The median error of some repeats, in percent.
+    fn error_of(&self, repeats: &[usize]) -> f64 {
+        let error = |&repeat: &usize| {
+            let (measured, simulated) = self.repeats[repeat];
+            100.0 * (simulated / measured - 1.0)
+        };
+        median(repeats.iter().map(error))
+    }
+
+    /// Each repeat.
+    pub fn repeats(&self) -> impl Iterator<Item = Repeat<'_>> {
+        self.repeats.iter().enumerate().map(|(index, &(measured, simulated))| Repeat {
+            batching: self.batching,
+            exit: &self.exit,
+            metric: &self.metric,
+            repeat: index + 1,
+            measured,
+            simulated,
+        })
+    }
+}
+
 /// Compares repeats of the same combinations, given in the same order, with simulations on what was profiled around
 /// each repeat.
 pub fn compare(measured: &[Vec<Summary>], simulated: &[Vec<Summary>]) -> Vec<Comparison> {
@@ -65,28 +159,15 @@ fn compare_case(
     place: usize,
     (metric, value): Metric,
 ) -> Option<Comparison> {
-    let of = |runs: &[Vec<Summary>]| -> Option<Vec<f64>> {
-        runs.iter().map(|runs| value(&runs[place]).filter(|value| value.is_finite())).collect()
-    };
-    let (measured_values, simulated_values) = (of(measured)?, of(simulated)?);
-    let error = |(measured, simulated): (&f64, &f64)| 100.0 * (simulated / measured - 1.0);
-    let errors_pct: Vec<f64> = measured_values.iter().zip(&simulated_values).map(error).collect();
+    let of = |summary: &Summary| value(summary).filter(|value| value.is_finite());
+    let pairs = measured.iter().zip(simulated);
+    let repeats = pairs.map(|(measured, simulated)| Some((of(&measured[place])?, of(&simulated[place])?)));
     let run = &measured[0][place];
     debug_assert_eq!(
         (run.batching, &run.exit_policy),
         (simulated[0][place].batching, &simulated[0][place].exit_policy)
     );
-    let Interval { mean, half_width } = Interval::of(&errors_pct);
-    Some(Comparison {
-        batching: run.batching,
-        exit: run.exit.clone(),
-        metric: metric.to_owned(),
-        measured: Interval::of(&measured_values).mean,
-        simulated: Interval::of(&simulated_values).mean,
-        error_pct: mean,
-        error_ci95_pct: half_width,
-        errors_pct,
-    })
+    Some(Comparison::new(run.batching, &run.exit, metric, repeats.collect::<Option<_>>()?))
 }
 
 /// How far the simulator is off in one metric, over all combinations: a line of `errors.csv`.
@@ -98,8 +179,10 @@ pub struct MeanError {
     pub combinations: usize,
     /// Mean over the combinations of the absolute error, in percent.
     pub mean_abs_error_pct: f64,
-    /// Half the width of its 95% confidence interval by Student's t over the repeats; none of a single repeat.
-    pub mean_abs_error_ci95_pct: Option<f64>,
+    /// Where its 95% confidence interval begins; none of a single repeat.
+    pub mean_abs_error_low_pct: Option<f64>,
+    /// Where it ends.
+    pub mean_abs_error_high_pct: Option<f64>,
     /// The largest absolute error of a combination, in percent.
     pub largest_abs_error_pct: f64,
 }
@@ -112,18 +195,18 @@ pub fn mean_errors(comparisons: &[Comparison]) -> Vec<MeanError> {
 /// The mean error of one metric; none where no combination has it.
 pub fn mean_error(comparisons: &[Comparison], metric: &'static str) -> Option<MeanError> {
     let lines: Vec<&Comparison> = comparisons.iter().filter(|line| line.metric == metric).collect();
-    let repeats = lines.first()?.errors_pct.len();
-    // Signed as the combination's own mean, so that the noise of single repeats does not add to the error.
-    let of_repeat = |repeat: usize| {
-        let errors = lines.iter().map(|line| line.errors_pct[repeat] * line.error_pct.signum());
-        errors.sum::<f64>() / lines.len() as f64
-    };
-    let Interval { mean, half_width } = Interval::of(&(0..repeats).map(of_repeat).collect::<Vec<_>>());
+    let repeats = lines.first()?.repeats.len();
+    let mean = |of: &dyn Fn(&Comparison) -> f64| lines.iter().map(|line| of(line)).sum::<f64>() / lines.len() as f64;
+    // Signed as the combination's own median, so that the noise of single repeats does not add to the error.
+    let of_sample = |sample: &[usize]| mean(&|line| line.error_of(sample) * line.error_pct.signum());
+    let interval = Bootstrap::new(repeats).interval(of_sample);
+    let (mean_abs_error_low_pct, mean_abs_error_high_pct) = interval.unzip();
     Some(MeanError {
         metric,
         combinations: lines.len(),
-        mean_abs_error_pct: mean,
-        mean_abs_error_ci95_pct: half_width,
+        mean_abs_error_pct: mean(&|line| line.error_pct.abs()),
+        mean_abs_error_low_pct,
+        mean_abs_error_high_pct,
         largest_abs_error_pct: lines.iter().map(|line| line.error_pct.abs()).fold(0.0, f64::max),
     })
 }
@@ -133,27 +216,53 @@ mod tests {
     use super::*;
 
     fn line(metric: &str, errors_pct: &[f64]) -> Comparison {
-        let Interval { mean, half_width } = Interval::of(errors_pct);
-        Comparison {
-            batching: Batching::Depth,
-            exit: "none".into(),
-            metric: metric.into(),
-            measured: 1.0,
-            simulated: 1.0,
-            error_pct: mean,
-            error_ci95_pct: half_width,
-            errors_pct: errors_pct.to_vec(),
-        }
+        let repeats = errors_pct.iter().map(|error| (100.0, 100.0 + error)).collect();
+        Comparison::new(Batching::Depth, "none", metric, repeats)
+    }
+
+    fn assert_near(found: f64, expected: f64) {
+        assert!((found - expected).abs() < 1e-9, "{found} is not {expected}");
+    }
+
+    #[test]
+    fn an_error_is_that_of_the_middle_repeat_whatever_the_others_met_with() {
+        let error = line(TTFT, &[2.0, 400.0, 3.0, 1.0, -90.0]);
+        assert_near(error.error_pct, 2.0);
+        assert_near(error.simulated, 102.0);
+        let (low, high) = (error.error_low_pct.unwrap(), error.error_high_pct.unwrap());
+        assert!(low < 2.0 && 2.0 < high, "{low} to {high}");
+        assert_eq!(line(TTFT, &[2.0]).error_low_pct, None);
+    }
+
+    #[test]
+    fn an_interval_holds_what_nineteen_of_twenty_samples_give() {
+        // The median of two draws from two repeats is either of them, a quarter of the time each, or their mean.
+        let error = line(TTFT, &[-5.0, 1.0]);
+        assert_near(error.error_pct, -2.0);
+        assert_near(error.error_low_pct.unwrap(), -5.0);
+        assert_near(error.error_high_pct.unwrap(), 1.0);
+        let steady = line(TTFT, &[4.0; 9]);
+        assert_near(steady.error_low_pct.unwrap(), 4.0);
     }
 
     #[test]
     fn the_mean_error_is_that_of_the_combinations_however_their_repeats_scatter() {
         let lines = [line(TTFT, &[-5.0, 1.0]), line(TTFT, &[4.0, 4.0]), line(TPOT, &[9.0, 9.0])];
         let error = mean_error(&lines, TTFT).unwrap();
-        assert_eq!((error.combinations, error.mean_abs_error_pct, error.largest_abs_error_pct), (2, 3.0, 4.0));
-        // By repeat (5 + 4) / 2 and (-1 + 4) / 2: t of 1 degree of freedom is 12.706, the standard error 1.5.
-        assert!((error.mean_abs_error_ci95_pct.unwrap() - 12.706_205 * 1.5).abs() < 1e-3);
+        assert_eq!(error.combinations, 2);
+        assert_near(error.mean_abs_error_pct, 3.0);
+        assert_near(error.largest_abs_error_pct, 4.0);
+        // (5 + 4) / 2 and (-1 + 4) / 2.
+        assert_near(error.mean_abs_error_low_pct.unwrap(), 1.5);
+        assert_near(error.mean_abs_error_high_pct.unwrap(), 4.5);
         assert_eq!(mean_error(&lines, THROUGHPUT), None);
         assert_eq!(mean_errors(&lines).len(), 2);
+    }
+
+    #[test]
+    fn every_repeat_can_be_read() {
+        let lines = [line(TTFT, &[-5.0, 1.0])];
+        let repeats: Vec<_> = lines[0].repeats().map(|line| (line.repeat, line.measured, line.simulated)).collect();
+        assert_eq!(repeats, [(1, 100.0, 95.0), (2, 100.0, 101.0)]);
     }
 }

@@ -171,12 +171,18 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
         assert!(*exit != "none" || (number(agreement), number(depth)) == (1.0, 3.0), "no exit is full depth");
     }
     let validation = lines(&results.join("validation.csv"));
-    let columns = ["batching", "exit", "metric", "measured", "simulated", "error_pct", "error_ci95_pct"];
-    assert_eq!(validation[0], columns);
+    let of_case = ["batching", "exit", "metric"];
+    let columns = ["measured", "simulated", "error_pct", "error_low_pct", "error_high_pct"];
+    assert_eq!(validation[0], [&of_case[..], &columns].concat());
+    let repeats = lines(&results.join("repeats.csv"));
+    assert_eq!(repeats[0], [&of_case[..], &["repeat", "measured", "simulated"]].concat());
+    assert_eq!(repeats.len() - 1, 2 * (validation.len() - 1), "two repeats of each");
     assert_eq!(column(&validation, "metric").iter().filter(|&&metric| metric == "throughput_tok_s").count(), 9);
     let errors = lines(&results.join("errors.csv"));
     assert_eq!(column(&errors, "combinations"), ["9"; 9]);
-    assert!(column(&errors, "mean_abs_error_ci95_pct").iter().all(|width| number(width) >= 0.0));
+    let intervals =
+        column(&errors, "mean_abs_error_low_pct").into_iter().zip(column(&errors, "mean_abs_error_high_pct"));
+    assert!(intervals.into_iter().all(|(low, high)| number(low) <= number(high)));
     let figures = fs::read_dir(results.join("figures")).unwrap().count();
     assert!(figures >= 2 * 8, "{figures} figures");
 

@@ -21,6 +21,8 @@ use crate::replay::{Engine, ReplayError};
 
 /// History of decode rows that stand for no history: the fewest tokens that one can follow.
 const SHORT: u32 = 1;
+/// Times that a probe measures its shapes.
+const PROBE_REPEATS: usize = 3;
 /// Times that each shape runs in a round, by loops of the model.
 const REPEATS: usize = 2;
 
@@ -115,6 +117,10 @@ struct Round {
     overhead: f64,
 }
 
+/// How fast the machine was at one moment: medians of the block at small batches, in microseconds.
+#[derive(Clone, Debug)]
+pub struct Probe(BTreeMap<Shape, f64>);
+
 impl Profiler {
     /// A profiler with nothing measured yet.
     ///
@@ -171,6 +177,23 @@ impl Profiler {
         })?;
         self.rounds.push(round);
         Ok(())
+    }
+
+    /// Measures a few shapes, to tell how fast the machine is at the moment; no part of any round.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn probe(&mut self) -> Result<Probe, ReplayError> {
+        let shapes: Vec<Shape> = self.grid.decodes.iter().map(|&rows| Shape::Decode { rows, history: SHORT }).collect();
+        in_pool(|| {
+            let mut samples: BTreeMap<Shape, Vec<f64>> = BTreeMap::new();
+            for _ in 0..PROBE_REPEATS {
+                for &shape in &shapes {
+                    samples.entry(shape).or_default().extend(self.measure(shape)?);
+                }
+            }
+            Ok(Probe(samples.iter().map(|(&shape, samples)| (shape, Summary::of(samples).median)).collect()))
+        })
     }
 
     /// What all rounds measured.
@@ -336,6 +359,13 @@ impl Measured<'_> {
     pub fn slowdown(&self) -> f64 {
         let all: f64 = self.samples.values().flatten().sum();
         all / self.samples.iter().map(|(shape, samples)| self.median(shape) * samples.len() as f64).sum::<f64>()
+    }
+
+    /// How many times as long passes took at some probes as in these rounds: the mean over probes and their shapes.
+    pub fn pace(&self, probes: &[Probe]) -> f64 {
+        let ratios = probes.iter().flat_map(|probe| probe.0.iter().map(|(shape, time)| time / self.median(shape)));
+        let (count, sum) = ratios.fold((0, 0.0), |(count, sum), ratio| (count + 1, sum + ratio));
+        sum / f64::from(count)
     }
 
     /// The medians, times the [`slowdown`](Self::slowdown): times that add up to those of a run. `model` is the

@@ -13,10 +13,10 @@ use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
 use crate::measure::{Measured, MeasuredLoad, NamedEngine, limits, measure};
 use crate::report;
 use crate::results::{CONFIG, ResultsFolder};
-use crate::runs::{Run, simulate_all, write_depth_rows, write_requests};
+use crate::runs::{Machines, Run, run_simulations, simulate_all, write_depth_rows, write_requests};
 use crate::serving::Serving;
 use crate::systems::simulate_systems;
-use crate::validation::{compare, mean_errors};
+use crate::validation::{Comparison, compare, mean_errors};
 use crate::workload::{Workload, load_requests};
 
 /// Do a whole experiment: measure, replay, simulate, compare, draw
@@ -98,13 +98,12 @@ fn simulate_load(
     folder: &Path,
 ) -> Result<()> {
     let workload = Workload { requests: load.requests.clone(), prefixes: None };
-    let simulate = |profile| simulate_all(settings, &LatencyModel::new(profile)?, exits, &workload);
-    let simulated = simulate(&measured.profile)?;
-    let by_repeat = measured.profiles.iter().map(|profile| Ok(summaries(&simulate(profile)?).cloned().collect()));
-    let by_repeat: Vec<Vec<Summary>> = by_repeat.collect::<Result<_>>()?;
+    let simulated = simulate_all(settings, &LatencyModel::new(&measured.profile)?, exits, &workload)?;
+    let by_repeat = simulate_repeats(settings, measured, exits, load, &workload)?;
     let comparisons = compare(&load.repeats, &by_repeat);
     let errors = mean_errors(&comparisons);
     write_csv(&folder.join("validation.csv"), &comparisons)?;
+    write_csv(&folder.join("repeats.csv"), comparisons.iter().flat_map(Comparison::repeats))?;
     write_csv(&folder.join("errors.csv"), &errors)?;
     let runs = || load.runs.iter().chain(&simulated);
     write_csv(&folder.join("summary.csv"), summaries(runs()))?;
@@ -115,6 +114,25 @@ fn simulate_load(
     report::print_speedup(&load.runs);
     report::print_errors(&comparisons, &errors);
     Ok(())
+}
+
+/// Simulates every replay on what was profiled around its repeat, at the pace of the machine around the replay.
+fn simulate_repeats(
+    settings: &[Settings],
+    measured: &Measured,
+    exits: &ExitModel,
+    load: &MeasuredLoad,
+    workload: &Workload,
+) -> Result<Vec<Vec<Summary>>> {
+    let at_paces = measured.profiles.iter().zip(&load.paces);
+    let at_paces = at_paces.flat_map(|(profile, paces)| paces.iter().map(|&pace| profile.at_pace(pace)));
+    let models = at_paces.map(|profile| LatencyModel::new(&profile)).collect::<Result<Vec<_>, _>>()?;
+    let mut simulations = Vec::new();
+    for (settings, model) in settings.iter().cycle().zip(&models) {
+        simulations.extend(Machines::ONE.simulations(std::slice::from_ref(settings), model, exits, workload)?);
+    }
+    let runs = run_simulations(&simulations, 1, None, &workload.requests)?;
+    Ok(runs.chunks(settings.len()).map(|runs| summaries(runs).cloned().collect()).collect())
 }
 
 /// Simulates what the experiment varies.
