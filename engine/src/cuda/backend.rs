@@ -182,16 +182,19 @@ impl RowMemory {
 /// Memory of the rows whose head is read.
 struct HeadMemory {
     hidden: View<f32>,
+    /// Where they are written.
     logits: View<f32>,
     sweep: View<u8>,
 }
 
 impl HeadMemory {
-    fn carve(carver: &mut Carver, config: &ModelConfig, rows: usize) -> Self {
+    fn carve<D: Device>(carver: &mut Carver, model: &CudaModel<D>, rows: usize) -> Self {
+        let &ModelConfig { hidden_size, vocab_size, .. } = &model.config;
+        let logits = if model.sweeps_head(rows) { 0 } else { rows * vocab_size };
         Self {
-            hidden: carver.take(rows * config.hidden_size, size_of::<f32>()),
-            logits: carver.take(rows * config.vocab_size, size_of::<f32>()),
-            sweep: carver.take(sweep_bytes(rows, config.vocab_size), 1),
+            hidden: carver.take(rows * hidden_size, size_of::<f32>()),
+            logits: carver.take(logits, size_of::<f32>()),
+            sweep: carver.take(sweep_bytes(rows, vocab_size), 1),
         }
     }
 }
@@ -331,7 +334,7 @@ impl<D: Device> CudaBackend<D> {
     }
 
     fn head_views(&self) -> HeadMemory {
-        HeadMemory::carve(&mut self.head_memory.carve(), &self.model.config, self.head_rows)
+        HeadMemory::carve(&mut self.head_memory.carve(), &self.model, self.head_rows)
     }
 
     fn run_of(&self, rows: OnDevice) -> Run<'_, D> {
@@ -478,7 +481,7 @@ impl<D: Device> CudaBackend<D> {
         let head_rows = most(&|layers| layers == Layers::Head).unwrap_or(0);
         if head_rows > self.head_rows {
             let mut carver = Carver(0);
-            HeadMemory::carve(&mut carver, config, head_rows.next_power_of_two());
+            HeadMemory::carve(&mut carver, &self.model, head_rows.next_power_of_two());
             self.head_memory.fit(device, carver.0 as usize)?;
             (self.head_rows, moved) = (head_rows.next_power_of_two(), true);
         }
@@ -587,11 +590,14 @@ impl<D: Device> CudaBackend<D> {
             backend.run_layers(section, head.hidden)?;
             let (run, normed) = (backend.run_of(section.rows), views.scratch.normed);
             model.norm.of_rows(&run, head.hidden, None, normed)?;
-            run.kernels.product(normed, section.rows.rows.len(), model.head, Target::F32(head.logits))?;
+            let keys = keys.first(section.rows.rows.len());
+            if model.sweeps_head(keys.len) {
+                return run.kernels.read_head(normed, model.head, keys, temperature, head.sweep, verdicts);
+            }
+            run.kernels.product(normed, keys.len, model.head, Target::F32(head.logits))?;
             if let Some(lora) = &model.head_lora {
                 lora.add_to(&run, normed, head.logits)?;
             }
-            let keys = keys.first(section.rows.rows.len());
             run.kernels.read_logits(head.logits, keys, model.config.vocab_size, temperature, head.sweep, verdicts)
         })?;
         model.device.record(&self.heads.end)

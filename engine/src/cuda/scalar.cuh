@@ -37,7 +37,27 @@ __device__ inline unsigned short float_to_bfloat(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
     return bits;
 }
+#define MULTIPLY_TILES(name, type)                                                                                   \
+    __device__ inline void name(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {                      \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "        \
+            "{%8, %9}, {%0, %1, %2, %3};"                                                                            \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                         \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                     \
+    }
+MULTIPLY_TILES(multiply_half_tiles, "f16")
+MULTIPLY_TILES(multiply_bfloat_tiles, "bf16")
 #endif
+
+// d += a b, of a whole warp on its tensor core: `a` is 16 x 16 and `b` 16 x 8, spread over the lanes as PTX has it
+// (mma.m16n8k16).
+__device__ inline void multiply_tiles(f16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply_half_tiles(d, a, b);
+}
+__device__ inline void multiply_tiles(bf16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply_bfloat_tiles(d, a, b);
+}
+// Tensor cores do not multiply 32-bit floats: nobody asks for it.
+__device__ inline void multiply_tiles(f32, float (&)[4], const unsigned (&)[4], const unsigned (&)[2]) {}
 
 __device__ inline float to_float(f32 x) { return x; }
 __device__ inline float to_float(f16 x) { return half_to_float(x.bits); }

@@ -85,6 +85,16 @@ __device__ inline double gumbel(unsigned long long key, unsigned long long token
     return -log(-log(uniform));
 }
 
+__device__ inline Sweep swept(float logit, int token, float temperature, unsigned long long key) {
+    double score = logit;
+    if (temperature > 0) {
+        score = double(logit / temperature) + gumbel(key, token);
+    }
+    // What is no number must show in the sum.
+    const float one = logit == logit ? 1.0f : logit;
+    return {logit, NEGATIVE_INFINITY, one, 0, score, token};
+}
+
 // Sweeps `logits` [rows, vocab]. Grid [rows, slices of the vocabulary]; `partial` [rows, slices].
 extern "C" __global__ void __launch_bounds__(THREADS) sweep_logits(
     const float* logits, const unsigned long long* keys, int vocab, float temperature, Sweep* partial) {
@@ -93,18 +103,103 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep_logits(
     const int end = min(vocab, int(blockIdx.y + 1) * SLICE);
     Sweep mine = nothing_swept();
     for (int token = blockIdx.y * SLICE + threadIdx.x; token < end; token += THREADS) {
-        const float logit = row[token];
-        double score = logit;
-        if (temperature > 0) {
-            score = double(logit / temperature) + gumbel(keys[blockIdx.x], token);
-        }
-        // What is no number must show in the sum.
-        const float one = logit == logit ? 1.0f : logit;
-        mine = joined(mine, {logit, NEGATIVE_INFINITY, one, 0, score, token});
+        mine = joined(mine, swept(row[token], token, temperature, keys[blockIdx.x]));
     }
     mine = block_joined(mine, of_warps);
     if (threadIdx.x == 0) {
         partial[(long long)blockIdx.x * gridDim.y + blockIdx.y] = mine;
+    }
+}
+
+constexpr int HEAD_ROWS = 64;      // rows at most
+constexpr int TOKENS_OF_WARP = 32;
+constexpr int HEAD_TOKENS = WARPS * TOKENS_OF_WARP;
+constexpr int HEAD_STEP = 32;      // inputs of a step
+
+// The head's product and the sweep in one: no logit is written. `x` [rows, inputs], `head` [vocab, inputs], in 16 bits, of
+// a multiple of 8 inputs; up to HEAD_ROWS rows, for which reading the head is what takes the time: it is read once,
+// from where it lies into the registers of the lanes that multiply with it. Grid [slices of HEAD_TOKENS]; `partial`
+// [rows, slices].
+//
+// The sums of tensor cores do not care which of the inputs a lane calls which, as long as head and rows agree: so of
+// every step a lane takes 8 inputs that follow each other, one load, for two products of 16.
+extern "C" __global__ void __launch_bounds__(THREADS) sweep_head(
+    const scalar* x, const scalar* head, const unsigned long long* keys, int rows, int inputs, int vocab,
+    float temperature, Sweep* partial) {
+    __shared__ Sweep of_warps[WARPS][HEAD_ROWS];
+    const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, quarter = threadIdx.x % 4;
+    const int first = blockIdx.x * HEAD_TOKENS + warp * TOKENS_OF_WARP + group;
+    const auto load = [&](const scalar* matrix, int row, int end, int step) {
+        const int input = step + 8 * quarter;
+        return row < end && input < inputs ? *reinterpret_cast<const uint4*>(matrix + (long long)row * inputs + input)
+                                           : make_uint4(0, 0, 0, 0);
+    };
+
+    float sums[2][HEAD_ROWS / 8][4] = {};
+    uint4 next[2][2];
+    const auto load_next = [&](int step) {
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                next[tile][half] = load(head, first + 16 * tile + 8 * half, vocab, step);
+            }
+        }
+    };
+    load_next(0);
+    for (int step = 0; step < inputs; step += HEAD_STEP) {
+        uint4 weights[2][2];
+#pragma unroll
+        for (int of_four = 0; of_four < 4; of_four++) {
+            weights[of_four / 2][of_four % 2] = next[of_four / 2][of_four % 2];
+        }
+        load_next(step + HEAD_STEP);
+#pragma unroll
+        for (int n = 0; n < HEAD_ROWS / 8; n++) {
+            if (8 * n < rows) {
+                const uint4 b = load(x, 8 * n + group, rows, step);
+#pragma unroll
+                for (int tile = 0; tile < 2; tile++) {
+                    const uint4 upper = weights[tile][0], lower = weights[tile][1];
+                    multiply_tiles(scalar(), sums[tile][n], {upper.x, lower.x, upper.y, lower.y}, {b.x, b.y});
+                    multiply_tiles(scalar(), sums[tile][n], {upper.z, lower.z, upper.w, lower.w}, {b.z, b.w});
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int n = 0; n < HEAD_ROWS / 8; n++) {
+#pragma unroll
+        for (int of_pair = 0; of_pair < 2; of_pair++) {
+            const int row = 8 * n + 2 * quarter + of_pair;
+            if (8 * n >= rows) {
+                continue;
+            }
+            Sweep mine = nothing_swept();
+#pragma unroll
+            for (int of_four = 0; of_four < 4; of_four++) {
+                const int token = first + 8 * of_four;
+                if (row < rows && token < vocab) {
+                    const float logit = sums[of_four / 2][n][of_four % 2 * 2 + of_pair];
+                    mine = joined(mine, swept(logit, token, temperature, keys[row]));
+                }
+            }
+            for (int step = 4; step < WARP; step *= 2) {
+                mine = joined(mine, shuffled(mine, step));
+            }
+            if (group == 0 && row < rows) {
+                of_warps[warp][row] = mine;
+            }
+        }
+    }
+    __syncthreads();
+    for (int row = threadIdx.x; row < rows; row += THREADS) {
+        Sweep all = of_warps[0][row];
+        for (int other = 1; other < WARPS; other++) {
+            all = joined(all, of_warps[other][row]);
+        }
+        partial[(long long)row * gridDim.x + blockIdx.x] = all;
     }
 }
 

@@ -125,7 +125,7 @@ const FILES: [(&str, &str); 6] = [
 ];
 
 /// Every kernel.
-pub const KERNELS: [&str; 20] = [
+pub const KERNELS: [&str; 21] = [
     "store_kv",
     "fill_deeper",
     "attend_splits",
@@ -145,5 +145,6 @@ pub const KERNELS: [&str; 20] = [
     "lora_expand",
     "lora_expand_f32",
     "sweep_logits",
+    "sweep_head",
     "judge_rows",
 ];

@@ -258,6 +258,34 @@ template <class T> inline T __shfl_xor_sync(unsigned, T x, int step) {
     memcpy(&other, &slots[slot][me ^ unsigned(step)], sizeof other);
     return other;
 }
+// A product of tiles by a warp: lane 4 g + t holds rows g and g + 8 of `a`, column g of `b`, and of the sums rows g and
+// g + 8 at columns 2 t and 2 t + 1.
+inline void multiply_tiles_by(float (*to_float)(unsigned short), float (&d)[4], const unsigned (&a)[4],
+                              const unsigned (&b)[2]) {
+    using namespace emulation;
+    static unsigned tiles[2][MAX_THREADS][6];
+    const unsigned me = current, slot = fibres[me].shuffles++ % 2, warp = me - me % WARP_SIZE;
+    memcpy(tiles[slot][me], a, sizeof a);
+    memcpy(tiles[slot][me] + 4, b, sizeof b);
+    wait(AT_WARP);
+    const auto number = [&](unsigned lane, unsigned word, unsigned half) {
+        return to_float((unsigned short)(tiles[slot][warp + lane][word] >> (16 * half)));
+    };
+    for (unsigned of_sums = 0; of_sums < 4; of_sums++) {
+        const unsigned row = me % WARP_SIZE / 4 + of_sums / 2 * 8, column = me % 4 * 2 + of_sums % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            d[of_sums] += number(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2) *
+                          number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        }
+    }
+}
+inline float bfloat_to_float(unsigned short bits) { return __int_as_float(unsigned(bits) << 16); }
+inline void multiply_half_tiles(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply_tiles_by(half_to_float, d, a, b);
+}
+inline void multiply_bfloat_tiles(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply_tiles_by(bfloat_to_float, d, a, b);
+}
 inline void __syncwarp() { emulation::wait(emulation::AT_WARP); }
 inline void __syncthreads() { emulation::wait(emulation::AT_BLOCK); }
 
