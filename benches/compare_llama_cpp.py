@@ -9,7 +9,8 @@ this. llama.cpp is told what each next token is, so that it is charged for logit
 charged for both.
 
 llama.cpp comes as llama-cpp-python, which pip builds for this machine into a folder of its own (once, about 10 minutes on
-two idle cores); the model by scripts/fetch-models.sh. F32, Q8_0 and Q4_0 files are made of the Q4_1 file by llama.cpp
+two idle cores); where that build dies of an illegal instruction, as it does on machines whose tiles (AMX) the system does
+not let it use, it is built again for AVX-512 without them. The model comes by scripts/fetch-models.sh. F32, Q8_0 and Q4_0 files are made of the Q4_1 file by llama.cpp
 itself: the numbers lose accuracy, but take as long as any.
 """
 
@@ -27,6 +28,10 @@ PACKAGES = ["llama-cpp-python==0.3.36", "numpy"]
 SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Types of files, as llama.h numbers them (LLAMA_FTYPE_...).
 FILE_TYPES = {"F32": 0, "Q8_0": 7, "Q4_0": 2}
+# What a build for this machine finds out by itself, but for AMX.
+WITHOUT_TILES = ["NATIVE=OFF", "AVX2=ON", "FMA=ON", "F16C=ON", "BMI2=ON"] + [
+    f"AVX512{extension}=ON" for extension in ["", "_VNNI", "_VBMI", "_BF16"]
+]
 ENGINE_WEIGHTS = ["f32", "bf16", "q8_0", "q4k"]
 PROMPT, OUTPUT = 64, 72
 
@@ -51,8 +56,14 @@ def main():
 
 def compare(arguments):
     batches = [int(batch) for batch in arguments.batches.split(",")]
-    python, bench = install(arguments.llama.resolve()), build_bench()
-    files = make_files(arguments.llama.resolve(), python, fetch_model())
+    folder = arguments.llama.resolve()
+    python, bench = install(folder), build_bench()
+    files = make_files(folder, python, fetch_model())
+    if dies(python, files["Q8_0"]):
+        print("llama.cpp as built for this machine dies: building it again without AMX", file=sys.stderr)
+        build(python, "--force-reinstall", "--no-cache-dir", CMAKE_ARGS=" ".join(f"-DGGML_{o}" for o in WITHOUT_TILES))
+        if dies(python, files["Q8_0"]):
+            sys.exit("llama.cpp dies without AMX as well")
     servers = {name: Llama(python, file, arguments.threads) for name, file in files.items()}
     samples = {}
     for run in range(arguments.runs):
@@ -75,8 +86,19 @@ def install(folder):
     installed = subprocess.run([python, "-c", "import llama_cpp, numpy"], capture_output=True).returncode == 0
     if not installed:
         print("building llama-cpp-python", file=sys.stderr)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        build(python)
     return python
+
+
+def build(python, *options, **environment):
+    command = [python, "-m", "pip", "install", "--quiet", *options, *PACKAGES]
+    subprocess.run(command, check=True, env={**os.environ, **environment})
+
+
+def dies(python, file):
+    """Whether llama.cpp is killed when it decodes."""
+    command = [python, __file__, "--serve", file]
+    return subprocess.run(command, input="1\n", text=True, capture_output=True).returncode < 0
 
 
 def fetch_model():
@@ -179,7 +201,7 @@ def serve(file, threads):
 
 def build_bench():
     """The engine's bench, built; the path of its binary."""
-    command = ["cargo", "bench", "-p", "engine", "--bench", "decode", "--no-run", "--message-format", "json"]
+    command = ["cargo", "bench", "--workspace", "--bench", "decode", "--no-run", "--message-format", "json"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in output.splitlines()]
     built = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "decode"]

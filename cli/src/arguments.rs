@@ -170,7 +170,7 @@ pub struct ServingArgs {
     /// Keep the contents of freed KV blocks for prompts that begin alike (simulations only)
     #[arg(long)]
     pub prefix_caching: bool,
-    /// Compose the next pass when this one starts (simulations only)
+    /// Compose the next pass when this one starts; with the exit policies none and static
     #[arg(long)]
     pub async_scheduling: bool,
 }

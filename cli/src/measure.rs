@@ -6,17 +6,17 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use engine::backend::ServedModel;
 use engine::checkpoint::Checkpoint;
-use engine::clock::Idle;
+use engine::clock::{Idle, WallClock};
 use engine::device::DeviceName;
 use engine::executor::{ExitDepths, Sampling};
 use engine::kernels::linear::WeightType;
-use engine::profile::{Grid, Limits, Probe, Profiler};
+use engine::profile::{Grid, Limits, Probe, ProbedClock, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
-use scheduler::{KvFill, Look, Settings};
-use simulator::{Metrics, ModelMemory, Source, Summary};
+use scheduler::{Clock, KvFill, Look, Settings};
+use simulator::{Metrics, ModelMemory, Pace, Source, Summary};
 use traces::{ExitTrace, LatencyProfile, MemoryFigures, Nanos, Request, RequestTrace};
 
 use crate::runs::Run;
@@ -50,9 +50,8 @@ pub struct MeasuredLoad {
     pub runs: Vec<Run>,
     /// By repeat, a summary for each of the settings.
     pub repeats: Vec<Vec<Summary>>,
-    /// By repeat, for each of the settings how many times as long passes took right before and after its replay as in
-    /// the repeat's profile.
-    pub paces: Vec<Vec<f64>>,
+    /// By repeat, for each of the settings how fast the machine was during the replay, beside the repeat's profile.
+    pub paces: Vec<Vec<Pace>>,
 }
 
 /// An engine and what its records call its model.
@@ -151,7 +150,8 @@ pub fn progress(steps: usize) -> ProgressBar {
 /// once for each of them, with the arrivals scaled to that share of the [`capacity`] under the first of `settings`.
 ///
 /// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays see the
-/// machine in the same moods. Moods that are shorter than that are told by probes between the replays.
+/// machine in the same moods. Moods that are shorter than that are told by probes during the replays, for which the
+/// replays' clock stands still.
 ///
 /// # Errors
 /// If the engine cannot serve the requests, or a load is none.
@@ -189,19 +189,18 @@ pub fn measure(
 
     let mut profiler = Profiler::new(engine, Grid::up_to(limits))?;
     let mut repeated: Vec<Vec<Run>> = loads.iter().flat_map(|_| settings).map(|_| Vec::new()).collect();
-    let mut probes: Vec<Vec<[Probe; 2]>> = Vec::new();
+    let mut probes: Vec<Vec<Vec<(Nanos, Probe)>>> = Vec::new();
     for repeat in 1..=repeats {
         step(format!("profiling, round {repeat} of {}", repeats + 1));
         profiler.round(|_, _| ())?;
-        let (mut of_repeat, mut before) = (Vec::new(), profiler.probe()?);
+        let mut of_repeat = Vec::new();
         let cases = loads.iter().flat_map(|load| settings.iter().map(move |settings| (load, settings)));
         for (runs, (load, &settings)) in repeated.iter_mut().zip(cases) {
             step(format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
             let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
-            runs.push(replay(engine, settings, &load.requests, &oracle, Idle::Skip, agreement)?);
-            let after = profiler.probe()?;
-            of_repeat.push([before, after.clone()]);
-            before = after;
+            let mut clock = ProbedClock::start(Idle::Skip, &mut profiler);
+            runs.push(replay_by(&mut clock, engine, settings, &load.requests, &oracle, agreement)?);
+            of_repeat.push(clock.into_probes()?);
         }
         probes.push(of_repeat);
     }
@@ -211,9 +210,13 @@ pub fn measure(
     warn_of_noise(&profiler);
     let paces = probes.iter().enumerate().map(|(repeat, probes)| {
         let measured = profiler.measured_in(repeat..repeat + 2);
-        probes.iter().map(|probes| measured.pace(probes)).collect()
+        let pace = |probes: &Vec<(Nanos, Probe)>| {
+            let points: Vec<_> = probes.iter().map(|(time, probe)| (*time, measured.pace(probe))).collect();
+            Pace::measured_at(&points)
+        };
+        probes.iter().map(pace).collect()
     });
-    let paces: Vec<Vec<f64>> = paces.collect();
+    let paces: Vec<Vec<Pace>> = paces.collect();
     for (index, load) in loads.iter_mut().enumerate() {
         let of_load = index * settings.len()..(index + 1) * settings.len();
         load.paces = paces.iter().map(|of_repeat| of_repeat[of_load.clone()].to_vec()).collect();
@@ -304,9 +307,21 @@ pub fn replay(
     idle: Idle,
     agreement: Option<Option<f64>>,
 ) -> Result<Run> {
+    replay_by(&mut WallClock::start(idle), engine, settings, requests, oracle, agreement)
+}
+
+/// The same by a clock.
+fn replay_by(
+    clock: &mut (impl Clock + Send),
+    engine: &Engine,
+    settings: Settings,
+    requests: &[Request],
+    oracle: &Arc<ExitDepths>,
+    agreement: Option<Option<f64>>,
+) -> Result<Run> {
     let mut metrics = Metrics::new(&settings).with_requests();
     let oracle = (settings.exit.look() == Look::Oracle).then(|| oracle.clone());
-    let generations = engine.replay(settings, requests, oracle, idle, &mut metrics)?;
+    let generations = engine.replay_by(settings, requests, oracle, clock, &mut metrics)?;
     let agreement = match agreement {
         Some(known) => known,
         None => Some(engine.agreement(&generations)?),

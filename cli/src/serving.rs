@@ -89,10 +89,7 @@ impl Serving {
     /// # Errors
     /// If it asks for what only a simulation does.
     pub fn check_for_engine(&self) -> Result<()> {
-        if self.prefix_caching || self.async_scheduling {
-            let key = if self.prefix_caching { "prefix_caching" } else { "async_scheduling" };
-            bail!("{key} is for simulations alone: the engine computes every prompt, and waits for every pass");
-        }
+        ensure!(!self.prefix_caching, "prefix_caching is for simulations alone: the engine computes every prompt");
         Ok(())
     }
 

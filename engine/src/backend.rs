@@ -67,9 +67,23 @@ pub trait Backend: Debug + Send {
     /// Runs rows through the block once and answers what is asked of them.
     ///
     /// # Errors
+    /// As [`run_beside`](Self::run_beside).
+    fn run(&mut self, work: &Work<'_>) -> Result<Answers> {
+        self.run_beside(work, &mut || ())
+    }
+
+    /// The same, with `meanwhile` called while the device is at work, where that is not the host's.
+    ///
+    /// # Errors
     /// If a token is not in the vocabulary, a row in flight does not exist, a position is beyond `max_positions` or its
     /// blocks, or the device fails.
-    fn run(&mut self, work: &Work<'_>) -> Result<Answers>;
+    fn run_beside(&mut self, work: &Work<'_>, meanwhile: &mut dyn FnMut()) -> Result<Answers>;
+
+    /// Whether the head of that many rows of a pass, of which some may leave, is better read with the pass than after
+    /// it, when it is known which do: where another trip to the device takes longer than the rows that stay.
+    fn reads_heads_ahead(&self, _rows: usize) -> bool {
+        false
+    }
 
     /// Reads the head for more rows of the last pass; row `i` of `rows` is the one that `heads` asks for at `i`.
     ///
@@ -243,7 +257,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn run(&mut self, work: &Work<'_>) -> Result<Answers> {
+    fn run_beside(&mut self, work: &Work<'_>, meanwhile: &mut dyn FnMut()) -> Result<Answers> {
         let hidden = self.model.embed(&self.in_flight, &work.sources, &work.rows, &self.cache)?;
         self.model.forward_block(&hidden, &work.rows, &self.cache)?;
         self.run_coda(&hidden, work)?;
@@ -253,6 +267,7 @@ impl Backend for Cpu {
             similarities: self.similarities(&hidden, &work.similarities)?,
         };
         scatter(&self.in_flight, &hidden, &work.places)?;
+        meanwhile();
         Ok(answers)
     }
 

@@ -1,6 +1,6 @@
 //! The clock on the wall, for serving loops that run on the engine.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use scheduler::Clock;
 use traces::Nanos;
@@ -19,19 +19,30 @@ pub enum Idle {
 pub struct WallClock {
     start: Instant,
     skipped: Nanos,
+    paused: Duration,
     idle: Idle,
 }
 
 impl WallClock {
     /// A clock at zero.
     pub fn start(idle: Idle) -> Self {
-        Self { start: Instant::now(), skipped: Nanos::ZERO, idle }
+        Self { start: Instant::now(), skipped: Nanos::ZERO, paused: Duration::ZERO, idle }
+    }
+}
+
+impl WallClock {
+    /// Stands still during `work`.
+    pub fn pause<R>(&mut self, work: impl FnOnce() -> R) -> R {
+        let start = Instant::now();
+        let result = work();
+        self.paused += start.elapsed();
+        result
     }
 }
 
 impl Clock for WallClock {
     fn now(&mut self) -> Nanos {
-        Nanos::from(self.start.elapsed()) + self.skipped
+        Nanos::from(self.start.elapsed() - self.paused) + self.skipped
     }
 
     fn advance(&mut self, _: Nanos) -> Nanos {
@@ -50,6 +61,16 @@ impl Clock for WallClock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pause_takes_no_time() {
+        let mut clock = WallClock::start(Idle::Sleep);
+        let pause = Duration::from_millis(50);
+        let begin = Instant::now();
+        clock.pause(|| std::thread::sleep(pause));
+        let (now, passed) = (clock.now(), Nanos::from(begin.elapsed()));
+        assert!(now + Nanos::from(pause) <= passed, "{now:?} of {passed:?}");
+    }
 
     #[test]
     fn waiting_reaches_the_time_and_never_goes_back() {

@@ -414,7 +414,7 @@ impl EngineExecutor {
     }
 
     /// Runs the rows of a pass, keeps those that go on, and takes in what was asked of them.
-    fn run_rows(&mut self, pass: &Pass<'_>) -> Result<(), EngineError> {
+    fn run_rows(&mut self, pass: &Pass<'_>, meanwhile: &mut dyn FnMut()) -> Result<(), EngineError> {
         let order = by_depth(pass, (0..pass.segments.len()).collect());
         self.place_rows(pass, &order);
         let questions = self.questions(pass);
@@ -431,7 +431,7 @@ impl EngineExecutor {
             similarities: questions.similarities.iter().map(|(segment, kept)| (last_row(segment), *kept)).collect(),
             rows,
         };
-        let answers = self.backend.run(&work)?;
+        let answers = self.backend.run_beside(&work, meanwhile)?;
         self.take_answers(pass, &questions, answers)
     }
 
@@ -476,9 +476,14 @@ impl EngineExecutor {
             let segment = &pass.segments[index];
             Some((index, self.sequences.of(segment).in_flight[last_position(segment)]?))
         };
+        let all_heads = matches!(pass.looks.signal, Look::Measure(_)) && {
+            let predicting = pass.segments.iter().filter(|segment| segment.predicts);
+            self.backend.reads_heads_ahead(predicting.count())
+        };
         Questions {
             heads: segments(&|segment| {
-                pass.runs_head(segment) || recorded(segment) || self.surely_leaves(pass, segment)
+                let asked = pass.runs_head(segment) || recorded(segment) || self.surely_leaves(pass, segment);
+                asked || (all_heads && segment.predicts)
             }),
             gates: segments(&gate),
             similarities: compared.into_iter().filter_map(kept).collect(),
@@ -601,7 +606,7 @@ impl EngineExecutor {
     }
 
     fn run_pass(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
-        self.run_rows(pass)?;
+        self.run_rows(pass, &mut || ())?;
         self.look(pass, signals)?;
         if self.recording {
             self.record(pass);
@@ -659,6 +664,7 @@ impl EngineExecutor {
 
 impl Executor for EngineExecutor {
     type Error = EngineError;
+    const RUNS_BESIDE: bool = true;
 
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), EngineError> {
         self.check_request(request)?;
@@ -681,6 +687,23 @@ impl Executor for EngineExecutor {
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, EngineError> {
         let start = Instant::now();
         in_pool(|| self.run_pass(pass, signals))?;
+        Ok(self.backend.take_time().unwrap_or_else(|| start.elapsed()).into())
+    }
+
+    fn run_beside(
+        &mut self,
+        pass: &Pass<'_>,
+        leaving: &[u32],
+        meanwhile: &mut (dyn FnMut() + Send),
+    ) -> Result<Nanos, EngineError> {
+        let start = Instant::now();
+        in_pool(|| {
+            self.run_rows(pass, meanwhile)?;
+            if self.recording {
+                self.record(pass);
+            }
+            self.emit_tokens(pass, leaving)
+        })?;
         Ok(self.backend.take_time().unwrap_or_else(|| start.elapsed()).into())
     }
 

@@ -9,22 +9,26 @@ use std::time::Instant;
 
 use scheduler::blocks::BlockTables;
 use scheduler::{
-    Batching, Executor, ExitPolicy, KvFill, Look, Looks, Observer, Pass, PassRecord, RowKind, Segment, Server,
+    Batching, Clock, Executor, ExitPolicy, KvFill, Look, Looks, Observer, Pass, PassRecord, RowKind, Segment, Server,
     Settings, Slot, VirtualClock, serve,
 };
 use traces::{Component, LatencyProfile, Measure, Nanos, Point, ProfileMeta, Request};
 
 use crate::cache::TILE;
+use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineExecutor, Generation, in_pool};
 use crate::kernels::signals::mix;
 use crate::replay::{Engine, ReplayError};
 
 /// History of decode rows that stand for no history: the fewest tokens that one can follow.
 const SHORT: u32 = 1;
-/// Times that a probe measures its shapes.
-const PROBE_REPEATS: usize = 3;
-/// Times that each shape runs in a round, by loops of the model.
-const REPEATS: usize = 2;
+/// Share of the time that probes take of a run.
+const PROBED_SHARE: f64 = 0.05;
+/// Times that a round comes to each shape, so that its times are of many moments.
+const VISITS: usize = 2;
+/// Fewest times that a shape runs at a visit, after as many as bring the caches to what they hold in a replay.
+const RUNS_OF_VISIT: usize = 2;
+const WARM_UP_RUNS: usize = 3;
 
 /// The shapes to measure.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,9 +121,58 @@ struct Round {
     overhead: f64,
 }
 
-/// How fast the machine was at one moment: medians of the block at small batches, in microseconds.
+/// How fast the machine was at one moment: microseconds that a few shapes took.
 #[derive(Clone, Debug)]
-pub struct Probe(BTreeMap<Shape, f64>);
+pub struct Probe(Vec<(Shape, f64)>);
+
+/// A wall clock that stands still from time to time, while passes of the profile tell how fast the machine is.
+pub struct ProbedClock<'p> {
+    clock: WallClock,
+    profiler: &'p mut Profiler,
+    next: Instant,
+    /// By the clock's time.
+    probes: Vec<(Nanos, Probe)>,
+    failure: Option<ReplayError>,
+}
+
+impl<'p> ProbedClock<'p> {
+    /// A clock at zero.
+    pub fn start(idle: Idle, profiler: &'p mut Profiler) -> Self {
+        let clock = WallClock::start(idle);
+        Self { clock, profiler, next: Instant::now(), probes: Vec::new(), failure: None }
+    }
+
+    /// What was told, and when.
+    ///
+    /// # Errors
+    /// If the engine failed.
+    pub fn into_probes(self) -> Result<Vec<(Nanos, Probe)>, ReplayError> {
+        self.failure.map_or(Ok(self.probes), Err)
+    }
+}
+
+impl Clock for ProbedClock<'_> {
+    fn now(&mut self) -> Nanos {
+        self.clock.now()
+    }
+
+    fn advance(&mut self, elapsed: Nanos) -> Nanos {
+        let now = self.clock.advance(elapsed);
+        let start = Instant::now();
+        if start >= self.next && self.failure.is_none() {
+            match self.clock.pause(|| self.profiler.probe()) {
+                Ok(probe) => self.probes.push((now, probe)),
+                Err(error) => self.failure = Some(error),
+            }
+            self.next = Instant::now() + start.elapsed().div_f64(PROBED_SHARE);
+        }
+        now
+    }
+
+    fn wait_until(&mut self, time: Nanos) {
+        self.clock.wait_until(time);
+    }
+}
 
 impl Profiler {
     /// A profiler with nothing measured yet.
@@ -159,18 +212,23 @@ impl Profiler {
         Ok(Self { engine: engine.clone(), executor, tables, shapes, rounds: Vec::new(), grid })
     }
 
-    /// Measures every shape, in another order than the last round; `progress` is told how many of how many are done.
+    /// Measures every shape, several times, each time in another order; `progress` is told how many of how many are done.
     ///
     /// # Errors
     /// If the engine fails.
     pub fn round(&mut self, mut progress: impl FnMut(usize, usize) + Send) -> Result<(), ReplayError> {
-        let (mut shapes, number) = (self.shapes.clone(), self.rounds.len() as u64 + 1);
-        shapes.sort_by_key(|&shape| mix(number ^ mix(key(shape))));
+        let first = self.rounds.len() * VISITS;
+        let visit = |visit: usize| {
+            let mut shapes = self.shapes.clone();
+            shapes.sort_by_key(|&shape| mix(visit as u64 + 1 ^ mix(key(shape))));
+            shapes
+        };
+        let visits: Vec<Shape> = (first..first + VISITS).flat_map(visit).collect();
         let round = in_pool(|| {
             let mut round = Round::default();
-            for (done, &shape) in shapes.iter().enumerate() {
-                round.samples.insert(shape, self.measure(shape)?);
-                progress(done + 1, shapes.len());
+            for (done, &shape) in visits.iter().enumerate() {
+                round.samples.entry(shape).or_default().extend(self.measure(shape)?);
+                progress(done + 1, visits.len());
             }
             round.overhead = self.measure_overhead()?;
             Ok::<_, ReplayError>(round)
@@ -179,20 +237,20 @@ impl Profiler {
         Ok(())
     }
 
-    /// Measures a few shapes, to tell how fast the machine is at the moment; no part of any round.
+    /// Runs a few shapes, to tell how fast the machine is at the moment; no part of any round.
     ///
     /// # Errors
     /// If the engine fails.
     pub fn probe(&mut self) -> Result<Probe, ReplayError> {
-        let shapes: Vec<Shape> = self.grid.decodes.iter().map(|&rows| Shape::Decode { rows, history: SHORT }).collect();
+        let decodes = &self.grid.decodes;
+        let mut rows = vec![decodes[0], decodes[decodes.len() / 2], decodes[decodes.len() - 1]];
+        rows.dedup();
         in_pool(|| {
-            let mut samples: BTreeMap<Shape, Vec<f64>> = BTreeMap::new();
-            for _ in 0..PROBE_REPEATS {
-                for &shape in &shapes {
-                    samples.entry(shape).or_default().extend(self.measure(shape)?);
-                }
+            let mut runs = Vec::new();
+            for shape in rows.into_iter().map(|rows| Shape::Decode { rows, history: SHORT }) {
+                runs.extend(self.measure(shape)?.into_iter().map(|time| (shape, time)));
             }
-            Ok(Probe(samples.iter().map(|(&shape, samples)| (shape, Summary::of(samples).median)).collect()))
+            Ok(Probe(runs))
         })
     }
 
@@ -216,7 +274,7 @@ impl Profiler {
         Measured {
             profiler: self,
             samples: self.shapes.iter().map(|shape| (*shape, samples(shape).collect())).collect(),
-            overhead: Summary::of(&overheads).median,
+            overhead: Summary::of(&overheads).middle,
         }
     }
 
@@ -228,12 +286,13 @@ impl Profiler {
             return None;
         }
         let (earlier, later) = (self.measured_in(0..half), self.measured_in(half..self.rounds.len()));
-        let pairs = || self.shapes.iter().map(|shape| (earlier.median(shape), later.median(shape)));
+        let pairs = || self.shapes.iter().map(|shape| (earlier.middle(shape), later.middle(shape)));
         let differences: f64 = pairs().map(|(earlier, later)| (earlier - later).abs()).sum();
         Some(differences / pairs().map(|(earlier, later)| (earlier + later) / 2.0).sum::<f64>())
     }
 
-    /// Runs a shape at every depth that it may be at: microseconds of each run.
+    /// Runs a shape at every depth that it may be at, in turn: microseconds of each run. It has run at all of them once
+    /// before, as in a replay a sequence comes back to the keys and values of a depth after the others.
     fn measure(&mut self, shape: Shape) -> Result<Vec<f64>, ReplayError> {
         let num_loops = self.engine.model.config().num_loops as u8;
         let depths = match shape {
@@ -242,8 +301,11 @@ impl Profiler {
             Shape::Decode { .. } | Shape::Prefill { .. } => 1.min(num_loops - 1)..num_loops,
         };
         self.occupy(shape);
-        self.time(shape, depths.start)?;
-        let runs = depths.cycle().take(REPEATS * usize::from(num_loops));
+        let in_turn = |fewest: usize| depths.clone().cycle().take(depths.len().max(fewest));
+        for depth in in_turn(WARM_UP_RUNS) {
+            self.time(shape, depth)?;
+        }
+        let runs = in_turn(RUNS_OF_VISIT);
         runs.map(|depth| Ok(self.time(shape, depth)?.as_micros_f64())).collect()
     }
 
@@ -330,7 +392,7 @@ impl Profiler {
             prefix_caching: false,
             async_scheduling: false,
         };
-        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 2, output_tokens: 4 };
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 2, output_tokens: 14 };
         let mut server = Server::new(settings, self.engine.executor(&settings)?)?;
         let mut passes = Passes::default();
         let start = Instant::now();
@@ -350,25 +412,26 @@ pub struct Measured<'a> {
 }
 
 impl Measured<'_> {
-    fn median(&self, shape: &Shape) -> f64 {
-        Summary::of(&self.samples[shape]).median
+    fn middle(&self, shape: &Shape) -> f64 {
+        Summary::of(&self.samples[shape]).middle
     }
 
-    /// What other work on the machine took: the mean over the median of a pass, over all shapes together. It is 1 on
-    /// a machine that does nothing else, and above that as much as a long run is slower than its median pass says.
+    /// What other work on the machine took: the mean of all runs over that of each shape's middle half, over all shapes
+    /// together. It is 1 on a machine that does nothing else, and above that as much as a long run is slower than its
+    /// usual pass says.
     pub fn slowdown(&self) -> f64 {
         let all: f64 = self.samples.values().flatten().sum();
-        all / self.samples.iter().map(|(shape, samples)| self.median(shape) * samples.len() as f64).sum::<f64>()
+        all / self.samples.iter().map(|(shape, samples)| self.middle(shape) * samples.len() as f64).sum::<f64>()
     }
 
-    /// How many times as long passes took at some probes as in these rounds: the mean over probes and their shapes.
-    pub fn pace(&self, probes: &[Probe]) -> f64 {
-        let ratios = probes.iter().flat_map(|probe| probe.0.iter().map(|(shape, time)| time / self.median(shape)));
-        let (count, sum) = ratios.fold((0, 0.0), |(count, sum), ratio| (count + 1, sum + ratio));
-        sum / f64::from(count)
+    /// How many times as long passes took at a probe as in these rounds. Of a probe's runs the middle ones count: what
+    /// interrupts a single run is in the slowdown.
+    pub fn pace(&self, probe: &Probe) -> f64 {
+        let ratios: Vec<f64> = probe.0.iter().map(|(shape, time)| time / self.middle(shape)).collect();
+        Summary::of(&ratios).middle
     }
 
-    /// The medians, times the [`slowdown`](Self::slowdown): times that add up to those of a run. `model` is the
+    /// The means of the middle halves, times the [`slowdown`](Self::slowdown): times that add up to those of a run. `model` is the
     /// model's name, `source` says how the profile came about; how busy the machine was is added.
     pub fn profile(&self, model: &str, source: &str) -> LatencyProfile {
         let slowdown = self.slowdown();
@@ -384,7 +447,7 @@ impl Measured<'_> {
                 device: served.device_name(),
                 software: format!("depthwise {}, {}", env!("CARGO_PKG_VERSION"), served.storage()),
                 source: format!(
-                    "{source}; {}; medians times {slowdown:.3}, the mean over the median of a pass{halves}",
+                    "{source}; {}; means of the middle half of times, times {slowdown:.3}, which is the mean of all over them{halves}",
                     served.device_state()
                 ),
                 overhead_us: self.overhead * slowdown,
@@ -397,8 +460,34 @@ impl Measured<'_> {
         }
     }
 
+    /// What each shape takes. More history never takes less: where noise says so, both take the mean, or parts of passes,
+    /// which are differences and not below zero, would come out too long on average.
+    fn summaries(&self) -> BTreeMap<Shape, Summary> {
+        let mut summaries: BTreeMap<Shape, Summary> =
+            self.samples.iter().map(|(&shape, samples)| (shape, Summary::of(samples))).collect();
+        let grid = &self.profiler.grid;
+        let histories = |before: u32| [before].into_iter().chain(grid.histories.iter().copied());
+        let decodes = grid
+            .decodes
+            .iter()
+            .map(|&rows| histories(SHORT).map(|history| Shape::Decode { rows, history }).collect::<Vec<_>>());
+        let chunks = grid
+            .chunks
+            .iter()
+            .map(|&tokens| histories(0).map(|history| Shape::Prefill { tokens, history }).collect::<Vec<_>>());
+        for series in decodes.chain(chunks) {
+            let mut times: Vec<f64> = series.iter().map(|shape| summaries[shape].middle).collect();
+            make_rising(&mut times);
+            for (shape, time) in series.iter().zip(times) {
+                summaries.get_mut(shape).expect("a shape of the grid is measured").middle = time;
+            }
+        }
+        summaries
+    }
+
     fn points(&self, slowdown: f64) -> Vec<Point> {
-        let summary = |shape| Summary::of(&self.samples[&shape]);
+        let summaries = self.summaries();
+        let summary = |shape| summaries[&shape];
         let mut points: Vec<Point> = Vec::new();
         for &shape in &self.profiler.shapes {
             let (component, rows, kv_tokens, depths) = match shape {
@@ -418,7 +507,7 @@ impl Measured<'_> {
                 rows,
                 kv_tokens,
                 depths,
-                time_us: summary.median * slowdown,
+                time_us: summary.middle * slowdown,
                 spread_us: summary.spread * slowdown,
                 repeats: summary.repeats,
             };
@@ -497,10 +586,26 @@ fn key(shape: Shape) -> u64 {
     (kind << 60) | (u64::from(a) << 30) | u64::from(b)
 }
 
-/// Median and half the distance between the quartiles.
+/// Replaces numbers by the nearest that do not fall (in the least squares, by pooling neighbours that do).
+fn make_rising(numbers: &mut [f64]) {
+    let mut pools: Vec<(f64, usize)> = Vec::new();
+    for &number in numbers.iter() {
+        let mut pool = (number, 1);
+        while let Some(&(before, count)) = pools.last().filter(|(before, _)| *before > pool.0) {
+            pool = ((before * count as f64 + pool.0 * pool.1 as f64) / (count + pool.1) as f64, count + pool.1);
+            pools.pop();
+        }
+        pools.push(pool);
+    }
+    let pooled = pools.into_iter().flat_map(|(number, count)| std::iter::repeat_n(number, count));
+    numbers.iter_mut().zip(pooled).for_each(|(number, pooled)| *number = pooled);
+}
+
+/// The mean of the middle half, and half the distance between the quartiles. Where a machine has two moods, the median is
+/// that of the one or the other by chance; and single runs that other work interrupts are left out of both.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Summary {
-    median: f64,
+    middle: f64,
     spread: f64,
     repeats: u32,
 }
@@ -514,13 +619,18 @@ impl Summary {
             let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
             below + (above - below) * place.fract()
         };
-        Self { median: quantile(0.5), spread: (quantile(0.75) - quantile(0.25)) / 2.0, repeats: sorted.len() as u32 }
+        let middle = &sorted[sorted.len() / 4..sorted.len() - sorted.len() / 4];
+        Self {
+            middle: middle.iter().sum::<f64>() / middle.len() as f64,
+            spread: (quantile(0.75) - quantile(0.25)) / 2.0,
+            repeats: sorted.len() as u32,
+        }
     }
 
     /// The difference of two, not below zero; the spreads add like those of independent errors.
     fn less(&self, other: &Self) -> Self {
         Self {
-            median: (self.median - other.median).max(0.0),
+            middle: (self.middle - other.middle).max(0.0),
             spread: self.spread.hypot(other.spread),
             repeats: self.repeats.min(other.repeats),
         }
@@ -556,11 +666,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn summaries_are_medians_and_half_quartile_distances() {
+    fn summaries_are_means_of_the_middle_half_and_half_quartile_distances() {
         let summary = Summary::of(&[5.0, 1.0, 2.0, 4.0, 100.0]);
-        assert_eq!(summary, Summary { median: 4.0, spread: 1.5, repeats: 5 });
-        assert_eq!(Summary::of(&[3.0]), Summary { median: 3.0, spread: 0.0, repeats: 1 });
-        assert_eq!(Summary::of(&[1.0]).less(&summary).median, 0.0);
+        assert_eq!(summary, Summary { middle: 11.0 / 3.0, spread: 1.5, repeats: 5 });
+        assert_eq!(Summary::of(&[3.0]), Summary { middle: 3.0, spread: 0.0, repeats: 1 });
+        assert_eq!(Summary::of(&[1.0]).less(&summary).middle, 0.0);
+    }
+
+    #[test]
+    fn numbers_that_fall_are_pooled_with_those_before() {
+        let mut numbers = [1.0, 5.0, 3.0, 4.0, 9.0, 2.0];
+        make_rising(&mut numbers);
+        assert_eq!(numbers, [1.0, 4.0, 4.0, 4.0, 5.5, 5.5]);
+        let mut falling = [3.0, 2.0, 1.0];
+        make_rising(&mut falling);
+        assert_eq!(falling, [2.0; 3]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use scheduler::{Batching, Executor, ExitPolicy, KvFill, Observer, Pass, ServeErr
 use traces::{ExitTrace, ExitTraceMeta, Nanos, Request, Signals, TraceError};
 
 use crate::cache::TILE;
-use crate::clock::Idle;
+use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineError, EngineExecutor};
 use crate::replay::{Engine, ReplayError, UNTIMED_ROWS, run_to_end};
 
@@ -37,7 +37,7 @@ impl Engine {
         let executor = self.executor(&settings)?.recording();
         self.check(&settings, &executor, requests)?;
         let recorder = Recorder { executor, requests, generation };
-        let mut recorder = run_to_end(settings, recorder, requests, Idle::Skip, observer)?;
+        let mut recorder = run_to_end(settings, recorder, requests, &mut WallClock::start(Idle::Skip), observer)?;
         Ok(recorder.hand_over()?)
     }
 

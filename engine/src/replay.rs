@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use scheduler::blocks::BlockId;
-use scheduler::{Executor, ExitPolicy, KvFill, Look, Observer, ScheduleError, ServeError, Server, Settings, serve};
+use scheduler::{
+    Clock, Executor, ExitPolicy, KvFill, Look, Observer, ScheduleError, ServeError, Server, Settings, serve,
+};
 use traces::{ExitTrace, Measure, Request, TraceError};
 
 use crate::backend::{Heads, ServedModel, Work};
@@ -95,13 +97,28 @@ impl Engine {
         idle: Idle,
         observer: &mut (impl Observer + Send),
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
+        self.replay_by(settings, requests, oracle, &mut WallClock::start(idle), observer)
+    }
+
+    /// The same by another clock.
+    ///
+    /// # Errors
+    /// As [`replay`](Self::replay).
+    pub fn replay_by(
+        &self,
+        settings: Settings,
+        requests: &[Request],
+        oracle: Option<Arc<ExitDepths>>,
+        clock: &mut (impl Clock + Send),
+        observer: &mut (impl Observer + Send),
+    ) -> Result<HashMap<u32, Generation>, ReplayError> {
         let executor = self.executor(&settings)?;
         let executor = match oracle {
             Some(exits) => executor.with_oracle(exits),
             None => executor,
         };
         self.check(&settings, &executor, requests)?;
-        Ok(run_to_end(settings, executor, requests, idle, observer)?.into_generations())
+        Ok(run_to_end(settings, executor, requests, clock, observer)?.into_generations())
     }
 
     /// Whether the engine can run under these settings.
@@ -211,12 +228,12 @@ impl Engine {
     }
 }
 
-/// Serves `requests` on the wall clock and gives the executor back.
+/// Serves `requests` and gives the executor back.
 pub(crate) fn run_to_end<E: Executor + Send>(
     settings: Settings,
     executor: E,
     requests: &[Request],
-    idle: Idle,
+    clock: &mut (impl Clock + Send),
     observer: &mut (impl Observer + Send),
 ) -> Result<E, ReplayError>
 where
@@ -224,7 +241,7 @@ where
 {
     let mut server = Server::new(settings, executor)?;
     in_pool(|| {
-        serve(&mut server, requests.iter().copied(), &mut WallClock::start(idle), observer)?;
+        serve(&mut server, requests.iter().copied(), clock, observer)?;
         Ok(server.into_executor())
     })
 }

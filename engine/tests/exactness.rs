@@ -25,7 +25,7 @@ use engine::model::{Model, Rows};
 use engine::prompts::Prompts;
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, VirtualClock, serve};
+use scheduler::{Batching, ExitPolicy, KvFill, Look, Observer, PassRecord, Server, Settings, VirtualClock, serve};
 use traces::{Measure, Nanos, Request};
 
 #[derive(Default)]
@@ -184,12 +184,14 @@ proptest! {
         batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
         max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)], weight_type in prop::sample::select(WeightType::ON_CPU.to_vec()),
+        ahead in any::<bool>(),
     ) {
         let reads_gates = matches!(exit, ExitPolicy::Confidence { measure: Measure::Gate, .. });
         let config = ModelConfig { gate: config.gate || reads_gates, ..config };
         let setup = Setup::new(&config, weight_type, seed, temperature);
         let settings = Settings {
-            batching, exit, kv_fill, max_batch, prefill_chunk, num_blocks, prefix_caching: false, async_scheduling: false,
+            batching, exit, kv_fill, max_batch, prefill_chunk, num_blocks, prefix_caching: false,
+            async_scheduling: ahead && exit.look() == Look::Never,
             num_loops: config.num_loops as u8,
             token_budget: max_batch + spare_budget,
             block_tokens: 16,
@@ -239,7 +241,7 @@ fn batched_requests_on(device: Device, cases: u32) {
             block_tokens: 16,
             num_blocks: 12,
             prefix_caching: false,
-            async_scheduling: false,
+            async_scheduling: exit.look() == Look::Never,
         };
         assert_batched_as_alone(&setup, settings, &requests);
         Ok(())

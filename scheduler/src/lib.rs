@@ -38,6 +38,7 @@
 //! assert_eq!(scheduler::Clock::now(&mut clock), Nanos(10_000));
 //! ```
 
+mod ahead;
 mod backfill;
 pub mod blocks;
 pub mod executor;

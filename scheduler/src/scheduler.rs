@@ -298,6 +298,8 @@ pub struct Scheduler {
     finished: Vec<Slot>,
     /// Whether the last plan had anything to run.
     busy: bool,
+    /// Whether rows were started for the next pass by what was known at the start of this one.
+    unseeing: bool,
     /// By slot.
     sequences: Vec<Sequence>,
     free_slots: Vec<Slot>,
@@ -341,6 +343,7 @@ impl Scheduler {
             unseen: VecDeque::new(),
             finished: Vec::new(),
             busy: false,
+            unseeing: false,
             sequences: vec![idle; settings.max_batch as usize],
             free_slots: (0..settings.max_batch).rev().collect(),
             admissions: 0,
@@ -419,6 +422,11 @@ impl Scheduler {
         &self.released
     }
 
+    /// Hands over what [`released`](Self::released) has.
+    pub(crate) fn take_released(&mut self) -> Vec<Slot> {
+        std::mem::take(&mut self.released)
+    }
+
     /// A request joins the line.
     ///
     /// # Errors
@@ -435,15 +443,38 @@ impl Scheduler {
     /// Rows in flight come first, then decode rows, then prompts: what is nearest its end goes on. Backfill that no
     /// row in flight waits for comes last.
     pub fn plan(&mut self, now: Nanos, observer: &mut impl Observer) -> bool {
+        match self.settings.async_scheduling {
+            true => self.compose(|scheduler| scheduler.start_rows_unseeing(now, observer)),
+            false => self.compose(|scheduler| scheduler.start_rows(now, observer)),
+        }
+    }
+
+    /// Under asynchronous scheduling, composes the next pass while this one runs, whose outcome [has been
+    /// applied](Self::complete); `false` if there is nothing to run as far as can be known. When that pass starts,
+    /// [`see_what_came`](Self::see_what_came) must follow; if there was nothing to run, [`plan`](Self::plan).
+    /// Together they are what [`plan`](Self::plan) does when a pass starts.
+    pub fn plan_ahead(&mut self, now: Nanos, observer: &mut impl Observer) -> bool {
+        self.unseeing = false;
+        self.compose(|scheduler| {
+            scheduler.unseeing = true;
+            scheduler.start_rows(now, observer);
+        })
+    }
+
+    /// See [`plan_ahead`](Self::plan_ahead).
+    pub fn see_what_came(&mut self) {
+        if std::mem::take(&mut self.unseeing) {
+            self.see();
+        }
+    }
+
+    fn compose(&mut self, start_rows: impl FnOnce(&mut Self)) -> bool {
         self.admitted.clear();
         self.released.clear();
         let mid_iteration = self.settings.batching.is_lockstep() && self.any_in_flight();
         self.join_awaited_backfill();
         if !mid_iteration {
-            match self.settings.async_scheduling {
-                true => self.start_rows_unseeing(now, observer),
-                false => self.start_rows(now, observer),
-            }
+            start_rows(self);
         }
         self.fill_idle_places();
         self.busy = !self.segments.is_empty();
@@ -456,12 +487,17 @@ impl Scheduler {
         if self.busy {
             self.start_rows(now, observer);
         }
+        self.see();
+        if self.segments.is_empty() {
+            self.start_rows(now, observer);
+        }
+    }
+
+    /// Takes in what has come since the last plan.
+    fn see(&mut self) {
         self.waiting.append(&mut self.unseen);
         while let Some(slot) = self.finished.pop() {
             self.release(slot);
-        }
-        if self.segments.is_empty() {
-            self.start_rows(now, observer);
         }
     }
 

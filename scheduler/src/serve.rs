@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use traces::{Nanos, PrefixHashes, Request};
 
+use crate::ahead::Ahead;
 use crate::executor::Executor;
 use crate::observe::{Observer, PassRecord};
 use crate::scheduler::{ScheduleError, Scheduler, Settings};
@@ -26,6 +27,8 @@ pub struct Server<E> {
     signals: Vec<f32>,
     /// Start and duration of the pass that runs.
     pass: (Nanos, Nanos),
+    /// Where each pass is planned while the one before it runs.
+    ahead: Option<Ahead>,
 }
 
 impl<E: Executor> Server<E> {
@@ -35,7 +38,8 @@ impl<E: Executor> Server<E> {
     /// If the settings contradict each other.
     pub fn new(settings: Settings, executor: E) -> Result<Self, ScheduleError> {
         let scheduler = Scheduler::new(settings)?;
-        Ok(Self { scheduler, executor, signals: Vec::new(), pass: (Nanos::ZERO, Nanos::ZERO) })
+        let ahead = (settings.async_scheduling && E::RUNS_BESIDE).then(Ahead::default);
+        Ok(Self { scheduler, executor, signals: Vec::new(), pass: (Nanos::ZERO, Nanos::ZERO), ahead })
     }
 
     /// Says which prompts begin alike; see [`Scheduler::share_prefixes`].
@@ -75,6 +79,9 @@ impl<E: Executor> Server<E> {
     /// # Errors
     /// If the executor fails.
     pub fn start_pass(&mut self, now: Nanos, observer: &mut impl Observer) -> Result<Option<Nanos>, E::Error> {
+        if let Some(ahead) = &mut self.ahead {
+            return ahead.start_pass(&mut self.scheduler, &mut self.executor, now, observer);
+        }
         let any = self.scheduler.plan(now, observer);
         self.forward_releases();
         for (slot, request, generated) in self.scheduler.admitted() {
@@ -96,6 +103,9 @@ impl<E: Executor> Server<E> {
 
     /// Applies the outcome of the pass, at its end.
     pub fn finish_pass(&mut self, now: Nanos, observer: &mut impl Observer) {
+        if let Some(ahead) = &mut self.ahead {
+            return ahead.finish_pass(now, observer);
+        }
         let (start, elapsed) = self.pass;
         observer.pass(&PassRecord {
             start,

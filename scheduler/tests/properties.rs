@@ -253,6 +253,80 @@ impl Executor for Checker {
     }
 }
 
+/// A checker that has the next pass planned before it looks at this one.
+struct Beside(Checker);
+
+impl Executor for Beside {
+    type Error = std::convert::Infallible;
+    const RUNS_BESIDE: bool = true;
+
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error> {
+        self.0.admit(slot, request, generated)
+    }
+
+    fn release(&mut self, slot: Slot) {
+        self.0.release(slot);
+    }
+
+    fn run(&mut self, _: &Pass<'_>, _: &mut [f32]) -> Result<Nanos, Self::Error> {
+        unreachable!("passes are planned ahead")
+    }
+
+    fn run_beside(
+        &mut self,
+        pass: &Pass<'_>,
+        leaving: &[u32],
+        meanwhile: &mut (dyn FnMut() + Send),
+    ) -> Result<Nanos, Self::Error> {
+        meanwhile();
+        let elapsed = self.0.run(pass, &mut vec![0.0; pass.segments.len()])?;
+        Ok(if leaving.is_empty() { elapsed } else { elapsed + self.0.emit(pass, leaving)? })
+    }
+
+    fn emit(&mut self, _: &Pass<'_>, _: &[u32]) -> Result<Nanos, Self::Error> {
+        unreachable!("passes are planned ahead")
+    }
+}
+
+/// All that can be watched of a run, in order.
+#[derive(Default)]
+struct Events(Vec<String>);
+
+impl Observer for Events {
+    fn admitted(&mut self, now: Nanos, request: &Request) {
+        self.0.push(format!("{now:?} admitted {}", request.id));
+    }
+
+    fn preempted(&mut self, now: Nanos, request: &Request) {
+        self.0.push(format!("{now:?} preempted {}", request.id));
+    }
+
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        let PassRecord { start, elapsed, pass, running, waiting } = record;
+        self.0.push(format!("{start:?} {elapsed:?} {:?} {running} {waiting}", pass.segments));
+    }
+
+    fn token(&mut self, now: Nanos, request: &Request, token: Token) {
+        self.0.push(format!("{now:?} {} {token:?}", request.id));
+    }
+
+    fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
+        self.0.push(format!("{now:?} finished {} {first_token:?}", request.id));
+    }
+}
+
+fn events<E: Executor<Error = std::convert::Infallible>>(
+    settings: Settings,
+    executor: E,
+    requests: &[Request],
+) -> Vec<String> {
+    let mut server = Server::new(settings, executor).unwrap();
+    server.share_prefixes(Arc::new(prefix_hashes(requests, settings.block_tokens))).unwrap();
+    let mut events = Events::default();
+    serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut events).unwrap();
+    events.0
+}
+
 /// What the scheduler says of a run.
 #[derive(Debug, Default)]
 struct Log {
@@ -376,6 +450,18 @@ proptest! {
                 };
                 prop_assert_eq!(depth, expected);
             }
+        }
+    }
+
+    #[test]
+    fn passes_planned_while_others_run_are_those_planned_after_them(
+        settings in settings(), requests in requests(), exit in prop::sample::select(vec!["none", "static:0", "static:1"]),
+    ) {
+        for batching in Batching::ALL {
+            let settings = Settings { batching, exit: exit.parse().unwrap(), async_scheduling: true, ..settings };
+            let after = events(settings, Checker::new(settings), &requests);
+            let beside = events(settings, Beside(Checker::new(settings)), &requests);
+            prop_assert_eq!(after, beside);
         }
     }
 

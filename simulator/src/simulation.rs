@@ -12,6 +12,7 @@ use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
 use crate::latency::{Extrapolations, LatencyModel};
 use crate::metrics::{Metrics, Source, Summary};
+use crate::pace::Pace;
 use crate::parts::TimeByPart;
 use crate::routing::{Router, Routing};
 
@@ -89,6 +90,7 @@ pub struct Simulation<'m> {
     routing: Routing,
     spread: Option<u64>,
     prefixes: Option<&'m Arc<PrefixHashes>>,
+    pace: Option<&'m Pace>,
 }
 
 impl<'m> Simulation<'m> {
@@ -112,7 +114,7 @@ impl<'m> Simulation<'m> {
         if !exits.answers(settings.exit.look()) {
             return Err(SimulationError::NoGates(settings.exit.to_string()));
         }
-        Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None, prefixes: None })
+        Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None, prefixes: None, pace: None })
     }
 
     /// Routes requests otherwise.
@@ -128,6 +130,12 @@ impl<'m> Simulation<'m> {
     /// Says which prompts begin alike, for settings with prefix caching.
     pub fn with_prefixes(self, prefixes: &'m Arc<PrefixHashes>) -> Self {
         Self { prefixes: Some(prefixes), ..self }
+    }
+
+    /// Has machines be as fast as is said over time. Requests get their tokens accordingly; the times of single passes
+    /// that observers are told are still the profile's.
+    pub fn at_pace(self, pace: &'m Pace) -> Self {
+        Self { pace: Some(pace), ..self }
     }
 
     /// How each machine is scheduled.
@@ -231,6 +239,7 @@ struct Replicas<'a, 'm, O> {
     busy: Vec<bool>,
     /// Machines that may start a pass: one has just ended, or a request came while they were idle.
     startable: Vec<usize>,
+    pace: Option<&'m Pace>,
 }
 
 impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
@@ -253,7 +262,8 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
         };
         let servers: Result<Vec<_>, _> = (0..observers.len() as u64).map(server).collect();
         let busy = vec![false; observers.len()];
-        Ok(Self { servers: servers?, observers, ends: BinaryHeap::new(), busy, startable: Vec::new() })
+        let pace = simulation.pace;
+        Ok(Self { servers: servers?, observers, ends: BinaryHeap::new(), busy, startable: Vec::new(), pace })
     }
 
     fn len(&self) -> usize {
@@ -292,6 +302,7 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
     fn start_passes(&mut self, now: Nanos) -> Result<(), SimulationError> {
         for index in self.startable.drain(..) {
             if let Some(elapsed) = self.servers[index].start_pass(now, &mut self.observers[index])? {
+                let elapsed = self.pace.map_or(elapsed, |pace| pace.stretch(now, elapsed));
                 self.ends.push(Reverse((now + elapsed, index)));
                 self.busy[index] = true;
             }

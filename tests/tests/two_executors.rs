@@ -15,7 +15,7 @@ use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use engine::weights::Weights;
 use itertools::iproduct;
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, RowKind, Settings, Token};
+use scheduler::{Batching, ExitPolicy, KvFill, Look, Observer, PassRecord, RowKind, Settings, Token};
 use simulator::{Draw, ExitModel, LatencyModel, Simulation};
 use traces::{LatencyProfile, Nanos, Request};
 
@@ -86,7 +86,12 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
     let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
 
     let policies = [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false }];
-    for (batching, kv_fill, exit, num_blocks) in iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8]) {
+    for (batching, kv_fill, exit, num_blocks, ahead) in
+        iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8], [false, true])
+    {
+        if ahead && exit.look() != Look::Never {
+            continue;
+        }
         let settings = Settings {
             batching,
             exit,
@@ -98,7 +103,7 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
             block_tokens: 16,
             num_blocks,
             prefix_caching: false,
-            async_scheduling: false,
+            async_scheduling: ahead,
         };
         let mut measured = Log::default();
         engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();

@@ -185,17 +185,6 @@ impl LatencyProfile {
     /// Fingerprint of a profile that stands for no particular weights.
     pub const ANY_MODEL: &str = "any";
 
-    /// The same of a machine on which everything takes `pace` times as long.
-    pub fn at_pace(&self, pace: f64) -> Self {
-        let mut paced = self.clone();
-        paced.meta.overhead_us *= pace;
-        for point in &mut paced.points {
-            point.time_us *= pace;
-            point.spread_us *= pace;
-        }
-        paced
-    }
-
     /// Components with times that were computed rather than measured.
     pub fn computed_components(&self) -> impl Iterator<Item = Component> {
         let computed = |component: &Component| self.points_of(*component).any(|point| point.repeats == 0);

@@ -116,7 +116,7 @@ fn simulate_load(
     Ok(())
 }
 
-/// Simulates every replay on what was profiled around its repeat, at the pace of the machine around the replay.
+/// Simulates every replay on what was profiled around its repeat, at the pace that the machine had during the replay.
 fn simulate_repeats(
     settings: &[Settings],
     measured: &Measured,
@@ -124,12 +124,12 @@ fn simulate_repeats(
     load: &MeasuredLoad,
     workload: &Workload,
 ) -> Result<Vec<Vec<Summary>>> {
-    let at_paces = measured.profiles.iter().zip(&load.paces);
-    let at_paces = at_paces.flat_map(|(profile, paces)| paces.iter().map(|&pace| profile.at_pace(pace)));
-    let models = at_paces.map(|profile| LatencyModel::new(&profile)).collect::<Result<Vec<_>, _>>()?;
+    let models = measured.profiles.iter().map(LatencyModel::new).collect::<Result<Vec<_>, _>>()?;
     let mut simulations = Vec::new();
-    for (settings, model) in settings.iter().cycle().zip(&models) {
-        simulations.extend(Machines::ONE.simulations(std::slice::from_ref(settings), model, exits, workload)?);
+    for (model, paces) in models.iter().zip(&load.paces) {
+        for (&settings, pace) in settings.iter().zip(paces) {
+            simulations.push(Machines::ONE.simulation(settings, model, exits, workload)?.at_pace(pace));
+        }
     }
     let runs = run_simulations(&simulations, 1, None, &workload.requests)?;
     Ok(runs.chunks(settings.len()).map(|runs| summaries(runs).cloned().collect()).collect())

@@ -32,6 +32,8 @@ use crate::parameters::Loops;
 
 /// Graphs kept at most; then all are dropped, and captured again as their sizes come up.
 const MAX_GRAPHS: usize = 512;
+/// Fewest rows whose head is read before it is known which of them leave.
+const FEWEST_AHEAD: usize = 8;
 
 /// Rows that run through the same layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -664,8 +666,9 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         Ok(())
     }
 
-    fn run(&mut self, work: &Work<'_>) -> Result<Answers> {
+    fn run_beside(&mut self, work: &Work<'_>, meanwhile: &mut dyn FnMut()) -> Result<Answers> {
         if work.rows.is_empty() {
+            meanwhile();
             return Ok(Answers::default());
         }
         self.check(work)?;
@@ -714,9 +717,16 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             self.kernels().cosines((views.hidden, ours), (in_flight, theirs), width, answers.similarities)?;
         }
         self.kernels().keep_rows(views.hidden, places.moved(indices), width, in_flight)?;
+        meanwhile();
         let mut answers = self.finish(padded)?;
         answers.verdicts.truncate(work.heads.rows.len());
         Ok(answers)
+    }
+
+    fn reads_heads_ahead(&self, rows: usize) -> bool {
+        // In batches of these sizes hardly a pass goes by in which no row leaves; and the head is read but once for
+        // all of them, so that more rows take no longer.
+        rows >= FEWEST_AHEAD && self.model.sweeps_head(rows)
     }
 
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {

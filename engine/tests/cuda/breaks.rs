@@ -6,6 +6,7 @@ use engine::cuda::source::{Scalar, Specialization};
 use crate::attention::{Case, Chunk, SHAPES};
 use crate::bench::{Bench, Dice};
 use crate::emulator::Module;
+use crate::operations::check_head;
 
 /// Whether attention comes out wrong, or the launch fails, when `from` is replaced by `to` in the kernels.
 fn caught(from: &str, to: &str) -> Option<String> {
@@ -86,6 +87,29 @@ fn a_misaligned_load_is_caught() {
         "keys[key][n] = there ? load_pack(from + pack * PACK + 1) : zero_pack<scalar>();",
         "misaligned",
     );
+}
+
+#[test]
+fn breaks_of_the_head_are_caught() {
+    let breaks = [
+        ("const int token = first + 8 * of_four;", "const int token = first + 8 * of_four + 1;"),
+        ("if (row < rows && token < vocab) {", "if (row < rows) {"),
+        (
+            "    __syncthreads();\n    for (int row = threadIdx.x; row < rows",
+            "    for (int row = threadIdx.x; row < rows",
+        ),
+        ("{upper.x, lower.x, upper.y, lower.y}, {b.x, b.y}", "{upper.x, lower.x, upper.y, lower.y}, {b.x, b.z}"),
+        ("return row < end && input < inputs ?", "return row < end ?"),
+        ("for (int step = 4; step < WARP; step *= 2) {", "for (int step = 8; step < WARP; step *= 2) {"),
+    ];
+    for (from, to) in breaks {
+        let Some(mut bench) = Bench::of(Scalar::Bf16) else { return };
+        let whole = bench.specialization.source();
+        assert_eq!(whole.matches(from).count(), 1, "`{from}` is not in the kernels once");
+        bench.module = Module::of_source(&whole.replace(from, to), 1);
+        let check = std::panic::AssertUnwindSafe(|| check_head(&bench, [24, 72, 300], 0.0));
+        assert!(std::panic::catch_unwind(check).is_err(), "`{to}` passes for `{from}`");
+    }
 }
 
 #[test]

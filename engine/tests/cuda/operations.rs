@@ -378,18 +378,24 @@ fn a_head_read_in_one_with_its_product_says_what_its_logits_say() {
         let Some(bench) = Bench::of(scalar) else { return };
         let shapes = [[1, 8, 1], [3, 40, 130], [8, 32, 128], [17, 72, 300], [64, 64, 257], [33, 576, 129]];
         for (shape, temperature) in shapes.into_iter().flat_map(|shape| [(shape, 0.0), (shape, 0.7)]) {
-            let [rows, _, vocab] = shape;
-            let keys: Vec<u64> = (0..rows as u64).map(mix).collect();
-            let mut dice = Dice::new(vocab as u64);
-            let (found, logits) = verdicts_of_head(&bench, &mut dice, shape, temperature, &keys);
-            let expected = read(&matrix(&logits, vocab), temperature, &keys).unwrap();
-            for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
-                let what = format!("row {row} of {shape:?} in {} at temperature {temperature}", scalar.name());
-                let signals = [found.top1, found.margin, found.entropy];
-                assert_close(&what, &signals, &[expected.top1, expected.margin, expected.entropy], 2e-5);
-                assert_eq!(found.token as u32, expected.token, "{what}");
-            }
+            check_head(&bench, shape, temperature);
         }
+    }
+}
+
+/// Whether a head `[vocab, inputs]` says of rows what the CPU says of its logits.
+pub fn check_head(bench: &Bench, [rows, inputs, vocab]: [usize; 3], temperature: f32) {
+    let keys: Vec<u64> = (0..rows as u64).map(mix).collect();
+    let mut dice = Dice::new(vocab as u64);
+    let (found, logits) = verdicts_of_head(bench, &mut dice, [rows, inputs, vocab], temperature, &keys);
+    let expected = read(&matrix(&logits, vocab), temperature, &keys).unwrap();
+    for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let name = bench.scalar().name();
+        let what =
+            format!("row {row} of {rows}, {inputs} inputs, {vocab} tokens in {name} at temperature {temperature}");
+        let signals = [found.top1, found.margin, found.entropy];
+        assert_close(&what, &signals, &[expected.top1, expected.margin, expected.entropy], 2e-5);
+        assert_eq!(found.token as u32, expected.token, "{what}");
     }
 }
 

@@ -3,14 +3,19 @@
 use std::sync::Arc;
 
 use engine::backend::{Answers, Backend, Heads, ServedModel, Work};
+use engine::clock::Idle;
 use engine::config::{ModelConfig, Sharing};
 use engine::cuda::CudaModel;
 use engine::cuda::source::Scalar;
+use engine::executor::Sampling;
 use engine::kernels::attention::{Fill, Row};
 use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
-use scheduler::KvFill;
+use engine::prompts::Prompts;
+use engine::replay::Engine;
+use scheduler::{Batching, ExitPolicy, KvFill, Settings};
+use traces::{Measure, Nanos, Request};
 
 use crate::bench::{Dice, assert_close};
 use crate::common::{grouped, weights, with_everything};
@@ -291,4 +296,39 @@ fn half_precision_stays_near_single() {
             }
         }
     }
+}
+
+#[test]
+fn heads_read_before_it_is_known_which_rows_leave_change_no_token() {
+    let Some(machine) = machine() else { return };
+    let config = ModelConfig { head_dim: 16, gate: true, head_lora_rank: 0, ..grouped() };
+    let model: Arc<dyn ServedModel> = Arc::new(CudaModel::load(machine, &weights(&config, 7), Scalar::Bf16).unwrap());
+    let ahead = |rows| backend(model.clone(), KvFill::Reuse).reads_heads_ahead(rows);
+    assert_eq!([7, 8, 64, 65].map(ahead), [false, true, true, false]);
+    let text = (0..400).map(|place| place * 7 % config.vocab_size as u32).collect();
+    let prompts = Arc::new(Prompts::Text(text));
+    let engine = Engine { model: model.clone(), prompts, sampling: Sampling::default() };
+    let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 2 + id % 3, output_tokens: 4 };
+    let requests: Vec<Request> = (0..9).map(request).collect();
+    let run = |max_batch| {
+        let settings = Settings {
+            batching: Batching::Depth,
+            exit: ExitPolicy::Confidence { measure: Measure::Gate, threshold: 0.5 },
+            kv_fill: KvFill::Reuse,
+            num_loops: config.num_loops as u8,
+            max_batch,
+            token_budget: 4 * max_batch,
+            prefill_chunk: 30,
+            block_tokens: BLOCK_TOKENS,
+            num_blocks: BLOCKS,
+            prefix_caching: false,
+            async_scheduling: false,
+        };
+        engine.replay(settings, &requests, None, Idle::Skip, &mut ()).unwrap()
+    };
+    let together = run(9);
+    assert_eq!(together, run(1));
+    let mut exits = together.values().flat_map(|generation| generation.exit_depths.clone());
+    let last = config.num_loops as u8 - 1;
+    assert!(exits.clone().any(|exit| exit < last) && exits.any(|exit| exit == last), "all leave at one depth");
 }

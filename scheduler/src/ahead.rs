@@ -1,0 +1,155 @@
+//! Planning beside a running pass: under asynchronous scheduling the next pass is composed while the device runs this one.
+//!
+//! What may not be known then: what the clock will say at the end of the pass, requests that come until then, and the
+//! tokens that the pass draws. The scheduler needs none of them. Which rows leave it must know, so policies that look
+//! at a pass are refused ([`Settings::async_scheduling`](crate::Settings::async_scheduling)). Its clock counts passes
+//! meanwhile, and those who watch are told what happened, and when, once the pass is over.
+
+use traces::{Nanos, Request};
+
+use crate::blocks::BlockTables;
+use crate::executor::Executor;
+use crate::observe::{Observer, PassRecord, Token};
+use crate::pass::{Pass, Segment};
+use crate::policy::Looks;
+use crate::scheduler::Scheduler;
+
+/// What happened at a time that is not known yet.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    Admitted(Request),
+    Preempted(Request),
+    Token(Request, Token),
+    Finished(Request, Nanos),
+}
+
+/// Keeps what happened until its time is known: times are numbers of passes, at whose ends it did.
+#[derive(Debug, Default)]
+struct Deferred(Vec<Event>);
+
+impl Observer for Deferred {
+    fn admitted(&mut self, _: Nanos, request: &Request) {
+        self.0.push(Event::Admitted(*request));
+    }
+
+    fn preempted(&mut self, _: Nanos, request: &Request) {
+        self.0.push(Event::Preempted(*request));
+    }
+
+    fn token(&mut self, _: Nanos, request: &Request, token: Token) {
+        self.0.push(Event::Token(*request, token));
+    }
+
+    fn finished(&mut self, _: Nanos, request: &Request, first_token: Nanos) {
+        self.0.push(Event::Finished(*request, first_token));
+    }
+}
+
+impl Deferred {
+    /// Tells what happened `now`; `ends` says when passes ended, by number.
+    fn tell(&mut self, now: Nanos, ends: &[Nanos], observer: &mut impl Observer) {
+        let time = |pass: Nanos| ends[pass.0 as usize];
+        for event in self.0.drain(..) {
+            match event {
+                Event::Admitted(request) => observer.admitted(now, &request),
+                Event::Preempted(request) => observer.preempted(now, &request),
+                Event::Token(request, token) => {
+                    observer.token(now, &request, Token { previous: token.previous.map(time), ..token });
+                }
+                Event::Finished(request, first_token) => observer.finished(now, &request, time(first_token)),
+            }
+        }
+    }
+}
+
+/// A pass, apart from the scheduler, which goes on to the next.
+#[derive(Clone, Debug)]
+struct Composed {
+    segments: Vec<Segment>,
+    looks: Looks,
+    tables: BlockTables,
+}
+
+impl Composed {
+    fn of(scheduler: &Scheduler) -> Self {
+        let Pass { segments, looks, tables } = scheduler.pass();
+        Self { segments: segments.to_vec(), looks, tables: tables.clone() }
+    }
+
+    fn pass(&self) -> Pass<'_> {
+        Pass { segments: &self.segments, looks: self.looks, tables: &self.tables }
+    }
+}
+
+/// The pass that runs.
+struct Running {
+    composed: Composed,
+    start: Nanos,
+    elapsed: Nanos,
+    running: u32,
+    waiting: u32,
+}
+
+/// A machine's passes, each of which is planned while the one before it runs.
+#[derive(Default)]
+pub(crate) struct Ahead {
+    /// Composed, and not started yet.
+    next: Option<Composed>,
+    running: Option<Running>,
+    deferred: Deferred,
+    /// When each pass ended.
+    ends: Vec<Nanos>,
+}
+
+impl Ahead {
+    /// As [`Server::start_pass`](crate::Server::start_pass).
+    pub fn start_pass<E: Executor>(
+        &mut self,
+        scheduler: &mut Scheduler,
+        executor: &mut E,
+        now: Nanos,
+        observer: &mut impl Observer,
+    ) -> Result<Option<Nanos>, E::Error> {
+        let label = Nanos(self.ends.len() as u64);
+        let mut release = |scheduler: &mut Scheduler| {
+            let released = scheduler.take_released();
+            released.iter().for_each(|&slot| executor.release(slot));
+            !released.is_empty()
+        };
+        release(scheduler);
+        let composed = match self.next.take() {
+            Some(composed) => {
+                scheduler.see_what_came();
+                Some(if release(scheduler) { Composed::of(scheduler) } else { composed })
+            }
+            None => {
+                let any = scheduler.plan(label, &mut self.deferred);
+                release(scheduler);
+                self.deferred.tell(now, &self.ends, observer);
+                any.then(|| Composed::of(scheduler))
+            }
+        };
+        for (slot, request, generated) in scheduler.admitted() {
+            executor.admit(slot, request, generated)?;
+        }
+        let Some(composed) = composed else { return Ok(None) };
+        let (running, waiting) = (scheduler.num_running(), scheduler.num_waiting());
+        scheduler.decide(&vec![0.0; composed.segments.len()]);
+        let leaving = scheduler.leaving().to_vec();
+        let mut plan = || {
+            scheduler.complete(label, &mut self.deferred);
+            self.next = scheduler.plan_ahead(label, &mut self.deferred).then(|| Composed::of(scheduler));
+        };
+        let elapsed = executor.run_beside(&composed.pass(), &leaving, &mut plan)?;
+        self.running = Some(Running { composed, start: now, elapsed, running, waiting });
+        Ok(Some(elapsed))
+    }
+
+    /// As [`Server::finish_pass`](crate::Server::finish_pass).
+    pub fn finish_pass(&mut self, now: Nanos, observer: &mut impl Observer) {
+        let Some(Running { composed, start, elapsed, running, waiting }) = self.running.take() else { return };
+        observer.pass(&PassRecord { start, elapsed, pass: composed.pass(), running, waiting });
+        self.ends.push(now);
+        self.deferred.tell(now, &self.ends, observer);
+    }
+}
