@@ -208,12 +208,10 @@ pub fn measure(
     profiler.round(|_, _| ())?;
     bar.finish_and_clear();
     warn_of_noise(&profiler);
-    let interruptions = Probe::interruptions(probes.iter().flatten().flatten().map(|(_, probe)| probe));
     let paces = probes.iter().enumerate().map(|(repeat, probes)| {
         let measured = profiler.measured_in(repeat..repeat + 2);
         let pace = |probes: &Vec<(Nanos, Probe)>| {
-            let points: Vec<_> =
-                probes.iter().map(|(time, probe)| (*time, measured.pace(probe, interruptions))).collect();
+            let points: Vec<_> = probes.iter().map(|(time, probe)| (*time, measured.pace(probe))).collect();
             Pace::measured_at(&points)
         };
         probes.iter().map(pace).collect()

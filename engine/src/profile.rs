@@ -125,22 +125,6 @@ struct Round {
 #[derive(Clone, Debug)]
 pub struct Probe(Vec<(Shape, f64)>);
 
-impl Probe {
-    /// How much longer all runs of some probes took than the middle ones of each probe; 1 if nothing interrupts.
-    pub fn interruptions<'a>(probes: impl IntoIterator<Item = &'a Self>) -> f64 {
-        let (mut all, mut usual) = (0.0, 0.0);
-        for probe in probes {
-            let mut runs: BTreeMap<Shape, Vec<f64>> = BTreeMap::new();
-            probe.0.iter().for_each(|(shape, time)| runs.entry(*shape).or_default().push(*time));
-            for times in runs.values() {
-                all += times.iter().sum::<f64>();
-                usual += Summary::of(times).middle * times.len() as f64;
-            }
-        }
-        all / usual
-    }
-}
-
 /// A wall clock that stands still from time to time, while passes of the profile tell how fast the machine is.
 pub struct ProbedClock<'p> {
     clock: WallClock,
@@ -440,13 +424,11 @@ impl Measured<'_> {
         all / self.samples.iter().map(|(shape, samples)| self.middle(shape) * samples.len() as f64).sum::<f64>()
     }
 
-    /// How many times as long passes took at a probe as [`profile`](Self::profile) says. Of a probe's runs the middle ones
-    /// count, and what interrupts single runs adds to them as it did to all probes
-    /// ([`interruptions`](Probe::interruptions)): the [`slowdown`](Self::slowdown) has the machine's moods in it as well,
-    /// which the pace tells.
-    pub fn pace(&self, probe: &Probe, interruptions: f64) -> f64 {
+    /// How many times as long passes took at a probe as in these rounds. Of a probe's runs the middle ones count: what
+    /// interrupts a single run is in the slowdown.
+    pub fn pace(&self, probe: &Probe) -> f64 {
         let ratios: Vec<f64> = probe.0.iter().map(|(shape, time)| time / self.middle(shape)).collect();
-        Summary::of(&ratios).middle * interruptions / self.slowdown()
+        Summary::of(&ratios).middle
     }
 
     /// The means of the middle halves, times the [`slowdown`](Self::slowdown): times that add up to those of a run. `model` is the
@@ -689,15 +671,6 @@ mod tests {
         assert_eq!(summary, Summary { middle: 11.0 / 3.0, spread: 1.5, repeats: 5 });
         assert_eq!(Summary::of(&[3.0]), Summary { middle: 3.0, spread: 0.0, repeats: 1 });
         assert_eq!(Summary::of(&[1.0]).less(&summary).middle, 0.0);
-    }
-
-    #[test]
-    fn interruptions_are_what_the_middle_of_each_probe_leaves_out() {
-        let shape = |rows| Shape::Decode { rows, history: SHORT };
-        let probe = |times: [f64; 4], rows| Probe(times.map(|time| (shape(rows), time)).to_vec());
-        // A probe in a slower mood interrupts nothing.
-        assert_eq!(Probe::interruptions(&[probe([1.0; 4], 1), probe([2.0; 4], 1), probe([9.0; 4], 8)]), 1.0);
-        assert_eq!(Probe::interruptions(&[probe([1.0, 1.0, 7.0, 1.0], 1), probe([3.0; 4], 1)]), 22.0 / 16.0);
     }
 
     #[test]
