@@ -10,8 +10,8 @@ charged for both.
 
 llama.cpp comes as llama-cpp-python, which pip builds for this machine into a folder of its own (once, about 10 minutes on
 two idle cores); where that build dies of an illegal instruction, as it does on machines whose tiles (AMX) the system does
-not let it use, it is built again for AVX-512 without them. The model comes by scripts/fetch-models.sh. F32, Q8_0 and Q4_0 files are made of the Q4_1 file by llama.cpp
-itself: the numbers lose accuracy, but take as long as any.
+not let it use, it is built again for AVX-512 without them. The model comes by scripts/fetch-models.sh. F32, Q8_0 and Q4_0
+files are made of the Q4_1 file by llama.cpp itself: the numbers lose accuracy, but take as long as any.
 """
 
 import argparse

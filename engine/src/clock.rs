@@ -28,9 +28,7 @@ impl WallClock {
     pub fn start(idle: Idle) -> Self {
         Self { start: Instant::now(), skipped: Nanos::ZERO, paused: Duration::ZERO, idle }
     }
-}
 
-impl WallClock {
     /// Stands still during `work`.
     pub fn pause<R>(&mut self, work: impl FnOnce() -> R) -> R {
         let start = Instant::now();

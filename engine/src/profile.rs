@@ -431,8 +431,8 @@ impl Measured<'_> {
         Summary::of(&ratios).middle
     }
 
-    /// The means of the middle halves, times the [`slowdown`](Self::slowdown): times that add up to those of a run. `model` is the
-    /// model's name, `source` says how the profile came about; how busy the machine was is added.
+    /// The means of the middle halves, times the [`slowdown`](Self::slowdown): times that add up to those of a run.
+    /// `model` is the model's name, `source` says how the profile came about; how busy the machine was is added.
     pub fn profile(&self, model: &str, source: &str) -> LatencyProfile {
         let slowdown = self.slowdown();
         let served = &self.profiler.engine.model;
