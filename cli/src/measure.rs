@@ -16,7 +16,7 @@ use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 use scheduler::{Clock, KvFill, Look, Settings};
-use simulator::{Metrics, ModelMemory, Pace, Source, Summary};
+use simulator::{LatencyModel, Metrics, ModelMemory, Pace, Source, SteadyTimes, Summary};
 use traces::{ExitTrace, LatencyProfile, MemoryFigures, Nanos, Request, RequestTrace};
 
 use crate::runs::Run;
@@ -32,8 +32,6 @@ const CAPACITY_REPLAYS: usize = 3;
 pub struct Measured {
     /// What the parts of a pass take on this machine.
     pub profile: LatencyProfile,
-    /// The same by repeat: of the two rounds before and after its replays.
-    pub profiles: Vec<LatencyProfile>,
     /// Signals and predictions of the requests at full depth.
     pub exits: ExitTrace,
     /// By load.
@@ -50,7 +48,7 @@ pub struct MeasuredLoad {
     pub runs: Vec<Run>,
     /// By repeat, a summary for each of the settings.
     pub repeats: Vec<Vec<Summary>>,
-    /// By repeat, for each of the settings how fast the machine was during the replay, beside the repeat's profile.
+    /// By repeat, for each of the settings how fast the machine was during the replay, beside the profile.
     pub paces: Vec<Vec<Pace>>,
 }
 
@@ -150,8 +148,8 @@ pub fn progress(steps: usize) -> ProgressBar {
 /// once for each of them, with the arrivals scaled to that share of the [`capacity`] under the first of `settings`.
 ///
 /// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays see the
-/// machine in the same moods. Moods that are shorter than that are told by probes during the replays, for which the
-/// replays' clock stands still.
+/// machine in the same moods. How fast it was at any moment of a replay is told by probes, for which the replay's clock
+/// stands still.
 ///
 /// # Errors
 /// If the engine cannot serve the requests, or a load is none.
@@ -208,15 +206,14 @@ pub fn measure(
     profiler.round(|_, _| ())?;
     bar.finish_and_clear();
     warn_of_noise(&profiler);
-    let paces = probes.iter().enumerate().map(|(repeat, probes)| {
-        let measured = profiler.measured_in(repeat..repeat + 2);
-        let pace = |probes: &Vec<(Nanos, Probe)>| {
-            let points: Vec<_> = probes.iter().map(|(time, probe)| (*time, measured.pace(probe))).collect();
-            Pace::measured_at(&points)
-        };
-        probes.iter().map(pace).collect()
-    });
-    let paces: Vec<Vec<Pace>> = paces.collect();
+    let source = format!("{} rounds between replays of {repeats} repeats", repeats + 1);
+    let of_replays = || probes.iter().flatten().flatten().map(|(_, probe)| probe);
+    let profile = ServiceProfile::new(&profiler, name, &source, of_replays())?;
+    let pace = |probes: &Vec<(Nanos, Probe)>| {
+        let points: Vec<_> = probes.iter().map(|(time, probe)| (*time, profile.pace(probe))).collect();
+        Pace::measured_at(&points)
+    };
+    let paces: Vec<Vec<Pace>> = probes.iter().map(|of_repeat| of_repeat.iter().map(pace).collect()).collect();
     for (index, load) in loads.iter_mut().enumerate() {
         let of_load = index * settings.len()..(index + 1) * settings.len();
         load.paces = paces.iter().map(|of_repeat| of_repeat[of_load.clone()].to_vec()).collect();
@@ -226,14 +223,55 @@ pub fn measure(
             (0..repeats).map(|repeat| repeated.iter().map(|runs| runs[repeat].summary.clone()).collect()).collect();
         load.runs = repeated.into_iter().map(median_run).collect();
     }
-    let source = format!("{} rounds between replays of {repeats} repeats", repeats + 1);
-    let around = |repeat| profiler.measured_in(repeat..repeat + 2).profile(name, &source);
-    Ok(Measured {
-        profile: profiler.measured().profile(name, &source),
-        profiles: (0..repeats).map(around).collect(),
-        exits,
-        loads,
-    })
+    Ok(Measured { profile: profile.profile, exits, loads })
+}
+
+/// A profile whose times are those of a machine in service.
+///
+/// Passes in service are not quite the sum of parts that were measured as differences, nor always undisturbed. So all
+/// times are scaled by one factor, by which the passes of a load that the profiler serves took longer than the profile
+/// says.
+pub struct ServiceProfile {
+    /// The profile.
+    pub profile: LatencyProfile,
+    /// Of the load, by the profile as it was measured.
+    times: SteadyTimes,
+    factor: f64,
+}
+
+impl ServiceProfile {
+    /// What all rounds of a profiler measured, in service as its probes say, and further probes between them. `model` and
+    /// `source` are as for [`Measured::profile`](engine::profile::Measured::profile).
+    ///
+    /// # Errors
+    /// If the profile contradicts itself.
+    pub fn new<'p>(
+        profiler: &'p Profiler,
+        model: &str,
+        source: &str,
+        further: impl Iterator<Item = &'p Probe>,
+    ) -> Result<Self> {
+        let measured = profiler.measured();
+        let mut profile = measured.profile(model, source);
+        let probes: Vec<&Probe> = measured.probes().chain(further).collect();
+        let passes = probes.iter().map(|probe| probe.passes.end).max().unwrap_or_default();
+        let times = SteadyTimes::new(profiler.load(), &LatencyModel::new(&profile)?, passes)?;
+        let took: f64 = probes.iter().map(|probe| probe.elapsed.as_micros_f64()).sum();
+        let factor = took / probes.iter().map(|probe| times.of(&probe.passes).as_micros_f64()).sum::<f64>();
+        for point in &mut profile.points {
+            point.time_us *= factor;
+            point.spread_us *= factor;
+        }
+        let meta = &mut profile.meta;
+        meta.overhead_us *= factor;
+        meta.source = format!("{}; times {factor:.3}, what a batch in service takes over the sum of such parts", meta.source);
+        Ok(Self { profile, times, factor })
+    }
+
+    /// How many times as long passes took at a probe as the profile says.
+    fn pace(&self, probe: &Probe) -> f64 {
+        probe.elapsed.as_micros_f64() / (self.times.of(&probe.passes).as_micros_f64() * self.factor)
+    }
 }
 
 impl MeasuredLoad {
@@ -339,4 +377,35 @@ fn median_run(mut runs: Vec<Run>) -> Run {
     runs.sort_by(|a, b| a.summary.throughput_tok_s.total_cmp(&b.summary.throughput_tok_s));
     let middle = (runs.len() - 1) / 2;
     runs.swap_remove(middle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn over_all_probes_a_service_profile_says_what_they_took() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/kjv");
+        let (weights, sampling) = (WeightType::F32, Sampling::default());
+        let named = NamedEngine::load_without_prompts(&model, None, weights, DeviceName::Cpu, sampling).unwrap();
+        let limits = Limits { rows: 8, decodes: 2, history: 16, chunk: 8 };
+        let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits)).unwrap();
+        profiler.round(|_, _| ()).unwrap();
+        let further = profiler.probe().unwrap();
+
+        let service = ServiceProfile::new(&profiler, "model", "source", std::iter::once(&further)).unwrap();
+        let latency = LatencyModel::new(&service.profile).unwrap();
+        let times = SteadyTimes::new(profiler.load(), &latency, further.passes.end).unwrap();
+        let measured = profiler.measured();
+        let (mut took, mut said, mut paced) = (0.0, 0.0, 0.0);
+        for probe in measured.probes().chain([&further]) {
+            let by_profile = times.of(&probe.passes).as_micros_f64();
+            took += probe.elapsed.as_micros_f64();
+            said += by_profile;
+            paced += by_profile * service.pace(probe);
+        }
+        // A simulated pass takes whole nanoseconds.
+        assert!((said / took - 1.0).abs() < 1e-3, "{said} us for {took} us");
+        assert!((paced / took - 1.0).abs() < 1e-3, "{paced} us for {took} us");
+    }
 }

@@ -5,13 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use scheduler::blocks::BlockTables;
-use scheduler::{
-    Batching, Clock, Executor, ExitPolicy, KvFill, Look, Looks, Observer, Pass, PassRecord, RowKind, Segment, Server,
-    Settings, Slot, VirtualClock, serve,
-};
+use scheduler::{Clock, Executor, KvFill, Look, Looks, Pass, RowKind, Segment, Slot, SteadyLoad, SteadyServer};
 use traces::{Component, LatencyProfile, Measure, Nanos, Point, ProfileMeta, Request};
 
 use crate::cache::TILE;
@@ -22,13 +19,14 @@ use crate::replay::{Engine, ReplayError};
 
 /// History of decode rows that stand for no history: the fewest tokens that one can follow.
 const SHORT: u32 = 1;
-/// Share of the time that probes take of a run.
-const PROBED_SHARE: f64 = 0.05;
-/// Times that a round comes to each shape, so that its times are of many moments.
+/// What a probe takes at least. Whatever ran before, what comes after runs with cold caches for some milliseconds.
+const PROBE_TIME: Duration = Duration::from_millis(50);
+/// Fewest passes of a probe.
+const PASSES_OF_PROBE: usize = 16;
+/// Times that a round comes to each shape: once [among](Among) each kind of passes.
 const VISITS: usize = 2;
-/// Fewest times that a shape runs at a visit, after as many as bring the caches to what they hold in a replay.
-const RUNS_OF_VISIT: usize = 2;
-const WARM_UP_RUNS: usize = 3;
+/// Passes in service that take longer are of a model that no cache holds: whatever runs before a pass is of no account.
+const CACHED: Duration = Duration::from_millis(10);
 
 /// The shapes to measure.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,18 +90,32 @@ enum Shape {
     Decode { rows: u32, history: u32 },
     /// The same at depth 0, without history.
     Embed { rows: u32 },
-    /// Rows at the last depth without history, all of which leave.
-    Head { rows: u32 },
+    /// Rows at the last depth with a history, all of which leave.
+    Head { rows: u32, history: u32 },
     /// Rows without history that leave at the first depth, or at the last, once the head has run: leaving alone counts.
     Leave { rows: u32, skips: bool },
-    /// The same without history, spread over depths.
-    Mix { rows: u32, depths: u32 },
+    /// Rows with a history, spread over depths, the first included.
+    Mix { rows: u32, depths: u32, history: u32 },
     /// One prompt chunk.
     Prefill { tokens: u32, history: u32 },
 }
 
-/// Measures a latency profile in rounds, each of which measures every shape: so an experiment can take turns between
-/// rounds and replays, and both see the same good and bad minutes of a busy machine.
+impl Shape {
+    /// Decode rows; none of a prompt chunk.
+    fn decodes(self) -> Option<u32> {
+        match self {
+            Self::Decode { rows, .. }
+            | Self::Embed { rows }
+            | Self::Head { rows, .. }
+            | Self::Leave { rows, .. }
+            | Self::Mix { rows, .. } => Some(rows),
+            Self::Prefill { .. } => None,
+        }
+    }
+}
+
+/// Measures a latency profile in rounds, each of which measures every shape, so that an experiment can take turns between
+/// rounds and replays; and, in probes, how fast the machine is in service, at any moment of a replay.
 pub struct Profiler {
     engine: Engine,
     executor: EngineExecutor,
@@ -111,21 +123,66 @@ pub struct Profiler {
     shapes: Vec<Shape>,
     rounds: Vec<Round>,
     grid: Grid,
+    /// Machines in service, of one sequence at once up to the largest batch; only that one if no cache holds the model.
+    services: Vec<Service>,
 }
 
-/// What one round measured, in microseconds.
+/// The passes in service that a shape runs among: few rows are what runs when few sequences do, and what is left of a full
+/// batch when most of its rows have left.
+#[derive(Clone, Copy, Debug)]
+enum Among {
+    /// Those of as many sequences as the shape has decode rows; of half of the largest batch for prompt chunks.
+    OwnSize,
+    /// Those of the largest batch.
+    FullBatch,
+}
+
+/// A machine that the profiler keeps in service.
+struct Service {
+    server: SteadyServer<EngineExecutor>,
+    /// What its last pass took.
+    elapsed: Nanos,
+}
+
+impl Service {
+    fn new(engine: &Engine, load: SteadyLoad) -> Result<Self, ReplayError> {
+        let server = SteadyServer::new(load, engine.executor(load.settings())?)?;
+        Ok(Self { server, elapsed: Nanos::ZERO })
+    }
+
+    /// Sequences at once.
+    fn batch(&self) -> u32 {
+        self.server.load().settings().max_batch
+    }
+
+    fn pass(&mut self) -> Result<Nanos, ReplayError> {
+        self.elapsed = self.server.pass()?;
+        Ok(self.elapsed)
+    }
+}
+
+/// What one round measured.
 #[derive(Clone, Debug, Default)]
 struct Round {
+    /// Microseconds.
     samples: BTreeMap<Shape, Vec<f64>>,
-    /// Of scheduler and serving loop, per pass.
-    overhead: f64,
+    probes: Vec<Probe>,
 }
 
-/// How fast the machine was at one moment: microseconds that a few shapes took.
-#[derive(Clone, Debug)]
-pub struct Probe(Vec<(Shape, f64)>);
+/// How fast the machine was in service at one moment: what it took over some passes of the profiler's steady load.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// The passes, by their numbers in the load.
+    pub passes: Range<usize>,
+    /// How long they took, all that a serving loop does between them included.
+    pub elapsed: Nanos,
+    /// How long the executor says that they took.
+    in_executor: Nanos,
+}
 
-/// A wall clock that stands still from time to time, while passes of the profile tell how fast the machine is.
+/// A wall clock that stands still half of the time, while probes tell how fast the machine is.
+///
+/// As long as a probe goes on, so long the run goes on after it: what either does to the other's caches meets both alike.
 pub struct ProbedClock<'p> {
     clock: WallClock,
     profiler: &'p mut Profiler,
@@ -164,7 +221,7 @@ impl Clock for ProbedClock<'_> {
                 Ok(probe) => self.probes.push((now, probe)),
                 Err(error) => self.failure = Some(error),
             }
-            self.next = Instant::now() + start.elapsed().div_f64(PROBED_SHARE);
+            self.next = Instant::now() + start.elapsed();
         }
         now
     }
@@ -208,8 +265,23 @@ impl Profiler {
         )?;
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: history + chunk, output_tokens: 1 };
         executor.check_request(&request)?;
-        let shapes = shapes(&grid, engine.model.config().num_loops as u32);
-        Ok(Self { engine: engine.clone(), executor, tables, shapes, rounds: Vec::new(), grid })
+        let num_loops = engine.model.config().num_loops;
+        let shapes = shapes(&grid, num_loops as u32);
+        let service = |batch: u32| {
+            let load = SteadyLoad::new(num_loops as u8, batch, rows, chunk, block_tokens, history);
+            Service::new(engine, load)
+        };
+        let smaller = grid.decodes.iter().copied().filter(|&batch| batch < decodes).collect::<Vec<_>>();
+        let services = vec![service(decodes)?];
+        let mut profiler =
+            Self { engine: engine.clone(), executor, tables, shapes, rounds: Vec::new(), grid, services };
+        // The first passes find memory that was never touched.
+        profiler.probe()?;
+        if profiler.full_service().elapsed < CACHED.into() {
+            let smaller = smaller.into_iter().map(service).collect::<Result<Vec<_>, _>>()?;
+            profiler.services.splice(0..0, smaller);
+        }
+        Ok(profiler)
     }
 
     /// Measures every shape, several times, each time in another order; `progress` is told how many of how many are done.
@@ -227,31 +299,42 @@ impl Profiler {
         let round = in_pool(|| {
             let mut round = Round::default();
             for (done, &shape) in visits.iter().enumerate() {
-                round.samples.entry(shape).or_default().extend(self.measure(shape)?);
+                let among = if done < self.shapes.len() { Among::OwnSize } else { Among::FullBatch };
+                for (counts_for, time) in self.measure(shape, among)? {
+                    round.samples.entry(counts_for).or_default().push(time);
+                }
                 progress(done + 1, visits.len());
             }
-            round.overhead = self.measure_overhead()?;
+            round.probes = (0..VISITS).map(|_| self.probe()).collect::<Result<_, _>>()?;
             Ok::<_, ReplayError>(round)
         })?;
         self.rounds.push(round);
         Ok(())
     }
 
-    /// Runs a few shapes, to tell how fast the machine is at the moment; no part of any round.
+    /// Serves the next passes of the steady load, to tell how fast the machine is at the moment.
     ///
     /// # Errors
     /// If the engine fails.
     pub fn probe(&mut self) -> Result<Probe, ReplayError> {
-        let decodes = &self.grid.decodes;
-        let mut rows = vec![decodes[0], decodes[decodes.len() / 2], decodes[decodes.len() - 1]];
-        rows.dedup();
+        let service = self.full_service();
         in_pool(|| {
-            let mut runs = Vec::new();
-            for shape in rows.into_iter().map(|rows| Shape::Decode { rows, history: SHORT }) {
-                runs.extend(self.measure(shape)?.into_iter().map(|time| (shape, time)));
+            let (start, first) = (Instant::now(), service.server.passes());
+            let mut in_executor = Nanos::ZERO;
+            while service.server.passes() - first < PASSES_OF_PROBE || start.elapsed() < PROBE_TIME {
+                in_executor += service.pass()?;
             }
-            Ok(Probe(runs))
+            Ok(Probe { passes: first..service.server.passes(), elapsed: start.elapsed().into(), in_executor })
         })
+    }
+
+    /// What probes serve.
+    pub fn load(&self) -> SteadyLoad {
+        self.services.last().expect("there is always one").server.load()
+    }
+
+    fn full_service(&mut self) -> &mut Service {
+        self.services.last_mut().expect("there is always one")
     }
 
     /// What all rounds measured.
@@ -270,11 +353,10 @@ impl Profiler {
         let rounds = &self.rounds[rounds];
         assert!(!rounds.is_empty(), "a profile takes at least one round");
         let samples = |shape| rounds.iter().flat_map(move |round| &round.samples[shape]).copied();
-        let overheads: Vec<f64> = rounds.iter().map(|round| round.overhead).collect();
         Measured {
             profiler: self,
-            samples: self.shapes.iter().map(|shape| (*shape, samples(shape).collect())).collect(),
-            overhead: Summary::of(&overheads).middle,
+            samples: rounds[0].samples.keys().map(|shape| (*shape, samples(shape).collect())).collect(),
+            probes: rounds.iter().flat_map(|round| &round.probes).collect(),
         }
     }
 
@@ -286,27 +368,51 @@ impl Profiler {
             return None;
         }
         let (earlier, later) = (self.measured_in(0..half), self.measured_in(half..self.rounds.len()));
-        let pairs = || self.shapes.iter().map(|shape| (earlier.middle(shape), later.middle(shape)));
+        let pairs = || earlier.samples.keys().map(|shape| (earlier.middle(shape), later.middle(shape)));
         let differences: f64 = pairs().map(|(earlier, later)| (earlier - later).abs()).sum();
         Some(differences / pairs().map(|(earlier, later)| (earlier + later) / 2.0).sum::<f64>())
     }
 
-    /// Runs a shape at every depth that it may be at, in turn: microseconds of each run. It has run at all of them once
-    /// before, as in a replay a sequence comes back to the keys and values of a depth after the others.
-    fn measure(&mut self, shape: Shape) -> Result<Vec<f64>, ReplayError> {
-        let num_loops = self.engine.model.config().num_loops as u8;
-        let depths = match shape {
-            Shape::Embed { .. } | Shape::Mix { .. } | Shape::Leave { skips: true, .. } => 0..1,
-            Shape::Head { .. } | Shape::Leave { skips: false, .. } => num_loops - 1..num_loops,
-            Shape::Decode { .. } | Shape::Prefill { .. } => 1.min(num_loops - 1)..num_loops,
-        };
+    /// Runs a shape at all depths in turn, each time after a pass in service, so that caches and the processor's clock are
+    /// as there: what counts, in microseconds, and what it counts for.
+    fn measure(&mut self, shape: Shape, among: Among) -> Result<Vec<(Shape, f64)>, ReplayError> {
+        let num_loops = self.num_loops();
         self.occupy(shape);
-        let in_turn = |fewest: usize| depths.clone().cycle().take(depths.len().max(fewest));
-        for depth in in_turn(WARM_UP_RUNS) {
-            self.time(shape, depth)?;
+        let largest = Grid::max(&self.grid.decodes);
+        let batch = match among {
+            Among::OwnSize => shape.decodes().unwrap_or(largest / 2),
+            Among::FullBatch => largest,
+        };
+        let service = self.services.iter().position(|service| batch <= service.batch());
+        let service = service.unwrap_or(self.services.len() - 1);
+        let mut counted = Vec::new();
+        // The first time, keys and values are in no cache.
+        for turn in 0..2 * num_loops {
+            if self.services[service].elapsed < CACHED.into() {
+                self.services[service].pass()?;
+            }
+            let time = self.time(shape, turn)?.as_micros_f64();
+            if turn < num_loops {
+                continue;
+            }
+            let depth = turn % num_loops;
+            let (first, last) = (depth == 0, depth + 1 == num_loops);
+            let deeper = !first || num_loops == 1;
+            match shape {
+                Shape::Decode { rows, history } => {
+                    counted.extend(deeper.then_some((shape, time)));
+                    counted.extend((first && history == SHORT).then_some((Shape::Embed { rows }, time)));
+                }
+                Shape::Prefill { .. } => counted.extend(deeper.then_some((shape, time))),
+                Shape::Head { .. } => counted.extend(last.then_some((shape, time))),
+                Shape::Embed { .. } | Shape::Leave { .. } | Shape::Mix { .. } => counted.push((shape, time)),
+            }
         }
-        let runs = in_turn(RUNS_OF_VISIT);
-        runs.map(|depth| Ok(self.time(shape, depth)?.as_micros_f64())).collect()
+        Ok(counted)
+    }
+
+    fn num_loops(&self) -> usize {
+        self.engine.model.config().num_loops
     }
 
     /// Gives every row of a shape a sequence of its history.
@@ -316,10 +422,10 @@ impl Profiler {
         let token = |index: u64| (mix(index) % vocab) as u32;
         let chunk_slot = Grid::max(&self.grid.rows);
         let (slots, prompt_tokens) = match shape {
-            Shape::Decode { rows, history } => (0..rows, history),
-            Shape::Embed { rows } | Shape::Head { rows } | Shape::Leave { rows, .. } | Shape::Mix { rows, .. } => {
-                (0..rows, SHORT)
+            Shape::Decode { rows, history } | Shape::Head { rows, history } | Shape::Mix { rows, history, .. } => {
+                (0..rows, history)
             }
+            Shape::Embed { rows } | Shape::Leave { rows, .. } => (0..rows, SHORT),
             Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
         };
         for slot in slots {
@@ -333,72 +439,55 @@ impl Profiler {
         }
     }
 
-    /// Has the executor run and time one pass of a shape.
-    fn time(&mut self, shape: Shape, depth: u8) -> Result<Nanos, ReplayError> {
-        let segments = self.segments(shape, depth);
+    /// Has the executor run and time one pass of a shape, the depth of which follows from whose turn it is.
+    fn time(&mut self, shape: Shape, turn: usize) -> Result<Nanos, ReplayError> {
+        let segments = self.segments(shape, turn);
         let looks = Looks { signal: Look::Measure(Measure::Top1), below: u8::MAX, head_from: 0 };
         let pass = Pass { segments: &segments, looks, tables: &self.tables };
         let mut signals = vec![0.0; segments.len()];
         let ran = self.executor.run(&pass, &mut signals)?;
-        let (Shape::Head { rows } | Shape::Leave { rows, .. }) = shape else { return Ok(ran) };
-        let left = self.executor.emit(&pass, &(0..rows).collect::<Vec<_>>())?;
+        if !segments[0].predicts {
+            return Ok(ran);
+        }
+        let left = self.executor.emit(&pass, &(0..segments.len() as u32).collect::<Vec<_>>())?;
         self.occupy(shape);
-        Ok(if matches!(shape, Shape::Head { .. }) { ran + left } else { left })
+        Ok(if matches!(shape, Shape::Leave { .. }) { left } else { ran + left })
     }
 
-    fn segments(&self, shape: Shape, depth: u8) -> Vec<Segment> {
-        let decode = |slot: Slot, history, depth, predicts| Segment {
+    fn segments(&self, shape: Shape, turn: usize) -> Vec<Segment> {
+        let num_loops = self.num_loops();
+        let (depth, last) = (turn % num_loops, num_loops - 1);
+        let decode = |slot: Slot, history, depth: usize, predicts| Segment {
             slot,
             start: history,
             tokens: 1,
-            depth,
+            depth: depth as u8,
             kind: RowKind::Decode,
             predicts,
         };
         match shape {
             Shape::Decode { rows, history } => (0..rows).map(|slot| decode(slot, history, depth, false)).collect(),
-            Shape::Embed { rows } => (0..rows).map(|slot| decode(slot, SHORT, depth, false)).collect(),
-            Shape::Head { rows } | Shape::Leave { rows, .. } => {
+            Shape::Embed { rows } => (0..rows).map(|slot| decode(slot, SHORT, 0, false)).collect(),
+            Shape::Head { rows, history } => {
+                (0..rows).map(|slot| decode(slot, history, depth, depth == last)).collect()
+            }
+            Shape::Leave { rows, skips } => {
+                let depth = if skips { 0 } else { last };
                 (0..rows).map(|slot| decode(slot, SHORT, depth, true)).collect()
             }
-            Shape::Mix { rows, depths } => {
-                let depth = |slot| (slot % depths) as u8;
-                (0..rows).map(|slot| decode(slot, SHORT, depth(slot), false)).collect()
+            Shape::Mix { rows, depths, history } => {
+                let depth = |slot| ((slot % depths) as usize + turn) % num_loops;
+                (0..rows).map(|slot| decode(slot, history, depth(slot), false)).collect()
             }
             Shape::Prefill { tokens, history } => vec![Segment {
                 slot: Grid::max(&self.grid.rows),
                 start: history,
                 tokens,
-                depth,
+                depth: depth as u8,
                 kind: RowKind::Prompt,
                 predicts: false,
             }],
         }
-    }
-
-    /// Serves a full batch through the scheduler: microseconds that a pass takes beyond the executor's own time.
-    fn measure_overhead(&self) -> Result<f64, ReplayError> {
-        let max_batch = Grid::max(&self.grid.decodes);
-        let settings = Settings {
-            batching: Batching::Depth,
-            exit: ExitPolicy::None,
-            kv_fill: KvFill::Reuse,
-            num_loops: self.engine.model.config().num_loops as u8,
-            max_batch,
-            token_budget: max_batch * 2,
-            prefill_chunk: max_batch,
-            block_tokens: TILE as u32,
-            num_blocks: max_batch,
-            prefix_caching: false,
-            async_scheduling: false,
-        };
-        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 2, output_tokens: 14 };
-        let mut server = Server::new(settings, self.engine.executor(&settings)?)?;
-        let mut passes = Passes::default();
-        let start = Instant::now();
-        serve(&mut server, (0..max_batch).map(request), &mut VirtualClock::default(), &mut passes)?;
-        let outside = Nanos::from(start.elapsed()).since(passes.elapsed);
-        Ok(outside.as_micros_f64() / f64::from(passes.count))
     }
 }
 
@@ -407,34 +496,36 @@ pub struct Measured<'a> {
     profiler: &'a Profiler,
     /// Microseconds.
     samples: BTreeMap<Shape, Vec<f64>>,
-    /// Microseconds.
-    overhead: f64,
+    probes: Vec<&'a Probe>,
 }
 
-impl Measured<'_> {
+impl<'a> Measured<'a> {
     fn middle(&self, shape: &Shape) -> f64 {
         Summary::of(&self.samples[shape]).middle
     }
 
     /// What other work on the machine took: the mean of all runs over that of each shape's middle half, over all shapes
-    /// together. It is 1 on a machine that does nothing else, and above that as much as a long run is slower than its
-    /// usual pass says.
+    /// together. It is 1 on a machine that does nothing else.
     pub fn slowdown(&self) -> f64 {
         let all: f64 = self.samples.values().flatten().sum();
         all / self.samples.iter().map(|(shape, samples)| self.middle(shape) * samples.len() as f64).sum::<f64>()
     }
 
-    /// How many times as long passes took at a probe as in these rounds. Of a probe's runs the middle ones count: what
-    /// interrupts a single run is in the slowdown.
-    pub fn pace(&self, probe: &Probe) -> f64 {
-        let ratios: Vec<f64> = probe.0.iter().map(|(shape, time)| time / self.middle(shape)).collect();
-        Summary::of(&ratios).middle
+    /// How fast the machine was in service during the rounds.
+    pub fn probes(&self) -> impl Iterator<Item = &'a Probe> {
+        self.probes.iter().copied()
     }
 
-    /// The means of the middle halves, times the [`slowdown`](Self::slowdown): times that add up to those of a run.
-    /// `model` is the model's name, `source` says how the profile came about; how busy the machine was is added.
+    /// Microseconds that a pass in service takes beyond the executor's own time: the scheduler's and the serving loop's.
+    fn overhead(&self) -> f64 {
+        let passes: usize = self.probes().map(|probe| probe.passes.len()).sum();
+        self.probes().map(|probe| probe.elapsed.since(probe.in_executor).as_micros_f64()).sum::<f64>() / passes as f64
+    }
+
+    /// The means of the middle halves. They add up to the time of a pass that runs again and again; what passes take in
+    /// service, the [probes](Self::probes) tell. `model` is the model's name, `source` says how the profile came about;
+    /// how busy the machine was is added.
     pub fn profile(&self, model: &str, source: &str) -> LatencyProfile {
-        let slowdown = self.slowdown();
         let served = &self.profiler.engine.model;
         let disagreement = self.profiler.disagreement();
         let halves = disagreement.map_or(String::new(), |share| format!("; halves differ by {:.1}%", 100.0 * share));
@@ -446,16 +537,13 @@ impl Measured<'_> {
                 num_loops: served.config().num_loops as u32,
                 device: served.device_name(),
                 software: format!("depthwise {}, {}", env!("CARGO_PKG_VERSION"), served.storage()),
-                source: format!(
-                    "{source}; {}; means of the middle half of times, times {slowdown:.3}, which is the mean of all over them{halves}",
-                    served.device_state()
-                ),
-                overhead_us: self.overhead * slowdown,
+                source: format!("{source}; {}; means of the middle half of times{halves}", served.device_state()),
+                overhead_us: self.overhead(),
                 weight_bytes: served.weight_bytes(),
                 kv_bytes_per_token: served.kv_bytes_per_token(KvFill::Reuse),
                 memory: None,
             },
-            points: self.points(slowdown),
+            points: self.points(),
             mixed_attention: None,
         }
     }
@@ -485,61 +573,55 @@ impl Measured<'_> {
         summaries
     }
 
-    fn points(&self, slowdown: f64) -> Vec<Point> {
+    fn points(&self) -> Vec<Point> {
         let summaries = self.summaries();
         let summary = |shape| summaries[&shape];
+        let num_loops = self.profiler.num_loops() as u32;
         let mut points: Vec<Point> = Vec::new();
-        for &shape in &self.profiler.shapes {
-            let (component, rows, kv_tokens, depths) = match shape {
-                Shape::Decode { rows, history } => (Component::DecodeAttention, rows, history, 1),
-                Shape::Embed { rows } => (Component::Embed, rows, 0, 1),
-                Shape::Head { rows } => (Component::Head, rows, 0, 1),
-                Shape::Mix { rows, depths } => (Component::DepthMix, rows, 0, depths),
-                Shape::Prefill { tokens, history } => (Component::PrefillAttention, tokens, history, 1),
+        for (&shape, &measured) in &summaries {
+            let alone = |rows| summary(Shape::Decode { rows, history: SHORT });
+            let (component, rows, kv_tokens, depths, part) = match shape {
+                Shape::Decode { rows, history } => {
+                    (Component::DecodeAttention, rows, history, 1, measured.less(&alone(rows)))
+                }
+                Shape::Embed { rows } => (Component::Embed, rows, 0, 1, measured.less(&alone(rows))),
+                Shape::Head { rows, history } => {
+                    (Component::Head, rows, 0, 1, measured.less(&summary(Shape::Decode { rows, history })))
+                }
+                Shape::Mix { rows, depths, history } => {
+                    // In turn, every row was at the first depth once.
+                    let embed = summary(Shape::Embed { rows }).less(&alone(rows)).scaled(1.0 / f64::from(num_loops));
+                    let part = measured.less(&summary(Shape::Decode { rows, history })).less(&embed);
+                    (Component::DepthMix, rows, 0, depths, part)
+                }
+                Shape::Prefill { tokens, history } => {
+                    (Component::PrefillAttention, tokens, history, 1, measured.less(&alone(tokens)))
+                }
                 Shape::Leave { skips: false, .. } => continue,
                 Shape::Leave { rows, skips: true } => {
-                    let skipped = self.profiler.engine.model.config().num_loops as u32 - 1;
-                    (Component::KvFill, rows * skipped, 0, 1)
+                    let part = measured.less(&summary(Shape::Leave { rows, skips: false }));
+                    (Component::KvFill, rows * (num_loops - 1), 0, 1, part)
                 }
             };
-            let point = |component, summary: Summary| Point {
+            let point = |component, part: Summary| Point {
                 component,
                 rows,
                 kv_tokens,
                 depths,
-                time_us: summary.middle * slowdown,
-                spread_us: summary.spread * slowdown,
-                repeats: summary.repeats,
+                time_us: part.middle,
+                spread_us: part.spread,
+                repeats: part.repeats,
             };
-            let base = match shape {
-                Shape::Leave { rows, .. } => Shape::Leave { rows, skips: false },
-                _ => Shape::Decode { rows, history: SHORT },
-            };
-            let base = summary(base);
             let is_block = shape == Shape::Decode { rows, history: SHORT };
             if is_block {
-                points.push(Point { kv_tokens: 0, ..point(Component::Block, base) });
+                points.push(Point { kv_tokens: 0, ..point(Component::Block, measured) });
             }
             if !is_block || self.profiler.grid.decodes.contains(&rows) {
-                points.push(point(component, summary(shape).less(&base)));
+                points.push(point(component, part));
             }
         }
         points.sort_by_key(|point| (point.component, point.depths, point.rows, point.kv_tokens));
         points
-    }
-}
-
-/// Counts passes and adds up their times.
-#[derive(Default)]
-struct Passes {
-    count: u32,
-    elapsed: Nanos,
-}
-
-impl Observer for Passes {
-    fn pass(&mut self, record: &PassRecord<'_>) {
-        self.count += 1;
-        self.elapsed += record.elapsed;
     }
 }
 
@@ -552,11 +634,9 @@ fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
     for rows in rows_of_differences {
         shapes.push(Shape::Decode { rows, history: SHORT });
     }
-    for &rows in &grid.rows {
-        shapes.push(Shape::Embed { rows });
-    }
+    let typical = grid.histories[grid.histories.len() / 2];
     for &rows in &grid.decodes {
-        shapes.push(Shape::Head { rows });
+        shapes.push(Shape::Head { rows, history: typical });
         if num_loops > 1 {
             shapes.extend([true, false].map(|skips| Shape::Leave { rows, skips }));
         }
@@ -564,7 +644,8 @@ fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
     }
     let largest = Grid::max(&grid.rows);
     for rows in grid.decodes.iter().copied().filter(|&rows| rows < largest).chain([largest]) {
-        shapes.extend((2..=num_loops.min(rows)).map(|depths| Shape::Mix { rows, depths }));
+        let history = if grid.decodes.contains(&rows) { typical } else { SHORT };
+        shapes.extend((2..=num_loops.min(rows)).map(|depths| Shape::Mix { rows, depths, history }));
     }
     for &tokens in &grid.chunks {
         let histories = [0].into_iter().chain(grid.histories.iter().copied());
@@ -578,8 +659,8 @@ fn key(shape: Shape) -> u64 {
     let (kind, a, b) = match shape {
         Shape::Decode { rows, history } => (0, rows, history),
         Shape::Embed { rows } => (1, rows, 0),
-        Shape::Head { rows } => (2, rows, 0),
-        Shape::Mix { rows, depths } => (3, rows, depths),
+        Shape::Head { rows, .. } => (2, rows, 0),
+        Shape::Mix { rows, depths, .. } => (3, rows, depths),
         Shape::Prefill { tokens, history } => (4, tokens, history),
         Shape::Leave { rows, skips } => (5, rows, u32::from(skips)),
     };
@@ -625,6 +706,11 @@ impl Summary {
             spread: (quantile(0.75) - quantile(0.25)) / 2.0,
             repeats: sorted.len() as u32,
         }
+    }
+
+    /// A share of it.
+    fn scaled(&self, share: f64) -> Self {
+        Self { middle: self.middle * share, spread: self.spread * share, ..*self }
     }
 
     /// The difference of two, not below zero; the spreads add like those of independent errors.

@@ -12,7 +12,7 @@ use engine::model::Model;
 use engine::profile::{Grid, Limits, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::Engine;
-use traces::Component;
+use traces::{Component, Nanos};
 
 fn engine(config: &ModelConfig) -> Engine {
     Engine {
@@ -78,4 +78,26 @@ fn a_grid_beyond_the_models_positions_is_refused() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 120, chunk: 12 });
     let message = Profiler::new(&engine(&grouped()), grid).map(|_| ()).unwrap_err().to_string();
     assert!(message.contains("needs 132 positions, the model has 128"), "{message}");
+}
+
+#[test]
+fn probes_serve_a_load_that_never_ends_and_say_which_of_its_passes() {
+    let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
+    let mut profiler = Profiler::new(&engine(&grouped()), grid).unwrap();
+    let load = profiler.load();
+    assert_eq!((load.settings().max_batch, load.settings().token_budget, load.settings().prefill_chunk), (5, 20, 12));
+    profiler.round(|_, _| ()).unwrap();
+    let between = profiler.probe().unwrap();
+    profiler.round(|_, _| ()).unwrap();
+    let measured = profiler.measured();
+    let (of_rounds, first_round) = (measured.probes().collect::<Vec<_>>(), profiler.measured_in(0..1));
+    let of_first = first_round.probes().count();
+    assert!(of_first > 0 && of_rounds.len() == 2 * of_first);
+    let (before, after) = of_rounds.split_at(of_first);
+    let in_order: Vec<_> = before.iter().copied().chain([&between]).chain(after.iter().copied()).collect();
+    assert!(in_order.windows(2).all(|pair| pair[0].passes.end <= pair[1].passes.start), "{in_order:?}");
+    for probe in in_order {
+        assert!(probe.passes.len() >= 16, "{probe:?}");
+        assert!(probe.elapsed >= Nanos(50_000_000), "{probe:?}");
+    }
 }

@@ -47,6 +47,7 @@ pub mod pass;
 pub mod policy;
 pub mod scheduler;
 pub mod serve;
+pub mod steady;
 
 pub use blocks::{BlockId, BlockTables};
 pub use executor::Executor;
@@ -55,3 +56,4 @@ pub use pass::{Pass, RowKind, Segment, Slot};
 pub use policy::{Batching, Bound, ExitPolicy, KvFill, Look, Looks};
 pub use scheduler::{PrefixUse, ScheduleError, Scheduler, Settings};
 pub use serve::{Clock, ServeError, Server, VirtualClock, serve};
+pub use steady::{SteadyLoad, SteadyServer};

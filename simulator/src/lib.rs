@@ -70,6 +70,7 @@ pub mod routing;
 pub mod simulation;
 mod spread;
 pub mod statistics;
+pub mod steady;
 pub mod sweep;
 pub mod timeline;
 
@@ -85,5 +86,6 @@ pub use parts::TimeByPart;
 pub use routing::Routing;
 pub use simulation::{Outcome, Simulation, SimulationError, run_all};
 pub use statistics::Interval;
+pub use steady::SteadyTimes;
 pub use sweep::{Points, Table};
 pub use timeline::{Timeline, write_timeline};

@@ -10,7 +10,7 @@ use engine::profile::{Grid, Limits, Profiler};
 use simulator::write_csv;
 
 use crate::arguments::ModelArgs;
-use crate::measure::{NamedEngine, progress, warn_of_noise};
+use crate::measure::{NamedEngine, ServiceProfile, progress, warn_of_noise};
 
 /// Measure a latency profile of a model on this machine
 #[derive(Debug, clap::Args)]
@@ -54,7 +54,8 @@ pub fn run(args: Args) -> Result<()> {
     }
     bar.finish_and_clear();
     warn_of_noise(&profiler);
-    let profile = profiler.measured().profile(&named.name, &format!("depthwise profile, {} rounds", args.rounds));
+    let source = format!("depthwise profile, {} rounds", args.rounds);
+    let ServiceProfile { profile, .. } = ServiceProfile::new(&profiler, &named.name, &source, std::iter::empty())?;
     profile.write(&args.out)?;
     if let Some(report) = device.report(named.engine.model.config(), *weights, &loads(&named, limits))? {
         std::fs::write(args.out.join("device.yaml"), serde_yaml::to_string(&report)?)?;

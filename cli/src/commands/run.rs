@@ -116,7 +116,7 @@ fn simulate_load(
     Ok(())
 }
 
-/// Simulates every replay on what was profiled around its repeat, at the pace that the machine had during the replay.
+/// Simulates every replay at the pace that the machine had during it.
 fn simulate_repeats(
     settings: &[Settings],
     measured: &Measured,
@@ -124,11 +124,11 @@ fn simulate_repeats(
     load: &MeasuredLoad,
     workload: &Workload,
 ) -> Result<Vec<Vec<Summary>>> {
-    let models = measured.profiles.iter().map(LatencyModel::new).collect::<Result<Vec<_>, _>>()?;
+    let model = LatencyModel::new(&measured.profile)?;
     let mut simulations = Vec::new();
-    for (model, paces) in models.iter().zip(&load.paces) {
+    for paces in &load.paces {
         for (&settings, pace) in settings.iter().zip(paces) {
-            simulations.push(Machines::ONE.simulation(settings, model, exits, workload)?.at_pace(pace));
+            simulations.push(Machines::ONE.simulation(settings, &model, exits, workload)?.at_pace(pace));
         }
     }
     let runs = run_simulations(&simulations, 1, None, &workload.requests)?;
