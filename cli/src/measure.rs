@@ -1,5 +1,6 @@
 //! Measuring on this machine: the engine's runs, in alternation with the profile that the simulator gets.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use engine::backend::ServedModel;
 use engine::checkpoint::Checkpoint;
 use engine::clock::{Idle, WallClock};
 use engine::device::DeviceName;
-use engine::executor::{ExitDepths, Sampling};
+use engine::executor::{ExitDepths, Generation, Sampling};
 use engine::kernels::linear::WeightType;
 use engine::profile::{Grid, Limits, Probe, ProbedClock, Profiler};
 use engine::prompts::Prompts;
@@ -17,7 +18,7 @@ use engine::tokenizer::Tokenizer;
 use indicatif::{ProgressBar, ProgressStyle};
 use scheduler::{Clock, KvFill, Look, Settings};
 use simulator::{LatencyModel, Metrics, ModelMemory, Pace, Source, SteadyTimes, Summary};
-use traces::{ExitTrace, LatencyProfile, MemoryFigures, Nanos, Request, RequestTrace};
+use traces::{ExitTrace, ExitTraceMeta, LatencyProfile, Measure, MemoryFigures, Nanos, Request, RequestTrace, Signals};
 
 use crate::runs::Run;
 
@@ -48,6 +49,9 @@ pub struct MeasuredLoad {
     pub runs: Vec<Run>,
     /// By repeat, a summary for each of the settings.
     pub repeats: Vec<Vec<Summary>>,
+    /// For each of the settings the exits that its replays took, of confidence policies: what is generated after an early
+    /// exit is not what was recorded at full depth, and leaves elsewhere.
+    pub exits: Vec<Option<ExitTrace>>,
     /// By repeat, for each of the settings how fast the machine was during the replay, beside the profile.
     pub paces: Vec<Vec<Pace>>,
 }
@@ -188,6 +192,7 @@ pub fn measure(
     let mut profiler = Profiler::new(engine, Grid::up_to(limits))?;
     let mut repeated: Vec<Vec<Run>> = loads.iter().flat_map(|_| settings).map(|_| Vec::new()).collect();
     let mut probes: Vec<Vec<Vec<(Nanos, Probe)>>> = Vec::new();
+    let mut taken: Vec<Option<ExitTrace>> = Vec::new();
     for repeat in 1..=repeats {
         step(format!("profiling, round {repeat} of {}", repeats + 1));
         profiler.round(|_, _| ())?;
@@ -197,7 +202,11 @@ pub fn measure(
             step(format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
             let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
             let mut clock = ProbedClock::start(Idle::Skip, &mut profiler);
-            runs.push(replay_by(&mut clock, engine, settings, &load.requests, &oracle, agreement)?);
+            let (run, generations) = replay_by(&mut clock, engine, settings, &load.requests, &oracle, agreement)?;
+            if repeat == 1 {
+                taken.push(exits_taken(&settings, &load.requests, &generations, &exits.meta));
+            }
+            runs.push(run);
             of_repeat.push(clock.into_probes()?);
         }
         probes.push(of_repeat);
@@ -217,6 +226,9 @@ pub fn measure(
     for (index, load) in loads.iter_mut().enumerate() {
         let of_load = index * settings.len()..(index + 1) * settings.len();
         load.paces = paces.iter().map(|of_repeat| of_repeat[of_load.clone()].to_vec()).collect();
+    }
+    for (load, taken) in loads.iter_mut().zip(chunks(taken, settings.len())) {
+        load.exits = taken;
     }
     for (load, repeated) in loads.iter_mut().zip(chunks(repeated, settings.len())) {
         load.repeats =
@@ -264,7 +276,8 @@ impl ServiceProfile {
         }
         let meta = &mut profile.meta;
         meta.overhead_us *= factor;
-        meta.source = format!("{}; times {factor:.3}, what a batch in service takes over the sum of such parts", meta.source);
+        meta.source =
+            format!("{}; times {factor:.3}, what a batch in service takes over the sum of such parts", meta.source);
         Ok(Self { profile, times, factor })
     }
 
@@ -276,7 +289,7 @@ impl ServiceProfile {
 
 impl MeasuredLoad {
     fn new(load: Option<f64>, requests: Vec<Request>) -> Self {
-        Self { load, requests, runs: Vec::new(), repeats: Vec::new(), paces: Vec::new() }
+        Self { load, requests, runs: Vec::new(), repeats: Vec::new(), exits: Vec::new(), paces: Vec::new() }
     }
 }
 
@@ -345,10 +358,10 @@ pub fn replay(
     idle: Idle,
     agreement: Option<Option<f64>>,
 ) -> Result<Run> {
-    replay_by(&mut WallClock::start(idle), engine, settings, requests, oracle, agreement)
+    Ok(replay_by(&mut WallClock::start(idle), engine, settings, requests, oracle, agreement)?.0)
 }
 
-/// The same by a clock.
+/// The same by a clock, with what was generated.
 fn replay_by(
     clock: &mut (impl Clock + Send),
     engine: &Engine,
@@ -356,7 +369,7 @@ fn replay_by(
     requests: &[Request],
     oracle: &Arc<ExitDepths>,
     agreement: Option<Option<f64>>,
-) -> Result<Run> {
+) -> Result<(Run, HashMap<u32, Generation>)> {
     let mut metrics = Metrics::new(&settings).with_requests();
     let oracle = (settings.exit.look() == Look::Oracle).then(|| oracle.clone());
     let generations = engine.replay_by(settings, requests, oracle, clock, &mut metrics)?;
@@ -369,7 +382,32 @@ fn replay_by(
         kv_bytes_per_token: Some(engine.model.kv_bytes_per_token(settings.kv_fill)),
         ..metrics.summary(Source::Measured, agreement)
     };
-    Ok(Run { summary, metrics, time: None })
+    Ok((Run { summary, metrics, time: None }, generations))
+}
+
+/// The exits of a replay as a trace, by which the same policy lets every token leave where it left; `recorded` says of which
+/// model. None of a policy that looks at no measure: its exits are those recorded.
+fn exits_taken(
+    settings: &Settings,
+    requests: &[Request],
+    generations: &HashMap<u32, Generation>,
+    recorded: &ExitTraceMeta,
+) -> Option<ExitTrace> {
+    let Look::Measure(measure) = settings.exit.look() else { return None };
+    let mut trace = ExitTrace::new(recorded.clone());
+    trace.has_gates = measure == Measure::Gate;
+    let row = |exit: u8, depth: u8| {
+        let sure = depth >= exit;
+        let value = measure.sureness(if sure { f32::MAX } else { f32::MIN });
+        let signals = Signals { top1: value, margin: value, entropy: value, similarity: value, gate: value };
+        (signals, u32::from(sure))
+    };
+    for request in requests {
+        let exits = &generations[&request.id].exit_depths;
+        let rows = exits.iter().flat_map(|&exit| (0..settings.num_loops).map(move |depth| row(exit, depth)));
+        trace.push_generation(&rows.collect::<Vec<_>>());
+    }
+    Some(trace)
 }
 
 /// The run of median throughput; of an even number, the slower of the middle two.
@@ -381,7 +419,49 @@ fn median_run(mut runs: Vec<Run>) -> Run {
 
 #[cfg(test)]
 mod tests {
+    use scheduler::SteadyLoad;
+
     use super::*;
+
+    #[test]
+    fn a_policy_on_the_exits_taken_lets_every_token_leave_where_it_left() {
+        let exits: [&[u8]; 2] = [&[2, 0, 1], &[0, 2]];
+        let generation = |exits: &[u8]| Generation { exit_depths: exits.to_vec(), ..Generation::default() };
+        let generations = (0..).zip(exits).map(|(id, exits)| (id, generation(exits))).collect();
+        let request = |id: u32| Request {
+            id,
+            arrival: Nanos::ZERO,
+            prompt_tokens: 1,
+            output_tokens: exits[id as usize].len() as u32,
+        };
+        let requests = [request(0), request(1)];
+        let meta = ExitTraceMeta {
+            schema_version: ExitTrace::SCHEMA_VERSION,
+            model: "test".to_owned(),
+            fingerprint: "test".to_owned(),
+            num_loops: 3,
+            source: "test".to_owned(),
+        };
+        for exit in ["confidence:0.9", "confidence:entropy:0.5", "confidence:gate:0.3"] {
+            let settings = Settings {
+                batching: scheduler::Batching::Depth,
+                exit: exit.parse().unwrap(),
+                ..*SteadyLoad::new(3, 2, 8, 8, 16, 32).settings()
+            };
+            let taken = exits_taken(&settings, &requests, &generations, &meta).unwrap();
+            let Look::Measure(measure) = settings.exit.look() else { panic!("{exit} looks at a measure") };
+            let model = simulator::ExitModel::new(&taken, simulator::Draw::Recorded).unwrap();
+            assert!(model.answers(Look::Measure(measure)), "{exit}");
+            let scheduler::ExitPolicy::Confidence { threshold, .. } = settings.exit else { panic!("{exit}") };
+            let leaves = |token| {
+                (0..3u8)
+                    .find(|&depth| measure.is_confident(taken.signals_at(token, depth.into()).get(measure), threshold))
+            };
+            assert_eq!((0..5).map(|token| leaves(token).unwrap()).collect::<Vec<_>>(), exits.concat(), "{exit}");
+        }
+        let none = Settings { exit: scheduler::ExitPolicy::None, ..*SteadyLoad::new(3, 2, 8, 8, 16, 32).settings() };
+        assert_eq!(exits_taken(&none, &requests, &generations, &meta), None);
+    }
 
     #[test]
     fn over_all_probes_a_service_profile_says_what_they_took() {

@@ -186,6 +186,5 @@ pub fn print_errors(comparisons: &[Comparison], errors: &[MeanError]) {
         })
     };
     rows.push(["mean absolute".to_owned(), String::new()].into_iter().chain(JUDGED.map(mean)).collect());
-    println!("\nsimulated less measured, in percent of measured, with 95% confidence intervals:");
     print_table(&["batching", "exit"].into_iter().chain(JUDGED.map(|judged| judged.1)).collect::<Vec<_>>(), rows);
 }

@@ -53,7 +53,7 @@ type Metric = (&'static str, fn(&Summary) -> Option<f64>);
 const METRICS: [Metric; 9] = [
     (THROUGHPUT, |summary| Some(summary.throughput_tok_s)),
     ("mean_depth", |summary| Some(summary.mean_depth)),
-    ("token_agreement", |summary| summary.token_agreement),
+    (TOKEN_AGREEMENT, |summary| summary.token_agreement),
     (TTFT, |summary| Some(summary.ttft_mean_ms)),
     ("ttft_p50_ms", |summary| Some(summary.ttft_p50_ms)),
     (TPOT, |summary| Some(summary.tpot_mean_ms)),
@@ -64,6 +64,8 @@ const METRICS: [Metric; 9] = [
 
 /// The metric that the simulator is judged by first.
 pub const THROUGHPUT: &str = "throughput_tok_s";
+/// Share of the tokens that are those of full depth.
+pub const TOKEN_AGREEMENT: &str = "token_agreement";
 /// Mean time to the first token.
 pub const TTFT: &str = "ttft_mean_ms";
 /// Mean time per token after the first.

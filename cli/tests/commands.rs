@@ -183,6 +183,11 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
     let intervals =
         column(&errors, "mean_abs_error_low_pct").into_iter().zip(column(&errors, "mean_abs_error_high_pct"));
     assert!(intervals.into_iter().all(|(low, high)| number(low) <= number(high)));
+    let taken = lines(&results.join("validation_of_exits_taken.csv"));
+    let depths = taken[1..].iter().filter(|line| line[2] == "mean_depth");
+    let depths: Vec<_> = depths.map(|line| (number(&line[3]), number(&line[4]))).collect();
+    assert!(depths.len() == 9 && depths.iter().all(|(measured, simulated)| measured == simulated), "{depths:?}");
+    assert_eq!(column(&lines(&results.join("errors_of_exits_taken.csv")), "combinations"), ["9"; 8]);
     let figures = fs::read_dir(results.join("figures")).unwrap().count();
     assert!(figures >= 2 * 8, "{figures} figures");
 
@@ -200,6 +205,7 @@ fn a_validation_at_loads_serves_the_same_requests_at_each_share_of_the_capacity(
     let validate = [&["validate"], &model[..], &policies[..], &["--repeats", "2", "--out", "out"]].concat();
     let printed = scene.succeed(&[&validate[..], &["--loads", "0.5,0.25"]].concat());
     assert!(printed.contains("at 50% of the capacity") && printed.contains("mean absolute"), "{printed}");
+    assert!(!scene.path("out/load-0.5/validation_of_exits_taken.csv").exists(), "no exits by confidence");
     let span = |load: &str| {
         let requests = lines(&scene.path(&format!("out/load-{load}/requests.csv")));
         let measured = lines(&scene.path(&format!("out/load-{load}/summary.csv")));

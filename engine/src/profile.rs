@@ -23,7 +23,7 @@ const SHORT: u32 = 1;
 const PROBE_TIME: Duration = Duration::from_millis(50);
 /// Fewest passes of a probe.
 const PASSES_OF_PROBE: usize = 16;
-/// Times that a round comes to each shape: once [among](Among) each kind of passes.
+/// Times that a round comes to each shape, so that its times are of many moments.
 const VISITS: usize = 2;
 /// Passes in service that take longer are of a model that no cache holds: whatever runs before a pass is of no account.
 const CACHED: Duration = Duration::from_millis(10);
@@ -125,16 +125,6 @@ pub struct Profiler {
     grid: Grid,
     /// Machines in service, of one sequence at once up to the largest batch; only that one if no cache holds the model.
     services: Vec<Service>,
-}
-
-/// The passes in service that a shape runs among: few rows are what runs when few sequences do, and what is left of a full
-/// batch when most of its rows have left.
-#[derive(Clone, Copy, Debug)]
-enum Among {
-    /// Those of as many sequences as the shape has decode rows; of half of the largest batch for prompt chunks.
-    OwnSize,
-    /// Those of the largest batch.
-    FullBatch,
 }
 
 /// A machine that the profiler keeps in service.
@@ -299,8 +289,7 @@ impl Profiler {
         let round = in_pool(|| {
             let mut round = Round::default();
             for (done, &shape) in visits.iter().enumerate() {
-                let among = if done < self.shapes.len() { Among::OwnSize } else { Among::FullBatch };
-                for (counts_for, time) in self.measure(shape, among)? {
+                for (counts_for, time) in self.measure(shape)? {
                     round.samples.entry(counts_for).or_default().push(time);
                 }
                 progress(done + 1, visits.len());
@@ -373,16 +362,13 @@ impl Profiler {
         Some(differences / pairs().map(|(earlier, later)| (earlier + later) / 2.0).sum::<f64>())
     }
 
-    /// Runs a shape at all depths in turn, each time after a pass in service, so that caches and the processor's clock are
-    /// as there: what counts, in microseconds, and what it counts for.
-    fn measure(&mut self, shape: Shape, among: Among) -> Result<Vec<(Shape, f64)>, ReplayError> {
+    /// Runs a shape at all depths in turn, each time after a pass in service of as many sequences as it has decode rows (half
+    /// of the largest batch for prompt chunks), so that caches and the processor's clock are as there: what counts, in
+    /// microseconds, and what it counts for.
+    fn measure(&mut self, shape: Shape) -> Result<Vec<(Shape, f64)>, ReplayError> {
         let num_loops = self.num_loops();
         self.occupy(shape);
-        let largest = Grid::max(&self.grid.decodes);
-        let batch = match among {
-            Among::OwnSize => shape.decodes().unwrap_or(largest / 2),
-            Among::FullBatch => largest,
-        };
+        let batch = shape.decodes().unwrap_or(Grid::max(&self.grid.decodes) / 2);
         let service = self.services.iter().position(|service| batch <= service.batch());
         let service = service.unwrap_or(self.services.len() - 1);
         let mut counted = Vec::new();

@@ -16,7 +16,7 @@ use crate::results::{CONFIG, ResultsFolder};
 use crate::runs::{Machines, Run, run_simulations, simulate_all, write_depth_rows, write_requests};
 use crate::serving::Serving;
 use crate::systems::simulate_systems;
-use crate::validation::{Comparison, compare, mean_errors};
+use crate::validation::{Comparison, TOKEN_AGREEMENT, compare, mean_errors};
 use crate::workload::{Workload, load_requests};
 
 /// Do a whole experiment: measure, replay, simulate, compare, draw
@@ -99,12 +99,6 @@ fn simulate_load(
 ) -> Result<()> {
     let workload = Workload { requests: load.requests.clone(), prefixes: None };
     let simulated = simulate_all(settings, &LatencyModel::new(&measured.profile)?, exits, &workload)?;
-    let by_repeat = simulate_repeats(settings, measured, exits, load, &workload)?;
-    let comparisons = compare(&load.repeats, &by_repeat);
-    let errors = mean_errors(&comparisons);
-    write_csv(&folder.join("validation.csv"), &comparisons)?;
-    write_csv(&folder.join("repeats.csv"), comparisons.iter().flat_map(Comparison::repeats))?;
-    write_csv(&folder.join("errors.csv"), &errors)?;
     let runs = || load.runs.iter().chain(&simulated);
     write_csv(&folder.join("summary.csv"), summaries(runs()))?;
     write_requests(folder, runs())?;
@@ -112,22 +106,47 @@ fn simulate_load(
     figures::draw(folder, caption)?;
     report::print_summaries(summaries(runs()));
     report::print_speedup(&load.runs);
-    report::print_errors(&comparisons, &errors);
+
+    let recorded = vec![exits; settings.len()];
+    let comparisons = compare(&load.repeats, &simulate_repeats(settings, measured, &recorded, load, &workload)?);
+    println!("\nsimulated less measured, in percent of measured, with 95% confidence intervals:");
+    write_errors(&comparisons, folder, "")?;
+    if load.exits.iter().all(Option::is_none) {
+        return Ok(());
+    }
+    let taken =
+        load.exits.iter().map(|exits| exits.as_ref().map(|exits| ExitModel::new(exits, Draw::Recorded)).transpose());
+    let taken = taken.collect::<Result<Vec<_>, _>>()?;
+    let taken: Vec<&ExitModel> = taken.iter().map(|taken| taken.as_ref().unwrap_or(exits)).collect();
+    let mut comparisons = compare(&load.repeats, &simulate_repeats(settings, measured, &taken, load, &workload)?);
+    // These exits hold no tokens.
+    comparisons.retain(|line| line.metric != TOKEN_AGREEMENT);
+    println!("\nthe same, given the exits that the replays took instead of those recorded at full depth:");
+    write_errors(&comparisons, folder, "_of_exits_taken")
+}
+
+/// Writes and prints how far simulations of one load are off.
+fn write_errors(comparisons: &[Comparison], folder: &Path, suffix: &str) -> Result<()> {
+    let errors = mean_errors(comparisons);
+    write_csv(&folder.join(format!("validation{suffix}.csv")), comparisons)?;
+    write_csv(&folder.join(format!("repeats{suffix}.csv")), comparisons.iter().flat_map(Comparison::repeats))?;
+    write_csv(&folder.join(format!("errors{suffix}.csv")), &errors)?;
+    report::print_errors(comparisons, &errors);
     Ok(())
 }
 
-/// Simulates every replay at the pace that the machine had during it.
+/// Simulates every replay at the pace that the machine had during it; `exits` are those of each of the settings.
 fn simulate_repeats(
     settings: &[Settings],
     measured: &Measured,
-    exits: &ExitModel,
+    exits: &[&ExitModel],
     load: &MeasuredLoad,
     workload: &Workload,
 ) -> Result<Vec<Vec<Summary>>> {
     let model = LatencyModel::new(&measured.profile)?;
     let mut simulations = Vec::new();
     for paces in &load.paces {
-        for (&settings, pace) in settings.iter().zip(paces) {
+        for ((&settings, exits), pace) in settings.iter().zip(exits).zip(paces) {
             simulations.push(Machines::ONE.simulation(settings, &model, exits, workload)?.at_pace(pace));
         }
     }
