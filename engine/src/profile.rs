@@ -123,32 +123,10 @@ pub struct Profiler {
     shapes: Vec<Shape>,
     rounds: Vec<Round>,
     grid: Grid,
-    /// Machines in service, of one sequence at once up to the largest batch; only that one if no cache holds the model.
-    services: Vec<Service>,
-}
-
-/// A machine that the profiler keeps in service.
-struct Service {
-    server: SteadyServer<EngineExecutor>,
-    /// What its last pass took.
-    elapsed: Nanos,
-}
-
-impl Service {
-    fn new(engine: &Engine, load: SteadyLoad) -> Result<Self, ReplayError> {
-        let server = SteadyServer::new(load, engine.executor(load.settings())?)?;
-        Ok(Self { server, elapsed: Nanos::ZERO })
-    }
-
-    /// Sequences at once.
-    fn batch(&self) -> u32 {
-        self.server.load().settings().max_batch
-    }
-
-    fn pass(&mut self) -> Result<Nanos, ReplayError> {
-        self.elapsed = self.server.pass()?;
-        Ok(self.elapsed)
-    }
+    /// Machine in service with the largest batch.
+    full: SteadyServer<EngineExecutor>,
+    /// Machines in service with the batches of the grid, the smallest first; none if no cache holds the model.
+    services: Vec<SteadyServer<EngineExecutor>>,
 }
 
 /// What one round measured.
@@ -259,17 +237,16 @@ impl Profiler {
         let shapes = shapes(&grid, num_loops as u32);
         let service = |batch: u32| {
             let load = SteadyLoad::new(num_loops as u8, batch, rows, chunk, block_tokens, history);
-            Service::new(engine, load)
+            Ok::<_, ReplayError>(SteadyServer::new(load, engine.executor(load.settings())?)?)
         };
-        let smaller = grid.decodes.iter().copied().filter(|&batch| batch < decodes).collect::<Vec<_>>();
-        let services = vec![service(decodes)?];
-        let mut profiler =
-            Self { engine: engine.clone(), executor, tables, shapes, rounds: Vec::new(), grid, services };
+        let (full, batches) = (service(decodes)?, grid.decodes.clone());
+        let (engine, rounds, services) = (engine.clone(), Vec::new(), Vec::new());
+        let mut profiler = Self { engine, executor, tables, shapes, rounds, grid, full, services };
         // The first passes find memory that was never touched.
         profiler.probe()?;
-        if profiler.full_service().elapsed < CACHED.into() {
-            let smaller = smaller.into_iter().map(service).collect::<Result<Vec<_>, _>>()?;
-            profiler.services.splice(0..0, smaller);
+        let probe = profiler.probe()?;
+        if probe.elapsed.as_micros_f64() / (probe.passes.len() as f64) < CACHED.as_secs_f64() * 1e6 {
+            profiler.services = batches.into_iter().map(service).collect::<Result<_, _>>()?;
         }
         Ok(profiler)
     }
@@ -306,24 +283,20 @@ impl Profiler {
     /// # Errors
     /// If the engine fails.
     pub fn probe(&mut self) -> Result<Probe, ReplayError> {
-        let service = self.full_service();
+        let service = &mut self.full;
         in_pool(|| {
-            let (start, first) = (Instant::now(), service.server.passes());
+            let (start, first) = (Instant::now(), service.passes());
             let mut in_executor = Nanos::ZERO;
-            while service.server.passes() - first < PASSES_OF_PROBE || start.elapsed() < PROBE_TIME {
+            while service.passes() - first < PASSES_OF_PROBE || start.elapsed() < PROBE_TIME {
                 in_executor += service.pass()?;
             }
-            Ok(Probe { passes: first..service.server.passes(), elapsed: start.elapsed().into(), in_executor })
+            Ok(Probe { passes: first..service.passes(), elapsed: start.elapsed().into(), in_executor })
         })
     }
 
     /// What probes serve.
     pub fn load(&self) -> SteadyLoad {
-        self.services.last().expect("there is always one").server.load()
-    }
-
-    fn full_service(&mut self) -> &mut Service {
-        self.services.last_mut().expect("there is always one")
+        self.full.load()
     }
 
     /// What all rounds measured.
@@ -369,12 +342,12 @@ impl Profiler {
         let num_loops = self.num_loops();
         self.occupy(shape);
         let batch = shape.decodes().unwrap_or(Grid::max(&self.grid.decodes) / 2);
-        let service = self.services.iter().position(|service| batch <= service.batch());
-        let service = service.unwrap_or(self.services.len() - 1);
+        let fits = |service: &SteadyServer<_>| batch <= service.load().settings().max_batch;
+        let service = self.services.iter().position(fits).or(self.services.len().checked_sub(1));
         let mut counted = Vec::new();
         // The first time, keys and values are in no cache.
         for turn in 0..2 * num_loops {
-            if self.services[service].elapsed < CACHED.into() {
+            if let Some(service) = service {
                 self.services[service].pass()?;
             }
             let time = self.time(shape, turn)?.as_micros_f64();
@@ -508,9 +481,9 @@ impl<'a> Measured<'a> {
         self.probes().map(|probe| probe.elapsed.since(probe.in_executor).as_micros_f64()).sum::<f64>() / passes as f64
     }
 
-    /// The means of the middle halves. They add up to the time of a pass that runs again and again; what passes take in
-    /// service, the [probes](Self::probes) tell. `model` is the model's name, `source` says how the profile came about;
-    /// how busy the machine was is added.
+    /// The means of the middle halves. Parts that are differences are not below zero, and what interrupts single passes is
+    /// left out: what passes take in service, the [probes](Self::probes) tell. `model` is the model's name, `source` says
+    /// how the profile came about; how busy the machine was is added.
     pub fn profile(&self, model: &str, source: &str) -> LatencyProfile {
         let served = &self.profiler.engine.model;
         let disagreement = self.profiler.disagreement();
