@@ -17,7 +17,7 @@ pub struct SteadyLoad {
 
 impl SteadyLoad {
     /// A load of sequences of up to `longest` tokens that run at full depth, batched by sequence, up to `max_batch` at once,
-    /// with at most `token_budget` rows in a pass and `prefill_chunk` of them of one prompt.
+    /// with at most `token_budget` rows in a pass, of which `prefill_chunk` are of prompts.
     pub fn new(
         num_loops: u8,
         max_batch: u32,

@@ -46,8 +46,9 @@ fn the_batch_stays_full_and_passes_are_the_same_on_every_executor() {
     let slow = passes(load, Nanos(1_000_000), 5000);
     assert_eq!(passes(load, Nanos(1), 5000), slow);
     let rows = |pass: &Vec<Segment>| pass.iter().map(|segment| segment.tokens).sum::<u32>();
-    let (first, later) = slow.split_at(100);
-    assert!(first.iter().any(|pass| rows(pass) == 32), "prompts are run by chunks, two in a pass");
+    let most = slow.iter().map(rows).max().unwrap();
+    assert!((17..=19).contains(&most), "a chunk of 16 beside up to three decode rows, not {most} rows");
+    let later = &slow[100..];
     assert!(later.iter().all(|pass| pass.len() <= 4 && rows(pass) >= 2), "there is always somebody to go on with");
     let mean = later.iter().map(|pass| pass.len()).sum::<usize>() as f64 / later.len() as f64;
     assert!(mean > 3.0, "{mean} segments in a pass");
