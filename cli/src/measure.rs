@@ -216,8 +216,8 @@ pub fn measure(
     bar.finish_and_clear();
     warn_of_noise(&profiler);
     let source = format!("{} rounds between replays of {repeats} repeats", repeats + 1);
-    let of_replays = || probes.iter().flatten().flatten().map(|(_, probe)| probe);
-    let profile = ServiceProfile::new(&profiler, name, &source, of_replays())?;
+    let of_replays = probes.iter().flatten().flatten().map(|(_, probe)| probe);
+    let profile = ServiceProfile::new(&profiler, name, &source, of_replays)?;
     let pace = |probes: &Vec<(Nanos, Probe)>| {
         let points: Vec<_> = probes.iter().map(|(time, probe)| (*time, profile.pace(probe))).collect();
         Pace::measured_at(&points)
@@ -227,10 +227,9 @@ pub fn measure(
         let of_load = index * settings.len()..(index + 1) * settings.len();
         load.paces = paces.iter().map(|of_repeat| of_repeat[of_load.clone()].to_vec()).collect();
     }
-    for (load, taken) in loads.iter_mut().zip(chunks(taken, settings.len())) {
+    let measured = chunks(taken, settings.len()).zip(chunks(repeated, settings.len()));
+    for (load, (taken, repeated)) in loads.iter_mut().zip(measured) {
         load.exits = taken;
-    }
-    for (load, repeated) in loads.iter_mut().zip(chunks(repeated, settings.len())) {
         load.repeats =
             (0..repeats).map(|repeat| repeated.iter().map(|runs| runs[repeat].summary.clone()).collect()).collect();
         load.runs = repeated.into_iter().map(median_run).collect();
