@@ -15,11 +15,15 @@ use engine::profile::{Grid, Limits, Probe, ProbedClock, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
-use indicatif::{ProgressBar, ProgressStyle};
-use scheduler::{Clock, KvFill, Look, Settings};
-use simulator::{LatencyModel, Metrics, ModelMemory, Pace, Source, SteadyTimes, Summary};
+use scheduler::{Clock, KvFill, Lengths, Look, Observer, Settings};
+use simulator::{
+    Extrapolations, LatencyModel, Metrics, ModelMemory, Pace, PassLog, PassWork, ServiceFactors, Source, Summary,
+    steady_passes,
+};
 use traces::{ExitTrace, ExitTraceMeta, LatencyProfile, Measure, MemoryFigures, Nanos, Request, RequestTrace, Signals};
 
+use crate::passes::{PassClass, compare_passes};
+use crate::progress::progress;
 use crate::runs::Run;
 
 /// Slowdown by other work above which measurements are not to be trusted.
@@ -54,6 +58,8 @@ pub struct MeasuredLoad {
     pub exits: Vec<Option<ExitTrace>>,
     /// By repeat, for each of the settings how fast the machine was during the replay, beside the profile.
     pub paces: Vec<Vec<Pace>>,
+    /// All passes of all replays, beside what the profile says of them.
+    pub passes: Vec<PassClass>,
 }
 
 /// An engine and what its records call its model.
@@ -142,12 +148,6 @@ fn model_memory(model: &dyn ServedModel) -> ModelMemory {
     }
 }
 
-/// A progress bar of so many steps, on the terminal if there is one.
-pub fn progress(steps: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("{elapsed_precise} [{bar:30}] {pos}/{len} {msg}");
-    ProgressBar::new(steps as u64).with_style(style.expect("the template is well formed").progress_chars("=> "))
-}
-
 /// Profiles up to `limits`, records, and replays the requests under every one of `settings`; where `loads` are given,
 /// once for each of them, with the arrivals scaled to that share of the [`capacity`] under the first of `settings`.
 ///
@@ -181,7 +181,8 @@ pub fn measure(
         [] => vec![MeasuredLoad::new(None, trace.requests.clone())],
         loads => {
             let capacity = capacity(engine, settings[0], &trace.requests, &oracle)?;
-            bar.println(format!("capacity: {capacity:.3} requests/s under {} batching", settings[0].batching));
+            let first = settings[0].batching;
+            bar.suspend(|| eprintln!("capacity: {capacity:.3} requests/s under {first} batching"));
             let scaled = |&load: &f64| -> Result<MeasuredLoad> {
                 Ok(MeasuredLoad::new(Some(load), trace.clone().scale_to_rate(load * capacity)?.requests))
             };
@@ -189,27 +190,32 @@ pub fn measure(
         }
     };
 
-    let mut profiler = Profiler::new(engine, Grid::up_to(limits))?;
+    let mut profiler = Profiler::new(engine, Grid::up_to(limits), lengths(&trace.requests))?;
     let mut repeated: Vec<Vec<Run>> = loads.iter().flat_map(|_| settings).map(|_| Vec::new()).collect();
     let mut probes: Vec<Vec<Vec<(Nanos, Probe)>>> = Vec::new();
+    let mut logs: Vec<Vec<PassLog>> = Vec::new();
     let mut taken: Vec<Option<ExitTrace>> = Vec::new();
     for repeat in 1..=repeats {
         step(format!("profiling, round {repeat} of {}", repeats + 1));
         profiler.round(|_, _| ())?;
-        let mut of_repeat = Vec::new();
+        let (mut of_repeat, mut logs_of_repeat) = (Vec::new(), Vec::new());
         let cases = loads.iter().flat_map(|load| settings.iter().map(move |settings| (load, settings)));
         for (runs, (load, &settings)) in repeated.iter_mut().zip(cases) {
             step(format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
             let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
             let mut clock = ProbedClock::start(Idle::Skip, &mut profiler);
-            let (run, generations) = replay_by(&mut clock, engine, settings, &load.requests, &oracle, agreement)?;
+            let mut log = PassLog::new(&settings);
+            let (run, generations) =
+                replay_by(&mut clock, engine, settings, &load.requests, &oracle, agreement, &mut log)?;
             if repeat == 1 {
                 taken.push(exits_taken(&settings, &load.requests, &generations, &exits.meta));
             }
             runs.push(run);
+            logs_of_repeat.push(log);
             of_repeat.push(clock.into_probes()?);
         }
         probes.push(of_repeat);
+        logs.push(logs_of_repeat);
     }
     step(format!("profiling, round {0} of {0}", repeats + 1));
     profiler.round(|_, _| ())?;
@@ -226,6 +232,11 @@ pub fn measure(
     for (index, load) in loads.iter_mut().enumerate() {
         let of_load = index * settings.len()..(index + 1) * settings.len();
         load.paces = paces.iter().map(|of_repeat| of_repeat[of_load.clone()].to_vec()).collect();
+        let passes = |(case, settings): (usize, &Settings)| {
+            let replays = logs.iter().zip(&paces).map(|(logs, paces)| (&logs[case], &paces[case]));
+            compare_passes(settings, replays, &profile.model)
+        };
+        load.passes = of_load.zip(settings).flat_map(passes).collect();
     }
     let measured = chunks(taken, settings.len()).zip(chunks(repeated, settings.len()));
     for (load, (taken, repeated)) in loads.iter_mut().zip(measured) {
@@ -238,16 +249,12 @@ pub fn measure(
 }
 
 /// A profile whose times are those of a machine in service.
-///
-/// Passes in service are not quite the sum of parts that were measured as differences, nor always undisturbed. So all
-/// times are scaled by one factor, by which the passes of a load that the profiler serves took longer than the profile
-/// says.
 pub struct ServiceProfile {
     /// The profile.
     pub profile: LatencyProfile,
-    /// Of the load, by the profile as it was measured.
-    times: SteadyTimes,
-    factor: f64,
+    model: LatencyModel,
+    /// The passes of the load that the profiler serves.
+    passes: Vec<PassWork>,
 }
 
 impl ServiceProfile {
@@ -263,32 +270,40 @@ impl ServiceProfile {
         further: impl Iterator<Item = &'p Probe>,
     ) -> Result<Self> {
         let measured = profiler.measured();
-        let mut profile = measured.profile(model, source);
+        let apart = measured.profile(model, source);
         let probes: Vec<&Probe> = measured.probes().chain(further).collect();
-        let passes = probes.iter().map(|probe| probe.passes.end).max().unwrap_or_default();
-        let times = SteadyTimes::new(profiler.load(), &LatencyModel::new(&profile)?, passes)?;
-        let took: f64 = probes.iter().map(|probe| probe.elapsed.as_micros_f64()).sum();
-        let factor = took / probes.iter().map(|probe| times.of(&probe.passes).as_micros_f64()).sum::<f64>();
-        for point in &mut profile.points {
-            point.time_us *= factor;
-            point.spread_us *= factor;
-        }
-        let meta = &mut profile.meta;
-        meta.overhead_us *= factor;
-        meta.source =
-            format!("{}; times {factor:.3}, what a batch in service takes over the sum of such parts", meta.source);
-        Ok(Self { profile, times, factor })
+        let count = probes.iter().map(|probe| probe.first + probe.times.len()).max().unwrap_or_default();
+        let passes = steady_passes(profiler.load(), &LatencyModel::new(&apart)?, count)?;
+        let timed = probes.iter().flat_map(|probe| passes[probe.first..].iter().zip(probe.times.iter().copied()));
+        let factors = ServiceFactors::new(&apart, &timed.collect::<Vec<_>>())?;
+        let mut profile = factors.apply(&apart);
+        let (least, most) = factors.range();
+        profile.meta.source = format!(
+            "{}; times {least:.3} to {most:.3}, by rows: what passes in service take over the sum of such parts",
+            profile.meta.source
+        );
+        Ok(Self { model: LatencyModel::new(&profile)?, profile, passes })
     }
 
     /// How many times as long passes took at a probe as the profile says.
     fn pace(&self, probe: &Probe) -> f64 {
-        probe.elapsed.as_micros_f64() / (self.times.of(&probe.passes).as_micros_f64() * self.factor)
+        let works = &self.passes[probe.first..][..probe.times.len()];
+        let said: f64 = works.iter().map(|work| self.model.pass_ns(work, &mut Extrapolations::default())).sum();
+        probe.times.iter().copied().sum::<Nanos>().0 as f64 / said
     }
 }
 
 impl MeasuredLoad {
     fn new(load: Option<f64>, requests: Vec<Request>) -> Self {
-        Self { load, requests, runs: Vec::new(), repeats: Vec::new(), exits: Vec::new(), paces: Vec::new() }
+        Self {
+            load,
+            requests,
+            runs: Vec::new(),
+            repeats: Vec::new(),
+            exits: Vec::new(),
+            paces: Vec::new(),
+            passes: Vec::new(),
+        }
     }
 }
 
@@ -344,6 +359,16 @@ pub fn limits<'a>(settings: impl Iterator<Item = &'a Settings> + Clone, requests
     Limits { rows: most(|settings| settings.token_budget), decodes, history: longest, chunk }
 }
 
+/// How long requests are on average, and the longest of them.
+fn lengths(requests: &[Request]) -> Lengths {
+    let mean = |tokens: fn(&Request) -> u32| {
+        let sum: u64 = requests.iter().map(|request| u64::from(tokens(request))).sum();
+        (sum as f64 / requests.len().max(1) as f64).round() as u32
+    };
+    let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
+    Lengths { prompt: mean(|request| request.prompt_tokens), output: mean(|request| request.output_tokens), longest }
+}
+
 /// Serves the requests once. Token agreement is computed unless `agreement` says what it is, or that nobody asks:
 /// tokens and exits do not change from run to run.
 ///
@@ -357,7 +382,7 @@ pub fn replay(
     idle: Idle,
     agreement: Option<Option<f64>>,
 ) -> Result<Run> {
-    Ok(replay_by(&mut WallClock::start(idle), engine, settings, requests, oracle, agreement)?.0)
+    Ok(replay_by(&mut WallClock::start(idle), engine, settings, requests, oracle, agreement, &mut ())?.0)
 }
 
 /// The same by a clock, with what was generated.
@@ -368,10 +393,12 @@ fn replay_by(
     requests: &[Request],
     oracle: &Arc<ExitDepths>,
     agreement: Option<Option<f64>>,
+    observer: &mut (impl Observer + Send),
 ) -> Result<(Run, HashMap<u32, Generation>)> {
-    let mut metrics = Metrics::new(&settings).with_requests();
+    let mut observers = (Metrics::new(&settings).with_requests(), observer);
     let oracle = (settings.exit.look() == Look::Oracle).then(|| oracle.clone());
-    let generations = engine.replay_by(settings, requests, oracle, clock, &mut metrics)?;
+    let generations = engine.replay_by(settings, requests, oracle, clock, &mut observers)?;
+    let metrics = observers.0;
     let agreement = match agreement {
         Some(known) => known,
         None => Some(engine.agreement(&generations)?),
@@ -441,12 +468,10 @@ mod tests {
             num_loops: 3,
             source: "test".to_owned(),
         };
+        let load = SteadyLoad::new(3, 2, 8, 8, 16, Lengths { prompt: 8, output: 8, longest: 32 });
         for exit in ["confidence:0.9", "confidence:entropy:0.5", "confidence:gate:0.3"] {
-            let settings = Settings {
-                batching: scheduler::Batching::Depth,
-                exit: exit.parse().unwrap(),
-                ..*SteadyLoad::new(3, 2, 8, 8, 16, 32).settings()
-            };
+            let settings =
+                Settings { batching: scheduler::Batching::Depth, exit: exit.parse().unwrap(), ..*load.settings() };
             let taken = exits_taken(&settings, &requests, &generations, &meta).unwrap();
             let Look::Measure(measure) = settings.exit.look() else { panic!("{exit} looks at a measure") };
             let model = simulator::ExitModel::new(&taken, simulator::Draw::Recorded).unwrap();
@@ -458,7 +483,7 @@ mod tests {
             };
             assert_eq!((0..5).map(|token| leaves(token).unwrap()).collect::<Vec<_>>(), exits.concat(), "{exit}");
         }
-        let none = Settings { exit: scheduler::ExitPolicy::None, ..*SteadyLoad::new(3, 2, 8, 8, 16, 32).settings() };
+        let none = Settings { exit: scheduler::ExitPolicy::None, ..*load.settings() };
         assert_eq!(exits_taken(&none, &requests, &generations, &meta), None);
     }
 
@@ -468,22 +493,22 @@ mod tests {
         let (weights, sampling) = (WeightType::F32, Sampling::default());
         let named = NamedEngine::load_without_prompts(&model, None, weights, DeviceName::Cpu, sampling).unwrap();
         let limits = Limits { rows: 8, decodes: 2, history: 16, chunk: 8 };
-        let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits)).unwrap();
+        let lengths = Lengths { prompt: 8, output: 6, longest: 16 };
+        let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits), lengths).unwrap();
         profiler.round(|_, _| ()).unwrap();
         let further = profiler.probe().unwrap();
 
         let service = ServiceProfile::new(&profiler, "model", "source", std::iter::once(&further)).unwrap();
-        let latency = LatencyModel::new(&service.profile).unwrap();
-        let times = SteadyTimes::new(profiler.load(), &latency, further.passes.end).unwrap();
         let measured = profiler.measured();
         let (mut took, mut said, mut paced) = (0.0, 0.0, 0.0);
         for probe in measured.probes().chain([&further]) {
-            let by_profile = times.of(&probe.passes).as_micros_f64();
-            took += probe.elapsed.as_micros_f64();
+            let works = &service.passes[probe.first..][..probe.times.len()];
+            let by_profile: f64 =
+                works.iter().map(|work| service.model.pass_ns(work, &mut Extrapolations::default()) / 1e3).sum();
+            took += probe.times.iter().map(|time| time.as_micros_f64()).sum::<f64>();
             said += by_profile;
             paced += by_profile * service.pace(probe);
         }
-        // A simulated pass takes whole nanoseconds.
         assert!((said / took - 1.0).abs() < 1e-3, "{said} us for {took} us");
         assert!((paced / took - 1.0).abs() < 1e-3, "{paced} us for {took} us");
     }

@@ -8,7 +8,9 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use scheduler::blocks::BlockTables;
-use scheduler::{Clock, Executor, KvFill, Look, Looks, Pass, RowKind, Segment, Slot, SteadyLoad, SteadyServer};
+use scheduler::{
+    Clock, Executor, KvFill, Lengths, Look, Looks, Pass, RowKind, Segment, Slot, SteadyLoad, SteadyServer,
+};
 use traces::{Component, LatencyProfile, Measure, Nanos, Point, ProfileMeta, Request};
 
 use crate::cache::TILE;
@@ -19,8 +21,9 @@ use crate::replay::{Engine, ReplayError};
 
 /// History of decode rows that stand for no history: the fewest tokens that one can follow.
 const SHORT: u32 = 1;
-/// What a probe takes at least. Whatever ran before, what comes after runs with cold caches for some milliseconds.
-const PROBE_TIME: Duration = Duration::from_millis(50);
+/// What a probe takes at least. Whatever ran before, what comes after runs with cold caches: passes of a load in service
+/// are 14% longer at first, and 2% after 18 ms.
+const PROBE_TIME: Duration = Duration::from_millis(60);
 /// Fewest passes of a probe.
 const PASSES_OF_PROBE: usize = 16;
 /// Times that a round comes to each shape, so that its times are of many moments.
@@ -123,10 +126,11 @@ pub struct Profiler {
     shapes: Vec<Shape>,
     rounds: Vec<Round>,
     grid: Grid,
-    /// Machine in service with the largest batch.
-    full: SteadyServer<EngineExecutor>,
-    /// Machines in service with the batches of the grid, the smallest first; none if no cache holds the model.
+    /// Machines in service with the batches of the grid, the smallest first; probes serve the load of the last. If no cache
+    /// holds the model, it is the only one.
     services: Vec<SteadyServer<EngineExecutor>>,
+    /// Whether shapes run among the passes of these machines.
+    runs_among: bool,
 }
 
 /// What one round measured.
@@ -137,15 +141,21 @@ struct Round {
     probes: Vec<Probe>,
 }
 
-/// How fast the machine was in service at one moment: what it took over some passes of the profiler's steady load.
+/// How fast the machine was in service at one moment: what it took for some passes of the profiler's steady load.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
-    /// The passes, by their numbers in the load.
-    pub passes: Range<usize>,
-    /// How long they took, all that a serving loop does between them included.
-    pub elapsed: Nanos,
-    /// How long the executor says that they took.
-    in_executor: Nanos,
+    /// Number of the first pass in the load.
+    pub first: usize,
+    /// How long the executor says that each pass took.
+    pub times: Vec<Nanos>,
+    /// How long they took together, all that a serving loop does between them included.
+    elapsed: Nanos,
+}
+
+impl Probe {
+    fn in_executor(&self) -> Nanos {
+        self.times.iter().copied().sum()
+    }
 }
 
 /// A wall clock that stands still half of the time, while probes tell how fast the machine is.
@@ -200,11 +210,11 @@ impl Clock for ProbedClock<'_> {
 }
 
 impl Profiler {
-    /// A profiler with nothing measured yet.
+    /// A profiler with nothing measured yet; the load in service has sequences of these lengths.
     ///
     /// # Errors
     /// If the grid does not fit the model's positions, or its cache the memory.
-    pub fn new(engine: &Engine, grid: Grid) -> Result<Self, ReplayError> {
+    pub fn new(engine: &Engine, grid: Grid, lengths: Lengths) -> Result<Self, ReplayError> {
         let block_tokens = TILE as u32;
         let (history, chunk) = (Grid::max(&grid.histories), Grid::max(&grid.chunks));
         let (rows, decodes) = (Grid::max(&grid.rows), Grid::max(&grid.decodes));
@@ -236,17 +246,20 @@ impl Profiler {
         let num_loops = engine.model.config().num_loops;
         let shapes = shapes(&grid, num_loops as u32);
         let service = |batch: u32| {
-            let load = SteadyLoad::new(num_loops as u8, batch, rows, chunk, block_tokens, history);
+            let load = SteadyLoad::new(num_loops as u8, batch, rows, chunk, block_tokens, lengths);
             Ok::<_, ReplayError>(SteadyServer::new(load, engine.executor(load.settings())?)?)
         };
-        let (full, batches) = (service(decodes)?, grid.decodes.clone());
-        let (engine, rounds, services) = (engine.clone(), Vec::new(), Vec::new());
-        let mut profiler = Self { engine, executor, tables, shapes, rounds, grid, full, services };
+        let (engine, rounds, services) = (engine.clone(), Vec::new(), vec![service(decodes)?]);
+        let runs_among = false;
+        let mut profiler = Self { engine, executor, tables, shapes, rounds, grid, services, runs_among };
         // The first passes find memory that was never touched.
         profiler.probe()?;
         let probe = profiler.probe()?;
-        if probe.elapsed.as_micros_f64() / (probe.passes.len() as f64) < CACHED.as_secs_f64() * 1e6 {
-            profiler.services = batches.into_iter().map(service).collect::<Result<_, _>>()?;
+        if probe.elapsed.as_micros_f64() / (probe.times.len() as f64) < CACHED.as_secs_f64() * 1e6 {
+            let smaller = profiler.grid.decodes.iter().filter(|&&batch| batch < decodes);
+            let smaller = smaller.map(|&batch| service(batch)).collect::<Result<Vec<_>, _>>()?;
+            profiler.services.splice(0..0, smaller);
+            profiler.runs_among = true;
         }
         Ok(profiler)
     }
@@ -283,20 +296,19 @@ impl Profiler {
     /// # Errors
     /// If the engine fails.
     pub fn probe(&mut self) -> Result<Probe, ReplayError> {
-        let service = &mut self.full;
+        let service = self.services.last_mut().expect("there is always one");
         in_pool(|| {
-            let (start, first) = (Instant::now(), service.passes());
-            let mut in_executor = Nanos::ZERO;
-            while service.passes() - first < PASSES_OF_PROBE || start.elapsed() < PROBE_TIME {
-                in_executor += service.pass()?;
+            let (start, first, mut times) = (Instant::now(), service.passes(), Vec::new());
+            while times.len() < PASSES_OF_PROBE || start.elapsed() < PROBE_TIME {
+                times.push(service.pass(&mut ())?);
             }
-            Ok(Probe { passes: first..service.passes(), elapsed: start.elapsed().into(), in_executor })
+            Ok(Probe { first, times, elapsed: start.elapsed().into() })
         })
     }
 
     /// What probes serve.
     pub fn load(&self) -> SteadyLoad {
-        self.full.load()
+        self.services.last().expect("there is always one").load()
     }
 
     /// What all rounds measured.
@@ -343,12 +355,19 @@ impl Profiler {
         self.occupy(shape);
         let batch = shape.decodes().unwrap_or(Grid::max(&self.grid.decodes) / 2);
         let fits = |service: &SteadyServer<_>| batch <= service.load().settings().max_batch;
-        let service = self.services.iter().position(fits).or(self.services.len().checked_sub(1));
+        let service = self.services.iter().position(fits).unwrap_or(self.services.len() - 1);
+        let service = self.runs_among.then_some(service);
+        // Each depth comes after the one before it, as in service: by sequence, passes take turns through the depths.
+        if let Some(service) = service {
+            while self.services[service].passes() % num_loops != num_loops - 1 {
+                self.services[service].pass(&mut ())?;
+            }
+        }
         let mut counted = Vec::new();
         // The first time, keys and values are in no cache.
         for turn in 0..2 * num_loops {
             if let Some(service) = service {
-                self.services[service].pass()?;
+                self.services[service].pass(&mut ())?;
             }
             let time = self.time(shape, turn)?.as_micros_f64();
             if turn < num_loops {
@@ -477,8 +496,8 @@ impl<'a> Measured<'a> {
 
     /// Microseconds that a pass in service takes beyond the executor's own time: the scheduler's and the serving loop's.
     fn overhead(&self) -> f64 {
-        let passes: usize = self.probes().map(|probe| probe.passes.len()).sum();
-        self.probes().map(|probe| probe.elapsed.since(probe.in_executor).as_micros_f64()).sum::<f64>() / passes as f64
+        let passes: usize = self.probes().map(|probe| probe.times.len()).sum();
+        self.probes().map(|probe| probe.elapsed.since(probe.in_executor()).as_micros_f64()).sum::<f64>() / passes as f64
     }
 
     /// The means of the middle halves. Parts that are differences are not below zero, and what interrupts single passes is

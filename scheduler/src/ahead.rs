@@ -84,6 +84,7 @@ impl Composed {
 /// The pass that runs.
 struct Running {
     composed: Composed,
+    leaving: Vec<u32>,
     start: Nanos,
     elapsed: Nanos,
     running: u32,
@@ -141,14 +142,14 @@ impl Ahead {
             self.next = scheduler.plan_ahead(label, &mut self.deferred).then(|| Composed::of(scheduler));
         };
         let elapsed = executor.run_beside(&composed.pass(), &leaving, &mut plan)?;
-        self.running = Some(Running { composed, start: now, elapsed, running, waiting });
+        self.running = Some(Running { composed, leaving, start: now, elapsed, running, waiting });
         Ok(Some(elapsed))
     }
 
     /// As [`Server::finish_pass`](crate::Server::finish_pass).
     pub fn finish_pass(&mut self, now: Nanos, observer: &mut impl Observer) {
-        let Some(Running { composed, start, elapsed, running, waiting }) = self.running.take() else { return };
-        observer.pass(&PassRecord { start, elapsed, pass: composed.pass(), running, waiting });
+        let Some(Running { composed, leaving, start, elapsed, running, waiting }) = self.running.take() else { return };
+        observer.pass(&PassRecord { start, elapsed, pass: composed.pass(), leaving: &leaving, running, waiting });
         self.ends.push(now);
         self.deferred.tell(now, &self.ends, observer);
     }

@@ -56,4 +56,4 @@ pub use pass::{Pass, RowKind, Segment, Slot};
 pub use policy::{Batching, Bound, ExitPolicy, KvFill, Look, Looks};
 pub use scheduler::{PrefixUse, ScheduleError, Scheduler, Settings};
 pub use serve::{Clock, ServeError, Server, VirtualClock, serve};
-pub use steady::{SteadyLoad, SteadyServer};
+pub use steady::{Lengths, SteadyLoad, SteadyServer};

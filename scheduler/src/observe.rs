@@ -24,6 +24,8 @@ pub struct PassRecord<'a> {
     pub elapsed: Nanos,
     /// Its rows.
     pub pass: Pass<'a>,
+    /// Indices of the segments whose last rows left in it, rising.
+    pub leaving: &'a [u32],
     /// Sequences that hold a slot.
     pub running: u32,
     /// Requests that wait for one.
@@ -46,6 +48,25 @@ pub trait Observer {
 
 /// Nobody watches.
 impl Observer for () {}
+
+/// Whoever watches may be lent.
+impl<O: Observer> Observer for &mut O {
+    fn admitted(&mut self, now: Nanos, request: &Request) {
+        O::admitted(self, now, request);
+    }
+    fn preempted(&mut self, now: Nanos, request: &Request) {
+        O::preempted(self, now, request);
+    }
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        O::pass(self, record);
+    }
+    fn token(&mut self, now: Nanos, request: &Request, token: Token) {
+        O::token(self, now, request, token);
+    }
+    fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
+        O::finished(self, now, request, first_token);
+    }
+}
 
 /// Both watch.
 impl<A: Observer, B: Observer> Observer for (A, B) {

@@ -111,6 +111,7 @@ impl<E: Executor> Server<E> {
             start,
             elapsed,
             pass: self.scheduler.pass(),
+            leaving: self.scheduler.leaving(),
             running: self.scheduler.num_running(),
             waiting: self.scheduler.num_waiting(),
         });

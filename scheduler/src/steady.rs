@@ -3,28 +3,48 @@
 use traces::{Nanos, Request};
 
 use crate::executor::Executor;
+use crate::observe::Observer;
 use crate::policy::{Batching, ExitPolicy, KvFill};
 use crate::scheduler::Settings;
 use crate::serve::{ServeError, Server};
 
-/// What is served: requests that are all much alike, a full batch of them at any time. The passes are the same on every
-/// executor, so the n-th on one takes the place of the n-th on another.
+/// What is served: requests that come in bursts of up to a full batch, one in the time of a sequence on average. So there
+/// are passes of few sequences and of full batches, some while a burst goes out and some while another comes. Bursts come
+/// with certain passes, or at once when nothing is left to do, so passes are the same on every executor: the n-th on one
+/// takes the place of the n-th on another.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SteadyLoad {
     settings: Settings,
-    longest: u32,
+    lengths: Lengths,
+}
+
+/// How long the sequences of a load are, in tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lengths {
+    /// Of every prompt.
+    pub prompt: u32,
+    /// Of outputs in the middle: they go from half of it to one and a half of it, as far as `longest` allows.
+    pub output: u32,
+    /// Prompt and output of the longest sequence.
+    pub longest: u32,
+}
+
+/// Numbers from 0 to 1 that are spread evenly, however many there are of them: the fractions of multiples of an irrational
+/// number.
+fn spread(index: usize, irrational: f64) -> f64 {
+    (index as f64 * irrational).fract()
 }
 
 impl SteadyLoad {
-    /// A load of sequences of up to `longest` tokens that run at full depth, batched by sequence, up to `max_batch` at once,
-    /// with at most `token_budget` rows in a pass, of which `prefill_chunk` are of prompts.
+    /// A load of sequences that run at full depth, batched by sequence, up to `max_batch` at once, with at most
+    /// `token_budget` rows in a pass, of which `prefill_chunk` are of prompts.
     pub fn new(
         num_loops: u8,
         max_batch: u32,
         token_budget: u32,
         prefill_chunk: u32,
         block_tokens: u32,
-        longest: u32,
+        lengths: Lengths,
     ) -> Self {
         let settings = Settings {
             batching: Batching::Sequence,
@@ -35,11 +55,11 @@ impl SteadyLoad {
             token_budget,
             prefill_chunk,
             block_tokens,
-            num_blocks: max_batch * longest.div_ceil(block_tokens),
+            num_blocks: max_batch * lengths.longest.max(2).div_ceil(block_tokens),
             prefix_caching: false,
             async_scheduling: false,
         };
-        Self { settings, longest }
+        Self { settings, lengths }
     }
 
     /// The settings to serve it under.
@@ -47,12 +67,28 @@ impl SteadyLoad {
         &self.settings
     }
 
-    /// Its n-th request: half of the longest sequence is prompt, and an eighth to a third of it is generated, so that
-    /// sequences end one by one. Ids come again, long after their requests have ended.
-    fn request(&self, index: u32) -> Request {
-        let prompt_tokens = (self.longest / 2).max(1);
-        let output_tokens = (self.longest * (8 + 2 * (index % 8)) / 64).max(1);
-        Request { id: index % (self.settings.max_batch * 64), arrival: Nanos::ZERO, prompt_tokens, output_tokens }
+    /// Its n-th request. Ids come again, long after their requests have ended.
+    fn request(&self, index: usize) -> Request {
+        let Lengths { prompt, output, longest } = self.lengths;
+        let prompt_tokens = prompt.clamp(1, longest.max(2) - 1);
+        let longest_output = (output + output / 2).clamp(1, longest.max(2) - prompt_tokens);
+        let shortest_output = (output / 2).clamp(1, longest_output);
+        let outputs = f64::from(longest_output - shortest_output + 1);
+        let output_tokens = shortest_output + (outputs * spread(index, 3f64.sqrt())) as u32;
+        let id = index as u32 % (self.settings.max_batch * 64);
+        Request { id, arrival: Nanos::ZERO, prompt_tokens, output_tokens }
+    }
+
+    /// Requests of its n-th burst.
+    fn burst(&self, index: usize) -> u32 {
+        1 + (f64::from(self.settings.max_batch) * spread(index, std::f64::consts::GOLDEN_RATIO)) as u32
+    }
+
+    /// Passes from its n-th burst to the next.
+    fn gap(&self, index: usize) -> usize {
+        let Lengths { prompt, output, .. } = self.lengths;
+        let steps = prompt.div_ceil(self.settings.prefill_chunk) + output;
+        (2.0 * f64::from(steps * u32::from(self.settings.num_loops)) * spread(index, 2f64.sqrt())) as usize
     }
 }
 
@@ -60,7 +96,10 @@ impl SteadyLoad {
 pub struct SteadyServer<E> {
     load: SteadyLoad,
     server: Server<E>,
-    submitted: u32,
+    submitted: usize,
+    bursts: usize,
+    /// The pass that the next burst comes with.
+    next_burst: usize,
     passes: usize,
     now: Nanos,
 }
@@ -72,22 +111,28 @@ impl<E: Executor> SteadyServer<E> {
     /// If the load's settings contradict each other.
     pub fn new(load: SteadyLoad, executor: E) -> Result<Self, ServeError<E::Error>> {
         let server = Server::new(load.settings, executor)?;
-        Ok(Self { load, server, submitted: 0, passes: 0, now: Nanos::ZERO })
+        Ok(Self { load, server, submitted: 0, bursts: 0, next_burst: 0, passes: 0, now: Nanos::ZERO })
     }
 
     /// Runs the next pass: how long the executor says that it took.
     ///
     /// # Errors
     /// If a request of the load could never run to its end, or the executor fails.
-    pub fn pass(&mut self) -> Result<Nanos, ServeError<E::Error>> {
-        while self.server.scheduler().num_waiting() < self.load.settings.max_batch {
-            self.server.submit(self.load.request(self.submitted))?;
-            self.submitted = self.submitted.wrapping_add(1);
+    pub fn pass(&mut self, observer: &mut impl Observer) -> Result<Nanos, ServeError<E::Error>> {
+        let scheduler = self.server.scheduler();
+        let idle = scheduler.num_running() + scheduler.num_waiting() == 0;
+        if idle || self.passes >= self.next_burst {
+            for _ in 0..self.load.burst(self.bursts) {
+                self.server.submit(self.load.request(self.submitted))?;
+                self.submitted += 1;
+            }
+            self.next_burst = self.passes + self.load.gap(self.bursts);
+            self.bursts += 1;
         }
-        let elapsed = self.server.start_pass(self.now, &mut ()).map_err(ServeError::Executor)?;
-        let elapsed = elapsed.expect("requests wait");
+        let elapsed = self.server.start_pass(self.now, observer).map_err(ServeError::Executor)?;
+        let elapsed = elapsed.expect("requests wait or run");
         self.now += elapsed;
-        self.server.finish_pass(self.now, &mut ());
+        self.server.finish_pass(self.now, observer);
         self.passes += 1;
         Ok(elapsed)
     }

@@ -302,8 +302,8 @@ impl Observer for Events {
     }
 
     fn pass(&mut self, record: &PassRecord<'_>) {
-        let PassRecord { start, elapsed, pass, running, waiting } = record;
-        self.0.push(format!("{start:?} {elapsed:?} {:?} {running} {waiting}", pass.segments));
+        let PassRecord { start, elapsed, pass, leaving, running, waiting } = record;
+        self.0.push(format!("{start:?} {elapsed:?} {:?} {leaving:?} {running} {waiting}", pass.segments));
     }
 
     fn token(&mut self, now: Nanos, request: &Request, token: Token) {

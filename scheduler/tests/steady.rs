@@ -1,23 +1,25 @@
-//! A load that never ends keeps the batch full, and its passes do not depend on how long they take.
+//! A load that never ends has passes of few sequences and of full batches, which do not depend on how long they take.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::rc::Rc;
 
-use scheduler::{Executor, Pass, Segment, Slot, SteadyLoad, SteadyServer};
+use scheduler::{Executor, Lengths, Pass, Segment, Slot, SteadyLoad, SteadyServer};
 use traces::{Nanos, Request};
 
 /// Notes what it is asked to run.
 struct Notes {
     elapsed: Nanos,
     passes: Rc<RefCell<Vec<Vec<Segment>>>>,
+    requests: Rc<RefCell<Vec<Request>>>,
 }
 
 impl Executor for Notes {
     type Error = Infallible;
     fn admit(&mut self, _: Slot, request: &Request, generated: u32) -> Result<(), Infallible> {
         assert_eq!(generated, 0, "nothing is preempted");
-        assert!(request.context_tokens() <= 128);
+        self.requests.borrow_mut().push(*request);
         Ok(())
     }
     fn release(&mut self, _: Slot) {}
@@ -30,33 +32,56 @@ impl Executor for Notes {
     }
 }
 
-fn passes(load: SteadyLoad, elapsed: Nanos, count: usize) -> Vec<Vec<Segment>> {
-    let passes = Rc::default();
-    let mut server = SteadyServer::new(load, Notes { elapsed, passes: Rc::clone(&passes) }).unwrap();
+fn served(load: SteadyLoad, elapsed: Nanos, count: usize) -> (Vec<Vec<Segment>>, Vec<Request>) {
+    let (passes, requests) = (Rc::default(), Rc::default());
+    let notes = Notes { elapsed, passes: Rc::clone(&passes), requests: Rc::clone(&requests) };
+    let mut server = SteadyServer::new(load, notes).unwrap();
     for _ in 0..count {
-        assert_eq!(server.pass().unwrap(), elapsed);
+        assert_eq!(server.pass(&mut ()).unwrap(), elapsed);
     }
     assert_eq!(server.passes(), count);
-    passes.take()
+    (passes.take(), requests.take())
+}
+
+const LENGTHS: Lengths = Lengths { prompt: 20, output: 40, longest: 100 };
+
+#[test]
+fn passes_are_of_every_number_of_sequences_and_the_same_on_every_executor() {
+    let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS);
+    let (slow, _) = served(load, Nanos(1_000_000), 20_000);
+    assert_eq!(served(load, Nanos(1), 20_000).0, slow);
+    let mut of_sequences = [0usize; 9];
+    for pass in &slow {
+        assert!(!pass.is_empty(), "there is always somebody to go on with");
+        of_sequences[pass.len()] += 1;
+    }
+    assert!(of_sequences[1..].iter().all(|&passes| passes > slow.len() / 100), "{of_sequences:?}");
+    let depth = |(index, pass): (usize, &Vec<Segment>)| usize::from(pass[0].depth) == index % 3;
+    assert!(slow.iter().enumerate().all(depth), "passes take turns through the depths");
 }
 
 #[test]
-fn the_batch_stays_full_and_passes_are_the_same_on_every_executor() {
-    let load = SteadyLoad::new(3, 4, 32, 16, 16, 128);
-    let slow = passes(load, Nanos(1_000_000), 5000);
-    assert_eq!(passes(load, Nanos(1), 5000), slow);
-    let rows = |pass: &Vec<Segment>| pass.iter().map(|segment| segment.tokens).sum::<u32>();
-    let most = slow.iter().map(rows).max().unwrap();
-    assert!((17..=19).contains(&most), "a chunk of 16 beside up to three decode rows, not {most} rows");
-    let later = &slow[100..];
-    assert!(later.iter().all(|pass| pass.len() <= 4 && rows(pass) >= 2), "there is always somebody to go on with");
-    let mean = later.iter().map(|pass| pass.len()).sum::<usize>() as f64 / later.len() as f64;
-    assert!(mean > 3.0, "{mean} segments in a pass");
-    let depths: Vec<usize> = (0..3).map(|depth| later.iter().filter(|pass| pass[0].depth == depth).count()).collect();
-    assert!(depths.iter().all(|&count| count.abs_diff(later.len() / 3) <= 1), "{depths:?}");
+fn sequences_have_the_lengths_that_were_asked_for() {
+    let (_, requests) = served(SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS), Nanos(5), 20_000);
+    assert!(requests.len() > 200);
+    assert!(requests.iter().all(|request| request.prompt_tokens == 20));
+    let outputs = || requests.iter().map(|request| request.output_tokens);
+    assert_eq!((outputs().min(), outputs().max()), (Some(20), Some(60)));
+    let mean = f64::from(outputs().sum::<u32>()) / requests.len() as f64;
+    assert!((mean - 40.0).abs() < 1.0, "{mean}");
+    assert!(outputs().collect::<HashSet<_>>().len() > 38, "sequences that begin together do not end together");
+
+    let capped = Lengths { prompt: 64, output: 64, longest: 100 };
+    let (_, requests) = served(SteadyLoad::new(3, 8, 32, 16, 16, capped), Nanos(5), 5_000);
+    let longest = requests.iter().map(Request::context_tokens).max();
+    assert_eq!(longest, Some(100));
 }
 
 #[test]
 fn the_shortest_sequences_and_the_smallest_batch_can_be_served() {
-    assert!(passes(SteadyLoad::new(1, 1, 1, 1, 16, 1), Nanos(5), 100).iter().all(|pass| pass.len() == 1));
+    for lengths in [(0, 0, 0), (1, 1, 1), (1, 1, 2), (7, 1, 3)] {
+        let (prompt, output, longest) = lengths;
+        let load = SteadyLoad::new(1, 1, 1, 1, 16, Lengths { prompt, output, longest });
+        assert!(served(load, Nanos(5), 100).0.iter().all(|pass| pass.len() == 1));
+    }
 }

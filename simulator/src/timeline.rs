@@ -234,7 +234,7 @@ mod tests {
         let tables = BlockTables::new(1, 1, 1);
         let pass = Pass { segments: &segments, looks: ExitPolicy::None.looks(2), tables: &tables };
         let (start, elapsed) = (Nanos(from * MICRO), Nanos((to - from) * MICRO));
-        timeline.pass(&PassRecord { start, elapsed, pass, running: 1, waiting: 0 });
+        timeline.pass(&PassRecord { start, elapsed, pass, leaving: &[], running: 1, waiting: 0 });
     }
 
     fn written(timelines: &[Timeline]) -> Vec<Value> {

@@ -8,7 +8,7 @@ use clap::{ArgMatches, Command, FromArgMatches};
 use simulator::{CapacitySearch, Points, Table};
 
 use crate::arguments::{ObjectiveArgs, SimulationArgs};
-use crate::measure::progress;
+use crate::progress::progress;
 use crate::report::print_table;
 use crate::runs::warn_of_extrapolations;
 use crate::sweep::figures::{CAPACITY, CAPACITY_SUMMARY, draw_capacity};

@@ -14,7 +14,7 @@ use training::convert::{
     convert,
 };
 
-use crate::measure::progress;
+use crate::progress::progress;
 use crate::report::print_table;
 use crate::results::ResultsFolder;
 

@@ -20,7 +20,7 @@ use training::evaluation::reliability::{ReliabilityBin, SignalQuality, reliabili
 use training::evaluation::{Evaluation, Windows, evaluate_and_record};
 
 use crate::figures::exit_depths;
-use crate::measure::progress;
+use crate::progress::progress;
 use crate::report::{print_loops, print_table};
 use crate::results::{CONFIG, ResultsFolder};
 

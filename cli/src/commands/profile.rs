@@ -7,10 +7,12 @@ use engine::cuda::floors::Load;
 use engine::executor::Sampling;
 use engine::profile::{Grid, Limits, Profiler};
 
+use scheduler::Lengths;
 use simulator::write_csv;
 
 use crate::arguments::ModelArgs;
-use crate::measure::{NamedEngine, ServiceProfile, progress, warn_of_noise};
+use crate::measure::{NamedEngine, ServiceProfile, warn_of_noise};
+use crate::progress::progress;
 
 /// Measure a latency profile of a model on this machine
 #[derive(Debug, clap::Args)]
@@ -43,8 +45,10 @@ pub fn run(args: Args) -> Result<()> {
     let ModelArgs { model, loops, weights, device } = &args.model;
     let named = NamedEngine::load_without_prompts(model, *loops, *weights, *device, Sampling::default())?;
     let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
+    // Sequences of half the longest, of which half is prompt, go on a third longer and end a third earlier.
+    let lengths = Lengths { prompt: max_tokens / 2, output: max_tokens / 4, longest: max_tokens };
     let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };
-    let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits))?;
+    let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits), lengths)?;
     let bar = progress(0);
     for round in 0..args.rounds {
         profiler.round(|done, of| {

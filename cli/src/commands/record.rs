@@ -6,7 +6,8 @@ use anyhow::Result;
 use traces::{DepthTally, ExitTable, ExitTraceWriter};
 
 use crate::arguments::{EngineArgs, RequestArgs};
-use crate::measure::{progress, recording_source};
+use crate::measure::recording_source;
+use crate::progress::progress;
 use crate::report;
 use crate::results::ResultsFolder;
 

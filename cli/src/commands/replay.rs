@@ -10,7 +10,8 @@ use scheduler::{Look, Settings};
 use traces::{ExitTrace, Request};
 
 use crate::arguments::{EngineArgs, RequestArgs, ServingArgs};
-use crate::measure::{NamedEngine, progress, record, replay};
+use crate::measure::{NamedEngine, record, replay};
+use crate::progress::progress;
 use crate::report;
 use crate::results::ResultsFolder;
 use crate::runs::write_results;

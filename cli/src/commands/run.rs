@@ -107,6 +107,7 @@ fn simulate_load(
     report::print_summaries(summaries(runs()));
     report::print_speedup(&load.runs);
 
+    write_csv(&folder.join("passes.csv"), &load.passes)?;
     let recorded = vec![exits; settings.len()];
     let comparisons = compare(&load.repeats, &simulate_repeats(settings, measured, &recorded, load, &workload)?);
     println!("\nsimulated less measured, in percent of measured, with 95% confidence intervals:");

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use simulator::Points;
 
-use crate::measure::progress;
+use crate::progress::progress;
 use crate::runs::warn_of_extrapolations;
 use crate::sweep::figures::{SWEEP_SUMMARY, draw_sweep};
 use crate::sweep::folder::{self, Inputs};

@@ -176,7 +176,14 @@ mod tests {
             .collect();
         let tables = BlockTables::new(1, 1, 1);
         let pass = Pass { segments: &segments, looks: ExitPolicy::None.looks(2), tables: &tables };
-        rows.record(&PassRecord { start: Nanos(start), elapsed: Nanos(elapsed), pass, running: 1, waiting: 0 })
+        rows.record(&PassRecord {
+            start: Nanos(start),
+            elapsed: Nanos(elapsed),
+            pass,
+            leaving: &[],
+            running: 1,
+            waiting: 0,
+        })
     }
 
     #[test]

@@ -1,0 +1,130 @@
+//! The passes of replays beside what the simulator says of each: where an error of a whole run comes from.
+
+use std::collections::BTreeMap;
+
+use scheduler::{Batching, Settings};
+use serde::Serialize;
+use simulator::{Extrapolations, LatencyModel, Pace, PassLog};
+use traces::Nanos;
+
+/// Passes of one combination that are alike, in all repeats: a line of `passes.csv`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PassClass {
+    /// Batching policy.
+    pub batching: Batching,
+    /// Exit policy: none, static, oracle, confidence.
+    pub exit: &'static str,
+    /// Whether there were rows of prompts.
+    pub prompts: bool,
+    /// Most decode rows: a power of two, and more than half of it; 0 of prompts alone.
+    pub decode_rows_up_to: u32,
+    /// How many.
+    pub passes: usize,
+    /// What the executor took on average, in microseconds.
+    pub measured_us: f64,
+    /// What the simulator says of the same passes at the pace of their moments.
+    pub simulated_us: f64,
+    /// Simulated less measured, in percent of measured.
+    pub error_pct: f64,
+}
+
+/// Passes, and what they took, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    passes: usize,
+    measured: f64,
+    simulated: f64,
+}
+
+/// Compares the passes of one combination; each replay comes with the machine's pace during it.
+pub fn compare_passes<'a>(
+    settings: &Settings,
+    replays: impl Iterator<Item = (&'a PassLog, &'a Pace)>,
+    model: &LatencyModel,
+) -> Vec<PassClass> {
+    let mut classes: BTreeMap<(bool, u32), Sums> = BTreeMap::new();
+    for (log, pace) in replays {
+        for pass in log.passes() {
+            let decode_rows = pass.work.shape.decode_rows;
+            let up_to = if decode_rows == 0 { 0 } else { decode_rows.next_power_of_two() };
+            let sums = classes.entry((!pass.work.chunks.is_empty(), up_to)).or_default();
+            let by_profile = Nanos(model.pass_ns(&pass.work, &mut Extrapolations::default()).round() as u64);
+            sums.passes += 1;
+            sums.measured += pass.elapsed.as_micros_f64();
+            sums.simulated += pace.stretch(pass.start, by_profile).as_micros_f64();
+        }
+    }
+    let class = |((prompts, decode_rows_up_to), Sums { passes, measured, simulated })| PassClass {
+        batching: settings.batching,
+        exit: settings.exit.kind(),
+        prompts,
+        decode_rows_up_to,
+        passes,
+        measured_us: measured / passes as f64,
+        simulated_us: simulated / passes as f64,
+        error_pct: 100.0 * (simulated / measured - 1.0),
+    };
+    classes.into_iter().map(class).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use scheduler::{Lengths, SteadyLoad, SteadyServer};
+    use simulator::{ExitModel, ProfileExecutor};
+    use traces::{Component, LatencyProfile, Point, ProfileMeta};
+
+    use super::*;
+
+    /// A profile by which a pass takes as many microseconds as it has rows.
+    fn profile() -> LatencyProfile {
+        let point = |rows: u32| Point {
+            component: Component::Block,
+            rows,
+            kv_tokens: 0,
+            depths: 1,
+            time_us: f64::from(rows),
+            spread_us: 0.0,
+            repeats: 1,
+        };
+        let meta = ProfileMeta {
+            schema_version: LatencyProfile::SCHEMA_VERSION,
+            model: "test".to_owned(),
+            fingerprint: "test".to_owned(),
+            num_loops: 2,
+            device: "none".to_owned(),
+            software: "none".to_owned(),
+            source: "made up".to_owned(),
+            overhead_us: 0.0,
+            weight_bytes: 0,
+            kv_bytes_per_token: 0,
+            memory: None,
+        };
+        LatencyProfile { meta, points: vec![point(1), point(64)], mixed_attention: None }
+    }
+
+    #[test]
+    fn passes_are_compared_by_what_they_are_of() {
+        let model = LatencyModel::new(&profile()).unwrap();
+        let load = SteadyLoad::new(2, 3, 16, 8, 16, Lengths { prompt: 8, output: 6, longest: 32 });
+        let exits = ExitModel::full_depth(2, "test").unwrap();
+        let mut server = SteadyServer::new(load, ProfileExecutor::new(&model, &exits, load.settings())).unwrap();
+        let mut log = PassLog::new(load.settings());
+        for _ in 0..500 {
+            server.pass(&mut log).unwrap();
+        }
+        let slow = Pace::measured_at(&[(Nanos::ZERO, 1.5)]);
+        let classes = compare_passes(load.settings(), [(&log, &slow)].into_iter(), &model);
+        assert_eq!(classes.iter().map(|class| class.passes).sum::<usize>(), 500);
+        let of = |prompts, rows| {
+            let found = classes.iter().find(|class| (class.prompts, class.decode_rows_up_to) == (prompts, rows));
+            found.unwrap_or_else(|| panic!("no passes of {rows} decode rows in {classes:?}"))
+        };
+        assert_eq!([of(false, 1).measured_us, of(false, 2).measured_us], [1.0, 2.0]);
+        assert_eq!(of(false, 4).measured_us, 3.0, "three rows are more than two and at most four");
+        assert!(of(true, 0).measured_us > 4.0, "a chunk has up to 8 rows");
+        for class in &classes {
+            assert!((class.simulated_us / class.measured_us - 1.5).abs() < 1e-9, "{class:?}");
+            assert!((class.error_pct - 50.0).abs() < 1e-6, "{class:?}");
+        }
+    }
+}

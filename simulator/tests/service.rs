@@ -1,0 +1,118 @@
+//! A profile in service says of passes what they took, and passes that are logged take what the executor says.
+
+mod common;
+
+use common::{drawn_exits, poisson, profile, settings, varied_latency};
+use proptest::prelude::*;
+use scheduler::{Batching, Lengths, Server, Settings, SteadyLoad, VirtualClock, serve};
+use simulator::{Extrapolations, LatencyModel, PassLog, PassWork, ProfileExecutor, ServiceFactors, steady_passes};
+use traces::{Component, LatencyProfile, Nanos};
+
+use Component::{Block, DecodeAttention, Head};
+
+const LENGTHS: Lengths = Lengths { prompt: 8, output: 8, longest: 32 };
+
+fn load() -> SteadyLoad {
+    SteadyLoad::new(2, 8, 32, 16, 16, LENGTHS)
+}
+
+fn apart() -> LatencyProfile {
+    let rows = [1, 2, 4, 8, 16, 24].map(|rows| (Block, rows, 0, 1, 10.0 + f64::from(rows)));
+    let mut points = rows.to_vec();
+    points.extend([(Head, 1, 0, 1, 5.0), (Head, 8, 0, 1, 12.0)]);
+    points.extend([(DecodeAttention, 1, 32, 1, 1.0), (DecodeAttention, 8, 32, 1, 6.0)]);
+    profile(2, &points)
+}
+
+/// The passes of the load, as a machine takes them on which they take `slower(rows)` times what the profile says.
+fn served(profile: &LatencyProfile, slower: impl Fn(u32) -> f64) -> (Vec<PassWork>, Vec<Nanos>) {
+    let model = LatencyModel::new(profile).unwrap();
+    let works = steady_passes(load(), &model, 4000).unwrap();
+    let took = |work: &PassWork| {
+        let said = model.pass_ns(work, &mut Extrapolations::default());
+        Nanos((said * slower(work.shape.rows)).round() as u64)
+    };
+    let took = works.iter().map(took).collect();
+    (works, took)
+}
+
+fn factors(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos]) -> ServiceFactors {
+    ServiceFactors::new(profile, &works.iter().zip(took.iter().copied()).collect::<Vec<_>>()).unwrap()
+}
+
+/// What a profile says of passes over what they took, of those with some number of rows.
+fn said_over_took(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos], rows: impl Fn(u32) -> bool) -> f64 {
+    let model = LatencyModel::new(profile).unwrap();
+    let of = works.iter().zip(took).filter(|(work, _)| rows(work.shape.rows));
+    let sums = of.fold((0.0, 0.0), |(said, all), (work, took)| {
+        (said + model.pass_ns(work, &mut Extrapolations::default()), all + took.0 as f64)
+    });
+    sums.0 / sums.1
+}
+
+#[test]
+fn small_passes_that_are_slower_in_service_than_large_ones_come_out_so() {
+    let apart = apart();
+    let slower = |rows: u32| if rows <= 4 { 1.3 } else { 0.9 };
+    let (works, took) = served(&apart, slower);
+    assert!(said_over_took(&apart, &works, &took, |rows| rows <= 4) < 0.8, "the test tells nothing otherwise");
+    let factors = factors(&apart, &works, &took);
+    let service = factors.apply(&apart);
+    assert!((said_over_took(&service, &works, &took, |_| true) - 1.0).abs() < 1e-6);
+    for (low, high) in [(1, 1), (2, 2), (3, 4), (8, 8), (9, 32)] {
+        let ratio = said_over_took(&service, &works, &took, |rows| (low..=high).contains(&rows));
+        assert!((ratio - 1.0).abs() < 0.02, "{low} to {high} rows: {ratio}");
+    }
+    let (least, most) = factors.range();
+    assert!((0.85..0.95).contains(&least) && (1.25..1.4).contains(&most), "{least} to {most}");
+}
+
+#[test]
+fn numbers_of_rows_that_few_passes_have_take_their_neighbours_factor() {
+    let apart = apart();
+    let (works, took) = served(&apart, |rows| if rows == 4 { 3.0 } else { 1.2 });
+    // Of passes of three to seven rows, which all bear on the factor of 4, too few are left to go by.
+    let mut left = 20;
+    let kept: (Vec<PassWork>, Vec<Nanos>) = works
+        .into_iter()
+        .zip(took)
+        .filter(|(work, _)| {
+            let rare = (3..=7).contains(&work.shape.rows);
+            left -= i32::from(rare);
+            !rare || left >= 0
+        })
+        .unzip();
+    let service = factors(&apart, &kept.0, &kept.1).apply(&apart);
+    let block = |profile: &LatencyProfile| profile.points_of(Block).find(|point| point.rows == 4).unwrap().time_us;
+    let factor = block(&service) / block(&apart);
+    assert!((1.1..1.3).contains(&factor), "{factor}");
+}
+
+#[test]
+fn a_machine_of_which_no_pass_was_seen_is_as_fast_as_its_profile() {
+    let apart = apart();
+    assert_eq!(factors(&apart, &[], &[]).apply(&apart), apart);
+}
+
+proptest! {
+    /// The log says of every pass what the executor that ran it looked up, whatever the policies.
+    #[test]
+    fn what_is_logged_takes_what_the_executor_says(
+        batching in prop::sample::select(Batching::ALL.to_vec()),
+        exit in prop::sample::select(vec!["none", "static:1", "oracle", "oracle:charged", "confidence:0.6"]),
+        seed in 0u64..50,
+    ) {
+        let settings = Settings { prefill_chunk: 8, token_budget: 20, ..settings(batching, exit, 3, 6) };
+        let latency = varied_latency(3);
+        let exits = drawn_exits(&[0.5, 0.3, 0.2], 40, 12, seed);
+        let mut server = Server::new(settings, ProfileExecutor::new(&latency, &exits, &settings)).unwrap();
+        let mut log = PassLog::new(&settings);
+        serve(&mut server, poisson(30, 300.0, 17, 12, seed), &mut VirtualClock::default(), &mut log).unwrap();
+        prop_assert!(log.passes().len() > 50);
+        for pass in log.passes() {
+            let said = latency.pass_ns(&pass.work, &mut Extrapolations::default());
+            // Two times are rounded to whole nanoseconds, that of the run and that of those who leave.
+            prop_assert!((said - pass.elapsed.0 as f64).abs() <= 1.0, "{said} ns: {pass:?}");
+        }
+    }
+}
