@@ -5,4 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 toolkit=$PWD/target/cuda-toolkit
 scripts/cuda-toolkit.sh compile "$toolkit"
-LD_LIBRARY_PATH="$toolkit/lib" cargo run --release --quiet -p engine --example cuda_compile -- "$toolkit"
+# Of the whole workspace, so that nothing is built again with other features.
+cargo build --release --quiet --workspace --example cuda_compile
+LD_LIBRARY_PATH="$toolkit/lib" "${CARGO_TARGET_DIR:-target}/release/examples/cuda_compile" "$toolkit"

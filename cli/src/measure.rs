@@ -253,8 +253,8 @@ pub struct ServiceProfile {
     /// The profile.
     pub profile: LatencyProfile,
     model: LatencyModel,
-    /// The passes of the load that the profiler serves.
-    passes: Vec<PassWork>,
+    /// The passes of the loads that the profiler serves, without exits and with.
+    passes: [Vec<PassWork>; 2],
 }
 
 impl ServiceProfile {
@@ -272,9 +272,13 @@ impl ServiceProfile {
         let measured = profiler.measured();
         let apart = measured.profile(model, source);
         let probes: Vec<&Probe> = measured.probes().chain(further).collect();
-        let count = probes.iter().map(|probe| probe.first + probe.times.len()).max().unwrap_or_default();
-        let passes = steady_passes(profiler.load(), &LatencyModel::new(&apart)?, count)?;
-        let timed = probes.iter().flat_map(|probe| passes[probe.first..].iter().zip(probe.times.iter().copied()));
+        let model_apart = LatencyModel::new(&apart)?;
+        let passes = |exits: bool| {
+            let ends = probes.iter().filter(|probe| probe.exits == exits).map(|probe| probe.first + probe.times.len());
+            steady_passes(profiler.load(exits), &model_apart, ends.max().unwrap_or_default())
+        };
+        let passes = [passes(false)?, passes(true)?];
+        let timed = probes.iter().flat_map(|probe| works_of(&passes, probe).iter().zip(probe.times.iter().copied()));
         let factors = ServiceFactors::new(&apart, &timed.collect::<Vec<_>>())?;
         let mut profile = factors.apply(&apart);
         let (least, most) = factors.range();
@@ -287,10 +291,17 @@ impl ServiceProfile {
 
     /// How many times as long passes took at a probe as the profile says.
     fn pace(&self, probe: &Probe) -> f64 {
-        let works = &self.passes[probe.first..][..probe.times.len()];
-        let said: f64 = works.iter().map(|work| self.model.pass_ns(work, &mut Extrapolations::default())).sum();
+        let said: f64 = works_of(&self.passes, probe)
+            .iter()
+            .map(|work| self.model.pass_ns(work, &mut Extrapolations::default()))
+            .sum();
         probe.times.iter().copied().sum::<Nanos>().0 as f64 / said
     }
+}
+
+/// The passes that a probe served.
+fn works_of<'p>(passes: &'p [Vec<PassWork>; 2], probe: &Probe) -> &'p [PassWork] {
+    &passes[usize::from(probe.exits)][probe.first..][..probe.times.len()]
 }
 
 impl MeasuredLoad {
@@ -502,7 +513,7 @@ mod tests {
         let measured = profiler.measured();
         let (mut took, mut said, mut paced) = (0.0, 0.0, 0.0);
         for probe in measured.probes().chain([&further]) {
-            let works = &service.passes[probe.first..][..probe.times.len()];
+            let works = works_of(&service.passes, probe);
             let by_profile: f64 =
                 works.iter().map(|work| service.model.pass_ns(work, &mut Extrapolations::default()) / 1e3).sum();
             took += probe.times.iter().map(|time| time.as_micros_f64()).sum::<f64>();

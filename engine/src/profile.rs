@@ -126,11 +126,15 @@ pub struct Profiler {
     shapes: Vec<Shape>,
     rounds: Vec<Round>,
     grid: Grid,
-    /// Machines in service with the batches of the grid, the smallest first; probes serve the load of the last. If no cache
-    /// holds the model, it is the only one.
+    /// Machines in service with the batches of the grid, the smallest first. If no cache holds the model, there is only one,
+    /// with the largest batch.
     services: Vec<SteadyServer<EngineExecutor>>,
     /// Whether shapes run among the passes of these machines.
     runs_among: bool,
+    /// A machine in service with the largest batch and exits.
+    exiting: SteadyServer<EngineExecutor>,
+    /// Whether the next probe is of exits.
+    probes_exits: bool,
 }
 
 /// What one round measured.
@@ -144,6 +148,8 @@ struct Round {
 /// How fast the machine was in service at one moment: what it took for some passes of the profiler's steady load.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
+    /// Whether the load was served [with exits](SteadyLoad::with_exits).
+    pub exits: bool,
     /// Number of the first pass in the load.
     pub first: usize,
     /// How long the executor says that each pass took.
@@ -245,19 +251,30 @@ impl Profiler {
         executor.check_request(&request)?;
         let num_loops = engine.model.config().num_loops;
         let shapes = shapes(&grid, num_loops as u32);
-        let service = |batch: u32| {
-            let load = SteadyLoad::new(num_loops as u8, batch, rows, chunk, block_tokens, lengths);
-            Ok::<_, ReplayError>(SteadyServer::new(load, engine.executor(load.settings())?)?)
+        // Several prompts share a pass, as they do in replays; the shapes have no longer chunks than `chunk`.
+        let prompt_rows = if lengths.prompt <= chunk { rows } else { chunk };
+        let load = |batch: u32| SteadyLoad::new(num_loops as u8, batch, rows, prompt_rows, block_tokens, lengths);
+        let serve =
+            |load: SteadyLoad| Ok::<_, ReplayError>(SteadyServer::new(load, engine.executor(load.settings())?)?);
+        let mut profiler = Self {
+            engine: engine.clone(),
+            executor,
+            tables,
+            shapes,
+            rounds: Vec::new(),
+            grid,
+            services: vec![serve(load(decodes))?],
+            runs_among: false,
+            exiting: serve(load(decodes).with_exits())?,
+            probes_exits: false,
         };
-        let (engine, rounds, services) = (engine.clone(), Vec::new(), vec![service(decodes)?]);
-        let runs_among = false;
-        let mut profiler = Self { engine, executor, tables, shapes, rounds, grid, services, runs_among };
         // The first passes find memory that was never touched.
+        profiler.probe()?;
         profiler.probe()?;
         let probe = profiler.probe()?;
         if probe.elapsed.as_micros_f64() / (probe.times.len() as f64) < CACHED.as_secs_f64() * 1e6 {
             let smaller = profiler.grid.decodes.iter().filter(|&&batch| batch < decodes);
-            let smaller = smaller.map(|&batch| service(batch)).collect::<Result<Vec<_>, _>>()?;
+            let smaller = smaller.map(|&batch| serve(load(batch))).collect::<Result<Vec<_>, _>>()?;
             profiler.services.splice(0..0, smaller);
             profiler.runs_among = true;
         }
@@ -291,24 +308,33 @@ impl Profiler {
         Ok(())
     }
 
-    /// Serves the next passes of the steady load, to tell how fast the machine is at the moment.
+    /// Serves the next passes of a steady load, to tell how fast the machine is at the moment: without exits and with, in
+    /// turn.
     ///
     /// # Errors
     /// If the engine fails.
     pub fn probe(&mut self) -> Result<Probe, ReplayError> {
-        let service = self.services.last_mut().expect("there is always one");
+        let exits = self.probes_exits;
+        self.probes_exits = !exits;
+        let service = match exits {
+            true => &mut self.exiting,
+            false => self.services.last_mut().expect("there is always one"),
+        };
         in_pool(|| {
             let (start, first, mut times) = (Instant::now(), service.passes(), Vec::new());
             while times.len() < PASSES_OF_PROBE || start.elapsed() < PROBE_TIME {
                 times.push(service.pass(&mut ())?);
             }
-            Ok(Probe { first, times, elapsed: start.elapsed().into() })
+            Ok(Probe { exits, first, times, elapsed: start.elapsed().into() })
         })
     }
 
-    /// What probes serve.
-    pub fn load(&self) -> SteadyLoad {
-        self.services.last().expect("there is always one").load()
+    /// What a probe serves.
+    pub fn load(&self, exits: bool) -> SteadyLoad {
+        match exits {
+            true => self.exiting.load(),
+            false => self.services.last().expect("there is always one").load(),
+        }
     }
 
     /// What all rounds measured.

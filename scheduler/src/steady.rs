@@ -62,6 +62,12 @@ impl SteadyLoad {
         Self { settings, lengths }
     }
 
+    /// The same requests, batched depth-wise, each token of which leaves in the middle of the depths.
+    pub fn with_exits(self) -> Self {
+        let exit = ExitPolicy::Static(self.settings.num_loops.saturating_sub(1) / 2);
+        Self { settings: Settings { batching: Batching::Depth, exit, ..self.settings }, ..self }
+    }
+
     /// The settings to serve it under.
     pub fn settings(&self) -> &Settings {
         &self.settings

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::convert::Infallible;
 use std::rc::Rc;
 
-use scheduler::{Executor, Lengths, Pass, Segment, Slot, SteadyLoad, SteadyServer};
+use scheduler::{Executor, Lengths, Pass, RowKind, Segment, Slot, SteadyLoad, SteadyServer};
 use traces::{Nanos, Request};
 
 /// Notes what it is asked to run.
@@ -84,4 +84,15 @@ fn the_shortest_sequences_and_the_smallest_batch_can_be_served() {
         let load = SteadyLoad::new(1, 1, 1, 1, 16, Lengths { prompt, output, longest });
         assert!(served(load, Nanos(5), 100).0.iter().all(|pass| pass.len() == 1));
     }
+}
+
+#[test]
+fn with_exits_tokens_leave_in_the_middle_and_passes_mix_depths() {
+    let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS).with_exits();
+    let (passes, _) = served(load, Nanos(5), 5_000);
+    let of = |kind| passes.iter().flatten().filter(move |segment| segment.kind == kind);
+    assert_eq!(of(RowKind::Decode).map(|segment| segment.depth).max(), Some(1));
+    assert_eq!(of(RowKind::Prompt).map(|segment| segment.depth).max(), Some(2), "prompts run every depth");
+    let mixed = |pass: &&Vec<Segment>| pass.iter().any(|segment| segment.depth != pass[0].depth);
+    assert!(passes.iter().filter(mixed).count() > passes.len() / 2);
 }

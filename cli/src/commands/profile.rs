@@ -45,7 +45,7 @@ pub fn run(args: Args) -> Result<()> {
     let ModelArgs { model, loops, weights, device } = &args.model;
     let named = NamedEngine::load_without_prompts(model, *loops, *weights, *device, Sampling::default())?;
     let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
-    // Sequences of half the longest, of which half is prompt, go on a third longer and end a third earlier.
+    // Half of the longest sequence is prompt, and an eighth of it to three is generated.
     let lengths = Lengths { prompt: max_tokens / 2, output: max_tokens / 4, longest: max_tokens };
     let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };
     let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits), lengths)?;
