@@ -312,7 +312,8 @@ fn trade_off(summaries: &[Summary]) -> TradeOff {
             .map(|point| TradePoint {
                 x: exactly(point.throughput),
                 y: exactly(point.agreement),
-                label: point.threshold.to_string(),
+                // As it was given: thresholds have single precision.
+                label: (point.threshold as f32).to_string(),
             })
             .collect(),
     };

@@ -141,20 +141,26 @@ pub fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
 }
 
 /// Says what speed-up was measured, where both of its sides were.
-pub fn print_speedup(measured: &[Run]) {
-    let find = |batching, kind: &str| {
-        let summaries = measured.iter().map(|run| &run.summary);
-        summaries.into_iter().find(|summary| summary.batching == batching && summary.exit == kind)
+pub fn print_speedup(repeats: &[Vec<Summary>]) {
+    let find = |summaries: &'_ [Summary], batching, kind: &str| {
+        summaries.iter().find(|summary| summary.batching == batching && summary.exit == kind).cloned()
     };
-    if let (Some(baseline), Some(exits)) = (find(Batching::Sequence, "none"), find(Batching::Depth, "confidence")) {
-        println!(
-            "\nmeasured: depth-wise batching with {} runs {:.2} times as fast as sequence-wise batching without exit, \
-             at a token agreement of {:.3}",
-            exits.exit_policy,
-            exits.throughput_tok_s / baseline.throughput_tok_s,
-            exits.token_agreement.unwrap_or(f64::NAN),
-        );
-    }
+    let pair = |summaries: &Vec<Summary>| {
+        let baseline = find(summaries, Batching::Sequence, "none")?;
+        Some((find(summaries, Batching::Depth, "confidence")?, baseline.throughput_tok_s))
+    };
+    let pairs: Vec<(Summary, f64)> = repeats.iter().filter_map(pair).collect();
+    let Some((exits, _)) = pairs.first() else { return };
+    let mut ratios: Vec<f64> = pairs.iter().map(|(exits, baseline)| exits.throughput_tok_s / baseline).collect();
+    ratios.sort_unstable_by(f64::total_cmp);
+    let (least, most) = (ratios[0], ratios[ratios.len() - 1]);
+    println!(
+        "\nmeasured: depth-wise batching with {} runs {:.2} times as fast as sequence-wise batching without exit \
+         ({least:.2} to {most:.2} times, repeat by repeat), at a token agreement of {:.3}",
+        exits.exit_policy,
+        ratios[ratios.len() / 2],
+        exits.token_agreement.unwrap_or(f64::NAN),
+    );
 }
 
 /// The metrics that the simulator is judged by, and what to call them.

@@ -105,7 +105,7 @@ fn simulate_load(
     write_depth_rows(folder, runs())?;
     figures::draw(folder, caption)?;
     report::print_summaries(summaries(runs()));
-    report::print_speedup(&load.runs);
+    report::print_speedup(&load.repeats);
 
     write_csv(&folder.join("passes.csv"), &load.passes)?;
     let recorded = vec![exits; settings.len()];
