@@ -9,7 +9,6 @@ use simulator::Summary;
 use traces::DepthTally;
 use training::evaluation::{Evaluation, LoopFigures};
 
-use crate::runs::Run;
 use crate::validation::{Comparison, E2E_P99, MeanError, THROUGHPUT, TPOT, TTFT};
 
 /// Prints one line per run, with goodput where there are objectives, and what memory holds.

@@ -9,9 +9,10 @@ use engine::config::ModelConfig;
 use engine::executor::Sampling;
 use engine::kernels::linear::WeightType;
 use engine::model::Model;
-use engine::profile::{Grid, Limits, Profiler};
+use engine::profile::{Grid, Limits, Probe, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::Engine;
+use scheduler::{Batching, ExitPolicy, Lengths};
 use traces::{Component, Nanos};
 
 fn engine(config: &ModelConfig) -> Engine {
@@ -22,10 +23,12 @@ fn engine(config: &ModelConfig) -> Engine {
     }
 }
 
+const LENGTHS: Lengths = Lengths { prompt: 10, output: 8, longest: 40 };
+
 #[test]
 fn a_profile_covers_every_component_up_to_its_limits() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
-    let mut profiler = Profiler::new(&engine(&grouped()), grid).unwrap();
+    let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
     let mut done = Vec::new();
     for _ in 0..2 {
         profiler.round(|count, of| done.push((count, of))).unwrap();
@@ -64,7 +67,8 @@ fn a_profile_covers_every_component_up_to_its_limits() {
 #[test]
 fn keys_and_values_before_and_after_the_loops_count() {
     let grid = Grid::up_to(Limits { rows: 3, decodes: 2, history: 4, chunk: 3 });
-    let mut profiler = Profiler::new(&engine(&with_everything()), grid).unwrap();
+    let lengths = Lengths { prompt: 2, output: 2, longest: 4 };
+    let mut profiler = Profiler::new(&engine(&with_everything()), grid, lengths).unwrap();
     profiler.round(|_, _| ()).unwrap();
     // A layer of prelude, and at each of three depths two of block and two of coda.
     assert_eq!(
@@ -76,16 +80,19 @@ fn keys_and_values_before_and_after_the_loops_count() {
 #[test]
 fn a_grid_beyond_the_models_positions_is_refused() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 120, chunk: 12 });
-    let message = Profiler::new(&engine(&grouped()), grid).map(|_| ()).unwrap_err().to_string();
+    let message = Profiler::new(&engine(&grouped()), grid, LENGTHS).map(|_| ()).unwrap_err().to_string();
     assert!(message.contains("needs 132 positions, the model has 128"), "{message}");
 }
 
 #[test]
 fn probes_serve_a_load_that_never_ends_and_say_which_of_its_passes() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
-    let mut profiler = Profiler::new(&engine(&grouped()), grid).unwrap();
-    let load = profiler.load();
-    assert_eq!((load.settings().max_batch, load.settings().token_budget, load.settings().prefill_chunk), (5, 20, 12));
+    let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
+    let load = profiler.load(false);
+    // Two prompts of 10 tokens fit a pass of 20 rows.
+    assert_eq!((load.settings().max_batch, load.settings().token_budget, load.settings().prefill_chunk), (5, 20, 20));
+    assert_eq!((load.settings().batching, load.settings().exit), (Batching::Sequence, ExitPolicy::None));
+    assert_eq!(profiler.load(true), load.with_exits());
     profiler.round(|_, _| ()).unwrap();
     let between = profiler.probe().unwrap();
     profiler.round(|_, _| ()).unwrap();
@@ -95,9 +102,14 @@ fn probes_serve_a_load_that_never_ends_and_say_which_of_its_passes() {
     assert!(of_first > 0 && of_rounds.len() == 2 * of_first);
     let (before, after) = of_rounds.split_at(of_first);
     let in_order: Vec<_> = before.iter().copied().chain([&between]).chain(after.iter().copied()).collect();
-    assert!(in_order.windows(2).all(|pair| pair[0].passes.end <= pair[1].passes.start), "{in_order:?}");
+    assert!(in_order.windows(2).all(|pair| pair[0].exits != pair[1].exits), "with exits and without, in turn");
+    for exits in [false, true] {
+        let alike: Vec<_> = in_order.iter().filter(|probe| probe.exits == exits).collect();
+        let follows = |pair: &[&&Probe]| pair[0].first + pair[0].times.len() <= pair[1].first;
+        assert!(alike.windows(2).all(follows), "{alike:?}");
+    }
     for probe in in_order {
-        assert!(probe.passes.len() >= 16, "{probe:?}");
-        assert!(probe.elapsed >= Nanos(50_000_000), "{probe:?}");
+        assert!(probe.times.len() >= 16, "{probe:?}");
+        assert!(probe.times.iter().all(|&time| time > Nanos::ZERO), "{probe:?}");
     }
 }

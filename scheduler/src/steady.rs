@@ -87,7 +87,7 @@ impl SteadyLoad {
 
     /// Requests of its n-th burst.
     fn burst(&self, index: usize) -> u32 {
-        1 + (f64::from(self.settings.max_batch) * spread(index, std::f64::consts::GOLDEN_RATIO)) as u32
+        1 + (f64::from(self.settings.max_batch) * spread(index, (1.0 + 5f64.sqrt()) / 2.0)) as u32
     }
 
     /// Passes from its n-th burst to the next.
