@@ -73,7 +73,7 @@ fn sequences_have_the_lengths_that_were_asked_for() {
 
     let capped = Lengths { prompt: 64, output: 64, longest: 100 };
     let (_, requests) = served(SteadyLoad::new(3, 8, 32, 16, 16, capped), Nanos(5), 5_000);
-    let longest = requests.iter().map(Request::context_tokens).max();
+    let longest = requests.iter().map(|request| request.prompt_tokens + request.output_tokens).max();
     assert_eq!(longest, Some(100));
 }
 
