@@ -129,6 +129,12 @@ impl Architectural<'_> {
         }
         let has = |name: &str| file.shape(name).is_some();
         let embedding = file.shape("token_embd.weight").unwrap_or_default();
+        let block_layers = num_layers(self.keys, &self.key("block_count"))?;
+        // Lists of layers are made of it before any tensor is missed.
+        let tensors = file.header.tensor_names().count();
+        if block_layers > tensors {
+            return Err(self.refuse("block_count", &format!("no more layers than the {tensors} tensors of the file")));
+        }
         Ok(ModelConfig {
             vocab_size: embedding.first().copied().unwrap_or(0),
             hidden_size,
@@ -136,7 +142,7 @@ impl Architectural<'_> {
             num_heads,
             num_kv_heads: self.optional("attention.head_count_kv")?.unwrap_or(num_heads),
             head_dim,
-            block_layers: num_layers(self.keys, &self.key("block_count"))?,
+            block_layers,
             num_loops: 1,
             sharing: Sharing::Nothing,
             tie_embeddings: !has("output.weight"),

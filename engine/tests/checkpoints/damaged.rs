@@ -342,3 +342,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_file_of_more_layers_than_tensors_is_refused_before_lists_are_made_of_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = folder.path().join("model.gguf");
+    write_gguf(&Model::random(llama(), 1), &gguf, &[], &[]);
+    let mut bytes = std::fs::read(&gguf).unwrap();
+    let key = b"llama.block_count";
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len();
+    // Its type, four bytes, and then the number; 2,048 more.
+    bytes[at + 4 + 1] ^= 1 << 3;
+    std::fs::write(&gguf, &bytes).unwrap();
+    LARGEST.set(0);
+    let message = Checkpoint::read(&gguf, 1).map(|_| ()).unwrap_err().to_string();
+    assert!(message.contains("`llama.block_count` is 2050") && message.contains("no more layers than"), "{message}");
+    assert!(LARGEST.get() < 1 << 18, "{} bytes at once", LARGEST.get());
+}
