@@ -2,13 +2,13 @@
 
 mod common;
 
-use common::{drawn_exits, poisson, profile, settings, varied_latency};
+use common::{drawn_exits, poisson, profile, settings};
 use proptest::prelude::*;
 use scheduler::{Batching, Lengths, Server, Settings, SteadyLoad, VirtualClock, serve};
 use simulator::{Extrapolations, LatencyModel, PassLog, PassWork, ProfileExecutor, ServiceFactors, steady_passes};
 use traces::{Component, LatencyProfile, Nanos};
 
-use Component::{Block, DecodeAttention, Head};
+use Component::{Block, DecodeAttention, DepthMix, Embed, Head, KvFill, PrefillAttention};
 
 const LENGTHS: Lengths = Lengths { prompt: 8, output: 8, longest: 32 };
 
@@ -95,6 +95,21 @@ fn a_machine_of_which_no_pass_was_seen_is_as_fast_as_its_profile() {
     assert_eq!(factors(&apart, &[], &[]).apply(&apart), apart);
 }
 
+/// A profile of three loops in which every part of a pass takes its own time.
+fn every_part() -> LatencyProfile {
+    let by_rows = [(Block, 100.0), (Embed, 3.0), (Head, 20.0), (KvFill, 7.0)];
+    let rows = by_rows.map(|(component, time)| [(component, 1, 0, 1, time), (component, 32, 0, 1, 3.0 * time)]);
+    let mut points = rows.concat();
+    for depths in [2, 3] {
+        points.extend([1, 32].map(|rows| (DepthMix, rows, 0, depths, f64::from(depths * rows))));
+    }
+    for (rows, history) in [(1, 0), (1, 64), (32, 0), (32, 64)] {
+        let time = f64::from(rows * (history + 8)) / 10.0;
+        points.extend([(DecodeAttention, rows, history, 1, time), (PrefillAttention, rows, history, 1, 1.5 * time)]);
+    }
+    profile(3, &points)
+}
+
 proptest! {
     /// The log says of every pass what the executor that ran it looked up, whatever the policies.
     #[test]
@@ -104,7 +119,7 @@ proptest! {
         seed in 0u64..50,
     ) {
         let settings = Settings { prefill_chunk: 8, token_budget: 20, ..settings(batching, exit, 3, 6) };
-        let latency = varied_latency(3);
+        let latency = LatencyModel::new(&every_part()).unwrap();
         let exits = drawn_exits(&[0.5, 0.3, 0.2], 40, 12, seed);
         let mut server = Server::new(settings, ProfileExecutor::new(&latency, &exits, &settings)).unwrap();
         let mut log = PassLog::new(&settings);
