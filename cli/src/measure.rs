@@ -17,8 +17,7 @@ use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use scheduler::{Clock, KvFill, Lengths, Look, Observer, Settings};
 use simulator::{
-    Extrapolations, LatencyModel, Metrics, ModelMemory, Pace, PassLog, PassWork, ServiceFactors, Source, Summary,
-    steady_passes,
+    LatencyModel, Metrics, ModelMemory, Pace, PassLog, PassWork, ServiceFactors, Source, Summary, steady_passes,
 };
 use traces::{ExitTrace, ExitTraceMeta, LatencyProfile, Measure, MemoryFigures, Nanos, Request, RequestTrace, Signals};
 
@@ -291,10 +290,7 @@ impl ServiceProfile {
 
     /// How many times as long passes took at a probe as the profile says.
     fn pace(&self, probe: &Probe) -> f64 {
-        let said: f64 = works_of(&self.passes, probe)
-            .iter()
-            .map(|work| self.model.pass_ns(work, &mut Extrapolations::default()))
-            .sum();
+        let said: f64 = works_of(&self.passes, probe).iter().map(|work| self.model.pass_ns(work)).sum();
         probe.times.iter().copied().sum::<Nanos>().0 as f64 / said
     }
 }
@@ -514,8 +510,7 @@ mod tests {
         let (mut took, mut said, mut paced) = (0.0, 0.0, 0.0);
         for probe in measured.probes().chain([&further]) {
             let works = works_of(&service.passes, probe);
-            let by_profile: f64 =
-                works.iter().map(|work| service.model.pass_ns(work, &mut Extrapolations::default()) / 1e3).sum();
+            let by_profile: f64 = works.iter().map(|work| service.model.pass_ns(work) / 1e3).sum();
             took += probe.times.iter().map(|time| time.as_micros_f64()).sum::<f64>();
             said += by_profile;
             paced += by_profile * service.pace(probe);

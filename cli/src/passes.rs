@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use scheduler::{Batching, Settings};
 use serde::Serialize;
-use simulator::{Extrapolations, LatencyModel, Pace, PassLog};
+use simulator::{LatencyModel, Pace, PassLog};
 use traces::Nanos;
 
 /// Passes of one combination that are alike, in all repeats: a line of `passes.csv`.
@@ -48,7 +48,7 @@ pub fn compare_passes<'a>(
             let decode_rows = pass.work.shape.decode_rows;
             let up_to = if decode_rows == 0 { 0 } else { decode_rows.next_power_of_two() };
             let sums = classes.entry((!pass.work.chunks.is_empty(), up_to)).or_default();
-            let by_profile = Nanos(model.pass_ns(&pass.work, &mut Extrapolations::default()).round() as u64);
+            let by_profile = Nanos(model.pass_ns(&pass.work).round() as u64);
             sums.passes += 1;
             sums.measured += pass.elapsed.as_micros_f64();
             sums.simulated += pace.stretch(pass.start, by_profile).as_micros_f64();

@@ -9,7 +9,7 @@ use simulator::Summary;
 use traces::DepthTally;
 use training::evaluation::{Evaluation, LoopFigures};
 
-use crate::validation::{Comparison, E2E_P99, MeanError, THROUGHPUT, TPOT, TTFT};
+use crate::validation::{Comparison, E2E_P99, MeanError, THROUGHPUT, TPOT, TTFT, median};
 
 /// Prints one line per run, with goodput where there are objectives, and what memory holds.
 pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
@@ -141,24 +141,24 @@ pub fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
 
 /// Says what speed-up was measured, where both of its sides were.
 pub fn print_speedup(repeats: &[Vec<Summary>]) {
-    let find = |summaries: &'_ [Summary], batching, kind: &str| {
-        summaries.iter().find(|summary| summary.batching == batching && summary.exit == kind).cloned()
+    let pair = |summaries: &[Summary]| {
+        let find = |batching, kind: &str| {
+            summaries.iter().position(|summary| summary.batching == batching && summary.exit == kind)
+        };
+        Some((find(Batching::Sequence, "none")?, find(Batching::Depth, "confidence")?))
     };
-    let pair = |summaries: &Vec<Summary>| {
-        let baseline = find(summaries, Batching::Sequence, "none")?;
-        Some((find(summaries, Batching::Depth, "confidence")?, baseline.throughput_tok_s))
+    let Some((first, (baseline, exits))) = repeats.first().and_then(|first| Some((first, pair(first)?))) else {
+        return;
     };
-    let pairs: Vec<(Summary, f64)> = repeats.iter().filter_map(pair).collect();
-    let Some((exits, _)) = pairs.first() else { return };
-    let mut ratios: Vec<f64> = pairs.iter().map(|(exits, baseline)| exits.throughput_tok_s / baseline).collect();
-    ratios.sort_unstable_by(f64::total_cmp);
-    let (least, most) = (ratios[0], ratios[ratios.len() - 1]);
+    let ratio = |summaries: &Vec<Summary>| summaries[exits].throughput_tok_s / summaries[baseline].throughput_tok_s;
+    let ratios = || repeats.iter().map(ratio);
+    let (least, most) = (ratios().fold(f64::INFINITY, f64::min), ratios().fold(0.0, f64::max));
     println!(
         "\nmeasured: depth-wise batching with {} runs {:.2} times as fast as sequence-wise batching without exit \
          ({least:.2} to {most:.2} times, repeat by repeat), at a token agreement of {:.3}",
-        exits.exit_policy,
-        ratios[ratios.len() / 2],
-        exits.token_agreement.unwrap_or(f64::NAN),
+        first[exits].exit_policy,
+        median(ratios()),
+        first[exits].token_agreement.unwrap_or(f64::NAN),
     );
 }
 

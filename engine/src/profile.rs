@@ -155,7 +155,7 @@ pub struct Probe {
     /// How long the executor says that each pass took.
     pub times: Vec<Nanos>,
     /// How long they took together, all that a serving loop does between them included.
-    elapsed: Nanos,
+    pub elapsed: Nanos,
 }
 
 impl Probe {

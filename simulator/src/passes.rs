@@ -78,7 +78,8 @@ impl Observer for PassLog {
 
 impl LatencyModel {
     /// What an executor takes for a pass, in nanoseconds.
-    pub fn pass_ns(&self, work: &PassWork, beyond: &mut Extrapolations) -> f64 {
+    pub fn pass_ns(&self, work: &PassWork) -> f64 {
+        let beyond = &mut Extrapolations::default();
         let chunks = work.chunks.iter().map(|&(tokens, history)| self.prefill_attention_ns(tokens, history, beyond));
         let chunks: f64 = chunks.sum();
         let parts = self.parts_ns(&work.shape, beyond).iter().sum::<f64>();

@@ -4,12 +4,14 @@
 //! many: caches and the processor's clock are as the passes before leave them. So times are scaled by rows, to what the
 //! passes of a load that never ends took.
 
+use std::collections::BTreeSet;
+
 use scheduler::{ServeError, SteadyLoad, SteadyServer};
 use traces::{Component, LatencyProfile, Nanos};
 
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel};
-use crate::latency::{Extrapolations, LatencyError, LatencyModel};
+use crate::latency::{LatencyError, LatencyModel};
 use crate::passes::{PassLog, PassWork};
 
 /// Passes that a factor for some rows must be seen in.
@@ -47,8 +49,7 @@ impl ServiceFactors {
     /// # Errors
     /// If the profile contradicts itself.
     pub fn new(profile: &LatencyProfile, passes: &[(&PassWork, Nanos)]) -> Result<Self, LatencyError> {
-        let rows: std::collections::BTreeSet<u32> =
-            profile.points_of(Component::Block).map(|point| point.rows).collect();
+        let rows: BTreeSet<u32> = profile.points_of(Component::Block).map(|point| point.rows).collect();
         let mut factors = Self(rows.into_iter().map(|rows| (rows, 1.0)).collect());
         for _ in 0..STEPS {
             let seen = factors.seen(profile, passes)?;
@@ -106,7 +107,7 @@ impl ServiceFactors {
         let model = LatencyModel::new(&self.apply(profile))?;
         let mut seen = vec![Seen::default(); self.0.len()];
         for (work, took) in passes {
-            let said = model.pass_ns(work, &mut Extrapolations::default());
+            let said = model.pass_ns(work);
             let (below, above) = self.around(work.shape.rows);
             for (place, share) in [below, above] {
                 let seen = &mut seen[place];

@@ -5,7 +5,7 @@ mod common;
 use common::{drawn_exits, poisson, profile, settings};
 use proptest::prelude::*;
 use scheduler::{Batching, Lengths, Server, Settings, SteadyLoad, VirtualClock, serve};
-use simulator::{Extrapolations, LatencyModel, PassLog, PassWork, ProfileExecutor, ServiceFactors, steady_passes};
+use simulator::{LatencyModel, PassLog, PassWork, ProfileExecutor, ServiceFactors, steady_passes};
 use traces::{Component, LatencyProfile, Nanos};
 
 use Component::{Block, DecodeAttention, DepthMix, Embed, Head, KvFill, PrefillAttention};
@@ -29,7 +29,7 @@ fn served(profile: &LatencyProfile, slower: impl Fn(u32) -> f64) -> (Vec<PassWor
     let model = LatencyModel::new(profile).unwrap();
     let works = steady_passes(load(), &model, 4000).unwrap();
     let took = |work: &PassWork| {
-        let said = model.pass_ns(work, &mut Extrapolations::default());
+        let said = model.pass_ns(work);
         Nanos((said * slower(work.shape.rows)).round() as u64)
     };
     let took = works.iter().map(took).collect();
@@ -44,9 +44,7 @@ fn factors(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos]) -> Serv
 fn said_over_took(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos], rows: impl Fn(u32) -> bool) -> f64 {
     let model = LatencyModel::new(profile).unwrap();
     let of = works.iter().zip(took).filter(|(work, _)| rows(work.shape.rows));
-    let sums = of.fold((0.0, 0.0), |(said, all), (work, took)| {
-        (said + model.pass_ns(work, &mut Extrapolations::default()), all + took.0 as f64)
-    });
+    let sums = of.fold((0.0, 0.0), |(said, all), (work, took)| (said + model.pass_ns(work), all + took.0 as f64));
     sums.0 / sums.1
 }
 
@@ -126,7 +124,7 @@ proptest! {
         serve(&mut server, poisson(30, 300.0, 17, 12, seed), &mut VirtualClock::default(), &mut log).unwrap();
         prop_assert!(log.passes().len() > 50);
         for pass in log.passes() {
-            let said = latency.pass_ns(&pass.work, &mut Extrapolations::default());
+            let said = latency.pass_ns(&pass.work);
             // Two times are rounded to whole nanoseconds, that of the run and that of those who leave.
             prop_assert!((said - pass.elapsed.0 as f64).abs() <= 1.0, "{said} ns: {pass:?}");
         }
