@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::RowAccessor;
 use serde::Deserialize;
-use traces::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta};
+use traces::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, catching_damage};
 
 use crate::curve::{Curve, line_at};
 use crate::error::{ImportError, read_text};
@@ -442,6 +442,16 @@ fn read_parquet(
     path: &Path,
     texts: &[&str],
     sizes: &[&str],
+    row: impl FnMut(&[&str], &[u32], f64),
+) -> Result<(), ImportError> {
+    let damaged = |message: &str| ImportError::malformed(path, message);
+    catching_damage(|| read_rows(path, texts, sizes, row), damaged)
+}
+
+fn read_rows(
+    path: &Path,
+    texts: &[&str],
+    sizes: &[&str],
     mut row: impl FnMut(&[&str], &[u32], f64),
 ) -> Result<(), ImportError> {
     let file = File::open(path).map_err(|source| ImportError::Io { path: path.to_owned(), source })?;
@@ -650,6 +660,26 @@ mod tests {
         let [own, reused] = ["1.0", "2.0"].map(|version| read(version).profile(&gemma, 0.0).unwrap());
         assert_eq!(own.points, reused.points);
         assert!(reused.meta.source.contains("gemm_perf of 1.0, as reuse.yaml says"), "{}", reused.meta.source);
+    }
+
+    #[test]
+    fn damaged_tables_are_errors() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("gemm_perf.parquet");
+        let rows: Vec<_> = (1..40).map(|m| (vec!["bfloat16"], vec![64, 64, m], 1.0)).collect();
+        write(&path, &["gemm_dtype"], &["n", "k", "m"], &rows);
+        assert!(read_gemm(&path).is_ok());
+        let bytes = std::fs::read(&path).unwrap();
+        let mut refused = 0;
+        for place in 0..bytes.len() {
+            for flipped in [0x01, 0x40, 0xff] {
+                let mut damaged = bytes.clone();
+                damaged[place] ^= flipped;
+                std::fs::write(&path, &damaged).unwrap();
+                refused += usize::from(read_gemm(&path).is_err());
+            }
+        }
+        assert!(refused > bytes.len(), "{refused} of {} flips were noticed", 3 * bytes.len());
     }
 
     #[test]

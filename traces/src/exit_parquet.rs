@@ -238,9 +238,16 @@ fn typed_readers<T: DataType>(
 }
 
 /// What the parquet crate gives, or an error where it panics: some damage passes its checks.
-fn catching<R>(read: impl FnOnce() -> Result<R, ParquetError>) -> Result<R, ParquetError> {
+///
+/// # Errors
+/// Those of `read`, or that the file is damaged.
+pub fn catching_damage<R, E>(read: impl FnOnce() -> Result<R, E>, damaged: impl FnOnce(&str) -> E) -> Result<R, E> {
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
-    caught.unwrap_or_else(|_| Err(ParquetError::General("its encoding is damaged".to_owned())))
+    caught.unwrap_or_else(|_| Err(damaged("its encoding is damaged")))
+}
+
+fn catching<R>(read: impl FnOnce() -> Result<R, ParquetError>) -> Result<R, ParquetError> {
+    catching_damage(read, |message| ParquetError::General(message.to_owned()))
 }
 
 /// Reads up to [`CHUNK`] values; a row without one is an error.

@@ -81,6 +81,7 @@ pub mod units;
 
 pub use error::TraceError;
 pub use exit_file::{ExitTable, ExitTraceWriter};
+pub use exit_parquet::catching_damage;
 pub use exit_trace::{DepthTally, ExitTrace, ExitTraceMeta, Measure, Signals};
 pub use generate::{Arrivals, Generate, Length};
 pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};
