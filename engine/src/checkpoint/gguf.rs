@@ -12,7 +12,7 @@ use super::gguf_header::Header;
 use super::gguf_tokenizer::tokenizer;
 use super::keys::{Keys, Kind};
 use super::names::{GGUF_GEMMA3, GGUF_LLAMA};
-use super::{Checkpoint, CheckpointError, Result, in_loops, num_layers};
+use super::{Checkpoint, CheckpointError, Result, in_loops, layers_within, num_layers};
 use crate::config::{Activation, Architecture, ModelConfig, RopeScaling, Sharing, SlidingWindow};
 use crate::tensor_file::{TensorFile, read_weights};
 
@@ -130,11 +130,7 @@ impl Architectural<'_> {
         let has = |name: &str| file.shape(name).is_some();
         let embedding = file.shape("token_embd.weight").unwrap_or_default();
         let block_layers = num_layers(self.keys, &self.key("block_count"))?;
-        // Lists of layers are made of it before any tensor is missed.
-        let tensors = file.header.tensor_names().count();
-        if block_layers > tensors {
-            return Err(self.refuse("block_count", &format!("no more layers than the {tensors} tensors of the file")));
-        }
+        layers_within(file, block_layers, self.keys, &self.key("block_count"))?;
         Ok(ModelConfig {
             vocab_size: embedding.first().copied().unwrap_or(0),
             hidden_size,

@@ -32,7 +32,7 @@ use std::path::{Path, PathBuf};
 use keys::Keys;
 
 use crate::config::{ConfigError, MAX_LAYERS, MODEL_TYPE, ModelConfig};
-use crate::tensor_file::{Safetensors, read_weights};
+use crate::tensor_file::{Safetensors, TensorFile, read_weights};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, Weights, WeightsError};
 
@@ -196,6 +196,7 @@ fn read_folder(folder: &Path, num_loops: usize) -> Result<Checkpoint> {
     let config = in_loops(family.config(&keys)?, num_loops, keys.path())?;
     let (files, origin) = tensor_files(folder)?;
     let file = Safetensors::open(&files, &origin)?;
+    layers_within(&file, config.num_layers(), &keys, "num_hidden_layers")?;
     let weights = read_weights(&file, config.clone(), &family.naming().entries(&config), |name| {
         family.naming().ignores(name, &config)
     })?;
@@ -241,6 +242,15 @@ fn in_loops(mut config: ModelConfig, num_loops: usize, path: &Path) -> Result<Mo
     (config.num_loops, config.block_layers) = (num_loops, layers / num_loops);
     config.validate().map_err(|invalid| ConfigError::Invalid { path: path.to_owned(), invalid })?;
     Ok(config)
+}
+
+/// Refuses more layers than there are tensors, before lists are made of them and a tensor is missed.
+fn layers_within(file: &impl TensorFile, layers: usize, keys: &Keys, key: &str) -> Result<()> {
+    let tensors = file.names().len();
+    match layers <= tensors {
+        true => Ok(()),
+        false => Err(keys.refuse(key, &format!("no more layers than the {tensors} tensors of {}", file.origin()))),
+    }
 }
 
 /// The number of layers at a key, bounded so that lists of layers can be made of it.

@@ -344,8 +344,20 @@ proptest! {
 }
 
 #[test]
-fn a_file_of_more_layers_than_tensors_is_refused_before_lists_are_made_of_them() {
+fn more_layers_than_tensors_are_refused_before_lists_are_made_of_them() {
     let folder = tempfile::tempdir().unwrap();
+    let refusal = |path: &Path| {
+        LARGEST.set(0);
+        let message = Checkpoint::read(path, 1).map(|_| ()).unwrap_err().to_string();
+        assert!(LARGEST.get() < 1 << 18, "{message}: {} bytes at once", LARGEST.get());
+        message
+    };
+    let mut model = Model::random(llama(), 1);
+    model.config["num_hidden_layers"] = json!(2050);
+    model.write(folder.path());
+    let message = refusal(folder.path());
+    assert!(message.contains("`num_hidden_layers` is 2050") && message.contains("no more layers than"), "{message}");
+
     let gguf = folder.path().join("model.gguf");
     write_gguf(&Model::random(llama(), 1), &gguf, &[], &[]);
     let mut bytes = std::fs::read(&gguf).unwrap();
@@ -354,8 +366,6 @@ fn a_file_of_more_layers_than_tensors_is_refused_before_lists_are_made_of_them()
     // Its type, four bytes, and then the number; 2,048 more.
     bytes[at + 4 + 1] ^= 1 << 3;
     std::fs::write(&gguf, &bytes).unwrap();
-    LARGEST.set(0);
-    let message = Checkpoint::read(&gguf, 1).map(|_| ()).unwrap_err().to_string();
+    let message = refusal(&gguf);
     assert!(message.contains("`llama.block_count` is 2050") && message.contains("no more layers than"), "{message}");
-    assert!(LARGEST.get() < 1 << 18, "{} bytes at once", LARGEST.get());
 }
