@@ -281,8 +281,11 @@ impl ServiceProfile {
         let factors = ServiceFactors::new(&apart, &timed.collect::<Vec<_>>())?;
         let mut profile = factors.apply(&apart);
         let (least, most) = factors.range();
+        let mixing = factors.mixing_range_us().map_or(String::new(), |(least, most)| {
+            format!(", and {least:+.1} to {most:+.1} us where depths are mixed")
+        });
         profile.meta.source = format!(
-            "{}; times {least:.3} to {most:.3}, by rows: what passes in service take over the sum of such parts",
+            "{}; times {least:.3} to {most:.3}, by rows: what passes in service take over the sum of such parts{mixing}",
             profile.meta.source
         );
         Ok(Self { model: LatencyModel::new(&profile)?, profile, passes })

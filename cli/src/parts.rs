@@ -13,7 +13,7 @@ use crate::systems::SystemRun;
 
 /// Parts as people name them, and what of a profile each is.
 const PARTS: [(&str, &[Component]); 6] = [
-    ("linear layers", &[Component::Block]),
+    ("linear layers", &[Component::Block, Component::AfterMore]),
     ("norms and activations", &[Component::Elementwise]),
     ("attention", &[Component::DecodeAttention, Component::PrefillAttention, Component::KvFill]),
     ("LoRA", &[Component::Lora, Component::DepthMix]),

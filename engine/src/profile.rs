@@ -1,9 +1,10 @@
 //! The profiler: measures what the parts of a pass take, on the executor that replays run on.
 //!
 //! It composes passes of every shape of a grid as the scheduler would and has the executor time them. Parts that
-//! cannot run alone are differences of two shapes: what histories add is a pass with histories less one without.
+//! cannot run alone are differences of two shapes, which run one soon after the other: what histories add is a pass with
+//! histories less one without.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -24,8 +25,8 @@ const SHORT: u32 = 1;
 /// What a probe takes at least. Whatever ran before, what comes after runs with cold caches: passes of a load in service
 /// are 14% longer at first, and 2% after 18 ms.
 const PROBE_TIME: Duration = Duration::from_millis(60);
-/// Fewest passes of a probe.
-const PASSES_OF_PROBE: usize = 16;
+/// Fewest passes of a probe, of models whose passes are long.
+const PASSES_OF_PROBE: usize = 4;
 /// Times that a round comes to each shape, so that its times are of many moments.
 const VISITS: usize = 2;
 /// Passes in service that take longer are of a model that no cache holds: whatever runs before a pass is of no account.
@@ -91,24 +92,44 @@ impl Grid {
 enum Shape {
     /// Decode rows at one depth below 0 and their history, with neither head nor embedding.
     Decode { rows: u32, history: u32 },
-    /// The same at depth 0, without history.
-    Embed { rows: u32 },
-    /// Rows at the last depth with a history, all of which leave.
-    Head { rows: u32, history: u32 },
+    /// Decode rows with a history, after a pass of more such rows.
+    AfterMore { rows: u32, before: u32, history: u32 },
+    /// Rows at the last depth with a history that leave, for which the exit head runs then: leaving alone counts. `again` if
+    /// the passes before ran it too.
+    Head { rows: u32, history: u32, again: bool },
     /// Rows without history that leave at the first depth, or at the last, once the head has run: leaving alone counts.
     Leave { rows: u32, skips: bool },
-    /// Rows with a history, spread over depths, the first included.
+    /// Rows with a history, spread over depths, the first included, after a pass of the same kind.
     Mix { rows: u32, depths: u32, history: u32 },
     /// One prompt chunk.
     Prefill { tokens: u32, history: u32 },
 }
 
 impl Shape {
+    /// All rows.
+    fn rows(self) -> u32 {
+        match self {
+            Self::Prefill { tokens, .. } => tokens,
+            _ => self.decodes().unwrap_or_default(),
+        }
+    }
+
+    /// What it is compared with: what it takes beyond is the time of a part. None where all of its time is.
+    fn less(self) -> Option<Self> {
+        let decode = |rows, history| Some(Self::Decode { rows, history });
+        match self {
+            Self::Decode { history: SHORT, .. } | Self::Head { .. } | Self::Leave { skips: false, .. } => None,
+            Self::Decode { rows, .. } | Self::Prefill { tokens: rows, .. } => decode(rows, SHORT),
+            Self::AfterMore { rows, history, .. } | Self::Mix { rows, history, .. } => decode(rows, history),
+            Self::Leave { rows, skips: true } => Some(Self::Leave { rows, skips: false }),
+        }
+    }
+
     /// Decode rows; none of a prompt chunk.
     fn decodes(self) -> Option<u32> {
         match self {
             Self::Decode { rows, .. }
-            | Self::Embed { rows }
+            | Self::AfterMore { rows, .. }
             | Self::Head { rows, .. }
             | Self::Leave { rows, .. }
             | Self::Mix { rows, .. } => Some(rows),
@@ -137,13 +158,18 @@ pub struct Profiler {
     probes_exits: bool,
 }
 
+/// A shape's runs, and whether it is those at the first depth, where rows are embedded, that count.
+type Counted = (Shape, bool);
+
 /// What one round measured.
 #[derive(Clone, Debug, Default)]
 struct Round {
-    /// Microseconds.
-    samples: BTreeMap<Shape, Vec<f64>>,
+    visits: Vec<Visit>,
     probes: Vec<Probe>,
 }
+
+/// What every shape took at one visit, in microseconds.
+type Visit = BTreeMap<Counted, Vec<f64>>;
 
 /// How fast the machine was in service at one moment: what it took for some passes of the profiler's steady load.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -287,19 +313,24 @@ impl Profiler {
     /// If the engine fails.
     pub fn round(&mut self, mut progress: impl FnMut(usize, usize) + Send) -> Result<(), ReplayError> {
         let first = self.rounds.len() * VISITS;
-        let visit = |visit: usize| {
-            let mut shapes = self.shapes.clone();
-            shapes.sort_by_key(|&shape| mix((visit as u64 + 1) ^ mix(key(shape))));
-            shapes
-        };
-        let visits: Vec<Shape> = (first..first + VISITS).flat_map(visit).collect();
+        let (mut done, of) = (0, VISITS * self.shapes.len());
         let round = in_pool(|| {
             let mut round = Round::default();
-            for (done, &shape) in visits.iter().enumerate() {
-                for (counts_for, time) in self.measure(shape)? {
-                    round.samples.entry(counts_for).or_default().push(time);
+            for number in first..first + VISITS {
+                let order = |seed: u64| mix((number as u64 + 1) ^ mix(seed));
+                let mut shapes = self.shapes.clone();
+                // Shapes that are compared have as many rows, and run one soon after the other: the machine's speed changes
+                // within seconds.
+                shapes.sort_by_key(|&shape| (order(shape.rows().into()), order(key(shape))));
+                let mut visit = Visit::new();
+                for shape in shapes {
+                    for (counts_for, time) in self.measure(shape)? {
+                        visit.entry(counts_for).or_default().push(time);
+                    }
+                    done += 1;
+                    progress(done, of);
                 }
-                progress(done + 1, visits.len());
+                round.visits.push(visit);
             }
             round.probes = (0..VISITS).map(|_| self.probe()).collect::<Result<_, _>>()?;
             Ok::<_, ReplayError>(round)
@@ -352,10 +383,9 @@ impl Profiler {
     pub fn measured_in(&self, rounds: Range<usize>) -> Measured<'_> {
         let rounds = &self.rounds[rounds];
         assert!(!rounds.is_empty(), "a profile takes at least one round");
-        let samples = |shape| rounds.iter().flat_map(move |round| &round.samples[shape]).copied();
         Measured {
             profiler: self,
-            samples: rounds[0].samples.keys().map(|shape| (*shape, samples(shape).collect())).collect(),
+            visits: rounds.iter().flat_map(|round| &round.visits).collect(),
             probes: rounds.iter().flat_map(|round| &round.probes).collect(),
         }
     }
@@ -368,7 +398,7 @@ impl Profiler {
             return None;
         }
         let (earlier, later) = (self.measured_in(0..half), self.measured_in(half..self.rounds.len()));
-        let pairs = || earlier.samples.keys().map(|shape| (earlier.middle(shape), later.middle(shape)));
+        let pairs = || earlier.counted().map(|counted| (earlier.of(counted).middle, later.of(counted).middle));
         let differences: f64 = pairs().map(|(earlier, later)| (earlier - later).abs()).sum();
         Some(differences / pairs().map(|(earlier, later)| (earlier + later) / 2.0).sum::<f64>())
     }
@@ -376,16 +406,18 @@ impl Profiler {
     /// Runs a shape at all depths in turn, each time after a pass in service of as many sequences as it has decode rows (half
     /// of the largest batch for prompt chunks), so that caches and the processor's clock are as there: what counts, in
     /// microseconds, and what it counts for.
-    fn measure(&mut self, shape: Shape) -> Result<Vec<(Shape, f64)>, ReplayError> {
+    fn measure(&mut self, shape: Shape) -> Result<Vec<(Counted, f64)>, ReplayError> {
         let num_loops = self.num_loops();
         self.occupy(shape);
         let batch = shape.decodes().unwrap_or(Grid::max(&self.grid.decodes) / 2);
         let fits = |service: &SteadyServer<_>| batch <= service.load().settings().max_batch;
         let service = self.services.iter().position(fits).unwrap_or(self.services.len() - 1);
         let service = self.runs_among.then_some(service);
-        // Each depth comes after the one before it, as in service: by sequence, passes take turns through the depths.
+        // Each depth comes after the one before it, as in service: by sequence, passes take turns through the depths. But a
+        // head that was just in use comes after a pass at the last depth, which ran it.
+        let first_before = if matches!(shape, Shape::Head { again: true, .. }) { 0 } else { num_loops - 1 };
         if let Some(service) = service {
-            while self.services[service].passes() % num_loops != num_loops - 1 {
+            while self.services[service].passes() % num_loops != first_before {
                 self.services[service].pass(&mut ())?;
             }
         }
@@ -395,28 +427,40 @@ impl Profiler {
             if let Some(service) = service {
                 self.services[service].pass(&mut ())?;
             }
+            let before = match shape {
+                Shape::AfterMore { before, history, .. } => Some(Shape::Decode { rows: before, history }),
+                // Where depths are mixed, they were in the pass before as well, and every depth's own weights were in use.
+                Shape::Mix { .. } => Some(shape),
+                _ => None,
+            };
+            if let Some(before) = before {
+                self.time(before, turn + num_loops - 1)?;
+            }
             let time = self.time(shape, turn)?.as_micros_f64();
             if turn < num_loops {
                 continue;
             }
             let depth = turn % num_loops;
             let (first, last) = (depth == 0, depth + 1 == num_loops);
-            let deeper = !first || num_loops == 1;
-            match shape {
-                Shape::Decode { rows, history } => {
-                    counted.extend(deeper.then_some((shape, time)));
-                    counted.extend((first && history == SHORT).then_some((Shape::Embed { rows }, time)));
-                }
-                Shape::Prefill { .. } => counted.extend(deeper.then_some((shape, time))),
-                Shape::Head { .. } => counted.extend(last.then_some((shape, time))),
-                Shape::Embed { .. } | Shape::Leave { .. } | Shape::Mix { .. } => counted.push((shape, time)),
-            }
+            let counts = match shape {
+                Shape::Decode { .. } | Shape::AfterMore { .. } | Shape::Prefill { .. } => !first || num_loops == 1,
+                Shape::Head { .. } => last,
+                Shape::Leave { .. } | Shape::Mix { .. } => true,
+            };
+            counted.extend(counts.then_some(((shape, false), time)));
+            let embeds = first && matches!(shape, Shape::Decode { history: SHORT, .. });
+            counted.extend(embeds.then_some(((shape, true), time)));
         }
         Ok(counted)
     }
 
     fn num_loops(&self) -> usize {
         self.engine.model.config().num_loops
+    }
+
+    /// The history of a decode row: as asked for, where its slot has the room.
+    fn history(&self, slot: Slot, asked: u32) -> u32 {
+        if slot < Grid::max(&self.grid.decodes) { asked } else { SHORT }
     }
 
     /// Gives every row of a shape a sequence of its history.
@@ -426,13 +470,15 @@ impl Profiler {
         let token = |index: u64| (mix(index) % vocab) as u32;
         let chunk_slot = Grid::max(&self.grid.rows);
         let (slots, prompt_tokens) = match shape {
-            Shape::Decode { rows, history } | Shape::Head { rows, history } | Shape::Mix { rows, history, .. } => {
+            Shape::Decode { rows, history } | Shape::Head { rows, history, .. } | Shape::Mix { rows, history, .. } => {
                 (0..rows, history)
             }
-            Shape::Embed { rows } | Shape::Leave { rows, .. } => (0..rows, SHORT),
+            Shape::AfterMore { before, history, .. } => (0..before, history),
+            Shape::Leave { rows, .. } => (0..rows, SHORT),
             Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
         };
         for slot in slots {
+            let prompt_tokens = if slot < chunk_slot { self.history(slot, prompt_tokens) } else { prompt_tokens };
             let generation = Generation {
                 prompt: (0..u64::from(prompt_tokens)).map(token).collect(),
                 tokens: vec![token(u64::from(slot))],
@@ -446,7 +492,11 @@ impl Profiler {
     /// Has the executor run and time one pass of a shape, the depth of which follows from whose turn it is.
     fn time(&mut self, shape: Shape, turn: usize) -> Result<Nanos, ReplayError> {
         let segments = self.segments(shape, turn);
-        let looks = Looks { signal: Look::Measure(Measure::Top1), below: u8::MAX, head_from: 0 };
+        let looks = match shape {
+            // Of rows that nobody knows to leave until they do, the head is not read with the pass.
+            Shape::Head { .. } => Looks { signal: Look::Oracle, below: 0, head_from: u8::MAX },
+            _ => Looks { signal: Look::Measure(Measure::Top1), below: u8::MAX, head_from: 0 },
+        };
         let pass = Pass { segments: &segments, looks, tables: &self.tables };
         let mut signals = vec![0.0; segments.len()];
         let ran = self.executor.run(&pass, &mut signals)?;
@@ -455,7 +505,7 @@ impl Profiler {
         }
         let left = self.executor.emit(&pass, &(0..segments.len() as u32).collect::<Vec<_>>())?;
         self.occupy(shape);
-        Ok(if matches!(shape, Shape::Leave { .. }) { left } else { ran + left })
+        Ok(left)
     }
 
     fn segments(&self, shape: Shape, turn: usize) -> Vec<Segment> {
@@ -470,10 +520,11 @@ impl Profiler {
             predicts,
         };
         match shape {
-            Shape::Decode { rows, history } => (0..rows).map(|slot| decode(slot, history, depth, false)).collect(),
-            Shape::Embed { rows } => (0..rows).map(|slot| decode(slot, SHORT, 0, false)).collect(),
-            Shape::Head { rows, history } => {
-                (0..rows).map(|slot| decode(slot, history, depth, depth == last)).collect()
+            Shape::Decode { rows, history } | Shape::AfterMore { rows, history, .. } => {
+                (0..rows).map(|slot| decode(slot, self.history(slot, history), depth, false)).collect()
+            }
+            Shape::Head { rows, history, again } => {
+                (0..rows).map(|slot| decode(slot, history, depth, again || depth == last)).collect()
             }
             Shape::Leave { rows, skips } => {
                 let depth = if skips { 0 } else { last };
@@ -498,21 +549,34 @@ impl Profiler {
 /// What some rounds of a [`Profiler`] measured.
 pub struct Measured<'a> {
     profiler: &'a Profiler,
-    /// Microseconds.
-    samples: BTreeMap<Shape, Vec<f64>>,
+    visits: Vec<&'a Visit>,
     probes: Vec<&'a Probe>,
 }
 
 impl<'a> Measured<'a> {
-    fn middle(&self, shape: &Shape) -> f64 {
-        Summary::of(&self.samples[shape]).middle
+    fn counted(&self) -> impl Iterator<Item = Counted> {
+        self.visits[0].keys().copied()
+    }
+
+    /// What some runs took.
+    fn of(&self, counted: Counted) -> Summary {
+        Summary::of(&self.visits.iter().flat_map(|visit| &visit[&counted]).copied().collect::<Vec<_>>())
+    }
+
+    /// What some runs took beyond others, visit by visit.
+    fn difference(&self, of: Counted, less: Counted) -> Summary {
+        let mean = |samples: &[f64]| samples.iter().sum::<f64>() / samples.len() as f64;
+        let differences = self.visits.iter().map(|visit| mean(&visit[&of]) - mean(&visit[&less]));
+        Summary::of(&differences.collect::<Vec<_>>())
     }
 
     /// What other work on the machine took: the mean of all runs over that of each shape's middle half, over all shapes
     /// together. It is 1 on a machine that does nothing else.
     pub fn slowdown(&self) -> f64 {
-        let all: f64 = self.samples.values().flatten().sum();
-        all / self.samples.iter().map(|(shape, samples)| self.middle(shape) * samples.len() as f64).sum::<f64>()
+        let all: f64 = self.visits.iter().flat_map(|visit| visit.values().flatten()).sum();
+        let middles =
+            self.counted().map(|counted| self.of(counted)).map(|found| found.middle * f64::from(found.repeats));
+        all / middles.sum::<f64>()
     }
 
     /// How fast the machine was in service during the rounds.
@@ -552,76 +616,66 @@ impl<'a> Measured<'a> {
         }
     }
 
-    /// What each shape takes. More history never takes less: where noise says so, both take the mean, or parts of passes,
-    /// which are differences and not below zero, would come out too long on average.
-    fn summaries(&self) -> BTreeMap<Shape, Summary> {
-        let mut summaries: BTreeMap<Shape, Summary> =
-            self.samples.iter().map(|(&shape, samples)| (shape, Summary::of(samples))).collect();
+    /// What the parts of all shapes take. More history never takes less: where noise says so, both take the mean, or parts
+    /// of passes, which are not below zero, would come out too long on average.
+    fn parts(&self) -> BTreeMap<Shape, Summary> {
+        let part = |shape: Shape| match shape.less() {
+            Some(less) => self.difference((shape, false), (less, false)),
+            None => self.of((shape, false)),
+        };
+        let mut parts: BTreeMap<Shape, Summary> = self.counted().map(|(shape, _)| (shape, part(shape))).collect();
         let grid = &self.profiler.grid;
-        let histories = |before: u32| [before].into_iter().chain(grid.histories.iter().copied());
-        let decodes = grid
-            .decodes
-            .iter()
-            .map(|&rows| histories(SHORT).map(|history| Shape::Decode { rows, history }).collect::<Vec<_>>());
-        let chunks = grid
-            .chunks
-            .iter()
-            .map(|&tokens| histories(0).map(|history| Shape::Prefill { tokens, history }).collect::<Vec<_>>());
-        for series in decodes.chain(chunks) {
-            let mut times: Vec<f64> = series.iter().map(|shape| summaries[shape].middle).collect();
+        let histories = || grid.histories.iter().copied();
+        let decodes = grid.decodes.iter().map(|&rows| histories().map(move |history| Shape::Decode { rows, history }));
+        let chunks = grid.chunks.iter().map(|&tokens| {
+            std::iter::once(0).chain(histories()).map(move |history| Shape::Prefill { tokens, history })
+        });
+        let series = decodes.map(Iterator::collect).chain(chunks.map(Iterator::collect));
+        for series in series.collect::<Vec<Vec<Shape>>>() {
+            let series: Vec<Shape> = series.into_iter().filter(|shape| shape.less().is_some()).collect();
+            let mut times: Vec<f64> = series.iter().map(|shape| parts[shape].middle).collect();
             make_rising(&mut times);
             for (shape, time) in series.iter().zip(times) {
-                summaries.get_mut(shape).expect("a shape of the grid is measured").middle = time;
+                parts.get_mut(shape).expect("a shape of the grid is measured").middle = time;
             }
         }
-        summaries
+        parts
     }
 
     fn points(&self) -> Vec<Point> {
-        let summaries = self.summaries();
-        let summary = |shape| summaries[&shape];
         let num_loops = self.profiler.num_loops() as u32;
         let mut points: Vec<Point> = Vec::new();
-        for (&shape, &measured) in &summaries {
-            let alone = |rows| summary(Shape::Decode { rows, history: SHORT });
-            let (component, rows, kv_tokens, depths, part) = match shape {
-                Shape::Decode { rows, history } => {
-                    (Component::DecodeAttention, rows, history, 1, measured.less(&alone(rows)))
+        let embed = |rows| {
+            let shape = Shape::Decode { rows, history: SHORT };
+            self.difference((shape, true), (shape, false))
+        };
+        let mut add = |component, rows, kv_tokens, depths, part: Summary| {
+            let Summary { middle, spread, repeats } = part;
+            let (time_us, spread_us) = (middle.max(0.0), spread);
+            points.push(Point { component, rows, kv_tokens, depths, time_us, spread_us, repeats });
+        };
+        for (shape, part) in self.parts() {
+            match shape {
+                Shape::Decode { rows, history: SHORT } => {
+                    add(Component::Block, rows, 0, 1, part);
+                    add(Component::Embed, rows, 0, 1, embed(rows));
+                    if self.profiler.grid.decodes.contains(&rows) {
+                        add(Component::DecodeAttention, rows, SHORT, 1, Summary { middle: 0.0, spread: 0.0, ..part });
+                    }
                 }
-                Shape::Embed { rows } => (Component::Embed, rows, 0, 1, measured.less(&alone(rows))),
-                Shape::Head { rows, history } => {
-                    (Component::Head, rows, 0, 1, measured.less(&summary(Shape::Decode { rows, history })))
+                Shape::Decode { rows, history } => add(Component::DecodeAttention, rows, history, 1, part),
+                Shape::AfterMore { rows, before, .. } => add(Component::AfterMore, rows, before, 1, part),
+                Shape::Head { rows, again, .. } => {
+                    add(if again { Component::HeadAgain } else { Component::Head }, rows, 0, 1, part);
                 }
-                Shape::Mix { rows, depths, history } => {
+                Shape::Mix { rows, depths, .. } => {
                     // In turn, every row was at the first depth once.
-                    let embed = summary(Shape::Embed { rows }).less(&alone(rows)).scaled(1.0 / f64::from(num_loops));
-                    let part = measured.less(&summary(Shape::Decode { rows, history })).less(&embed);
-                    (Component::DepthMix, rows, 0, depths, part)
+                    let embeds = embed(rows).middle.max(0.0) / f64::from(num_loops);
+                    add(Component::DepthMix, rows, 0, depths, Summary { middle: part.middle - embeds, ..part });
                 }
-                Shape::Prefill { tokens, history } => {
-                    (Component::PrefillAttention, tokens, history, 1, measured.less(&alone(tokens)))
-                }
-                Shape::Leave { skips: false, .. } => continue,
-                Shape::Leave { rows, skips: true } => {
-                    let part = measured.less(&summary(Shape::Leave { rows, skips: false }));
-                    (Component::KvFill, rows * (num_loops - 1), 0, 1, part)
-                }
-            };
-            let point = |component, part: Summary| Point {
-                component,
-                rows,
-                kv_tokens,
-                depths,
-                time_us: part.middle,
-                spread_us: part.spread,
-                repeats: part.repeats,
-            };
-            let is_block = shape == Shape::Decode { rows, history: SHORT };
-            if is_block {
-                points.push(Point { kv_tokens: 0, ..point(Component::Block, measured) });
-            }
-            if !is_block || self.profiler.grid.decodes.contains(&rows) {
-                points.push(point(component, part));
+                Shape::Prefill { tokens, history } => add(Component::PrefillAttention, tokens, history, 1, part),
+                Shape::Leave { skips: false, .. } => {}
+                Shape::Leave { rows, skips: true } => add(Component::KvFill, rows * (num_loops - 1), 0, 1, part),
             }
         }
         points.sort_by_key(|point| (point.component, point.depths, point.rows, point.kv_tokens));
@@ -640,13 +694,20 @@ fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
     }
     let typical = grid.histories[grid.histories.len() / 2];
     for &rows in &grid.decodes {
-        shapes.push(Shape::Head { rows, history: typical });
+        shapes.push(Shape::Head { rows, history: typical, again: false });
+        // With one loop every pass runs the head.
         if num_loops > 1 {
+            shapes.push(Shape::Head { rows, history: typical, again: true });
             shapes.extend([true, false].map(|skips| Shape::Leave { rows, skips }));
         }
         shapes.extend(grid.histories.iter().map(|&history| Shape::Decode { rows, history }));
     }
     let largest = Grid::max(&grid.rows);
+    for &rows in &grid.decodes {
+        let befores = BTreeSet::from([2 * rows, Grid::max(&grid.decodes), largest]);
+        let more = befores.into_iter().filter(|before| (rows + 1..=largest).contains(before));
+        shapes.extend(more.map(|before| Shape::AfterMore { rows, before, history: typical }));
+    }
     for rows in grid.decodes.iter().copied().filter(|&rows| rows < largest).chain([largest]) {
         let history = if grid.decodes.contains(&rows) { typical } else { SHORT };
         shapes.extend((2..=num_loops.min(rows)).map(|depths| Shape::Mix { rows, depths, history }));
@@ -662,8 +723,8 @@ fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
 fn key(shape: Shape) -> u64 {
     let (kind, a, b) = match shape {
         Shape::Decode { rows, history } => (0, rows, history),
-        Shape::Embed { rows } => (1, rows, 0),
-        Shape::Head { rows, .. } => (2, rows, 0),
+        Shape::Head { rows, again, .. } => (2, rows, u32::from(again)),
+        Shape::AfterMore { rows, before, .. } => (1, rows, before),
         Shape::Mix { rows, depths, .. } => (3, rows, depths),
         Shape::Prefill { tokens, history } => (4, tokens, history),
         Shape::Leave { rows, skips } => (5, rows, u32::from(skips)),
@@ -711,20 +772,6 @@ impl Summary {
             repeats: sorted.len() as u32,
         }
     }
-
-    /// A share of it.
-    fn scaled(&self, share: f64) -> Self {
-        Self { middle: self.middle * share, spread: self.spread * share, ..*self }
-    }
-
-    /// The difference of two, not below zero; the spreads add like those of independent errors.
-    fn less(&self, other: &Self) -> Self {
-        Self {
-            middle: (self.middle - other.middle).max(0.0),
-            spread: self.spread.hypot(other.spread),
-            repeats: self.repeats.min(other.repeats),
-        }
-    }
 }
 
 /// The CPU's name, and the threads that kernels use.
@@ -760,7 +807,6 @@ mod tests {
         let summary = Summary::of(&[5.0, 1.0, 2.0, 4.0, 100.0]);
         assert_eq!(summary, Summary { middle: 11.0 / 3.0, spread: 1.5, repeats: 5 });
         assert_eq!(Summary::of(&[3.0]), Summary { middle: 3.0, spread: 0.0, repeats: 1 });
-        assert_eq!(Summary::of(&[1.0]).less(&summary).middle, 0.0);
     }
 
     #[test]
@@ -783,6 +829,21 @@ mod tests {
             }
             assert_eq!((Grid::max(&grid.rows), Grid::max(&grid.histories)), (rows, history));
             assert_eq!((Grid::max(&grid.decodes), Grid::max(&grid.chunks)), (decodes.min(rows), chunk.min(rows)));
+        }
+    }
+
+    #[test]
+    fn what_a_shape_is_compared_with_is_measured_and_has_as_many_rows() {
+        for (rows, decodes, num_loops) in [(20, 5, 3), (64, 64, 4), (3, 1, 1)] {
+            let grid = Grid::up_to(Limits { rows, decodes, history: 40, chunk: 12 });
+            let shapes = shapes(&grid, num_loops);
+            for shape in &shapes {
+                let Some(less) = shape.less() else { continue };
+                assert!(shapes.contains(&less) && less.rows() == shape.rows(), "{shape:?} less {less:?}");
+                assert_eq!(less.less().and_then(Shape::less), None, "{shape:?}");
+            }
+            let more = shapes.iter().filter(|shape| matches!(shape, Shape::AfterMore { .. })).count();
+            assert_eq!(more > 0, rows > 1, "{shapes:?}");
         }
     }
 }

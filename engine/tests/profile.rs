@@ -47,7 +47,9 @@ fn a_profile_covers_every_component_up_to_its_limits() {
         let deepest = if component == Component::DepthMix { 3 } else { 1 };
         let (rows, kv_tokens) = match component {
             Component::DepthMix => (20, 0),
-            Component::Head => (5, 0),
+            // After a pass of the most rows.
+            Component::AfterMore => (5, 20),
+            Component::Head | Component::HeadAgain => (5, 0),
             // Every row that leaves at the first of three depths skips two.
             Component::KvFill => (10, 0),
             Component::DecodeAttention => (5, 40),

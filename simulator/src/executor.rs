@@ -5,7 +5,7 @@ use traces::{Component, Nanos, Request};
 
 use crate::attention::{AttentionShape, is_chunk};
 use crate::exits::{Cursor, ExitError, ExitModel, Left};
-use crate::latency::{Extrapolations, LatencyModel, PassShape, nanos};
+use crate::latency::{Extrapolations, LatencyModel, PassBefore, PassShape, nanos};
 use crate::parts::TimeByPart;
 use crate::reach::Reach;
 use crate::spread::Spread;
@@ -28,6 +28,10 @@ pub struct ProfileExecutor<'m> {
     extrapolations: Extrapolations,
     time: TimeByPart,
     attention: AttentionShape,
+    /// The last pass, as the next finds it.
+    last: PassBefore,
+    /// Whether the last pass ran the exit head, or the one before.
+    head_at_hand: bool,
 }
 
 impl<'m> ProfileExecutor<'m> {
@@ -46,6 +50,8 @@ impl<'m> ProfileExecutor<'m> {
             extrapolations: Extrapolations::default(),
             time: TimeByPart::default(),
             attention: AttentionShape::default(),
+            last: PassBefore::default(),
+            head_at_hand: false,
         }
     }
 
@@ -100,10 +106,13 @@ impl Executor for ProfileExecutor<'_> {
 
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, ExitError> {
         self.exits.look(pass, &self.cursors, signals);
-        let shape = match &self.reach {
+        let mut shape = match &self.reach {
             None => PassShape::of(pass, |segment| segment.start),
             Some(reach) => PassShape::of(pass, |segment| reach.history(segment)),
         };
+        shape.before = self.last;
+        self.head_at_hand = shape.has_head_at_hand();
+        self.last = PassBefore { rows: shape.rows, head: shape.head_rows > 0 };
         let parts = self.latency.parts_ns(&shape, &mut self.extrapolations);
         self.time.add_pass(self.latency.overhead_ns(), &parts);
         let mut ns = self.latency.overhead_ns() + parts.iter().sum::<f64>();
@@ -138,13 +147,14 @@ impl Executor for ProfileExecutor<'_> {
         self.agreeing += agreeing;
         self.tokens += leaving.len() as u64;
         let filled = if self.copies { skipped_depths } else { 0 };
-        let head = self.latency.head_ns(head_rows, &mut self.extrapolations);
+        let head = self.latency.head_ns(head_rows, self.head_at_hand, &mut self.extrapolations);
         let copies = self.latency.kv_fill_ns(filled, &mut self.extrapolations);
+        self.last.head |= head_rows > 0;
         self.time.add(Component::Head, head);
         self.time.add(Component::KvFill, copies);
         let mut ns = head + copies;
         if let Some(spread) = &mut self.spread {
-            ns = spread.draw(ns, self.latency.squared_emit_spread(head_rows, filled));
+            ns = spread.draw(ns, self.latency.squared_emit_spread(head_rows, self.head_at_hand, filled));
         }
         Ok(nanos(ns))
     }

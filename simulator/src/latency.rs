@@ -71,10 +71,22 @@ pub struct PassShape {
     pub embed_rows: u32,
     /// Rows that need the exit head.
     pub head_rows: u32,
+    /// What ran before it.
+    pub before: PassBefore,
+}
+
+/// What the time of a pass depends on in the one before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PassBefore {
+    /// Rows that it had.
+    pub rows: u32,
+    /// Whether it ran the exit head.
+    pub head: bool,
 }
 
 impl PassShape {
-    /// The shape of a pass; `history` says how many tokens a segment attends to before its first.
+    /// The shape of a pass, as if nothing ran before it; `history` says how many tokens a segment
+    /// attends to before its first.
     ///
     /// Without branches: it runs for every row.
     #[inline]
@@ -92,6 +104,12 @@ impl PassShape {
         }
         shape.depths = depths.count_ones();
         shape
+    }
+
+    /// Whether the exit head ran in the pass before or in this one: what it takes for rows that turn out to leave.
+    #[inline]
+    pub(crate) fn has_head_at_hand(&self) -> bool {
+        self.before.head || self.head_rows > 0
     }
 }
 
@@ -164,10 +182,11 @@ impl LatencyModel {
     }
 
     /// The parts of [`Self::parts_ns`].
-    pub(crate) const PARTS: [Component; 7] = [
+    pub(crate) const PARTS: [Component; 8] = [
         Component::Block,
         Component::Elementwise,
         Component::Lora,
+        Component::AfterMore,
         Component::DecodeAttention,
         Component::DepthMix,
         Component::Embed,
@@ -175,7 +194,7 @@ impl LatencyModel {
     ];
 
     /// Median times of the parts of a pass without the attention of its prompt chunks, in nanoseconds.
-    pub(crate) fn parts_ns(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 7] {
+    pub(crate) fn parts_ns(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 8] {
         self.times.of_pass(shape, beyond)
     }
 
@@ -200,9 +219,9 @@ impl LatencyModel {
         self.mixed_attention.as_ref().map_or(0.0, |attention| attention.attention_ns(shape, beyond))
     }
 
-    /// Median time of the exit head, in nanoseconds.
-    pub fn head_ns(&self, rows: u32, beyond: &mut Extrapolations) -> f64 {
-        self.times.head.at(rows, Component::Head, beyond)
+    /// Median time of the exit head, in nanoseconds; `again` says whether it ran just before.
+    pub fn head_ns(&self, rows: u32, again: bool, beyond: &mut Extrapolations) -> f64 {
+        self.times.head(rows, again, beyond)
     }
 
     /// Median time of copying keys and values to so many depths that rows skip, counted over all rows, in nanoseconds.
@@ -221,10 +240,10 @@ impl LatencyModel {
         parts.into_iter().chain(chunks).map(|spread| spread * spread).sum()
     }
 
-    /// The same of the exit head for some rows, and of copying keys and values to some depths.
-    pub fn squared_emit_spread(&self, head_rows: u32, filled_depths: u32) -> f64 {
+    /// The same of the exit head for some rows, which ran just before or not, and of copying keys and values to some depths.
+    pub fn squared_emit_spread(&self, head_rows: u32, again: bool, filled_depths: u32) -> f64 {
         let mut counted = Extrapolations::default();
-        let head = self.spreads.head.at(head_rows, Component::Head, &mut counted);
+        let head = self.spreads.head(head_rows, again, &mut counted);
         head.powi(2) + self.spreads.kv_fill.at(filled_depths, Component::KvFill, &mut counted).powi(2)
     }
 }
@@ -235,12 +254,15 @@ struct Parts {
     block: Table,
     elementwise: Table,
     lora: Table,
+    after_more: AfterMore,
     decode_attention: Surface,
     prefill_attention: Surface,
     /// By distinct depths less 1.
     depth_mix: Vec<Table>,
     embed: Table,
     head: Table,
+    /// None where it was not measured.
+    head_again: Option<Table>,
     kv_fill: Table,
 }
 
@@ -257,28 +279,48 @@ impl Parts {
             block: by_rows(Component::Block)?,
             elementwise: by_rows(Component::Elementwise)?,
             lora: by_rows(Component::Lora)?,
+            after_more: AfterMore::new(curves(
+                profile,
+                Component::AfterMore,
+                value_us,
+                |point| point.rows,
+                |point| point.kv_tokens,
+            )?),
             decode_attention: by_rows_and_history(Component::DecodeAttention)?,
             prefill_attention: by_rows_and_history(Component::PrefillAttention)?,
             depth_mix: depth_mix(profile, value_us)?,
             embed: by_rows(Component::Embed)?,
             head: by_rows(Component::Head)?,
+            head_again: match profile.points_of(Component::HeadAgain).next() {
+                Some(_) => Some(by_rows(Component::HeadAgain)?),
+                None => None,
+            },
             kv_fill: by_rows(Component::KvFill)?,
         })
     }
 
+    #[inline]
+    fn head(&self, rows: u32, again: bool, beyond: &mut Extrapolations) -> f64 {
+        match &self.head_again {
+            Some(table) if again => table.at(rows, Component::HeadAgain, beyond),
+            _ => self.head.at(rows, Component::Head, beyond),
+        }
+    }
+
     /// The parts of a pass but for the attention of its prompt chunks: those of [`LatencyModel::PARTS`].
-    fn of_pass(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 7] {
-        let PassShape { rows, decode_rows, decode_history, depths, embed_rows, head_rows } = *shape;
+    fn of_pass(&self, shape: &PassShape, beyond: &mut Extrapolations) -> [f64; 8] {
+        let PassShape { rows, decode_rows, decode_history, depths, embed_rows, head_rows, before } = *shape;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
         let history = if decode_rows == 0 { 0.0 } else { decode_history as f64 / f64::from(decode_rows) };
         [
             self.block.at(rows, Component::Block, beyond),
             self.elementwise.at(rows, Component::Elementwise, beyond),
             self.lora.at(rows, Component::Lora, beyond),
+            self.after_more.at(rows, before.rows),
             self.decode_attention.at(decode_rows, history, Component::DecodeAttention, beyond),
             mix.at(rows, Component::DepthMix, beyond),
             self.embed.at(embed_rows, Component::Embed, beyond),
-            self.head.at(head_rows, Component::Head, beyond),
+            self.head(head_rows, before.head, beyond),
         ]
     }
 }
@@ -456,6 +498,39 @@ impl Surface {
     }
 }
 
+/// What passes take beyond by their rows and those of the pass before: nothing where that had no more, and beyond the
+/// measured rows of either what the largest measured cost.
+#[derive(Clone, Debug)]
+struct AfterMore {
+    surface: Surface,
+    most_rows: u32,
+    most_before: f64,
+}
+
+impl AfterMore {
+    /// By rows, curves over the rows of the pass before.
+    fn new(mut curves: BTreeMap<u32, Curve>) -> Self {
+        for (&rows, curve) in &mut curves {
+            let more = curve.knots.iter().map(|knot| (knot.x as u32, knot.y)).filter(|&(before, _)| before > rows);
+            *curve = Curve::new(std::iter::once((rows, 0.0)).chain(more.collect::<Vec<_>>()));
+        }
+        let most_rows = curves.keys().next_back().copied().unwrap_or(0);
+        let most_before = curves.values().map(Curve::end).fold(0.0, f64::max);
+        Self { surface: Surface::new(curves), most_rows, most_before }
+    }
+
+    #[inline]
+    fn at(&self, rows: u32, before: u32) -> f64 {
+        match before > rows && self.most_rows > 0 {
+            true => {
+                let (rows, before) = (rows.min(self.most_rows), f64::from(before).min(self.most_before));
+                self.surface.at(rows, before, Component::AfterMore, &mut Extrapolations::default())
+            }
+            false => 0.0,
+        }
+    }
+}
+
 /// How often a run asked for times beyond the measured grid, and how far, by component.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Extrapolations {
@@ -560,7 +635,7 @@ mod tests {
         LatencyModel::new(&profile(points)).unwrap()
     }
 
-    use Component::{Block, DecodeAttention, DepthMix, Embed, Head, PrefillAttention};
+    use Component::{AfterMore, Block, DecodeAttention, DepthMix, Embed, Head, HeadAgain, PrefillAttention};
 
     /// A pass without the attention of its prompt chunks.
     fn pass_ns(model: &LatencyModel, shape: &PassShape, beyond: &mut Extrapolations) -> f64 {
@@ -583,7 +658,15 @@ mod tests {
             (Head, 2, 0, 1, 3.0),
         ]);
         let mut beyond = Extrapolations::default();
-        let shape = PassShape { rows: 4, decode_rows: 2, decode_history: 400, depths: 2, embed_rows: 1, head_rows: 2 };
+        let shape = PassShape {
+            rows: 4,
+            decode_rows: 2,
+            decode_history: 400,
+            depths: 2,
+            embed_rows: 1,
+            head_rows: 2,
+            before: PassBefore { rows: 9, head: true },
+        };
         // overhead + block + decode attention at 2 rows of 200 + depth mix halfway from 1 depth to 3 + embed + head
         let expected = 0.25 + 25.0 + 6.0 + 2.0 + 0.5 + 3.0;
         assert!((pass_ns(&model, &shape, &mut beyond) - 1e3 * expected).abs() < 1e-6);
@@ -591,6 +674,40 @@ mod tests {
         assert!(beyond.is_empty(), "{beyond}");
         let empty = PassShape { depths: 1, ..PassShape::default() };
         assert_eq!(pass_ns(&model, &empty, &mut beyond), 250.0);
+    }
+
+    #[test]
+    fn a_head_that_ran_just_before_takes_its_own_time() {
+        let model = model(&[(Block, 1, 0, 1, 10.0), (Head, 2, 0, 1, 3.0), (HeadAgain, 2, 0, 1, 2.0)]);
+        let mut beyond = Extrapolations::default();
+        let shape = PassShape { rows: 2, head_rows: 2, ..PassShape::default() };
+        assert_eq!(pass_ns(&model, &shape, &mut beyond), 13_250.0);
+        assert_eq!(
+            pass_ns(&model, &PassShape { before: PassBefore { rows: 0, head: true }, ..shape }, &mut beyond),
+            12_250.0
+        );
+        assert_eq!([false, true].map(|again| model.head_ns(2, again, &mut beyond)), [3e3, 2e3]);
+        assert!(beyond.is_empty());
+        model.head_ns(3, true, &mut beyond);
+        assert_eq!(beyond.iter().map(|(component, _)| component).collect::<Vec<_>>(), [HeadAgain]);
+    }
+
+    #[test]
+    fn a_pass_after_one_of_more_rows_takes_longer() {
+        let more = [(1, 2, 4.0), (1, 8, 10.0), (4, 8, 6.0)];
+        let more = more.map(|(rows, before, time)| (AfterMore, rows, before, 1, time));
+        let model = model(&[&[(Block, 1, 0, 1, 100.0), (Block, 8, 0, 1, 100.0)], &more[..]].concat());
+        let takes = |rows, before| {
+            let mut beyond = Extrapolations::default();
+            let shape = PassShape { rows, before: PassBefore { rows: before, head: false }, ..PassShape::default() };
+            let ns = pass_ns(&model, &shape, &mut beyond) - 100_250.0;
+            assert!(beyond.is_empty());
+            ns.round()
+        };
+        assert_eq!([(1, 0), (1, 1), (4, 2), (8, 8)].map(|(rows, before)| takes(rows, before)), [0.0; 4]);
+        assert_eq!([takes(1, 2), takes(1, 5), takes(1, 8), takes(1, 99)], [4e3, 7e3, 10e3, 10e3]);
+        // Between 1 row and 4: a third of the way.
+        assert_eq!([takes(2, 8), takes(4, 6), takes(6, 8)], [8667.0, 3e3, 6e3]);
     }
 
     #[test]
@@ -617,7 +734,7 @@ mod tests {
         let mut beyond = Extrapolations::default();
         assert_eq!(model.times.block.at(7, Block, &mut beyond), 22e3);
         assert_eq!(model.times.block.at(5, Block, &mut beyond), 18e3);
-        assert_eq!(model.head_ns(10, &mut beyond), 8e3, "a falling last slope does not go on");
+        assert_eq!(model.head_ns(10, false, &mut beyond), 8e3, "a falling last slope does not go on");
         assert_eq!(model.times.decode_attention.at(2, 40.0, DecodeAttention, &mut beyond), 8e3);
         assert_eq!(model.times.decode_attention.at(4, 20.0, DecodeAttention, &mut beyond), 8e3);
         let found: Vec<_> = beyond.iter().collect();

@@ -4,7 +4,7 @@ use scheduler::{KvFill, Observer, PassRecord, RowKind, Settings};
 use traces::Nanos;
 
 use crate::attention::is_chunk;
-use crate::latency::{Extrapolations, LatencyModel, PassShape};
+use crate::latency::{Extrapolations, LatencyModel, PassBefore, PassShape};
 
 /// What the time of a pass depends on.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -37,13 +37,14 @@ pub struct PassLog {
     num_loops: u8,
     copies: bool,
     passes: Vec<LoggedPass>,
+    before: PassBefore,
 }
 
 impl PassLog {
     /// Nothing was seen yet of a run under `settings`.
     pub fn new(settings: &Settings) -> Self {
         let copies = settings.kv_fill == KvFill::Reuse;
-        Self { num_loops: settings.num_loops, copies, passes: Vec::new() }
+        Self { num_loops: settings.num_loops, copies, passes: Vec::new(), before: PassBefore::default() }
     }
 
     /// What the passes were, in their order.
@@ -62,7 +63,7 @@ impl Observer for PassLog {
         let pass = &record.pass;
         let chunks = pass.segments.iter().filter(|segment| is_chunk(segment));
         let mut work = PassWork {
-            shape: PassShape::of(pass, |segment| segment.start),
+            shape: PassShape { before: self.before, ..PassShape::of(pass, |segment| segment.start) },
             chunks: chunks.map(|segment| (segment.tokens, segment.start)).collect(),
             ..PassWork::default()
         };
@@ -72,6 +73,8 @@ impl Observer for PassLog {
                 work.filled_depths += u32::from(self.num_loops - 1 - segment.depth);
             }
         }
+        let head = work.shape.head_rows + work.head_rows_leaving > 0;
+        self.before = PassBefore { rows: work.shape.rows, head };
         self.passes.push(LoggedPass { start: record.start, elapsed: record.elapsed, work });
     }
 }
@@ -83,6 +86,7 @@ impl LatencyModel {
         let chunks = work.chunks.iter().map(|&(tokens, history)| self.prefill_attention_ns(tokens, history, beyond));
         let chunks: f64 = chunks.sum();
         let parts = self.parts_ns(&work.shape, beyond).iter().sum::<f64>();
-        parts + chunks + self.head_ns(work.head_rows_leaving, beyond) + self.kv_fill_ns(work.filled_depths, beyond)
+        let head = self.head_ns(work.head_rows_leaving, work.shape.has_head_at_hand(), beyond);
+        parts + chunks + head + self.kv_fill_ns(work.filled_depths, beyond)
     }
 }

@@ -1,8 +1,8 @@
 //! A profile of a machine in service: one whose passes take what those of a steady load took.
 //!
 //! Shapes that are measured one by one do not quite add up to the passes of a run, by other shares for few rows than for
-//! many: caches and the processor's clock are as the passes before leave them. So times are scaled by rows, to what the
-//! passes of a load that never ends took.
+//! many: caches and the processor's clock are as the passes before leave them. So times are scaled by rows, to what passes
+//! of one depth of a load that never ends took, and mixing depths takes what those of several depths took beyond.
 
 use std::collections::BTreeSet;
 
@@ -38,34 +38,39 @@ pub fn steady_passes(
     Ok(log.into_works())
 }
 
-/// Factors of a profile's times by rows, linear between the numbers of rows that it has of the block.
+/// A pass, and what an executor took for it.
+pub type TimedPass<'p> = (&'p PassWork, Nanos);
+
+/// What makes a profile that of a machine in service.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ServiceFactors(Vec<(u32, f64)>);
+pub struct ServiceFactors {
+    /// Factors of all times, at the numbers of rows that the profile has of the block.
+    by_rows: ByRows,
+    /// What mixing depths takes beyond, in microseconds, at the numbers of rows that the profile has of it.
+    mixing_us: ByRows,
+}
 
 impl ServiceFactors {
-    /// The factors by which passes took longer in service than a profile says, each pass given with what an executor took
-    /// for it. Numbers of rows that few passes have take the factors of those next to them.
+    /// From passes in service. Numbers of rows that few passes have take what those next to them do.
     ///
     /// # Errors
     /// If the profile contradicts itself.
-    pub fn new(profile: &LatencyProfile, passes: &[(&PassWork, Nanos)]) -> Result<Self, LatencyError> {
-        let rows: BTreeSet<u32> = profile.points_of(Component::Block).map(|point| point.rows).collect();
-        let mut factors = Self(rows.into_iter().map(|rows| (rows, 1.0)).collect());
+    pub fn new(profile: &LatencyProfile, passes: &[TimedPass<'_>]) -> Result<Self, LatencyError> {
+        let by_rows = ByRows::at_rows_of(profile, Component::Block, 1.0);
+        let mut factors = Self { by_rows, mixing_us: ByRows::at_rows_of(profile, Component::DepthMix, 0.0) };
+        let (mixed, alone): (Vec<_>, Vec<_>) = passes.iter().partition(|(work, _)| work.shape.depths > 1);
         for _ in 0..STEPS {
-            let seen = factors.seen(profile, passes)?;
-            let of_all = Seen::all(&seen).ratio();
-            let credible: Vec<(u32, f64)> = factors
-                .0
-                .iter()
-                .zip(&seen)
-                .filter(|(_, seen)| seen.passes >= CREDIBLE)
-                .map(|((rows, factor), seen)| (*rows, factor * seen.ratio()))
-                .collect();
-            let credible = Self(if credible.is_empty() { vec![(1, factors.0[0].1 * of_all)] } else { credible });
-            factors.0.iter_mut().for_each(|(rows, factor)| *factor = credible.at(*rows));
+            let seen = factors.by_rows.seen(&factors.model(profile)?, &alone);
+            factors.by_rows.step(&seen, |factor, seen| factor * seen.ratio());
         }
-        let of_all = Seen::all(&factors.seen(profile, passes)?).ratio();
-        factors.0.iter_mut().for_each(|(_, factor)| *factor *= of_all);
+        for _ in 0..STEPS {
+            let seen = factors.mixing_us.seen(&factors.model(profile)?, &mixed);
+            factors.mixing_us.step(&seen, |added, seen| added + seen.missing_us());
+        }
+        let of_all = Seen::all(&factors.by_rows.seen(&factors.model(profile)?, passes)).ratio();
+        for (_, value) in factors.by_rows.0.iter_mut().chain(&mut factors.mixing_us.0) {
+            *value *= of_all;
+        }
         Ok(factors)
     }
 
@@ -73,50 +78,87 @@ impl ServiceFactors {
     pub fn apply(&self, profile: &LatencyProfile) -> LatencyProfile {
         let mut scaled = profile.clone();
         for point in &mut scaled.points {
-            let factor = self.at(point.rows);
+            let factor = self.by_rows.at(point.rows);
             point.time_us *= factor;
             point.spread_us *= factor;
+            if point.component == Component::DepthMix {
+                point.time_us = (point.time_us + self.mixing_us.at(point.rows)).max(0.0);
+            }
         }
         scaled
     }
 
-    /// The smallest and the largest.
+    /// The smallest and the largest factor.
     pub fn range(&self) -> (f64, f64) {
-        let factors = || self.0.iter().map(|&(_, factor)| factor);
-        (factors().fold(f64::INFINITY, f64::min), factors().fold(0.0, f64::max))
+        self.by_rows.range()
+    }
+
+    /// The least and the most that mixing depths takes beyond, in microseconds; none where it was not measured.
+    pub fn mixing_range_us(&self) -> Option<(f64, f64)> {
+        (!self.mixing_us.0.is_empty()).then(|| self.mixing_us.range())
+    }
+
+    fn model(&self, profile: &LatencyProfile) -> Result<LatencyModel, LatencyError> {
+        LatencyModel::new(&self.apply(profile))
+    }
+}
+
+/// Values at some numbers of rows, linear between them, and those of the ends beyond.
+#[derive(Clone, Debug, PartialEq)]
+struct ByRows(Vec<(u32, f64)>);
+
+impl ByRows {
+    /// The same value at every number of rows that a profile has of a component.
+    fn at_rows_of(profile: &LatencyProfile, component: Component, value: f64) -> Self {
+        let rows: BTreeSet<u32> = profile.points_of(component).map(|point| point.rows).collect();
+        Self(rows.into_iter().map(|rows| (rows, value)).collect())
     }
 
     fn at(&self, rows: u32) -> f64 {
-        let ((low, below), (high, above)) = self.around(rows);
-        below * self.0[low].1 + above * self.0[high].1
+        self.around(rows).map(|(place, share)| share * self.0[place].1).iter().sum()
     }
 
     /// The places of the numbers of rows next to one, with the shares that they have in it.
-    fn around(&self, rows: u32) -> ((usize, f64), (usize, f64)) {
+    fn around(&self, rows: u32) -> [(usize, f64); 2] {
         let high = self.0.partition_point(|&(at, _)| at < rows).min(self.0.len() - 1);
         let (low, at) = (high.saturating_sub(1), |place: usize| f64::from(self.0[place].0));
         let share = match at(high) - at(low) {
             0.0 => 1.0,
             between => ((f64::from(rows) - at(low)) / between).clamp(0.0, 1.0),
         };
-        ((low, 1.0 - share), (high, share))
+        [(low, 1.0 - share), (high, share)]
     }
 
-    /// By number of rows, what passes took and what the profile with these factors says of them.
-    fn seen(&self, profile: &LatencyProfile, passes: &[(&PassWork, Nanos)]) -> Result<Vec<Seen>, LatencyError> {
-        let model = LatencyModel::new(&self.apply(profile))?;
+    fn range(&self) -> (f64, f64) {
+        let values = || self.0.iter().map(|&(_, value)| value);
+        (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max))
+    }
+
+    /// By number of rows, what passes took and what a profile says of them.
+    fn seen(&self, model: &LatencyModel, passes: &[TimedPass<'_>]) -> Vec<Seen> {
         let mut seen = vec![Seen::default(); self.0.len()];
-        for (work, took) in passes {
+        for (work, took) in passes.iter().filter(|_| !self.0.is_empty()) {
             let said = model.pass_ns(work);
-            let (below, above) = self.around(work.shape.rows);
-            for (place, share) in [below, above] {
+            for (place, share) in self.around(work.shape.rows) {
                 let seen = &mut seen[place];
                 seen.passes += share;
                 seen.took += share * took.0 as f64;
                 seen.said += share * said;
             }
         }
-        Ok(seen)
+        seen
+    }
+
+    /// Makes values better by what was seen; numbers of rows that few passes have take what those next to them do.
+    fn step(&mut self, seen: &[Seen], better: impl Fn(f64, &Seen) -> f64) {
+        let Some(&first) = self.0.first() else { return };
+        let pairs = self.0.iter().zip(seen).filter(|(_, seen)| seen.passes >= CREDIBLE);
+        let credible: Vec<(u32, f64)> = pairs.map(|(&(rows, value), seen)| (rows, better(value, seen))).collect();
+        let credible = Self(match credible.is_empty() {
+            true => vec![(first.0, better(first.1, &Seen::all(seen)))],
+            false => credible,
+        });
+        self.0.iter_mut().for_each(|(rows, value)| *value = credible.at(*rows));
     }
 }
 
@@ -140,5 +182,10 @@ impl Seen {
     /// How many times as long passes took as was said; 1 of none.
     fn ratio(&self) -> f64 {
         if self.said > 0.0 { self.took / self.said } else { 1.0 }
+    }
+
+    /// What a pass took beyond what was said, in microseconds; 0 of none.
+    fn missing_us(&self) -> f64 {
+        if self.passes > 0.0 { (self.took - self.said) / self.passes / 1e3 } else { 0.0 }
     }
 }

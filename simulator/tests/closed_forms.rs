@@ -241,6 +241,24 @@ fn the_parts_of_a_run_add_up_to_the_time_in_which_it_ran_passes() {
 }
 
 #[test]
+fn a_head_takes_its_own_time_in_a_pass_after_one_that_ran_it() {
+    use Component::{Block, Head, HeadAgain};
+    let (block, head, again) = (100.0, 7.0, 5.0);
+    let points = [(Block, 1, 0, 1, block), (Head, 1, 0, 1, head), (HeadAgain, 1, 0, 1, again)];
+    let latency = LatencyModel::new(&profile(2, &points)).unwrap();
+    let exits = ExitModel::new(&exit_trace(2, &[vec![0; 4]]), Draw::Recorded).unwrap();
+    let makespan_us = |exit| {
+        let summary = simulate(settings(Batching::Sequence, exit, 2, 1), &latency, &exits, queued(1, 1, 4));
+        1e6 * summary.makespan_s
+    };
+    // The prompt runs both depths, and every other pass runs the head.
+    assert_close(makespan_us("none"), 8.0 * block + 4.0 * head, 1e-9);
+    // Three tokens leave at the first depth, each after a pass with the head: looked at before they do, or once they do.
+    assert_close(makespan_us("top1:0.5"), 5.0 * block + 2.0 * head + 3.0 * again, 1e-2);
+    assert_close(makespan_us("oracle"), 5.0 * block + head + 3.0 * again, 1e-9);
+}
+
+#[test]
 fn a_result_names_the_times_that_were_not_measured() {
     let mut made = profile(1, &[(Component::Block, 1, 0, 1, 100.0), (Component::Head, 1, 0, 1, 7.0)]);
     let exits = ExitModel::new(&exit_trace(1, &[vec![0; 4]]), Draw::Recorded).unwrap();

@@ -8,7 +8,7 @@ use scheduler::{Batching, Lengths, Server, Settings, SteadyLoad, VirtualClock, s
 use simulator::{LatencyModel, PassLog, PassWork, ProfileExecutor, ServiceFactors, steady_passes};
 use traces::{Component, LatencyProfile, Nanos};
 
-use Component::{Block, DecodeAttention, DepthMix, Embed, Head, KvFill, PrefillAttention};
+use Component::{AfterMore, Block, DecodeAttention, DepthMix, Embed, Head, HeadAgain, KvFill, PrefillAttention};
 
 const LENGTHS: Lengths = Lengths { prompt: 8, output: 8, longest: 32 };
 
@@ -93,14 +93,41 @@ fn a_machine_of_which_no_pass_was_seen_is_as_fast_as_its_profile() {
     assert_eq!(factors(&apart, &[], &[]).apply(&apart), apart);
 }
 
+#[test]
+fn passes_of_several_depths_that_take_longer_in_service_come_out_so_and_others_do_not() {
+    let mut apart = apart();
+    apart.meta.num_loops = 3;
+    apart.points.extend(profile(3, &[(DepthMix, 2, 0, 2, 0.5), (DepthMix, 32, 0, 2, 4.0)]).points);
+    let model = LatencyModel::new(&apart).unwrap();
+    let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS);
+    let passes = |load| steady_passes(load, &model, 4000).unwrap();
+    let works: Vec<PassWork> = [load, load.with_exits()].into_iter().flat_map(passes).collect();
+    let took = |work: &PassWork| {
+        let beyond = if work.shape.depths > 1 { 3e3 + 100.0 * f64::from(work.shape.rows) } else { 0.0 };
+        Nanos((1.2 * model.pass_ns(work) + beyond).round() as u64)
+    };
+    let took: Vec<Nanos> = works.iter().map(took).collect();
+    let service = LatencyModel::new(&factors(&apart, &works, &took).apply(&apart)).unwrap();
+    for several in [false, true] {
+        let (mut said, mut all, mut passes) = (0.0, 0.0, 0);
+        for (work, took) in works.iter().zip(&took).filter(|(work, _)| (work.shape.depths > 1) == several) {
+            said += service.pass_ns(work);
+            all += took.0 as f64;
+            passes += 1;
+        }
+        assert!(passes > 500 && (said / all - 1.0).abs() < 0.005, "{passes} passes: {}", said / all);
+    }
+}
+
 /// A profile of three loops in which every part of a pass takes its own time.
 fn every_part() -> LatencyProfile {
-    let by_rows = [(Block, 100.0), (Embed, 3.0), (Head, 20.0), (KvFill, 7.0)];
+    let by_rows = [(Block, 100.0), (Embed, 3.0), (Head, 20.0), (HeadAgain, 13.0), (KvFill, 7.0)];
     let rows = by_rows.map(|(component, time)| [(component, 1, 0, 1, time), (component, 32, 0, 1, 3.0 * time)]);
     let mut points = rows.concat();
     for depths in [2, 3] {
         points.extend([1, 32].map(|rows| (DepthMix, rows, 0, depths, f64::from(depths * rows))));
     }
+    points.extend([(AfterMore, 1, 2, 1, 11.0), (AfterMore, 1, 20, 1, 17.0), (AfterMore, 8, 20, 1, 19.0)]);
     for (rows, history) in [(1, 0), (1, 64), (32, 0), (32, 64)] {
         let time = f64::from(rows * (history + 8)) / 10.0;
         points.extend([(DecodeAttention, rows, history, 1, time), (PrefillAttention, rows, history, 1, 1.5 * time)]);

@@ -40,6 +40,9 @@ pub enum Component {
     Elementwise,
     /// What the low-rank weights of each row's own loop add to a pass at one depth, by `rows`.
     Lora,
+    /// What a pass takes beyond if the one before had more rows, whose data has pushed weights out of caches: by `rows` and
+    /// `kv_tokens`, which is here how many rows the pass before had.
+    AfterMore,
     /// What the histories of decode rows add, by `rows` and `kv_tokens` (history of each).
     DecodeAttention,
     /// What attention of one prompt chunk adds, by `rows` (its tokens) and `kv_tokens` (history before it).
@@ -50,21 +53,26 @@ pub enum Component {
     Embed,
     /// The exit head over the vocabulary, by `rows`.
     Head,
+    /// The same in a pass after one that ran it too, whose weights may still be at hand; where it is not measured, it is
+    /// as [`Component::Head`].
+    HeadAgain,
     /// Copying keys and values to the depths that rows which leave skip, by `rows`: one for each depth that one skips.
     KvFill,
 }
 
 impl Component {
     /// Every component, in the order in which files list them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Block,
         Self::Elementwise,
         Self::Lora,
+        Self::AfterMore,
         Self::DecodeAttention,
         Self::PrefillAttention,
         Self::DepthMix,
         Self::Embed,
         Self::Head,
+        Self::HeadAgain,
         Self::KvFill,
     ];
 
@@ -74,18 +82,20 @@ impl Component {
             Self::Block => "block",
             Self::Elementwise => "elementwise",
             Self::Lora => "lora",
+            Self::AfterMore => "after_more",
             Self::DecodeAttention => "decode_attention",
             Self::PrefillAttention => "prefill_attention",
             Self::DepthMix => "depth_mix",
             Self::Embed => "embed",
             Self::Head => "head",
+            Self::HeadAgain => "head_again",
             Self::KvFill => "kv_fill",
         }
     }
 
-    /// Whether a history (`kv_tokens`) plays a part.
+    /// Whether a history (`kv_tokens`) plays a part, or what stands in its place.
     pub fn has_history(self) -> bool {
-        matches!(self, Self::DecodeAttention | Self::PrefillAttention)
+        matches!(self, Self::DecodeAttention | Self::PrefillAttention | Self::AfterMore)
     }
 }
 
@@ -112,7 +122,8 @@ pub struct Point {
     pub component: Component,
     /// Rows of the pass (or tokens of the chunk).
     pub rows: u32,
-    /// History of each decode row, or before the chunk, in tokens; 0 where it plays no part.
+    /// History of each decode row, or before the chunk, in tokens; rows of the pass before of [`Component::AfterMore`]; 0
+    /// where it plays no part.
     pub kv_tokens: u32,
     /// Distinct depths among the rows; 1 except for [`Component::DepthMix`].
     pub depths: u32,
