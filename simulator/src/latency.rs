@@ -678,7 +678,7 @@ mod tests {
 
     #[test]
     fn a_head_that_ran_just_before_takes_its_own_time() {
-        let model = model(&[(Block, 1, 0, 1, 10.0), (Head, 2, 0, 1, 3.0), (HeadAgain, 2, 0, 1, 2.0)]);
+        let model = model(&[(Block, 2, 0, 1, 10.0), (Head, 2, 0, 1, 3.0), (HeadAgain, 2, 0, 1, 2.0)]);
         let mut beyond = Extrapolations::default();
         let shape = PassShape { rows: 2, head_rows: 2, ..PassShape::default() };
         assert_eq!(pass_ns(&model, &shape, &mut beyond), 13_250.0);

@@ -413,7 +413,7 @@ mod tests {
             (
                 "block,8",
                 "blok,8",
-                "latency.csv:3: component: found `blok`, expected block, elementwise, lora, decode_attention,",
+                "latency.csv:3: component: found `blok`, expected block, elementwise, lora, after_more, decode_attention,",
             ),
             ("head,1,0,1,2,0,5\n", "", "latency.csv: found no row of head, expected rows of block, embed and head"),
             ("component,rows", "component,row", "latency.csv:1: found columns `component,row,"),
