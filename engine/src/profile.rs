@@ -623,7 +623,8 @@ impl<'a> Measured<'a> {
             Some(less) => self.difference((shape, false), (less, false)),
             None => self.of((shape, false)),
         };
-        let mut parts: BTreeMap<Shape, Summary> = self.counted().map(|(shape, _)| (shape, part(shape))).collect();
+        let shapes = self.counted().filter(|&(_, embeds)| !embeds).map(|(shape, _)| shape);
+        let mut parts: BTreeMap<Shape, Summary> = shapes.map(|shape| (shape, part(shape))).collect();
         let grid = &self.profiler.grid;
         let histories = || grid.histories.iter().copied();
         let decodes = grid.decodes.iter().map(|&rows| histories().map(move |history| Shape::Decode { rows, history }));

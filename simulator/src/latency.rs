@@ -272,22 +272,15 @@ impl Parts {
             let curves = curves(profile, component, value_us, |_| 0, |point| point.rows)?;
             Ok(Table::new(curves.into_values().next().unwrap_or_default()))
         };
-        let by_rows_and_history = |component| -> Result<Surface, LatencyError> {
-            Ok(Surface::new(curves(profile, component, value_us, |point| point.rows, |point| point.kv_tokens)?))
-        };
+        let curves_by_rows =
+            |component| curves(profile, component, value_us, |point| point.rows, |point| point.kv_tokens);
         Ok(Self {
             block: by_rows(Component::Block)?,
             elementwise: by_rows(Component::Elementwise)?,
             lora: by_rows(Component::Lora)?,
-            after_more: AfterMore::new(curves(
-                profile,
-                Component::AfterMore,
-                value_us,
-                |point| point.rows,
-                |point| point.kv_tokens,
-            )?),
-            decode_attention: by_rows_and_history(Component::DecodeAttention)?,
-            prefill_attention: by_rows_and_history(Component::PrefillAttention)?,
+            after_more: AfterMore::new(curves_by_rows(Component::AfterMore)?),
+            decode_attention: Surface::new(curves_by_rows(Component::DecodeAttention)?),
+            prefill_attention: Surface::new(curves_by_rows(Component::PrefillAttention)?),
             depth_mix: depth_mix(profile, value_us)?,
             embed: by_rows(Component::Embed)?,
             head: by_rows(Component::Head)?,

@@ -63,7 +63,8 @@ impl ServiceFactors {
             let seen = factors.by_rows.seen(&factors.model(profile)?, &alone);
             factors.by_rows.step(&seen, |factor, seen| factor * seen.ratio());
         }
-        for _ in 0..STEPS {
+        let mixing_steps = if factors.mixing_us.0.is_empty() { 0 } else { STEPS };
+        for _ in 0..mixing_steps {
             let seen = factors.mixing_us.seen(&factors.model(profile)?, &mixed);
             factors.mixing_us.step(&seen, |added, seen| added + seen.missing_us());
         }
@@ -137,7 +138,7 @@ impl ByRows {
     /// By number of rows, what passes took and what a profile says of them.
     fn seen(&self, model: &LatencyModel, passes: &[TimedPass<'_>]) -> Vec<Seen> {
         let mut seen = vec![Seen::default(); self.0.len()];
-        for (work, took) in passes.iter().filter(|_| !self.0.is_empty()) {
+        for (work, took) in passes {
             let said = model.pass_ns(work);
             for (place, share) in self.around(work.shape.rows) {
                 let seen = &mut seen[place];

@@ -129,8 +129,9 @@ impl Architectural<'_> {
         }
         let has = |name: &str| file.shape(name).is_some();
         let embedding = file.shape("token_embd.weight").unwrap_or_default();
-        let block_layers = num_layers(self.keys, &self.key("block_count"))?;
-        layers_within(file, block_layers, self.keys, &self.key("block_count"))?;
+        let block_count = self.key("block_count");
+        let block_layers = num_layers(self.keys, &block_count)?;
+        layers_within(file, block_layers, self.keys, &block_count)?;
         Ok(ModelConfig {
             vocab_size: embedding.first().copied().unwrap_or(0),
             hidden_size,
