@@ -252,8 +252,8 @@ pub struct ServiceProfile {
     /// The profile.
     pub profile: LatencyProfile,
     model: LatencyModel,
-    /// The passes of the loads that the profiler serves, without exits and with.
-    passes: [Vec<PassWork>; 2],
+    /// The passes of the loads that the profiler serves, by way.
+    passes: Vec<Vec<PassWork>>,
 }
 
 impl ServiceProfile {
@@ -272,11 +272,11 @@ impl ServiceProfile {
         let apart = measured.profile(model, source);
         let probes: Vec<&Probe> = measured.probes().chain(further).collect();
         let model_apart = LatencyModel::new(&apart)?;
-        let passes = |exits: bool| {
-            let ends = probes.iter().filter(|probe| probe.exits == exits).map(|probe| probe.first + probe.times.len());
-            steady_passes(profiler.load(exits), &model_apart, ends.max().unwrap_or_default())
-        };
-        let passes = [passes(false)?, passes(true)?];
+        let passes = profiler.loads().into_iter().enumerate().map(|(way, load)| {
+            let ends = probes.iter().filter(|probe| probe.way == way).map(|probe| probe.first + probe.times.len());
+            steady_passes(load, &model_apart, ends.max().unwrap_or_default())
+        });
+        let passes = passes.collect::<Result<Vec<_>, _>>()?;
         let timed = probes.iter().flat_map(|probe| works_of(&passes, probe).iter().zip(probe.times.iter().copied()));
         let factors = ServiceFactors::new(&apart, &timed.collect::<Vec<_>>())?;
         let mut profile = factors.apply(&apart);
@@ -299,8 +299,8 @@ impl ServiceProfile {
 }
 
 /// The passes that a probe served.
-fn works_of<'p>(passes: &'p [Vec<PassWork>; 2], probe: &Probe) -> &'p [PassWork] {
-    &passes[usize::from(probe.exits)][probe.first..][..probe.times.len()]
+fn works_of<'p>(passes: &'p [Vec<PassWork>], probe: &Probe) -> &'p [PassWork] {
+    &passes[probe.way][probe.first..][..probe.times.len()]
 }
 
 impl MeasuredLoad {

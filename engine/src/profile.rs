@@ -27,6 +27,9 @@ const SHORT: u32 = 1;
 const PROBE_TIME: Duration = Duration::from_millis(60);
 /// Fewest passes of a probe, of models whose passes are long.
 const PASSES_OF_PROBE: usize = 4;
+/// Ways to serve the load, which probes take in turn: by sequence at full depth, depth-wise with exits, and depth-wise at
+/// full depth. So there are passes of one depth, of a few and of all, and heads after heads.
+const WAYS: usize = 3;
 /// Times that a round comes to each shape, so that its times are of many moments.
 const VISITS: usize = 2;
 /// Passes in service that take longer are of a model that no cache holds: whatever runs before a pass is of no account.
@@ -152,10 +155,10 @@ pub struct Profiler {
     services: Vec<SteadyServer<EngineExecutor>>,
     /// Whether shapes run among the passes of these machines.
     runs_among: bool,
-    /// A machine in service with the largest batch and exits.
-    exiting: SteadyServer<EngineExecutor>,
-    /// Whether the next probe is of exits.
-    probes_exits: bool,
+    /// Machines in service with the largest batch, depth-wise: with exits, and at full depth.
+    depth_wise: [SteadyServer<EngineExecutor>; WAYS - 1],
+    /// Which of the ways to serve the load is the next probe's.
+    next_way: usize,
 }
 
 /// A shape's runs, and whether it is those at the first depth, where rows are embedded, that count.
@@ -174,8 +177,8 @@ type Visit = BTreeMap<Counted, Vec<f64>>;
 /// How fast the machine was in service at one moment: what it took for some passes of the profiler's steady load.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
-    /// Whether the load was served [with exits](SteadyLoad::with_exits).
-    pub exits: bool,
+    /// The way in which the load was served: its place in [`Profiler::loads`].
+    pub way: usize,
     /// Number of the first pass in the load.
     pub first: usize,
     /// How long the executor says that each pass took.
@@ -291,12 +294,13 @@ impl Profiler {
             grid,
             services: vec![serve(load(decodes))?],
             runs_among: false,
-            exiting: serve(load(decodes).with_exits())?,
-            probes_exits: false,
+            depth_wise: [serve(load(decodes).with_exits())?, serve(load(decodes).depth_wise())?],
+            next_way: 0,
         };
         // The first passes find memory that was never touched.
-        profiler.probe()?;
-        profiler.probe()?;
+        for _ in 0..WAYS {
+            profiler.probe()?;
+        }
         let probe = profiler.probe()?;
         if probe.elapsed.as_micros_f64() / (probe.times.len() as f64) < CACHED.as_secs_f64() * 1e6 {
             let smaller = profiler.grid.decodes.iter().filter(|&&batch| batch < decodes);
@@ -332,40 +336,37 @@ impl Profiler {
                 }
                 round.visits.push(visit);
             }
-            round.probes = (0..VISITS).map(|_| self.probe()).collect::<Result<_, _>>()?;
+            round.probes = (0..WAYS).map(|_| self.probe()).collect::<Result<_, _>>()?;
             Ok::<_, ReplayError>(round)
         })?;
         self.rounds.push(round);
         Ok(())
     }
 
-    /// Serves the next passes of a steady load, to tell how fast the machine is at the moment: without exits and with, in
-    /// turn.
+    /// Serves the next passes of a steady load, to tell how fast the machine is at the moment: in each way in turn.
     ///
     /// # Errors
     /// If the engine fails.
     pub fn probe(&mut self) -> Result<Probe, ReplayError> {
-        let exits = self.probes_exits;
-        self.probes_exits = !exits;
-        let service = match exits {
-            true => &mut self.exiting,
-            false => self.services.last_mut().expect("there is always one"),
+        let way = self.next_way;
+        self.next_way = (way + 1) % WAYS;
+        let service = match way {
+            0 => self.services.last_mut().expect("there is always one"),
+            depth_wise => &mut self.depth_wise[depth_wise - 1],
         };
         in_pool(|| {
             let (start, first, mut times) = (Instant::now(), service.passes(), Vec::new());
             while times.len() < PASSES_OF_PROBE || start.elapsed() < PROBE_TIME {
                 times.push(service.pass(&mut ())?);
             }
-            Ok(Probe { exits, first, times, elapsed: start.elapsed().into() })
+            Ok(Probe { way, first, times, elapsed: start.elapsed().into() })
         })
     }
 
-    /// What a probe serves.
-    pub fn load(&self, exits: bool) -> SteadyLoad {
-        match exits {
-            true => self.exiting.load(),
-            false => self.services.last().expect("there is always one").load(),
-        }
+    /// What probes serve, by way.
+    pub fn loads(&self) -> [SteadyLoad; WAYS] {
+        let [with_exits, full_depth] = self.depth_wise.each_ref().map(SteadyServer::load);
+        [self.services.last().expect("there is always one").load(), with_exits, full_depth]
     }
 
     /// What all rounds measured.

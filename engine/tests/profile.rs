@@ -90,11 +90,11 @@ fn a_grid_beyond_the_models_positions_is_refused() {
 fn probes_serve_a_load_that_never_ends_and_say_which_of_its_passes() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
     let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
-    let load = profiler.load(false);
+    let [load, with_exits, depth_wise] = profiler.loads();
     // Two prompts of 10 tokens fit a pass of 20 rows.
     assert_eq!((load.settings().max_batch, load.settings().token_budget, load.settings().prefill_chunk), (5, 20, 20));
     assert_eq!((load.settings().batching, load.settings().exit), (Batching::Sequence, ExitPolicy::None));
-    assert_eq!(profiler.load(true), load.with_exits());
+    assert_eq!((with_exits, depth_wise), (load.with_exits(), load.depth_wise()));
     profiler.round(|_, _| ()).unwrap();
     let between = profiler.probe().unwrap();
     profiler.round(|_, _| ()).unwrap();
@@ -104,9 +104,9 @@ fn probes_serve_a_load_that_never_ends_and_say_which_of_its_passes() {
     assert!(of_first > 0 && of_rounds.len() == 2 * of_first);
     let (before, after) = of_rounds.split_at(of_first);
     let in_order: Vec<_> = before.iter().copied().chain([&between]).chain(after.iter().copied()).collect();
-    assert!(in_order.windows(2).all(|pair| pair[0].exits != pair[1].exits), "with exits and without, in turn");
-    for exits in [false, true] {
-        let alike: Vec<_> = in_order.iter().filter(|probe| probe.exits == exits).collect();
+    assert!(in_order.windows(2).all(|pair| (pair[0].way + 1) % 3 == pair[1].way), "every way in turn");
+    for way in 0..3 {
+        let alike: Vec<_> = in_order.iter().filter(|probe| probe.way == way).collect();
         let follows = |pair: &[&&Probe]| pair[0].first + pair[0].times.len() <= pair[1].first;
         assert!(alike.windows(2).all(follows), "{alike:?}");
     }

@@ -62,6 +62,11 @@ impl SteadyLoad {
         Self { settings, lengths }
     }
 
+    /// The same requests at full depth, batched depth-wise.
+    pub fn depth_wise(self) -> Self {
+        Self { settings: Settings { batching: Batching::Depth, ..self.settings }, ..self }
+    }
+
     /// The same requests, batched depth-wise, each token of which leaves in the middle of the depths.
     pub fn with_exits(self) -> Self {
         let exit = ExitPolicy::Static(self.settings.num_loops.saturating_sub(1) / 2);

@@ -1,7 +1,7 @@
 //! A load that never ends has passes of few sequences and of full batches, which do not depend on how long they take.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::convert::Infallible;
 use std::rc::Rc;
 
@@ -95,4 +95,14 @@ fn with_exits_tokens_leave_in_the_middle_and_passes_mix_depths() {
     assert_eq!(of(RowKind::Prompt).map(|segment| segment.depth).max(), Some(2), "prompts run every depth");
     let mixed = |pass: &&Vec<Segment>| pass.iter().any(|segment| segment.depth != pass[0].depth);
     assert!(passes.iter().filter(mixed).count() > passes.len() / 2);
+}
+
+#[test]
+fn depth_wise_at_full_depth_passes_mix_all_depths() {
+    let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS);
+    assert_eq!(load.depth_wise().settings().exit, load.settings().exit);
+    let (passes, _) = served(load.depth_wise(), Nanos(5), 5_000);
+    let depths = |pass: &Vec<Segment>| pass.iter().map(|segment| segment.depth).collect::<BTreeSet<_>>().len();
+    let all = passes.iter().filter(|pass| depths(pass) == 3).count();
+    assert!(all > passes.len() / 4, "{all} of {} passes", passes.len());
 }
