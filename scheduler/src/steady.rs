@@ -70,7 +70,8 @@ impl SteadyLoad {
     /// The same requests, batched depth-wise, each token of which leaves in the middle of the depths.
     pub fn with_exits(self) -> Self {
         let exit = ExitPolicy::Static(self.settings.num_loops.saturating_sub(1) / 2);
-        Self { settings: Settings { batching: Batching::Depth, exit, ..self.settings }, ..self }
+        let load = self.depth_wise();
+        Self { settings: Settings { exit, ..load.settings }, ..load }
     }
 
     /// The settings to serve it under.
