@@ -322,6 +322,15 @@ impl EngineExecutor {
         self
     }
 
+    /// Runs passes on histories that nobody ran as on others: see [`Backend::fill_with_numbers`].
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(crate) fn with_any_history(mut self) -> Result<Self, EngineError> {
+        self.backend.fill_with_numbers()?;
+        Ok(self)
+    }
+
     /// Knows that rows leave by this policy only, and runs no coda where none can and nobody reads its keys and values.
     pub fn leaving_by(mut self, exit: ExitPolicy) -> Self {
         let num_loops = self.num_loops();

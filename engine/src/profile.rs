@@ -275,7 +275,8 @@ impl Profiler {
             KvFill::Reuse,
             num_blocks,
             block_tokens,
-        )?;
+        )?
+        .with_any_history()?;
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: history + chunk, output_tokens: 1 };
         executor.check_request(&request)?;
         let num_loops = engine.model.config().num_loops;

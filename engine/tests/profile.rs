@@ -4,6 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
+use common::devices::Device;
 use common::{grouped, weights, with_everything};
 use engine::config::ModelConfig;
 use engine::executor::Sampling;
@@ -64,6 +65,16 @@ fn a_profile_covers_every_component_up_to_its_limits() {
             assert!(component != Component::Block || point.time_us > 0.0, "{point:?}");
         }
     }
+}
+
+#[test]
+fn histories_that_nobody_ran_are_numbers_to_the_cuda_kernels() {
+    // Memory of the emulated device holds no number until something is written there; that of a GPU may.
+    let Some(model) = Device::Cuda.serve(&weights(&with_everything(), 5)) else { return };
+    let grid = Grid::up_to(Limits { rows: 3, decodes: 2, history: 4, chunk: 3 });
+    let lengths = Lengths { prompt: 2, output: 2, longest: 4 };
+    let mut profiler = Profiler::new(&Engine { model, ..engine(&with_everything()) }, grid, lengths).unwrap();
+    profiler.round(|_, _| ()).unwrap();
 }
 
 #[test]

@@ -26,12 +26,15 @@ use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, Row};
 use crate::kernels::rows::Source;
-use crate::kernels::signals::Verdict;
+use crate::kernels::signals::{Verdict, mix};
 use crate::model::Rows;
 use crate::parameters::Loops;
 
 /// Graphs kept at most; then all are dropped, and captured again as their sizes come up.
 const MAX_GRAPHS: usize = 512;
+/// What is filled with numbers takes as many words of four bytes of them at a time, over and over.
+const FILL_ROWS: usize = 256;
+const FILL_WORDS: usize = 4096;
 /// Fewest rows whose head is read before it is known which of them leave.
 const FEWEST_AHEAD: usize = 8;
 
@@ -239,6 +242,8 @@ pub(super) struct CudaBackend<D: Device> {
     pages: Held<D, Stored>,
     /// `[capacity, hidden]`
     in_flight: Option<Held<D, f32>>,
+    /// Whether what nobody wrote reads as ordinary numbers.
+    filled: bool,
     /// What is uploaded for a pass, and where it goes.
     arrays: Arrays,
     indices: Growing<D>,
@@ -298,6 +303,7 @@ impl<D: Device> CudaBackend<D> {
             })?,
             layout,
             in_flight: None,
+            filled: false,
             arrays: Arrays::default(),
             indices: Growing(None),
             row_memory: Growing(None),
@@ -655,7 +661,10 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             return Ok(());
         }
         let device = self.model.device.clone();
-        let larger = Held::room(&*device, rows * width, size_of::<f32>())?;
+        let larger = match self.filled {
+            true => Held::of(&*device, &numbers(rows * width))?,
+            false => Held::room(&*device, rows * width, size_of::<f32>())?,
+        };
         if let Some(smaller) = &self.in_flight {
             let places = Held::of(&*device, &(0..there as i32).collect::<Vec<_>>())?;
             self.kernels().keep_rows(smaller.view, places.view, width, larger.view)?;
@@ -663,6 +672,27 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             device.download(larger.memory(), &mut [])?;
         }
         self.in_flight = Some(larger);
+        Ok(())
+    }
+
+    fn fill_with_numbers(&mut self) -> Result<()> {
+        let (device, scalar) = (self.model.device.clone(), self.model.scalar);
+        // Pages are copied by words of four bytes, whatever they hold.
+        let words = self.pages.view.len() * scalar.bytes() / size_of::<f32>();
+        let width = words.min(FILL_WORDS);
+        let rows = (words / width).min(FILL_ROWS);
+        let numbers = Held::stored(&*device, scalar, &numbers(rows * width * size_of::<f32>() / scalar.bytes()))?;
+        let source = View::new(numbers.view.address(), rows * width);
+        let places = Held::of(&*device, &(0..rows as i32).collect::<Vec<_>>())?;
+        // The last copy ends where the pages do, over some of what is there.
+        let last = words - rows * width;
+        for start in (0..last).step_by(rows * width).chain([last]) {
+            let target = View::new(self.pages.view.address() + (start * size_of::<f32>()) as u64, rows * width);
+            self.kernels().keep_rows(source, places.view, width, target)?;
+        }
+        // What is copied from must not be freed before it is.
+        device.download(numbers.memory(), &mut [])?;
+        self.filled = true;
         Ok(())
     }
 
@@ -800,6 +830,11 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         }
         Ok(entries)
     }
+}
+
+/// Some numbers from -1 to 1.
+fn numbers(count: usize) -> Vec<f32> {
+    (0..count as u64).map(|index| (mix(index) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
 }
 
 /// A source as `enter_rows` takes it.

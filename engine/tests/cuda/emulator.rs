@@ -92,6 +92,9 @@ pub fn machine() -> Option<Arc<Machine>> {
     Some(Arc::new(Emulator { library, recording: Mutex::default(), replays: AtomicUsize::new(0) }))
 }
 
+/// A row's product is the same to the bit in any company.
+pub const PRODUCTS_DEPEND_ON_ROWS: bool = false;
+
 /// How often graphs were replayed on a machine.
 pub fn replays(machine: &Machine) -> Option<usize> {
     Some(machine.replays())
