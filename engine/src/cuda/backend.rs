@@ -195,10 +195,9 @@ struct HeadMemory {
 impl HeadMemory {
     fn carve<D: Device>(carver: &mut Carver, model: &CudaModel<D>, rows: usize) -> Self {
         let &ModelConfig { hidden_size, vocab_size, .. } = &model.config;
-        let logits = if model.sweeps_head(rows) { 0 } else { rows * vocab_size };
         Self {
             hidden: carver.take(rows * hidden_size, size_of::<f32>()),
-            logits: carver.take(logits, size_of::<f32>()),
+            logits: carver.take(rows * vocab_size, size_of::<f32>()),
             sweep: carver.take(sweep_bytes(rows, vocab_size), 1),
         }
     }
@@ -599,9 +598,6 @@ impl<D: Device> CudaBackend<D> {
             let (run, normed) = (backend.run_of(section.rows), views.scratch.normed);
             model.norm.of_rows(&run, head.hidden, None, normed)?;
             let keys = keys.first(section.rows.rows.len());
-            if model.sweeps_head(keys.len) {
-                return run.kernels.read_head(normed, model.head, keys, temperature, head.sweep, verdicts);
-            }
             run.kernels.product(normed, keys.len, model.head, Target::F32(head.logits))?;
             if let Some(lora) = &model.head_lora {
                 lora.add_to(&run, normed, head.logits)?;
@@ -756,7 +752,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
     fn reads_heads_ahead(&self, rows: usize) -> bool {
         // In batches of these sizes hardly a pass goes by in which no row leaves; and the head is read but once for
         // all of them, so that more rows take no longer.
-        rows >= FEWEST_AHEAD && self.model.sweeps_head(rows)
+        rows >= FEWEST_AHEAD
     }
 
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {

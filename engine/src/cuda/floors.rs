@@ -56,8 +56,6 @@ pub enum Operation {
     FillDeeper,
     /// `sweep_logits`
     SweepLogits,
-    /// `sweep_head`, which up to 64 rows stands for the head's product and `sweep_logits`
-    SweepHead,
 }
 
 impl fmt::Display for Projections {
@@ -88,7 +86,6 @@ impl fmt::Display for Operation {
             Self::KeepRows => f.write_str("keep_rows"),
             Self::FillDeeper => f.write_str("fill_deeper"),
             Self::SweepLogits => f.write_str("sweep_logits"),
-            Self::SweepHead => f.write_str("sweep_head"),
         }
     }
 }
@@ -174,9 +171,6 @@ impl Sizes<'_> {
         operations.extend([KeepRows, FillDeeper]);
         operations.extend(adapted(Projections::Head));
         operations.push(SweepLogits);
-        if self.scalar != Scalar::F32 {
-            operations.push(SweepHead);
-        }
         operations
     }
 
@@ -222,12 +216,6 @@ impl Sizes<'_> {
     pub fn work(&self, operation: Operation, load: &Load) -> Work {
         let (bytes, operations) = match operation {
             Operation::Product(of) => self.product(of, load),
-            Operation::SweepHead => {
-                let (product, sweep) =
-                    (self.product(Projections::Head, load), self.by_row(Operation::SweepLogits, load));
-                // No logit is written or read.
-                (product.0 - sweep.0, product.1 + sweep.1)
-            }
             Operation::LoraShrink(of) => self.shrink(of, load),
             Operation::LoraExpand(of) => self.expand(of, load),
             Operation::AttendSplits | Operation::AttendJoin | Operation::AttendTiles | Operation::StoreKv => {
@@ -235,7 +223,7 @@ impl Sizes<'_> {
             }
             _ => self.by_row(operation, load),
         };
-        let is_product = matches!(operation, Operation::Product(_) | Operation::SweepHead);
+        let is_product = matches!(operation, Operation::Product(_));
         Work { bytes: bytes as f64, operations: operations as f64, is_product }
     }
 

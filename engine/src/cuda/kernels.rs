@@ -6,16 +6,13 @@ use candle_core::{Result, bail};
 
 use super::device::{Device, Out, Plain, Product, Stored, THREADS, View};
 use super::pass::{Group, OnDevice, Row};
-use super::source::{Scalar, Specialization};
+use super::source::Specialization;
 use crate::config::{Activation, Norm};
 
-/// Ranks that a warp of `lora_shrink` reduces, times its warps, as in `lora.cu`.
-const RANKS_OF_BLOCK: usize = 16;
+/// Ranks that a block of `lora_shrink` reduces, as in `lora.cu`.
+const RANKS_OF_BLOCK: usize = 4;
 /// Logits of a slice, as in `signals.cu`.
 const SLICE: usize = 16 * THREADS;
-/// Most rows that `sweep_head` takes, and tokens of a slice there, as in `signals.cu`.
-const HEAD_ROWS: usize = 64;
-const HEAD_TOKENS: usize = THREADS;
 /// Bytes that one slice of a row of logits comes down to, as in `signals.cu`.
 const SWEEP_BYTES: usize = 32;
 
@@ -146,10 +143,9 @@ unsafe impl Plain for Part {}
 // SAFETY: as the first.
 unsafe impl Plain for Verdict {}
 
-/// Bytes of the scratch memory that [`Kernels::read_logits`] and [`Kernels::read_head`] take.
+/// Bytes of the scratch memory that [`Kernels::read_logits`] takes.
 pub fn sweep_bytes(rows: usize, vocab: usize) -> usize {
-    let slices = (rows * vocab.div_ceil(SLICE)).max(rows.min(HEAD_ROWS) * vocab.div_ceil(HEAD_TOKENS));
-    slices * SWEEP_BYTES
+    rows * vocab.div_ceil(SLICE) * SWEEP_BYTES
 }
 
 /// The kernels of a model on a device.
@@ -218,13 +214,6 @@ pub enum Target {
     F32(View<f32>),
     /// Added to what is there.
     AddedTo(View<f32>),
-}
-
-impl Matrix {
-    /// Whether [`Kernels::read_head`] can read this head for so many rows, stored as `scalar`.
-    pub fn is_swept(&self, rows: usize, scalar: Scalar) -> bool {
-        rows <= HEAD_ROWS && scalar != Scalar::F32 && self.inputs.is_multiple_of(scalar.pack())
-    }
 }
 
 impl<D: Device> Kernels<'_, D> {
@@ -717,44 +706,9 @@ impl<D: Device> Kernels<'_, D> {
         let sweep = arguments![logits.address, keys.address, vocab, temperature, scratch.address];
         // SAFETY: the kernel's arguments, whose sizes are checked.
         unsafe { self.launch("sweep_logits", [keys.len, slices, 1], sweep)? };
-        self.judge_rows(scratch, slices, out, keys.len)
-    }
-
-    /// The same of the logits that a head gives rows `x` `[keys, inputs]`, which are nowhere written.
-    ///
-    /// # Errors
-    /// If [the head cannot be read so](Matrix::is_swept), a size is wrong, or the device fails.
-    pub fn read_head(
-        &self,
-        x: View<Stored>,
-        head: Matrix,
-        keys: View<u64>,
-        temperature: f32,
-        scratch: View<u8>,
-        out: View<Verdict>,
-    ) -> Result<()> {
-        let Matrix { numbers, outputs: vocab, inputs } = head;
-        if !head.is_swept(keys.len, self.specialization.scalar) {
-            bail!("a head of {inputs} inputs, read for {} rows in one with its product", keys.len);
-        }
-        require!("the head's input", x, keys.len * inputs);
-        require!("the head", numbers, vocab * inputs);
-        require!("verdicts", out, keys.len);
-        require!("the sweep's scratch", scratch, sweep_bytes(keys.len, vocab));
-        let slices = vocab.div_ceil(HEAD_TOKENS);
-        let (rows, inputs, vocab) = (keys.len as i32, inputs as i32, vocab as i32);
-        let sweep =
-            arguments![x.address, numbers.address, keys.address, rows, inputs, vocab, temperature, scratch.address,];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
-        unsafe { self.launch("sweep_head", [slices, 1, 1], sweep)? };
-        self.judge_rows(scratch, slices, out, keys.len)
-    }
-
-    /// Joins the slices of each row.
-    fn judge_rows(&self, scratch: View<u8>, slices: usize, out: View<Verdict>, rows: usize) -> Result<()> {
         let slices = slices as i32;
         let judge = arguments![scratch.address, slices, out.address];
-        // SAFETY: the kernel's arguments; the callers check sizes.
-        unsafe { self.launch("judge_rows", [rows, 1, 1], judge) }
+        // SAFETY: as above.
+        unsafe { self.launch("judge_rows", [keys.len, 1, 1], judge) }
     }
 }

@@ -2,7 +2,8 @@
 // The rows of a pass come by depth; groups of at most GROUP_ROWS rows of one depth share what is loaded of its adapter.
 
 constexpr int GROUP_ROWS = 8;      // rows of a group
-constexpr int RANKS_OF_WARP = 4;   // ranks that a warp reduces at a time
+constexpr int RANKS_OF_BLOCK = 4;  // ranks that a block reduces
+constexpr int RANKS_OF_STEP = 32;  // ranks of which a block expands at a time
 
 // Rows `first_row ..` of a pass that run at one depth; none (0 rows) pads a batch.
 struct Group {
@@ -18,95 +19,120 @@ struct Part {
 };
 
 // `out` [rows, ranks] = `x` [rows, inputs] times the downs [depths, ranks, inputs] of each row's depth; rows of depths
-// from `depths` on have no adapter. Grid [groups, ranks / (WARPS * RANKS_OF_WARP) rounded up].
+// from `depths` on have no adapter. Grid [groups, ranks / RANKS_OF_BLOCK rounded up]: the warps of a block share the
+// inputs out.
+//
+// Rows and ranks that are not there are read as the last that is: so no load waits for another.
 extern "C" __global__ void __launch_bounds__(THREADS) lora_shrink(
     const scalar* x, const scalar* downs, const Group* groups, int depths, int ranks, int inputs, float* out) {
+    __shared__ float of_warps[WARPS][RANKS_OF_BLOCK][GROUP_ROWS];
     const Group group = groups[blockIdx.x];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int first_rank = (blockIdx.y * WARPS + warp) * RANKS_OF_WARP;
-    if (group.rows == 0 || group.depth >= depths || first_rank >= ranks) {
+    const int first_rank = blockIdx.y * RANKS_OF_BLOCK;
+    if (group.rows == 0 || group.depth >= depths) {
         return;
     }
     constexpr int SIZE = Pack<scalar>::SIZE;
     // Rows whose width is no whole number of packs are not aligned.
     const bool packed = inputs % SIZE == 0;
-    float sums[RANKS_OF_WARP][GROUP_ROWS] = {};
-    for (int at = lane * SIZE; at < inputs; at += WARP * SIZE) {
-        Pack<scalar> down[RANKS_OF_WARP];
+    const auto load = [&](const scalar* row, int at) {
+        if (packed) {
+            return load_pack(row + at);
+        }
+        Pack<scalar> pack = zero_pack<scalar>();
+        for (int i = 0; i < SIZE && at + i < inputs; i++) {
+            pack.numbers[i] = row[at + i];
+        }
+        return pack;
+    };
+    float sums[RANKS_OF_BLOCK][GROUP_ROWS] = {};
+    for (int at = threadIdx.x * SIZE; at < inputs; at += THREADS * SIZE) {
+        Pack<scalar> down[RANKS_OF_BLOCK], of_rows[GROUP_ROWS];
 #pragma unroll
-        for (int r = 0; r < RANKS_OF_WARP; r++) {
-            const scalar* from = downs + ((long long)group.depth * ranks + first_rank + r) * inputs + at;
-            down[r] = zero_pack<scalar>();
-            if (first_rank + r < ranks && packed) {
-                down[r] = load_pack(from);
-            } else if (first_rank + r < ranks) {
-                for (int i = 0; i < SIZE && at + i < inputs; i++) {
-                    down[r].numbers[i] = from[i];
-                }
-            }
+        for (int r = 0; r < RANKS_OF_BLOCK; r++) {
+            const int rank = min(first_rank + r, ranks - 1);
+            down[r] = load(downs + ((long long)group.depth * ranks + rank) * inputs, at);
         }
 #pragma unroll
         for (int row = 0; row < GROUP_ROWS; row++) {
-            if (row < group.rows) {
-                const scalar* from = x + (long long)(group.first_row + row) * inputs + at;
-                Pack<scalar> pack = zero_pack<scalar>();
-                if (packed) {
-                    pack = load_pack(from);
-                } else {
-                    for (int i = 0; i < SIZE && at + i < inputs; i++) {
-                        pack.numbers[i] = from[i];
-                    }
-                }
+            of_rows[row] = load(x + (long long)(group.first_row + min(row, group.rows - 1)) * inputs, at);
+        }
 #pragma unroll
-                for (int r = 0; r < RANKS_OF_WARP; r++) {
+        for (int row = 0; row < GROUP_ROWS; row++) {
 #pragma unroll
-                    for (int i = 0; i < SIZE; i++) {
-                        sums[r][row] += to_float(down[r].numbers[i]) * to_float(pack.numbers[i]);
-                    }
+            for (int r = 0; r < RANKS_OF_BLOCK; r++) {
+#pragma unroll
+                for (int i = 0; i < SIZE; i++) {
+                    sums[r][row] += to_float(down[r].numbers[i]) * to_float(of_rows[row].numbers[i]);
                 }
             }
         }
     }
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int r = 0; r < RANKS_OF_WARP; r++) {
+    for (int r = 0; r < RANKS_OF_BLOCK; r++) {
 #pragma unroll
         for (int row = 0; row < GROUP_ROWS; row++) {
             const float sum = warp_sum(sums[r][row]);
-            if (lane == 0 && row < group.rows && first_rank + r < ranks) {
-                out[(long long)(group.first_row + row) * ranks + first_rank + r] = sum;
+            if (lane == 0) {
+                of_warps[warp][r][row] = sum;
             }
         }
+    }
+    __syncthreads();
+    static_assert(RANKS_OF_BLOCK * GROUP_ROWS <= THREADS, "a thread for every sum");
+    const int row = threadIdx.x / RANKS_OF_BLOCK, r = threadIdx.x % RANKS_OF_BLOCK;
+    if (row < group.rows && first_rank + r < ranks) {
+        float sum = 0;
+        for (int other = 0; other < WARPS; other++) {
+            sum += of_warps[other][r][row];
+        }
+        out[(long long)(group.first_row + row) * ranks + first_rank + r] = sum;
     }
 }
 
-// Adds to `y` [rows, outputs] what the ups make of `shrunk` [rows, ranks].
+// Adds to `y` [rows, outputs] what the ups make of `shrunk` [rows, ranks], RANKS_OF_STEP ranks at a time.
 template <class T> __device__ inline void expand(
     const float* shrunk, const scalar* ups, const Group* groups, const Part* parts, int depths, int ranks, int outputs,
-    T* y) {
+    float (&of_rows)[RANKS_OF_STEP][GROUP_ROWS], T* y) {
     const Group group = groups[blockIdx.x];
     const Part part = parts[blockIdx.y];
-    const int output = blockIdx.z * THREADS + threadIdx.x;
-    if (group.rows == 0 || group.depth >= depths || output >= part.outputs) {
+    if (group.rows == 0 || group.depth >= depths || int(blockIdx.z * THREADS) >= part.outputs) {
         return;
     }
-    const scalar* up = ups + part.at + (long long)group.depth * part.ranks * part.outputs + output;
-    const float* from = shrunk + (long long)group.first_row * ranks + part.first_rank;
+    const int output = blockIdx.z * THREADS + threadIdx.x;
+    const scalar* up = ups + part.at + (long long)group.depth * part.ranks * part.outputs + min(output, part.outputs - 1);
     float sums[GROUP_ROWS] = {};
-#pragma unroll 4
-    for (int r = 0; r < part.ranks; r++) {
-        const float u = to_float(up[(long long)r * part.outputs]);
+    for (int step = 0; step < part.ranks; step += RANKS_OF_STEP) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < RANKS_OF_STEP * GROUP_ROWS; i += THREADS) {
+            const int row = i / RANKS_OF_STEP, r = i % RANKS_OF_STEP;
+            const long long from = (long long)(group.first_row + row) * ranks + part.first_rank + step + r;
+            of_rows[r][row] = row < group.rows && step + r < part.ranks ? shrunk[from] : 0.0f;
+        }
+        __syncthreads();
+#pragma unroll 16
+        for (int r = 0; r < RANKS_OF_STEP; r++) {
+            // What comes after the last rank is that again, times zero.
+            const float u = to_float(up[(long long)min(step + r, part.ranks - 1) * part.outputs]);
 #pragma unroll
-        for (int row = 0; row < GROUP_ROWS; row++) {
-            if (row < group.rows) {
-                sums[row] += u * from[(long long)row * ranks + r];
+            for (int row = 0; row < GROUP_ROWS; row++) {
+                sums[row] += u * of_rows[r][row];
             }
         }
+    }
+    if (output >= part.outputs) {
+        return;
+    }
+    T* to = y + (long long)group.first_row * outputs + part.first_output + output;
+    float before[GROUP_ROWS];
+#pragma unroll
+    for (int row = 0; row < GROUP_ROWS; row++) {
+        before[row] = to_float(to[(long long)min(row, group.rows - 1) * outputs]);
     }
 #pragma unroll
     for (int row = 0; row < GROUP_ROWS; row++) {
         if (row < group.rows) {
-            T* to = y + (long long)(group.first_row + row) * outputs + part.first_output + output;
-            store(to, to_float(*to) + sums[row]);
+            store(to + (long long)row * outputs, before[row] + sums[row]);
         }
     }
 }
@@ -115,12 +141,14 @@ template <class T> __device__ inline void expand(
 extern "C" __global__ void __launch_bounds__(THREADS) lora_expand(
     const float* shrunk, const scalar* ups, const Group* groups, const Part* parts, int depths, int ranks, int outputs,
     scalar* y) {
-    expand(shrunk, ups, groups, parts, depths, ranks, outputs, y);
+    __shared__ float of_rows[RANKS_OF_STEP][GROUP_ROWS];
+    expand(shrunk, ups, groups, parts, depths, ranks, outputs, of_rows, y);
 }
 
 // The same into f32: the residual stream, or logits.
 extern "C" __global__ void __launch_bounds__(THREADS) lora_expand_f32(
     const float* shrunk, const scalar* ups, const Group* groups, const Part* parts, int depths, int ranks, int outputs,
     float* y) {
-    expand(shrunk, ups, groups, parts, depths, ranks, outputs, y);
+    __shared__ float of_rows[RANKS_OF_STEP][GROUP_ROWS];
+    expand(shrunk, ups, groups, parts, depths, ranks, outputs, of_rows, y);
 }

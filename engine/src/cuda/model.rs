@@ -94,11 +94,6 @@ impl<D: Device> CudaModel<D> {
         specialization(&self.config, self.scalar, block_tokens)
     }
 
-    /// Whether the head of so many rows is read in one with its product; else its logits are written first.
-    pub(super) fn sweeps_head(&self, rows: usize) -> bool {
-        self.head_lora.is_none() && self.head.is_swept(rows, self.scalar)
-    }
-
     /// Rotary tables: positions, rotated dimensions, numbers.
     pub(super) fn rotary(&self) -> (usize, usize, View<f32>) {
         (self.config.max_positions, self.rotary_dims, self.rotary.view)

@@ -33,6 +33,7 @@ template <class T> __device__ inline Moments block_moments(
         mean = block_sum(sum, means) / formula.width;
     }
     float sum = 0;
+#pragma unroll 8
     for (int at = threadIdx.x; at < formula.width; at += THREADS) {
         const float below = to_float(x[at]) - mean;
         sum += below * below;
@@ -42,7 +43,8 @@ template <class T> __device__ inline Moments block_moments(
 
 // Norms rows of the residual stream. Grid [rows]: row `i` is row `picks[i]` of `x` [_, width], or `i` without picks.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(
-    const float* x, const int* picks, const Row* rows, const float* vectors, Formula formula, scalar* out) {
+    const float* __restrict__ x, const int* __restrict__ picks, const Row* __restrict__ rows,
+    const float* __restrict__ vectors, Formula formula, scalar* __restrict__ out) {
     __shared__ float means[WARPS], squares[WARPS];
     const int row = picks ? picks[blockIdx.x] : int(blockIdx.x);
     if (row < 0 || rows[row].position < 0) {
@@ -52,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(
     vectors += set_of(formula.sets, rows[row].depth) * formula.numbers();
     const Moments moments = block_moments(from, formula, means, squares);
     scalar* to = out + (long long)blockIdx.x * formula.width;
+#pragma unroll 8
     for (int at = threadIdx.x; at < formula.width; at += THREADS) {
         store(to + at, normed(from[at], moments, formula, vectors, at));
     }

@@ -3,9 +3,11 @@
 // The residual stream of rows that enter the block, `out` [rows, width]: source `s >= 0` is token `s` of the embedding
 // times `factor`, `s < 0` is row `-1 - s` of those in flight. Grid [rows].
 extern "C" __global__ void __launch_bounds__(THREADS) enter_rows(
-    const scalar* embedding, const float* in_flight, const int* sources, int width, float factor, float* out) {
+    const scalar* __restrict__ embedding, const float* __restrict__ in_flight, const int* __restrict__ sources, int width,
+    float factor, float* __restrict__ out) {
     const int source = sources[blockIdx.x];
     float* to = out + (long long)blockIdx.x * width;
+#pragma unroll 4
     for (int at = threadIdx.x; at < width; at += THREADS) {
         to[at] = source >= 0 ? to_float(embedding[(long long)source * width + at]) * factor
                              : in_flight[(long long)(-1 - source) * width + at];
@@ -15,11 +17,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) enter_rows(
 // Copies row `i` of `rows` to row `places[i]` of `target`, both [_, width]; rows without a place (-1) are left.
 // Grid [rows].
 extern "C" __global__ void __launch_bounds__(THREADS) keep_rows(
-    const float* rows, const int* places, int width, float* target) {
+    const float* __restrict__ rows, const int* __restrict__ places, int width, float* __restrict__ target) {
     const int place = places[blockIdx.x];
     if (place < 0) {
         return;
     }
+#pragma unroll 4
     for (int at = threadIdx.x; at < width; at += THREADS) {
         target[(long long)place * width + at] = rows[(long long)blockIdx.x * width + at];
     }

@@ -108,7 +108,11 @@ impl Specialization {
         let mut source =
             format!("#define SCALAR {}\n#define HEAD_DIM {head_dim}\n#define GROUP {group}\n", scalar.name());
         source += &format!("#define BLOCK_TOKENS {block_tokens}\n");
-        for (name, text) in FILES {
+        let attention = match scalar {
+            Scalar::F32 => ("attend_f32.cu", include_str!("attend_f32.cu")),
+            Scalar::F16 | Scalar::Bf16 => ("attend_16.cu", include_str!("attend_16.cu")),
+        };
+        for (name, text) in FILES.into_iter().chain([attention]) {
             source += &format!("#line 1 \"{name}\"\n{text}");
         }
         source
@@ -125,7 +129,7 @@ const FILES: [(&str, &str); 6] = [
 ];
 
 /// Every kernel.
-pub const KERNELS: [&str; 21] = [
+pub const KERNELS: [&str; 20] = [
     "store_kv",
     "fill_deeper",
     "attend_splits",
@@ -145,6 +149,5 @@ pub const KERNELS: [&str; 21] = [
     "lora_expand",
     "lora_expand_f32",
     "sweep_logits",
-    "sweep_head",
     "judge_rows",
 ];

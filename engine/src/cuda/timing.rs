@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::device::{Device, Out, Plain, Product, Stored, View, bytes_of};
 use super::floors::{Ceilings, Load, Operation, Projections, Sizes, Work};
 use super::kernels::{
-    AttentionInputs, Fill, Formula, Geometry, Kernels, LoraInputs, Matrix, Part, Sight, Verdict, sweep_bytes,
+    AttentionInputs, Fill, Formula, Geometry, Kernels, LoraInputs, Part, Sight, Verdict, sweep_bytes,
 };
 use super::pass::{Arrays, OnDevice, PassRows};
 use super::source::{Scalar, Specialization};
@@ -475,14 +475,7 @@ impl<'a, D: Device> Inputs<'a, D> {
             _ => {
                 let (keys, scratch) = (bench.view(&self.keys, rows), bench.view(&self.sweep, sweep_bytes(rows, vocab)));
                 let verdicts = bench.view(&self.verdicts, rows);
-                if operation == Operation::SweepLogits {
-                    return kernels.read_logits(self.y(bench, vocab), keys, vocab, 0.0, scratch, verdicts);
-                }
-                let head = Matrix { numbers: bench.view(&self.weight, vocab * hidden), outputs: vocab, inputs: hidden };
-                match head.is_swept(rows, self.sizes.scalar) {
-                    true => kernels.read_head(self.x(bench, hidden), head, keys, 0.0, scratch, verdicts),
-                    false => Ok(()),
-                }
+                kernels.read_logits(self.y(bench, vocab), keys, vocab, 0.0, scratch, verdicts)
             }
         }
     }

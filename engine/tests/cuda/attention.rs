@@ -326,7 +326,7 @@ impl Case {
 }
 
 /// Head sizes, groups of query heads, block sizes and storage types.
-pub const SHAPES: [Shape; 9] = [
+pub const SHAPES: [Shape; 12] = [
     Shape { scalar: Scalar::F32, heads: 9, kv_heads: 3, head_dim: 64, block_tokens: 16 },
     Shape { scalar: Scalar::F32, heads: 8, kv_heads: 1, head_dim: 128, block_tokens: 32 },
     Shape { scalar: Scalar::F32, heads: 2, kv_heads: 2, head_dim: 256, block_tokens: 16 },
@@ -336,6 +336,9 @@ pub const SHAPES: [Shape; 9] = [
     Shape { scalar: Scalar::Bf16, heads: 8, kv_heads: 4, head_dim: 256, block_tokens: 16 },
     Shape { scalar: Scalar::F16, heads: 3, kv_heads: 3, head_dim: 80, block_tokens: 16 },
     Shape { scalar: Scalar::F16, heads: 6, kv_heads: 2, head_dim: 64, block_tokens: 16 },
+    Shape { scalar: Scalar::F16, heads: 5, kv_heads: 1, head_dim: 24, block_tokens: 48 },
+    Shape { scalar: Scalar::Bf16, heads: 8, kv_heads: 1, head_dim: 256, block_tokens: 32 },
+    Shape { scalar: Scalar::Bf16, heads: 6, kv_heads: 2, head_dim: 32, block_tokens: 16 },
 ];
 
 fn check_all(shape: Shape, seed: u64) {
@@ -356,12 +359,12 @@ fn attention_in_f32_is_that_of_the_cpu() {
 
 #[test]
 fn attention_in_bf16_is_that_of_the_cpu() {
-    (4..7).for_each(|index| check_all(SHAPES[index], index as u64));
+    [4, 5, 6, 10, 11].into_iter().for_each(|index| check_all(SHAPES[index], index as u64));
 }
 
 #[test]
 fn attention_in_f16_is_that_of_the_cpu() {
-    (7..9).for_each(|index| check_all(SHAPES[index], index as u64));
+    (7..10).for_each(|index| check_all(SHAPES[index], index as u64));
 }
 
 #[test]
@@ -375,12 +378,17 @@ fn attention_of_257_rows_of_mixed_depths_is_that_of_the_cpu() {
 
 #[test]
 fn a_row_attends_alike_in_any_company() {
+    [SHAPES[0], SHAPES[8], SHAPES[11]].into_iter().for_each(check_in_any_company);
+}
+
+fn check_in_any_company(shape: Shape) {
     let mut dice = Dice::new(3);
     let rows: Vec<Chunk> = [0, 1, 255, 256, 257, 600].map(|history| Chunk { history, rows: 1, depth: 0 }).to_vec();
-    let Some(mut case) = Case::new(SHAPES[0], rows, Kept::AtEachDepth(0), &mut dice) else { return };
+    let Some(mut case) = Case::new(shape, rows, Kept::AtEachDepth(0), &mut dice) else { return };
     case.fills.fill(0..1);
     let (together, _) = case.on_device().unwrap();
-    let (width, qkv_width) = (9 * 64, 15 * 64);
+    let width = shape.heads * shape.head_dim;
+    let qkv_width = width + 2 * shape.kv_heads * shape.head_dim;
     let (chunks, blocks, skipped, qkv) =
         (case.chunks.clone(), case.blocks.clone(), case.skipped.clone(), case.qkv.clone());
     for row in 0..chunks.len() {

@@ -19,6 +19,7 @@
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
+#define __restrict__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // In a section of its own, so that it can be filled as a whole.
 #define __shared__ static __attribute__((section("emulated_shared")))
@@ -66,6 +67,9 @@ inline unsigned short float_to_half(float x) {
     }
     if (magnitude >= 65520.0f) {
         return sign | 0x7c00;
+    }
+    if (magnitude == 0) {
+        return sign;
     }
     int exponent;
     frexpf(magnitude, &exponent);
@@ -257,6 +261,9 @@ template <class T> inline T __shfl_xor_sync(unsigned, T x, int step) {
     T other;
     memcpy(&other, &slots[slot][me ^ unsigned(step)], sizeof other);
     return other;
+}
+template <class T> inline T __shfl_sync(unsigned mask, T x, int lane) {
+    return __shfl_xor_sync(mask, x, lane ^ int(emulation::current % emulation::WARP_SIZE));
 }
 // A product of tiles by a warp: lane 4 g + t holds rows g and g + 8 of `a`, column g of `b`, and of the sums rows g and
 // g + 8 at columns 2 t and 2 t + 1.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 use engine::config::{Activation, Norm};
-use engine::cuda::kernels::{Formula, LoraInputs, Matrix, Part, Verdict, sweep_bytes};
+use engine::cuda::kernels::{Formula, LoraInputs, Part, Verdict, sweep_bytes};
 use engine::cuda::pass::PassRows;
 use engine::cuda::source::Scalar;
 use engine::kernels::activation::activate;
@@ -350,65 +350,6 @@ fn exit_signals_and_draws_are_those_of_the_cpu() {
                 assert_close(&what, &[found.log_sum_exp], &[sum.ln() as f32], 1e-5);
             }
         }
-    }
-}
-
-/// What a head says of rows in one with its product, and its logits of the same numbers.
-fn verdicts_of_head(
-    bench: &Bench,
-    dice: &mut Dice,
-    [rows, inputs, vocab]: [usize; 3],
-    temperature: f32,
-    keys: &[u64],
-) -> (Vec<Verdict>, Vec<f32>) {
-    let (x, weight) = (bench.random(dice, rows * inputs), bench.random(dice, vocab * inputs));
-    let logit = |row: &[f32], token: &[f32]| row.iter().zip(token).map(|(a, b)| a * b).sum::<f32>();
-    let tokens = || weight.chunks_exact(inputs);
-    let logits = x.chunks_exact(inputs).flat_map(|row| tokens().map(move |token| logit(row, token))).collect();
-    let (x, weight, keys) = (bench.store(&x), bench.store(&weight), bench.put(keys));
-    let (scratch, out) = (bench.empty::<u8>(sweep_bytes(rows, vocab)), bench.empty(rows));
-    let head = Matrix { numbers: weight.view, outputs: vocab, inputs };
-    bench.kernels().read_head(x.view, head, keys.view, temperature, scratch.view, out.view).unwrap();
-    (bench.get(&out), logits)
-}
-
-#[test]
-fn a_head_read_in_one_with_its_product_says_what_its_logits_say() {
-    for scalar in [Scalar::F16, Scalar::Bf16] {
-        let Some(bench) = Bench::of(scalar) else { return };
-        let shapes = [[1, 8, 1], [3, 40, 130], [8, 32, 128], [17, 72, 300], [64, 64, 257], [33, 576, 129]];
-        for (shape, temperature) in shapes.into_iter().flat_map(|shape| [(shape, 0.0), (shape, 0.7)]) {
-            check_head(&bench, shape, temperature);
-        }
-    }
-}
-
-/// Whether a head `[vocab, inputs]` says of rows what the CPU says of its logits.
-pub fn check_head(bench: &Bench, [rows, inputs, vocab]: [usize; 3], temperature: f32) {
-    let keys: Vec<u64> = (0..rows as u64).map(mix).collect();
-    let mut dice = Dice::new(vocab as u64);
-    let (found, logits) = verdicts_of_head(bench, &mut dice, [rows, inputs, vocab], temperature, &keys);
-    let expected = read(&matrix(&logits, vocab), temperature, &keys).unwrap();
-    for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
-        let name = bench.scalar().name();
-        let what =
-            format!("row {row} of {rows}, {inputs} inputs, {vocab} tokens in {name} at temperature {temperature}");
-        let signals = [found.top1, found.margin, found.entropy];
-        assert_close(&what, &signals, &[expected.top1, expected.margin, expected.entropy], 2e-5);
-        assert_eq!(found.token as u32, expected.token, "{what}");
-    }
-}
-
-#[test]
-fn a_head_that_cannot_be_read_in_one_with_its_product_is_refused() {
-    let Some(bench) = Bench::of(Scalar::Bf16) else { return };
-    let (x, out) = (bench.store(&[0.0; 65 * 12]), bench.empty::<Verdict>(65));
-    let (keys, scratch) = (bench.put(&[0_u64; 65]), bench.empty::<u8>(sweep_bytes(65, 1)));
-    for (rows, inputs) in [(65, 8), (1, 12)] {
-        let head = Matrix { numbers: x.view, outputs: 1, inputs };
-        let read = bench.kernels().read_head(x.view, head, keys.view.first(rows), 0.0, scratch.view, out.view);
-        let expected = format!("a head of {inputs} inputs, read for {rows} rows");
-        assert!(read.unwrap_err().to_string().contains(&expected));
     }
 }
 
