@@ -32,6 +32,8 @@ const PASSES_OF_PROBE: usize = 4;
 const WAYS: usize = 3;
 /// Times that a round comes to each shape, so that its times are of many moments.
 const VISITS: usize = 2;
+/// Most prompt chunks in a pass that is measured.
+const PROMPTS: u32 = 2;
 /// Passes in service that take longer are of a model that no cache holds: whatever runs before a pass is of no account.
 const CACHED: Duration = Duration::from_millis(10);
 
@@ -106,6 +108,8 @@ enum Shape {
     Mix { rows: u32, depths: u32, history: u32 },
     /// One prompt chunk.
     Prefill { tokens: u32, history: u32 },
+    /// Two prompt chunks of as many tokens each.
+    Prefills { tokens: u32, history: u32 },
 }
 
 impl Shape {
@@ -113,6 +117,7 @@ impl Shape {
     fn rows(self) -> u32 {
         match self {
             Self::Prefill { tokens, .. } => tokens,
+            Self::Prefills { tokens, .. } => 2 * tokens,
             _ => self.decodes().unwrap_or_default(),
         }
     }
@@ -123,6 +128,7 @@ impl Shape {
         match self {
             Self::Decode { history: SHORT, .. } | Self::Head { .. } | Self::Leave { skips: false, .. } => None,
             Self::Decode { rows, .. } | Self::Prefill { tokens: rows, .. } => decode(rows, SHORT),
+            Self::Prefills { tokens, .. } => decode(2 * tokens, SHORT),
             Self::AfterMore { rows, history, .. } | Self::Mix { rows, history, .. } => decode(rows, history),
             Self::Leave { rows, skips: true } => Some(Self::Leave { rows, skips: false }),
         }
@@ -136,7 +142,7 @@ impl Shape {
             | Self::Head { rows, .. }
             | Self::Leave { rows, .. }
             | Self::Mix { rows, .. } => Some(rows),
-            Self::Prefill { .. } => None,
+            Self::Prefill { .. } | Self::Prefills { .. } => None,
         }
     }
 }
@@ -255,11 +261,11 @@ impl Profiler {
         let (rows, decodes) = (Grid::max(&grid.rows), Grid::max(&grid.decodes));
         let decode_blocks = (history + 1).div_ceil(block_tokens);
         let chunk_blocks = (history + chunk).div_ceil(block_tokens);
-        let num_blocks = decodes * decode_blocks + (rows - decodes) + chunk_blocks;
-        // The last slot is that of the prompt chunk.
-        let mut tables = BlockTables::new(num_blocks, block_tokens, rows + 1);
-        for slot in 0..=rows {
-            let blocks = if slot == rows {
+        let num_blocks = decodes * decode_blocks + (rows - decodes) + PROMPTS * chunk_blocks;
+        // The last slots are those of prompt chunks.
+        let mut tables = BlockTables::new(num_blocks, block_tokens, rows + PROMPTS);
+        for slot in 0..rows + PROMPTS {
+            let blocks = if slot >= rows {
                 chunk_blocks
             } else if slot < decodes {
                 decode_blocks
@@ -445,7 +451,9 @@ impl Profiler {
             let depth = turn % num_loops;
             let (first, last) = (depth == 0, depth + 1 == num_loops);
             let counts = match shape {
-                Shape::Decode { .. } | Shape::AfterMore { .. } | Shape::Prefill { .. } => !first || num_loops == 1,
+                Shape::Decode { .. } | Shape::AfterMore { .. } | Shape::Prefill { .. } | Shape::Prefills { .. } => {
+                    !first || num_loops == 1
+                }
                 Shape::Head { .. } => last,
                 Shape::Leave { .. } | Shape::Mix { .. } => true,
             };
@@ -478,6 +486,7 @@ impl Profiler {
             Shape::AfterMore { before, history, .. } => (0..before, history),
             Shape::Leave { rows, .. } => (0..rows, SHORT),
             Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
+            Shape::Prefills { tokens, history } => (chunk_slot..chunk_slot + PROMPTS, history + tokens),
         };
         for slot in slots {
             let prompt_tokens = if slot < chunk_slot { self.history(slot, prompt_tokens) } else { prompt_tokens };
@@ -521,6 +530,14 @@ impl Profiler {
             kind: RowKind::Decode,
             predicts,
         };
+        let chunk = |number: u32, history, tokens| Segment {
+            slot: Grid::max(&self.grid.rows) + number,
+            start: history,
+            tokens,
+            depth: depth as u8,
+            kind: RowKind::Prompt,
+            predicts: false,
+        };
         match shape {
             Shape::Decode { rows, history } | Shape::AfterMore { rows, history, .. } => {
                 (0..rows).map(|slot| decode(slot, self.history(slot, history), depth, false)).collect()
@@ -536,14 +553,8 @@ impl Profiler {
                 let depth = |slot| ((slot % depths) as usize + turn) % num_loops;
                 (0..rows).map(|slot| decode(slot, history, depth(slot), false)).collect()
             }
-            Shape::Prefill { tokens, history } => vec![Segment {
-                slot: Grid::max(&self.grid.rows),
-                start: history,
-                tokens,
-                depth: depth as u8,
-                kind: RowKind::Prompt,
-                predicts: false,
-            }],
+            Shape::Prefill { tokens, history } => vec![chunk(0, history, tokens)],
+            Shape::Prefills { tokens, history } => (0..PROMPTS).map(|number| chunk(number, history, tokens)).collect(),
         }
     }
 }
@@ -657,7 +668,8 @@ impl<'a> Measured<'a> {
             let (time_us, spread_us) = (middle.max(0.0), spread);
             points.push(Point { component, rows, kv_tokens, depths, time_us, spread_us, repeats });
         };
-        for (shape, part) in self.parts() {
+        let parts = self.parts();
+        for (&shape, &part) in &parts {
             match shape {
                 Shape::Decode { rows, history: SHORT } => {
                     add(Component::Block, rows, 0, 1, part);
@@ -677,6 +689,10 @@ impl<'a> Measured<'a> {
                     add(Component::DepthMix, rows, 0, depths, Summary { middle: part.middle - embeds, ..part });
                 }
                 Shape::Prefill { tokens, history } => add(Component::PrefillAttention, tokens, history, 1, part),
+                Shape::Prefills { tokens, history } => {
+                    let first = parts[&Shape::Prefill { tokens, history }].middle.max(0.0);
+                    add(Component::PrefillAgain, tokens, history, 1, Summary { middle: part.middle - first, ..part });
+                }
                 Shape::Leave { skips: false, .. } => {}
                 Shape::Leave { rows, skips: true } => add(Component::KvFill, rows * (num_loops - 1), 0, 1, part),
             }
@@ -690,6 +706,9 @@ fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
     let mut shapes = Vec::new();
     let mut rows_of_differences: Vec<u32> =
         grid.rows.iter().chain(&grid.decodes).chain(&grid.chunks).copied().collect();
+    let twice = grid.chunks.iter().copied().filter(|tokens| PROMPTS * tokens <= Grid::max(&grid.rows));
+    let twice: Vec<u32> = twice.collect();
+    rows_of_differences.extend(twice.iter().map(|tokens| PROMPTS * tokens));
     rows_of_differences.sort_unstable();
     rows_of_differences.dedup();
     for rows in rows_of_differences {
@@ -719,6 +738,10 @@ fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
         let histories = [0].into_iter().chain(grid.histories.iter().copied());
         shapes.extend(histories.map(|history| Shape::Prefill { tokens, history }));
     }
+    // What comes beside a chunk is little: the shortest and the longest history do for it.
+    for tokens in twice {
+        shapes.extend([0, Grid::max(&grid.histories)].map(|history| Shape::Prefills { tokens, history }));
+    }
     shapes
 }
 
@@ -730,6 +753,7 @@ fn key(shape: Shape) -> u64 {
         Shape::AfterMore { rows, before, .. } => (1, rows, before),
         Shape::Mix { rows, depths, .. } => (3, rows, depths),
         Shape::Prefill { tokens, history } => (4, tokens, history),
+        Shape::Prefills { tokens, history } => (6, tokens, history),
         Shape::Leave { rows, skips } => (5, rows, u32::from(skips)),
     };
     (kind << 60) | (u64::from(a) << 30) | u64::from(b)

@@ -117,12 +117,11 @@ impl Executor for ProfileExecutor<'_> {
         self.time.add_pass(self.latency.overhead_ns(), &parts);
         let mut ns = self.latency.overhead_ns() + parts.iter().sum::<f64>();
         if shape.decode_rows < shape.rows {
-            for chunk in pass.segments.iter().filter(|segment| is_chunk(segment)) {
-                let history = history(&self.reach, chunk);
-                let attention = self.latency.prefill_attention_ns(chunk.tokens, history, &mut self.extrapolations);
-                self.time.add(Component::PrefillAttention, attention);
-                ns += attention;
-            }
+            let chunks = pass.segments.iter().filter(|segment| is_chunk(segment));
+            let chunks = chunks.map(|chunk| (chunk.tokens, history(&self.reach, chunk)));
+            let attention = self.latency.prefills_ns(chunks, &mut self.extrapolations);
+            self.time.add(Component::PrefillAttention, attention);
+            ns += attention;
         }
         if self.latency.has_mixed_attention() {
             self.attention.measure(pass, |segment| history(&self.reach, segment));

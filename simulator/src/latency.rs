@@ -209,6 +209,32 @@ impl LatencyModel {
         self.times.prefill_attention.at(tokens, f64::from(history), Component::PrefillAttention, beyond)
     }
 
+    /// Median time that attention of all prompt chunks adds to a pass, in nanoseconds, given as tokens and the history
+    /// before them. The chunk with the most keys counts by itself, the others as what comes beside it.
+    pub fn prefills_ns(&self, chunks: impl Iterator<Item = (u32, u32)>, beyond: &mut Extrapolations) -> f64 {
+        let keys = |(tokens, history): (u32, u32)| tokens + history;
+        let (mut longest, mut others) = (None, 0.0);
+        for chunk in chunks {
+            let other = match longest {
+                Some(before) if keys(chunk) <= keys(before) => chunk,
+                before => {
+                    longest = Some(chunk);
+                    let Some(before) = before else { continue };
+                    before
+                }
+            };
+            others += self.prefill_again_ns(other.0, other.1, beyond);
+        }
+        others + longest.map_or(0.0, |(tokens, history)| self.prefill_attention_ns(tokens, history, beyond))
+    }
+
+    fn prefill_again_ns(&self, tokens: u32, history: u32, beyond: &mut Extrapolations) -> f64 {
+        match &self.times.prefill_again {
+            Some(surface) => surface.at(tokens, f64::from(history), Component::PrefillAgain, beyond),
+            None => self.prefill_attention_ns(tokens, history, beyond),
+        }
+    }
+
     /// Whether attention was measured for whole passes: [`Self::mixed_attention_ns`] then takes the place of the parts.
     pub fn has_mixed_attention(&self) -> bool {
         self.mixed_attention.is_some()
@@ -257,6 +283,8 @@ struct Parts {
     after_more: AfterMore,
     decode_attention: Surface,
     prefill_attention: Surface,
+    /// None where it was not measured.
+    prefill_again: Option<Surface>,
     /// By distinct depths less 1.
     depth_mix: Vec<Table>,
     embed: Table,
@@ -274,6 +302,7 @@ impl Parts {
         };
         let curves_by_rows =
             |component| curves(profile, component, value_us, |point| point.rows, |point| point.kv_tokens);
+        let measured = |component| profile.points_of(component).next().is_some();
         Ok(Self {
             block: by_rows(Component::Block)?,
             elementwise: by_rows(Component::Elementwise)?,
@@ -281,12 +310,16 @@ impl Parts {
             after_more: AfterMore::new(curves_by_rows(Component::AfterMore)?),
             decode_attention: Surface::new(curves_by_rows(Component::DecodeAttention)?),
             prefill_attention: Surface::new(curves_by_rows(Component::PrefillAttention)?),
+            prefill_again: match measured(Component::PrefillAgain) {
+                true => Some(Surface::new(curves_by_rows(Component::PrefillAgain)?)),
+                false => None,
+            },
             depth_mix: depth_mix(profile, value_us)?,
             embed: by_rows(Component::Embed)?,
             head: by_rows(Component::Head)?,
-            head_again: match profile.points_of(Component::HeadAgain).next() {
-                Some(_) => Some(by_rows(Component::HeadAgain)?),
-                None => None,
+            head_again: match measured(Component::HeadAgain) {
+                true => Some(by_rows(Component::HeadAgain)?),
+                false => None,
             },
             kv_fill: by_rows(Component::KvFill)?,
         })
@@ -628,7 +661,9 @@ mod tests {
         LatencyModel::new(&profile(points)).unwrap()
     }
 
-    use Component::{AfterMore, Block, DecodeAttention, DepthMix, Embed, Head, HeadAgain, PrefillAttention};
+    use Component::{
+        AfterMore, Block, DecodeAttention, DepthMix, Embed, Head, HeadAgain, PrefillAgain, PrefillAttention,
+    };
 
     /// A pass without the attention of its prompt chunks.
     fn pass_ns(model: &LatencyModel, shape: &PassShape, beyond: &mut Extrapolations) -> f64 {
@@ -667,6 +702,23 @@ mod tests {
         assert!(beyond.is_empty(), "{beyond}");
         let empty = PassShape { depths: 1, ..PassShape::default() };
         assert_eq!(pass_ns(&model, &empty, &mut beyond), 250.0);
+    }
+
+    #[test]
+    fn beside_the_chunk_with_the_most_keys_others_take_their_own_time() {
+        let prefill = [(Block, 9, 0, 1, 10.0), (PrefillAttention, 1, 0, 1, 1.0), (PrefillAttention, 9, 0, 1, 9.0)];
+        let again = [(PrefillAgain, 1, 0, 1, 0.25), (PrefillAgain, 9, 0, 1, 2.25)];
+        let (alone, both) = (model(&prefill), model(&[prefill.as_slice(), &again].concat()));
+        let beyond = &mut Extrapolations::default();
+        for chunks in [[(3, 0), (8, 0), (1, 0)], [(8, 0), (1, 0), (3, 0)]] {
+            assert_eq!(alone.prefills_ns(chunks.into_iter(), beyond), 12e3, "{chunks:?}");
+            assert_eq!(both.prefills_ns(chunks.into_iter(), beyond), 9e3, "{chunks:?}");
+        }
+        assert_eq!(both.prefills_ns([(5, 0)].into_iter(), beyond), 5e3);
+        assert_eq!(both.prefills_ns(std::iter::empty(), beyond), 0.0);
+        assert!(beyond.is_empty(), "{beyond}");
+        both.prefills_ns([(9, 0), (8, 1)].into_iter(), beyond);
+        assert!(beyond.iter().any(|(component, _)| component == PrefillAgain), "{beyond}");
     }
 
     #[test]

@@ -83,8 +83,7 @@ impl LatencyModel {
     /// What an executor takes for a pass, in nanoseconds.
     pub fn pass_ns(&self, work: &PassWork) -> f64 {
         let beyond = &mut Extrapolations::default();
-        let chunks = work.chunks.iter().map(|&(tokens, history)| self.prefill_attention_ns(tokens, history, beyond));
-        let chunks: f64 = chunks.sum();
+        let chunks = self.prefills_ns(work.chunks.iter().copied(), beyond);
         let parts = self.parts_ns(&work.shape, beyond).iter().sum::<f64>();
         let head = self.head_ns(work.head_rows_leaving, work.shape.has_head_at_hand(), beyond);
         parts + chunks + head + self.kv_fill_ns(work.filled_depths, beyond)

@@ -8,7 +8,8 @@
 //! + elementwise(rows)                        norms, activations, rotary embedding, where block leaves them out
 //! + lora(rows)                               what the low-rank weights of each row's own loop add
 //! + decode_attention(rows, history)          decode rows, at their mean history
-//! + sum over chunks of prefill_attention(tokens, history)
+//! + prefill_attention(tokens, history)       the chunk with the most keys
+//! + sum over other chunks of prefill_again(tokens, history)
 //! + depth_mix(rows, depths)                  what distinct depths in one pass add (LoRA, gathering)
 //! + embed(rows at depth 0)
 //! + head(rows that are looked at or leave)
@@ -47,6 +48,9 @@ pub enum Component {
     DecodeAttention,
     /// What attention of one prompt chunk adds, by `rows` (its tokens) and `kv_tokens` (history before it).
     PrefillAttention,
+    /// The same of a further chunk in a pass, beside one of no fewer keys; where it is not measured, it is as
+    /// [`Component::PrefillAttention`].
+    PrefillAgain,
     /// What `depths` distinct depths in one pass add to a pass at one depth, by `rows`.
     DepthMix,
     /// Embedding lookup, by `rows`.
@@ -62,13 +66,14 @@ pub enum Component {
 
 impl Component {
     /// Every component, in the order in which files list them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Block,
         Self::Elementwise,
         Self::Lora,
         Self::AfterMore,
         Self::DecodeAttention,
         Self::PrefillAttention,
+        Self::PrefillAgain,
         Self::DepthMix,
         Self::Embed,
         Self::Head,
@@ -85,6 +90,7 @@ impl Component {
             Self::AfterMore => "after_more",
             Self::DecodeAttention => "decode_attention",
             Self::PrefillAttention => "prefill_attention",
+            Self::PrefillAgain => "prefill_again",
             Self::DepthMix => "depth_mix",
             Self::Embed => "embed",
             Self::Head => "head",
@@ -95,7 +101,7 @@ impl Component {
 
     /// Whether a history (`kv_tokens`) plays a part, or what stands in its place.
     pub fn has_history(self) -> bool {
-        matches!(self, Self::DecodeAttention | Self::PrefillAttention | Self::AfterMore)
+        matches!(self, Self::DecodeAttention | Self::PrefillAttention | Self::PrefillAgain | Self::AfterMore)
     }
 }
 
