@@ -157,7 +157,7 @@ busy=$(ask utilization.gpu)
 [ "${busy:-0}" -le 10 ] 2> /dev/null || echo "warning: other work takes $busy% of the GPU: what is measured is too slow"
 
 step build machine scripts/cuda-build.sh
-step tests-engine build bash -c 'gpu_tests engine --test cuda --test exactness --test reference'
+step tests-engine build bash -c 'gpu_tests engine --test cuda --test exactness --test reference --test profile'
 step tests-training build bash -c 'gpu_tests training --test gpu'
 # The binary needs CUDA's libraries from here on. What fails to be found was found by the build.
 set +u

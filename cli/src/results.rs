@@ -102,6 +102,13 @@ fn clean_up_on_interrupt() -> Result<()> {
             let _ = std::fs::remove_dir_all(folder);
         }
         eprintln!("\ninterrupted: nothing was written");
+        // Not by `exit`, at which libraries come to their end, CUDA's among them, that other threads still call.
+        #[cfg(unix)]
+        // SAFETY: it ends the process and does nothing else.
+        unsafe {
+            libc::_exit(130)
+        }
+        #[cfg(not(unix))]
         std::process::exit(130);
     })
     .context("cannot handle Ctrl-C")

@@ -110,7 +110,7 @@ pub struct Work {
     pub bytes: f64,
     /// Additions and multiplications.
     pub operations: f64,
-    /// Whether they are a matrix product's, which runs on tensor cores unless its numbers are of `f32`.
+    /// Whether they are those of matrix products, which run on tensor cores unless their numbers are of `f32`.
     pub is_product: bool,
 }
 
@@ -223,7 +223,8 @@ impl Sizes<'_> {
             }
             _ => self.by_row(operation, load),
         };
-        let is_product = matches!(operation, Operation::Product(_));
+        let attends = matches!(operation, Operation::AttendSplits | Operation::AttendTiles);
+        let is_product = matches!(operation, Operation::Product(_)) || attends && self.scalar != Scalar::F32;
         Work { bytes: bytes as f64, operations: operations as f64, is_product }
     }
 
