@@ -102,7 +102,8 @@ enum Shape {
     /// Rows at the last depth with a history that leave, for which the exit head runs then: leaving alone counts. `again` if
     /// the passes before ran it too.
     Head { rows: u32, history: u32, again: bool },
-    /// Rows without history that leave at the first depth, or at the last, once the head has run: leaving alone counts.
+    /// Rows that leave at the first depth, or at the last, once the head has run: leaving alone counts. They come with another
+    /// history every time, since what they leave behind goes where nothing was for long, in no cache.
     Leave { rows: u32, skips: bool },
     /// Rows with a history, spread over depths, the first included, after a pass of the same kind.
     Mix { rows: u32, depths: u32, history: u32 },
@@ -165,6 +166,8 @@ pub struct Profiler {
     depth_wise: [SteadyServer<EngineExecutor>; WAYS - 1],
     /// Which of the ways to serve the load is the next probe's.
     next_way: usize,
+    /// How often rows were given sequences.
+    occupied: u64,
 }
 
 /// A shape's runs, and whether it is those at the first depth, where rows are embedded, that count.
@@ -303,6 +306,7 @@ impl Profiler {
             runs_among: false,
             depth_wise: [serve(load(decodes).with_exits())?, serve(load(decodes).depth_wise())?],
             next_way: 0,
+            occupied: 0,
         };
         // The first passes find memory that was never touched.
         for _ in 0..WAYS {
@@ -473,8 +477,14 @@ impl Profiler {
         if slot < Grid::max(&self.grid.decodes) { asked } else { SHORT }
     }
 
+    /// The history of rows that leave by themselves.
+    fn leaving_history(&self) -> u32 {
+        1 + (mix(self.occupied) % u64::from(Grid::max(&self.grid.histories))) as u32
+    }
+
     /// Gives every row of a shape a sequence of its history.
     fn occupy(&mut self, shape: Shape) {
+        self.occupied += 1;
         let vocab = self.engine.model.config().vocab_size as u64;
         let last_depth = self.engine.model.config().num_loops as u8 - 1;
         let token = |index: u64| (mix(index) % vocab) as u32;
@@ -484,7 +494,7 @@ impl Profiler {
                 (0..rows, history)
             }
             Shape::AfterMore { before, history, .. } => (0..before, history),
-            Shape::Leave { rows, .. } => (0..rows, SHORT),
+            Shape::Leave { rows, .. } => (0..rows, self.leaving_history()),
             Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
             Shape::Prefills { tokens, history } => (chunk_slot..chunk_slot + PROMPTS, history + tokens),
         };
@@ -547,7 +557,7 @@ impl Profiler {
             }
             Shape::Leave { rows, skips } => {
                 let depth = if skips { 0 } else { last };
-                (0..rows).map(|slot| decode(slot, SHORT, depth, true)).collect()
+                (0..rows).map(|slot| decode(slot, self.leaving_history(), depth, true)).collect()
             }
             Shape::Mix { rows, depths, history } => {
                 let depth = |slot| ((slot % depths) as usize + turn) % num_loops;
