@@ -3,7 +3,8 @@
 
 constexpr int GROUP_ROWS = 8;      // rows of a group
 constexpr int RANKS_OF_BLOCK = 4;  // ranks that a block reduces
-constexpr int RANKS_OF_STEP = 32;  // ranks of which a block expands at a time
+constexpr int RANKS_OF_STEP = 32;  // ranks of which a block expands at a time,
+constexpr int RANKS_AT_ONCE = 16;  // and a thread loads
 
 // Rows `first_row ..` of a pass that run at one depth; none (0 rows) pads a batch.
 struct Group {
@@ -110,13 +111,21 @@ template <class T> __device__ inline void expand(
             of_rows[r][row] = row < group.rows && step + r < part.ranks ? shrunk[from] : 0.0f;
         }
         __syncthreads();
-#pragma unroll 16
-        for (int r = 0; r < RANKS_OF_STEP; r++) {
-            // What comes after the last rank is that again, times zero.
-            const float u = to_float(up[(long long)min(step + r, part.ranks - 1) * part.outputs]);
+        for (int first = 0; first < RANKS_OF_STEP; first += RANKS_AT_ONCE) {
+            scalar of_ranks[RANKS_AT_ONCE];
 #pragma unroll
-            for (int row = 0; row < GROUP_ROWS; row++) {
-                sums[row] += u * of_rows[r][row];
+            for (int r = 0; r < RANKS_AT_ONCE; r++) {
+                // What comes after the last rank is that again, times zero.
+                of_ranks[r] = up[(long long)min(step + first + r, part.ranks - 1) * part.outputs];
+            }
+            // All loads before the first is used: left to itself, the compiler has each wait for the one before it.
+            asm volatile("" ::: "memory");
+#pragma unroll
+            for (int r = 0; r < RANKS_AT_ONCE; r++) {
+#pragma unroll
+                for (int row = 0; row < GROUP_ROWS; row++) {
+                    sums[row] += to_float(of_ranks[r]) * of_rows[first + r][row];
+                }
             }
         }
     }
