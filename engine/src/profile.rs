@@ -32,7 +32,7 @@ const PASSES_OF_PROBE: usize = 4;
 const WAYS: usize = 3;
 /// Times that a round comes to each shape, so that its times are of many moments.
 const VISITS: usize = 2;
-/// Most prompt chunks in a pass that is measured.
+/// Prompt chunks of a pass that has several: one, and one beside it.
 const PROMPTS: u32 = 2;
 /// Passes in service that take longer are of a model that no cache holds: whatever runs before a pass is of no account.
 const CACHED: Duration = Duration::from_millis(10);
@@ -109,7 +109,7 @@ enum Shape {
     Mix { rows: u32, depths: u32, history: u32 },
     /// One prompt chunk.
     Prefill { tokens: u32, history: u32 },
-    /// Two prompt chunks of as many tokens each.
+    /// [`PROMPTS`] prompt chunks of as many tokens each.
     Prefills { tokens: u32, history: u32 },
 }
 
@@ -118,7 +118,7 @@ impl Shape {
     fn rows(self) -> u32 {
         match self {
             Self::Prefill { tokens, .. } => tokens,
-            Self::Prefills { tokens, .. } => 2 * tokens,
+            Self::Prefills { tokens, .. } => PROMPTS * tokens,
             _ => self.decodes().unwrap_or_default(),
         }
     }
@@ -129,7 +129,7 @@ impl Shape {
         match self {
             Self::Decode { history: SHORT, .. } | Self::Head { .. } | Self::Leave { skips: false, .. } => None,
             Self::Decode { rows, .. } | Self::Prefill { tokens: rows, .. } => decode(rows, SHORT),
-            Self::Prefills { tokens, .. } => decode(2 * tokens, SHORT),
+            Self::Prefills { tokens, .. } => decode(PROMPTS * tokens, SHORT),
             Self::AfterMore { rows, history, .. } | Self::Mix { rows, history, .. } => decode(rows, history),
             Self::Leave { rows, skips: true } => Some(Self::Leave { rows, skips: false }),
         }

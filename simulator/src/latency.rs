@@ -302,7 +302,7 @@ impl Parts {
         };
         let curves_by_rows =
             |component| curves(profile, component, value_us, |point| point.rows, |point| point.kv_tokens);
-        let measured = |component| profile.points_of(component).next().is_some();
+        let if_measured = |component| profile.points_of(component).next().map(|point| point.component);
         Ok(Self {
             block: by_rows(Component::Block)?,
             elementwise: by_rows(Component::Elementwise)?,
@@ -310,17 +310,13 @@ impl Parts {
             after_more: AfterMore::new(curves_by_rows(Component::AfterMore)?),
             decode_attention: Surface::new(curves_by_rows(Component::DecodeAttention)?),
             prefill_attention: Surface::new(curves_by_rows(Component::PrefillAttention)?),
-            prefill_again: match measured(Component::PrefillAgain) {
-                true => Some(Surface::new(curves_by_rows(Component::PrefillAgain)?)),
-                false => None,
-            },
+            prefill_again: if_measured(Component::PrefillAgain)
+                .map(|component| curves_by_rows(component).map(Surface::new))
+                .transpose()?,
             depth_mix: depth_mix(profile, value_us)?,
             embed: by_rows(Component::Embed)?,
             head: by_rows(Component::Head)?,
-            head_again: match measured(Component::HeadAgain) {
-                true => Some(by_rows(Component::HeadAgain)?),
-                false => None,
-            },
+            head_again: if_measured(Component::HeadAgain).map(by_rows).transpose()?,
             kv_fill: by_rows(Component::KvFill)?,
         })
     }

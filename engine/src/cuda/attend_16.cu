@@ -251,16 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         const int head = i / HEAD_DIM, at = i % HEAD_DIM;
         const float top = top_of(warps, head), sum = sum_of(warps, head, top), mix = warps.mixed[head][at];
-        if (whole) {
-            store(out + (long long)item.row * g.heads * HEAD_DIM + (first_head + head) * HEAD_DIM + at, mix / sum);
-        } else {
-            float* split = partial + ((long long)blockIdx.x * g.heads + first_head + head) * (2 + HEAD_DIM);
-            if (at == 0) {
-                split[0] = top;
-                split[1] = sum;
-            }
-            split[2 + at] = mix;
-        }
+        leave_split(whole, item, g, first_head + head, at, top, sum, mix, partial, out);
     }
 }
 

@@ -187,16 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
             sum += share * sums[w][head];
             mix += share * mixed[w][head][at];
         }
-        if (whole) {
-            store(out + (long long)item.row * g.heads * HEAD_DIM + (first_head + head) * HEAD_DIM + at, mix / sum);
-        } else {
-            float* split = partial + ((long long)blockIdx.x * g.heads + first_head + head) * (2 + HEAD_DIM);
-            if (at == 0) {
-                split[0] = top;
-                split[1] = sum;
-            }
-            split[2 + at] = mix;
-        }
+        leave_split(whole, item, g, first_head + head, at, top, sum, mix, partial, out);
     }
 }
 

@@ -130,6 +130,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) fill_deeper(
 // exp2(x - top), 0 before anything was seen.
 __device__ inline float weight(float x, float top) { return x == NEGATIVE_INFINITY ? 0.0f : exp2f(x - top); }
 
+// Leaves number `at` of a head as one split of its row's history has it: what attention gives if the row has no other split,
+// else the split's greatest score, its sum of weights, and the values mixed.
+__device__ inline void leave_split(bool whole, const Item& item, const Geometry& g, int head, int at, float top,
+                                   float sum, float mix, float* partial, scalar* out) {
+    if (whole) {
+        store(out + (long long)item.row * g.heads * HEAD_DIM + head * HEAD_DIM + at, mix / sum);
+        return;
+    }
+    float* split = partial + ((long long)blockIdx.x * g.heads + head) * (2 + HEAD_DIM);
+    if (at == 0) {
+        split[0] = top;
+        split[1] = sum;
+    }
+    split[2 + at] = mix;
+}
+
 // Joins the splits of decode rows that have several. Grid [items, heads]; the first item of a row does the work.
 extern "C" __global__ void __launch_bounds__(THREADS) attend_join(
     const float* __restrict__ partial, const Row* rows, const Item* items, const Sight* sights, Geometry g, scalar* out) {

@@ -14,7 +14,7 @@ use candle_core::{Result, bail};
 use scheduler::KvFill;
 use scheduler::blocks::BlockId;
 
-use super::device::{Device, Held, Stored, View, bytes_of_mut};
+use super::device::{Device, Held, Stored, View, any_numbers, bytes_of_mut};
 use super::kernels::{self, Kernels, Target, sweep_bytes};
 use super::layers::{Layer, Run, Scratch};
 use super::model::CudaModel;
@@ -26,7 +26,7 @@ use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, Row};
 use crate::kernels::rows::Source;
-use crate::kernels::signals::{Verdict, mix};
+use crate::kernels::signals::Verdict;
 use crate::model::Rows;
 use crate::parameters::Loops;
 
@@ -658,7 +658,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         }
         let device = self.model.device.clone();
         let larger = match self.filled {
-            true => Held::of(&*device, &numbers(rows * width))?,
+            true => Held::of(&*device, &any_numbers(rows * width))?,
             false => Held::room(&*device, rows * width, size_of::<f32>())?,
         };
         if let Some(smaller) = &self.in_flight {
@@ -677,7 +677,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let words = self.pages.view.len() * scalar.bytes() / size_of::<f32>();
         let width = words.min(FILL_WORDS);
         let rows = (words / width).min(FILL_ROWS);
-        let numbers = Held::stored(&*device, scalar, &numbers(rows * width * size_of::<f32>() / scalar.bytes()))?;
+        let numbers = any_numbers(rows * width * size_of::<f32>() / scalar.bytes());
+        let numbers = Held::stored(&*device, scalar, &numbers)?;
         let source = View::new(numbers.view.address(), rows * width);
         let places = Held::of(&*device, &(0..rows as i32).collect::<Vec<_>>())?;
         // The last copy ends where the pages do, over some of what is there.
@@ -826,11 +827,6 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         }
         Ok(entries)
     }
-}
-
-/// Some numbers from -1 to 1.
-fn numbers(count: usize) -> Vec<f32> {
-    (0..count as u64).map(|index| (mix(index) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
 }
 
 /// A source as `enter_rows` takes it.

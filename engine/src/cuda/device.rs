@@ -7,6 +7,7 @@ use std::time::Duration;
 use candle_core::Result;
 
 use super::source::{Scalar, Specialization};
+use crate::kernels::signals::mix;
 
 /// Threads of a block of every kernel, as in `scalar.cuh`.
 pub const THREADS: usize = 128;
@@ -274,4 +275,9 @@ impl<D: Device> Held<D, Stored> {
         device.upload(&held.memory, &scalar.encode(numbers))?;
         Ok(held)
     }
+}
+
+/// So many numbers from -1 to 1, for what is timed whatever it holds.
+pub(super) fn any_numbers(count: usize) -> Vec<f32> {
+    (0..count as u64).map(|index| (mix(index) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
 }

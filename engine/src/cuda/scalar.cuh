@@ -56,8 +56,6 @@ __device__ inline void multiply_tiles(f16, float (&d)[4], const unsigned (&a)[4]
 __device__ inline void multiply_tiles(bf16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     multiply_bfloat_tiles(d, a, b);
 }
-// Tensor cores do not multiply 32-bit floats: nobody asks for it.
-__device__ inline void multiply_tiles(f32, float (&)[4], const unsigned (&)[4], const unsigned (&)[2]) {}
 
 __device__ inline float to_float(f32 x) { return x; }
 __device__ inline float to_float(f16 x) { return half_to_float(x.bits); }

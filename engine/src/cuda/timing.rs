@@ -5,7 +5,7 @@
 use candle_core::Result;
 use serde::Serialize;
 
-use super::device::{Device, Out, Plain, Product, Stored, View, bytes_of};
+use super::device::{Device, Out, Plain, Product, Stored, View, any_numbers, bytes_of};
 use super::floors::{Ceilings, Load, Operation, Projections, Sizes, Work};
 use super::kernels::{
     AttentionInputs, Fill, Formula, Geometry, Kernels, LoraInputs, Part, Sight, Verdict, sweep_bytes,
@@ -13,7 +13,6 @@ use super::kernels::{
 use super::pass::{Arrays, OnDevice, PassRows};
 use super::source::{Scalar, Specialization};
 use crate::kernels::attention::Row;
-use crate::kernels::signals::mix;
 
 /// Positions of a KV block.
 const BLOCK_TOKENS: usize = 16;
@@ -241,9 +240,8 @@ impl<'d, D: Device> Bench<'d, D> {
 
     /// Memory that holds `numbers` numbers from -1 to 1.
     fn numbers(&self, scalar: Scalar, numbers: usize) -> Result<D::Memory> {
-        const TILE: u64 = 1 << 14;
-        let number = |i| (mix(i) >> 40) as f32 / (1 << 23) as f32 - 1.0;
-        let tile = scalar.encode(&(0..TILE).map(number).collect::<Vec<_>>());
+        const TILE: usize = 1 << 14;
+        let tile = scalar.encode(&any_numbers(TILE));
         let bytes: Vec<u8> = tile.iter().copied().cycle().take(numbers * scalar.bytes()).collect();
         self.uploaded(&bytes)
     }
