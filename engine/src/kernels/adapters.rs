@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, Device, InplaceOp3, Layout, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::linear::{Columns, PANEL, PARALLEL_WORK, Place, pack, panel_product, rows_of};
-use super::simd::{LANES, Lanes, multiversion};
+use super::simd::{LANES, Lanes, has_avx512, multiversion};
 use super::{DepthRanges, Shared, slice, slice_mut};
 
 /// Rows, and ranks, of a tile of the product with a narrow matrix: its sums then fit the registers.
@@ -292,15 +292,18 @@ fn adapt(shape: &AdapterShape, adapted: &[Adapted<'_>], x: &[f32], y: Shared<'_>
     });
 }
 
+/// The product of up to [`TILE`] rows with a narrow down: `lowered` `[rows, rank]`.
+fn lower_tile(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
+    if has_avx512() { lower_wide(x, down, rank, lowered) } else { lower_narrow(x, down, rank, lowered) }
+}
+
 multiversion! {
-    /// The product of up to [`TILE`] rows with a narrow down: `lowered` `[rows, rank]`.
-    fn lower_tile(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
-        match x.rows() {
-            1 => lower_rows::<1>(x, down, rank, lowered),
-            2 => lower_rows::<2>(x, down, rank, lowered),
-            3 => lower_rows::<3>(x, down, rank, lowered),
-            _ => lower_rows::<TILE>(x, down, rank, lowered),
-        }
+    fn lower_wide(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
+        lower_up_to_four::<{ TILE * TILE }>(x, down, rank, lowered);
+    }
+
+    fn lower_narrow(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
+        lower_up_to_four::<TILE>(x, down, rank, lowered);
     }
 
     /// Adds the product of a row's ranks with a narrow up to its outputs, rank by rank.
@@ -317,13 +320,25 @@ multiversion! {
     }
 }
 
+/// [`lower_tile`] with `SUMS` sums at once, which the registers hold.
 #[inline(always)]
-fn lower_rows<const ROWS: usize>(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
+fn lower_up_to_four<const SUMS: usize>(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
+    match x.rows() {
+        1 => lower_rows::<1, SUMS>(x, down, rank, lowered),
+        2 => lower_rows::<2, SUMS>(x, down, rank, lowered),
+        3 => lower_rows::<3, SUMS>(x, down, rank, lowered),
+        _ => lower_rows::<TILE, SUMS>(x, down, rank, lowered),
+    }
+}
+
+#[inline(always)]
+fn lower_rows<const ROWS: usize, const SUMS: usize>(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
     let rows: [&[f32]; ROWS] = std::array::from_fn(|row| x.row(row));
     let width = down.len() / rank;
-    for first in (0..rank).step_by(TILE) {
+    let at_once = (SUMS / ROWS).min(TILE);
+    for first in (0..rank).step_by(at_once) {
         let (down, lowered) = (&down[first * width..], &mut lowered[first..]);
-        match rank - first {
+        match (rank - first).min(at_once) {
             1 => lower_ranks::<ROWS, 1>(&rows, down, width, rank, lowered),
             2 => lower_ranks::<ROWS, 2>(&rows, down, width, rank, lowered),
             3 => lower_ranks::<ROWS, 3>(&rows, down, width, rank, lowered),

@@ -8,13 +8,15 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::quantized::{self, Format};
-use super::simd::{LANES, Lanes, multiversion};
+use super::simd::{LANES, Lanes, has_avx512, multiversion};
 use super::{Shared, slice, slice_mut};
 
 /// Outputs that one panel of a packed weight holds.
 pub(super) const PANEL: usize = 2 * LANES;
-/// Rows that one tile of the product holds: its sums then fit the registers.
-const TILE_ROWS: usize = 8;
+/// Rows that one tile of a product holds, so that its sums fit the registers: of a whole panel those of AVX-512, of half
+/// a panel the fewer and narrower ones of other CPUs.
+const WIDE_ROWS: usize = 8;
+const NARROW_ROWS: usize = 6;
 /// Multiplications below which a second thread costs more than it saves.
 pub(super) const PARALLEL_WORK: usize = 1 << 18;
 
@@ -260,15 +262,31 @@ impl<'a> Columns<'a> {
     }
 }
 
+/// Adds the product with a panel of `f32` to a place.
+pub(super) fn panel_product(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
+    if has_avx512() { wide_tiles(x, panel, place) } else { narrow_tiles(x, panel, place) }
+}
+
+/// The same of `bf16`.
+fn panel_product_bf16(x: &Columns<'_>, panel: &[bf16], place: Place<'_>) {
+    if has_avx512() { wide_tiles_bf16(x, panel, place) } else { narrow_tiles_bf16(x, panel, place) }
+}
+
 multiversion! {
-    /// The product with a panel of `f32`.
-    pub(super) fn panel_product(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
-        tile_products(x, panel, place);
+    fn wide_tiles(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
+        tile_products::<WIDE_ROWS, 2, _>(x, panel, place);
     }
 
-    /// The product with a panel of `bf16`.
-    fn panel_product_bf16(x: &Columns<'_>, panel: &[bf16], place: Place<'_>) {
-        tile_products(x, panel, place);
+    fn wide_tiles_bf16(x: &Columns<'_>, panel: &[bf16], place: Place<'_>) {
+        tile_products::<WIDE_ROWS, 2, _>(x, panel, place);
+    }
+
+    fn narrow_tiles(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
+        tile_products::<NARROW_ROWS, 1, _>(x, panel, place);
+    }
+
+    fn narrow_tiles_bf16(x: &Columns<'_>, panel: &[bf16], place: Place<'_>) {
+        tile_products::<NARROW_ROWS, 1, _>(x, panel, place);
     }
 }
 
@@ -295,18 +313,24 @@ impl Weight for bf16 {
     }
 }
 
+/// In tiles of up to `MOST` rows and `COLUMNS` times [`LANES`] outputs.
 #[inline(always)]
-fn tile_products<W: Weight>(x: &Columns<'_>, panel: &[W], place: Place<'_>) {
-    for first in (0..x.rows()).step_by(TILE_ROWS) {
-        match x.rows() - first {
-            1 => tile_product::<1, W>(x, first, panel, place),
-            2 => tile_product::<2, W>(x, first, panel, place),
-            3 => tile_product::<3, W>(x, first, panel, place),
-            4 => tile_product::<4, W>(x, first, panel, place),
-            5 => tile_product::<5, W>(x, first, panel, place),
-            6 => tile_product::<6, W>(x, first, panel, place),
-            7 => tile_product::<7, W>(x, first, panel, place),
-            _ => tile_product::<TILE_ROWS, W>(x, first, panel, place),
+fn tile_products<const MOST: usize, const COLUMNS: usize, W: Weight>(x: &Columns<'_>, panel: &[W], place: Place<'_>) {
+    for column in (0..place.width).step_by(COLUMNS * LANES) {
+        // As equal as can be: a tile of few rows waits for its own sums.
+        let tiles = x.rows().div_ceil(MOST);
+        for tile in 0..tiles {
+            let first = tile * x.rows() / tiles;
+            match (tile + 1) * x.rows() / tiles - first {
+                1 => tile_product::<1, COLUMNS, W>(x, first, panel, column, place),
+                2 => tile_product::<2, COLUMNS, W>(x, first, panel, column, place),
+                3 => tile_product::<3, COLUMNS, W>(x, first, panel, column, place),
+                4 => tile_product::<4, COLUMNS, W>(x, first, panel, column, place),
+                5 => tile_product::<5, COLUMNS, W>(x, first, panel, column, place),
+                6 => tile_product::<6, COLUMNS, W>(x, first, panel, column, place),
+                7 => tile_product::<7, COLUMNS, W>(x, first, panel, column, place),
+                _ => tile_product::<WIDE_ROWS, COLUMNS, W>(x, first, panel, column, place),
+            }
         }
     }
 }
@@ -328,31 +352,40 @@ impl<'a> Place<'a> {
     }
 }
 
-/// The product of `ROWS` rows from `first` on with one panel. Each output is one chain of fused multiply-adds in the
-/// order of the inputs, whatever `ROWS` is.
+/// The product of `ROWS` rows from `first` on with `COLUMNS` times [`LANES`] outputs of a panel from `column` on. Each
+/// output is one chain of fused multiply-adds in the order of the inputs, whatever the tile is.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
-fn tile_product<const ROWS: usize, W: Weight>(x: &Columns<'_>, first: usize, panel: &[W], place: Place<'_>) {
+fn tile_product<const ROWS: usize, const COLUMNS: usize, W: Weight>(
+    x: &Columns<'_>,
+    first: usize,
+    panel: &[W],
+    column: usize,
+    place: Place<'_>,
+) {
     let inputs = panel.len() / PANEL;
     let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x.row(first + row)[..inputs]);
-    let mut sums = [[Lanes::ZERO; 2]; ROWS];
+    let mut sums = [[Lanes::ZERO; COLUMNS]; ROWS];
     for (input, weights) in panel.chunks_exact(PANEL).enumerate() {
-        let (left, right) = (W::load(weights), W::load(&weights[LANES..]));
+        let weights: [Lanes; COLUMNS] = std::array::from_fn(|lanes| W::load(&weights[column + lanes * LANES..]));
         for row in 0..ROWS {
             // SAFETY: every row has as many numbers as the panel has chunks. Checks here would be half the instructions.
             let a = unsafe { *rows[row].get_unchecked(input) };
-            sums[row][0] = sums[row][0].add_scaled(a, left);
-            sums[row][1] = sums[row][1].add_scaled(a, right);
+            for lanes in 0..COLUMNS {
+                sums[row][lanes] = sums[row][lanes].add_scaled(a, weights[lanes]);
+            }
         }
     }
+    let width = (COLUMNS * LANES).min(place.width - column);
     for row in 0..ROWS {
         // Through a copy: sums that were indexed at run time would not stay in registers above.
-        let mut products = [0.0; PANEL];
-        products[..LANES].copy_from_slice(&sums[row][0].0);
-        products[LANES..].copy_from_slice(&sums[row][1].0);
+        let mut products = [[0.0; LANES]; COLUMNS];
+        for lanes in 0..COLUMNS {
+            products[lanes] = sums[row][lanes].0;
+        }
         // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
-        let y = unsafe { place.y.get(place.start + (first + row) * place.stride, place.width) };
-        for (y, product) in y.iter_mut().zip(&products) {
+        let y = unsafe { place.y.get(place.start + (first + row) * place.stride + column, width) };
+        for (y, product) in y.iter_mut().zip(products.as_flattened()) {
             *y += product;
         }
     }

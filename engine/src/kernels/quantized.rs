@@ -12,6 +12,11 @@ use rayon::prelude::*;
 use super::Shared;
 use super::simd::{LANES, Lanes, greater};
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
 /// Inputs of one block: they share a scale.
 const BLOCK: usize = 32;
 /// Outputs of one panel: one register of 32-bit sums.
@@ -229,9 +234,9 @@ super::simd::multiversion! {
 /// Adds the product of `x` with a packed weight to `y`, panels shared out among threads.
 pub(super) fn multiply(x: &[f32], packed: &[u8], format: Format, inputs: usize, y: Shared<'_>, outputs: usize) {
     let layout = PanelLayout::new(format, inputs);
-    let rows = Rounded::new(x, inputs);
+    let (rows, instructions) = (Rounded::new(x, inputs), Instructions::best());
     let tile = |(index, panels): (usize, &[u8])| {
-        let tile = Tile { layout, panels, rows: &rows };
+        let tile = Tile { instructions, layout, panels, rows: &rows };
         tile.add_all(y, index * TILE_PANELS * PANEL, outputs);
     };
     if x.len() * outputs < PARALLEL_WORK {
@@ -241,8 +246,48 @@ pub(super) fn multiply(x: &[f32], packed: &[u8], format: Format, inputs: usize, 
     }
 }
 
+/// What products are computed with. All give the same to the bit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Instructions {
+    Any,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
+}
+
+impl Instructions {
+    /// Those that the CPU has, the best last.
+    fn available() -> impl Iterator<Item = Self> {
+        #[cfg(target_arch = "x86_64")]
+        let vectors = [
+            (
+                Self::Avx2,
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
+            ),
+            (
+                Self::Vnni,
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vnni"),
+            ),
+        ];
+        #[cfg(not(target_arch = "x86_64"))]
+        let vectors = [];
+        std::iter::once((Self::Any, true))
+            .chain(vectors)
+            .filter(|(_, here)| *here)
+            .map(|(instructions, _)| instructions)
+    }
+
+    fn best() -> Self {
+        Self::available().last().unwrap_or(Self::Any)
+    }
+}
+
 /// Up to [`TILE_PANELS`] panels and the rows that they are multiplied with.
 struct Tile<'a> {
+    instructions: Instructions,
     layout: PanelLayout,
     panels: &'a [u8],
     rows: &'a Rounded,
@@ -282,20 +327,25 @@ impl<'a> Tile<'a> {
     fn products<const ROWS: usize, const PANELS: usize>(&self, row: usize, panel: usize) -> Products<ROWS, PANELS> {
         assert!((panel + PANELS) * self.layout.bytes() <= self.panels.len() && self.layout.blocks == self.rows.blocks);
         assert!((row + ROWS) * self.rows.blocks <= self.rows.blocks_of_rows.len());
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vnni")
-        {
-            // SAFETY: the CPU has the features, and by the assertions all that is read lies in the slices.
-            return unsafe {
+        match self.instructions {
+            Instructions::Any => self.plain_products(row, panel),
+            // SAFETY: the CPU has the instructions, and by the assertions all that is read lies in the slices.
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2 => unsafe {
+                match self.layout.format {
+                    Format::Q8 => avx2::products::<ROWS, PANELS, false>(self, row, panel),
+                    Format::Q4K => avx2::products::<ROWS, PANELS, true>(self, row, panel),
+                }
+            },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Vnni => unsafe {
                 match self.layout.format {
                     Format::Q8 => vnni::products::<ROWS, PANELS, false>(self, row, panel),
                     Format::Q4K => vnni::products::<ROWS, PANELS, true>(self, row, panel),
                 }
-            };
+            },
         }
-        self.plain_products(row, panel)
     }
 
     /// [`Tile::products`] on any CPU.
@@ -371,100 +421,6 @@ fn add_products<const ROWS: usize, const PANELS: usize>(
         // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
         let y = unsafe { y.get((row + index) * outputs + first, width) };
         y.iter_mut().zip(products.as_flattened()).for_each(|(y, product)| *y += product);
-    }
-}
-
-/// The same on CPUs that multiply and add bytes: AVX-512 VNNI.
-#[cfg(target_arch = "x86_64")]
-mod vnni {
-    use std::arch::x86_64::*;
-
-    use super::{BLOCK, Block, GROUP, PANEL, Products, Tile};
-
-    /// [`Tile::products`]; `MINIMA` for the format that has them, Q4_K.
-    ///
-    /// # Safety
-    /// The panels and the rows must be as long as the layout says.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub unsafe fn products<const ROWS: usize, const PANELS: usize, const MINIMA: bool>(
-        tile: &Tile<'_>,
-        row: usize,
-        panel: usize,
-    ) -> Products<ROWS, PANELS> {
-        let (layout, blocks) = (tile.layout, tile.layout.blocks);
-        let panels: [*const u8; PANELS] =
-            std::array::from_fn(|of_tile| unsafe { tile.panels.as_ptr().add((panel + of_tile) * layout.bytes()) });
-        let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
-        for block in 0..blocks {
-            let place: [usize; ROWS] = std::array::from_fn(|index| (row + index) * blocks + block);
-            let quants: [*const i8; ROWS] =
-                std::array::from_fn(|index| unsafe { tile.rows.quants.as_ptr().add(place[index] * BLOCK) });
-            let of_rows: [&Block; ROWS] =
-                std::array::from_fn(|index| unsafe { tile.rows.blocks_of_rows.get_unchecked(place[index]) });
-            // Weights without minima are stored with 128 added, so that they are unsigned.
-            let start = |block: &Block| if MINIMA { _mm512_setzero_si512() } else { _mm512_set1_epi32(block.start) };
-            let mut dots: [[__m512i; PANELS]; ROWS] = std::array::from_fn(|index| [start(of_rows[index]); PANELS]);
-            for group in 0..BLOCK / GROUP {
-                let weights: [__m512i; PANELS] = std::array::from_fn(|of_tile| unsafe {
-                    group_quants::<MINIMA>(panels[of_tile].add(block * layout.block_bytes()), group)
-                });
-                for index in 0..ROWS {
-                    let x = unsafe { quants[index].add(group * GROUP).cast::<i32>().read_unaligned() };
-                    for of_tile in 0..PANELS {
-                        dots[index][of_tile] =
-                            _mm512_dpbusd_epi32(dots[index][of_tile], weights[of_tile], _mm512_set1_epi32(x));
-                    }
-                }
-            }
-            for of_tile in 0..PANELS {
-                let (scale, minimum) = unsafe { scales::<MINIMA>(tile, panels[of_tile], block) };
-                for index in 0..ROWS {
-                    let sum = &mut sums[index][of_tile];
-                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(of_rows[index].scale));
-                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[index][of_tile]), factor, *sum);
-                    if MINIMA {
-                        *sum = _mm512_fnmadd_ps(minimum, _mm512_set1_ps(of_rows[index].sum), *sum);
-                    }
-                }
-            }
-        }
-        let mut products = [[[0.0; PANEL]; PANELS]; ROWS];
-        for (products, sums) in products.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
-            // SAFETY: a register holds one panel's outputs.
-            unsafe { _mm512_storeu_ps(products.as_mut_ptr(), *sums) };
-        }
-        products
-    }
-
-    /// A group's unsigned quants, `[output][input in group]`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn group_quants<const NIBBLES: bool>(block: *const u8, group: usize) -> __m512i {
-        let bytes = PANEL * GROUP;
-        if !NIBBLES {
-            return unsafe { _mm512_loadu_si512(block.add(group * bytes).cast()) };
-        }
-        let both = unsafe { _mm512_loadu_si512(block.add(group / 2 * bytes).cast()) };
-        let nibbles = if group.is_multiple_of(2) { both } else { _mm512_srli_epi16(both, 4) };
-        _mm512_and_si512(nibbles, _mm512_set1_epi8(15))
-    }
-
-    /// Scales and minima of a block, by output.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn scales<const MINIMA: bool>(tile: &Tile<'_>, panel: *const u8, block: usize) -> (__m512, __m512) {
-        let halves = |place: usize| _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(panel.add(place).cast()) });
-        let place = tile.layout.scales(block);
-        if !MINIMA {
-            return (halves(place), _mm512_setzero_ps());
-        }
-        let bytes = |place: usize| {
-            let bytes = unsafe { _mm_loadu_si128(panel.add(place).cast()) };
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
-        };
-        let units = tile.layout.units(block);
-        let scale = _mm512_mul_ps(halves(units), bytes(place));
-        (scale, _mm512_mul_ps(halves(units + 2 * PANEL), bytes(place + PANEL)))
     }
 }
 
@@ -545,18 +501,33 @@ mod tests {
     }
 
     #[test]
-    fn vector_and_plain_code_agree_to_the_bit() {
+    fn all_instructions_agree_to_the_bit() {
         for format in [Format::Q8, Format::Q4K] {
             for (rows, inputs, outputs) in SHAPES {
+                // Numbers at the ends of their range too: the sums of their products are the largest.
+                let extreme = |numbers: &[f32]| -> Vec<f32> { numbers.iter().map(|x| x.signum()).collect() };
                 let (x, w) = (random(rows, inputs, 4), random(outputs, inputs, 5));
-                let packed = pack(&matrix(&w, inputs), format).unwrap().to_vec2::<u8>().unwrap();
-                let layout = PanelLayout::new(format, inputs);
-                let rows = Rounded::new(&x, inputs);
-                for panels in packed.concat().chunks(TILE_PANELS * layout.bytes()) {
-                    let tile = Tile { layout, panels, rows: &rows };
-                    assert_eq!(tile.products::<1, 1>(0, 0), tile.plain_products(0, 0));
-                    if panels.len() == TILE_PANELS * layout.bytes() {
-                        assert_eq!(tile.products::<1, TILE_PANELS>(0, 0), tile.plain_products(0, 0));
+                agree(&x, &w, format, inputs);
+                agree(&extreme(&x), &w, format, inputs);
+                agree(&vec![-1.0; rows * inputs], &extreme(&w), format, inputs);
+                agree(&vec![1.0; rows * inputs], &vec![1.0; outputs * inputs], format, inputs);
+            }
+        }
+    }
+
+    fn agree(x: &[f32], w: &[f32], format: Format, inputs: usize) {
+        let packed = pack(&matrix(w, inputs), format).unwrap().to_vec2::<u8>().unwrap();
+        let layout = PanelLayout::new(format, inputs);
+        let rows = Rounded::new(x, inputs);
+        for panels in packed.concat().chunks(TILE_PANELS * layout.bytes()) {
+            for instructions in Instructions::available() {
+                let tile = Tile { instructions, layout, panels, rows: &rows };
+                assert_eq!(tile.products::<1, 1>(0, 0), tile.plain_products(0, 0), "{instructions:?}");
+                if panels.len() == TILE_PANELS * layout.bytes() {
+                    assert_eq!(tile.products::<1, TILE_PANELS>(0, 0), tile.plain_products(0, 0), "{instructions:?}");
+                    if rows.rows() >= TILE_ROWS {
+                        let products = tile.products::<TILE_ROWS, TILE_PANELS>(0, 0);
+                        assert_eq!(products, tile.plain_products(0, 0), "{instructions:?}");
                     }
                 }
             }

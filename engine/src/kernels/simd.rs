@@ -96,6 +96,17 @@ impl Lanes {
     }
 }
 
+/// Whether the CPU has AVX-512, and so 32 registers of one [`Lanes`] each. AVX2 has 16 that hold half of one.
+pub fn has_avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512bw");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Defines functions that are compiled several times, for AVX-512, for AVX2 and for the target's baseline, of which
 /// the best that the CPU can run is picked at each call. All give the same result to the bit.
 macro_rules! multiversion {
@@ -111,8 +122,7 @@ macro_rules! multiversion {
                 fn avx512($($arg: $type),*) $(-> $ret)? { body($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $type),*) $(-> $ret)? { body($($arg),*) }
-                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512bw") {
+                if $crate::kernels::simd::has_avx512() {
                     // SAFETY: the CPU has the features that the function needs.
                     return unsafe { avx512($($arg),*) };
                 }
