@@ -28,10 +28,17 @@ PACKAGES = ["llama-cpp-python==0.3.36", "numpy"]
 SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Types of files, as llama.h numbers them (LLAMA_FTYPE_...).
 FILE_TYPES = {"F32": 0, "Q8_0": 7, "Q4_0": 2}
-# What a build for this machine finds out by itself, but for AMX.
-WITHOUT_TILES = ["NATIVE=OFF", "AVX2=ON", "FMA=ON", "F16C=ON", "BMI2=ON"] + [
-    f"AVX512{extension}=ON" for extension in ["", "_VNNI", "_VBMI", "_BF16"]
-]
+# What a build for this machine finds out by itself, but for AMX: CMake's names by those of /proc/cpuinfo.
+WITHOUT_TILES = {
+    "avx2": "AVX2",
+    "fma": "FMA",
+    "f16c": "F16C",
+    "bmi2": "BMI2",
+    "avx512f": "AVX512",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx512vbmi": "AVX512_VBMI",
+    "avx512_bf16": "AVX512_BF16",
+}
 ENGINE_WEIGHTS = ["f32", "bf16", "q8_0", "q4k"]
 PROMPT, OUTPUT = 64, 72
 
@@ -61,7 +68,9 @@ def compare(arguments):
     files = make_files(folder, python, fetch_model())
     if dies(python, files["Q8_0"]):
         print("llama.cpp as built for this machine dies: building it again without AMX", file=sys.stderr)
-        build(python, "--force-reinstall", "--no-cache-dir", CMAKE_ARGS=" ".join(f"-DGGML_{o}" for o in WITHOUT_TILES))
+        flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+        options = ["NATIVE=OFF", *(f"{name}=ON" for flag, name in WITHOUT_TILES.items() if flag in flags)]
+        build(python, "--force-reinstall", "--no-cache-dir", CMAKE_ARGS=" ".join(f"-DGGML_{o}" for o in options))
         if dies(python, files["Q8_0"]):
             sys.exit("llama.cpp dies without AMX as well")
     servers = {name: Llama(python, file, arguments.threads) for name, file in files.items()}

@@ -107,7 +107,19 @@ mod arithmetic {
     use std::time::Instant;
 
     const CHAINS: usize = 16;
+    /// Of AVX2, which has 16 registers in all.
+    const CHAINS_AVX2: usize = 12;
     const STEPS: usize = 20_000_000;
+
+    /// Multiplications and additions a second.
+    #[derive(Clone, Copy)]
+    pub struct Peaks {
+        pub floats: f64,
+        /// Of bytes with 8-bit weights.
+        pub q8: f64,
+        /// Of bytes with 4-bit weights.
+        pub q4: f64,
+    }
 
     #[target_feature(enable = "avx512f")]
     fn floats() -> f32 {
@@ -129,33 +141,79 @@ mod arithmetic {
         sums.iter().fold(0, |sum, &part| sum ^ _mm512_reduce_add_epi32(part))
     }
 
-    fn on_all_threads(per_step: usize, work: impl Fn() + Sync) -> f64 {
+    #[target_feature(enable = "avx2,fma")]
+    fn floats_avx2() -> f32 {
+        let (a, b) = (_mm256_set1_ps(std::hint::black_box(0.5)), _mm256_set1_ps(std::hint::black_box(0.25)));
+        let mut sums = [b; CHAINS_AVX2];
+        for _ in 0..STEPS {
+            sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(*sum, a, b));
+        }
+        let mut numbers = [0.0; 8];
+        // SAFETY: a register holds 8 numbers.
+        unsafe {
+            _mm256_storeu_ps(numbers.as_mut_ptr(), sums.into_iter().fold(b, |sum, part| _mm256_add_ps(sum, part)))
+        };
+        numbers.iter().sum()
+    }
+
+    /// Nibbles with bytes, as the kernels multiply.
+    #[target_feature(enable = "avx2")]
+    fn nibbles_avx2() -> i64 {
+        let mut sums = [_mm256_set1_epi8(std::hint::black_box(1)); CHAINS_AVX2];
+        let a = _mm256_set1_epi8(std::hint::black_box(2));
+        for _ in 0..STEPS {
+            // Of the sum itself, so that no product is the one before.
+            sums.iter_mut().for_each(|sum| *sum = _mm256_add_epi16(a, _mm256_maddubs_epi16(*sum, a)));
+        }
+        let sum = sums.into_iter().fold(a, |sum, part| _mm256_xor_si256(sum, part));
+        _mm256_extract_epi64::<0>(sum)
+    }
+
+    fn on_all_threads(chains: usize, per_step: usize, work: impl Fn() + Sync) -> f64 {
         let start = Instant::now();
         rayon::broadcast(|_| work());
-        let operations = rayon::current_num_threads() * STEPS * CHAINS * per_step;
+        let operations = rayon::current_num_threads() * STEPS * chains * per_step;
         operations as f64 / start.elapsed().as_secs_f64()
     }
 
-    /// Of 32-bit floats and of bytes; none on a CPU without the instructions.
-    pub fn peaks() -> Option<(f64, f64)> {
-        let known = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
-        known.then(|| {
+    /// None on a CPU that has neither AVX-512 VNNI nor AVX2.
+    pub fn peaks() -> Option<Peaks> {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
             // SAFETY: the CPU has the instructions.
-            let floats = on_all_threads(2 * 16, || {
+            let floats = on_all_threads(CHAINS, 2 * 16, || {
                 std::hint::black_box(unsafe { floats() });
             });
             // SAFETY: as above.
-            let bytes = on_all_threads(2 * 64, || {
+            let bytes = on_all_threads(CHAINS, 2 * 64, || {
                 std::hint::black_box(unsafe { bytes() });
             });
-            (floats, bytes)
+            return Some(Peaks { floats, q8: bytes, q4: bytes });
+        }
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then(|| {
+            // SAFETY: as above.
+            let floats = on_all_threads(CHAINS_AVX2, 2 * 8, || {
+                std::hint::black_box(unsafe { floats_avx2() });
+            });
+            // SAFETY: as above.
+            let nibbles = on_all_threads(CHAINS_AVX2, 2 * 32, || {
+                std::hint::black_box(unsafe { nibbles_avx2() });
+            });
+            // A byte is two nibbles.
+            Peaks { floats, q8: nibbles / 2.0, q4: nibbles }
         })
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 mod arithmetic {
-    pub fn peaks() -> Option<(f64, f64)> {
+    #[derive(Clone, Copy)]
+    pub struct Peaks {
+        pub floats: f64,
+        pub q8: f64,
+        pub q4: f64,
+    }
+
+    pub fn peaks() -> Option<Peaks> {
         None
     }
 }
@@ -185,8 +243,13 @@ fn main() {
     let peaks = arithmetic::peaks();
     println!("{}", machine());
     println!("reading memory: {:.1} GB/s", bandwidth / 1e9);
-    if let Some((floats, bytes)) = peaks {
-        println!("arithmetic: {:.0} GFLOP/s in f32, {:.0} GOP/s in bytes", floats / 1e9, bytes / 1e9);
+    if let Some(arithmetic::Peaks { floats, q8, q4 }) = peaks {
+        println!(
+            "arithmetic: {:.0} GFLOP/s in f32, {:.0} GOP/s of bytes with 8-bit weights, {:.0} with 4-bit ones",
+            floats / 1e9,
+            q8 / 1e9,
+            q4 / 1e9
+        );
     }
     println!("\n| batch | weights | tok/s | of memory bandwidth | of arithmetic peak |");
     println!("| ---: | --- | ---: | ---: | ---: |");
@@ -200,8 +263,11 @@ fn main() {
         for ((weight_type, _), samples) in engines.iter().zip(samples) {
             let tokens = median(samples);
             let bytes = tokens / f64::from(batch) * products as f64 * weight_type.bits() / 8.0;
-            let is_float = matches!(weight_type, WeightType::F32 | WeightType::Bf16);
-            let peak = peaks.map(|(floats, bytes)| if is_float { floats } else { bytes });
+            let peak = peaks.map(|peaks| match weight_type {
+                WeightType::F32 | WeightType::F16 | WeightType::Bf16 => peaks.floats,
+                WeightType::Q8 => peaks.q8,
+                WeightType::Q4K => peaks.q4,
+            });
             let of_peak =
                 peak.map_or("".to_owned(), |peak| format!("{:.0}%", 100.0 * 2.0 * tokens * products as f64 / peak));
             println!("| {batch} | {weight_type} | {tokens:.1} | {:.0}% | {of_peak} |", 100.0 * bytes / bandwidth);

@@ -673,9 +673,9 @@ impl<'a> Measured<'a> {
             let shape = Shape::Decode { rows, history: SHORT };
             self.difference((shape, true), (shape, false))
         };
-        let mut add = |component, rows, kv_tokens, depths, part: Summary| {
+        let mut add = |component: Component, rows, kv_tokens, depths, part: Summary| {
             let Summary { middle, spread, repeats } = part;
-            let (time_us, spread_us) = (middle.max(0.0), spread);
+            let (time_us, spread_us) = (if component.can_take(middle) { middle } else { 0.0 }, spread);
             points.push(Point { component, rows, kv_tokens, depths, time_us, spread_us, repeats });
         };
         let parts = self.parts();
@@ -700,7 +700,7 @@ impl<'a> Measured<'a> {
                 }
                 Shape::Prefill { tokens, history } => add(Component::PrefillAttention, tokens, history, 1, part),
                 Shape::Prefills { tokens, history } => {
-                    let first = parts[&Shape::Prefill { tokens, history }].middle.max(0.0);
+                    let first = parts[&Shape::Prefill { tokens, history }].middle;
                     add(Component::PrefillAgain, tokens, history, 1, Summary { middle: part.middle - first, ..part });
                 }
                 Shape::Leave { skips: false, .. } => {}

@@ -46,7 +46,8 @@ pub enum Component {
     AfterMore,
     /// What the histories of decode rows add, by `rows` and `kv_tokens` (history of each).
     DecodeAttention,
-    /// What attention of one prompt chunk adds, by `rows` (its tokens) and `kv_tokens` (history before it).
+    /// What attention of one prompt chunk adds, by `rows` (its tokens) and `kv_tokens` (history before it). Below zero
+    /// where the chunk takes less than the decode rows that [`Component::Block`] was measured with.
     PrefillAttention,
     /// The same of a further chunk in a pass, beside one of no fewer keys; where it is not measured, it is as
     /// [`Component::PrefillAttention`].
@@ -102,6 +103,12 @@ impl Component {
     /// Whether a history (`kv_tokens`) plays a part, or what stands in its place.
     pub fn has_history(self) -> bool {
         matches!(self, Self::DecodeAttention | Self::PrefillAttention | Self::PrefillAgain | Self::AfterMore)
+    }
+
+    /// Whether a number of microseconds is one that it can take.
+    pub fn can_take(self, time_us: f64) -> bool {
+        let may_save = matches!(self, Self::PrefillAttention | Self::PrefillAgain);
+        time_us.is_finite() && (may_save || time_us >= 0.0)
     }
 }
 
@@ -304,15 +311,14 @@ impl Point {
 
     /// The first column with a value that makes no sense, and what would.
     fn fault(&self, num_loops: u32) -> Option<(usize, &'static str)> {
-        let time = |time: f64| time.is_finite() && time >= 0.0;
         let checks = [
             (self.rows >= 1, ROWS, "at least 1"),
             (self.component.has_history() || self.kv_tokens == 0, KV_TOKENS, "0: this component has no history"),
             (self.depths >= 1, DEPTHS, "at least 1"),
             (self.depths <= num_loops, DEPTHS, "no more than num_loops in profile.yaml"),
             (self.component == Component::DepthMix || self.depths == 1, DEPTHS, "1: only depth_mix has more"),
-            (time(self.time_us), TIME_US, "microseconds, at least 0"),
-            (time(self.spread_us), SPREAD_US, "microseconds, at least 0"),
+            (self.component.can_take(self.time_us), TIME_US, "microseconds, at least 0"),
+            (self.spread_us.is_finite() && self.spread_us >= 0.0, SPREAD_US, "microseconds, at least 0"),
         ];
         checks.into_iter().find(|check| !check.0).map(|(_, column, expected)| (column, expected))
     }
@@ -397,6 +403,19 @@ mod tests {
         let profile = read(YAML, CSV).unwrap();
         assert_eq!(profile.meta.overhead_us, 1.5);
         assert_eq!(profile.points_of(Component::Block).map(|point| point.time_us).collect::<Vec<_>>(), [10.5, 20.0]);
+    }
+
+    #[test]
+    fn only_prompt_chunks_may_take_less_than_what_they_are_compared_with() {
+        let chunk = |component: Component| format!("{CSV}{component},8,0,1,-1.5,0.5,5\n");
+        for component in Component::ALL {
+            let found = read(YAML, &chunk(component));
+            let may = matches!(component, Component::PrefillAttention | Component::PrefillAgain);
+            assert_eq!(found.is_ok(), may, "{component}");
+            if let Ok(profile) = found {
+                assert_eq!(profile.points_of(component).last().unwrap().time_us, -1.5);
+            }
+        }
     }
 
     #[test]
