@@ -299,11 +299,11 @@ fn lower_tile(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
 
 multiversion! {
     fn lower_wide(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
-        lower_up_to_four::<{ TILE * TILE }>(x, down, rank, lowered);
+        lower_at_once::<{ TILE * TILE }>(x, down, rank, lowered);
     }
 
     fn lower_narrow(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
-        lower_up_to_four::<TILE>(x, down, rank, lowered);
+        lower_at_once::<TILE>(x, down, rank, lowered);
     }
 
     /// Adds the product of a row's ranks with a narrow up to its outputs, rank by rank.
@@ -322,7 +322,7 @@ multiversion! {
 
 /// [`lower_tile`] with `SUMS` sums at once, which the registers hold.
 #[inline(always)]
-fn lower_up_to_four<const SUMS: usize>(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
+fn lower_at_once<const SUMS: usize>(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
     match x.rows() {
         1 => lower_rows::<1, SUMS>(x, down, rank, lowered),
         2 => lower_rows::<2, SUMS>(x, down, rank, lowered),
@@ -426,6 +426,23 @@ mod tests {
     fn products(x: &[f64], matrix: &Matrix) -> Vec<f64> {
         let product = |row: &Vec<f32>| row.iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum();
         matrix.iter().map(product).collect()
+    }
+
+    #[test]
+    fn sums_at_once_do_not_change_their_bits() {
+        let mut rng = StdRng::seed_from_u64(2);
+        for (rows, rank, inputs) in [(1, 1, 16), (2, 7, 40), (3, 5, 33), (4, 8, 64), (4, 31, 100)] {
+            let (x, down) =
+                (random(&mut rng, rows, inputs).concat(), random(&mut rng, rank, inputs.next_multiple_of(LANES)));
+            let columns = Columns { x: &x, stride: inputs, range: 0..inputs };
+            let by = |lower: fn(&Columns<'_>, &[f32], usize, &mut [f32])| {
+                let mut lowered = vec![f32::NAN; rows * rank];
+                lower(&columns, &down.concat(), rank, &mut lowered);
+                lowered
+            };
+            assert!(by(lower_wide).iter().all(|sum| sum.is_finite()));
+            assert_eq!(by(lower_wide), by(lower_narrow), "{rows} rows, rank {rank}, {inputs} inputs");
+        }
     }
 
     #[test]

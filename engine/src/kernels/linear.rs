@@ -390,3 +390,34 @@ fn tile_product<const ROWS: usize, const COLUMNS: usize, W: Weight>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_of_any_width_give_the_same_bits() {
+        let numbers = |count: usize, seed: f32| -> Vec<f32> { (0..count).map(|i| (i as f32 * seed).sin()).collect() };
+        for rows in 1..=17 {
+            for (inputs, outputs) in [(1, 1), (40, 16), (33, 17), (64, 95)] {
+                let x = numbers(rows * inputs, 0.7);
+                let mut packed = Vec::new();
+                pack(&numbers(outputs * inputs, 0.3), outputs, inputs, &mut packed);
+                let bf16s: Vec<bf16> = packed.iter().copied().map(bf16::from_f32).collect();
+                let shape = LinearShape { weight_type: WeightType::F32, inputs, outputs };
+                let by = |tiles: PanelProduct<f32>| {
+                    let mut y = vec![0.0; rows * outputs];
+                    multiply(&x, &packed, shape, Shared::new(&mut y), tiles);
+                    y
+                };
+                assert_eq!(by(wide_tiles), by(narrow_tiles), "{rows} rows, {inputs} to {outputs}");
+                let by = |tiles: PanelProduct<bf16>| {
+                    let mut y = vec![0.0; rows * outputs];
+                    multiply(&x, &bf16s, shape, Shared::new(&mut y), tiles);
+                    y
+                };
+                assert_eq!(by(wide_tiles_bf16), by(narrow_tiles_bf16), "{rows} rows, {inputs} to {outputs}");
+            }
+        }
+    }
+}
