@@ -613,9 +613,9 @@ impl<'a> Measured<'a> {
         self.probes().map(|probe| probe.elapsed.since(probe.in_executor()).as_micros_f64()).sum::<f64>() / passes as f64
     }
 
-    /// The means of the middle halves. Parts that are differences are not below zero, and what interrupts single passes is
-    /// left out: what passes take in service, the [probes](Self::probes) tell. `model` is the model's name, `source` says
-    /// how the profile came about; how busy the machine was is added.
+    /// The means of the middle halves. Parts that are differences are not below zero, but for those of prompt chunks; what
+    /// interrupts single passes is left out: what passes take in service, the [probes](Self::probes) tell. `model` is the
+    /// model's name, `source` says how the profile came about; how busy the machine was is added.
     pub fn profile(&self, model: &str, source: &str) -> LatencyProfile {
         let served = &self.profiler.engine.model;
         let disagreement = self.profiler.disagreement();
