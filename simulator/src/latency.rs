@@ -380,7 +380,10 @@ fn curves(
     let mut curves: BTreeMap<u32, BTreeMap<u32, f64>> = BTreeMap::new();
     for point in profile.points_of(component) {
         let (&Point { rows, kv_tokens, depths, .. }, time_us) = (point, value_us(point));
-        if !component.can_take(time_us) {
+        let spread = point.spread_us;
+        let checks =
+            [(component.can_take(point.time_us), point.time_us), (spread.is_finite() && spread >= 0.0, spread)];
+        if let Some(&(_, time_us)) = checks.iter().find(|check| !check.0) {
             return Err(LatencyError::BadTime { component, rows, kv_tokens, time_us });
         }
         if curves.entry(key(point)).or_default().insert(x(point), time_us * 1e3).is_some() {
@@ -695,13 +698,15 @@ mod tests {
         let expected = 0.25 + 25.0 + 6.0 + 2.0 + 0.5 + 3.0;
         assert!((pass_ns(&model, &shape, &mut beyond) - 1e3 * expected).abs() < 1e-6);
         assert_eq!(model.prefill_attention_ns(2, 0, &mut beyond), 7e3);
-        let less = self::model(&[
+        let mut less = profile(&[
+            (PrefillAttention, 2, 0, 1, -7.0),
             (Block, 1, 0, 1, 9.0),
             (Embed, 1, 0, 1, 0.0),
             (Head, 1, 0, 1, 0.0),
-            (PrefillAttention, 2, 0, 1, -7.0),
         ]);
-        assert_eq!(less.prefill_attention_ns(2, 0, &mut beyond), -7e3);
+        assert_eq!(LatencyModel::new(&less).unwrap().prefill_attention_ns(2, 0, &mut beyond), -7e3);
+        less.points[0].spread_us = -1.0;
+        assert!(matches!(LatencyModel::new(&less), Err(LatencyError::BadTime { time_us: -1.0, .. })));
         assert!(beyond.is_empty(), "{beyond}");
         let empty = PassShape { depths: 1, ..PassShape::default() };
         assert_eq!(pass_ns(&model, &empty, &mut beyond), 250.0);
