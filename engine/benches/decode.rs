@@ -100,26 +100,28 @@ fn read_bandwidth() -> f64 {
     median((0..9).map(|_| sweep()).collect())
 }
 
+/// Multiplications and additions a second.
+#[derive(Clone, Copy)]
+struct Peaks {
+    floats: f64,
+    /// Of bytes with 8-bit weights.
+    q8: f64,
+    /// Of bytes with 4-bit weights.
+    q4: f64,
+}
+
 /// Multiplications and additions a second, of all threads together, out of registers alone.
 #[cfg(target_arch = "x86_64")]
 mod arithmetic {
     use std::arch::x86_64::*;
     use std::time::Instant;
 
+    use super::Peaks;
+
     const CHAINS: usize = 16;
     /// Of AVX2, which has 16 registers in all.
     const CHAINS_AVX2: usize = 12;
     const STEPS: usize = 20_000_000;
-
-    /// Multiplications and additions a second.
-    #[derive(Clone, Copy)]
-    pub struct Peaks {
-        pub floats: f64,
-        /// Of bytes with 8-bit weights.
-        pub q8: f64,
-        /// Of bytes with 4-bit weights.
-        pub q4: f64,
-    }
 
     #[target_feature(enable = "avx512f")]
     fn floats() -> f32 {
@@ -169,35 +171,29 @@ mod arithmetic {
         _mm256_extract_epi64::<0>(sum)
     }
 
-    fn on_all_threads(chains: usize, per_step: usize, work: impl Fn() + Sync) -> f64 {
+    /// Of `work` on every thread at once, whose steps make so many operations.
+    fn on_all_threads<T>(per_step: usize, work: impl Fn() -> T + Sync) -> f64 {
         let start = Instant::now();
-        rayon::broadcast(|_| work());
-        let operations = rayon::current_num_threads() * STEPS * chains * per_step;
-        operations as f64 / start.elapsed().as_secs_f64()
+        rayon::broadcast(|_| {
+            std::hint::black_box(work());
+        });
+        (rayon::current_num_threads() * STEPS * per_step) as f64 / start.elapsed().as_secs_f64()
     }
 
     /// None on a CPU that has neither AVX-512 VNNI nor AVX2.
     pub fn peaks() -> Option<Peaks> {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
             // SAFETY: the CPU has the instructions.
-            let floats = on_all_threads(CHAINS, 2 * 16, || {
-                std::hint::black_box(unsafe { floats() });
-            });
+            let floats = on_all_threads(CHAINS * 2 * 16, || unsafe { floats() });
             // SAFETY: as above.
-            let bytes = on_all_threads(CHAINS, 2 * 64, || {
-                std::hint::black_box(unsafe { bytes() });
-            });
+            let bytes = on_all_threads(CHAINS * 2 * 64, || unsafe { bytes() });
             return Some(Peaks { floats, q8: bytes, q4: bytes });
         }
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then(|| {
+            // SAFETY: the CPU has the instructions.
+            let floats = on_all_threads(CHAINS_AVX2 * 2 * 8, || unsafe { floats_avx2() });
             // SAFETY: as above.
-            let floats = on_all_threads(CHAINS_AVX2, 2 * 8, || {
-                std::hint::black_box(unsafe { floats_avx2() });
-            });
-            // SAFETY: as above.
-            let nibbles = on_all_threads(CHAINS_AVX2, 2 * 32, || {
-                std::hint::black_box(unsafe { nibbles_avx2() });
-            });
+            let nibbles = on_all_threads(CHAINS_AVX2 * 2 * 32, || unsafe { nibbles_avx2() });
             // A byte is two nibbles.
             Peaks { floats, q8: nibbles / 2.0, q4: nibbles }
         })
@@ -206,14 +202,7 @@ mod arithmetic {
 
 #[cfg(not(target_arch = "x86_64"))]
 mod arithmetic {
-    #[derive(Clone, Copy)]
-    pub struct Peaks {
-        pub floats: f64,
-        pub q8: f64,
-        pub q4: f64,
-    }
-
-    pub fn peaks() -> Option<Peaks> {
+    pub fn peaks() -> Option<super::Peaks> {
         None
     }
 }
@@ -243,7 +232,7 @@ fn main() {
     let peaks = arithmetic::peaks();
     println!("{}", machine());
     println!("reading memory: {:.1} GB/s", bandwidth / 1e9);
-    if let Some(arithmetic::Peaks { floats, q8, q4 }) = peaks {
+    if let Some(Peaks { floats, q8, q4 }) = peaks {
         println!(
             "arithmetic: {:.0} GFLOP/s in f32, {:.0} GOP/s of bytes with 8-bit weights, {:.0} with 4-bit ones",
             floats / 1e9,

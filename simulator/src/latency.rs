@@ -23,9 +23,7 @@ pub enum LatencyError {
     #[error("the latency profile of `{0}` has no point of component `block`: a pass cannot be timed without it")]
     NoBlock(String),
     /// A time that no clock shows.
-    #[error(
-        "{component} at rows {rows}, kv_tokens {kv_tokens}: a time is {time_us} us, expected a number of at least 0"
-    )]
+    #[error("{component} at rows {rows}, kv_tokens {kv_tokens}: found {time_us} us, expected {expected}")]
     BadTime {
         /// Whose.
         component: Component,
@@ -33,8 +31,10 @@ pub enum LatencyError {
         rows: u32,
         /// Where.
         kv_tokens: u32,
-        /// What was found.
+        /// What was found, of the time or its spread.
         time_us: f64,
+        /// What it may be.
+        expected: &'static str,
     },
     /// Overhead that no clock shows.
     #[error("overhead_us of the latency profile is {0}, expected a number of at least 0")]
@@ -381,10 +381,12 @@ fn curves(
     for point in profile.points_of(component) {
         let (&Point { rows, kv_tokens, depths, .. }, time_us) = (point, value_us(point));
         let spread = point.spread_us;
-        let checks =
-            [(component.can_take(point.time_us), point.time_us), (spread.is_finite() && spread >= 0.0, spread)];
-        if let Some(&(_, time_us)) = checks.iter().find(|check| !check.0) {
-            return Err(LatencyError::BadTime { component, rows, kv_tokens, time_us });
+        let checks = [
+            (component.can_take(point.time_us), point.time_us, component.times()),
+            (spread.is_finite() && spread >= 0.0, spread, "a spread of at least 0"),
+        ];
+        if let Some(&(_, time_us, expected)) = checks.iter().find(|check| !check.0) {
+            return Err(LatencyError::BadTime { component, rows, kv_tokens, time_us, expected });
         }
         if curves.entry(key(point)).or_default().insert(x(point), time_us * 1e3).is_some() {
             return Err(LatencyError::Twice { component, rows, kv_tokens, depths });

@@ -105,10 +105,19 @@ impl Component {
         matches!(self, Self::DecodeAttention | Self::PrefillAttention | Self::PrefillAgain | Self::AfterMore)
     }
 
+    /// Whether it may take less than no time: prompt chunks are measured against as many decode rows.
+    fn may_save(self) -> bool {
+        matches!(self, Self::PrefillAttention | Self::PrefillAgain)
+    }
+
     /// Whether a number of microseconds is one that it can take.
     pub fn can_take(self, time_us: f64) -> bool {
-        let may_save = matches!(self, Self::PrefillAttention | Self::PrefillAgain);
-        time_us.is_finite() && (may_save || time_us >= 0.0)
+        time_us.is_finite() && (self.may_save() || time_us >= 0.0)
+    }
+
+    /// Which numbers [`Component::can_take`] accepts, in words.
+    pub fn times(self) -> &'static str {
+        if self.may_save() { "microseconds, a finite number" } else { NOT_NEGATIVE }
     }
 }
 
@@ -230,6 +239,9 @@ const TIME_US: usize = 4;
 const SPREAD_US: usize = 5;
 const REPEATS: usize = 6;
 
+/// What most times are, and every spread.
+const NOT_NEGATIVE: &str = "microseconds, at least 0";
+
 /// Components without which no pass can be timed; the others take no time where they are absent.
 const REQUIRED: [Component; 3] = [Component::Block, Component::Embed, Component::Head];
 
@@ -291,14 +303,15 @@ impl LatencyProfile {
 fn read_point(row: &Row<'_>) -> Result<Point> {
     let components = Component::ALL.map(Component::name).join(", ");
     let count = |column| row.number(column, "a whole number", |_: &u32| true);
-    let time = |column| row.number(column, "microseconds, at least 0", |_: &f64| true);
+    let component: Component = row.get(COMPONENT, &components, |name| name.parse().ok())?;
+    let time = |column, expected| row.number(column, expected, |_: &f64| true);
     Ok(Point {
-        component: row.get(COMPONENT, &components, |name| name.parse().ok())?,
+        component,
         rows: count(ROWS)?,
         kv_tokens: count(KV_TOKENS)?,
         depths: count(DEPTHS)?,
-        time_us: time(TIME_US)?,
-        spread_us: time(SPREAD_US)?,
+        time_us: time(TIME_US, component.times())?,
+        spread_us: time(SPREAD_US, NOT_NEGATIVE)?,
         repeats: count(REPEATS)?,
     })
 }
@@ -317,8 +330,8 @@ impl Point {
             (self.depths >= 1, DEPTHS, "at least 1"),
             (self.depths <= num_loops, DEPTHS, "no more than num_loops in profile.yaml"),
             (self.component == Component::DepthMix || self.depths == 1, DEPTHS, "1: only depth_mix has more"),
-            (self.component.can_take(self.time_us), TIME_US, "microseconds, at least 0"),
-            (self.spread_us.is_finite() && self.spread_us >= 0.0, SPREAD_US, "microseconds, at least 0"),
+            (self.component.can_take(self.time_us), TIME_US, self.component.times()),
+            (self.spread_us.is_finite() && self.spread_us >= 0.0, SPREAD_US, NOT_NEGATIVE),
         ];
         checks.into_iter().find(|check| !check.0).map(|(_, column, expected)| (column, expected))
     }
@@ -330,7 +343,7 @@ impl ProfileMeta {
         check_num_loops(path, self.num_loops)?;
         if !(self.overhead_us.is_finite() && self.overhead_us >= 0.0) {
             let (key, found) = ("overhead_us", self.overhead_us.to_string());
-            let expected = "microseconds, at least 0".to_owned();
+            let expected = NOT_NEGATIVE.to_owned();
             return Err(TraceError::Key { path: path.to_owned(), key, found, expected });
         }
         Ok(())
@@ -412,6 +425,8 @@ mod tests {
             let found = read(YAML, &chunk(component));
             let may = matches!(component, Component::PrefillAttention | Component::PrefillAgain);
             assert_eq!(found.is_ok(), may, "{component}");
+            let nan = read(YAML, &chunk(component).replace("-1.5", "NaN")).unwrap_err().to_string();
+            assert!(nan.ends_with(if may { "expected microseconds, a finite number" } else { "at least 0" }), "{nan}");
             if let Ok(profile) = found {
                 assert_eq!(profile.points_of(component).last().unwrap().time_us, -1.5);
             }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::{self, Debug, Formatter};
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +32,7 @@ use crate::model::Rows;
 use crate::parameters::Loops;
 
 /// Graphs kept at most; then all are dropped, and captured again as their sizes come up.
-const MAX_GRAPHS: usize = 512;
+const MAX_GRAPHS: usize = 1024;
 /// What is filled with numbers takes as many words of four bytes of them at a time, over and over.
 const FILL_ROWS: usize = 256;
 const FILL_WORDS: usize = 4096;
@@ -232,19 +233,14 @@ impl<D: Device> Span<D> {
     }
 }
 
-/// A device's backend.
-pub(super) struct CudaBackend<D: Device> {
-    model: Arc<CudaModel<D>>,
+/// The memory of a backend, and what was made for it: kernels, and the graphs that know where it lies. It outlives the
+/// backend, so that the next one need not capture what this one has.
+pub(super) struct Memory<D: Device> {
     module: D::Module,
-    specialization: Specialization,
     layout: PageLayout,
     pages: Held<D, Stored>,
     /// `[capacity, hidden]`
     in_flight: Option<Held<D, f32>>,
-    /// Whether what nobody wrote reads as ordinary numbers.
-    filled: bool,
-    /// What is uploaded for a pass, and where it goes.
-    arrays: Arrays,
     indices: Growing<D>,
     row_memory: Growing<D>,
     head_memory: Growing<D>,
@@ -259,12 +255,66 @@ pub(super) struct CudaBackend<D: Device> {
     graphs: HashMap<Size, D::Graph>,
     /// Sizes that have run, so that the next run is worth a graph.
     seen: HashSet<Size>,
+}
+
+impl<D: Device> Memory<D> {
+    fn new(
+        model: &CudaModel<D>,
+        specialization: &Specialization,
+        layout: PageLayout,
+    ) -> std::result::Result<Self, EngineError> {
+        let (device, scalar_bytes) = (&*model.device, model.scalar.bytes());
+        let numbers = layout.layers().count() * layout.blocks * page_numbers(&layout);
+        let pages = Held::room(device, numbers, scalar_bytes).map_err(|source| CacheError::Allocate {
+            blocks: layout.blocks as u32,
+            bytes: (numbers * scalar_bytes) as u64,
+            source,
+        })?;
+        Ok(Self {
+            module: device.load(specialization)?,
+            layout,
+            pages,
+            in_flight: None,
+            indices: Growing(None),
+            row_memory: Growing(None),
+            head_memory: Growing(None),
+            partial: Growing(None),
+            answers: Growing(None),
+            fills: Growing(None),
+            rows: 0,
+            head_rows: 0,
+            rooms: BTreeMap::new(),
+            graphs: HashMap::new(),
+            seen: HashSet::new(),
+        })
+    }
+}
+
+/// A device's backend.
+pub(super) struct CudaBackend<D: Device> {
+    model: Arc<CudaModel<D>>,
+    specialization: Specialization,
+    layout: PageLayout,
+    /// There until the backend is dropped, which leaves it to the model.
+    memory: ManuallyDrop<Memory<D>>,
+    /// Whether what nobody wrote reads as ordinary numbers.
+    filled: bool,
+    /// What is uploaded for a pass, and where it goes.
+    arrays: Arrays,
     /// The first row of the last pass that has run the coda.
     first_exit: usize,
     passes: Span<D>,
     heads: Span<D>,
     time: Duration,
     head_time: Duration,
+}
+
+impl<D: Device> Drop for CudaBackend<D> {
+    fn drop(&mut self) {
+        // SAFETY: nobody uses a backend that is dropped.
+        let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
+        self.model.leave(memory);
+    }
 }
 
 impl<D: Device> Debug for CudaBackend<D> {
@@ -279,7 +329,7 @@ fn bucket(n: usize) -> usize {
 }
 
 impl<D: Device> CudaBackend<D> {
-    /// With an empty cache.
+    /// With a cache that nobody has written, in the memory of the backend before if that was of the same layout.
     pub fn new(
         model: Arc<CudaModel<D>>,
         kv_fill: KvFill,
@@ -287,37 +337,25 @@ impl<D: Device> CudaBackend<D> {
         block_tokens: u32,
     ) -> std::result::Result<Self, EngineError> {
         check_block_tokens(block_tokens)?;
-        let (device, scalar) = (&*model.device, model.scalar);
         let layout = PageLayout::new(&model.config, kv_fill, num_blocks, block_tokens);
-        let numbers = layout.layers().count() * layout.blocks * page_numbers(&layout);
-        let pages = Held::room(device, numbers, scalar.bytes());
         let specialization = model.specialization(layout.block_tokens)?;
+        // What does not fit is freed before there is more.
+        let left = model.take_left().filter(|memory| memory.layout == layout);
+        let memory = match left {
+            Some(memory) => memory,
+            None => Memory::new(&model, &specialization, layout)?,
+        };
+        let device = &*model.device;
+        let (passes, heads) = (Span::new(device)?, Span::new(device)?);
         Ok(Self {
-            module: device.load(&specialization)?,
             specialization,
-            pages: pages.map_err(|source| CacheError::Allocate {
-                blocks: num_blocks,
-                bytes: (numbers * scalar.bytes()) as u64,
-                source,
-            })?,
             layout,
-            in_flight: None,
+            memory: ManuallyDrop::new(memory),
             filled: false,
             arrays: Arrays::default(),
-            indices: Growing(None),
-            row_memory: Growing(None),
-            head_memory: Growing(None),
-            partial: Growing(None),
-            answers: Growing(None),
-            fills: Growing(None),
-            rows: 0,
-            head_rows: 0,
-            rooms: BTreeMap::new(),
-            graphs: HashMap::new(),
-            seen: HashSet::new(),
             first_exit: 0,
-            passes: Span::new(device)?,
-            heads: Span::new(device)?,
+            passes,
+            heads,
             time: Duration::ZERO,
             head_time: Duration::ZERO,
             model,
@@ -325,7 +363,7 @@ impl<D: Device> CudaBackend<D> {
     }
 
     fn kernels(&self) -> Kernels<'_, D> {
-        Kernels { device: &self.model.device, module: &self.module, specialization: self.specialization }
+        Kernels { device: &self.model.device, module: &self.memory.module, specialization: self.specialization }
     }
 
     fn width(&self) -> usize {
@@ -333,15 +371,19 @@ impl<D: Device> CudaBackend<D> {
     }
 
     fn row_views(&self) -> RowMemory {
-        let mut views =
-            RowMemory::carve(&mut self.row_memory.carve(), &self.model.config, self.model.scalar.bytes(), self.rows);
-        let partial = self.partial.held().view;
+        let mut views = RowMemory::carve(
+            &mut self.memory.row_memory.carve(),
+            &self.model.config,
+            self.model.scalar.bytes(),
+            self.memory.rows,
+        );
+        let partial = self.memory.partial.held().view;
         views.scratch.partial = View::new(partial.address(), partial.len() / size_of::<f32>());
         views
     }
 
     fn head_views(&self) -> HeadMemory {
-        HeadMemory::carve(&mut self.head_memory.carve(), &self.model, self.head_rows)
+        HeadMemory::carve(&mut self.memory.head_memory.carve(), &self.model, self.memory.head_rows)
     }
 
     fn run_of(&self, rows: OnDevice) -> Run<'_, D> {
@@ -350,7 +392,7 @@ impl<D: Device> CudaBackend<D> {
             rows,
             scratch: self.row_views().scratch,
             rotary: self.model.rotary(),
-            pages: self.pages.view,
+            pages: self.memory.pages.view,
             layout: self.layout,
         }
     }
@@ -364,7 +406,7 @@ impl<D: Device> CudaBackend<D> {
                 bail!("a row is at position {}, its sequence has room for {reach}", row.position);
             }
         }
-        let in_flight = self.in_flight.as_ref().map_or(0, |held| held.view.len()) / self.width();
+        let in_flight = self.memory.in_flight.as_ref().map_or(0, |held| held.view.len()) / self.width();
         let kept = work.places.iter().flatten().map(|&row| Source::Second(row));
         let compared = work.similarities.iter().map(|&(_, row)| Source::Second(row));
         for source in work.sources.iter().copied().chain(kept).chain(compared) {
@@ -460,13 +502,13 @@ impl<D: Device> CudaBackend<D> {
     /// Room for these sections and all that came before; graphs that know of less are gone.
     fn grown_rooms(&mut self, needed: &BTreeMap<Layers, Room>) -> BTreeMap<Layers, Room> {
         for (&layers, &room) in needed {
-            let known = self.rooms.entry(layers).or_default();
+            let known = self.memory.rooms.entry(layers).or_default();
             if known.or(room) != *known {
                 *known = known.or(room);
-                self.graphs.clear();
+                self.memory.graphs.clear();
             }
         }
-        self.rooms.clone()
+        self.memory.rooms.clone()
     }
 
     /// Makes memory fit sections, and drops the graphs that knew it elsewhere.
@@ -478,25 +520,25 @@ impl<D: Device> CudaBackend<D> {
             sections.iter().filter(|section| layers(section.layers)).map(|section| section.rows.rows.len()).max()
         };
         // The rows of a head are rows of the pass, but may be padded further.
-        let rows = most(&|_| true).unwrap_or(0).max(self.rows);
-        if rows > self.rows {
+        let rows = most(&|_| true).unwrap_or(0).max(self.memory.rows);
+        if rows > self.memory.rows {
             let mut carver = Carver(0);
             RowMemory::carve(&mut carver, config, scalar_bytes, rows.next_power_of_two());
-            self.row_memory.fit(device, carver.0 as usize)?;
-            (self.rows, moved) = (rows.next_power_of_two(), true);
+            self.memory.row_memory.fit(device, carver.0 as usize)?;
+            (self.memory.rows, moved) = (rows.next_power_of_two(), true);
         }
         let head_rows = most(&|layers| layers == Layers::Head).unwrap_or(0);
-        if head_rows > self.head_rows {
+        if head_rows > self.memory.head_rows {
             let mut carver = Carver(0);
             HeadMemory::carve(&mut carver, &self.model, head_rows.next_power_of_two());
-            self.head_memory.fit(device, carver.0 as usize)?;
-            (self.head_rows, moved) = (head_rows.next_power_of_two(), true);
+            self.memory.head_memory.fit(device, carver.0 as usize)?;
+            (self.memory.head_rows, moved) = (head_rows.next_power_of_two(), true);
         }
         let items = sections.iter().map(|section| section.rows.items.len()).max().unwrap_or(0);
         let partial = items * config.num_heads * (2 + config.head_dim) * size_of::<f32>();
-        moved |= self.partial.fit(device, partial)?;
+        moved |= self.memory.partial.fit(device, partial)?;
         if moved {
-            self.graphs.clear();
+            self.memory.graphs.clear();
         }
         Ok(())
     }
@@ -504,21 +546,21 @@ impl<D: Device> CudaBackend<D> {
     /// Uploads what is laid out; gives where.
     fn upload(&mut self) -> Result<u64> {
         let device = self.model.device.clone();
-        if self.indices.fit(&device, self.arrays.bytes().len())? {
-            self.graphs.clear();
+        if self.memory.indices.fit(&device, self.arrays.bytes().len())? {
+            self.memory.graphs.clear();
         }
-        device.upload(self.indices.held().memory(), self.arrays.bytes())?;
-        Ok(self.indices.held().view.address())
+        device.upload(self.memory.indices.held().memory(), self.arrays.bytes())?;
+        Ok(self.memory.indices.held().view.address())
     }
 
     /// Makes room for answers, and drops the graphs that leave theirs elsewhere.
     fn fit_answers(&mut self, sizes: [usize; 3]) -> Result<AnswerMemory> {
         let mut carver = Carver(0);
         AnswerMemory::carve(&mut carver, sizes);
-        if self.answers.fit(&self.model.device, carver.0 as usize)? {
-            self.graphs.clear();
+        if self.memory.answers.fit(&self.model.device, carver.0 as usize)? {
+            self.memory.graphs.clear();
         }
-        Ok(AnswerMemory::carve(&mut self.answers.carve(), sizes))
+        Ok(AnswerMemory::carve(&mut self.memory.answers.carve(), sizes))
     }
 
     /// Runs a section's rows through its layers.
@@ -545,18 +587,18 @@ impl<D: Device> CudaBackend<D> {
         let (rows, items) = (section.rows.rows.len(), section.rows.items.len());
         let size = Size { layers: section.layers, rows, items, temperature };
         // What runs for the first time may make the driver load kernels, which no capture allows.
-        if !section.graph || self.seen.insert(size) {
+        if !section.graph || self.memory.seen.insert(size) {
             return work(self);
         }
-        if !self.graphs.contains_key(&size) {
+        if !self.memory.graphs.contains_key(&size) {
             let graph = self.model.device.capture(|| work(self))?;
-            if self.graphs.len() == MAX_GRAPHS {
-                self.graphs.clear();
+            if self.memory.graphs.len() == MAX_GRAPHS {
+                self.memory.graphs.clear();
             }
-            self.graphs.insert(size, graph);
+            self.memory.graphs.insert(size, graph);
         }
         // SAFETY: where memory is freed, the graphs that know it are dropped.
-        unsafe { self.model.device.replay(&self.graphs[&size]) }
+        unsafe { self.model.device.replay(&self.memory.graphs[&size]) }
     }
 
     fn run_layers(&self, section: &Section, residual: View<f32>) -> Result<()> {
@@ -624,7 +666,7 @@ impl<D: Device> CudaBackend<D> {
         let places = AnswerMemory::carve(&mut bytes, sizes);
         let mut found = vec![0; bytes.0 as usize];
         if !found.is_empty() {
-            device.download(self.answers.held().memory(), &mut found)?;
+            device.download(self.memory.answers.held().memory(), &mut found)?;
         }
         self.time += device.elapsed(&self.passes.start, &self.passes.end)?;
         if sizes[0] > 0 {
@@ -652,7 +694,7 @@ fn page_numbers(layout: &PageLayout) -> usize {
 impl<D: Device + 'static> Backend for CudaBackend<D> {
     fn reserve(&mut self, rows: usize) -> Result<()> {
         let width = self.width();
-        let there = self.in_flight.as_ref().map_or(0, |held| held.view.len()) / width;
+        let there = self.memory.in_flight.as_ref().map_or(0, |held| held.view.len()) / width;
         if rows <= there {
             return Ok(());
         }
@@ -661,20 +703,20 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             true => Held::of(&*device, &any_numbers(rows * width))?,
             false => Held::room(&*device, rows * width, size_of::<f32>())?,
         };
-        if let Some(smaller) = &self.in_flight {
+        if let Some(smaller) = &self.memory.in_flight {
             let places = Held::of(&*device, &(0..there as i32).collect::<Vec<_>>())?;
             self.kernels().keep_rows(smaller.view, places.view, width, larger.view)?;
             // What is copied from must not be freed before it is.
             device.download(larger.memory(), &mut [])?;
         }
-        self.in_flight = Some(larger);
+        self.memory.in_flight = Some(larger);
         Ok(())
     }
 
     fn fill_with_numbers(&mut self) -> Result<()> {
         let (device, scalar) = (self.model.device.clone(), self.model.scalar);
         // Pages are copied by words of four bytes, whatever they hold.
-        let words = self.pages.view.len() * scalar.bytes() / size_of::<f32>();
+        let words = self.memory.pages.view.len() * scalar.bytes() / size_of::<f32>();
         let width = words.min(FILL_WORDS);
         let rows = (words / width).min(FILL_ROWS);
         let numbers = any_numbers(rows * width * size_of::<f32>() / scalar.bytes());
@@ -684,7 +726,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         // The last copy ends where the pages do, over some of what is there.
         let last = words - rows * width;
         for start in (0..last).step_by(rows * width).chain([last]) {
-            let target = View::new(self.pages.view.address() + (start * size_of::<f32>()) as u64, rows * width);
+            let target = View::new(self.memory.pages.view.address() + (start * size_of::<f32>()) as u64, rows * width);
             self.kernels().keep_rows(source, places.view, width, target)?;
         }
         // What is copied from must not be freed before it is.
@@ -717,7 +759,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let indices = self.upload()?;
         let sections: Vec<Section> = sections.iter().map(|section| section.moved(indices)).collect();
 
-        let (views, in_flight) = (self.row_views(), self.in_flight.as_ref().map_or(View::new(0, 0), |held| held.view));
+        let (views, in_flight) =
+            (self.row_views(), self.memory.in_flight.as_ref().map_or(View::new(0, 0), |held| held.view));
         let (width, factor) = (self.width(), self.model.config.architecture.embedding_scale);
         self.kernels().enter_rows(
             self.model.embedding.view,
@@ -787,15 +830,15 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let fills: Vec<kernels::Fill> = fills.iter().map(fill).collect();
         let view = arrays.push(&fills, fills.len(), fills[0]);
         device.record(&self.passes.start)?;
-        self.fills.fit(&device, arrays.bytes().len())?;
-        device.upload(self.fills.held().memory(), arrays.bytes())?;
-        let view = view.moved(self.fills.held().view.address());
+        self.memory.fills.fit(&device, arrays.bytes().len())?;
+        device.upload(self.memory.fills.held().memory(), arrays.bytes())?;
+        let view = view.moved(self.memory.fills.held().view.address());
         let first = match &self.model.loops {
             Loops::Shared(layers) => &layers[0],
             Loops::Own(loops) => &loops[0][0],
         };
         let geometry = first.geometry(self.model.rotary(), &self.layout);
-        self.kernels().fill_deeper(view, geometry, self.layout.depth_layers, self.pages.view)?;
+        self.kernels().fill_deeper(view, geometry, self.layout.depth_layers, self.memory.pages.view)?;
         self.finish([0; 3]).map(drop)
     }
 
@@ -809,8 +852,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
 
     fn cached(&self, blocks: &[BlockId], positions: usize) -> Result<Vec<f32>> {
         let (layout, scalar) = (&self.layout, self.model.scalar);
-        let mut bytes = vec![0; self.pages.view.len() * scalar.bytes()];
-        self.model.device.download(self.pages.memory(), &mut bytes)?;
+        let mut bytes = vec![0; self.memory.pages.view.len() * scalar.bytes()];
+        self.model.device.download(self.memory.pages.memory(), &mut bytes)?;
         let pages = scalar.decode(&bytes);
         let mut entries = Vec::new();
         for layer in 0..layout.layers().count() {

@@ -2,11 +2,11 @@
 
 use std::cell::Cell;
 use std::fmt::{self, Debug, Formatter};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use scheduler::KvFill;
 
-use super::backend::CudaBackend;
+use super::backend::{CudaBackend, Memory};
 use super::device::{Device, Held, Stored, View};
 use super::kernels::Matrix;
 use super::layers::{Layer, Loading, Lora, Norm};
@@ -39,6 +39,8 @@ pub struct CudaModel<D: Device> {
     rotary_dims: usize,
     fingerprint: String,
     weight_bytes: u64,
+    /// Of the last backend.
+    left: Mutex<Option<Memory<D>>>,
 }
 
 impl<D: Device> Debug for CudaModel<D> {
@@ -86,12 +88,23 @@ impl<D: Device> CudaModel<D> {
             embedding,
             config: config.clone(),
             device,
+            left: Mutex::new(None),
         })
     }
 
     /// The kernels for blocks of `block_tokens` positions.
     pub(super) fn specialization(&self, block_tokens: usize) -> candle_core::Result<Specialization> {
         specialization(&self.config, self.scalar, block_tokens)
+    }
+
+    /// The memory of a backend that is gone, if there is any.
+    pub(super) fn take_left(&self) -> Option<Memory<D>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Keeps the memory of a backend for the next.
+    pub(super) fn leave(&self, memory: Memory<D>) {
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
     }
 
     /// Rotary tables: positions, rotated dimensions, numbers.

@@ -298,6 +298,27 @@ impl<'a> Tile<'a> {
         &self.panels[panel * self.layout.bytes()..][..self.layout.bytes()]
     }
 
+    /// A block of `ROWS` rows from `row` on: where each row's integers begin, and what else is known of them.
+    ///
+    /// # Safety
+    /// There must be such rows, and such a block.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn block_of_rows<const ROWS: usize>(
+        &self,
+        row: usize,
+        block: usize,
+    ) -> ([*const i8; ROWS], [&'a Block; ROWS]) {
+        let place = |index: usize| (row + index) * self.rows.blocks + block;
+        // SAFETY: as the caller says.
+        unsafe {
+            (
+                std::array::from_fn(|index| self.rows.quants.as_ptr().add(place(index) * BLOCK)),
+                std::array::from_fn(|index| self.rows.blocks_of_rows.get_unchecked(place(index))),
+            )
+        }
+    }
+
     /// Adds the product of all rows with the panels to the outputs of `y` from `first` on.
     fn add_all(&self, y: Shared<'_>, first: usize, outputs: usize) {
         let rows = self.rows.rows();

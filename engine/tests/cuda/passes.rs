@@ -191,6 +191,37 @@ fn graphs_keep_up_with_memory_that_moves_longer_histories_and_other_temperatures
 }
 
 #[test]
+fn a_backend_takes_over_the_graphs_of_the_one_before_if_its_cache_is_laid_out_alike() {
+    let (Some(machine), config) = (machine(), with_everything()) else { return };
+    let weights = weights(&config, 7);
+    let model: Arc<dyn ServedModel> = Arc::new(CudaModel::load(machine.clone(), &weights, Scalar::F32).unwrap());
+    let cpu: Arc<dyn ServedModel> = Arc::new(Model::load(&weights, WeightType::F32).unwrap());
+    let mut dice = Dice::new(16);
+    // Graphs replayed by the first decode pass of a backend, and by as many as it takes to have its graphs.
+    let mut replayed = |kv_fill| {
+        let (on_device, on_cpu) = (backend(model.clone(), kv_fill), backend(cpu.clone(), kv_fill));
+        let mut pair = Pair { machine: machine.clone(), on_device, on_cpu, config: config.clone() };
+        let sequences = pair.sequences(&mut dice, &[9, 20, 3]);
+        [1, 2].map(|passes| {
+            let before = replays(&pair.machine);
+            for key in 0..passes {
+                let work = pair.decode(&sequences, &[0; 3], key);
+                pair.run(&work);
+            }
+            replays(&pair.machine).zip(before).map(|(after, before)| after - before)
+        })
+    };
+    let [first, then] = replayed(KvFill::Reuse);
+    assert!(first.is_none_or(|first| first == 0) && then.is_none_or(|then| then > 0), "{first:?}, {then:?}");
+    let [first, then] = replayed(KvFill::Reuse);
+    assert_eq!(first.map(|first| 2 * first), then, "graphs of the backend before");
+    assert!(first.is_none_or(|first| first > 0));
+    // All depths share a cache.
+    let [first, _] = replayed(KvFill::First);
+    assert!(first.is_none_or(|first| first == 0), "graphs of another layout: {first:?}");
+}
+
+#[test]
 fn rows_that_pad_a_pass_change_no_bit() {
     let mut dice = Dice::new(12);
     let Some(mut pair) = Pair::new(&with_everything(), KvFill::Reuse) else { return };

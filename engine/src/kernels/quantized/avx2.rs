@@ -26,15 +26,11 @@ pub unsafe fn products<const ROWS: usize, const PANELS: usize, const NIBBLES: bo
     row: usize,
     panel: usize,
 ) -> Products<ROWS, PANELS> {
-    let (layout, blocks) = (tile.layout, tile.layout.blocks);
+    let layout = tile.layout;
     let mut products = [[[0.0; PANEL]; PANELS]; ROWS];
-    for block in 0..blocks {
-        let place: [usize; ROWS] = std::array::from_fn(|index| (row + index) * blocks + block);
+    for block in 0..layout.blocks {
         // SAFETY: such rows and blocks lie in the slices, as the caller says.
-        let quants: [*const i8; ROWS] =
-            std::array::from_fn(|index| unsafe { tile.rows.quants.as_ptr().add(place[index] * BLOCK) });
-        let of_rows: [&Block; ROWS] =
-            std::array::from_fn(|index| unsafe { tile.rows.blocks_of_rows.get_unchecked(place[index]) });
+        let (quants, of_rows) = unsafe { tile.block_of_rows::<ROWS>(row, block) };
         for of_tile in 0..PANELS {
             // SAFETY: as above.
             let panel = unsafe { tile.panels.as_ptr().add((panel + of_tile) * layout.bytes()) };

@@ -14,16 +14,13 @@ pub unsafe fn products<const ROWS: usize, const PANELS: usize, const MINIMA: boo
     row: usize,
     panel: usize,
 ) -> Products<ROWS, PANELS> {
-    let (layout, blocks) = (tile.layout, tile.layout.blocks);
+    let layout = tile.layout;
     let panels: [*const u8; PANELS] =
         std::array::from_fn(|of_tile| unsafe { tile.panels.as_ptr().add((panel + of_tile) * layout.bytes()) });
     let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
-    for block in 0..blocks {
-        let place: [usize; ROWS] = std::array::from_fn(|index| (row + index) * blocks + block);
-        let quants: [*const i8; ROWS] =
-            std::array::from_fn(|index| unsafe { tile.rows.quants.as_ptr().add(place[index] * BLOCK) });
-        let of_rows: [&Block; ROWS] =
-            std::array::from_fn(|index| unsafe { tile.rows.blocks_of_rows.get_unchecked(place[index]) });
+    for block in 0..layout.blocks {
+        // SAFETY: such rows and blocks lie in the slices, as the caller says.
+        let (quants, of_rows) = unsafe { tile.block_of_rows::<ROWS>(row, block) };
         // Weights without minima are stored with 128 added, so that they are unsigned.
         let start = |block: &Block| if MINIMA { _mm512_setzero_si512() } else { _mm512_set1_epi32(block.start) };
         let mut dots: [[__m512i; PANELS]; ROWS] = std::array::from_fn(|index| [start(of_rows[index]); PANELS]);
