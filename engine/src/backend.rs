@@ -100,15 +100,12 @@ pub trait Backend: Debug + Send {
     /// As [`run`](Self::run).
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>>;
 
-    /// Copies keys and values to the depths below which they were left: KV fill by reuse.
+    /// Copies keys and values to the depths below which they were left: KV fill by reuse. It may be at work until the end of
+    /// the next pass, or of whatever else waits for the device.
     ///
     /// # Errors
     /// If the device fails.
     fn fill_deeper(&mut self, fills: &[Fill]) -> Result<()>;
-
-    /// Time that the device has spent since it was last asked, by its own clock. None if the host's clock is the one to
-    /// go by.
-    fn take_time(&mut self) -> Option<Duration>;
 
     /// What the exit head has taken so far, of the time of all passes.
     fn head_time(&self) -> Duration;
@@ -294,10 +291,6 @@ impl Backend for Cpu {
 
     fn fill_deeper(&mut self, fills: &[Fill]) -> Result<()> {
         fill_deeper(&self.cache, fills)
-    }
-
-    fn take_time(&mut self) -> Option<Duration> {
-        None
     }
 
     fn head_time(&self) -> Duration {

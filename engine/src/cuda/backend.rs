@@ -303,9 +303,7 @@ pub(super) struct CudaBackend<D: Device> {
     arrays: Arrays,
     /// The first row of the last pass that has run the coda.
     first_exit: usize,
-    passes: Span<D>,
     heads: Span<D>,
-    time: Duration,
     head_time: Duration,
 }
 
@@ -345,8 +343,7 @@ impl<D: Device> CudaBackend<D> {
             Some(memory) => memory,
             None => Memory::new(&model, &specialization, layout)?,
         };
-        let device = &*model.device;
-        let (passes, heads) = (Span::new(device)?, Span::new(device)?);
+        let heads = Span::new(&*model.device)?;
         Ok(Self {
             specialization,
             layout,
@@ -354,9 +351,7 @@ impl<D: Device> CudaBackend<D> {
             filled: false,
             arrays: Arrays::default(),
             first_exit: 0,
-            passes,
             heads,
-            time: Duration::ZERO,
             head_time: Duration::ZERO,
             model,
         })
@@ -658,17 +653,13 @@ impl<D: Device> CudaBackend<D> {
         run.kernels.gates(normed, picks, rows.rows, gates.view, self.width(), out)
     }
 
-    /// Downloads answers, and adds up what they took.
+    /// Waits for the pass and downloads its answers.
     fn finish(&mut self, sizes: [usize; 3]) -> Result<Answers> {
         let device = self.model.device.clone();
-        device.record(&self.passes.end)?;
         let mut bytes = Carver(0);
         let places = AnswerMemory::carve(&mut bytes, sizes);
         let mut found = vec![0; bytes.0 as usize];
-        if !found.is_empty() {
-            device.download(self.memory.answers.held().memory(), &mut found)?;
-        }
-        self.time += device.elapsed(&self.passes.start, &self.passes.end)?;
+        device.download(self.memory.answers.held().memory(), &mut found)?;
         if sizes[0] > 0 {
             self.head_time += device.elapsed(&self.heads.start, &self.heads.end)?;
         }
@@ -741,7 +732,6 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             return Ok(Answers::default());
         }
         self.check(work)?;
-        let device = self.model.device.clone();
         let plan = self.plan(work);
         self.first_exit = if self.model.coda.is_empty() { 0 } else { work.coda.start };
         let (sections, keys) = self.lay_out(&plan);
@@ -755,7 +745,6 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let head = sections.iter().find(|section| section.layers == Layers::Head);
         let padded = [head.map_or(0, |head| head.rows.rows.len()), gates.len(), compared.len()];
         let answers = self.fit_answers(padded)?;
-        device.record(&self.passes.start)?;
         let indices = self.upload()?;
         let sections: Vec<Section> = sections.iter().map(|section| section.moved(indices)).collect();
 
@@ -808,7 +797,6 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         self.fit(&sections)?;
         let padded = [section.rows.rows.len(), 0, 0];
         let answers = self.fit_answers(padded)?;
-        self.model.device.record(&self.passes.start)?;
         let indices = self.upload()?;
         self.run_head(&section.moved(indices), keys.moved(indices), heads.temperature, answers.verdicts)?;
         let mut answers = self.finish(padded)?;
@@ -829,7 +817,6 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let mut arrays = Arrays::default();
         let fills: Vec<kernels::Fill> = fills.iter().map(fill).collect();
         let view = arrays.push(&fills, fills.len(), fills[0]);
-        device.record(&self.passes.start)?;
         self.memory.fills.fit(&device, arrays.bytes().len())?;
         device.upload(self.memory.fills.held().memory(), arrays.bytes())?;
         let view = view.moved(self.memory.fills.held().view.address());
@@ -838,12 +825,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             Loops::Own(loops) => &loops[0][0],
         };
         let geometry = first.geometry(self.model.rotary(), &self.layout);
-        self.kernels().fill_deeper(view, geometry, self.layout.depth_layers, self.memory.pages.view)?;
-        self.finish([0; 3]).map(drop)
-    }
-
-    fn take_time(&mut self) -> Option<Duration> {
-        Some(std::mem::take(&mut self.time))
+        // Nobody waits for it: it is over before the next pass, which waits for both.
+        self.kernels().fill_deeper(view, geometry, self.layout.depth_layers, self.memory.pages.view)
     }
 
     fn head_time(&self) -> Duration {

@@ -270,19 +270,23 @@ template <class T> inline T __shfl_sync(unsigned mask, T x, int lane) {
 inline void multiply_tiles_by(float (*to_float)(unsigned short), float (&d)[4], const unsigned (&a)[4],
                               const unsigned (&b)[2]) {
     using namespace emulation;
-    static unsigned tiles[2][MAX_THREADS][6];
-    const unsigned me = current, slot = fibres[me].shuffles++ % 2, warp = me - me % WARP_SIZE;
-    memcpy(tiles[slot][me], a, sizeof a);
-    memcpy(tiles[slot][me] + 4, b, sizeof b);
+    static float rows[2][MAX_THREADS / WARP_SIZE][16][16], columns[2][MAX_THREADS / WARP_SIZE][8][16];
+    const unsigned me = current, slot = fibres[me].shuffles++ % 2, warp = me / WARP_SIZE;
+    const unsigned group = me % WARP_SIZE / 4, of_group = me % 4;
+    for (unsigned word = 0; word < 4; word++) {
+        for (unsigned half = 0; half < 2; half++) {
+            const unsigned at = 2 * of_group + half;
+            rows[slot][warp][group + word % 2 * 8][at + word / 2 * 8] = to_float((unsigned short)(a[word] >> (16 * half)));
+            if (word < 2) {
+                columns[slot][warp][group][at + word * 8] = to_float((unsigned short)(b[word] >> (16 * half)));
+            }
+        }
+    }
     wait(AT_WARP);
-    const auto number = [&](unsigned lane, unsigned word, unsigned half) {
-        return to_float((unsigned short)(tiles[slot][warp + lane][word] >> (16 * half)));
-    };
-    for (unsigned of_sums = 0; of_sums < 4; of_sums++) {
-        const unsigned row = me % WARP_SIZE / 4 + of_sums / 2 * 8, column = me % 4 * 2 + of_sums % 2;
-        for (unsigned k = 0; k < 16; k++) {
-            d[of_sums] += number(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2) *
-                          number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+    for (unsigned k = 0; k < 16; k++) {
+        for (unsigned of_sums = 0; of_sums < 4; of_sums++) {
+            const unsigned row = group + of_sums / 2 * 8, column = of_group * 2 + of_sums % 2;
+            d[of_sums] += rows[slot][warp][row][k] * columns[slot][warp][column][k];
         }
     }
 }

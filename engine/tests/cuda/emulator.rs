@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::{Result, bail};
@@ -149,8 +149,6 @@ unsafe fn check(what: &str, error: *const c_char) -> Result<()> {
 
 /// Compiles kernels behind the emulation, unless the same were compiled before; none if there is no compiler.
 fn compile(kernels: &str, names: &[&str]) -> Option<PathBuf> {
-    static COMPILING: Mutex<()> = Mutex::new(());
-    let _alone = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
     let entry = |name: &&str| format!("emulation::Entry<&{name}>::kernel(\"{name}\"),\n");
     let source = format!(
         "{}\n{kernels}\nextern \"C\" const emulation::Kernel emulated_kernels[] = {{\n{}{{}}}};\n",
@@ -168,13 +166,18 @@ fn compile(kernels: &str, names: &[&str]) -> Option<PathBuf> {
     let stem = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels-{:016x}", hash.finish()));
     let (code, partial, library) =
         (stem.with_extension("cpp"), stem.with_extension("partial"), stem.with_extension("so"));
-    if !library.exists() {
-        std::fs::write(&code, source).unwrap();
-        let output = Command::new(compiler).args(FLAGS).arg("-o").arg(&partial).arg(&code).output().unwrap();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{compiler} does not compile {}:\n{errors}", code.display());
-        std::fs::rename(&partial, &library).unwrap();
-    }
+    // Others may compile other kernels meanwhile; who wants the same waits.
+    static COMPILED: LazyLock<Mutex<HashMap<PathBuf, Arc<OnceLock<()>>>>> = LazyLock::new(Mutex::default);
+    let compiled = COMPILED.lock().unwrap().entry(library.clone()).or_default().clone();
+    compiled.get_or_init(|| {
+        if !library.exists() {
+            std::fs::write(&code, source).unwrap();
+            let output = Command::new(compiler).args(FLAGS).arg("-o").arg(&partial).arg(&code).output().unwrap();
+            let errors = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{compiler} does not compile {}:\n{errors}", code.display());
+            std::fs::rename(&partial, &library).unwrap();
+        }
+    });
     Some(library)
 }
 
@@ -271,10 +274,9 @@ impl Device for Emulator {
     }
 
     fn load(&self, specialization: &Specialization) -> Result<Module> {
-        static KNOWN: LazyLock<Mutex<HashMap<Specialization, Module>>> = LazyLock::new(Mutex::default);
-        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        let compiled = || Module::of_source(&specialization.source(), 1);
-        Ok(known.entry(*specialization).or_insert_with(compiled).clone())
+        static KNOWN: LazyLock<Mutex<HashMap<Specialization, Arc<OnceLock<Module>>>>> = LazyLock::new(Mutex::default);
+        let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner).entry(*specialization).or_default().clone();
+        Ok(known.get_or_init(|| Module::of_source(&specialization.source(), 1)).clone())
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {
