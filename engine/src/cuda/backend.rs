@@ -294,7 +294,6 @@ impl<D: Device> Memory<D> {
 pub(super) struct CudaBackend<D: Device> {
     model: Arc<CudaModel<D>>,
     specialization: Specialization,
-    layout: PageLayout,
     /// There until the backend is dropped, which leaves it to the model.
     memory: ManuallyDrop<Memory<D>>,
     /// Whether what nobody wrote reads as ordinary numbers.
@@ -317,7 +316,10 @@ impl<D: Device> Drop for CudaBackend<D> {
 
 impl<D: Device> Debug for CudaBackend<D> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CudaBackend").field("model", &self.model).field("layout", &self.layout).finish_non_exhaustive()
+        f.debug_struct("CudaBackend")
+            .field("model", &self.model)
+            .field("layout", &self.memory.layout)
+            .finish_non_exhaustive()
     }
 }
 
@@ -346,7 +348,6 @@ impl<D: Device> CudaBackend<D> {
         let heads = Span::new(&*model.device)?;
         Ok(Self {
             specialization,
-            layout,
             memory: ManuallyDrop::new(memory),
             filled: false,
             arrays: Arrays::default(),
@@ -388,7 +389,7 @@ impl<D: Device> CudaBackend<D> {
             scratch: self.row_views().scratch,
             rotary: self.model.rotary(),
             pages: self.memory.pages.view,
-            layout: self.layout,
+            layout: self.memory.layout,
         }
     }
 
@@ -396,7 +397,7 @@ impl<D: Device> CudaBackend<D> {
     fn check(&self, work: &Work<'_>) -> Result<()> {
         let &ModelConfig { vocab_size, max_positions, .. } = &self.model.config;
         for row in work.rows.rows() {
-            let reach = max_positions.min(row.blocks.len() * self.layout.block_tokens);
+            let reach = max_positions.min(row.blocks.len() * self.memory.layout.block_tokens);
             if row.position >= reach {
                 bail!("a row is at position {}, its sequence has room for {reach}", row.position);
             }
@@ -824,9 +825,9 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             Loops::Shared(layers) => &layers[0],
             Loops::Own(loops) => &loops[0][0],
         };
-        let geometry = first.geometry(self.model.rotary(), &self.layout);
+        let geometry = first.geometry(self.model.rotary(), &self.memory.layout);
         // Nobody waits for it: it is over before the next pass, which waits for both.
-        self.kernels().fill_deeper(view, geometry, self.layout.depth_layers, self.memory.pages.view)
+        self.kernels().fill_deeper(view, geometry, self.memory.layout.depth_layers, self.memory.pages.view)
     }
 
     fn head_time(&self) -> Duration {
@@ -834,7 +835,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
     }
 
     fn cached(&self, blocks: &[BlockId], positions: usize) -> Result<Vec<f32>> {
-        let (layout, scalar) = (&self.layout, self.model.scalar);
+        let (layout, scalar) = (&self.memory.layout, self.model.scalar);
         let mut bytes = vec![0; self.memory.pages.view.len() * scalar.bytes()];
         self.model.device.download(self.memory.pages.memory(), &mut bytes)?;
         let pages = scalar.decode(&bytes);
