@@ -29,6 +29,8 @@ const SUPER: usize = 8;
 /// loaded meets several panels.
 const TILE_ROWS: usize = 4;
 const TILE_PANELS: usize = 3;
+/// Rows of a tile of AVX2 with nibbles, of which a row takes one register.
+const TILE_ROWS_OF_NIBBLES: usize = 8;
 /// Multiplications below which a second thread costs more than it saves.
 const PARALLEL_WORK: usize = 1 << 19;
 /// Numbers rounded below which it does.
@@ -322,7 +324,15 @@ impl<'a> Tile<'a> {
     /// Adds the product of all rows with the panels to the outputs of `y` from `first` on.
     fn add_all(&self, y: Shared<'_>, first: usize, outputs: usize) {
         let rows = self.rows.rows();
-        for row in (0..rows).step_by(TILE_ROWS) {
+        let mut start = 0;
+        #[cfg(target_arch = "x86_64")]
+        if self.instructions == Instructions::Avx2 && self.layout.format == Format::Q4K {
+            while rows - start >= TILE_ROWS_OF_NIBBLES {
+                self.add::<TILE_ROWS_OF_NIBBLES>(start, y, first, outputs);
+                start += TILE_ROWS_OF_NIBBLES;
+            }
+        }
+        for row in (start..rows).step_by(TILE_ROWS) {
             match rows - row {
                 1 => self.add::<1>(row, y, first, outputs),
                 2 => self.add::<2>(row, y, first, outputs),
@@ -548,6 +558,10 @@ mod tests {
                     assert_eq!(tile.products::<1, TILE_PANELS>(0, 0), tile.plain_products(0, 0), "{instructions:?}");
                     if rows.rows() >= TILE_ROWS {
                         let products = tile.products::<TILE_ROWS, TILE_PANELS>(0, 0);
+                        assert_eq!(products, tile.plain_products(0, 0), "{instructions:?}");
+                    }
+                    if rows.rows() >= TILE_ROWS_OF_NIBBLES {
+                        let products = tile.products::<TILE_ROWS_OF_NIBBLES, TILE_PANELS>(0, 0);
                         assert_eq!(products, tile.plain_products(0, 0), "{instructions:?}");
                     }
                 }

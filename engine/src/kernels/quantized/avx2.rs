@@ -79,16 +79,22 @@ unsafe fn dots<const ROWS: usize, const NIBBLES: bool>(
             let group = |group: usize| unsafe {
                 _mm256_set1_epi32(quants[index].add(group * GROUP).cast::<i32>().read_unaligned())
             };
-            let (of_low, of_high) =
-                if NIBBLES { (group(2 * step), group(2 * step + 1)) } else { (group(step), group(step)) };
-            low[index] = _mm256_add_epi16(low[index], _mm256_maddubs_epi16(lows, of_low));
-            high[index] = _mm256_add_epi16(high[index], _mm256_maddubs_epi16(highs, of_high));
+            if NIBBLES {
+                // Together they fit.
+                let both = _mm256_add_epi16(
+                    _mm256_maddubs_epi16(lows, group(2 * step)),
+                    _mm256_maddubs_epi16(highs, group(2 * step + 1)),
+                );
+                low[index] = _mm256_add_epi16(low[index], both);
+            } else {
+                low[index] = _mm256_add_epi16(low[index], _mm256_maddubs_epi16(lows, group(step)));
+                high[index] = _mm256_add_epi16(high[index], _mm256_maddubs_epi16(highs, group(step)));
+            }
         }
     }
     std::array::from_fn(|index| {
         if NIBBLES {
-            // Those of one half of the groups and of the other: together they still fit.
-            return _mm256_madd_epi16(_mm256_add_epi16(low[index], high[index]), ones);
+            return _mm256_madd_epi16(low[index], ones);
         }
         let high = _mm256_slli_epi32(_mm256_madd_epi16(high[index], ones), 4);
         // Weights without minima are stored with 128 added, so that they are unsigned.
