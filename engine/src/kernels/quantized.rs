@@ -323,27 +323,32 @@ impl<'a> Tile<'a> {
 
     /// Adds the product of all rows with the panels to the outputs of `y` from `first` on.
     fn add_all(&self, y: Shared<'_>, first: usize, outputs: usize) {
-        let rows = self.rows.rows();
-        let mut start = 0;
-        #[cfg(target_arch = "x86_64")]
-        if self.instructions == Instructions::Avx2 && self.layout.format == Format::Q4K {
-            while rows - start >= TILE_ROWS_OF_NIBBLES {
-                self.add::<TILE_ROWS_OF_NIBBLES>(start, y, first, outputs);
-                start += TILE_ROWS_OF_NIBBLES;
-            }
-        }
-        for row in (start..rows).step_by(TILE_ROWS) {
-            match rows - row {
+        let (rows, most) = (self.rows.rows(), self.most_rows());
+        let mut row = 0;
+        while row < rows {
+            row += match rows - row {
+                left if left >= TILE_ROWS_OF_NIBBLES && most == TILE_ROWS_OF_NIBBLES => {
+                    self.add::<TILE_ROWS_OF_NIBBLES>(row, y, first, outputs)
+                }
                 1 => self.add::<1>(row, y, first, outputs),
                 2 => self.add::<2>(row, y, first, outputs),
                 3 => self.add::<3>(row, y, first, outputs),
                 _ => self.add::<TILE_ROWS>(row, y, first, outputs),
-            }
+            };
         }
     }
 
-    /// The same for `ROWS` rows from `row` on.
-    fn add<const ROWS: usize>(&self, row: usize, y: Shared<'_>, first: usize, outputs: usize) {
+    /// Rows at most whose sums fit the registers.
+    fn most_rows(&self) -> usize {
+        match (self.instructions, self.layout.format) {
+            #[cfg(target_arch = "x86_64")]
+            (Instructions::Avx2, Format::Q4K) => TILE_ROWS_OF_NIBBLES,
+            _ => TILE_ROWS,
+        }
+    }
+
+    /// The same for `ROWS` rows from `row` on; says how many.
+    fn add<const ROWS: usize>(&self, row: usize, y: Shared<'_>, first: usize, outputs: usize) -> usize {
         let panels = self.panels.len() / self.layout.bytes();
         if panels == TILE_PANELS {
             add_products(self.products::<ROWS, TILE_PANELS>(row, 0), row, y, first, outputs);
@@ -352,6 +357,7 @@ impl<'a> Tile<'a> {
                 add_products(self.products::<ROWS, 1>(row, panel), row, y, first + panel * PANEL, outputs);
             }
         }
+        ROWS
     }
 
     /// The products of `ROWS` rows from `row` on with `PANELS` panels from `panel` on.
