@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The study of docs/gpu-study.md: fetches measured kernels (PyPI's aiconfigurator-core, Apache-2.0), makes latency
-# profiles of them, simulates, and fills the tables and figures of the page.
+# The study of docs/notebook/gpu-study.md: fetches measured kernels (PyPI's aiconfigurator-core, Apache-2.0), makes
+# latency profiles of them, simulates, and fills the tables and figures of the page.
 #   TABLES    the package's folder `systems`, if it is here already; else pip downloads it
 #   OUT       folder of the results (results/gpu)
 #   DEPTHWISE the program (target/release/depthwise)
-#   DOCUMENT  what is filled (docs/gpu-study.md)
+#   DOCUMENT  what is filled (docs/notebook/gpu-study.md)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 version=0.12.0
-OUT=${OUT:-results/gpu} DEPTHWISE=${DEPTHWISE:-target/release/depthwise} DOCUMENT=${DOCUMENT:-docs/gpu-study.md}
+OUT=${OUT:-results/gpu} DEPTHWISE=${DEPTHWISE:-target/release/depthwise} DOCUMENT=${DOCUMENT:-docs/notebook/gpu-study.md}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -126,7 +126,7 @@ for experiment in h100 h100-exits a100 a100-exits; do
     fill "$experiment" "$scratch/table"
     parts "$OUT/$experiment" >"$scratch/table"
     fill "$experiment-parts" "$scratch/table"
-    cp "$OUT/$experiment/figures/time-by-part-64.png" "$(dirname "$DOCUMENT")/figures/gpu-$experiment.png"
+    cp "$OUT/$experiment/figures/time-by-part-64.png" "$(dirname "$DOCUMENT")/../figures/gpu-$experiment.png"
 done
 
 "$DEPTHWISE" sweep configs/gpu/memory.yaml --out "$OUT/memory" --restart

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The part of docs/study.md that a real pretrained model can show on two cores: SmolLM2-135M converted to 2 loops.
+# What a real pretrained model can show of docs/notebook/study.md on two cores: SmolLM2-135M converted to 2 loops.
 #   configs/study/smollm2.sh TABLE...     of conversion, uptraining; both without a name
 #   conversion  by initialization and rank, before any further training
 #   uptraining  the first steps of further training, by initialization, adapters and distillation
-# fills the tables of docs/study.md. It needs what scripts/fetch-models.sh fetches. Ctrl-C stops it, and the same command
-# goes on; what is there already is not done again.
+# fills the tables of docs/notebook/study.md. It needs what scripts/fetch-models.sh fetches. Ctrl-C stops it, and the
+# same command goes on; what is there already is not done again.
 #   OUT       folder of the results (results/study-smollm2)
 #   MODEL     the model's GGUF file
 #   STEPS     of uptraining (the configuration's)
 #   DEPTHWISE the program (target/release/depthwise)
-#   DOCUMENT  what is filled (docs/study.md)
+#   DOCUMENT  what is filled (docs/notebook/study.md)
 set -euo pipefail
 trap 'exit 130' INT
 cd "$(dirname "$0")/../.."
-OUT=${OUT:-results/study-smollm2} DEPTHWISE=${DEPTHWISE:-target/release/depthwise} DOCUMENT=${DOCUMENT:-docs/study.md}
+OUT=${OUT:-results/study-smollm2} DEPTHWISE=${DEPTHWISE:-target/release/depthwise} DOCUMENT=${DOCUMENT:-docs/notebook/study.md}
 MODEL=$(realpath "${MODEL:-models/fetched/SmolLM2-135M-Instruct.Q4_1.gguf}")
 config=configs/study/smollm2.yaml
 STEPS=${STEPS:-$(sed -n 's/^steps: //p' $config)}

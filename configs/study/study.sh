@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The study of docs/study.md: the paper's orderings (arXiv 2410.20672, sections 2 and 3) on a small model.
+# The study of docs/notebook/study.md: the paper's orderings (arXiv 2410.20672, sections 2 and 3) on a small model.
 #   configs/study/study.sh TABLE...      of initialization, relaxation, rank, distillation, exits; all without a name
 # pretrains the model if it is not there yet, runs what the tables need and is not there yet, and fills the tables of
-# docs/study.md. Ctrl-C stops it; called again, it goes on from the last checkpoints.
+# docs/notebook/study.md. Ctrl-C stops it; called again, it goes on from the last checkpoints.
 #   OUT       folder of the runs (results/study); remove a run's folder to run it anew
 #   SEEDS     seeds of the order of the text and of what is random ("1 2 3")
 #   JOBS      runs at once (the number of processors)
 #   DEPTHWISE the program (target/release/depthwise)
-#   DOCUMENT  what is filled (docs/study.md)
+#   DOCUMENT  what is filled (docs/notebook/study.md)
 #   PRETRAIN, UPTRAIN  more options of `depthwise train`, such as --steps
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OUT=${OUT:-results/study} DEPTHWISE=${DEPTHWISE:-target/release/depthwise} PRETRAIN=${PRETRAIN:-} UPTRAIN=${UPTRAIN:-}
-SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-$(nproc)} DOCUMENT=${DOCUMENT:-docs/study.md}
+SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-$(nproc)} DOCUMENT=${DOCUMENT:-docs/notebook/study.md}
 here=configs/study
 script=$here/study.sh
 
@@ -192,7 +192,7 @@ done
 # shellcheck disable=SC2086
 train "$OUT/vanilla" --config $here/vanilla.yaml $PRETRAIN
 all_runs $names
-figures=$(dirname "$DOCUMENT")/figures
+figures=$(dirname "$DOCUMENT")/../figures
 mkdir -p "$figures"
 for table in $tables; do
     write_csv "$table" >"$OUT/$table.csv"
@@ -203,7 +203,7 @@ for table in $tables; do
     {
         markdown "$OUT/$table.csv" "$table"
         echo
-        echo "![Loss curves of seed $first](figures/study-$table.png)"
+        echo "![Loss curves of seed $first](../figures/study-$table.png)"
     } >"$OUT/$table.md"
     fill "$table" "$OUT/$table.md"
 done

@@ -1,4 +1,5 @@
-//! The least time that each operation of a pass can take on an A100 and an H100, on paper: the table of docs/cuda.md.
+//! The least time that each operation of a pass can take on an A100 and an H100, on paper: the table of
+//! `docs/notebook/gpu-engine.md`.
 //!
 //! ```sh
 //! cargo run --release -p engine --example cuda_floors

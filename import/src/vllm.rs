@@ -13,7 +13,7 @@
 //! | `prefix_caching` | `enable_prefix_caching` | on |
 //! | `async_scheduling` | `async_scheduling` | on from vLLM 0.14 |
 //!
-//! Rules that `docs/scheduling.md` does not have are refused by their key.
+//! Rules that `docs/explanation/scheduling.md` does not have are refused by their key.
 
 use std::path::{Path, PathBuf};
 
@@ -63,8 +63,8 @@ impl MeasuredRun {
     /// Reads a run's folder. `num_blocks` says how many KV blocks there were if `meta.json` does not.
     ///
     /// # Errors
-    /// If a file does not read, a request was not served, or vLLM was set to rules that `docs/scheduling.md` does not
-    /// have.
+    /// If a file does not read, a request was not served, or vLLM was set to rules that
+    /// `docs/explanation/scheduling.md` does not have.
     pub fn read(folder: impl AsRef<Path>, num_blocks: Option<u32>) -> Result<Self, ImportError> {
         let folder = folder.as_ref();
         let meta = Meta::read(folder.join("meta.json"))?;

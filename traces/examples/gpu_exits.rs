@@ -1,5 +1,5 @@
-//! Makes the exit traces of the GPU study (`docs/gpu-study.md`): where tokens leave is the paper's, how sure a model is
-//! there was measured on the model of this repository.
+//! Makes the exit traces of the GPU study (`docs/notebook/gpu-study.md`): where tokens exit is the paper's, how sure a
+//! model is there was measured on the model of this repository.
 //!
 //! ```text
 //! cargo run --release -p traces --example gpu_exits -- RECORDED configs/gpu/exits
@@ -17,7 +17,7 @@ use std::path::Path;
 use traces::{ExitTable, ExitTrace, ExitTraceMeta, Measure, Signals};
 
 /// Folder, loops, and of 13 tokens how many become right after each loop: 9 after the first, as the paper's relaxed models
-/// at two loops (`docs/paper.md`). The split of the rest at three loops is an assumption.
+/// at two loops (`docs/notebook/paper.md`). The split of the rest at three loops is an assumption.
 const MODELS: [(&str, &[usize]); 3] = [("vanilla", &[13]), ("2-loops", &[9, 4]), ("3-loops", &[9, 3, 1])];
 
 /// Times the 13 tokens come with other signals.

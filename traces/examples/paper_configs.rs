@@ -7,7 +7,7 @@
 //! Reads the times per token and the published throughputs of Gemma in a 16 GB budget, fits for each kind of
 //! model the one number that the paper does not publish (passes per token under the oracle, on SlimPajama),
 //! writes the profiles, the exit traces and `expected.csv`, and prints how well everything else follows.
-//! `docs/paper.md` explains what is derived and what is assumed.
+//! `docs/notebook/paper.md` explains what is derived and what is assumed.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@
 //! A request trace is read from a file of any known format ([`RequestFormat`]) and shaped by its methods, or
 //! described by a configuration ([`RequestSpec`]) that can also make requests at random. Exit traces and
 //! latency profiles are folders with a YAML file that says where they come from and a CSV or Parquet file with the
-//! numbers; what is written reads back to the bit. `docs/formats.md` lists every file, column and unit.
+//! numbers; what is written reads back to the bit. `docs/reference/files.md` lists every file, column and unit.
 //!
 //! ```
 //! use traces::*;

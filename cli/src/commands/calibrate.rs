@@ -17,7 +17,7 @@ use crate::results::{CONFIG, ResultsFolder};
 /// those of full depth
 ///
 /// Learn then Test (arXiv 2110.01052), as in CALM (arXiv 2207.07061): thresholds are tested from the strictest on until
-/// one fails. docs/evaluation.md says what is guaranteed, and what is not.
+/// one fails. docs/explanation/evaluation.md says what is guaranteed, and what is not.
 #[derive(Debug, Serialize, clap::Args)]
 pub struct Args {
     /// Exit trace to calibrate on, as `depthwise record` writes it

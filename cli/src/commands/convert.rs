@@ -23,7 +23,7 @@ const RECORD_FILE: &str = "conversion.yaml";
 
 /// Make a pretrained model recursive: tie its layers over loops, and give each loop low-rank adapters
 ///
-/// As in Relaxed Recursive Transformers (arXiv 2410.20672); docs/conversion.md has the rules.
+/// As in Relaxed Recursive Transformers (arXiv 2410.20672); docs/explanation/conversion.md has the rules.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Model to convert: a folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub

@@ -29,7 +29,7 @@ const AGREEMENTS: [f64; 3] = [0.99, 0.95, 0.9];
 
 /// Evaluate a model: perplexity, agreement and accuracy by loop, and what each exit signal is worth
 ///
-/// From a text, from an exit trace, or from multiple-choice questions. docs/evaluation.md has the formulas.
+/// From a text, from an exit trace, or from multiple-choice questions. docs/explanation/evaluation.md has the formulas.
 #[derive(Debug, Serialize, clap::Args)]
 #[command(group = ArgGroup::new("evidence").required(true).multiple(true).args(["text", "exits", "questions"]))]
 pub struct Args {

@@ -1,5 +1,5 @@
-//! What the operations of a pass must move and compute, and with it the least time that they can take: docs/cuda.md has it
-//! on paper, and `kernels.csv` of a profile beside what was measured.
+//! What the operations of a pass must move and compute, and with it the least time that they can take. They are on paper
+//! in `docs/notebook/gpu-engine.md`, and beside measured times in `kernels.csv` of a profile.
 //!
 //! Bytes are those that must be moved, each once, as if nothing stayed in a cache; an operation is one addition or
 //! multiplication.

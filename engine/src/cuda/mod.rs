@@ -14,7 +14,7 @@
 //! timing        what it takes
 //! ```
 //! All but `nvidia` runs on any [`Device`](device::Device), such as the one that the tests emulate on the CPU. See
-//! `docs/cuda.md`.
+//! `docs/explanation/cuda.md`.
 
 mod backend;
 pub mod device;
