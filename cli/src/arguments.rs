@@ -10,12 +10,13 @@ use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use simulator::{ExitModel, LatencyModel, Objectives, Routing, Simulation};
 use traces::{RequestFormat, RequestSpec, RequestTrace};
 
-use crate::experiment::{SCHEMA_VERSION, read_yaml};
-use crate::measure::NamedEngine;
-use crate::runs::{Machines, load_models};
-use crate::serving::{DEFAULT_BLOCK_TOKENS, Serving, parse_bytes};
-use crate::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
-use crate::workload::{Workload, load_requests};
+use crate::progress::Terminal;
+use experiments::experiment::{SCHEMA_VERSION, read_yaml};
+use experiments::measure::NamedEngine;
+use experiments::runs::{Machines, load_models};
+use experiments::serving::{DEFAULT_BLOCK_TOKENS, Serving, parse_bytes};
+use experiments::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
+use experiments::workload::{Workload, load_requests};
 
 /// Which requests to serve.
 #[derive(Debug, clap::Args)]
@@ -78,7 +79,7 @@ impl RequestArgs {
     /// If the file does not read or the options contradict it.
     pub fn load(&self) -> Result<RequestTrace> {
         let (spec, base) = self.spec()?;
-        load_requests(&spec, &base)
+        load_requests(&spec, &base, &mut Terminal::default())
     }
 }
 
@@ -254,7 +255,7 @@ impl SimulationArgs {
     pub fn load(&self) -> Result<SimulationInput> {
         let (spec, base) = self.requests.spec()?;
         let serving = self.serving.serving();
-        let workload = Workload::load(&spec, &base, &serving)?;
+        let workload = Workload::load(&spec, &base, &serving, &mut Terminal::default())?;
         let (latency, exits) = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
         let settings = serving.all_settings(latency.memory(), &workload.requests)?;
         let spread = self.spread.then_some(self.seed);

@@ -2,22 +2,10 @@
 
 mod arguments;
 mod commands;
-mod experiment;
-mod figures;
-mod loss_figure;
-mod measure;
-mod parts;
-mod passes;
+mod interrupt;
 mod process;
 mod progress;
 mod report;
-mod results;
-mod runs;
-mod serving;
-mod sweep;
-mod systems;
-mod validation;
-mod workload;
 
 use std::process::ExitCode;
 
@@ -71,6 +59,11 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<()> {
+    // Handling a signal starts a thread, before which training sets up its process.
+    if let Command::Train(_) = command {
+        process::prepare_for_training();
+    }
+    interrupt::end()?;
     match command {
         Command::Run(args) => commands::run::run(args),
         Command::Simulate(args) => commands::simulate::run(args),

@@ -4,10 +4,53 @@ use std::io::{self, IsTerminal};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use experiments::Reporter;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
 /// From one line to the next where there is no terminal.
 const INTERVAL: Duration = Duration::from_secs(20);
+
+/// Tells of an experiment on standard error: a bar for each stage, and a line for each note and warning.
+#[derive(Debug, Default)]
+pub struct Terminal(Option<ProgressBar>);
+
+impl Terminal {
+    fn say(&self, line: &str) {
+        match &self.0 {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
+    }
+}
+
+impl Reporter for Terminal {
+    fn start(&mut self, steps: usize, done: usize) {
+        self.finish();
+        let bar = progress(steps).with_position(done as u64);
+        bar.reset_eta();
+        self.0 = Some(bar);
+    }
+
+    fn advance(&mut self, steps: usize) {
+        self.0.iter().for_each(|bar| bar.inc(steps as u64));
+    }
+
+    fn message(&mut self, text: &str) {
+        self.0.iter().for_each(|bar| bar.set_message(text.to_owned()));
+    }
+
+    fn finish(&mut self) {
+        self.0.take().iter().for_each(ProgressBar::finish_and_clear);
+    }
+
+    fn note(&mut self, text: &str) {
+        self.say(text);
+    }
+
+    fn warning(&mut self, text: &str) {
+        self.say(&format!("warning: {text}"));
+    }
+}
 
 /// Progress over so many steps, on standard error.
 pub fn progress(steps: usize) -> ProgressBar {

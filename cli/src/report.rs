@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 
 use bytesize::ByteSize;
 use comfy_table::{CellAlignment, Table, presets};
+use experiments::run::Errors;
+use experiments::systems::OfSystem;
+use experiments::validation::{Comparison, E2E_P99, THROUGHPUT, TPOT, TTFT, median};
 use scheduler::Batching;
 use simulator::Summary;
 use traces::DepthTally;
 use training::evaluation::{Evaluation, LoopFigures};
-
-use crate::validation::{Comparison, E2E_P99, MeanError, THROUGHPUT, TPOT, TTFT, median};
 
 /// Prints one line per run, with goodput where there are objectives, and what memory holds.
 pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
@@ -93,6 +94,28 @@ fn cells(summary: &Summary) -> Vec<String> {
     cells
 }
 
+/// Prints systems side by side, a line for each run.
+pub fn print_systems(lines: &[(OfSystem, Summary)]) {
+    let header =
+        ["system", "batching", "exit", "batch", "mean depth", "agreement", "tok/s", "speed-up", "published", "error %"];
+    let number = |number: Option<f64>| number.map_or("-".to_owned(), |number| format!("{number:.1}"));
+    let cells = lines.iter().map(|(of, summary)| {
+        vec![
+            of.system.clone(),
+            summary.batching.to_string(),
+            summary.exit_policy.clone(),
+            summary.max_batch.to_string(),
+            format!("{:.3}", summary.mean_depth),
+            summary.token_agreement.map_or("-".to_owned(), |share| format!("{share:.3}")),
+            number(Some(summary.throughput_tok_s)),
+            format!("{:.2}", of.speedup),
+            number(of.published_tok_s),
+            number(of.error_pct),
+        ]
+    });
+    print_table(&header, cells.collect());
+}
+
 /// Prints what an exit trace holds, a line per depth.
 pub fn print_exits(tally: &DepthTally) {
     let line = |(depth, (agreement, leaving)): (usize, (f64, f64))| {
@@ -167,7 +190,7 @@ const JUDGED: [(&str, &str); 4] =
     [(THROUGHPUT, "throughput"), (TTFT, "mean TTFT"), (TPOT, "mean TPOT"), (E2E_P99, "p99 e2e latency")];
 
 /// Prints how far simulations are off, by combination and on average.
-pub fn print_errors(comparisons: &[Comparison], errors: &[MeanError]) {
+pub fn print_errors(Errors { comparisons, means }: &Errors) {
     let interval = |low: Option<f64>, high: Option<f64>| match (low, high) {
         (Some(low), Some(high)) => format!(" [{low:.1}, {high:.1}]"),
         _ => String::new(),
@@ -184,7 +207,7 @@ pub fn print_errors(comparisons: &[Comparison], errors: &[MeanError]) {
         rows.push([line.batching.to_string(), line.exit.clone()].into_iter().chain(JUDGED.map(of)).collect());
     }
     let mean = |(metric, _): (&str, &str)| {
-        let found = errors.iter().find(|error| error.metric == metric);
+        let found = means.iter().find(|error| error.metric == metric);
         found.map_or("-".into(), |error| {
             let interval = interval(error.mean_abs_error_low_pct, error.mean_abs_error_high_pct);
             format!("{:.1}{interval}", error.mean_abs_error_pct)

@@ -11,7 +11,7 @@ use traces::{ExitTrace, Measure};
 use training::calibration::{Calibration, Outcome, RiskTest, Target, calibrate, fewest_trials, thresholds};
 
 use crate::report::print_table;
-use crate::results::{CONFIG, ResultsFolder};
+use experiments::results::{CONFIG, ResultsFolder};
 
 /// Choose the exit threshold of least depth whose tokens, with a chosen confidence, differ no more than tolerated from
 /// those of full depth

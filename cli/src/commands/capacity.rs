@@ -2,22 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Command, FromArgMatches};
-use simulator::{CapacitySearch, Points, Table};
+use experiments::SweepSpec;
+use experiments::sweep::Earlier;
+use experiments::sweep::figures::CAPACITY;
+use experiments::sweep::spec::CapacitySpec;
+use simulator::Table;
 
 use crate::arguments::{ObjectiveArgs, SimulationArgs};
-use crate::progress::progress;
+use crate::interrupt;
+use crate::progress::Terminal;
 use crate::report::print_table;
-use crate::runs::warn_of_extrapolations;
-use crate::sweep::figures::{CAPACITY, CAPACITY_SUMMARY, draw_capacity};
-use crate::sweep::folder::{self, Inputs};
-use crate::sweep::plan::{Plan, SETTINGS};
-use crate::sweep::spec::{CapacitySpec, SweepSpec};
-
-/// A line for each policy and seed.
-pub const CAPACITIES: &str = "capacity.csv";
 
 /// Find the highest request rate that meets latency objectives, for every batching and exit policy asked for
 ///
@@ -93,58 +90,21 @@ pub fn run(args: Args) -> Result<()> {
         capacity: CapacitySpec { share: args.share.unwrap_or(share), tolerance: args.tolerance.unwrap_or(tolerance) },
         ..spec
     };
-    let search = || search(&spec, &base, args.out.as_deref(), args.restart);
-    match &args.config {
-        Some(config) => search().with_context(|| config.display().to_string()),
-        None => search(),
+    let earlier = if args.restart { Earlier::Remove } else { Earlier::Continue };
+    if let Some(target) = &args.out {
+        let shown = target.display();
+        interrupt::say(format!("what has finished is kept in {shown}; the same command goes on with the rest"));
     }
-}
-
-fn search(spec: &SweepSpec, base: &Path, target: Option<&Path>, restart: bool) -> Result<()> {
-    let objectives = spec.objectives.context("no objective: give --ttft-ms, --tpot-ms or --e2e-ms")?;
-    ensure!(spec.grid.rate_per_s.is_none(), "grid.rate_per_s: the rate is what is searched for");
-    let CapacitySpec { share, tolerance } = spec.capacity;
-    let search = CapacitySearch { objectives, share, replicas: spec.replicas, tolerance };
-    search.check()?;
-    let plan = Plan::new(spec, base)?;
-    let points = match target {
-        Some(target) => {
-            folder::open(target, spec, &Inputs::new(spec, base, "capacity")?, restart)?;
-            folder::say_on_interrupt(target)?;
-            Points::open(&target.join(CAPACITIES), plan.len())?
-        }
-        None => Points::in_memory(plan.len()),
+    let summary = experiments::capacity(&spec, &base, args.out.as_deref(), earlier, &mut Terminal::default());
+    let summary = match &args.config {
+        Some(config) => summary.with_context(|| config.display().to_string())?,
+        None => summary?,
     };
-    let table = search_all(&plan, &search, points)?;
-    warn_of_extrapolations(&plan.extrapolations());
-    let summary = table.over_seeds(spec.num_seeds(), &SETTINGS);
     print(&summary);
-    if let Some(target) = target {
-        summary.write(&target.join(CAPACITY_SUMMARY))?;
-        draw_capacity(target, spec)?;
+    if let Some(target) = &args.out {
         println!("\nResults are in {}", target.display());
     }
     Ok(())
-}
-
-/// Searches on all cores; the bar moves with every rate that is tried.
-fn search_all(plan: &Plan<'_>, search: &CapacitySearch, points: Points) -> Result<Table> {
-    let tries = search.usual_tries();
-    let bar = progress(plan.len() * tries as usize).with_position(points.done() as u64 * u64::from(tries));
-    bar.reset_eta();
-    let search_one = |index| {
-        let mut tried = 0;
-        let line = plan.capacity(index, search, |rate_per_s| {
-            bar.set_message(format!("{}: {rate_per_s:.3} requests/s", plan.describe(index)));
-            bar.inc(u64::from(tried < tries));
-            tried += 1;
-        });
-        bar.inc(u64::from(tries.saturating_sub(tried)));
-        line
-    };
-    let table = points.complete(search_one, || ())?;
-    bar.finish_and_clear();
-    Ok(table)
 }
 
 fn print(summary: &Table) {

@@ -16,7 +16,7 @@ use training::convert::{
 
 use crate::progress::progress;
 use crate::report::print_table;
-use crate::results::ResultsFolder;
+use experiments::results::ResultsFolder;
 
 /// File that says what the model was made from and how.
 const RECORD_FILE: &str = "conversion.yaml";

@@ -19,10 +19,10 @@ use training::evaluation::multiple_choice::{self, Accuracy, Answer, Question, ac
 use training::evaluation::reliability::{ReliabilityBin, SignalQuality, reliability, signal_quality};
 use training::evaluation::{Evaluation, Windows, evaluate_and_record};
 
-use crate::figures::exit_depths;
 use crate::progress::progress;
 use crate::report::{print_loops, print_table};
-use crate::results::{CONFIG, ResultsFolder};
+use experiments::figures::exit_depths;
+use experiments::results::{CONFIG, ResultsFolder};
 
 /// Agreements for which the shallowest exits are printed.
 const AGREEMENTS: [f64; 3] = [0.99, 0.95, 0.9];

@@ -6,7 +6,7 @@ use anyhow::Result;
 use engine::checkpoint::{Checkpoint, write_hugging_face};
 use engine::weights::Stored;
 
-use crate::results::ResultsFolder;
+use experiments::results::ResultsFolder;
 
 /// Write a model as a plain Hugging Face folder: loops unrolled into layers, adapters merged into matrices
 ///

@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::ColorChoice;
 use clap::builder::styling::{Ansi256Color, Style};
 use engine::device::DeviceName;
@@ -21,14 +21,12 @@ use engine::tokenizer::{TextStream, Tokenizer};
 use scheduler::{Batching, ExitPolicy, KvFill, Look, Settings};
 use traces::{Nanos, Request};
 
-use crate::measure::NamedEngine;
-use crate::serving::{DEFAULT_BLOCK_TOKENS, Serving, longest};
+use crate::interrupt;
+use experiments::measure::NamedEngine;
+use experiments::serving::{DEFAULT_BLOCK_TOKENS, Serving, longest};
 
 /// Rows of a pass: a prompt of usual length is read in one or a few.
 const TOKEN_BUDGET: u32 = 256;
-
-/// What a shell expects of a command that was interrupted.
-const INTERRUPTED: i32 = 130;
 
 /// Colours from the first depth to the last, of the terminal's 256: blue, green, yellow, red.
 const COLORS: [u8; 6] = [39, 44, 77, 220, 208, 197];
@@ -97,9 +95,7 @@ pub fn run(args: Args) -> Result<()> {
     let num_loops = settings.num_loops;
     let color = args.colors(&io::stdout());
     let mut printer = Printer::new(&args.prompt, &tokenizer, args.max_tokens, color.then_some(num_loops));
-    let stop = Arc::new(AtomicBool::new(false));
-    let stop_on_signal = stop.clone();
-    ctrlc::set_handler(move || stop_on_signal.store(true, Ordering::Relaxed)).context("cannot handle Ctrl-C")?;
+    let stop = interrupt::flag();
     if color {
         eprintln!("{}\n", legend(num_loops));
     }
@@ -118,7 +114,7 @@ pub fn run(args: Args) -> Result<()> {
     written?;
     printer.finish(elapsed, num_loops)?;
     if stop.load(Ordering::Relaxed) {
-        process::exit(INTERRUPTED);
+        process::exit(interrupt::INTERRUPTED);
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use bytesize::ByteSize;
 use import::{KernelTables, LayerTables, ModelShape, memory_figures};
 use traces::{LatencyProfile, MemoryFigures};
 
-use crate::serving::parse_bytes;
+use experiments::serving::parse_bytes;
 
 /// Make a latency profile from kernel tables that others measured
 #[derive(Debug, clap::Args)]

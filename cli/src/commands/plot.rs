@@ -6,12 +6,13 @@ use anyhow::{Result, bail};
 use traces::LatencyProfile;
 use training::trainer::LOSS_FILE;
 
-use crate::experiment::Experiment;
-use crate::figures::{self, Caption};
-use crate::loss_figure;
-use crate::results::CONFIG;
-use crate::sweep::figures::{CAPACITY_SUMMARY, SWEEP_SUMMARY, draw_capacity, draw_sweep};
-use crate::sweep::spec::SweepSpec;
+use crate::progress::Terminal;
+use experiments::experiment::Experiment;
+use experiments::figures::{self, Caption};
+use experiments::loss_figure;
+use experiments::results::CONFIG;
+use experiments::sweep::figures::{CAPACITY_SUMMARY, SWEEP_SUMMARY, draw_capacity, draw_sweep};
+use experiments::sweep::spec::SweepSpec;
 
 /// Draw the figures of a folder of results again, from its CSV files, or the loss curves of one or several training runs
 #[derive(Debug, clap::Args)]
@@ -46,9 +47,9 @@ pub fn run(args: Args) -> Result<()> {
 fn draw_results(results: &Path) -> Result<()> {
     let config = results.join(CONFIG);
     if results.join(SWEEP_SUMMARY).exists() {
-        draw_sweep(results, &SweepSpec::load(&config)?.title)
+        draw_sweep(results, &SweepSpec::load(&config)?.title, &mut Terminal::default())
     } else if results.join(CAPACITY_SUMMARY).exists() {
-        draw_capacity(results, &SweepSpec::load(&config)?)
+        draw_capacity(results, &SweepSpec::load(&config)?, &mut Terminal::default())
     } else {
         draw_experiment(results, &Experiment::load(&config)?)
     }

@@ -5,14 +5,12 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use engine::cuda::floors::Load;
 use engine::executor::Sampling;
-use engine::profile::{Grid, Limits, Profiler};
-
-use scheduler::Lengths;
+use engine::profile::Limits;
 use simulator::write_csv;
 
 use crate::arguments::ModelArgs;
-use crate::measure::{NamedEngine, ServiceProfile, warn_of_noise};
-use crate::progress::progress;
+use crate::progress::Terminal;
+use experiments::NamedEngine;
 
 /// Measure a latency profile of a model on this machine
 #[derive(Debug, clap::Args)]
@@ -45,21 +43,8 @@ pub fn run(args: Args) -> Result<()> {
     let ModelArgs { model, loops, weights, device } = &args.model;
     let named = NamedEngine::load_without_prompts(model, *loops, *weights, *device, Sampling::default())?;
     let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
-    // Half of the longest sequence is prompt, and an eighth of it to three is generated.
-    let lengths = Lengths { prompt: max_tokens / 2, output: max_tokens / 4, longest: max_tokens };
     let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };
-    let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits), lengths)?;
-    let bar = progress(0);
-    for round in 0..args.rounds {
-        profiler.round(|done, of| {
-            bar.set_length((of * args.rounds) as u64);
-            bar.set_position((round * of + done) as u64);
-        })?;
-    }
-    bar.finish_and_clear();
-    warn_of_noise(&profiler);
-    let source = format!("depthwise profile, {} rounds", args.rounds);
-    let ServiceProfile { profile, .. } = ServiceProfile::new(&profiler, &named.name, &source, std::iter::empty())?;
+    let profile = experiments::profile(&named, limits, args.rounds, &mut Terminal::default())?;
     profile.write(&args.out)?;
     if let Some(report) = device.report(named.engine.model.config(), *weights, &loads(&named, limits))? {
         std::fs::write(args.out.join("device.yaml"), serde_yaml::to_string(&report)?)?;

@@ -1,20 +1,17 @@
 //! `depthwise replay`: a request trace through the engine.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use engine::clock::Idle;
-use engine::replay::oracle_depths;
-use scheduler::{Look, Settings};
 use traces::{ExitTrace, Request};
 
 use crate::arguments::{EngineArgs, RequestArgs, ServingArgs};
-use crate::measure::{NamedEngine, record, replay};
-use crate::progress::progress;
+use crate::progress::Terminal;
 use crate::report;
-use crate::results::ResultsFolder;
-use crate::runs::write_results;
+use experiments::NamedEngine;
+use experiments::results::ResultsFolder;
+use experiments::runs::write_results;
 
 /// Replay a request trace on the engine, under every batching and exit policy asked for
 #[derive(Debug, clap::Args)]
@@ -44,24 +41,9 @@ pub fn run(args: Args) -> Result<()> {
     let requests = args.requests.load()?.requests;
     let named = args.engine.load()?;
     let settings = serving.all_settings(&named.memory(), &requests)?;
-    settings.iter().try_for_each(|settings| named.engine.check_settings(settings))?;
-    let needs_oracle = settings.iter().any(|settings| settings.exit.look() == Look::Oracle);
-    let oracle = Arc::new(match needs_oracle {
-        true => oracle_depths(&exits(&args, &named, &requests)?, &requests),
-        false => Default::default(),
-    });
+    let exits = args.exits.as_deref().map(|folder| exits(folder, &named, &requests)).transpose()?;
     let idle = if args.real_time { Idle::Sleep } else { Idle::Skip };
-    let bar = progress(settings.len());
-    let runs = settings
-        .iter()
-        .map(|&settings: &Settings| {
-            bar.set_message(format!("{}, {}", settings.batching, settings.exit));
-            let run = replay(&named.engine, settings, &requests, &oracle, idle, None);
-            bar.inc(1);
-            run
-        })
-        .collect::<Result<Vec<_>>>()?;
-    bar.finish_and_clear();
+    let runs = experiments::replay(&named, &settings, &requests, exits.as_ref(), idle, &mut Terminal::default())?;
     report::print_summaries(runs.iter().map(|run| &run.summary));
     match folder {
         Some(folder) => write_results(folder, "replay", &args, &runs),
@@ -69,9 +51,8 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-/// The exit trace given, if it is of this model and these requests; else a new one.
-fn exits(args: &Args, named: &NamedEngine, requests: &[Request]) -> Result<ExitTrace> {
-    let Some(folder) = &args.exits else { return record(named, requests) };
+/// Reads the exit trace given, if it is of this model and these requests.
+fn exits(folder: &Path, named: &NamedEngine, requests: &[Request]) -> Result<ExitTrace> {
     let exits = ExitTrace::read(folder)?;
     let (recorded, model) = (&exits.meta.fingerprint, named.engine.model.fingerprint());
     ensure!(recorded == model, "{}: recorded of model {recorded}, expected {model}", folder.display());

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::arguments::{ObjectiveArgs, SimulationArgs};
+use crate::progress::Terminal;
 use crate::report;
-use crate::results::ResultsFolder;
-use crate::runs::{run_simulations, write_results};
+use experiments::results::ResultsFolder;
+use experiments::runs::{run_simulations, write_results};
 
 /// Replay a request trace in the simulator, under every batching and exit policy asked for
 #[derive(Debug, clap::Args)]
@@ -26,7 +27,13 @@ pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
     let input = args.simulation.load()?;
     let (simulations, replicas) = (input.simulations()?, input.machines.replicas);
-    let runs = run_simulations(&simulations, replicas, args.objectives.objectives()?, &input.workload.requests)?;
+    let runs = run_simulations(
+        &simulations,
+        replicas,
+        args.objectives.objectives()?,
+        &input.workload.requests,
+        &mut Terminal::default(),
+    )?;
     report::print_summaries(runs.iter().map(|run| &run.summary));
     match folder {
         Some(folder) => write_results(folder, "simulate", &args, &runs),

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::arguments::{EngineArgs, ModelArgs, RequestArgs, ServingArgs};
-use crate::commands::run::run_experiment;
-use crate::experiment::{EngineSpec, Experiment, SCHEMA_VERSION, Sweeps};
+use crate::commands::run::print_load;
+use crate::progress::Terminal;
+use experiments::experiment::{EngineSpec, Experiment, SCHEMA_VERSION, Sweeps};
 
 /// Replay requests on the engine and in the simulator, in alternation with profiling, and compare
 #[derive(Debug, clap::Args)]
@@ -53,5 +54,8 @@ pub fn run(args: Args) -> Result<()> {
         systems: Vec::new(),
         sweeps: Sweeps::default(),
     };
-    run_experiment(&experiment, "".as_ref(), &args.out)
+    let loads = experiments::validate(&experiment, "".as_ref(), &args.out, &mut Terminal::default())?;
+    loads.iter().for_each(print_load);
+    println!("\nResults are in {}", args.out.display());
+    Ok(())
 }

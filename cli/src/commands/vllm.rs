@@ -10,7 +10,7 @@ use simulator::metrics::{PassRow, RequestRow};
 use simulator::{ExitModel, LatencyModel, MemoryBudget, Metrics, ModelMemory, Simulation, write_csv};
 use traces::{LatencyProfile, ReadOptions, RequestTrace};
 
-use crate::serving::longest;
+use experiments::serving::longest;
 
 /// Simulate the requests of a measured vLLM run under its settings, and compare
 ///

@@ -3,17 +3,15 @@
 mod arguments;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use training::evaluation::Evaluation;
 use training::trainer::{Event, Trainer};
 
-use crate::loss_figure;
-use crate::process;
+use crate::interrupt;
 use arguments::RunArgs;
+use experiments::loss_figure;
 
 const BETWEEN_PROGRESS_LINES: Duration = Duration::from_secs(10);
 
@@ -44,7 +42,6 @@ pub struct Args {
 
 /// Trains, prints progress and looks at the held-out text to standard error, and evaluates the saved model.
 pub fn run(args: Args) -> Result<()> {
-    process::prepare_for_training();
     let folder = args.resume.clone().or(args.out).context("either --out or --resume is needed")?;
     let report = &mut progress();
     let mut trainer = match args.resume {
@@ -57,11 +54,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let (trained, all) = (trainer.num_trained(), trainer.weights().num_parameters());
     eprintln!("{trained} of {all} parameters trained, from step {}", trainer.curve().len());
-    let stop = Arc::new(AtomicBool::new(false));
-    let stop_on_signal = stop.clone();
-    ctrlc::set_handler(move || stop_on_signal.store(true, Ordering::Relaxed))?;
-
-    trainer.run(&stop, report)?;
+    trainer.run(interrupt::flag(), report)?;
     if !trainer.is_finished() {
         eprintln!("stopped; go on with: depthwise train --resume {}", folder.display());
     }

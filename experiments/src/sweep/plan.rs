@@ -15,6 +15,7 @@ use simulator::{
 use traces::{Generate, Request, RequestSpec, RequestTrace};
 
 use super::spec::{Point, SweepSpec, SweptSystem};
+use crate::reporter::{Quiet, Reporter};
 use crate::runs::{Machines, load_models};
 use crate::serving::Serving;
 use crate::workload::{Workload, load_requests};
@@ -84,11 +85,11 @@ impl<'a> Plan<'a> {
     ///
     /// # Errors
     /// If the specification contradicts itself, something does not read, or a point could not run.
-    pub fn new(spec: &'a SweepSpec, base: &'a Path) -> Result<Self> {
+    pub fn new(spec: &'a SweepSpec, base: &'a Path, reporter: &mut dyn Reporter) -> Result<Self> {
         spec.check()?;
         let systems: Vec<System> =
             spec.systems.iter().map(|system| System::read(spec, system, base)).collect::<Result<_>>()?;
-        let workloads = Workloads::new(spec, base)?;
+        let workloads = Workloads::new(spec, base, reporter)?;
         let points = spec.points();
         let longest = workloads.longest(&points)?;
         let settings = |point: Point| {
@@ -219,8 +220,8 @@ struct Workloads<'a> {
 }
 
 impl<'a> Workloads<'a> {
-    fn new(spec: &'a SweepSpec, base: &'a Path) -> Result<Self> {
-        let read = Workload::load(&spec.requests, base, &spec.serving)?;
+    fn new(spec: &'a SweepSpec, base: &'a Path, reporter: &mut dyn Reporter) -> Result<Self> {
+        let read = Workload::load(&spec.requests, base, &spec.serving, reporter)?;
         Ok(Self { spec, base, file: spec.requests.file.is_some().then_some(read) })
     }
 
@@ -245,7 +246,7 @@ impl<'a> Workloads<'a> {
             (Some(read), None) => Ok(Cow::Borrowed(read)),
             (Some(read), Some(rate_per_s)) => Ok(Cow::Owned(scaled(read, rate_per_s).context("grid")?)),
             (None, _) => {
-                let requests = load_requests(&self.generated(point)?, self.base)?.requests;
+                let requests = load_requests(&self.generated(point)?, self.base, &mut Quiet)?.requests;
                 Ok(Cow::Owned(Workload { requests, prefixes: None }))
             }
         }

@@ -10,6 +10,7 @@ use simulator::Objectives;
 
 use super::spec::SweepSpec;
 use crate::figures::{exit_name, policy, read};
+use crate::reporter::Reporter;
 
 /// Means over seeds of a sweep.
 pub const SWEEP_SUMMARY: &str = "sweep-summary.csv";
@@ -38,9 +39,9 @@ const TPOT: Metric = (Quantity::Latency("p99 time per output token"), "tpot_p99_
 ///
 /// # Errors
 /// If the summary does not read or a figure cannot be written.
-pub fn draw_sweep(results: &Path, title: &str) -> Result<()> {
+pub fn draw_sweep(results: &Path, title: &str, reporter: &mut dyn Reporter) -> Result<()> {
     let lines: Vec<Line> = read(&results.join(SWEEP_SUMMARY))?.into_iter().map(Line).collect();
-    for facet in facets(&lines, &FACETS) {
+    for facet in facets(&lines, &FACETS, reporter) {
         let policies = facet.by_policy(Name::WithoutThreshold, "threshold")?;
         let draw = |name, heading, panels: &[(Metric, Metric)]| {
             facet.draw_trade_offs(&facet.figure(results, name, heading, title), &policies, panels)
@@ -49,7 +50,7 @@ pub fn draw_sweep(results: &Path, title: &str) -> Result<()> {
         draw("pareto-latency", "Throughput against latency", &[(THROUGHPUT, TTFT), (THROUGHPUT, TPOT)])?;
     }
     if varies(&lines, RATE.1) {
-        for facet in facets(&lines, &FACETS[..4]) {
+        for facet in facets(&lines, &FACETS[..4], reporter) {
             let mut policies = facet.by_policy(Name::Whole, RATE.1)?;
             policies.truncate(MOST_LINES);
             let figure = facet.figure(results, "latency-by-rate", "Latency against the request rate", title);
@@ -63,12 +64,12 @@ pub fn draw_sweep(results: &Path, title: &str) -> Result<()> {
 ///
 /// # Errors
 /// If the summary does not read or a figure cannot be written.
-pub fn draw_capacity(results: &Path, spec: &SweepSpec) -> Result<()> {
+pub fn draw_capacity(results: &Path, spec: &SweepSpec, reporter: &mut dyn Reporter) -> Result<()> {
     let lines: Vec<Line> = read(&results.join(CAPACITY_SUMMARY))?.into_iter().map(Line).collect();
     let objectives = spec.objectives.map_or(String::new(), |objectives| describe_objectives(&objectives));
     let share = 100.0 * spec.capacity.share;
     let heading = format!("Highest request rate at which {share}% of requests meet {objectives}");
-    for facet in facets(&lines, &FACETS[1..]) {
+    for facet in facets(&lines, &FACETS[1..], reporter) {
         let mut systems: Vec<String> = facet.lines.iter().map(|line| line.text("system").to_owned()).collect();
         systems.dedup();
         let capacity = |(policy, members): (Policy, Vec<&Line>)| {
@@ -151,7 +152,7 @@ fn varies(lines: &[Line], column: &str) -> bool {
 }
 
 /// Lines with the same cells in these columns, in the order in which they first come.
-fn facets<'l>(lines: &'l [Line], columns: &[&str]) -> Vec<Facet<'l>> {
+fn facets<'l>(lines: &'l [Line], columns: &[&str], reporter: &mut dyn Reporter) -> Vec<Facet<'l>> {
     let varying: Vec<&str> = columns.iter().filter(|column| varies(lines, column)).copied().collect();
     let mut facets: Vec<Facet<'l>> = Vec::new();
     for line in lines {
@@ -162,7 +163,7 @@ fn facets<'l>(lines: &'l [Line], columns: &[&str]) -> Vec<Facet<'l>> {
         }
     }
     if facets.len() > MOST_FACETS {
-        eprintln!("figures are drawn for the first {MOST_FACETS} of {} settings", facets.len());
+        reporter.note(&format!("figures are drawn for the first {MOST_FACETS} of {} settings", facets.len()));
         facets.truncate(MOST_FACETS);
     }
     facets

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 
@@ -12,9 +11,8 @@ pub const CONFIG: &str = "config.yaml";
 /// What a folder that we may replace holds: results, or an exit trace.
 const MARKS: [&str; 2] = [CONFIG, "exits.yaml"];
 
-/// Unfinished folders, to be removed on Ctrl-C.
+/// Unfinished folders; see [`remove_unfinished`].
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-static HANDLED: AtomicBool = AtomicBool::new(false);
 
 /// Results being written, beside the place they are to appear at.
 #[derive(Debug)]
@@ -32,7 +30,6 @@ impl ResultsFolder {
         if target.exists() && !is_replaceable(target) {
             bail!("{} is there already and holds no {}: choose another --out", target.display(), MARKS.join(" nor "));
         }
-        clean_up_on_interrupt()?;
         let name = target.file_name().with_context(|| format!("{}: not a folder's name", target.display()))?;
         let unfinished =
             target.with_file_name(format!(".{}.unfinished.{}", name.to_string_lossy(), std::process::id()));
@@ -92,26 +89,11 @@ fn is_empty(folder: &Path) -> bool {
     std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
-/// From now on, Ctrl-C removes what is unfinished and ends the process with the shell's usual status.
-fn clean_up_on_interrupt() -> Result<()> {
-    if HANDLED.swap(true, Ordering::Relaxed) {
-        return Ok(());
+/// Removes the folders that are being written: for a program that is interrupted, before it ends.
+pub fn remove_unfinished() {
+    for folder in UNFINISHED.lock().iter().flat_map(|folders| folders.iter()) {
+        let _ = std::fs::remove_dir_all(folder);
     }
-    ctrlc::set_handler(|| {
-        for folder in UNFINISHED.lock().iter().flat_map(|folders| folders.iter()) {
-            let _ = std::fs::remove_dir_all(folder);
-        }
-        eprintln!("\ninterrupted: nothing was written");
-        // Not by `exit`, at which libraries come to their end, CUDA's among them, that other threads still call.
-        #[cfg(unix)]
-        // SAFETY: it ends the process and does nothing else.
-        unsafe {
-            libc::_exit(130)
-        }
-        #[cfg(not(unix))]
-        std::process::exit(130);
-    })
-    .context("cannot handle Ctrl-C")
 }
 
 #[cfg(test)]

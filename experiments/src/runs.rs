@@ -12,6 +12,7 @@ use simulator::{
 };
 use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
 
+use crate::reporter::Reporter;
 use crate::results::{CONFIG, ResultsFolder};
 use crate::workload::Workload;
 
@@ -111,9 +112,10 @@ pub fn simulate_all(
     latency: &LatencyModel,
     exits: &ExitModel,
     workload: &Workload,
+    reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
     let simulations = Machines::ONE.simulations(settings, latency, exits, workload)?;
-    run_simulations(&simulations, 1, None, &workload.requests)
+    run_simulations(&simulations, 1, None, &workload.requests, reporter)
 }
 
 /// Runs simulations over the same requests, on all cores; warns of times that had to be extrapolated.
@@ -125,6 +127,7 @@ pub fn run_simulations(
     replicas: usize,
     objectives: Option<Objectives>,
     requests: &[Request],
+    reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
     let outcomes = run_all(simulations, requests, |settings| {
         let metrics = Metrics::new(settings).with_requests();
@@ -137,14 +140,14 @@ pub fn run_simulations(
         Ok(Run { summary: simulation.summary(&metrics, &outcome), metrics, time: Some(outcome.time) })
     };
     let runs = simulations.iter().zip(outcomes).map(run).collect();
-    warn_of_extrapolations(&beyond);
+    warn_of_extrapolations(&beyond, reporter);
     runs
 }
 
 /// Says where runs left what was measured, if they did.
-pub fn warn_of_extrapolations(beyond: &Extrapolations) {
+pub fn warn_of_extrapolations(beyond: &Extrapolations, reporter: &mut dyn Reporter) {
     if !beyond.is_empty() {
-        eprintln!("warning: some times are beyond what was measured:\n{beyond}");
+        reporter.warning(&format!("some times are beyond what was measured:\n{beyond}"));
     }
 }
 

@@ -22,7 +22,7 @@ use simulator::{
 use traces::{ExitTrace, ExitTraceMeta, LatencyProfile, Measure, MemoryFigures, Nanos, Request, RequestTrace, Signals};
 
 use crate::passes::{PassClass, compare_passes};
-use crate::progress::progress;
+use crate::reporter::Reporter;
 use crate::runs::Run;
 
 /// Slowdown by other work above which measurements are not to be trusted.
@@ -163,17 +163,13 @@ pub fn measure(
     loads: &[f64],
     repeats: u32,
     limits: Limits,
+    reporter: &mut dyn Reporter,
 ) -> Result<Measured> {
     let NamedEngine { engine, name } = named;
     settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
     let repeats = repeats as usize;
-    let bar = progress(1 + (repeats + 1) + repeats * settings.len() * loads.len().max(1));
-    let step = |message: String| {
-        bar.inc(1);
-        bar.set_message(message);
-    };
-
-    bar.set_message("recording exit signals at full depth");
+    reporter.start(1 + (repeats + 1) + repeats * settings.len() * loads.len().max(1), 0);
+    reporter.message("recording exit signals at full depth");
     let exits = record(named, &trace.requests)?;
     let oracle = Arc::new(oracle_depths(&exits, &trace.requests));
     let mut loads = match loads {
@@ -181,7 +177,7 @@ pub fn measure(
         loads => {
             let capacity = capacity(engine, settings[0], &trace.requests, &oracle)?;
             let first = settings[0].batching;
-            bar.suspend(|| eprintln!("capacity: {capacity:.3} requests/s under {first} batching"));
+            reporter.note(&format!("capacity: {capacity:.3} requests/s under {first} batching"));
             let scaled = |&load: &f64| -> Result<MeasuredLoad> {
                 Ok(MeasuredLoad::new(Some(load), trace.clone().scale_to_rate(load * capacity)?.requests))
             };
@@ -195,12 +191,12 @@ pub fn measure(
     let mut logs: Vec<Vec<PassLog>> = Vec::new();
     let mut taken: Vec<Option<ExitTrace>> = Vec::new();
     for repeat in 1..=repeats {
-        step(format!("profiling, round {repeat} of {}", repeats + 1));
+        next(reporter, format!("profiling, round {repeat} of {}", repeats + 1));
         profiler.round(|_, _| ())?;
         let (mut of_repeat, mut logs_of_repeat) = (Vec::new(), Vec::new());
         let cases = loads.iter().flat_map(|load| settings.iter().map(move |settings| (load, settings)));
         for (runs, (load, &settings)) in repeated.iter_mut().zip(cases) {
-            step(format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
+            next(reporter, format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
             let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
             let mut clock = ProbedClock::start(Idle::Skip, &mut profiler);
             let mut log = PassLog::new(&settings);
@@ -216,10 +212,10 @@ pub fn measure(
         probes.push(of_repeat);
         logs.push(logs_of_repeat);
     }
-    step(format!("profiling, round {0} of {0}", repeats + 1));
+    next(reporter, format!("profiling, round {0} of {0}", repeats + 1));
     profiler.round(|_, _| ())?;
-    bar.finish_and_clear();
-    warn_of_noise(&profiler);
+    reporter.finish();
+    warn_of_noise(&profiler, reporter);
     let source = format!("{} rounds between replays of {repeats} repeats", repeats + 1);
     let of_replays = probes.iter().flatten().flatten().map(|(_, probe)| probe);
     let profile = ServiceProfile::new(&profiler, name, &source, of_replays)?;
@@ -303,6 +299,12 @@ fn works_of<'p>(passes: &'p [Vec<PassWork>], probe: &Probe) -> &'p [PassWork] {
     &passes[probe.way][probe.first..][..probe.times.len()]
 }
 
+/// The step before is done, and another one starts.
+fn next(reporter: &mut dyn Reporter, message: String) {
+    reporter.advance(1);
+    reporter.message(&message);
+}
+
 impl MeasuredLoad {
     fn new(load: Option<f64>, requests: Vec<Request>) -> Self {
         Self {
@@ -331,18 +333,19 @@ fn capacity(engine: &Engine, settings: Settings, requests: &[Request], oracle: &
 }
 
 /// Says so where other work on the machine has spoiled a profile.
-pub fn warn_of_noise(profiler: &Profiler) {
+pub fn warn_of_noise(profiler: &Profiler, reporter: &mut dyn Reporter) {
     let slowdown = profiler.measured().slowdown();
     if slowdown > BUSY {
-        eprintln!("warning: other work on this machine made passes {slowdown:.2} times as long: measure again at rest");
+        reporter.warning(&format!(
+            "other work on this machine made passes {slowdown:.2} times as long: measure again at rest"
+        ));
     }
     if let Some(share) = profiler.disagreement().filter(|&share| share > UNSTEADY) {
-        eprintln!(
-            "warning: two halves of the profile differ by {:.1}%, more than {:.0}%: measure again at rest, or with more \
-             rounds",
+        reporter.warning(&format!(
+            "two halves of the profile differ by {:.1}%, more than {:.0}%: measure again at rest, or with more rounds",
             100.0 * share,
             100.0 * UNSTEADY
-        );
+        ));
     }
 }
 

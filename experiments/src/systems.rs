@@ -9,20 +9,22 @@ use simulator::{Summary, TimeByPart, write_csv};
 use crate::experiment::{Experiment, System};
 use crate::figures::Caption;
 use crate::parts::write_time_by_part;
-use crate::report;
-use crate::runs::{load_models, simulate_all};
+use crate::reporter::Reporter;
+use crate::runs::{Run, load_models, simulate_all};
 use crate::serving::Serving;
 use crate::workload::Workload;
 
 /// What a line of `summary.csv` is of, where there are several systems.
 #[derive(Clone, Debug, Serialize)]
-struct OfSystem {
-    system: String,
-    published_tok_s: Option<f64>,
+pub struct OfSystem {
+    /// Name of the system.
+    pub system: String,
+    /// Throughput that was published of it.
+    pub published_tok_s: Option<f64>,
     /// Simulated less published, in percent of published.
-    error_pct: Option<f64>,
+    pub error_pct: Option<f64>,
     /// Throughput over that of what the system is compared with.
-    speedup: f64,
+    pub speedup: f64,
 }
 
 /// A system under one of its policies, at one batch limit.
@@ -40,26 +42,31 @@ pub struct SystemRun<'a> {
 }
 
 /// Simulates each system under its policies, at each batch limit of the sweep if there is one; compares them with each
-/// other and with what was published of them, and shows where the time goes.
+/// other and with what was published of them, and writes where the time goes.
 ///
 /// # Errors
 /// If something does not read, cannot be served or cannot be written.
-pub fn simulate_systems(experiment: &Experiment, base: &Path, workload: &Workload, results: &Path) -> Result<()> {
+pub fn simulate_systems(
+    experiment: &Experiment,
+    base: &Path,
+    workload: &Workload,
+    results: &Path,
+    reporter: &mut dyn Reporter,
+) -> Result<Vec<(OfSystem, Summary)>> {
     let mut runs = Vec::new();
     let mut devices: Vec<String> = Vec::new();
     for system in &experiment.systems {
-        let device = simulate_system(experiment, system, base, workload, &mut runs)
+        let device = simulate_system(experiment, system, base, workload, &mut runs, reporter)
             .with_context(|| format!("system `{}`", system.name))?;
         if !devices.contains(&device) {
             devices.push(device);
         }
     }
     compare(experiment, &mut runs)?;
-    let lines: Vec<(OfSystem, &Summary)> = runs.iter().map(|run| (OfSystem::new(run), &run.summary)).collect();
+    let lines: Vec<(OfSystem, Summary)> = runs.iter().map(|run| (OfSystem::new(run), run.summary.clone())).collect();
     write_csv(&results.join("summary.csv"), &lines)?;
-    print_systems(&lines);
-    report::print_memory(runs.iter().map(|run| &run.summary));
-    write_time_by_part(results, &Caption { setting: experiment.title.clone(), device: devices.join(", ") }, &runs)
+    write_time_by_part(results, &Caption { setting: experiment.title.clone(), device: devices.join(", ") }, &runs)?;
+    Ok(lines)
 }
 
 /// Runs one system, and returns the device that its profile was measured on.
@@ -69,6 +76,7 @@ fn simulate_system<'a>(
     base: &Path,
     workload: &Workload,
     runs: &mut Vec<SystemRun<'a>>,
+    reporter: &mut dyn Reporter,
 ) -> Result<String> {
     let (latency, exits) =
         load_models(&base.join(&system.profile), Some(&base.join(&system.exits)), experiment.seed, &[])?;
@@ -79,14 +87,14 @@ fn simulate_system<'a>(
     }
     for (size, serving) in sizes.iter().enumerate() {
         let settings = serving.all_settings(latency.memory(), &workload.requests)?;
-        let run = |run: crate::runs::Run| SystemRun {
+        let run = |run: Run| SystemRun {
             system,
             size,
             summary: run.summary,
             time: run.time.unwrap_or_default(),
             speedup: f64::NAN,
         };
-        runs.extend(simulate_all(&settings, &latency, &exits, workload)?.into_iter().map(run));
+        runs.extend(simulate_all(&settings, &latency, &exits, workload, reporter)?.into_iter().map(run));
     }
     Ok(latency.device().to_owned())
 }
@@ -113,25 +121,4 @@ impl OfSystem {
             speedup: run.speedup,
         }
     }
-}
-
-fn print_systems(lines: &[(OfSystem, &Summary)]) {
-    let header =
-        ["system", "batching", "exit", "batch", "mean depth", "agreement", "tok/s", "speed-up", "published", "error %"];
-    let number = |number: Option<f64>| number.map_or("-".to_owned(), |number| format!("{number:.1}"));
-    let cells = lines.iter().map(|(of, summary)| {
-        vec![
-            of.system.clone(),
-            summary.batching.to_string(),
-            summary.exit_policy.clone(),
-            summary.max_batch.to_string(),
-            format!("{:.3}", summary.mean_depth),
-            summary.token_agreement.map_or("-".to_owned(), |share| format!("{share:.3}")),
-            number(Some(summary.throughput_tok_s)),
-            format!("{:.2}", of.speedup),
-            number(of.published_tok_s),
-            number(of.error_pct),
-        ]
-    });
-    report::print_table(&header, cells.collect());
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use traces::{PrefixHashes, Request, RequestSpec, RequestTrace};
 
+use crate::reporter::Reporter;
 use crate::serving::Serving;
 
 /// What is served.
@@ -22,18 +23,18 @@ impl Workload {
     ///
     /// # Errors
     /// As [`load_requests`].
-    pub fn load(spec: &RequestSpec, base: &Path, serving: &Serving) -> Result<Self> {
+    pub fn load(spec: &RequestSpec, base: &Path, serving: &Serving, reporter: &mut dyn Reporter) -> Result<Self> {
         if !serving.prefix_caching {
-            return Ok(Self { requests: load_requests(spec, base)?.requests, prefixes: None });
+            return Ok(Self { requests: load_requests(spec, base, reporter)?.requests, prefixes: None });
         }
         let of_file = spec.file.is_some().then_some(serving.block_tokens);
         let spec = RequestSpec { prefix_block_tokens: spec.prefix_block_tokens.or(of_file), ..spec.clone() };
-        let RequestTrace { name, requests, prefix_hashes, .. } = load_requests(&spec, base)?;
+        let RequestTrace { name, requests, prefix_hashes, .. } = load_requests(&spec, base, reporter)?;
         if prefix_hashes.is_none() {
-            eprintln!(
-                "warning: {name} says nothing of what prompts have in common: with prefix_caching, only preempted \
-                 requests find keys and values again"
-            );
+            reporter.warning(&format!(
+                "{name} says nothing of what prompts have in common: with prefix_caching, only preempted requests find \
+                 keys and values again"
+            ));
         }
         Ok(Self { requests, prefixes: prefix_hashes.map(Arc::new) })
     }
@@ -43,10 +44,11 @@ impl Workload {
 ///
 /// # Errors
 /// If the file does not read or the specification contradicts itself.
-pub fn load_requests(spec: &RequestSpec, base: &Path) -> Result<RequestTrace> {
+pub fn load_requests(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporter) -> Result<RequestTrace> {
     let trace = spec.load(base)?;
     if trace.dropped > 0 {
-        eprintln!("{}: {} requests left out, which failed or have no output", trace.name, trace.dropped);
+        let RequestTrace { name, dropped, .. } = &trace;
+        reporter.note(&format!("{name}: {dropped} requests left out, which failed or have no output"));
     }
     Ok(trace)
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use traces::table::{read_yaml, write_yaml};
 
+use super::Earlier;
 use super::spec::SweepSpec;
 use crate::results::CONFIG;
 
@@ -83,12 +84,11 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Opens a folder for the results of these inputs: a new one, or the one in which they began; with `restart` what an
-/// earlier sweep left there is removed.
+/// Opens a folder for the results of these inputs: a new one, or the one in which they began.
 ///
 /// # Errors
 /// If it holds the results of others, or cannot be written.
-pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, restart: bool) -> Result<()> {
+pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, earlier: Earlier) -> Result<()> {
     let shown = target.display();
     let cannot = || format!("cannot write {shown}");
     let is_empty = std::fs::read_dir(target).map_or(true, |mut entries| entries.next().is_none());
@@ -96,7 +96,7 @@ pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, restart: bool) -> 
     if !is_empty && !recorded.exists() {
         bail!("{shown} is there already and holds no {INPUTS}: choose another --out");
     }
-    if restart && recorded.exists() {
+    if earlier == Earlier::Remove && recorded.exists() {
         std::fs::remove_dir_all(target).with_context(cannot)?;
     }
     let earlier: Option<Inputs> = recorded.exists().then(|| read_yaml(&recorded)).transpose()?;
@@ -106,17 +106,4 @@ pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, restart: bool) -> 
     std::fs::create_dir_all(target).with_context(cannot)?;
     write_yaml(&recorded, inputs)?;
     Ok(write_yaml(&target.join(CONFIG), spec)?)
-}
-
-/// From now on, Ctrl-C says what becomes of the results, and ends the process with the shell's usual status.
-///
-/// # Errors
-/// If the signal cannot be handled.
-pub fn say_on_interrupt(target: &Path) -> Result<()> {
-    let shown = target.display().to_string();
-    ctrlc::set_handler(move || {
-        eprintln!("\ninterrupted: what has finished is kept in {shown}; the same command goes on with the rest");
-        std::process::exit(130);
-    })
-    .context("cannot handle Ctrl-C")
 }

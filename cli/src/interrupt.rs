@@ -1,0 +1,52 @@
+//! What Ctrl-C does: it ends the process with the shell's usual status, and leaves no unfinished folder behind.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+
+/// What a shell expects of a command that was interrupted.
+pub const INTERRUPTED: i32 = 130;
+
+/// What is said at the end.
+static LAST_WORDS: Mutex<Option<String>> = Mutex::new(None);
+/// Whether the command ends by itself when it is asked to.
+static ENDS_ITSELF: AtomicBool = AtomicBool::new(false);
+/// Whether it has been asked to.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// From now on, Ctrl-C removes what is unfinished and ends the process.
+///
+/// # Errors
+/// If the signal cannot be handled.
+pub fn end() -> Result<()> {
+    ctrlc::set_handler(|| {
+        if ENDS_ITSELF.load(Ordering::Relaxed) {
+            STOP.store(true, Ordering::Relaxed);
+            return;
+        }
+        experiments::results::remove_unfinished();
+        let last_words = LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner);
+        eprintln!("\ninterrupted: {}", last_words.as_deref().unwrap_or("nothing was written"));
+        // Not by `exit`, at which libraries come to their end, CUDA's among them, that other threads still call.
+        #[cfg(unix)]
+        // SAFETY: it ends the process and does nothing else.
+        unsafe {
+            libc::_exit(INTERRUPTED)
+        }
+        #[cfg(not(unix))]
+        std::process::exit(INTERRUPTED);
+    })
+    .context("cannot handle Ctrl-C")
+}
+
+/// What Ctrl-C says from now on, where it keeps something.
+pub fn say(last_words: String) {
+    *LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner) = Some(last_words);
+}
+
+/// From now on, Ctrl-C only sets the flag that is returned: the command ends by itself.
+pub fn flag() -> &'static AtomicBool {
+    ENDS_ITSELF.store(true, Ordering::Relaxed);
+    &STOP
+}

@@ -1,0 +1,106 @@
+//! Experiments as a library: what the `depthwise` command does, without its arguments and its terminal.
+//!
+//! | to do | call | with |
+//! | --- | --- | --- |
+//! | measure the engine, simulate the same, compare, draw; or simulate systems at hand | [`run`] | [`Experiment`] |
+//! | only compare simulator and engine | [`validate`] | [`Experiment`] with an [`EngineSpec`](experiment::EngineSpec) |
+//! | simulate every combination of lists of values | [`sweep`] | [`SweepSpec`] |
+//! | find the highest request rate within latency objectives | [`capacity`] | [`SweepSpec`] |
+//! | measure a latency profile, record exits, replay a trace | [`profile`], [`record`], [`replay`] | [`NamedEngine`] |
+//! | simulate requests under some settings | [`run_simulations`] | [`Machines`] |
+//!
+//! An experiment is a value: read it from YAML with [`Experiment::load`] or [`SweepSpec::load`], or build it. Its
+//! paths are relative to a folder `base`. Results go to a folder that appears whole or not at all; a [`Reporter`]
+//! hears of progress and warnings. What comes back holds the figures that the command prints as tables.
+//!
+//! # A sweep in a temporary folder
+//!
+//! A machine on which a pass takes 20 microseconds and 5 for each row serves twenty requests, under two batch limits.
+//!
+//! ```
+//! use experiments::sweep::Earlier;
+//! use experiments::{Quiet, SweepSpec, sweep};
+//! use traces::{Component, LatencyProfile, Point, ProfileMeta};
+//!
+//! let point = |rows: u32| Point {
+//!     component: Component::Block,
+//!     rows,
+//!     kv_tokens: 0,
+//!     depths: 1,
+//!     time_us: 20.0 + 5.0 * f64::from(rows),
+//!     spread_us: 0.0,
+//!     repeats: 1,
+//! };
+//! let meta = ProfileMeta {
+//!     schema_version: LatencyProfile::SCHEMA_VERSION,
+//!     model: "an example".to_owned(),
+//!     fingerprint: "none".to_owned(),
+//!     num_loops: 2,
+//!     device: "imagined".to_owned(),
+//!     software: "none".to_owned(),
+//!     source: "computed".to_owned(),
+//!     overhead_us: 0.0,
+//!     weight_bytes: 0,
+//!     kv_bytes_per_token: 0,
+//!     memory: None,
+//! };
+//! let folder = tempfile::tempdir()?;
+//! LatencyProfile { meta, points: vec![point(1), point(64)], mixed_attention: None }.write(folder.path().join("profile"))?;
+//!
+//! std::fs::write(folder.path().join("small.yaml"), "
+//! schema_version: 1
+//! title: two batch limits
+//! requests:
+//!   generate:
+//!     count: 20
+//!     seed: 1
+//!     arrivals: all_at_once
+//!     prompt_tokens: {uniform: {min: 2, max: 12}}
+//!     output_tokens: {uniform: {min: 2, max: 12}}
+//! serving: {batching: [depth], exit: [none], max_batch: 8, token_budget: 16}
+//! systems: [{name: imagined, profile: profile}]
+//! grid: {max_batch: [2, 8]}
+//! ")?;
+//! let spec = SweepSpec::load(&folder.path().join("small.yaml"))?;
+//! let results = folder.path().join("results");
+//! let report = sweep(&spec, folder.path(), &results, Earlier::Continue, &mut Quiet)?;
+//! let throughput: Vec<f64> = report.summary.column("throughput_tok_s").unwrap().map(|cell| cell.parse().unwrap()).collect();
+//! assert!(throughput[1] > throughput[0], "larger batches give more tokens per second");
+//! assert!(results.join("sweep.csv").exists());
+//! # Ok::<(), anyhow::Error>(())
+//! ```
+
+pub mod capacity;
+pub mod experiment;
+pub mod figures;
+pub mod loss_figure;
+pub mod measure;
+mod parts;
+pub mod passes;
+pub mod profile;
+pub mod record;
+pub mod replay;
+pub mod reporter;
+pub mod results;
+pub mod run;
+pub mod runs;
+pub mod serving;
+pub mod sweep;
+pub mod systems;
+pub mod validation;
+pub mod workload;
+
+pub use capacity::capacity;
+pub use experiment::Experiment;
+pub use measure::NamedEngine;
+pub use profile::profile;
+pub use record::record;
+pub use replay::replay;
+pub use reporter::{Quiet, Reporter};
+pub use results::ResultsFolder;
+pub use run::{run, validate};
+pub use runs::{Machines, Run, run_simulations};
+pub use serving::Serving;
+pub use sweep::spec::SweepSpec;
+pub use sweep::sweep;
+pub use workload::Workload;

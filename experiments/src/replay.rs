@@ -1,0 +1,44 @@
+//! Request traces through the engine.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use engine::clock::Idle;
+use engine::replay::oracle_depths;
+use scheduler::{Look, Settings};
+use traces::{ExitTrace, Request};
+
+use crate::measure::{self, NamedEngine};
+use crate::reporter::Reporter;
+use crate::runs::Run;
+
+/// Replays the requests under every one of `settings`. The oracle's exits are read from `recorded`, an exit trace of
+/// these requests; without one, they are recorded first where a policy asks for them.
+///
+/// # Errors
+/// If the engine cannot serve the requests.
+pub fn replay(
+    named: &NamedEngine,
+    settings: &[Settings],
+    requests: &[Request],
+    recorded: Option<&ExitTrace>,
+    idle: Idle,
+    reporter: &mut dyn Reporter,
+) -> Result<Vec<Run>> {
+    settings.iter().try_for_each(|settings| named.engine.check_settings(settings))?;
+    let needs_oracle = settings.iter().any(|settings| settings.exit.look() == Look::Oracle);
+    let oracle = Arc::new(match (needs_oracle, recorded) {
+        (false, _) => Default::default(),
+        (true, Some(recorded)) => oracle_depths(recorded, requests),
+        (true, None) => oracle_depths(&measure::record(named, requests)?, requests),
+    });
+    reporter.start(settings.len(), 0);
+    let mut runs = Vec::new();
+    for &settings in settings {
+        reporter.message(&format!("{}, {}", settings.batching, settings.exit));
+        runs.push(measure::replay(&named.engine, settings, requests, &oracle, idle, None)?);
+        reporter.advance(1);
+    }
+    reporter.finish();
+    Ok(runs)
+}

@@ -1,0 +1,243 @@
+//! An experiment from beginning to end: measure, replay, simulate, compare, draw.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use engine::executor::Sampling;
+use scheduler::{Batching, ExitPolicy, Settings};
+use simulator::{Draw, ExitModel, LatencyModel, ModelMemory, Summary, write_csv};
+use traces::{ExitTable, Request};
+
+use crate::experiment::{EngineSpec, Experiment};
+use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
+use crate::measure::{Measured, MeasuredLoad, NamedEngine, limits, measure};
+use crate::reporter::Reporter;
+use crate::results::{CONFIG, ResultsFolder};
+use crate::runs::{Machines, Run, run_simulations, simulate_all, write_depth_rows, write_requests};
+use crate::serving::Serving;
+use crate::systems::{OfSystem, simulate_systems};
+use crate::validation::{Comparison, MeanError, TOKEN_AGREEMENT, compare, mean_errors};
+use crate::workload::{Workload, load_requests};
+
+/// What an experiment came to.
+#[derive(Clone, Debug)]
+pub enum Report {
+    /// Of what was measured on this machine, load by load.
+    Measured(Vec<LoadReport>),
+    /// Of systems that were simulated, a line for each run.
+    Systems(Vec<(OfSystem, Summary)>),
+}
+
+/// What was measured and simulated of requests that arrive at one rate.
+#[derive(Clone, Debug)]
+pub struct LoadReport {
+    /// Share of the capacity at which they arrive; none if they arrive as the trace says.
+    pub load: Option<f64>,
+    /// Every measured run, then every simulated one.
+    pub runs: Vec<Summary>,
+    /// By repeat, what was measured of each combination.
+    pub repeats: Vec<Vec<Summary>>,
+    /// How far simulations are off, by the exits recorded at full depth.
+    pub errors: Errors,
+    /// How far they are off by the exits that the replays took; none where no policy reads a signal.
+    pub errors_of_exits_taken: Option<Errors>,
+}
+
+/// How far simulations are off.
+#[derive(Clone, Debug)]
+pub struct Errors {
+    /// By combination and metric.
+    pub comparisons: Vec<Comparison>,
+    /// By metric.
+    pub means: Vec<MeanError>,
+}
+
+/// Does an experiment whose paths are relative to `base`, and leaves its results at `target`.
+///
+/// # Errors
+/// If something it needs does not read, cannot be served or cannot be written; nothing is then left.
+pub fn run(experiment: &Experiment, base: &Path, target: &Path, reporter: &mut dyn Reporter) -> Result<Report> {
+    experiment.check()?;
+    let folder = ResultsFolder::create(target)?;
+    std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(experiment)?)?;
+    let report = match &experiment.engine {
+        Some(spec) => Report::Measured(measure_and_simulate(experiment, spec, base, folder.path(), reporter)?),
+        None => {
+            let workload = Workload::load(&experiment.requests, base, &experiment.serving, reporter)?;
+            Report::Systems(simulate_systems(experiment, base, &workload, folder.path(), reporter)?)
+        }
+    };
+    folder.finish()?;
+    Ok(report)
+}
+
+/// Replays requests on the engine and in the simulator, and compares: [`run`] of an experiment that measures.
+///
+/// # Errors
+/// As for [`run`], and if the experiment has no engine.
+pub fn validate(
+    experiment: &Experiment,
+    base: &Path,
+    target: &Path,
+    reporter: &mut dyn Reporter,
+) -> Result<Vec<LoadReport>> {
+    match run(experiment, base, target, reporter)? {
+        Report::Measured(loads) => Ok(loads),
+        Report::Systems(_) => bail!("expected `engine`, to measure on this machine"),
+    }
+}
+
+/// Measures the engine, simulates the same and more from what was measured, and compares.
+fn measure_and_simulate(
+    experiment: &Experiment,
+    spec: &EngineSpec,
+    base: &Path,
+    results: &Path,
+    reporter: &mut dyn Reporter,
+) -> Result<Vec<LoadReport>> {
+    let trace = load_requests(&experiment.requests, base, reporter)?;
+    let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
+    let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
+    let engine = NamedEngine::load(&model, spec.loops, spec.weights, spec.device, &prompts, sampling)?;
+    let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
+    let variants = Variants::new(experiment, &engine.memory(), &trace.requests)?;
+    let limits = limits(settings.iter().chain(variants.all()), &trace.requests);
+    let measured = measure(&engine, &settings, &trace, &spec.loads, spec.repeats, limits, reporter)?;
+    measured.profile.write(results.join("profile"))?;
+    measured.exits.write(results.join("exits"), ExitTable::Parquet)?;
+
+    let exits = ExitModel::new(&measured.exits, Draw::Recorded)?;
+    simulate_variants(&variants, &measured, &exits, trace.requests, results, reporter)?;
+    let caption = Caption { setting: experiment.title.clone(), device: measured.profile.meta.device.clone() };
+    let mut reports = Vec::new();
+    for load in &measured.loads {
+        let Some(share) = load.load else {
+            reports.push(simulate_load(&settings, &measured, &exits, load, &caption, results, reporter)?);
+            continue;
+        };
+        let setting = format!("{}, {:.0}% load", caption.setting, 100.0 * share);
+        let folder = results.join(format!("load-{share}"));
+        std::fs::create_dir(&folder)?;
+        let caption = Caption { setting, ..caption.clone() };
+        reports.push(simulate_load(&settings, &measured, &exits, load, &caption, &folder, reporter)?);
+    }
+    Ok(reports)
+}
+
+/// Simulates what was measured at one load, and writes and draws both into a folder.
+fn simulate_load(
+    settings: &[Settings],
+    measured: &Measured,
+    exits: &ExitModel,
+    load: &MeasuredLoad,
+    caption: &Caption,
+    folder: &Path,
+    reporter: &mut dyn Reporter,
+) -> Result<LoadReport> {
+    let workload = Workload { requests: load.requests.clone(), prefixes: None };
+    let simulated = simulate_all(settings, &LatencyModel::new(&measured.profile)?, exits, &workload, reporter)?;
+    let runs = || load.runs.iter().chain(&simulated);
+    write_csv(&folder.join("summary.csv"), summaries(runs()))?;
+    write_requests(folder, runs())?;
+    write_depth_rows(folder, runs())?;
+    figures::draw(folder, caption)?;
+
+    write_csv(&folder.join("passes.csv"), &load.passes)?;
+    let recorded = vec![exits; settings.len()];
+    let simulated = simulate_repeats(settings, measured, &recorded, load, &workload, reporter)?;
+    let errors = write_errors(compare(&load.repeats, &simulated), folder, "")?;
+    let mut report = LoadReport {
+        load: load.load,
+        runs: summaries(runs()).cloned().collect(),
+        repeats: load.repeats.clone(),
+        errors,
+        errors_of_exits_taken: None,
+    };
+    if load.exits.iter().all(Option::is_none) {
+        return Ok(report);
+    }
+    let taken =
+        load.exits.iter().map(|exits| exits.as_ref().map(|exits| ExitModel::new(exits, Draw::Recorded)).transpose());
+    let taken = taken.collect::<Result<Vec<_>, _>>()?;
+    let taken: Vec<&ExitModel> = taken.iter().map(|taken| taken.as_ref().unwrap_or(exits)).collect();
+    let simulated = simulate_repeats(settings, measured, &taken, load, &workload, reporter)?;
+    let mut comparisons = compare(&load.repeats, &simulated);
+    // These exits hold no tokens.
+    comparisons.retain(|line| line.metric != TOKEN_AGREEMENT);
+    report.errors_of_exits_taken = Some(write_errors(comparisons, folder, "_of_exits_taken")?);
+    Ok(report)
+}
+
+/// Writes how far simulations of one load are off.
+fn write_errors(comparisons: Vec<Comparison>, folder: &Path, suffix: &str) -> Result<Errors> {
+    let means = mean_errors(&comparisons);
+    write_csv(&folder.join(format!("validation{suffix}.csv")), &comparisons)?;
+    write_csv(&folder.join(format!("repeats{suffix}.csv")), comparisons.iter().flat_map(Comparison::repeats))?;
+    write_csv(&folder.join(format!("errors{suffix}.csv")), &means)?;
+    Ok(Errors { comparisons, means })
+}
+
+/// Simulates every replay at the pace that the machine had during it; `exits` are those of each of the settings.
+fn simulate_repeats(
+    settings: &[Settings],
+    measured: &Measured,
+    exits: &[&ExitModel],
+    load: &MeasuredLoad,
+    workload: &Workload,
+    reporter: &mut dyn Reporter,
+) -> Result<Vec<Vec<Summary>>> {
+    let model = LatencyModel::new(&measured.profile)?;
+    let mut simulations = Vec::new();
+    for paces in &load.paces {
+        for ((&settings, exits), pace) in settings.iter().zip(exits).zip(paces) {
+            simulations.push(Machines::ONE.simulation(settings, &model, exits, workload)?.at_pace(pace));
+        }
+    }
+    let runs = run_simulations(&simulations, 1, None, &workload.requests, reporter)?;
+    Ok(runs.chunks(settings.len()).map(|runs| summaries(runs).cloned().collect()).collect())
+}
+
+/// Simulates what the experiment varies.
+fn simulate_variants(
+    variants: &Variants,
+    measured: &Measured,
+    exits: &ExitModel,
+    requests: Vec<Request>,
+    results: &Path,
+    reporter: &mut dyn Reporter,
+) -> Result<()> {
+    let (latency, workload) = (LatencyModel::new(&measured.profile)?, Workload { requests, prefixes: None });
+    for (file, settings) in [(SWEEP_THRESHOLD, &variants.thresholds), (SWEEP_MAX_BATCH, &variants.max_batch)] {
+        if !settings.is_empty() {
+            let runs = simulate_all(settings, &latency, exits, &workload, reporter)?;
+            write_csv(&results.join(file), summaries(&runs))?;
+        }
+    }
+    Ok(())
+}
+
+fn summaries<'a>(runs: impl IntoIterator<Item = &'a Run>) -> impl Iterator<Item = &'a Summary> {
+    runs.into_iter().map(|run| &run.summary)
+}
+
+/// What the experiment varies in the simulator.
+struct Variants {
+    thresholds: Vec<Settings>,
+    max_batch: Vec<Settings>,
+}
+
+impl Variants {
+    fn new(Experiment { serving, sweeps, .. }: &Experiment, model: &ModelMemory, requests: &[Request]) -> Result<Self> {
+        let at = |measure| move |&threshold: &f32| ExitPolicy::Confidence { measure, threshold };
+        let exit = sweeps.thresholds.iter().flat_map(|(&measure, thresholds)| thresholds.iter().map(at(measure)));
+        let thresholds = Serving { batching: vec![Batching::Depth], exit: exit.collect(), ..serving.clone() };
+        let settings = |serving: Serving| serving.all_settings(model, requests);
+        let by_batch = sweeps.max_batch.iter().map(|&max_batch| settings(serving.with_batch(max_batch)));
+        let by_batch: Vec<Vec<Settings>> = by_batch.collect::<Result<_>>()?;
+        Ok(Self { thresholds: settings(thresholds)?, max_batch: by_batch.concat() })
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Settings> + Clone {
+        self.thresholds.iter().chain(&self.max_batch)
+    }
+}

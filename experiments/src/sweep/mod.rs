@@ -1,0 +1,74 @@
+//! A sweep: every combination of what a YAML file lists, simulated, and summed up over seeds.
+//!
+//! ```text
+//! YAML ──► spec ──► plan: points, settings, models ──► runs on all cores ──► sweep.csv ──► means, figures
+//!                            └──► folder: what the results are of
+//! ```
+
+pub mod axis;
+pub mod figures;
+pub(crate) mod folder;
+pub(crate) mod plan;
+pub mod spec;
+
+use std::path::Path;
+
+use anyhow::Result;
+use simulator::{Points, Table};
+
+use crate::reporter::{Reporter, Shared};
+use crate::runs::warn_of_extrapolations;
+use figures::{SWEEP_SUMMARY, draw_sweep};
+use folder::Inputs;
+use plan::{Plan, SETTINGS};
+use spec::SweepSpec;
+
+/// A line for each point of the grid and each seed.
+pub const SWEEP: &str = "sweep.csv";
+
+/// What becomes of the results that an earlier run left in the folder.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Earlier {
+    /// They are kept, and the rest is added: for the same inputs only.
+    Continue,
+    /// They are removed.
+    Remove,
+}
+
+/// What a sweep came to.
+#[derive(Clone, Debug)]
+pub struct SweepReport {
+    /// How many simulations there are.
+    pub simulations: usize,
+    /// Those of an earlier run among them.
+    pub earlier: usize,
+    /// Means over seeds.
+    pub summary: Table,
+}
+
+/// Simulates every point of a sweep on all cores. Lines, means and figures go to `target`, where the same sweep goes on
+/// after an interruption.
+///
+/// # Errors
+/// If something does not read, cannot be served or cannot be written, or `target` holds other results.
+pub fn sweep(
+    spec: &SweepSpec,
+    base: &Path,
+    target: &Path,
+    earlier: Earlier,
+    reporter: &mut dyn Reporter,
+) -> Result<SweepReport> {
+    let plan = Plan::new(spec, base, reporter)?;
+    folder::open(target, spec, &Inputs::new(spec, base, "sweep")?, earlier)?;
+    let points = Points::open(&target.join(SWEEP), plan.len())?;
+    let earlier = points.done();
+    reporter.start(plan.len(), earlier);
+    let shared = Shared::new(reporter);
+    let table = points.complete(|index| plan.simulate(index), || shared.lock().advance(1))?;
+    reporter.finish();
+    let summary = table.over_seeds(spec.num_seeds(), &SETTINGS);
+    summary.write(&target.join(SWEEP_SUMMARY))?;
+    warn_of_extrapolations(&plan.extrapolations(), reporter);
+    draw_sweep(target, &spec.title, reporter)?;
+    Ok(SweepReport { simulations: plan.len(), earlier, summary })
+}
