@@ -21,29 +21,28 @@ use experiments::workload::{Workload, load_requests};
 /// Which requests to serve.
 #[derive(Debug, clap::Args)]
 pub struct RequestArgs {
-    /// Request trace: Azure 2023 CSV, Mooncake JSONL, BurstGPT CSV or our own CSV; or a YAML file that says how to
-    /// generate requests
+    /// Request trace (Azure, BurstGPT, Mooncake, LLMServingSim or own CSV), or a YAML file that describes requests
     #[arg(long, value_name = "FILE")]
     pub requests: PathBuf,
-    /// The trace's format, if its first line does not tell
+    /// Format of the trace, if it is not recognised: depthwise, azure, burst_gpt, mooncake, llm_serving_sim
     #[arg(long, value_name = "FORMAT")]
     pub format: Option<RequestFormat>,
-    /// Only the first so many requests
+    /// Keep only the first N requests
     #[arg(long, value_name = "N")]
     pub first: Option<usize>,
-    /// Only requests that arrive between these seconds of the trace
+    /// Keep only requests that arrive in this window, in seconds of the trace
     #[arg(long, value_names = ["FROM", "TO"], num_args = 2)]
     pub window_s: Option<Vec<f64>>,
-    /// Arrivals so many times as fast
+    /// Divide arrival times by this factor
     #[arg(long, value_name = "FACTOR", conflicts_with = "rate_per_s")]
     pub rate_factor: Option<f64>,
-    /// Arrivals scaled to so many requests per second
+    /// Scale arrivals to this mean rate, in requests per second
     #[arg(long, value_name = "RATE")]
     pub rate_per_s: Option<f64>,
-    /// Cut longer prompts to so many tokens
+    /// Cut longer prompts to this length
     #[arg(long, value_name = "TOKENS")]
     pub max_prompt_tokens: Option<u32>,
-    /// Cut longer outputs to so many tokens
+    /// Cut longer outputs to this length
     #[arg(long, value_name = "TOKENS")]
     pub max_output_tokens: Option<u32>,
 }
@@ -86,17 +85,17 @@ impl RequestArgs {
 /// Which model to run.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// A folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub (OWNER/MODEL or
-    /// OWNER/MODEL/FILE.gguf)
+    /// Model: a folder that `train` or `convert` wrote, a Hugging Face folder, a GGUF file, or a name on the Hugging
+    /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
     #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
-    /// Split the layers of an ordinary transformer into so many blocks, a depth each
+    /// Split the layers of an ordinary transformer into N blocks, one for each depth
     #[arg(long, value_name = "N")]
     pub loops: Option<usize>,
-    /// How the numbers of its weights are stored: f32, bf16, q8_0 or q4k on the CPU; f32, f16 or bf16 on a GPU
+    /// Number type of the weights: f32, bf16, q8_0 or q4k on a CPU; f32, f16 or bf16 on a GPU
     #[arg(long, default_value_t, value_name = "TYPE")]
     pub weights: WeightType,
-    /// Where to run it: cpu, cuda or cuda:N
+    /// Device: cpu, cuda or cuda:N
     #[arg(long, default_value_t)]
     pub device: DeviceName,
 }
@@ -106,7 +105,7 @@ pub struct ModelArgs {
 pub struct EngineArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Text that prompts are cut from
+    /// Text file that prompts are cut from
     #[arg(long, value_name = "FILE")]
     pub prompts: PathBuf,
     /// Softmax temperature of sampling; 0 takes the most likely token
@@ -141,37 +140,37 @@ pub struct ServingArgs {
     /// MEASURE:THRESHOLD (top1, margin, entropy, similarity, gate)
     #[arg(long, value_delimiter = ',', default_value = "none,oracle,confidence:0.9", value_name = "POLICIES")]
     pub exit: Vec<ExitPolicy>,
-    /// What later tokens find at depths that a token which left early never ran: reuse (copies of its exit depth's
-    /// keys and values), first (those of depth 0), skip (nothing), backfill (its own, run later); the engine has reuse
+    /// What later tokens find at the depths that an exited token did not run: reuse (copies of the keys and values of
+    /// its exit depth), first (those of depth 0), skip (nothing), backfill (its own, run later)
     #[arg(long, default_value_t, value_name = "FILL")]
     pub kv_fill: KvFill,
-    /// Most sequences that run at once
+    /// Maximum number of sequences that run at the same time
     #[arg(long, default_value_t = 64, value_name = "SEQUENCES")]
     pub max_batch: u32,
-    /// Most rows of a pass (depth-wise) or of an iteration (lockstep)
+    /// Maximum number of rows of a pass (depth-wise) or of an iteration (vanilla, sequence-wise)
     #[arg(long, default_value_t = 512, value_name = "ROWS")]
     pub token_budget: u32,
-    /// Most prompt tokens that start in a pass or an iteration [default: the token budget, divided by the number of
-    /// loops under depth-wise batching]
+    /// Maximum number of prompt tokens that start in a pass or an iteration [default: the token budget; under
+    /// depth-wise batching divided by the number of loops]
     #[arg(long, value_name = "TOKENS")]
     pub prefill_chunk: Option<u32>,
     /// Positions per KV block
     #[arg(long, default_value_t = DEFAULT_BLOCK_TOKENS, value_name = "TOKENS")]
     pub block_tokens: u32,
-    /// KV blocks [default: what fits into the device's memory; where that is not known, room for a full batch of the
-    /// longest request]
+    /// KV blocks [default: what fits into the memory of the device; if its size is not known, enough for a full batch
+    /// of the longest request]
     #[arg(long, value_name = "BLOCKS", conflicts_with_all = ["device_memory", "memory_utilization"])]
     pub num_blocks: Option<u32>,
-    /// Memory of the device, such as 80GB or 16GiB [default: as the latency profile says]
+    /// Memory of the device, such as 80GB or 16GiB [default: that of the latency profile]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub device_memory: Option<u64>,
     /// Share of the memory that the server uses [default: 0.9]
     #[arg(long, value_name = "SHARE")]
     pub memory_utilization: Option<f64>,
-    /// Keep the contents of freed KV blocks for prompts that begin alike (simulations only)
+    /// Keep the contents of freed KV blocks for prompts with the same prefix (simulations only)
     #[arg(long)]
     pub prefix_caching: bool,
-    /// Compose the next pass when this one starts; with the exit policies none and static
+    /// Compose the next pass when this one starts (exit policies none and static only)
     #[arg(long)]
     pub async_scheduling: bool,
 }
@@ -209,16 +208,17 @@ pub struct SimulationArgs {
     exits: Option<PathBuf>,
     #[command(flatten)]
     serving: ServingArgs,
-    /// Machines, each with a batch and a cache of its own
+    /// Number of machines, each with its own batch and cache
     #[arg(long, default_value_t = 1, value_name = "N")]
     replicas: usize,
-    /// How requests are spread over them: round-robin, random or random:SEED, least-loaded, two-choices or two-choices:SEED
+    /// How requests are routed to machines: round-robin, random, random:SEED, least-loaded, two-choices,
+    /// two-choices:SEED
     #[arg(long, default_value = "round-robin", value_name = "RULE")]
     routing: Routing,
-    /// Draw times from their measured spread instead of taking medians
+    /// Draw the time of each pass from its measured spread
     #[arg(long)]
     spread: bool,
-    /// Seed of what is drawn at random
+    /// Seed of random draws
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
@@ -297,13 +297,13 @@ impl SimulationArgs {
 /// What requests must meet to count for goodput.
 #[derive(Debug, clap::Args)]
 pub struct ObjectiveArgs {
-    /// Objective: longest time to the first token
+    /// Objective: maximum time to first token
     #[arg(long, value_name = "MS")]
     ttft_ms: Option<f64>,
-    /// Objective: longest time per token after the first
+    /// Objective: maximum time per output token after the first
     #[arg(long, value_name = "MS")]
     tpot_ms: Option<f64>,
-    /// Objective: longest time to the last token
+    /// Objective: maximum end-to-end latency
     #[arg(long, value_name = "MS")]
     e2e_ms: Option<f64>,
 }

@@ -13,8 +13,8 @@ use training::calibration::{Calibration, Outcome, RiskTest, Target, calibrate, f
 use crate::report::print_table;
 use experiments::results::{CONFIG, ResultsFolder};
 
-/// Choose the exit threshold of least depth whose tokens, with a chosen confidence, differ no more than tolerated from
-/// those of full depth
+/// Choose the exit threshold of least depth whose tokens differ from those of full depth at most as often as tolerated,
+/// with a chosen confidence
 ///
 /// Learn then Test (arXiv 2110.01052), as in CALM (arXiv 2207.07061): thresholds are tested from the strictest on until
 /// one fails. docs/explanation/evaluation.md says what is guaranteed, and what is not.
@@ -23,20 +23,20 @@ pub struct Args {
     /// Exit trace to calibrate on, as `depthwise record` writes it
     #[arg(long, value_name = "DIR")]
     exits: PathBuf,
-    /// Another exit trace of the model, to see what the threshold does there
+    /// Another exit trace of the same model, to check the threshold on
     #[arg(long, value_name = "DIR")]
     held_out: Option<PathBuf>,
     /// Exit signal: top1, margin, entropy, similarity, gate
     #[arg(long)]
     measure: Measure,
-    /// Share of generated tokens that may differ from the full-depth token at their exit
+    /// Share of generated tokens that may differ from the full-depth token after the same prefix
     #[arg(long, default_value_t = 0.05, value_name = "SHARE")]
     tolerance: f64,
-    /// Chance, over the draw of the calibration requests, that the share is kept
+    /// Probability, over the draw of the calibration requests, that the tolerance is met
     #[arg(long, default_value_t = 0.95, value_name = "SHARE")]
     confidence: f64,
-    /// How it is tested: betting or hoeffding-bentkus (the share of a request's tokens, averaged over requests, which
-    /// are independent), or binomial (the share of all tokens, if those are independent)
+    /// Statistical test: betting or hoeffding-bentkus (share of the tokens of a request, averaged over independent
+    /// requests), or binomial (share of all tokens, assuming independent tokens)
     #[arg(long, default_value_t = RiskTest::Betting)]
     test: RiskTest,
     /// Folder to write calibration.csv, held_out.csv and the figure to

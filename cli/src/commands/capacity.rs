@@ -16,32 +16,33 @@ use crate::interrupt;
 use crate::progress::Terminal;
 use crate::report::print_table;
 
-/// Find the highest request rate that meets latency objectives, for every batching and exit policy asked for
+/// Find the highest request rate that meets latency objectives, for every given combination of batching and exit
+/// policies
 ///
-/// What to simulate is said by options, as for `simulate`, or by the YAML file of a sweep. The requests come in the rhythm
-/// of their trace, faster or slower. A dash says that no rate meets the objectives.
+/// The simulation is described by options, as for `simulate`, or by the YAML file of a sweep. Arrivals keep the pattern
+/// of the trace and are sped up or slowed down. A dash in the table means that no rate meets the objectives.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     // Before `config`, which is gone from what was matched once it is read.
     #[command(flatten)]
     simulation: UnlessConfig,
-    /// A sweep's YAML file, instead of the options that say what to simulate
+    /// YAML file of a sweep, instead of the options that describe the simulation
     #[arg(conflicts_with_all = [
         "RequestArgs", "ServingArgs", "profile", "exits", "replicas", "routing", "spread", "seed",
     ])]
     config: Option<PathBuf>,
     #[command(flatten)]
     objectives: ObjectiveArgs,
-    /// Share of requests that must meet all of them [default: 0.9]
+    /// Share of requests that must meet all objectives [default: 0.9]
     #[arg(long)]
     share: Option<f64>,
-    /// Width of the answer, relative to it [default: 0.01]
+    /// Relative width of the answer [default: 0.01]
     #[arg(long)]
     tolerance: Option<f64>,
-    /// Folder to write capacity.csv, its means over seeds and a figure to
+    /// Folder to write capacity.csv, capacity-summary.csv and a figure to
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Remove what an earlier search left in the folder
+    /// Remove the results of an earlier search in the folder
     #[arg(long, requires = "out")]
     restart: bool,
 }

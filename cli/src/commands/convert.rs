@@ -21,46 +21,47 @@ use experiments::results::ResultsFolder;
 /// File that says what the model was made from and how.
 const RECORD_FILE: &str = "conversion.yaml";
 
-/// Make a pretrained model recursive: tie its layers over loops, and give each loop low-rank adapters
+/// Make a pretrained model recursive: tie its layers over loops and give each loop low-rank adapters
 ///
 /// As in Relaxed Recursive Transformers (arXiv 2410.20672); docs/explanation/conversion.md has the rules.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model to convert: a folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub
-    /// (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
+    /// Model to convert: a Hugging Face folder, a GGUF file, a name on the Hugging Face hub (OWNER/MODEL or
+    /// OWNER/MODEL/FILE.gguf), or an ordinary transformer that `train` wrote
     #[arg(value_name = "SOURCE")]
     source: PathBuf,
-    /// Folder for the recursive model, which must not be there or be empty
+    /// Folder for the recursive model; must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Times the shared block is run; divides the layers to share
+    /// Number of times that the shared block runs; must divide the number of shared layers
     #[arg(long, value_name = "N")]
     loops: usize,
-    /// First layers to keep as they are, before the loops
+    /// Number of first layers to keep unshared, before the loops
     #[arg(long, default_value_t = 0, value_name = "LAYERS")]
     prelude: usize,
-    /// Last layers to keep as they are, after the loops
+    /// Number of last layers to keep unshared, after the loops
     #[arg(long, default_value_t = 0, value_name = "LAYERS")]
     coda: usize,
-    /// Where the shared matrices come from: stepwise (layers spread from the first to the last), average (the mean of
-    /// those that are tied), lower (the first layers), random [default: average with --rank, stepwise without]
+    /// Initial shared matrices: stepwise (layers spread evenly from the first to the last), average (mean of the tied
+    /// layers), lower (first layers), random [default: average with --rank, stepwise without]
     #[arg(long, value_name = "RULE", value_parser = by_name::<Initialization>)]
     init: Option<Initialization>,
-    /// Norms and biases: own (each loop keeps the original's), or shared by all loops: average, first (of the layer
-    /// that the matrices come from), reset (ones and zeros) [default: own with --rank, without it as the matrices]
+    /// Norms and biases: own (each loop keeps those of its original layers), or shared by all loops: average, first
+    /// (those of the layer that the matrices come from), reset (ones and zeros) [default: own with --rank; without it,
+    /// as the matrices]
     #[arg(long, value_name = "RULE", value_parser = by_name::<Vectors>)]
     norms: Option<Vectors>,
-    /// Rank of each loop's adapters: one number for all projections, `full`, or a list like q=64,k=32,v=32,o=64,gate=128,up=128,down=128
-    /// [default: no adapters]
+    /// Rank of the adapters of each loop: one number for all projections, `full`, or a list such as
+    /// q=64,k=32,v=32,o=64,gate=128,up=128,down=128 [default: no adapters]
     #[arg(long, value_name = "RANK")]
     rank: Option<Ranks>,
-    /// What adapters start from: svd (of what the shared matrices lack), zero
+    /// Initial adapters: svd (of the difference between the original and the shared matrices), zero
     #[arg(long, default_value = "svd", value_name = "RULE", value_parser = by_name::<AdapterStart>, requires = "rank")]
     adapters: AdapterStart,
-    /// Seed of what is drawn at random
+    /// Seed of random draws
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Store numbers in two bytes, rounded, rather than four
+    /// Store weights as 16-bit floats instead of 32-bit floats
     #[arg(long)]
     f16: bool,
 }

@@ -27,39 +27,40 @@ use experiments::results::{CONFIG, ResultsFolder};
 /// Agreements for which the shallowest exits are printed.
 const AGREEMENTS: [f64; 3] = [0.99, 0.95, 0.9];
 
-/// Evaluate a model: perplexity, agreement and accuracy by loop, and what each exit signal is worth
+/// Evaluate a model: perplexity, agreement and accuracy by loop, and the quality of each exit signal
 ///
 /// From a text, from an exit trace, or from multiple-choice questions. docs/explanation/evaluation.md has the formulas.
 #[derive(Debug, Serialize, clap::Args)]
 #[command(group = ArgGroup::new("evidence").required(true).multiple(true).args(["text", "exits", "questions"]))]
 pub struct Args {
-    /// A folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub (OWNER/MODEL or
-    /// OWNER/MODEL/FILE.gguf)
+    /// Model: a folder that `train` or `convert` wrote, a Hugging Face folder, a GGUF file, or a name on the Hugging
+    /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
     #[arg(required_unless_present = "exits")]
     model: Option<PathBuf>,
-    /// Split the layers of an ordinary transformer into so many blocks, a depth each
+    /// Split the layers of an ordinary transformer into N blocks, one for each depth
     #[arg(long, value_name = "N", requires = "model")]
     loops: Option<usize>,
-    /// Where to run it: cpu, cuda or cuda:N
+    /// Device: cpu, cuda or cuda:N
     #[arg(long, default_value_t, requires = "model")]
     device: DeviceName,
     /// Plain text to predict, token by token
     #[arg(long, value_name = "FILE", requires = "model")]
     text: Option<PathBuf>,
-    /// Exit trace, instead of a text
+    /// Folder of an exit trace, instead of a text
     #[arg(long, value_name = "DIR", conflicts_with = "text")]
     exits: Option<PathBuf>,
     /// Multiple-choice questions: JSON lines with `query`, `choices` and `gold`, or samples that the LM Evaluation
     /// Harness logged
     #[arg(long, value_name = "FILE", requires = "model")]
     questions: Option<PathBuf>,
-    /// Questions of which the first are put before each question, with their answers
+    /// Questions to use as examples: the first of them precede each question, with their answers
     #[arg(long, value_name = "FILE", requires = "questions", requires = "shots")]
     examples: Option<PathBuf>,
-    /// How many of them
+    /// Number of examples
     #[arg(long, value_name = "N", requires = "examples")]
     shots: Option<usize>,
-    /// Tokens of a window of the text; all but those of the first window are predicted from half as many or more
+    /// Length of a window of the text. Windows overlap by half; after the first window, a token is predicted from at
+    /// least half a window
     #[arg(long, default_value_t = 256, value_name = "TOKENS")]
     seq: usize,
     /// Folder to write CSV files and figures to

@@ -8,18 +8,19 @@ use engine::weights::Stored;
 
 use experiments::results::ResultsFolder;
 
-/// Write a model as a plain Hugging Face folder: loops unrolled into layers, adapters merged into matrices
+/// Write a model as an ordinary Hugging Face folder: loops unrolled into layers, adapters merged into matrices
 ///
-/// It computes what the last loop does. Heads and gates of earlier exits are left out.
+/// The exported model computes what the last loop computes. Heads and gates of earlier exits are left out.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A folder of ours, or any model that `convert` reads
+    /// Model: a folder that `train` or `convert` wrote, a Hugging Face folder, a GGUF file, or a name on the Hugging
+    /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
     #[arg(value_name = "MODEL")]
     model: PathBuf,
-    /// Folder to write, which must not be there or be empty
+    /// Folder to write to; must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Store numbers in two bytes, rounded, rather than four
+    /// Store weights as 16-bit floats instead of 32-bit floats
     #[arg(long)]
     f16: bool,
 }

@@ -31,29 +31,29 @@ const TOKEN_BUDGET: u32 = 256;
 /// Colours from the first depth to the last, of the terminal's 256: blue, green, yellow, red.
 const COLORS: [u8; 6] = [39, 44, 77, 220, 208, 197];
 
-/// Generate text, and show at which depth each token left
+/// Generate text, and show at which depth each token exited
 ///
-/// On a terminal a token's colour tells its depth. The text goes to standard output; the legend, the depths where there
-/// is no colour, and a line of figures to standard error. A text ends at the tokenizer's first token that is no text,
-/// such as an end of text, or after --max-tokens; Ctrl-C ends all.
+/// On a terminal, the colour of a token shows its exit depth. The text goes to standard output. The legend, the depths
+/// if there is no colour, and a summary line go to standard error. A text ends at the first special token of the
+/// tokenizer, such as an end of text, or after --max-tokens. Ctrl-C ends all texts.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub (OWNER/MODEL or
-    /// OWNER/MODEL/FILE.gguf)
+    /// Model: a folder that `train` or `convert` wrote, a Hugging Face folder, a GGUF file, or a name on the Hugging
+    /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
     model: PathBuf,
-    /// Text to go on with; given several times, all are served together
+    /// Text to continue; repeat the option to serve several prompts in one batch
     #[arg(long, value_name = "TEXT", required = true)]
     prompt: Vec<String>,
-    /// Split the layers of an ordinary transformer into so many blocks, a depth each
+    /// Split the layers of an ordinary transformer into N blocks, one for each depth
     #[arg(long, value_name = "N")]
     loops: Option<usize>,
-    /// How the numbers of the model's weights are stored: f32, bf16, q8_0 or q4k on the CPU; f32, f16 or bf16 on a GPU
+    /// Number type of the weights: f32, bf16, q8_0 or q4k on a CPU; f32, f16 or bf16 on a GPU
     #[arg(long, default_value_t, value_name = "TYPE")]
     weights: WeightType,
-    /// Where to run it: cpu, cuda or cuda:N
+    /// Device: cpu, cuda or cuda:N
     #[arg(long, default_value_t)]
     device: DeviceName,
-    /// Most tokens to generate for a prompt
+    /// Maximum number of tokens to generate for each prompt
     #[arg(long, default_value_t = 128, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
     /// Softmax temperature of sampling; 0 takes the most likely token
@@ -69,7 +69,7 @@ pub struct Args {
     /// gate)
     #[arg(long, default_value_t = ExitPolicy::None, value_name = "POLICY")]
     exit: ExitPolicy,
-    /// What later tokens find at depths that a token which left early never ran
+    /// What later tokens find at the depths that an exited token did not run: reuse, first, skip, backfill
     #[arg(long, default_value_t, value_name = "FILL")]
     kv_fill: KvFill,
     /// When to colour tokens

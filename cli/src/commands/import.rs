@@ -9,7 +9,7 @@ use traces::{LatencyProfile, MemoryFigures};
 
 use experiments::serving::parse_bytes;
 
-/// Make a latency profile from kernel tables that others measured
+/// Make a latency profile from published tables of measured kernels
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -22,47 +22,48 @@ enum Tables {
     Aiconfigurator(AiconfiguratorArgs),
 }
 
-/// From tables by kind of layer, as LLMServingSim's profiler writes them
+/// Import tables by kind of layer, as the profiler of LLMServingSim writes them
 ///
-/// The folder holds dense.csv, per_sequence.csv, attention.csv and perhaps skew_fit.csv and meta.yaml, or a folder tp1
-/// with them.
+/// The folder contains dense.csv, per_sequence.csv, attention.csv and optionally skew_fit.csv and meta.yaml, or a
+/// folder tp1 with these files.
 #[derive(Debug, clap::Args)]
 struct LayerArgs {
     /// Folder of the tables
     #[arg(value_name = "TABLES")]
     tables: PathBuf,
-    /// Name of the device that was measured, if not that in the tables' meta.yaml
+    /// Name of the measured device [default: that in meta.yaml]
     #[arg(long)]
     device: Option<String>,
     /// Memory of the device, such as 24GB or 24GiB
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     device_memory: Option<u64>,
-    /// Memory that neither weights nor activations nor keys and values take
+    /// Memory used by anything but weights, activations, keys and values
     #[arg(long, default_value = "0", value_name = "BYTES", value_parser = parse_bytes)]
     other_memory: u64,
     #[command(flatten)]
     common: CommonArgs,
 }
 
-/// From the Parquet tables of PyPI's aiconfigurator-core
+/// Import the Parquet tables of the Python package aiconfigurator-core
 ///
-/// What they lack (norms and activations, attention of unmeasured head shapes, mixing of depths) is a roofline, products
-/// larger than any of theirs are scaled in proportion; both have `repeats` 0 in the profile.
+/// Times that the tables lack (norms and activations, attention of unmeasured head shapes, mixing of depths) are
+/// computed by a roofline. Matrix products larger than any in the tables are scaled in proportion. Both have `repeats`
+/// 0 in the profile.
 #[derive(Debug, clap::Args)]
 struct AiconfiguratorArgs {
-    /// The package's folder `systems`
+    /// Folder `systems` of the package
     #[arg(value_name = "SYSTEMS")]
     systems: PathBuf,
-    /// GPU, as its YAML file is named (h100_sxm)
+    /// GPU: the name of its YAML file, such as h100_sxm
     #[arg(long)]
     gpu: String,
-    /// Framework, as its folder is named (vllm)
+    /// Framework: the name of its folder
     #[arg(long, default_value = "vllm")]
     framework: String,
-    /// Version of the framework, as its folder is named
+    /// Version of the framework: the name of its folder
     #[arg(long)]
     version: String,
-    /// What a pass costs beside its kernels, in microseconds: launches, scheduling, and waiting for exits
+    /// Fixed time of a pass beyond its kernels, in microseconds: launches, scheduling, waiting for exit signals
     #[arg(long, default_value_t = 0.0, value_name = "MICROSECONDS")]
     overhead_us: f64,
     #[command(flatten)]
@@ -71,13 +72,13 @@ struct AiconfiguratorArgs {
 
 #[derive(Debug, clap::Args)]
 struct CommonArgs {
-    /// The model's Hugging Face config.json
+    /// Hugging Face config.json of the model
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
-    /// Loops that the layers make: 1 is the model as it is
+    /// Number of loops that the layers are divided into; 1 leaves the model as it is
     #[arg(long, default_value_t = 1)]
     num_loops: u64,
-    /// Rank of each loop's low-rank weights; 0 for none
+    /// Rank of the low-rank weights of each loop; 0 for none
     #[arg(long, default_value_t = 0)]
     lora_rank: u64,
     /// Folder to write the profile to

@@ -14,10 +14,10 @@ use experiments::results::CONFIG;
 use experiments::sweep::figures::{CAPACITY_SUMMARY, SWEEP_SUMMARY, draw_capacity, draw_sweep};
 use experiments::sweep::spec::SweepSpec;
 
-/// Draw the figures of a folder of results again, from its CSV files, or the loss curves of one or several training runs
+/// Draw the figures of a folder of results again from its CSV files, or the loss curves of training runs
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder that `depthwise run`, `validate`, `sweep` or `capacity` wrote, or folders that `depthwise train` wrote
+    /// Folder that `run`, `validate`, `sweep` or `capacity` wrote, or folders that `train` wrote
     #[arg(required = true, num_args = 1..)]
     results: Vec<PathBuf>,
     /// Folder for the figures [default: `figures` in the first folder]

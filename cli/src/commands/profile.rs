@@ -20,19 +20,19 @@ pub struct Args {
     /// Folder to write the profile to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Most sequences that run at once
+    /// Maximum number of sequences that run at the same time
     #[arg(long, default_value_t = 64, value_name = "SEQUENCES")]
     max_batch: u32,
-    /// Most rows of a pass
+    /// Maximum number of rows of a pass
     #[arg(long, default_value_t = 256, value_name = "ROWS")]
     token_budget: u32,
-    /// Longest sequence
+    /// Maximum length of a sequence
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
     max_tokens: u32,
-    /// Longest prompt chunk
+    /// Maximum length of a prompt chunk
     #[arg(long, default_value_t = 256, value_name = "TOKENS")]
     prefill_chunk: u32,
-    /// Times that every shape is measured anew, in another order
+    /// Number of rounds; each measures every shape, in another order
     #[arg(long, default_value_t = 3)]
     rounds: usize,
 }

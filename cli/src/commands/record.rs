@@ -10,17 +10,17 @@ use crate::progress::Terminal;
 use crate::report;
 use experiments::results::ResultsFolder;
 
-/// Record an exit trace: real prompts at full depth, with every exit signal at every depth
+/// Record an exit trace: run prompts at full depth and write every exit signal at every depth
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
     requests: RequestArgs,
-    /// Folder to write the exit trace to: exits.yaml and exits.parquet
+    /// Folder to write the exit trace to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Write the rows as exits.csv instead: three times the size, but readable by people
+    /// Write exits.csv instead of exits.parquet: three times the size, but readable by people
     #[arg(long)]
     csv: bool,
 }

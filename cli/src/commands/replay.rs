@@ -13,7 +13,7 @@ use experiments::NamedEngine;
 use experiments::results::ResultsFolder;
 use experiments::runs::write_results;
 
-/// Replay a request trace on the engine, under every batching and exit policy asked for
+/// Serve a request trace with the engine under every given combination of batching and exit policies
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -22,10 +22,10 @@ pub struct Args {
     requests: RequestArgs,
     #[command(flatten)]
     serving: ServingArgs,
-    /// Exit trace of the same requests, for the oracle [default: it is recorded first]
+    /// Exit trace of the same requests, for the oracle [default: record one first]
     #[arg(long, value_name = "DIR")]
     exits: Option<PathBuf>,
-    /// Wait for arrivals as long as the trace says, instead of skipping idle time
+    /// Wait for arrivals in real time instead of skipping idle time
     #[arg(long)]
     real_time: bool,
     /// Folder to write summary.csv and requests.csv to

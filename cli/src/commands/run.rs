@@ -9,12 +9,12 @@ use experiments::run::{LoadReport, Report};
 use crate::progress::Terminal;
 use crate::report;
 
-/// Do a whole experiment: measure, replay, simulate, compare, draw
+/// Run an experiment: measure, replay, simulate, compare and draw figures
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The experiment, a YAML file
+    /// Experiment, a YAML file
     config: PathBuf,
-    /// Folder of results [default: results/ and the experiment's file name]
+    /// Folder of results [default: results/ and the name of the experiment file]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }

@@ -10,7 +10,7 @@ use crate::report;
 use experiments::results::ResultsFolder;
 use experiments::runs::{run_simulations, write_results};
 
-/// Replay a request trace in the simulator, under every batching and exit policy asked for
+/// Simulate a request trace under every given combination of batching and exit policies
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]

@@ -10,17 +10,18 @@ use experiments::sweep::{Earlier, SWEEP, SweepReport};
 use crate::interrupt;
 use crate::progress::Terminal;
 
-/// Simulate every combination of what a YAML file lists: policies, thresholds, batch limits, memory, rates, seeds, systems
+/// Simulate every combination of the policies, thresholds, batch limits, memory sizes, rates, seeds and systems that a
+/// YAML file lists
 ///
-/// Results are kept as they come: after an interruption, the same command goes on where it stopped.
+/// Finished results are kept: after an interruption, the same command continues where it stopped.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The sweep, a YAML file
+    /// Sweep, a YAML file
     config: PathBuf,
-    /// Folder of results [default: results/ and the sweep's file name]
+    /// Folder of results [default: results/ and the name of the sweep file]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Remove what an earlier sweep left in the folder
+    /// Remove the results of an earlier sweep in the folder
     #[arg(long)]
     restart: bool,
 }

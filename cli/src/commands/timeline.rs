@@ -10,7 +10,7 @@ use traces::Nanos;
 
 use crate::arguments::SimulationArgs;
 
-/// Write a simulated run as a Chrome trace: passes, rows by depth, admissions, exits, preemptions. Open it in Perfetto
+/// Write a simulated run as a Chrome trace (passes, rows by depth, admissions, exits, preemptions), for Perfetto
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]

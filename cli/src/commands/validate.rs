@@ -9,7 +9,7 @@ use crate::commands::run::print_load;
 use crate::progress::Terminal;
 use experiments::experiment::{EngineSpec, Experiment, SCHEMA_VERSION, Sweeps};
 
-/// Replay requests on the engine and in the simulator, in alternation with profiling, and compare
+/// Serve requests with the engine in alternation with profiling, simulate the same, and compare
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -18,11 +18,12 @@ pub struct Args {
     requests: RequestArgs,
     #[command(flatten)]
     serving: ServingArgs,
-    /// Times every combination is replayed
+    /// Number of replays of every combination
     #[arg(long, default_value_t = 3)]
     repeats: u32,
-    /// Shares of the capacity to scale arrivals to, separated by commas, each replayed on its own. The capacity is the
-    /// rate at which the first batching policy with the first exit policy serves the requests when all arrive at once
+    /// Shares of the capacity to scale arrivals to, separated by commas; each is replayed separately. The capacity is
+    /// the rate at which the first batching policy with the first exit policy serves the requests when all arrive at
+    /// the same time
     #[arg(long, value_delimiter = ',', value_name = "SHARES")]
     loads: Vec<f64>,
     /// Folder of results

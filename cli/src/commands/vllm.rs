@@ -12,22 +12,22 @@ use traces::{LatencyProfile, ReadOptions, RequestTrace};
 
 use experiments::serving::longest;
 
-/// Simulate the requests of a measured vLLM run under its settings, and compare
+/// Simulate the requests of a measured vLLM run under its settings, and compare latencies
 ///
-/// The run's folder holds meta.json (settings), workload.jsonl (requests as sent) and requests.jsonl (times).
+/// The folder of the run contains meta.json (settings), workload.jsonl (requests as sent) and requests.jsonl (times).
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Folder of the run
     #[arg(value_name = "RUN")]
     run: PathBuf,
-    /// Folder of the latency profile of the run's device and model
+    /// Folder of a latency profile of the device and the model of the run
     #[arg(long, value_name = "DIR")]
     profile: PathBuf,
-    /// KV blocks, if meta.json does not say [default: what fits into the device's memory; where that is not known, room
-    /// for a full batch of the longest request]
+    /// KV blocks, if meta.json does not give them [default: what fits into the memory of the device; if its size is not
+    /// known, enough for a full batch of the longest request]
     #[arg(long)]
     num_blocks: Option<u32>,
-    /// Requests as sent, if not workload.jsonl in the run's folder
+    /// Requests as sent [default: workload.jsonl in the folder of the run]
     #[arg(long, value_name = "FILE")]
     workload: Option<PathBuf>,
     /// File to write the comparison to, as CSV

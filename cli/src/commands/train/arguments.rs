@@ -12,7 +12,7 @@ use training::trainer::options::{Part, TrainingOptions};
 /// The run, as a file and as flags.
 #[derive(Debug, clap::Args)]
 pub struct RunArgs {
-    /// YAML file that describes the run, as in configs/train; flags change what it says
+    /// YAML file that describes the run, as in configs/train; options override it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -28,8 +28,8 @@ pub struct RunArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 struct ModelArgs {
-    /// Model to go on from: a folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub
-    /// [default: a fresh model]
+    /// Model to start from: a folder that `train` or `convert` wrote, a Hugging Face folder, a GGUF file, or a name on
+    /// the Hugging Face hub [default: a fresh model]
     #[arg(long, value_name = "MODEL")]
     from: Option<PathBuf>,
     /// Tokenizer of a fresh model [default: one trained on the text]
@@ -56,22 +56,22 @@ struct ModelArgs {
     /// Layers of a block [default: 2]
     #[arg(long)]
     block_layers: Option<usize>,
-    /// Times a block is run [default: 4]
+    /// Number of times that the block runs [default: 4]
     #[arg(long)]
     num_loops: Option<usize>,
     /// What the loops share: block, matrices or nothing [default: block]
     #[arg(long)]
     sharing: Option<String>,
-    /// Longest sequence the model may be asked to run, in tokens [default: 1024]
+    /// Maximum length of a sequence, in tokens [default: 1024]
     #[arg(long)]
     max_positions: Option<usize>,
-    /// Give the head weights of its own
+    /// Give the head its own weights, not those of the embedding
     #[arg(long)]
     untied_head: bool,
-    /// Give every loop but the last a learned gate
+    /// Give every loop except the last a learned gate
     #[arg(long)]
     gate: bool,
-    /// Give every loop but the last an adapter of the head, of this rank
+    /// Give every loop except the last an adapter of the head, of this rank
     #[arg(long, value_name = "RANK")]
     head_lora_rank: Option<usize>,
 }
@@ -85,16 +85,16 @@ struct DataArgs {
     /// Files and folders to evaluate on, never trained on
     #[arg(long, value_name = "PATH", num_args = 1..)]
     held_out: Vec<PathBuf>,
-    /// Of the held-out text, only so many tokens [default: all]
+    /// Use only the first TOKENS tokens of the held-out text [default: all]
     #[arg(long, value_name = "TOKENS")]
     held_out_tokens: Option<usize>,
-    /// Key of a JSON line's text [default: text]
+    /// Key of the text in a line of .jsonl [default: text]
     #[arg(long, value_name = "KEY")]
     field: Option<String>,
     /// Token of the tokenizer to put after each document
     #[arg(long, value_name = "TOKEN")]
     end_of_document: Option<String>,
-    /// Folder in which tokens are kept for the next run on the same text [default: results/tokens]
+    /// Folder in which token ids are cached for later runs on the same text [default: results/tokens]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
 }
@@ -111,7 +111,7 @@ struct ObjectiveArgs {
     /// Weight of next-token cross-entropy [default: 1]
     #[arg(long, value_name = "WEIGHT")]
     cross_entropy: Option<f64>,
-    /// Teacher to distil from, found as the model to go on from is
+    /// Teacher to distil from; forms as for --from
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
     /// Weight of the divergence from the teacher [default: 1]
@@ -126,7 +126,7 @@ struct ObjectiveArgs {
     /// Train the gates, with this weight
     #[arg(long, value_name = "WEIGHT")]
     gate_weight: Option<f64>,
-    /// Let the gates' loss train what they read too
+    /// Let the loss of the gates also train what they read
     #[arg(long, requires = "gate_weight")]
     gate_through: bool,
 }
@@ -155,13 +155,13 @@ struct StepArgs {
     /// Gradient norm above which gradients are scaled down [default: 1]
     #[arg(long)]
     clip_norm: Option<f64>,
-    /// Where to train: cpu, cuda or cuda:N [default: cpu]
+    /// Device: cpu, cuda or cuda:N [default: cpu]
     #[arg(long)]
     device: Option<DeviceName>,
     /// Threads that share a step on the CPU [default: 2]
     #[arg(long)]
     workers: Option<usize>,
-    /// Steps between looks at the start of the held-out text [default: 200]
+    /// Steps between evaluations on the start of the held-out text [default: 200]
     #[arg(long)]
     evaluation_steps: Option<usize>,
     /// Steps between checkpoints [default: 200]

@@ -15,15 +15,14 @@ use experiments::loss_figure;
 
 const BETWEEN_PROGRESS_LINES: Duration = Duration::from_secs(10);
 
-/// Train a model on text: from scratch, or one at hand; all of it, or its adapters, its shared block or its gates.
+/// Train a model on text: a fresh or an existing one; the whole model, or its adapters, shared block or gates.
 ///
-/// Every loop may learn to predict the text, from a full-size teacher, and from the last loop. A run is described by
-/// flags, by a YAML file, or by a file and flags that change it. Ctrl-C writes a checkpoint and stops; `--resume` goes
-/// on from it.
+/// Each loop can be trained on the text, on a full-size teacher and on the last loop. A run is described by options, by
+/// a YAML file, or by a file and options that override it. Ctrl-C writes a checkpoint and stops; `--resume` continues
+/// from it.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Go on from the latest checkpoint in this folder, with the options it was started with;
-    /// only --steps may be given anew
+    /// Continue from the latest checkpoint in this folder, with the options of its start; only --steps may be changed
     #[arg(
         long,
         value_name = "DIR",

@@ -1,0 +1,100 @@
+//! The `depthwise` command: argument parsing and wiring only. It is a library so that tests can parse the commands that
+//! the documents show.
+
+mod arguments;
+mod commands;
+mod interrupt;
+mod process;
+mod progress;
+mod report;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Serve, measure and simulate recursive transformers with continuous depth-wise batching
+#[derive(Debug, clap::Parser)]
+#[command(name = "depthwise", version, max_term_width = 110)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Run(commands::run::Args),
+    Simulate(commands::simulate::Args),
+    Plot(commands::plot::Args),
+    Profile(commands::profile::Args),
+    Import(commands::import::Args),
+    Record(commands::record::Args),
+    Replay(commands::replay::Args),
+    Validate(commands::validate::Args),
+    Vllm(commands::vllm::Args),
+    Sweep(commands::sweep::Args),
+    Capacity(commands::capacity::Args),
+    Timeline(commands::timeline::Args),
+    Convert(commands::convert::Args),
+    Export(commands::export::Args),
+    Train(Box<commands::train::Args>),
+    Generate(commands::generate::Args),
+    Evaluate(commands::evaluate::Args),
+    Calibrate(commands::calibrate::Args),
+}
+
+/// Does what the arguments of the process ask for.
+pub fn main() -> ExitCode {
+    // Rust ignores this signal, and printing to `head` would panic.
+    // SAFETY: no other thread runs yet, and the default handler is no function of ours.
+    #[cfg(unix)]
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", message(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    // Handling a signal starts a thread, before which training sets up its process.
+    if let Command::Train(_) = command {
+        process::prepare_for_training();
+    }
+    interrupt::end()?;
+    match command {
+        Command::Run(args) => commands::run::run(args),
+        Command::Simulate(args) => commands::simulate::run(args),
+        Command::Plot(args) => commands::plot::run(args),
+        Command::Profile(args) => commands::profile::run(args),
+        Command::Import(args) => commands::import::run(args),
+        Command::Record(args) => commands::record::run(args),
+        Command::Replay(args) => commands::replay::run(args),
+        Command::Validate(args) => commands::validate::run(args),
+        Command::Vllm(args) => commands::vllm::run(args),
+        Command::Sweep(args) => commands::sweep::run(args),
+        Command::Capacity(args) => commands::capacity::run(args),
+        Command::Timeline(args) => commands::timeline::run(args),
+        Command::Convert(args) => commands::convert::run(args),
+        Command::Export(args) => commands::export::run(args),
+        Command::Train(args) => commands::train::run(*args),
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Evaluate(args) => commands::evaluate::run(args),
+        Command::Calibrate(args) => commands::calibrate::run(args),
+    }
+}
+
+/// An error with its causes, each said once.
+fn message(error: &anyhow::Error) -> String {
+    let mut message = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !message.contains(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
+    message
+}
