@@ -96,6 +96,7 @@ fn every_column_and_key_that_is_written_is_documented() {
     succeed(&["run", &file("run.yaml"), "--out", &file("run")]);
     succeed(&["sweep", &file("sweep.yaml"), "--out", &file("sweep")]);
     succeed(&["capacity", &file("sweep.yaml"), "--out", &file("capacity")]);
+    measure(scratch.path(), requests);
 
     let (mut files, mut folders) = (Vec::new(), vec![scratch.path().to_owned(), profile.into(), exits.into()]);
     while let Some(folder) = folders.pop() {
@@ -109,7 +110,7 @@ fn every_column_and_key_that_is_written_is_documented() {
         let name = file.file_name().unwrap().to_string_lossy();
         let names = match file.extension().and_then(|extension| extension.to_str()) {
             Some("csv") => traces::table::read_header(file).unwrap(),
-            Some("yaml") => keys_of(&fs::read_to_string(file).unwrap()),
+            Some("yaml" | "json") if name != "tokenizer.json" => keys_of(&fs::read_to_string(file).unwrap()),
             _ => Vec::new(),
         };
         written.extend(names.into_iter().map(|column| format!("{name}: {}", column.trim_end_matches("_ci95"))));
@@ -119,12 +120,39 @@ fn every_column_and_key_that_is_written_is_documented() {
     written.extend(Component::ALL.map(|component| format!("latency.csv: {component}")));
     assert!(written.len() > 200, "{}", written.len());
 
-    let documented: BTreeSet<String> =
-        ["files", "results", "metrics", "configuration"].into_iter().flat_map(words_in_code).collect();
+    let pages = ["files", "results", "metrics", "configuration", "checkpoints"];
+    let documented: BTreeSet<String> = pages.into_iter().flat_map(words_in_code).collect();
     let is_documented = |name: &str| documented.contains(name) || !name.chars().all(is_of_name);
     let missing: Vec<&String> =
         written.iter().filter(|name| !is_documented(name.split(": ").nth(1).unwrap_or_default())).collect();
     assert!(missing.is_empty(), "in docs/reference, expected {missing:?}");
+}
+
+/// Runs the commands that need a model: an experiment, an evaluation, a calibration and a training run, all small.
+fn measure(folder: &Path, requests: &str) {
+    let file = |name: &str| folder.join(name).display().to_string();
+    let model = root().join("models/kjv").canonicalize().unwrap().display().to_string();
+    let prompts = format!("{model}/prompts.txt");
+    let serving = "{batching: [depth], exit: [none, \"margin:0.05\"], max_batch: 2, token_budget: 8}";
+    let engine = format!("{{model: {model}, prompts: {prompts}, repeats: 1}}");
+    let sweeps = "{thresholds: {margin: [0.1]}, max_batch: [1]}";
+    let experiment = format!(
+        "schema_version: 1\ntitle: t\nrequests: {{{requests}}}\nserving: {serving}\nengine: {engine}\nsweeps: {sweeps}\n"
+    );
+    fs::write(folder.join("measured.yaml"), experiment).unwrap();
+    fs::write(folder.join("text.txt"), &fs::read_to_string(&prompts).unwrap()[..2000]).unwrap();
+    succeed(&["run", &file("measured.yaml"), "--out", &file("measured")]);
+    succeed(&["evaluate", &model, "--text", &file("text.txt"), "--out", &file("evaluation")]);
+    let exits = file("measured/exits");
+    let lax = ["--measure", "margin", "--tolerance", "0.9", "--confidence", "0.5"];
+    succeed(
+        &[&["calibrate", "--exits", &exits, "--held-out", &exits, "--out", &file("calibration")], &lax[..]].concat(),
+    );
+    let sizes = ["--hidden-size", "16", "--num-heads", "1", "--num-kv-heads", "1", "--head-dim", "16", "--seq", "16"];
+    let steps = ["--steps", "2", "--warmup-steps", "1", "--block-layers", "1", "--vocab-size", "257", "--gate"];
+    let (text, out, cache) = (file("text.txt"), file("training"), file("tokens"));
+    let train = ["train", "--text", &prompts, "--held-out", &text, "--out", &out, "--cache", &cache];
+    succeed(&[&train[..], &sizes, &steps].concat());
 }
 
 /// Letters of columns and keys.
