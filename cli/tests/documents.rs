@@ -12,6 +12,7 @@ use std::process::{Command, Output, Stdio};
 use clap::Parser as _;
 use clap::error::ErrorKind;
 use depthwise::Cli;
+use parquet::file::reader::{FileReader, SerializedFileReader};
 use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
 use serde_yaml::Value;
 use shlex::Shlex;
@@ -110,6 +111,7 @@ fn every_column_and_key_that_is_written_is_documented() {
         let name = file.file_name().unwrap().to_string_lossy();
         let names = match file.extension().and_then(|extension| extension.to_str()) {
             Some("csv") => traces::table::read_header(file).unwrap(),
+            Some("parquet") => columns_of_parquet(file),
             Some("yaml" | "json") if name != "tokenizer.json" => keys_of(&fs::read_to_string(file).unwrap()),
             _ => Vec::new(),
         };
@@ -168,6 +170,12 @@ fn words_in_code(page: &str) -> Vec<String> {
         _ => None,
     });
     code.flat_map(|code| code.split(|letter| !is_of_name(letter)).map(str::to_owned).collect::<Vec<_>>()).collect()
+}
+
+fn columns_of_parquet(file: &Path) -> Vec<String> {
+    let reader = SerializedFileReader::new(fs::File::open(file).unwrap()).unwrap();
+    let schema = reader.metadata().file_metadata().schema_descr();
+    schema.root_schema().get_fields().iter().map(|field| field.name().to_owned()).collect()
 }
 
 /// The keys of a YAML file, those of its objects included.
