@@ -6,8 +6,9 @@ use anyhow::{Result, ensure};
 use engine::device::DeviceName;
 use engine::executor::Sampling;
 use engine::kernels::linear::WeightType;
+use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
-use simulator::{ExitModel, LatencyModel, Objectives, Routing, Simulation};
+use simulator::{ExitModel, Objectives, Routing, Simulation};
 use traces::{RequestFormat, RequestSpec, RequestTrace};
 
 use crate::progress::Terminal;
@@ -257,7 +258,7 @@ impl SimulationArgs {
         let serving = self.serving.serving();
         let workload = Workload::load(&spec, &base, &serving, &mut Terminal::default())?;
         let (latency, exits) = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
-        let settings = serving.all_settings(latency.memory(), &workload.requests)?;
+        let settings = serving.all_settings(&latency.meta().into(), &workload.requests)?;
         let spread = self.spread.then_some(self.seed);
         let machines = Machines { replicas: self.replicas, routing: self.routing, spread };
         Ok(SimulationInput { workload, latency, exits, settings, machines })

@@ -118,8 +118,8 @@ pub fn print_systems(lines: &[(OfSystem, Summary)]) {
 
 /// Prints what an exit trace holds, a line per depth.
 pub fn print_exits(tally: &DepthTally) {
-    let line = |(depth, (agreement, leaving)): (usize, (f64, f64))| {
-        vec![depth.to_string(), format!("{agreement:.3}"), format!("{leaving:.3}")]
+    let line = |(depth, (agreement, exiting)): (usize, (f64, f64))| {
+        vec![depth.to_string(), format!("{agreement:.3}"), format!("{exiting:.3}")]
     };
     print_table(
         &["depth", "agreement with the last", "leave here (oracle)"],

@@ -30,7 +30,7 @@ use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use engine::weights::Weights;
 use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, serve};
-use traces::{Measure, Nanos, Request};
+use traces::{ExitSignal, Nanos, Request};
 
 const ORACLE: ExitPolicy = ExitPolicy::Oracle { charged: false };
 
@@ -90,7 +90,7 @@ impl Load {
 
     /// The threshold of a gate at which tokens leave at the mean depth of the oracle's.
     fn gate(&self, engine: &Engine, mean_depth: f64) -> ExitPolicy {
-        let gate = |threshold| ExitPolicy::Confidence { measure: Measure::Gate, threshold };
+        let gate = |threshold| ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold };
         let (mut low, mut high) = (0.0, 1.0);
         for _ in 0..12 {
             let middle = (low + high) / 2.0;

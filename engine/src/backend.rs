@@ -222,8 +222,8 @@ impl Cpu {
         self.exits = if whole || range.is_empty() {
             hidden.clone()
         } else {
-            let leaving = hidden.narrow(0, range.start, range.len())?;
-            self.model.forward_coda(&leaving, &work.rows.part(range), &self.cache)?
+            let exiting = hidden.narrow(0, range.start, range.len())?;
+            self.model.forward_coda(&exiting, &work.rows.part(range), &self.cache)?
         };
         Ok(())
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use scheduler::blocks::BlockId;
-use scheduler::{Executor, ExitPolicy, KvFill, Look, Pass, RowKind, Segment, Slot};
-use traces::{Measure, Nanos, Request, Signals};
+use scheduler::{Executor, ExitPolicy, KvFill, Pass, RowKind, Segment, SignalRead, Slot};
+use traces::{ExitSignal, Nanos, Request, Signals};
 
 use crate::backend::{Answers, Backend, Heads, ServedModel, Work};
 use crate::cache::CacheError;
@@ -332,13 +332,9 @@ impl EngineExecutor {
     }
 
     /// Knows that rows leave by this policy only, and runs no coda where none can and nobody reads its keys and values.
-    pub fn leaving_by(mut self, exit: ExitPolicy) -> Self {
-        let num_loops = self.num_loops();
-        self.exit_depths = match exit {
-            ExitPolicy::None => num_loops - 1..num_loops,
-            ExitPolicy::Static(depth) => usize::from(depth)..usize::from(depth) + 1,
-            ExitPolicy::Oracle { .. } | ExitPolicy::Confidence { .. } => 0..num_loops,
-        };
+    pub fn exiting_by(mut self, exit: ExitPolicy) -> Self {
+        let depths = exit.exit_depths(self.num_loops() as u8);
+        self.exit_depths = usize::from(*depths.start())..usize::from(*depths.end()) + 1;
         if self.sequences.kv_fill == KvFill::First {
             self.exit_depths.start = 0;
         }
@@ -474,24 +470,25 @@ impl EngineExecutor {
             by_depth(pass, (0..pass.segments.len()).filter(|&index| asked(&pass.segments[index])).collect())
         };
         let recorded = |segment: &Segment| self.recording && segment.predicts;
-        let looks_for =
-            |measure| move |segment: &Segment| pass.looks.signal == Look::Measure(measure) && pass.looks_at(segment);
+        let reads_for = |measure| {
+            move |segment: &Segment| pass.reads.signal == SignalRead::Signal(measure) && pass.reads_signal(segment)
+        };
         let gate = |segment: &Segment| {
-            let is_read = looks_for(Measure::Gate)(segment) || (recorded(segment) && self.model.config().gate);
+            let is_read = reads_for(ExitSignal::Gate)(segment) || (recorded(segment) && self.model.config().gate);
             is_read && usize::from(segment.depth) + 1 < self.num_loops()
         };
-        let compared = segments(&|segment| looks_for(Measure::Similarity)(segment) || recorded(segment));
+        let compared = segments(&|segment| reads_for(ExitSignal::Similarity)(segment) || recorded(segment));
         let kept = |index: usize| {
             let segment = &pass.segments[index];
             Some((index, self.sequences.of(segment).in_flight[last_position(segment)]?))
         };
-        let all_heads = matches!(pass.looks.signal, Look::Measure(_)) && {
+        let all_heads = matches!(pass.reads.signal, SignalRead::Signal(_)) && {
             let predicting = pass.segments.iter().filter(|segment| segment.predicts);
             self.backend.reads_heads_ahead(predicting.count())
         };
         Questions {
             heads: segments(&|segment| {
-                let asked = pass.runs_head(segment) || recorded(segment) || self.surely_leaves(pass, segment);
+                let asked = pass.runs_head(segment) || recorded(segment) || self.surely_exits(pass, segment);
                 asked || (all_heads && segment.predicts)
             }),
             gates: segments(&gate),
@@ -501,14 +498,14 @@ impl EngineExecutor {
 
     /// Whether a segment's last row leaves after this pass whatever comes of it, so that its head may be read with the
     /// rest of the pass.
-    fn surely_leaves(&self, pass: &Pass<'_>, segment: &Segment) -> bool {
-        let leaves = match pass.looks.signal {
-            Look::Never => usize::from(segment.depth) + 1 == self.exit_depths.end,
-            Look::Oracle => self.oracle_leaves(segment).unwrap_or(false),
+    fn surely_exits(&self, pass: &Pass<'_>, segment: &Segment) -> bool {
+        let exits = match pass.reads.signal {
+            SignalRead::None => usize::from(segment.depth) + 1 == self.exit_depths.end,
+            SignalRead::Oracle => self.oracle_exits(segment).unwrap_or(false),
             // Of what is not known yet, the head reads all at once.
-            Look::Measure(_) => false,
+            SignalRead::Signal(_) => false,
         };
-        segment.predicts && leaves
+        segment.predicts && exits
     }
 
     /// Finds room for the hidden states of rows that may go on to the next depth; frees that of the others.
@@ -574,15 +571,15 @@ impl EngineExecutor {
     }
 
     /// Answers the looks of a pass.
-    fn look(&self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
-        for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| pass.looks_at(segment)) {
+    fn read_signals(&self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
+        for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| pass.reads_signal(segment)) {
             let Finding { verdict, gate, similarity } = self.current.findings[index];
-            signals[index] = match pass.looks.signal {
-                Look::Never => continue,
-                Look::Oracle => f32::from(u8::from(self.oracle_leaves(segment)?)),
-                Look::Measure(Measure::Similarity) => similarity,
-                Look::Measure(Measure::Gate) => gate,
-                Look::Measure(measure @ (Measure::Top1 | Measure::Margin | Measure::Entropy)) => {
+            signals[index] = match pass.reads.signal {
+                SignalRead::None => continue,
+                SignalRead::Oracle => f32::from(u8::from(self.oracle_exits(segment)?)),
+                SignalRead::Signal(ExitSignal::Similarity) => similarity,
+                SignalRead::Signal(ExitSignal::Gate) => gate,
+                SignalRead::Signal(measure @ (ExitSignal::Top1 | ExitSignal::Margin | ExitSignal::Entropy)) => {
                     verdict.expect("looks that need the head ask for it").signals().get(measure)
                 }
             };
@@ -590,7 +587,7 @@ impl EngineExecutor {
         Ok(())
     }
 
-    fn oracle_leaves(&self, segment: &Segment) -> Result<bool, EngineError> {
+    fn oracle_exits(&self, segment: &Segment) -> Result<bool, EngineError> {
         let Sequence { request, generation, .. } = self.sequences.of(segment);
         let token = generation.tokens.len();
         let exits = self.oracle.as_ref().and_then(|oracle| oracle.get(request));
@@ -621,7 +618,7 @@ impl EngineExecutor {
         meanwhile: &mut dyn FnMut(),
     ) -> Result<(), EngineError> {
         self.run_rows(pass, meanwhile)?;
-        self.look(pass, signals)?;
+        self.read_signals(pass, signals)?;
         if self.recording {
             self.record(pass);
         }
@@ -629,9 +626,9 @@ impl EngineExecutor {
     }
 
     /// Reads the heads of rows that leave and whose head was not read before.
-    fn read_unread(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<(), EngineError> {
-        let leaving = leaving.iter().map(|&index| index as usize);
-        let unread = leaving.filter(|&index| self.current.findings[index].verdict.is_none()).collect();
+    fn read_unread(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<(), EngineError> {
+        let exiting = exiting.iter().map(|&index| index as usize);
+        let unread = exiting.filter(|&index| self.current.findings[index].verdict.is_none()).collect();
         let unread = by_depth(pass, unread);
         if unread.is_empty() {
             return Ok(());
@@ -642,11 +639,11 @@ impl EngineExecutor {
         self.take_verdicts(pass, &unread, verdicts)
     }
 
-    fn emit_tokens(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<(), EngineError> {
-        self.read_unread(pass, leaving)?;
+    fn emit_tokens(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<(), EngineError> {
+        self.read_unread(pass, exiting)?;
         let mut fills = Vec::new();
         let kv_fill = self.sequences.kv_fill;
-        for &index in leaving {
+        for &index in exiting {
             let segment = &pass.segments[index as usize];
             let depth = usize::from(segment.depth);
             let verdict = self.current.findings[index as usize].verdict.expect("the head was read above");
@@ -657,7 +654,7 @@ impl EngineExecutor {
             if segment.kind == RowKind::Decode && kv_fill != KvFill::Backfill {
                 self.arena.free.extend(sequence.in_flight[position].take());
             }
-            if position < sequence.generation.prompt.len() {
+            if !segment.generated {
                 continue;
             }
             match kv_fill {
@@ -707,21 +704,21 @@ impl Executor for EngineExecutor {
     fn run_beside(
         &mut self,
         pass: &Pass<'_>,
-        leaving: &[u32],
+        exiting: &[u32],
         meanwhile: &mut (dyn FnMut() + Send),
     ) -> Result<Nanos, EngineError> {
         let start = Instant::now();
         in_pool(|| {
             // Nothing is looked at of a pass whose outcome is known.
             self.run_pass(pass, &mut [], meanwhile)?;
-            self.emit_tokens(pass, leaving)
+            self.emit_tokens(pass, exiting)
         })?;
         Ok(start.elapsed().into())
     }
 
-    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, EngineError> {
+    fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, EngineError> {
         let start = Instant::now();
-        in_pool(|| self.emit_tokens(pass, leaving))?;
+        in_pool(|| self.emit_tokens(pass, exiting))?;
         Ok(start.elapsed().into())
     }
 }

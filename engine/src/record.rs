@@ -136,7 +136,7 @@ impl<F: FnMut(&[(Signals, u32)]) -> Result<(), TraceError>> Executor for Recorde
         Ok(self.executor.run(pass, signals)?)
     }
 
-    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, RecordError> {
-        Ok(self.executor.emit(pass, leaving)?)
+    fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, RecordError> {
+        Ok(self.executor.emit(pass, exiting)?)
     }
 }

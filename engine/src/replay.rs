@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use scheduler::blocks::BlockId;
 use scheduler::{
-    Clock, Executor, ExitPolicy, KvFill, Look, Observer, ScheduleError, ServeError, Server, Settings, serve,
+    Clock, Executor, ExitPolicy, KvFill, Observer, ScheduleError, ServeError, Server, Settings, SignalRead, serve,
 };
-use traces::{ExitTrace, Measure, Request, TraceError};
+use traces::{ExitSignal, ExitTrace, Request, TraceError};
 
 use crate::backend::{Heads, ServedModel, Work};
 use crate::cache::TILE;
@@ -81,7 +81,7 @@ impl Engine {
         let &Settings { kv_fill, num_blocks, block_tokens, .. } = settings;
         let (model, prompts) = (self.model.clone(), self.prompts.clone());
         let executor = EngineExecutor::new(model, prompts, self.sampling, kv_fill, num_blocks, block_tokens)?;
-        Ok(executor.leaving_by(settings.exit))
+        Ok(executor.exiting_by(settings.exit))
     }
 
     /// Serves `requests`, in the order of their arrival, on the wall clock. `oracle` is needed by the exit policy of
@@ -130,7 +130,7 @@ impl Engine {
         if usize::from(settings.num_loops) != model {
             return Err(ReplayError::NumLoops { settings: settings.num_loops, model });
         }
-        if settings.exit.look() == Look::Measure(Measure::Gate) && !self.model.config().gate {
+        if settings.exit.signal_read() == SignalRead::Signal(ExitSignal::Gate) && !self.model.config().gate {
             return Err(ReplayError::NoGates(settings.exit));
         }
         Ok(())

@@ -25,8 +25,10 @@ use engine::model::{Model, Rows};
 use engine::prompts::Prompts;
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
-use scheduler::{Batching, ExitPolicy, KvFill, Look, Observer, PassRecord, Server, Settings, VirtualClock, serve};
-use traces::{Measure, Nanos, Request};
+use scheduler::{
+    Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, SignalRead, VirtualClock, serve,
+};
+use traces::{ExitSignal, Nanos, Request};
 
 #[derive(Default)]
 struct Preemptions(u32);
@@ -137,15 +139,15 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
 }
 
 fn exits() -> impl Strategy<Value = ExitPolicy> {
-    let confidence = |measure, threshold| ExitPolicy::Confidence { measure, threshold };
+    let confidence = |signal, threshold| ExitPolicy::Confidence { signal, threshold };
     prop_oneof![
         Just(ExitPolicy::None),
         Just(ExitPolicy::Static(0)),
-        (0.05_f32..0.9).prop_map(move |threshold| confidence(Measure::Top1, threshold)),
-        (0.05_f32..0.5).prop_map(move |threshold| confidence(Measure::Margin, threshold)),
-        (0.5_f32..3.5).prop_map(move |threshold| confidence(Measure::Entropy, threshold)),
-        (0.5_f32..0.999).prop_map(move |threshold| confidence(Measure::Similarity, threshold)),
-        (0.2_f32..0.8).prop_map(move |threshold| confidence(Measure::Gate, threshold)),
+        (0.05_f32..0.9).prop_map(move |threshold| confidence(ExitSignal::Top1, threshold)),
+        (0.05_f32..0.5).prop_map(move |threshold| confidence(ExitSignal::Margin, threshold)),
+        (0.5_f32..3.5).prop_map(move |threshold| confidence(ExitSignal::Entropy, threshold)),
+        (0.5_f32..0.999).prop_map(move |threshold| confidence(ExitSignal::Similarity, threshold)),
+        (0.2_f32..0.8).prop_map(move |threshold| confidence(ExitSignal::Gate, threshold)),
     ]
 }
 
@@ -168,9 +170,11 @@ fn assert_same(device: Device, what: &str, found: &Generation, expected: &Genera
     for (entry, ((found, token), (expected, as_expected))) in found.recorded.iter().zip(&expected.recorded).enumerate()
     {
         assert_eq!(token, as_expected, "{what} on {device:?}: prediction {entry}");
-        for measure in [Measure::Top1, Measure::Margin, Measure::Entropy, Measure::Similarity, Measure::Gate] {
-            let what = format!("{what}: {measure:?} {entry}");
-            device.assert_close(&what, found.get(measure), expected.get(measure));
+        for signal in
+            [ExitSignal::Top1, ExitSignal::Margin, ExitSignal::Entropy, ExitSignal::Similarity, ExitSignal::Gate]
+        {
+            let what = format!("{what}: {signal:?} {entry}");
+            device.assert_close(&what, found.get(signal), expected.get(signal));
         }
     }
 }
@@ -186,12 +190,12 @@ proptest! {
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)], weight_type in prop::sample::select(WeightType::ON_CPU.to_vec()),
         ahead in any::<bool>(),
     ) {
-        let reads_gates = matches!(exit, ExitPolicy::Confidence { measure: Measure::Gate, .. });
+        let reads_gates = matches!(exit, ExitPolicy::Confidence { signal: ExitSignal::Gate, .. });
         let config = ModelConfig { gate: config.gate || reads_gates, ..config };
         let setup = Setup::new(&config, weight_type, seed, temperature);
         let settings = Settings {
             batching, exit, kv_fill, max_batch, prefill_chunk, num_blocks, prefix_caching: false,
-            async_scheduling: ahead && exit.look() == Look::Never,
+            async_scheduling: ahead && exit.signal_read() == SignalRead::None,
             num_loops: config.num_loops as u8,
             token_budget: max_batch + spare_budget,
             block_tokens: 16,
@@ -205,7 +209,7 @@ proptest! {
 fn assert_batched_as_alone(setup: &Setup, settings: Settings, requests: &[Request]) {
     let (generations, _) = setup.run(settings, requests, setup.executor(&settings).recording());
     assert_all_as_alone(setup, settings.kv_fill, requests, &generations);
-    let (unrecorded, _) = setup.run(settings, requests, setup.executor(&settings).leaving_by(settings.exit));
+    let (unrecorded, _) = setup.run(settings, requests, setup.executor(&settings).exiting_by(settings.exit));
     for (request, Generation { tokens, exit_depths, .. }) in &unrecorded {
         let recorded = &generations[request];
         assert_eq!((tokens, exit_depths), (&recorded.tokens, &recorded.exit_depths), "request {request}");
@@ -241,7 +245,7 @@ fn batched_requests_on(device: Device, cases: u32) {
             block_tokens: 16,
             num_blocks: 12,
             prefix_caching: false,
-            async_scheduling: exit.look() == Look::Never,
+            async_scheduling: exit.signal_read() == SignalRead::None,
         };
         assert_batched_as_alone(&setup, settings, &requests);
         Ok(())
@@ -280,7 +284,7 @@ fn preempted_requests_on(device: Device, seeds: u64) {
             let requests: Vec<Request> = (0..5).map(request).collect();
             let settings = Settings {
                 batching: Batching::Depth,
-                exit: ExitPolicy::Confidence { measure: Measure::Top1, threshold: 0.6 },
+                exit: ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 },
                 kv_fill,
                 num_loops: 3,
                 max_batch: 5,
@@ -470,8 +474,8 @@ fn each_kv_fill_on(device: Device) {
                 let (signals, token) = found.recorded[index * config.num_loops + depth];
                 let what = format!("{kv_fill}: {index} at {depth}");
                 assert_eq!(token, verdict.token, "{what}");
-                for measure in [Measure::Top1, Measure::Margin, Measure::Entropy] {
-                    device.assert_close(&what, signals.get(measure), verdict.signals().get(measure));
+                for signal in [ExitSignal::Top1, ExitSignal::Margin, ExitSignal::Entropy] {
+                    device.assert_close(&what, signals.get(signal), verdict.signals().get(signal));
                 }
             }
         }

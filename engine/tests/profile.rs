@@ -13,8 +13,9 @@ use engine::model::Model;
 use engine::profile::{Grid, Limits, Probe, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::Engine;
+use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Lengths};
-use traces::{Component, Nanos};
+use traces::{Component, Nanos, PassOrigin, PassRun};
 
 fn engine(config: &ModelConfig) -> Engine {
     Engine {
@@ -36,7 +37,7 @@ fn a_profile_covers_every_component_up_to_its_limits() {
     }
     assert_eq!(done.iter().filter(|(count, of)| count == of).count(), 2);
     assert!(profiler.disagreement().is_some_and(|share| (0.0..1.0).contains(&share)), "{:?}", profiler.disagreement());
-    let profile = profiler.measured().profile("test", "a test");
+    let profile = profiler.profile("test", "a test", std::iter::empty()).unwrap();
     // A value of width 8 is padded to 32.
     assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
     assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
@@ -87,7 +88,7 @@ fn keys_and_values_before_and_after_the_loops_count() {
     profiler.round(|_, _| ()).unwrap();
     // A layer of prelude, and at each of three depths two of block and two of coda.
     assert_eq!(
-        profiler.measured().profile("test", "a test").meta.kv_bytes_per_token,
+        profiler.profile("test", "a test", std::iter::empty()).unwrap().meta.kv_bytes_per_token,
         (1 + 3 * (2 + 2)) * 2 * (8 + 32) * 4
     );
 }
@@ -100,7 +101,7 @@ fn a_grid_beyond_the_models_positions_is_refused() {
 }
 
 #[test]
-fn probes_serve_a_load_that_never_ends_and_say_which_of_its_passes() {
+fn probes_serve_a_load_that_never_ends_and_log_its_passes() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
     let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
     let [load, with_exits, depth_wise] = profiler.loads();
@@ -120,12 +121,39 @@ fn probes_serve_a_load_that_never_ends_and_say_which_of_its_passes() {
     assert!(in_order.windows(2).all(|pair| (pair[0].way + 1) % 3 == pair[1].way), "every way in turn");
     for way in 0..3 {
         let alike: Vec<_> = in_order.iter().filter(|probe| probe.way == way).collect();
-        let follows = |pair: &[&&Probe]| pair[0].first + pair[0].times.len() <= pair[1].first;
+        let follows = |pair: &[&&Probe]| pair[0].passes.last().unwrap().start < pair[1].passes[0].start;
         assert!(alike.windows(2).all(follows), "{alike:?}");
     }
     for probe in in_order {
-        assert!(probe.times.len() >= 16, "{probe:?}");
+        assert!(probe.passes.len() >= 16, "{probe:?}");
         assert!(probe.elapsed >= Nanos(60_000_000), "{probe:?}");
-        assert!(probe.times.iter().all(|&time| time > Nanos::ZERO), "{probe:?}");
+        assert!(probe.passes.iter().all(|pass| pass.elapsed > Nanos::ZERO && pass.work.rows > 0), "{probe:?}");
     }
+}
+
+#[test]
+fn over_all_probes_a_profile_takes_what_their_passes_took() {
+    let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
+    let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
+    profiler.round(|_, _| ()).unwrap();
+    let further = profiler.probe().unwrap();
+    let profile = profiler.profile("test", "a test", std::iter::once(&further)).unwrap();
+    let model = LatencyModel::new(&profile).unwrap();
+
+    let (mut took, mut predicted, mut paced) = (0.0, 0.0, 0.0);
+    let measured = profiler.measured();
+    for probe in measured.probes().chain([&further]) {
+        let by_profile: f64 = probe.passes.iter().map(|pass| model.pass_ns(&pass.work)).sum();
+        took += probe.in_executor().0 as f64;
+        predicted += by_profile;
+        paced += by_profile * probe.pace(&model);
+    }
+    assert!((predicted / took - 1.0).abs() < 1e-3, "{predicted} ns for {took} ns");
+    assert!((paced / took - 1.0).abs() < 1e-9, "{paced} ns for {took} ns");
+
+    let runs: Vec<PassRun> = profiler.steady_runs(std::iter::once(&further)).collect();
+    assert_eq!(runs.len(), measured.probes().count() + 1);
+    let logged: u64 = runs.iter().flat_map(|run| &run.passes).map(|pass| pass.elapsed.0).sum();
+    assert_eq!(logged as f64, took);
+    assert!(runs.iter().all(|run| run.origin == PassOrigin::Steady && run.passes.iter().all(|pass| pass.wall_us > 0)));
 }

@@ -9,7 +9,7 @@ use engine::kernels::linear::WeightType;
 use scheduler::{Batching, ExitPolicy, KvFill};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use traces::{Measure, RequestSpec};
+use traces::{ExitSignal, RequestSpec};
 
 use crate::serving::Serving;
 
@@ -109,7 +109,7 @@ pub struct System {
 pub struct Sweeps {
     /// Thresholds of confidence policies by measure, under depth-wise batching.
     #[serde(default)]
-    pub thresholds: BTreeMap<Measure, Vec<f32>>,
+    pub thresholds: BTreeMap<ExitSignal, Vec<f32>>,
     /// Batch limits, for every batching and exit policy.
     #[serde(default)]
     pub max_batch: Vec<u32>,

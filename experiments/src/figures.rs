@@ -324,13 +324,13 @@ fn trade_off(summaries: &[Summary]) -> TradeOff {
 /// Where the tokens of a trace could leave.
 pub fn exit_depths(trace: &ExitTrace) -> plots::ExitDepths {
     let depths = 0..trace.num_loops();
-    let mut leaving = vec![0.0; trace.num_loops()];
+    let mut exiting = vec![0.0; trace.num_loops()];
     for token in 0..trace.num_tokens() {
-        leaving[trace.oracle_depth(token)] += 1.0 / trace.num_tokens() as f64;
+        exiting[trace.oracle_depth(token)] += 1.0 / trace.num_tokens() as f64;
     }
     plots::ExitDepths {
         name: trace.meta.model.clone(),
-        leaving,
+        exiting,
         agreement: depths.map(|depth| trace.agreement_at(depth)).collect(),
     }
 }

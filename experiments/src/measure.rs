@@ -15,11 +15,13 @@ use engine::profile::{Grid, Limits, Probe, ProbedClock, Profiler};
 use engine::prompts::Prompts;
 use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
-use scheduler::{Clock, KvFill, Lengths, Look, Observer, Settings};
-use simulator::{
-    LatencyModel, Metrics, ModelMemory, Pace, PassLog, PassWork, ServiceFactors, Source, Summary, steady_passes,
+use latency::LatencyModel;
+use scheduler::{Clock, KvFill, Lengths, Observer, PassRecorder, Settings, SignalRead};
+use simulator::{Metrics, ModelMemory, Pace, Source, Summary};
+use traces::{
+    ExitTrace, LatencyProfile, MemoryFigures, Nanos, PassLog, PassLogMeta, PassOrigin, PassRun, Request, RequestTrace,
+    unix_micros,
 };
-use traces::{ExitTrace, ExitTraceMeta, LatencyProfile, Measure, MemoryFigures, Nanos, Request, RequestTrace, Signals};
 
 use crate::passes::{PassClass, compare_passes};
 use crate::reporter::Reporter;
@@ -40,6 +42,8 @@ pub struct Measured {
     pub exits: ExitTrace,
     /// By load.
     pub loads: Vec<MeasuredLoad>,
+    /// All passes of all replays and of the profiler's steady load.
+    pub passes: PassLog,
 }
 
 /// What was measured of requests that arrive at one rate.
@@ -52,9 +56,9 @@ pub struct MeasuredLoad {
     pub runs: Vec<Run>,
     /// By repeat, a summary for each of the settings.
     pub repeats: Vec<Vec<Summary>>,
-    /// For each of the settings the exits that its replays took, of confidence policies: what is generated after an early
-    /// exit is not what was recorded at full depth, and leaves elsewhere.
-    pub exits: Vec<Option<ExitTrace>>,
+    /// For each of the settings the depths at which its replays exited, by request, of confidence policies: what is generated
+    /// after an early exit is not what was recorded at full depth, and exits elsewhere.
+    pub exits: Vec<Option<Vec<Vec<u8>>>>,
     /// By repeat, for each of the settings how fast the machine was during the replay, beside the profile.
     pub paces: Vec<Vec<Pace>>,
     /// All passes of all replays, beside what the profile says of them.
@@ -188,8 +192,8 @@ pub fn measure(
     let mut profiler = Profiler::new(engine, Grid::up_to(limits), lengths(&trace.requests))?;
     let mut repeated: Vec<Vec<Run>> = loads.iter().flat_map(|_| settings).map(|_| Vec::new()).collect();
     let mut probes: Vec<Vec<Vec<(Nanos, Probe)>>> = Vec::new();
-    let mut logs: Vec<Vec<PassLog>> = Vec::new();
-    let mut taken: Vec<Option<ExitTrace>> = Vec::new();
+    let mut logs: Vec<Vec<PassRun>> = Vec::new();
+    let mut taken: Vec<Option<Vec<Vec<u8>>>> = Vec::new();
     for repeat in 1..=repeats {
         next(reporter, format!("profiling, round {repeat} of {}", repeats + 1));
         profiler.round(|_, _| ())?;
@@ -199,14 +203,14 @@ pub fn measure(
             next(reporter, format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
             let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
             let mut clock = ProbedClock::start(Idle::Skip, &mut profiler);
-            let mut log = PassLog::new(&settings);
+            let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);
             let (run, generations) =
-                replay_by(&mut clock, engine, settings, &load.requests, &oracle, agreement, &mut log)?;
+                replay_by(&mut clock, engine, settings, &load.requests, &oracle, agreement, &mut recorder)?;
             if repeat == 1 {
-                taken.push(exits_taken(&settings, &load.requests, &generations, &exits.meta));
+                taken.push(exits_taken(&settings, &load.requests, &generations));
             }
             runs.push(run);
-            logs_of_repeat.push(log);
+            logs_of_repeat.push(PassRun { load: load.load, repeat: repeat as u32 - 1, ..recorder.into_run() });
             of_repeat.push(clock.into_probes()?);
         }
         probes.push(of_repeat);
@@ -217,10 +221,11 @@ pub fn measure(
     reporter.finish();
     warn_of_noise(&profiler, reporter);
     let source = format!("{} rounds between replays of {repeats} repeats", repeats + 1);
-    let of_replays = probes.iter().flatten().flatten().map(|(_, probe)| probe);
-    let profile = ServiceProfile::new(&profiler, name, &source, of_replays)?;
+    let of_replays = || probes.iter().flatten().flatten().map(|(_, probe)| probe);
+    let profile = profiler.profile(name, &source, of_replays())?;
+    let model = LatencyModel::new(&profile)?;
     let pace = |probes: &Vec<(Nanos, Probe)>| {
-        let points: Vec<_> = probes.iter().map(|(time, probe)| (*time, profile.pace(probe))).collect();
+        let points: Vec<_> = probes.iter().map(|(time, probe)| (*time, probe.pace(&model))).collect();
         Pace::measured_at(&points)
     };
     let paces: Vec<Vec<Pace>> = probes.iter().map(|of_repeat| of_repeat.iter().map(pace).collect()).collect();
@@ -229,7 +234,7 @@ pub fn measure(
         load.paces = paces.iter().map(|of_repeat| of_repeat[of_load.clone()].to_vec()).collect();
         let passes = |(case, settings): (usize, &Settings)| {
             let replays = logs.iter().zip(&paces).map(|(logs, paces)| (&logs[case], &paces[case]));
-            compare_passes(settings, replays, &profile.model)
+            compare_passes(settings, replays, &model)
         };
         load.passes = of_load.zip(settings).flat_map(passes).collect();
     }
@@ -240,63 +245,9 @@ pub fn measure(
             (0..repeats).map(|repeat| repeated.iter().map(|runs| runs[repeat].summary.clone()).collect()).collect();
         load.runs = repeated.into_iter().map(median_run).collect();
     }
-    Ok(Measured { profile: profile.profile, exits, loads })
-}
-
-/// A profile whose times are those of a machine in service.
-pub struct ServiceProfile {
-    /// The profile.
-    pub profile: LatencyProfile,
-    model: LatencyModel,
-    /// The passes of the loads that the profiler serves, by way.
-    passes: Vec<Vec<PassWork>>,
-}
-
-impl ServiceProfile {
-    /// What all rounds of a profiler measured, in service as its probes say, and further probes between them. `model` and
-    /// `source` are as for [`Measured::profile`](engine::profile::Measured::profile).
-    ///
-    /// # Errors
-    /// If the profile contradicts itself.
-    pub fn new<'p>(
-        profiler: &'p Profiler,
-        model: &str,
-        source: &str,
-        further: impl Iterator<Item = &'p Probe>,
-    ) -> Result<Self> {
-        let measured = profiler.measured();
-        let apart = measured.profile(model, source);
-        let probes: Vec<&Probe> = measured.probes().chain(further).collect();
-        let model_apart = LatencyModel::new(&apart)?;
-        let passes = profiler.loads().into_iter().enumerate().map(|(way, load)| {
-            let ends = probes.iter().filter(|probe| probe.way == way).map(|probe| probe.first + probe.times.len());
-            steady_passes(load, &model_apart, ends.max().unwrap_or_default())
-        });
-        let passes = passes.collect::<Result<Vec<_>, _>>()?;
-        let timed = probes.iter().flat_map(|probe| works_of(&passes, probe).iter().zip(probe.times.iter().copied()));
-        let factors = ServiceFactors::new(&apart, &timed.collect::<Vec<_>>())?;
-        let mut profile = factors.apply(&apart);
-        let (least, most) = factors.range();
-        let mixing = factors.mixing_range_us().map_or(String::new(), |(least, most)| {
-            format!(", and {least:+.1} to {most:+.1} us where depths are mixed")
-        });
-        profile.meta.source = format!(
-            "{}; times {least:.3} to {most:.3}, by rows: what passes in service take over the sum of such parts{mixing}",
-            profile.meta.source
-        );
-        Ok(Self { model: LatencyModel::new(&profile)?, profile, passes })
-    }
-
-    /// How many times as long passes took at a probe as the profile says.
-    fn pace(&self, probe: &Probe) -> f64 {
-        let said: f64 = works_of(&self.passes, probe).iter().map(|work| self.model.pass_ns(work)).sum();
-        probe.times.iter().copied().sum::<Nanos>().0 as f64 / said
-    }
-}
-
-/// The passes that a probe served.
-fn works_of<'p>(passes: &'p [Vec<PassWork>], probe: &Probe) -> &'p [PassWork] {
-    &passes[probe.way][probe.first..][..probe.times.len()]
+    let runs = logs.into_iter().flatten().chain(profiler.steady_runs(of_replays())).collect();
+    let passes = PassLog { meta: pass_log_meta(named), runs };
+    Ok(Measured { profile, exits, loads, passes })
 }
 
 /// The step before is done, and another one starts.
@@ -327,7 +278,7 @@ fn chunks<T>(items: Vec<T>, size: usize) -> impl Iterator<Item = Vec<T>> {
 /// Requests per second that the engine serves when all of them arrive at once: the median of some replays.
 fn capacity(engine: &Engine, settings: Settings, requests: &[Request], oracle: &Arc<ExitDepths>) -> Result<f64> {
     let at_once: Vec<Request> = requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
-    let run = || replay(engine, settings, &at_once, oracle, Idle::Skip, Some(None));
+    let run = || replay(engine, settings, &at_once, oracle, Idle::Skip, Some(None), &mut ());
     let runs = (0..CAPACITY_REPLAYS).map(|_| run()).collect::<Result<Vec<Run>>>()?;
     Ok(requests.len() as f64 / median_run(runs).summary.makespan_s)
 }
@@ -382,7 +333,7 @@ fn lengths(requests: &[Request]) -> Lengths {
     Lengths { prompt: mean(|request| request.prompt_tokens), output: mean(|request| request.output_tokens), longest }
 }
 
-/// Serves the requests once. Token agreement is computed unless `agreement` says what it is, or that nobody asks:
+/// Serves the requests once. Token agreement is computed unless `agreement` says what it is, or that it is not asked for:
 /// tokens and exits do not change from run to run.
 ///
 /// # Errors
@@ -394,8 +345,9 @@ pub fn replay(
     oracle: &Arc<ExitDepths>,
     idle: Idle,
     agreement: Option<Option<f64>>,
+    observer: &mut (impl Observer + Send),
 ) -> Result<Run> {
-    Ok(replay_by(&mut WallClock::start(idle), engine, settings, requests, oracle, agreement, &mut ())?.0)
+    Ok(replay_by(&mut WallClock::start(idle), engine, settings, requests, oracle, agreement, observer)?.0)
 }
 
 /// The same by a clock, with what was generated.
@@ -409,7 +361,7 @@ fn replay_by(
     observer: &mut (impl Observer + Send),
 ) -> Result<(Run, HashMap<u32, Generation>)> {
     let mut observers = (Metrics::new(&settings).with_requests(), observer);
-    let oracle = (settings.exit.look() == Look::Oracle).then(|| oracle.clone());
+    let oracle = (settings.exit.signal_read() == SignalRead::Oracle).then(|| oracle.clone());
     let generations = engine.replay_by(settings, requests, oracle, clock, &mut observers)?;
     let metrics = observers.0;
     let agreement = match agreement {
@@ -424,29 +376,20 @@ fn replay_by(
     Ok((Run { summary, metrics, time: None }, generations))
 }
 
-/// The exits of a replay as a trace, by which the same policy lets every token leave where it left; `recorded` says of which
-/// model. None of a policy that looks at no measure: its exits are those recorded.
+/// The depths at which a replay exited, by request. None of a policy that reads no signal: its exits are those recorded.
 fn exits_taken(
     settings: &Settings,
     requests: &[Request],
     generations: &HashMap<u32, Generation>,
-    recorded: &ExitTraceMeta,
-) -> Option<ExitTrace> {
-    let Look::Measure(measure) = settings.exit.look() else { return None };
-    let mut trace = ExitTrace::new(recorded.clone());
-    trace.has_gates = measure == Measure::Gate;
-    let row = |exit: u8, depth: u8| {
-        let sure = depth >= exit;
-        let value = measure.sureness(if sure { f32::MAX } else { f32::MIN });
-        let signals = Signals { top1: value, margin: value, entropy: value, similarity: value, gate: value };
-        (signals, u32::from(sure))
-    };
-    for request in requests {
-        let exits = &generations[&request.id].exit_depths;
-        let rows = exits.iter().flat_map(|&exit| (0..settings.num_loops).map(move |depth| row(exit, depth)));
-        trace.push_generation(&rows.collect::<Vec<_>>());
-    }
-    Some(trace)
+) -> Option<Vec<Vec<u8>>> {
+    let reads_signal = matches!(settings.exit.signal_read(), SignalRead::Signal(_));
+    reads_signal.then(|| requests.iter().map(|request| generations[&request.id].exit_depths.clone()).collect())
+}
+
+/// What a pass log of this engine says that it was measured on.
+pub fn pass_log_meta(NamedEngine { engine, name }: &NamedEngine) -> PassLogMeta {
+    let model = &engine.model;
+    PassLogMeta::new(name, model.fingerprint(), model.config().num_loops as u32, &model.device_name())
 }
 
 /// The run of median throughput; of an even number, the slower of the middle two.
@@ -454,74 +397,4 @@ fn median_run(mut runs: Vec<Run>) -> Run {
     runs.sort_by(|a, b| a.summary.throughput_tok_s.total_cmp(&b.summary.throughput_tok_s));
     let middle = (runs.len() - 1) / 2;
     runs.swap_remove(middle)
-}
-
-#[cfg(test)]
-mod tests {
-    use scheduler::SteadyLoad;
-
-    use super::*;
-
-    #[test]
-    fn a_policy_on_the_exits_taken_lets_every_token_leave_where_it_left() {
-        let exits: [&[u8]; 2] = [&[2, 0, 1], &[0, 2]];
-        let generation = |exits: &[u8]| Generation { exit_depths: exits.to_vec(), ..Generation::default() };
-        let generations = (0..).zip(exits).map(|(id, exits)| (id, generation(exits))).collect();
-        let request = |id: u32| Request {
-            id,
-            arrival: Nanos::ZERO,
-            prompt_tokens: 1,
-            output_tokens: exits[id as usize].len() as u32,
-        };
-        let requests = [request(0), request(1)];
-        let meta = ExitTraceMeta {
-            schema_version: ExitTrace::SCHEMA_VERSION,
-            model: "test".to_owned(),
-            fingerprint: "test".to_owned(),
-            num_loops: 3,
-            source: "test".to_owned(),
-        };
-        let load = SteadyLoad::new(3, 2, 8, 8, 16, Lengths { prompt: 8, output: 8, longest: 32 });
-        for exit in ["confidence:0.9", "confidence:entropy:0.5", "confidence:gate:0.3"] {
-            let settings =
-                Settings { batching: scheduler::Batching::Depth, exit: exit.parse().unwrap(), ..*load.settings() };
-            let taken = exits_taken(&settings, &requests, &generations, &meta).unwrap();
-            let Look::Measure(measure) = settings.exit.look() else { panic!("{exit} looks at a measure") };
-            let model = simulator::ExitModel::new(&taken, simulator::Draw::Recorded).unwrap();
-            assert!(model.answers(Look::Measure(measure)), "{exit}");
-            let scheduler::ExitPolicy::Confidence { threshold, .. } = settings.exit else { panic!("{exit}") };
-            let leaves = |token| {
-                (0..3u8)
-                    .find(|&depth| measure.is_confident(taken.signals_at(token, depth.into()).get(measure), threshold))
-            };
-            assert_eq!((0..5).map(|token| leaves(token).unwrap()).collect::<Vec<_>>(), exits.concat(), "{exit}");
-        }
-        let none = Settings { exit: scheduler::ExitPolicy::None, ..*load.settings() };
-        assert_eq!(exits_taken(&none, &requests, &generations, &meta), None);
-    }
-
-    #[test]
-    fn over_all_probes_a_service_profile_says_what_they_took() {
-        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/kjv");
-        let (weights, sampling) = (WeightType::F32, Sampling::default());
-        let named = NamedEngine::load_without_prompts(&model, None, weights, DeviceName::Cpu, sampling).unwrap();
-        let limits = Limits { rows: 8, decodes: 2, history: 16, chunk: 8 };
-        let lengths = Lengths { prompt: 8, output: 6, longest: 16 };
-        let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits), lengths).unwrap();
-        profiler.round(|_, _| ()).unwrap();
-        let further = profiler.probe().unwrap();
-
-        let service = ServiceProfile::new(&profiler, "model", "source", std::iter::once(&further)).unwrap();
-        let measured = profiler.measured();
-        let (mut took, mut said, mut paced) = (0.0, 0.0, 0.0);
-        for probe in measured.probes().chain([&further]) {
-            let works = works_of(&service.passes, probe);
-            let by_profile: f64 = works.iter().map(|work| service.model.pass_ns(work) / 1e3).sum();
-            took += probe.times.iter().map(|time| time.as_micros_f64()).sum::<f64>();
-            said += by_profile;
-            paced += by_profile * service.pace(probe);
-        }
-        assert!((said / took - 1.0).abs() < 1e-3, "{said} us for {took} us");
-        assert!((paced / took - 1.0).abs() < 1e-3, "{paced} us for {took} us");
-    }
 }

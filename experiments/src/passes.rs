@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use latency::LatencyModel;
 use scheduler::{Batching, Settings};
 use serde::Serialize;
-use simulator::{LatencyModel, Pace, PassLog};
-use traces::Nanos;
+use simulator::Pace;
+use traces::{Nanos, PassRun};
 
 /// Passes of one combination that are alike, in all repeats: a line of `passes.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -39,13 +40,13 @@ struct Sums {
 /// Compares the passes of one combination; each replay comes with the machine's pace during it.
 pub fn compare_passes<'a>(
     settings: &Settings,
-    replays: impl Iterator<Item = (&'a PassLog, &'a Pace)>,
+    replays: impl Iterator<Item = (&'a PassRun, &'a Pace)>,
     model: &LatencyModel,
 ) -> Vec<PassClass> {
     let mut classes: BTreeMap<(bool, u32), Sums> = BTreeMap::new();
-    for (log, pace) in replays {
-        for pass in log.passes() {
-            let decode_rows = pass.work.shape.decode_rows;
+    for (run, pace) in replays {
+        for pass in &run.passes {
+            let decode_rows = pass.work.decode_rows;
             let up_to = if decode_rows == 0 { 0 } else { decode_rows.next_power_of_two() };
             let sums = classes.entry((!pass.work.chunks.is_empty(), up_to)).or_default();
             let by_profile = Nanos(model.pass_ns(&pass.work).round() as u64);
@@ -69,9 +70,9 @@ pub fn compare_passes<'a>(
 
 #[cfg(test)]
 mod tests {
-    use scheduler::{Lengths, SteadyLoad, SteadyServer};
+    use scheduler::{Lengths, PassRecorder, SteadyLoad, SteadyServer};
     use simulator::{ExitModel, ProfileExecutor};
-    use traces::{Component, LatencyProfile, Point, ProfileMeta};
+    use traces::{Component, LatencyProfile, PassOrigin, Point, ProfileMeta};
 
     use super::*;
 
@@ -108,12 +109,12 @@ mod tests {
         let load = SteadyLoad::new(2, 3, 16, 8, 16, Lengths { prompt: 8, output: 6, longest: 32 });
         let exits = ExitModel::full_depth(2, "test").unwrap();
         let mut server = SteadyServer::new(load, ProfileExecutor::new(&model, &exits, load.settings())).unwrap();
-        let mut log = PassLog::new(load.settings());
+        let mut recorder = PassRecorder::new(load.settings(), PassOrigin::Steady, || 0);
         for _ in 0..500 {
-            server.pass(&mut log).unwrap();
+            server.pass(&mut recorder).unwrap();
         }
         let slow = Pace::measured_at(&[(Nanos::ZERO, 1.5)]);
-        let classes = compare_passes(load.settings(), [(&log, &slow)].into_iter(), &model);
+        let classes = compare_passes(load.settings(), [(&recorder.into_run(), &slow)].into_iter(), &model);
         assert_eq!(classes.iter().map(|class| class.passes).sum::<usize>(), 500);
         let of = |prompts, rows| {
             let found = classes.iter().find(|class| (class.prompts, class.decode_rows_up_to) == (prompts, rows));

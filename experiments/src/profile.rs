@@ -3,12 +3,13 @@
 use anyhow::{Result, ensure};
 use engine::profile::{Grid, Limits, Profiler};
 use scheduler::Lengths;
-use traces::LatencyProfile;
+use traces::{LatencyProfile, PassLog};
 
-use crate::measure::{NamedEngine, ServiceProfile, warn_of_noise};
+use crate::measure::{NamedEngine, pass_log_meta, warn_of_noise};
 use crate::reporter::Reporter;
 
-/// Measures what the components of a pass take up to `limits`, every shape anew in each of `rounds`.
+/// Measures what the components of a pass take up to `limits`, every shape anew in each of `rounds`: the profile, and the
+/// passes of the steady load that it was scaled by.
 ///
 /// # Errors
 /// If there is no round, or the engine cannot run the passes.
@@ -17,7 +18,7 @@ pub fn profile(
     limits: Limits,
     rounds: usize,
     reporter: &mut dyn Reporter,
-) -> Result<LatencyProfile> {
+) -> Result<(LatencyProfile, PassLog)> {
     ensure!(rounds > 0, "0 rounds: expected at least 1");
     // Half of the longest sequence is prompt, and an eighth of it to three is generated.
     let longest = limits.history;
@@ -37,5 +38,6 @@ pub fn profile(
     reporter.finish();
     warn_of_noise(&profiler, reporter);
     let source = format!("depthwise profile, {rounds} rounds");
-    Ok(ServiceProfile::new(&profiler, &named.name, &source, std::iter::empty())?.profile)
+    let passes = PassLog { meta: pass_log_meta(named), runs: profiler.steady_runs(std::iter::empty()).collect() };
+    Ok((profiler.profile(&named.name, &source, std::iter::empty())?, passes))
 }

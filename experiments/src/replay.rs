@@ -5,14 +5,14 @@ use std::sync::Arc;
 use anyhow::Result;
 use engine::clock::Idle;
 use engine::replay::oracle_depths;
-use scheduler::{Look, Settings};
-use traces::{ExitTrace, Request};
+use scheduler::{PassRecorder, Settings, SignalRead};
+use traces::{ExitTrace, PassLog, PassOrigin, Request, unix_micros};
 
 use crate::measure::{self, NamedEngine};
 use crate::reporter::Reporter;
 use crate::runs::Run;
 
-/// Replays the requests under every one of `settings`. The oracle's exits are read from `recorded`, an exit trace of
+/// Replays the requests under every one of `settings`: the runs, and all their passes. The oracle's exits are read from `recorded`, an exit trace of
 /// these requests; without one, they are recorded first where a policy asks for them.
 ///
 /// # Errors
@@ -24,9 +24,9 @@ pub fn replay(
     recorded: Option<&ExitTrace>,
     idle: Idle,
     reporter: &mut dyn Reporter,
-) -> Result<Vec<Run>> {
+) -> Result<(Vec<Run>, PassLog)> {
     settings.iter().try_for_each(|settings| named.engine.check_settings(settings))?;
-    let needs_oracle = settings.iter().any(|settings| settings.exit.look() == Look::Oracle);
+    let needs_oracle = settings.iter().any(|settings| settings.exit.signal_read() == SignalRead::Oracle);
     let oracle = Arc::new(match (needs_oracle, recorded) {
         (false, _) => Default::default(),
         (true, Some(recorded)) => oracle_depths(recorded, requests),
@@ -34,11 +34,14 @@ pub fn replay(
     });
     reporter.start(settings.len(), 0);
     let mut runs = Vec::new();
+    let mut passes = PassLog { meta: measure::pass_log_meta(named), runs: Vec::new() };
     for &settings in settings {
         reporter.message(&format!("{}, {}", settings.batching, settings.exit));
-        runs.push(measure::replay(&named.engine, settings, requests, &oracle, idle, None)?);
+        let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);
+        runs.push(measure::replay(&named.engine, settings, requests, &oracle, idle, None, &mut recorder)?);
+        passes.runs.push(recorder.into_run());
         reporter.advance(1);
     }
     reporter.finish();
-    Ok(runs)
+    Ok((runs, passes))
 }

@@ -8,6 +8,9 @@ use anyhow::{Context, Result, bail};
 /// What a folder of ours always holds: the configuration that it came from.
 pub const CONFIG: &str = "config.yaml";
 
+/// The pass log of a folder of ours.
+pub const PASS_LOG: &str = "passes.parquet";
+
 /// What a folder that we may replace holds: results, or an exit trace.
 const MARKS: [&str; 2] = [CONFIG, "exits.yaml"];
 

@@ -4,15 +4,16 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use engine::executor::Sampling;
+use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Settings};
-use simulator::{Draw, ExitModel, LatencyModel, ModelMemory, Summary, write_csv};
+use simulator::{Draw, ExitModel, ModelMemory, Summary, write_csv};
 use traces::{ExitTable, Request};
 
 use crate::experiment::{EngineSpec, Experiment};
 use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
 use crate::measure::{Measured, MeasuredLoad, NamedEngine, limits, measure};
 use crate::reporter::Reporter;
-use crate::results::{CONFIG, ResultsFolder};
+use crate::results::{CONFIG, PASS_LOG, ResultsFolder};
 use crate::runs::{Machines, Run, run_simulations, simulate_all, write_depth_rows, write_requests};
 use crate::serving::Serving;
 use crate::systems::{OfSystem, simulate_systems};
@@ -105,6 +106,7 @@ fn measure_and_simulate(
     let measured = measure(&engine, &settings, &trace, &spec.loads, spec.repeats, limits, reporter)?;
     measured.profile.write(results.join("profile"))?;
     measured.exits.write(results.join("exits"), ExitTable::Parquet)?;
+    measured.passes.write(results.join(PASS_LOG))?;
 
     let exits = ExitModel::new(&measured.exits, Draw::Recorded)?;
     simulate_variants(&variants, &measured, &exits, trace.requests, results, reporter)?;
@@ -156,13 +158,15 @@ fn simulate_load(
     if load.exits.iter().all(Option::is_none) {
         return Ok(report);
     }
-    let taken =
-        load.exits.iter().map(|exits| exits.as_ref().map(|exits| ExitModel::new(exits, Draw::Recorded)).transpose());
+    let scripted = |depths: &Vec<Vec<u8>>| {
+        ExitModel::from_depths(depths, exits.num_loops().into(), exits.fingerprint(), Draw::Recorded)
+    };
+    let taken = load.exits.iter().map(|depths| depths.as_ref().map(scripted).transpose());
     let taken = taken.collect::<Result<Vec<_>, _>>()?;
     let taken: Vec<&ExitModel> = taken.iter().map(|taken| taken.as_ref().unwrap_or(exits)).collect();
     let simulated = simulate_repeats(settings, measured, &taken, load, &workload, reporter)?;
     let mut comparisons = compare(&load.repeats, &simulated);
-    // These exits hold no tokens.
+    // Exit depths hold no tokens.
     comparisons.retain(|line| line.metric != TOKEN_AGREEMENT);
     report.errors_of_exits_taken = Some(write_errors(comparisons, folder, "_of_exits_taken")?);
     Ok(report)
@@ -228,7 +232,7 @@ struct Variants {
 
 impl Variants {
     fn new(Experiment { serving, sweeps, .. }: &Experiment, model: &ModelMemory, requests: &[Request]) -> Result<Self> {
-        let at = |measure| move |&threshold: &f32| ExitPolicy::Confidence { measure, threshold };
+        let at = |measure| move |&threshold: &f32| ExitPolicy::Confidence { signal: measure, threshold };
         let exit = sweeps.thresholds.iter().flat_map(|(&measure, thresholds)| thresholds.iter().map(at(measure)));
         let thresholds = Serving { batching: vec![Batching::Depth], exit: exit.collect(), ..serving.clone() };
         let settings = |serving: Serving| serving.all_settings(model, requests);

@@ -4,11 +4,12 @@ use std::fmt::Debug;
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use scheduler::{ExitPolicy, Settings};
 use serde::Serialize;
 use simulator::{
-    Draw, ExitModel, Extrapolations, LatencyModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError,
-    Source, Summary, TimeByPart, run_all, write_csv,
+    Draw, ExitModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError, Source, Summary, run_all,
+    write_csv,
 };
 use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
 
@@ -23,7 +24,7 @@ pub struct Run {
     /// What it was made of.
     pub metrics: Metrics,
     /// Where its time went, of a simulation.
-    pub time: Option<TimeByPart>,
+    pub time: Option<TimeByComponent>,
 }
 
 /// Reads what a simulation looks times and exits up in; exits are drawn with `seed`. Without an exit trace every token

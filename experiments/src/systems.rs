@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use latency::TimeByComponent;
 use serde::Serialize;
-use simulator::{Summary, TimeByPart, write_csv};
+use simulator::{Summary, write_csv};
 
 use crate::experiment::{Experiment, System};
 use crate::figures::Caption;
@@ -36,7 +37,7 @@ pub struct SystemRun<'a> {
     /// What it came to.
     pub summary: Summary,
     /// Where its time went.
-    pub time: TimeByPart,
+    pub time: TimeByComponent,
     /// Throughput over that of what the system is compared with; NaN until all have run.
     pub speedup: f64,
 }
@@ -86,7 +87,7 @@ fn simulate_system<'a>(
         sizes.push(serving);
     }
     for (size, serving) in sizes.iter().enumerate() {
-        let settings = serving.all_settings(latency.memory(), &workload.requests)?;
+        let settings = serving.all_settings(&latency.meta().into(), &workload.requests)?;
         let run = |run: Run| SystemRun {
             system,
             size,
@@ -96,7 +97,7 @@ fn simulate_system<'a>(
         };
         runs.extend(simulate_all(&settings, &latency, &exits, workload, reporter)?.into_iter().map(run));
     }
-    Ok(latency.device().to_owned())
+    Ok(latency.meta().device.clone())
 }
 
 /// Fills in how many times as fast each run is as the first of what its system is compared with, at the same limit.

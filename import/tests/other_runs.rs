@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use import::comparison::RequestTimes;
 use import::{Comparison, LayerTables, MeasuredRun, ModelShape};
-use simulator::{ExitModel, LatencyModel, Metrics, Simulation};
+use latency::LatencyModel;
+use simulator::{ExitModel, Metrics, Simulation};
 use traces::{LatencyProfile, ReadOptions, RequestTrace};
 
 const BUDGET: u32 = 64;

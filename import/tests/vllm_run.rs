@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use import::comparison::RequestTimes;
 use import::{Comparison, LayerTables, MeasuredRun, ModelShape};
+use latency::LatencyModel;
 use scheduler::Settings;
-use simulator::{ExitModel, LatencyModel, Metrics, Simulation};
+use simulator::{ExitModel, Metrics, Simulation};
 use traces::{LatencyProfile, PrefixHashes, ReadOptions, RequestTrace};
 
 fn data() -> PathBuf {

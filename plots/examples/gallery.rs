@@ -149,9 +149,9 @@ fn draw_depths(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
     let title = "Rows in the passes by depth, depth-wise batching with oracle exit";
     rows_by_depth(&figure(folder, "rows_by_depth", title), &passes)?;
 
-    let trace = |name: &str, leaving: [f64; 3], agreement: [f64; 3]| ExitDepths {
+    let trace = |name: &str, exiting: [f64; 3], agreement: [f64; 3]| ExitDepths {
         name: name.into(),
-        leaving: leaving.to_vec(),
+        exiting: exiting.to_vec(),
         agreement: agreement.to_vec(),
     };
     let traces = [

@@ -25,7 +25,7 @@ pub struct ExitDepths {
     /// The trace's name.
     pub name: String,
     /// Share of tokens that leave at each depth under the oracle, 0 to 1.
-    pub leaving: Vec<f64>,
+    pub exiting: Vec<f64>,
     /// Share of tokens whose prediction at each depth equals that of the last depth, 0 to 1.
     pub agreement: Vec<f64>,
 }
@@ -123,20 +123,20 @@ impl Binned {
 pub fn exit_depths(figure: &Figure, traces: &[ExitDepths]) -> Result<(), Error> {
     figure.require("exit traces", traces)?;
     for trace in traces {
-        let (name, depths) = (&trace.name, trace.leaving.len());
-        let leaving = trace.leaving.iter().copied();
-        figure.check(&format!("share leaving of `{name}`"), Kind::Share, leaving)?;
+        let (name, depths) = (&trace.name, trace.exiting.len());
+        let exiting = trace.exiting.iter().copied();
+        figure.check(&format!("share exiting of `{name}`"), Kind::Share, exiting)?;
         let what = format!("agreement of `{name}`");
         figure.require_length(&what, &trace.agreement, depths)?;
         figure.check(&what, Kind::Share, trace.agreement.iter().copied())?;
     }
-    let deepest = traces.iter().map(|t| t.leaving.len()).max().unwrap_or(1) - 1;
+    let deepest = traces.iter().map(|t| t.exiting.len()).max().unwrap_or(1) - 1;
     let x = Axis::steps("depth", 0, deepest);
     let legend: Vec<Entry> = traces.iter().enumerate().map(trace_entry).collect();
     canvas::draw(figure, (WIDTH, 900), &legend, |area| {
         let (left, right) = area.split_horizontally(WIDTH / 2);
-        let leaving = "tokens leaving under the oracle (%)";
-        draw_shares(&left, leaving, &x, traces, |trace| &trace.leaving)?;
+        let exiting = "tokens exiting under the oracle (%)";
+        draw_shares(&left, exiting, &x, traces, |trace| &trace.exiting)?;
         let agreeing = "tokens equal to the last depth's (%)";
         draw_shares(&right, agreeing, &x, traces, |trace| &trace.agreement)
     })

@@ -77,7 +77,7 @@ pub struct ExitCurve {
     pub points: Vec<(f64, f64)>,
 }
 
-/// Draws what exit signals trade, between leaving always at one depth, whose agreements by depth are `fixed`, and an
+/// Draws what exit signals trade, between exiting always at one depth, whose agreements by depth are `fixed`, and an
 /// oracle that needs `oracle` passes per token.
 ///
 /// # Errors

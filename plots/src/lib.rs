@@ -15,7 +15,7 @@
 //! | where does the time of a token go? | [`token_times`] |
 //! | where could tokens leave, and would they be right? | [`exit_depths`] |
 //! | how far can an exit signal be believed? | [`reliability`] |
-//! | what does leaving early on a signal trade? | [`exit_curves`] |
+//! | what does exiting early on a signal trade? | [`exit_curves`] |
 //! | which threshold keeps a tolerance? | [`calibration`] |
 //! | does the simulator predict what was measured? | [`predictions`] |
 //! | did training converge? | [`losses`] |

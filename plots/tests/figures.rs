@@ -63,7 +63,7 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         token_times(figure, &["part", "other part"], &v.iter().map(run).collect::<Vec<_>>())
     };
     let draw_exits = |figure: &Figure, v: &[f64]| {
-        exit_depths(figure, &[ExitDepths { name: "series".into(), leaving: v.to_vec(), agreement: v.to_vec() }])
+        exit_depths(figure, &[ExitDepths { name: "series".into(), exiting: v.to_vec(), agreement: v.to_vec() }])
     };
     let draw_predictions = |figure: &Figure, v: &[f64]| {
         let point =

@@ -5,13 +5,13 @@
 //! at a pass are refused ([`Settings::async_scheduling`](crate::Settings::async_scheduling)). Its clock counts passes
 //! meanwhile, and those who watch are told what happened, and when, once the pass is over.
 
-use traces::{Nanos, Request};
+use traces::{Nanos, PassWork, Request};
 
 use crate::blocks::BlockTables;
 use crate::executor::Executor;
 use crate::observe::{Observer, PassRecord, Token};
 use crate::pass::{Pass, Segment};
-use crate::policy::Looks;
+use crate::policy::SignalReads;
 use crate::scheduler::Scheduler;
 
 /// What happened at a time that is not known yet.
@@ -66,25 +66,26 @@ impl Deferred {
 #[derive(Clone, Debug)]
 struct Composed {
     segments: Vec<Segment>,
-    looks: Looks,
+    reads: SignalReads,
     tables: BlockTables,
+    work: PassWork,
 }
 
 impl Composed {
     fn of(scheduler: &Scheduler) -> Self {
-        let Pass { segments, looks, tables } = scheduler.pass();
-        Self { segments: segments.to_vec(), looks, tables: tables.clone() }
+        let Pass { segments, reads, tables, work } = scheduler.pass();
+        Self { segments: segments.to_vec(), reads, tables: tables.clone(), work: work.clone() }
     }
 
     fn pass(&self) -> Pass<'_> {
-        Pass { segments: &self.segments, looks: self.looks, tables: &self.tables }
+        Pass { segments: &self.segments, reads: self.reads, tables: &self.tables, work: &self.work }
     }
 }
 
 /// The pass that runs.
 struct Running {
     composed: Composed,
-    leaving: Vec<u32>,
+    exiting: Vec<u32>,
     start: Nanos,
     elapsed: Nanos,
     running: u32,
@@ -133,23 +134,24 @@ impl Ahead {
         for (slot, request, generated) in scheduler.admitted() {
             executor.admit(slot, request, generated)?;
         }
-        let Some(composed) = composed else { return Ok(None) };
+        let Some(mut composed) = composed else { return Ok(None) };
         let (running, waiting) = (scheduler.num_running(), scheduler.num_waiting());
         scheduler.decide(&vec![0.0; composed.segments.len()]);
-        let leaving = scheduler.leaving().to_vec();
+        let exiting = scheduler.exiting().to_vec();
+        composed.work.clone_from(scheduler.pass().work);
         let mut plan = || {
             scheduler.complete(label, &mut self.deferred);
             self.next = scheduler.plan_ahead(label, &mut self.deferred).then(|| Composed::of(scheduler));
         };
-        let elapsed = executor.run_beside(&composed.pass(), &leaving, &mut plan)?;
-        self.running = Some(Running { composed, leaving, start: now, elapsed, running, waiting });
+        let elapsed = executor.run_beside(&composed.pass(), &exiting, &mut plan)?;
+        self.running = Some(Running { composed, exiting, start: now, elapsed, running, waiting });
         Ok(Some(elapsed))
     }
 
     /// As [`Server::finish_pass`](crate::Server::finish_pass).
     pub fn finish_pass(&mut self, now: Nanos, observer: &mut impl Observer) {
-        let Some(Running { composed, leaving, start, elapsed, running, waiting }) = self.running.take() else { return };
-        observer.pass(&PassRecord { start, elapsed, pass: composed.pass(), leaving: &leaving, running, waiting });
+        let Some(Running { composed, exiting, start, elapsed, running, waiting }) = self.running.take() else { return };
+        observer.pass(&PassRecord { start, elapsed, pass: composed.pass(), exiting: &exiting, running, waiting });
         self.ends.push(now);
         self.deferred.tell(now, &self.ends, observer);
     }

@@ -54,7 +54,7 @@ impl Backlog {
         let place = self.place(slot, depth);
         self.taken[place] = start + tokens;
         let kind = RowKind::Backfill;
-        (tokens > 0).then_some(Segment { slot, start, tokens, depth, kind, predicts: false })
+        (tokens > 0).then_some(Segment { slot, start, tokens, depth, kind, predicts: false, generated: true })
     }
 
     /// Rows have run.
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     fn decode(start: u32, depth: u8) -> Segment {
-        Segment { slot: 1, start, tokens: 1, depth, kind: RowKind::Decode, predicts: true }
+        Segment { slot: 1, start, tokens: 1, depth, kind: RowKind::Decode, predicts: true, generated: true }
     }
 
     #[test]

@@ -29,31 +29,31 @@ pub trait Executor {
 
     /// Runs the block over the rows of a pass, embedding those at depth 0, and returns how long it took.
     ///
-    /// `signals[i]` must be set for each segment that the pass [looks at](Pass::looks_at); the others are not read.
+    /// `signals[i]` must be set for each segment that the pass [looks at](Pass::reads_signal); the others are not read.
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error>;
 
     /// Whether passes run beside the host, which may then plan the next one meanwhile, by
     /// [`run_beside`](Self::run_beside).
     const RUNS_BESIDE: bool = false;
 
-    /// Runs a pass whose outcome is known beforehand: the last row of each segment `leaving` leaves the loop after it,
+    /// Runs a pass whose outcome is known beforehand: the last row of each segment `exiting` leaves the loop after it,
     /// as [`emit`](Self::emit) has it. Calls `meanwhile` once, while the pass runs if that can be. Returns how long
     /// it took.
     fn run_beside(
         &mut self,
         pass: &Pass<'_>,
-        leaving: &[u32],
+        exiting: &[u32],
         meanwhile: &mut (dyn FnMut() + Send),
     ) -> Result<Nanos, Self::Error> {
         let mut elapsed = self.run(pass, &mut vec![0.0; pass.segments.len()])?;
-        if !leaving.is_empty() {
-            elapsed += self.emit(pass, leaving)?;
+        if !exiting.is_empty() {
+            elapsed += self.emit(pass, exiting)?;
         }
         meanwhile();
         Ok(elapsed)
     }
 
-    /// The last row of each segment `leaving` (indices into the pass just run) leaves the loop: its token is the
+    /// The last row of each segment `exiting` (indices into the pass just run) leaves the loop: its token is the
     /// sequence's next. Returns how long that took, the exit head included for rows that [had not run it](Pass::runs_head).
-    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error>;
+    fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error>;
 }

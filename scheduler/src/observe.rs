@@ -25,7 +25,7 @@ pub struct PassRecord<'a> {
     /// Its rows.
     pub pass: Pass<'a>,
     /// Indices of the segments whose last rows left in it, rising.
-    pub leaving: &'a [u32],
+    pub exiting: &'a [u32],
     /// Sequences that hold a slot.
     pub running: u32,
     /// Requests that wait for one.

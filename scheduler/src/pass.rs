@@ -1,7 +1,9 @@
 //! A pass: the rows that share one run of the block.
 
+use traces::PassWork;
+
 use crate::blocks::{BlockId, BlockTables};
-use crate::policy::{Look, Looks};
+use crate::policy::SignalReads;
 
 /// A place among the running sequences, from 0 to `max_batch - 1`; reused when its sequence ends.
 pub type Slot = u32;
@@ -32,8 +34,19 @@ pub struct Segment {
     /// What they run for.
     pub kind: RowKind,
     /// Whether the pass yields the next token's distribution: true for decode rows and for the chunk
-    /// that ends a prompt, until that token has left.
+    /// that ends a prompt, until that token has exited.
     pub predicts: bool,
+    /// Whether the token of the last row was generated, rather than given with the prompt. Prompts run every depth; a
+    /// generated token skips the depths below its exit, in a context that is computed again as well.
+    pub generated: bool,
+}
+
+impl Segment {
+    /// The depths of a model with `num_loops` loops that the last row skips if it exits at this one.
+    #[inline]
+    pub fn skipped_depths(&self, num_loops: u8) -> u32 {
+        if self.generated { u32::from(num_loops - 1 - self.depth) } else { 0 }
+    }
 }
 
 /// What an executor gets to run.
@@ -42,9 +55,11 @@ pub struct Pass<'a> {
     /// The segments, in no particular order of depth.
     pub segments: &'a [Segment],
     /// What to report of rows that predict.
-    pub looks: Looks,
+    pub reads: SignalReads,
     /// Where the keys and values of each slot lie.
     pub tables: &'a BlockTables,
+    /// What its time depends on. What exits take is known once they are decided, in [`Executor::emit`](crate::Executor::emit).
+    pub work: &'a PassWork,
 }
 
 impl<'a> Pass<'a> {
@@ -55,14 +70,14 @@ impl<'a> Pass<'a> {
 
     /// Whether the executor must report the exit signal of a segment's last row.
     #[inline]
-    pub fn looks_at(&self, segment: &Segment) -> bool {
-        segment.predicts && segment.depth < self.looks.below && self.looks.signal != Look::Never
+    pub fn reads_signal(&self, segment: &Segment) -> bool {
+        self.reads.read_signal(segment)
     }
 
-    /// Whether the exit head runs for a segment's last row even if that does not leave.
+    /// Whether the exit head runs for a segment's last row within the pass, whether that exits or not.
     #[inline]
     pub fn runs_head(&self, segment: &Segment) -> bool {
-        segment.predicts && segment.depth >= self.looks.head_from
+        self.reads.run_head(segment)
     }
 
     /// Rows of all segments.

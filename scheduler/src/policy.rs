@@ -1,9 +1,12 @@
 //! Batching policies, exit policies and KV fills, and their names on the command line.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use traces::Measure;
+use traces::{ExitSignal, SignalBound};
+
+use crate::pass::Segment;
 
 /// Which rows may share a pass, and when a finished one is replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,31 +66,31 @@ pub enum ExitPolicy {
         /// Whether each look is paid for with the exit head, as a confidence policy's is. The paper's is free.
         charged: bool,
     },
-    /// At the earliest depth where the measure passes the threshold.
+    /// At the earliest depth where the signal passes the threshold.
     Confidence {
         /// The exit signal.
-        measure: Measure,
-        /// Where it is sure enough; in the measure's own unit.
+        signal: ExitSignal,
+        /// Where it is sure enough; in the signal's own unit.
         threshold: f32,
     },
 }
 
 /// What an executor must report of a row after a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub enum SignalRead {
     /// Nothing.
-    Never,
-    /// 1 if the oracle lets the row leave here, else 0.
+    None,
+    /// 1 if the oracle lets the row exit here, else 0.
     Oracle,
     /// The value of an exit signal.
-    Measure(Measure),
+    Signal(ExitSignal),
 }
 
 /// What is read of rows that predict, by their depth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Looks {
+pub struct SignalReads {
     /// What an executor must report.
-    pub signal: Look,
+    pub signal: SignalRead,
     /// It must below this depth, where rows leave in any case.
     pub below: u8,
     /// From this depth on the exit head runs for every row that predicts: its look reads the vocabulary, or it is
@@ -95,69 +98,67 @@ pub struct Looks {
     pub head_from: u8,
 }
 
-/// Signals with which rows leave: those that are `least` or more when multiplied by `sign`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Bound {
-    sign: f32,
-    /// Not a number where no signal is enough.
-    least: f32,
-}
-
-impl Bound {
-    /// Whether a row with this signal leaves.
+impl SignalReads {
+    /// Whether an executor must report the exit signal of a segment's last row.
     #[inline]
-    pub fn is_reached(self, signal: f32) -> bool {
-        signal * self.sign >= self.least
+    pub fn read_signal(&self, segment: &Segment) -> bool {
+        segment.predicts && segment.depth < self.below && self.signal != SignalRead::None
+    }
+
+    /// Whether the exit head runs for a segment's last row within the pass.
+    #[inline]
+    pub fn run_head(&self, segment: &Segment) -> bool {
+        segment.predicts && segment.depth >= self.head_from
     }
 }
 
 impl ExitPolicy {
     /// What rows are looked at for.
-    pub fn look(self) -> Look {
+    pub fn signal_read(self) -> SignalRead {
         match self {
-            Self::None | Self::Static(_) => Look::Never,
-            Self::Oracle { .. } => Look::Oracle,
-            Self::Confidence { measure, .. } => Look::Measure(measure),
+            Self::None | Self::Static(_) => SignalRead::None,
+            Self::Oracle { .. } => SignalRead::Oracle,
+            Self::Confidence { signal, .. } => SignalRead::Signal(signal),
         }
     }
 
     /// Whether a look costs a product with the whole vocabulary.
-    pub fn look_needs_head(self) -> bool {
+    pub fn read_needs_head(self) -> bool {
         match self {
             Self::None | Self::Static(_) => false,
             Self::Oracle { charged } => charged,
-            Self::Confidence { measure, .. } => measure.needs_head(),
+            Self::Confidence { signal, .. } => signal.needs_head(),
         }
     }
 
-    /// The deepest depth that a row of a model with `num_loops` loops can reach.
-    pub fn last_depth(self, num_loops: u8) -> u8 {
+    /// The depths at which rows of a model with `num_loops` loops can exit; at the last of them all do.
+    pub fn exit_depths(self, num_loops: u8) -> RangeInclusive<u8> {
+        let last = num_loops - 1;
         match self {
-            Self::Static(depth) => depth.min(num_loops - 1),
-            _ => num_loops - 1,
+            Self::None => last..=last,
+            Self::Static(depth) => depth.min(last)..=depth.min(last),
+            Self::Oracle { .. } | Self::Confidence { .. } => 0..=last,
         }
     }
 
     /// What is read of rows that predict, of a model with `num_loops` loops.
-    pub fn looks(self, num_loops: u8) -> Looks {
-        let below = self.last_depth(num_loops);
-        let head_from = match self.look() {
-            Look::Never => below,
-            _ if self.look_needs_head() => 0,
+    pub fn signal_reads(self, num_loops: u8) -> SignalReads {
+        let below = *self.exit_depths(num_loops).end();
+        let head_from = match self.signal_read() {
+            SignalRead::None => below,
+            _ if self.read_needs_head() => 0,
             // Looks leave the head alone: it runs once, after them, for those that are certain to leave as well.
             _ => u8::MAX,
         };
-        Looks { signal: self.look(), below, head_from }
+        SignalReads { signal: self.signal_read(), below, head_from }
     }
 
-    /// Which of the rows that were looked at leave.
-    pub fn bound(self) -> Bound {
+    /// The signals with which rows exit, of those that are read.
+    pub fn bound(self) -> SignalBound {
         match self {
-            Self::None | Self::Static(_) => Bound { sign: 1.0, least: f32::NAN },
-            Self::Oracle { .. } => Bound { sign: 1.0, least: 1.0 },
-            Self::Confidence { measure, threshold } => {
-                Bound { sign: measure.sureness(1.0), least: measure.sureness(threshold) }
-            }
+            Self::None | Self::Static(_) => SignalBound::NEVER,
+            Self::Oracle { .. } => SignalBound::at_least(1.0),
+            Self::Confidence { signal, threshold } => signal.bound(threshold),
         }
     }
 
@@ -187,7 +188,7 @@ impl fmt::Display for ExitPolicy {
             Self::Static(depth) => write!(f, "static:{depth}"),
             Self::Oracle { charged: false } => f.write_str("oracle"),
             Self::Oracle { charged: true } => f.write_str("oracle:charged"),
-            Self::Confidence { measure, threshold } => write!(f, "confidence:{measure}:{threshold}"),
+            Self::Confidence { signal, threshold } => write!(f, "confidence:{signal}:{threshold}"),
         }
     }
 }
@@ -209,14 +210,14 @@ impl FromStr for ExitPolicy {
             ["static", depth] => depth.parse().map(Self::Static).map_err(|_| unknown()),
             ["oracle"] => Ok(Self::Oracle { charged: false }),
             ["oracle", "charged"] => Ok(Self::Oracle { charged: true }),
-            ["confidence", number] => Ok(Self::Confidence { measure: Measure::Top1, threshold: threshold(number)? }),
-            ["confidence", measure, number] => Ok(Self::Confidence {
-                measure: measure.parse().map_err(PolicyError::Measure)?,
+            ["confidence", number] => Ok(Self::Confidence { signal: ExitSignal::Top1, threshold: threshold(number)? }),
+            ["confidence", signal, number] => Ok(Self::Confidence {
+                signal: signal.parse().map_err(PolicyError::ExitSignal)?,
                 threshold: threshold(number)?,
             }),
-            [measure, number] => {
-                let measure = measure.parse().map_err(|_| unknown())?;
-                Ok(Self::Confidence { measure, threshold: threshold(number)? })
+            [signal, number] => {
+                let signal = signal.parse().map_err(|_| unknown())?;
+                Ok(Self::Confidence { signal, threshold: threshold(number)? })
             }
             _ => Err(unknown()),
         }
@@ -289,9 +290,9 @@ pub enum PolicyError {
          confidence:THRESHOLD, confidence:MEASURE:THRESHOLD or MEASURE:THRESHOLD"
     )]
     Exit(String),
-    /// Not a measure.
+    /// Not a signal.
     #[error("{0}")]
-    Measure(String),
+    ExitSignal(String),
     /// Not a finite number.
     #[error("the threshold of exit policy `{0}` is not a finite number")]
     Threshold(String),
@@ -348,29 +349,29 @@ mod tests {
 
     #[test]
     fn only_what_reads_the_vocabulary_needs_the_head_to_look() {
-        let needs_head = |text: &str| text.parse::<ExitPolicy>().unwrap().look_needs_head();
+        let needs_head = |text: &str| text.parse::<ExitPolicy>().unwrap().read_needs_head();
         assert!(["top1:0.9", "margin:0.9", "entropy:0.9", "oracle:charged"].into_iter().all(needs_head));
         assert!(!["none", "static:0", "oracle", "similarity:0.9", "gate:0.9"].into_iter().any(needs_head));
     }
 
     #[test]
     fn looks_end_where_rows_leave_in_any_case_and_pay_for_the_head_where_they_read_it() {
-        let looks = |text: &str| {
-            let looks = text.parse::<ExitPolicy>().unwrap().looks(4);
-            (looks.below, looks.head_from)
+        let reads = |text: &str| {
+            let reads = text.parse::<ExitPolicy>().unwrap().signal_reads(4);
+            (reads.below, reads.head_from)
         };
-        assert_eq!((looks("none"), looks("static:1")), ((3, 3), (1, 1)));
-        assert_eq!((looks("confidence:0.9"), looks("oracle:charged")), ((3, 0), (3, 0)));
-        assert_eq!((looks("confidence:similarity:0.9"), looks("oracle")), ((3, u8::MAX), (3, u8::MAX)));
+        assert_eq!((reads("none"), reads("static:1")), ((3, 3), (1, 1)));
+        assert_eq!((reads("confidence:0.9"), reads("oracle:charged")), ((3, 0), (3, 0)));
+        assert_eq!((reads("confidence:similarity:0.9"), reads("oracle")), ((3, u8::MAX), (3, u8::MAX)));
     }
 
     #[test]
     fn low_entropy_and_high_probability_leave() {
         let exit = |text: &str| text.parse::<ExitPolicy>().unwrap();
-        let leaves = |text, signal| exit(text).bound().is_reached(signal);
-        assert!(leaves("confidence:0.9", 0.9) && !leaves("confidence:0.9", 0.89));
-        assert!(leaves("confidence:entropy:0.5", 0.5) && !leaves("confidence:entropy:0.5", 0.51));
-        assert!(leaves("oracle", 1.0) && !leaves("oracle", 0.0));
-        assert!(!leaves("none", f32::MAX) && !leaves("confidence:0.9", f32::NAN));
+        let exits = |text, signal| exit(text).bound().is_reached(signal);
+        assert!(exits("confidence:0.9", 0.9) && !exits("confidence:0.9", 0.89));
+        assert!(exits("confidence:entropy:0.5", 0.5) && !exits("confidence:entropy:0.5", 0.51));
+        assert!(exits("oracle", 1.0) && !exits("oracle", 0.0));
+        assert!(!exits("none", f32::MAX) && !exits("confidence:0.9", f32::NAN));
     }
 }

@@ -10,13 +10,14 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use traces::{Nanos, PrefixHashes, Request};
+use traces::{Nanos, PrefixHashes, Request, SignalBound};
 
 use crate::backfill::Backlog;
 use crate::blocks::{BlockId, BlockTables, Contents};
 use crate::observe::{Observer, Token};
 use crate::pass::{Pass, RowKind, Segment, Slot};
-use crate::policy::{Batching, Bound, ExitPolicy, KvFill, Look, Looks};
+use crate::policy::{Batching, ExitPolicy, KvFill, SignalRead, SignalReads};
+use crate::work::WorkMeter;
 
 /// How a run is scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -163,7 +164,7 @@ impl Settings {
             ExitPolicy::Static(depth) if depth >= self.num_loops => {
                 Err(ScheduleError::StaticDepth { depth, num_loops: self.num_loops })
             }
-            exit if self.async_scheduling && exit.look() != Look::Never => {
+            exit if self.async_scheduling && exit.signal_read() != SignalRead::None => {
                 Err(ScheduleError::AsyncExit { exit: exit.to_string() })
             }
             _ => Ok(()),
@@ -287,8 +288,8 @@ impl Publishing {
 #[derive(Clone, Debug)]
 pub struct Scheduler {
     settings: Settings,
-    looks: Looks,
-    bound: Bound,
+    reads: SignalReads,
+    bound: SignalBound,
     publishing: Publishing,
     prefixes: Option<Arc<PrefixHashes>>,
     waiting: VecDeque<Sequence>,
@@ -316,13 +317,15 @@ pub struct Scheduler {
     /// What [`KvFill::Backfill`] has still to run; none under other fills.
     backlog: Option<Backlog>,
     /// Indices of the segments whose last row leaves after the pass.
-    leaving: Vec<u32>,
+    exiting: Vec<u32>,
     held: Vec<Held>,
     admitted: Vec<Slot>,
     released: Vec<Slot>,
     /// Blocks found for the request first in line.
     found: Vec<BlockId>,
     prefix_use: PrefixUse,
+    /// What the time of the pass depends on.
+    meter: WorkMeter,
 }
 
 impl Scheduler {
@@ -335,7 +338,7 @@ impl Scheduler {
         let idle = Sequence::new(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 });
         Ok(Self {
             settings,
-            looks: settings.exit.looks(settings.num_loops),
+            reads: settings.exit.signal_reads(settings.num_loops),
             bound: settings.exit.bound(),
             publishing: Publishing::new(&settings),
             prefixes: None,
@@ -357,12 +360,13 @@ impl Scheduler {
             stalled: Vec::new(),
             backlog: (settings.kv_fill == KvFill::Backfill)
                 .then(|| Backlog::new(settings.num_loops, settings.max_batch)),
-            leaving: Vec::new(),
+            exiting: Vec::new(),
             held: Vec::new(),
             admitted: Vec::new(),
             released: Vec::new(),
             found: Vec::new(),
             prefix_use: PrefixUse::default(),
+            meter: WorkMeter::new(settings.kv_fill, settings.num_loops, settings.max_batch),
         })
     }
 
@@ -401,12 +405,12 @@ impl Scheduler {
 
     /// The pass that [`plan`](Self::plan) made.
     pub fn pass(&self) -> Pass<'_> {
-        Pass { segments: &self.segments, looks: self.looks, tables: &self.tables }
+        Pass { segments: &self.segments, reads: self.reads, tables: &self.tables, work: self.meter.work() }
     }
 
     /// The segments whose last row leaves, as [`decide`](Self::decide) found.
-    pub fn leaving(&self) -> &[u32] {
-        &self.leaving
+    pub fn exiting(&self) -> &[u32] {
+        &self.exiting
     }
 
     /// Slots given since the last plan: their requests, and how much of the output each has already.
@@ -478,6 +482,9 @@ impl Scheduler {
         }
         self.fill_idle_places();
         self.busy = !self.segments.is_empty();
+        if self.busy {
+            self.meter.start(&self.segments, self.reads);
+        }
         self.busy
     }
 
@@ -615,7 +622,8 @@ impl Scheduler {
                 return started;
             }
             let kind = RowKind::Decode;
-            self.segments.push(Segment { slot, start: positions - 1, tokens: 1, depth: 0, kind, predicts: true });
+            let (start, predicts, generated) = (positions - 1, true, true);
+            self.segments.push(Segment { slot, start, tokens: 1, depth: 0, kind, predicts, generated });
             if self.publishing == Publishing::Started {
                 self.publish_decode(slot, positions);
             }
@@ -639,13 +647,14 @@ impl Scheduler {
         let sequence = &mut self.sequences[slot as usize];
         let (start, end) = (sequence.started, sequence.chunk_end(allowance));
         sequence.started = end;
-        let predicts = end == sequence.context;
+        let (predicts, generated) = (end == sequence.context, end > sequence.request.prompt_tokens);
         let room = self.tables.grow(slot, end);
         debug_assert!(room, "an admitted prompt fits");
         if predicts {
             self.prefilling.retain(|&other| other != slot);
         }
-        self.segments.push(Segment { slot, start, tokens: end - start, depth: 0, kind: RowKind::Prompt, predicts });
+        let (tokens, kind) = (end - start, RowKind::Prompt);
+        self.segments.push(Segment { slot, start, tokens, depth: 0, kind, predicts, generated });
         if self.publishing == Publishing::Started {
             self.publish(slot, end);
         }
@@ -680,6 +689,9 @@ impl Scheduler {
         observer.admitted(now, &sequence.request);
         if let Some(backlog) = &mut self.backlog {
             backlog.admit(slot, context);
+        }
+        if let Some(reach) = self.meter.reach_mut() {
+            reach.admit(slot, request.id, request.prompt_tokens);
         }
         self.sequences[slot as usize] = sequence;
         self.prefilling.push_back(slot);
@@ -751,6 +763,9 @@ impl Scheduler {
         sequence.running = false;
         sequence.started = 0;
         sequence.context = sequence.decode_positions();
+        if let Some(reach) = self.meter.reach_mut() {
+            reach.preempt(slot, sequence.request.id);
+        }
         observer.preempted(now, &sequence.request);
         self.waiting.push_front(sequence);
     }
@@ -767,14 +782,15 @@ impl Scheduler {
     /// Which do is as good as random, so the loop writes every index and keeps those that leave by counting on:
     /// a branch would be mispredicted for most rows.
     pub fn decide(&mut self, signals: &[f32]) {
-        let (bound, certain_from) = (self.bound, self.looks.below);
-        self.leaving.resize(self.segments.len(), 0);
-        let mut leaving = 0;
+        let (bound, certain_from) = (self.bound, self.reads.below);
+        self.exiting.resize(self.segments.len(), 0);
+        let mut exiting = 0;
         for (index, (segment, &signal)) in self.segments.iter().zip(signals).enumerate() {
-            self.leaving[leaving] = index as u32;
-            leaving += usize::from(segment.predicts & ((segment.depth >= certain_from) | bound.is_reached(signal)));
+            self.exiting[exiting] = index as u32;
+            exiting += usize::from(segment.predicts & ((segment.depth >= certain_from) | bound.is_reached(signal)));
         }
-        self.leaving.truncate(leaving);
+        self.exiting.truncate(exiting);
+        self.meter.exit(&self.segments, &self.exiting, self.reads);
     }
 
     /// Applies the outcome of the pass at its end: tokens are delivered, the other rows go one deeper.
@@ -787,8 +803,8 @@ impl Scheduler {
         if self.publishing == Publishing::Filled {
             self.publish_filled();
         }
-        for index in 0..self.leaving.len() {
-            let segment = &mut self.segments[self.leaving[index] as usize];
+        for index in 0..self.exiting.len() {
+            let segment = &mut self.segments[self.exiting[index] as usize];
             segment.predicts = false;
             let held = Held { slot: segment.slot, depth: segment.depth };
             if lockstep {

@@ -94,8 +94,8 @@ impl<E: Executor> Server<E> {
         self.signals.resize(pass.segments.len(), 0.0);
         let mut elapsed = self.executor.run(&pass, &mut self.signals)?;
         self.scheduler.decide(&self.signals);
-        if !self.scheduler.leaving().is_empty() {
-            elapsed += self.executor.emit(&self.scheduler.pass(), self.scheduler.leaving())?;
+        if !self.scheduler.exiting().is_empty() {
+            elapsed += self.executor.emit(&self.scheduler.pass(), self.scheduler.exiting())?;
         }
         self.pass = (now, elapsed);
         Ok(Some(elapsed))
@@ -111,7 +111,7 @@ impl<E: Executor> Server<E> {
             start,
             elapsed,
             pass: self.scheduler.pass(),
-            leaving: self.scheduler.leaving(),
+            exiting: self.scheduler.exiting(),
             running: self.scheduler.num_running(),
             waiting: self.scheduler.num_waiting(),
         });

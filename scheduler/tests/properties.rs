@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use scheduler::{
-    Batching, Executor, ExitPolicy, KvFill, Look, Observer, Pass, PassRecord, RowKind, Segment, Server, Settings, Slot,
-    Token, VirtualClock, serve,
+    Batching, Executor, ExitPolicy, KvFill, Observer, Pass, PassRecord, RowKind, Segment, Server, Settings, SignalRead,
+    Slot, Token, VirtualClock, serve,
 };
 use traces::{Nanos, PrefixHashes, Request};
 
@@ -227,7 +227,7 @@ impl Executor for Checker {
                 assert_eq!(segment.start, resident.prompt_tokens + resident.generated - 1, "not the next token");
                 assert!(segment.predicts && segment.tokens == 1);
             }
-            if pass.looks_at(segment) {
+            if pass.reads_signal(segment) {
                 let sure = sure_depth(resident.request, resident.generated, self.settings.num_loops);
                 *signal = if segment.depth >= sure { 1.0 } else { 0.0 };
             } else {
@@ -237,8 +237,8 @@ impl Executor for Checker {
         Ok(Nanos(100 + u64::from(pass.num_rows())))
     }
 
-    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error> {
-        for &index in leaving {
+    fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error> {
+        for &index in exiting {
             let segment = pass.segments[index as usize];
             let resident = self.residents.get_mut(&segment.slot).unwrap();
             resident.generated += 1;
@@ -275,12 +275,12 @@ impl Executor for Beside {
     fn run_beside(
         &mut self,
         pass: &Pass<'_>,
-        leaving: &[u32],
+        exiting: &[u32],
         meanwhile: &mut (dyn FnMut() + Send),
     ) -> Result<Nanos, Self::Error> {
         meanwhile();
         let elapsed = self.0.run(pass, &mut vec![0.0; pass.segments.len()])?;
-        Ok(if leaving.is_empty() { elapsed } else { elapsed + self.0.emit(pass, leaving)? })
+        Ok(if exiting.is_empty() { elapsed } else { elapsed + self.0.emit(pass, exiting)? })
     }
 
     fn emit(&mut self, _: &Pass<'_>, _: &[u32]) -> Result<Nanos, Self::Error> {
@@ -302,8 +302,8 @@ impl Observer for Events {
     }
 
     fn pass(&mut self, record: &PassRecord<'_>) {
-        let PassRecord { start, elapsed, pass, leaving, running, waiting } = record;
-        self.0.push(format!("{start:?} {elapsed:?} {:?} {leaving:?} {running} {waiting}", pass.segments));
+        let PassRecord { start, elapsed, pass, exiting, running, waiting } = record;
+        self.0.push(format!("{start:?} {elapsed:?} {:?} {exiting:?} {running} {waiting}", pass.segments));
     }
 
     fn token(&mut self, now: Nanos, request: &Request, token: Token) {
@@ -423,7 +423,7 @@ prop_compose! {
         prefix_caching in any::<bool>(), ahead in any::<bool>(), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
     ) -> Settings {
         let longest = 40 + 20;
-        let async_scheduling = ahead && exit.look() == Look::Never;
+        let async_scheduling = ahead && exit.signal_read() == SignalRead::None;
         Settings {
             batching: Batching::Depth, exit, kv_fill, num_loops, max_batch, token_budget: max_batch + slack,
             prefill_chunk, block_tokens, num_blocks: longest / block_tokens + 1 + spare_blocks,
@@ -441,7 +441,7 @@ proptest! {
         for log in &logs {
             prop_assert_eq!(&log.depths, &logs[0].depths);
         }
-        let deepest = settings.exit.last_depth(settings.num_loops);
+        let deepest = *settings.exit.exit_depths(settings.num_loops).end();
         for (request, depths) in &logs[0].depths {
             for (&depth, token) in depths.iter().zip(0..) {
                 let expected = match settings.exit {
@@ -594,15 +594,18 @@ impl Executor for Scripted {
             };
             let positions = segment.start..segment.start + segment.tokens;
             rows.push(format!("{kind} {request}:{positions:?} at {}", segment.depth));
-            *signal =
-                if pass.looks_at(segment) && segment.depth >= self.exits[request as usize][token] { 1.0 } else { 0.0 };
+            *signal = if pass.reads_signal(segment) && segment.depth >= self.exits[request as usize][token] {
+                1.0
+            } else {
+                0.0
+            };
         }
         self.passes.push(rows.join(", "));
         Ok(Nanos(1))
     }
 
-    fn emit(&mut self, pass: &Pass<'_>, leaving: &[u32]) -> Result<Nanos, Self::Error> {
-        for &index in leaving {
+    fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error> {
+        for &index in exiting {
             self.sequences.get_mut(&pass.segments[index as usize].slot).unwrap().1 += 1;
         }
         Ok(Nanos::ZERO)

@@ -4,8 +4,9 @@
 //! can serve, prompts of 16 tokens, outputs of 1 to 199. A row visit is one pass of one decode row; prompt rows,
 //! which come by chunks, are not counted. One line for each number of requests given (1,000 to 1,000,000 if none).
 
+use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Observer, Settings};
-use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source};
+use simulator::{Draw, ExitModel, Metrics, Simulation, Source};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
 
 const LOOPS: u32 = 3;

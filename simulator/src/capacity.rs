@@ -1,8 +1,8 @@
 //! The highest request rate that meets latency objectives.
 
+use latency::Extrapolations;
 use traces::{Nanos, Request};
 
-use crate::latency::Extrapolations;
 use crate::metrics::{Metrics, Summary};
 use crate::objectives::{Attainment, Objectives};
 use crate::simulation::{Simulation, SimulationError};

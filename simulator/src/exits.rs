@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use scheduler::{Look, Pass, RowKind};
-use traces::{ExitTrace, ExitTraceMeta, Measure, Request, Signals};
+use scheduler::{Pass, SignalRead};
+use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Request, Signals};
 
 /// Which generations of the trace a request takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,12 +56,14 @@ pub struct ExitModel {
     fingerprint: String,
     draw: Draw,
     has_gates: bool,
+    /// Whether tokens exit where they agree with the last depth, whatever signal is read.
+    is_scripted: bool,
     /// Generation `g` is tokens `starts[g]..starts[g + 1]`.
     starts: Arc<[u32]>,
     /// A bit for each token and depth: whether its token is that of the last depth.
     agreement: Arc<[u64]>,
-    /// The values of each measure by token and depth, in the order of [`Measure::ALL`].
-    signals: [Arc<[f32]>; Measure::ALL.len()],
+    /// The values of each signal by token and depth, in the order of [`ExitSignal::ALL`].
+    signals: [Arc<[f32]>; ExitSignal::ALL.len()],
 }
 
 impl ExitModel {
@@ -85,9 +87,10 @@ impl ExitModel {
             fingerprint: trace.meta.fingerprint.clone(),
             draw,
             has_gates: trace.has_gates,
+            is_scripted: false,
             starts: trace.starts.as_slice().into(),
             agreement: bits(rows().map(|(token, depth)| trace.agrees(token, depth))).into(),
-            signals: Measure::ALL.map(|measure| trace.signals.iter().map(|signals| signals.get(measure)).collect()),
+            signals: ExitSignal::ALL.map(|signal| trace.signals.iter().map(|signals| signals.get(signal)).collect()),
         })
     }
 
@@ -96,7 +99,28 @@ impl ExitModel {
         Self { draw, ..self.clone() }
     }
 
-    /// Of a model whose tokens all run every depth: no exit policy has anything to look at.
+    /// Of tokens that exit at known depths: `depths` by generation, then by token. Under every policy that reads a signal a
+    /// token exits at its depth, and the token predicted there and deeper is that of the last depth.
+    ///
+    /// # Errors
+    /// If there are no generations, one is empty, or the model has more loops than a pass can count, or none.
+    pub fn from_depths(depths: &[Vec<u8>], num_loops: u32, fingerprint: &str, draw: Draw) -> Result<Self, ExitError> {
+        let mut trace = ExitTrace::new(ExitTraceMeta {
+            schema_version: ExitTrace::SCHEMA_VERSION,
+            model: "exit depths".to_owned(),
+            fingerprint: fingerprint.to_owned(),
+            num_loops: num_loops.clamp(1, 65),
+            source: "no trace".to_owned(),
+        });
+        let rows =
+            |&exit: &u8| (0..num_loops).map(move |depth| (Signals::default(), u32::from(depth >= u32::from(exit))));
+        for generation in depths {
+            trace.push_generation(&generation.iter().flat_map(rows).collect::<Vec<_>>());
+        }
+        Ok(Self { is_scripted: true, ..Self::new(&trace, draw)? })
+    }
+
+    /// Of a model whose tokens all run every depth: no exit policy has a signal to read.
     ///
     /// # Errors
     /// If there are more loops than a pass can count, or none.
@@ -123,9 +147,9 @@ impl ExitModel {
         &self.fingerprint
     }
 
-    /// Whether the trace holds what a look asks for.
-    pub fn answers(&self, look: Look) -> bool {
-        look != Look::Measure(Measure::Gate) || self.has_gates
+    /// Whether the trace has the signal that an exit policy reads.
+    pub fn answers(&self, read: SignalRead) -> bool {
+        read != SignalRead::Signal(ExitSignal::Gate) || self.has_gates || self.is_scripted
     }
 
     /// Where a request's token number `generated` lies.
@@ -146,42 +170,43 @@ impl ExitModel {
         Ok(cursor)
     }
 
-    /// Moves the requests whose rows leave on to their next tokens.
-    pub fn leave(&self, pass: &Pass<'_>, leaving: &[u32], cursors: &mut [Cursor]) -> Left {
+    /// Moves the requests whose rows exit on to their next tokens: how many of the tokens agree with the last depth.
+    pub fn exit(&self, pass: &Pass<'_>, exiting: &[u32], cursors: &mut [Cursor]) -> u64 {
         let num_loops = usize::from(self.num_loops);
-        let signals: &[f32] = match pass.looks.signal {
-            Look::Measure(measure) => &self.signals[measure as usize],
-            Look::Never | Look::Oracle => &[],
+        let signals: &[f32] = match pass.reads.signal {
+            SignalRead::Signal(signal) => &self.signals[signal as usize],
+            SignalRead::None | SignalRead::Oracle => &[],
         };
-        let mut left = Left::default();
-        for &index in leaving {
+        let mut agreeing = 0;
+        for &index in exiting {
             let segment = &pass.segments[index as usize];
             let cursor = &mut cursors[segment.slot as usize];
-            left.agreeing += u64::from(self.agrees(cursor.at(segment.depth)));
-            left.head_rows += u32::from(!pass.runs_head(segment));
-            let skipped = u32::from(self.num_loops - 1 - segment.depth);
-            left.skipped_depths += if segment.kind == RowKind::Decode { skipped } else { 0 };
+            agreeing += u64::from(self.agrees(cursor.at(segment.depth)));
             cursor.row += num_loops;
             if cursor.row == cursor.end {
                 *cursor = self.drawn(cursor.request, cursor.draws);
             }
-            // The pass that looks at the next token need not wait for the memory then.
+            // The pass that reads the next token's signals need not wait for the memory then.
             prefetch(signals, cursor.row);
             prefetch(signals, cursor.row + num_loops - 1);
         }
-        left
+        agreeing
     }
 
-    /// What looks find in the rows of a pass, by segment; `cursors` are by slot. Rows that are not looked at get a
-    /// signal like others, which spares the loop a branch that would be mispredicted.
-    pub fn look(&self, pass: &Pass<'_>, cursors: &[Cursor], signals: &mut [f32]) {
+    /// Sets the signals of the rows of a pass, by segment; `cursors` are by slot. Rows whose signal is not read get one like
+    /// others, which spares the loop a branch that would be mispredicted.
+    pub fn read_signals(&self, pass: &Pass<'_>, cursors: &[Cursor], signals: &mut [f32]) {
         let segments = pass.segments.iter().zip(signals);
         let rows = segments.map(|(segment, signal)| (cursors[segment.slot as usize].at(segment.depth), signal));
-        match pass.looks.signal {
-            Look::Never => {}
-            Look::Oracle => rows.for_each(|(row, signal)| *signal = f32::from(u8::from(self.agrees(row)))),
-            Look::Measure(measure) => {
-                let values = &self.signals[measure as usize];
+        match pass.reads.signal {
+            SignalRead::None => {}
+            SignalRead::Oracle => rows.for_each(|(row, signal)| *signal = f32::from(u8::from(self.agrees(row)))),
+            SignalRead::Signal(read) if self.is_scripted => {
+                let certain = [false, true].map(|exits| read.certain(exits));
+                rows.for_each(|(row, signal)| *signal = certain[usize::from(self.agrees(row))]);
+            }
+            SignalRead::Signal(read) => {
+                let values = &self.signals[read as usize];
                 rows.for_each(|(row, signal)| *signal = values[row]);
             }
         }
@@ -245,17 +270,6 @@ fn bits(values: impl Iterator<Item = bool>) -> Vec<u64> {
     words
 }
 
-/// What tokens that leave come to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Left {
-    /// Tokens that agree with the last depth.
-    pub agreeing: u64,
-    /// Rows for which the exit head has still to run.
-    pub head_rows: u32,
-    /// Depths that rows of generated tokens skip, over all rows.
-    pub skipped_depths: u32,
-}
-
 /// A place in an exit trace: the token that a request generates next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
@@ -295,8 +309,8 @@ pub(crate) fn scaled(hash: u64, bound: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scheduler::{BlockTables, ExitPolicy, Looks, RowKind, Segment};
-    use traces::Nanos;
+    use scheduler::{BlockTables, ExitPolicy, RowKind, Segment, SignalReads};
+    use traces::{Nanos, PassWork};
 
     /// Generation `g` has `g + 1` tokens, each of them predicted as `10 g + token` at the last depth.
     fn trace(generations: usize) -> ExitTrace {
@@ -320,21 +334,20 @@ mod tests {
         Request { id, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens }
     }
 
-    /// Lets the token at a cursor leave at the last depth.
-    fn leave(model: &ExitModel, cursor: &mut Cursor) {
+    /// Lets the token at a cursor exit at the last depth.
+    fn exit(model: &ExitModel, cursor: &mut Cursor) {
         let kind = RowKind::Decode;
-        let segments = [Segment { slot: 0, start: 1, tokens: 1, depth: 1, kind, predicts: true }];
-        let (tables, looks) = (BlockTables::new(1, 1, 1), ExitPolicy::None.looks(2));
-        let pass = Pass { segments: &segments, looks, tables: &tables };
-        let left = model.leave(&pass, &[0], std::slice::from_mut(cursor));
-        assert_eq!(left, Left { agreeing: 1, head_rows: 0, skipped_depths: 0 });
+        let segments = [Segment { slot: 0, start: 1, tokens: 1, depth: 1, kind, predicts: true, generated: true }];
+        let (tables, reads) = (BlockTables::new(1, 1, 1), ExitPolicy::None.signal_reads(2));
+        let pass = Pass { segments: &segments, reads, tables: &tables, work: &PassWork::default() };
+        assert_eq!(model.exit(&pass, &[0], std::slice::from_mut(cursor)), 1);
     }
 
     fn tokens(model: &ExitModel, request: &Request, count: usize) -> Vec<u32> {
         let mut cursor = model.cursor(request, 0).unwrap();
         std::iter::repeat_with(|| {
             let token = cursor.row as u32 / u32::from(model.num_loops);
-            leave(model, &mut cursor);
+            exit(model, &mut cursor);
             token
         })
         .take(count)
@@ -379,28 +392,67 @@ mod tests {
     }
 
     #[test]
-    fn looks_find_what_the_trace_says() {
+    fn signals_are_those_of_the_trace() {
         let trace = trace(3);
         let model = ExitModel::new(&trace, Draw::Recorded).unwrap();
         let mut cursor = model.cursor(&request(2, 3), 0).unwrap();
-        leave(&model, &mut cursor);
+        exit(&model, &mut cursor);
         let token = trace.generation(2).start + 1;
         let tables = BlockTables::new(1, 1, 1);
         for depth in 0..2u8 {
-            let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind: RowKind::Decode, predicts: true }];
-            let looked = |signal| {
+            let (kind, work) = (RowKind::Decode, PassWork::default());
+            let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
+            let read = |signal| {
                 let mut signals = [f32::NAN];
-                let looks = Looks { signal, below: 1, head_from: 0 };
-                model.look(&Pass { segments: &segments, looks, tables: &tables }, &[cursor], &mut signals);
+                let reads = SignalReads { signal, below: 1, head_from: 0 };
+                let pass = Pass { segments: &segments, reads, tables: &tables, work: &work };
+                model.read_signals(&pass, &[cursor], &mut signals);
                 signals[0]
             };
             let signals = trace.signals_at(token, depth.into());
-            for measure in Measure::ALL {
-                assert_eq!(looked(Look::Measure(measure)), signals.get(measure));
+            for signal in ExitSignal::ALL {
+                assert_eq!(read(SignalRead::Signal(signal)), signals.get(signal));
             }
             assert_eq!(model.agrees(cursor.at(depth)), trace.agrees(token, depth.into()));
-            assert_eq!(looked(Look::Oracle) == 1.0, trace.agrees(token, depth.into()));
+            assert_eq!(read(SignalRead::Oracle) == 1.0, trace.agrees(token, depth.into()));
         }
+    }
+
+    #[test]
+    fn scripted_tokens_exit_at_their_depths_whatever_signal_is_read() {
+        let depths = [vec![2, 0, 1], vec![0, 2]];
+        let model = ExitModel::from_depths(&depths, 3, "test", Draw::Recorded).unwrap();
+        let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
+        let policies =
+            ["oracle", "confidence:0.9", "entropy:0.5", "entropy:0", "similarity:1", "gate:0.3", "margin:-1"];
+        for policy in policies {
+            let policy: ExitPolicy = policy.parse().unwrap();
+            assert!(model.answers(policy.signal_read()), "{policy}");
+            let exits = |cursor: Cursor, depth| {
+                let segments = [Segment {
+                    slot: 0,
+                    start: 1,
+                    tokens: 1,
+                    depth,
+                    kind: RowKind::Decode,
+                    predicts: true,
+                    generated: true,
+                }];
+                let mut signals = [f32::NAN];
+                let pass = Pass { segments: &segments, reads: policy.signal_reads(3), tables: &tables, work: &work };
+                model.read_signals(&pass, &[cursor], &mut signals);
+                policy.bound().is_reached(signals[0])
+            };
+            for (id, depths) in (0..).zip(&depths) {
+                let tokens = depths.len() as u32;
+                let exit_depth = |generated| {
+                    let cursor = model.cursor(&request(id, tokens), generated).unwrap();
+                    (0..3).find(|&depth| exits(cursor, depth)).unwrap()
+                };
+                assert_eq!((0..tokens).map(exit_depth).collect::<Vec<_>>(), *depths, "{policy}");
+            }
+        }
+        assert!(ExitModel::from_depths(&[], 3, "test", Draw::Recorded).is_err());
     }
 
     #[test]

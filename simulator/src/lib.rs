@@ -12,7 +12,8 @@
 //!
 //! ```
 //! use scheduler::{KvFill, Settings};
-//! use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source};
+//! use latency::LatencyModel;
+//! use simulator::{Draw, ExitModel, Metrics, Simulation, Source};
 //! use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
 //!
 //! // A block that takes 100 microseconds up to 8 rows and 120 at 16, and nothing else.
@@ -55,20 +56,14 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-pub mod attention;
 pub mod capacity;
 pub mod executor;
 pub mod exits;
-pub mod latency;
 pub mod memory;
 pub mod metrics;
 pub mod objectives;
 pub mod pace;
-pub mod parts;
-pub mod passes;
-mod reach;
 pub mod routing;
-pub mod service;
 pub mod simulation;
 mod spread;
 pub mod statistics;
@@ -78,15 +73,11 @@ pub mod timeline;
 pub use capacity::{Capacity, CapacityError, CapacitySearch, capacity};
 pub use executor::ProfileExecutor;
 pub use exits::{Draw, ExitError, ExitModel};
-pub use latency::{Extrapolations, LatencyError, LatencyModel, PassBefore, PassShape};
 pub use memory::{MemoryBudget, MemoryError, MemoryPlan, ModelMemory};
 pub use metrics::{Metrics, Source, Summary, write_csv};
 pub use objectives::Objectives;
 pub use pace::Pace;
-pub use parts::TimeByPart;
-pub use passes::{LoggedPass, PassLog, PassWork};
 pub use routing::Routing;
-pub use service::{ServiceFactors, TimedPass, steady_passes};
 pub use simulation::{Outcome, Simulation, SimulationError, run_all};
 pub use statistics::Interval;
 pub use sweep::{Points, Table};

@@ -4,16 +4,16 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
+use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
 use scheduler::{Observer, PrefixUse, ScheduleError, Server, Settings};
 use traces::{LatencyProfile, Nanos, PrefixHashes, Request};
 
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
-use crate::latency::{Extrapolations, LatencyModel};
+use crate::memory::ModelMemory;
 use crate::metrics::{Metrics, Source, Summary};
 use crate::pace::Pace;
-use crate::parts::TimeByPart;
 use crate::routing::{Router, Routing};
 
 /// Why a simulation did not run to its end.
@@ -71,7 +71,7 @@ pub struct Outcome {
     /// Where the run left the profile's measured grid.
     pub extrapolations: Extrapolations,
     /// Where the time of passes went, on all machines.
-    pub time: TimeByPart,
+    pub time: TimeByComponent,
 }
 
 impl Outcome {
@@ -100,7 +100,7 @@ impl<'m> Simulation<'m> {
     /// If the profile and the exit trace are of different models, the settings are of yet another, or the exit policy
     /// reads gates and the trace has none.
     pub fn new(settings: Settings, latency: &'m LatencyModel, exits: &'m ExitModel) -> Result<Self, SimulationError> {
-        let (profile, recorded) = (latency.fingerprint(), exits.fingerprint());
+        let (profile, recorded) = (latency.meta().fingerprint.as_str(), exits.fingerprint());
         if profile != LatencyProfile::ANY_MODEL && profile != recorded {
             return Err(SimulationError::OtherModel { profile: profile.to_owned(), exits: recorded.to_owned() });
         }
@@ -111,7 +111,7 @@ impl<'m> Simulation<'m> {
                 exits: exits.num_loops(),
             });
         }
-        if !exits.answers(settings.exit.look()) {
+        if !exits.answers(settings.exit.signal_read()) {
             return Err(SimulationError::NoGates(settings.exit.to_string()));
         }
         Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None, prefixes: None, pace: None })
@@ -145,7 +145,7 @@ impl<'m> Simulation<'m> {
 
     /// Sums a run up: what its machines saw together, and what only the simulation knows.
     pub fn summary(&self, metrics: &Metrics, outcome: &Outcome) -> Summary {
-        let memory = self.latency.memory();
+        let memory = ModelMemory::from(self.latency.meta());
         let PrefixUse { looked_up, found } = outcome.prefix_use;
         Summary {
             weight_bytes: Some(memory.weight_bytes),
@@ -316,7 +316,7 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
             agreeing_tokens: 0,
             prefix_use: PrefixUse::default(),
             extrapolations: Extrapolations::default(),
-            time: TimeByPart::default(),
+            time: TimeByComponent::default(),
         };
         for server in self.servers {
             let PrefixUse { looked_up, found } = server.scheduler().prefix_use();
@@ -325,8 +325,8 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
             let executor = server.into_executor();
             outcome.tokens += executor.tokens();
             outcome.agreeing_tokens += executor.agreeing_tokens();
-            outcome.extrapolations.merge(executor.extrapolations());
-            outcome.time.merge(executor.time());
+            outcome.extrapolations.merge(&executor.account().extrapolations);
+            outcome.time.merge(&executor.account().time);
         }
         outcome
     }

@@ -219,6 +219,7 @@ mod tests {
     use super::*;
     use scheduler::blocks::BlockTables;
     use scheduler::{ExitPolicy, Pass, Segment};
+    use traces::PassWork;
 
     const MICRO: u64 = 1000;
 
@@ -229,12 +230,20 @@ mod tests {
     fn pass(timeline: &mut Timeline, from: u64, to: u64, depths: &[u8]) {
         let segments: Vec<Segment> = depths
             .iter()
-            .map(|&depth| Segment { slot: 0, start: 0, tokens: 1, depth, kind: RowKind::Decode, predicts: true })
+            .map(|&depth| Segment {
+                slot: 0,
+                start: 0,
+                tokens: 1,
+                depth,
+                kind: RowKind::Decode,
+                predicts: true,
+                generated: true,
+            })
             .collect();
-        let tables = BlockTables::new(1, 1, 1);
-        let pass = Pass { segments: &segments, looks: ExitPolicy::None.looks(2), tables: &tables };
+        let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
+        let pass = Pass { segments: &segments, reads: ExitPolicy::None.signal_reads(2), tables: &tables, work: &work };
         let (start, elapsed) = (Nanos(from * MICRO), Nanos((to - from) * MICRO));
-        timeline.pass(&PassRecord { start, elapsed, pass, leaving: &[], running: 1, waiting: 0 });
+        timeline.pass(&PassRecord { start, elapsed, pass, exiting: &[], running: 1, waiting: 0 });
     }
 
     fn written(timelines: &[Timeline]) -> Vec<Value> {

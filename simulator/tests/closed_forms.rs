@@ -3,8 +3,9 @@
 mod common;
 
 use common::{PASS, constant_latency, drawn_exits, exit_trace, poisson, profile, queued, settings, varied_latency};
+use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Observer, PassRecord, Settings};
-use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Summary};
+use simulator::{Draw, ExitModel, Metrics, Simulation, Summary};
 use traces::{Component, Nanos, Request};
 
 fn simulate(

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Settings};
 use serde::Deserialize;
-use simulator::{Draw, ExitModel, LatencyModel, Metrics, Simulation, Source};
+use simulator::{Draw, ExitModel, Metrics, Simulation, Source};
 use traces::{Arrivals, ExitTrace, Generate, LatencyProfile, Length, Request, check_same_model};
 
 #[derive(Debug, Deserialize)]

@@ -5,11 +5,10 @@ mod common;
 use std::sync::Arc;
 
 use common::{Log, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
+use latency::LatencyModel;
 use proptest::prelude::*;
 use scheduler::{Batching, KvFill, Server, Settings, VirtualClock, serve};
-use simulator::{
-    Draw, ExitModel, LatencyModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all,
-};
+use simulator::{Draw, ExitModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all};
 use traces::{Nanos, PrefixHashes, Request};
 
 const LOOPS: u8 = 3;

@@ -15,8 +15,9 @@ use engine::replay::{Engine, oracle_depths};
 use engine::tokenizer::Tokenizer;
 use engine::weights::Weights;
 use itertools::iproduct;
-use scheduler::{Batching, ExitPolicy, KvFill, Look, Observer, PassRecord, RowKind, Settings, Token};
-use simulator::{Draw, ExitModel, LatencyModel, Simulation};
+use latency::LatencyModel;
+use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, RowKind, Settings, SignalRead, Token};
+use simulator::{Draw, ExitModel, Simulation};
 use traces::{LatencyProfile, Nanos, Request};
 
 /// Every row of every pass (slot, first position, tokens, depth), and every token (request, index, depth).
@@ -89,7 +90,7 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
     for (batching, kv_fill, exit, num_blocks, ahead) in
         iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8], [false, true])
     {
-        if ahead && exit.look() != Look::Never {
+        if ahead && exit.signal_read() != SignalRead::None {
             continue;
         }
         let settings = Settings {

@@ -14,7 +14,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use traces::{ExitTable, ExitTrace, ExitTraceMeta, Measure, Signals};
+use traces::{ExitSignal, ExitTable, ExitTrace, ExitTraceMeta, Signals};
 
 /// Folder, loops, and of 13 tokens how many become right after each loop: 9 after the first, as the paper's relaxed models
 /// at two loops (`docs/notebook/paper.md`). The split of the rest at three loops is an assumption.
@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         trace.write(Path::new(out).join(name), ExitTable::Csv)?;
         println!("{name}: {:.3} passes under the oracle", trace.mean_oracle_passes());
         if becoming_right.len() > 1 {
-            for measure in [Measure::Top1, Measure::Margin, Measure::Similarity] {
+            for measure in [ExitSignal::Top1, ExitSignal::Margin, ExitSignal::Similarity] {
                 print_thresholds(&trace, measure);
             }
         }
@@ -109,7 +109,7 @@ fn pools(recorded: &ExitTrace, depth: usize) -> [Pool; 2] {
 }
 
 /// The lowest thresholds of a measure that keep so many tokens right: passes a token, and the share that is right.
-fn print_thresholds(trace: &ExitTrace, measure: Measure) {
+fn print_thresholds(trace: &ExitTrace, measure: ExitSignal) {
     let tokens = trace.num_tokens();
     let at = |threshold: f32| {
         let depths = (0..tokens).map(|token| trace.confident_depth(token, measure, threshold));

@@ -220,7 +220,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     "Made, not recorded: {} of any {} tokens in a row need the second loop, evenly spread; generation g \
                      begins g tokens into the pattern. The share was fitted to the paper's throughput on SlimPajama \
                      ({models} model(s), {passes:.4} passes per token). Predictions: 1 the token of full depth, 0 another. \
-                     The signals are made up such that no confidence policy ever leaves.",
+                     The signals are made up such that no confidence policy ever exits.",
                     share.deep, share.period
                 );
                 (share, source)

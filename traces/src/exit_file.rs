@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Result, TraceError};
 use crate::exit_parquet::{ParquetRows, ParquetWriter};
-use crate::exit_trace::{ExitTrace, ExitTraceMeta, Measure, Signals};
+use crate::exit_trace::{ExitSignal, ExitTrace, ExitTraceMeta, Signals};
 use crate::profile::check_num_loops;
 use crate::table::{Owner, PartialFile, Row, Table, check_version, read_yaml, write_yaml};
 
@@ -50,7 +50,7 @@ const GENERATION: usize = 0;
 const TOKEN: usize = 1;
 const DEPTH: usize = 2;
 const PREDICTION: usize = 3;
-/// The first of the signals, which are those of [`Measure::ALL`]; the columns before hold whole numbers.
+/// The first of the signals, which are those of [`ExitSignal::ALL`]; the columns before hold whole numbers.
 pub(crate) const FIRST_SIGNAL: usize = 4;
 /// Missing where the model has no gates.
 pub(crate) const GATE: usize = 8;
@@ -58,8 +58,8 @@ pub(crate) const GATE: usize = 8;
 /// How far rounding may carry a probability or a cosine out of its range.
 const SLACK: f32 = 1e-3;
 
-/// Range of each measure, in the order of [`Measure::ALL`], and what to call it.
-const RANGES: [(f32, f32, &str); Measure::ALL.len()] = [
+/// Range of each signal, in the order of [`ExitSignal::ALL`], and what to call it.
+const RANGES: [(f32, f32, &str); ExitSignal::ALL.len()] = [
     (-SLACK, 1.0 + SLACK, "a probability from 0 to 1"),
     (-SLACK, 1.0 + SLACK, "a difference of probabilities from 0 to 1"),
     (-SLACK, f32::MAX, "nats, at least 0"),
@@ -230,8 +230,8 @@ impl Collector {
 }
 
 fn check_signals(signals: &Signals) -> Result<(), Fault> {
-    for (place, (measure, (low, high, expected))) in Measure::ALL.into_iter().zip(RANGES).enumerate() {
-        if !(low..=high).contains(&signals.get(measure)) {
+    for (place, (signal, (low, high, expected))) in ExitSignal::ALL.into_iter().zip(RANGES).enumerate() {
+        if !(low..=high).contains(&signals.get(signal)) {
             return Err(Fault { column: FIRST_SIGNAL + place, expected: expected.to_owned() });
         }
     }
@@ -290,7 +290,7 @@ impl ExitTraceWriter {
         for (index, &(signals, prediction)) in (0u32..).zip(rows) {
             let (generation, token, depth) = (self.generations, index / num_loops, index % num_loops);
             check_signals(&signals).map_err(|Fault { column, expected }| {
-                let value = signals.get(Measure::ALL[column - FIRST_SIGNAL]);
+                let value = signals.get(ExitSignal::ALL[column - FIRST_SIGNAL]);
                 let place = format!("generation {generation}, token {token}, depth {depth}");
                 TraceError::file(&path, format!("{} {value} at {place}", COLUMNS[column]), expected)
             })?;
@@ -382,8 +382,8 @@ mod tests {
             CSV.replace("similarity\n", "similarity,gate\n").replace(",0\n", ",0,0.25\n").replace("0.9\n", "0.9,1\n");
         let with = read(&csv, &meta(2)).unwrap();
         assert!(with.has_gates);
-        assert_eq!((without.measures().count(), with.measures().count()), (4, 5));
-        assert_eq!((with.signals_at(2, 0).gate, with.signals_at(2, 1).get(Measure::Gate)), (0.25, 1.0));
+        assert_eq!((without.recorded_signals().count(), with.recorded_signals().count()), (4, 5));
+        assert_eq!((with.signals_at(2, 0).gate, with.signals_at(2, 1).get(ExitSignal::Gate)), (0.25, 1.0));
         let error = read(&csv.replace(",0.25\n", ",1.25\n"), &meta(2)).unwrap_err().to_string();
         assert!(error.contains("exits.csv:2: gate: found `1.25`, expected a probability from 0 to 1"), "{error}");
         let error = read(&csv.replace("similarity,gate", "gate,similarity"), &meta(2)).unwrap_err().to_string();

@@ -18,7 +18,7 @@ use parquet::schema::types::ColumnPath;
 
 use crate::error::{Result, TraceError};
 use crate::exit_file::{COLUMNS, ExitRow, FIRST_SIGNAL, Fault, GATE};
-use crate::exit_trace::{Measure, Signals};
+use crate::exit_trace::{ExitSignal, Signals};
 use crate::table::PartialFile;
 
 /// Rows of a group: what is held before it is written.
@@ -89,8 +89,8 @@ fn write_group(
     for of in integers {
         write_column::<Int32Type>(&mut group, rows.iter().map(|row| of(row) as i32).collect())?;
     }
-    for measure in Measure::ALL.into_iter().filter(|&measure| has_gates || measure != Measure::Gate) {
-        write_column::<FloatType>(&mut group, rows.iter().map(|row| row.signals.get(measure)).collect())?;
+    for signal in ExitSignal::ALL.into_iter().filter(|&signal| has_gates || signal != ExitSignal::Gate) {
+        write_column::<FloatType>(&mut group, rows.iter().map(|row| row.signals.get(signal)).collect())?;
     }
     group.close()?;
     Ok(())
@@ -246,7 +246,7 @@ pub fn catching_damage<R, E>(read: impl FnOnce() -> Result<R, E>, damaged: impl 
     caught.unwrap_or_else(|_| Err(damaged("its encoding is damaged")))
 }
 
-fn catching<R>(read: impl FnOnce() -> Result<R, ParquetError>) -> Result<R, ParquetError> {
+pub(crate) fn catching<R>(read: impl FnOnce() -> Result<R, ParquetError>) -> Result<R, ParquetError> {
     catching_damage(read, |message| ParquetError::General(message.to_owned()))
 }
 
@@ -268,10 +268,10 @@ fn read_column<T: DataType>(reader: &mut ColumnReaderImpl<T>, values: &mut Vec<T
     Ok(())
 }
 
-fn unread(path: &Path) -> impl FnOnce(ParquetError) -> TraceError {
+pub(crate) fn unread(path: &Path) -> impl FnOnce(ParquetError) -> TraceError {
     move |error| TraceError::file(path, error.to_string(), "a Parquet file, uncompressed or zstd")
 }
 
-fn unwritten(path: &Path) -> impl FnOnce(ParquetError) -> TraceError {
+pub(crate) fn unwritten(path: &Path) -> impl FnOnce(ParquetError) -> TraceError {
     move |error| TraceError::io("write", path)(std::io::Error::other(error))
 }

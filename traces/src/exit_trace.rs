@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// What is read off a row after a pass to tell how sure the model is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Measure {
+pub enum ExitSignal {
     /// Probability of the most likely token, 0 to 1. Needs the exit head.
     Top1,
     /// Probability of the most likely token less that of the second, 0 to 1. Needs the exit head.
@@ -22,8 +22,8 @@ pub enum Measure {
     Gate,
 }
 
-impl Measure {
-    /// Every measure, in the order of the columns of an exit trace.
+impl ExitSignal {
+    /// Every signal, in the order of the columns of an exit trace.
     pub const ALL: [Self; 5] = [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity, Self::Gate];
 
     /// The name in files and on the command line.
@@ -55,52 +55,86 @@ impl Measure {
         }
     }
 
-    /// Whether a row with this value is sure enough to leave.
+    /// A value with which rows exit at every threshold, or at none.
+    pub fn certain(self, exits: bool) -> f32 {
+        self.sureness(if exits { f32::INFINITY } else { f32::NEG_INFINITY })
+    }
+
+    /// The values with which rows exit at a threshold.
+    pub fn bound(self, threshold: f32) -> SignalBound {
+        SignalBound { sign: self.sureness(1.0), least: self.sureness(threshold) }
+    }
+
+    /// Whether a row with this value exits at this threshold.
     pub fn is_confident(self, value: f32, threshold: f32) -> bool {
-        self.sureness(value) >= self.sureness(threshold)
+        self.bound(threshold).is_reached(value)
     }
 }
 
-impl fmt::Display for Measure {
+/// Values of an exit signal with which rows exit: those that are `least` or more when multiplied by `sign`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SignalBound {
+    sign: f32,
+    /// Not a number where no value is enough.
+    least: f32,
+}
+
+impl SignalBound {
+    /// No value is enough.
+    pub const NEVER: Self = Self { sign: 1.0, least: f32::NAN };
+
+    /// Values of `least` or more are enough.
+    pub const fn at_least(least: f32) -> Self {
+        Self { sign: 1.0, least }
+    }
+
+    /// Whether a row with this value exits.
+    #[inline]
+    pub fn is_reached(self, value: f32) -> bool {
+        value * self.sign >= self.least
+    }
+}
+
+impl fmt::Display for ExitSignal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-impl FromStr for Measure {
+impl FromStr for ExitSignal {
     type Err = String;
     fn from_str(name: &str) -> Result<Self, String> {
         Self::ALL
             .into_iter()
-            .find(|measure| measure.name() == name)
-            .ok_or_else(|| format!("unknown exit measure `{name}`: expected top1, margin, entropy, similarity or gate"))
+            .find(|signal| signal.name() == name)
+            .ok_or_else(|| format!("unknown exit signal `{name}`: expected top1, margin, entropy, similarity or gate"))
     }
 }
 
 /// The exit signals of one row after one pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Signals {
-    /// See [`Measure::Top1`].
+    /// See [`ExitSignal::Top1`].
     pub top1: f32,
-    /// See [`Measure::Margin`].
+    /// See [`ExitSignal::Margin`].
     pub margin: f32,
-    /// See [`Measure::Entropy`].
+    /// See [`ExitSignal::Entropy`].
     pub entropy: f32,
-    /// See [`Measure::Similarity`].
+    /// See [`ExitSignal::Similarity`].
     pub similarity: f32,
-    /// See [`Measure::Gate`]; 0 if the model has no gates.
+    /// See [`ExitSignal::Gate`]; 0 if the model has no gates.
     pub gate: f32,
 }
 
 impl Signals {
-    /// The value of one measure.
-    pub fn get(&self, measure: Measure) -> f32 {
-        match measure {
-            Measure::Top1 => self.top1,
-            Measure::Margin => self.margin,
-            Measure::Entropy => self.entropy,
-            Measure::Similarity => self.similarity,
-            Measure::Gate => self.gate,
+    /// The value of one signal.
+    pub fn get(&self, signal: ExitSignal) -> f32 {
+        match signal {
+            ExitSignal::Top1 => self.top1,
+            ExitSignal::Margin => self.margin,
+            ExitSignal::Entropy => self.entropy,
+            ExitSignal::Similarity => self.similarity,
+            ExitSignal::Gate => self.gate,
         }
     }
 }
@@ -180,9 +214,9 @@ impl ExitTrace {
     }
 
     /// The measures that were recorded.
-    pub fn measures(&self) -> impl Iterator<Item = Measure> + use<> {
+    pub fn recorded_signals(&self) -> impl Iterator<Item = ExitSignal> + use<> {
         let has_gates = self.has_gates;
-        Measure::ALL.into_iter().filter(move |&measure| measure != Measure::Gate || has_gates)
+        ExitSignal::ALL.into_iter().filter(move |&signal| signal != ExitSignal::Gate || has_gates)
     }
 
     /// The signals of a token at a depth.
@@ -201,10 +235,10 @@ impl ExitTrace {
         (0..self.num_loops()).find(|&depth| self.agrees(token, depth)).unwrap_or(self.num_loops() - 1)
     }
 
-    /// The depth at which a token leaves when it is confident once the measure passes the threshold.
-    pub fn confident_depth(&self, token: usize, measure: Measure, threshold: f32) -> usize {
+    /// The depth at which a token leaves when it is confident once the signal passes the threshold.
+    pub fn confident_depth(&self, token: usize, signal: ExitSignal, threshold: f32) -> usize {
         let last = self.num_loops() - 1;
-        let is_confident = |&depth: &usize| measure.is_confident(self.signals_at(token, depth).get(measure), threshold);
+        let is_confident = |&depth: &usize| signal.is_confident(self.signals_at(token, depth).get(signal), threshold);
         (0..last).find(is_confident).unwrap_or(last)
     }
 
@@ -228,13 +262,13 @@ pub struct DepthTally {
     /// Tokens whose prediction equals that of the last depth.
     agreeing: Vec<u64>,
     /// Tokens for which this is the first such depth.
-    leaving: Vec<u64>,
+    exiting: Vec<u64>,
 }
 
 impl DepthTally {
     /// Counts nothing yet.
     pub fn new(num_loops: usize) -> Self {
-        Self { tokens: 0, agreeing: vec![0; num_loops], leaving: vec![0; num_loops] }
+        Self { tokens: 0, agreeing: vec![0; num_loops], exiting: vec![0; num_loops] }
     }
 
     /// Counts a generation, as [`ExitTrace::push_generation`] takes it.
@@ -243,7 +277,7 @@ impl DepthTally {
         for token in rows.chunks_exact(num_loops) {
             let agrees = |depth: &usize| token[*depth].1 == token[num_loops - 1].1;
             (0..num_loops).filter(agrees).for_each(|depth| self.agreeing[depth] += 1);
-            (0..num_loops).find(agrees).into_iter().for_each(|depth| self.leaving[depth] += 1);
+            (0..num_loops).find(agrees).into_iter().for_each(|depth| self.exiting[depth] += 1);
             self.tokens += 1;
         }
     }
@@ -257,7 +291,7 @@ impl DepthTally {
     /// it is the first such depth.
     pub fn shares(&self) -> impl Iterator<Item = (f64, f64)> {
         let share = |count: &u64| *count as f64 / self.tokens as f64;
-        self.agreeing.iter().zip(&self.leaving).map(move |(agreeing, leaving)| (share(agreeing), share(leaving)))
+        self.agreeing.iter().zip(&self.exiting).map(move |(agreeing, exiting)| (share(agreeing), share(exiting)))
     }
 }
 
@@ -277,15 +311,15 @@ mod tests {
         let mut trace = ExitTrace::new(meta);
         let at = |top1, entropy, similarity| (Signals { top1, entropy, similarity, ..Signals::default() }, 7);
         trace.push_generation(&[at(0.5, 1.0, 0.0), at(0.75, 0.5, 0.9)]);
-        for (measure, threshold, depth) in [
-            (Measure::Top1, 0.5, 0),
-            (Measure::Top1, 0.6, 1),
-            (Measure::Top1, 0.8, 1),
-            (Measure::Entropy, 1.0, 0),
-            (Measure::Entropy, 0.9, 1),
-            (Measure::Similarity, 0.1, 1),
+        for (signal, threshold, depth) in [
+            (ExitSignal::Top1, 0.5, 0),
+            (ExitSignal::Top1, 0.6, 1),
+            (ExitSignal::Top1, 0.8, 1),
+            (ExitSignal::Entropy, 1.0, 0),
+            (ExitSignal::Entropy, 0.9, 1),
+            (ExitSignal::Similarity, 0.1, 1),
         ] {
-            assert_eq!(trace.confident_depth(0, measure, threshold), depth, "{measure} {threshold}");
+            assert_eq!(trace.confident_depth(0, signal, threshold), depth, "{signal} {threshold}");
         }
     }
 

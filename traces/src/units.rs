@@ -92,3 +92,9 @@ impl fmt::Debug for Nanos {
         write!(f, "{} ns", self.0)
     }
 }
+
+/// The time of day in microseconds since 1970 (UTC); 0 where the system's clock is earlier.
+pub fn unix_micros() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    since.as_micros() as u64
+}

@@ -52,7 +52,7 @@ pub fn run(args: Args) -> Result<()> {
     let trace = ExitTrace::read(&args.exits)?;
     ensure!(trace.num_loops() > 1, "{}: the model has one loop, no token can leave early", args.exits.display());
     ensure!(
-        trace.measures().any(|measure| measure == args.measure),
+        trace.recorded_signals().any(|measure| measure == args.measure),
         "{}: the model has no gates, expected some for --measure gate",
         args.exits.display()
     );
@@ -75,7 +75,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     match report.found.chosen() {
         Some(chosen) => {
-            let exit = ExitPolicy::Confidence { measure: args.measure, threshold: chosen.outcome.threshold };
+            let exit = ExitPolicy::Confidence { signal: args.measure, threshold: chosen.outcome.threshold };
             println!("\n--exit {exit}");
             Ok(())
         }

@@ -12,7 +12,7 @@ use engine::tokenizer::Tokenizer;
 use plots::{ExitCurve, Figure, Origin, Reliability, Scale, SweepLine, SweepPoint};
 use serde::Serialize;
 use simulator::write_csv;
-use traces::{ExitTrace, ExitTraceMeta, Measure};
+use traces::{ExitSignal, ExitTrace, ExitTraceMeta};
 use training::corpus::Corpus;
 use training::evaluation::exits::{CurvePoint, exit_curve, shallowest};
 use training::evaluation::multiple_choice::{self, Accuracy, Answer, Question, accuracies, read_questions};
@@ -230,7 +230,7 @@ fn draw_loops(figure: &impl Fn(&str, &str) -> Figure, evaluation: &Evaluation) -
 /// What the exit signals of a trace are worth.
 struct Signals {
     /// Of each measure that has values before the last depth.
-    curves: Vec<(Measure, Vec<CurvePoint>)>,
+    curves: Vec<(ExitSignal, Vec<CurvePoint>)>,
     /// By measure and depth.
     bins: Vec<ReliabilityBin>,
     /// By measure and depth.
@@ -239,10 +239,10 @@ struct Signals {
 
 impl Signals {
     fn of(trace: &ExitTrace) -> Self {
-        let curves = trace.measures().map(|measure| (measure, exit_curve(trace, measure)));
+        let curves = trace.recorded_signals().map(|measure| (measure, exit_curve(trace, measure)));
         let depths =
-            |measure: Measure| (measure.first_depth()..trace.num_loops() - 1).map(move |depth| (measure, depth));
-        let read = || trace.measures().flat_map(depths);
+            |measure: ExitSignal| (measure.first_depth()..trace.num_loops() - 1).map(move |depth| (measure, depth));
+        let read = || trace.recorded_signals().flat_map(depths);
         Self {
             curves: curves.filter(|(_, curve)| !curve.is_empty()).collect(),
             bins: read().flat_map(|(measure, depth)| reliability(trace, measure, depth)).collect(),
@@ -285,7 +285,7 @@ impl Signals {
 
     fn draw(&self, figure: &impl Fn(&str, &str) -> Figure, trace: &ExitTrace) -> Result<()> {
         plots::exit_depths(&figure("exit-depths", "Where tokens could leave"), &[exit_depths(trace)])?;
-        let curve = |(measure, curve): &(Measure, Vec<CurvePoint>)| ExitCurve {
+        let curve = |(measure, curve): &(ExitSignal, Vec<CurvePoint>)| ExitCurve {
             signal: measure.to_string(),
             points: curve.iter().map(|point| (point.mean_depth, point.agreement)).collect(),
         };
@@ -298,7 +298,7 @@ impl Signals {
         Ok(plots::reliability(&figure("reliability", title), &signals)?)
     }
 
-    fn reliability(&self, measure: Measure) -> Reliability {
+    fn reliability(&self, measure: ExitSignal) -> Reliability {
         let qualities = self.qualities.iter().filter(|quality| quality.measure == measure);
         let errors: Vec<_> = qualities.map(|quality| format!("{:.3}", quality.calibration_error)).collect();
         let bins = self.bins.iter().filter(|bin| bin.measure == measure).collect::<Vec<_>>();

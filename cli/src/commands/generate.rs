@@ -18,7 +18,7 @@ use engine::generate::Generated;
 use engine::kernels::linear::WeightType;
 use engine::prompts::Prompts;
 use engine::tokenizer::{TextStream, Tokenizer};
-use scheduler::{Batching, ExitPolicy, KvFill, Look, Settings};
+use scheduler::{Batching, ExitPolicy, KvFill, Settings, SignalRead};
 use traces::{Nanos, Request};
 
 use crate::interrupt;
@@ -82,7 +82,7 @@ pub fn run(args: Args) -> Result<()> {
     let temperature = args.temperature;
     ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
     ensure!(
-        args.exit.look() != Look::Oracle,
+        args.exit.signal_read() != SignalRead::Oracle,
         "--exit {}: the oracle knows recorded requests alone, expected another policy",
         args.exit
     );

@@ -11,6 +11,7 @@ use simulator::write_csv;
 use crate::arguments::ModelArgs;
 use crate::progress::Terminal;
 use experiments::NamedEngine;
+use experiments::results::PASS_LOG;
 
 /// Measure a latency profile of a model on this machine
 #[derive(Debug, clap::Args)]
@@ -44,8 +45,9 @@ pub fn run(args: Args) -> Result<()> {
     let named = NamedEngine::load_without_prompts(model, *loops, *weights, *device, Sampling::default())?;
     let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
     let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };
-    let profile = experiments::profile(&named, limits, args.rounds, &mut Terminal::default())?;
+    let (profile, passes) = experiments::profile(&named, limits, args.rounds, &mut Terminal::default())?;
     profile.write(&args.out)?;
+    passes.write(args.out.join(PASS_LOG))?;
     if let Some(report) = device.report(named.engine.model.config(), *weights, &loads(&named, limits))? {
         std::fs::write(args.out.join("device.yaml"), serde_yaml::to_string(&report)?)?;
         write_csv(&args.out.join("kernels.csv"), &report.times)?;

@@ -10,7 +10,7 @@ use crate::arguments::{EngineArgs, RequestArgs, ServingArgs};
 use crate::progress::Terminal;
 use crate::report;
 use experiments::NamedEngine;
-use experiments::results::ResultsFolder;
+use experiments::results::{PASS_LOG, ResultsFolder};
 use experiments::runs::write_results;
 
 /// Serve a request trace with the engine under every given combination of batching and exit policies
@@ -28,7 +28,7 @@ pub struct Args {
     /// Wait for arrivals in real time instead of skipping idle time
     #[arg(long)]
     real_time: bool,
-    /// Folder to write summary.csv and requests.csv to
+    /// Folder to write summary.csv, requests.csv and passes.parquet to
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -43,10 +43,14 @@ pub fn run(args: Args) -> Result<()> {
     let settings = serving.all_settings(&named.memory(), &requests)?;
     let exits = args.exits.as_deref().map(|folder| exits(folder, &named, &requests)).transpose()?;
     let idle = if args.real_time { Idle::Sleep } else { Idle::Skip };
-    let runs = experiments::replay(&named, &settings, &requests, exits.as_ref(), idle, &mut Terminal::default())?;
+    let (runs, passes) =
+        experiments::replay(&named, &settings, &requests, exits.as_ref(), idle, &mut Terminal::default())?;
     report::print_summaries(runs.iter().map(|run| &run.summary));
     match folder {
-        Some(folder) => write_results(folder, "replay", &args, &runs),
+        Some(folder) => {
+            passes.write(folder.path().join(PASS_LOG))?;
+            write_results(folder, "replay", &args, &runs)
+        }
         None => Ok(()),
     }
 }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use anyhow::Result;
 use import::comparison::RequestTimes;
 use import::{Comparison, MeasuredRun};
+use latency::LatencyModel;
 use simulator::metrics::{PassRow, RequestRow};
-use simulator::{ExitModel, LatencyModel, MemoryBudget, Metrics, ModelMemory, Simulation, write_csv};
+use simulator::{ExitModel, MemoryBudget, Metrics, ModelMemory, Simulation, write_csv};
 use traces::{LatencyProfile, ReadOptions, RequestTrace};
 
 use experiments::serving::longest;
@@ -46,7 +47,7 @@ pub fn run(args: Args) -> Result<()> {
     let latency = LatencyModel::new(&profile)?;
     let exits = ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?;
     if measured.settings.num_blocks == 0 {
-        fill_memory(&mut measured, latency.memory(), longest(&requests.requests))?;
+        fill_memory(&mut measured, &latency.meta().into(), longest(&requests.requests))?;
     }
     let mut metrics = Metrics::new(&measured.settings).with_requests().with_passes();
     let prefixes = requests.prefix_hashes.map(Arc::new);

@@ -310,7 +310,7 @@ impl<D: Device> Drop for CudaBackend<D> {
     fn drop(&mut self) {
         // SAFETY: nobody uses a backend that is dropped.
         let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
-        self.model.leave(memory);
+        self.model.exit(memory);
     }
 }
 

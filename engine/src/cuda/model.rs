@@ -103,7 +103,7 @@ impl<D: Device> CudaModel<D> {
     }
 
     /// Keeps the memory of a backend for the next.
-    pub(super) fn leave(&self, memory: Memory<D>) {
+    pub(super) fn exit(&self, memory: Memory<D>) {
         *self.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
     }
 

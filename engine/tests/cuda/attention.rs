@@ -173,8 +173,8 @@ impl Case {
             for position in (0..chunk.history + chunk.rows).filter(|position| !skipped.contains(&(*position as u32))) {
                 let at = entries.next().unwrap();
                 if position >= chunk.history {
-                    let leaves = [chunk.depth..chunk.depth + 1, chunk.depth..DEPTHS, chunk.depth..chunk.depth];
-                    self.fills.push(leaves[if chunk.rows > 1 { 0 } else { dice.below(3) }].clone());
+                    let choices = [chunk.depth..chunk.depth + 1, chunk.depth..DEPTHS, chunk.depth..chunk.depth];
+                    self.fills.push(choices[if chunk.rows > 1 { 0 } else { dice.below(3) }].clone());
                     let none = self.fills.last().unwrap().is_empty() && matches!(self.kept, Kept::AtEachDepth(_));
                     if !none {
                         continue;

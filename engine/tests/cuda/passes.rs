@@ -15,7 +15,7 @@ use engine::model::{Model, Rows};
 use engine::prompts::Prompts;
 use engine::replay::Engine;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
-use traces::{Measure, Nanos, Request};
+use traces::{ExitSignal, Nanos, Request};
 
 use crate::bench::{Dice, assert_close};
 use crate::common::{grouped, weights, with_everything};
@@ -347,7 +347,7 @@ fn heads_read_before_it_is_known_which_rows_leave_change_no_token() {
     let run = |max_batch| {
         let settings = Settings {
             batching: Batching::Depth,
-            exit: ExitPolicy::Confidence { measure: Measure::Gate, threshold: 0.5 },
+            exit: ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold: 0.5 },
             kv_fill: KvFill::Reuse,
             num_loops: config.num_loops as u8,
             max_batch,

@@ -6,11 +6,11 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result};
+use latency::{Extrapolations, LatencyModel};
 use scheduler::Settings;
 use serde::Serialize;
 use simulator::{
-    Capacity, CapacitySearch, Draw, ExitModel, Extrapolations, LatencyModel, Metrics, ModelMemory, Simulation,
-    SimulationError, Summary, capacity,
+    Capacity, CapacitySearch, Draw, ExitModel, Metrics, ModelMemory, Simulation, SimulationError, Summary, capacity,
 };
 use traces::{Generate, Request, RequestSpec, RequestTrace};
 
@@ -94,7 +94,7 @@ impl<'a> Plan<'a> {
         let longest = workloads.longest(&points)?;
         let settings = |point: Point| {
             let System { name, latency, .. } = &systems[point.system];
-            let settings = settings(&spec.serving, &point, latency.memory(), &longest[&point.seed])
+            let settings = settings(&spec.serving, &point, &latency.meta().into(), &longest[&point.seed])
                 .with_context(|| format!("{name}, {}, {}", point.batching, point.exit))?;
             Ok((point, settings))
         };
@@ -207,7 +207,7 @@ impl System {
         let exits = system.exits.as_ref().map(|exits| base.join(exits));
         let (latency, exits) = load_models(&base.join(&system.profile), exits.as_deref(), 0, &spec.exits_of(system))
             .with_context(|| format!("systems: {:?}", system.name))?;
-        Ok(Self { name: system.name.clone(), device: latency.device().to_owned(), latency, exits })
+        Ok(Self { name: system.name.clone(), device: latency.meta().device.clone(), latency, exits })
     }
 }
 

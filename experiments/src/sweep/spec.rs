@@ -9,7 +9,7 @@ use itertools::iproduct;
 use scheduler::{Batching, ExitPolicy, KvFill};
 use serde::{Deserialize, Serialize};
 use simulator::{Objectives, Routing};
-use traces::{Measure, RequestSpec};
+use traces::{ExitSignal, RequestSpec};
 
 use super::axis::{Axis, Bytes, Value};
 use crate::experiment::{SCHEMA_VERSION, read_yaml};
@@ -96,7 +96,7 @@ pub struct SweptSystem {
 #[serde(default, deny_unknown_fields)]
 pub struct Grid {
     /// Thresholds by measure: each is one more exit policy beside `serving.exit`.
-    pub thresholds: BTreeMap<Measure, Axis<f32>>,
+    pub thresholds: BTreeMap<ExitSignal, Axis<f32>>,
     /// Instead of `serving.kv_fill`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_fill: Option<Axis<KvFill>>,
@@ -245,8 +245,8 @@ impl SweepSpec {
 
     /// `serving.exit`, and a policy for each threshold.
     fn exits(&self) -> Vec<ExitPolicy> {
-        let confidence = |(&measure, thresholds): (&Measure, &Axis<f32>)| {
-            let policy = |&threshold| ExitPolicy::Confidence { measure, threshold };
+        let confidence = |(&measure, thresholds): (&ExitSignal, &Axis<f32>)| {
+            let policy = |&threshold| ExitPolicy::Confidence { signal: measure, threshold };
             thresholds.values().iter().map(policy).collect::<Vec<_>>()
         };
         let thresholds = self.grid.thresholds.iter().flat_map(confidence);

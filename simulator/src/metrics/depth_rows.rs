@@ -165,22 +165,30 @@ mod tests {
     use super::*;
     use scheduler::blocks::BlockTables;
     use scheduler::{ExitPolicy, Pass, RowKind, Segment};
-    use traces::Nanos;
+    use traces::{Nanos, PassWork};
 
     use RowKind::{Backfill, Decode, Prompt};
 
     fn record(rows: &mut DepthRows, start: u64, elapsed: u64, depths: &[(u8, u32, RowKind)]) -> PassRows {
         let segments: Vec<Segment> = depths
             .iter()
-            .map(|&(depth, tokens, kind)| Segment { slot: 0, start: 0, tokens, depth, kind, predicts: false })
+            .map(|&(depth, tokens, kind)| Segment {
+                slot: 0,
+                start: 0,
+                tokens,
+                depth,
+                kind,
+                predicts: false,
+                generated: false,
+            })
             .collect();
-        let tables = BlockTables::new(1, 1, 1);
-        let pass = Pass { segments: &segments, looks: ExitPolicy::None.looks(2), tables: &tables };
+        let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
+        let pass = Pass { segments: &segments, reads: ExitPolicy::None.signal_reads(2), tables: &tables, work: &work };
         rows.record(&PassRecord {
             start: Nanos(start),
             elapsed: Nanos(elapsed),
             pass,
-            leaving: &[],
+            exiting: &[],
             running: 1,
             waiting: 0,
         })

@@ -1,8 +1,9 @@
 //! Small profiles, exit traces and request streams that tests reason about.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, KvFill, Observer, Settings, Token};
-use simulator::{Draw, ExitModel, LatencyModel};
+use simulator::{Draw, ExitModel};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
 
 /// Time of every pass of [`constant_latency`].

@@ -17,7 +17,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use traces::{ExitTrace, Measure};
+use traces::{ExitSignal, ExitTrace};
 
 use crate::evaluation::exits::Exits;
 
@@ -106,7 +106,7 @@ pub struct Outcome {
 
 impl Outcome {
     /// Of a threshold on a trace that it was not calibrated on.
-    pub fn new(trace: &ExitTrace, measure: Measure, threshold: f32, test: RiskTest) -> Self {
+    pub fn new(trace: &ExitTrace, measure: ExitSignal, threshold: f32, test: RiskTest) -> Self {
         Self::of(threshold, &Exits::confident(trace, measure, threshold), test)
     }
 
@@ -160,16 +160,16 @@ const MOST_NATS: u16 = 13;
 
 /// The thresholds to try for a measure, from the strictest to the laxest. They must not be chosen by what the
 /// calibration trace says of them.
-pub fn thresholds(measure: Measure) -> Vec<f32> {
+pub fn thresholds(measure: ExitSignal) -> Vec<f32> {
     let part = |steps: u16, per_unit: u16| f32::from(steps) / f32::from(per_unit);
     match measure {
-        Measure::Entropy => (0..=MOST_NATS * STEPS_PER_NAT).map(|steps| part(steps, STEPS_PER_NAT)).collect(),
+        ExitSignal::Entropy => (0..=MOST_NATS * STEPS_PER_NAT).map(|steps| part(steps, STEPS_PER_NAT)).collect(),
         _ => (1..=STEPS_PER_ONE).rev().map(|steps| part(steps, STEPS_PER_ONE)).collect(),
     }
 }
 
 /// Tests `thresholds`, which go from the strictest to the laxest, on a trace.
-pub fn calibrate(trace: &ExitTrace, measure: Measure, thresholds: &[f32], target: &Target) -> Calibration {
+pub fn calibrate(trace: &ExitTrace, measure: ExitSignal, thresholds: &[f32], target: &Target) -> Calibration {
     let &Target { tolerance, confidence, test } = target;
     let level = 1.0 - confidence;
     let mut keeps_tolerance = true;
@@ -225,7 +225,7 @@ mod tests {
     fn testing_stops_at_the_first_threshold_that_fails() {
         let trace = wrong_in_the_middle(200);
         for test in RiskTest::ALL {
-            let found = calibrate(&trace, Measure::Top1, &[0.99, 0.95, 0.8, 0.4], &target(test));
+            let found = calibrate(&trace, ExitSignal::Top1, &[0.99, 0.95, 0.8, 0.4], &target(test));
             assert_eq!(
                 found.candidates.iter().map(|candidate| candidate.outcome.risk).collect::<Vec<_>>(),
                 [0.0, 0.0, 1.0, 0.0]
@@ -243,7 +243,7 @@ mod tests {
         for test in RiskTest::ALL {
             let fewest = fewest_trials(&target(test));
             for (requests, shown) in [(fewest - 1, false), (fewest, true)] {
-                let found = calibrate(&wrong_in_the_middle(requests), Measure::Top1, &[0.95], &target(test));
+                let found = calibrate(&wrong_in_the_middle(requests), ExitSignal::Top1, &[0.95], &target(test));
                 assert_eq!(found.chosen().is_some(), shown, "{test}, {requests} requests");
             }
         }
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn thresholds_go_from_the_strictest_to_the_laxest() {
-        for measure in Measure::ALL {
+        for measure in ExitSignal::ALL {
             let thresholds = thresholds(measure);
             assert!(thresholds.is_sorted_by(|a, b| measure.sureness(*a) > measure.sureness(*b)), "{measure}");
             assert!(thresholds.iter().all(|threshold| threshold.to_string().len() <= 5), "{measure}");
@@ -306,7 +306,7 @@ mod tests {
         let mut random = StdRng::seed_from_u64(7);
         let (mut exceeded, mut sum) = (0, 0.0);
         for _ in 0..DRAWS {
-            let found = calibrate(&requests.draw(&mut random), Measure::Top1, &thresholds, &target(test));
+            let found = calibrate(&requests.draw(&mut random), ExitSignal::Top1, &thresholds, &target(test));
             let risk = requests.risk(found.chosen().unwrap().outcome.threshold);
             exceeded += usize::from(risk > 0.05);
             sum += risk;

@@ -1,7 +1,7 @@
 //! What leaving early would give on an exit trace: how deep tokens go, and how many of them are those of full depth.
 
 use serde::Serialize;
-use traces::{ExitTrace, Measure};
+use traces::{ExitSignal, ExitTrace};
 
 /// Thresholds on an exit curve.
 const CURVE_POINTS: usize = 101;
@@ -26,7 +26,7 @@ pub struct GenerationExits {
 
 impl Exits {
     /// Of tokens that leave at the first depth where the measure passes the threshold.
-    pub fn confident(trace: &ExitTrace, measure: Measure, threshold: f32) -> Self {
+    pub fn confident(trace: &ExitTrace, measure: ExitSignal, threshold: f32) -> Self {
         let mut passes = 0;
         let generation = |index| {
             let tokens = trace.generation(index);
@@ -72,7 +72,7 @@ impl Exits {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct CurvePoint {
     /// The exit signal.
-    pub measure: Measure,
+    pub measure: ExitSignal,
     /// Its threshold.
     pub threshold: f32,
     /// Passes per token.
@@ -83,7 +83,7 @@ pub struct CurvePoint {
 
 /// Mean depth against agreement, from the strictest threshold to the laxest, which lets every token leave as soon as
 /// it is looked at. The thresholds are quantiles of the measure's values. Without points for a model of one loop.
-pub fn exit_curve(trace: &ExitTrace, measure: Measure) -> Vec<CurvePoint> {
+pub fn exit_curve(trace: &ExitTrace, measure: ExitSignal) -> Vec<CurvePoint> {
     let depths = measure.first_depth()..trace.num_loops() - 1;
     let rows = (0..trace.num_tokens()).flat_map(|token| depths.clone().map(move |depth| (token, depth)));
     let mut values: Vec<f32> = rows.map(|(token, depth)| trace.signals_at(token, depth).get(measure)).collect();
@@ -136,32 +136,32 @@ pub(crate) mod tests {
 
     #[test]
     fn exits_count_passes_and_differing_tokens_by_generation() {
-        let exits = Exits::confident(&trace(), Measure::Top1, 0.3);
+        let exits = Exits::confident(&trace(), ExitSignal::Top1, 0.3);
         assert_eq!(exits.passes, 3);
         assert_eq!(exits.losses(), [0.5, 0.0]);
         assert_eq!(exits.agreement(), 1.0 - 1.0 / 3.0);
-        let exits = Exits::confident(&trace(), Measure::Top1, 0.5);
+        let exits = Exits::confident(&trace(), ExitSignal::Top1, 0.5);
         assert_eq!((exits.mean_depth(), exits.agreement()), (4.0 / 3.0, 1.0));
     }
 
     #[test]
     fn a_curve_goes_from_the_surest_value_to_leaving_at_once() {
-        for (measure, ends) in [(Measure::Top1, [0.9, 0.4]), (Measure::Entropy, [1.0 - 0.9, 1.0 - 0.4])] {
+        for (measure, ends) in [(ExitSignal::Top1, [0.9, 0.4]), (ExitSignal::Entropy, [1.0 - 0.9, 1.0 - 0.4])] {
             let curve = exit_curve(&trace(), measure);
             let thresholds: Vec<f32> = curve.iter().map(|point| point.threshold).collect();
             assert_eq!([thresholds[0], *thresholds.last().unwrap()], ends, "{measure}");
             assert_eq!(curve.last().unwrap().mean_depth, 1.0);
             assert!(curve.is_sorted_by(|a, b| a.mean_depth > b.mean_depth), "{measure}");
         }
-        assert_eq!(shallowest(&exit_curve(&trace(), Measure::Top1), 0.9).unwrap().threshold, 0.6);
+        assert_eq!(shallowest(&exit_curve(&trace(), ExitSignal::Top1), 0.9).unwrap().threshold, 0.6);
     }
 
     #[test]
     fn similarity_has_no_value_before_the_second_depth() {
-        assert!(exit_curve(&trace(), Measure::Similarity).is_empty());
+        assert!(exit_curve(&trace(), ExitSignal::Similarity).is_empty());
         let mut trace = empty(3);
         trace.push_generation(&[row(0.0, 1), row(0.7, 1), row(1.0, 1)]);
-        let curve = exit_curve(&trace, Measure::Similarity);
+        let curve = exit_curve(&trace, ExitSignal::Similarity);
         assert_eq!(curve.iter().map(|point| (point.threshold, point.mean_depth)).collect::<Vec<_>>(), [(0.7, 2.0)]);
     }
 }

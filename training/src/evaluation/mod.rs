@@ -207,7 +207,7 @@ mod tests {
     use engine::replay::Engine;
     use engine::tokenizer::Tokenizer;
     use engine::weights::Weights;
-    use traces::{Measure, Nanos, Request};
+    use traces::{ExitSignal, Nanos, Request};
 
     const TEXT: &str = "In the beginning God created the heaven and the earth.";
 
@@ -354,7 +354,7 @@ mod tests {
         for (row, expected) in recorded.signals.iter().enumerate() {
             let (found, token) = loops[row % 3].rows[row / 3];
             assert_eq!(token, recorded.predictions[row]);
-            for measure in Measure::ALL {
+            for measure in ExitSignal::ALL {
                 let (found, expected) = (found.get(measure), expected.get(measure));
                 assert!((found - expected).abs() < 1e-4, "{measure} of row {row}: {found} is not {expected}");
             }

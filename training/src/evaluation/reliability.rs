@@ -1,7 +1,7 @@
 //! How far an exit signal can be believed: whether tokens agree with the last loop as often as it is sure.
 
 use serde::Serialize;
-use traces::{ExitTrace, Measure};
+use traces::{ExitSignal, ExitTrace};
 
 /// Bins of a reliability curve, each of as many tokens (arXiv 2012.08668, section 4.2).
 const BINS: usize = 15;
@@ -10,7 +10,7 @@ const BINS: usize = 15;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ReliabilityBin {
     /// The exit signal.
-    pub measure: Measure,
+    pub measure: ExitSignal,
     /// Depth at which it was read.
     pub depth: usize,
     /// Tokens in the bin.
@@ -25,7 +25,7 @@ pub struct ReliabilityBin {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct SignalQuality {
     /// The exit signal.
-    pub measure: Measure,
+    pub measure: ExitSignal,
     /// Depth at which it was read.
     pub depth: usize,
     /// Share of tokens whose prediction is that of the last loop, 0 to 1.
@@ -41,15 +41,15 @@ pub struct SignalQuality {
 /// A value of a measure read as the probability that the token is that of the last loop: as it is where it lies
 /// between 0 and 1, cut to that where it does not, and `exp(-H)` of an entropy `H`, which is the probability of each
 /// of `exp(H)` tokens that are equally likely.
-pub fn confidence(measure: Measure, value: f32) -> f64 {
+pub fn confidence(measure: ExitSignal, value: f32) -> f64 {
     match measure {
-        Measure::Entropy => f64::from(-value).exp().min(1.0),
+        ExitSignal::Entropy => f64::from(-value).exp().min(1.0),
         _ => f64::from(value).clamp(0.0, 1.0),
     }
 }
 
 /// The reliability curve of a measure at a depth, from the least sure bin to the surest.
-pub fn reliability(trace: &ExitTrace, measure: Measure, depth: usize) -> Vec<ReliabilityBin> {
+pub fn reliability(trace: &ExitTrace, measure: ExitSignal, depth: usize) -> Vec<ReliabilityBin> {
     let rows = rows_by_sureness(trace, measure, depth);
     let bins = BINS.min(rows.len());
     let bin = |index: usize| {
@@ -62,7 +62,7 @@ pub fn reliability(trace: &ExitTrace, measure: Measure, depth: usize) -> Vec<Rel
 }
 
 /// The quality of a measure at a depth.
-pub fn signal_quality(trace: &ExitTrace, measure: Measure, depth: usize) -> SignalQuality {
+pub fn signal_quality(trace: &ExitTrace, measure: ExitSignal, depth: usize) -> SignalQuality {
     let bins = reliability(trace, measure, depth);
     let distance = |bin: &ReliabilityBin| bin.tokens as f64 * (bin.confidence - bin.agreement).abs();
     SignalQuality {
@@ -81,7 +81,7 @@ struct Row {
     agrees: bool,
 }
 
-fn rows_by_sureness(trace: &ExitTrace, measure: Measure, depth: usize) -> Vec<Row> {
+fn rows_by_sureness(trace: &ExitTrace, measure: ExitSignal, depth: usize) -> Vec<Row> {
     let row = |token| {
         let value = trace.signals_at(token, depth).get(measure);
         let agrees = trace.agrees(token, depth);
@@ -121,17 +121,17 @@ mod tests {
     #[test]
     fn a_signal_that_is_right_as_often_as_it_is_sure_has_no_calibration_error() {
         let sure_by_half: Vec<_> = (0..60).map(|i| (0.5, i % 2 == 0)).collect();
-        let quality = signal_quality(&trace(&sure_by_half), Measure::Top1, 0);
+        let quality = signal_quality(&trace(&sure_by_half), ExitSignal::Top1, 0);
         assert_eq!((quality.calibration_error, quality.auroc), (0.0, Some(0.5)));
         let overconfident: Vec<_> = (0..60).map(|i| (0.9, i % 2 == 0)).collect();
-        let quality = signal_quality(&trace(&overconfident), Measure::Top1, 0);
+        let quality = signal_quality(&trace(&overconfident), ExitSignal::Top1, 0);
         assert!((quality.calibration_error - 0.4).abs() < 1e-6);
     }
 
     #[test]
     fn bins_hold_as_many_tokens_from_the_least_sure_to_the_surest() {
         let tokens: Vec<_> = (0..100).map(|i| (i as f32 / 100.0, i >= 40)).collect();
-        for measure in [Measure::Top1, Measure::Margin, Measure::Entropy] {
+        for measure in [ExitSignal::Top1, ExitSignal::Margin, ExitSignal::Entropy] {
             let bins = reliability(&trace(&tokens), measure, 0);
             assert_eq!(bins.iter().map(|bin| bin.tokens).sum::<usize>(), 100);
             assert!(bins.iter().all(|bin| (6..=7).contains(&bin.tokens)));
@@ -145,15 +145,15 @@ mod tests {
         let auroc = |tokens: &[(f32, bool)], measure| signal_quality(&trace(tokens), measure, 0).auroc;
         let tokens = [(0.9, true), (0.7, false), (0.5, true), (0.5, false), (0.1, false)];
         // Of 2 x 3 pairs, 0.9 wins 3, 0.5 wins one, loses one and draws one.
-        for measure in [Measure::Top1, Measure::Entropy] {
+        for measure in [ExitSignal::Top1, ExitSignal::Entropy] {
             assert_eq!(auroc(&tokens, measure), Some(4.5 / 6.0), "{measure}");
         }
-        assert_eq!(auroc(&[(0.9, true), (0.7, true)], Measure::Top1), None);
+        assert_eq!(auroc(&[(0.9, true), (0.7, true)], ExitSignal::Top1), None);
     }
 
     #[test]
     fn entropy_reads_as_the_probability_of_equally_likely_tokens() {
-        assert!((confidence(Measure::Entropy, 4.0_f32.ln()) - 0.25).abs() < 1e-6);
-        assert_eq!(confidence(Measure::Similarity, -0.2), 0.0);
+        assert!((confidence(ExitSignal::Entropy, 4.0_f32.ln()) - 0.25).abs() < 1e-6);
+        assert_eq!(confidence(ExitSignal::Similarity, -0.2), 0.0);
     }
 }

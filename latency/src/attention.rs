@@ -3,51 +3,10 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
-use scheduler::{Pass, RowKind, Segment};
-use traces::{Component, MixedAttention, MixedPoint, PrefillAxis, SkewCell};
+use traces::{ChunkWork, Component, MixedAttention, MixedPoint, PassWork, PrefillAxis, SkewCell};
 
-use crate::latency::{Curve, Extrapolations, line};
-
-/// What the time of attention in a pass depends on.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct AttentionShape {
-    /// Tokens and history of each prompt chunk, and of each chunk of backfill.
-    pub chunks: Vec<(u32, u32)>,
-    /// Decode rows, and rows of backfill that are alone.
-    pub decode_rows: u32,
-    /// Sum of their histories, in tokens.
-    pub history: u64,
-    /// Sum of the squares of their histories.
-    pub squared_history: f64,
-    /// The longest of their histories.
-    pub longest: u32,
-}
-
-impl AttentionShape {
-    /// Takes the shape of a pass, in place of the one before; `history` says how many tokens a segment attends to
-    /// before its first.
-    pub fn measure(&mut self, pass: &Pass<'_>, history: impl Fn(&Segment) -> u32) {
-        self.chunks.clear();
-        *self = Self { chunks: std::mem::take(&mut self.chunks), ..Self::default() };
-        for segment in pass.segments {
-            let history = history(segment);
-            if is_chunk(segment) {
-                self.chunks.push((segment.tokens, history));
-                continue;
-            }
-            self.decode_rows += 1;
-            self.history += u64::from(history);
-            self.squared_history += f64::from(history) * f64::from(history);
-            self.longest = self.longest.max(history);
-        }
-    }
-}
-
-/// Whether attention runs over the rows of a segment together, as over a prompt chunk, rather than as a decode row.
-#[inline]
-pub fn is_chunk(segment: &Segment) -> bool {
-    (segment.kind == RowKind::Prompt) | (segment.tokens > 1)
-}
+use crate::curve::{Curve, line};
+use crate::extrapolation::Extrapolations;
 
 /// Attention of a pass, interpolated over measured passes.
 ///
@@ -61,7 +20,7 @@ pub fn is_chunk(segment: &Segment) -> bool {
 ///   measured on batches of two lengths, by the share of the rows that have the longer one. Any other batch is taken for
 ///   the batch of two lengths that has the same mean, the same longest history and the same variance.
 #[derive(Clone, Debug)]
-pub struct AttentionModel {
+pub(crate) struct AttentionModel {
     prefill_axis: PrefillAxis,
     /// Decode rows alone.
     decodes: ByRows,
@@ -120,13 +79,16 @@ impl AttentionModel {
     }
 
     /// Time of attention in a pass, in nanoseconds.
-    pub fn attention_ns(&self, shape: &AttentionShape, beyond: &mut Extrapolations) -> f64 {
-        let rows = shape.decode_rows;
-        let tokens: u32 = shape.chunks.iter().map(|chunk| chunk.0).sum();
-        let mean = if rows == 0 { 0.0 } else { shape.history as f64 / f64::from(rows) };
+    pub fn attention_ns(&self, work: &PassWork, beyond: &mut Extrapolations) -> f64 {
+        let rows = work.decode_rows;
+        let tokens: u32 = work.chunks.iter().map(|chunk| chunk.tokens).sum();
+        let mean = work.mean_decode_history();
         let over_tokens = |of_chunk: &dyn Fn(u32, u32) -> f64| {
-            let sum: f64 =
-                shape.chunks.iter().map(|&(tokens, history)| f64::from(tokens) * of_chunk(tokens, history)).sum();
+            let sum: f64 = work
+                .chunks
+                .iter()
+                .map(|&ChunkWork { tokens, history }| f64::from(tokens) * of_chunk(tokens, history))
+                .sum();
             if tokens == 0 { 0.0 } else { sum / f64::from(tokens) }
         };
         let context = over_tokens(&|tokens, history| self.context(tokens, history));
@@ -134,14 +96,15 @@ impl AttentionModel {
 
         let even = if rows + tokens == 0 { 0.0 } else { at(tokens, context, rows, mean) };
         let mut time = even;
-        if shape.chunks.len() > 1 && self.prefill_axis == PrefillAxis::History {
-            let apart: f64 = shape.chunks.iter().map(|&(tokens, history)| at(tokens, history.into(), 0, 0.0)).sum();
+        if work.chunks.len() > 1 && self.prefill_axis == PrefillAxis::History {
+            let apart: f64 =
+                work.chunks.iter().map(|&ChunkWork { tokens, history }| at(tokens, history.into(), 0, 0.0)).sum();
             let start = at(1, 0.0, 0, 0.0);
-            let starts = start * (shape.chunks.len() - 1) as f64;
+            let starts = start * (work.chunks.len() - 1) as f64;
             time += apart - starts - at(tokens, context, 0, 0.0);
         }
-        let longest = f64::from(shape.longest);
-        let variance = if rows == 0 { 0.0 } else { shape.squared_history / f64::from(rows) - mean * mean };
+        let longest = f64::from(work.longest_decode_history);
+        let variance = if rows == 0 { 0.0 } else { work.squared_decode_history / f64::from(rows) - mean * mean };
         if variance > 0.0 && longest > mean && !self.skew.is_empty() {
             let further = (at(tokens, context, rows, longest) - even).max(0.0);
             let history = over_tokens(&|_, history| f64::from(history));
@@ -327,19 +290,20 @@ mod tests {
         }
     }
 
-    fn shape(chunks: &[(u32, u32)], histories: &[u32]) -> AttentionShape {
-        AttentionShape {
-            chunks: chunks.to_vec(),
+    fn work(chunks: &[(u32, u32)], histories: &[u32]) -> PassWork {
+        PassWork {
+            chunks: chunks.iter().map(|&(tokens, history)| ChunkWork { tokens, history }).collect(),
             decode_rows: histories.len() as u32,
-            history: histories.iter().map(|&history| u64::from(history)).sum(),
-            squared_history: histories.iter().map(|&history| f64::from(history).powi(2)).sum(),
-            longest: histories.iter().copied().max().unwrap_or(0),
+            decode_history: histories.iter().map(|&history| u64::from(history)).sum(),
+            squared_decode_history: histories.iter().map(|&history| f64::from(history).powi(2)).sum(),
+            longest_decode_history: histories.iter().copied().max().unwrap_or(0),
+            ..PassWork::default()
         }
     }
 
     fn time_us(model: &AttentionModel, chunks: &[(u32, u32)], histories: &[u32]) -> f64 {
         let mut beyond = Extrapolations::default();
-        let time = model.attention_ns(&shape(chunks, histories), &mut beyond) / 1e3;
+        let time = model.attention_ns(&work(chunks, histories), &mut beyond) / 1e3;
         assert!(beyond.is_empty(), "{beyond}");
         time
     }
@@ -435,8 +399,8 @@ mod tests {
     #[test]
     fn passes_beyond_the_measured_ones_are_reported() {
         let mut beyond = Extrapolations::default();
-        model(Vec::new()).attention_ns(&shape(&[(500, 0)], &[]), &mut beyond);
-        model(Vec::new()).attention_ns(&shape(&[], &[5000]), &mut beyond);
+        model(Vec::new()).attention_ns(&work(&[(500, 0)], &[]), &mut beyond);
+        model(Vec::new()).attention_ns(&work(&[], &[5000]), &mut beyond);
         let parts: Vec<Component> = beyond.iter().map(|(component, _)| component).collect();
         assert_eq!(parts, [Component::DecodeAttention, Component::PrefillAttention]);
     }

@@ -1,64 +1,41 @@
-//! A profile of a machine in service: one whose passes take what those of a steady load took.
+//! Factors that scale a profile to passes under steady load.
 //!
-//! Shapes that are measured one by one do not quite add up to the passes of a run, by other shares for few rows than for
-//! many: caches and the processor's clock are as the passes before leave them. So times are scaled by rows, to what passes
-//! of one depth of a load that never ends took, and mixing depths takes what those of several depths took beyond.
+//! Shapes that are measured one by one do not quite add up to the passes of a run: caches and the processor's clock depend
+//! on the passes before. The difference varies with the number of rows. So times are scaled by rows, to what passes of one
+//! depth took under a load that never ends, and `depth_mix` gets what passes of several depths took on top.
 
 use std::collections::BTreeSet;
 
-use scheduler::{ServeError, SteadyLoad, SteadyServer};
-use traces::{Component, LatencyProfile, Nanos};
+use traces::{Component, LatencyProfile, Nanos, PassWork};
 
-use crate::executor::ProfileExecutor;
-use crate::exits::{ExitError, ExitModel};
-use crate::latency::{LatencyError, LatencyModel};
-use crate::passes::{PassLog, PassWork};
+use crate::model::{LatencyError, LatencyModel};
 
 /// Passes that a factor for some rows must be seen in.
 const CREDIBLE: f64 = 100.0;
 /// Steps in which the factors settle: what is scaled by the rows of a pass has parts of other numbers of rows.
 const STEPS: usize = 10;
 
-/// What the first passes of a load are.
-///
-/// # Errors
-/// If the load cannot be served.
-pub fn steady_passes(
-    load: SteadyLoad,
-    latency: &LatencyModel,
-    count: usize,
-) -> Result<Vec<PassWork>, ServeError<ExitError>> {
-    let exits = ExitModel::full_depth(u32::from(latency.num_loops()), latency.fingerprint());
-    let exits = exits.map_err(ServeError::Executor)?;
-    let mut server = SteadyServer::new(load, ProfileExecutor::new(latency, &exits, load.settings()))?;
-    let mut log = PassLog::new(load.settings());
-    for _ in 0..count {
-        server.pass(&mut log)?;
-    }
-    Ok(log.into_works())
-}
-
 /// A pass, and what an executor took for it.
 pub type TimedPass<'p> = (&'p PassWork, Nanos);
 
-/// What makes a profile that of a machine in service.
+/// Factors that make a profile that of a machine under steady load.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ServiceFactors {
+pub struct SteadyFactors {
     /// Factors of all times, at the numbers of rows that the profile has of the block.
     by_rows: ByRows,
     /// What mixing depths takes beyond, in microseconds, at the numbers of rows that the profile has of it.
     mixing_us: ByRows,
 }
 
-impl ServiceFactors {
-    /// From passes in service. Numbers of rows that few passes have take what those next to them do.
+impl SteadyFactors {
+    /// From passes under steady load. Numbers of rows that few passes have take what those next to them do.
     ///
     /// # Errors
     /// If the profile contradicts itself.
     pub fn new(profile: &LatencyProfile, passes: &[TimedPass<'_>]) -> Result<Self, LatencyError> {
         let by_rows = ByRows::at_rows_of(profile, Component::Block, 1.0);
         let mut factors = Self { by_rows, mixing_us: ByRows::at_rows_of(profile, Component::DepthMix, 0.0) };
-        let (mixed, alone): (Vec<_>, Vec<_>) = passes.iter().partition(|(work, _)| work.shape.depths > 1);
+        let (mixed, alone): (Vec<_>, Vec<_>) = passes.iter().partition(|(work, _)| work.depths > 1);
         for _ in 0..STEPS {
             let seen = factors.by_rows.seen(&factors.model(profile)?, &alone);
             factors.by_rows.step(&seen, |factor, seen| factor * seen.ratio());
@@ -140,7 +117,7 @@ impl ByRows {
         let mut seen = vec![Seen::default(); self.0.len()];
         for (work, took) in passes {
             let said = model.pass_ns(work);
-            for (place, share) in self.around(work.shape.rows) {
+            for (place, share) in self.around(work.rows) {
                 let seen = &mut seen[place];
                 seen.passes += share;
                 seen.took += share * took.0 as f64;

@@ -1,12 +1,13 @@
-//! A profile in service says of passes what they took, and passes that are logged take what the executor says.
+//! A profile under steady load gives the times that its passes took, and logged passes take what the executor answered.
 
 mod common;
 
 use common::{drawn_exits, poisson, profile, settings};
+use latency::{LatencyModel, SteadyFactors};
 use proptest::prelude::*;
-use scheduler::{Batching, Lengths, Server, Settings, SteadyLoad, VirtualClock, serve};
-use simulator::{LatencyModel, PassLog, PassWork, ProfileExecutor, ServiceFactors, steady_passes};
-use traces::{Component, LatencyProfile, Nanos};
+use scheduler::{Batching, Lengths, PassRecorder, Server, Settings, SteadyLoad, SteadyServer, VirtualClock, serve};
+use simulator::{ExitModel, ProfileExecutor};
+use traces::{Component, LatencyProfile, Nanos, PassOrigin, PassWork};
 
 use Component::{AfterMore, Block, DecodeAttention, DepthMix, Embed, Head, HeadAgain, KvFill, PrefillAttention};
 
@@ -14,6 +15,17 @@ const LENGTHS: Lengths = Lengths { prompt: 8, output: 8, longest: 32 };
 
 fn load() -> SteadyLoad {
     SteadyLoad::new(2, 8, 32, 16, 16, LENGTHS)
+}
+
+/// The first passes of a load.
+fn steady_passes(load: SteadyLoad, latency: &LatencyModel, count: usize) -> Vec<PassWork> {
+    let exits = ExitModel::full_depth(latency.num_loops().into(), &latency.meta().fingerprint).unwrap();
+    let mut server = SteadyServer::new(load, ProfileExecutor::new(latency, &exits, load.settings())).unwrap();
+    let mut recorder = PassRecorder::new(load.settings(), PassOrigin::Steady, || 0);
+    (0..count).for_each(|_| {
+        server.pass(&mut recorder).unwrap();
+    });
+    recorder.into_run().passes.into_iter().map(|pass| pass.work).collect()
 }
 
 fn apart() -> LatencyProfile {
@@ -27,23 +39,23 @@ fn apart() -> LatencyProfile {
 /// The passes of the load, as a machine takes them on which they take `slower(rows)` times what the profile says.
 fn served(profile: &LatencyProfile, slower: impl Fn(u32) -> f64) -> (Vec<PassWork>, Vec<Nanos>) {
     let model = LatencyModel::new(profile).unwrap();
-    let works = steady_passes(load(), &model, 4000).unwrap();
+    let works = steady_passes(load(), &model, 4000);
     let took = |work: &PassWork| {
         let said = model.pass_ns(work);
-        Nanos((said * slower(work.shape.rows)).round() as u64)
+        Nanos((said * slower(work.rows)).round() as u64)
     };
     let took = works.iter().map(took).collect();
     (works, took)
 }
 
-fn factors(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos]) -> ServiceFactors {
-    ServiceFactors::new(profile, &works.iter().zip(took.iter().copied()).collect::<Vec<_>>()).unwrap()
+fn factors(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos]) -> SteadyFactors {
+    SteadyFactors::new(profile, &works.iter().zip(took.iter().copied()).collect::<Vec<_>>()).unwrap()
 }
 
 /// What a profile says of passes over what they took, of those with some number of rows.
 fn said_over_took(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos], rows: impl Fn(u32) -> bool) -> f64 {
     let model = LatencyModel::new(profile).unwrap();
-    let of = works.iter().zip(took).filter(|(work, _)| rows(work.shape.rows));
+    let of = works.iter().zip(took).filter(|(work, _)| rows(work.rows));
     let sums = of.fold((0.0, 0.0), |(said, all), (work, took)| (said + model.pass_ns(work), all + took.0 as f64));
     sums.0 / sums.1
 }
@@ -76,7 +88,7 @@ fn numbers_of_rows_that_few_passes_have_take_their_neighbours_factor() {
         .into_iter()
         .zip(took)
         .filter(|(work, _)| {
-            let rare = (3..=7).contains(&work.shape.rows);
+            let rare = (3..=7).contains(&work.rows);
             left -= i32::from(rare);
             !rare || left >= 0
         })
@@ -100,17 +112,17 @@ fn passes_of_several_depths_that_take_longer_in_service_come_out_so_and_others_d
     apart.points.extend(profile(3, &[(DepthMix, 2, 0, 2, 0.5), (DepthMix, 32, 0, 2, 4.0)]).points);
     let model = LatencyModel::new(&apart).unwrap();
     let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS);
-    let passes = |load| steady_passes(load, &model, 4000).unwrap();
+    let passes = |load| steady_passes(load, &model, 4000);
     let works: Vec<PassWork> = [load, load.with_exits()].into_iter().flat_map(passes).collect();
     let took = |work: &PassWork| {
-        let beyond = if work.shape.depths > 1 { 3e3 + 100.0 * f64::from(work.shape.rows) } else { 0.0 };
+        let beyond = if work.depths > 1 { 3e3 + 100.0 * f64::from(work.rows) } else { 0.0 };
         Nanos((1.2 * model.pass_ns(work) + beyond).round() as u64)
     };
     let took: Vec<Nanos> = works.iter().map(took).collect();
     let service = LatencyModel::new(&factors(&apart, &works, &took).apply(&apart)).unwrap();
     for several in [false, true] {
         let (mut said, mut all, mut passes) = (0.0, 0.0, 0);
-        for (work, took) in works.iter().zip(&took).filter(|(work, _)| (work.shape.depths > 1) == several) {
+        for (work, took) in works.iter().zip(&took).filter(|(work, _)| (work.depths > 1) == several) {
             said += service.pass_ns(work);
             all += took.0 as f64;
             passes += 1;
@@ -119,8 +131,8 @@ fn passes_of_several_depths_that_take_longer_in_service_come_out_so_and_others_d
     }
 }
 
-/// A profile of three loops in which every part of a pass takes its own time.
-fn every_part() -> LatencyProfile {
+/// A profile of three loops in which every component of a pass takes its own time.
+fn every_component() -> LatencyProfile {
     let by_rows = [(Block, 100.0), (Embed, 3.0), (Head, 20.0), (HeadAgain, 13.0), (KvFill, 7.0)];
     let rows = by_rows.map(|(component, time)| [(component, 1, 0, 1, time), (component, 32, 0, 1, 3.0 * time)]);
     let mut points = rows.concat();
@@ -141,18 +153,28 @@ proptest! {
     fn what_is_logged_takes_what_the_executor_says(
         batching in prop::sample::select(Batching::ALL.to_vec()),
         exit in prop::sample::select(vec!["none", "static:1", "oracle", "oracle:charged", "confidence:0.6"]),
+        kv_fill in prop::sample::select(vec![scheduler::KvFill::Reuse, scheduler::KvFill::Skip, scheduler::KvFill::First]),
+        // Few blocks, so that sequences are preempted, or plenty.
+        num_blocks in prop::sample::select(vec![6, 1000]),
         seed in 0u64..50,
     ) {
-        let settings = Settings { prefill_chunk: 8, token_budget: 20, ..settings(batching, exit, 3, 6) };
-        let latency = LatencyModel::new(&every_part()).unwrap();
+        let settings = Settings {
+            kv_fill,
+            num_blocks,
+            block_tokens: 8,
+            prefill_chunk: 8,
+            token_budget: 20,
+            ..settings(batching, exit, 3, 6)
+        };
+        let latency = LatencyModel::new(&every_component()).unwrap();
         let exits = drawn_exits(&[0.5, 0.3, 0.2], 40, 12, seed);
         let mut server = Server::new(settings, ProfileExecutor::new(&latency, &exits, &settings)).unwrap();
-        let mut log = PassLog::new(&settings);
+        let mut log = PassRecorder::new(&settings, PassOrigin::Replay, || 0);
         serve(&mut server, poisson(30, 300.0, 17, 12, seed), &mut VirtualClock::default(), &mut log).unwrap();
         prop_assert!(log.passes().len() > 50);
         for pass in log.passes() {
             let said = latency.pass_ns(&pass.work);
-            // Two times are rounded to whole nanoseconds, that of the run and that of those who leave.
+            // Two times are rounded to whole nanoseconds: that of the run and that of the exits.
             prop_assert!((said - pass.elapsed.0 as f64).abs() <= 1.0, "{said} ns: {pass:?}");
         }
     }

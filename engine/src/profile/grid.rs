@@ -1,0 +1,209 @@
+//! The shapes that a profile measures: passes that the scheduler could compose.
+
+use std::collections::BTreeSet;
+
+/// History of decode rows that stand for no history: the fewest tokens that one can follow.
+pub(super) const SHORT: u32 = 1;
+/// Prompt chunks of a pass that has several: one, and one beside it.
+pub(super) const PROMPTS: u32 = 2;
+
+/// The shapes to measure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Rows of a pass, without histories.
+    pub(super) rows: Vec<u32>,
+    /// Decode rows of a pass.
+    pub(super) decodes: Vec<u32>,
+    /// Histories of decode rows, and before prompt chunks.
+    pub(super) histories: Vec<u32>,
+    /// Tokens of a prompt chunk.
+    pub(super) chunks: Vec<u32>,
+}
+
+/// What a replay asks for at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Rows of a pass.
+    pub rows: u32,
+    /// Decode rows of a pass: sequences that run at once.
+    pub decodes: u32,
+    /// Tokens of a sequence.
+    pub history: u32,
+    /// Prompt tokens of one chunk.
+    pub chunk: u32,
+}
+
+impl Grid {
+    /// A grid that reaches the limits, denser where passes are small.
+    pub fn up_to(limits: Limits) -> Self {
+        let up_to = |points: &[u32], limit: u32| {
+            let mut points: Vec<u32> = points.iter().copied().filter(|&point| point < limit).collect();
+            let mut next = 2 * points.last().copied().unwrap_or(1);
+            while next < limit {
+                points.push(next);
+                next *= 2;
+            }
+            points.push(limit.max(1));
+            points
+        };
+        Self {
+            rows: up_to(
+                &[1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256],
+                limits.rows,
+            ),
+            decodes: up_to(&[1, 2, 4, 8, 16, 24, 32, 48, 64], limits.decodes.min(limits.rows)),
+            histories: up_to(&[32, 64, 128, 256], limits.history),
+            chunks: up_to(&[1, 8, 16, 32, 64, 128], limits.chunk.min(limits.rows)),
+        }
+    }
+
+    pub(super) fn max(points: &[u32]) -> u32 {
+        points.iter().copied().max().unwrap_or(1)
+    }
+}
+
+/// A pass that is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Shape {
+    /// Decode rows at one depth below 0 and their history, with neither head nor embedding.
+    Decode { rows: u32, history: u32 },
+    /// Decode rows with a history, after a pass of more such rows.
+    AfterMore { rows: u32, before: u32, history: u32 },
+    /// Rows at the last depth with a history that leave, for which the exit head runs then: leaving alone counts. `again` if
+    /// the passes before ran it too.
+    Head { rows: u32, history: u32, again: bool },
+    /// Rows that leave at the first depth, or at the last, once the head has run: leaving alone counts. They come with another
+    /// history every time, since what they leave behind goes where nothing was for long, in no cache.
+    Exit { rows: u32, skips: bool },
+    /// Rows with a history, spread over depths, the first included, after a pass of the same kind.
+    Mix { rows: u32, depths: u32, history: u32 },
+    /// One prompt chunk.
+    Prefill { tokens: u32, history: u32 },
+    /// [`PROMPTS`] prompt chunks of as many tokens each.
+    Prefills { tokens: u32, history: u32 },
+}
+
+impl Shape {
+    /// All rows.
+    pub(super) fn rows(self) -> u32 {
+        match self {
+            Self::Prefill { tokens, .. } => tokens,
+            Self::Prefills { tokens, .. } => PROMPTS * tokens,
+            _ => self.decodes().unwrap_or_default(),
+        }
+    }
+
+    /// The shape whose time is subtracted; none where the whole time is the component's.
+    pub(super) fn baseline(self) -> Option<Self> {
+        let decode = |rows, history| Some(Self::Decode { rows, history });
+        match self {
+            Self::Decode { history: SHORT, .. } | Self::Head { .. } | Self::Exit { skips: false, .. } => None,
+            Self::Decode { rows, .. } | Self::Prefill { tokens: rows, .. } => decode(rows, SHORT),
+            Self::Prefills { tokens, .. } => decode(PROMPTS * tokens, SHORT),
+            Self::AfterMore { rows, history, .. } | Self::Mix { rows, history, .. } => decode(rows, history),
+            Self::Exit { rows, skips: true } => Some(Self::Exit { rows, skips: false }),
+        }
+    }
+
+    /// Decode rows; none of a prompt chunk.
+    pub(super) fn decodes(self) -> Option<u32> {
+        match self {
+            Self::Decode { rows, .. }
+            | Self::AfterMore { rows, .. }
+            | Self::Head { rows, .. }
+            | Self::Exit { rows, .. }
+            | Self::Mix { rows, .. } => Some(rows),
+            Self::Prefill { .. } | Self::Prefills { .. } => None,
+        }
+    }
+}
+
+pub(super) fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
+    let mut shapes = Vec::new();
+    let mut rows_of_differences: Vec<u32> =
+        grid.rows.iter().chain(&grid.decodes).chain(&grid.chunks).copied().collect();
+    let twice = grid.chunks.iter().copied().filter(|tokens| PROMPTS * tokens <= Grid::max(&grid.rows));
+    let twice: Vec<u32> = twice.collect();
+    rows_of_differences.extend(twice.iter().map(|tokens| PROMPTS * tokens));
+    rows_of_differences.sort_unstable();
+    rows_of_differences.dedup();
+    for rows in rows_of_differences {
+        shapes.push(Shape::Decode { rows, history: SHORT });
+    }
+    let typical = grid.histories[grid.histories.len() / 2];
+    for &rows in &grid.decodes {
+        shapes.push(Shape::Head { rows, history: typical, again: false });
+        // With one loop every pass runs the head.
+        if num_loops > 1 {
+            shapes.push(Shape::Head { rows, history: typical, again: true });
+            shapes.extend([true, false].map(|skips| Shape::Exit { rows, skips }));
+        }
+        shapes.extend(grid.histories.iter().map(|&history| Shape::Decode { rows, history }));
+    }
+    let largest = Grid::max(&grid.rows);
+    for &rows in &grid.decodes {
+        let befores = BTreeSet::from([2 * rows, Grid::max(&grid.decodes), largest]);
+        let more = befores.into_iter().filter(|before| (rows + 1..=largest).contains(before));
+        shapes.extend(more.map(|before| Shape::AfterMore { rows, before, history: typical }));
+    }
+    for rows in grid.decodes.iter().copied().filter(|&rows| rows < largest).chain([largest]) {
+        let history = if grid.decodes.contains(&rows) { typical } else { SHORT };
+        shapes.extend((2..=num_loops.min(rows)).map(|depths| Shape::Mix { rows, depths, history }));
+    }
+    for &tokens in &grid.chunks {
+        let histories = [0].into_iter().chain(grid.histories.iter().copied());
+        shapes.extend(histories.map(|history| Shape::Prefill { tokens, history }));
+    }
+    // What comes beside a chunk is little: the shortest and the longest history do for it.
+    for tokens in twice {
+        shapes.extend([0, Grid::max(&grid.histories)].map(|history| Shape::Prefills { tokens, history }));
+    }
+    shapes
+}
+
+/// A number for each shape.
+pub(super) fn key(shape: Shape) -> u64 {
+    let (kind, a, b) = match shape {
+        Shape::Decode { rows, history } => (0, rows, history),
+        Shape::Head { rows, again, .. } => (2, rows, u32::from(again)),
+        Shape::AfterMore { rows, before, .. } => (1, rows, before),
+        Shape::Mix { rows, depths, .. } => (3, rows, depths),
+        Shape::Prefill { tokens, history } => (4, tokens, history),
+        Shape::Prefills { tokens, history } => (6, tokens, history),
+        Shape::Exit { rows, skips } => (5, rows, u32::from(skips)),
+    };
+    (kind << 60) | (u64::from(a) << 30) | u64::from(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grid_rises_to_its_limits() {
+        for (rows, decodes, history, chunk) in [(1, 1, 1, 1), (320, 64, 700, 256), (600, 600, 33, 600), (7, 64, 40, 9)]
+        {
+            let grid = Grid::up_to(Limits { rows, decodes, history, chunk });
+            for points in [&grid.rows, &grid.decodes, &grid.histories, &grid.chunks] {
+                assert!(points.is_sorted() && points.windows(2).all(|pair| pair[0] < pair[1]), "{points:?}");
+            }
+            assert_eq!((Grid::max(&grid.rows), Grid::max(&grid.histories)), (rows, history));
+            assert_eq!((Grid::max(&grid.decodes), Grid::max(&grid.chunks)), (decodes.min(rows), chunk.min(rows)));
+        }
+    }
+
+    #[test]
+    fn the_baseline_of_a_shape_is_measured_and_has_the_same_number_of_rows() {
+        for (rows, decodes, num_loops) in [(20, 5, 3), (64, 64, 4), (3, 1, 1)] {
+            let grid = Grid::up_to(Limits { rows, decodes, history: 40, chunk: 12 });
+            let shapes = shapes(&grid, num_loops);
+            for shape in &shapes {
+                let Some(baseline) = shape.baseline() else { continue };
+                assert!(shapes.contains(&baseline) && baseline.rows() == shape.rows(), "{shape:?} less {baseline:?}");
+                assert_eq!(baseline.baseline().and_then(Shape::baseline), None, "{shape:?}");
+            }
+            let more = shapes.iter().filter(|shape| matches!(shape, Shape::AfterMore { .. })).count();
+            assert_eq!(more > 0, rows > 1, "{shapes:?}");
+        }
+    }
+}

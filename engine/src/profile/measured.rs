@@ -1,0 +1,166 @@
+//! What the rounds of a profiler measured, and the profile that follows from it.
+
+use std::collections::BTreeMap;
+
+use scheduler::KvFill;
+use traces::{Component, LatencyProfile, Point, ProfileMeta};
+
+use super::Profiler;
+use super::grid::{SHORT, Shape};
+use super::probe::Probe;
+use super::statistics::{Summary, make_rising};
+
+/// A shape's runs, and whether it is those at the first depth, where rows are embedded, that count.
+pub(super) type Counted = (Shape, bool);
+
+/// What one round measured.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Round {
+    pub visits: Vec<Visit>,
+    pub probes: Vec<Probe>,
+}
+
+/// What every shape took at one visit, in microseconds.
+pub(super) type Visit = BTreeMap<Counted, Vec<f64>>;
+
+/// What some rounds of a [`Profiler`] measured.
+pub struct Measured<'a> {
+    pub(super) profiler: &'a Profiler,
+    pub(super) visits: Vec<&'a Visit>,
+    pub(super) probes: Vec<&'a Probe>,
+}
+
+impl<'a> Measured<'a> {
+    pub(super) fn counted(&self) -> impl Iterator<Item = Counted> {
+        self.visits[0].keys().copied()
+    }
+
+    /// What some runs took.
+    pub(super) fn of(&self, counted: Counted) -> Summary {
+        Summary::of(&self.visits.iter().flat_map(|visit| &visit[&counted]).copied().collect::<Vec<_>>())
+    }
+
+    /// What some runs took beyond others, visit by visit.
+    fn difference(&self, of: Counted, less: Counted) -> Summary {
+        let mean = |samples: &[f64]| samples.iter().sum::<f64>() / samples.len() as f64;
+        let differences = self.visits.iter().map(|visit| mean(&visit[&of]) - mean(&visit[&less]));
+        Summary::of(&differences.collect::<Vec<_>>())
+    }
+
+    /// What other work on the machine took: the mean of all runs over that of each shape's middle half, over all shapes
+    /// together. It is 1 on a machine that does nothing else.
+    pub fn slowdown(&self) -> f64 {
+        let all: f64 = self.visits.iter().flat_map(|visit| visit.values().flatten()).sum();
+        let middles =
+            self.counted().map(|counted| self.of(counted)).map(|found| found.middle * f64::from(found.repeats));
+        all / middles.sum::<f64>()
+    }
+
+    /// How fast the machine was in service during the rounds.
+    pub fn probes(&self) -> impl Iterator<Item = &'a Probe> {
+        self.probes.iter().copied()
+    }
+
+    /// Microseconds that a pass in service takes beyond the executor's own time: the scheduler's and the serving loop's.
+    fn overhead(&self) -> f64 {
+        let passes: usize = self.probes().map(|probe| probe.passes.len()).sum();
+        self.probes().map(|probe| probe.elapsed.since(probe.in_executor()).as_micros_f64()).sum::<f64>() / passes as f64
+    }
+
+    /// The components by themselves: means of the middle halves, not yet scaled to steady load. Components that are
+    /// differences are not below zero, but for those of prompt chunks.
+    pub(super) fn profile(&self, model: &str, source: &str) -> LatencyProfile {
+        let served = &self.profiler.engine.model;
+        let disagreement = self.profiler.disagreement();
+        let halves = disagreement.map_or(String::new(), |share| format!("; halves differ by {:.1}%", 100.0 * share));
+        LatencyProfile {
+            meta: ProfileMeta {
+                schema_version: LatencyProfile::SCHEMA_VERSION,
+                model: model.to_owned(),
+                fingerprint: served.fingerprint().to_owned(),
+                num_loops: served.config().num_loops as u32,
+                device: served.device_name(),
+                software: format!("depthwise {}, {}", env!("CARGO_PKG_VERSION"), served.storage()),
+                source: format!("{source}; {}; means of the middle half of times{halves}", served.device_state()),
+                overhead_us: self.overhead(),
+                weight_bytes: served.weight_bytes(),
+                kv_bytes_per_token: served.kv_bytes_per_token(KvFill::Reuse),
+                memory: None,
+            },
+            points: self.points(),
+            mixed_attention: None,
+        }
+    }
+
+    /// What the component of each shape takes. More history never takes less: where noise says so, both take the mean.
+    /// Otherwise components, which are not below zero, would be too long on average.
+    fn components(&self) -> BTreeMap<Shape, Summary> {
+        let component = |shape: Shape| match shape.baseline() {
+            Some(baseline) => self.difference((shape, false), (baseline, false)),
+            None => self.of((shape, false)),
+        };
+        let shapes = self.counted().filter(|&(_, embeds)| !embeds).map(|(shape, _)| shape);
+        let mut components: BTreeMap<Shape, Summary> = shapes.map(|shape| (shape, component(shape))).collect();
+        let grid = &self.profiler.grid;
+        let histories = || grid.histories.iter().copied();
+        let decodes = grid.decodes.iter().map(|&rows| histories().map(move |history| Shape::Decode { rows, history }));
+        let chunks = grid.chunks.iter().map(|&tokens| {
+            std::iter::once(0).chain(histories()).map(move |history| Shape::Prefill { tokens, history })
+        });
+        let series = decodes.map(Iterator::collect).chain(chunks.map(Iterator::collect));
+        for series in series.collect::<Vec<Vec<Shape>>>() {
+            let series: Vec<Shape> = series.into_iter().filter(|shape| shape.baseline().is_some()).collect();
+            let mut times: Vec<f64> = series.iter().map(|shape| components[shape].middle).collect();
+            make_rising(&mut times);
+            for (shape, time) in series.iter().zip(times) {
+                components.get_mut(shape).expect("a shape of the grid is measured").middle = time;
+            }
+        }
+        components
+    }
+
+    fn points(&self) -> Vec<Point> {
+        let num_loops = self.profiler.num_loops() as u32;
+        let mut points: Vec<Point> = Vec::new();
+        let embed = |rows| {
+            let shape = Shape::Decode { rows, history: SHORT };
+            self.difference((shape, true), (shape, false))
+        };
+        let mut add = |component: Component, rows, kv_tokens, depths, part: Summary| {
+            let Summary { middle, spread, repeats } = part;
+            let (time_us, spread_us) = (if component.can_take(middle) { middle } else { 0.0 }, spread);
+            points.push(Point { component, rows, kv_tokens, depths, time_us, spread_us, repeats });
+        };
+        let components = self.components();
+        for (&shape, &part) in &components {
+            match shape {
+                Shape::Decode { rows, history: SHORT } => {
+                    add(Component::Block, rows, 0, 1, part);
+                    add(Component::Embed, rows, 0, 1, embed(rows));
+                    if self.profiler.grid.decodes.contains(&rows) {
+                        add(Component::DecodeAttention, rows, SHORT, 1, Summary { middle: 0.0, spread: 0.0, ..part });
+                    }
+                }
+                Shape::Decode { rows, history } => add(Component::DecodeAttention, rows, history, 1, part),
+                Shape::AfterMore { rows, before, .. } => add(Component::AfterMore, rows, before, 1, part),
+                Shape::Head { rows, again, .. } => {
+                    add(if again { Component::HeadAgain } else { Component::Head }, rows, 0, 1, part);
+                }
+                Shape::Mix { rows, depths, .. } => {
+                    // In turn, every row was at the first depth once.
+                    let embeds = embed(rows).middle.max(0.0) / f64::from(num_loops);
+                    add(Component::DepthMix, rows, 0, depths, Summary { middle: part.middle - embeds, ..part });
+                }
+                Shape::Prefill { tokens, history } => add(Component::PrefillAttention, tokens, history, 1, part),
+                Shape::Prefills { tokens, history } => {
+                    let first = components[&Shape::Prefill { tokens, history }].middle;
+                    add(Component::PrefillAgain, tokens, history, 1, Summary { middle: part.middle - first, ..part });
+                }
+                Shape::Exit { skips: false, .. } => {}
+                Shape::Exit { rows, skips: true } => add(Component::KvFill, rows * (num_loops - 1), 0, 1, part),
+            }
+        }
+        points.sort_by_key(|point| (point.component, point.depths, point.rows, point.kv_tokens));
+        points
+    }
+}

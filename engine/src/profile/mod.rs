@@ -1,0 +1,431 @@
+//! The profiler: measures what the components of a pass take, on the executor that replays run on.
+//!
+//! It composes passes of every shape of a grid as the scheduler would and has the executor time them. A component that
+//! cannot run by itself is a difference of two shapes, which run one soon after the other: what histories add is a pass with
+//! histories less one without. Between the shapes, and in probes, it serves a steady load, and scales the components to what
+//! the passes of that load took: [`Profiler::profile`].
+
+mod grid;
+mod machine;
+mod measured;
+mod probe;
+mod statistics;
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use latency::{LatencyError, LatencyModel, SteadyFactors};
+use scheduler::blocks::BlockTables;
+use scheduler::{
+    Executor, KvFill, Lengths, Pass, PassRecorder, RowKind, Segment, SignalRead, SignalReads, Slot, SteadyLoad,
+    SteadyServer,
+};
+use traces::{ExitSignal, LatencyProfile, Nanos, PassOrigin, PassRun, PassWork, Request, unix_micros};
+
+use grid::{PROMPTS, SHORT, Shape, key, shapes};
+use measured::{Counted, Round, Visit};
+
+use crate::cache::TILE;
+use crate::executor::{EngineExecutor, Generation, in_pool};
+use crate::kernels::signals::mix;
+use crate::replay::{Engine, ReplayError};
+
+pub use grid::{Grid, Limits};
+pub use machine::device_name;
+pub(crate) use machine::machine_state;
+pub use measured::Measured;
+pub use probe::{Probe, ProbedClock};
+
+/// What a probe takes at least. Whatever ran before, what comes after runs with cold caches: passes under steady load are
+/// 14% longer at first, and 2% after 18 ms.
+const PROBE_TIME: Duration = Duration::from_millis(60);
+/// Fewest passes of a probe, of models whose passes are long.
+const PASSES_OF_PROBE: usize = 4;
+/// Ways to serve the load, which probes take in turn: by sequence at full depth, depth-wise with exits, and depth-wise at
+/// full depth. So there are passes of one depth, of a few and of all, and heads after heads.
+const WAYS: usize = 3;
+/// Times that a round comes to each shape, so that its times are of many moments.
+const VISITS: usize = 2;
+/// Mean time of a pass above which no cache holds the model, so that what ran before a pass does not matter.
+const CACHED: Duration = Duration::from_millis(10);
+
+/// Measures a latency profile in rounds, each of which measures every shape, so that an experiment can take turns between
+/// rounds and replays; and, in probes, how fast the machine is in service, at any moment of a replay.
+pub struct Profiler {
+    engine: Engine,
+    executor: EngineExecutor,
+    tables: BlockTables,
+    shapes: Vec<Shape>,
+    rounds: Vec<Round>,
+    grid: Grid,
+    /// Machines in service with the batches of the grid, the smallest first. If no cache holds the model, there is only one,
+    /// with the largest batch.
+    services: Vec<SteadyServer<EngineExecutor>>,
+    /// Whether shapes run among the passes of these machines.
+    runs_among: bool,
+    /// Machines in service with the largest batch, depth-wise: with exits, and at full depth.
+    depth_wise: [SteadyServer<EngineExecutor>; WAYS - 1],
+    /// Which of the ways to serve the load is the next probe's.
+    next_way: usize,
+    /// How often rows were given sequences.
+    occupied: u64,
+}
+
+impl Profiler {
+    /// A profiler with nothing measured yet; the load in service has sequences of these lengths.
+    ///
+    /// # Errors
+    /// If the grid does not fit the model's positions, or its cache the memory.
+    pub fn new(engine: &Engine, grid: Grid, lengths: Lengths) -> Result<Self, ReplayError> {
+        let block_tokens = TILE as u32;
+        let (history, chunk) = (Grid::max(&grid.histories), Grid::max(&grid.chunks));
+        let (rows, decodes) = (Grid::max(&grid.rows), Grid::max(&grid.decodes));
+        let decode_blocks = (history + 1).div_ceil(block_tokens);
+        let chunk_blocks = (history + chunk).div_ceil(block_tokens);
+        let num_blocks = decodes * decode_blocks + (rows - decodes) + PROMPTS * chunk_blocks;
+        // The last slots are those of prompt chunks.
+        let mut tables = BlockTables::new(num_blocks, block_tokens, rows + PROMPTS);
+        for slot in 0..rows + PROMPTS {
+            let blocks = if slot >= rows {
+                chunk_blocks
+            } else if slot < decodes {
+                decode_blocks
+            } else {
+                1
+            };
+            assert!(tables.grow(slot, blocks * block_tokens), "there are as many blocks as the slots hold");
+        }
+        let executor = EngineExecutor::new(
+            engine.model.clone(),
+            engine.prompts.clone(),
+            engine.sampling,
+            KvFill::Reuse,
+            num_blocks,
+            block_tokens,
+        )?
+        .with_any_history()?;
+        let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: history + chunk, output_tokens: 1 };
+        executor.check_request(&request)?;
+        let num_loops = engine.model.config().num_loops;
+        let shapes = shapes(&grid, num_loops as u32);
+        // Several prompts share a pass, as they do in replays; the shapes have no longer chunks than `chunk`.
+        let prompt_rows = if lengths.prompt <= chunk { rows } else { chunk };
+        let load = |batch: u32| SteadyLoad::new(num_loops as u8, batch, rows, prompt_rows, block_tokens, lengths);
+        let serve =
+            |load: SteadyLoad| Ok::<_, ReplayError>(SteadyServer::new(load, engine.executor(load.settings())?)?);
+        let mut profiler = Self {
+            engine: engine.clone(),
+            executor,
+            tables,
+            shapes,
+            rounds: Vec::new(),
+            grid,
+            services: vec![serve(load(decodes))?],
+            runs_among: false,
+            depth_wise: [serve(load(decodes).with_exits())?, serve(load(decodes).depth_wise())?],
+            next_way: 0,
+            occupied: 0,
+        };
+        // The first passes find memory that was never touched.
+        for _ in 0..WAYS {
+            profiler.probe()?;
+        }
+        let probe = profiler.probe()?;
+        if probe.elapsed.as_micros_f64() / (probe.passes.len() as f64) < CACHED.as_secs_f64() * 1e6 {
+            let smaller = profiler.grid.decodes.iter().filter(|&&batch| batch < decodes);
+            let smaller = smaller.map(|&batch| serve(load(batch))).collect::<Result<Vec<_>, _>>()?;
+            profiler.services.splice(0..0, smaller);
+            profiler.runs_among = true;
+        }
+        Ok(profiler)
+    }
+
+    /// Measures every shape, several times, each time in another order; `progress` is told how many of how many are done.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn round(&mut self, mut progress: impl FnMut(usize, usize) + Send) -> Result<(), ReplayError> {
+        let first = self.rounds.len() * VISITS;
+        let (mut done, of) = (0, VISITS * self.shapes.len());
+        let round = in_pool(|| {
+            let mut round = Round::default();
+            for number in first..first + VISITS {
+                let order = |seed: u64| mix((number as u64 + 1) ^ mix(seed));
+                let mut shapes = self.shapes.clone();
+                // Shapes that are compared have as many rows, and run one soon after the other: the machine's speed changes
+                // within seconds.
+                shapes.sort_by_key(|&shape| (order(shape.rows().into()), order(key(shape))));
+                let mut visit = Visit::new();
+                for shape in shapes {
+                    for (counts_for, time) in self.measure(shape)? {
+                        visit.entry(counts_for).or_default().push(time);
+                    }
+                    done += 1;
+                    progress(done, of);
+                }
+                round.visits.push(visit);
+            }
+            round.probes = (0..WAYS).map(|_| self.probe()).collect::<Result<_, _>>()?;
+            Ok::<_, ReplayError>(round)
+        })?;
+        self.rounds.push(round);
+        Ok(())
+    }
+
+    /// Serves the next passes of a steady load, to tell how fast the machine is at the moment: in each way in turn.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn probe(&mut self) -> Result<Probe, ReplayError> {
+        let way = self.next_way;
+        self.next_way = (way + 1) % WAYS;
+        let service = match way {
+            0 => self.services.last_mut().expect("there is always one"),
+            depth_wise => &mut self.depth_wise[depth_wise - 1],
+        };
+        let mut recorder = PassRecorder::new(service.load().settings(), PassOrigin::Steady, unix_micros);
+        in_pool(|| {
+            let start = Instant::now();
+            while recorder.passes().len() < PASSES_OF_PROBE || start.elapsed() < PROBE_TIME {
+                service.pass(&mut recorder)?;
+            }
+            Ok(Probe { way, elapsed: start.elapsed().into(), passes: recorder.into_run().passes })
+        })
+    }
+
+    /// What probes serve, by way.
+    pub fn loads(&self) -> [SteadyLoad; WAYS] {
+        let [with_exits, full_depth] = self.depth_wise.each_ref().map(SteadyServer::load);
+        [self.services.last().expect("there is always one").load(), with_exits, full_depth]
+    }
+
+    /// The passes of the steady load in the probes of all rounds and `further` ones between them, as runs of a pass log.
+    pub fn steady_runs<'p>(&'p self, further: impl Iterator<Item = &'p Probe>) -> impl Iterator<Item = PassRun> {
+        let loads = self.loads();
+        let probes = self.rounds.iter().flat_map(|round| &round.probes).chain(further);
+        probes.zip(0..).map(move |(probe, number)| probe.clone().into_run(loads[probe.way].settings(), number))
+    }
+
+    /// The profile: components by themselves, scaled to what the passes of the steady load took, in the probes of all rounds
+    /// and `further` ones between them. `model` is the model's name, `source` says how the profile came about; how busy the
+    /// machine was, and how far passes under load are from the sum of components, is added.
+    ///
+    /// # Errors
+    /// If the profile contradicts itself.
+    ///
+    /// # Panics
+    /// If there was no round.
+    pub fn profile<'p>(
+        &'p self,
+        model: &str,
+        source: &str,
+        further: impl Iterator<Item = &'p Probe>,
+    ) -> Result<LatencyProfile, LatencyError> {
+        let measured = self.measured();
+        let components = measured.profile(model, source);
+        let passes = measured.probes().chain(further).flat_map(|probe| &probe.passes);
+        let timed: Vec<_> = passes.map(|pass| (&pass.work, pass.elapsed)).collect();
+        let factors = SteadyFactors::new(&components, &timed)?;
+        let mut profile = factors.apply(&components);
+        let (least, most) = factors.range();
+        let mixing = factors.mixing_range_us().map_or(String::new(), |(least, most)| {
+            format!(", and {least:+.1} to {most:+.1} us where depths are mixed")
+        });
+        profile.meta.source = format!(
+            "{}; scaled by {least:.3} to {most:.3}, by rows: passes under steady load over the sum of components{mixing}",
+            profile.meta.source
+        );
+        LatencyModel::new(&profile)?;
+        Ok(profile)
+    }
+
+    /// What all rounds measured.
+    ///
+    /// # Panics
+    /// If there was no round.
+    pub fn measured(&self) -> Measured<'_> {
+        self.measured_in(0..self.rounds.len())
+    }
+
+    /// What some rounds measured, counted from 0.
+    ///
+    /// # Panics
+    /// If there was no such round.
+    pub fn measured_in(&self, rounds: Range<usize>) -> Measured<'_> {
+        let rounds = &self.rounds[rounds];
+        assert!(!rounds.is_empty(), "a profile takes at least one round");
+        Measured {
+            profiler: self,
+            visits: rounds.iter().flat_map(|round| &round.visits).collect(),
+            probes: rounds.iter().flat_map(|round| &round.probes).collect(),
+        }
+    }
+
+    /// How far the profile of the later half of the rounds is from that of the earlier half: the differences of all
+    /// passes of the grid, added up, in a share of their times. None if there was only one round.
+    pub fn disagreement(&self) -> Option<f64> {
+        let half = self.rounds.len() / 2;
+        if half == 0 {
+            return None;
+        }
+        let (earlier, later) = (self.measured_in(0..half), self.measured_in(half..self.rounds.len()));
+        let pairs = || earlier.counted().map(|counted| (earlier.of(counted).middle, later.of(counted).middle));
+        let differences: f64 = pairs().map(|(earlier, later)| (earlier - later).abs()).sum();
+        Some(differences / pairs().map(|(earlier, later)| (earlier + later) / 2.0).sum::<f64>())
+    }
+
+    /// Runs a shape at all depths in turn, each time after a pass in service of as many sequences as it has decode rows (half
+    /// of the largest batch for prompt chunks), so that caches and the processor's clock are as there: what counts, in
+    /// microseconds, and what it counts for.
+    fn measure(&mut self, shape: Shape) -> Result<Vec<(Counted, f64)>, ReplayError> {
+        let num_loops = self.num_loops();
+        self.occupy(shape);
+        let batch = shape.decodes().unwrap_or(Grid::max(&self.grid.decodes) / 2);
+        let fits = |service: &SteadyServer<_>| batch <= service.load().settings().max_batch;
+        let service = self.services.iter().position(fits).unwrap_or(self.services.len() - 1);
+        let service = self.runs_among.then_some(service);
+        // Each depth comes after the one before it, as in service: by sequence, passes take turns through the depths. But a
+        // head that was just in use comes after a pass at the last depth, which ran it.
+        let first_before = if matches!(shape, Shape::Head { again: true, .. }) { 0 } else { num_loops - 1 };
+        if let Some(service) = service {
+            while self.services[service].passes() % num_loops != first_before {
+                self.services[service].pass(&mut ())?;
+            }
+        }
+        let mut counted = Vec::new();
+        // The first time, keys and values are in no cache.
+        for turn in 0..2 * num_loops {
+            if let Some(service) = service {
+                self.services[service].pass(&mut ())?;
+            }
+            let before = match shape {
+                Shape::AfterMore { before, history, .. } => Some(Shape::Decode { rows: before, history }),
+                // Where depths are mixed, they were in the pass before as well, and every depth's own weights were in use.
+                Shape::Mix { .. } => Some(shape),
+                _ => None,
+            };
+            if let Some(before) = before {
+                self.time(before, turn + num_loops - 1)?;
+            }
+            let time = self.time(shape, turn)?.as_micros_f64();
+            if turn < num_loops {
+                continue;
+            }
+            let depth = turn % num_loops;
+            let (first, last) = (depth == 0, depth + 1 == num_loops);
+            let counts = match shape {
+                Shape::Decode { .. } | Shape::AfterMore { .. } | Shape::Prefill { .. } | Shape::Prefills { .. } => {
+                    !first || num_loops == 1
+                }
+                Shape::Head { .. } => last,
+                Shape::Exit { .. } | Shape::Mix { .. } => true,
+            };
+            counted.extend(counts.then_some(((shape, false), time)));
+            let embeds = first && matches!(shape, Shape::Decode { history: SHORT, .. });
+            counted.extend(embeds.then_some(((shape, true), time)));
+        }
+        Ok(counted)
+    }
+
+    fn num_loops(&self) -> usize {
+        self.engine.model.config().num_loops
+    }
+
+    /// The history of a decode row: as asked for, where its slot has the room.
+    fn history(&self, slot: Slot, asked: u32) -> u32 {
+        if slot < Grid::max(&self.grid.decodes) { asked } else { SHORT }
+    }
+
+    /// The history of rows that leave by themselves.
+    fn exit_history(&self) -> u32 {
+        1 + (mix(self.occupied) % u64::from(Grid::max(&self.grid.histories))) as u32
+    }
+
+    /// Gives every row of a shape a sequence of its history.
+    fn occupy(&mut self, shape: Shape) {
+        self.occupied += 1;
+        let vocab = self.engine.model.config().vocab_size as u64;
+        let last_depth = self.engine.model.config().num_loops as u8 - 1;
+        let token = |index: u64| (mix(index) % vocab) as u32;
+        let chunk_slot = Grid::max(&self.grid.rows);
+        let (slots, prompt_tokens) = match shape {
+            Shape::Decode { rows, history } | Shape::Head { rows, history, .. } | Shape::Mix { rows, history, .. } => {
+                (0..rows, history)
+            }
+            Shape::AfterMore { before, history, .. } => (0..before, history),
+            Shape::Exit { rows, .. } => (0..rows, self.exit_history()),
+            Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
+            Shape::Prefills { tokens, history } => (chunk_slot..chunk_slot + PROMPTS, history + tokens),
+        };
+        for slot in slots {
+            let prompt_tokens = if slot < chunk_slot { self.history(slot, prompt_tokens) } else { prompt_tokens };
+            let generation = Generation {
+                prompt: (0..u64::from(prompt_tokens)).map(token).collect(),
+                tokens: vec![token(u64::from(slot))],
+                exit_depths: vec![last_depth],
+                recorded: Vec::new(),
+            };
+            self.executor.occupy(slot, slot, generation, prompt_tokens + 1);
+        }
+    }
+
+    /// Has the executor run and time one pass of a shape, the depth of which follows from whose turn it is.
+    fn time(&mut self, shape: Shape, turn: usize) -> Result<Nanos, ReplayError> {
+        let segments = self.segments(shape, turn);
+        let reads = match shape {
+            // Of rows that nobody knows to leave until they do, the head is not read with the pass.
+            Shape::Head { .. } => SignalReads { signal: SignalRead::Oracle, below: 0, head_from: u8::MAX },
+            _ => SignalReads { signal: SignalRead::Signal(ExitSignal::Top1), below: u8::MAX, head_from: 0 },
+        };
+        let pass = Pass { segments: &segments, reads, tables: &self.tables, work: &PassWork::default() };
+        let mut signals = vec![0.0; segments.len()];
+        let ran = self.executor.run(&pass, &mut signals)?;
+        if !segments[0].predicts {
+            return Ok(ran);
+        }
+        let left = self.executor.emit(&pass, &(0..segments.len() as u32).collect::<Vec<_>>())?;
+        self.occupy(shape);
+        Ok(left)
+    }
+
+    fn segments(&self, shape: Shape, turn: usize) -> Vec<Segment> {
+        let num_loops = self.num_loops();
+        let (depth, last) = (turn % num_loops, num_loops - 1);
+        let decode = |slot: Slot, history, depth: usize, predicts| Segment {
+            slot,
+            start: history,
+            tokens: 1,
+            depth: depth as u8,
+            kind: RowKind::Decode,
+            predicts,
+            generated: true,
+        };
+        let chunk = |number: u32, history, tokens| Segment {
+            slot: Grid::max(&self.grid.rows) + number,
+            start: history,
+            tokens,
+            depth: depth as u8,
+            kind: RowKind::Prompt,
+            predicts: false,
+            generated: false,
+        };
+        match shape {
+            Shape::Decode { rows, history } | Shape::AfterMore { rows, history, .. } => {
+                (0..rows).map(|slot| decode(slot, self.history(slot, history), depth, false)).collect()
+            }
+            Shape::Head { rows, history, again } => {
+                (0..rows).map(|slot| decode(slot, history, depth, again || depth == last)).collect()
+            }
+            Shape::Exit { rows, skips } => {
+                let depth = if skips { 0 } else { last };
+                (0..rows).map(|slot| decode(slot, self.exit_history(), depth, true)).collect()
+            }
+            Shape::Mix { rows, depths, history } => {
+                let depth = |slot| ((slot % depths) as usize + turn) % num_loops;
+                (0..rows).map(|slot| decode(slot, history, depth(slot), false)).collect()
+            }
+            Shape::Prefill { tokens, history } => vec![chunk(0, history, tokens)],
+            Shape::Prefills { tokens, history } => (0..PROMPTS).map(|number| chunk(number, history, tokens)).collect(),
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! From the rows of a pass to its work: what a latency model needs to know of them.
+
+use traces::{ChunkWork, PassBefore, PassWork};
+
+use crate::pass::{RowKind, Segment};
+use crate::policy::{KvFill, SignalReads};
+use crate::reach::Reach;
+
+/// Whether attention runs over the rows of a segment together, as over a prompt chunk, rather than as a decode row.
+#[inline]
+pub(crate) fn is_chunk(segment: &Segment) -> bool {
+    (segment.kind == RowKind::Prompt) | (segment.tokens > 1)
+}
+
+/// Keeps the work of the pass at hand.
+#[derive(Clone, Debug)]
+pub(crate) struct WorkMeter {
+    num_loops: u8,
+    /// Whether exiting rows copy their keys and values to the depths they skip.
+    copies: bool,
+    /// None where rows attend to every token before them.
+    reach: Option<Reach>,
+    work: PassWork,
+}
+
+impl WorkMeter {
+    pub fn new(kv_fill: KvFill, num_loops: u8, max_batch: u32) -> Self {
+        Self {
+            num_loops,
+            copies: kv_fill == KvFill::Reuse,
+            reach: (kv_fill == KvFill::Skip).then(|| Reach::new(num_loops, max_batch)),
+            work: PassWork::default(),
+        }
+    }
+
+    pub fn work(&self) -> &PassWork {
+        &self.work
+    }
+
+    /// What rows attend to, where that is not every token before them.
+    pub fn reach_mut(&mut self) -> Option<&mut Reach> {
+        self.reach.as_mut()
+    }
+
+    /// Takes up a pass that is about to run, in place of the one before.
+    pub fn start(&mut self, segments: &[Segment], reads: SignalReads) {
+        let before = self.work.as_before();
+        match &self.reach {
+            None => derive_work(&mut self.work, segments, reads, before, |segment| segment.start),
+            Some(reach) => derive_work(&mut self.work, segments, reads, before, |segment| reach.history(segment)),
+        }
+    }
+
+    /// Adds what the exits of the pass take: segments whose last rows exit, by index.
+    pub fn exit(&mut self, segments: &[Segment], exiting: &[u32], reads: SignalReads) {
+        let (mut head_rows, mut filled_depths) = (0, 0);
+        for segment in exiting.iter().map(|&index| &segments[index as usize]) {
+            head_rows += u32::from(!reads.run_head(segment));
+            filled_depths += segment.skipped_depths(self.num_loops);
+        }
+        self.work.exit_head_rows = head_rows;
+        self.work.filled_depths = if self.copies { filled_depths } else { 0 };
+        if let Some(reach) = &mut self.reach {
+            exiting.iter().for_each(|&index| reach.exit(&segments[index as usize]));
+        }
+    }
+}
+
+/// Derives the work of a pass whose exits are not decided yet; `history` says how many tokens a segment attends to before
+/// its first.
+///
+/// Without branches but for chunks: it runs for every row.
+#[inline]
+pub fn derive_work(
+    work: &mut PassWork,
+    segments: &[Segment],
+    reads: SignalReads,
+    before: PassBefore,
+    history: impl Fn(&Segment) -> u32,
+) {
+    let mut chunks = std::mem::take(&mut work.chunks);
+    chunks.clear();
+    let mut found = PassWork { before, ..PassWork::default() };
+    let mut depths = 0u64;
+    for segment in segments {
+        let (tokens, decodes) = (segment.tokens, !is_chunk(segment));
+        let history = if decodes { history(segment) } else { 0 };
+        found.rows += tokens;
+        found.decode_rows += u32::from(decodes);
+        found.decode_history += u64::from(history);
+        found.squared_decode_history += f64::from(history) * f64::from(history);
+        found.longest_decode_history = found.longest_decode_history.max(history);
+        found.embed_rows += if segment.depth == 0 { tokens } else { 0 };
+        found.head_rows += u32::from(reads.run_head(segment));
+        depths |= 1 << segment.depth;
+    }
+    found.depths = depths.count_ones();
+    if found.decode_rows < found.rows {
+        let of_pass = segments.iter().filter(|segment| is_chunk(segment));
+        chunks.extend(of_pass.map(|chunk| ChunkWork { tokens: chunk.tokens, history: history(chunk) }));
+    }
+    found.chunks = chunks;
+    *work = found;
+}

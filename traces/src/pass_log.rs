@@ -1,0 +1,808 @@
+//! Pass logs: every pass of measured runs, with its work and the time that it took.
+//!
+//! A pass log is what latency models are fitted to and judged by, without the machine that it was measured on. The file
+//! is Parquet, one row for each pass; `docs/reference/files.md` lists its columns.
+//!
+//! ```
+//! use traces::{LoggedPass, Nanos, PassLog, PassLogMeta, PassOrigin, PassRun, PassWork};
+//!
+//! let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("passes.parquet");
+//! let work = PassWork { rows: 3, decode_rows: 3, decode_history: 96, depths: 2, ..PassWork::default() };
+//! let pass = LoggedPass { start: Nanos(0), elapsed: Nanos(41_500), wall_us: 1_764_400_000_000_000, work, ..LoggedPass::default() };
+//! let run = PassRun {
+//!     origin: PassOrigin::Replay,
+//!     batching: "depth".into(), exit: "none".into(), kv_fill: "reuse".into(), load: None, repeat: 0,
+//!     passes: vec![pass],
+//! };
+//! let log = PassLog { meta: PassLogMeta::new("kjv", "5f0c", 4, "a CPU"), runs: vec![run] };
+//! log.write(&path)?;
+//! assert_eq!(PassLog::read(&path)?, log);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use std::fmt;
+use std::fs::File;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::column::reader::get_typed_column_reader;
+use parquet::data_type::{ByteArray, ByteArrayType, DataType, DoubleType, Int32Type, Int64Type};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::WriterProperties;
+use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
+use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
+use parquet::schema::parser::parse_message_type;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Result, TraceError};
+use crate::exit_parquet::{catching, catching_damage, unread, unwritten};
+use crate::pass_work::{ChunkWork, PassWork};
+use crate::table::{PartialFile, check_version};
+use crate::units::Nanos;
+
+/// Key of [`PassLogMeta`] among the metadata of the file.
+const META: &str = "depthwise.pass_log";
+/// Rows of a group: what is held as columns at once.
+const GROUP: usize = 1 << 15;
+
+/// Passes that were measured, by run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PassLog {
+    /// What was measured.
+    pub meta: PassLogMeta,
+    /// Its runs.
+    pub runs: Vec<PassRun>,
+}
+
+/// What a pass log was measured on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassLogMeta {
+    /// [`PassLog::SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// Name of the model.
+    pub model: String,
+    /// Fingerprint of the model, as in the latency profile.
+    pub fingerprint: String,
+    /// Loops of the model.
+    pub num_loops: u32,
+    /// Device that was measured.
+    pub device: String,
+}
+
+/// Passes that ran under the same settings, in their order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PassRun {
+    /// Why they ran.
+    pub origin: PassOrigin,
+    /// Batching policy, as on the command line.
+    pub batching: String,
+    /// Exit policy, as on the command line.
+    pub exit: String,
+    /// KV fill, as on the command line.
+    pub kv_fill: String,
+    /// Share of the capacity at which requests arrived; none where they arrived as their trace says.
+    pub load: Option<f64>,
+    /// Which repeat, from 0.
+    pub repeat: u32,
+    /// The passes.
+    pub passes: Vec<LoggedPass>,
+}
+
+/// Why passes ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PassOrigin {
+    /// A replay of requests.
+    #[default]
+    Replay,
+    /// The profiler's steady load.
+    Steady,
+}
+
+impl PassOrigin {
+    const ALL: [Self; 2] = [Self::Replay, Self::Steady];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Replay => "replay",
+            Self::Steady => "steady",
+        }
+    }
+}
+
+impl fmt::Display for PassOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for PassOrigin {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|origin| origin.name() == name);
+        found.ok_or_else(|| format!("`{name}`, expected replay or steady"))
+    }
+}
+
+/// A pass that ran.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LoggedPass {
+    /// When it started, by the clock of its run.
+    pub start: Nanos,
+    /// How long the executor took for it.
+    pub elapsed: Nanos,
+    /// When it ended, in microseconds since 1970 (UTC); 0 where no clock was read.
+    pub wall_us: u64,
+    /// What the time depends on.
+    pub work: PassWork,
+    /// Its rows, by depth.
+    pub rows_by_depth: Vec<DepthRows>,
+}
+
+/// Rows of a pass at one depth, by what they run for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DepthRows {
+    /// Next tokens of sequences.
+    pub decode: u32,
+    /// Tokens of prompts, and of contexts that are computed again.
+    pub prompt: u32,
+    /// Depths that tokens skipped, run later.
+    pub backfill: u32,
+}
+
+impl PassLogMeta {
+    /// The description of a log of the current schema.
+    pub fn new(model: &str, fingerprint: &str, num_loops: u32, device: &str) -> Self {
+        let [model, fingerprint, device] = [model, fingerprint, device].map(str::to_owned);
+        Self { schema_version: PassLog::SCHEMA_VERSION, model, fingerprint, num_loops, device }
+    }
+}
+
+impl PassLog {
+    /// The version that this code writes, and the only one that it reads.
+    pub const SCHEMA_VERSION: u32 = 1;
+
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let failed = || unwritten(path);
+        let meta = serde_json::to_string(&self.meta).expect("a description of texts and numbers is JSON");
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::ZSTD(ZstdLevel::default()))
+            .set_key_value_metadata(Some(vec![KeyValue::new(META.to_owned(), meta)]))
+            .build();
+        let schema = parse_message_type(&schema()).expect("the schema is well formed");
+        let file = PartialFile::create(path)?;
+        let mut writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::new(properties)).map_err(failed())?;
+        let rows =
+            self.runs.iter().flat_map(|run| run.passes.iter().zip(0..).map(move |(pass, index)| (run, index, pass)));
+        let rows: Vec<Row<'_>> = rows.collect();
+        for rows in rows.chunks(GROUP) {
+            let mut group = writer.next_row_group().map_err(failed())?;
+            COLUMNS.iter().try_for_each(|(_, column)| column.write(&mut group, rows)).map_err(failed())?;
+            group.close().map_err(failed())?;
+        }
+        writer.into_inner().map_err(failed())?.finish()
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// If it does not read, is of another version, or a value makes no sense.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(TraceError::io("read", path))?;
+        let reader = catching(|| SerializedFileReader::new(file)).map_err(unread(path))?;
+        let metadata = reader.metadata().file_metadata();
+        let entry = metadata.key_value_metadata().into_iter().flatten().find(|entry| entry.key == META);
+        let meta = entry.and_then(|entry| serde_json::from_str::<PassLogMeta>(entry.value.as_deref()?).ok());
+        let Some(meta) = meta else {
+            return Err(TraceError::file(path, format!("no metadata `{META}`"), "a pass log"));
+        };
+        check_version(path, meta.schema_version, Self::SCHEMA_VERSION)?;
+        let schema = metadata.schema_descr();
+        let found: Vec<String> = (0..schema.num_columns()).map(|place| schema.column(place).path().string()).collect();
+        let expected: Vec<String> = COLUMNS.iter().map(|(name, column)| column.path(name)).collect();
+        if found != expected {
+            let list = |names: Vec<String>| format!("columns `{}`", names.join(","));
+            return Err(TraceError::file(path, list(found), list(expected)));
+        }
+        let mut log = Self { meta, runs: Vec::new() };
+        for group in 0..reader.num_row_groups() {
+            let group = reader.get_row_group(group).map_err(unread(path))?;
+            let rows = group.metadata().num_rows();
+            let rows = usize::try_from(rows).ok().filter(|&rows| rows <= GROUP).ok_or_else(|| {
+                TraceError::file(path, format!("a group of {rows} rows"), format!("groups of at most {GROUP} rows"))
+            })?;
+            let mut passes = vec![(Labels::default(), 0, LoggedPass::default()); rows];
+            for (place, (name, column)) in COLUMNS.iter().enumerate() {
+                let read = catching_damage(
+                    || column.read(&*group, place, &mut passes),
+                    |damage| ReadError::Parquet(ParquetError::General(damage.to_owned())),
+                );
+                read.map_err(|error| match error {
+                    ReadError::Parquet(error) => unread(path)(error),
+                    ReadError::Value(found) => {
+                        TraceError::file(path, format!("column `{name}`: {found}"), "the values of a pass log")
+                    }
+                })?;
+            }
+            passes.into_iter().for_each(|(labels, index, pass)| log.push(labels, index, pass));
+        }
+        Ok(log)
+    }
+
+    /// Adds a pass to the last run, or to a new one if it is the first of its own.
+    fn push(&mut self, labels: Labels, index: u64, pass: LoggedPass) {
+        match self.runs.last_mut() {
+            Some(run) if index > 0 && run.labels() == labels => run.passes.push(pass),
+            _ => {
+                let Labels { origin, batching, exit, kv_fill, load, repeat } = labels;
+                self.runs.push(PassRun { origin, batching, exit, kv_fill, load, repeat, passes: vec![pass] });
+            }
+        }
+    }
+}
+
+impl PassRun {
+    fn labels(&self) -> Labels {
+        let Self { origin, load, repeat, .. } = *self;
+        let [batching, exit, kv_fill] = [&self.batching, &self.exit, &self.kv_fill].map(String::clone);
+        Labels { origin, batching, exit, kv_fill, load, repeat }
+    }
+}
+
+/// A pass as it stands in a row: with its run, and its place there.
+type Row<'a> = (&'a PassRun, u64, &'a LoggedPass);
+
+/// What a row says of its run.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Labels {
+    origin: PassOrigin,
+    batching: String,
+    exit: String,
+    kv_fill: String,
+    load: Option<f64>,
+    repeat: u32,
+}
+
+/// A row that is being read.
+type Read = (Labels, u64, LoggedPass);
+
+/// How a column takes its value from a row, and gives it to one that is read.
+enum Column {
+    /// UTF-8.
+    Text(fn(&Row<'_>) -> String, fn(&mut Read, String) -> Result<(), String>),
+    /// A 64-bit integer of at least 0.
+    Number(fn(&Row<'_>) -> u64, fn(&mut Read, u64) -> Result<(), String>),
+    /// A 64-bit floating-point number, or null.
+    Real(fn(&Row<'_>) -> Option<f64>, fn(&mut Read, Option<f64>)),
+    /// A list of 32-bit integers of at least 0.
+    List(fn(&Row<'_>) -> Vec<u32>, fn(&mut Read, Vec<u32>) -> Result<(), String>),
+}
+
+/// Every column, in the order of the file.
+const COLUMNS: [(&str, Column); 27] = [
+    (
+        "origin",
+        Column::Text(
+            |row| row.0.origin.name().to_owned(),
+            |read, text| {
+                read.0.origin = text.parse()?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "batching",
+        Column::Text(
+            |row| row.0.batching.clone(),
+            |read, text| {
+                read.0.batching = text;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "exit",
+        Column::Text(
+            |row| row.0.exit.clone(),
+            |read, text| {
+                read.0.exit = text;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "kv_fill",
+        Column::Text(
+            |row| row.0.kv_fill.clone(),
+            |read, text| {
+                read.0.kv_fill = text;
+                Ok(())
+            },
+        ),
+    ),
+    ("load", Column::Real(|row| row.0.load, |read, load| read.0.load = load)),
+    (
+        "repeat",
+        Column::Number(
+            |row| row.0.repeat.into(),
+            |read, value| {
+                read.0.repeat = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "pass",
+        Column::Number(
+            |row| row.1,
+            |read, value| {
+                read.1 = value;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "start_ns",
+        Column::Number(
+            |row| row.2.start.0,
+            |read, value| {
+                read.2.start = Nanos(value);
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "time_ns",
+        Column::Number(
+            |row| row.2.elapsed.0,
+            |read, value| {
+                read.2.elapsed = Nanos(value);
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "wall_us",
+        Column::Number(
+            |row| row.2.wall_us,
+            |read, value| {
+                read.2.wall_us = value;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "rows",
+        Column::Number(
+            |row| row.2.work.rows.into(),
+            |read, value| {
+                read.2.work.rows = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "decode_rows",
+        Column::Number(
+            |row| row.2.work.decode_rows.into(),
+            |read, value| {
+                read.2.work.decode_rows = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "decode_history",
+        Column::Number(
+            |row| row.2.work.decode_history,
+            |read, value| {
+                read.2.work.decode_history = value;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "squared_decode_history",
+        Column::Real(
+            |row| Some(row.2.work.squared_decode_history),
+            |read, sum| read.2.work.squared_decode_history = sum.unwrap_or_default(),
+        ),
+    ),
+    (
+        "longest_decode_history",
+        Column::Number(
+            |row| row.2.work.longest_decode_history.into(),
+            |read, value| {
+                read.2.work.longest_decode_history = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "chunk_tokens",
+        Column::List(
+            |row| row.2.work.chunks.iter().map(|chunk| chunk.tokens).collect(),
+            |read, tokens| {
+                read.2.work.chunks = tokens.into_iter().map(|tokens| ChunkWork { tokens, history: 0 }).collect();
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "chunk_history",
+        Column::List(
+            |row| row.2.work.chunks.iter().map(|chunk| chunk.history).collect(),
+            |read, histories| {
+                let chunks = &mut read.2.work.chunks;
+                if histories.len() != chunks.len() {
+                    return Err(format!("{} histories of {} chunks", histories.len(), chunks.len()));
+                }
+                chunks.iter_mut().zip(histories).for_each(|(chunk, history)| chunk.history = history);
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "depths",
+        Column::Number(
+            |row| row.2.work.depths.into(),
+            |read, value| {
+                read.2.work.depths = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "embed_rows",
+        Column::Number(
+            |row| row.2.work.embed_rows.into(),
+            |read, value| {
+                read.2.work.embed_rows = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "head_rows",
+        Column::Number(
+            |row| row.2.work.head_rows.into(),
+            |read, value| {
+                read.2.work.head_rows = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "exit_head_rows",
+        Column::Number(
+            |row| row.2.work.exit_head_rows.into(),
+            |read, value| {
+                read.2.work.exit_head_rows = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "filled_depths",
+        Column::Number(
+            |row| row.2.work.filled_depths.into(),
+            |read, value| {
+                read.2.work.filled_depths = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "before_rows",
+        Column::Number(
+            |row| row.2.work.before.rows.into(),
+            |read, value| {
+                read.2.work.before.rows = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "before_head",
+        Column::Number(
+            |row| row.2.work.before.head.into(),
+            |read, value| {
+                read.2.work.before.head = value > 0;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "decode_rows_by_depth",
+        Column::List(
+            |row| by_depth(row, |rows| rows.decode),
+            |read, rows| {
+                at_depths(read, rows, |at, rows| at.decode = rows);
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "prompt_rows_by_depth",
+        Column::List(
+            |row| by_depth(row, |rows| rows.prompt),
+            |read, rows| {
+                at_depths(read, rows, |at, rows| at.prompt = rows);
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "backfill_rows_by_depth",
+        Column::List(
+            |row| by_depth(row, |rows| rows.backfill),
+            |read, rows| {
+                at_depths(read, rows, |at, rows| at.backfill = rows);
+                Ok(())
+            },
+        ),
+    ),
+];
+
+fn by_depth(row: &Row<'_>, of: fn(&DepthRows) -> u32) -> Vec<u32> {
+    row.2.rows_by_depth.iter().map(of).collect()
+}
+
+fn at_depths(read: &mut Read, rows: Vec<u32>, set: fn(&mut DepthRows, u32)) {
+    let by_depth = &mut read.2.rows_by_depth;
+    by_depth.resize(by_depth.len().max(rows.len()), DepthRows::default());
+    by_depth.iter_mut().zip(rows).for_each(|(at, rows)| set(at, rows));
+}
+
+/// A number as the type that it has in memory.
+fn small(value: impl TryInto<u32> + Copy + fmt::Display) -> Result<u32, String> {
+    value.try_into().map_err(|_| format!("{value}, expected a number from 0 to {}", u32::MAX))
+}
+
+/// The schema of a file, in Parquet's own notation.
+fn schema() -> String {
+    let column = |(name, column): &(&str, Column)| match column {
+        Column::Text(..) => format!("required binary {name} (UTF8);"),
+        Column::Number(..) => format!("required int64 {name};"),
+        Column::Real(..) => format!("optional double {name};"),
+        Column::List(..) => {
+            format!("required group {name} (LIST) {{ repeated group list {{ required int32 element; }} }}")
+        }
+    };
+    format!("message pass_log {{ {} }}", COLUMNS.iter().map(column).collect::<Vec<_>>().join(" "))
+}
+
+impl Column {
+    /// The path of a column of this kind in the schema.
+    fn path(&self, name: &str) -> String {
+        match self {
+            Self::List(..) => format!("{name}.list.element"),
+            _ => name.to_owned(),
+        }
+    }
+
+    /// Writes the values of some rows as the next column of a group.
+    fn write(
+        &self,
+        group: &mut SerializedRowGroupWriter<'_, PartialFile>,
+        rows: &[Row<'_>],
+    ) -> Result<(), ParquetError> {
+        match self {
+            Self::Text(of, _) => {
+                let texts = rows.iter().map(|row| of(row).as_str().into()).collect();
+                write_column::<ByteArrayType>(group, texts, None, None)
+            }
+            Self::Number(of, _) => {
+                let numbers = rows.iter().map(|row| of(row) as i64).collect();
+                write_column::<Int64Type>(group, numbers, None, None)
+            }
+            Self::Real(of, _) => {
+                let values: Vec<Option<f64>> = rows.iter().map(of).collect();
+                let defined: Vec<i16> = values.iter().map(|value| i16::from(value.is_some())).collect();
+                write_column::<DoubleType>(group, values.into_iter().flatten().collect(), Some(&defined), None)
+            }
+            Self::List(of, _) => {
+                let (mut values, mut defined, mut repeated) = (Vec::new(), Vec::new(), Vec::new());
+                for list in rows.iter().map(of) {
+                    // An empty list has one entry in the levels, which says so.
+                    for place in 0..list.len().max(1) {
+                        defined.push(i16::from(!list.is_empty()));
+                        repeated.push(i16::from(place > 0));
+                    }
+                    values.extend(list.into_iter().map(|value| value as i32));
+                }
+                write_column::<Int32Type>(group, values, Some(&defined), Some(&repeated))
+            }
+        }
+    }
+
+    /// Reads a column of a group into its rows.
+    fn read(&self, group: &dyn RowGroupReader, place: usize, rows: &mut [Read]) -> Result<(), ReadError> {
+        match self {
+            Self::Text(_, set) => {
+                let texts = read_column::<ByteArrayType>(group, place, rows.len())?.values;
+                let text = |value: ByteArray| {
+                    let text = std::str::from_utf8(value.data()).map(str::to_owned);
+                    text.map_err(|_| "bytes that are not UTF-8".to_owned())
+                };
+                give(rows, texts, |row, value| set(row, text(value)?))
+            }
+            Self::Number(_, set) => {
+                let numbers = read_column::<Int64Type>(group, place, rows.len())?.values;
+                let number = |value| u64::try_from(value).map_err(|_| format!("{value}, expected at least 0"));
+                give(rows, numbers, |row, value| set(row, number(value)?))
+            }
+            Self::Real(_, set) => {
+                let ReadColumn { values, defined, .. } = read_column::<DoubleType>(group, place, rows.len())?;
+                let mut values = values.into_iter();
+                let values = defined.into_iter().map(|level| if level > 0 { values.next() } else { None });
+                give(rows, values.collect(), |row, value| {
+                    set(row, value);
+                    Ok(())
+                })
+            }
+            Self::List(_, set) => {
+                let ReadColumn { values, defined, repeated } = read_column::<Int32Type>(group, place, rows.len())?;
+                let (mut lists, mut values) = (Vec::<Vec<i32>>::new(), values.into_iter());
+                for (defined, repeated) in defined.into_iter().zip(repeated) {
+                    if repeated == 0 {
+                        lists.push(Vec::new());
+                    }
+                    if let (true, Some(list)) = (defined > 0, lists.last_mut()) {
+                        list.extend(values.next());
+                    }
+                }
+                give(rows, lists, |row, list| set(row, list.into_iter().map(small).collect::<Result<_, _>>()?))
+            }
+        }
+    }
+}
+
+/// Why a column cannot be taken in.
+enum ReadError {
+    /// Parquet does not read.
+    Parquet(ParquetError),
+    /// A value makes no sense.
+    Value(String),
+}
+
+impl From<ParquetError> for ReadError {
+    fn from(error: ParquetError) -> Self {
+        Self::Parquet(error)
+    }
+}
+
+/// Gives each row its value.
+fn give<T>(
+    rows: &mut [Read],
+    values: Vec<T>,
+    set: impl Fn(&mut Read, T) -> Result<(), String>,
+) -> Result<(), ReadError> {
+    if values.len() != rows.len() {
+        return Err(ReadError::Value(format!("{} values of {} rows", values.len(), rows.len())));
+    }
+    rows.iter_mut().zip(values).try_for_each(|(row, value)| set(row, value)).map_err(ReadError::Value)
+}
+
+fn write_column<T: DataType>(
+    group: &mut SerializedRowGroupWriter<'_, PartialFile>,
+    values: Vec<T::T>,
+    defined: Option<&[i16]>,
+    repeated: Option<&[i16]>,
+) -> Result<(), ParquetError> {
+    let mut column = group.next_column()?.expect("the schema has a column for each");
+    column.typed::<T>().write_batch(&values, defined, repeated)?;
+    column.close()
+}
+
+/// The values of a column that are not null, and the levels of all: Parquet's way of writing nulls and lists.
+struct ReadColumn<T> {
+    values: Vec<T>,
+    defined: Vec<i16>,
+    repeated: Vec<i16>,
+}
+
+fn read_column<T: DataType>(
+    group: &dyn RowGroupReader,
+    place: usize,
+    rows: usize,
+) -> Result<ReadColumn<T::T>, ParquetError> {
+    let mut reader = get_typed_column_reader::<T>(group.get_column_reader(place)?);
+    let mut read = ReadColumn { values: Vec::new(), defined: Vec::new(), repeated: Vec::new() };
+    let (mut left, mut count) = (rows, usize::MAX);
+    while left > 0 && count > 0 {
+        (count, ..) = reader.read_records(left, Some(&mut read.defined), Some(&mut read.repeated), &mut read.values)?;
+        left -= count;
+    }
+    Ok(read)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pass_work::PassBefore;
+
+    fn log() -> PassLog {
+        let pass = |rows: u32| LoggedPass {
+            start: Nanos(u64::from(rows) * 1_000),
+            elapsed: Nanos(40_000 + u64::from(rows)),
+            wall_us: 1_764_400_000_000_000 + u64::from(rows),
+            work: PassWork {
+                rows,
+                decode_rows: rows / 2,
+                decode_history: 1 << 40,
+                squared_decode_history: 1.5e19,
+                longest_decode_history: u32::MAX,
+                chunks: (0..rows % 3).map(|chunk| ChunkWork { tokens: chunk + 1, history: 100 * chunk }).collect(),
+                depths: 3,
+                embed_rows: 1,
+                head_rows: 2,
+                exit_head_rows: 4,
+                filled_depths: 5,
+                before: PassBefore { rows: rows + 7, head: rows.is_multiple_of(2) },
+            },
+            rows_by_depth: vec![DepthRows { decode: rows / 2, prompt: 1, backfill: 0 }, DepthRows::default()],
+        };
+        let run = |origin, load, repeat| PassRun {
+            origin,
+            batching: "depth".to_owned(),
+            exit: "confidence:margin:0.05".to_owned(),
+            kv_fill: "skip".to_owned(),
+            load,
+            repeat,
+            passes: (1..6).map(pass).collect(),
+        };
+        let runs = vec![
+            run(PassOrigin::Replay, Some(0.7), 0),
+            run(PassOrigin::Replay, Some(0.7), 1),
+            run(PassOrigin::Steady, None, 0),
+            run(PassOrigin::Steady, None, 0),
+        ];
+        PassLog { meta: PassLogMeta::new("kjv", "5f0c", 2, "a CPU"), runs }
+    }
+
+    #[test]
+    fn a_pass_log_reads_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passes.parquet");
+        let log = log();
+        log.write(&path).unwrap();
+        assert_eq!(PassLog::read(&path).unwrap(), log);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        let empty = PassLog { runs: Vec::new(), ..log };
+        empty.write(&path).unwrap();
+        assert_eq!(PassLog::read(&path).unwrap(), empty);
+    }
+
+    #[test]
+    fn damaged_pass_logs_and_those_of_others_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passes.parquet");
+        log().write(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for end in (0..whole.len()).step_by(97) {
+            std::fs::write(&path, &whole[..end]).unwrap();
+            assert!(PassLog::read(&path).is_err(), "cut at {end}");
+        }
+        for place in (0..whole.len()).step_by(13) {
+            let mut damaged = whole.clone();
+            damaged[place] ^= 0x55;
+            std::fs::write(&path, &damaged).unwrap();
+            // Not every bit matters; none may end the process.
+            let _ = PassLog::read(&path);
+        }
+        let newer = PassLog { meta: PassLogMeta { schema_version: 2, ..log().meta }, runs: Vec::new() };
+        newer.write(&path).unwrap();
+        let error = PassLog::read(&path).unwrap_err().to_string();
+        assert!(error.contains("passes.parquet") && error.contains("schema_version"), "{error}");
+    }
+}
