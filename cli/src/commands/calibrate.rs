@@ -7,7 +7,7 @@ use plots::{CalibratedThreshold, CalibrationLine, CalibrationPoint, Figure, Orig
 use scheduler::ExitPolicy;
 use serde::Serialize;
 use simulator::write_csv;
-use traces::{ExitTrace, Measure};
+use traces::{ExitSignal, ExitTrace};
 use training::calibration::{Calibration, Outcome, RiskTest, Target, calibrate, fewest_trials, thresholds};
 
 use crate::report::print_table;
@@ -28,7 +28,7 @@ pub struct Args {
     held_out: Option<PathBuf>,
     /// Exit signal: top1, margin, entropy, similarity, gate
     #[arg(long)]
-    measure: Measure,
+    measure: ExitSignal,
     /// Share of generated tokens that may differ from the full-depth token after the same prefix
     #[arg(long, default_value_t = 0.05, value_name = "SHARE")]
     tolerance: f64,
