@@ -18,7 +18,7 @@ use itertools::iproduct;
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, RowKind, Settings, SignalRead, Token};
 use simulator::{Draw, ExitModel, Simulation};
-use traces::{LatencyProfile, Nanos, Request};
+use traces::{Component, LatencyProfile, Nanos, Request};
 
 /// Every row of every pass (slot, first position, tokens, depth), and every token (request, index, depth).
 #[derive(Debug, Default, PartialEq)]
@@ -28,6 +28,8 @@ struct Log {
     preemptions: usize,
     /// Rows.
     backfill: u32,
+    /// Depths that exits copied their keys and values to.
+    copied_depths: u32,
 }
 
 impl Observer for Log {
@@ -36,6 +38,7 @@ impl Observer for Log {
         self.passes.push(rows.collect());
         let backfill = record.pass.segments.iter().filter(|row| row.kind == RowKind::Backfill);
         self.backfill += backfill.map(|row| row.tokens).sum::<u32>();
+        self.copied_depths += record.pass.work.filled_depths;
     }
 
     fn token(&mut self, _: Nanos, request: &Request, token: Token) {
@@ -68,8 +71,10 @@ fn any_profile(num_loops: u8) -> LatencyProfile {
         LatencyProfile::SCHEMA_VERSION
     );
     std::fs::write(folder.path().join("profile.yaml"), meta).unwrap();
-    let parts = "block,1,0,1,5.0,0.0,1\nblock,64,0,1,80.0,0.0,1\nembed,1,0,1,1.0,0.0,1\nhead,1,0,1,2.0,0.0,1\n";
-    let table = format!("component,rows,kv_tokens,depths,time_us,spread_us,repeats\n{parts}");
+    // A copy to one depth takes a microsecond.
+    let components = "block,1,0,1,5.0,0.0,1\nblock,64,0,1,80.0,0.0,1\nembed,1,0,1,1.0,0.0,1\nhead,1,0,1,2.0,0.0,1\n\
+                      kv_fill,1,0,1,1.0,0.0,1\nkv_fill,64,0,1,64.0,0.0,1\n";
+    let table = format!("component,rows,kv_tokens,depths,time_us,spread_us,repeats\n{components}");
     std::fs::write(folder.path().join("latency.csv"), table).unwrap();
     LatencyProfile::read(folder.path()).unwrap()
 }
@@ -110,9 +115,17 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
         engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
         let mut simulated = [Log::default()];
         let simulation = Simulation::new(settings, &latency, &model).unwrap();
-        simulation.run(requests.iter().copied(), &mut simulated).unwrap();
+        let outcome = simulation.run(requests.iter().copied(), &mut simulated).unwrap();
         assert_eq!(measured, simulated[0], "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
         assert_eq!(measured.preemptions > 0, num_blocks == 8, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+        if let (KvFill::Reuse, ExitPolicy::Static(depth)) = (kv_fill, exit) {
+            // Every token but a request's first is predicted by a generated one, whose exit copies: after a preemption, too.
+            let exits: u32 = requests.iter().map(|request| request.output_tokens - 1).sum();
+            let copied = exits * u32::from(num_loops - 1 - depth);
+            assert_eq!(measured.copied_depths, copied, "{batching}, {num_blocks} blocks");
+            let copying_us = 1e6 * outcome.time.of(Component::KvFill);
+            assert!((copying_us - f64::from(copied)).abs() < 1e-6, "{batching}, {num_blocks} blocks: {copying_us} us");
+        }
         let backfills = kv_fill == KvFill::Backfill && exit != ExitPolicy::None;
         assert_eq!(measured.backfill > 0, backfills, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
     }
