@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use bytesize::ByteSize;
 use comfy_table::{CellAlignment, Table, presets};
 use experiments::run::Errors;
+use experiments::speedup::{Ratio, Speedup, speedups};
 use experiments::systems::OfSystem;
-use experiments::validation::{Comparison, E2E_P99, THROUGHPUT, TPOT, TTFT, median};
-use scheduler::Batching;
+use experiments::validation::{Comparison, E2E_P99, THROUGHPUT, TPOT, TTFT};
 use simulator::Summary;
 use traces::DepthTally;
 use training::evaluation::{Evaluation, LoopFigures};
@@ -162,27 +162,23 @@ pub fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
     println!("{table}");
 }
 
-/// Says what speed-up was measured, where both of its sides were.
+/// Prints how fast the fastest adaptive exit policy ran, beside full depth and the best baseline of at least its quality.
 pub fn print_speedup(repeats: &[Vec<Summary>]) {
-    let pair = |summaries: &[Summary]| {
-        let find = |batching, kind: &str| {
-            summaries.iter().position(|summary| summary.batching == batching && summary.exit == kind)
-        };
-        Some((find(Batching::Sequence, "none")?, find(Batching::Depth, "confidence")?))
+    let throughput = |speedup: &Speedup| repeats[0][speedup.combination].throughput_tok_s;
+    let fastest = speedups(repeats).into_iter().max_by(|a, b| throughput(a).total_cmp(&throughput(b)));
+    let Some(Speedup { combination, over_full_depth, over_baseline }) = fastest else { return };
+    let name = |place: usize| {
+        let Summary { batching, exit_policy, token_agreement, .. } = &repeats[0][place];
+        format!("{batching}, {exit_policy} (token agreement {:.3})", token_agreement.unwrap_or(f64::NAN))
     };
-    let Some((first, (baseline, exits))) = repeats.first().and_then(|first| Some((first, pair(first)?))) else {
-        return;
-    };
-    let ratio = |summaries: &Vec<Summary>| summaries[exits].throughput_tok_s / summaries[baseline].throughput_tok_s;
-    let ratios = || repeats.iter().map(ratio);
-    let (least, most) = (ratios().fold(f64::INFINITY, f64::min), ratios().fold(0.0, f64::max));
-    println!(
-        "\nmeasured: depth-wise batching with {} runs {:.2} times as fast as sequence-wise batching without exit \
-         ({least:.2} to {most:.2} times, repeat by repeat), at a token agreement of {:.3}",
-        first[exits].exit_policy,
-        median(ratios()),
-        first[exits].token_agreement.unwrap_or(f64::NAN),
-    );
+    println!("\nmeasured speed-up of {}:", name(combination));
+    for (over, ratio) in
+        [("full depth", over_full_depth), ("the best baseline of at least that agreement", over_baseline)]
+    {
+        if let Some(Ratio { to, median, least, most }) = ratio {
+            println!("  {median:.2} times {over}, {} ({least:.2} to {most:.2} by repeat)", name(to));
+        }
+    }
 }
 
 /// The metrics that the simulator is judged by, and what to call them.

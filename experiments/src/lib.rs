@@ -85,6 +85,7 @@ pub mod results;
 pub mod run;
 pub mod runs;
 pub mod serving;
+pub mod speedup;
 pub mod sweep;
 pub mod systems;
 pub mod validation;
