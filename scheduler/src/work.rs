@@ -82,18 +82,21 @@ pub fn derive_work(
     chunks.clear();
     let mut found = PassWork { before, ..PassWork::default() };
     let mut depths = 0u64;
+    // In whole numbers, whose sum the next row does not wait for as long as for that of floating-point ones.
+    let mut squared_history = 0u128;
     for segment in segments {
         let (tokens, decodes) = (segment.tokens, !is_chunk(segment));
         let history = if decodes { history(segment) } else { 0 };
         found.rows += tokens;
         found.decode_rows += u32::from(decodes);
         found.decode_history += u64::from(history);
-        found.squared_decode_history += f64::from(history) * f64::from(history);
+        squared_history += u128::from(u64::from(history) * u64::from(history));
         found.longest_decode_history = found.longest_decode_history.max(history);
         found.embed_rows += if segment.depth == 0 { tokens } else { 0 };
         found.head_rows += u32::from(reads.run_head(segment));
         depths |= 1 << segment.depth;
     }
+    found.squared_decode_history = squared_history as f64;
     found.depths = depths.count_ones();
     if found.decode_rows < found.rows {
         let of_pass = segments.iter().filter(|segment| is_chunk(segment));
