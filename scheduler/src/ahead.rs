@@ -1,9 +1,9 @@
-//! Planning beside a running pass: under asynchronous scheduling the next pass is composed while the device runs this one.
+//! Asynchronous scheduling: the next pass is composed while the device runs the current one.
 //!
-//! What may not be known then: what the clock will say at the end of the pass, requests that come until then, and the
-//! tokens that the pass draws. The scheduler needs none of them. Which rows leave it must know, so policies that look
-//! at a pass are refused ([`Settings::async_scheduling`](crate::Settings::async_scheduling)). Its clock counts passes
-//! meanwhile, and those who watch are told what happened, and when, once the pass is over.
+//! While a pass runs, three things are unknown: the time at its end, the requests that arrive until then, and the
+//! tokens that it samples. The scheduler needs none of them. It must know which rows exit, so exit policies that read a
+//! signal are refused ([`Settings::async_scheduling`](crate::Settings::async_scheduling)). Until the time is known, the
+//! scheduler's clock counts passes; observers receive the events, with their times, once the pass has ended.
 
 use traces::{Nanos, PassWork, Request};
 
@@ -14,7 +14,7 @@ use crate::pass::{Pass, Segment};
 use crate::policy::SignalReads;
 use crate::scheduler::Scheduler;
 
-/// What happened at a time that is not known yet.
+/// An event whose time is not known yet.
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Admitted(Request),
@@ -23,7 +23,7 @@ enum Event {
     Finished(Request, Nanos),
 }
 
-/// Keeps what happened until its time is known: times are numbers of passes, at whose ends it did.
+/// Events that wait until their time is known. Times are numbers of passes: an event happens at the end of that pass.
 #[derive(Debug, Default)]
 struct Deferred(Vec<Event>);
 
@@ -46,7 +46,7 @@ impl Observer for Deferred {
 }
 
 impl Deferred {
-    /// Tells what happened `now`; `ends` says when passes ended, by number.
+    /// Reports the events to `observer` at time `now`; `ends[n]` is when pass `n` ended.
     fn tell(&mut self, now: Nanos, ends: &[Nanos], observer: &mut impl Observer) {
         let time = |pass: Nanos| ends[pass.0 as usize];
         for event in self.0.drain(..) {
@@ -62,7 +62,7 @@ impl Deferred {
     }
 }
 
-/// A pass, apart from the scheduler, which goes on to the next.
+/// A composed pass, detached from the scheduler, which goes on to plan the next one.
 #[derive(Clone, Debug)]
 struct Composed {
     segments: Vec<Segment>,
@@ -82,7 +82,7 @@ impl Composed {
     }
 }
 
-/// The pass that runs.
+/// The pass that the device runs.
 struct Running {
     composed: Composed,
     exiting: Vec<u32>,
@@ -92,19 +92,19 @@ struct Running {
     waiting: u32,
 }
 
-/// A machine's passes, each of which is planned while the one before it runs.
+/// The passes of one machine, each of which is planned while the previous one runs.
 #[derive(Default)]
 pub(crate) struct Ahead {
-    /// Composed, and not started yet.
+    /// The pass that is composed but not started yet.
     next: Option<Composed>,
     running: Option<Running>,
     deferred: Deferred,
-    /// When each pass ended.
+    /// End of each pass, by number.
     ends: Vec<Nanos>,
 }
 
 impl Ahead {
-    /// As [`Server::start_pass`](crate::Server::start_pass).
+    /// See [`Server::start_pass`](crate::Server::start_pass).
     pub fn start_pass<E: Executor>(
         &mut self,
         scheduler: &mut Scheduler,
@@ -148,7 +148,7 @@ impl Ahead {
         Ok(Some(elapsed))
     }
 
-    /// As [`Server::finish_pass`](crate::Server::finish_pass).
+    /// See [`Server::finish_pass`](crate::Server::finish_pass).
     pub fn finish_pass(&mut self, now: Nanos, observer: &mut impl Observer) {
         let Some(Running { composed, exiting, start, elapsed, running, waiting }) = self.running.take() else { return };
         observer.pass(&PassRecord { start, elapsed, pass: composed.pass(), exiting: &exiting, running, waiting });

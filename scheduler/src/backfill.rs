@@ -1,7 +1,7 @@
-//! What early exits left undone: the depths that tokens skipped, to be run later ([`KvFill::Backfill`]).
+//! Backfill: the depths that exited tokens skipped and that must run later ([`KvFill::Backfill`]).
 //!
-//! A row attends to complete entries of its own depth, so the tokens of a sequence run each depth in the order of
-//! their positions. What is done is a staircase then, and one number for each depth tells it:
+//! A row attends to complete entries of its own depth, so the tokens of a sequence run each depth in the order of their
+//! positions. The completed work is therefore a staircase, described by one number for each depth:
 //!
 //! ```text
 //! position   0 1 2 3 4 5 6 7
@@ -16,13 +16,13 @@ use std::ops::Range;
 
 use crate::pass::{RowKind, Segment, Slot};
 
-/// What is done and what is not, of every slot.
+/// Completed and outstanding depths of every slot.
 #[derive(Clone, Debug)]
 pub(crate) struct Backlog {
     num_loops: usize,
-    /// By slot and depth, the positions from 0 that have run it.
+    /// By slot and depth: how many positions from 0 have run it.
     done: Vec<u32>,
-    /// The same with what is in the pass at hand.
+    /// As `done`, with the rows of the current pass included.
     taken: Vec<u32>,
 }
 
@@ -33,21 +33,21 @@ impl Backlog {
         Self { num_loops, taken: done.clone(), done }
     }
 
-    /// A sequence takes a slot, whose first `context` positions will run every depth as a prompt, ahead of its tokens.
+    /// A sequence takes a slot. Its first `context` positions run every depth as a prompt, ahead of its tokens.
     pub fn admit(&mut self, slot: Slot, context: u32) {
         let places = self.place(slot, 0)..self.place(slot + 1, 0);
         self.done[places.clone()].fill(context);
         self.taken[places].fill(context);
     }
 
-    /// Positions below `position` that could run `depth` in the pass at hand, and are not in it yet.
+    /// Positions below `position` that could run `depth` in the current pass and are not part of it yet.
     pub fn undone(&self, slot: Slot, depth: u8, position: u32) -> Range<u32> {
         let place = self.place(slot, depth);
         let start = self.taken[place];
         start..self.done[place - 1].min(position).max(start)
     }
 
-    /// Takes up to `most` of the same, none if there are none.
+    /// Takes up to `most` of the positions that [`undone`](Self::undone) returns; `None` if there are none.
     pub fn take(&mut self, slot: Slot, depth: u8, position: u32, most: u32) -> Option<Segment> {
         let Range { start, end } = self.undone(slot, depth, position);
         let tokens = most.min(end - start);
@@ -57,7 +57,7 @@ impl Backlog {
         (tokens > 0).then_some(Segment { slot, start, tokens, depth, kind, predicts: false, generated: true })
     }
 
-    /// Rows have run.
+    /// Records that the rows of these segments have run.
     pub fn ran(&mut self, segments: &[Segment]) {
         for segment in segments.iter().filter(|segment| segment.kind != RowKind::Prompt) {
             let place = self.place(segment.slot, segment.depth);
@@ -66,7 +66,7 @@ impl Backlog {
         }
     }
 
-    /// Positions from 0 that have run every depth.
+    /// Number of positions from 0 that have run every depth.
     pub fn complete(&self, slot: Slot) -> u32 {
         self.done[self.place(slot + 1, 0) - 1]
     }

@@ -1,4 +1,4 @@
-//! Accounting of KV blocks: who holds which, how many are free, and what a free one still remembers.
+//! Accounting of KV blocks: which slots hold each block, which blocks are free, and what free blocks still contain.
 
 use std::collections::HashMap;
 
@@ -7,46 +7,47 @@ use crate::pass::Slot;
 /// A block of the KV cache: the same `block_tokens` positions of one sequence, at every depth and layer.
 pub type BlockId = u32;
 
-/// What a whole block holds: the keys and values of these tokens after all the tokens before them.
+/// Contents of a full block: the keys and values of its tokens, given all tokens before them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Contents {
-    /// Part of a prompt, by the hash of the prompt up to the end of the block: any request may begin so.
+    /// Part of a prompt, identified by the hash of the prompt up to the end of the block. Any request may begin with
+    /// it.
     Prompt {
-        /// See [`traces::PrefixHashes`].
+        /// Hash of the prefix; see [`traces::PrefixHashes`].
         hash: u64,
-        /// Which block under that hash, where hashes are given for more tokens than a block has.
+        /// Index of the block under that hash, where a hash covers more tokens than a block has.
         part: u32,
     },
-    /// Tokens that are known to no other request: those it generated, and prompts without hashes.
+    /// Tokens of one request only: generated tokens, and prompts without hashes.
     Own {
         /// Id of the request.
         request: u32,
-        /// Place among its blocks.
+        /// Index among the blocks of the request.
         block: u32,
     },
 }
 
-/// The free blocks, and the blocks that each slot holds in order of position.
+/// The free blocks, and the blocks of each slot in order of position.
 ///
-/// With prefix caching a block may be held by several slots, and a freed one keeps its contents until it is taken
-/// for others; the one that has been free for longest is taken first.
+/// With prefix caching, several slots may hold one block, and a freed block keeps its contents until it is reused. The
+/// block that has been free for longest is reused first.
 #[derive(Clone, Debug)]
 pub struct BlockTables {
     block_tokens: u32,
     free: FreeList,
     held: Vec<Vec<BlockId>>,
-    /// By slot, the positions that its blocks hold.
+    /// By slot: how many positions its blocks hold.
     room: Vec<u32>,
     cache: Option<PrefixCache>,
 }
 
 #[derive(Clone, Debug)]
 struct PrefixCache {
-    /// Holders of each block.
+    /// By block: how many slots hold it.
     holders: Vec<u32>,
     contents: Vec<Option<Contents>>,
     by_contents: HashMap<Contents, BlockId>,
-    /// Of each slot's blocks, how many are published (or were found).
+    /// By slot: how many of its blocks are published or were found.
     published: Vec<u32>,
 }
 
@@ -57,7 +58,7 @@ impl BlockTables {
         Self { block_tokens, free: FreeList::full(num_blocks), held, room, cache: None }
     }
 
-    /// The same with prefix caching.
+    /// As [`new`](Self::new), with prefix caching.
     pub fn with_prefix_cache(num_blocks: u32, block_tokens: u32, num_slots: u32) -> Self {
         let cache = PrefixCache {
             holders: vec![0; num_blocks as usize],
@@ -73,17 +74,17 @@ impl BlockTables {
         self.block_tokens
     }
 
-    /// All blocks, held or free.
+    /// Number of blocks, held or free.
     pub fn num_blocks(&self) -> u32 {
         self.free.next.len() as u32 - 1
     }
 
-    /// Blocks that nobody holds.
+    /// Number of free blocks.
     pub fn num_free(&self) -> u32 {
         self.free.len
     }
 
-    /// Blocks that `tokens` positions need.
+    /// Number of blocks that `tokens` positions need.
     pub fn blocks_for(&self, tokens: u32) -> u32 {
         tokens.div_ceil(self.block_tokens)
     }
@@ -93,7 +94,8 @@ impl BlockTables {
         &self.held[slot as usize]
     }
 
-    /// Makes the slot's blocks reach `tokens` positions; takes all that is missing, or nothing and says `false`.
+    /// Extends the slot's blocks to `tokens` positions. Takes every missing block and returns `true`, or takes none and
+    /// returns `false`.
     #[must_use]
     #[inline]
     pub fn grow(&mut self, slot: Slot, tokens: u32) -> bool {
@@ -118,8 +120,8 @@ impl BlockTables {
         true
     }
 
-    /// Frees all blocks of a slot that no other slot holds, the last one first: a prefix is worth more than what
-    /// follows it.
+    /// Releases all blocks of a slot, the last one first: a prefix is more useful to other requests than what follows
+    /// it. A block becomes free when no other slot holds it.
     pub fn release(&mut self, slot: Slot) {
         self.room[slot as usize] = 0;
         for block in self.held[slot as usize].drain(..).rev() {
@@ -133,7 +135,7 @@ impl BlockTables {
         }
     }
 
-    /// The longest run of blocks that hold these contents; none without prefix caching.
+    /// Finds the longest run of blocks with these contents; finds none without prefix caching.
     pub fn find(&self, contents: impl Iterator<Item = Contents>, found: &mut Vec<BlockId>) {
         found.clear();
         if let Some(cache) = &self.cache {
@@ -141,7 +143,7 @@ impl BlockTables {
         }
     }
 
-    /// Whether `tokens` positions that begin with the blocks `found` could all be held now.
+    /// Whether `tokens` positions that begin with the blocks `found` fit in the cache now.
     pub fn fits(&self, tokens: u32, found: &[BlockId]) -> bool {
         let found_free = self
             .cache
@@ -164,8 +166,8 @@ impl BlockTables {
         cache.published[slot as usize] = found.len() as u32;
     }
 
-    /// Lets others find the slot's blocks that lie wholly within its first `tokens` positions. Where two blocks hold
-    /// the same, the first is found.
+    /// Makes the full blocks within the slot's first `tokens` positions available to other requests. Where two blocks
+    /// have equal contents, the first one is found.
     pub fn publish(&mut self, slot: Slot, tokens: u32, contents: impl Fn(u32) -> Contents) {
         let Some(cache) = &mut self.cache else { return };
         let whole = tokens / self.block_tokens;
@@ -189,7 +191,7 @@ impl PrefixCache {
         }
     }
 
-    /// One holder less; says whether it was the last.
+    /// Removes one holder of a block; returns whether it was the last.
     fn let_go(&mut self, block: BlockId) -> bool {
         let holders = &mut self.holders[block as usize];
         *holders -= 1;

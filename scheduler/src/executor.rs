@@ -1,4 +1,4 @@
-//! What the scheduler asks of whoever runs the passes.
+//! The interface between the scheduler and what runs its passes.
 
 use traces::{Nanos, Request};
 
@@ -6,39 +6,40 @@ use crate::pass::{Pass, Slot};
 
 /// Runs passes: the engine on a model, the simulator on a latency profile and an exit trace.
 ///
-/// The scheduler cannot tell which one it has. For each pass it calls [`run`](Self::run), decides from the
-/// signals which rows leave, and calls [`emit`](Self::emit) for those:
+/// The scheduler does not know which executor it has. For each pass, the scheduler calls [`run`](Self::run), decides
+/// from the signals which rows exit, and calls [`emit`](Self::emit) for those rows:
 ///
 /// ```text
-/// admit(slot) -> [ run(pass) -> signals -> emit(rows that leave) ]* -> release(slot)
+/// admit(slot) -> [ run(pass) -> signals -> emit(rows that exit) ]* -> release(slot)
 /// ```
 ///
-/// A row's hidden state is kept from its depth to the next: that of a row that has left as well, under
-/// [`KvFill::Backfill`](crate::KvFill::Backfill), since segments of kind [`Backfill`](crate::RowKind::Backfill) go on
-/// from it.
+/// An executor keeps a row's hidden state from one depth to the next. Under
+/// [`KvFill::Backfill`](crate::KvFill::Backfill) it also keeps the state of a row that has exited, since segments of
+/// kind [`Backfill`](crate::RowKind::Backfill) continue from it.
 pub trait Executor {
-    /// What can go wrong in a run.
+    /// Error of a pass.
     type Error: std::error::Error + Send + Sync + 'static;
 
-    /// A sequence takes a slot. `generated` is more than 0 if it was preempted after that many tokens:
-    /// prompt and generated tokens then come again as one prompt.
+    /// A sequence takes a slot. `generated` is above 0 if the sequence was preempted after that many tokens: its prompt
+    /// and its generated tokens then run again as one prompt.
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error>;
 
-    /// A sequence leaves its slot, finished or preempted; rows of it in flight are void.
+    /// A sequence gives up its slot, because it has finished or was preempted. Its rows in flight are discarded.
     fn release(&mut self, slot: Slot);
 
-    /// Runs the block over the rows of a pass, embedding those at depth 0, and returns how long it took.
+    /// Runs the block over the rows of a pass, embeds rows at depth 0, and returns the time that took.
     ///
-    /// `signals[i]` must be set for each segment that the pass [looks at](Pass::reads_signal); the others are not read.
+    /// `signals[i]` must be set for each segment whose signal the pass [reads](Pass::reads_signal); the others are not
+    /// read.
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error>;
 
-    /// Whether passes run beside the host, which may then plan the next one meanwhile, by
+    /// Whether passes run asynchronously to the host, which may then plan the next pass meanwhile; see
     /// [`run_beside`](Self::run_beside).
     const RUNS_BESIDE: bool = false;
 
-    /// Runs a pass whose outcome is known beforehand: the last row of each segment `exiting` leaves the loop after it,
-    /// as [`emit`](Self::emit) has it. Calls `meanwhile` once, while the pass runs if that can be. Returns how long
-    /// it took.
+    /// Runs a pass whose exits are known beforehand: the last row of each segment in `exiting` exits after it, as in
+    /// [`emit`](Self::emit). Calls `meanwhile` once, if possible while the pass runs. Returns the time that the pass
+    /// took.
     fn run_beside(
         &mut self,
         pass: &Pass<'_>,
@@ -53,7 +54,7 @@ pub trait Executor {
         Ok(elapsed)
     }
 
-    /// The last row of each segment `exiting` (indices into the pass just run) leaves the loop: its token is the
-    /// sequence's next. Returns how long that took, the exit head included for rows that [had not run it](Pass::runs_head).
+    /// Samples the sequence's next token from the last row of each segment in `exiting` (indices into the pass that has
+    /// just run). Returns the time that took, including the exit head for rows that [had not run it](Pass::runs_head).
     fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error>;
 }

@@ -1,4 +1,4 @@
-//! What the outside may watch of a run.
+//! Observers of a run.
 
 use traces::{Nanos, Request};
 
@@ -7,49 +7,49 @@ use crate::pass::Pass;
 /// One generated token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token {
-    /// Which token of the request's output, from 0.
+    /// Index of the token in the request's output, from 0.
     pub index: u32,
-    /// The depth it left at, from 0.
+    /// Depth at which the token exited, from 0.
     pub depth: u8,
-    /// When the request's previous token came; none for the first.
+    /// When the request's previous token was delivered; `None` for the first token.
     pub previous: Option<Nanos>,
 }
 
 /// One pass as it ran.
 #[derive(Clone, Copy, Debug)]
 pub struct PassRecord<'a> {
-    /// When it started.
+    /// When the pass started.
     pub start: Nanos,
-    /// How long it took, exit head included.
+    /// Duration of the pass, exit head included.
     pub elapsed: Nanos,
-    /// Its rows.
+    /// The rows of the pass.
     pub pass: Pass<'a>,
-    /// Indices of the segments whose last rows left in it, rising.
+    /// Indices of the segments whose last rows exited in the pass, in ascending order.
     pub exiting: &'a [u32],
     /// Sequences that hold a slot.
     pub running: u32,
-    /// Requests that wait for one.
+    /// Requests that wait for a slot.
     pub waiting: u32,
 }
 
-/// Watches a run; every method may be left out.
+/// Observes a run. Every method has an empty default.
 pub trait Observer {
     /// A request got a slot, for the first time or again after preemption.
     fn admitted(&mut self, _now: Nanos, _request: &Request) {}
-    /// A request lost its slot and its keys and values; it waits first in line.
+    /// A request lost its slot and its keys and values; it is now first in the queue.
     fn preempted(&mut self, _now: Nanos, _request: &Request) {}
     /// A pass ended.
     fn pass(&mut self, _record: &PassRecord<'_>) {}
     /// A token was delivered.
     fn token(&mut self, _now: Nanos, _request: &Request, _token: Token) {}
-    /// A request's last token was delivered; `first_token` says when its first was.
+    /// A request's last token was delivered; `first_token` is when its first token was.
     fn finished(&mut self, _now: Nanos, _request: &Request, _first_token: Nanos) {}
 }
 
-/// Nobody watches.
+/// Ignores all events.
 impl Observer for () {}
 
-/// Whoever watches may be lent.
+/// Forwards all events, so that an observer can be borrowed.
 impl<O: Observer> Observer for &mut O {
     fn admitted(&mut self, now: Nanos, request: &Request) {
         O::admitted(self, now, request);
@@ -68,7 +68,7 @@ impl<O: Observer> Observer for &mut O {
     }
 }
 
-/// Both watch.
+/// Forwards all events to both observers.
 impl<A: Observer, B: Observer> Observer for (A, B) {
     fn admitted(&mut self, now: Nanos, request: &Request) {
         self.0.admitted(now, request);

@@ -1,4 +1,4 @@
-//! Watches a run and keeps its passes, to be written as a pass log.
+//! An observer that keeps the passes of a run, to be written as a pass log.
 
 use traces::{DepthRows, LoggedPass, PassOrigin, PassRun};
 
@@ -6,7 +6,7 @@ use crate::observe::{Observer, PassRecord};
 use crate::pass::RowKind;
 use crate::scheduler::Settings;
 
-/// Keeps every pass of a run with its work.
+/// Observes a run and keeps every pass with its work.
 #[derive(Clone, Debug)]
 pub struct PassRecorder {
     run: PassRun,
@@ -15,8 +15,8 @@ pub struct PassRecorder {
 }
 
 impl PassRecorder {
-    /// No pass was seen yet of a run under `settings`. `wall_us` tells the time of day in microseconds since 1970: the
-    /// scheduler has no clock of its own.
+    /// A recorder without passes, of a run under `settings`. `wall_us` returns the wall-clock time in microseconds
+    /// since 1970: the scheduler has no clock of its own.
     pub fn new(settings: &Settings, origin: PassOrigin, wall_us: fn() -> u64) -> Self {
         let run = PassRun {
             origin,
@@ -30,12 +30,12 @@ impl PassRecorder {
         Self { run, num_loops: settings.num_loops, wall_us }
     }
 
-    /// The passes so far, in their order.
+    /// The passes so far, in order.
     pub fn passes(&self) -> &[LoggedPass] {
         &self.run.passes
     }
 
-    /// The run, when it is over.
+    /// The recorded run, once it is over.
     pub fn into_run(self) -> PassRun {
         self.run
     }

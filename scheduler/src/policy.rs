@@ -54,23 +54,25 @@ impl FromStr for Batching {
     }
 }
 
-/// When a row leaves the loop before the last depth.
+/// When a row exits the loop before the last depth.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum ExitPolicy {
     /// Never.
     None,
     /// Always after the pass at this depth (counted from 0).
     Static(u8),
-    /// At the earliest depth whose token equals that of the last depth. Nobody has this one: it bounds the others.
+    /// At the earliest depth whose token equals that of the last depth. The oracle is not realisable: it bounds the
+    /// other policies.
     Oracle {
-        /// Whether each look is paid for with the exit head, as a confidence policy's is. The paper's is free.
+        /// Whether each reading of the signal costs a run of the exit head, as for a confidence policy. In the paper it
+        /// is free.
         charged: bool,
     },
     /// At the earliest depth where the signal passes the threshold.
     Confidence {
         /// The exit signal.
         signal: ExitSignal,
-        /// Where it is sure enough; in the signal's own unit.
+        /// Threshold, in the signal's own unit.
         threshold: f32,
     },
 }
@@ -86,15 +88,15 @@ pub enum SignalRead {
     Signal(ExitSignal),
 }
 
-/// What is read of rows that predict, by their depth.
+/// What is read of rows that predict a token, by depth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SignalReads {
     /// What an executor must report.
     pub signal: SignalRead,
-    /// It must below this depth, where rows leave in any case.
+    /// The signal is read below this depth. From it on, rows exit in any case.
     pub below: u8,
-    /// From this depth on the exit head runs for every row that predicts: its look reads the vocabulary, or it is
-    /// certain to leave. Elsewhere it runs for all rows that leave at once, when that is decided.
+    /// From this depth on, the exit head runs for every row that predicts, because the signal needs the head or the row
+    /// is certain to exit. At lower depths the head runs after the exits are decided, for the exiting rows together.
     pub head_from: u8,
 }
 
@@ -113,7 +115,7 @@ impl SignalReads {
 }
 
 impl ExitPolicy {
-    /// What rows are looked at for.
+    /// The signal that the policy reads.
     pub fn signal_read(self) -> SignalRead {
         match self {
             Self::None | Self::Static(_) => SignalRead::None,
@@ -122,7 +124,7 @@ impl ExitPolicy {
         }
     }
 
-    /// Whether a look costs a product with the whole vocabulary.
+    /// Whether reading the signal takes a product with the whole vocabulary.
     pub fn read_needs_head(self) -> bool {
         match self {
             Self::None | Self::Static(_) => false,
@@ -131,7 +133,7 @@ impl ExitPolicy {
         }
     }
 
-    /// The depths at which rows of a model with `num_loops` loops can exit; at the last of them all do.
+    /// The depths at which rows of a model with `num_loops` loops can exit. At the last depth, all do.
     pub fn exit_depths(self, num_loops: u8) -> RangeInclusive<u8> {
         let last = num_loops - 1;
         match self {
@@ -141,19 +143,19 @@ impl ExitPolicy {
         }
     }
 
-    /// What is read of rows that predict, of a model with `num_loops` loops.
+    /// What is read of rows that predict, in a model with `num_loops` loops.
     pub fn signal_reads(self, num_loops: u8) -> SignalReads {
         let below = *self.exit_depths(num_loops).end();
         let head_from = match self.signal_read() {
             SignalRead::None => below,
             _ if self.read_needs_head() => 0,
-            // Looks leave the head alone: it runs once, after them, for those that are certain to leave as well.
+            // Reading the signal does not need the head. The head runs once, afterwards, also for rows certain to exit.
             _ => u8::MAX,
         };
         SignalReads { signal: self.signal_read(), below, head_from }
     }
 
-    /// The signals with which rows exit, of those that are read.
+    /// The signal values at which rows exit.
     pub fn bound(self) -> SignalBound {
         match self {
             Self::None | Self::Static(_) => SignalBound::NEVER,
@@ -196,8 +198,8 @@ impl fmt::Display for ExitPolicy {
 impl FromStr for ExitPolicy {
     type Err = PolicyError;
 
-    /// Reads `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:THRESHOLD` (of the top-1
-    /// probability), `confidence:MEASURE:THRESHOLD` or, the same for short, `MEASURE:THRESHOLD`.
+    /// Parses `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:THRESHOLD` (of the top-1 probability),
+    /// `confidence:MEASURE:THRESHOLD` or its short form `MEASURE:THRESHOLD`.
     fn from_str(text: &str) -> Result<Self, PolicyError> {
         let unknown = || PolicyError::Exit(text.to_owned());
         let threshold = |number: &str| match number.parse::<f32>() {
@@ -224,17 +226,17 @@ impl FromStr for ExitPolicy {
     }
 }
 
-/// What a later token finds at depths that an early-exited token never ran.
+/// Keys and values that later tokens find at the depths that an exited token skipped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum KvFill {
-    /// Copies of the entries of its exit depth, written when it leaves.
+    /// Copies of the entries at its exit depth, written when the token exits.
     #[default]
     Reuse,
-    /// Those of depth 0, which all depths share: there are no others.
+    /// The entries of depth 0, which all depths share: no others are kept.
     First,
-    /// Nothing: deeper rows attend only to the tokens that got there.
+    /// None: rows at a deeper depth attend only to tokens that ran it.
     Skip,
-    /// Its own, exactly: the depths it skipped run later, as rows of low priority, and before anybody attends to them.
+    /// Exact ones: skipped depths run later as rows of low priority, before any row attends to them.
     Backfill,
 }
 
@@ -242,8 +244,8 @@ impl KvFill {
     /// Every KV fill.
     pub const ALL: [Self; 4] = [Self::Reuse, Self::First, Self::Skip, Self::Backfill];
 
-    /// Depths whose keys and values are kept, of a model with `num_loops` loops: what a token takes in the cache is so
-    /// many times what it takes at one depth.
+    /// Number of depths whose keys and values are kept, in a model with `num_loops` loops. A token takes this many
+    /// times the cache of one depth.
     pub fn cached_depths(self, num_loops: u8) -> u8 {
         match self {
             Self::First => 1,
@@ -348,14 +350,14 @@ mod tests {
     }
 
     #[test]
-    fn only_what_reads_the_vocabulary_needs_the_head_to_look() {
+    fn only_signals_over_the_vocabulary_need_the_head() {
         let needs_head = |text: &str| text.parse::<ExitPolicy>().unwrap().read_needs_head();
         assert!(["top1:0.9", "margin:0.9", "entropy:0.9", "oracle:charged"].into_iter().all(needs_head));
         assert!(!["none", "static:0", "oracle", "similarity:0.9", "gate:0.9"].into_iter().any(needs_head));
     }
 
     #[test]
-    fn looks_end_where_rows_leave_in_any_case_and_pay_for_the_head_where_they_read_it() {
+    fn signals_are_read_below_the_last_exit_depth_and_pay_for_the_head_where_they_need_it() {
         let reads = |text: &str| {
             let reads = text.parse::<ExitPolicy>().unwrap().signal_reads(4);
             (reads.below, reads.head_from)
@@ -366,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn low_entropy_and_high_probability_leave() {
+    fn low_entropy_and_high_probability_exit() {
         let exit = |text: &str| text.parse::<ExitPolicy>().unwrap();
         let exits = |text, signal| exit(text).bound().is_reached(signal);
         assert!(exits("confidence:0.9", 0.9) && !exits("confidence:0.9", 0.89));

@@ -1,4 +1,4 @@
-//! How many tokens of each sequence ran each depth: what rows attend to under [`KvFill::Skip`].
+//! How many tokens of each sequence ran each depth: the tokens that rows attend to under [`KvFill::Skip`].
 //!
 //! [`KvFill::Skip`]: crate::KvFill::Skip
 
@@ -6,13 +6,13 @@ use std::collections::HashMap;
 
 use crate::pass::{Segment, Slot};
 
-/// The sequences that hold a slot or have lost it.
+/// Token counts of all sequences that hold a slot or were preempted.
 #[derive(Clone, Debug)]
 pub(crate) struct Reach {
     num_loops: usize,
     /// By slot.
     prompt_tokens: Vec<u32>,
-    /// By slot and depth, the generated tokens that ran it.
+    /// By slot and depth: how many generated tokens ran it.
     counts: Vec<u32>,
     /// Counts of requests that were preempted.
     preempted: HashMap<u32, Box<[u32]>>,
@@ -50,8 +50,9 @@ impl Reach {
         }
     }
 
-    /// Tokens that a segment attends to before its first: the prompt's, and generated ones that ran its depth. Of a
-    /// context that is computed again it is not known where those lie; they are taken to be the first.
+    /// Number of tokens that a segment attends to before its own: those of the prompt, and the generated ones that ran
+    /// its depth. In a context that is computed again, the positions of the latter are unknown; they count as the first
+    /// ones.
     pub fn history(&self, segment: &Segment) -> u32 {
         let count = self.counts[segment.slot as usize * self.num_loops + usize::from(segment.depth)];
         segment.start.min(self.prompt_tokens[segment.slot as usize] + count)

@@ -1,4 +1,4 @@
-//! The scheduler: decides which rows share the next pass, and what becomes of them after it.
+//! The scheduler: composes the next pass and applies its outcome.
 //!
 //! ```text
 //! waiting ──admit──► prefilling ──last chunk started──► (predicts) ──token──► ready ──start──► in flight
@@ -24,31 +24,31 @@ use crate::work::WorkMeter;
 pub struct Settings {
     /// Which rows may share a pass.
     pub batching: Batching,
-    /// When rows leave early.
+    /// When rows exit early.
     pub exit: ExitPolicy,
-    /// What later tokens find at depths that a token which left early never ran.
+    /// Keys and values that later tokens find at depths that an exited token skipped.
     #[serde(default)]
     pub kv_fill: KvFill,
-    /// Loops of the model.
+    /// Number of loops of the model.
     pub num_loops: u8,
-    /// Most sequences that run at once.
+    /// Maximum number of sequences that run at once.
     pub max_batch: u32,
-    /// Most rows of a pass; in lockstep batching, of an iteration.
+    /// Maximum rows of a pass; in lockstep batching, of an iteration.
     pub token_budget: u32,
-    /// Most prompt tokens that start at depth 0 in one pass; in lockstep batching, in one iteration.
-    /// A chunk occupies its rows at every depth, so under depth-wise batching `token_budget / num_loops`
-    /// keeps a steady stream of prompts within the budget.
+    /// Maximum prompt tokens that start at depth 0 in one pass; in lockstep batching, in one iteration. A chunk
+    /// occupies its rows at every depth. Under depth-wise batching, `token_budget / num_loops` therefore keeps a steady
+    /// stream of prompts within the budget.
     pub prefill_chunk: u32,
     /// Positions per KV block.
     pub block_tokens: u32,
     /// KV blocks that the device holds.
     pub num_blocks: u32,
-    /// Whether freed blocks keep their contents, to be found again by a prompt that begins alike or by a request
-    /// that was preempted.
+    /// Whether freed blocks keep their contents, to be reused by a prompt with an equal prefix or by a request that was
+    /// preempted.
     #[serde(default)]
     pub prefix_caching: bool,
-    /// Whether the next pass is composed when this one starts rather than when it ends, so that the device never
-    /// waits for the scheduler: requests that arrive meanwhile, and what finished ones hold, come a pass later.
+    /// Whether the next pass is composed when the current one starts rather than when it ends. The device then never
+    /// waits for the scheduler, but arriving requests, and the slots of finished ones, are seen one pass later.
     #[serde(default)]
     pub async_scheduling: bool,
 }
@@ -59,44 +59,44 @@ pub enum ScheduleError {
     /// A setting that must be at least 1 is 0.
     #[error("{0} is 0: expected at least 1")]
     Zero(&'static str),
-    /// A setting beyond what any machine holds, for which nobody should ask memory.
+    /// A setting above its limit, rejected before memory is allocated for it.
     #[error("{name} is {count}: expected at most {most}")]
     TooMany {
         /// The setting.
         name: &'static str,
-        /// As given.
+        /// The given value.
         count: u32,
         /// The limit.
         most: u32,
     },
-    /// Decode rows alone could exceed the budget.
+    /// The decode rows of a full batch exceed the budget.
     #[error("token_budget is {token_budget}, less than max_batch {max_batch}: every sequence needs a row")]
     BudgetBelowBatch {
-        /// As given.
+        /// The given budget.
         token_budget: u32,
-        /// As given.
+        /// The given batch limit.
         max_batch: u32,
     },
-    /// A static exit below the model's last loop.
+    /// A static exit depth that the model does not have.
     #[error("static exit depth {depth} is outside the model's depths 0 to {}", num_loops - 1)]
     StaticDepth {
-        /// As given.
+        /// The given depth.
         depth: u8,
-        /// Loops of the model.
+        /// Number of loops of the model.
         num_loops: u8,
     },
-    /// Scheduling ahead of exits that are not known.
+    /// Asynchronous scheduling with an exit policy that reads a signal.
     #[error("async_scheduling with exit policy {exit}: what the next pass runs depends on the signals of this one")]
     AsyncExit {
-        /// As given.
+        /// The given policy.
         exit: String,
     },
-    /// Prefix hashes that say nothing about whole blocks.
+    /// Prefix hashes that do not cover whole blocks.
     #[error("prefix hashes are of {hashed} tokens each, expected a multiple of block_tokens, {block_tokens}")]
     PrefixBlocks {
-        /// Tokens of a hash.
+        /// Tokens that a hash covers.
         hashed: u32,
-        /// As set.
+        /// The configured block size.
         block_tokens: u32,
     },
     /// A request without a prompt or without output.
@@ -104,42 +104,42 @@ pub enum ScheduleError {
         "request {request} has {prompt_tokens} prompt and {output_tokens} output tokens: expected at least 1 of each"
     )]
     EmptyRequest {
-        /// Its id.
+        /// Id of the request.
         request: u32,
-        /// As given.
+        /// The given prompt length.
         prompt_tokens: u32,
-        /// As given.
+        /// The given output length.
         output_tokens: u32,
     },
-    /// A request that could never run to its end.
+    /// A request that does not fit in the KV cache.
     #[error(
         "request {request} needs the keys and values of {tokens} tokens, but the cache holds {capacity} \
          ({num_blocks} blocks of {block_tokens})"
     )]
     LongerThanCache {
-        /// Its id.
+        /// Id of the request.
         request: u32,
-        /// Prompt and output, less the last token.
+        /// Tokens whose keys and values it needs: prompt and output, without the last token.
         tokens: u64,
-        /// Of the whole cache, in tokens.
+        /// Capacity of the whole cache, in tokens.
         capacity: u64,
-        /// As set.
+        /// The configured number of blocks.
         num_blocks: u32,
-        /// As set.
+        /// The configured block size.
         block_tokens: u32,
     },
 }
 
 impl Settings {
-    /// The most sequences that may run at once.
+    /// Maximum number of sequences that may run at once.
     pub const MOST_SEQUENCES: u32 = 1 << 20;
-    /// The most KV blocks.
+    /// Maximum number of KV blocks.
     pub const MOST_BLOCKS: u32 = 1 << 26;
 
-    /// Whether a scheduler can run under these settings.
+    /// Checks that a scheduler can run under these settings.
     ///
     /// # Errors
-    /// If they contradict each other, or a number is beyond what any machine holds.
+    /// If the settings contradict each other, or a number exceeds its limit.
     pub fn check(&self) -> Result<(), ScheduleError> {
         let counts = [
             ("num_loops", u32::from(self.num_loops)),
@@ -171,10 +171,10 @@ impl Settings {
         }
     }
 
-    /// Whether a request can run to its end with the whole cache to itself.
+    /// Checks that a request can run to its end with the whole cache to itself.
     ///
     /// # Errors
-    /// If it is empty, or longer than the cache.
+    /// If the request is empty, or does not fit in the cache.
     pub fn check_request(&self, request: &Request) -> Result<(), ScheduleError> {
         let &Request { id, prompt_tokens, output_tokens, .. } = request;
         if prompt_tokens == 0 || output_tokens == 0 {
@@ -195,23 +195,23 @@ impl Settings {
     }
 }
 
-/// A request on its way through the machine.
+/// A request and its progress.
 #[derive(Clone, Copy, Debug)]
 struct Sequence {
     request: Request,
     /// Tokens delivered.
     generated: u32,
-    /// Tokens that run as prompt: the prompt, and what was generated before a preemption.
+    /// Tokens that run as a prompt: the prompt, and the tokens generated before a preemption.
     context: u32,
-    /// Of those, how many have started at depth 0, or were found.
+    /// Tokens of the context that have started at depth 0 or were found in the prefix cache.
     started: u32,
-    /// Of those, how many have left their keys and values, or were found; kept up with prefix caching only.
+    /// Tokens of the context whose keys and values are complete, or were found. Maintained with prefix caching only.
     filled: u32,
-    /// Orders the running sequences by age.
+    /// Order of admission: larger is newer.
     admission: u64,
     first_token: Nanos,
     last_token: Nanos,
-    /// Whether it holds its slot.
+    /// Whether the sequence holds its slot.
     running: bool,
 }
 
@@ -230,47 +230,48 @@ impl Sequence {
         }
     }
 
-    /// Positions that hold keys and values once the next decode row has run.
+    /// Number of positions with keys and values once the next decode row has run.
     fn decode_positions(&self) -> u32 {
         self.request.prompt_tokens + self.generated
     }
 
-    /// Where a chunk of up to `allowance` tokens of its context would end.
+    /// End of the next chunk of the context, of up to `allowance` tokens.
     fn chunk_end(&self, allowance: u32) -> u32 {
         self.context.min(self.started + allowance)
     }
 
-    /// Whether all its tokens are delivered, though it may still hold its slot.
+    /// Whether all its tokens are delivered. It may still hold its slot.
     fn is_finished(&self) -> bool {
         self.generated == self.request.output_tokens
     }
 }
 
-/// A token that has left the loop but is delivered only when its iteration ends (lockstep batching).
+/// A token that has exited but is delivered only when its iteration ends (lockstep batching).
 #[derive(Clone, Copy, Debug)]
 struct Held {
     slot: Slot,
     depth: u8,
 }
 
-/// How far prompts were found in the prefix cache when their requests were admitted, preempted ones included.
+/// How much of the prompts was found in the prefix cache at admission, readmission after a preemption included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PrefixUse {
     /// Tokens of all contexts.
     pub looked_up: u64,
-    /// Of those, how many need not be computed.
+    /// Tokens of those that were found and need not be computed.
     pub found: u64,
 }
 
-/// When a block can be found by others.
+/// When other requests can find a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Publishing {
     /// Without prefix caching.
     Never,
-    /// When its rows have started: in lockstep, whoever finds it runs in this iteration or later, when it is filled.
+    /// When its rows have started: in lockstep batching, rows that read the block run in this iteration or later, when
+    /// it is filled.
     Started,
-    /// When its rows have left all their keys and values: depth-wise, rows in flight are lost when their sequence is
-    /// preempted.
+    /// When its rows have written all their keys and values: under depth-wise batching, rows in flight are lost when
+    /// their sequence is preempted.
     Filled,
 }
 
@@ -284,7 +285,7 @@ impl Publishing {
     }
 }
 
-/// Decides which rows share the next pass, and what becomes of them after it.
+/// Composes the next pass and applies its outcome.
 #[derive(Clone, Debug)]
 pub struct Scheduler {
     settings: Settings,
@@ -293,43 +294,43 @@ pub struct Scheduler {
     publishing: Publishing,
     prefixes: Option<Arc<PrefixHashes>>,
     waiting: VecDeque<Sequence>,
-    /// Requests that have come since the last plan, which asynchronous scheduling sees only after the next.
+    /// Requests that arrived since the last plan; asynchronous scheduling sees them only after the next.
     unseen: VecDeque<Sequence>,
-    /// Slots whose sequence has finished since the last plan, likewise.
+    /// Slots whose sequence finished since the last plan; seen as late.
     finished: Vec<Slot>,
     /// Whether the last plan had anything to run.
     busy: bool,
-    /// Whether rows were started for the next pass by what was known at the start of this one.
+    /// Whether rows of the next pass were started from what was known at the start of the current one.
     unseeing: bool,
     /// By slot.
     sequences: Vec<Sequence>,
     free_slots: Vec<Slot>,
     admissions: u64,
-    /// Running sequences whose prompt has not wholly started, oldest first.
+    /// Running sequences whose prompt has not started completely, oldest first.
     prefilling: VecDeque<Slot>,
-    /// Sequences whose next decode row may start, in the order in which they became so.
+    /// Sequences whose next decode row may start, in the order in which they became ready.
     ready: Vec<Slot>,
     tables: BlockTables,
-    /// The rows of the pass that runs, or those that go on to the next.
+    /// Rows of the current pass, or those that continue in the next.
     segments: Vec<Segment>,
-    /// Rows in flight that are not in this pass: they wait for backfill, or in lockstep for rows that do.
+    /// Rows in flight that are not in this pass: they wait for backfill or, in lockstep batching, for rows that do.
     stalled: Vec<Segment>,
-    /// What [`KvFill::Backfill`] has still to run; none under other fills.
+    /// Outstanding work of [`KvFill::Backfill`]; `None` under other fills.
     backlog: Option<Backlog>,
-    /// Indices of the segments whose last row leaves after the pass.
+    /// Indices of the segments whose last row exits after the pass.
     exiting: Vec<u32>,
     held: Vec<Held>,
     admitted: Vec<Slot>,
     released: Vec<Slot>,
-    /// Blocks found for the request first in line.
+    /// Blocks found for the first request in the queue.
     found: Vec<BlockId>,
     prefix_use: PrefixUse,
-    /// What the time of the pass depends on.
+    /// Derives the work of the pass.
     meter: WorkMeter,
 }
 
 impl Scheduler {
-    /// A scheduler with nothing to do yet.
+    /// An idle scheduler.
     ///
     /// # Errors
     /// If the settings contradict each other.
@@ -370,10 +371,11 @@ impl Scheduler {
         })
     }
 
-    /// Says which prompts begin alike; without it, prefix caching finds only what a preempted request computed.
+    /// Sets the prefix hashes, which tell which prompts have a common prefix. Without them, prefix caching finds only
+    /// what a preempted request computed itself.
     ///
     /// # Errors
-    /// If the hashes are not of whole blocks.
+    /// If the hashes do not cover whole blocks.
     pub fn share_prefixes(&mut self, prefixes: Arc<PrefixHashes>) -> Result<(), ScheduleError> {
         let (hashed, block_tokens) = (prefixes.block_tokens, self.settings.block_tokens);
         if hashed == 0 || !hashed.is_multiple_of(block_tokens) {
@@ -383,37 +385,37 @@ impl Scheduler {
         Ok(())
     }
 
-    /// How the run is scheduled.
+    /// The settings of the run.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Sequences that hold a slot.
+    /// Number of sequences that hold a slot.
     pub fn num_running(&self) -> u32 {
         self.settings.max_batch - self.free_slots.len() as u32
     }
 
-    /// Requests that wait for a slot.
+    /// Number of requests that wait for a slot.
     pub fn num_waiting(&self) -> u32 {
         (self.waiting.len() + self.unseen.len()) as u32
     }
 
-    /// What prefix caching found so far.
+    /// What prefix caching has found so far.
     pub fn prefix_use(&self) -> PrefixUse {
         self.prefix_use
     }
 
-    /// The pass that [`plan`](Self::plan) made.
+    /// The pass that [`plan`](Self::plan) composed.
     pub fn pass(&self) -> Pass<'_> {
         Pass { segments: &self.segments, reads: self.reads, tables: &self.tables, work: self.meter.work() }
     }
 
-    /// The segments whose last row leaves, as [`decide`](Self::decide) found.
+    /// Indices of the segments whose last row exits, as decided by [`decide`](Self::decide).
     pub fn exiting(&self) -> &[u32] {
         &self.exiting
     }
 
-    /// Slots given since the last plan: their requests, and how much of the output each has already.
+    /// Slots assigned since the last plan: slot, request, and the tokens that the request has generated already.
     pub fn admitted(&self) -> impl Iterator<Item = (Slot, &Request, u32)> {
         self.admitted.iter().map(|&slot| {
             let sequence = &self.sequences[slot as usize];
@@ -421,20 +423,20 @@ impl Scheduler {
         })
     }
 
-    /// Slots given up in the last [`plan`](Self::plan) or [`complete`](Self::complete).
+    /// Slots released in the last [`plan`](Self::plan) or [`complete`](Self::complete).
     pub fn released(&self) -> &[Slot] {
         &self.released
     }
 
-    /// Hands over what [`released`](Self::released) has.
+    /// Takes the list that [`released`](Self::released) returns.
     pub(crate) fn take_released(&mut self) -> Vec<Slot> {
         std::mem::take(&mut self.released)
     }
 
-    /// A request joins the line.
+    /// Appends a request to the queue.
     ///
     /// # Errors
-    /// If it could never run to its end.
+    /// If the request can never run to its end.
     pub fn submit(&mut self, request: Request) -> Result<(), ScheduleError> {
         self.settings.check_request(&request)?;
         let line = if self.settings.async_scheduling { &mut self.unseen } else { &mut self.waiting };
@@ -442,10 +444,10 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Composes the next pass; `false` if there is nothing to run.
+    /// Composes the next pass; returns `false` if there is nothing to run.
     ///
-    /// Rows in flight come first, then decode rows, then prompts: what is nearest its end goes on. Backfill that no
-    /// row in flight waits for comes last.
+    /// Rows in flight come first, then decode rows, then prompts: work nearest its end goes on. Backfill that no row in
+    /// flight waits for comes last.
     pub fn plan(&mut self, now: Nanos, observer: &mut impl Observer) -> bool {
         match self.settings.async_scheduling {
             true => self.compose(|scheduler| scheduler.start_rows_unseeing(now, observer)),
@@ -453,10 +455,10 @@ impl Scheduler {
         }
     }
 
-    /// Under asynchronous scheduling, composes the next pass while this one runs, whose outcome [has been
-    /// applied](Self::complete); `false` if there is nothing to run as far as can be known. When that pass starts,
-    /// [`see_what_came`](Self::see_what_came) must follow; if there was nothing to run, [`plan`](Self::plan).
-    /// Together they are what [`plan`](Self::plan) does when a pass starts.
+    /// Under asynchronous scheduling, composes the next pass while the current one runs. The outcome of the current
+    /// pass must [have been applied](Self::complete). Returns `false` if nothing is known to run. When the current pass
+    /// ends, [`see_what_came`](Self::see_what_came) must follow, or [`plan`](Self::plan) if there was nothing to run.
+    /// Both steps together are what [`plan`](Self::plan) does when a pass starts.
     pub fn plan_ahead(&mut self, now: Nanos, observer: &mut impl Observer) -> bool {
         self.unseeing = false;
         self.compose(|scheduler| {
@@ -465,7 +467,7 @@ impl Scheduler {
         })
     }
 
-    /// See [`plan_ahead`](Self::plan_ahead).
+    /// Sees the requests and finished sequences that [`plan_ahead`](Self::plan_ahead) could not see.
     pub fn see_what_came(&mut self) {
         if std::mem::take(&mut self.unseeing) {
             self.see();
@@ -488,8 +490,8 @@ impl Scheduler {
         self.busy
     }
 
-    /// Starts rows as if this were the start of the pass that has just ended. Only if that leaves nothing to run,
-    /// the scheduler has waited for the end of the pass, and sees what came meanwhile.
+    /// Starts rows as if this were the start of the pass that has just ended. If there is nothing to run, the scheduler
+    /// has waited for the end of the pass, and sees what arrived meanwhile.
     fn start_rows_unseeing(&mut self, now: Nanos, observer: &mut impl Observer) {
         if self.busy {
             self.start_rows(now, observer);
@@ -500,7 +502,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes in what has come since the last plan.
+    /// Sees what has arrived or finished since the last plan.
     fn see(&mut self) {
         self.waiting.append(&mut self.unseen);
         while let Some(slot) = self.finished.pop() {
@@ -532,9 +534,9 @@ impl Scheduler {
         !(self.segments.is_empty() && self.stalled.is_empty())
     }
 
-    /// Has backfill that rows in flight wait for join them, since a row may attend to what others of its depth leave in
-    /// the same pass. Where the budget is too short for that, the row stalls and leaves its place to backfill as well:
-    /// so it gets nearer in every pass, and rows in flight never exceed the budget.
+    /// Adds the backfill that rows in flight wait for: a row may attend to entries that other rows of its depth write
+    /// in the same pass. Where the budget is too short, the row stalls and gives its place to backfill as well. Every
+    /// pass then makes progress, and rows in flight never exceed the budget.
     fn join_awaited_backfill(&mut self) {
         let Some(backlog) = &mut self.backlog else { return };
         let mut in_flight = std::mem::take(&mut self.stalled);
@@ -555,8 +557,8 @@ impl Scheduler {
         }
     }
 
-    /// Gives places of the batch that no row has taken to backfill that nobody waits for yet: of the oldest sequence
-    /// first, of its shallowest depth first, which is needed soonest.
+    /// Fills unused places of the batch with backfill that no row waits for yet: of the oldest sequence first, and of
+    /// its shallowest depth first, which is needed soonest.
     fn fill_idle_places(&mut self) {
         let (Some(backlog), Some(first)) = (&mut self.backlog, self.segments.first()) else { return };
         let rows = |prompt: bool| -> u32 {
@@ -591,8 +593,8 @@ impl Scheduler {
         self.settings.token_budget - self.pass().num_rows()
     }
 
-    /// Starts the next token of every sequence that is ready, as far as the budget goes, and takes it off the budget;
-    /// says whether any sequence was preempted for it.
+    /// Starts the next token of every ready sequence, as far as the budget allows, and subtracts the rows from the
+    /// budget. Returns whether any sequence was preempted for it.
     fn start_decodes(&mut self, budget: &mut u32, now: Nanos, observer: &mut impl Observer) -> bool {
         let mut preempted = false;
         let mut ready = std::mem::take(&mut self.ready);
@@ -614,7 +616,7 @@ impl Scheduler {
         preempted
     }
 
-    /// Starts the next token of sequences until one finds no block for it; returns how many have started.
+    /// Starts the next token of sequences until one finds no free block; returns how many were started.
     fn start_decodes_with_room(&mut self, ready: &[Slot]) -> usize {
         for (started, &slot) in ready.iter().enumerate() {
             let positions = self.sequences[slot as usize].decode_positions();
@@ -631,8 +633,8 @@ impl Scheduler {
         ready.len()
     }
 
-    /// Takes blocks until the slot's reach `positions`, from the newest sequences if none are free, in the end from
-    /// the slot's own; says whether any sequence was preempted.
+    /// Extends the slot's blocks to `positions`. If no block is free, preempts the newest sequences, in the end the
+    /// slot's own. Returns whether any sequence was preempted.
     fn make_room(&mut self, slot: Slot, positions: u32, now: Nanos, observer: &mut impl Observer) -> bool {
         let mut preempted = false;
         while self.sequences[slot as usize].running && !self.tables.grow(slot, positions) {
@@ -642,7 +644,7 @@ impl Scheduler {
         preempted
     }
 
-    /// Starts up to `allowance` tokens of a prompt, whose blocks it holds or can have, and returns how many.
+    /// Starts up to `allowance` tokens of a prompt, as far as blocks are available, and returns how many.
     fn start_chunk(&mut self, slot: Slot, allowance: u32) -> u32 {
         let sequence = &mut self.sequences[slot as usize];
         let (start, end) = (sequence.started, sequence.chunk_end(allowance));
@@ -661,10 +663,10 @@ impl Scheduler {
         end - start
     }
 
-    /// Gives the first request in line a slot, if one is free and the blocks of its whole prompt are.
+    /// Assigns a slot to the first request in the queue, if a slot and the blocks of its whole prompt are free.
     ///
-    /// It takes them chunk by chunk, so that running sequences may still get there first; under vanilla batching,
-    /// where all chunks come before any decode row, it takes them at once.
+    /// The request takes the blocks chunk by chunk, so running sequences may still take them first. Under vanilla
+    /// batching all chunks run before any decode row, so the request takes all blocks at once.
     fn admit_next(&mut self, now: Nanos, observer: &mut impl Observer) -> Option<Slot> {
         let slot = *self.free_slots.last()?;
         let &Sequence { request, context, .. } = self.waiting.front()?;
@@ -699,7 +701,7 @@ impl Scheduler {
         Some(slot)
     }
 
-    /// Finds blocks that hold the beginning of a context, whose last token must run in any case: it predicts.
+    /// Finds blocks with the beginning of a context. The last token must run in any case, since it predicts.
     fn find_prefix(&mut self, request: u32, context: u32) {
         let block_tokens = self.settings.block_tokens;
         let prefixes = self.prefixes.as_deref();
@@ -707,22 +709,22 @@ impl Scheduler {
         self.tables.find(whole.map(|block| contents(prefixes, request, block, block_tokens)), &mut self.found);
     }
 
-    /// Lets others find the slot's blocks within its first `positions`.
+    /// Makes the slot's blocks within its first `positions` available to other requests.
     fn publish(&mut self, slot: Slot, positions: u32) {
         let (prefixes, block_tokens) = (self.prefixes.as_deref(), self.settings.block_tokens);
         let request = self.sequences[slot as usize].request.id;
         self.tables.publish(slot, positions, |block| contents(prefixes, request, block, block_tokens));
     }
 
-    /// Lets others find the slot's blocks up to a decode row that starts.
+    /// Makes the slot's blocks before a starting decode row available to other requests.
     fn publish_decode(&mut self, slot: Slot, positions: u32) {
-        // A token that is still in the making cannot be hashed.
+        // The contents of a token that is not sampled yet cannot be hashed.
         let hashed = positions - u32::from(self.settings.async_scheduling);
         let filled = self.backlog.as_ref().map_or(hashed, |backlog| backlog.complete(slot));
         self.publish(slot, hashed.min(filled));
     }
 
-    /// Lets others find the blocks of prompt rows that have left all their keys and values.
+    /// Makes the blocks of prompt rows with complete keys and values available to other requests.
     fn publish_filled(&mut self) {
         let deepest = self.settings.kv_fill.cached_depths(self.settings.num_loops) - 1;
         for index in 0..self.segments.len() {
@@ -734,7 +736,7 @@ impl Scheduler {
         }
     }
 
-    /// Positions that have left all their keys and values.
+    /// Number of positions with complete keys and values.
     fn filled_positions(&self, slot: Slot) -> u32 {
         let sequence = &self.sequences[slot as usize];
         match &self.backlog {
@@ -744,8 +746,8 @@ impl Scheduler {
         }
     }
 
-    /// Takes slot and blocks from the sequence admitted last. It is first in line again, and computes its keys
-    /// and values anew; unless it is only waiting to be released.
+    /// Takes slot and blocks from the sequence admitted last. It becomes first in the queue and computes its keys and
+    /// values again, unless it is finished and only waits for its release.
     fn preempt_newest(&mut self, now: Nanos, observer: &mut impl Observer) {
         let running = self.sequences.iter().zip(0..).filter(|(sequence, _)| sequence.running);
         let (_, slot) =
@@ -777,10 +779,10 @@ impl Scheduler {
         self.released.push(slot);
     }
 
-    /// Decides from the signals of the pass which rows leave.
+    /// Decides from the signals of the pass which rows exit.
     ///
-    /// Which do is as good as random, so the loop writes every index and keeps those that leave by counting on:
-    /// a branch would be mispredicted for most rows.
+    /// The exits are close to random, so a branch would be mispredicted for most rows. The loop writes every index and
+    /// advances the count only for rows that exit.
     pub fn decide(&mut self, signals: &[f32]) {
         let (bound, certain_from) = (self.bound, self.reads.below);
         self.exiting.resize(self.segments.len(), 0);
@@ -793,7 +795,7 @@ impl Scheduler {
         self.meter.exit(&self.segments, &self.exiting, self.reads);
     }
 
-    /// Applies the outcome of the pass at its end: tokens are delivered, the other rows go one deeper.
+    /// Applies the outcome of the pass at its end: delivers tokens and moves the other rows one depth deeper.
     pub fn complete(&mut self, now: Nanos, observer: &mut impl Observer) {
         self.released.clear();
         if let Some(backlog) = &mut self.backlog {
@@ -819,8 +821,8 @@ impl Scheduler {
         }
     }
 
-    /// Drops what has left or run its last depth; the rest is one deeper in the next pass. Without branches, as
-    /// [`decide`](Self::decide).
+    /// Drops rows that have exited or run their last depth, and moves the rest one depth deeper. It is free of
+    /// branches, like [`decide`](Self::decide).
     fn deepen_segments(&mut self) {
         let deepest = self.settings.num_loops - 1;
         let mut kept = 0;
@@ -841,7 +843,7 @@ impl Scheduler {
         }
     }
 
-    /// Ends an iteration: its tokens are delivered, oldest sequence first.
+    /// Ends an iteration: delivers its tokens, oldest sequence first.
     fn deliver_held(&mut self, now: Nanos, observer: &mut impl Observer) {
         let mut held = std::mem::take(&mut self.held);
         held.sort_unstable_by_key(|held| self.sequences[held.slot as usize].admission);
@@ -883,7 +885,7 @@ impl Scheduler {
     }
 }
 
-/// What a whole block of a request holds.
+/// Contents of a full block of a request.
 fn contents(prefixes: Option<&PrefixHashes>, request: u32, block: u32, block_tokens: u32) -> Contents {
     let shared = prefixes.and_then(|prefixes| {
         let parts = prefixes.block_tokens / block_tokens;

@@ -1,4 +1,4 @@
-//! The serving loop: requests in, passes on an executor, tokens out.
+//! The serving loop: takes requests, runs passes on an executor, and delivers tokens.
 
 use std::sync::Arc;
 
@@ -20,14 +20,14 @@ pub enum ServeError<E: std::error::Error + 'static> {
     Executor(#[source] E),
 }
 
-/// A scheduler with the executor that runs its passes: one machine.
+/// One machine: a scheduler and the executor that runs its passes.
 pub struct Server<E> {
     scheduler: Scheduler,
     executor: E,
     signals: Vec<f32>,
-    /// Start and duration of the pass that runs.
+    /// Start and duration of the running pass.
     pass: (Nanos, Nanos),
-    /// Where each pass is planned while the one before it runs.
+    /// State of asynchronous scheduling; `None` without it.
     ahead: Option<Ahead>,
 }
 
@@ -42,10 +42,10 @@ impl<E: Executor> Server<E> {
         Ok(Self { scheduler, executor, signals: Vec::new(), pass: (Nanos::ZERO, Nanos::ZERO), ahead })
     }
 
-    /// Says which prompts begin alike; see [`Scheduler::share_prefixes`].
+    /// Sets the prefix hashes; see [`Scheduler::share_prefixes`].
     ///
     /// # Errors
-    /// If the hashes are not of whole blocks.
+    /// If the hashes do not cover whole blocks.
     pub fn share_prefixes(&mut self, prefixes: Arc<PrefixHashes>) -> Result<(), ScheduleError> {
         self.scheduler.share_prefixes(prefixes)
     }
@@ -65,15 +65,15 @@ impl<E: Executor> Server<E> {
         self.executor
     }
 
-    /// A request joins the line.
+    /// Appends a request to the queue.
     ///
     /// # Errors
-    /// If it could never run to its end.
+    /// If the request can never run to its end.
     pub fn submit(&mut self, request: Request) -> Result<(), ScheduleError> {
         self.scheduler.submit(request)
     }
 
-    /// Composes the next pass and runs it: how long it takes, or none if there is nothing to run.
+    /// Composes the next pass and runs it. Returns its duration, or `None` if there is nothing to run.
     /// [`finish_pass`](Self::finish_pass) must follow when that time has passed.
     ///
     /// # Errors
@@ -101,7 +101,7 @@ impl<E: Executor> Server<E> {
         Ok(Some(elapsed))
     }
 
-    /// Applies the outcome of the pass, at its end.
+    /// Applies the outcome of the pass at its end.
     pub fn finish_pass(&mut self, now: Nanos, observer: &mut impl Observer) {
         if let Some(ahead) = &mut self.ahead {
             return ahead.finish_pass(now, observer);
@@ -126,17 +126,17 @@ impl<E: Executor> Server<E> {
     }
 }
 
-/// Tells a serving loop the time.
+/// Source of time for a serving loop.
 pub trait Clock {
     /// Time since the start of the run.
     fn now(&mut self) -> Nanos;
-    /// A pass has taken `elapsed`. Returns the time at its end.
+    /// Advances by the duration of a pass, `elapsed`. Returns the time at its end.
     fn advance(&mut self, elapsed: Nanos) -> Nanos;
-    /// Nothing happens before `time`.
+    /// Waits until `time`, before which nothing happens.
     fn wait_until(&mut self, time: Nanos);
 }
 
-/// A clock that only passes move.
+/// A clock that advances only by passes and waits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct VirtualClock(Nanos);
 
@@ -155,10 +155,10 @@ impl Clock for VirtualClock {
     }
 }
 
-/// Serves requests, which must come in the order of their arrival, until the last has its last token.
+/// Serves requests, in order of arrival, until every token is delivered.
 ///
 /// # Errors
-/// At the first request that could never run to its end, or when the executor fails.
+/// At the first request that can never run to its end, or when the executor fails.
 pub fn serve<E: Executor>(
     server: &mut Server<E>,
     requests: impl IntoIterator<Item = Request>,

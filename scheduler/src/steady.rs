@@ -1,4 +1,4 @@
-//! A machine that never runs out of work: by it one tells how fast a device is in service.
+//! Steady load: a machine that never runs out of work. Its passes show how fast a device is while it serves.
 
 use traces::{Nanos, Request};
 
@@ -8,36 +8,36 @@ use crate::policy::{Batching, ExitPolicy, KvFill};
 use crate::scheduler::Settings;
 use crate::serve::{ServeError, Server};
 
-/// What is served: requests that come in bursts of up to a full batch, one in the time of a sequence on average. So there
-/// are passes of few sequences and of full batches, some while a burst goes out and some while another comes. Bursts come
-/// with certain passes, or at once when nothing is left to do, so passes are the same on every executor: the n-th on one
-/// takes the place of the n-th on another.
+/// Requests that arrive in bursts of up to a full batch, one burst per duration of a sequence on average. The load
+/// therefore has passes of few sequences and of full batches, at the start and at the end of a burst. A burst arrives
+/// with a given pass, or at once when there is nothing to run. Passes are hence equal on every executor: the n-th pass
+/// on one executor can be compared with the n-th on another.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SteadyLoad {
     settings: Settings,
     lengths: Lengths,
 }
 
-/// How long the sequences of a load are, in tokens.
+/// Lengths of the sequences of a load, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lengths {
-    /// Of every prompt.
+    /// Length of every prompt.
     pub prompt: u32,
-    /// Of outputs in the middle: they go from half of it to one and a half of it, as far as `longest` allows.
+    /// Mean length of outputs: lengths go from half of it to one and a half times it, as far as `longest` allows.
     pub output: u32,
-    /// Prompt and output of the longest sequence.
+    /// Length of the longest sequence, prompt and output.
     pub longest: u32,
 }
 
-/// Numbers from 0 to 1 that are spread evenly, however many there are of them: the fractions of multiples of an irrational
+/// Evenly spread numbers from 0 to 1, for any count of them: the fractional parts of the multiples of an irrational
 /// number.
 fn spread(index: usize, irrational: f64) -> f64 {
     (index as f64 * irrational).fract()
 }
 
 impl SteadyLoad {
-    /// A load of sequences that run at full depth, batched by sequence, up to `max_batch` at once, with at most
-    /// `token_budget` rows in a pass, of which `prefill_chunk` are of prompts.
+    /// A load of sequences at full depth, batched sequence-wise: at most `max_batch` sequences at once and
+    /// `token_budget` rows in a pass, `prefill_chunk` of them prompt tokens.
     pub fn new(
         num_loops: u8,
         max_batch: u32,
@@ -62,24 +62,24 @@ impl SteadyLoad {
         Self { settings, lengths }
     }
 
-    /// The same requests at full depth, batched depth-wise.
+    /// The requests of this load at full depth, batched depth-wise.
     pub fn depth_wise(self) -> Self {
         Self { settings: Settings { batching: Batching::Depth, ..self.settings }, ..self }
     }
 
-    /// The same requests, batched depth-wise, each token of which leaves in the middle of the depths.
+    /// The requests of this load, batched depth-wise, where every token exits at the middle depth.
     pub fn with_exits(self) -> Self {
         let exit = ExitPolicy::Static(self.settings.num_loops.saturating_sub(1) / 2);
         let load = self.depth_wise();
         Self { settings: Settings { exit, ..load.settings }, ..load }
     }
 
-    /// The settings to serve it under.
+    /// The settings of the load.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Its n-th request. Ids come again, long after their requests have ended.
+    /// The n-th request. Ids repeat, long after their earlier requests have ended.
     fn request(&self, index: usize) -> Request {
         let Lengths { prompt, output, longest } = self.lengths;
         let prompt_tokens = prompt.clamp(1, longest.max(2) - 1);
@@ -91,12 +91,12 @@ impl SteadyLoad {
         Request { id, arrival: Nanos::ZERO, prompt_tokens, output_tokens }
     }
 
-    /// Requests of its n-th burst.
+    /// Number of requests of the n-th burst.
     fn burst(&self, index: usize) -> u32 {
         1 + (f64::from(self.settings.max_batch) * spread(index, (1.0 + 5f64.sqrt()) / 2.0)) as u32
     }
 
-    /// Passes from its n-th burst to the next.
+    /// Number of passes from the n-th burst to the next.
     fn gap(&self, index: usize) -> usize {
         let Lengths { prompt, output, .. } = self.lengths;
         let steps = prompt.div_ceil(self.settings.prefill_chunk) + output;
@@ -104,13 +104,13 @@ impl SteadyLoad {
     }
 }
 
-/// A machine that serves a [`SteadyLoad`], a few passes at a time.
+/// A machine that serves a [`SteadyLoad`], one pass at a time.
 pub struct SteadyServer<E> {
     load: SteadyLoad,
     server: Server<E>,
     submitted: usize,
     bursts: usize,
-    /// The pass that the next burst comes with.
+    /// Pass at which the next burst arrives.
     next_burst: usize,
     passes: usize,
     now: Nanos,
@@ -126,10 +126,10 @@ impl<E: Executor> SteadyServer<E> {
         Ok(Self { load, server, submitted: 0, bursts: 0, next_burst: 0, passes: 0, now: Nanos::ZERO })
     }
 
-    /// Runs the next pass: how long the executor says that it took.
+    /// Runs the next pass; returns the duration that the executor reports.
     ///
     /// # Errors
-    /// If a request of the load could never run to its end, or the executor fails.
+    /// If a request of the load can never run to its end, or the executor fails.
     pub fn pass(&mut self, observer: &mut impl Observer) -> Result<Nanos, ServeError<E::Error>> {
         let scheduler = self.server.scheduler();
         let idle = scheduler.num_running() + scheduler.num_waiting() == 0;
@@ -149,12 +149,12 @@ impl<E: Executor> SteadyServer<E> {
         Ok(elapsed)
     }
 
-    /// What it serves.
+    /// The load that the machine serves.
     pub fn load(&self) -> SteadyLoad {
         self.load
     }
 
-    /// Passes so far.
+    /// Number of passes so far.
     pub fn passes(&self) -> usize {
         self.passes
     }

@@ -1,4 +1,4 @@
-//! From the rows of a pass to its work: what a latency model needs to know of them.
+//! Derives the work of a pass, the input of a latency model, from its rows.
 
 use traces::{ChunkWork, PassBefore, PassWork};
 
@@ -6,19 +6,19 @@ use crate::pass::{RowKind, Segment};
 use crate::policy::{KvFill, SignalReads};
 use crate::reach::Reach;
 
-/// Whether attention runs over the rows of a segment together, as over a prompt chunk, rather than as a decode row.
+/// Whether attention processes the rows of a segment together, as for a prompt chunk, rather than as a decode row.
 #[inline]
 pub(crate) fn is_chunk(segment: &Segment) -> bool {
     (segment.kind == RowKind::Prompt) | (segment.tokens > 1)
 }
 
-/// Keeps the work of the pass at hand.
+/// Derives and keeps the work of the current pass.
 #[derive(Clone, Debug)]
 pub(crate) struct WorkMeter {
     num_loops: u8,
     /// Whether exiting rows copy their keys and values to the depths they skip.
     copies: bool,
-    /// None where rows attend to every token before them.
+    /// What rows attend to; `None` where that is every token before them.
     reach: Option<Reach>,
     work: PassWork,
 }
@@ -37,12 +37,12 @@ impl WorkMeter {
         &self.work
     }
 
-    /// What rows attend to, where that is not every token before them.
+    /// What rows attend to; `None` where that is every token before them.
     pub fn reach_mut(&mut self) -> Option<&mut Reach> {
         self.reach.as_mut()
     }
 
-    /// Takes up a pass that is about to run, in place of the one before.
+    /// Replaces the previous pass by the one that is about to run.
     pub fn start(&mut self, segments: &[Segment], reads: SignalReads) {
         let before = self.work.as_before();
         match &self.reach {
@@ -51,7 +51,7 @@ impl WorkMeter {
         }
     }
 
-    /// Adds what the exits of the pass take: segments whose last rows exit, by index.
+    /// Adds the work of the pass's exits. `exiting` are the indices of the segments whose last rows exit.
     pub fn exit(&mut self, segments: &[Segment], exiting: &[u32], reads: SignalReads) {
         let (mut head_rows, mut filled_depths) = (0, 0);
         for segment in exiting.iter().map(|&index| &segments[index as usize]) {
@@ -66,10 +66,10 @@ impl WorkMeter {
     }
 }
 
-/// Derives the work of a pass whose exits are not decided yet; `history` says how many tokens a segment attends to before
-/// its first.
+/// Derives the work of a pass whose exits are not decided yet. `history` returns the number of tokens that a segment
+/// attends to before its own.
 ///
-/// Without branches but for chunks: it runs for every row.
+/// The function runs for every row, so only chunks take a branch.
 #[inline]
 pub fn derive_work(
     work: &mut PassWork,

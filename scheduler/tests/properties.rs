@@ -1,6 +1,5 @@
-//! What must hold of every run, under every policy: no row runs twice or never, each finds the keys and values
-//! of its predecessors, a KV block is written by one holder only, every request ends, and the line is first come
-//! first served.
+//! Invariants of every run under every policy. Each row runs exactly once. Each row finds the keys and values of its
+//! predecessors. Only one holder writes a KV block. Every request ends, and the queue is first come, first served.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -18,11 +17,11 @@ fn sure_depth(request: u32, token: u32, num_loops: u8) -> u8 {
     ((mixed >> 40) % u64::from(num_loops)) as u8
 }
 
-/// Tokens at the start of a prompt that requests of the same remainder modulo [`FAMILIES`] have in common.
+/// Length of the common prefix of prompts whose request ids are equal modulo [`FAMILIES`].
 const SHARED_TOKENS: u32 = 13;
 const FAMILIES: u32 = 3;
 
-/// Names the keys and values at a position: all tokens up to it, of which those past the shared ones are unique.
+/// Identifies the keys and values at a position by all tokens up to it. Tokens past the common prefix are unique.
 fn contents(request: u32, position: u32) -> (u32, u32) {
     if position < SHARED_TOKENS { (request % FAMILIES, position) } else { (FAMILIES + request, position) }
 }
@@ -48,18 +47,18 @@ struct Resident {
     begun: bool,
 }
 
-/// Runs nothing, and checks that what it is asked to run is legal.
+/// An executor that runs nothing, and checks that the passes it gets are legal.
 struct Checker {
     settings: Settings,
     residents: HashMap<Slot, Resident>,
     admitted: Vec<u32>,
-    /// The depth that each token left at, by request.
+    /// The depth at which each token exited, by request.
     exits: HashMap<u32, Vec<u8>>,
-    /// Whose keys and values lie where: by depth, block and offset in it.
+    /// The owner of each cache entry: by depth, block and offset in the block.
     cache: HashMap<(u8, u32, u32), (u32, u32)>,
     /// Rows that sequences have run since they were admitted: slot, position and depth.
     ran: HashSet<(Slot, u32, u8)>,
-    /// Positions that were never run since they were found.
+    /// Positions that were found in the cache and never run.
     found: u64,
 }
 
@@ -96,7 +95,7 @@ impl Checker {
         (depth, block, position % self.settings.block_tokens)
     }
 
-    /// The depth at which the row at a position left, if it is not in a prompt and has left.
+    /// The depth at which the row at a position exited; `None` if it belongs to a prompt or has not exited.
     fn exit_of(&self, slot: Slot, position: u32) -> Option<u8> {
         let resident = &self.residents[&slot];
         let token = (position + 1).checked_sub(resident.prompt_tokens).filter(|&token| token > 0)?;
@@ -108,7 +107,7 @@ impl Checker {
         self.settings.kv_fill != KvFill::Skip || self.exit_of(slot, position).is_none_or(|exit| depth <= exit)
     }
 
-    /// Whether a row leaves keys and values at its depth.
+    /// Whether a row keeps its keys and values at its depth.
     fn is_kept(&self, slot: Slot, depth: u8, position: u32) -> bool {
         match self.settings.kv_fill {
             KvFill::First => depth == 0,
@@ -117,8 +116,8 @@ impl Checker {
         }
     }
 
-    /// Backfill is of tokens that have left, at depths that they have not run. It takes no places but idle ones,
-    /// unless rows wait for it: in this pass, or stalled, and then they take the whole budget.
+    /// Backfill is of exited tokens, at depths that they have not run. It takes only unused places, unless rows wait
+    /// for it: then those rows are in this pass, or they stall and backfill takes the whole budget.
     fn check_backfill(&self, pass: &Pass<'_>) {
         let (mut decodes, mut backfill, mut idle) = (0, 0, 0);
         for segment in pass.segments {
@@ -129,7 +128,7 @@ impl Checker {
             assert_eq!(self.settings.kv_fill, KvFill::Backfill);
             assert!(!segment.predicts, "nothing is read of backfill");
             for position in segment.start..segment.start + segment.tokens {
-                let exit = self.exit_of(segment.slot, position).expect("its token has left");
+                let exit = self.exit_of(segment.slot, position).expect("its token has exited");
                 assert!(segment.depth > exit);
             }
             let awaits = |row: &&Segment| row.kind == RowKind::Decode && row.slot == segment.slot;
@@ -141,7 +140,7 @@ impl Checker {
         assert!(idle == 0 || fits, "{decodes} decode rows and {backfill} of backfill");
     }
 
-    /// Writes the keys and values of one position and depth, which whoever else holds the block must expect there.
+    /// Writes the keys and values of one position and depth. Other holders of the block must expect them there.
     fn write(&mut self, pass: &Pass<'_>, slot: Slot, depth: u8, position: u32) {
         let place = self.place(pass, slot, depth, position);
         let written = contents(self.residents[&slot].request, position);
@@ -192,7 +191,7 @@ impl Executor for Checker {
         assert!(starting <= self.settings.prefill_chunk);
         self.check_blocks(pass);
         self.check_backfill(pass);
-        // A row may find what rows of the same depth write in the same pass, and of lower depths in passes before.
+        // A row may read what rows of its depth write in the same pass, and rows of lower depths in earlier passes.
         for segment in pass.segments {
             let resident = self.residents.get_mut(&segment.slot).unwrap();
             if !resident.begun && segment.depth == 0 {
@@ -253,7 +252,7 @@ impl Executor for Checker {
     }
 }
 
-/// A checker that has the next pass planned before it looks at this one.
+/// A checker that has the next pass planned before it checks the current one.
 struct Beside(Checker);
 
 impl Executor for Beside {
@@ -288,7 +287,7 @@ impl Executor for Beside {
     }
 }
 
-/// All that can be watched of a run, in order.
+/// All events of a run, in order.
 #[derive(Default)]
 struct Events(Vec<String>);
 
@@ -327,7 +326,7 @@ fn events<E: Executor<Error = std::convert::Infallible>>(
     events.0
 }
 
-/// What the scheduler says of a run.
+/// What the scheduler reports of a run.
 #[derive(Debug, Default)]
 struct Log {
     /// The depth of each token, by request.
@@ -336,7 +335,7 @@ struct Log {
     /// Requests that lost their slot and wait for another.
     displaced: HashSet<u32>,
     preemptions: usize,
-    /// Rows but for backfill.
+    /// Rows other than backfill.
     rows: u64,
     /// Rows of backfill.
     backfill: u64,
@@ -387,7 +386,7 @@ fn run(settings: Settings, requests: &[Request]) -> Log {
     serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut log).unwrap();
     assert_eq!(server.scheduler().num_running() + server.scheduler().num_waiting(), 0);
     let tables = server.scheduler().pass().tables;
-    assert_eq!(tables.num_free(), tables.num_blocks(), "blocks are held by nobody");
+    assert_eq!(tables.num_free(), tables.num_blocks(), "blocks are still held at the end");
     let arrived: Vec<u32> = requests.iter().map(|request| request.id).collect();
     assert_eq!(server.executor().admitted, arrived, "the line is first come first served");
     for request in requests {
@@ -504,7 +503,7 @@ fn a_tight_cache_preempts_and_still_ends() {
 }
 
 #[test]
-fn a_first_token_that_leaves_early_is_followed_before_its_prompt_has_run_every_depth() {
+fn a_first_token_that_exits_early_is_followed_before_its_prompt_has_run_every_depth() {
     let settings = Settings {
         batching: Batching::Depth,
         exit: ExitPolicy::Static(0),
@@ -563,7 +562,7 @@ fn impossible_settings_and_requests_are_refused() {
     assert!(settings.check_request(&empty).unwrap_err().to_string().contains("request 7 has 0 prompt"));
 }
 
-/// Lets every token leave at a given depth, by request and token, and takes down what runs.
+/// Makes every token exit at a given depth, by request and token, and records the passes.
 struct Scripted {
     exits: Vec<Vec<u8>>,
     /// By slot, the request and its tokens so far.
@@ -612,7 +611,7 @@ impl Executor for Scripted {
     }
 }
 
-/// The passes after the prompts' of requests with a prompt of one token and these exits, on a model of 3 loops.
+/// The passes after those of the prompts, for one-token prompts with these exits, on a model of 3 loops.
 fn backfill_passes(batching: Batching, max_batch: u32, token_budget: u32, exits: &[&[u8]]) -> Vec<String> {
     let settings = Settings {
         batching,

@@ -1,4 +1,4 @@
-//! A load that never ends has passes of few sequences and of full batches, which do not depend on how long they take.
+//! Passes of a steady load have few sequences or full batches, and do not depend on how long they take.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashSet};
@@ -8,7 +8,7 @@ use std::rc::Rc;
 use scheduler::{Executor, Lengths, Pass, RowKind, Segment, Slot, SteadyLoad, SteadyServer};
 use traces::{Nanos, Request};
 
-/// Notes what it is asked to run.
+/// An executor that records the passes it gets.
 struct Notes {
     elapsed: Nanos,
     passes: Rc<RefCell<Vec<Vec<Segment>>>>,
@@ -87,7 +87,7 @@ fn the_shortest_sequences_and_the_smallest_batch_can_be_served() {
 }
 
 #[test]
-fn with_exits_tokens_leave_in_the_middle_and_passes_mix_depths() {
+fn with_exits_tokens_exit_in_the_middle_and_passes_mix_depths() {
     let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS).with_exits();
     let (passes, _) = served(load, Nanos(5), 5_000);
     let of = |kind| passes.iter().flatten().filter(move |segment| segment.kind == kind);
