@@ -324,13 +324,9 @@ fn trade_off(summaries: &[Summary]) -> TradeOff {
 /// Where the tokens of a trace could leave.
 pub fn exit_depths(trace: &ExitTrace) -> plots::ExitDepths {
     let depths = 0..trace.num_loops();
-    let mut exiting = vec![0.0; trace.num_loops()];
-    for token in 0..trace.num_tokens() {
-        exiting[trace.oracle_depth(token)] += 1.0 / trace.num_tokens() as f64;
-    }
     plots::ExitDepths {
         name: trace.meta.model.clone(),
-        exiting,
+        exiting: trace.oracle_shares(),
         agreement: depths.map(|depth| trace.agreement_at(depth)).collect(),
     }
 }

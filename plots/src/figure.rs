@@ -80,6 +80,9 @@ impl Figure {
     }
 }
 
+/// How far sums of shares may be off by rounding, far less than a figure shows.
+const ROUNDING: f64 = 1e-9;
+
 /// What a quantity's values must be.
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
@@ -96,7 +99,7 @@ impl Kind {
                 Self::Finite => true,
                 Self::NonNegative => value >= 0.0,
                 Self::Positive => value > 0.0,
-                Self::Share => (0.0..=1.0).contains(&value),
+                Self::Share => (-ROUNDING..=1.0 + ROUNDING).contains(&value),
             }
     }
 

@@ -186,6 +186,21 @@ fn every_figure_names_the_value_that_is_not_a_number() {
 }
 
 #[test]
+fn rounding_does_not_keep_a_share_from_being_drawn() {
+    let traces = |share: f64| ExitDepths { name: "series".into(), exiting: vec![share], agreement: vec![1.0] };
+    let draw = |share| {
+        let scratch = tempfile::tempdir().expect("a folder");
+        exit_depths(&figure(scratch.path()), &[traces(share)])
+    };
+    for share in [1.0 + f64::EPSILON, (0..11).map(|_| 1.0 / 11.0).sum(), -f64::EPSILON] {
+        draw(share).unwrap_or_else(|error| panic!("{share}: {error}"));
+    }
+    for share in [1.001, -0.001] {
+        assert!(matches!(draw(share), Err(Error::Value { .. })), "{share}");
+    }
+}
+
+#[test]
 fn markup_in_labels_is_escaped() {
     let scratch = tempfile::tempdir().expect("a folder");
     let figure = Figure { title: "p99 < 5 & \"rising\" </text>".into(), ..figure(scratch.path()) };

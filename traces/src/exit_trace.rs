@@ -248,6 +248,13 @@ impl ExitTrace {
         agreeing as f64 / self.num_tokens() as f64
     }
 
+    /// Share of tokens by the depth at which the oracle lets them exit, each 0 to 1.
+    pub fn oracle_shares(&self) -> Vec<f64> {
+        let mut exiting = vec![0_usize; self.num_loops()];
+        (0..self.num_tokens()).for_each(|token| exiting[self.oracle_depth(token)] += 1);
+        exiting.into_iter().map(|tokens| tokens as f64 / self.num_tokens() as f64).collect()
+    }
+
     /// Passes per token when each token leaves at its oracle depth, 1 to `num_loops`.
     pub fn mean_oracle_passes(&self) -> f64 {
         let passes: usize = (0..self.num_tokens()).map(|token| self.oracle_depth(token) + 1).sum();
@@ -298,6 +305,25 @@ impl DepthTally {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_of_tokens_are_exact_whatever_their_number() {
+        let meta = ExitTraceMeta {
+            schema_version: ExitTrace::SCHEMA_VERSION,
+            model: "m".to_owned(),
+            fingerprint: "f".to_owned(),
+            num_loops: 2,
+            source: "a test".to_owned(),
+        };
+        // 1/9, 1/11, 1/18 and 1/20 added up as often exceed 1.
+        for tokens in [1, 9, 11, 18, 20, 1000] {
+            let mut trace = ExitTrace::new(meta.clone());
+            trace.push_generation(&vec![(Signals::default(), 7); 2 * tokens]);
+            assert_eq!(trace.oracle_shares(), [1.0, 0.0], "{tokens} tokens");
+            trace.push_generation(&[(Signals::default(), 7), (Signals::default(), 8)].repeat(tokens));
+            assert_eq!(trace.oracle_shares(), [0.5, 0.5], "{tokens} tokens");
+        }
+    }
 
     #[test]
     fn a_token_leaves_at_the_first_depth_that_passes_the_threshold_or_at_the_last() {
