@@ -9,7 +9,7 @@ use engine::kernels::linear::WeightType;
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use simulator::{ExitModel, Objectives, Routing, Simulation};
-use traces::{RequestFormat, RequestSpec, RequestTrace};
+use traces::{RequestFormat, RequestSpec, RequestTrace, TimeUnit, ZeroTokens};
 
 use crate::progress::Terminal;
 use experiments::experiment::{SCHEMA_VERSION, read_yaml};
@@ -22,16 +22,27 @@ use experiments::workload::{Workload, load_requests};
 /// Which requests to serve.
 #[derive(Debug, clap::Args)]
 pub struct RequestArgs {
-    /// Request trace (Azure, BurstGPT, Mooncake, LLMServingSim or own CSV), or a YAML file that describes requests
+    /// Request trace (Azure, Bailian, BurstGPT, Mooncake, LLMServingSim or own CSV; also .gz or .zst), or a YAML file that
+    /// describes requests
     #[arg(long, value_name = "FILE")]
     pub requests: PathBuf,
-    /// Format of the trace, if it is not recognised: depthwise, azure, burst_gpt, mooncake, llm_serving_sim
+    /// Format of the trace, if it is not recognised: depthwise, azure, burst_gpt, bailian, mooncake,
+    /// llm_serving_sim
     #[arg(long, value_name = "FORMAT")]
     pub format: Option<RequestFormat>,
+    /// Unit of the times of the trace, if the file does not determine it: s, ms, us, ns
+    #[arg(long, value_name = "UNIT")]
+    pub time_unit: Option<TimeUnit>,
+    /// Tokens in a block of the trace's hash_ids, if the file does not determine them
+    #[arg(long, value_name = "TOKENS")]
+    pub hash_block_tokens: Option<u32>,
+    /// What to do with rows without prompt or output tokens: skip, refuse [default: skip]
+    #[arg(long, value_name = "WHAT")]
+    pub zero_tokens: Option<ZeroTokens>,
     /// Keep only the first N requests
     #[arg(long, value_name = "N")]
     pub first: Option<usize>,
-    /// Keep only requests that arrive in this window, in seconds of the trace
+    /// Keep only requests that arrive in this window, in seconds after the first arrival
     #[arg(long, value_names = ["FROM", "TO"], num_args = 2)]
     pub window_s: Option<Vec<f64>>,
     /// Divide arrival times by this factor
@@ -62,6 +73,9 @@ impl RequestArgs {
         };
         let spec = RequestSpec {
             format: self.format.or(spec.format),
+            time_unit: self.time_unit.or(spec.time_unit),
+            hash_block_tokens: self.hash_block_tokens.or(spec.hash_block_tokens),
+            zero_tokens: self.zero_tokens.or(spec.zero_tokens),
             first: self.first.or(spec.first),
             window_s: self.window_s.as_deref().map(|window| (window[0], window[1])).or(spec.window_s),
             rate_factor: self.rate_factor.or(spec.rate_factor),

@@ -120,8 +120,7 @@ pub struct Sweeps {
 /// # Errors
 /// If it does not read, or a key is missing or unknown; with its path.
 pub fn read_yaml<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_yaml::from_str(&text).with_context(|| path.display().to_string())
+    Ok(traces::table::read_yaml(path)?)
 }
 
 impl Experiment {

@@ -40,15 +40,14 @@ impl Workload {
     }
 }
 
-/// Reads or makes requests, and says how many were left out.
+/// Reads or makes requests, and says what of their file is not among them.
 ///
 /// # Errors
 /// If the file does not read or the specification contradicts itself.
 pub fn load_requests(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporter) -> Result<RequestTrace> {
     let trace = spec.load(base)?;
-    if trace.dropped > 0 {
-        let RequestTrace { name, dropped, .. } = &trace;
-        reporter.note(&format!("{name}: {dropped} requests left out, which failed or have no output"));
+    for warning in &trace.warnings {
+        reporter.warning(&format!("{}: {warning}", trace.name));
     }
     Ok(trace)
 }

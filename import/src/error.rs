@@ -49,5 +49,5 @@ impl ImportError {
 }
 
 pub(crate) fn read_text(path: &Path) -> Result<String, ImportError> {
-    std::fs::read_to_string(path).map_err(|source| ImportError::Io { path: path.to_owned(), source })
+    Ok(traces::input::read_text(path)?)
 }

@@ -454,6 +454,7 @@ fn read_rows(
     sizes: &[&str],
     mut row: impl FnMut(&[&str], &[u32], f64),
 ) -> Result<(), ImportError> {
+    traces::input::check_no_pointer(path)?;
     let file = File::open(path).map_err(|source| ImportError::Io { path: path.to_owned(), source })?;
     let reader = SerializedFileReader::new(file).map_err(|error| ImportError::malformed(path, error))?;
     let schema = reader.metadata().file_metadata().schema_descr();

@@ -388,12 +388,7 @@ mod tests {
     fn requests_are_simulated_as_they_were_served() {
         let run = read(META, REQUESTS, None).unwrap();
         let request = |id, prompt_tokens| Request { id, arrival: Nanos(5), prompt_tokens, output_tokens: 9 };
-        let mut workload = RequestTrace {
-            name: "w".to_owned(),
-            requests: vec![request(0, 20), request(1, 40)],
-            prefix_hashes: None,
-            dropped: 0,
-        };
+        let mut workload = RequestTrace::new("w", vec![request(0, 20), request(1, 40)]);
         let served = run.as_served(&workload).unwrap();
         let of = |request: &Request| (request.arrival, request.prompt_tokens, request.output_tokens);
         assert_eq!(

@@ -19,6 +19,7 @@ use parquet::schema::types::ColumnPath;
 use crate::error::{Result, TraceError};
 use crate::exit_file::{COLUMNS, ExitRow, FIRST_SIGNAL, Fault, GATE};
 use crate::exit_trace::{ExitSignal, Signals};
+use crate::input::check_no_pointer;
 use crate::table::PartialFile;
 
 /// Rows of a group: what is held before it is written.
@@ -117,6 +118,7 @@ impl ParquetRows {
     /// # Errors
     /// If it does not read, or its columns are others.
     pub fn open(path: &Path) -> Result<Self> {
+        check_no_pointer(path)?;
         let file = File::open(path).map_err(TraceError::io("read", path))?;
         let reader = SerializedFileReader::new(file).map_err(unread(path))?;
         let schema = reader.metadata().file_metadata().schema_descr();

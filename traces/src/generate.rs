@@ -119,25 +119,28 @@ impl Generate {
             return Err(TraceError::spec("count", self.count, format!("at most {}", Self::MOST)));
         }
         let mut seeds = Xoshiro256PlusPlus::seed_from_u64(self.seed);
+        let mut warnings = Vec::new();
         Ok(Generated {
             ids: 0..self.count,
             arrival_s: 0.0,
             gaps: Gaps::new(self.arrivals)?,
-            lengths: self.lengths(base_dir)?,
+            lengths: self.lengths(base_dir, &mut warnings)?,
             arrival_rng: Xoshiro256PlusPlus::from_rng(&mut seeds),
             length_rng: Xoshiro256PlusPlus::from_rng(&mut seeds),
+            warnings,
         })
     }
 
-    fn lengths(&self, base_dir: &Path) -> Result<Lengths> {
+    fn lengths(&self, base_dir: &Path, warnings: &mut Vec<String>) -> Result<Lengths> {
         match (self.prompt_tokens, self.output_tokens, &self.lengths_from) {
             (Some(prompt), Some(output), None) => Ok(Lengths::Separate {
                 prompt: TokenCount::new("prompt_tokens", prompt)?,
                 output: TokenCount::new("output_tokens", output)?,
             }),
             (None, None, Some(file)) => {
-                let trace = RequestTrace::read(base_dir.join(file))?;
-                Ok(Lengths::Pairs(trace.requests.iter().map(|of| (of.prompt_tokens, of.output_tokens)).collect()))
+                let (lengths, found) = RequestTrace::read_lengths(&base_dir.join(file))?;
+                warnings.extend(found);
+                Ok(Lengths::Pairs(lengths))
             }
             (prompt, output, from) => {
                 let keys = ["prompt_tokens", "output_tokens", "lengths_from"];
@@ -159,6 +162,14 @@ pub struct Generated {
     lengths: Lengths,
     arrival_rng: Xoshiro256PlusPlus,
     length_rng: Xoshiro256PlusPlus,
+    warnings: Vec<String>,
+}
+
+impl Generated {
+    /// What is to be said of the trace that lengths are drawn from.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
 }
 
 impl Iterator for Generated {

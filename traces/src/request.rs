@@ -37,16 +37,32 @@ pub struct RequestTrace {
     pub requests: Vec<Request>,
     /// Which prompts begin alike, where the file says so.
     pub prefix_hashes: Option<PrefixHashes>,
-    /// Requests of the file that were left out because they failed (no prompt or no output token).
-    pub dropped: usize,
+    /// What of its file is not among the requests, and what was assumed, each in a sentence for people.
+    pub warnings: Vec<String>,
 }
 
 impl RequestTrace {
-    /// Orders requests by arrival (those that arrive together stay in their order) and numbers them.
+    /// Requests by arrival that no prefixes are known of.
+    pub fn new(name: impl Into<String>, requests: Vec<Request>) -> Self {
+        Self { name: name.into(), requests, prefix_hashes: None, warnings: Vec::new() }
+    }
+
+    /// Orders requests by arrival (those that arrive together stay in their order) and numbers them. Arrivals that are
+    /// dates, counted from 1970, are counted from the first of them.
     pub(crate) fn from_unsorted(name: String, requests: Vec<Request>, prefix_hashes: Option<PrefixHashes>) -> Self {
         let mut order: Vec<usize> = (0..requests.len()).collect();
         order.sort_by_key(|&index| requests[index].arrival);
-        Self { name, requests, prefix_hashes, dropped: 0 }.select(order)
+        let mut trace = Self { prefix_hashes, ..Self::new(name, requests) }.select(order);
+        let first = trace.first_arrival();
+        if first >= YEAR_2000 {
+            trace.requests.iter_mut().for_each(|request| request.arrival = request.arrival - first);
+        }
+        trace
+    }
+
+    /// When the first request arrives, which times of windows count from.
+    pub fn first_arrival(&self) -> Nanos {
+        self.requests.first().map_or(Nanos::ZERO, |request| request.arrival)
     }
 
     /// The requests at these places, in this order, numbered anew.
@@ -67,8 +83,12 @@ impl RequestTrace {
         self.select(0..count)
     }
 
-    /// The requests that arrive from `from` until just before `to`; `from` becomes time 0.
+    /// The requests that arrive from `from` after the first arrival until just before `to` after it; `from` becomes
+    /// time 0.
     pub fn window(self, from: Nanos, to: Nanos) -> Self {
+        let first = self.first_arrival();
+        let after = |time: Nanos| Nanos(time.0.saturating_add(first.0));
+        let (from, to) = (after(from), after(to));
         let before = |time: Nanos| self.requests.partition_point(|request| request.arrival < time);
         let places = before(from)..before(to).max(before(from));
         let mut trace = self.select(places);
@@ -83,34 +103,41 @@ impl RequestTrace {
         (span > Nanos::ZERO).then(|| (self.requests.len() - 1) as f64 / span.as_secs_f64())
     }
 
-    /// Lets requests arrive `factor` times as fast, in the same pattern.
+    /// Lets requests arrive `factor` times as fast, in the same pattern, from the first arrival on, which stays.
     ///
     /// # Errors
-    /// If the factor is not a positive number, or so small that arrivals leave [`Request::MAX_ARRIVAL`].
-    pub fn scale_rate(mut self, factor: f64) -> Result<Self> {
-        let last = self.requests.last().map_or(Nanos::ZERO, |request| request.arrival);
-        if !(factor.is_finite() && factor > 0.0 && last.0 as f64 / factor <= Request::MAX_ARRIVAL.0 as f64) {
-            let expected = "a positive factor that keeps arrivals within a century";
-            return Err(TraceError::spec("rate_factor", factor, expected));
-        }
-        for request in &mut self.requests {
-            request.arrival = Nanos((request.arrival.0 as f64 / factor).round() as u64);
-        }
-        Ok(self)
+    /// If the factor is not a positive number, or so small that arrivals exceed [`Request::MAX_ARRIVAL`].
+    pub fn scale_rate(self, factor: f64) -> Result<Self> {
+        let scaled = if factor.is_finite() && factor > 0.0 { self.scaled(factor) } else { None };
+        let expected = "a positive factor that keeps arrivals within a century";
+        scaled.ok_or_else(|| TraceError::spec("rate_factor", factor, expected))
     }
 
-    /// Lets requests arrive at a mean rate (see [`Self::rate_per_s`]), in the same pattern.
+    /// Lets requests arrive at a mean rate (see [`Self::rate_per_s`]), in the same pattern, from the first arrival on,
+    /// which stays.
     ///
     /// # Errors
-    /// If the rate is not a positive number, or if all requests arrive at once.
+    /// If the rate is not a positive number, or so small that arrivals exceed [`Request::MAX_ARRIVAL`], or if all
+    /// requests arrive at once.
     pub fn scale_to_rate(self, rate_per_s: f64) -> Result<Self> {
+        let wrong = |expected: &str| TraceError::spec("rate_per_s", rate_per_s, expected);
         if !(rate_per_s.is_finite() && rate_per_s > 0.0) {
-            return Err(TraceError::spec("rate_per_s", rate_per_s, "a positive number of requests per second"));
+            return Err(wrong("a positive number of requests per second"));
         }
-        match self.rate_per_s() {
-            Some(rate) => self.scale_rate(rate_per_s / rate),
-            None => Err(TraceError::spec("rate_per_s", rate_per_s, "a trace whose requests do not all arrive at once")),
+        let rate = self.rate_per_s().ok_or_else(|| wrong("a trace whose requests do not all arrive at once"))?;
+        self.scaled(rate_per_s / rate).ok_or_else(|| wrong("a rate that keeps arrivals within a century"))
+    }
+
+    /// None if arrivals would exceed [`Request::MAX_ARRIVAL`].
+    fn scaled(mut self, factor: f64) -> Option<Self> {
+        let first = self.first_arrival();
+        for request in &mut self.requests {
+            let since = (request.arrival - first).0 as f64 / factor;
+            request.arrival = (since <= Request::MAX_ARRIVAL.0 as f64)
+                .then(|| Nanos(first.0 + since.round() as u64))
+                .filter(|&arrival| arrival <= Request::MAX_ARRIVAL)?;
         }
+        Some(self)
     }
 
     /// Shortens prompts and outputs to at most these numbers of tokens (at least 1 stays).
@@ -130,6 +157,9 @@ impl RequestTrace {
         self
     }
 }
+
+/// Seconds from 1970 to 2000: what comes later is a date, and no time since the start of a trace.
+const YEAR_2000: Nanos = Nanos(946_684_800 * 1_000_000_000);
 
 /// For each prompt a hash of each whole block of its tokens together with all before it.
 ///
@@ -204,6 +234,19 @@ mod tests {
     }
 
     #[test]
+    fn a_window_counts_from_the_first_arrival() {
+        let late = trace(&[3600, 3610, 3620]).window(Nanos::ZERO, Nanos::from_secs_f64(15.0));
+        assert_eq!(seconds(&late), [0.0, 10.0]);
+        assert_eq!(seconds(&trace(&[3600, 3610]).window(Nanos(1), Nanos::MAX)), [9.999_999_999]);
+    }
+
+    #[test]
+    fn arrivals_that_are_dates_count_from_the_first() {
+        assert_eq!(seconds(&trace(&[1_700_000_000, 1_700_000_003])), [0.0, 3.0]);
+        assert_eq!(seconds(&trace(&[900_000_000, 900_000_003])), [9e8, 9e8 + 3.0]);
+    }
+
+    #[test]
     fn first_takes_no_more_than_there_are() {
         assert_eq!(trace(&[0, 1, 2]).first(2).requests.len(), 2);
         assert_eq!(trace(&[0, 1, 2]).first(9), trace(&[0, 1, 2]));
@@ -213,13 +256,21 @@ mod tests {
     fn scaling_keeps_the_pattern() {
         assert_eq!(seconds(&trace(&[0, 1, 4]).scale_rate(2.0).unwrap()), [0.0, 0.5, 2.0]);
         let scaled = trace(&[2, 4, 10]).scale_to_rate(4.0).unwrap();
+        assert_eq!(seconds(&scaled), [2.0, 2.125, 2.5], "from the first arrival on");
         assert!((scaled.rate_per_s().unwrap() - 4.0).abs() < 1e-9);
-        assert_eq!(seconds(&scaled)[1] * 2.0, seconds(&scaled)[0] * 4.0);
+    }
+
+    #[test]
+    fn a_late_start_does_not_keep_a_trace_from_being_slowed_down() {
+        let late = trace(&[900_000_000, 900_000_100]);
+        assert_eq!(seconds(&late.scale_rate(0.25).unwrap()), [9e8, 9e8 + 400.0]);
     }
 
     #[test]
     fn a_rate_that_cannot_be_reached_is_an_error() {
         assert!(trace(&[5, 5]).scale_to_rate(1.0).is_err());
+        let error = trace(&[0, 1]).scale_to_rate(1e-300).unwrap_err().to_string();
+        assert!(error.starts_with("requests: rate_per_s: found 0.000"), "the key that was given: {error}");
         for factor in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-300] {
             assert!(trace(&[0, 1]).scale_rate(factor).is_err(), "{factor}");
             assert!(trace(&[0, 1]).scale_to_rate(factor).is_err(), "{factor}");

@@ -1,18 +1,15 @@
-//! Files of request traces: four formats published by others, and our own.
+//! Files of request traces: five formats published by others, and our own.
 
 use std::fmt;
-use std::fs::File;
-use std::hash::{DefaultHasher, Hasher};
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::str::FromStr;
 
 use jiff::{Timestamp, civil, tz::TimeZone};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, TraceError, quote};
-use crate::request::{PrefixHashes, Request, RequestTrace};
+use crate::request::{Request, RequestTrace};
+use crate::request_json::{Ids, JsonLines, Keys, Lines, unused_warnings};
 use crate::table::{Owner, Row, Table, write_rows};
 use crate::units::Nanos;
 
@@ -22,11 +19,16 @@ use crate::units::Nanos;
 pub enum RequestFormat {
     /// Our own CSV: `request,arrival_us,prompt_tokens,output_tokens`.
     Depthwise,
-    /// Azure LLM inference traces, CSV: `TIMESTAMP,ContextTokens,GeneratedTokens`. The first arrival becomes 0.
+    /// Azure LLM inference traces of 2023 to 2025, CSV: `TIMESTAMP,ContextTokens,GeneratedTokens`. The first arrival
+    /// becomes 0.
     Azure,
-    /// BurstGPT, CSV: `Timestamp` (seconds), `Request tokens`, `Response tokens`. Requests that failed are left out.
+    /// BurstGPT, CSV: `Timestamp` (seconds), `Request tokens`, `Response tokens`.
     BurstGpt,
-    /// Mooncake, JSON lines: `timestamp` (ms), `input_length`, `output_length`, `hash_ids` of blocks of 512 tokens.
+    /// Qwen's Bailian traces, JSON lines: `chat_id`, `timestamp` (seconds), `input_length`, `output_length`, `hash_ids`
+    /// of blocks of 16 tokens.
+    Bailian,
+    /// Mooncake, JSON lines: `timestamp` (ms), `input_length`, `output_length`, `hash_ids` of blocks of 512 tokens; and
+    /// files of that layout with other blocks or units, or without hashes.
     Mooncake,
     /// Workloads of LLMServingSim, JSON lines: `arrival_time_ns`, `input_toks`, `output_toks`, `input_tok_ids`.
     LlmServingSim,
@@ -34,7 +36,8 @@ pub enum RequestFormat {
 
 impl RequestFormat {
     /// Every format.
-    pub const ALL: [Self; 5] = [Self::Depthwise, Self::Azure, Self::BurstGpt, Self::Mooncake, Self::LlmServingSim];
+    pub const ALL: [Self; 6] =
+        [Self::Depthwise, Self::Azure, Self::BurstGpt, Self::Bailian, Self::Mooncake, Self::LlmServingSim];
 
     /// The name in configurations and on the command line.
     pub fn name(self) -> &'static str {
@@ -42,6 +45,7 @@ impl RequestFormat {
             Self::Depthwise => "depthwise",
             Self::Azure => "azure",
             Self::BurstGpt => "burst_gpt",
+            Self::Bailian => "bailian",
             Self::Mooncake => "mooncake",
             Self::LlmServingSim => "llm_serving_sim",
         }
@@ -53,8 +57,19 @@ impl RequestFormat {
             Self::Depthwise => &["request", "arrival_us", "prompt_tokens", "output_tokens"],
             Self::Azure => &["TIMESTAMP", "ContextTokens", "GeneratedTokens"],
             Self::BurstGpt => &["Timestamp", "Request tokens", "Response tokens"],
+            Self::Bailian => &["chat_id", "timestamp", "input_length", "output_length"],
             Self::Mooncake => &["timestamp", "input_length", "output_length"],
             Self::LlmServingSim => &["arrival_time_ns", "input_toks", "output_toks"],
+        }
+    }
+
+    /// The keys of its lines of JSON; none of a table.
+    fn json(self) -> Option<&'static Keys> {
+        match self {
+            Self::Depthwise | Self::Azure | Self::BurstGpt => None,
+            Self::Bailian => Some(&BAILIAN),
+            Self::Mooncake => Some(&MOONCAKE),
+            Self::LlmServingSim => Some(&LLM_SERVING_SIM),
         }
     }
 
@@ -84,6 +99,133 @@ impl FromStr for RequestFormat {
     }
 }
 
+/// Unit of the times in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TimeUnit {
+    /// Seconds.
+    #[serde(rename = "s")]
+    Seconds,
+    /// Milliseconds.
+    #[serde(rename = "ms")]
+    Milliseconds,
+    /// Microseconds.
+    #[serde(rename = "us")]
+    Microseconds,
+    /// Nanoseconds.
+    #[serde(rename = "ns")]
+    Nanoseconds,
+}
+
+impl TimeUnit {
+    const ALL: [Self; 4] = [Self::Seconds, Self::Milliseconds, Self::Microseconds, Self::Nanoseconds];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Seconds => "s",
+            Self::Milliseconds => "ms",
+            Self::Microseconds => "us",
+            Self::Nanoseconds => "ns",
+        }
+    }
+
+    fn in_nanos(self) -> u64 {
+        match self {
+            Self::Seconds => 1_000_000_000,
+            Self::Milliseconds => 1_000_000,
+            Self::Microseconds => 1_000,
+            Self::Nanoseconds => 1,
+        }
+    }
+
+    /// A time in this unit, rounded to the nanosecond; none if it is negative or out of range.
+    pub(crate) fn nanos(self, time: &serde_json::Number) -> Option<Nanos> {
+        match time.as_u64() {
+            Some(whole) => whole.checked_mul(self.in_nanos()).map(Nanos),
+            None => self.nanos_of(time.as_f64()?),
+        }
+    }
+
+    fn nanos_of(self, time: f64) -> Option<Nanos> {
+        let nanos = (time * self.in_nanos() as f64).round();
+        (0.0..=u64::MAX as f64).contains(&nanos).then_some(Nanos(nanos as u64))
+    }
+}
+
+impl fmt::Display for TimeUnit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for TimeUnit {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        let unit = Self::ALL.into_iter().find(|unit| unit.name() == name);
+        unit.ok_or_else(|| format!("unknown unit of time `{name}`: expected s, ms, us or ns"))
+    }
+}
+
+/// What to do with rows without prompt or output tokens, which cannot be served: requests that failed, mostly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ZeroTokens {
+    /// Leave them out, with a warning that counts them.
+    #[default]
+    Skip,
+    /// Refuse the file.
+    Refuse,
+}
+
+impl FromStr for ZeroTokens {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "skip" => Ok(Self::Skip),
+            "refuse" => Ok(Self::Refuse),
+            _ => Err(format!("`{name}`: expected skip or refuse")),
+        }
+    }
+}
+
+impl fmt::Display for ZeroTokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Skip => "skip",
+            Self::Refuse => "refuse",
+        })
+    }
+}
+
+/// Rows of a file that are not requests.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct LeftOut {
+    without_prompt: usize,
+    without_output: usize,
+}
+
+impl LeftOut {
+    /// None if a row has tokens; otherwise, it is counted, or the place of the length that makes the file be refused:
+    /// 0 of the prompt, 1 of the output.
+    pub fn without_tokens(&mut self, prompt: u32, output: u32, zero_tokens: ZeroTokens) -> Option<Option<usize>> {
+        let place = [prompt, output].iter().position(|&tokens| tokens == 0)?;
+        match (zero_tokens, place) {
+            (ZeroTokens::Refuse, _) => return Some(Some(place)),
+            (ZeroTokens::Skip, 0) => self.without_prompt += 1,
+            (ZeroTokens::Skip, _) => self.without_output += 1,
+        }
+        Some(None)
+    }
+
+    /// What to say of them.
+    pub fn warnings(self) -> impl Iterator<Item = String> {
+        let Self { without_prompt, without_output } = self;
+        let counted = [(without_prompt, "prompt"), (without_output, "output")].into_iter().filter(|kind| kind.0 > 0);
+        let counted: Vec<String> = counted.map(|(count, kind)| format!("{count} without {kind} tokens")).collect();
+        let counted = (!counted.is_empty()).then(|| counted.join(" and "));
+        counted.into_iter().map(|rows| format!("requests left out: {rows} (`zero_tokens: refuse` refuses the file)"))
+    }
+}
+
 /// How to read a file of requests.
 #[derive(Clone, Copy, Debug)]
 pub struct ReadOptions {
@@ -91,18 +233,73 @@ pub struct ReadOptions {
     pub format: Option<RequestFormat>,
     /// Block size in tokens for the prefix hashes of files that hold token ids; at least 1.
     pub prefix_block_tokens: u32,
+    /// Tokens of a block of the hashes in the file, where it does not determine them.
+    pub hash_block_tokens: Option<u32>,
+    /// Unit of the times, where the file does not determine it.
+    pub time_unit: Option<TimeUnit>,
+    /// What to do with rows without prompt or output tokens.
+    pub zero_tokens: ZeroTokens,
 }
 
 impl ReadOptions {
-    /// Block size of prefix hashes that nobody chose: that of vLLM's cache.
+    /// Block size of prefix hashes that is not set: that of vLLM's cache.
     pub const DEFAULT_PREFIX_BLOCK_TOKENS: u32 = 16;
+
+    /// Whether the options have a meaning for a format.
+    fn check(&self, format: RequestFormat) -> Result<()> {
+        let other = |key, found: String, of: &str| {
+            let expected = format!("it for a trace {of}; this one is of the format {format}");
+            Err(TraceError::spec(key, found, expected))
+        };
+        let has_blocks = format.json().is_some_and(|keys| matches!(keys.ids_are, Ids::Blocks(_)));
+        match (self.time_unit, self.hash_block_tokens) {
+            (_, Some(0)) => Err(TraceError::spec("hash_block_tokens", 0, "at least 1")),
+            (_, Some(tokens)) if !has_blocks => other("hash_block_tokens", tokens.to_string(), "with hash_ids"),
+            (Some(unit), _) if !has_blocks && format != RequestFormat::BurstGpt => {
+                other("time_unit", unit.to_string(), "whose times have a unit of the file's own")
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Default for ReadOptions {
     fn default() -> Self {
-        Self { format: None, prefix_block_tokens: Self::DEFAULT_PREFIX_BLOCK_TOKENS }
+        Self {
+            format: None,
+            prefix_block_tokens: Self::DEFAULT_PREFIX_BLOCK_TOKENS,
+            hash_block_tokens: None,
+            time_unit: None,
+            zero_tokens: ZeroTokens::default(),
+        }
     }
 }
+
+const MOONCAKE: Keys = Keys {
+    time: "timestamp",
+    prompt: "input_length",
+    output: "output_length",
+    ids: "hash_ids",
+    silent: &["request_id", "type"],
+    unit: None,
+    ids_are: Ids::Blocks(512),
+};
+
+const BAILIAN: Keys =
+    Keys { silent: &["chat_id", "turn", "type"], unit: Some(TimeUnit::Seconds), ids_are: Ids::Blocks(16), ..MOONCAKE };
+
+const LLM_SERVING_SIM: Keys = Keys {
+    time: "arrival_time_ns",
+    prompt: "input_toks",
+    output: "output_toks",
+    ids: "input_tok_ids",
+    silent: &["request_id", "output_tok_ids"],
+    unit: Some(TimeUnit::Nanoseconds),
+    ids_are: Ids::Tokens,
+};
+
+/// Columns of tables that change nothing of what is replayed.
+const SILENT_COLUMNS: [&str; 5] = ["Elapsed time", "Model", "Total tokens", "Log Type", "Status"];
 
 impl RequestTrace {
     /// Reads a file of any known format.
@@ -129,21 +326,39 @@ impl RequestTrace {
             Some(format) => format,
             None => detect(path)?,
         };
+        options.check(format)?;
         let trace = match format {
             RequestFormat::Depthwise => read_depthwise(path),
-            RequestFormat::Azure => read_azure(path),
-            RequestFormat::BurstGpt => read_burst_gpt(path),
-            RequestFormat::Mooncake => read_json_lines(path, MOONCAKE_BLOCK_TOKENS, MooncakeLine::into_request),
-            RequestFormat::LlmServingSim => {
-                let block_tokens = options.prefix_block_tokens.max(1);
-                read_json_lines(path, block_tokens, |line, row| ServingSimLine::into_request(line, row, block_tokens))
-            }
+            RequestFormat::Azure => read_azure(path, options),
+            RequestFormat::BurstGpt => read_burst_gpt(path, options),
+            RequestFormat::Bailian => JsonLines::read(path, &BAILIAN, options)?.into_trace(),
+            RequestFormat::Mooncake => JsonLines::read(path, &MOONCAKE, options)?.into_trace(),
+            RequestFormat::LlmServingSim => JsonLines::read(path, &LLM_SERVING_SIM, options)?.into_trace(),
         }?;
-        if trace.requests.is_empty() {
-            let found = format!("no request that did not fail ({} dropped)", trace.dropped);
-            return Err(TraceError::file(path, found, "at least one request"));
+        match trace.requests.is_empty() {
+            false => Ok(trace),
+            true => Err(no_request(path, &trace.warnings)),
         }
-        Ok(trace)
+    }
+
+    /// Pairs of prompt and output length of a file of any known format, and what is to be said of it. Neither times nor
+    /// hashes play a part, so that no option is needed to read them.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(crate) fn read_lengths(path: &Path) -> Result<(Lengths, Vec<String>)> {
+        let options = ReadOptions::default();
+        let (lengths, warnings) = match detect(path)?.json() {
+            Some(keys) => JsonLines::read(path, keys, &options)?.into_lengths(),
+            None => {
+                let trace = Self::read(path)?;
+                (trace.requests.iter().map(|of| (of.prompt_tokens, of.output_tokens)).collect(), trace.warnings)
+            }
+        };
+        match lengths.is_empty() {
+            false => Ok((lengths, warnings)),
+            true => Err(no_request(path, &warnings)),
+        }
     }
 
     /// Writes our own CSV, whole or not at all; prefix hashes are not part of it.
@@ -160,11 +375,22 @@ impl RequestTrace {
     }
 }
 
-const TOKENS: &str = "a whole number of tokens from 1 to 1073741824";
-const TIME: &str = "a time from 0 to a century";
+pub(crate) const TOKENS: &str = "a whole number of tokens from 1 to 1073741824";
+pub(crate) const TIME: &str = "a time from 0 to a century";
 
-fn name_of(path: &Path) -> String {
-    path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
+/// Prompt and output tokens of requests.
+pub(crate) type Lengths = Vec<(u32, u32)>;
+
+fn no_request(path: &Path, warnings: &[String]) -> TraceError {
+    let found = [&["no request".to_owned()], warnings].concat().join("; ");
+    TraceError::file(path, found, "at least one with prompt and output tokens")
+}
+
+/// The file's name without its ending, `.csv` or `.csv.gz`.
+pub(crate) fn name_of(path: &Path) -> String {
+    let packed = path.extension().is_some_and(|ending| ending == "gz" || ending == "zst");
+    let name = if packed { path.file_stem().map(Path::new).unwrap_or(path) } else { path };
+    name.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
 }
 
 fn detect(path: &Path) -> Result<RequestFormat> {
@@ -176,16 +402,34 @@ fn detect(path: &Path) -> Result<RequestFormat> {
     let Some((line, first)) = lines.next_line()? else {
         return Err(TraceError::file(path, "an empty file", expected()));
     };
-    RequestFormat::of_first_line(&String::from_utf8_lossy(first)).ok_or_else(|| TraceError::Line {
-        path: path.to_owned(),
-        line,
-        found: quote(first),
-        expected: expected(),
-    })
+    let wrong = |expected| TraceError::Line { path: path.to_owned(), line, found: quote(first), expected };
+    if first.starts_with(b"[") {
+        return Err(wrong("an object in each line, not one list: run `jq -c '.[]'`".to_owned()));
+    }
+    RequestFormat::of_first_line(&String::from_utf8_lossy(first)).ok_or_else(|| wrong(expected()))
 }
 
 fn tokens(row: &Row<'_>, column: usize) -> Result<u32> {
     row.number(column, TOKENS, |tokens| (1..=Request::MAX_TOKENS).contains(tokens))
+}
+
+/// Prompt and output tokens of a row of others; none of one that is left out.
+fn lengths(row: &Row<'_>, options: &ReadOptions, left_out: &mut LeftOut) -> Result<Option<(u32, u32)>> {
+    const LENGTHS: [usize; 2] = [1, 2];
+    let in_range = |tokens: &u32| *tokens <= Request::MAX_TOKENS;
+    let [prompt, output] = LENGTHS.map(|column| row.number(column, TOKENS, in_range));
+    let (prompt, output) = (prompt?, output?);
+    match left_out.without_tokens(prompt, output, options.zero_tokens) {
+        None => Ok(Some((prompt, output))),
+        Some(None) => Ok(None),
+        Some(Some(place)) => Err(row.error(LENGTHS[place], TOKENS)),
+    }
+}
+
+/// What is to be said of a table of others.
+fn table_warnings(table: &Table, left_out: LeftOut) -> Vec<String> {
+    let unused = table.unused().iter().map(String::as_str).filter(|column| !SILENT_COLUMNS.contains(column));
+    left_out.warnings().chain(unused_warnings(unused)).collect()
 }
 
 fn read_depthwise(path: &Path) -> Result<RequestTrace> {
@@ -201,7 +445,7 @@ fn read_depthwise(path: &Path) -> Result<RequestTrace> {
         }
         requests.push(Request { id, arrival, prompt_tokens: tokens(&row, 2)?, output_tokens: tokens(&row, 3)? });
     }
-    Ok(RequestTrace { name: name_of(path), requests, prefix_hashes: None, dropped: 0 })
+    Ok(RequestTrace::new(name_of(path), requests))
 }
 
 /// Decimal microseconds to nanoseconds without a detour over floats, so that what was written is read.
@@ -216,15 +460,15 @@ fn parse_micros(text: &str) -> Option<Nanos> {
     Some(Nanos(nanos)).filter(|&arrival| arrival <= Request::MAX_ARRIVAL)
 }
 
-fn read_azure(path: &Path) -> Result<RequestTrace> {
+fn read_azure(path: &Path, options: &ReadOptions) -> Result<RequestTrace> {
     let mut table = Table::open(path, RequestFormat::Azure.fields(), Owner::Others)?;
     let mut times: Vec<i128> = Vec::new();
-    let mut requests = Vec::new();
+    let (mut requests, mut left_out) = (Vec::new(), LeftOut::default());
     while let Some(row) = table.next_row()? {
-        times.push(row.get(0, "a date and time such as `2023-11-16 18:17:03.9799600`", parse_date)?);
-        let request =
-            Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: tokens(&row, 1)?, output_tokens: tokens(&row, 2)? };
-        requests.push(request);
+        let time = row.get(0, "a date and time such as `2023-11-16 18:17:03.9799600`", parse_date)?;
+        let Some((prompt_tokens, output_tokens)) = lengths(&row, options, &mut left_out)? else { continue };
+        times.push(time);
+        requests.push(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens, output_tokens });
     }
     let first = times.iter().copied().min().unwrap_or(0);
     let last = times.iter().copied().max().unwrap_or(0);
@@ -234,7 +478,8 @@ fn read_azure(path: &Path) -> Result<RequestTrace> {
     for (request, time) in requests.iter_mut().zip(&times) {
         request.arrival = Nanos((time - first) as u64);
     }
-    Ok(RequestTrace::from_unsorted(name_of(path), requests, None))
+    let warnings = table_warnings(&table, left_out);
+    Ok(RequestTrace { warnings, ..RequestTrace::from_unsorted(name_of(path), requests, None) })
 }
 
 /// Nanoseconds since 1970; a time without an offset from UTC is taken as UTC.
@@ -244,195 +489,21 @@ fn parse_date(text: &str) -> Option<i128> {
     Some(timestamp.as_nanosecond())
 }
 
-fn read_burst_gpt(path: &Path) -> Result<RequestTrace> {
-    let mut table = Table::open(path, RequestFormat::BurstGpt.fields(), Owner::Others)?;
-    let mut requests = Vec::new();
-    let mut dropped = 0;
-    while let Some(row) = table.next_row()? {
-        let seconds = row.number(0, "seconds from 0 to a century", |&seconds: &f64| is_time(seconds))?;
-        let expected = "a whole number of tokens from 0 to 1073741824";
-        let in_range = |tokens: &u32| *tokens <= Request::MAX_TOKENS;
-        let (prompt_tokens, output_tokens) = (row.number(1, expected, in_range)?, row.number(2, expected, in_range)?);
-        match prompt_tokens == 0 || output_tokens == 0 {
-            true => dropped += 1,
-            false => {
-                requests.push(Request { id: 0, arrival: Nanos::from_secs_f64(seconds), prompt_tokens, output_tokens })
-            }
-        }
-    }
-    Ok(RequestTrace { dropped, ..RequestTrace::from_unsorted(name_of(path), requests, None) })
-}
-
-fn is_time(seconds: f64) -> bool {
-    (0.0..=Request::MAX_ARRIVAL.as_secs_f64()).contains(&seconds)
-}
-
-/// The lines of a text file that are not blank, with their numbers, held one at a time.
-struct Lines<'a> {
-    path: &'a Path,
-    reader: BufReader<File>,
-    line: u64,
-    buffer: Vec<u8>,
-}
-
-impl<'a> Lines<'a> {
-    fn open(path: &'a Path) -> Result<Self> {
-        let file = File::open(path).map_err(TraceError::io("read", path))?;
-        Ok(Self { path, reader: BufReader::new(file), line: 0, buffer: Vec::new() })
-    }
-
-    fn next_line(&mut self) -> Result<Option<(u64, &[u8])>> {
-        loop {
-            self.buffer.clear();
-            let read = self.reader.read_until(b'\n', &mut self.buffer).map_err(TraceError::io("read", self.path))?;
-            if read == 0 {
-                return Ok(None);
-            }
-            self.line += 1;
-            if !trim(&self.buffer).is_empty() {
-                return Ok(Some((self.line, trim(&self.buffer))));
-            }
-        }
-    }
-}
-
-fn trim(line: &[u8]) -> &[u8] {
-    line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line).trim_ascii()
-}
-
-/// Stands for the key where a line as a whole is wrong.
-const WHOLE_LINE: &str = "the object";
-
-/// Where a line of JSON stands, to say so in errors.
-struct JsonRow<'a> {
-    path: &'a Path,
-    line: u64,
-}
-
-impl JsonRow<'_> {
-    fn parse<T: DeserializeOwned>(&self, text: &[u8]) -> Result<T> {
-        let mut deserializer = serde_json::Deserializer::from_slice(text);
-        let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-            let message = error.inner().to_string();
-            // The position within the line is of no use beside its number and the key.
-            let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
-            let key = error.path().to_string();
-            self.json_error(if matches!(key.as_str(), "." | "?") { WHOLE_LINE } else { &key }, message)
-        })?;
-        deserializer.end().map_err(|_| self.json_error(WHOLE_LINE, "expected nothing after it"))?;
-        Ok(value)
-    }
-
-    fn json_error(&self, key: &str, message: &str) -> TraceError {
-        TraceError::Json { path: self.path.to_owned(), line: self.line, key: key.into(), message: message.into() }
-    }
-
-    fn tokens(&self, key: &str, tokens: u64) -> Result<u32> {
-        let in_range = u32::try_from(tokens).ok().filter(|tokens| (1..=Request::MAX_TOKENS).contains(tokens));
-        in_range.ok_or_else(|| self.value_error(key, tokens, TOKENS))
-    }
-
-    fn seconds(&self, key: &str, value: f64, seconds: f64) -> Result<Nanos> {
-        match is_time(seconds) {
-            true => Ok(Nanos::from_secs_f64(seconds)),
-            false => Err(self.value_error(key, value, TIME)),
-        }
-    }
-
-    fn value_error(&self, column: &str, found: impl fmt::Display, expected: impl Into<String>) -> TraceError {
-        let (path, column, found) = (self.path.to_owned(), column.into(), format!("`{found}`"));
-        TraceError::Value { path, line: self.line, column, found, expected: expected.into() }
-    }
-}
-
-/// Reads a trace of one JSON object per line; each gives a request and, in all lines or none, its prefix hashes.
-fn read_json_lines<L: DeserializeOwned>(
-    path: &Path,
-    block_tokens: u32,
-    into_request: impl Fn(L, &JsonRow<'_>) -> Result<(Request, Option<Vec<u64>>)>,
-) -> Result<RequestTrace> {
-    let mut lines = Lines::open(path)?;
-    let mut requests = Vec::new();
-    let mut prefix_hashes: Option<PrefixHashes> = None;
-    while let Some((line, text)) = lines.next_line()? {
-        let row = JsonRow { path, line };
-        let (request, hashes) = into_request(row.parse(text)?, &row)?;
-        if requests.is_empty() && hashes.is_some() {
-            prefix_hashes = Some(PrefixHashes::new(block_tokens));
-        }
-        match (&mut prefix_hashes, hashes) {
-            (Some(all), Some(hashes)) => all.push(hashes),
-            (None, None) => {}
-            _ => return Err(row.json_error(WHOLE_LINE, "expected prompt blocks or tokens in every line or in none")),
-        }
-        requests.push(request);
-    }
-    Ok(RequestTrace::from_unsorted(name_of(path), requests, prefix_hashes))
-}
-
-/// Tokens of a block of Mooncake's `hash_ids`.
-const MOONCAKE_BLOCK_TOKENS: u32 = 512;
-
-#[derive(Deserialize)]
-struct MooncakeLine {
-    timestamp: f64,
-    input_length: u64,
-    output_length: u64,
-    hash_ids: Option<Vec<u64>>,
-}
-
-impl MooncakeLine {
-    fn into_request(self, row: &JsonRow<'_>) -> Result<(Request, Option<Vec<u64>>)> {
-        let arrival = row.seconds("timestamp", self.timestamp, self.timestamp * 1e-3)?;
-        let prompt_tokens = row.tokens("input_length", self.input_length)?;
-        let output_tokens = row.tokens("output_length", self.output_length)?;
-        let hashes = self.hash_ids.map(|mut ids| {
-            let blocks = prompt_tokens.div_ceil(MOONCAKE_BLOCK_TOKENS) as usize;
-            if ids.len() != blocks {
-                let expected = format!("{blocks}, one for each 512 tokens of the prompt");
-                return Err(row.value_error("hash_ids", format_args!("{} ids", ids.len()), expected));
-            }
-            ids.truncate((prompt_tokens / MOONCAKE_BLOCK_TOKENS) as usize);
-            Ok(ids)
-        });
-        Ok((Request { id: 0, arrival, prompt_tokens, output_tokens }, hashes.transpose()?))
-    }
-}
-
-#[derive(Deserialize)]
-struct ServingSimLine {
-    arrival_time_ns: u64,
-    input_toks: u64,
-    output_toks: u64,
-    input_tok_ids: Option<Vec<u32>>,
-}
-
-impl ServingSimLine {
-    fn into_request(self, row: &JsonRow<'_>, block_tokens: u32) -> Result<(Request, Option<Vec<u64>>)> {
-        let arrival = Nanos(self.arrival_time_ns);
-        if arrival > Request::MAX_ARRIVAL {
-            return Err(row.value_error("arrival_time_ns", arrival.0, TIME));
-        }
-        let prompt_tokens = row.tokens("input_toks", self.input_toks)?;
-        let output_tokens = row.tokens("output_toks", self.output_toks)?;
-        if let Some(ids) = self.input_tok_ids.as_ref().filter(|ids| ids.len() != prompt_tokens as usize) {
-            let expected = format!("{prompt_tokens}, as in input_toks");
-            return Err(row.value_error("input_tok_ids", format_args!("{} ids", ids.len()), expected));
-        }
-        let hashes = self.input_tok_ids.map(|ids| hash_prefixes(&ids, block_tokens));
-        Ok((Request { id: 0, arrival, prompt_tokens, output_tokens }, hashes))
-    }
-}
-
-/// A hash of all tokens up to the end of each whole block.
-fn hash_prefixes(token_ids: &[u32], block_tokens: u32) -> Vec<u64> {
-    let mut prefix = DefaultHasher::new();
-    let blocks = token_ids.chunks_exact(block_tokens as usize);
-    let hash = |block: &[u32]| {
-        block.iter().for_each(|&token| prefix.write_u32(token));
-        prefix.finish()
+fn read_burst_gpt(path: &Path, options: &ReadOptions) -> Result<RequestTrace> {
+    let unit = options.time_unit.unwrap_or(TimeUnit::Seconds);
+    let time = |text: &str| {
+        let arrival = unit.nanos_of(text.parse().ok()?);
+        arrival.filter(|&arrival| arrival <= Request::MAX_ARRIVAL)
     };
-    blocks.map(hash).collect()
+    let mut table = Table::open(path, RequestFormat::BurstGpt.fields(), Owner::Others)?;
+    let (mut requests, mut left_out) = (Vec::new(), LeftOut::default());
+    while let Some(row) = table.next_row()? {
+        let arrival = row.get(0, TIME, time)?;
+        let Some((prompt_tokens, output_tokens)) = lengths(&row, options, &mut left_out)? else { continue };
+        requests.push(Request { id: 0, arrival, prompt_tokens, output_tokens });
+    }
+    let warnings = table_warnings(&table, left_out);
+    Ok(RequestTrace { warnings, ..RequestTrace::from_unsorted(name_of(path), requests, None) })
 }
 
 #[cfg(test)]
@@ -473,7 +544,13 @@ mod tests {
         assert_eq!(rows(&read(AZURE).unwrap()), [(0, 4808, 10), (52_000_000, 3180, 8), (1_052_000_500, 110, 27)]);
         let burst = read(BURST_GPT).unwrap();
         assert_eq!(rows(&burst), [(5_000_000_000, 472, 18), (118_000_000_000, 417, 276)]);
-        assert_eq!(burst.dropped, 1);
+        assert_eq!(
+            burst.warnings,
+            [
+                "requests left out: 1 without output tokens (`zero_tokens: refuse` refuses the file)",
+                "sessions and delays are not replayed (`Session ID`): each request arrives at its own time",
+            ]
+        );
         assert_eq!(rows(&read(MOONCAKE).unwrap()), [(0, 1100, 5), (3_500_000_000, 1024, 9)]);
         assert_eq!(rows(&read(SERVING_SIM).unwrap()), [(1_500_000, 5, 7), (2_500_000, 4, 3)]);
         assert_eq!(rows(&read(OURS).unwrap()), [(500, 10, 1), (1_000_000, 20, 2)]);
@@ -481,7 +558,7 @@ mod tests {
 
     #[test]
     fn byte_order_marks_and_line_ends_of_windows_make_no_difference() {
-        for contents in [AZURE, BURST_GPT, MOONCAKE, SERVING_SIM, OURS] {
+        for contents in [AZURE, BURST_GPT, BAILIAN, MOONCAKE, SERVING_SIM, OURS] {
             let unix = contents.replace("\r\n", "\n");
             let windows = format!("\u{feff}{}", unix.replace('\n', "\r\n"));
             assert_eq!(read(&unix).unwrap(), read(&windows).unwrap());
@@ -512,8 +589,6 @@ mod tests {
         assert_eq!((first.len(), second.len()), (2, 2));
         assert_eq!(first[0], second[0]);
         assert_ne!(first[1], second[1]);
-        // The second blocks hold the same tokens after different first ones.
-        assert_ne!(hash_prefixes(&[1, 2, 7, 7], 2)[1], hash_prefixes(&[3, 4, 7, 7], 2)[1]);
         assert!(read(SERVING_SIM).unwrap().prefix_hashes.unwrap().of(0).is_empty(), "no whole block of 16");
     }
 
@@ -526,26 +601,22 @@ mod tests {
             ),
             ("\n\r\n".into(), "found an empty file"),
             ("hello\n".into(), "trace.any:1: found `hello`, expected the fields of a request trace"),
-            ("TIMESTAMP,ContextTokens,GeneratedTokens\n".into(), "found no request that did not fail (0 dropped)"),
+            ("TIMESTAMP,ContextTokens,GeneratedTokens\n".into(), "found no request, expected at least one with prompt"),
             (AZURE.replace("ContextTokens", "Context"), "trace.any:1: found `TIMESTAMP,Context,GeneratedTokens`"),
             (AZURE.replace("3180,8", "3180"), "trace.any:3: found 2 columns, expected 3, as in the header"),
             (AZURE.replace("2023-11-16 18:17:04", "2023-13-16"), "trace.any:3: TIMESTAMP: found `2023-13-16.0319600`"),
-            (
-                AZURE.replace("3180", "0"),
-                "trace.any:3: ContextTokens: found `0`, expected a whole number of tokens from 1",
-            ),
             (AZURE.replace("3180", "-3"), "trace.any:3: ContextTokens: found `-3`"),
             (AZURE.replace("3180", "5000000000"), "trace.any:3: ContextTokens: found `5000000000`"),
             (AZURE.replace("110,27", "110,"), "trace.any:4: GeneratedTokens: found ``"),
-            (BURST_GPT.replace("45.5", "NaN"), "trace.any:3: Timestamp: found `NaN`, expected seconds"),
+            (BURST_GPT.replace("45.5", "NaN"), "trace.any:3: Timestamp: found `NaN`, expected a time from 0"),
             (BURST_GPT.replace("45.5", "-1"), "trace.any:3: Timestamp: found `-1`"),
             (BURST_GPT.replace("45.5", "1e300"), "trace.any:3: Timestamp: found `1e300`"),
             (BURST_GPT.replace("1087,0", "1087,x"), "trace.any:3: Response tokens: found `x`"),
             (
                 BURST_GPT.replace(",18,", ",0,").replace(",276,", ",0,"),
-                "found no request that did not fail (3 dropped)",
+                "found no request; requests left out: 3 without output tokens (`zero_tokens: refuse` refuses the file)",
             ),
-            (MOONCAKE.replace("1024", "0"), "trace.any:2: input_length: found `0`, expected a whole number of tokens"),
+            (MOONCAKE.replace("1024", "5000000000"), "trace.any:2: input_length: found `5000000000`, expected a whole"),
             (MOONCAKE.replace("1024", "-5"), "trace.any:2: input_length: invalid value: integer `-5`, expected u64"),
             (MOONCAKE.replace("3500", "-5"), "trace.any:2: timestamp: found `-5`, expected a time from 0 to a century"),
             (
@@ -562,6 +633,11 @@ mod tests {
             ),
             (MOONCAKE.replace("\"output_length\": 9, ", ""), "trace.any:2: the object: missing field `output_length`"),
             (MOONCAKE[..120].into(), "trace.any:2: the object: EOF while parsing"),
+            (
+                MOONCAKE.replace("9, ", "9, \"output_length\": 8, "),
+                "trace.any:2: the object: duplicate field `output_length`",
+            ),
+            (format!("[{}]", MOONCAKE.replace('\n', ",")), "expected an object in each line, not one list: run `jq"),
             (MOONCAKE.replace("[0, 4]}", "[0, 4]}}"), "trace.any:2: the object: expected nothing after it"),
             (SERVING_SIM.replace("[1, 2, 9, 4]", "[1, 2, 9]"), "trace.any:2: input_tok_ids: found `3 ids`, expected 4"),
             (SERVING_SIM.replace("2500000", "18000000000000000000"), "trace.any:2: arrival_time_ns: found `180000"),
@@ -586,6 +662,242 @@ mod tests {
         assert!(RequestTrace::read("no/such.csv").unwrap_err().to_string().starts_with("cannot read no/such.csv: "));
         assert_eq!(RequestFormat::ALL.map(|format| format.name().parse()), RequestFormat::ALL.map(Ok));
         assert!("azur".parse::<RequestFormat>().unwrap_err().contains("unknown request format `azur`"));
+    }
+
+    const BAILIAN: &str = "{\"chat_id\": 159, \"parent_chat_id\": -1, \"timestamp\": 0.21, \"input_length\": 12, \
+        \"output_length\": 30, \"type\": \"text\", \"turn\": 1, \"hash_ids\": [5]}\n\
+        {\"chat_id\": 160, \"parent_chat_id\": 159, \"timestamp\": 61.5, \"input_length\": 45, \"output_length\": 20, \
+        \"type\": \"text\", \"turn\": 2, \"hash_ids\": [5, 8, 9]}\n\
+        {\"chat_id\": 161, \"parent_chat_id\": -1, \"timestamp\": 3600.25, \"input_length\": 30, \"output_length\": 10, \
+        \"type\": \"file\", \"turn\": 1, \"hash_ids\": [21, 22]}\n";
+    const BAILIAN_ROWS: [(u64, u32, u32); 3] =
+        [(210_000_000, 12, 30), (61_500_000_000, 45, 20), (3_600_250_000_000, 30, 10)];
+
+    /// Lines of JSON without a key whose value is a number, a text or a list.
+    fn without(key: &str, lines: &str) -> String {
+        let start = format!(", \"{key}\": ");
+        let strip = |line: &str| match line.split_once(&start) {
+            Some((before, after)) => {
+                let end =
+                    if after.starts_with('[') { after.find(']').unwrap() + 1 } else { after.find([',', '}']).unwrap() };
+                format!("{before}{}\n", &after[end..])
+            }
+            None => format!("{line}\n"),
+        };
+        lines.lines().map(strip).collect()
+    }
+
+    #[test]
+    fn bailian_traces_are_of_seconds_with_or_without_hashes() {
+        let trace = read(BAILIAN).unwrap();
+        assert_eq!(rows(&trace), BAILIAN_ROWS);
+        let hashes = trace.prefix_hashes.unwrap();
+        assert_eq!(hashes.block_tokens, 16);
+        assert_eq!([hashes.of(0), hashes.of(1), hashes.of(2)], [&[][..], &[5, 8], &[21]]);
+        let warning = "sessions and delays are not replayed (`parent_chat_id`): each request arrives at its own time";
+        assert_eq!(trace.warnings, [warning]);
+        let bare = read(&without("hash_ids", BAILIAN)).unwrap();
+        assert_eq!((rows(&bare), bare.prefix_hashes), (BAILIAN_ROWS.to_vec(), None));
+    }
+
+    #[test]
+    fn seconds_and_milliseconds_that_the_file_does_not_tell_apart_need_the_option() {
+        let anonymous = BAILIAN.replace("\"chat_id\": 159, \"parent_chat_id\": -1, ", "");
+        let bare = without("hash_ids", MOONCAKE);
+        let small = MOONCAKE.replace("1100", "40").replace("1024", "25");
+        let fractions = MOONCAKE.replace("3500", "3500.5");
+        for (contents, reason) in [
+            (&anonymous, "with fractions, as 0.21 in line 1"),
+            (&bare, "without hash_ids"),
+            (&small, "with blocks of 16 tokens"),
+            (&fractions, "with fractions, as 3500.5 in line 2"),
+        ] {
+            let error = read(contents).unwrap_err().to_string();
+            assert!(error.contains(reason) && error.contains("`--time-unit ms`"), "{error}");
+            for (unit, nanos) in [(TimeUnit::Seconds, 1_000_000_000.0), (TimeUnit::Milliseconds, 1_000_000.0)] {
+                let options = ReadOptions { time_unit: Some(unit), ..ReadOptions::default() };
+                let last = read_with(contents, &options).unwrap().requests.last().unwrap().arrival;
+                let in_unit: f64 = if contents == &anonymous {
+                    3600.25
+                } else if contents == &fractions {
+                    3500.5
+                } else {
+                    3500.0
+                };
+                assert_eq!(last, Nanos((in_unit * nanos) as u64));
+            }
+        }
+        assert_eq!(rows(&read(MOONCAKE).unwrap())[1].0, 3_500_000_000, "Mooncake's own blocks and whole milliseconds");
+        for contents in [AZURE, OURS, SERVING_SIM] {
+            let options = ReadOptions { time_unit: Some(TimeUnit::Seconds), ..ReadOptions::default() };
+            let error = read_with(contents, &options).unwrap_err().to_string();
+            assert!(error.contains("time_unit: found s, expected it for a trace whose times"), "{error}");
+        }
+    }
+
+    #[test]
+    fn times_that_are_dates_count_from_the_first_in_any_unit() {
+        let in_units = |unit, scale: u64| {
+            let line = |time: u64| format!("{{\"timestamp\": {time}, \"input_length\": 9, \"output_length\": 3}}\n");
+            let contents = [1_727_000_000, 1_727_000_002].map(|second| line(second * scale)).concat();
+            rows(&read_with(&contents, &ReadOptions { time_unit: Some(unit), ..ReadOptions::default() }).unwrap())
+        };
+        for (unit, scale) in [
+            (TimeUnit::Seconds, 1),
+            (TimeUnit::Milliseconds, 1_000),
+            (TimeUnit::Microseconds, 1_000_000),
+            (TimeUnit::Nanoseconds, 1_000_000_000),
+        ] {
+            assert_eq!(in_units(unit, scale), [(0, 9, 3), (2_000_000_000, 9, 3)]);
+        }
+    }
+
+    #[test]
+    fn blocks_of_hashes_have_the_size_that_all_prompts_determine() {
+        let trace = |prompts: &[(u32, u32)]| {
+            let line = |(prompt, blocks): &(u32, u32)| {
+                let ids: Vec<u32> = (0..*blocks).collect();
+                format!(
+                    "{{\"timestamp\": 1, \"input_length\": {prompt}, \"output_length\": 1, \"hash_ids\": {ids:?}}}\n"
+                )
+            };
+            prompts.iter().map(line).collect::<String>()
+        };
+        let blocks = |prompts: &[(u32, u32)], hash_block_tokens| {
+            let options =
+                ReadOptions { hash_block_tokens, time_unit: Some(TimeUnit::Milliseconds), ..ReadOptions::default() };
+            read_with(&trace(prompts), &options)
+        };
+        let size = |prompts: &[(u32, u32)]| blocks(prompts, None).unwrap().prefix_hashes.unwrap().block_tokens;
+        assert_eq!(size(&[(64, 1), (65, 2), (640, 10)]), 64);
+        assert_eq!(size(&[(24, 1), (25, 2)]), 24, "no power of two, and the only size");
+        let assumed = blocks(&[(500, 8), (1000, 16)], None).unwrap();
+        assert_eq!(assumed.prefix_hashes.unwrap().block_tokens, 64);
+        let warning = "hash_ids are taken to be of blocks of 64 tokens: of the sizes that fit every prompt, 63 to 66, the \
+                       only power of two";
+        assert_eq!(assumed.warnings, [warning]);
+
+        let error = blocks(&[(60, 3)], None).unwrap_err().to_string();
+        let message =
+            "hash_ids of blocks of 20 to 29 tokens, each of which fits every prompt, expected the size of a block";
+        assert!(error.contains(message) && error.contains("`--hash-block-tokens N`"), "{error}");
+        assert_eq!(blocks(&[(60, 3)], Some(24)).unwrap().prefix_hashes.unwrap().block_tokens, 24);
+        let error = blocks(&[(34, 3)], Some(17)).unwrap_err().to_string();
+        assert!(error.contains("trace.any:1: hash_ids: found `3 ids`, expected 2, one for each 17 tokens"), "{error}");
+        let error = blocks(&[(34, 3), (1000, 2)], None).unwrap_err().to_string();
+        let message =
+            "trace.any:2: hash_ids: found `2 ids`, expected one for each block of the 12 to 16 tokens that fit";
+        assert!(error.contains(message), "{error}");
+        let options = ReadOptions { hash_block_tokens: Some(16), ..ReadOptions::default() };
+        let error = read_with(AZURE, &options).unwrap_err().to_string();
+        assert!(error.contains("hash_block_tokens: found 16, expected it for a trace with hash_ids"), "{error}");
+    }
+
+    #[test]
+    fn rows_without_tokens_are_counted_and_left_out_or_refused() {
+        let refuse = ReadOptions { zero_tokens: ZeroTokens::Refuse, ..ReadOptions::default() };
+        for (contents, key) in [
+            (AZURE.replace("3180", "0"), "ContextTokens"),
+            (AZURE.replace("3180,8", "3180,0"), "GeneratedTokens"),
+            (BURST_GPT.replace("1087,0", "0,0"), "Request tokens"),
+            (BAILIAN.replace("45", "0"), "input_length"),
+            (MOONCAKE.replace("\"output_length\": 9", "\"output_length\": 0"), "output_length"),
+            (SERVING_SIM.replace("\"input_toks\": 4", "\"input_toks\": 0"), "input_toks"),
+        ] {
+            let trace = read(&contents).unwrap();
+            let kind = if key.starts_with("Gen") || key.starts_with("out") { "output" } else { "prompt" };
+            let warning = format!("requests left out: 1 without {kind} tokens");
+            assert!(trace.warnings[0].starts_with(&warning), "{key}: {:?}", trace.warnings);
+            let lines = contents.trim().lines().count() - usize::from(!contents.starts_with('{'));
+            assert_eq!(trace.requests.len(), lines - 1);
+            let error = read_with(&contents, &refuse).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!(": {key}: found `0`, expected a whole number of tokens from 1")),
+                "{error}"
+            );
+        }
+        let error = read(&OURS.replace(",20,2", ",0,2")).unwrap_err().to_string();
+        assert!(error.contains("trace.any:3: prompt_tokens: found `0`"), "we write no such rows: {error}");
+    }
+
+    #[test]
+    fn azure_traces_of_every_year_are_read() {
+        let later = "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n2024-10-15 00:00:00.071000,1,1200,33\n\
+            2024-10-15 00:00:00.350000,0,220,5\n2024-10-15 00:00:02.000001,3,4000,12\n";
+        let trace = read(later).unwrap();
+        assert_eq!(rows(&trace), [(0, 1200, 33), (279_000_000, 220, 5), (1_929_001_000, 4000, 12)]);
+        assert_eq!(trace.warnings, ["not used: `NumImages`"]);
+        for time in [
+            "2024-05-12 00:00:01.009930+00:00",
+            "2024-05-12T00:00:01.00993Z",
+            "2024-05-12 02:00:01.009930+02:00",
+            "2024-05-11 19:00:01.009930-05:00",
+        ] {
+            let contents =
+                format!("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-12 00:00:00+00:00,1,1\n{time},2,2\n");
+            assert_eq!(rows(&read(&contents).unwrap()), [(0, 1, 1), (1_009_930_000, 2, 2)], "{time}");
+        }
+    }
+
+    #[test]
+    fn keys_that_are_not_used_are_named_once() {
+        let line = |time: u32, rest: &str| {
+            format!(
+                "{{\"timestamp\": {time}, \"input_length\": 1024, \"output_length\": 9, \"hash_ids\": [0, 4]{rest}}}\n"
+            )
+        };
+        let contents = line(0, "")
+            + &line(1, ", \"session_id\": \"a\", \"delay\": 500, \"priority\": 2")
+            + &line(2, ", \"priority\": 1");
+        let sessions =
+            "sessions and delays are not replayed (`delay`, `session_id`): each request arrives at its own time";
+        assert_eq!(read(&contents).unwrap().warnings, [sessions, "not used: `priority`"]);
+        let follows = line(0, "") + &line(1, ", \"delay\": 500").replace("\"timestamp\": 1, ", "");
+        let error = read(&follows).unwrap_err().to_string();
+        let message =
+            "trace.any:2: the object: missing field `timestamp`: a request that follows another one after `delay`";
+        assert!(error.contains(message), "{error}");
+    }
+
+    #[test]
+    fn compressed_traces_of_every_format_read_as_plain_ones() {
+        use std::io::Write;
+        let folder = tempfile::tempdir().unwrap();
+        for contents in [AZURE, BURST_GPT, BAILIAN, MOONCAKE, SERVING_SIM, OURS] {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            gzip.write_all(contents.as_bytes()).unwrap();
+            let gzip = gzip.finish().unwrap();
+            let zstd = zstd::encode_all(contents.as_bytes(), 1).unwrap();
+            let plain = read(contents).unwrap();
+            for (name, bytes) in [("trace.any.gz", &gzip), ("trace.any.zst", &zstd), ("trace.any", &gzip)] {
+                let path = folder.path().join(name);
+                std::fs::write(&path, bytes).unwrap();
+                assert_eq!(RequestTrace::read(&path).unwrap(), plain, "{name} of {contents}");
+            }
+            let path = folder.path().join("cut.gz");
+            std::fs::write(&path, &gzip[..gzip.len() - 3]).unwrap();
+            let error = RequestTrace::read(&path).unwrap_err().to_string();
+            assert!(error.contains("cut.gz: its gzip data is cut off"), "{error}");
+        }
+        let damaged = AZURE.replace("3180", "x");
+        let path = folder.path().join("bad.zst");
+        std::fs::write(&path, zstd::encode_all(damaged.as_bytes(), 1).unwrap()).unwrap();
+        let error = RequestTrace::read(&path).unwrap_err().to_string();
+        assert!(error.contains("bad.zst:3: ContextTokens: found `x`"), "lines are those of the text: {error}");
+    }
+
+    #[test]
+    fn lengths_are_read_without_the_options_that_times_and_hashes_need() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace");
+        for contents in [without("hash_ids", MOONCAKE), MOONCAKE.replace("3500", "3500.5"), AZURE.to_owned()] {
+            std::fs::write(&path, &contents).unwrap();
+            let (lengths, warnings) = RequestTrace::read_lengths(&path).unwrap();
+            assert!(lengths == [(1100, 5), (1024, 9)] || lengths == [(4808, 10), (3180, 8), (110, 27)], "{lengths:?}");
+            assert!(warnings.is_empty());
+        }
+        std::fs::write(&path, MOONCAKE.replace("1024", "0")).unwrap();
+        assert_eq!(RequestTrace::read_lengths(&path).unwrap().1.len(), 1);
     }
 
     proptest! {

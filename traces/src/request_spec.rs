@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Result, TraceError};
 use crate::generate::Generate;
 use crate::request::{Request, RequestTrace};
-use crate::request_file::{ReadOptions, RequestFormat};
+use crate::request_file::{ReadOptions, RequestFormat, TimeUnit, ZeroTokens};
 use crate::units::Nanos;
 
 /// Where requests come from: exactly one of `file` and `generate`.
@@ -47,7 +47,17 @@ pub struct RequestSpec {
     /// Block size in tokens for prefix hashes of files that hold token ids; 16 if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefix_block_tokens: Option<u32>,
-    /// Only requests that arrive from the first of these seconds until just before the second, which is then time 0.
+    /// Tokens of a block of the hashes in the file, if it does not determine them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hash_block_tokens: Option<u32>,
+    /// Unit of the file's times (`s`, `ms`, `us` or `ns`), if it does not determine it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_unit: Option<TimeUnit>,
+    /// What to do with rows of the file without prompt or output tokens: `skip`, the default, or `refuse`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_tokens: Option<ZeroTokens>,
+    /// Only requests that arrive from the first of these seconds after the first arrival, which is then time 0, until
+    /// just before the second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window_s: Option<(f64, f64)>,
     /// Only the first so many requests.
@@ -75,9 +85,12 @@ impl RequestSpec {
     pub fn load(&self, base_dir: &Path) -> Result<RequestTrace> {
         match self.source()? {
             Source::File(file) => self.load_file(&base_dir.join(file)),
-            Source::Generate(_) => {
-                let requests = self.stream(base_dir)?.collect();
-                Ok(RequestTrace { name: "generated".into(), requests, prefix_hashes: None, dropped: 0 })
+            Source::Generate(generate) => {
+                let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
+                let requests = generate.requests(base_dir)?;
+                let warnings = requests.warnings().to_vec();
+                let trace = RequestTrace { warnings, ..RequestTrace::new("generated", requests.collect()) };
+                Ok(trace.clip_lengths(max_prompt_tokens, max_output_tokens))
             }
         }
     }
@@ -114,6 +127,9 @@ impl RequestSpec {
         let keys = [
             ("format", self.format.is_some()),
             ("prefix_block_tokens", self.prefix_block_tokens.is_some()),
+            ("hash_block_tokens", self.hash_block_tokens.is_some()),
+            ("time_unit", self.time_unit.is_some()),
+            ("zero_tokens", self.zero_tokens.is_some()),
             ("window_s", self.window_s.is_some()),
             ("first", self.first.is_some()),
             ("rate_factor", self.rate_factor.is_some()),
@@ -137,7 +153,16 @@ impl RequestSpec {
             return Err(TraceError::spec("prefix_block_tokens", 0, "at least 1"));
         }
         let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
-        let mut trace = RequestTrace::read_with(path, &ReadOptions { format: self.format, prefix_block_tokens })?;
+        let mut trace = RequestTrace::read_with(
+            path,
+            &ReadOptions {
+                format: self.format,
+                prefix_block_tokens,
+                hash_block_tokens: self.hash_block_tokens,
+                time_unit: self.time_unit,
+                zero_tokens: self.zero_tokens.unwrap_or_default(),
+            },
+        )?;
         if let Some((from, to)) = self.window_s {
             if !(from >= 0.0 && to > from) {
                 return Err(TraceError::spec("window_s", format!("[{from}, {to}]"), "[from, to] with 0 <= from < to"));
@@ -220,6 +245,7 @@ mod tests {
         for (yaml, message) in [
             ("{}", "neither `file` nor `generate`"),
             (&format!("{{file: trace.csv, {generate}}}"), "one of the two"),
+            (&format!("{{time_unit: s, {generate}}}"), "time_unit: found it beside `generate`"),
             (&format!("{{rate_per_s: 3, {generate}}}"), "rate_per_s: found it beside `generate`"),
             ("{file: trace.csv, rate_per_s: 3, rate_factor: 2}", "rate_per_s: found `rate_factor` and `rate_per_s`"),
             ("{file: trace.csv, rate_per_s: -3}", "rate_per_s: found -3"),
@@ -228,6 +254,8 @@ mod tests {
             ("{file: trace.csv, first: 0}", "`first` of at least 1"),
             ("{file: trace.csv, max_output_tokens: 0}", "max_output_tokens: found 0"),
             ("{file: trace.csv, format: azure}", "expected columns `TIMESTAMP,ContextTokens,GeneratedTokens`"),
+            ("{file: trace.csv, time_unit: s}", "time_unit: found s, expected it for a trace whose times"),
+            ("{file: trace.csv, hash_block_tokens: 16}", "hash_block_tokens: found 16, expected it for a trace with"),
             ("{file: nothing.csv}", "cannot read "),
         ] {
             let error = load(yaml).unwrap_err().to_string();
@@ -261,6 +289,7 @@ mod tests {
     fn a_configuration_survives_being_written_and_read() {
         for yaml in [
             "{file: a.csv, format: burst_gpt, window_s: [0, 1.5], rate_factor: 2}",
+            "{file: a.jsonl, hash_block_tokens: 64, time_unit: ms, zero_tokens: refuse}",
             "{generate: {count: 3, arrivals: all_at_once, lengths_from: a.csv}, max_output_tokens: 3}",
             "{generate: {count: 3, seed: 9, arrivals: {gamma: {rate_per_s: 1, cv: 2}}, prompt_tokens: {normal: {mean: 9, std: 1}}, output_tokens: {fixed: 1}}}",
         ] {

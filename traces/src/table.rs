@@ -2,13 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use csv::ByteRecord;
 
 use crate::error::{Result, TraceError, quote};
+use crate::input::{Text, ends_with_newline, open_file, open_text, read_text};
 
 /// Whose file it is, which decides how strictly its header is read.
 #[derive(Clone, Copy, PartialEq)]
@@ -25,7 +26,9 @@ pub struct Table {
     columns: Vec<&'static str>,
     /// Place in the file of each of `columns`.
     places: Vec<usize>,
-    reader: csv::Reader<File>,
+    /// Names of the file's columns that are not among `columns`.
+    unused: Vec<String>,
+    reader: csv::Reader<Text>,
     record: ByteRecord,
 }
 
@@ -43,28 +46,41 @@ impl Table {
     /// # Errors
     /// As for [`open`](Self::open).
     pub fn open_optional(path: &Path, columns: &[&'static str], optional: usize, owner: Owner) -> Result<Self> {
-        let mut file = File::open(path).map_err(TraceError::io("read", path))?;
+        let text = open_file(path)?;
         if owner == Owner::Us {
-            check_ends_with_newline(&mut file, path, columns)?;
+            check_ends_with_newline(path, columns)?;
         }
-        let mut reader = csv::ReaderBuilder::new().from_reader(file);
+        let mut reader = csv::ReaderBuilder::new().from_reader(text);
         let header = reader.byte_headers().map_err(|error| from_csv(path, error))?.clone();
+        let names: Vec<&[u8]> = header.iter().map(<[u8]>::trim_ascii).collect();
         let all = columns;
         let columns = &all[..header.len().clamp(optional, all.len())];
-        let places = columns.iter().map(|name| header.iter().position(|found| found.trim_ascii() == name.as_bytes()));
+        let places = columns.iter().map(|name| names.iter().position(|found| *found == name.as_bytes()));
         let places: Option<Vec<usize>> = places.collect();
+        let wrong =
+            |found: String, expected: String| TraceError::Line { path: path.to_owned(), line: 1, found, expected };
+        let is_twice = |name: &&&str| names.iter().filter(|found| **found == name.as_bytes()).count() > 1;
+        if let Some(twice) = columns.iter().find(is_twice) {
+            return Err(wrong(format!("column `{twice}` twice"), "it once".to_owned()));
+        }
         let exact = header.iter().eq(columns.iter().map(|name| name.as_bytes()));
         match places {
             Some(places) if exact || owner == Owner::Others => {
-                Ok(Self { path: path.to_owned(), columns: columns.to_vec(), places, reader, record: ByteRecord::new() })
+                let others = names.iter().enumerate().filter(|(place, _)| !places.contains(place));
+                let unused = others.map(|(_, name)| String::from_utf8_lossy(name).into_owned()).collect();
+                let (path, columns) = (path.to_owned(), columns.to_vec());
+                Ok(Self { path, columns, places, unused, reader, record: ByteRecord::new() })
             }
-            _ => Err(TraceError::Line {
-                path: path.to_owned(),
-                line: 1,
-                found: format!("columns {}", quote(&header.iter().collect::<Vec<_>>().join(&b','))),
-                expected: format!("columns `{}`", all.join(",")),
-            }),
+            _ => Err(wrong(
+                format!("columns {}", quote(&header.iter().collect::<Vec<_>>().join(&b','))),
+                format!("columns `{}`", all.join(",")),
+            )),
         }
+    }
+
+    /// Names of the file's columns that nothing is read from.
+    pub fn unused(&self) -> &[String] {
+        &self.unused
     }
 
     /// Whether the file has a column.
@@ -90,8 +106,7 @@ impl Table {
 /// # Errors
 /// If it cannot be read.
 pub fn read_header(path: &Path) -> Result<Vec<String>> {
-    let file = File::open(path).map_err(TraceError::io("read", path))?;
-    let mut reader = csv::ReaderBuilder::new().from_reader(file);
+    let mut reader = csv::ReaderBuilder::new().from_reader(open_text(path)?);
     let header = reader.byte_headers().map_err(|error| from_csv(path, error))?;
     Ok(header.iter().map(|name| String::from_utf8_lossy(name.trim_ascii()).into_owned()).collect())
 }
@@ -137,20 +152,10 @@ impl Row<'_> {
 }
 
 /// A file of ours that was cut off inside its last number would read as another number.
-fn check_ends_with_newline(file: &mut File, path: &Path, columns: &[&str]) -> Result<()> {
-    let mut read_last = || -> io::Result<Option<u8>> {
-        let length = file.seek(SeekFrom::End(0))?;
-        let mut last = [0];
-        if length > 0 {
-            file.seek(SeekFrom::End(-1))?;
-            file.read_exact(&mut last)?;
-        }
-        file.rewind()?;
-        Ok((length > 0).then_some(last[0]))
-    };
-    match read_last().map_err(TraceError::io("read", path))? {
-        Some(b'\n') => Ok(()),
-        Some(_) => Err(TraceError::file(path, "a last line that is cut off", "a line end after it")),
+fn check_ends_with_newline(path: &Path, columns: &[&str]) -> Result<()> {
+    match ends_with_newline(path)? {
+        Some(true) => Ok(()),
+        Some(false) => Err(TraceError::file(path, "a last line that is cut off", "a line end after it")),
         None => Err(TraceError::file(path, "an empty file", format!("columns `{}`", columns.join(",")))),
     }
 }
@@ -172,8 +177,8 @@ fn from_csv(path: &Path, error: csv::Error) -> TraceError {
 ///
 /// The reader's own count is behind after CRLF and blank lines, and errors are rare enough to count again.
 fn line_of_record(path: &Path, byte: u64) -> u64 {
-    let Ok(file) = File::open(path) else { return 0 };
-    let mut reader = BufReader::new(file);
+    let Ok(text) = open_text(path) else { return 0 };
+    let mut reader = BufReader::new(text);
     let newlines = |part: &[u8]| part.iter().filter(|&&byte| byte == b'\n').count() as u64;
     let (mut line, mut passed) = (1, 0);
     while let Ok(buffer) = reader.fill_buf() {
@@ -262,10 +267,9 @@ pub fn write_rows<R: serde::Serialize>(path: &Path, columns: &[&str], rows: impl
     })
 }
 
-/// Reads a YAML file.
+/// Reads a YAML file, which may begin with a byte order mark.
 pub fn read_yaml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).map_err(TraceError::io("read", path))?;
-    serde_yaml::from_str(&text).map_err(|source| TraceError::Yaml { path: path.to_owned(), source })
+    serde_yaml::from_str(&read_text(path)?).map_err(|source| TraceError::Yaml { path: path.to_owned(), source })
 }
 
 /// Whether a file is of the version that this program reads.
@@ -327,6 +331,25 @@ mod tests {
         assert_eq!(row.number::<u32>(1, "", |_| true).unwrap(), 1);
         let message = Table::open(&path, &["a", "b"], Owner::Us).err().unwrap().to_string();
         assert!(message.ends_with("table.csv:1: found columns `extra,b,a`, expected columns `a,b`"), "{message}");
+    }
+
+    #[test]
+    fn a_column_that_is_read_stands_in_the_header_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table.csv");
+        std::fs::write(&path, "a,x,b,x,a\n1,2,3,4,5\n").unwrap();
+        let message = Table::open(&path, &["a", "b"], Owner::Others).err().unwrap().to_string();
+        assert!(message.ends_with("table.csv:1: found column `a` twice, expected it once"), "{message}");
+        assert_eq!(Table::open(&path, &["b"], Owner::Others).unwrap().unused(), ["a", "x", "x", "a"]);
+    }
+
+    #[test]
+    fn yaml_may_begin_with_a_byte_order_mark() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.yaml");
+        std::fs::write(&path, "\u{feff}count: 4\n").unwrap();
+        let read: std::collections::BTreeMap<String, u32> = read_yaml(&path).unwrap();
+        assert_eq!(read["count"], 4);
     }
 
     #[test]

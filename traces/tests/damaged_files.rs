@@ -15,7 +15,7 @@ static ALLOCATIONS: Allocations = Allocations;
 /// A backtrace of a panic in the parquet crate, which is caught, would take megabytes of its own.
 static NO_BACKTRACES: Once = Once::new();
 
-const REQUESTS: [&str; 5] = [
+const REQUESTS: [&str; 8] = [
     "request,arrival_us,prompt_tokens,output_tokens\n0,0,10,1\n1,1000.125,20,2\n2,2000,30,3\n",
     "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.0319600,3180,8\n",
     "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n\
@@ -24,6 +24,12 @@ const REQUESTS: [&str; 5] = [
      {\"timestamp\": 3500, \"input_length\": 1024, \"output_length\": 9, \"hash_ids\": [0, 4]}\n",
     "{\"input_toks\": 17, \"output_toks\": 7, \"arrival_time_ns\": 1500000, \
      \"input_tok_ids\": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]}\n",
+    "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n2024-10-15 00:00:00.071000,1,1200,33\n\
+     2024-10-15 00:00:00+00:00,0,220,0\n",
+    "{\"chat_id\": 1, \"parent_chat_id\": -1, \"timestamp\": 0.21, \"input_length\": 12, \"output_length\": 30, \
+     \"type\": \"text\", \"turn\": 1, \"hash_ids\": [5]}\n{\"chat_id\": 2, \"parent_chat_id\": 1, \"timestamp\": 61.5, \
+     \"input_length\": 45, \"output_length\": 20, \"type\": \"text\", \"turn\": 2, \"hash_ids\": [5, 8, 9]}\n",
+    "{\"timestamp\": 5, \"input_length\": 64, \"output_length\": 5, \"session_id\": \"a\", \"delay\": 1}\n",
 ];
 
 const EXITS_YAML: &str = "schema_version: 1\nmodel: m\nfingerprint: f\nnum_loops: 2\nsource: s\n";

@@ -18,7 +18,7 @@ pub struct Args {
     /// JSON file to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Part of the run to keep, in seconds
+    /// Part of the run to keep, in seconds after the first arrival
     #[arg(long, value_names = ["FROM", "TO"], num_args = 2, default_values_t = [0.0, 10.0])]
     keep_s: Vec<f64>,
 }
@@ -28,7 +28,9 @@ pub fn run(args: Args) -> Result<()> {
     let input = args.simulation.load()?;
     let count = input.settings.len();
     ensure!(count == 1, "{count} combinations of --batching and --exit: a timeline is of one");
-    let window = Nanos::from_secs_f64(args.keep_s[0])..Nanos::from_secs_f64(args.keep_s[1]);
+    let first = input.workload.requests.first().map_or(Nanos::ZERO, |request| request.arrival);
+    let after = |seconds| Nanos(first.0.saturating_add(Nanos::from_secs_f64(seconds).0));
+    let window = after(args.keep_s[0])..after(args.keep_s[1]);
     let mut watched: Vec<Timeline> =
         (0..input.machines.replicas as u32).map(|machine| Timeline::new(machine, window.clone())).collect();
     input.simulations()?[0].run(input.workload.requests.iter().copied(), &mut watched)?;

@@ -269,7 +269,7 @@ impl<'a> Workloads<'a> {
 
 /// The same requests at another mean rate.
 fn scaled(Workload { requests, prefixes }: &Workload, rate_per_s: f64) -> Result<Workload> {
-    let trace = RequestTrace { name: String::new(), requests: requests.clone(), prefix_hashes: None, dropped: 0 };
+    let trace = RequestTrace::new("", requests.clone());
     Ok(Workload { requests: trace.scale_to_rate(rate_per_s)?.requests, prefixes: prefixes.clone() })
 }
 
