@@ -398,12 +398,21 @@ fn read_gemm(path: &Path) -> Result<BTreeMap<&'static str, Products>, ImportErro
             let products = &mut gemm.entry(number_type).or_default().0;
             keep_fastest(products.entry((sizes[0], sizes[1])).or_default(), sizes[2], time_us);
         }
+        sizes.iter().all(|&size| size > 0)
     })?;
     match gemm.contains_key(FULL) {
         false => Err(ImportError::unusable(path, format!("no {FULL} row"), "products of 16-bit floats")),
         true => Ok(gemm),
     }
 }
+
+/// Whether there are heads of a size, sequences and tokens.
+fn is_attention(sizes: &[u32]) -> bool {
+    matches!(sizes, &[heads, _, head_dim, batch, length, ..] if heads.min(head_dim).min(batch).min(length) > 0)
+}
+
+/// The largest size of a row, so that sums of two stay in range.
+const MOST: i64 = 1 << 30;
 
 const HEADS: [&str; 3] = ["num_heads", "num_key_value_heads", "head_dim"];
 
@@ -414,6 +423,7 @@ fn read_prefill(path: &Path) -> Result<BTreeMap<HeadShape, Curve>, ImportError> 
         if let (["bfloat16", "bfloat16"], &[heads, kv_heads, head_dim, 1, length, 0, 0]) = (texts, sizes) {
             keep_fastest(prefill.entry((heads, kv_heads, head_dim)).or_default(), length, time_us);
         }
+        is_attention(sizes)
     })?;
     Ok(prefill)
 }
@@ -426,6 +436,7 @@ fn read_decode(path: &Path) -> Result<BTreeMap<HeadShape, BTreeMap<u32, Curve>>,
             let batches = decode.entry((heads, kv_heads, head_dim)).or_default();
             keep_fastest(batches.entry(batch).or_default(), history, time_us);
         }
+        is_attention(sizes)
     })?;
     Ok(decode)
 }
@@ -436,13 +447,13 @@ fn keep_fastest(curve: &mut Curve, x: u32, time_us: f64) {
     *kept = kept.min(time_us);
 }
 
-/// Calls `row` with the named texts and sizes of each row and its `latency` in microseconds. A table without a column
-/// `window_size` has no windows: 0.
+/// Calls `row` with the named texts and sizes of each row and its `latency` in microseconds, which tells whether the sizes
+/// make sense. A table without a column `window_size` has no windows: 0.
 fn read_parquet(
     path: &Path,
     texts: &[&str],
     sizes: &[&str],
-    row: impl FnMut(&[&str], &[u32], f64),
+    row: impl FnMut(&[&str], &[u32], f64) -> bool,
 ) -> Result<(), ImportError> {
     let damaged = |message: &str| ImportError::malformed(path, message);
     catching_damage(|| read_rows(path, texts, sizes, row), damaged)
@@ -452,7 +463,7 @@ fn read_rows(
     path: &Path,
     texts: &[&str],
     sizes: &[&str],
-    mut row: impl FnMut(&[&str], &[u32], f64),
+    mut row: impl FnMut(&[&str], &[u32], f64) -> bool,
 ) -> Result<(), ImportError> {
     traces::input::check_no_pointer(path)?;
     let file = File::open(path).map_err(|source| ImportError::Io { path: path.to_owned(), source })?;
@@ -480,10 +491,12 @@ fn read_rows(
         let sizes: Vec<i64> =
             sizes.iter().map(size).collect::<Result<_, _>>().map_err(|error| ImportError::malformed(path, error))?;
         let time_us = 1e3 * found.get_double(latency).map_err(|error| ImportError::malformed(path, error))?;
-        let counts: Option<Vec<u32>> = sizes.iter().map(|&size| size.try_into().ok()).collect();
-        match counts {
-            Some(counts) if time_us.is_finite() && time_us >= 0.0 => row(&texts, &counts, time_us),
-            _ => return Err(ImportError::unusable(path, format!("{sizes:?}, {time_us} us"), "sizes and a time")),
+        let count = |&size: &i64| Some(size).filter(|size| *size <= MOST)?.try_into().ok();
+        let counts: Option<Vec<u32>> = sizes.iter().map(count).collect();
+        let is_time = time_us.is_finite() && time_us >= 0.0;
+        if !counts.filter(|_| is_time).is_some_and(|counts| row(&texts, &counts, time_us)) {
+            let expected = format!("sizes up to {MOST} and a time");
+            return Err(ImportError::unusable(path, format!("{sizes:?}, {time_us} us"), expected));
         }
     }
     Ok(())

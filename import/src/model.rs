@@ -102,6 +102,9 @@ const OTHER_MODELS: [(&str, &str); 7] = [
 /// Kinds whose MLP has no gate: one product up where the others have two.
 const WITHOUT_GATE: [&str; 9] = ["gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "phi"];
 
+/// The greatest rank of low-rank weights.
+const MOST_RANK: u64 = 1 << 16;
+
 impl ModelShape {
     /// Reads `config.json` of a vanilla model and makes it run its layers as `num_loops` loops of one block.
     ///
@@ -127,6 +130,13 @@ impl ModelShape {
             return Err(ImportError::unusable(path, found, format!("layers that make {num_loops} equal loops")));
         }
         config.check_sizes(path)?;
+        if lora_rank > MOST_RANK {
+            return Err(ImportError::unusable(
+                path,
+                format!("a LoRA rank of {lora_rank}"),
+                format!("0 to {MOST_RANK}"),
+            ));
+        }
         let quantized = config.quantization_config.as_ref().map(|quantization| quantization.kind(path)).transpose()?;
         let dtype = config.dtype.or(config.torch_dtype);
         let (weight_bytes, quantized) = match dtype.as_deref() {
@@ -216,19 +226,20 @@ impl ModelShape {
 }
 
 impl Config {
+    /// Checks that sizes are so small that products of them, bytes of all weights among them, stay in range.
     fn check_sizes(&self, path: &Path) -> Result<(), ImportError> {
         let sizes = [
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_key_value_heads.unwrap_or(1)),
-            ("head_dim", self.head_dim.unwrap_or(1)),
-            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size, 1 << 20),
+            ("intermediate_size", self.intermediate_size, 1 << 24),
+            ("num_hidden_layers", self.num_hidden_layers, 1 << 12),
+            ("num_attention_heads", self.num_attention_heads, 1 << 12),
+            ("num_key_value_heads", self.num_key_value_heads.unwrap_or(1), 1 << 12),
+            ("head_dim", self.head_dim.unwrap_or(1), 1 << 12),
+            ("vocab_size", self.vocab_size, 1 << 28),
         ];
-        match sizes.into_iter().find(|(_, size)| !(1..1 << 32).contains(size)) {
-            Some((key, size)) => {
-                Err(ImportError::unusable(path, format!("{key} {size}"), "a size from 1 to 4294967295"))
+        match sizes.into_iter().find(|&(_, size, most)| !(1..=most).contains(&size)) {
+            Some((key, size, most)) => {
+                Err(ImportError::unusable(path, format!("{key} {size}"), format!("a size from 1 to {most}")))
             }
             None => Ok(()),
         }
@@ -307,6 +318,36 @@ pub(crate) mod tests {
         assert!(error(&LLAMA.replace("bfloat16", "int4"), 1).contains("found dtype int4"));
         let awq = LLAMA.replace("{\"model", "{\"quantization_config\": {\"quant_method\": \"awq\"}, \"model");
         assert!(error(&awq, 1).contains("found quantization_config of awq, expected none, or one to 8-bit floats"));
+    }
+
+    #[test]
+    fn sizes_whose_products_leave_the_range_are_refused_by_key() {
+        for (key, size) in [
+            ("hidden_size\": 4096", "hidden_size\": 4294967295"),
+            ("intermediate_size\": 14336", "intermediate_size\": 4294967295"),
+            ("num_hidden_layers\": 32", "num_hidden_layers\": 4294967295"),
+            ("num_attention_heads\": 32", "num_attention_heads\": 4294967295"),
+            ("num_key_value_heads\": 8", "num_key_value_heads\": 4294967295"),
+            ("vocab_size\": 128256", "vocab_size\": 4294967295"),
+        ] {
+            let error = shape(&LLAMA.replace(key, size), 1, 0).unwrap_err().to_string();
+            assert!(error.contains(&size.replace("\":", "")) && error.contains("a size from 1 to"), "{error}");
+        }
+        assert!(shape(LLAMA, 1, 1 << 40).unwrap_err().to_string().contains("a LoRA rank of 1099511627776"));
+        let greatest = LLAMA
+            .replace("hidden_size\": 4096", "hidden_size\": 1048576")
+            .replace("14336", "16777216")
+            .replace("layers\": 32", "layers\": 4096")
+            .replace("attention_heads\": 32", "attention_heads\": 4096")
+            .replace("value_heads\": 8", "value_heads\": 4096, \"head_dim\": 4096")
+            .replace("128256", "268435456")
+            .replace("bfloat16", "float32");
+        let greatest = shape(&greatest, 64, 1 << 16).unwrap();
+        let linears: u128 = greatest.linears().into_iter().map(|(a, b)| u128::from(a) * u128::from(b)).sum();
+        let layer = linears * 4 + 2 * (1 << 20) * 4;
+        let lora = 64 * u128::from(greatest.lora_bytes_per_loop());
+        let expected = (2 * (1 << 28) * (1 << 20) + (1 << 20)) * 4 + 64 * layer + lora;
+        assert_eq!(u128::from(greatest.total_weight_bytes()), expected);
     }
 
     #[test]
