@@ -113,6 +113,9 @@ pub enum TrainingError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A file is no text.
+    #[error(transparent)]
+    Input(#[from] traces::TraceError),
     /// A model could not be opened.
     #[error(transparent)]
     Model(#[from] engine::checkpoint::CheckpointError),

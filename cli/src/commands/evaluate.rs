@@ -15,7 +15,9 @@ use simulator::write_csv;
 use traces::{ExitSignal, ExitTrace, ExitTraceMeta};
 use training::corpus::Corpus;
 use training::evaluation::exits::{CurvePoint, exit_curve, shallowest};
-use training::evaluation::multiple_choice::{self, Accuracy, Answer, Question, accuracies, read_questions};
+use training::evaluation::multiple_choice::{
+    self, Accuracy, Answer, Question, QuestionFile, accuracies, read_questions,
+};
 use training::evaluation::reliability::{ReliabilityBin, SignalQuality, reliability, signal_quality};
 use training::evaluation::{Evaluation, Windows, evaluate_and_record};
 
@@ -76,24 +78,25 @@ pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
     let out = folder.as_ref().map(ResultsFolder::path);
 
-    let mut trace = recorded;
-    if let (Some(model), Some(text)) = (&model, &args.text) {
-        let (evaluation, exits) = model.evaluate(text, args.seq)?;
-        print_text(&evaluation, text);
+    let of_text = match (&model, &args.text) {
+        (Some(model), Some(text)) => Some(model.evaluate(text, args.seq)?),
+        _ => None,
+    };
+    if let (Some((evaluation, _)), Some(text)) = (&of_text, &args.text) {
+        print_text(evaluation, text);
         if let Some(out) = out {
             evaluation.write_csv(&out.join("loops.csv"))?;
-            draw_loops(&figures(out, &exits), &evaluation)?;
         }
-        trace = Some(exits);
     }
-    if let Some(trace) = trace.filter(|trace| trace.num_loops() > 1) {
-        let signals = Signals::of(&trace);
+    let trace = recorded.as_ref().or(of_text.as_ref().map(|(_, exits)| exits));
+    let signals = trace.filter(|trace| trace.num_loops() > 1).map(|trace| (trace, Signals::of(trace)));
+    if let Some((_, signals)) = &signals {
         signals.print();
         if let Some(out) = out {
             signals.write(out)?;
-            signals.draw(&figures(out, &trace), &trace)?;
         }
     }
+    let mut of_questions = None;
     if let (Some(model), Some(questions)) = (&model, &questions) {
         let answers = model.answer(questions)?;
         let accuracies = accuracies(&answers);
@@ -101,21 +104,35 @@ pub fn run(args: Args) -> Result<()> {
         if let Some(out) = out {
             write_csv(&out.join("accuracy.csv"), &accuracies)?;
             write_csv(&out.join("answers.csv"), answer_lines(&answers))?;
-            model.draw_accuracies(out, &accuracies)?;
         }
+        of_questions = Some((model, accuracies));
     }
-    if let Some(folder) = folder {
-        std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(&args)?)?;
-        folder.finish()?;
-    }
-    Ok(())
+    let Some(folder) = folder else { return Ok(()) };
+    std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(&args)?)?;
+    let draw = |out: &Path| -> Result<()> {
+        if let Some((evaluation, exits)) = &of_text {
+            draw_loops(&figures(out, exits), evaluation)?;
+        }
+        if let Some((trace, signals)) = &signals {
+            signals.draw(&figures(out, trace), trace)?;
+        }
+        of_questions.iter().try_for_each(|(model, accuracies)| model.draw_accuracies(out, accuracies))
+    };
+    let drawn = draw(folder.path());
+    folder.finish()?;
+    drawn.context("the results are complete, the figures are not")
 }
 
 /// Reads questions, and puts examples before them if there are any.
 fn with_examples(path: &Path, args: &Args) -> Result<Vec<Question>> {
-    let questions = read_questions(path, 1)?;
+    let read = |path: &Path, at_least| -> Result<Vec<Question>> {
+        let QuestionFile { questions, warnings } = read_questions(path, at_least)?;
+        warnings.iter().for_each(|warning| eprintln!("warning: {}: {warning}", path.display()));
+        Ok(questions)
+    };
+    let questions = read(path, 1)?;
     let (Some(examples), Some(shots)) = (&args.examples, args.shots) else { return Ok(questions) };
-    let examples = read_questions(examples, shots)?;
+    let examples = read(examples, shots)?;
     Ok(questions.into_iter().map(|question| question.after_examples(&examples, shots)).collect())
 }
 
@@ -347,7 +364,8 @@ fn answer_lines(answers: &[Answer]) -> Vec<AnswerLine> {
     for (question, answer) in answers.iter().enumerate() {
         for (depth, log_likelihoods) in answer.log_likelihoods.iter().enumerate() {
             for (choice, &log_likelihood_nats) in log_likelihoods.iter().enumerate() {
-                let (passes, is_gold, characters) = (depth + 1, choice == answer.gold, answer.characters[choice]);
+                let (passes, is_gold, characters) =
+                    (depth + 1, answer.gold.contains(&choice), answer.characters[choice]);
                 lines.push(AnswerLine { question, passes, choice, is_gold, log_likelihood_nats, characters });
             }
         }

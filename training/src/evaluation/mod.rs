@@ -3,6 +3,7 @@
 pub mod exits;
 pub mod multiple_choice;
 pub mod reliability;
+pub(crate) mod samples;
 
 use std::path::Path;
 

@@ -9,10 +9,10 @@
 //!  "target": "0"}
 //! ```
 //!
-//! Other keys are ignored. A document's choice follows its query after a space, as with the harness's defaults.
+//! A document's choice follows its query after a space, as with the harness's defaults. Of a sample, other keys tell
+//! which choice is right where the `target` does not.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
@@ -23,10 +23,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::corpus::inputs_and_targets;
 use crate::error::TrainingError;
+use crate::evaluation::samples::Samples;
 use crate::objective::cross_entropy;
 
 /// Between a query and its choice, and between examples: the harness's `target_delimiter` and `fewshot_delimiter`.
-const CHOICE_DELIMITER: &str = " ";
+pub(crate) const CHOICE_DELIMITER: &str = " ";
 const EXAMPLE_DELIMITER: &str = "\n\n";
 
 /// A question with at least two choices.
@@ -34,14 +35,14 @@ const EXAMPLE_DELIMITER: &str = "\n\n";
 pub struct Question {
     /// What may be chosen.
     pub choices: Vec<Choice>,
-    /// Index of the right one.
-    pub gold: usize,
+    /// Indices of the right ones, at least one.
+    pub gold: Vec<usize>,
 }
 
 /// One of a question's choices.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Choice {
-    /// Text before it, never empty.
+    /// Text before it; may be empty.
     pub context: String,
     /// Its text with what parts it from the context, never empty.
     pub continuation: String,
@@ -58,7 +59,7 @@ impl Question {
     /// The same question after the first `shots` of `examples`, each with its right choice.
     pub fn after_examples(mut self, examples: &[Question], shots: usize) -> Self {
         let example = |question: &Question| {
-            let Choice { context, continuation } = &question.choices[question.gold];
+            let Choice { context, continuation } = &question.choices[question.gold[0]];
             format!("{context}{continuation}{EXAMPLE_DELIMITER}")
         };
         let before: String = examples.iter().take(shots).map(example).collect();
@@ -67,20 +68,42 @@ impl Question {
     }
 }
 
-/// Reads at least `at_least` questions, a line each; blank lines are skipped.
+/// The questions of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuestionFile {
+    /// In the order of the file.
+    pub questions: Vec<Question>,
+    /// What of the file is not among them, each in a sentence for people.
+    pub warnings: Vec<String>,
+}
+
+/// Reads at least `at_least` questions, a line each; blank lines are skipped, and a question that a log holds under
+/// several filters is read once.
 ///
 /// # Errors
 /// If the file does not read, has too few questions, or a line is not a question in one of the layouts.
-pub fn read_questions(path: &Path, at_least: usize) -> Result<Vec<Question>, TrainingError> {
+pub fn read_questions(path: &Path, at_least: usize) -> Result<QuestionFile, TrainingError> {
     let in_file = |source| TrainingError::File { path: path.to_owned(), source };
+    let mut samples = Samples::default();
     let mut questions = Vec::new();
-    for (index, line) in BufReader::new(File::open(path).map_err(in_file)?).lines().enumerate() {
-        let line = line.map_err(in_file)?;
-        if !line.trim().is_empty() {
-            let question = Line { path, number: index + 1 }.question(line.trim_start_matches('\u{feff}'))?;
-            questions.push(question);
+    for (index, line) in BufReader::new(traces::input::open_text(path)?).lines().enumerate() {
+        let text = line.map_err(in_file)?;
+        let text = text.trim_start_matches('\u{feff}').trim();
+        let line = Line { path, number: index + 1 };
+        if text.starts_with('[') {
+            return Err(line.error("the object", "found a list, expected an object in each line: run `jq -c '.[]'`"));
+        }
+        if text.is_empty() {
+            continue;
+        }
+        let keys: HashMap<String, serde::de::IgnoredAny> = line.parse(text)?;
+        if keys.contains_key("arguments") {
+            samples.push(&line, line.parse(text)?, &mut questions)?;
+        } else {
+            questions.push(line.document(line.parse(text)?)?);
         }
     }
+    let warnings = samples.finish(path, &mut questions)?;
     if questions.len() < at_least {
         return Err(TrainingError::TooFewQuestions {
             path: path.to_owned(),
@@ -88,7 +111,7 @@ pub fn read_questions(path: &Path, at_least: usize) -> Result<Vec<Question>, Tra
             expected: at_least,
         });
     }
-    Ok(questions)
+    Ok(QuestionFile { questions, warnings })
 }
 
 /// A document as the harness's `process_docs` leaves it.
@@ -99,27 +122,14 @@ struct Document {
     gold: usize,
 }
 
-/// A sample as the harness logs it.
-#[derive(Deserialize)]
-struct Sample {
-    arguments: HashMap<String, Arguments>,
-    target: serde_json::Value,
-}
-
-#[derive(Deserialize)]
-struct Arguments {
-    arg_0: String,
-    arg_1: String,
-}
-
 /// Where a question stands.
-struct Line<'a> {
-    path: &'a Path,
-    number: usize,
+pub(crate) struct Line<'a> {
+    pub path: &'a Path,
+    pub number: usize,
 }
 
 impl Line<'_> {
-    fn error(&self, key: impl Into<String>, message: impl Into<String>) -> TrainingError {
+    pub fn error(&self, key: impl Into<String>, message: impl Into<String>) -> TrainingError {
         let (path, key, message) = (self.path.to_owned(), key.into(), message.into());
         TrainingError::Json { path, line: self.number, key, message }
     }
@@ -135,67 +145,27 @@ impl Line<'_> {
         })
     }
 
-    fn question(&self, text: &str) -> Result<Question, TrainingError> {
-        let keys: HashMap<String, serde::de::IgnoredAny> = self.parse(text)?;
-        let question = match keys.contains_key("arguments") {
-            true => self.logged(self.parse(text)?)?,
-            false => self.document(self.parse(text)?)?,
-        };
-        match question.choices.len() {
-            0 | 1 => Err(self.error("choices", format!("found {}, expected at least 2", question.choices.len()))),
-            _ => Ok(question),
-        }
-    }
-
     fn document(&self, Document { query, choices, gold }: Document) -> Result<Question, TrainingError> {
-        if query.trim().is_empty() {
-            return Err(self.error("query", "found no text, expected some before the choices"));
-        }
         if let Some(empty) = choices.iter().position(String::is_empty) {
             return Err(self.error(format!("choices[{empty}]"), "found no text, expected some"));
+        }
+        if choices.len() < 2 {
+            return Err(self.error("choices", format!("found {}, expected at least 2", choices.len())));
         }
         if gold >= choices.len() {
             return Err(self.error("gold", format!("found {gold}, expected an index of the {} choices", choices.len())));
         }
         let choice =
             |text: String| Choice { context: query.clone(), continuation: CHOICE_DELIMITER.to_owned() + &text };
-        Ok(Question { choices: choices.into_iter().map(choice).collect(), gold })
-    }
-
-    fn logged(&self, Sample { mut arguments, target }: Sample) -> Result<Question, TrainingError> {
-        let mut choices = Vec::new();
-        for index in 0..arguments.len() {
-            let key = format!("arguments.gen_args_{index}");
-            let Some(Arguments { arg_0, arg_1 }) = arguments.remove(&format!("gen_args_{index}")) else {
-                return Err(self.error(key, "found none, expected one for each choice"));
-            };
-            for (name, text) in [("arg_0", &arg_0), ("arg_1", &arg_1)] {
-                if text.trim().is_empty() {
-                    return Err(self.error(format!("{key}.{name}"), "found no text, expected some"));
-                }
-            }
-            choices.push(Choice { context: arg_0, continuation: arg_1 });
-        }
-        let index = match &target {
-            serde_json::Value::Number(number) => number.as_u64(),
-            serde_json::Value::String(text) => text.parse().ok(),
-            _ => None,
-        };
-        match index.map(|index| index as usize).filter(|&index| index < choices.len()) {
-            Some(gold) => Ok(Question { choices, gold }),
-            None => {
-                Err(self
-                    .error("target", format!("found {target}, expected the index of one of {} choices", choices.len())))
-            }
-        }
+        Ok(Question { choices: choices.into_iter().map(choice).collect(), gold: vec![gold] })
     }
 }
 
 /// Log-likelihoods of a question's choices.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
-    /// Index of the right choice.
-    pub gold: usize,
+    /// Indices of the right choices.
+    pub gold: Vec<usize>,
     /// Characters of each choice.
     pub characters: Vec<usize>,
     /// Nats by loop and choice.
@@ -215,13 +185,14 @@ pub fn answer(
     mut done: impl FnMut(),
 ) -> Result<Vec<Answer>, TrainingError> {
     let max_positions = model.config().max_positions;
+    let before = before_nothing(tokenizer)?;
     let mut answers = Vec::with_capacity(questions.len());
     for (index, question) in questions.iter().enumerate() {
         let characters = question.choices.iter().map(Choice::characters).collect();
         let log_likelihoods = vec![Vec::new(); model.config().num_loops];
-        let mut answer = Answer { gold: question.gold, characters, log_likelihoods, truncated: 0 };
+        let mut answer = Answer { gold: question.gold.clone(), characters, log_likelihoods, truncated: 0 };
         for choice in &question.choices {
-            let (tokens, continuation) = encode(tokenizer, choice)?;
+            let (tokens, continuation) = encode(tokenizer, choice, &before)?;
             if continuation > max_positions {
                 return Err(TrainingError::ChoiceTooLong { question: index, tokens: continuation, max_positions });
             }
@@ -237,12 +208,37 @@ pub fn answer(
     Ok(answers)
 }
 
+/// The tokens that stand for a context of no text: those that a sequence begins with or, of a tokenizer without such,
+/// its end-of-text token, as in the harness; of one without that, a line end.
+fn before_nothing(tokenizer: &Tokenizer) -> Result<Vec<u32>, TrainingError> {
+    const ENDS: [&str; 6] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>"];
+    let begin = tokenizer.begin()?;
+    if !begin.is_empty() {
+        return Ok(begin);
+    }
+    match ENDS.iter().find_map(|end| tokenizer.id_of(end)) {
+        Some(end) => Ok(vec![end]),
+        None => Ok(tokenizer.encode("\n")?),
+    }
+}
+
 /// Tokens of context and continuation together, after those that a sequence begins with, and how many of them are the
 /// continuation's. White space at the end of the context is left to the continuation, whose first token it usually
-/// begins.
-fn encode(tokenizer: &Tokenizer, choice: &Choice) -> Result<(Vec<u32>, usize), TrainingError> {
-    let whole = tokenizer.encode_prompt(&format!("{}{}", choice.context, choice.continuation))?;
-    let context = tokenizer.encode_prompt(choice.context.trim_end())?.len();
+/// begins. Tokens of a context of no text are those in `before`.
+fn encode(tokenizer: &Tokenizer, choice: &Choice, before: &[u32]) -> Result<(Vec<u32>, usize), TrainingError> {
+    let text = format!("{}{}", choice.context, choice.continuation);
+    let context = choice.context.trim_end();
+    if context.is_empty() {
+        let continuation = tokenizer.encode(&text)?;
+        // As in the harness, a continuation that begins so itself needs nothing before it.
+        let begins = continuation.len() > 1 && continuation.first() == before.last();
+        return Ok(match begins {
+            true => (continuation.clone(), continuation.len() - 1),
+            false => ([before, &continuation[..]].concat(), continuation.len()),
+        });
+    }
+    let whole = tokenizer.encode_prompt(&text)?;
+    let context = tokenizer.encode_prompt(context)?.len();
     let continuation = whole.len().saturating_sub(context).max(1);
     Ok((whole, continuation))
 }
@@ -286,11 +282,11 @@ pub fn accuracies(answers: &[Answer]) -> Vec<Accuracy> {
             answers.iter().filter(|answer| is_right(answer)).count() as f64 / answers.len() as f64
         };
         let stderr = |share: f64| (share * (1.0 - share) / (answers.len() as f64 - 1.0).max(1.0)).sqrt();
-        let acc = share(&|answer| greatest(&answer.log_likelihoods[depth]) == answer.gold);
+        let acc = share(&|answer| answer.gold.contains(&greatest(&answer.log_likelihoods[depth])));
         let acc_norm = share(&|answer| {
             let per_character = answer.log_likelihoods[depth].iter().zip(&answer.characters);
-            greatest(&per_character.map(|(nats, &characters)| nats / characters as f64).collect::<Vec<_>>())
-                == answer.gold
+            let per_character: Vec<f64> = per_character.map(|(nats, &characters)| nats / characters as f64).collect();
+            answer.gold.contains(&greatest(&per_character))
         });
         let (acc_stderr, acc_norm_stderr) = (stderr(acc), stderr(acc_norm));
         Accuracy { passes: depth + 1, questions: answers.len(), acc, acc_stderr, acc_norm, acc_norm_stderr }
@@ -314,10 +310,10 @@ mod tests {
 
     fn question(query: &str, choices: &[&str], gold: usize) -> Question {
         let choice = |text: &&str| Choice { context: query.to_owned(), continuation: format!(" {text}") };
-        Question { choices: choices.iter().map(choice).collect(), gold }
+        Question { choices: choices.iter().map(choice).collect(), gold: vec![gold] }
     }
 
-    fn read(text: &str) -> Result<Vec<Question>, TrainingError> {
+    fn read(text: &str) -> Result<QuestionFile, TrainingError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("questions.jsonl");
         std::fs::write(&path, text).unwrap();
@@ -421,6 +417,31 @@ mod tests {
     }
 
     #[test]
+    fn a_choice_after_no_text_follows_what_a_sequence_begins_with() {
+        let model = bigrams(&[(b'\n', b'x', 3.0), (b'x', b'y', 2.0)]);
+        let choice = |context: &str, text: &str| Choice { context: context.to_owned(), continuation: text.to_owned() };
+        let question = Question { choices: vec![choice("", "xy"), choice("", "y"), choice("\n", "x")], gold: vec![0] };
+        let answers = answer(&model, &tokenizer(), &[question], || ()).unwrap();
+        let nats = |odds: f64| odds - (odds.exp() + VOCAB as f64 - 1.0).ln();
+        let after_line_end = |odds: f64| odds - (3.0_f64.exp() + VOCAB as f64 - 1.0).ln();
+        // The line end of the last context is left to its choice, which begins with what stands for no text.
+        let expected = [after_line_end(3.0) + nats(2.0), after_line_end(0.0), after_line_end(3.0)];
+        for loops in &answers[0].log_likelihoods {
+            for (found, expected) in loops.iter().zip(expected) {
+                assert!((found - expected).abs() < 1e-3, "{found} is not {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn any_of_several_right_choices_is_right() {
+        let model = bigrams(&[(b' ', b'x', 9.0), (b' ', b'y', 8.0)]);
+        let several = |gold: &[usize]| Question { gold: gold.to_vec(), ..question("one:", &["y", "x", "q"], 0) };
+        let answers = answer(&model, &tokenizer(), &[several(&[0, 1]), several(&[0, 2])], || ()).unwrap();
+        assert!(accuracies(&answers).iter().all(|accuracy| (accuracy.acc, accuracy.acc_norm) == (0.5, 0.5)));
+    }
+
+    #[test]
     fn a_context_beyond_the_positions_loses_its_beginning_and_a_choice_that_long_is_refused() {
         let model = bigrams(&[(b' ', b'x', 2.0)]);
         let answers = |context: usize, choice: usize| {
@@ -445,8 +466,9 @@ mod tests {
             )
             .replace('\n', " ")
         };
-        let questions = read(&format!("{document}\n\n{}\n{}\n", sample("1"), sample("\"1\""))).unwrap();
-        assert_eq!(questions, vec![question("The sky is", &["blue", "green"], 1); 3]);
+        let found = read(&format!("{document}\n\n{}\n{}\n", sample("1"), sample("\"1\"").replace("0,", "1,"))).unwrap();
+        assert_eq!(found.questions, vec![question("The sky is", &["blue", "green"], 1); 3]);
+        assert!(found.warnings.is_empty());
     }
 
     #[test]
@@ -457,19 +479,11 @@ mod tests {
             (r#"{"query": "q", "choices": ["a", "b"]}"#, ":1: the object: missing field `gold`"),
             (r#"{"query": "q", "choices": ["a", 3], "gold": 0}"#, ":1: choices[1]: invalid type: integer `3`"),
             (r#"{"query": "q", "choices": ["a", ""], "gold": 0}"#, ":1: choices[1]: found no text"),
-            (r#"{"query": " ", "choices": ["a", "b"], "gold": 0}"#, ":1: query: found no text"),
             (r#"{"query": "q", "choices": ["a"], "gold": 0}"#, ":1: choices: found 1, expected at least 2"),
             (r#"{"query": "q", "choices": ["a", "b"], "gold": 2}"#, ":1: gold: found 2, expected an index of the 2"),
             (&format!("{good}\n\n{{\"query\""), ":3: the object: EOF"),
             (r#"{"arguments": {"gen_args_1": {"arg_0": "q", "arg_1": "a"}}, "target": 0}"#, ":1: arguments.gen_args_0"),
-            (
-                r#"{"arguments": {"gen_args_0": {"arg_0": "", "arg_1": "a"}}, "target": 0}"#,
-                ":1: arguments.gen_args_0.arg_0: found no text",
-            ),
-            (
-                r#"{"arguments": {"gen_args_0": {"arg_0": "q", "arg_1": "a"}}, "target": "b"}"#,
-                ":1: target: found \"b\", expected the index of one of 1 choices",
-            ),
+            ("[{}]", ":1: the object: found a list, expected an object in each line"),
         ];
         for (text, expected) in cases {
             let message = read(text).unwrap_err().to_string();
