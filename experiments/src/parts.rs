@@ -52,11 +52,11 @@ impl SystemRun<'_> {
     }
 }
 
-/// Writes `time_by_part.csv` and a figure, one for each batch limit where that is swept.
+/// Writes `time_by_part.csv`.
 ///
 /// # Errors
-/// If something cannot be written.
-pub fn write_time_by_part(results: &Path, caption: &Caption, runs: &[SystemRun<'_>]) -> Result<()> {
+/// If it cannot be written.
+pub fn write_time_by_part(results: &Path, runs: &[SystemRun<'_>]) -> Result<()> {
     let lines = runs.iter().flat_map(|run| {
         run.parts().into_iter().map(|(part, us_per_token)| PartLine {
             system: &run.system.name,
@@ -67,7 +67,14 @@ pub fn write_time_by_part(results: &Path, caption: &Caption, runs: &[SystemRun<'
             us_per_token,
         })
     });
-    write_csv(&results.join("time_by_part.csv"), lines)?;
+    Ok(write_csv(&results.join("time_by_part.csv"), lines)?)
+}
+
+/// Draws the same, a figure for each batch limit where that is swept.
+///
+/// # Errors
+/// If a figure cannot be drawn.
+pub fn draw_time_by_part(results: &Path, caption: &Caption, runs: &[SystemRun<'_>]) -> Result<()> {
     let names: Vec<&str> = PARTS.iter().map(|part| part.0).chain([OVERHEAD]).collect();
     let title = "Where the time of a generated token goes";
     let sizes = runs.iter().map(|run| run.size + 1).max().unwrap_or(0);

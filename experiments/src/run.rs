@@ -1,8 +1,8 @@
 //! An experiment from beginning to end: measure, replay, simulate, compare, draw.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use engine::executor::Sampling;
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Settings};
@@ -56,19 +56,26 @@ pub struct Errors {
 /// Does an experiment whose paths are relative to `base`, and leaves its results at `target`.
 ///
 /// # Errors
-/// If something it needs does not read, cannot be served or cannot be written; nothing is then left.
+/// If something it needs does not read, cannot be served or cannot be written; nothing is then left. If a figure cannot be
+/// drawn; the results are then in their place without it.
 pub fn run(experiment: &Experiment, base: &Path, target: &Path, reporter: &mut dyn Reporter) -> Result<Report> {
     experiment.check()?;
     let folder = ResultsFolder::create(target)?;
     std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(experiment)?)?;
-    let report = match &experiment.engine {
-        Some(spec) => Report::Measured(measure_and_simulate(experiment, spec, base, folder.path(), reporter)?),
+    let (report, drawn) = match &experiment.engine {
+        Some(spec) => {
+            let (loads, captions) = measure_and_simulate(experiment, spec, base, folder.path(), reporter)?;
+            let drawn = captions.iter().try_for_each(|(folder, caption)| figures::draw(folder, caption));
+            (Report::Measured(loads), drawn)
+        }
         None => {
             let workload = Workload::load(&experiment.requests, base, &experiment.serving, reporter)?;
-            Report::Systems(simulate_systems(experiment, base, &workload, folder.path(), reporter)?)
+            let (lines, drawn) = simulate_systems(experiment, base, &workload, folder.path(), reporter)?;
+            (Report::Systems(lines), drawn)
         }
     };
     folder.finish()?;
+    drawn.with_context(|| format!("{}: the results are complete, the figures are not", target.display()))?;
     Ok(report)
 }
 
@@ -88,14 +95,18 @@ pub fn validate(
     }
 }
 
-/// Measures the engine, simulates the same and more from what was measured, and compares.
+/// Folders of results, and what their figures are headed with.
+type Captions = Vec<(PathBuf, Caption)>;
+
+/// Measures the engine, simulates the same and more from what was measured, and compares; with folders of results that
+/// figures are to be drawn of, and their captions.
 fn measure_and_simulate(
     experiment: &Experiment,
     spec: &EngineSpec,
     base: &Path,
     results: &Path,
     reporter: &mut dyn Reporter,
-) -> Result<Vec<LoadReport>> {
+) -> Result<(Vec<LoadReport>, Captions)> {
     let trace = load_requests(&experiment.requests, base, reporter)?;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
     let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
@@ -111,28 +122,29 @@ fn measure_and_simulate(
     let exits = ExitModel::new(&measured.exits, Draw::Recorded)?;
     simulate_variants(&variants, &measured, &exits, trace.requests, results, reporter)?;
     let caption = Caption { setting: experiment.title.clone(), device: measured.profile.meta.device.clone() };
-    let mut reports = Vec::new();
+    let (mut reports, mut captions) = (Vec::new(), Vec::new());
     for load in &measured.loads {
-        let Some(share) = load.load else {
-            reports.push(simulate_load(&settings, &measured, &exits, load, &caption, results, reporter)?);
-            continue;
+        let (folder, caption) = match load.load {
+            None => (results.to_owned(), caption.clone()),
+            Some(share) => {
+                let folder = results.join(format!("load-{share}"));
+                std::fs::create_dir(&folder)?;
+                let setting = format!("{}, {:.0}% load", caption.setting, 100.0 * share);
+                (folder, Caption { setting, ..caption.clone() })
+            }
         };
-        let setting = format!("{}, {:.0}% load", caption.setting, 100.0 * share);
-        let folder = results.join(format!("load-{share}"));
-        std::fs::create_dir(&folder)?;
-        let caption = Caption { setting, ..caption.clone() };
-        reports.push(simulate_load(&settings, &measured, &exits, load, &caption, &folder, reporter)?);
+        reports.push(simulate_load(&settings, &measured, &exits, load, &folder, reporter)?);
+        captions.push((folder, caption));
     }
-    Ok(reports)
+    Ok((reports, captions))
 }
 
-/// Simulates what was measured at one load, and writes and draws both into a folder.
+/// Simulates what was measured at one load, and writes both into a folder.
 fn simulate_load(
     settings: &[Settings],
     measured: &Measured,
     exits: &ExitModel,
     load: &MeasuredLoad,
-    caption: &Caption,
     folder: &Path,
     reporter: &mut dyn Reporter,
 ) -> Result<LoadReport> {
@@ -142,7 +154,6 @@ fn simulate_load(
     write_csv(&folder.join("summary.csv"), summaries(runs()))?;
     write_requests(folder, runs())?;
     write_depth_rows(folder, runs())?;
-    figures::draw(folder, caption)?;
 
     write_csv(&folder.join("passes.csv"), &load.passes)?;
     let recorded = vec![exits; settings.len()];

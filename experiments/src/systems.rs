@@ -9,7 +9,7 @@ use simulator::{Summary, write_csv};
 
 use crate::experiment::{Experiment, System};
 use crate::figures::Caption;
-use crate::parts::write_time_by_part;
+use crate::parts::{draw_time_by_part, write_time_by_part};
 use crate::reporter::Reporter;
 use crate::runs::{Run, load_models, simulate_all};
 use crate::serving::Serving;
@@ -42,8 +42,12 @@ pub struct SystemRun<'a> {
     pub speedup: f64,
 }
 
+/// A line of `summary.csv`.
+pub type SystemLine = (OfSystem, Summary);
+
 /// Simulates each system under its policies, at each batch limit of the sweep if there is one; compares them with each
-/// other and with what was published of them, and writes where the time goes.
+/// other and with what was published of them, and writes where the time goes. The second result is whether the figures
+/// were drawn, after all else was written.
 ///
 /// # Errors
 /// If something does not read, cannot be served or cannot be written.
@@ -53,7 +57,7 @@ pub fn simulate_systems(
     workload: &Workload,
     results: &Path,
     reporter: &mut dyn Reporter,
-) -> Result<Vec<(OfSystem, Summary)>> {
+) -> Result<(Vec<SystemLine>, Result<()>)> {
     let mut runs = Vec::new();
     let mut devices: Vec<String> = Vec::new();
     for system in &experiment.systems {
@@ -64,10 +68,11 @@ pub fn simulate_systems(
         }
     }
     compare(experiment, &mut runs)?;
-    let lines: Vec<(OfSystem, Summary)> = runs.iter().map(|run| (OfSystem::new(run), run.summary.clone())).collect();
+    let lines: Vec<SystemLine> = runs.iter().map(|run| (OfSystem::new(run), run.summary.clone())).collect();
     write_csv(&results.join("summary.csv"), &lines)?;
-    write_time_by_part(results, &Caption { setting: experiment.title.clone(), device: devices.join(", ") }, &runs)?;
-    Ok(lines)
+    write_time_by_part(results, &runs)?;
+    let caption = Caption { setting: experiment.title.clone(), device: devices.join(", ") };
+    Ok((lines, draw_time_by_part(results, &caption, &runs)))
 }
 
 /// Runs one system, and returns the device that its profile was measured on.

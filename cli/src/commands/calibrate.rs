@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use plots::{CalibratedThreshold, CalibrationLine, CalibrationPoint, Figure, Origin};
 use scheduler::ExitPolicy;
 use serde::Serialize;
@@ -71,7 +71,9 @@ pub fn run(args: Args) -> Result<()> {
     report.print();
     if let Some(folder) = folder {
         report.write(folder.path())?;
+        let drawn = report.draw(folder.path());
         folder.finish()?;
+        drawn.context("the results are complete, the figure is not")?;
     }
     match report.found.chosen() {
         Some(chosen) => {
@@ -167,6 +169,10 @@ impl Report<'_> {
         if let Some(held_out) = &self.held_out {
             write_csv(&folder.join("held_out.csv"), held_out)?;
         }
+        Ok(())
+    }
+
+    fn draw(&self, folder: &Path) -> Result<()> {
         let figure = Figure {
             folder: folder.to_owned(),
             name: "calibration".to_owned(),
