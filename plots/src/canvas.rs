@@ -10,11 +10,12 @@ use resvg::tiny_skia::{Pixmap, Transform};
 use resvg::usvg::{self, fontdb};
 
 use crate::legend::{self, Entry};
+use crate::page::{Missing, Page, drawable};
 use crate::style::{self, INK, MUTED};
 use crate::{Error, Figure};
 
 /// A part of the drawing. A unit is half a pixel of the SVG and a pixel of the PNG.
-pub(crate) type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub(crate) type Canvas<'a> = DrawingArea<Page<'a>, Shift>;
 pub(crate) type DrawError = DrawingAreaErrorKind<std::io::Error>;
 pub(crate) type DrawResult<T = ()> = Result<T, DrawError>;
 
@@ -41,8 +42,9 @@ pub(crate) fn draw(
     let whole_pixels = |units: u32| units.next_multiple_of(UNITS_PER_PIXEL);
     let size = (whole_pixels(width), whole_pixels(head + height));
     let mut svg = String::new();
+    let missing = Missing::default();
     {
-        let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        let root = Page::new(&mut svg, size, &missing).into_drawing_area();
         let page = || {
             root.fill(&WHITE)?;
             let (top, below) = root.split_vertically(head);
@@ -55,13 +57,27 @@ pub(crate) fn draw(
     let svg = style::write_dashes(with_display_size(&svg, size));
     let png = render(&svg, size).map_err(failed)?;
     write(&figure.folder, &format!("{}.svg", figure.name), svg.as_bytes())?;
-    write(&figure.folder, &format!("{}.png", figure.name), &png)
+    write(&figure.folder, &format!("{}.png", figure.name), &png)?;
+    warn_of(figure, &missing);
+    Ok(())
+}
+
+/// Says which characters a figure shows by their codes.
+fn warn_of(figure: &Figure, missing: &Missing) {
+    let missing: Vec<String> = missing.borrow().iter().map(|letter| letter.escape_debug().to_string()).collect();
+    if !missing.is_empty() {
+        eprintln!(
+            "warning: figure `{}`: the embedded font lacks {}, drawn as codes such as U+4E2D",
+            figure.name,
+            missing.join(" ")
+        );
+    }
 }
 
 /// Lays the head out on a scratch drawing to learn how high it is.
 fn head_height(figure: &Figure, width: u32, legend: &[Entry]) -> DrawResult<u32> {
     let mut scratch = String::new();
-    let root = SVGBackend::with_string(&mut scratch, (width, 1)).into_drawing_area();
+    let root = Page::new(&mut scratch, (width, 1), &Missing::default()).into_drawing_area();
     draw_head(&root, figure, width, legend)
 }
 
@@ -90,7 +106,7 @@ fn paragraph(canvas: &Canvas, text: &str, style: &TextStyle, (x, mut y): (i32, i
 /// Breaks text at spaces into lines of at most `room` units, as far as its words allow.
 pub(crate) fn wrap(canvas: &Canvas, text: &str, style: &TextStyle, room: i32) -> DrawResult<Vec<String>> {
     let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
+    for word in drawable(text).split_whitespace() {
         let longer = lines.last().map(|line| format!("{line} {word}"));
         match longer {
             Some(longer) if text_width(canvas, &longer, style)? <= room => {

@@ -44,7 +44,8 @@
 //! ```
 //!
 //! Colours are Okabe and Ito's; markers, dashes, hatches and lightness say the same in grey. Text
-//! is measured and, in the PNG, drawn with the embedded DejaVu Sans, so a bare machine will do.
+//! is measured and, in the PNG, drawn with the embedded DejaVu Sans, so a bare machine will do. Characters that this font
+//! lacks, such as Chinese ones, are drawn as codes (U+4E2D) in both files, with a warning.
 
 mod axis;
 mod bars;
@@ -56,6 +57,7 @@ mod evaluation;
 mod figure;
 mod latency;
 mod legend;
+mod page;
 mod panel;
 mod pareto;
 mod parts;

@@ -314,6 +314,7 @@ fn hatch(canvas: &Canvas, [(x0, y0), (x1, y1)]: [(i32, i32); 2], colour: RGBColo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::page::{Missing, Page};
 
     fn policies() -> Vec<Policy> {
         let batchings = ["vanilla", "sequence-wise", "depth-wise"];
@@ -352,7 +353,7 @@ mod tests {
     fn hatching_stays_inside_its_bar() {
         for corners in [[(100, 200), (160, 500)], [(100, 200), (700, 230)], [(100, 200), (101, 201)]] {
             let mut svg = String::new();
-            let canvas = SVGBackend::with_string(&mut svg, (1000, 1000)).into_drawing_area();
+            let canvas = Page::new(&mut svg, (1000, 1000), &Missing::default()).into_drawing_area();
             bar(&canvas, corners, WHITE, Fill::CrossHatched).expect("a bar");
             drop(canvas);
             let [(x0, y0), (x1, y1)] = corners;
@@ -370,7 +371,7 @@ mod tests {
     #[test]
     fn dashes_are_the_svg_s_own() {
         let mut svg = String::new();
-        let canvas = SVGBackend::with_string(&mut svg, (100, 100)).into_drawing_area();
+        let canvas = Page::new(&mut svg, (100, 100), &Missing::default()).into_drawing_area();
         stroke(&canvas, &[(0, 0), (90, 90)], INK.stroke_width(3), Dash::Dashed).expect("a stroke");
         drop(canvas);
         let svg = write_dashes(svg);

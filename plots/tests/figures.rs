@@ -186,6 +186,24 @@ fn every_figure_names_the_value_that_is_not_a_number() {
 }
 
 #[test]
+fn text_that_the_font_lacks_is_the_same_in_both_files() {
+    let draw = |name: &str| {
+        let scratch = tempfile::tempdir().expect("a folder");
+        let figure =
+            Figure { title: format!("{name}, p99"), setting: format!("model {name}"), ..figure(scratch.path()) };
+        let line = PolicyLine { policy: Policy::new(name, "oracle"), points: vec![(1.0, 2.0)] };
+        throughput_by_batch(&figure, &[line]).expect("a figure");
+        ["svg", "png"].map(|kind| fs::read(scratch.path().join(format!("figure.{kind}"))).expect("a file"))
+    };
+    let [svg, _] = draw("千问\u{1b}");
+    let text = String::from_utf8(svg).expect("UTF-8");
+    assert!(text.is_ascii() || !text.contains(['千', '问', '\u{1b}']), "{text}");
+    assert!(text.contains("U+5343 U+95EE U+001B , oracle"), "{text}");
+    // What the PNG shows differs where the names do: no box stands for another.
+    assert_ne!(draw("千问")[1], draw("通义")[1]);
+}
+
+#[test]
 fn rounding_does_not_keep_a_share_from_being_drawn() {
     let traces = |share: f64| ExitDepths { name: "series".into(), exiting: vec![share], agreement: vec![1.0] };
     let draw = |share| {
