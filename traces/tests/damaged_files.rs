@@ -1,13 +1,16 @@
 //! Whatever happens to a file, reading it gives a sound value or an error, never a panic.
 
 mod allocations;
+mod damage;
 
+use std::io::Write;
 use std::path::Path;
 use std::sync::{Once, OnceLock};
 
 use allocations::Allocations;
+use damage::{cases, damage, damaged};
 use proptest::prelude::*;
-use traces::{Component, ExitTable, ExitTrace, LatencyProfile, Request, RequestTrace};
+use traces::{Component, ExitTable, ExitTrace, LatencyProfile, Request, RequestSpec, RequestTrace};
 
 #[global_allocator]
 static ALLOCATIONS: Allocations = Allocations;
@@ -41,69 +44,24 @@ const PROFILE_YAML: &str = "schema_version: 1\nmodel: m\nfingerprint: f\nnum_loo
 const PROFILE_CSV: &str = "component,rows,kv_tokens,depths,time_us,spread_us,repeats\n\
     block,1,0,1,10.5,0.1,5\ndepth_mix,8,0,3,1,0,5\nembed,1,0,1,0.5,0,5\nhead,1,0,1,2,0,5\n";
 
-/// One thing done to the bytes of a file; positions are taken modulo its length.
-#[derive(Clone, Debug)]
-enum Damage {
-    Truncate(usize),
-    Replace(usize, u8),
-    Insert(usize, String),
-    Delete(usize, usize),
-    Repeat(usize, usize),
-}
+const MIXED_CSV: &str =
+    "prefill_tokens,prefill_history,decode_rows,decode_history,time_us\n0,0.0,1,16,9.5\n16,0.0,0,0,11.0\n";
+const SKEW_CSV: &str = "prefill_tokens,lever,decode_rows,long_share,longest_history,prefill_history,alpha\n\
+    0,inf,32,0.05,1024,4294967295,-0.01\n16,2.5,8,1,64,0,0.5\n";
 
-/// Pieces of text that readers stumble over.
-const SCRAPS: &[&str] = &[
-    "NaN",
-    "-",
-    "-1",
-    "1e999",
-    "4294967296",
-    "99999999999999999999",
-    "\"",
-    "\n",
-    "\r\n",
-    ",",
-    "{",
-    "[[[[",
-    "\u{feff}",
-    "é",
-    ": &a *a",
-    "0",
-    ".",
-];
+const SPEC_YAML: &str = "generate:\n  count: 50\n  seed: 1\n  arrivals: {gamma: {rate_per_s: 20, cv: 2}}\n\
+    \x20 prompt_tokens: {log_normal: {median: 64, sigma: 1}}\n  output_tokens: {uniform: {min: 8, max: 64}}\n\
+    max_prompt_tokens: 99\n";
 
-fn damage() -> impl Strategy<Value = Damage> {
-    prop_oneof![
-        any::<usize>().prop_map(Damage::Truncate),
-        (any::<usize>(), any::<u8>()).prop_map(|(at, byte)| Damage::Replace(at, byte)),
-        (any::<usize>(), prop::sample::select(SCRAPS)).prop_map(|(at, scrap)| Damage::Insert(at, scrap.to_owned())),
-        (any::<usize>(), 1..40_usize).prop_map(|(at, length)| Damage::Delete(at, length)),
-        (any::<usize>(), 1..40_usize).prop_map(|(at, length)| Damage::Repeat(at, length)),
-    ]
-}
-
-fn damaged(contents: impl AsRef<[u8]>, damages: &[Damage]) -> Vec<u8> {
-    let mut bytes = contents.as_ref().to_vec();
-    for damage in damages {
-        let place = |at: usize| at % bytes.len().max(1);
-        let part = |at: usize, length: usize| place(at)..(place(at) + length).min(bytes.len());
-        match damage {
-            Damage::Truncate(at) => bytes.truncate(place(*at)),
-            Damage::Replace(at, byte) => {
-                let at = place(*at);
-                if let Some(old) = bytes.get_mut(at) {
-                    *old = *byte;
-                }
-            }
-            Damage::Insert(at, scrap) => drop(bytes.splice(place(*at)..place(*at), scrap.bytes()).count()),
-            Damage::Delete(at, length) => drop(bytes.drain(part(*at, *length))),
-            Damage::Repeat(at, length) => {
-                let copy = bytes[part(*at, *length)].to_vec();
-                bytes.splice(place(*at)..place(*at), copy);
-            }
+fn packed(text: &[u8], is_gzip: bool) -> Vec<u8> {
+    match is_gzip {
+        true => {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            gzip.write_all(text).unwrap();
+            gzip.finish().unwrap()
         }
+        false => zstd::encode_all(text, 3).unwrap(),
     }
-    bytes
 }
 
 /// The trace of [`EXITS_CSV`] as Parquet.
@@ -133,7 +91,7 @@ fn write(path: &Path, name: &str, contents: &[u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(cases())]
 
     #[test]
     fn damaged_request_traces(contents in prop::sample::select(&REQUESTS[..]), damages in prop::collection::vec(damage(), 1..4)) {
@@ -153,6 +111,53 @@ proptest! {
                     prop_assert_eq!(hashes.of(request.id).len() as u32, request.prompt_tokens / hashes.block_tokens);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn damaged_compressed_request_traces(
+        contents in prop::sample::select(&REQUESTS[..]),
+        in_text in prop::collection::vec(damage(), 0..3),
+        in_packed in prop::collection::vec(damage(), 0..3),
+        is_gzip: bool,
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let text = damaged(contents, &in_text);
+        write(folder.path(), "trace", &damaged(packed(&text, is_gzip), &in_packed));
+        let (trace, allocated) = ALLOCATIONS.largest(|| RequestTrace::read(folder.path().join("trace")));
+        prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
+        if let Err(error) = trace {
+            let message = error.to_string();
+            prop_assert!(message.chars().all(|letter| !letter.is_control()), "{message:?}");
+        }
+    }
+
+    #[test]
+    fn damaged_request_configurations(damages in prop::collection::vec(damage(), 1..4)) {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "requests.yaml", &damaged(SPEC_YAML, &damages));
+        write(folder.path(), "trace.csv", REQUESTS[0].as_bytes());
+        let path = folder.path().join("requests.yaml");
+        let (_, allocated) = ALLOCATIONS.largest(|| {
+            let spec: RequestSpec = traces::table::read_yaml(&path)?;
+            // Requests are made one by one: their number takes no memory.
+            spec.stream(folder.path()).map(|requests| requests.take(1000).map(|request| u64::from(request.context_tokens())).sum::<u64>())
+        });
+        prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
+    }
+
+    #[test]
+    fn damaged_mixed_attention(in_skew: bool, damages in prop::collection::vec(damage(), 1..4)) {
+        let folder = tempfile::tempdir().unwrap();
+        let (points, skew) = if in_skew { (&[][..], &damages[..]) } else { (&damages[..], &[][..]) };
+        write(folder.path(), "profile.yaml", PROFILE_YAML.as_bytes());
+        write(folder.path(), "latency.csv", PROFILE_CSV.as_bytes());
+        write(folder.path(), "mixed_attention.csv", &damaged(MIXED_CSV, points));
+        write(folder.path(), "skew.csv", &damaged(SKEW_CSV, skew));
+        let (profile, allocated) = ALLOCATIONS.largest(|| LatencyProfile::read(folder.path()));
+        prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
+        if let Some(mixed) = profile.ok().and_then(|profile| profile.mixed_attention) {
+            prop_assert!(mixed.points.iter().all(|point| point.time_us.is_finite() && point.prefill_context >= 0.0));
         }
     }
 

@@ -1,0 +1,177 @@
+//! Files as others publish them, from the command line.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+
+use common::Scene;
+
+/// A profile of one loop that comes with the repository, and a small model.
+const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/paper/profiles/gemma-vanilla");
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/kjv");
+
+const BAILIAN: &str = r#"{"chat_id": 11, "parent_chat_id": -1, "timestamp": 0.21, "input_length": 12, "output_length": 3, "type": "text", "turn": 1, "hash_ids": [5]}
+{"chat_id": 12, "parent_chat_id": 11, "timestamp": 61.5, "input_length": 45, "output_length": 2, "type": "text", "turn": 2, "hash_ids": [5, 8, 9]}
+{"chat_id": 13, "parent_chat_id": -1, "timestamp": 3600.25, "input_length": 30, "output_length": 1, "type": "file", "turn": 1, "hash_ids": [21, 22]}
+"#;
+
+fn scene() -> Scene {
+    Scene(tempfile::tempdir().unwrap())
+}
+
+/// Simulates a file; arrivals in seconds, and what was said beside the results.
+fn arrivals(scene: &Scene, file: &str, more: &[&str]) -> (Vec<String>, String) {
+    let arguments = ["simulate", "--requests", file, "--profile", PROFILE, "--exit", "none", "--batching", "sequence"];
+    let output = scene.run(&[&arguments[..], &["--out", "out"], more].concat());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    let requests = fs::read_to_string(scene.path("out/requests.csv")).unwrap();
+    let mut lines = requests.lines().map(|line| line.split(',').map(str::to_owned).collect::<Vec<_>>());
+    let place = lines.next().unwrap().iter().position(|column| column == "arrival_s").unwrap();
+    (lines.map(|line| line[place].clone()).collect(), said)
+}
+
+fn fails(scene: &Scene, file: &str) -> String {
+    scene.fail(&["simulate", "--requests", file, "--profile", PROFILE])
+}
+
+#[test]
+fn bailian_traces_are_simulated_in_seconds_with_or_without_hashes() {
+    let scene = scene();
+    scene.write("hashed.jsonl", BAILIAN);
+    let bare: String =
+        BAILIAN.lines().map(|line| format!("{}}}\n", line.split(", \"hash_ids\"").next().unwrap())).collect();
+    scene.write("bare.jsonl", &bare);
+    for file in ["hashed.jsonl", "bare.jsonl"] {
+        let (arrivals, said) = arrivals(&scene, file, &[]);
+        assert_eq!(arrivals, ["0.21", "61.5", "3600.25"], "{file}");
+        assert!(said.contains("sessions and delays are not replayed (`parent_chat_id`)"), "{said}");
+    }
+    let (windowed, _) = arrivals(&scene, "bare.jsonl", &["--window-s", "0", "61.29"]);
+    assert_eq!(windowed, ["0.0"], "windows count from the first arrival");
+}
+
+#[test]
+fn a_unit_that_the_file_does_not_tell_is_asked_for() {
+    let scene = scene();
+    let line = |time: &str| format!("{{\"timestamp\": {time}, \"input_length\": 9, \"output_length\": 2}}\n");
+    scene.write("bare.jsonl", &(line("2") + &line("5")));
+    let error = fails(&scene, "bare.jsonl");
+    assert!(error.contains("bare.jsonl: found a file without hash_ids whose timestamp may be seconds or"), "{error}");
+    assert!(error.contains("`--time-unit s`"), "{error}");
+    assert_eq!(arrivals(&scene, "bare.jsonl", &["--time-unit", "s"]).0, ["2.0", "5.0"]);
+    assert_eq!(arrivals(&scene, "bare.jsonl", &["--time-unit", "ms"]).0, ["0.002", "0.005"]);
+    scene.write("bare.yaml", "{file: bare.jsonl, time_unit: s}");
+    assert_eq!(arrivals(&scene, "bare.yaml", &[]).0, ["2.0", "5.0"]);
+}
+
+#[test]
+fn compressed_traces_are_unpacked_and_other_files_named() {
+    let scene = scene();
+    let azure = "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n2024-10-15 00:00:00.071000,1,1200,3\n\
+        2024-10-15 00:00:00.350000,0,220,5\n2024-10-15 00:00:02.000001,3,400,2\n";
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    gzip.write_all(azure.as_bytes()).unwrap();
+    let gzip = gzip.finish().unwrap();
+    fs::write(scene.path("azure.csv.gz"), &gzip).unwrap();
+    let (found, said) = arrivals(&scene, "azure.csv.gz", &[]);
+    assert_eq!(found, ["0.0", "0.279", "1.929001"]);
+    assert!(said.contains("warning: azure: not used: `NumImages`"), "{said}");
+    fs::write(scene.path("cut.csv.gz"), &gzip[..gzip.len() - 9]).unwrap();
+    assert!(fails(&scene, "cut.csv.gz").contains("its gzip data is cut off"));
+    scene.write("pointer.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n");
+    assert!(fails(&scene, "pointer.csv").contains("run `git lfs pull`"));
+}
+
+#[test]
+fn rows_without_tokens_are_counted_or_refused() {
+    let scene = scene();
+    scene.write(
+        "azure.csv",
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-10-15 00:00:00,12,0\n2024-10-15 00:00:01,9,2\n",
+    );
+    let (found, said) = arrivals(&scene, "azure.csv", &[]);
+    assert_eq!(found, ["0.0"]);
+    assert!(said.contains("warning: azure: requests left out: 1 without output tokens"), "{said}");
+    let error = scene.fail(&["simulate", "--requests", "azure.csv", "--profile", PROFILE, "--zero-tokens", "refuse"]);
+    assert!(error.contains("azure.csv:2: GeneratedTokens: found `0`"), "{error}");
+}
+
+#[test]
+fn a_timeline_keeps_what_follows_the_first_arrival() {
+    let scene = scene();
+    scene.write(
+        "late.csv",
+        "request,arrival_us,prompt_tokens,output_tokens\n0,3600000000,12,2\n1,3601000000,9,2\n2,3700000000,9,2\n",
+    );
+    let arguments =
+        ["timeline", "--requests", "late.csv", "--profile", PROFILE, "--exit", "none", "--batching", "sequence"];
+    scene.succeed(&[&arguments[..], &["--keep-s", "0", "10", "--out", "late.json"]].concat());
+    let events = fs::read_to_string(scene.path("late.json")).unwrap();
+    let count = |request: u32| events.matches(&format!("\"request\":{request}")).count();
+    assert!(count(0) > 0 && count(1) > 0, "{events}");
+    assert_eq!(count(2), 0, "a hundred seconds after the first: {events}");
+}
+
+#[test]
+fn a_configuration_may_begin_with_a_byte_order_mark() {
+    let scene = scene();
+    scene.write(
+        "requests.yaml",
+        "\u{feff}generate:\n  count: 4\n  arrivals: all_at_once\n  prompt_tokens: {fixed: 8}\n  output_tokens: {fixed: 4}\n\
+         max_output_tokens: 3\n",
+    );
+    assert_eq!(arrivals(&scene, "requests.yaml", &[]).0, ["0.0"; 4]);
+}
+
+#[test]
+fn logs_of_the_evaluation_harness_are_scored() {
+    let scene = scene();
+    let target = r#"{"doc_id": 0, "target": "True", "arguments": {"gen_args_0": {"arg_0": "A man sings. True, False, or Neither?", "arg_1": " True"}, "gen_args_1": {"arg_0": "A man sings. True, False, or Neither?", "arg_1": " Neither"}}, "acc": 1.0}"#;
+    let empty = r#"{"doc_id": 0, "target": "0", "arguments": {"gen_args_0": {"arg_0": "", "arg_1": "The cat sleeps."}, "gen_args_1": {"arg_0": "", "arg_1": "The cat sleep."}}}"#;
+    let common = r#"{"doc_id": 0, "doc": {"answer": "2"}, "target": "was too big.", "arguments": {"gen_args_0": {"arg_0": "It would not fit because the oven", "arg_1": " was too big."}, "gen_args_1": {"arg_0": "It would not fit because the pot", "arg_1": " was too big."}}, "acc": 1.0}"#;
+    for (name, sample, gold) in [("target", target, "0"), ("empty", empty, "0"), ("common", common, "1")] {
+        scene.write("questions.jsonl", sample);
+        scene.succeed(&["evaluate", MODEL, "--questions", "questions.jsonl", "--out", name]);
+        let answers = fs::read_to_string(scene.path(name).join("answers.csv")).unwrap();
+        let mut lines = answers.lines().map(|line| line.split(',').collect::<Vec<_>>());
+        assert_eq!(lines.next().unwrap()[2..5], ["choice", "is_gold", "log_likelihood_nats"]);
+        for line in lines {
+            assert_eq!(line[3], (line[2] == gold).to_string(), "{name}: {line:?}");
+            assert!(line[4].parse::<f64>().unwrap() < 0.0, "{name}: {line:?}");
+        }
+    }
+    scene.write(
+        "questions.jsonl",
+        r#"{"doc_id": 0, "target": "4", "arguments": {"gen_args_0": {"arg_0": "2+2=", "arg_1": {"until": ["."]}}}}"#,
+    );
+    let error = scene.fail(&["evaluate", MODEL, "--questions", "questions.jsonl"]);
+    assert!(error.contains("found a request of the type generate_until"), "{error}");
+}
+
+#[test]
+fn an_evaluation_of_tokens_that_all_agree_is_written_whatever_their_number() {
+    let scene = scene();
+    for tokens in [1, 9, 11, 18, 20] {
+        let folder = scene.path("exits");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(
+            folder.join("exits.yaml"),
+            "schema_version: 1\nmodel: 千问\nfingerprint: f\nnum_loops: 2\nsource: a test\n",
+        )
+        .unwrap();
+        let row = |token: usize| format!("0,{token},0,7,0.5,0.25,1,0\n0,{token},1,7,0.75,0.5,0.5,0.9\n");
+        let rows: String = (0..tokens).map(row).collect();
+        let header = "generation,token,depth,prediction,top1,margin,entropy,similarity\n";
+        fs::write(folder.join("exits.csv"), format!("{header}{rows}")).unwrap();
+        let out = format!("of-{tokens}");
+        let output = scene.run(&["evaluate", "--exits", "exits", "--out", &out]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{tokens} tokens: {said}");
+        assert!(said.contains("the embedded font lacks"), "{said}");
+        for file in ["config.yaml", "signals.csv", "figures/exit-depths.png", "figures/reliability.svg"] {
+            assert!(scene.path(&out).join(file).exists(), "{file} of {tokens} tokens");
+        }
+    }
+}
