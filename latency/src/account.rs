@@ -1,29 +1,29 @@
-//! Where the time of a run goes, and where it leaves the measured grid.
+//! Time of a run by component, and uses beyond the measured grid.
 
 use traces::Component;
 
 use crate::extrapolation::Extrapolations;
 
-/// What a run has asked of a latency model so far.
+/// What a latency model has been asked for during a run.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PassAccount {
-    /// Where its time went.
+    /// Time by component.
     pub time: TimeByComponent,
-    /// Times beyond the measured grid.
+    /// Uses beyond the measured grid.
     pub extrapolations: Extrapolations,
 }
 
 impl PassAccount {
-    /// Adds those of another machine.
+    /// Adds the account of another machine.
     pub fn merge(&mut self, other: &Self) {
         self.time.merge(&other.time);
         self.extrapolations.merge(&other.extrapolations);
     }
 }
 
-/// Time of passes by component; the components add up to the time in which passes ran.
+/// Time of passes by component. The components and the overhead add up to the time in which passes ran.
 ///
-/// Times are those of the profile, also where a run draws its passes from their spread.
+/// Times are those of the profile, also where a run draws its pass times from the measured spread.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TimeByComponent {
     overhead_ns: f64,
@@ -39,7 +39,7 @@ impl TimeByComponent {
         self.by_component[component as usize] += ns;
     }
 
-    /// Adds those of another machine.
+    /// Adds the times of another machine.
     pub fn merge(&mut self, other: &Self) {
         self.overhead_ns += other.overhead_ns;
         for (sum, ns) in self.by_component.iter_mut().zip(other.by_component) {
@@ -47,12 +47,13 @@ impl TimeByComponent {
         }
     }
 
-    /// Seconds that no component has: the serving loop's own.
+    /// Overhead of the serving loop, in seconds, which belongs to no component.
     pub fn overhead_s(&self) -> f64 {
         self.overhead_ns * 1e-9
     }
 
-    /// Seconds of one component. Attention that was measured for whole passes counts as that of prompts where there are any.
+    /// Time of one component in seconds. Attention that was measured for whole passes counts as prompt attention in
+    /// passes with prompts.
     pub fn of(&self, component: Component) -> f64 {
         self.by_component[component as usize] * 1e-9
     }

@@ -1,4 +1,4 @@
-//! Time of attention where it was measured for whole passes, prompt chunks and decode rows together.
+//! Time of attention from a profile that measured it for whole passes, prompt chunks and decode rows together.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -8,40 +8,41 @@ use traces::{ChunkWork, Component, MixedAttention, MixedPoint, PassWork, Prefill
 use crate::curve::{Curve, line};
 use crate::extrapolation::Extrapolations;
 
-/// Attention of a pass, interpolated over measured passes.
+/// Attention of a pass, interpolated between measured passes.
 ///
-/// Time is linear between measured points in each of prompt tokens, what they look back on, decode rows and their
-/// history. A grid need not be full: between two numbers of prompt tokens, the nearest count that were measured with so
-/// little to look back on. Of a measured pass, the decode rows have one history. So:
+/// Time is linear between measured points in each of four variables: prompt tokens, their context, decode rows and the
+/// decode rows' history. A grid need not be full: between two numbers of prompt tokens, only the nearest ones that were
+/// measured with a context as short count. A measured pass has decode rows of one history. Two rules cover other
+/// passes:
 ///
-/// - Where passes were measured with one prompt chunk each, several chunks cost what each costs alone, but one start of
-///   the kernel; the decode rows add to that what they add to one chunk of the same total and mean history.
-/// - Uneven histories move the time from that at their mean towards that at the longest, by the measured share. It was
-///   measured on batches of two lengths, by the share of the rows that have the longer one. Any other batch is taken for
-///   the batch of two lengths that has the same mean, the same longest history and the same variance.
+/// - Where passes were measured with one prompt chunk each, several chunks take the sum of their single times, with one
+///   kernel start. Decode rows add what they add to one chunk with the total of the tokens and the mean history.
+/// - Uneven decode histories move the time from that at the mean history towards that at the longest, by a measured
+///   share. The share was measured on batches with two lengths, as a function of the share of rows with the longer
+///   history. Any other batch is treated as the batch of two lengths with the same mean, longest history and variance.
 #[derive(Clone, Debug)]
 pub(crate) struct AttentionModel {
     prefill_axis: PrefillAxis,
-    /// Decode rows alone.
+    /// Passes of decode rows only.
     decodes: ByRows,
-    /// By prompt tokens.
+    /// Passes with prompts, by prompt tokens.
     prompts: Vec<(f64, ByRows)>,
-    /// The least of all prompts.
+    /// The smallest measured values of all passes with prompts.
     least: Least,
     skew: Skew,
 }
 
-/// By decode rows, then by what the prompt tokens look back on, a curve over the decode rows' history.
+/// By decode rows, then by the context of the prompt tokens: a curve over the decode rows' history.
 #[derive(Clone, Debug, Default)]
 struct ByRows {
     slices: Vec<(f64, Vec<(f64, Curve)>)>,
     least: Least,
 }
 
-/// Where a grid begins.
+/// Lower bounds of a grid.
 #[derive(Clone, Copy, Debug, Default)]
 struct Least {
-    /// What prompt tokens look back on.
+    /// Context of the prompt tokens.
     context: f64,
     /// History of decode rows.
     history: f64,
@@ -62,7 +63,7 @@ impl Least {
 }
 
 impl AttentionModel {
-    /// Prepares measured passes for look-up.
+    /// Prepares measured passes for interpolation.
     pub fn new(mixed: &MixedAttention) -> Self {
         let mut prompts: BTreeMap<u32, Vec<&MixedPoint>> = BTreeMap::new();
         for point in &mixed.points {
@@ -115,7 +116,7 @@ impl AttentionModel {
         time.max(0.0)
     }
 
-    /// What the tokens of a chunk look back on.
+    /// Context of the tokens of a chunk, on the profile's prefill axis.
     fn context(&self, tokens: u32, history: u32) -> f64 {
         match self.prefill_axis {
             PrefillAxis::History => history.into(),
@@ -123,7 +124,7 @@ impl AttentionModel {
         }
     }
 
-    /// A pass of prompt tokens and decode rows of one history.
+    /// Time of a pass with prompt tokens of one context and decode rows of one history.
     fn at(&self, tokens: u32, context: f64, rows: u32, history: f64, beyond: &mut Extrapolations) -> f64 {
         if tokens == 0 {
             return self.decodes.at(context, rows, history, Component::DecodeAttention, beyond);
@@ -142,7 +143,7 @@ impl AttentionModel {
 
 impl ByRows {
     fn new(points: &[&MixedPoint]) -> Self {
-        /// By context, times by history.
+        /// By context: times by history.
         type Slices = Vec<(f64, BTreeMap<u32, f64>)>;
         let mut by_rows: BTreeMap<u32, Slices> = BTreeMap::new();
         for point in points {
@@ -179,8 +180,9 @@ impl ByRows {
     }
 }
 
-/// Interpolates what `value` gives for the nearest neighbours of `x` that were `measured`, or if there is none of those
-/// the nearest; below the first it is that of the first, above the last the last slope goes on.
+/// Interpolates `value` between the nearest neighbours of `x` for which `measured` is true, or between the nearest
+/// neighbours if there are none. Below the first point the value is constant; above the last one the last slope
+/// continues.
 fn between<T>(points: &[(f64, T)], x: f64, measured: impl Fn(&T) -> bool, mut value: impl FnMut(&T) -> f64) -> f64 {
     let place = points.partition_point(|point| point.0 < x);
     let above = || points[place..].iter().find(|point| measured(&point.1));
@@ -198,12 +200,12 @@ fn between<T>(points: &[(f64, T)], x: f64, measured: impl Fn(&T) -> bool, mut va
     }
 }
 
-/// The measured shares, sorted by the bounds of their cells.
+/// Measured shares, sorted by the bounds of their cells.
 #[derive(Clone, Debug, Default)]
 struct Skew(Vec<(Batch, f64)>);
 
-/// Of a batch, or the upper bounds of a cell: prompt tokens, lever, decode rows, share of long rows, longest history,
-/// history before the prompts.
+/// Features of a batch, or the upper bounds of a cell: prompt tokens, lever, decode rows, share of long rows, longest
+/// history, history before the prompts.
 type Batch = [f64; 6];
 
 impl Skew {
@@ -229,7 +231,7 @@ impl Skew {
         self.0.is_empty()
     }
 
-    /// The share of the cell that holds the batch: of each bound in turn, the smallest that reaches as far, or the
+    /// Share of the cell that contains the batch: for each bound in turn, the smallest one that is not exceeded, or the
     /// largest.
     fn alpha(&self, batch: &Batch) -> f64 {
         let mut cells = &self.0[..];
@@ -277,7 +279,7 @@ mod tests {
         AttentionModel::new(&MixedAttention { prefill_axis: PrefillAxis::History, points, skew })
     }
 
-    /// Of any batch.
+    /// A cell without bounds, which matches every batch.
     fn cell(alpha: f64) -> SkewCell {
         SkewCell {
             prefill_tokens: u32::MAX,
@@ -319,8 +321,8 @@ mod tests {
     #[test]
     fn chunks_of_different_prompts_do_not_attend_to_each_other() {
         let model = model(Vec::new());
-        // Each of the four has 100 * 50 pairs; one chunk of 400 would have 400 * 200. A start costs what the smallest
-        // measured chunk does: here 60 us.
+        // Each of the four chunks has 100 * 50 pairs; one chunk of 400 would have 400 * 200. A kernel start takes as
+        // long as the smallest measured chunk, 60 us.
         let four = time_us(&model, &[(100, 0); 4], &[]);
         assert!((four - 60.0).abs() < 1e-9, "{four}");
         let with_decodes = time_us(&model, &[(100, 0); 4], &[1000; 4]);

@@ -1,4 +1,4 @@
-//! What the components of a pass take, by its work.
+//! Time of the components of a pass, from its work.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use crate::curve::{Curve, Surface, Table};
 use crate::extrapolation::Extrapolations;
 use crate::model::LatencyError;
 
-/// One measured quantity of each component of a pass: its time, or its spread.
+/// One measured quantity of every component of a pass: its time, or its spread.
 #[derive(Clone, Debug)]
 pub(crate) struct Components {
     block: Table,
@@ -17,13 +17,13 @@ pub(crate) struct Components {
     after_more: AfterMore,
     decode_attention: Surface,
     prefill_attention: Surface,
-    /// None where it was not measured.
+    /// `None` where it was not measured.
     prefill_again: Option<Surface>,
     /// By distinct depths less 1.
     depth_mix: Vec<Table>,
     embed: Table,
     head: Table,
-    /// None where it was not measured.
+    /// `None` where it was not measured.
     head_again: Option<Table>,
     kv_fill: Table,
 }
@@ -63,7 +63,7 @@ impl Components {
         }
     }
 
-    /// What the components of a pass take until its exits are decided, in nanoseconds, but for attention of its chunks.
+    /// Time of the components until the exits are decided, in nanoseconds, without the attention of chunks.
     pub(crate) fn run(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 8] {
         let &PassWork { rows, decode_rows, depths, embed_rows, head_rows, before, .. } = work;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
@@ -83,7 +83,7 @@ impl Components {
         ]
     }
 
-    /// What the components take that run once the exits of a pass are decided, in nanoseconds.
+    /// Time of the components that run once the exits of a pass are decided, in nanoseconds.
     pub(crate) fn exit(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 2] {
         [
             (Component::Head, self.head(work.exit_head_rows, work.head_is_warm(), beyond)),
@@ -91,13 +91,13 @@ impl Components {
         ]
     }
 
-    /// What attention of one chunk adds to a pass, in nanoseconds.
+    /// Time that attention of one chunk adds to a pass, in nanoseconds.
     pub(crate) fn chunk(&self, chunk: ChunkWork, beyond: &mut Extrapolations) -> f64 {
         self.prefill_attention.at(chunk.tokens, chunk.history.into(), Component::PrefillAttention, beyond)
     }
 
-    /// What attention of all chunks adds to a pass, in nanoseconds. The chunk with the most keys counts by itself, the
-    /// others by what each adds beside it.
+    /// Time that attention of all chunks adds to a pass, in nanoseconds. The chunk with the most keys counts as a first
+    /// chunk, every other one as a further chunk.
     pub(crate) fn chunks(&self, chunks: &[ChunkWork], beyond: &mut Extrapolations) -> f64 {
         let keys = |chunk: ChunkWork| chunk.tokens + chunk.history;
         let (mut longest, mut others) = (None, 0.0);
@@ -123,8 +123,9 @@ impl Components {
     }
 }
 
-/// The tables of `depth_mix` by distinct depths, from 1 (which adds nothing) to all loops; counts between two
-/// measured ones are interpolated, those above the largest cost what it costs and count as extrapolated.
+/// Tables of `depth_mix` by number of distinct depths, from 1 (which adds nothing) to the number of loops. Numbers
+/// between two measured ones are interpolated. Numbers above the largest measured one take its time and count as
+/// extrapolated.
 fn depth_mix(profile: &LatencyProfile, value_us: fn(&Point) -> f64) -> Result<Vec<Table>, LatencyError> {
     let mut measured = curves(profile, Component::DepthMix, value_us, |point| point.depths, |point| point.rows)?;
     if measured.is_empty() {
@@ -171,8 +172,8 @@ fn curves(
     Ok(curves.into_iter().map(|(key, points)| (key, Curve::new(points))).collect())
 }
 
-/// What passes take beyond by their rows and those of the pass before: nothing where that had no more, and beyond the
-/// measured rows of either what the largest measured cost.
+/// Extra time of a pass that follows a larger one; zero otherwise. Beyond the measured rows of either pass, the time is
+/// that of the largest measured number.
 #[derive(Clone, Debug)]
 struct AfterMore {
     surface: Surface,
@@ -181,7 +182,7 @@ struct AfterMore {
 }
 
 impl AfterMore {
-    /// By rows, curves over the rows of the pass before.
+    /// By rows: curves over the rows of the previous pass.
     fn new(mut curves: BTreeMap<u32, Curve>) -> Self {
         for (&rows, curve) in &mut curves {
             let more = curve.points().filter(|&(before, _)| before > rows);

@@ -1,4 +1,4 @@
-//! Times between measured points: piecewise linear in one variable, bilinear in two.
+//! Interpolation between measured points: piecewise linear in one variable, bilinear in two.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ const MAX_TABULATED: u32 = 1 << 14;
 /// Piecewise-linear time in nanoseconds over one variable; zero without points.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Curve {
-    /// Rising in where they lie.
+    /// Sorted by position.
     knots: Vec<Knot>,
 }
 
@@ -21,12 +21,12 @@ pub(crate) struct Curve {
 struct Knot {
     x: f64,
     y: f64,
-    /// From the point before it; 0 at the first.
+    /// Slope from the previous point; 0 at the first.
     slope: f64,
 }
 
 impl Curve {
-    /// The curve through points that rise in the first.
+    /// The curve through points that are sorted by position.
     pub(crate) fn new(points: impl IntoIterator<Item = (u32, f64)>) -> Self {
         let mut knots: Vec<Knot> = Vec::new();
         for (x, y) in points {
@@ -46,7 +46,7 @@ impl Curve {
         self.knots.iter().map(|knot| knot.x as u32)
     }
 
-    /// The largest measured place; infinite without points, since nothing lies beyond.
+    /// The largest measured position; infinite without points, since nothing then counts as extrapolated.
     pub(crate) fn end(&self) -> f64 {
         self.knots.last().map_or(f64::INFINITY, |knot| knot.x)
     }
@@ -59,20 +59,20 @@ impl Curve {
             _ => {
                 let above = self.knots.partition_point(|knot| knot.x < x).min(self.knots.len() - 1);
                 let (low, high) = (self.knots[above - 1], self.knots[above]);
-                // Beyond the last the line does not fall, as in `line`.
+                // Beyond the last point the line does not fall, as in `line`.
                 if x <= high.x { low.y + high.slope * (x - low.x) } else { high.y + high.slope.max(0.0) * (x - high.x) }
             }
         }
     }
 }
 
-/// The line through two points; beyond the second it does not fall, however noisy the two.
+/// The line through two points. Beyond the second point it does not fall, however noisy the points are.
 pub(crate) fn line((x0, y0): (f64, f64), (x1, y1): (f64, f64), x: f64) -> f64 {
     let slope = (y1 - y0) / (x1 - x0);
     if x <= x1 { y0 + slope * (x - x0) } else { y1 + slope.max(0.0) * (x - x1) }
 }
 
-/// A curve over rows, tabulated; no rows take no time.
+/// A tabulated curve over rows. Zero rows take no time.
 #[derive(Clone, Debug)]
 pub(crate) struct Table {
     times: Vec<f64>,
@@ -88,7 +88,7 @@ impl Table {
         Self { times, curve, end }
     }
 
-    /// A curve that stands in for one that was not measured: every use is an extrapolation.
+    /// A curve in place of one that was not measured: every use counts as an extrapolation.
     pub(crate) fn unmeasured(curve: Curve) -> Self {
         Self { times: vec![0.0], curve, end: 0 }
     }
@@ -106,12 +106,12 @@ impl Table {
     }
 }
 
-/// Bilinear time in nanoseconds over rows and history; each measured number of rows has its own range of histories.
+/// Bilinear time in nanoseconds over rows and history. Each measured number of rows has its own range of histories.
 #[derive(Clone, Debug)]
 pub(crate) struct Surface {
-    /// Measured numbers of rows, rising, and the curve over history of each.
+    /// Measured numbers of rows, in ascending order, each with its curve over history.
     curves: Vec<(u32, Curve)>,
-    /// By rows, the first curve of as many or more: passes ask for it too often to search.
+    /// By rows: index of the first curve with at least that many rows. A table, because every pass needs it.
     above: Vec<u32>,
 }
 

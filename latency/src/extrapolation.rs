@@ -1,10 +1,10 @@
-//! Where a run asks for times beyond the measured grid.
+//! Counts of times that were asked for beyond the measured grid.
 
 use std::fmt;
 
 use traces::Component;
 
-/// How often a run asked for times beyond the measured grid, and how far, by component.
+/// How often, and how far, a run asked for times beyond the measured grid, by component.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Extrapolations {
     by_component: [Extrapolation; Component::ALL.len()],
@@ -13,11 +13,11 @@ pub struct Extrapolations {
 /// Uses of one component beyond its measured grid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extrapolation {
-    /// How many.
+    /// Number of uses.
     pub count: u64,
-    /// The most rows asked for.
+    /// Largest number of rows asked for.
     pub rows: u32,
-    /// The longest history asked for, in tokens.
+    /// Longest history asked for, in tokens.
     pub kv_tokens: u32,
 }
 
@@ -30,7 +30,7 @@ impl Extrapolations {
         entry.kv_tokens = entry.kv_tokens.max(kv_tokens);
     }
 
-    /// Adds those of another run.
+    /// Adds the extrapolations of another run.
     pub fn merge(&mut self, other: &Self) {
         for (entry, other) in self.by_component.iter_mut().zip(&other.by_component) {
             entry.count += other.count;
@@ -39,18 +39,18 @@ impl Extrapolations {
         }
     }
 
-    /// The components that were extrapolated.
+    /// The components that were extrapolated, with their uses.
     pub fn iter(&self) -> impl Iterator<Item = (Component, Extrapolation)> {
         Component::ALL.into_iter().zip(self.by_component).filter(|(_, entry)| entry.count > 0)
     }
 
-    /// Whether every time asked for lay within what was measured.
+    /// Whether every time asked for was within the measured grid.
     pub fn is_empty(&self) -> bool {
         self.iter().next().is_none()
     }
 }
 
-/// One line for each component that was extrapolated; nothing if none was.
+/// One line for each extrapolated component; empty without one.
 impl fmt::Display for Extrapolations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, (component, Extrapolation { count, rows, kv_tokens })) in self.iter().enumerate() {

@@ -1,11 +1,11 @@
-//! How long a pass takes: from the work of a pass to its time.
+//! Latency model: from the work of a pass to its time.
 //!
-//! A [`LatencyModel`] is made from a [latency profile](traces::LatencyProfile). It is the only place where the time of a
-//! pass follows from its [work](traces::PassWork): the simulator's executor, the comparison of logged passes with a profile,
-//! and the fitting of a profile to steady load all ask it.
+//! A [`LatencyModel`] is made from a [latency profile](traces::LatencyProfile). Only this crate derives the time of a
+//! pass from its [work](traces::PassWork). The simulator's executor, the comparison of logged passes with a profile,
+//! and the fitting of a profile to steady load all call it.
 //!
 //! ```text
-//! PassWork ──► LatencyModel ──► nanoseconds ──► PassAccount: time by component, times beyond the measured grid
+//! PassWork ──► LatencyModel ──► nanoseconds ──► PassAccount: time by component, uses beyond the measured grid
 //!                  ▲
 //!  LatencyProfile ─┘◄── SteadyFactors ◄── logged passes under steady load
 //! ```
@@ -40,9 +40,9 @@
 //! # Ok::<(), latency::LatencyError>(())
 //! ```
 //!
-//! Between measured points time is linear: in the rows, and for attention in rows and history. Below the smallest measured
-//! point it is that point's. Above the largest one the last slope goes on, and each such use is counted in
-//! [`Extrapolations`]: a simulation that left the measured grid says so.
+//! Between measured points, time is linear in the rows, and for attention in rows and history. Below the smallest
+//! measured point, time is constant. Above the largest one the last slope continues, and each such use is counted in
+//! [`Extrapolations`]: a simulation reports where it went beyond the measured grid.
 
 mod account;
 mod attention;

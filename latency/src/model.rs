@@ -1,4 +1,4 @@
-//! How long a pass takes, by a latency profile.
+//! The latency model of a profile: time of a pass from its work.
 
 use traces::{Component, LatencyProfile, Nanos, PassWork, ProfileMeta};
 
@@ -10,44 +10,44 @@ use crate::extrapolation::Extrapolations;
 /// A profile that cannot be interpolated.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum LatencyError {
-    /// Without the block there is no pass.
+    /// A profile without points of the block.
     #[error("the latency profile of `{0}` has no point of component `block`: a pass cannot be timed without it")]
     NoBlock(String),
-    /// A time that no clock shows.
+    /// A time that is out of range.
     #[error("{component} at rows {rows}, kv_tokens {kv_tokens}: found {time_us} us, expected {expected}")]
     BadTime {
-        /// Whose.
+        /// Component of the point.
         component: Component,
-        /// Where.
+        /// Rows of the point.
         rows: u32,
-        /// Where.
+        /// History of the point.
         kv_tokens: u32,
-        /// What was found, of the time or its spread.
+        /// The time or spread that was found.
         time_us: f64,
-        /// What it may be.
+        /// The range that was expected.
         expected: &'static str,
     },
-    /// Overhead that no clock shows.
+    /// An overhead that is out of range.
     #[error("overhead_us of the latency profile is {0}, expected a number of at least 0")]
     BadOverhead(f64),
-    /// Two times for the same point.
-    #[error("{component} at rows {rows}, kv_tokens {kv_tokens}, depths {depths} is there twice")]
+    /// Two measurements of one point.
+    #[error("{component} at rows {rows}, kv_tokens {kv_tokens}, depths {depths} is given twice")]
     Twice {
-        /// Whose.
+        /// Component of the point.
         component: Component,
-        /// Where.
+        /// Rows of the point.
         rows: u32,
-        /// Where.
+        /// History of the point.
         kv_tokens: u32,
-        /// Where.
+        /// Distinct depths of the point.
         depths: u32,
     },
-    /// Loops beyond what a pass can count.
+    /// More loops than a pass can count.
     #[error("the latency profile is of a model with {0} loops, expected 1 to 64")]
     Loops(u32),
 }
 
-/// Time by the work of a pass, for one profile.
+/// Time of a pass from its work, for one profile.
 #[derive(Clone, Debug)]
 pub struct LatencyModel {
     meta: ProfileMeta,
@@ -60,10 +60,10 @@ pub struct LatencyModel {
 }
 
 impl LatencyModel {
-    /// Prepares a profile for look-up. A component without points, other than the block, takes no time.
+    /// Prepares a profile for interpolation. A component without points, other than the block, takes no time.
     ///
     /// # Errors
-    /// If the block has no points, a time is negative or not a number, or a point is there twice.
+    /// If the block has no points, a time is negative or not a number, or a point is given twice.
     pub fn new(profile: &LatencyProfile) -> Result<Self, LatencyError> {
         let meta = &profile.meta;
         if !(1..=64).contains(&meta.num_loops) {
@@ -86,24 +86,24 @@ impl LatencyModel {
         })
     }
 
-    /// What the profile says of itself: model, device, memory.
+    /// Metadata of the profile: model, device, memory.
     pub fn meta(&self) -> &ProfileMeta {
         &self.meta
     }
 
-    /// Components with times that the profile's maker computed rather than measured.
+    /// Components with times that were computed rather than measured.
     pub fn computed(&self) -> &[Component] {
         &self.computed
     }
 
-    /// Loops of the model that was measured.
+    /// Number of loops of the measured model.
     pub fn num_loops(&self) -> u8 {
         self.num_loops
     }
 
-    /// Time of a pass until its exits are decided, in nanoseconds, the serving loop's own included.
+    /// Time of a pass until its exits are decided, in nanoseconds, including the overhead of the serving loop.
     ///
-    /// This and [`exit_ns`](Self::exit_ns) are the only places where the time of a pass follows from its work.
+    /// The time of a pass is derived from its work only here and in [`exit_ns`](Self::exit_ns).
     pub fn run_ns(&self, work: &PassWork, account: &mut PassAccount) -> f64 {
         let PassAccount { time, extrapolations } = account;
         let components = self.times.run(work, extrapolations);
@@ -124,7 +124,7 @@ impl LatencyModel {
         ns
     }
 
-    /// Time that the exits of a pass take once they are decided, in nanoseconds: the exit head of rows that had not run it,
+    /// Time of the exits of a pass once they are decided, in nanoseconds: the exit head for rows that had not run it,
     /// and copies of keys and values to skipped depths.
     pub fn exit_ns(&self, work: &PassWork, account: &mut PassAccount) -> f64 {
         let components = self.times.exit(work, &mut account.extrapolations);
@@ -132,14 +132,14 @@ impl LatencyModel {
         components.iter().map(|(_, ns)| ns).sum()
     }
 
-    /// Time that an executor takes for a pass, in nanoseconds: without the serving loop's own.
+    /// Time of a pass on the executor, in nanoseconds, without the overhead of the serving loop.
     pub fn pass_ns(&self, work: &PassWork) -> f64 {
         let account = &mut PassAccount::default();
         self.run_ns(work, account) - self.overhead_ns + self.exit_ns(work, account)
     }
 
-    /// Half the distance between the quartiles of [`run_ns`](Self::run_ns), squared, in square nanoseconds: that of a sum of
-    /// independent components.
+    /// Squared spread of [`run_ns`](Self::run_ns), in square nanoseconds. The spread is half the distance between the
+    /// quartiles; the squares of independent components add up.
     pub fn squared_run_spread(&self, work: &PassWork) -> f64 {
         let counted = &mut Extrapolations::default();
         let components = self.spreads.run(work, counted).map(|(_, spread)| spread);
@@ -147,14 +147,15 @@ impl LatencyModel {
         components.into_iter().chain(chunks).map(|spread| spread * spread).sum()
     }
 
-    /// Half the distance between the quartiles of [`exit_ns`](Self::exit_ns), squared, in square nanoseconds.
+    /// Squared spread of [`exit_ns`](Self::exit_ns), in square nanoseconds; see
+    /// [`squared_run_spread`](Self::squared_run_spread).
     pub fn squared_exit_spread(&self, work: &PassWork) -> f64 {
         let components = self.spreads.exit(work, &mut Extrapolations::default());
         components.into_iter().map(|(_, spread)| spread * spread).sum()
     }
 }
 
-/// Rounds nanoseconds to whole ones.
+/// Rounds to whole nanoseconds.
 pub fn nanos(ns: f64) -> Nanos {
     Nanos((ns + 0.5) as u64)
 }
@@ -204,31 +205,31 @@ mod tests {
         AfterMore, Block, DecodeAttention, DepthMix, Embed, Head, HeadAgain, KvFill, PrefillAgain, PrefillAttention,
     };
 
-    /// Time of a pass until its exits are decided, without the overhead of 250 ns, and what of it lies beyond the grid.
+    /// Time of a pass until its exits are decided, without the overhead of 250 ns, and its extrapolations.
     fn run(model: &LatencyModel, work: &PassWork) -> (f64, Extrapolations) {
         let mut account = PassAccount::default();
         (model.run_ns(work, &mut account) - 250.0, account.extrapolations)
     }
 
-    /// Time of rows by themselves, and whether all of it was measured.
+    /// Time of rows without attention, and whether all of it was measured.
     fn rows(model: &LatencyModel, rows: u32) -> (f64, bool) {
         let (ns, beyond) = run(model, &PassWork { rows, ..PassWork::default() });
         (ns, beyond.is_empty())
     }
 
-    /// Time that decode rows of one history add to the block, and what of it lies beyond the grid.
+    /// Time that decode rows of one history add to the block, and its extrapolations.
     fn decode(model: &LatencyModel, rows: u32, history: u32) -> (f64, Extrapolations) {
         let decode_history = u64::from(rows) * u64::from(history);
         run(model, &PassWork { decode_rows: rows, decode_history, ..PassWork::default() })
     }
 
-    /// Time that chunks of these tokens and histories add, and what of it lies beyond the grid.
+    /// Time that chunks of these tokens and histories add, and its extrapolations.
     fn chunks(model: &LatencyModel, chunks: &[(u32, u32)]) -> (f64, Extrapolations) {
         let chunks = chunks.iter().map(|&(tokens, history)| ChunkWork { tokens, history }).collect();
         run(model, &PassWork { chunks, ..PassWork::default() })
     }
 
-    /// Time of the exit head for rows that exit, and what of it lies beyond the grid; `warm` if the pass before ran it.
+    /// Time of the exit head for exiting rows, and its extrapolations; `warm` if the previous pass ran the head.
     fn exit_head(model: &LatencyModel, exit_head_rows: u32, warm: bool) -> (f64, Extrapolations) {
         let mut account = PassAccount::default();
         let before = PassBefore { rows: 0, head: warm };

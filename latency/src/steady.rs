@@ -1,8 +1,9 @@
-//! Factors that scale a profile to passes under steady load.
+//! Factors that fit a profile to passes under steady load.
 //!
-//! Shapes that are measured one by one do not quite add up to the passes of a run: caches and the processor's clock depend
-//! on the passes before. The difference varies with the number of rows. So times are scaled by rows, to what passes of one
-//! depth took under a load that never ends, and `depth_mix` gets what passes of several depths took on top.
+//! The times of single shapes do not quite add up to those of the passes of a run, because caches and the processor's
+//! clock depend on earlier passes. The difference varies with the number of rows. One factor for each number of rows
+//! therefore scales all times to passes of one depth under steady load. `depth_mix` gets the remaining time of passes
+//! with several depths.
 
 use std::collections::BTreeSet;
 
@@ -10,28 +11,31 @@ use traces::{Component, LatencyProfile, Nanos, PassWork};
 
 use crate::model::{LatencyError, LatencyModel};
 
-/// Passes that a factor for some rows must be seen in.
+/// Number of passes from which a factor at some number of rows is trusted.
 const CREDIBLE: f64 = 100.0;
-/// Steps in which the factors settle: what is scaled by the rows of a pass has parts of other numbers of rows.
+/// Steps in which the factors converge: a pass also has components with fewer rows than itself, which other factors
+/// scale.
 const STEPS: usize = 10;
 
-/// A pass, and what an executor took for it.
+/// A pass, and the time that an executor took for it.
 pub type TimedPass<'p> = (&'p PassWork, Nanos);
 
-/// Factors that make a profile that of a machine under steady load.
+/// Factors that turn a profile into that of a machine under steady load.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SteadyFactors {
-    /// Factors of all times, at the numbers of rows that the profile has of the block.
+    /// Factors of all times, at the numbers of rows at which the profile has points of the block.
     by_rows: ByRows,
-    /// What mixing depths takes beyond, in microseconds, at the numbers of rows that the profile has of it.
+    /// Extra time of mixed depths, in microseconds, at the numbers of rows at which the profile has points of
+    /// `depth_mix`.
     mixing_us: ByRows,
 }
 
 impl SteadyFactors {
-    /// From passes under steady load. Numbers of rows that few passes have take what those next to them do.
+    /// Fits the factors to passes under steady load. Numbers of rows with few passes take the values of their
+    /// neighbours.
     ///
     /// # Errors
-    /// If the profile contradicts itself.
+    /// If the profile cannot be interpolated.
     pub fn new(profile: &LatencyProfile, passes: &[TimedPass<'_>]) -> Result<Self, LatencyError> {
         let by_rows = ByRows::at_rows_of(profile, Component::Block, 1.0);
         let mut factors = Self { by_rows, mixing_us: ByRows::at_rows_of(profile, Component::DepthMix, 0.0) };
@@ -52,7 +56,7 @@ impl SteadyFactors {
         Ok(factors)
     }
 
-    /// The profile with these factors: its times, and how they spread.
+    /// The profile with these factors applied to its times and spreads.
     pub fn apply(&self, profile: &LatencyProfile) -> LatencyProfile {
         let mut scaled = profile.clone();
         for point in &mut scaled.points {
@@ -71,7 +75,7 @@ impl SteadyFactors {
         self.by_rows.range()
     }
 
-    /// The least and the most that mixing depths takes beyond, in microseconds; none where it was not measured.
+    /// The smallest and the largest extra time of mixed depths, in microseconds; `None` where it was not measured.
     pub fn mixing_range_us(&self) -> Option<(f64, f64)> {
         (!self.mixing_us.0.is_empty()).then(|| self.mixing_us.range())
     }
@@ -81,12 +85,12 @@ impl SteadyFactors {
     }
 }
 
-/// Values at some numbers of rows, linear between them, and those of the ends beyond.
+/// Values at some numbers of rows: linear between them, constant beyond the ends.
 #[derive(Clone, Debug, PartialEq)]
 struct ByRows(Vec<(u32, f64)>);
 
 impl ByRows {
-    /// The same value at every number of rows that a profile has of a component.
+    /// One value at every number of rows at which a profile has points of a component.
     fn at_rows_of(profile: &LatencyProfile, component: Component, value: f64) -> Self {
         let rows: BTreeSet<u32> = profile.points_of(component).map(|point| point.rows).collect();
         Self(rows.into_iter().map(|rows| (rows, value)).collect())
@@ -96,7 +100,7 @@ impl ByRows {
         self.around(rows).map(|(place, share)| share * self.0[place].1).iter().sum()
     }
 
-    /// The places of the numbers of rows next to one, with the shares that they have in it.
+    /// Indices of the neighbouring numbers of rows, with their weights.
     fn around(&self, rows: u32) -> [(usize, f64); 2] {
         let high = self.0.partition_point(|&(at, _)| at < rows).min(self.0.len() - 1);
         let (low, at) = (high.saturating_sub(1), |place: usize| f64::from(self.0[place].0));
@@ -112,7 +116,7 @@ impl ByRows {
         (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max))
     }
 
-    /// By number of rows, what passes took and what a profile says of them.
+    /// Measured and modelled times of passes, by number of rows.
     fn seen(&self, model: &LatencyModel, passes: &[TimedPass<'_>]) -> Vec<Seen> {
         let mut seen = vec![Seen::default(); self.0.len()];
         for (work, took) in passes {
@@ -127,7 +131,7 @@ impl ByRows {
         seen
     }
 
-    /// Makes values better by what was seen; numbers of rows that few passes have take what those next to them do.
+    /// Improves the values by what was seen. Numbers of rows with few passes take the values of their neighbours.
     fn step(&mut self, seen: &[Seen], better: impl Fn(f64, &Seen) -> f64) {
         let Some(&first) = self.0.first() else { return };
         let pairs = self.0.iter().zip(seen).filter(|(_, seen)| seen.passes >= CREDIBLE);
@@ -140,7 +144,7 @@ impl ByRows {
     }
 }
 
-/// Passes, what they took and what was said of them, in nanoseconds.
+/// Count, measured time and modelled time of passes, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
     passes: f64,
@@ -157,12 +161,12 @@ impl Seen {
         })
     }
 
-    /// How many times as long passes took as was said; 1 of none.
+    /// Measured time over modelled time; 1 without passes.
     fn ratio(&self) -> f64 {
         if self.said > 0.0 { self.took / self.said } else { 1.0 }
     }
 
-    /// What a pass took beyond what was said, in microseconds; 0 of none.
+    /// Measured less modelled time per pass, in microseconds; 0 without passes.
     fn missing_us(&self) -> f64 {
         if self.passes > 0.0 { (self.took - self.said) / self.passes / 1e3 } else { 0.0 }
     }

@@ -6,8 +6,8 @@
 //! ```text
 //! position   0 1 2 3 4 5 6 7
 //! depth 0    # # # # # # # o     done up to 8; o is the token in flight, which goes on to depth 1
-//! depth 1    # # # # # . . .     done up to 5: 5 and 6 left after depth 0, and must run with o or before it
-//! depth 2    # # # . .           done up to 3: 3 and 4 left after depth 1
+//! depth 1    # # # # # . . .     done up to 5: 5 and 6 exited at depth 0, and must run with o or before it
+//! depth 2    # # # . .           done up to 3: 3 and 4 exited at depth 1
 //! ```
 //!
 //! [`KvFill::Backfill`]: crate::KvFill::Backfill

@@ -1,8 +1,8 @@
 //! Batching policies, exit policies, KV fills, KV-block accounting and the serving loop.
 //!
-//! One scheduler, two executors: [`Scheduler`] decides which rows share the next pass of the block, an
-//! [`Executor`] runs it and answers how long it took and how sure each row was. The engine's executor runs the
-//! model; the simulator's looks both up. [`serve()`] is the loop around them.
+//! One scheduler serves two executors. [`Scheduler`] decides which rows share the next pass of the block. An [`Executor`]
+//! runs that pass, and returns its duration and the exit signals of its rows. The engine's executor runs the model; the
+//! simulator's executor takes both from a latency profile and an exit trace. [`serve()`] is the loop around them.
 //!
 //! ```
 //! use scheduler::{serve, Batching, ExitPolicy, Executor, KvFill, Pass, Server, Settings, Slot, VirtualClock};

@@ -1,8 +1,8 @@
-//! How fast a simulation runs, and in how much memory: `cargo run --release -p simulator --example speed -- [REQUESTS]...`
+//! Speed and memory use of a simulation: `cargo run --release -p simulator --example speed -- [REQUESTS]...`
 //!
-//! Depth-wise batching with a confidence exit, 3 loops, batch limit 64, Poisson arrivals at 80% of what the machine
-//! can serve, prompts of 16 tokens, outputs of 1 to 199. A row visit is one pass of one decode row; prompt rows,
-//! which come by chunks, are not counted. One line for each number of requests given (1,000 to 1,000,000 if none).
+//! Depth-wise batching with a confidence exit, 3 loops, batch limit 64, Poisson arrivals at 80% of the machine's
+//! capacity, prompts of 16 tokens, outputs of 1 to 199. A row visit is one pass of one decode row; prompt rows are not
+//! counted. The example prints one line for each number of requests (1,000 to 1,000,000 by default).
 
 use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Observer, Settings};
@@ -61,7 +61,7 @@ fn report(
     Ok(visits)
 }
 
-/// Observers that can tell how much was done.
+/// Observers that report how many rows ran.
 trait Watched: Observer {
     fn visits_and_occupancy(&self) -> (f64, f64);
 }
@@ -73,7 +73,7 @@ impl Watched for Metrics {
     }
 }
 
-/// Nobody watches; the visits are those of the same run watched.
+/// Observes nothing; its row visits are those of the observed run.
 struct Unwatched {
     visits: f64,
 }
@@ -86,7 +86,7 @@ impl Watched for Unwatched {
     }
 }
 
-/// A block that gets slower with its rows, attention that gets slower with history, a head and an embedding.
+/// A block whose time grows with its rows, attention whose time grows with history, a head and an embedding.
 fn profile() -> LatencyProfile {
     use Component::{Block, DecodeAttention, DepthMix, Embed, Head, PrefillAttention};
     let mut points = Vec::new();
@@ -124,7 +124,7 @@ fn profile() -> LatencyProfile {
     }
 }
 
-/// 2,000 generations of 100 tokens; half of them sure after one loop, a third after two, the rest after three.
+/// 2,000 generations of 100 tokens: half exit after one loop, a third after two, the rest after three.
 fn exit_trace() -> ExitTrace {
     let mut trace = ExitTrace::new(ExitTraceMeta {
         schema_version: ExitTrace::SCHEMA_VERSION,
@@ -149,11 +149,11 @@ fn exit_trace() -> ExitTrace {
     trace
 }
 
-/// Requests as they come, never all in memory.
+/// Requests made one at a time, never all in memory.
 fn poisson(count: u32) -> impl Iterator<Item = Request> {
     let mut random = Random(11);
     let mut seconds = 0.0;
-    // 100 tokens of 5/3 passes on 64 places; a pass takes about 0.4 ms.
+    // 100 tokens of 5/3 passes in 64 places; a pass takes about 0.4 ms.
     let rate = 0.8 * 64.0 / (100.0 * 5.0 / 3.0 * 0.4e-3);
     (0..count).map(move |id| {
         seconds -= (1.0 - random.unit()).ln() / rate;
@@ -174,14 +174,13 @@ impl Random {
     }
 }
 
-/// Time this process has spent on a core, which other processes on the machine do not lengthen; NaN where the
-/// system does not say.
+/// CPU time of this process, which other processes do not lengthen; NaN where the system does not report it.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
     stat.split_whitespace().next().and_then(|ns| ns.parse::<f64>().ok()).map_or(f64::NAN, |ns| ns * 1e-9)
 }
 
-/// The most memory that this process has held; NaN where the system does not say.
+/// Peak memory of this process, in megabytes; NaN where the system does not report it.
 fn peak_megabytes() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

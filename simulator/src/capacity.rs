@@ -1,4 +1,4 @@
-//! The highest request rate that meets latency objectives.
+//! Capacity: the highest request rate that meets latency objectives.
 
 use latency::Extrapolations;
 use traces::{Nanos, Request};
@@ -9,53 +9,54 @@ use crate::simulation::{Simulation, SimulationError};
 
 /// How to search for the highest rate.
 ///
-/// The requests come in the rhythm of their trace, faster or slower; the rate is doubled or halved until the
-/// objectives are met at one rate and missed at twice that, and then bisected. A rate that overloads the machine is
-/// found out only if the trace lasts long enough for its queue to outgrow the objectives: the wait they tolerate
-/// should be little beside the length of the trace.
+/// Requests keep the pattern of their trace, sped up or slowed down. The rate is doubled or halved until the objectives
+/// are met at one rate and missed at twice that rate, and then bisected. An overload shows only if the trace lasts long
+/// enough for the queue to exceed the objectives: the trace should be much longer than the latencies that they allow.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CapacitySearch {
-    /// What a request must meet.
+    /// Objectives of a request.
     pub objectives: Objectives,
-    /// Share of requests that must, above 0 and up to 1.
+    /// Share of requests that must meet them, above 0 and up to 1.
     pub share: f64,
-    /// Machines behind the router.
+    /// Number of machines behind the router.
     pub replicas: usize,
-    /// Width of the rates between which the answer lies, relative to it; above 0.
+    /// Relative width of the final interval of rates; above 0.
     pub tolerance: f64,
 }
 
-/// The highest rate, and how requests fared at it.
+/// The highest rate, and the run at that rate.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capacity {
-    /// Requests per second on average over the trace; 0 if even requests that come one by one miss the objectives.
+    /// Requests per second on average over the trace; 0 if even requests that arrive one by one miss the objectives.
     pub rate_per_s: f64,
-    /// The run at that rate, or at the lowest that was tried.
+    /// The run at that rate, or at the lowest rate that was tried.
     pub summary: Summary,
-    /// Where that run left the profile's measured grid.
+    /// Uses of the profile beyond its measured grid in that run.
     pub extrapolations: Extrapolations,
 }
 
-/// Why there is no highest rate.
+/// Why the search found no highest rate.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum CapacityError {
-    /// A search that cannot be made.
+    /// A search parameter that is out of range.
     #[error("{name} of a capacity search is {found}, expected {expected}")]
     Search {
-        /// Which value.
+        /// Name of the parameter.
         name: &'static str,
-        /// As given.
+        /// The given value.
         found: f64,
-        /// What it must be.
+        /// The range that was expected.
         expected: &'static str,
     },
-    /// Requests without a rate.
+    /// Requests without a rate, because they all arrive at once.
     #[error("the requests all arrive at once: expected a trace with a rate that can be raised and lowered")]
     NoRate,
-    /// Nothing ever overloads.
-    #[error("the objectives are met even at {rate_per_s:.3e} requests per second: they are loose for so short a trace")]
+    /// Objectives that are met at every rate tried.
+    #[error(
+        "the objectives are met even at {rate_per_s:.3e} requests per second: expected tighter objectives or a longer trace"
+    )]
     AlwaysMet {
-        /// The highest rate tried.
+        /// The highest rate that was tried.
         rate_per_s: f64,
     },
     /// A run failed.
@@ -63,14 +64,14 @@ pub enum CapacityError {
     Simulation(#[from] SimulationError),
 }
 
-/// Most doublings or halvings of the trace's own rate.
+/// Maximum number of doublings or halvings of the trace's own rate.
 const MOST_OCTAVES: u32 = 24;
 
-/// Finds the highest rate at which enough of the requests meet the objectives, to within the tolerance. `tried` is told
-/// of every rate before it is simulated.
+/// Finds the highest rate at which enough requests meet the objectives, to within the tolerance. Calls `tried` with
+/// every rate before it is simulated.
 ///
 /// # Errors
-/// If the search or the trace makes no sense, every rate meets the objectives, or a run fails.
+/// If a parameter or the trace is unsuitable, every rate meets the objectives, or a run fails.
 pub fn capacity(
     simulation: &Simulation<'_>,
     requests: &[Request],
@@ -110,15 +111,15 @@ pub fn capacity(
 }
 
 impl CapacitySearch {
-    /// Rates that a search tries if the answer lies within an octave of the trace's own rate.
+    /// Number of rates that a search tries if the answer lies within a factor of 2 of the trace's own rate.
     pub fn usual_tries(&self) -> u32 {
         2 + (-self.tolerance.log2()).ceil().clamp(0.0, 60.0) as u32
     }
 
-    /// Whether the search can be made.
+    /// Checks the parameters of the search.
     ///
     /// # Errors
-    /// If share or tolerance make no sense.
+    /// If share or tolerance is out of range.
     pub fn check(&self) -> Result<(), CapacityError> {
         let error = |name, found, expected| Err(CapacityError::Search { name, found, expected });
         if !(self.share > 0.0 && self.share <= 1.0) {
@@ -131,7 +132,7 @@ impl CapacitySearch {
     }
 }
 
-/// The run at `factor` times the trace's own rate.
+/// Runs at `factor` times the trace's own rate.
 fn run_at(
     simulation: &Simulation<'_>,
     requests: &[Request],
@@ -144,7 +145,7 @@ fn run_at(
     Ok((simulation.summary(&merged, &outcome), outcome.extrapolations))
 }
 
-/// Gaps between the first and the last arrival, per second; none if they arrive together.
+/// Mean arrivals per second between the first and the last; `None` if all arrive at once.
 fn rate_per_s(requests: &[Request]) -> Option<f64> {
     let span = requests.last()?.arrival.since(requests[0].arrival).as_secs_f64();
     (span > 0.0).then(|| (requests.len() - 1) as f64 / span)

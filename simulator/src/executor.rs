@@ -1,4 +1,4 @@
-//! An executor that runs no model: it looks times up in a latency model and exit signals up in an exit model.
+//! The simulator's executor, which takes times from a latency model and exit signals from an exit model.
 
 use latency::{LatencyModel, PassAccount, nanos};
 use scheduler::{Executor, Pass, Settings, Slot};
@@ -7,14 +7,14 @@ use traces::{Nanos, Request};
 use crate::exits::{Cursor, ExitError, ExitModel};
 use crate::spread::Spread;
 
-/// Runs passes of a profile.
+/// Executes passes by their profiled times.
 #[derive(Clone, Debug)]
 pub struct ProfileExecutor<'m> {
     latency: &'m LatencyModel,
     exits: &'m ExitModel,
     /// By slot.
     cursors: Vec<Cursor>,
-    /// None where every time is that of the profile.
+    /// `None` where every time is the median of the profile.
     spread: Option<Spread>,
     tokens: u64,
     agreeing: u64,
@@ -22,7 +22,7 @@ pub struct ProfileExecutor<'m> {
 }
 
 impl<'m> ProfileExecutor<'m> {
-    /// An executor of passes under `settings`. The caller sees to it that all three are of the same model.
+    /// An executor of passes under `settings`. The caller ensures that all three belong to one model.
     pub fn new(latency: &'m LatencyModel, exits: &'m ExitModel, settings: &Settings) -> Self {
         Self {
             latency,
@@ -40,22 +40,22 @@ impl<'m> ProfileExecutor<'m> {
         Self { spread: Some(Spread::new(seed)), ..self }
     }
 
-    /// Tokens emitted so far.
+    /// Number of tokens emitted so far.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
 
-    /// Tokens emitted so far that equal what full depth gives.
+    /// Number of tokens emitted so far that equal those of full depth.
     pub fn agreeing_tokens(&self) -> u64 {
         self.agreeing
     }
 
-    /// Where the time of passes went so far, and where the run has left the measured grid.
+    /// Time of passes so far by component, and uses beyond the measured grid.
     pub fn account(&self) -> &PassAccount {
         &self.account
     }
 
-    /// A time, drawn from its spread if times are.
+    /// A time, drawn from its spread if the executor has one.
     fn drawn(&mut self, ns: f64, squared_spread: impl FnOnce(&LatencyModel) -> f64) -> Nanos {
         match &mut self.spread {
             Some(spread) => nanos(spread.draw(ns, squared_spread(self.latency))),

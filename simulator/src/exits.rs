@@ -1,7 +1,7 @@
-//! When rows leave: exit signals of a request's tokens, drawn by whole generations from an exit trace.
+//! Exit model: exit signals of a request's tokens, drawn from an exit trace by whole generations.
 //!
-//! Easy and hard tokens come in runs, so a request takes the tokens of a recorded generation in their order,
-//! from its first; a request longer than that goes on with another one.
+//! Easy and hard tokens come in runs. A request therefore takes the tokens of a recorded generation in order, from the
+//! first one; a longer request continues with another generation.
 
 use std::sync::Arc;
 
@@ -11,56 +11,57 @@ use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Request, Signals};
 /// Which generations of the trace a request takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Draw {
-    /// Drawn by a hash of this seed and the request's id: neither order nor preemption changes them.
+    /// Drawn by a hash of this seed and the request's id, independent of order and preemption.
     Seeded(u64),
-    /// Request `i` takes generation `i`: the trace was recorded from these very requests.
+    /// Request `i` takes generation `i`: the trace was recorded from these requests.
     Recorded,
 }
 
-/// An exit trace that requests cannot be drawn from.
+/// An exit trace that does not suit the requests.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ExitError {
-    /// Nothing to draw.
+    /// A trace without generations.
     #[error("the exit trace of `{0}` has no generations")]
     Empty(String),
-    /// A generation without tokens would never end a draw.
+    /// A generation without tokens, which would never end a draw.
     #[error("generation {0} of the exit trace has no tokens")]
     EmptyGeneration(usize),
-    /// Loops beyond what a pass can count.
+    /// More loops than a pass can count.
     #[error("the exit trace is of a model with {0} loops, expected 1 to 64")]
     Loops(u32),
-    /// Recorded from other requests.
+    /// A request without a recorded generation.
     #[error("request {request} has no generation in the exit trace, which was recorded from {generations} requests")]
     NotRecorded {
-        /// Whose.
+        /// Id of the request.
         request: u32,
-        /// What there is.
+        /// Number of recorded generations.
         generations: usize,
     },
-    /// Recorded from other requests.
+    /// A request longer than its recorded generation.
     #[error("request {request} asks for {asked} tokens, but {recorded} were recorded of it in the exit trace")]
     TooShort {
-        /// Whose.
+        /// Id of the request.
         request: u32,
-        /// What it asks for.
+        /// Tokens that the request asks for.
         asked: u32,
-        /// What there is.
+        /// Tokens of the recorded generation.
         recorded: u32,
     },
 }
 
-/// Exit signals and agreement by token and depth, and the rule that gives tokens to requests. Clones share the signals.
+/// Exit signals and agreement by token and depth, and the rule that assigns tokens to requests. Clones share the
+/// signals.
 #[derive(Clone, Debug)]
 pub struct ExitModel {
     num_loops: u8,
     fingerprint: String,
     draw: Draw,
     has_gates: bool,
-    /// Whether tokens exit where they agree with the last depth, whatever signal is read.
+    /// Whether tokens exit where they agree with the last depth, whichever signal is read.
     is_scripted: bool,
-    /// Generation `g` is tokens `starts[g]..starts[g + 1]`.
+    /// Generation `g` consists of tokens `starts[g]..starts[g + 1]`.
     starts: Arc<[u32]>,
-    /// A bit for each token and depth: whether its token is that of the last depth.
+    /// A bit for each token and depth: whether the prediction equals that of the last depth.
     agreement: Arc<[u64]>,
     /// The values of each signal by token and depth, in the order of [`ExitSignal::ALL`].
     signals: [Arc<[f32]>; ExitSignal::ALL.len()],
@@ -94,16 +95,16 @@ impl ExitModel {
         })
     }
 
-    /// The same trace, drawn otherwise.
+    /// The model with another draw of its generations.
     pub fn with_draw(&self, draw: Draw) -> Self {
         Self { draw, ..self.clone() }
     }
 
-    /// Of tokens that exit at known depths: `depths` by generation, then by token. Under every policy that reads a signal a
-    /// token exits at its depth, and the token predicted there and deeper is that of the last depth.
+    /// A model whose tokens exit at known depths: `depths` by generation, then by token. Under every policy that reads
+    /// a signal, a token exits at its depth. From that depth on, its prediction equals that of the last depth.
     ///
     /// # Errors
-    /// If there are no generations, one is empty, or the model has more loops than a pass can count, or none.
+    /// If there are no generations, one is empty, or `num_loops` is 0 or more than a pass can count.
     pub fn from_depths(depths: &[Vec<u8>], num_loops: u32, fingerprint: &str, draw: Draw) -> Result<Self, ExitError> {
         let mut trace = ExitTrace::new(ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
@@ -120,10 +121,10 @@ impl ExitModel {
         Ok(Self { is_scripted: true, ..Self::new(&trace, draw)? })
     }
 
-    /// Of a model whose tokens all run every depth: no exit policy has a signal to read.
+    /// A model whose tokens all run every depth. No exit policy has a signal to read.
     ///
     /// # Errors
-    /// If there are more loops than a pass can count, or none.
+    /// If `num_loops` is 0 or more than a pass can count.
     pub fn full_depth(num_loops: u32, fingerprint: &str) -> Result<Self, ExitError> {
         let mut trace = ExitTrace::new(ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
@@ -137,25 +138,25 @@ impl ExitModel {
         Self::new(&trace, Draw::Seeded(0))
     }
 
-    /// Loops of the model that was recorded.
+    /// Number of loops of the recorded model.
     pub fn num_loops(&self) -> u8 {
         self.num_loops
     }
 
-    /// Fingerprint of the model that was recorded.
+    /// Fingerprint of the recorded model.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// Whether the trace has the signal that an exit policy reads.
+    /// Whether the trace contains the signal that an exit policy reads.
     pub fn answers(&self, read: SignalRead) -> bool {
         read != SignalRead::Signal(ExitSignal::Gate) || self.has_gates || self.is_scripted
     }
 
-    /// Where a request's token number `generated` lies.
+    /// Position of a request's token number `generated`.
     ///
     /// # Errors
-    /// If the trace was to be recorded from these requests and was not.
+    /// If the trace should be recorded from these requests and is not.
     pub fn cursor(&self, request: &Request, generated: u32) -> Result<Cursor, ExitError> {
         if self.draw == Draw::Recorded {
             self.check_recorded(request)?;
@@ -170,7 +171,8 @@ impl ExitModel {
         Ok(cursor)
     }
 
-    /// Moves the requests whose rows exit on to their next tokens: how many of the tokens agree with the last depth.
+    /// Advances the requests whose rows exit to their next tokens. Returns how many of the exiting tokens agree with
+    /// the last depth.
     pub fn exit(&self, pass: &Pass<'_>, exiting: &[u32], cursors: &mut [Cursor]) -> u64 {
         let num_loops = usize::from(self.num_loops);
         let signals: &[f32] = match pass.reads.signal {
@@ -186,15 +188,15 @@ impl ExitModel {
             if cursor.row == cursor.end {
                 *cursor = self.drawn(cursor.request, cursor.draws);
             }
-            // The pass that reads the next token's signals need not wait for the memory then.
+            // The pass that reads the next token's signals then does not wait for memory.
             prefetch(signals, cursor.row);
             prefetch(signals, cursor.row + num_loops - 1);
         }
         agreeing
     }
 
-    /// Sets the signals of the rows of a pass, by segment; `cursors` are by slot. Rows whose signal is not read get one like
-    /// others, which spares the loop a branch that would be mispredicted.
+    /// Sets the signals of the rows of a pass, by segment; `cursors` are by slot. Rows whose signal is not read get one
+    /// too, which spares the loop a branch that would be mispredicted.
     pub fn read_signals(&self, pass: &Pass<'_>, cursors: &[Cursor], signals: &mut [f32]) {
         let segments = pass.segments.iter().zip(signals);
         let rows = segments.map(|(segment, signal)| (cursors[segment.slot as usize].at(segment.depth), signal));
@@ -216,7 +218,7 @@ impl ExitModel {
         ((cursor.end - cursor.row) / usize::from(self.num_loops)) as u32
     }
 
-    /// Whether the token predicted in a row equals that of the last depth.
+    /// Whether the prediction in a row equals that of the last depth.
     #[inline]
     pub fn agrees(&self, row: usize) -> bool {
         self.agreement[row / 64] >> (row % 64) & 1 == 1
@@ -235,7 +237,7 @@ impl ExitModel {
         Ok(())
     }
 
-    /// The start of the generation that a request takes after `draws` others.
+    /// Start of the generation that a request takes after `draws` others.
     fn drawn(&self, request: u32, draws: u32) -> Cursor {
         let generations = self.starts.len() as u64 - 1;
         let index = match self.draw {
@@ -247,18 +249,18 @@ impl ExitModel {
     }
 }
 
-/// Brings the cache line of a value near, where the processor has an instruction for it.
+/// Prefetches the cache line of a value, where the processor has an instruction for it.
 #[inline]
 fn prefetch(values: &[f32], index: usize) {
     #[cfg(target_arch = "x86_64")]
     if let Some(value) = values.get(index) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing; and the reference is valid.
+        // SAFETY: a prefetch reads nothing, and the reference is valid.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
     }
 }
 
-/// Packs bits, the first lowest.
+/// Packs bits, the lowest first.
 fn bits(values: impl Iterator<Item = bool>) -> Vec<u64> {
     let mut words = Vec::new();
     for (index, value) in values.enumerate() {
@@ -270,13 +272,13 @@ fn bits(values: impl Iterator<Item = bool>) -> Vec<u64> {
     words
 }
 
-/// A place in an exit trace: the token that a request generates next.
+/// A position in an exit trace: the token that a request generates next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
     request: u32,
-    /// Generations drawn so far.
+    /// Number of generations drawn so far.
     draws: u32,
-    /// The token's row at depth 0; those at deeper ones follow.
+    /// The token's row at depth 0; rows of deeper depths follow.
     row: usize,
     /// End of the current generation's rows.
     end: usize,
@@ -301,7 +303,7 @@ pub(crate) fn hash(seed: u64, key: u64) -> u64 {
     mix(mix(seed) ^ key)
 }
 
-/// A hash as a number below `bound`.
+/// Maps a hash to a number below `bound`.
 pub(crate) fn scaled(hash: u64, bound: u64) -> u64 {
     ((u128::from(hash) * u128::from(bound)) >> 64) as u64
 }
@@ -312,7 +314,7 @@ mod tests {
     use scheduler::{BlockTables, ExitPolicy, RowKind, Segment, SignalReads};
     use traces::{Nanos, PassWork};
 
-    /// Generation `g` has `g + 1` tokens, each of them predicted as `10 g + token` at the last depth.
+    /// Generation `g` has `g + 1` tokens, each predicted as `10 g + token` at the last depth.
     fn trace(generations: usize) -> ExitTrace {
         let mut trace = ExitTrace::new(ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
@@ -334,7 +336,7 @@ mod tests {
         Request { id, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens }
     }
 
-    /// Lets the token at a cursor exit at the last depth.
+    /// Makes the token at a cursor exit at the last depth.
     fn exit(model: &ExitModel, cursor: &mut Cursor) {
         let kind = RowKind::Decode;
         let segments = [Segment { slot: 0, start: 1, tokens: 1, depth: 1, kind, predicts: true, generated: true }];

@@ -1,7 +1,7 @@
-//! Discrete-event simulation of serving over latency profiles and exit traces.
+//! Discrete-event simulation of serving, from latency profiles and exit traces.
 //!
-//! The scheduler is the engine's own; only the executor differs. It looks the time of a pass up in a latency
-//! profile, and how sure each row was in an exit trace:
+//! The simulator runs the engine's scheduler with another executor. That executor takes the time of a pass from a
+//! latency profile and the exit signals of its rows from an exit trace:
 //!
 //! ```text
 //! requests ──arrivals──► routing ──► scheduler ──pass──► ProfileExecutor ──► Observer (Metrics)

@@ -1,18 +1,18 @@
-//! How many KV blocks fit into a device's memory beside weights and activations, and so how many tokens.
+//! KV blocks that fit in a device's memory beside weights and activations.
 
 use scheduler::{KvFill, Settings};
 use traces::{MemoryFigures, ProfileMeta};
 
-/// What a model takes of memory.
+/// Memory that a model needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelMemory {
-    /// Loops of the model.
+    /// Number of loops of the model.
     pub num_loops: u32,
     /// Bytes of all weights: the block once, and the low-rank weights of each loop.
     pub weight_bytes: u64,
     /// Bytes of keys and values of one token, over all depths.
     pub kv_bytes_per_token: u64,
-    /// What else takes memory, as far as it is known, and how much there is.
+    /// Other memory use, and the size of the memory, as far as they are known.
     pub figures: MemoryFigures,
 }
 
@@ -30,47 +30,50 @@ impl From<&ProfileMeta> for ModelMemory {
 /// Memory that a server may use.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MemoryBudget {
-    /// All of the device's, in bytes.
+    /// Memory of the device, in bytes.
     pub device_bytes: u64,
-    /// Share of it that the server uses, above 0 and up to 1 (vLLM's `gpu_memory_utilization`).
+    /// Share of the memory that the server uses, above 0 and up to 1 (vLLM's `gpu_memory_utilization`).
     pub utilization: f64,
 }
 
 impl MemoryBudget {
-    /// The share used where nobody chose one.
+    /// Default of [`utilization`](Self::utilization).
     pub const DEFAULT_UTILIZATION: f64 = 0.9;
 }
 
-/// Who gets which part of the memory, in bytes.
+/// How memory is divided, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// What the server may use.
+    /// Memory that the server may use.
     pub usable: u64,
-    /// Weights.
+    /// Memory for the weights.
     pub weights: u64,
-    /// Activations of the largest pass, or its logits: they do not live together.
+    /// Memory for the activations of the largest pass or for its logits, whichever is larger: they are never live
+    /// together.
     pub activations: u64,
-    /// Neither weights nor activations nor keys and values.
+    /// Memory for anything other than weights, activations, keys and values.
     pub other: u64,
     /// Keys and values of one token.
     pub kv_per_token: u64,
-    /// KV blocks that fit into the rest.
+    /// KV blocks that fit in the remaining memory.
     pub num_blocks: u32,
 }
 
-/// Memory without room for keys and values.
+/// Memory that cannot be planned.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum MemoryError {
-    /// Not a share.
+    /// A utilization that is not a share.
     #[error("the memory utilization is {0}, expected more than 0 and at most 1")]
     Utilization(f64),
-    /// A profile that was written by somebody who did not know.
-    #[error("keys and values of a token take 0 bytes by the latency profile: how many fit cannot be said")]
+    /// A profile without the bytes of keys and values of a token.
+    #[error(
+        "the latency profile has 0 bytes for the keys and values of a token: expected more than 0 to size the KV cache"
+    )]
     NoKvBytes,
-    /// Not even one block fits.
+    /// Memory in which not even one block fits.
     #[error(
         "not one KV block fits into {usable} usable bytes of memory: weights take {weights}, activations \
-         {activations}, other things {other}, a block of {block_tokens} tokens {block}"
+         {activations}, other uses {other}, a block of {block_tokens} tokens {block}"
     )]
     Full {
         /// See [`MemoryPlan`].
@@ -81,9 +84,9 @@ pub enum MemoryError {
         activations: u64,
         /// See [`MemoryPlan`].
         other: u64,
-        /// Tokens of a block.
+        /// Tokens per block.
         block_tokens: u32,
-        /// Bytes of a block.
+        /// Bytes per block.
         block: u64,
     },
 }
@@ -95,10 +98,10 @@ impl ModelMemory {
         self.kv_bytes_per_token.saturating_mul(kept) / u64::from(self.num_loops)
     }
 
-    /// Shares a budget out under these settings, whose own number of blocks plays no part.
+    /// Divides a budget under these settings, whose own number of blocks is ignored.
     ///
     /// # Errors
-    /// If not one block fits, or how many fit cannot be said.
+    /// If not even one block fits, or the bytes of a block are unknown.
     pub fn plan(&self, budget: MemoryBudget, settings: &Settings) -> Result<MemoryPlan, MemoryError> {
         if !(budget.utilization > 0.0 && budget.utilization <= 1.0) {
             return Err(MemoryError::Utilization(budget.utilization));
@@ -128,7 +131,7 @@ mod tests {
     use super::*;
     use scheduler::Batching;
 
-    /// Three loops; 5 GB of weights; 36 KiB of keys and values a token.
+    /// Three loops; 5 GB of weights; 36 KiB of keys and values per token.
     const MODEL: ModelMemory = ModelMemory {
         num_loops: 3,
         weight_bytes: 5_000_000_000,
@@ -159,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_fill_what_weights_activations_and_other_things_leave() {
+    fn blocks_fill_the_memory_beside_weights_activations_and_other_uses() {
         let plan = MODEL.plan(BUDGET, &settings(8, 2000)).unwrap();
         assert_eq!((plan.usable, plan.activations), (18_000_000_000, 200_000_000));
         let left = 18_000_000_000 - 5_000_000_000 - 200_000_000 - 1_000_000_000;
@@ -169,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn sharing_one_cache_among_depths_holds_as_many_times_more() {
+    fn a_cache_shared_by_all_depths_fits_num_loops_times_the_tokens() {
         let blocks = |kv_fill| MODEL.plan(BUDGET, &Settings { kv_fill, ..settings(8, 64) }).unwrap().num_blocks;
         assert_eq!(blocks(KvFill::First) / blocks(KvFill::Reuse), 3);
         assert_eq!(blocks(KvFill::Backfill), blocks(KvFill::Reuse));

@@ -6,15 +6,15 @@ use traces::{Nanos, Request};
 
 use crate::metrics::RequestLatencies;
 
-/// Bounds on what one request may wait. A request whose latencies are within all of them counts for goodput.
+/// Upper bounds on the latencies of a request. A request within all of them counts for the goodput.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Objectives {
-    /// Longest time to the first token, in milliseconds.
+    /// Largest time to first token, in milliseconds.
     pub ttft_ms: Option<f64>,
-    /// Longest time per token after the first, in milliseconds; a single token meets any.
+    /// Largest time per token after the first, in milliseconds. A request with a single token meets any bound.
     pub tpot_ms: Option<f64>,
-    /// Longest time to the last token, in milliseconds.
+    /// Largest time to the last token, in milliseconds.
     pub e2e_ms: Option<f64>,
 }
 
@@ -28,7 +28,7 @@ impl Objectives {
     }
 }
 
-/// Counts the requests that meet objectives, and nothing else.
+/// An observer that only counts the requests that meet objectives.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attainment {
     objectives: Objectives,
@@ -41,7 +41,7 @@ impl Attainment {
         Self { objectives, met: 0, finished: 0 }
     }
 
-    /// Share of the requests of all machines that met the objectives, 0 to 1.
+    /// Share of requests on all machines that met the objectives, 0 to 1.
     pub(crate) fn share(machines: &[Self]) -> f64 {
         let met: u64 = machines.iter().map(|machine| machine.met).sum();
         let finished: u64 = machines.iter().map(|machine| machine.finished).sum();

@@ -1,14 +1,14 @@
-//! A machine that is not always as fast as its profile: how many times as long passes take, over time.
+//! Pace of a machine: how much slower passes are than in its profile, over time.
 
 use traces::Nanos;
 
-/// How many times as long passes take as the profile says, from each time on until the next.
+/// Factors on the times of passes, each valid from its time on until the next one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pace(Vec<(Nanos, f64)>);
 
 impl Pace {
-    /// Paces from what was measured at points in time, which must come in their order: each holds from halfway to the
-    /// point before it until halfway to the next. Without any, passes take what the profile says.
+    /// Pace from factors measured at points in time, in ascending order. Each factor is valid from halfway after the
+    /// previous point to halfway before the next. Without points, passes take the time of the profile.
     pub fn measured_at(points: &[(Nanos, f64)]) -> Self {
         let from = |index: usize| match index {
             0 => Nanos::ZERO,
@@ -17,7 +17,7 @@ impl Pace {
         Self((0..points.len()).map(|index| (from(index), points[index].1)).collect())
     }
 
-    /// What a pass takes that starts `now` and takes `elapsed` by the profile.
+    /// Duration of a pass that starts `now` and takes `elapsed` by the profile.
     pub fn stretch(&self, now: Nanos, elapsed: Nanos) -> Nanos {
         let (mut at, mut work) = (now, elapsed.0 as f64);
         let mut index = self.0.partition_point(|(from, _)| *from <= now).saturating_sub(1);

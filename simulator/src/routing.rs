@@ -1,4 +1,4 @@
-//! Which of several machines a request goes to.
+//! Routing: which of several machines serves a request.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,17 +8,17 @@ use traces::Request;
 
 use crate::exits::{hash, scaled};
 
-/// A rule that spreads requests over machines. Load is the number of requests that wait or run.
+/// A rule that distributes requests over machines. Load is the number of requests that wait or run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Routing {
-    /// To each in turn.
+    /// To each machine in turn.
     RoundRobin,
-    /// To any, by a hash of this seed and the request's id.
+    /// To a random machine, by a hash of this seed and the request's id.
     Random(u64),
-    /// To the one with the least load; of equals, the first.
+    /// To the machine with the least load; the first one of equals.
     LeastLoaded,
-    /// To the less loaded of two that are drawn at random; of equals, the first drawn.
+    /// To the less loaded of two random machines; the first drawn of equals.
     TwoChoices(u64),
 }
 
@@ -49,7 +49,7 @@ impl TryFrom<String> for Routing {
 impl FromStr for Routing {
     type Err = String;
 
-    /// Reads `round-robin`, `random[:SEED]`, `least-loaded` or `two-choices[:SEED]`; the seed is 0 if left out.
+    /// Parses `round-robin`, `random[:SEED]`, `least-loaded` or `two-choices[:SEED]`; the default seed is 0.
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, seed) = match text.split_once(':') {
             Some((name, seed)) => (name, seed.parse().ok()),
@@ -67,7 +67,7 @@ impl FromStr for Routing {
     }
 }
 
-/// A routing rule at work.
+/// State of a routing rule.
 #[derive(Clone, Debug)]
 pub(crate) struct Router {
     routing: Routing,
@@ -79,7 +79,7 @@ impl Router {
         Self { routing, turn: 0 }
     }
 
-    /// The machine that a request goes to.
+    /// The index of the machine for a request.
     pub(crate) fn route(&mut self, request: &Request, load: impl Fn(usize) -> u64, machines: usize) -> usize {
         let drawn =
             |seed, draw, among: usize| scaled(hash(seed, u64::from(request.id) << 1 | draw), among as u64) as usize;
@@ -134,7 +134,7 @@ mod tests {
             [0, 1, 2].map(|index| routed.iter().filter(|&&machine| machine == index).count())
         };
         assert!(shares(Routing::Random(1)).iter().all(|count| (900..1100).contains(count)));
-        // The most loaded never wins a pair, the least loaded wins two pairs in three.
+        // The most loaded machine never wins a pair; the least loaded one wins two pairs in three.
         let [most, least, middle] = shares(Routing::TwoChoices(1));
         assert!(most == 0 && (1900..2100).contains(&least) && (900..1100).contains(&middle));
     }

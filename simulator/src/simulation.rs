@@ -1,4 +1,4 @@
-//! The event queue: arrivals and pass ends of one or more machines on one clock.
+//! The event loop: arrivals and pass ends of one or more machines on one clock.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -16,10 +16,10 @@ use crate::metrics::{Metrics, Source, Summary};
 use crate::pace::Pace;
 use crate::routing::{Router, Routing};
 
-/// Why a simulation did not run to its end.
+/// Why a simulation stopped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SimulationError {
-    /// Profile and exit trace are of different models.
+    /// The profile and the exit trace belong to different models.
     #[error("the latency profile is of model {profile}, the exit trace of model {exits}: expected the same")]
     OtherModel {
         /// Fingerprint in the profile.
@@ -27,61 +27,61 @@ pub enum SimulationError {
         /// Fingerprint in the exit trace.
         exits: String,
     },
-    /// The settings, the profile and the exit trace disagree.
+    /// The settings, the profile and the exit trace disagree about the number of loops.
     #[error(
         "num_loops is {settings} in the settings, {profile} in the latency profile, {exits} in the exit trace: expected the same"
     )]
     Loops {
-        /// Of the settings.
+        /// Loops in the settings.
         settings: u8,
-        /// Of the profile.
+        /// Loops in the profile.
         profile: u8,
-        /// Of the exit trace.
+        /// Loops in the exit trace.
         exits: u8,
     },
-    /// An exit policy that asks for what was not recorded.
+    /// An exit policy that reads a signal which was not recorded.
     #[error("exit policy {0}: the exit trace has no column `gate`, expected one of a model with gates")]
     NoGates(String),
-    /// No machine to run on.
+    /// No machines.
     #[error("no replicas: expected at least 1")]
     NoReplicas,
-    /// Requests out of order.
+    /// Requests that are not in order of arrival.
     #[error("request {request} arrives before the one ahead of it in the trace: expected arrivals in order")]
     Unordered {
-        /// Its id.
+        /// Id of the request.
         request: u32,
     },
     /// Settings or a request that cannot be served.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
-    /// A request that the exit trace does not hold.
+    /// A request that the exit trace does not contain.
     #[error(transparent)]
     Exits(#[from] ExitError),
 }
 
-/// What a simulation tells beside what its observers saw.
+/// Results of a simulation that its observers cannot see.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
-    /// Tokens generated.
+    /// Number of generated tokens.
     pub tokens: u64,
-    /// Of those, how many equal what full depth gives.
+    /// Number of generated tokens that equal those of full depth.
     pub agreeing_tokens: u64,
     /// What prefix caching found, on all machines.
     pub prefix_use: PrefixUse,
-    /// Where the run left the profile's measured grid.
+    /// Uses of the profile beyond its measured grid.
     pub extrapolations: Extrapolations,
-    /// Where the time of passes went, on all machines.
+    /// Time of passes by component, on all machines.
     pub time: TimeByComponent,
 }
 
 impl Outcome {
-    /// Share of generated tokens equal to what full depth gives, 0 to 1; NaN without tokens.
+    /// Share of generated tokens that equal those of full depth, 0 to 1; NaN without tokens.
     pub fn token_agreement(&self) -> f64 {
         self.agreeing_tokens as f64 / self.tokens as f64
     }
 }
 
-/// A serving system to simulate: machines of one kind, and the rule that requests are spread by.
+/// A serving system to simulate: identical machines, and the rule that routes requests to them.
 #[derive(Clone, Copy, Debug)]
 pub struct Simulation<'m> {
     settings: Settings,
@@ -94,11 +94,11 @@ pub struct Simulation<'m> {
 }
 
 impl<'m> Simulation<'m> {
-    /// A system of machines that each run under `settings`, with requests routed round-robin.
+    /// A system of machines that each run under `settings`, with round-robin routing.
     ///
     /// # Errors
-    /// If the profile and the exit trace are of different models, the settings are of yet another, or the exit policy
-    /// reads gates and the trace has none.
+    /// If the profile, the exit trace and the settings belong to different models, or if the exit policy reads gates
+    /// and the trace has none.
     pub fn new(settings: Settings, latency: &'m LatencyModel, exits: &'m ExitModel) -> Result<Self, SimulationError> {
         let (profile, recorded) = (latency.meta().fingerprint.as_str(), exits.fingerprint());
         if profile != LatencyProfile::ANY_MODEL && profile != recorded {
@@ -117,33 +117,33 @@ impl<'m> Simulation<'m> {
         Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None, prefixes: None, pace: None })
     }
 
-    /// Routes requests otherwise.
+    /// Sets the routing rule.
     pub fn with_routing(self, routing: Routing) -> Self {
         Self { routing, ..self }
     }
 
-    /// Draws times from their measured spread, by this seed, instead of taking the medians.
+    /// Draws times from their measured spread, with this seed, instead of using the medians.
     pub fn with_spread(self, seed: u64) -> Self {
         Self { spread: Some(seed), ..self }
     }
 
-    /// Says which prompts begin alike, for settings with prefix caching.
+    /// Sets the prefix hashes, for settings with prefix caching.
     pub fn with_prefixes(self, prefixes: &'m Arc<PrefixHashes>) -> Self {
         Self { prefixes: Some(prefixes), ..self }
     }
 
-    /// Has machines be as fast as is said over time. Requests get their tokens accordingly; the times of single passes
-    /// that observers are told are still the profile's.
+    /// Sets how fast the machines are over time. Token times follow the pace; the times of single passes that observers
+    /// receive remain those of the profile.
     pub fn at_pace(self, pace: &'m Pace) -> Self {
         Self { pace: Some(pace), ..self }
     }
 
-    /// How each machine is scheduled.
+    /// The settings of each machine.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Sums a run up: what its machines saw together, and what only the simulation knows.
+    /// Summarizes a run: the metrics of all machines, and what only the simulation knows.
     pub fn summary(&self, metrics: &Metrics, outcome: &Outcome) -> Summary {
         let memory = ModelMemory::from(self.latency.meta());
         let PrefixUse { looked_up, found } = outcome.prefix_use;
@@ -156,13 +156,12 @@ impl<'m> Simulation<'m> {
         }
     }
 
-    /// Serves the requests, which must come in the order of their arrival, on as many machines as there are
-    /// observers; each observer watches one.
+    /// Serves the requests, in order of arrival, on one machine for each observer.
     ///
-    /// Of what happens at the same time, arrivals come first, then pass ends by machine, then pass starts.
+    /// Of simultaneous events, arrivals come first, then pass ends by machine, then pass starts.
     ///
     /// # Errors
-    /// At the first request that could never run to its end, is out of order or not in a recorded exit trace.
+    /// At the first request that can never run to its end, is out of order, or is missing from a recorded exit trace.
     pub fn run<O: Observer>(
         &self,
         requests: impl IntoIterator<Item = Request>,
@@ -182,11 +181,11 @@ impl<'m> Simulation<'m> {
     }
 }
 
-/// Runs every one of `simulations` over the same requests, in parallel, each on as many machines as `observers` makes
-/// for it; results come in their order and do not depend on the number of threads.
+/// Runs all `simulations` over the same requests, in parallel. `observers` creates the observers of each simulation,
+/// one for each machine. Results are in the order of the simulations and do not depend on the number of threads.
 ///
 /// # Errors
-/// The first, in order, of those of [`Simulation::run`].
+/// The first error, in that order, of [`Simulation::run`].
 pub fn run_all<O: Observer + Send>(
     simulations: &[Simulation<'_>],
     requests: &[Request],
@@ -203,7 +202,7 @@ pub fn run_all<O: Observer + Send>(
     runs.into_iter().collect()
 }
 
-/// Requests to come.
+/// Requests that have not arrived yet.
 struct Arrivals<I> {
     requests: I,
     next: Option<Request>,
@@ -237,7 +236,7 @@ struct Replicas<'a, 'm, O> {
     ends: BinaryHeap<Reverse<(Nanos, usize)>>,
     /// Whether a pass runs, by machine.
     busy: Vec<bool>,
-    /// Machines that may start a pass: one has just ended, or a request came while they were idle.
+    /// Machines that may start a pass, because one has just ended or a request arrived while they were idle.
     startable: Vec<usize>,
     pace: Option<&'m Pace>,
 }
@@ -270,7 +269,7 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
         self.servers.len()
     }
 
-    /// Requests that wait or run on a machine.
+    /// Number of requests that wait or run on a machine.
     fn load(&self, index: usize) -> u64 {
         let scheduler = self.servers[index].scheduler();
         u64::from(scheduler.num_waiting()) + u64::from(scheduler.num_running())

@@ -1,15 +1,15 @@
-//! Times drawn from the measured spread around the median, so that tails are not too thin.
+//! Pass times drawn from the measured spread around the median, so that simulated tails are not too thin.
 //!
-//! A time is log-normal with the measured median `m` and half distance between quartiles `h`: the quartiles of
-//! `m exp(s z)` are `m exp(-q s)` and `m exp(q s)`, half of their distance is `m sinh(q s)`, so `s = asinh(h / m) / q`,
-//! where `q` is the upper quartile of the normal distribution. It is right-skewed and positive, as latencies are.
+//! A time is log-normal with the measured median `m` and half distance between quartiles `h`. Its quartiles are `m
+//! exp(-q s)` and `m exp(q s)`, where `q` is the upper quartile of the normal distribution. Half their distance is `m
+//! sinh(q s)`, so `s = asinh(h / m) / q`. Like latencies, the distribution is right-skewed and positive.
 
 use crate::exits::hash;
 
 /// Upper quartile of the standard normal distribution.
 const QUARTILE: f64 = 0.674_489_750_196_081_7;
 
-/// A seeded stream of times.
+/// A seeded source of times.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Spread {
     seed: u64,
@@ -21,7 +21,7 @@ impl Spread {
         Self { seed, draws: 0 }
     }
 
-    /// Draws a time with this median and squared half distance between quartiles.
+    /// Draws a time with this median and this squared half distance between quartiles.
     pub(crate) fn draw(&mut self, median_ns: f64, squared_spread: f64) -> f64 {
         if median_ns <= 0.0 || squared_spread <= 0.0 {
             return median_ns;
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_depend_on_the_seed_alone() {
+    fn draws_depend_only_on_the_seed() {
         assert_eq!(drawn(7, 100.0, 5.0), drawn(7, 100.0, 5.0));
         assert_ne!(drawn(7, 100.0, 5.0), drawn(8, 100.0, 5.0));
         assert!(drawn(7, 100.0, 0.0).iter().all(|&time| time == 100.0));

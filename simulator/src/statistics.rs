@@ -1,21 +1,21 @@
-//! Means of repeated runs, and how sure they are.
+//! Means of repeated runs, with confidence intervals.
 
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
-/// Chance that a confidence interval holds the true mean.
+/// Probability that a confidence interval contains the true mean.
 pub const CONFIDENCE: f64 = 0.95;
 
 /// A mean with its confidence interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Interval {
-    /// Mean of the values; NaN without one, or if one is NaN.
+    /// Mean of the values; NaN without values, or if one is NaN.
     pub mean: f64,
-    /// Half the width of the interval around it; none of fewer than two values.
+    /// Half the width of the interval; `None` for fewer than two values.
     pub half_width: Option<f64>,
 }
 
 impl Interval {
-    /// Of values from independent runs, by Student's t distribution.
+    /// Interval for the mean of values from independent runs, by Student's t distribution.
     pub fn of(values: &[f64]) -> Self {
         let count = values.len() as f64;
         let mean = values.iter().sum::<f64>() / count;
@@ -34,11 +34,11 @@ mod tests {
 
     #[test]
     fn an_interval_is_as_wide_as_the_tables_of_student_s_t_say() {
-        // Mean 3, standard deviation sqrt(2.5); t of 4 degrees of freedom at 97.5% is 2.776.
+        // Mean 3, standard deviation sqrt(2.5); Student's t with 4 degrees of freedom is 2.776 at 97.5%.
         let Interval { mean, half_width } = Interval::of(&[1.0, 2.0, 3.0, 4.0, 5.0]);
         assert_eq!(mean, 3.0);
         assert!((half_width.unwrap() - 2.776_445 * (2.5_f64 / 5.0).sqrt()).abs() < 1e-5);
-        // Of two values t is 12.706, and their standard error half their distance.
+        // For two values Student's t is 12.706, and the standard error is half their distance.
         let pair = Interval::of(&[10.0, 12.0]);
         assert!((pair.half_width.unwrap() - 12.706_205).abs() < 1e-4);
     }

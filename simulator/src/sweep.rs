@@ -1,10 +1,10 @@
-//! Many runs in one CSV file: each is kept as soon as it ends, and one that is kept is not run again.
+//! Many runs in one CSV file. Each run is written as soon as it ends, and a run that is in the file is not repeated.
 //!
 //! ```text
-//! points 0, 1, 2, ... ──not in the file?──► run, on all cores ──► a line at its end ──the last?──► lines in order
+//! points 0, 1, 2, ... ──not in the file?──► run, on all cores ──► append a line ──the last?──► sort the lines
 //! ```
 //!
-//! A file that was cut off anywhere, or whose runs were stopped, ends up the same to the byte as one that was not.
+//! A file that was cut off at any byte, or whose runs were stopped, ends up identical to an uninterrupted one.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -20,38 +20,39 @@ use traces::table::write_whole;
 
 use crate::statistics::Interval;
 
-/// The column that says which point a line is of: the first of every line.
+/// Name of the first column, which identifies the point of a line.
 pub const POINT: &str = "point";
 
-/// What is known of the points so far.
+/// The points of a sweep and their results so far.
 #[derive(Debug)]
 pub struct Points {
     count: usize,
     header: Option<StringRecord>,
     lines: BTreeMap<usize, StringRecord>,
-    /// None where nothing is kept beyond the process.
+    /// `None` if results are kept in memory only.
     file: Option<(PathBuf, File)>,
 }
 
-/// The lines of all points, in their order.
+/// The lines of all points, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table {
     /// Names of the columns.
     pub header: StringRecord,
-    /// As many cells as columns in each.
+    /// The cells of each line, one for each column.
     pub lines: Vec<StringRecord>,
 }
 
 impl Points {
-    /// Of `count` points, none yet; they are kept in no file.
+    /// A sweep of `count` points without results, kept in memory only.
     pub fn in_memory(count: usize) -> Self {
         Self { count, header: None, lines: BTreeMap::new(), file: None }
     }
 
-    /// Of `count` points, those that a file holds; it is made if it is not there. A line that was cut off is removed.
+    /// A sweep of `count` points with the results in a file, which is created if it does not exist. A line that was cut
+    /// off is removed.
     ///
     /// # Errors
-    /// If the file cannot be read or written, or has a line that is not of such a point.
+    /// If the file cannot be read or written, or a line does not belong to such a sweep.
     pub fn open(path: &Path, count: usize) -> Result<Self, TraceError> {
         let io = |action| move |source| TraceError::Io { action, path: path.to_owned(), source };
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io("open"))?;
@@ -88,18 +89,18 @@ impl Points {
         Ok(())
     }
 
-    /// Points that are there already.
+    /// Number of points with a result.
     pub fn done(&self) -> usize {
         self.lines.len()
     }
 
-    /// Runs the points that are missing, on all cores, keeps the line that each gives, and puts all lines in order.
-    /// After each, `finished` is told.
+    /// Runs the missing points on all cores, appends the line of each, and sorts the lines. Calls `finished` after each
+    /// point.
     ///
     /// A line is a structure, or a tuple of structures, whose first field is the point.
     ///
     /// # Errors
-    /// One of those of the runs; or if the file cannot be written, or its columns are others than those of a line.
+    /// The error of a run; or if the file cannot be written, or its columns differ from those of a line.
     pub fn complete<L, E>(
         self,
         run: impl Fn(usize) -> Result<L, E> + Sync,
@@ -170,7 +171,7 @@ fn text_of(record: &StringRecord) -> Vec<u8> {
 }
 
 impl Table {
-    /// The cells of a column; none if there is no such column.
+    /// The cells of a column; `None` if there is no such column.
     pub fn column(&self, name: &str) -> Option<impl Iterator<Item = &str>> {
         let index = self.header.iter().position(|column| column == name)?;
         Some(self.lines.iter().map(move |line| &line[index]))
@@ -191,11 +192,11 @@ impl Table {
         })
     }
 
-    /// Sums up every `repeats` lines in a row, which are the same but for their seed, as one.
+    /// Merges every `repeats` consecutive lines, which differ in their seed only, into one.
     ///
-    /// Of the columns `settings` the first line's cells are kept. Every other column but `point` and `seed` is averaged,
-    /// and followed by half the width of its confidence interval, in a column that ends in `_ci95`; cells of a column
-    /// that is empty in one of the lines stay empty. `seeds` counts the lines.
+    /// The columns in `settings` keep the cells of the first line. Every other column except `point` and `seed` is
+    /// averaged and followed by half the width of its confidence interval, in a column that ends in `_ci95`. A cell
+    /// that is empty in one of the lines stays empty. `seeds` is the number of lines.
     pub fn over_seeds(&self, repeats: usize, settings: &[&str]) -> Self {
         let columns: Vec<(usize, &str)> =
             self.header.iter().enumerate().filter(|(_, name)| ![POINT, "seed"].contains(name)).collect();

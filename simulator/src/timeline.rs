@@ -1,8 +1,8 @@
 //! A run as a timeline in Chrome's trace format, which Perfetto and `chrome://tracing` open.
 //!
-//! Each machine is a process. Its first track holds the passes; a counter shows the rows at each depth; every other
-//! track is a place in the batch, with the stays of the requests that held it and, inside a stay, one slice for each
-//! token, named by the depth it left at:
+//! Each machine is a process. Its first track shows the passes, and counters show the rows at each depth. Every other
+//! track is a place in the batch, with the stays of the requests that had it. A stay contains one slice for each token,
+//! named by the exit depth:
 //!
 //! ```text
 //! machine 0   passes   |16 rows|18 rows |17 rows|...
@@ -20,17 +20,17 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use traces::{Nanos, Request};
 
-/// Watches one machine. What lies outside the window is not kept: a slice takes about half a kilobyte.
+/// Observes one machine. Events outside the window are dropped: a slice takes about half a kilobyte.
 #[derive(Clone, Debug)]
 pub struct Timeline {
     machine: u32,
     window: Range<Nanos>,
     events: Vec<Event>,
-    /// Requests that hold a place: which, since when, and the tokens so far.
+    /// Requests in a place: the place, since when, and the tokens so far.
     stays: HashMap<u32, Stay>,
     free_places: Vec<u32>,
     places: u32,
-    /// Rows at each depth in the last pass, and when it ended.
+    /// Rows at each depth in the last pass, and when the pass ended.
     rows: Vec<u32>,
     last_end: Nanos,
 }
@@ -61,7 +61,7 @@ struct Event {
 const PASSES: u32 = 0;
 
 impl Timeline {
-    /// Watches machine number `machine` from the start of `window` to its end.
+    /// Observes machine number `machine` from the start of `window` to its end.
     pub fn new(machine: u32, window: Range<Nanos>) -> Self {
         Self {
             machine,
@@ -132,7 +132,7 @@ impl Timeline {
 /// Writes the timelines of all machines of a run as one JSON file.
 ///
 /// # Errors
-/// If it cannot be written.
+/// If the file cannot be written.
 pub fn write_timeline(to: impl Write, timelines: &[Timeline]) -> io::Result<()> {
     let mut to = io::BufWriter::new(to);
     to.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
@@ -253,7 +253,7 @@ mod tests {
         file["traceEvents"].as_array().unwrap().clone()
     }
 
-    /// Two requests in one place after the other; the first is preempted.
+    /// Two requests in one place, one after the other; the first is preempted.
     fn watched(window: Range<Nanos>) -> Timeline {
         let mut timeline = Timeline::new(2, window);
         let token = |index, depth, previous| Token { index, depth, previous };

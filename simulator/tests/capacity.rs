@@ -7,7 +7,7 @@ use scheduler::Batching;
 use simulator::{CapacityError, CapacitySearch, Objectives, Simulation, capacity};
 use traces::{Nanos, Request};
 
-/// A request every 10 ms; with one token and one loop each takes the machine for one pass.
+/// A request every 10 ms. With one token and one loop, each request occupies the machine for one pass.
 fn regular(count: u32) -> Vec<Request> {
     let request = |id| Request { id, arrival: Nanos(10_000_000 * u64::from(id)), prompt_tokens: 1, output_tokens: 1 };
     (0..count).map(request).collect()
@@ -61,7 +61,7 @@ fn early_exits_raise_capacity_most_under_depth_wise_batching() {
 }
 
 #[test]
-fn objectives_that_lone_requests_miss_leave_no_capacity() {
+fn objectives_that_single_requests_miss_give_no_capacity() {
     let (latency, exits) = (constant_latency(1), drawn_exits(&[1.0], 1, 1, 1));
     let simulation = Simulation::new(settings(Batching::Depth, "none", 1, 1), &latency, &exits).unwrap();
     let found = capacity(&simulation, &regular(9), &search(0.5), |_| ()).unwrap();

@@ -1,4 +1,4 @@
-//! Simulations of systems whose answer is known.
+//! Simulations of systems whose answer is known in closed form.
 
 mod common;
 
@@ -55,12 +55,12 @@ fn full_depth_wise_batch_yields_batch_over_mean_depth_times_pass_time() {
 }
 
 #[test]
-fn only_looks_that_read_the_vocabulary_pay_for_the_head() {
+fn only_signals_that_read_the_vocabulary_pay_for_the_head() {
     use Component::{Block, Head};
     let (block_us, head_us, tokens) = (100.0, 7.0, 20);
     let latency = LatencyModel::new(&profile(3, &[(Block, 1, 0, 1, block_us), (Head, 1, 0, 1, head_us)])).unwrap();
     let exits = ExitModel::new(&exit_trace(3, &[vec![2; tokens as usize]]), Draw::Recorded).unwrap();
-    // Every token is looked at twice before it leaves at the last depth.
+    // The signal of every token is read twice before the token exits at the last depth.
     for (exit, heads) in
         [("none", 1.0), ("top1:0.5", 3.0), ("margin:0.5", 3.0), ("similarity:0.5", 1.0), ("gate:0.5", 1.0)]
     {
@@ -71,7 +71,7 @@ fn only_looks_that_read_the_vocabulary_pay_for_the_head() {
 }
 
 #[test]
-fn rows_that_leave_early_pay_for_the_depths_they_skip_where_keys_and_values_are_copied() {
+fn rows_that_exit_early_pay_for_the_depths_they_skip_where_keys_and_values_are_copied() {
     use Component::{Block, KvFill as Copies};
     let tokens = 20;
     let points = [(Block, 1, 0, 1, 100.0), (Copies, 1, 0, 1, 0.5), (Copies, 2, 0, 1, 3.0)];
@@ -95,7 +95,7 @@ fn full_lockstep_batch_yields_batch_over_the_passes_of_its_deepest_row() {
     let up_to = |depth: usize| probabilities[..=depth].iter().sum::<f64>().powi(batch as i32);
     let deepest: f64 =
         (0..3).map(|depth| (depth + 1) as f64 * (up_to(depth) - if depth > 0 { up_to(depth - 1) } else { 0.0 })).sum();
-    // All sequences are equally long, so one iteration in `tokens` holds their prompts, which run every depth.
+    // All sequences have equal lengths, so one iteration in `tokens` contains their prompts, which run every depth.
     let passes = (3.0 + f64::from(tokens - 1) * deepest) / f64::from(tokens);
     for batching in [Batching::Vanilla, Batching::Sequence] {
         let summary =
@@ -132,7 +132,7 @@ fn lone_requests_hold_their_share_of_the_kv_blocks_all_the_time() {
     let exits = drawn_exits(&[1.0], 1, 1, 1);
     let settings = Settings { num_blocks: 10, ..settings(Batching::Depth, "none", 1, 1) };
     let summary = simulate(settings, &constant_latency(1), &exits, queued(100, 40, 8));
-    // 40 to 47 positions are 3 blocks of 16.
+    // 40 to 47 positions take 3 blocks of 16.
     assert_eq!((summary.kv_usage, summary.batch_fits, summary.prefix_hit_rate), (0.3, 3, None));
 }
 
@@ -174,7 +174,7 @@ fn backfill_is_free_where_a_pass_takes_no_longer_for_more_rows() {
         };
         let (reuse, backfill) = (run(KvFill::Reuse, 1 << 16), run(KvFill::Backfill, 1 << 16));
         assert_eq!(backfill.makespan_s, reuse.makespan_s, "{batching}");
-        // What is missing is outstanding when requests end.
+        // The missing rows are outstanding when requests end.
         let skipped = backfill.output_tokens as f64 * (3.0 - backfill.mean_depth);
         let share = backfill.backfill_rows as f64 / skipped;
         assert!((0.8..1.0).contains(&share), "{batching}: {share}");
@@ -182,7 +182,7 @@ fn backfill_is_free_where_a_pass_takes_no_longer_for_more_rows() {
     }
 }
 
-/// Integrates the running sequences over time, and their stays.
+/// Integrates the number of running sequences over time, and the lengths of their stays.
 #[derive(Default)]
 struct Little {
     running_time: u64,
@@ -233,7 +233,7 @@ fn the_parts_of_a_run_add_up_to_the_time_in_which_it_ran_passes() {
         let outcome = simulation.run(queued(40, 30, 20), std::slice::from_mut(&mut metrics)).unwrap();
         let parts: f64 = Component::ALL.iter().map(|&part| outcome.time.of(part)).sum();
         let ran = simulation.summary(&metrics, &outcome);
-        // A pass and its head are whole nanoseconds each.
+        // The times of a pass and of its head are each rounded to whole nanoseconds.
         let rounded = 1e-9 * ran.passes as f64;
         let missing = ran.busy * ran.makespan_s - parts - outcome.time.overhead_s();
         assert!(missing.abs() < rounded, "{batching}: {missing} s");
@@ -254,8 +254,8 @@ fn a_head_takes_its_own_time_in_a_pass_after_one_that_ran_it() {
     };
     // The prompt runs both depths, and every other pass runs the head.
     assert_close(makespan_us("none"), 8.0 * block + 4.0 * head, 1e-9);
-    // All tokens leave at the first depth, looked at before they do or once they do; the prompt goes on, so that the head for
-    // the second does not come after another.
+    // All tokens exit at the first depth. The signal is read before the exit or the head runs after it. The prompt goes
+    // on, so the head for the second token does not follow another one.
     for exit in ["top1:0.5", "oracle"] {
         assert_close(makespan_us(exit), 5.0 * block + 2.0 * head + 2.0 * again, 1e-9);
     }

@@ -1,4 +1,4 @@
-//! The paper's headline table, out of the simulator: every request queued, the batch full, oracle exits for free.
+//! The paper's headline table, simulated: all requests queued, a full batch, oracle exits at no cost.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,7 @@ struct Expected {
     tok_s: f64,
 }
 
-/// Equal lengths, and prompts as short as can be: the paper's throughput counts decoding only.
+/// Equal lengths and prompts of one token: the paper's throughput counts decoding only.
 fn requests() -> impl Iterator<Item = Request> {
     let generate = Generate {
         count: 1677,
@@ -61,7 +61,7 @@ fn simulated_tok_s(row: &Expected) -> f64 {
     let mut metrics = Metrics::new(&settings);
     let simulation = Simulation::new(settings, &latency, &exits).unwrap();
     let outcome = simulation.run(requests(), std::slice::from_mut(&mut metrics)).unwrap();
-    assert!(outcome.extrapolations.is_empty(), "{row:?} left the measured grid");
+    assert!(outcome.extrapolations.is_empty(), "{row:?} was extrapolated");
     let summary = metrics.summary(Source::Simulated, Some(outcome.token_agreement()));
     assert_eq!(summary.token_agreement, Some(1.0));
     println!("{row:?}: simulated {:.1}, mean depth {:.4}", summary.throughput_tok_s, summary.mean_depth);
@@ -73,7 +73,7 @@ fn published_throughputs_come_out_within_two_percent() {
     let mut table = csv::Reader::from_path(configs().join("expected.csv")).unwrap();
     let rows: Vec<Expected> = table.deserialize().collect::<Result<_, _>>().unwrap();
     assert_eq!(rows.len(), 7);
-    // Not the vanilla row: vanilla batching depends on output lengths, which the paper does not publish.
+    // Not the vanilla row: vanilla batching depends on output lengths that the paper does not publish.
     for row in rows.iter().filter(|row| row.batching != Batching::Vanilla) {
         let error = simulated_tok_s(row) / row.tok_s - 1.0;
         assert!(error.abs() < 0.02, "{row:?}: off by {:.1}%", error * 100.0);

@@ -1,4 +1,4 @@
-//! What holds of any simulation.
+//! Invariants of every simulation.
 
 mod common;
 
@@ -26,7 +26,7 @@ fn any_settings() -> impl Strategy<Value = Settings> {
                 block_tokens: 4,
                 num_blocks,
                 prefix_caching,
-                // What an exit policy looks at is not there yet when the next pass is planned.
+                // The signal that an exit policy reads is not known when the next pass is planned.
                 async_scheduling: async_scheduling && ["none", "static:1"].contains(&exit),
                 ..settings(batching, exit, LOOPS, max_batch)
             }
@@ -34,7 +34,7 @@ fn any_settings() -> impl Strategy<Value = Settings> {
     )
 }
 
-/// Requests of up to 40 tokens, the room of 10 blocks of 4, each with its generation.
+/// Requests of up to 40 tokens, which fit in 10 blocks of 4, each with its generation.
 fn any_requests() -> impl Strategy<Value = Vec<(Request, Vec<u8>)>> {
     let request = (0u64..3_000_000, 1u32..20, prop::collection::vec(0..LOOPS, 1..20));
     prop::collection::vec(request, 1..30).prop_map(|requests| {

@@ -1,4 +1,4 @@
-//! The same input gives the same result, bit for bit, in debug and in release builds.
+//! Equal inputs give equal results, bit for bit, in debug and in release builds.
 
 mod common;
 
@@ -7,8 +7,7 @@ use scheduler::{Batching, KvFill, Settings};
 use simulator::{Metrics, Routing, Simulation, Summary};
 use traces::{Nanos, Request};
 
-/// Nanoseconds that each run takes, and a hash of everything that happened in it and of what its
-/// summary says.
+/// Duration of each run in nanoseconds, and a hash of all its events and of its summary.
 const EXPECTED: [(u64, u64); 12] = [
     (270_174_196, 8_040_044_109_941_251_418),
     (245_512_925, 3_715_434_617_550_419_843),
@@ -24,7 +23,7 @@ const EXPECTED: [(u64, u64); 12] = [
     (239_153_373, 16_721_679_367_343_778_726),
 ];
 
-/// Arrivals and lengths without a function whose last bit depends on the machine's library.
+/// Arrivals and lengths computed without functions whose last bit depends on the machine's math library.
 fn requests() -> Vec<Request> {
     let mut random = Random(5);
     let mut below = |bound: f64| (random.unit() * bound) as u64;
@@ -37,12 +36,12 @@ fn requests() -> Vec<Request> {
     (0..150).map(&mut request).collect()
 }
 
-/// FNV-1a: the same on every machine and in every version of the standard library.
+/// FNV-1a, which is identical on every machine and in every version of the standard library.
 fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
-/// Two machines with fewer blocks than their requests want.
+/// Two machines with fewer blocks than their requests need.
 fn run(batching: Batching, exit: &str, kv_fill: KvFill) -> (u64, u64) {
     let settings = Settings {
         kv_fill,

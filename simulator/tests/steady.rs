@@ -1,4 +1,5 @@
-//! A profile under steady load gives the times that its passes took, and logged passes take what the executor answered.
+//! A profile fitted to steady load reproduces the times of its passes, and logged passes take what the executor
+//! answered.
 
 mod common;
 
@@ -36,7 +37,7 @@ fn apart() -> LatencyProfile {
     profile(2, &points)
 }
 
-/// The passes of the load, as a machine takes them on which they take `slower(rows)` times what the profile says.
+/// Passes of the load on a machine that takes `slower(rows)` times the profile's time.
 fn served(profile: &LatencyProfile, slower: impl Fn(u32) -> f64) -> (Vec<PassWork>, Vec<Nanos>) {
     let model = LatencyModel::new(profile).unwrap();
     let works = steady_passes(load(), &model, 4000);
@@ -52,7 +53,7 @@ fn factors(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos]) -> Stea
     SteadyFactors::new(profile, &works.iter().zip(took.iter().copied()).collect::<Vec<_>>()).unwrap()
 }
 
-/// What a profile says of passes over what they took, of those with some number of rows.
+/// Modelled time over measured time, of passes with some number of rows.
 fn said_over_took(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos], rows: impl Fn(u32) -> bool) -> f64 {
     let model = LatencyModel::new(profile).unwrap();
     let of = works.iter().zip(took).filter(|(work, _)| rows(work.rows));
@@ -63,7 +64,7 @@ fn said_over_took(profile: &LatencyProfile, works: &[PassWork], took: &[Nanos], 
 #[test]
 fn small_passes_that_are_slower_in_service_than_large_ones_come_out_so() {
     let apart = apart();
-    // From 1.3 times as long of one row to 0.9 times of eight and more.
+    // From 1.3 times as long for one row to 0.9 times for eight and more.
     let slower = |rows: u32| 1.3 - 0.4 * f64::from(rows.min(8) - 1) / 7.0;
     let (works, took) = served(&apart, slower);
     assert!(said_over_took(&apart, &works, &took, |rows| rows <= 2) < 0.8, "the test tells nothing otherwise");
@@ -82,7 +83,7 @@ fn small_passes_that_are_slower_in_service_than_large_ones_come_out_so() {
 fn numbers_of_rows_that_few_passes_have_take_their_neighbours_factor() {
     let apart = apart();
     let (works, took) = served(&apart, |rows| if rows == 4 { 3.0 } else { 1.2 });
-    // Of passes of three to seven rows, which all bear on the factor of 4, too few are left to go by.
+    // Too few passes of three to seven rows, which determine the factor of 4, are left to fit it.
     let mut left = 20;
     let kept: (Vec<PassWork>, Vec<Nanos>) = works
         .into_iter()
@@ -148,7 +149,7 @@ fn every_component() -> LatencyProfile {
 }
 
 proptest! {
-    /// The log says of every pass what the executor that ran it looked up, whatever the policies.
+    /// The logged work of every pass gives the time that its executor answered, under every policy.
     #[test]
     fn what_is_logged_takes_what_the_executor_says(
         batching in prop::sample::select(Batching::ALL.to_vec()),
@@ -174,7 +175,7 @@ proptest! {
         prop_assert!(log.passes().len() > 50);
         for pass in log.passes() {
             let said = latency.pass_ns(&pass.work);
-            // Two times are rounded to whole nanoseconds: that of the run and that of the exits.
+            // Two times are rounded to whole nanoseconds: that of the run, and that of the exits.
             prop_assert!((said - pass.elapsed.0 as f64).abs() <= 1.0, "{said} ns: {pass:?}");
         }
     }

@@ -1,4 +1,4 @@
-//! How many rows run at each depth, over time, in bounded memory.
+//! Rows at each depth over time, in bounded memory.
 
 use scheduler::{PassRecord, Segment};
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ pub struct PassRows {
     pub prefill: u32,
     /// Rows of backfill.
     pub backfill: u32,
-    /// Bit `d` is set if there is a row at depth `d`.
+    /// Bit `d` is set if a row runs at depth `d`.
     pub depths: u64,
 }
 
@@ -26,7 +26,7 @@ impl PassRows {
 /// Kinds of rows, in the order of [`RowKind`](scheduler::RowKind): decode, prompt, backfill.
 const KINDS: usize = 3;
 
-/// Mean rows at each depth, in slices of time whose width doubles whenever the run outgrows
+/// Mean rows at each depth, in slices of time. The width of the slices doubles whenever the run has more than
 /// [`SLICES`](Self::SLICES) of them.
 #[derive(Clone, Debug)]
 pub struct DepthRows {
@@ -34,9 +34,9 @@ pub struct DepthRows {
     width_ns: u64,
     /// Rows times nanoseconds, by slice, depth and kind.
     row_time: Vec<[u64; KINDS]>,
-    /// Scratch: rows of the pass at hand, by depth and kind.
+    /// Scratch: rows of the current pass, by depth and kind.
     pass: Vec<[u64; KINDS]>,
-    /// Scratch: every other of them, so that counting a row need not wait for the one before it.
+    /// Scratch for every second row, so that counting a row does not wait for the previous one.
     others: Vec<[u64; KINDS]>,
 }
 
@@ -45,24 +45,24 @@ pub struct DepthRows {
 pub struct DepthRowsRecord {
     /// Start of the slice of time, in seconds.
     pub start_s: f64,
-    /// Its width, in seconds.
+    /// Width of the slice, in seconds.
     pub width_s: f64,
     /// The depth, from 0.
     pub depth: u32,
-    /// Decode rows that ran at that depth: mean over the slice, idle time included.
+    /// Decode rows at that depth: mean over the slice, idle time included.
     pub decode_rows: f64,
-    /// The same of prompt rows.
+    /// Prompt rows at that depth: mean over the slice, idle time included.
     pub prefill_rows: f64,
-    /// The same of backfill.
+    /// Rows of backfill at that depth: mean over the slice, idle time included.
     pub backfill_rows: f64,
 }
 
 impl DepthRows {
-    /// Most slices.
+    /// Maximum number of slices.
     pub const SLICES: usize = 512;
     const FIRST_WIDTH_NS: u64 = 1 << 16;
 
-    /// Of a model with `num_loops` loops.
+    /// Counts for a model with `num_loops` loops.
     pub fn new(num_loops: u8) -> Self {
         let num_loops = usize::from(num_loops);
         let none = vec![[0; KINDS]; num_loops];

@@ -1,25 +1,25 @@
-//! Latencies of a run: exact while they are few, in bounded memory when they are many.
+//! Distribution of latencies: exact for few values, in bounded memory for many.
 
 use hdrhistogram::Histogram;
 use traces::Nanos;
 
-/// Spans of time and their quantiles.
+/// Durations and their quantiles.
 ///
-/// Up to [`EXACT`](Self::EXACT) values are kept as they are; beyond it they go into a high-dynamic-range
-/// histogram whose quantiles are at most 0.1% too high. The mean is exact either way.
+/// Up to [`EXACT`](Self::EXACT) values are stored. Beyond that, values go into a high-dynamic-range histogram whose
+/// quantiles are at most 0.1% too high. The mean is exact in both cases.
 #[derive(Clone, Debug, Default)]
 pub struct Distribution {
     exact: Vec<u64>,
     sketch: Option<Box<Sketch>>,
 }
 
-/// Many values.
+/// The histogram of many values.
 #[derive(Clone, Debug)]
 struct Sketch {
     histogram: Histogram<u64>,
     sum: u128,
-    /// By key, the value seen last and how often, not yet in the histogram: counting is cheaper than finding a place in
-    /// it.
+    /// By key: the last value and its count, not yet in the histogram. Counting repeats is faster than finding a
+    /// bucket.
     recent: [(u64, u64); Distribution::KEYS],
 }
 
@@ -67,10 +67,10 @@ impl Sketch {
 }
 
 impl Distribution {
-    /// Most values whose quantiles are exact.
+    /// Largest number of values whose quantiles are exact.
     pub const EXACT: usize = 100_000;
 
-    /// Keys of [`record_by_key`](Self::record_by_key) that are told apart.
+    /// Number of keys that [`record_by_key`](Self::record_by_key) distinguishes.
     pub const KEYS: usize = 8;
 
     /// Adds a value.
@@ -79,7 +79,7 @@ impl Distribution {
         self.record_by_key(value, 0);
     }
 
-    /// Adds a value of a kind whose values often repeat: such are counted fastest.
+    /// Adds a value. Values that repeat under one `key` are counted fastest.
     #[inline]
     pub fn record_by_key(&mut self, value: Nanos, key: usize) {
         match &mut self.sketch {
@@ -104,7 +104,7 @@ impl Distribution {
         sketch
     }
 
-    /// Adds the values of another.
+    /// Adds the values of another distribution.
     pub fn merge(&mut self, other: Self) {
         if self.sketch.is_none() && other.sketch.is_none() && self.exact.len() + other.exact.len() <= Self::EXACT {
             self.exact.extend(other.exact);
@@ -119,7 +119,7 @@ impl Distribution {
         }
     }
 
-    /// How many values there are.
+    /// Number of values.
     pub fn count(&self) -> u64 {
         match &self.sketch {
             Some(sketch) => sketch.settled().histogram.len(),
@@ -127,7 +127,7 @@ impl Distribution {
         }
     }
 
-    /// Their mean in milliseconds; NaN if there are none.
+    /// Mean in milliseconds; NaN without values.
     pub fn mean_ms(&self) -> f64 {
         let sum = match &self.sketch {
             Some(sketch) => sketch.settled().sum,
@@ -136,9 +136,9 @@ impl Distribution {
         sum as f64 / self.count() as f64 * 1e-6
     }
 
-    /// Quantiles in milliseconds, in the order asked for; NaN if there are no values.
+    /// Quantiles in milliseconds, in the given order; NaN without values.
     ///
-    /// Between two values they are interpolated, as NumPy does by default.
+    /// Quantiles between two values are interpolated linearly, as by default in NumPy.
     pub fn quantiles_ms<const N: usize>(&self, quantiles: [f64; N]) -> [f64; N] {
         if let Some(sketch) = &self.sketch {
             let histogram = sketch.settled().histogram;
@@ -155,7 +155,8 @@ impl Distribution {
         })
     }
 
-    /// The values in milliseconds, rising, each with the share of values up to it: at most about `points` of them.
+    /// The values in milliseconds, in ascending order, each with the share of values up to it: about `points` of them
+    /// at most.
     pub fn cdf_ms(&self, points: usize) -> Vec<(f64, f64)> {
         let count = self.count();
         let mut sorted: Vec<(u64, u64)> = match &self.sketch {

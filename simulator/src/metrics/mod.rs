@@ -1,7 +1,8 @@
-//! What a run was like: an observer for measured and simulated runs alike, and the files it leaves.
+//! Metrics of a run: an observer for measured and simulated runs, and the files it writes.
 //!
-//! Latencies as vLLM defines them: TTFT is first token less arrival; TPOT is (last - first token) / (tokens - 1)
-//! of a request with more than one; ITL is each gap between tokens; end-to-end is last token less arrival.
+//! Latencies are defined as in vLLM. TTFT is the time from arrival to first token. TPOT is (last - first token) /
+//! (tokens - 1) of a request with more than one token. ITL is each gap between tokens. End-to-end latency is the time
+//! from arrival to last token.
 
 mod depth_rows;
 mod distribution;
@@ -19,9 +20,9 @@ use traces::{Nanos, Request};
 
 use crate::objectives::Objectives;
 
-/// Gathers the metrics of one machine, or by [`merge`](Self::merge) of several on one clock.
+/// Collects the metrics of one machine, or of several on one clock with [`merge`](Self::merge).
 ///
-/// Memory does not grow with the length of the run unless rows are asked for.
+/// Memory does not grow with the length of the run unless rows are kept.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     settings: Settings,
@@ -41,22 +42,22 @@ pub struct Metrics {
 #[derive(Clone, Copy, Debug, Default)]
 struct Totals {
     requests: u64,
-    /// Of those, how many met the objectives.
+    /// Finished requests that met the objectives.
     met: u64,
     tokens: u64,
-    /// Passes of all tokens: each token's exit depth and one.
+    /// Passes of all tokens: exit depth plus one of each.
     token_passes: u64,
     preemptions: u64,
     passes: u64,
     row_visits: u64,
     backfill_rows: u64,
     busy: u64,
-    /// Rows, decode rows, running sequences and held KV blocks, each times the time of its pass.
+    /// Rows, decode rows, running sequences and KV blocks in use, each weighted by the time of its pass.
     row_time: u128,
     decode_row_time: u128,
     running_time: u128,
     block_time: u128,
-    /// KV blocks of finished requests when their last token came: all together, and of the longest.
+    /// KV blocks of finished requests at their last token: total, and largest.
     final_blocks: u64,
     longest_blocks: u32,
     first_arrival: Option<Nanos>,
@@ -64,7 +65,7 @@ struct Totals {
 }
 
 impl Metrics {
-    /// Metrics of a run that has not begun.
+    /// Metrics of a run that has not started.
     pub fn new(settings: &Settings) -> Self {
         Self {
             settings: *settings,
@@ -81,22 +82,22 @@ impl Metrics {
         }
     }
 
-    /// Counts the requests that meet objectives: goodput.
+    /// Counts the requests that meet objectives, for the goodput.
     pub fn with_objectives(self, objectives: Objectives) -> Self {
         Self { objectives: Some(objectives), ..self }
     }
 
-    /// Keeps a row for each request, 80 bytes each.
+    /// Keeps a row for each request, of 80 bytes.
     pub fn with_requests(self) -> Self {
         Self { requests: Some(Vec::new()), ..self }
     }
 
-    /// Keeps a row for each pass, 40 bytes each.
+    /// Keeps a row for each pass, of 40 bytes.
     pub fn with_passes(self) -> Self {
         Self { passes: Some(Vec::new()), ..self }
     }
 
-    /// How the run is scheduled.
+    /// The settings of the run.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -126,27 +127,27 @@ impl Metrics {
         &self.depth_rows
     }
 
-    /// Finished requests in the order of their ids; empty if they were not asked for.
+    /// Finished requests in order of id; empty without [`with_requests`](Self::with_requests).
     pub fn requests(&self) -> impl Iterator<Item = &RequestRow> {
         self.requests.iter().flatten().filter(|row| row.is_finished())
     }
 
-    /// Passes in order; empty if they were not asked for.
+    /// Passes in order; empty without [`with_passes`](Self::with_passes).
     pub fn passes(&self) -> &[PassRow] {
         self.passes.as_deref().unwrap_or_default()
     }
 
-    /// Visits of a row to the block: one for each row of each pass.
+    /// Number of row visits to the block: one for each row of each pass.
     pub fn row_visits(&self) -> u64 {
         self.totals.row_visits
     }
 
-    /// From the first arrival to the last token.
+    /// Time from the first arrival to the last token.
     pub fn makespan(&self) -> Nanos {
         self.totals.last_token.since(self.totals.first_arrival.unwrap_or_default())
     }
 
-    /// Adds the metrics of another machine that ran on the same clock.
+    /// Adds the metrics of another machine on the same clock.
     pub fn merge(&mut self, other: Self) {
         self.machines += other.machines;
         self.ttft.merge(other.ttft);
@@ -164,7 +165,7 @@ impl Metrics {
         }
     }
 
-    /// The metrics of all machines of one run; none without a machine.
+    /// Combined metrics of all machines of one run; `None` without machines.
     pub fn merged(machines: Vec<Self>) -> Option<Self> {
         machines.into_iter().reduce(|mut all, one| {
             all.merge(one);
@@ -240,7 +241,7 @@ impl Observer for Metrics {
         self.totals.tokens += 1;
         self.totals.token_passes += passes;
         if let Some(previous) = token.previous {
-            // Tokens that leave one pass at one depth mostly came one pass, too, before: their gaps are the same.
+            // Tokens that exit in one pass at one depth mostly shared their previous pass too, so their gaps are equal.
             self.itl.record_by_key(now - previous, token.depth.into());
         }
         if let Some(row) = self.request_row(request) {
@@ -296,7 +297,8 @@ mod tests {
         watch(Metrics::new(&settings()).with_requests())
     }
 
-    /// Two requests: one arrives at 10 ms and gets tokens at 30, 40 and 60; one arrives at 20 and gets one at 50.
+    /// Two requests. One arrives at 10 ms and gets tokens at 30, 40 and 60 ms; the other arrives at 20 ms and gets one
+    /// at 50 ms.
     fn watch(mut metrics: Metrics) -> Metrics {
         let long = Request { id: 0, arrival: ms(10), prompt_tokens: 5, output_tokens: 3 };
         let short = Request { id: 1, arrival: ms(20), prompt_tokens: 5, output_tokens: 1 };
@@ -329,7 +331,7 @@ mod tests {
     #[test]
     fn the_batch_that_fits_is_counted_in_whole_blocks_of_final_lengths() {
         let mut metrics = Metrics::new(&settings());
-        // 15 and 40 final positions are 1 and 3 blocks of 16; there are 16 blocks.
+        // 15 and 40 final positions take 1 and 3 blocks of 16 positions; the cache has 16 blocks.
         for (id, output_tokens) in [(0, 10), (1, 35)] {
             metrics.finished(ms(9), &Request { id, arrival: ms(0), prompt_tokens: 6, output_tokens }, ms(1));
         }
@@ -345,7 +347,7 @@ mod tests {
             let summary = metrics.summary(Source::Measured, None);
             (summary.objectives_met.unwrap(), summary.goodput_req_s.unwrap())
         };
-        // TTFT is 20 ms of the long one and 30 of the short one, which has no TPOT; over 50 ms.
+        // TTFT is 20 ms for the long request and 30 ms for the short one, which has no TPOT; the makespan is 50 ms.
         assert_eq!(summary(Some(30.0), Some(15.0)), (1.0, 2.0 / 0.05));
         assert_eq!(summary(Some(25.0), Some(15.0)), (0.5, 1.0 / 0.05));
         assert_eq!(summary(None, Some(14.9)), (0.5, 1.0 / 0.05));
@@ -368,7 +370,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("summary.csv");
         let summary = watched().summary(Source::Measured, Some(0.75));
-        // No pass was watched, so occupancy is not a number, and not equal to itself.
+        // Without a pass the occupancy is NaN, which is not equal to itself.
         let summary = Summary { occupancy: 0.5, mean_rows: 1.0, mean_running: 1.0, kv_usage: 0.5, ..summary };
         write_csv(&path, [&summary]).unwrap();
         let read: Vec<Summary> =

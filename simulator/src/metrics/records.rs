@@ -9,29 +9,29 @@ use super::depth_rows::PassRows;
 /// One request as it was served: a line of `requests.csv`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RequestRow {
-    /// Its id in the request trace.
+    /// Id of the request in its trace.
     pub id: u32,
     /// Length of the prompt.
     pub prompt_tokens: u32,
-    /// Tokens generated.
+    /// Number of generated tokens.
     pub output_tokens: u32,
-    /// How often it lost its slot.
+    /// Number of preemptions.
     pub preemptions: u32,
-    /// Passes of its generated tokens: each one's exit depth and one.
+    /// Passes of the generated tokens: exit depth plus one of each.
     pub passes: u64,
     /// When it arrived, in seconds since the start of the run.
     pub arrival_s: f64,
-    /// When it first got a slot.
+    /// When the request first got a slot.
     pub admitted_s: f64,
-    /// When its first token came.
+    /// When its first token was delivered.
     pub first_token_s: f64,
-    /// When its last token came.
+    /// When its last token was delivered.
     pub finished_s: f64,
-    /// First token less arrival.
+    /// Time from arrival to first token.
     pub ttft_ms: f64,
-    /// Time per token after the first; NaN if there is only one.
+    /// Time per token after the first; NaN with a single token.
     pub tpot_ms: f64,
-    /// Last token less arrival.
+    /// Time from arrival to last token.
     pub e2e_ms: f64,
 }
 
@@ -39,9 +39,9 @@ pub struct RequestRow {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RequestLatencies {
     pub ttft: Nanos,
-    /// From the first token to the last.
+    /// Time from the first token to the last.
     pub decode: Nanos,
-    /// None if there is only one token.
+    /// `None` with a single token.
     pub tpot: Option<Nanos>,
     pub end_to_end: Nanos,
 }
@@ -59,7 +59,7 @@ impl RequestLatencies {
     }
 }
 
-/// The row of a request; rows lie by id.
+/// The row of a request; rows are indexed by id.
 #[inline(never)]
 pub(super) fn row_of<'a>(rows: &'a mut Vec<RequestRow>, request: &Request) -> &'a mut RequestRow {
     let index = request.id as usize;
@@ -75,7 +75,7 @@ pub(super) fn row_of<'a>(rows: &'a mut Vec<RequestRow>, request: &Request) -> &'
     row
 }
 
-/// Fills in the requests that another machine served.
+/// Adds the requests that another machine served.
 pub(super) fn merge_requests(rows: &mut Vec<RequestRow>, others: Vec<RequestRow>) {
     for other in others.into_iter().filter(|row| row.output_tokens > 0) {
         let index = other.id as usize;
@@ -118,7 +118,7 @@ impl RequestRow {
         self.e2e_ms = latencies.end_to_end.as_millis_f64();
     }
 
-    /// Whether its last token has come.
+    /// Whether the last token was delivered.
     pub fn is_finished(&self) -> bool {
         !self.finished_s.is_nan()
     }
@@ -127,9 +127,9 @@ impl RequestRow {
 /// One pass as it ran: a line of `passes.csv`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PassRow {
-    /// When it started, in seconds since the start of the run.
+    /// When the pass started, in seconds since the start of the run.
     pub start_s: f64,
-    /// How long it took, exit head included.
+    /// Duration of the pass, exit head included.
     pub time_us: f64,
     /// Decode rows.
     pub decode_rows: u32,
@@ -139,9 +139,9 @@ pub struct PassRow {
     pub backfill_rows: u32,
     /// Distinct depths among the rows.
     pub depths: u32,
-    /// Sequences that held a slot.
+    /// Sequences with a slot.
     pub running: u32,
-    /// Requests that waited for one.
+    /// Requests that waited for a slot.
     pub waiting: u32,
 }
 

@@ -1,4 +1,4 @@
-//! The line that a run leaves in `summary.csv`.
+//! The summary of a run: one line of `summary.csv`.
 
 use std::fmt;
 use std::io;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Distribution, Metrics};
 
-/// Whether a run's times were read off a clock or looked up.
+/// Whether the times of a run were measured or simulated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
@@ -28,7 +28,7 @@ impl fmt::Display for Source {
     }
 }
 
-/// One run: a line of `summary.csv`. A latency that no request has (TPOT of single tokens) is NaN.
+/// One run: a line of `summary.csv`. A latency that no request has (TPOT of single-token outputs) is NaN.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Measured or simulated.
@@ -39,39 +39,39 @@ pub struct Summary {
     pub exit: String,
     /// The threshold of a confidence policy.
     pub threshold: Option<f32>,
-    /// The exit policy in full, as the command line takes it.
+    /// The exit policy in full, as on the command line.
     pub exit_policy: String,
-    /// What later tokens find at depths that a token which left early never ran.
+    /// Keys and values that later tokens find at depths that an exited token skipped.
     pub kv_fill: KvFill,
-    /// Most sequences that run at once, on each machine.
+    /// Maximum number of sequences that run at once on each machine.
     pub max_batch: u32,
-    /// Most rows of a pass (depth-wise) or of an iteration (lockstep).
+    /// Maximum rows of a pass (depth-wise batching) or of an iteration (lockstep batching).
     pub token_budget: u32,
-    /// Most prompt tokens that start in a pass or an iteration.
+    /// Maximum prompt tokens that start in a pass or an iteration.
     pub prefill_chunk: u32,
     /// Positions per KV block.
     pub block_tokens: u32,
     /// KV blocks of each machine.
     pub kv_blocks: u32,
-    /// Whether freed blocks could be found again.
+    /// Whether freed blocks could be reused through the prefix cache.
     pub prefix_caching: bool,
-    /// Whether passes were composed ahead.
+    /// Whether passes were composed while the previous one ran.
     pub async_scheduling: bool,
-    /// Machines.
+    /// Number of machines.
     pub replicas: u32,
     /// Bytes of all weights.
     pub weight_bytes: Option<u64>,
     /// Bytes of keys and values of one token.
     pub kv_bytes_per_token: Option<u64>,
-    /// Tokens whose keys and values each machine holds.
+    /// Tokens that fit in the KV cache of each machine.
     pub kv_tokens: u64,
-    /// Requests of mean length that the KV blocks of a machine hold at once when they end.
+    /// Number of requests of mean final length that fit in the KV cache of a machine.
     pub batch_fits: u32,
-    /// The longest requests that they hold at once.
+    /// Number of requests of the longest final length that fit in the KV cache of a machine.
     pub batch_fits_longest: u32,
-    /// Requests that got their last token.
+    /// Number of finished requests.
     pub requests: u64,
-    /// Tokens generated.
+    /// Number of generated tokens.
     pub output_tokens: u64,
     /// From the first arrival to the last token, in seconds.
     pub makespan_s: f64,
@@ -79,7 +79,7 @@ pub struct Summary {
     pub throughput_tok_s: f64,
     /// Passes per generated token, 1 to the number of loops.
     pub mean_depth: f64,
-    /// Share of generated tokens equal to what full depth gives, 0 to 1.
+    /// Share of generated tokens that equal those of full depth, 0 to 1.
     pub token_agreement: Option<f64>,
     /// TTFT in milliseconds: mean.
     pub ttft_mean_ms: f64,
@@ -117,32 +117,32 @@ pub struct Summary {
     pub occupancy: f64,
     /// Rows per pass, prompts and backfill included, weighted by the time of the pass.
     pub mean_rows: f64,
-    /// Sequences that hold a slot, weighted by the time of the pass.
+    /// Sequences with a slot, weighted by the time of the pass.
     pub mean_running: f64,
-    /// Share of the KV blocks that are held, weighted by the time of the pass.
+    /// Share of KV blocks in use, weighted by the time of the pass.
     pub kv_usage: f64,
     /// Share of the makespan in which a pass ran.
     pub busy: f64,
-    /// Passes.
+    /// Number of passes.
     pub passes: u64,
-    /// Rows of backfill: passes of tokens that had left.
+    /// Rows of backfill: depths that exited tokens run later.
     pub backfill_rows: u64,
-    /// How often a sequence lost its slot.
+    /// Number of preemptions.
     pub preemptions: u64,
-    /// Share of the tokens of prompts (and of what preempted requests had generated) that prefix caching found; empty
-    /// without it.
+    /// Share of context tokens (of prompts, and of tokens that preempted requests had generated) that prefix caching
+    /// found; empty without it.
     pub prefix_hit_rate: Option<f64>,
-    /// Components of the latency profile with times that were computed, not measured, such as by a roofline; separated
-    /// by spaces, empty of a measured run.
+    /// Components of the latency profile with times that were computed rather than measured, by a roofline for example;
+    /// separated by spaces, empty for a measured run.
     pub computed_components: String,
-    /// Share of requests that met the objectives, 0 to 1; empty if none were set.
+    /// Share of requests that met the objectives, 0 to 1; empty without objectives.
     pub objectives_met: Option<f64>,
-    /// Requests per second of makespan that met the objectives; empty if none were set.
+    /// Requests per second of makespan that met the objectives; empty without objectives.
     pub goodput_req_s: Option<f64>,
 }
 
 impl Metrics {
-    /// Sums the run up. What only others know is left out: token agreement is for the executor to say.
+    /// Summarizes the run. Token agreement comes from the executor, since an observer cannot know it.
     pub fn summary(&self, source: Source, token_agreement: Option<f64>) -> Summary {
         let totals = &self.totals;
         let makespan_s = self.makespan().as_secs_f64();
@@ -211,7 +211,7 @@ impl Metrics {
     }
 }
 
-/// Requests of so many blocks that fit into all of them; 0 before the first.
+/// How many requests of `of_a_request` blocks fit in `blocks`; 0 if no request has finished.
 fn fits(blocks: u64, of_a_request: u64) -> u32 {
     blocks.checked_div(of_a_request).unwrap_or_default().min(u32::MAX.into()) as u32
 }

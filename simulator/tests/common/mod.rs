@@ -1,4 +1,4 @@
-//! Small profiles, exit traces and request streams that tests reason about.
+//! Small profiles, exit traces and request streams with known answers.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use latency::LatencyModel;
@@ -40,14 +40,14 @@ pub fn profile(num_loops: u32, points: &[(Component, u32, u32, u32, f64)]) -> La
     }
 }
 
-/// Every pass takes [`PASS`], whatever its rows.
+/// A model in which every pass takes [`PASS`], whatever its rows.
 pub fn constant_latency(num_loops: u32) -> LatencyModel {
     let time_us = PASS.as_micros_f64();
     let points = [1, 1 << 20].map(|rows| (Component::Block, rows, 0, 1, time_us));
     LatencyModel::new(&profile(num_loops, &points)).unwrap()
 }
 
-/// A profile whose every part depends on its shape.
+/// A profile in which the time of every component depends on its shape.
 pub fn varied_latency(num_loops: u32) -> LatencyModel {
     use Component::*;
     let mut points = vec![
@@ -71,7 +71,7 @@ pub fn varied_latency(num_loops: u32) -> LatencyModel {
     LatencyModel::new(&profile(num_loops, &points)).unwrap()
 }
 
-/// A token that a confidence policy at 0.5, of any measure but entropy, and the oracle let go at `exit`.
+/// A token that exits at `exit` under the oracle and under confidence policies at 0.5 of any signal but entropy.
 pub fn sure_from(exit: u8, num_loops: u8) -> Vec<(Signals, u32)> {
     (0..num_loops)
         .map(|depth| {
@@ -115,7 +115,7 @@ pub fn drawn_exits(probabilities: &[f64], generations: usize, tokens: usize, see
     ExitModel::new(&exit_trace(probabilities.len() as u8, &generations), Draw::Seeded(seed)).unwrap()
 }
 
-/// Settings with room for everything.
+/// Settings without limits on memory or budget.
 pub fn settings(batching: Batching, exit: &str, num_loops: u8, max_batch: u32) -> Settings {
     Settings {
         batching,
@@ -132,7 +132,7 @@ pub fn settings(batching: Batching, exit: &str, num_loops: u8, max_batch: u32) -
     }
 }
 
-/// Requests that are all there at the start.
+/// Requests that all arrive at the start.
 pub fn queued(count: u32, prompt_tokens: u32, output_tokens: u32) -> impl Iterator<Item = Request> + Clone {
     (0..count).map(move |id| Request { id, arrival: Nanos::ZERO, prompt_tokens, output_tokens })
 }
@@ -153,7 +153,7 @@ pub fn poisson(
     })
 }
 
-/// A generator for tests alone (xorshift64*).
+/// A random generator for tests only (xorshift64*).
 pub struct Random(pub u64);
 
 impl Random {
@@ -165,7 +165,7 @@ impl Random {
     }
 }
 
-/// Everything that happened to requests, in order.
+/// All events of requests, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Log(pub Vec<(Nanos, u32, Event)>);
 
