@@ -224,3 +224,82 @@ fn an_interrupted_generation_ends_its_line_and_says_what_there_was() {
     assert!(text.ends_with('\n') && notes.contains(" tokens/s, "), "{notes}");
     assert!(depths(&notes).iter().map(Vec::len).sum::<usize>() < 2000);
 }
+
+/// Changes the tokenizer of a model.
+fn change_tokenizer(scene: &Scene, model: &str, change: impl FnOnce(&mut serde_json::Value)) {
+    let path = scene.path(model).join("tokenizer.json");
+    let mut json = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut json);
+    fs::write(&path, json.to_string()).unwrap();
+}
+
+#[test]
+fn what_a_trainer_left_in_the_tokenizer_changes_neither_figures_nor_texts() {
+    let scene = scene();
+    let question = r#"{"query": "In the beginning was", "choices": ["the loop", "a block", "shared"], "gold": 0}"#;
+    scene.write("questions.jsonl", question);
+    let results = |out| {
+        scene.succeed(&["evaluate", "plain", "--text", "text.txt", "--questions", "questions.jsonl", "--out", out]);
+        let read = |name: &str| fs::read_to_string(scene.path(out).join(name)).unwrap();
+        let text = scene.succeed(&["generate", "plain", "--prompt", "In the", "--max-tokens", "9"]);
+        (read("loops.csv"), read("answers.csv"), text)
+    };
+    let expected = results("before");
+    change_tokenizer(&scene, "plain", |json| {
+        json["truncation"] =
+            serde_json::json!({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0});
+        json["padding"] = serde_json::json!({
+            "strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "!",
+        });
+        json["post_processor"] = serde_json::json!({
+            "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "!", "type_id": 0}}],
+            "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}},
+        });
+    });
+    assert_eq!(results("after"), expected);
+}
+
+#[test]
+fn a_token_beyond_the_embedding_is_refused_before_work_starts() {
+    let scene = scene();
+    change_tokenizer(&scene, "plain", |json| {
+        json["added_tokens"] = serde_json::json!([{
+            "id": 272, "content": "<pad>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        }]);
+    });
+    scene.write("padded.txt", &format!("{TEXT}<pad>{TEXT}"));
+    let record = ["record", "--model", "plain", "--prompts", "padded.txt", "--requests", "requests.csv", "--out", "o"];
+    let train = ["train", "--from", "plain", "--text", "text.txt", "--held-out", "text.txt", "--out", "trained"];
+    for arguments in
+        [&["generate", "plain", "--prompt", "In the<pad>"][..], &["evaluate", "plain", "--text", "padded.txt"], &record]
+    {
+        assert!(scene.run(arguments).stdout.is_empty());
+        let message = scene.fail(arguments);
+        assert!(message.contains("plain: token `<pad>` (272) of the tokenizer is beyond the embedding"), "{message}");
+        assert!(message.contains("which has 272 rows: add rows to the embedding"), "{message}");
+    }
+    let message = scene.fail(&train);
+    assert!(message.contains("tokenizer"), "{message}");
+    // Texts without it are read, and a warning names it.
+    let output = scene.run(&["generate", "plain", "--prompt", "In the", "--max-tokens", "2"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert_eq!(stderr.matches("warning: plain: tokens of the tokenizer from `<pad>` (272) on").count(), 1, "{stderr}");
+}
+
+#[test]
+fn a_model_that_is_not_there_is_named_and_the_hub_is_asked_only_for_its_own_names() {
+    let scene = scene();
+    for name in ["no-such-folder", "./plan", "plan/model.gguf", "/no/such"] {
+        let message = scene.fail(&["generate", name, "--prompt", "In"]);
+        assert_eq!(message, format!("error: {name}: no such file or folder"));
+    }
+    let mut command = scene.command(&["generate", "owner/model", "--prompt", "In"]);
+    let output = command.env("HF_HUB_OFFLINE", "1").env("HF_HUB_CACHE", scene.path("cache")).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("owner/model: no such file or folder, config.json is not in the cache"), "{stderr}");
+    assert!(stderr.contains("HF_HUB_OFFLINE forbids"), "{stderr}");
+}

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::safetensors::{Load, MmapedSafetensors};
 use candle_core::{DType, Device, Tensor};
 
+use crate::checkpoint::contents;
 use crate::config::ModelConfig;
 use crate::weights::{Weights, WeightsError, expected_tensors};
 
@@ -38,11 +39,25 @@ impl Safetensors {
     /// # Errors
     /// If a file is unreadable, or its header is damaged or does not fit its length.
     pub fn open(paths: &[PathBuf], origin: &Path) -> Result<Self, WeightsError> {
+        for path in paths {
+            let failed = |error: std::io::Error| WeightsError::Read { path: path.clone(), source: error.into() };
+            contents::open(path).map_err(failed)?;
+        }
         // SAFETY: as with any mapped file, the caller's part is that nobody cuts the files while they are read.
         let files = unsafe { MmapedSafetensors::multi(paths) }
             .map_err(|source| WeightsError::Read { path: origin.to_owned(), source })?;
         let shapes = files.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
         Ok(Self { origin: origin.display().to_string(), shapes, files })
+    }
+
+    /// Whether two tensors are there and equal, byte by byte.
+    pub fn are_equal(&self, first: &str, second: &str) -> bool {
+        match (self.files.get(first), self.files.get(second)) {
+            (Ok(first), Ok(second)) => {
+                first.dtype() == second.dtype() && first.shape() == second.shape() && first.data() == second.data()
+            }
+            _ => false,
+        }
     }
 }
 

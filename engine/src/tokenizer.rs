@@ -1,15 +1,32 @@
 //! Text to token ids and back, a thin wrapper of the `tokenizers` crate: byte-level byte-pair encodings trained here, and
 //! those of other models.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{Encoding, Token};
+
+use crate::checkpoint::contents;
 
 /// Turns text into token ids and back without loss.
 #[derive(Clone, Debug)]
-pub struct Tokenizer(tokenizers::Tokenizer);
+pub struct Tokenizer {
+    library: tokenizers::Tokenizer,
+    model: Option<Model>,
+}
+
+/// The model that reads the tokens.
+#[derive(Clone, Debug)]
+struct Model {
+    name: String,
+    /// Rows of its embedding.
+    rows: usize,
+}
 
 /// Why a tokenizer could not be made or used.
 #[derive(Debug, thiserror::Error)]
@@ -48,9 +65,49 @@ pub enum TokenizerError {
         /// Number of tokens known.
         vocab_size: usize,
     },
+    /// A text has a token that the model's embedding lacks.
+    #[error(
+        "{model}: token `{token}` ({id}) of the tokenizer is beyond the embedding, which has {rows} rows: add rows to \
+         the embedding (`resize_token_embeddings` of transformers), or remove the token from tokenizer.json"
+    )]
+    BeyondEmbedding {
+        /// The model.
+        model: String,
+        /// The token's text.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// Rows of the model's embedding.
+        rows: usize,
+    },
+    /// The post-processor puts tokens around nothing.
+    #[error("tokenizer: its post-processor drops the text")]
+    NoText,
     /// The library refused.
     #[error("tokenizer: {0}")]
     Library(tokenizers::Error),
+    /// The library panicked, as it does at some files whose parts do not fit together.
+    #[error("tokenizer: the library cannot work with its tokenizer.json, whose parts do not fit together")]
+    Panicked,
+}
+
+/// The parts of a `tokenizer.json` at whose syntax errors the library panics.
+#[derive(Deserialize)]
+struct Parts {
+    #[serde(default, rename = "normalizer")]
+    _normalizer: Value,
+    #[serde(default, rename = "pre_tokenizer")]
+    _pre_tokenizer: Value,
+    #[serde(default, rename = "post_processor")]
+    _post_processor: Value,
+    #[serde(default, rename = "decoder")]
+    _decoder: Value,
+}
+
+/// Calls the library. Its panics become errors.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
+    let result = catch_unwind(AssertUnwindSafe(call)).map_err(|_| TokenizerError::Panicked)?;
+    result.map_err(TokenizerError::Library)
 }
 
 impl Tokenizer {
@@ -77,21 +134,44 @@ impl Tokenizer {
         if found != vocab_size {
             return Err(refuse(found, "the text has too few different pairs"));
         }
-        Ok(Self(tokenizer))
+        Ok(Self { library: tokenizer, model: None })
     }
 
-    /// Loads a `tokenizer.json`.
+    /// Loads a `tokenizer.json`. Truncation and padding, which trainers save with it, are reset, as in transformers.
     ///
     /// # Errors
     /// If the file is unreadable or no tokenizer.
     pub fn load(path: &Path) -> Result<Self, TokenizerError> {
-        let loaded = tokenizers::Tokenizer::from_file(path);
-        loaded.map(Self).map_err(|e| TokenizerError::Load { path: path.to_owned(), message: e.to_string() })
+        let failed = |message| TokenizerError::Load { path: path.to_owned(), message };
+        let bytes = contents::read(path).map_err(|error| failed(error.to_string()))?;
+        Self::from_bytes(&bytes).map_err(|error| failed(error.to_string()))
     }
 
-    /// The tokenizer that a `tokenizer.json` describes.
-    pub(crate) fn from_json(json: &serde_json::Value) -> Result<Self, TokenizerError> {
-        tokenizers::Tokenizer::from_bytes(json.to_string()).map(Self).map_err(TokenizerError::Library)
+    /// The tokenizer that the text of a `tokenizer.json` describes.
+    pub(crate) fn from_bytes(json: &[u8]) -> Result<Self, TokenizerError> {
+        serde_json::from_slice::<Parts>(json).map_err(|error| TokenizerError::Library(error.into()))?;
+        let mut library = guarded(|| tokenizers::Tokenizer::from_bytes(json))?;
+        library.with_truncation(None).map_err(TokenizerError::Library)?.with_padding(None);
+        Ok(Self { library, model: None })
+    }
+
+    /// This tokenizer for a model whose embedding has `rows` rows: texts with tokens beyond them are refused.
+    ///
+    /// # Errors
+    /// If a token that begins every sequence is beyond the embedding.
+    pub(crate) fn for_model(mut self, name: &Path, rows: usize) -> Result<Self, TokenizerError> {
+        self.model = Some(Model { name: name.display().to_string(), rows });
+        self.begin()?;
+        let vocabulary = self.library.get_vocab(true);
+        let beyond = vocabulary.into_iter().filter(|(_, id)| *id as usize >= rows);
+        if let Some((token, id)) = beyond.min_by_key(|(_, id)| *id) {
+            log::warn!(
+                "{}: tokens of the tokenizer from `{token}` ({id}) on are beyond the embedding, which has {rows} \
+                 rows; a text with one of them is refused",
+                name.display()
+            );
+        }
+        Ok(self)
     }
 
     /// Writes a `tokenizer.json`.
@@ -99,43 +179,58 @@ impl Tokenizer {
     /// # Errors
     /// If the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<(), TokenizerError> {
-        self.0.save(path, false).map_err(|e| TokenizerError::Save { path: path.to_owned(), message: e.to_string() })
+        let failed = |e: tokenizers::Error| TokenizerError::Save { path: path.to_owned(), message: e.to_string() };
+        self.library.save(path, false).map_err(failed)
     }
 
     /// Token ids of a text.
     ///
     /// # Errors
-    /// If the library refuses the text.
+    /// If the library refuses the text, or the model's embedding lacks one of its tokens.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.0.encode_fast(text, false);
-        Ok(encoding.map_err(TokenizerError::Library)?.get_ids().to_vec())
+        let encoding = guarded(|| self.library.encode_fast(text, false))?;
+        self.known(encoding.get_ids().to_vec())
     }
 
-    /// Token ids of a text that begins a sequence: as [`Tokenizer::encode`], with the tokens that the model was trained
-    /// to find around it, such as Gemma's `<bos>`.
+    /// Token ids of a text that begins a sequence: as [`Tokenizer::encode`], after [`Tokenizer::begin`]. Tokens that
+    /// the tokenizer's template puts after a text, such as `</s>`, are left out: the text goes on.
     ///
     /// # Errors
-    /// If the library refuses the text.
+    /// As for [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.0.encode_fast(text, true);
-        Ok(encoding.map_err(TokenizerError::Library)?.get_ids().to_vec())
+        Ok([self.begin()?, self.encode(text)?].concat())
     }
 
-    /// The tokens that [`Tokenizer::encode_prompt`] puts before a text; often none, or one.
+    /// The tokens that the tokenizer's template puts before a text, such as Gemma's `<bos>`; often none, or one.
     ///
     /// # Errors
-    /// If the library refuses.
+    /// If the template drops the text, or the model's embedding lacks one of the tokens.
     pub fn begin(&self) -> Result<Vec<u32>, TokenizerError> {
-        const TEXT: &str = "a";
-        let (text, mut prompt) = (self.encode(TEXT)?, self.encode_prompt(TEXT)?);
-        let before = (0..prompt.len()).find(|&at| prompt[at..].starts_with(&text)).unwrap_or(0);
-        prompt.truncate(before);
-        Ok(prompt)
+        // No vocabulary has this id.
+        const TEXT: u32 = u32::MAX;
+        let text = Encoding::from_tokens(vec![Token::new(TEXT, "a".to_owned(), (0, 1))], 0);
+        let around = guarded(|| self.library.post_process(text, None, true))?;
+        let mut ids = around.get_ids().to_vec();
+        ids.truncate(ids.iter().position(|id| *id == TEXT).ok_or(TokenizerError::NoText)?);
+        self.known(ids)
+    }
+
+    /// The ids, if the model's embedding has a row for each.
+    fn known(&self, ids: Vec<u32>) -> Result<Vec<u32>, TokenizerError> {
+        let Some(Model { name, rows }) = &self.model else { return Ok(ids) };
+        match ids.iter().find(|id| **id as usize >= *rows) {
+            None => Ok(ids),
+            Some(&id) => {
+                let token = self.library.id_to_token(id).unwrap_or_default();
+                Err(TokenizerError::BeyondEmbedding { model: name.clone(), token, id, rows: *rows })
+            }
+        }
     }
 
     /// Whether a token is no text but a sign of the tokenizer's own, such as `<|endoftext|>` or `<|im_end|>`.
     pub fn is_special(&self, id: u32) -> bool {
-        self.0.get_added_vocabulary().is_special_token(&self.0.id_to_token(id).unwrap_or_default())
+        let token = self.library.id_to_token(id).unwrap_or_default();
+        self.library.get_added_vocabulary().is_special_token(&token)
     }
 
     /// Text of token ids. Bytes that are no UTF-8, as when a character is cut, become U+FFFD.
@@ -147,17 +242,17 @@ impl Tokenizer {
         if let Some(&id) = ids.iter().find(|id| **id as usize >= vocab_size) {
             return Err(TokenizerError::UnknownToken { id, vocab_size });
         }
-        self.0.decode(ids, false).map_err(TokenizerError::Library)
+        guarded(|| self.library.decode(ids, false))
     }
 
     /// Begins a text whose tokens come one after the other.
     pub fn stream(&self) -> TextStream<'_> {
-        TextStream(self.0.decode_stream(false))
+        TextStream(self.library.decode_stream(false))
     }
 
     /// Id of a token by its own text, such as `<|endoftext|>`, if it is known.
     pub fn id_of(&self, token: &str) -> Option<u32> {
-        self.0.token_to_id(token)
+        self.library.token_to_id(token)
     }
 
     /// The text of its `tokenizer.json`.
@@ -165,12 +260,12 @@ impl Tokenizer {
     /// # Errors
     /// If the library refuses.
     pub fn to_json(&self) -> Result<String, TokenizerError> {
-        self.0.to_string(false).map_err(TokenizerError::Library)
+        self.library.to_string(false).map_err(TokenizerError::Library)
     }
 
     /// Number of tokens known.
     pub fn vocab_size(&self) -> usize {
-        self.0.get_vocab_size(true)
+        self.library.get_vocab_size(true)
     }
 }
 
@@ -192,7 +287,7 @@ impl TextStream<'_> {
     /// # Errors
     /// If the library refuses the token.
     pub fn push(&mut self, id: u32) -> Result<Option<String>, TokenizerError> {
-        self.0.step(id).map_err(TokenizerError::Library)
+        guarded(|| self.0.step(id))
     }
 }
 

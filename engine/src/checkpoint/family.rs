@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::keys::Keys;
 use super::names::{self, Naming};
-use super::{Result, num_layers};
+use super::{Result, num_layers, rules};
 use crate::config::{Activation, Architecture, ModelConfig, Norm, RopeScaling, Sharing, SlidingWindow};
 
 /// Every how many layers Gemma 3 sees all tokens, where its configuration does not say.
@@ -26,15 +26,27 @@ pub(super) enum Family {
 impl Family {
     pub const ALL: [Self; 4] = [Self::Llama, Self::Gemma, Self::Gemma3, Self::GptNeoX];
 
-    /// The family of a `config.json`, by its architecture or else its model type.
+    /// The family of a `config.json`, by its architecture or else its model type, which must agree: transformers goes
+    /// by the model type, others by the architecture.
     pub fn of(keys: &Keys) -> Result<Self> {
         let architectures: Vec<String> = keys.optional("architectures")?.unwrap_or_default();
-        let (key, name, known): (_, _, fn(Self) -> &'static str) = match architectures.into_iter().next() {
-            Some(name) => ("architectures", name, Self::architecture),
-            None => ("model_type", keys.required("model_type")?, Self::model_type),
+        let model_type: Option<String> = keys.optional("model_type")?;
+        let (key, name, known): (_, _, fn(Self) -> &'static str) = match (architectures.into_iter().next(), &model_type)
+        {
+            (Some(name), _) => ("architectures", name, Self::architecture),
+            (None, Some(name)) => ("model_type", name.clone(), Self::model_type),
+            (None, None) => return Err(keys.refuse("model_type", "a string")),
         };
         let expected = || format!("one of {}", Self::ALL.map(known).join(", "));
-        Self::ALL.into_iter().find(|family| known(*family) == name).ok_or_else(|| keys.refuse(key, &expected()))
+        let family = Self::ALL.into_iter().find(|family| known(*family) == name);
+        let family = family.ok_or_else(|| keys.refuse(key, &expected()))?;
+        match model_type {
+            Some(found) if found != family.model_type() => {
+                let expected = format!("{:?}, which goes with {}", family.model_type(), family.architecture());
+                Err(keys.refuse("model_type", &expected))
+            }
+            _ => Ok(family),
+        }
     }
 
     fn architecture(self) -> &'static str {
@@ -46,7 +58,8 @@ impl Family {
         }
     }
 
-    fn model_type(self) -> &'static str {
+    /// The family's name in `config.json`.
+    pub const fn model_type(self) -> &'static str {
         match self {
             Self::Llama => "llama",
             Self::Gemma => "gemma",
@@ -66,7 +79,7 @@ impl Family {
 
     /// Reads a `config.json` of the family: all layers in one block, run once.
     pub fn config(self, keys: &Keys) -> Result<ModelConfig> {
-        keys.must_be_absent("quantization_config", &Value::Null)?;
+        rules::check(keys, self.model_type())?;
         match self {
             Self::Llama => llama(keys),
             Self::Gemma => gemma(keys),
@@ -129,8 +142,7 @@ fn common(keys: &Keys, tie: bool, architecture: Architecture) -> Result<ModelCon
 }
 
 fn llama(keys: &Keys) -> Result<ModelConfig> {
-    heads_rotate_whole(keys)?;
-    let (rope_theta, rope_scaling) = rope(keys, 10_000.0)?;
+    let (rope_theta, rope_scaling) = rope(keys)?;
     let attention_bias = keys.optional("attention_bias")?.unwrap_or(false);
     let architecture = Architecture {
         norm_eps: keys.optional("rms_norm_eps")?.unwrap_or(1e-6),
@@ -164,7 +176,6 @@ fn llama_json(config: &ModelConfig) -> Value {
 
 /// What Gemma and Gemma 3 have in common.
 fn gemma_like(keys: &Keys, architecture: Architecture) -> Result<ModelConfig> {
-    heads_rotate_whole(keys)?;
     let attention_bias = keys.optional("attention_bias")?.unwrap_or(false);
     let architecture = Architecture {
         norm_eps: keys.optional("rms_norm_eps")?.unwrap_or(1e-6),
@@ -193,35 +204,25 @@ fn gemma_like_json(config: &ModelConfig, activation_key: &str) -> Map<String, Va
 }
 
 fn gemma(keys: &Keys) -> Result<ModelConfig> {
-    keys.must_be_absent("use_bidirectional_attention", &Value::Bool(false))?;
-    let (rope_theta, rope_scaling) = rope(keys, 10_000.0)?;
-    let activation = match (activation(keys, "hidden_activation")?, activation(keys, "hidden_act")?) {
-        (Some(given), _) => given,
+    let (rope_theta, rope_scaling) = rope(keys)?;
+    let activation_used = match activation(keys, "hidden_act")? {
         // The first Gemmas were published with `hidden_act` "gelu" but trained with its approximation, which is what
         // transformers takes it for.
-        (None, Some(Activation::Gelu) | None) => Activation::GeluTanh,
-        (None, Some(given)) => given,
+        Some(Activation::Gelu) | None => Activation::GeluTanh,
+        Some(given) => given,
     };
-    gemma_like(keys, Architecture { activation, rope_theta, rope_scaling, ..Architecture::default() })
+    // transformers 4 used it, transformers 5 does not.
+    if activation(keys, "hidden_activation")?.is_some_and(|given| given != activation_used) {
+        let expected = format!("{}, as `hidden_act` says", activation_name(activation_used));
+        return Err(keys.refuse("hidden_activation", &expected));
+    }
+    let architecture =
+        Architecture { activation: activation_used, rope_theta, rope_scaling, ..Architecture::default() };
+    gemma_like(keys, architecture)
 }
 
 fn gemma3(keys: &Keys) -> Result<ModelConfig> {
-    keys.must_be_absent("attn_logit_softcapping", &Value::Null)?;
-    keys.must_be_absent("final_logit_softcapping", &Value::Null)?;
-    keys.must_be_absent("use_bidirectional_attention", &Value::Bool(false))?;
-    let by_layer_type = keys.object("rope_parameters")?;
-    let parameters = |layer_type| by_layer_type.as_ref().map_or(Ok(None), |keys| keys.object(layer_type));
-    let (rope_theta, rope_scaling) = match parameters(FULL_ATTENTION)? {
-        Some(full) => (full.optional("rope_theta")?.unwrap_or(1e6), scaling(&full)?),
-        None => rope(keys, 1e6)?,
-    };
-    let local_theta = match parameters(SLIDING_ATTENTION)? {
-        Some(sliding) => {
-            sliding.must_be_absent("rope_type", &json!("default"))?;
-            sliding.optional("rope_theta")?
-        }
-        None => keys.optional("rope_local_base_freq")?,
-    };
+    let (rope_theta, rope_scaling, local_theta) = gemma3_rope(keys)?;
     let architecture = Architecture {
         post_norms: true,
         qk_norm: true,
@@ -238,29 +239,82 @@ fn gemma3(keys: &Keys) -> Result<ModelConfig> {
     });
     config.architecture.sliding_window = match layers.is_empty() {
         true => None,
-        false => Some(SlidingWindow {
-            tokens: keys.optional("sliding_window")?.unwrap_or(4096),
-            rope_theta: local_theta.unwrap_or(GEMMA3_LOCAL_THETA),
-            layers,
-        }),
+        false if keys.has("sliding_window") => {
+            Some(SlidingWindow { tokens: keys.required("sliding_window")?, rope_theta: local_theta, layers })
+        }
+        false => Some(SlidingWindow { tokens: 4096, rope_theta: local_theta, layers }),
     };
     Ok(config)
 }
 
+/// Rotary base and scaling of the layers that see all tokens, and the base of the others. `rope_scaling` completes what
+/// `rope_parameters` say of the former.
+fn gemma3_rope(keys: &Keys) -> Result<(f32, Option<RopeScaling>, f32)> {
+    let by_layer_type = keys.object("rope_parameters")?;
+    if let Some(parameters) = &by_layer_type
+        && let Some(key) = parameters.names().find(|key| ![FULL_ATTENTION, SLIDING_ATTENTION].contains(key))
+    {
+        return Err(parameters.refuse(key, &format!("only {FULL_ATTENTION} and {SLIDING_ATTENTION} here")));
+    }
+    let parameters = |layer_type| by_layer_type.as_ref().map_or(Ok(None), |keys| keys.object(layer_type));
+    let scaled = keys.object("rope_scaling")?;
+    if let Some(scaled) = &scaled
+        && scaled.value("type").is_some()
+        && scaled.value("rope_type").is_none()
+    {
+        return Err(scaled.refuse("rope_type", "a string: transformers passes over `type` in this family"));
+    }
+    let full = match (parameters(FULL_ATTENTION)?, scaled) {
+        (Some(full), Some(scaled)) => Some(full.updated(scaled)),
+        (full, scaled) => full.or(scaled),
+    };
+    let (theta, rope_scaling) = match full {
+        Some(full) => (full.optional("rope_theta")?, scaling(&full, keys)?),
+        None => (None, None),
+    };
+    let local_theta = match parameters(SLIDING_ATTENTION)? {
+        Some(sliding) => {
+            if scaling(&sliding, keys)?.is_some() {
+                return Err(sliding.refuse("rope_type", "\"default\": this engine scales no sliding layers"));
+            }
+            sliding.optional("rope_theta")?
+        }
+        None => None,
+    };
+    Ok((
+        theta.or(keys.optional("rope_theta")?).unwrap_or(1e6),
+        rope_scaling,
+        local_theta.or(keys.optional("rope_local_base_freq")?).unwrap_or(GEMMA3_LOCAL_THETA),
+    ))
+}
+
 /// The layers of a Gemma 3 that see only the latest tokens: as listed, or all but every sixth.
 fn sliding_layers(keys: &Keys, num_layers: usize) -> Result<Vec<usize>> {
+    const PATTERN: &str = "sliding_window_pattern";
+    let pattern = keys.optional(PATTERN)?.unwrap_or(GEMMA3_PATTERN);
+    if pattern == 0 {
+        return Err(keys.refuse(PATTERN, "at least 1"));
+    }
+    let by_pattern = sliding_by_pattern(pattern, num_layers);
     let Some(types) = keys.optional::<Vec<String>>("layer_types")? else {
-        return match keys.optional("sliding_window_pattern")? {
-            Some(0) => Err(keys.refuse("sliding_window_pattern", "at least 1")),
-            pattern => Ok(sliding_by_pattern(pattern.unwrap_or(GEMMA3_PATTERN), num_layers)),
-        };
+        // transformers writes the key with a dash before it too, but reads only the other one.
+        match keys.optional::<usize>("_sliding_window_pattern")? {
+            Some(other) if other != pattern => {
+                return Err(keys.refuse("_sliding_window_pattern", &format!("{pattern}, or `layer_types`")));
+            }
+            _ => return Ok(by_pattern),
+        }
     };
     let known = types.iter().all(|layer| [FULL_ATTENTION, SLIDING_ATTENTION].contains(&layer.as_str()));
     if types.len() != num_layers || !known {
         let expected = format!("{num_layers} of {FULL_ATTENTION} and {SLIDING_ATTENTION}");
         return Err(keys.refuse("layer_types", &expected));
     }
-    Ok((0..num_layers).filter(|layer| types[*layer] == SLIDING_ATTENTION).collect())
+    let layers: Vec<usize> = (0..num_layers).filter(|layer| types[*layer] == SLIDING_ATTENTION).collect();
+    if keys.value(PATTERN).is_some() && layers != by_pattern {
+        keys.warn(PATTERN, "not used, for `layer_types` is there");
+    }
+    Ok(layers)
 }
 
 /// The layers that see only the latest tokens, where every `pattern`-th sees all.
@@ -291,10 +345,11 @@ fn gemma3_json(config: &ModelConfig) -> Value {
 }
 
 fn gpt_neox(keys: &Keys) -> Result<ModelConfig> {
-    let (rope_theta, rope_scaling) = rope(keys, keys.optional("rotary_emb_base")?.unwrap_or(10_000.0))?;
-    let parameters = keys.object("rope_parameters")?;
-    let partial = parameters.map_or(Ok(None), |keys| keys.optional::<f64>("partial_rotary_factor"))?;
-    let rotated = partial.or(keys.optional("rotary_pct")?).unwrap_or(0.25);
+    let parameters = rope_object(keys)?;
+    let inner = |key| parameters.as_ref().map_or(Ok(None), |keys| keys.optional::<f64>(key));
+    let rope_theta = inner("rope_theta")?.or(keys.optional("rotary_emb_base")?).unwrap_or(10_000.0) as f32;
+    let rope_scaling = parameters.as_ref().map_or(Ok(None), |parameters| scaling(parameters, keys))?;
+    let rotated = inner("partial_rotary_factor")?.or(keys.optional("rotary_pct")?).unwrap_or(0.25);
     let attention_bias = keys.optional("attention_bias")?.unwrap_or(true);
     let architecture = Architecture {
         norm: Norm::Layer,
@@ -329,39 +384,68 @@ fn gpt_neox_json(config: &ModelConfig) -> Value {
     })
 }
 
-/// Rotary base and scaling: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before.
-fn rope(keys: &Keys, default_theta: f32) -> Result<(f32, Option<RopeScaling>)> {
-    let theta = keys.optional("rope_theta")?.unwrap_or(default_theta);
-    match keys.object("rope_parameters")? {
-        Some(parameters) => Ok((parameters.optional("rope_theta")?.unwrap_or(theta), scaling(&parameters)?)),
-        None => Ok((theta, keys.object("rope_scaling")?.map_or(Ok(None), |keys| scaling(&keys))?)),
-    }
-}
-
-/// Refuses what these families' code has no room for.
-fn heads_rotate_whole(keys: &Keys) -> Result<()> {
+/// Rotary base and scaling of a family whose heads rotate whole. A base within the object comes before one beside it.
+fn rope(keys: &Keys) -> Result<(f32, Option<RopeScaling>)> {
     const PARTIAL: &str = "partial_rotary_factor";
-    keys.must_be_absent(PARTIAL, &json!(1.0))?;
-    keys.object("rope_parameters")?.map_or(Ok(()), |keys| keys.must_be_absent(PARTIAL, &json!(1.0)))
+    let beside = keys.optional("rope_theta")?;
+    let Some(parameters) = rope_object(keys)? else {
+        return Ok((beside.unwrap_or(10_000.0), None));
+    };
+    if parameters.optional(PARTIAL)?.is_some_and(|share: f64| share != 1.0) {
+        return Err(parameters.refuse(PARTIAL, "null or 1: this engine computes nothing else"));
+    }
+    let theta = parameters.optional("rope_theta")?.or(beside).unwrap_or(10_000.0);
+    Ok((theta, scaling(&parameters, keys)?))
 }
 
-fn scaling(keys: &Keys) -> Result<Option<RopeScaling>> {
-    let (key, kind) = match keys.optional::<String>("rope_type")? {
-        Some(kind) => ("rope_type", Some(kind)),
-        None => ("type", keys.optional("type")?),
-    };
-    match kind.as_deref() {
-        None => keys.must_be_absent("factor", &Value::Null).map(|()| None),
-        Some("default") => Ok(None),
-        Some("linear") => Ok(Some(RopeScaling::Linear { factor: keys.required("factor")? })),
-        Some("llama3") => Ok(Some(RopeScaling::Llama3 {
-            factor: keys.required("factor")?,
-            low_freq_factor: keys.required("low_freq_factor")?,
-            high_freq_factor: keys.required("high_freq_factor")?,
-            original_positions: keys.required("original_max_position_embeddings")?,
-        })),
-        Some(_) => Err(keys.refuse(key, "one of default, linear, llama3")),
+/// What is said of rotary embeddings: `rope_scaling`, the older name, or else `rope_parameters`, as transformers 5 has
+/// it. An empty object says nothing.
+fn rope_object(keys: &Keys) -> Result<Option<Keys>> {
+    let said = |key| keys.object(key).map(|object| object.filter(|object| object.names().next().is_some()));
+    let (older, newer) = (said("rope_scaling")?, said("rope_parameters")?);
+    if older.is_some() && newer.is_some() && keys.value("rope_scaling") != keys.value("rope_parameters") {
+        keys.warn("rope_parameters", "not used, for `rope_scaling` is there, as in transformers 5");
     }
+    if let Some(object) = older.as_ref().or(newer.as_ref())
+        && let Some(key) = [FULL_ATTENTION, SLIDING_ATTENTION].into_iter().find(|key| object.value(key).is_some())
+    {
+        return Err(object.refuse(key, "one object for all layers, as their types do not differ in this family"));
+    }
+    Ok(older.or(newer))
+}
+
+/// The scaling that an object says, in a configuration `whole`.
+fn scaling(keys: &Keys, whole: &Keys) -> Result<Option<RopeScaling>> {
+    let (newer, older) = (keys.optional::<String>("rope_type")?, keys.optional::<String>("type")?);
+    if newer.is_some() && older.is_some() && newer != older {
+        keys.warn("type", "not used, for `rope_type` is there, as in transformers 5");
+    }
+    let (key, kind) = if newer.is_some() { ("rope_type", newer) } else { ("type", older) };
+    let (scaling, used): (_, &[&str]) = match kind.as_deref() {
+        None if keys.value("factor").is_some() => return Err(keys.refuse("factor", "null where `rope_type` is")),
+        None | Some("default") => (None, &[]),
+        Some("linear") => (Some(RopeScaling::Linear { factor: keys.required("factor")? }), &["factor"]),
+        Some("llama3") => {
+            let original = "original_max_position_embeddings";
+            let original_positions = match keys.optional(original)? {
+                Some(positions) => positions,
+                None => whole.required("max_position_embeddings")?,
+            };
+            let scaling = RopeScaling::Llama3 {
+                factor: keys.required("factor")?,
+                low_freq_factor: keys.required("low_freq_factor")?,
+                high_freq_factor: keys.required("high_freq_factor")?,
+                original_positions,
+            };
+            (Some(scaling), &["factor", "low_freq_factor", "high_freq_factor", original])
+        }
+        Some(_) => return Err(keys.refuse(key, "one of default, linear, llama3")),
+    };
+    let always = ["rope_type", "type", "rope_theta", "partial_rotary_factor"];
+    for key in keys.names().filter(|key| keys.value(key).is_some() && !always.contains(key) && !used.contains(key)) {
+        keys.warn(key, "not used by this type of rope scaling");
+    }
+    Ok(scaling)
 }
 
 fn scaling_json(scaling: RopeScaling) -> Value {

@@ -44,8 +44,13 @@ impl<'a> Header<'a> {
     pub fn read(file: &'a [u8]) -> Result<Self> {
         let mut cursor = Cursor { rest: file, length: file.len() };
         let (magic, version) = (cursor.take(4)?, cursor.u32()?);
-        if magic != b"GGUF" || !(2..=3).contains(&version) {
-            return Err(format!("it begins with {magic:?} and version {version}, expected \"GGUF\" and 2 or 3"));
+        if magic != b"GGUF" {
+            return Err("it does not begin with \"GGUF\"".to_owned());
+        }
+        match (version, version.swap_bytes()) {
+            (2 | 3, _) => {}
+            (_, 2 | 3) => return Err("it is for big-endian machines: convert the model anew".to_owned()),
+            _ => return Err(format!("version {version}, expected 2 or 3: convert the model anew")),
         }
         let (num_tensors, num_values) = (cursor.size()?, cursor.size()?);
         let (mut values, mut arrays, mut tensors) = (Map::new(), BTreeMap::new(), BTreeMap::new());
@@ -60,11 +65,16 @@ impl<'a> Header<'a> {
                 }
                 _ => cursor.scalar(kind)?,
             };
-            values.insert(key.to_owned(), value);
+            if values.insert(key.to_owned(), value).is_some() {
+                return Err(format!("key `{key}` is there twice"));
+            }
         }
         for _ in 0..num_tensors {
             let name = cursor.string()?;
-            tensors.insert(name, cursor.tensor_info().map_err(|message| format!("tensor `{name}`: {message}"))?);
+            let info = cursor.tensor_info().map_err(|message| format!("tensor `{name}`: {message}"))?;
+            if tensors.insert(name, info).is_some() {
+                return Err(format!("tensor `{name}` is there twice"));
+            }
         }
         // Numbers are read in place, so they must lie as their type demands.
         let alignment = values.get("general.alignment").map_or(Some(32), Value::as_u64).unwrap_or(0) as usize;
@@ -231,6 +241,38 @@ fn dtype(number: u32) -> Result<GgmlDType> {
         13 => GgmlDType::Q5K,
         14 => GgmlDType::Q6K,
         30 => GgmlDType::BF16,
-        _ => return Err(format!("number format {number}, expected F32, F16, BF16, Q4_0 to Q8_0 or Q2_K to Q6_K")),
+        _ => {
+            let name =
+                OTHER_FORMATS.iter().find(|(known, _)| *known == number).map_or("an unknown one", |(_, name)| name);
+            return Err(format!(
+                "number format {number} ({name}), expected F32, F16, BF16, Q4_0 to Q8_0 or Q2_K to Q6_K"
+            ));
+        }
     })
 }
+
+/// Number formats of llama.cpp that candle cannot dequantize.
+const OTHER_FORMATS: [(u32, &str); 22] = [
+    (9, "Q8_1"),
+    (15, "Q8_K"),
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (20, "IQ4_NL"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (31, "Q4_0_4_4"),
+    (32, "Q4_0_4_8"),
+    (33, "Q4_0_8_8"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (39, "MXFP4"),
+];

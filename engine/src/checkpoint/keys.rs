@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::CheckpointError;
+use super::{CheckpointError, contents};
 
 /// An object of a configuration file.
 pub(super) struct Keys {
@@ -56,7 +56,7 @@ impl Keys {
     /// # Errors
     /// If it is unreadable or not a JSON object.
     pub fn read(path: &Path) -> Result<Self, CheckpointError> {
-        let text = std::fs::read(path).map_err(|source| CheckpointError::File { path: path.to_owned(), source })?;
+        let text = contents::read(path).map_err(|source| CheckpointError::File { path: path.to_owned(), source })?;
         let values =
             serde_json::from_slice(&text).map_err(|source| CheckpointError::Json { path: path.to_owned(), source })?;
         Ok(Self::new(path, values))
@@ -72,11 +72,26 @@ impl Keys {
         self.values.keys().map(String::as_str)
     }
 
+    /// Whether a key is there, if only to be null.
+    pub fn has(&self, key: &str) -> bool {
+        self.values.contains_key(key)
+    }
+
+    /// These keys with those of another object, which come first.
+    pub fn updated(mut self, other: Self) -> Self {
+        self.values.extend(other.values);
+        self
+    }
+
+    /// A key's value as it is, if it is there and not null.
+    pub fn value(&self, key: &str) -> Option<&Value> {
+        self.values.get(key).filter(|value| !value.is_null())
+    }
+
     /// A key's value, if it is there and not null.
     pub fn optional<T: Kind>(&self, key: &str) -> Result<Option<T>, CheckpointError> {
-        let value = self.values.get(key).filter(|value| !value.is_null());
         let read = |value: &Value| T::deserialize(value).map_err(|_| self.refuse(key, T::NAME));
-        value.map(read).transpose()
+        self.value(key).map(read).transpose()
     }
 
     /// A key's value, which must be there.
@@ -96,29 +111,28 @@ impl Keys {
         }
     }
 
-    /// Refuses a key that asks for what this engine does not do.
-    ///
-    /// # Errors
-    /// If the key is there, and neither null nor `harmless`.
-    pub fn must_be_absent(&self, key: &str, harmless: &Value) -> Result<(), CheckpointError> {
-        match self.values.get(key) {
-            Some(value) if !value.is_null() && value != harmless => {
-                let or_harmless = if harmless.is_null() { String::new() } else { format!(" or {harmless}") };
-                Err(self.refuse(key, &format!("null{or_harmless}: this engine knows no other")))
-            }
-            _ => Ok(()),
-        }
+    /// Warns about a key once, and says what is assumed.
+    pub fn warn(&self, key: &str, assumed: &str) {
+        log::warn!("{}: `{}{key}` is {}: {assumed}", self.path.display(), self.prefix, self.shown(key));
     }
 
     /// The error of a key that holds something else than expected.
     pub fn refuse(&self, key: &str, expected: &str) -> CheckpointError {
+        let (found, expected) = (self.shown(key), expected.to_owned());
+        CheckpointError::Value { path: self.path.clone(), key: format!("{}{key}", self.prefix), found, expected }
+    }
+
+    /// A key's value as it is shown to people.
+    fn shown(&self, key: &str) -> String {
         /// Longer values are not shown.
         const SHOWN: usize = 80;
-        let found = self.values.get(key).map_or("missing".to_owned(), |value| {
-            let text = value.to_string();
-            if text.len() <= SHOWN { text } else { format!("a value of {} bytes", text.len()) }
-        });
-        let key = format!("{}{key}", self.prefix);
-        CheckpointError::Value { path: self.path.clone(), key, found, expected: expected.to_owned() }
+        let Some(value) = self.values.get(key) else { return "missing".to_owned() };
+        let text = value.to_string();
+        match value {
+            _ if text.len() <= SHOWN => text,
+            Value::Array(items) => format!("a list of {}", items.len()),
+            Value::Object(_) => "an object".to_owned(),
+            _ => format!("a text of {} bytes", text.len()),
+        }
     }
 }

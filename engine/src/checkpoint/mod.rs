@@ -17,6 +17,7 @@
 //!
 //! What a family has and [`ModelConfig`] cannot say is refused with the key that asks for it.
 
+pub mod contents;
 mod export;
 mod family;
 mod gguf;
@@ -25,6 +26,8 @@ mod gguf_tokenizer;
 mod hub;
 mod keys;
 mod names;
+mod pre_tokenizers;
+mod rules;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -115,6 +118,22 @@ pub enum CheckpointError {
         /// Its loops.
         found: usize,
     },
+    /// There is no file of that name, and it is no name of a model on the hub.
+    #[error("{name}: no such file or folder{note}")]
+    NotFound {
+        /// The name.
+        name: String,
+        /// Why the hub was not asked, if the name could be one of its.
+        note: String,
+    },
+    /// A folder or file is no model.
+    #[error("{}: {message}", path.display())]
+    NoModel {
+        /// The folder or file.
+        path: PathBuf,
+        /// What it is instead.
+        message: String,
+    },
     /// There is neither a file of that name nor such a model on the hub.
     #[error("{name}: no such file or folder, and the Hugging Face hub does not have it either: {message}")]
     Hub {
@@ -151,7 +170,7 @@ impl Checkpoint {
     pub fn open(name: &Path, num_loops: Option<usize>) -> Result<Self> {
         let path = match name.exists() {
             true => name.to_owned(),
-            false => hub::fetch(&name.to_string_lossy())?,
+            false => hub::fetch(name)?,
         };
         match is_ours(&path) {
             true => read_ours(&path, num_loops),
@@ -164,10 +183,15 @@ impl Checkpoint {
     /// # Errors
     /// As for [`Checkpoint::open`].
     pub fn read(path: &Path, num_loops: usize) -> Result<Self> {
-        match path.is_dir() {
-            true => read_folder(path, num_loops),
-            false => gguf::read(path, num_loops),
+        if path.is_dir() {
+            return read_folder(path, num_loops);
         }
+        let part_of_a_folder = [".safetensors", ".json"].iter().any(|end| path.to_string_lossy().ends_with(end));
+        if part_of_a_folder && path.exists() {
+            let message = format!("a file of a model folder: give the folder, with its {CONFIG_FILE}");
+            return Err(CheckpointError::NoModel { path: path.to_owned(), message });
+        }
+        gguf::read(path, num_loops)
     }
 }
 
@@ -187,31 +211,71 @@ fn read_ours(folder: &Path, num_loops: Option<usize>) -> Result<Checkpoint> {
         }
         Some(_) => return Err(CheckpointError::Recursive { path: folder.to_owned(), found: config.num_loops }),
     };
-    Ok(Checkpoint { weights, tokenizer: tokenizer_of(folder)? })
+    let tokenizer = tokenizer_of(folder, weights.config())?;
+    Ok(Checkpoint { weights, tokenizer })
 }
 
 fn read_folder(folder: &Path, num_loops: usize) -> Result<Checkpoint> {
+    is_model(folder)?;
     let keys = Keys::read(&folder.join(CONFIG_FILE))?;
     let family = family::Family::of(&keys)?;
-    let config = in_loops(family.config(&keys)?, num_loops, keys.path())?;
+    let mut config = in_loops(family.config(&keys)?, num_loops, keys.path())?;
     let (files, origin) = tensor_files(folder)?;
     let file = Safetensors::open(&files, &origin)?;
     layers_within(&file, config.num_layers(), &keys, "num_hidden_layers")?;
+    let [embedding, head] = family.naming().ends();
+    let both = file.shape(&embedding).is_some() && file.shape(&head).is_some();
+    if config.tie_embeddings && both && !file.are_equal(&embedding, &head) {
+        let assumed =
+            format!("not used, for {} holds a `{head}` that is not the embedding, which is used", file.origin());
+        keys.warn("tie_word_embeddings", &assumed);
+        config.tie_embeddings = false;
+    }
     let weights = read_weights(&file, config.clone(), &family.naming().entries(&config), |name| {
         family.naming().ignores(name, &config)
     })?;
-    Ok(Checkpoint { weights, tokenizer: tokenizer_of(folder)? })
+    let tokenizer = tokenizer_of(folder, weights.config())?;
+    Ok(Checkpoint { weights, tokenizer })
 }
 
-/// The tokenizer of a folder, if it has one.
-fn tokenizer_of(folder: &Path) -> Result<Option<Tokenizer>> {
+/// Refuses folders of kinds that are often taken for models, with the remedy.
+fn is_model(folder: &Path) -> Result<()> {
+    if folder.join(CONFIG_FILE).exists() {
+        return Ok(());
+    }
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = files.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let ends_with = |end| names.iter().find(|name| name.ends_with(end));
+    let instead = match (ends_with(".gguf"), ends_with("adapter_config.json"), ends_with("params.json")) {
+        (Some(file), ..) => format!("; for its GGUF file, give {}", folder.join(file).display()),
+        (_, Some(_), _) => "; an adapter of PEFT must be merged into its model first (`merge_and_unload`)".to_owned(),
+        (.., Some(_)) => "; Meta's own layout must be converted to that of transformers first".to_owned(),
+        _ => String::new(),
+    };
+    let message = format!("a folder without {CONFIG_FILE} is no model{instead}");
+    Err(CheckpointError::NoModel { path: folder.to_owned(), message })
+}
+
+/// The tokenizer of a folder, if it has one, for a model of `config`.
+fn tokenizer_of(folder: &Path, config: &ModelConfig) -> Result<Option<Tokenizer>> {
     let path = folder.join(TOKENIZER_FILE);
-    Ok(path.exists().then(|| Tokenizer::load(&path)).transpose()?)
+    if !path.exists() {
+        return Ok(None);
+    }
+    Ok(Some(Tokenizer::load(&path)?.for_model(folder, config.vocab_size)?))
 }
 
 /// The safetensors files of a folder, and the file that names them.
 fn tensor_files(folder: &Path) -> Result<(Vec<PathBuf>, PathBuf)> {
+    /// What PyTorch's own files are called.
+    const PYTORCH: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
     let (single, index) = (folder.join(TENSORS_FILE), folder.join(INDEX_FILE));
+    if !single.exists() && !index.exists() && PYTORCH.iter().any(|name| folder.join(name).exists()) {
+        let remedy = "save the model as safetensors, by `save_pretrained` of transformers";
+        let message = format!("its tensors are in PyTorch's own format, not in {TENSORS_FILE}: {remedy}");
+        return Err(CheckpointError::NoModel { path: folder.to_owned(), message });
+    }
     if single.exists() || !index.exists() {
         return Ok((vec![single.clone()], single));
     }

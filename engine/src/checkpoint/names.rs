@@ -144,6 +144,11 @@ impl Naming {
         entries
     }
 
+    /// The names of the embedding and the head in a file.
+    pub fn ends(&self) -> [String; 2] {
+        [self.embedding, self.head].map(|name| format!("{name}.weight"))
+    }
+
     /// Whether a file may hold a tensor of this name that the model does not need.
     pub fn ignores(&self, name: &str, config: &ModelConfig) -> bool {
         let tied_head = config.tie_embeddings && name.strip_suffix(".weight") == Some(self.head);

@@ -144,23 +144,28 @@ fn rope_parameters_by_layer_type_mean_what_the_older_keys_mean() {
 
 /// The first Gemmas were published with the exact function's name, but trained with its approximation.
 #[test]
-fn a_gemmas_hidden_act_gelu_is_the_approximation_and_its_hidden_activation_comes_first() {
-    let config = |key: &str, value: &str| {
+fn a_gemmas_hidden_act_gelu_is_the_approximation_and_its_hidden_activation_must_agree() {
+    let read = |keys: Value| {
         let mut config = json!({
             "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "vocab_size": 19, "hidden_size": 12,
             "intermediate_size": 10, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "head_dim": 8, "max_position_embeddings": 64, "hidden_act": "gelu",
+            "head_dim": 8, "max_position_embeddings": 64,
         });
-        config[key] = json!(value);
-        let model = Model::random(config, 3);
-        Checkpoint::read(folder_of(&model).path(), 1).unwrap().weights.config().architecture.activation
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        let read = Checkpoint::read(folder_of(&Model::random(config, 3)).path(), 1);
+        read.map(|checkpoint| checkpoint.weights.config().architecture.activation).map_err(|error| error.to_string())
     };
-    for (key, value, expected) in [
-        ("hidden_act", "gelu", Activation::GeluTanh),
-        ("hidden_act", "silu", Activation::Silu),
-        ("hidden_activation", "gelu_pytorch_tanh", Activation::GeluTanh),
-        ("hidden_activation", "gelu", Activation::Gelu),
+    for (keys, expected) in [
+        (json!({}), Activation::GeluTanh),
+        (json!({"hidden_act": "gelu"}), Activation::GeluTanh),
+        (json!({"hidden_act": "silu"}), Activation::Silu),
+        (json!({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}), Activation::GeluTanh),
+        (json!({"hidden_act": "silu", "hidden_activation": "silu"}), Activation::Silu),
     ] {
-        assert_eq!(config(key, value), expected, "{key}: {value}");
+        assert_eq!(read(keys.clone()), Ok(expected), "{keys}");
+    }
+    for keys in [json!({"hidden_activation": "gelu"}), json!({"hidden_act": "silu", "hidden_activation": "gelu"})] {
+        let message = read(keys).unwrap_err();
+        assert!(message.contains("`hidden_activation` is \"gelu\", expected "), "{message}");
     }
 }

@@ -1,6 +1,6 @@
 //! GGUF files, written by candle from models whose logits are known.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{Value as GgufValue, write};
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 use super::equality::{assert_close, engine_logits, tokens};
 use super::folders::{Model, gemma3, head_dim, llama, size};
 use super::plain;
+use super::tokens::model_of;
+use super::warnings::with_warnings;
 
 fn uint(value: usize) -> GgufValue {
     GgufValue::U32(value as u32)
@@ -65,6 +67,20 @@ fn interleaved(tensor: &Tensor, width: usize) -> Tensor {
 
 /// Writes a model as llama.cpp's converter does.
 pub fn write_gguf(model: &Model, path: &Path, extra: &[(&str, GgufValue)], more: &[(&str, Tensor)]) {
+    let (values, tensors) = contents(model, extra, more);
+    write_file(path, &values, &tensors);
+}
+
+fn write_file(path: &Path, values: &[(String, GgufValue)], tensors: &[(String, QTensor)]) {
+    let values: Vec<(&str, &GgufValue)> = values.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    write(&mut std::fs::File::create(path).unwrap(), &values, &tensors).unwrap();
+}
+
+/// What is in such a file.
+type Contents = (Vec<(String, GgufValue)>, Vec<(String, QTensor)>);
+
+fn contents(model: &Model, extra: &[(&str, GgufValue)], more: &[(&str, Tensor)]) -> Contents {
     let config = &model.config;
     let gemma3 = config["model_type"] == "gemma3_text";
     let (name, width) = (if gemma3 { "gemma3" } else { "llama" }, head_dim(config));
@@ -97,10 +113,162 @@ pub fn write_gguf(model: &Model, path: &Path, extra: &[(&str, GgufValue)], more:
     };
     let more = more.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone()));
     let quantize = |(name, tensor): (String, Tensor)| (name, QTensor::quantize(&tensor, GgmlDType::F32).unwrap());
-    let tensors: Vec<_> = model.tensors.iter().map(convert).chain(more).map(quantize).collect();
-    let values: Vec<(&str, &GgufValue)> = values.iter().map(|(key, value)| (key.as_str(), value)).collect();
-    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    write(&mut std::fs::File::create(path).unwrap(), &values, &tensors).unwrap();
+    let mut tensors: Vec<_> = model.tensors.iter().map(convert).chain(more).map(quantize).collect();
+    tensors.sort_by(|(first, _), (second, _)| first.cmp(second));
+    (values, tensors)
+}
+
+/// Writes a model as `parts` files, as llama.cpp splits them, and says where the first is.
+pub fn write_split(model: &Model, folder: &Path, parts: usize) -> PathBuf {
+    let (values, mut tensors) = contents(model, &[], &[]);
+    let (each, count) = (tensors.len().div_ceil(parts), tensors.len());
+    for part in 0..parts {
+        let rest = tensors.split_off(each.min(tensors.len()));
+        let split = [
+            ("split.no".to_owned(), GgufValue::U16(part as u16)),
+            ("split.count".to_owned(), GgufValue::U16(parts as u16)),
+            ("split.tensors.count".to_owned(), GgufValue::I32(count as i32)),
+        ];
+        let values = if part == 0 { [&values[..], &split[..]].concat() } else { split.to_vec() };
+        write_file(&part_path(folder, part, parts), &values, &tensors);
+        tensors = rest;
+    }
+    part_path(folder, 0, parts)
+}
+
+fn part_path(folder: &Path, part: usize, parts: usize) -> PathBuf {
+    folder.join(format!("model-of-x-{:05}-of-{parts:05}.gguf", part + 1))
+}
+
+#[test]
+fn all_parts_of_a_split_file_are_read_whichever_is_given() {
+    let model = small_llama();
+    let folder = tempfile::tempdir().unwrap();
+    write_split(&model, folder.path(), 3);
+    let tokens = tokens(&model.config, 20);
+    for part in 0..3 {
+        let found = engine_logits(&part_path(folder.path(), part, 3), 1, &tokens);
+        assert_close(&found, &plain::logits(&model, &tokens));
+    }
+}
+
+#[test]
+fn parts_of_a_split_file_that_are_missing_or_of_another_one_are_named() {
+    let model = small_llama();
+    let folder = tempfile::tempdir().unwrap();
+    let first = write_split(&model, folder.path(), 3);
+    let refusal = |path: &Path| Checkpoint::read(path, 1).map(drop).unwrap_err().to_string();
+    let third = part_path(folder.path(), 2, 3);
+    let bytes = std::fs::read(&third).unwrap();
+
+    std::fs::remove_file(&third).unwrap();
+    let message = refusal(&first);
+    assert!(message.contains("part 1 of 3: ") && message.contains("-00003-of-00003.gguf is missing"), "{message}");
+
+    std::fs::copy(part_path(folder.path(), 1, 3), &third).unwrap();
+    let message = refusal(&first);
+    let expected =
+        "-00003-of-00003.gguf: not a supported GGUF file: `split.no` and `split.count` are 1 and 3, expected";
+    assert!(message.contains(expected), "{message}");
+
+    let renamed = folder.path().join("first.gguf");
+    std::fs::copy(&first, &renamed).unwrap();
+    let message = refusal(&renamed);
+    assert!(message.contains("part 1 of 3: its name must end in -00001-of-00003.gguf"), "{message}");
+
+    // The last part without a tensor.
+    std::fs::write(&third, &bytes).unwrap();
+    let (_, tensors) = contents(&model, &[], &[]);
+    let split =
+        |no| [("split.no".to_owned(), GgufValue::U16(no)), ("split.count".to_owned(), GgufValue::U16(3))].to_vec();
+    write_file(&third, &split(2), &[]);
+    let message = refusal(&first);
+    assert!(message.contains("`split.tensors.count` is "), "{message}");
+    write_file(&third, &split(2), &tensors[..1]);
+    let message = refusal(&first);
+    assert!(message.contains(&format!("tensor `{}` is in another part too", tensors[0].0)), "{message}");
+}
+
+#[test]
+fn metadata_that_changes_the_result_is_refused_unless_its_value_does_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let read = |key: &str, value: &GgufValue| {
+        write_gguf(&small_llama(), &path, &[(key, value.clone())], &[]);
+        let (read, warnings) = with_warnings(|| Checkpoint::read(&path, 1).map(drop));
+        (read.map_err(|error| error.to_string()), warnings)
+    };
+    let (float, whole) = (GgufValue::F32, GgufValue::U32);
+    for (key, changes, harmless) in [
+        ("llama.attention.scale", float(0.5), float(8_f32.powf(-0.5))),
+        ("llama.logit_scale", float(8.0), float(1.0)),
+        ("llama.residual_scale", float(0.22), float(0.0)),
+        ("llama.embedding_scale", float(12.0), float(1.0)),
+        ("llama.attention.sliding_window", whole(63), whole(64)),
+        ("llama.expert_count", whole(8), whole(0)),
+        ("llama.expert_used_count", whole(2), whole(0)),
+        ("llama.final_logit_softcapping", float(30.0), float(0.0)),
+        ("llama.attn_logit_softcapping", float(50.0), float(0.0)),
+        ("llama.attention.causal", GgufValue::Bool(false), GgufValue::Bool(true)),
+        ("llama.rope.scaling.attn_factor", float(1.2), float(1.0)),
+        ("llama.rope.dimension_count", whole(4), whole(8)),
+        ("general.type", text("adapter"), text("model")),
+    ] {
+        let message = read(key, &changes).0.err().unwrap_or_else(|| panic!("{key}"));
+        assert!(message.contains(&format!("model.gguf: `{key}` is ")), "{message}");
+        assert_eq!(read(key, &harmless), (Ok(()), Vec::new()), "{key}");
+    }
+    let (read_well, warnings) = read("llama.mup_width", &whole(3));
+    assert!(read_well.is_ok() && warnings.len() == 1, "{warnings:?}");
+    assert!(warnings[0].contains("`llama.mup_width` is 3: not known to this engine"), "{warnings:?}");
+    for harmless in ["general.name", "general.quantization_version", "quantize.imatrix.file", "tokenizer.chat_template"]
+    {
+        assert_eq!(read(harmless, &text("x")), (Ok(()), Vec::new()), "{harmless}");
+    }
+}
+
+#[test]
+fn sizes_that_are_listed_by_layer_are_read_if_they_are_equal() {
+    let model = small_llama();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let (mut values, tensors) = contents(&model, &[], &[]);
+    let list = |numbers: [u32; 2]| GgufValue::Array(numbers.map(GgufValue::U32).to_vec());
+    let mut set = |key: &str, value: GgufValue| {
+        values.iter_mut().find(|(known, _)| known == key).unwrap().1 = value;
+        write_file(&path, &values, &tensors);
+        Checkpoint::read(&path, 1).map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(set("llama.attention.head_count_kv", list([1, 1])), Ok(()));
+    assert_eq!(set("llama.feed_forward_length", list([10, 10])), Ok(()));
+    let message = set("llama.attention.head_count", list([2, 1])).unwrap_err();
+    assert!(message.contains("`llama.attention.head_count` is \"an array of 2\", expected the same"), "{message}");
+}
+
+#[test]
+fn a_gemma_3_has_the_defaults_that_llama_cpp_has() {
+    let config = json!({
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 19, "hidden_size": 16,
+        "intermediate_size": 6, "num_hidden_layers": 7, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "sliding_window": 4, "sliding_window_pattern": 6, "query_pre_attn_scalar": 8,
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let (values, tensors) = contents(&Model::random(config, 2), &[], &[]);
+    let architecture = |without: &[&str], window: Option<u32>| {
+        let mut values: Vec<_> =
+            values.iter().filter(|(key, _)| !without.iter().any(|end| key.ends_with(end))).cloned().collect();
+        values.extend(window.map(|tokens| ("gemma3.attention.sliding_window".to_owned(), GgufValue::U32(tokens))));
+        write_file(&path, &values, &tensors);
+        Checkpoint::read(&path, 1).unwrap().weights.config().architecture.clone()
+    };
+    let found = architecture(&["rope.freq_base", "sliding_window_pattern"], None);
+    let window = found.sliding_window.unwrap();
+    assert_eq!((found.rope_theta, window.rope_theta, window.tokens), (10_000.0, 10_000.0, 4));
+    assert_eq!(window.layers, [0, 1, 2, 3, 4, 6]);
+    assert_eq!(architecture(&["sliding_window"], None).sliding_window, None);
+    assert_eq!(architecture(&["sliding_window"], Some(0)).sliding_window, None);
 }
 
 /// As a configuration of these can be said in a GGUF file.
@@ -183,7 +351,7 @@ const TEXTS: [&str; 4] = ["a ab  abc", "12 ab\n", "", "naïve ☃ b"];
 fn tokenizer_of(extra: &[(&str, GgufValue)]) -> engine::tokenizer::Tokenizer {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    write_gguf(&small_llama(), &path, extra, &[]);
+    write_gguf(&model_of(270), &path, extra, &[]);
     Checkpoint::read(&path, 1).unwrap().tokenizer.unwrap()
 }
 

@@ -129,7 +129,7 @@ fn the_tokenizer_goes_with_the_model() {
     let text = "In the beginning God created the heaven and the earth.";
     let tokenizer = Tokenizer::train(text, 260).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let weights = noisy(recursive(Architecture::default()));
+    let weights = noisy(ModelConfig { vocab_size: 260, ..recursive(Architecture::default()) });
     write_hugging_face(&weights, Some(&tokenizer), folder.path(), Stored::F16).unwrap();
     let read = Checkpoint::read(folder.path(), 1).unwrap();
     assert_eq!(read.tokenizer.unwrap().encode(text).unwrap(), tokenizer.encode(text).unwrap());

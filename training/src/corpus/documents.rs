@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
+use engine::checkpoint::contents::packed;
+
 use crate::error::TrainingError;
 
 /// Ending of the files that hold a document per line.
@@ -64,6 +66,9 @@ pub fn read(
     let in_file = |e| TrainingError::in_file(path, e);
     if !has_extension(path, JSON_LINES) {
         let bytes = fs::read(path).map_err(in_file)?;
+        if let Some(what) = packed(&bytes) {
+            return Err(in_file(std::io::Error::other(what)));
+        }
         return each(utf8(path, 1, &bytes)?);
     }
     let mut reader = BufReader::new(File::open(path).map_err(in_file)?);
@@ -90,7 +95,8 @@ fn utf8<'a>(path: &Path, first_line: usize, bytes: &'a [u8]) -> Result<&'a str, 
     std::str::from_utf8(bytes).map_err(|error| {
         let before = &bytes[..error.valid_up_to()];
         let line = first_line + before.iter().filter(|byte| **byte == b'\n').count();
-        let found = format!("the byte {:#04x}", bytes[before.len()]);
+        let byte = || format!("the byte {:#04x}", bytes[before.len()]);
+        let found = packed(bytes).map_or_else(byte, |what| format!("a file that is {what}"));
         TrainingError::Line { path: path.to_owned(), line, found, expected: "UTF-8".to_owned() }
     })
 }
@@ -121,6 +127,21 @@ mod tests {
             Ok(())
         })?;
         Ok(documents)
+    }
+
+    #[test]
+    fn archives_and_pointers_are_refused_with_the_remedy() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes, remedy) in [
+            ("a.txt", &b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"[..], "run `git lfs pull`"),
+            ("b.txt", b"\x1f\x8b\x08\x00", "compressed by gzip: unpack it first"),
+            ("c.jsonl", b"\x1f\x8b\x08\x00", "compressed by gzip: unpack it first"),
+        ] {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            let message = read(&path, "text", |_| Ok(())).unwrap_err().to_string();
+            assert!(message.contains(name) && message.contains(remedy), "{message}");
+        }
     }
 
     #[test]
