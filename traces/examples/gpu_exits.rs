@@ -1,26 +1,26 @@
-//! Makes the exit traces of the GPU study (`docs/notebook/gpu-study.md`): where tokens exit is the paper's, how sure a
-//! model is there was measured on the model of this repository.
+//! Generates the exit traces of the GPU study (`docs/notebook/gpu-study.md`). Exit depths follow the paper; signals
+//! follow those measured on the model of this repository.
 //!
 //! ```text
 //! cargo run --release -p traces --example gpu_exits -- RECORDED configs/gpu/exits
 //! ```
 //!
-//! `RECORDED` is an exit trace of a model with four loops, as `depthwise record` writes it. A token of the made-up model
-//! becomes right after its first, second, ... loop, in the shares below. Its signals at a loop are those of a recorded
-//! token at the loop nearest in depth that was right there, or was not, as this one: so a measure tells right from wrong
-//! as well as it does in the recorded model, and no better. The gate is one that knows what the margin does,
-//! without the vocabulary.
+//! `RECORDED` is an exit trace of a model with four loops, as written by `depthwise record`. A token of the synthetic
+//! model becomes right after its first, second, ... loop, in the shares below. Its signals at a loop are those of a
+//! recorded token at the nearest loop that was equally right or wrong there. A measure therefore separates right from
+//! wrong tokens as well as in the recorded model, and no better. The gate equals the margin, but is read without the
+//! vocabulary.
 
 use std::error::Error;
 use std::path::Path;
 
 use traces::{ExitSignal, ExitTable, ExitTrace, ExitTraceMeta, Signals};
 
-/// Folder, loops, and of 13 tokens how many become right after each loop: 9 after the first, as the paper's relaxed models
-/// at two loops (`docs/notebook/paper.md`). The split of the rest at three loops is an assumption.
+/// Folder, loops, and how many of 13 tokens become right after each loop. The first loop has 9, as in the paper's
+/// relaxed models with two loops (`docs/notebook/paper.md`). The split of the rest at three loops is an assumption.
 const MODELS: [(&str, &[usize]); 3] = [("vanilla", &[13]), ("2-loops", &[9, 4]), ("3-loops", &[9, 3, 1])];
 
-/// Times the 13 tokens come with other signals.
+/// Number of times that the 13 tokens repeat with other signals.
 const ROUNDS: usize = 40;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -58,14 +58,14 @@ fn exits(name: &str, becoming_right: &[usize], recorded: &ExitTrace) -> ExitTrac
     for _ in 0..ROUNDS {
         let mut rows = Vec::new();
         for token in 0..13 {
-            // Spread evenly: token t takes the place 5 t modulo 13.
+            // Spread evenly: token t has place 5 t modulo 13.
             let place: usize = token * 5 % 13;
             let right_from =
                 (0..loops).find(|&depth| place < becoming_right[..=depth].iter().sum::<usize>()).unwrap_or(loops - 1);
             for (depth, pool) in pools.iter_mut().enumerate() {
                 let is_right = depth >= right_from;
                 let signals = pool[usize::from(is_right)].next(recorded);
-                // After the first loop there is no hidden state to be similar to.
+                // After the first loop there is no earlier hidden state to compare with.
                 let similarity = if depth == 0 { 0.0 } else { signals.similarity };
                 rows.push((Signals { gate: signals.margin, similarity, ..signals }, u32::from(is_right)));
             }
@@ -75,7 +75,7 @@ fn exits(name: &str, becoming_right: &[usize], recorded: &ExitTrace) -> ExitTrac
     trace
 }
 
-/// The depth of the recorded model whose share of all layers is nearest.
+/// The depth of the recorded model with the nearest share of all layers.
 fn recorded_depth(depth: usize, loops: usize, recorded: &ExitTrace) -> usize {
     let share = (depth + 1) as f64 / loops as f64;
     let distance = |other: &usize| (share - (other + 1) as f64 / recorded.num_loops() as f64).abs();
@@ -91,7 +91,7 @@ struct Pool {
 }
 
 impl Pool {
-    /// The next token is a long way on, so that neighbours are of different texts.
+    /// The next token is far away, so that neighbours come from different texts.
     fn next(&mut self, recorded: &ExitTrace) -> Signals {
         const STRIDE: usize = 7919;
         let token = self.tokens[self.taken * STRIDE % self.tokens.len()];
@@ -108,7 +108,8 @@ fn pools(recorded: &ExitTrace, depth: usize) -> [Pool; 2] {
     })
 }
 
-/// The lowest thresholds of a measure that keep so many tokens right: passes a token, and the share that is right.
+/// Prints the lowest thresholds of a measure that keep given shares of tokens right: passes per token, and the share
+/// that is right.
 fn print_thresholds(trace: &ExitTrace, measure: ExitSignal) {
     let tokens = trace.num_tokens();
     let at = |threshold: f32| {

@@ -1,12 +1,12 @@
-//! Turns the tables of "Relaxed Recursive Transformers" (arXiv 2410.20672) into profiles and exit traces.
+//! Converts the tables of "Relaxed Recursive Transformers" (arXiv 2410.20672) to profiles and exit traces.
 //!
 //! ```text
 //! cargo run --release -p traces --example paper_configs -- ../shared/data/paper configs/paper
 //! ```
 //!
-//! Reads the times per token and the published throughputs of Gemma in a 16 GB budget, fits for each kind of
-//! model the one number that the paper does not publish (passes per token under the oracle, on SlimPajama),
-//! writes the profiles, the exit traces and `expected.csv`, and prints how well everything else follows.
+//! The example reads the times per token and the published throughputs of Gemma in a 16 GB budget. For each kind of
+//! model it fits the one number that the paper does not publish: passes per token under the oracle, on SlimPajama. It
+//! writes the profiles, the exit traces and `expected.csv`, and prints how well the other published numbers follow.
 //! `docs/notebook/paper.md` explains what is derived and what is assumed.
 
 use std::error::Error;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use traces::{Component, ExitTable, ExitTrace, ExitTraceMeta, LatencyProfile, Point, ProfileMeta, Signals};
 
-/// A row of `time_per_token_a100_16gb_budget.csv`; times in milliseconds, those at the full batch by token.
+/// A row of `time_per_token_a100_16gb_budget.csv`; times in milliseconds, per token where the batch is full.
 #[derive(Debug, Deserialize)]
 struct Times {
     non_embedding_params: String,
@@ -53,7 +53,7 @@ struct Expected<'a> {
     tok_s: f64,
 }
 
-/// Which models share one distribution of exits.
+/// Models that share one distribution of exits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
     Vanilla,
@@ -84,7 +84,7 @@ impl Times {
         }
     }
 
-    /// Passes per token with which `embed + passes * block` gives a throughput.
+    /// Passes per token for which `embed + passes * block` gives a throughput.
     fn implied_passes(&self, tok_s: f64) -> f64 {
         (1e3 / tok_s - self.embed_ms_bmax) / self.block_ms_bmax
     }
@@ -101,7 +101,7 @@ impl Times {
         const EMBEDDING_PARAMS: f64 = 256_000.0 * 2048.0;
         let billions: f64 = self.non_embedding_params.trim_end_matches('B').parse()?;
         let point = |component, rows, time_ms: f64| {
-            // The tables have three decimals: without rounding, products show digits that were never measured.
+            // The tables have three decimals. Rounding removes digits of the products that were never measured.
             let time_us = (time_ms * 1e6).round() / 1e3;
             Point { component, rows, kv_tokens: 0, depths: 1, time_us, spread_us: 0.0, repeats: 0 }
         };
@@ -131,7 +131,7 @@ impl Times {
             ),
             overhead_us: 0.0,
             weight_bytes: (2.0 * (billions * 1e9 + EMBEDDING_PARAMS)).round() as u64,
-            // 18 layers, one head of 256 numbers, keys and values, 2 bytes.
+            // 18 layers, one head of 256 numbers, keys and values, 2 bytes each.
             kv_bytes_per_token: 18 * 256 * 2 * 2,
             memory: None,
         };
@@ -140,7 +140,7 @@ impl Times {
 }
 
 impl Share {
-    /// The fraction nearest to a number of passes from 1 to 2, with a period short enough to be seen in a file.
+    /// The nearest fraction to a number of passes from 1 to 2, with a period short enough to be visible in a file.
     fn nearest(passes: f64) -> Self {
         let error = |share: &Self| (share.passes() - passes).abs();
         let shares = (2..=16).flat_map(|period| (0..=period).map(move |deep| Self { deep, period }));
@@ -151,20 +151,21 @@ impl Share {
         1.0 + f64::from(self.deep) / f64::from(self.period)
     }
 
-    /// Whether a token needs the second loop: `deep` of any `period` tokens in a row do, evenly spread.
+    /// Whether a token needs the second loop: `deep` tokens of any `period` consecutive ones do, evenly spread.
     fn needs_second_loop(self, token: u32) -> bool {
         (token + 1) * self.deep / self.period > token * self.deep / self.period
     }
 }
 
-/// Generations of four periods each; generation `g` begins `g` tokens into the pattern.
+/// Generations of four periods each; generation `g` starts `g` tokens into the pattern.
 fn exit_trace(kind: Kind, share: Share, source: String) -> ExitTrace {
     let num_loops = if kind == Kind::Vanilla { 1 } else { 2 };
     let name = format!("{kind:?}").to_lowercase();
     let (schema_version, fingerprint) = (ExitTrace::SCHEMA_VERSION, format!("paper-gemma-{name}"));
     let model = format!("Gemma 2B, {name}, as in the paper");
     let mut trace = ExitTrace::new(ExitTraceMeta { schema_version, model, fingerprint, num_loops, source });
-    // Nothing is known of the signals: these are of a model that is never sure (the entropy of 256,000 equals).
+    // The signals are unknown. These are of a model that is never confident (the entropy of 256,000 equal
+    // probabilities).
     let unsure = Signals { entropy: 12.45, ..Signals::default() };
     for generation in 0..share.period {
         let rows = (generation..generation + 4 * share.period).flat_map(|token| {

@@ -1,4 +1,4 @@
-//! The one error of this crate: what was read, where, what was found and what was expected there.
+//! The error of this crate: file, position, what was found and what was expected.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,36 +6,36 @@ use std::path::{Path, PathBuf};
 /// Why a trace, a profile or a request configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// The operating system refused.
+    /// An operation of the operating system failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried, such as `read`.
+        /// The operation, such as `read`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// A file as a whole is not what it should be: empty, incomplete, of no known format.
+    /// A file as a whole is invalid: empty, incomplete or of no known format.
     #[error("{}: found {found}, expected {expected}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What the file holds.
+        /// What the file contains.
         found: String,
-        /// What it should hold.
+        /// What it should contain.
         expected: String,
     },
-    /// A line is not what it should be: wrong columns, cut off, no JSON.
+    /// A line is invalid: wrong columns, cut off, not JSON.
     #[error("{}:{line}: found {found}, expected {expected}", path.display())]
     Line {
         /// The file.
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, from 1.
         line: u64,
-        /// What the line holds.
+        /// What the line contains.
         found: String,
-        /// What it should hold.
+        /// What it should contain.
         expected: String,
     },
     /// A value in a table is missing, of another type or out of range.
@@ -43,33 +43,33 @@ pub enum TraceError {
     Value {
         /// The file.
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, from 1.
         line: u64,
         /// The column, or the key in a line of JSON.
         column: String,
         /// The text in the file.
         found: String,
-        /// What may stand there.
+        /// The values that are valid.
         expected: String,
     },
-    /// A line of JSON does not read as what its format says.
+    /// A line of JSON does not match its format.
     #[error("{}:{line}: {key}: {message}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, from 1.
         line: u64,
         /// The key, `the object` for the line as a whole.
         key: String,
-        /// What was found and what was expected.
+        /// The problem: what was found and what was expected.
         message: String,
     },
-    /// A YAML file does not read; the message names key, line and column.
+    /// A YAML file is invalid; the message names key, line and column.
     #[error("{}: {source}", path.display())]
     Yaml {
         /// The file.
         path: PathBuf,
-        /// What was found and what was expected.
+        /// The problem: what was found and what was expected.
         source: serde_yaml::Error,
     },
     /// A key of a YAML file is out of range.
@@ -81,17 +81,17 @@ pub enum TraceError {
         key: &'static str,
         /// The value in the file.
         found: String,
-        /// What may stand there.
+        /// The values that are valid.
         expected: String,
     },
-    /// A `requests` configuration asks for something that makes no sense.
+    /// A `requests` configuration has an invalid value.
     #[error("requests: {key}: found {found}, expected {expected}")]
     Spec {
         /// The key.
         key: &'static str,
         /// The value in the configuration.
         found: String,
-        /// What may stand there.
+        /// The values that are valid.
         expected: String,
     },
     /// A latency profile and an exit trace belong to different models.
@@ -133,7 +133,7 @@ impl TraceError {
     }
 }
 
-/// Text of a file as it stands in a message: in backticks, cut to a length that a terminal shows.
+/// Quotes text of a file for a message: in backticks, and cut to a length that fits a terminal.
 pub(crate) fn quote(text: &[u8]) -> String {
     const SHOWN: usize = 80;
     let text = String::from_utf8_lossy(text);

@@ -1,4 +1,4 @@
-//! Folders that hold an exit trace: `exits.yaml`, and the rows as `exits.parquet` or `exits.csv`.
+//! Exit trace folders: `exits.yaml`, and the rows as `exits.parquet` or `exits.csv`.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use crate::table::{Owner, PartialFile, Row, Table, check_version, read_yaml, wri
 /// How the rows of an exit trace are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ExitTable {
-    /// For machines: a third of the size, and read a good deal faster.
+    /// Parquet: a third of the size of CSV, and faster to read.
     #[default]
     Parquet,
-    /// For people.
+    /// CSV, for people.
     Csv,
 }
 
@@ -50,15 +50,15 @@ const GENERATION: usize = 0;
 const TOKEN: usize = 1;
 const DEPTH: usize = 2;
 const PREDICTION: usize = 3;
-/// The first of the signals, which are those of [`ExitSignal::ALL`]; the columns before hold whole numbers.
+/// Index of the first signal column; the signals are in the order of [`ExitSignal::ALL`]. Earlier columns are integers.
 pub(crate) const FIRST_SIGNAL: usize = 4;
-/// Missing where the model has no gates.
+/// Index of the gate column, which is missing where the model has no gates.
 pub(crate) const GATE: usize = 8;
 
-/// How far rounding may carry a probability or a cosine out of its range.
+/// Tolerance for probabilities and cosines that rounding moves out of their range.
 const SLACK: f32 = 1e-3;
 
-/// Range of each signal, in the order of [`ExitSignal::ALL`], and what to call it.
+/// Range of each signal in the order of [`ExitSignal::ALL`], and its description.
 const RANGES: [(f32, f32, &str); ExitSignal::ALL.len()] = [
     (-SLACK, 1.0 + SLACK, "a probability from 0 to 1"),
     (-SLACK, 1.0 + SLACK, "a difference of probabilities from 0 to 1"),
@@ -77,7 +77,7 @@ pub(crate) struct ExitRow {
     pub signals: Signals,
 }
 
-/// A column whose value is not what it should be, and what that is.
+/// A column with an invalid value, and what was expected.
 pub(crate) struct Fault {
     pub column: usize,
     pub expected: String,
@@ -87,8 +87,8 @@ impl ExitTrace {
     /// Reads a folder with `exits.yaml` and one of `exits.parquet` and `exits.csv`.
     ///
     /// # Errors
-    /// If a file does not read, is of another version, has no row, lacks a depth of a token, lists
-    /// rows out of order, or has a signal that is not finite or out of its range.
+    /// If a file cannot be read, has another version, has no rows, lacks a depth of a token, lists rows out of order,
+    /// or has a signal that is not finite or out of its range.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let yaml = folder.join(YAML);
@@ -103,10 +103,10 @@ impl ExitTrace {
         }
     }
 
-    /// Writes `exits.yaml` and the rows into a folder, each file whole or not at all; creates the folder.
+    /// Writes `exits.yaml` and the rows into a folder, each file completely or not at all; creates the folder.
     ///
     /// # Errors
-    /// If a file cannot be written, or the trace is one that [`Self::read`] would refuse.
+    /// If a file cannot be written, or [`Self::read`] would reject the trace.
     pub fn write(&self, folder: impl AsRef<Path>, table: ExitTable) -> Result<()> {
         let mut writer = ExitTraceWriter::create(folder, self.meta.clone(), self.has_gates, table)?;
         for generation in 0..self.num_generations() {
@@ -159,13 +159,13 @@ fn read_parquet(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
     collector.finish(path)
 }
 
-/// Takes the rows of a table one by one and sees that none is missing, out of place or out of range.
+/// Collects the rows of a table one by one and checks that none is missing, out of place or out of range.
 struct Collector {
     trace: ExitTrace,
-    /// Where the last row stands.
+    /// Position of the last row.
     generation: u32,
     token: u32,
-    /// Rows of the token so far.
+    /// Rows of the current token so far.
     depths: u32,
 }
 
@@ -186,7 +186,7 @@ impl Collector {
         Ok(())
     }
 
-    /// Moves on to a row, which must be the next one, and says whether it begins another generation.
+    /// Advances to a row, which must be the next one, and returns whether it starts another generation.
     fn advance(&mut self, row: &ExitRow) -> Result<bool, Fault> {
         let next_token = self.depths == self.trace.meta.num_loops;
         let next_generation = next_token && row.generation != self.generation;
@@ -238,8 +238,8 @@ fn check_signals(signals: &Signals) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Writes an exit trace generation by generation, holding no more than a group of rows of it. Dropped before
-/// [`finish`](Self::finish), it leaves the folder as it was.
+/// Writes an exit trace generation by generation, with at most one group of rows in memory. A writer that is dropped
+/// before [`finish`](Self::finish) does not change the folder.
 pub struct ExitTraceWriter {
     meta: ExitTraceMeta,
     folder: PathBuf,
@@ -254,10 +254,11 @@ enum Sink {
 }
 
 impl ExitTraceWriter {
-    /// Starts the files of a folder, which is created; those of an earlier trace stay until this one is finished.
+    /// Starts the files of a folder, which is created. The files of an earlier trace remain until
+    /// [`finish`](Self::finish).
     ///
     /// # Errors
-    /// If a file cannot be written, or `meta` is one that [`ExitTrace::read`] would refuse.
+    /// If a file cannot be written, or [`ExitTrace::read`] would reject `meta`.
     pub fn create(folder: impl AsRef<Path>, meta: ExitTraceMeta, has_gates: bool, table: ExitTable) -> Result<Self> {
         let folder = folder.as_ref().to_owned();
         check_meta(&folder.join(YAML), &meta)?;
@@ -279,7 +280,7 @@ impl ExitTraceWriter {
     /// Writes a generation: `rows[t * num_loops + d]` is token `t` at depth `d`.
     ///
     /// # Errors
-    /// If it cannot be written, has no row or not those of whole tokens, or has a signal out of its range.
+    /// If the generation cannot be written, has no rows or not those of whole tokens, or has a signal out of its range.
     pub fn push_generation(&mut self, rows: &[(Signals, u32)]) -> Result<()> {
         let num_loops = self.meta.num_loops;
         let path = self.folder.join(self.table.file_name());
@@ -313,10 +314,10 @@ impl ExitTraceWriter {
         }
     }
 
-    /// Puts the files in their place, instead of those of an earlier trace.
+    /// Renames the files to their final paths, replacing those of an earlier trace.
     ///
     /// # Errors
-    /// If that fails, or there is no generation.
+    /// If renaming fails, or there is no generation.
     pub fn finish(self) -> Result<()> {
         let path = self.folder.join(self.table.file_name());
         if self.generations == 0 {
@@ -483,7 +484,7 @@ mod tests {
         assert!(none.contains("found neither exits.parquet nor exits.csv"), "{none}");
     }
 
-    /// As many tokens of one loop, each its own prediction.
+    /// A trace of `tokens` tokens of one loop, with distinct predictions.
     fn long_trace(tokens: u32) -> ExitTrace {
         let mut trace = ExitTrace::new(meta(1));
         for generation in 0..tokens.div_ceil(100) {
@@ -505,7 +506,7 @@ mod tests {
         }
     }
 
-    /// What reading says of Parquet rows that no writer of ours would write.
+    /// The error for Parquet rows that the writer would not write.
     fn parquet_error(rows: &[ExitRow]) -> String {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("exits.parquet");

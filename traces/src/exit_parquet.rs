@@ -1,6 +1,7 @@
-//! Exit traces as Parquet: written and read a group of rows at a time.
+//! Exit traces as Parquet, written and read in groups of rows.
 //!
-//! Pages are not compressed: signals hardly shrink, and a damaged file cannot ask for more memory than it has bytes.
+//! Pages are not compressed: exit signals hardly shrink, and without compression a damaged file cannot demand more
+//! memory than it has bytes.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -22,9 +23,9 @@ use crate::exit_trace::{ExitSignal, Signals};
 use crate::input::check_no_pointer;
 use crate::table::PartialFile;
 
-/// Rows of a group: what is held before it is written.
+/// Rows of a group: the number that is buffered before writing.
 const GROUP: usize = 1 << 16;
-/// Rows that are read at once.
+/// Rows that are read together.
 const CHUNK: usize = 1 << 12;
 
 /// Writes rows in groups of [`GROUP`].
@@ -110,13 +111,13 @@ fn write_column<T: DataType>(
 pub(crate) struct ParquetRows {
     path: PathBuf,
     reader: SerializedFileReader<File>,
-    /// Place in the file of each of [`COLUMNS`], but for a gate that is not there.
+    /// Position in the file of each of [`COLUMNS`], without a missing gate column.
     places: Vec<usize>,
 }
 
 impl ParquetRows {
     /// # Errors
-    /// If it does not read, or its columns are others.
+    /// If the file cannot be read, or has other columns.
     pub fn open(path: &Path) -> Result<Self> {
         check_no_pointer(path)?;
         let file = File::open(path).map_err(TraceError::io("read", path))?;
@@ -147,10 +148,10 @@ impl ParquetRows {
         self.places.len() > GATE
     }
 
-    /// Reads row after row.
+    /// Calls `each` with every row.
     ///
     /// # Errors
-    /// If the file does not read, or at the first row that `each` refuses.
+    /// If the file cannot be read, or at the first row that `each` rejects.
     pub fn for_each(&self, mut each: impl FnMut(&ExitRow) -> Result<(), Fault>) -> Result<()> {
         let mut line = 0;
         for group in 0..self.reader.num_row_groups() {
@@ -174,7 +175,7 @@ impl ParquetRows {
     }
 }
 
-/// The columns of a group of rows, and the chunk of them that was read last.
+/// The columns of a group of rows, with the chunk that was read last.
 struct Columns {
     integer_readers: Vec<ColumnReaderImpl<Int32Type>>,
     signal_readers: Vec<ColumnReaderImpl<FloatType>>,
@@ -195,7 +196,7 @@ impl Columns {
         })
     }
 
-    /// Reads the next rows; false after the last.
+    /// Reads the next chunk of rows; returns `false` after the last row.
     fn read_chunk(&mut self) -> Result<bool, ParquetError> {
         catching(|| self.read_columns())?;
         let rows = self.integers[0].len();
@@ -239,10 +240,10 @@ fn typed_readers<T: DataType>(
     places.iter().map(|&place| Ok(get_typed_column_reader::<T>(group.get_column_reader(place)?))).collect()
 }
 
-/// What the parquet crate gives, or an error where it panics: some damage passes its checks.
+/// Runs a read of the parquet crate and turns its panics into errors: some damage passes the crate's checks.
 ///
 /// # Errors
-/// Those of `read`, or that the file is damaged.
+/// The error of `read`, or an error for a damaged file.
 pub fn catching_damage<R, E>(read: impl FnOnce() -> Result<R, E>, damaged: impl FnOnce(&str) -> E) -> Result<R, E> {
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
     caught.unwrap_or_else(|_| Err(damaged("its encoding is damaged")))

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What is read off a row after a pass to tell how sure the model is.
+/// An exit signal: a value read from a row after a pass that tells how confident the model is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ExitSignal {
@@ -14,11 +14,11 @@ pub enum ExitSignal {
     Top1,
     /// Probability of the most likely token less that of the second, 0 to 1. Needs the exit head.
     Margin,
-    /// Entropy of the next-token distribution in nats; low means sure. Needs the exit head.
+    /// Entropy of the next-token distribution in nats; low values are confident. Needs the exit head.
     Entropy,
-    /// Cosine of the hidden states after this and the previous depth; undefined (0) at depth 0. No head needed.
+    /// Cosine of the hidden states after this and the previous depth; undefined (0) at depth 0. Does not need the head.
     Similarity,
-    /// A learned gate's probability that the token is that of the last depth, 0 to 1. No head needed.
+    /// A learned gate's probability that the token is that of the last depth, 0 to 1. Does not need the head.
     Gate,
 }
 
@@ -37,17 +37,17 @@ impl ExitSignal {
         }
     }
 
-    /// Whether reading it costs a product with the whole vocabulary.
+    /// Whether reading the signal takes a product with the whole vocabulary.
     pub fn needs_head(self) -> bool {
         !matches!(self, Self::Similarity | Self::Gate)
     }
 
-    /// The first depth that has a value.
+    /// The first depth at which the signal is defined.
     pub fn first_depth(self) -> usize {
         usize::from(self == Self::Similarity)
     }
 
-    /// The value, turned round where low means sure: the greater, the surer.
+    /// The value with its sign adjusted: greater is more confident.
     pub fn sureness(self, value: f32) -> f32 {
         match self {
             Self::Entropy => -value,
@@ -60,22 +60,22 @@ impl ExitSignal {
         self.sureness(if exits { f32::INFINITY } else { f32::NEG_INFINITY })
     }
 
-    /// The values with which rows exit at a threshold.
+    /// The values at which rows exit under a threshold.
     pub fn bound(self, threshold: f32) -> SignalBound {
         SignalBound { sign: self.sureness(1.0), least: self.sureness(threshold) }
     }
 
-    /// Whether a row with this value exits at this threshold.
+    /// Whether a row with this value exits under this threshold.
     pub fn is_confident(self, value: f32, threshold: f32) -> bool {
         self.bound(threshold).is_reached(value)
     }
 }
 
-/// Values of an exit signal with which rows exit: those that are `least` or more when multiplied by `sign`.
+/// Values of an exit signal at which rows exit: `value * sign >= least`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SignalBound {
     sign: f32,
-    /// Not a number where no value is enough.
+    /// NaN where no value is enough.
     least: f32,
 }
 
@@ -139,29 +139,28 @@ impl Signals {
     }
 }
 
-/// Where an exit trace comes from.
+/// Origin of an exit trace.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExitTraceMeta {
     /// Version of the file format: [`ExitTrace::SCHEMA_VERSION`].
     pub schema_version: u32,
-    /// Name of the model, for people.
+    /// Name of the model, for readers.
     pub model: String,
-    /// Fingerprint of the model's configuration and weights, for machines.
+    /// Fingerprint of the model's configuration and weights.
     pub fingerprint: String,
-    /// Loops of the model; each token has this many rows.
+    /// Number of loops of the model; each token has this many rows.
     pub num_loops: u32,
-    /// How it was made: the command, the prompts, the sampling.
+    /// How the trace was made: the command, the prompts, the sampling.
     pub source: String,
 }
 
 /// Signals and predictions of whole generations that ran every depth.
 ///
-/// Token `t` of the trace is one generated token; its row at depth `d` is entry
-/// `t * num_loops + d` of each column.
+/// Token `t` of the trace is one generated token. Its row at depth `d` is entry `t * num_loops + d` of each column.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExitTrace {
-    /// Where it comes from.
+    /// Origin of the trace.
     pub meta: ExitTraceMeta,
     /// Whether the model has gates.
     pub has_gates: bool,
@@ -169,7 +168,7 @@ pub struct ExitTrace {
     pub starts: Vec<u32>,
     /// The signals, by token and depth.
     pub signals: Vec<Signals>,
-    /// The token predicted, by token and depth; that of the last depth was the one generated.
+    /// Predicted tokens, by token and depth. The prediction of the last depth is the generated token.
     pub predictions: Vec<u32>,
 }
 
@@ -182,22 +181,22 @@ impl ExitTrace {
         Self { meta, has_gates: false, starts: vec![0], signals: Vec::new(), predictions: Vec::new() }
     }
 
-    /// Loops of the model.
+    /// Number of loops of the model.
     pub fn num_loops(&self) -> usize {
         self.meta.num_loops as usize
     }
 
-    /// Generated tokens, of all generations together.
+    /// Number of generated tokens, over all generations.
     pub fn num_tokens(&self) -> usize {
         self.predictions.len() / self.num_loops()
     }
 
-    /// Generations, each the output of one prompt.
+    /// Number of generations, each the output of one prompt.
     pub fn num_generations(&self) -> usize {
         self.starts.len() - 1
     }
 
-    /// The tokens of one generation.
+    /// Indices of the tokens of one generation.
     pub fn generation(&self, index: usize) -> Range<usize> {
         self.starts[index] as usize..self.starts[index + 1] as usize
     }
@@ -213,7 +212,7 @@ impl ExitTrace {
         self.starts.push(self.num_tokens() as u32);
     }
 
-    /// The measures that were recorded.
+    /// The recorded signals.
     pub fn recorded_signals(&self) -> impl Iterator<Item = ExitSignal> + use<> {
         let has_gates = self.has_gates;
         ExitSignal::ALL.into_iter().filter(move |&signal| signal != ExitSignal::Gate || has_gates)
@@ -235,7 +234,8 @@ impl ExitTrace {
         (0..self.num_loops()).find(|&depth| self.agrees(token, depth)).unwrap_or(self.num_loops() - 1)
     }
 
-    /// The depth at which a token leaves when it is confident once the signal passes the threshold.
+    /// The exit depth of a token under a confidence policy: the first depth at which the signal passes the threshold,
+    /// or the last depth.
     pub fn confident_depth(&self, token: usize, signal: ExitSignal, threshold: f32) -> usize {
         let last = self.num_loops() - 1;
         let is_confident = |&depth: &usize| signal.is_confident(self.signals_at(token, depth).get(signal), threshold);
@@ -255,30 +255,30 @@ impl ExitTrace {
         exiting.into_iter().map(|tokens| tokens as f64 / self.num_tokens() as f64).collect()
     }
 
-    /// Passes per token when each token leaves at its oracle depth, 1 to `num_loops`.
+    /// Mean passes per token when each token exits at its oracle depth, 1 to `num_loops`.
     pub fn mean_oracle_passes(&self) -> f64 {
         let passes: usize = (0..self.num_tokens()).map(|token| self.oracle_depth(token) + 1).sum();
         passes as f64 / self.num_tokens() as f64
     }
 }
 
-/// Tokens by depth, counted while generations come.
+/// Counts of tokens by depth, updated generation by generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DepthTally {
     tokens: u64,
     /// Tokens whose prediction equals that of the last depth.
     agreeing: Vec<u64>,
-    /// Tokens for which this is the first such depth.
+    /// Tokens whose first agreeing depth this is.
     exiting: Vec<u64>,
 }
 
 impl DepthTally {
-    /// Counts nothing yet.
+    /// A tally without tokens.
     pub fn new(num_loops: usize) -> Self {
         Self { tokens: 0, agreeing: vec![0; num_loops], exiting: vec![0; num_loops] }
     }
 
-    /// Counts a generation, as [`ExitTrace::push_generation`] takes it.
+    /// Counts a generation, in the format of [`ExitTrace::push_generation`].
     pub fn push_generation(&mut self, rows: &[(Signals, u32)]) {
         let num_loops = self.agreeing.len();
         for token in rows.chunks_exact(num_loops) {
@@ -289,13 +289,13 @@ impl DepthTally {
         }
     }
 
-    /// Generated tokens.
+    /// Number of generated tokens.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
 
     /// By depth: the share of tokens, 0 to 1, whose prediction equals that of the last depth, and the share for which
-    /// it is the first such depth.
+    /// this is the first such depth.
     pub fn shares(&self) -> impl Iterator<Item = (f64, f64)> {
         let share = |count: &u64| *count as f64 / self.tokens as f64;
         self.agreeing.iter().zip(&self.exiting).map(move |(agreeing, exiting)| (share(agreeing), share(exiting)))
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_leaves_at_the_first_depth_that_passes_the_threshold_or_at_the_last() {
+    fn a_token_exits_at_the_first_depth_that_passes_the_threshold_or_at_the_last() {
         let meta = ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
             model: "m".to_owned(),
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tally_counts_by_depth_what_agrees_and_what_the_oracle_lets_leave() {
+    fn a_tally_counts_by_depth_what_agrees_and_what_the_oracle_lets_exit() {
         let mut tally = DepthTally::new(3);
         let rows = |predictions: [u32; 3]| predictions.map(|prediction| (Signals::default(), prediction));
         for token in [[7, 7, 7], [1, 7, 7], [7, 1, 7], [1, 2, 3]] {

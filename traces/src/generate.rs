@@ -1,4 +1,4 @@
-//! Requests made by a seeded random process: when they arrive, and how long they are.
+//! Requests from a seeded random process: their arrivals and lengths.
 
 use std::path::{Path, PathBuf};
 
@@ -16,29 +16,29 @@ use crate::units::Nanos;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Arrivals {
-    /// All at time 0: what is queued before a batch run.
+    /// All at time 0, as in an offline batch.
     AllAtOnce,
-    /// At equal distances.
+    /// At equal intervals.
     Constant {
         /// Requests per second.
         rate_per_s: f64,
     },
-    /// As a Poisson process: exponential distances.
+    /// As a Poisson process: exponential intervals.
     Poisson {
         /// Mean requests per second.
         rate_per_s: f64,
     },
-    /// With gamma-distributed distances.
+    /// With gamma-distributed intervals.
     Gamma {
         /// Mean requests per second.
         rate_per_s: f64,
-        /// Coefficient of variation of the distances: 1 is Poisson, more comes in bursts.
+        /// Coefficient of variation of the intervals: 1 is a Poisson process, larger values are burstier.
         cv: f64,
     },
 }
 
 impl Arrivals {
-    /// The same pattern at another mean rate; none of requests that arrive at once.
+    /// The same process at another mean rate; `None` for requests that arrive at once.
     pub fn at_rate(self, rate_per_s: f64) -> Option<Self> {
         match self {
             Self::AllAtOnce => None,
@@ -49,17 +49,17 @@ impl Arrivals {
     }
 }
 
-/// How many tokens prompts or outputs have; what is drawn is rounded and kept within 1 and [`Request::MAX_TOKENS`].
+/// Lengths of prompts or outputs, in tokens. Drawn values are rounded and limited to 1 to [`Request::MAX_TOKENS`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Length {
-    /// Always the same.
+    /// A constant length.
     Fixed(u32),
-    /// Every number from `min` to `max`, both included, equally often.
+    /// Every length from `min` to `max`, both included, with equal probability.
     Uniform {
-        /// The fewest tokens.
+        /// Smallest length.
         min: u32,
-        /// The most tokens.
+        /// Largest length.
         max: u32,
     },
     /// Normal.
@@ -78,13 +78,13 @@ pub enum Length {
     },
 }
 
-/// A random process that makes requests: the same seed makes the same ones.
+/// A random process that generates requests. Equal seeds generate equal requests.
 ///
-/// Arrivals and lengths draw from separate streams, so that another rate leaves the lengths as they are.
+/// Arrivals and lengths draw from separate random streams, so that another rate does not change the lengths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Generate {
-    /// Requests to make.
+    /// Number of requests.
     pub count: u32,
     /// Seed of the random numbers.
     #[serde(default)]
@@ -92,25 +92,26 @@ pub struct Generate {
     /// When they arrive.
     #[serde(with = "singleton_map_recursive")]
     pub arrivals: Arrivals,
-    /// Length of prompts; goes with `output_tokens`.
+    /// Length of prompts; required with `output_tokens`.
     #[serde(default, with = "singleton_map_recursive", skip_serializing_if = "Option::is_none")]
     pub prompt_tokens: Option<Length>,
-    /// Length of outputs; goes with `prompt_tokens`.
+    /// Length of outputs; required with `prompt_tokens`.
     #[serde(default, with = "singleton_map_recursive", skip_serializing_if = "Option::is_none")]
     pub output_tokens: Option<Length>,
-    /// Instead of both: a request trace whose pairs of prompt and output length are drawn with equal chance.
+    /// In place of both lengths: a request trace whose pairs of prompt and output length are drawn with equal
+    /// probability.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lengths_from: Option<PathBuf>,
 }
 
 impl Generate {
-    /// The most requests that are made.
+    /// Maximum number of requests.
     pub const MOST: u32 = 100_000_000;
 
-    /// The requests, made one at a time as they are asked for; paths are relative to `base_dir`.
+    /// The requests, generated one at a time. Paths are relative to `base_dir`.
     ///
     /// # Errors
-    /// If a parameter is out of range, or the trace that lengths are drawn from does not read.
+    /// If a parameter is out of range, or the trace of lengths cannot be read.
     pub fn requests(&self, base_dir: &Path) -> Result<Generated> {
         if self.count == 0 {
             return Err(TraceError::spec("count", 0, "at least 1"));
@@ -153,7 +154,7 @@ impl Generate {
     }
 }
 
-/// Requests as they are made; see [`Generate::requests`].
+/// An iterator over generated requests; see [`Generate::requests`].
 #[derive(Clone, Debug)]
 pub struct Generated {
     ids: std::ops::Range<u32>,
@@ -166,7 +167,7 @@ pub struct Generated {
 }
 
 impl Generated {
-    /// What is to be said of the trace that lengths are drawn from.
+    /// Warnings about the trace that lengths are drawn from.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
@@ -248,7 +249,7 @@ impl Lengths {
     }
 }
 
-/// A [`Length`] that was found sound.
+/// A checked [`Length`].
 #[derive(Clone, Copy, Debug)]
 enum TokenCount {
     Fixed(u32),
@@ -279,7 +280,7 @@ impl TokenCount {
     }
 
     fn sample(&self, rng: &mut impl Rng) -> u32 {
-        // Converting a float saturates, so that a tail beyond u32 is cut like one beyond the limit.
+        // Float conversion saturates, so values beyond u32 are limited like others above the maximum.
         let whole = |tokens: f64| (tokens.round() as u32).clamp(1, Request::MAX_TOKENS);
         match self {
             Self::Fixed(tokens) => *tokens,
@@ -361,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn another_rate_leaves_lengths_alone_and_another_seed_does_not() {
+    fn another_rate_keeps_lengths_and_another_seed_does_not() {
         let length = Length::Uniform { min: 1, max: 1000 };
         let lengths = |requests: Vec<Request>| requests.into_iter().map(|of| of.prompt_tokens).collect::<Vec<_>>();
         let slow = made(Arrivals::Poisson { rate_per_s: 1.0 }, length);

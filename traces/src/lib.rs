@@ -1,15 +1,15 @@
 //! Request traces, exit traces and latency profiles: types, readers and writers.
 //!
 //! ```text
-//! request trace   who asks when, for how many tokens      -> what a run replays
-//! exit trace      how sure the model was at each depth    -> when rows leave
-//! latency profile what the parts of a pass take           -> how long passes last
+//! request trace   arrival and lengths of each request     -> the load of a run
+//! exit trace      exit signals at each depth              -> the exits of rows
+//! latency profile times of the components of a pass       -> the time of a pass
 //! ```
 //!
-//! A request trace is read from a file of any known format ([`RequestFormat`]) and shaped by its methods, or
-//! described by a configuration ([`RequestSpec`]) that can also make requests at random. Exit traces and
-//! latency profiles are folders with a YAML file that says where they come from and a CSV or Parquet file with the
-//! numbers; what is written reads back to the bit. `docs/reference/files.md` lists every file, column and unit.
+//! A request trace is read from a file in any known format ([`RequestFormat`]) and shaped by its methods, or described
+//! by a configuration ([`RequestSpec`]), which can also generate random requests. Exit traces and latency profiles are
+//! folders: a YAML file describes the origin, and a CSV or Parquet file contains the numbers. Files read back bit by
+//! bit as written. `docs/reference/files.md` lists every file, column and unit.
 //!
 //! ```
 //! use traces::*;

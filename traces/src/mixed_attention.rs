@@ -1,8 +1,8 @@
-//! Attention of whole passes: measured for prompt chunks and decode rows together, and for uneven histories.
+//! Attention of whole passes, measured for prompt chunks and decode rows together, and for uneven histories.
 //!
-//! Where one kernel call serves prompt chunks and decode rows, its time is not the sum of two: the two share the
-//! device. Such a profile has `mixed_attention.csv` in place of the attention components of `latency.csv`, and may
-//! have `skew.csv`.
+//! Where one kernel call serves prompt chunks and decode rows, they share the device, so the time of the call is not a
+//! sum of two. The profile then has `mixed_attention.csv` in place of the attention components of `latency.csv`, and
+//! optionally `skew.csv`.
 
 use std::path::Path;
 
@@ -14,11 +14,11 @@ use crate::table::{Owner, Row, Table, write_rows};
 /// Time of attention for prompt tokens and decode rows of one history, over all layers of the block.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct MixedPoint {
-    /// Prompt tokens; 0 for decode rows alone.
+    /// Prompt tokens; 0 for decode rows only.
     pub prefill_tokens: u32,
-    /// How much the prompt tokens look back on, as [`MixedAttention::prefill_axis`] counts it.
+    /// Context of the prompt tokens, in the unit of [`MixedAttention::prefill_axis`].
     pub prefill_context: f64,
-    /// Decode rows; 0 for prompt tokens alone.
+    /// Decode rows; 0 for prompt tokens only.
     pub decode_rows: u32,
     /// History of each decode row, in tokens.
     pub decode_history: u32,
@@ -26,48 +26,48 @@ pub struct MixedPoint {
     pub time_us: f64,
 }
 
-/// What the prompts of a pass were varied by, beside their tokens.
+/// The unit in which the context of the prompt tokens of a pass is given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PrefillAxis {
     /// The history before the one chunk of a pass, in tokens.
     #[default]
     History,
-    /// The keys that a prompt token attends to, on average over the tokens of all chunks: the history before its chunk
-    /// and half the chunk. Passes of several chunks were measured too: those with fewer keys than half their tokens.
+    /// Mean number of keys that a prompt token attends to, over the tokens of all chunks: the history before its chunk
+    /// plus half the chunk. A point with fewer keys than half its tokens was measured with several chunks.
     Keys,
 }
 
-/// How far uneven histories of decode rows move the time of attention from that at their mean history (0) to that
-/// at the longest (1).
+/// How far uneven histories of decode rows move the time of attention from that at their mean history (0) to that at
+/// the longest (1).
 ///
-/// A cell holds for passes up to its bounds and above those of the next smaller cell. Bounds are compared in the order
-/// of the fields; one that reaches as far as there is anything is infinite, or the largest number of its type.
+/// A cell applies to passes up to its bounds and above those of the next smaller cell. Bounds are compared in the order
+/// of the fields. A bound without limit is infinite, or the largest number of its type.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct SkewCell {
-    /// Prompt tokens, at most.
+    /// Upper bound of prompt tokens.
     pub prefill_tokens: u32,
-    /// Time at the longest history over that at the mean history, less 1, at most.
+    /// Upper bound of the time at the longest history over that at the mean history, less 1.
     pub lever: f64,
-    /// Decode rows, at most.
+    /// Upper bound of decode rows.
     pub decode_rows: u32,
-    /// Share of the rows that have the longer of two histories, at most.
+    /// Upper bound of the share of rows with the longer of two histories.
     pub long_share: f64,
-    /// The longest history in tokens, at most.
+    /// Upper bound of the longest history, in tokens.
     pub longest_history: u32,
-    /// Mean history before the prompt chunks in tokens, at most.
+    /// Upper bound of the mean history before the prompt chunks, in tokens.
     pub prefill_history: u32,
-    /// The share of the way; slightly negative where measurements scatter.
+    /// Position between the two times; slightly negative where measurements scatter.
     pub alpha: f64,
 }
 
-/// What the attention of a pass takes.
+/// Measured attention times of whole passes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MixedAttention {
-    /// What [`MixedPoint::prefill_context`] counts.
+    /// Unit of [`MixedPoint::prefill_context`].
     pub prefill_axis: PrefillAxis,
     /// The measured points.
     pub points: Vec<MixedPoint>,
-    /// The correction for uneven histories; none without cells.
+    /// Correction for uneven histories; no correction without cells.
     pub skew: Vec<SkewCell>,
 }
 
@@ -87,7 +87,7 @@ impl PrefillAxis {
 }
 
 impl MixedAttention {
-    /// Reads the two files of a profile's folder; none if it has no `mixed_attention.csv`.
+    /// Reads the two files of a profile's folder; `None` without `mixed_attention.csv`.
     pub(crate) fn read(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(POINTS);
         if !path.exists() {
@@ -109,7 +109,7 @@ impl MixedAttention {
         Ok(Some(Self { prefill_axis, points, skew }))
     }
 
-    /// Writes what [`Self::read`] reads, and removes what a profile that was there before had in its place.
+    /// Writes the files that [`Self::read`] reads, and removes those of an earlier profile that this one lacks.
     pub(crate) fn write(mixed: Option<&Self>, folder: &Path) -> Result<()> {
         match mixed {
             Some(mixed) => write_rows(&folder.join(POINTS), mixed.prefill_axis.columns(), &mixed.points)?,

@@ -1,7 +1,7 @@
-//! Pass logs: every pass of measured runs, with its work and the time that it took.
+//! Pass logs: every pass of measured runs, with its work and its time.
 //!
-//! A pass log is what latency models are fitted to and judged by, without the machine that it was measured on. The file
-//! is Parquet, one row for each pass; `docs/reference/files.md` lists its columns.
+//! Latency models are fitted to pass logs and evaluated on them, without the machine that was measured. The file is
+//! Parquet, with one row for each pass; `docs/reference/files.md` lists its columns.
 //!
 //! ```
 //! use traces::{LoggedPass, Nanos, PassLog, PassLogMeta, PassOrigin, PassRun, PassWork};
@@ -46,19 +46,19 @@ use crate::units::Nanos;
 
 /// Key of [`PassLogMeta`] among the metadata of the file.
 const META: &str = "depthwise.pass_log";
-/// Rows of a group: what is held as columns at once.
+/// Rows of a group: the number that is held in memory as columns.
 const GROUP: usize = 1 << 15;
 
-/// Passes that were measured, by run.
+/// Measured passes, by run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PassLog {
     /// What was measured.
     pub meta: PassLogMeta,
-    /// Its runs.
+    /// The runs.
     pub runs: Vec<PassRun>,
 }
 
-/// What a pass log was measured on.
+/// The model and device of a pass log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PassLogMeta {
     /// [`PassLog::SCHEMA_VERSION`].
@@ -67,16 +67,16 @@ pub struct PassLogMeta {
     pub model: String,
     /// Fingerprint of the model, as in the latency profile.
     pub fingerprint: String,
-    /// Loops of the model.
+    /// Number of loops of the model.
     pub num_loops: u32,
-    /// Device that was measured.
+    /// The measured device.
     pub device: String,
 }
 
-/// Passes that ran under the same settings, in their order.
+/// Passes of one run under one configuration, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PassRun {
-    /// Why they ran.
+    /// Why the passes ran.
     pub origin: PassOrigin,
     /// Batching policy, as on the command line.
     pub batching: String,
@@ -84,11 +84,11 @@ pub struct PassRun {
     pub exit: String,
     /// KV fill, as on the command line.
     pub kv_fill: String,
-    /// Share of the capacity at which requests arrived; none where they arrived as their trace says.
+    /// Arrival rate as a share of the capacity; `None` where requests arrived at the times of their trace.
     pub load: Option<f64>,
-    /// Which repeat, from 0.
+    /// Number of the repeat, from 0.
     pub repeat: u32,
-    /// The passes.
+    /// The passes, in order.
     pub passes: Vec<LoggedPass>,
 }
 
@@ -130,31 +130,31 @@ impl FromStr for PassOrigin {
 /// A pass that ran.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoggedPass {
-    /// When it started, by the clock of its run.
+    /// Start of the pass, on the clock of its run.
     pub start: Nanos,
-    /// How long the executor took for it.
+    /// Duration of the pass on the executor.
     pub elapsed: Nanos,
-    /// When it ended, in microseconds since 1970 (UTC); 0 where no clock was read.
+    /// Wall-clock time at the end, in microseconds since 1970 (UTC); 0 where no clock was read.
     pub wall_us: u64,
-    /// What the time depends on.
+    /// The features that the time depends on.
     pub work: PassWork,
-    /// Its rows, by depth.
+    /// The rows, by depth.
     pub rows_by_depth: Vec<DepthRows>,
 }
 
-/// Rows of a pass at one depth, by what they run for.
+/// Rows of a pass at one depth, by purpose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DepthRows {
-    /// Next tokens of sequences.
+    /// Decode rows.
     pub decode: u32,
     /// Tokens of prompts, and of contexts that are computed again.
     pub prompt: u32,
-    /// Depths that tokens skipped, run later.
+    /// Rows of backfill: skipped depths that run later.
     pub backfill: u32,
 }
 
 impl PassLogMeta {
-    /// The description of a log of the current schema.
+    /// Metadata of a log with the current schema version.
     pub fn new(model: &str, fingerprint: &str, num_loops: u32, device: &str) -> Self {
         let [model, fingerprint, device] = [model, fingerprint, device].map(str::to_owned);
         Self { schema_version: PassLog::SCHEMA_VERSION, model, fingerprint, num_loops, device }
@@ -162,13 +162,13 @@ impl PassLogMeta {
 }
 
 impl PassLog {
-    /// The version that this code writes, and the only one that it reads.
+    /// The version of the files that this crate reads and writes.
     pub const SCHEMA_VERSION: u32 = 1;
 
-    /// Writes the file, whole or not at all.
+    /// Writes the file, completely or not at all.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If the file cannot be written.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let failed = || unwritten(path);
@@ -194,7 +194,7 @@ impl PassLog {
     /// Reads a file.
     ///
     /// # Errors
-    /// If it does not read, is of another version, or a value makes no sense.
+    /// If the file cannot be read, has another version, or contains an invalid value.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = File::open(path).map_err(TraceError::io("read", path))?;
@@ -238,7 +238,7 @@ impl PassLog {
         Ok(log)
     }
 
-    /// Adds a pass to the last run, or to a new one if it is the first of its own.
+    /// Appends a pass to the last run, or to a new run if its labels differ.
     fn push(&mut self, labels: Labels, index: u64, pass: LoggedPass) {
         match self.runs.last_mut() {
             Some(run) if index > 0 && run.labels() == labels => run.passes.push(pass),
@@ -258,10 +258,10 @@ impl PassRun {
     }
 }
 
-/// A pass as it stands in a row: with its run, and its place there.
+/// A row of the file: its run, its index in the run, and the pass.
 type Row<'a> = (&'a PassRun, u64, &'a LoggedPass);
 
-/// What a row says of its run.
+/// The columns that identify a row's run.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Labels {
     origin: PassOrigin,
@@ -272,10 +272,10 @@ struct Labels {
     repeat: u32,
 }
 
-/// A row that is being read.
+/// A row while it is read.
 type Read = (Labels, u64, LoggedPass);
 
-/// How a column takes its value from a row, and gives it to one that is read.
+/// How a column gets its value from a row, and sets it in a row that is being read.
 enum Column {
     /// UTF-8.
     Text(fn(&Row<'_>) -> String, fn(&mut Read, String) -> Result<(), String>),
@@ -563,7 +563,7 @@ fn at_depths(read: &mut Read, rows: Vec<u32>, set: fn(&mut DepthRows, u32)) {
     by_depth.iter_mut().zip(rows).for_each(|(at, rows)| set(at, rows));
 }
 
-/// A number as the type that it has in memory.
+/// Converts a number to its type in memory.
 fn small(value: impl TryInto<u32> + Copy + fmt::Display) -> Result<u32, String> {
     value.try_into().map_err(|_| format!("{value}, expected a number from 0 to {}", u32::MAX))
 }
@@ -582,7 +582,7 @@ fn schema() -> String {
 }
 
 impl Column {
-    /// The path of a column of this kind in the schema.
+    /// Path of a column of this kind in the schema.
     fn path(&self, name: &str) -> String {
         match self {
             Self::List(..) => format!("{name}.list.element"),
@@ -613,7 +613,7 @@ impl Column {
             Self::List(of, _) => {
                 let (mut values, mut defined, mut repeated) = (Vec::new(), Vec::new(), Vec::new());
                 for list in rows.iter().map(of) {
-                    // An empty list has one entry in the levels, which says so.
+                    // An empty list has one entry in the levels, which marks it as empty.
                     for place in 0..list.len().max(1) {
                         defined.push(i16::from(!list.is_empty()));
                         repeated.push(i16::from(place > 0));
@@ -667,11 +667,11 @@ impl Column {
     }
 }
 
-/// Why a column cannot be taken in.
+/// Why a column cannot be read.
 enum ReadError {
-    /// Parquet does not read.
+    /// An error of the parquet crate.
     Parquet(ParquetError),
-    /// A value makes no sense.
+    /// An invalid value.
     Value(String),
 }
 
@@ -681,7 +681,7 @@ impl From<ParquetError> for ReadError {
     }
 }
 
-/// Gives each row its value.
+/// Sets the value of each row.
 fn give<T>(
     rows: &mut [Read],
     values: Vec<T>,
@@ -704,7 +704,7 @@ fn write_column<T: DataType>(
     column.close()
 }
 
-/// The values of a column that are not null, and the levels of all: Parquet's way of writing nulls and lists.
+/// The non-null values of a column and the levels of all: Parquet's encoding of nulls and lists.
 struct ReadColumn<T> {
     values: Vec<T>,
     defined: Vec<i16>,
@@ -797,7 +797,7 @@ mod tests {
             let mut damaged = whole.clone();
             damaged[place] ^= 0x55;
             std::fs::write(&path, &damaged).unwrap();
-            // Not every bit matters; none may end the process.
+            // Some bits do not matter, but none may end the process.
             let _ = PassLog::read(&path);
         }
         let newer = PassLog { meta: PassLogMeta { schema_version: 2, ..log().meta }, runs: Vec::new() };

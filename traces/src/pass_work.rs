@@ -1,64 +1,64 @@
-//! The work of a pass: everything that its time depends on, as features.
+//! The work of a pass: every feature that its time depends on.
 
-/// Everything that the time of a pass depends on.
+/// Every feature that the time of a pass depends on.
 ///
-/// The scheduler derives it from the rows of a pass, for every executor alike; a latency model turns it into a time; a
-/// [pass log](crate::pass_log) keeps it beside the time that was measured.
+/// The scheduler derives the work from the rows of a pass, for every executor. A latency model turns the work into a
+/// time. A [pass log](crate::pass_log) stores the work with the measured time.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PassWork {
-    /// All rows.
+    /// Number of rows.
     pub rows: u32,
     /// Rows whose attention runs row by row: decode rows, and single rows of backfill.
     pub decode_rows: u32,
-    /// Sum of the histories of the decode rows: tokens that each attends to before itself, at its own depth.
+    /// Sum of the histories of the decode rows: the tokens before each row that it attends to, at its own depth.
     pub decode_history: u64,
-    /// Sum of the squares of these histories.
+    /// Sum of the squared histories of the decode rows.
     pub squared_decode_history: f64,
-    /// The longest of these histories.
+    /// Longest history of the decode rows.
     pub longest_decode_history: u32,
-    /// Rows whose attention runs together: chunks of prompts, and of backfill.
+    /// Rows whose attention runs together: chunks of prompts and of backfill.
     pub chunks: Vec<ChunkWork>,
-    /// Distinct depths among the rows.
+    /// Number of distinct depths among the rows.
     pub depths: u32,
     /// Rows at depth 0, which are embedded.
     pub embed_rows: u32,
     /// Rows for which the exit head runs within the pass.
     pub head_rows: u32,
-    /// Rows for which the exit head runs once it is decided that they exit.
+    /// Rows for which the exit head runs after the exits are decided.
     pub exit_head_rows: u32,
-    /// Depths to which exiting rows copy their keys and values, over all rows.
+    /// Number of copies of keys and values to skipped depths, over all exiting rows.
     pub filled_depths: u32,
-    /// The pass before, on the same machine.
+    /// The previous pass on the same machine.
     pub before: PassBefore,
 }
 
 /// A chunk of a pass: consecutive tokens of one sequence at one depth.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChunkWork {
-    /// Its tokens, each a row.
+    /// Number of tokens, each of which is a row.
     pub tokens: u32,
-    /// Tokens before it that it attends to, at its own depth.
+    /// Number of earlier tokens that it attends to, at its own depth.
     pub history: u32,
 }
 
-/// What the time of a pass depends on in the pass before it.
+/// Features of the previous pass that the time of a pass depends on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PassBefore {
-    /// Its rows; 0 for the first pass of a machine.
+    /// Number of rows; 0 before the first pass of a machine.
     pub rows: u32,
-    /// Whether it ran the exit head.
+    /// Whether the pass ran the exit head.
     pub head: bool,
 }
 
 impl PassWork {
-    /// Whether the exit head ran in the pass before or within this one, so that its weights may still be in a cache when
-    /// it runs for rows that exit.
+    /// Whether the exit head ran in the previous pass or within this one, so that its weights may still be in a cache
+    /// when it runs for exiting rows.
     #[inline]
     pub fn head_is_warm(&self) -> bool {
         self.before.head || self.head_rows > 0
     }
 
-    /// What the next pass finds of this one.
+    /// The features of this pass that the next one depends on.
     #[inline]
     pub fn as_before(&self) -> PassBefore {
         PassBefore { rows: self.rows, head: self.head_rows + self.exit_head_rows > 0 }

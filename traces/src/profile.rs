@@ -1,22 +1,23 @@
-//! Latency profiles: what the parts of a pass were measured to take.
+//! Latency profiles: measured times of the components of a pass.
 //!
-//! The time of a pass is the sum of its parts:
+//! The time of a pass is the sum of its components:
 //!
 //! ```text
-//! overhead                                   once a pass
-//! + block(rows)                              everything of the block that depends on the number of rows alone
-//! + elementwise(rows)                        norms, activations, rotary embedding, where block leaves them out
-//! + lora(rows)                               what the low-rank weights of each row's own loop add
+//! overhead                                   once per pass
+//! + block(rows)                              everything in the block that depends only on the number of rows
+//! + elementwise(rows)                        norms, activations, rotary embedding, where not part of block
+//! + lora(rows)                               the low-rank weights of each row's own loop
 //! + decode_attention(rows, history)          decode rows, at their mean history
 //! + prefill_attention(tokens, history)       the chunk with the most keys
 //! + sum over other chunks of prefill_again(tokens, history)
-//! + depth_mix(rows, depths)                  what distinct depths in one pass add (LoRA, gathering)
+//! + after_more(rows, rows before)            extra time after a pass with more rows
+//! + depth_mix(rows, depths)                  extra time of several distinct depths in one pass
 //! + embed(rows at depth 0)
-//! + head(rows that are looked at or leave)
-//! + kv_fill(depths that the leaving rows skip)   under the KV fill `reuse`
+//! + head(rows whose signal needs it or that exit)
+//! + kv_fill(depths that exiting rows skip)   under the KV fill `reuse`
 //! ```
 //!
-//! Where attention was measured for whole passes, [`MixedAttention`] takes the place of the two attention parts.
+//! Where attention was measured for whole passes, [`MixedAttention`] replaces the two attention components.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -30,43 +31,44 @@ use crate::exit_trace::ExitTrace;
 use crate::mixed_attention::MixedAttention;
 use crate::table::{Owner, Row, Table, check_version, read_yaml, write_rows, write_yaml};
 
-/// A part of a pass that is measured on its own.
+/// A component of a pass that is measured separately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Component {
-    /// The shared block, by `rows`: what depends on neither histories nor depths.
+    /// The shared block, by `rows`, without what depends on histories or depths.
     Block,
-    /// The parts of the block without weights (norms, activations, rotary embedding), by `rows`, where they are not
+    /// Operations of the block without weights (norms, activations, rotary embedding), by `rows`, where they are not
     /// part of [`Component::Block`].
     Elementwise,
-    /// What the low-rank weights of each row's own loop add to a pass at one depth, by `rows`.
+    /// Extra time for the low-rank weights of each row's own loop in a pass at one depth, by `rows`.
     Lora,
-    /// What a pass takes beyond if the one before had more rows, whose data has pushed weights out of caches: by `rows` and
-    /// `kv_tokens`, which is here how many rows the pass before had.
+    /// Extra time of a pass after one with more rows, whose data has evicted weights from caches; by `rows` and by
+    /// `kv_tokens`, which here is the number of rows of the previous pass.
     AfterMore,
-    /// What the histories of decode rows add, by `rows` and `kv_tokens` (history of each).
+    /// Extra time for the histories of decode rows, by `rows` and `kv_tokens` (history of each row).
     DecodeAttention,
-    /// What attention of one prompt chunk adds, by `rows` (its tokens) and `kv_tokens` (history before it). Below zero
-    /// where the chunk takes less than the decode rows that [`Component::Block`] was measured with.
+    /// Extra time for attention of one prompt chunk, by `rows` (its tokens) and `kv_tokens` (history before it).
+    /// Negative where the chunk takes less time than the decode rows that [`Component::Block`] was measured with.
     PrefillAttention,
-    /// The same of a further chunk in a pass, beside one of no fewer keys; where it is not measured, it is as
-    /// [`Component::PrefillAttention`].
+    /// Extra time for attention of a further chunk, in a pass with a chunk of at least as many keys. Where it is not
+    /// measured, [`Component::PrefillAttention`] applies.
     PrefillAgain,
-    /// What `depths` distinct depths in one pass add to a pass at one depth, by `rows`.
+    /// Extra time of `depths` distinct depths in one pass over a pass at one depth, by `rows`.
     DepthMix,
     /// Embedding lookup, by `rows`.
     Embed,
     /// The exit head over the vocabulary, by `rows`.
     Head,
-    /// The same in a pass after one that ran it too, whose weights may still be at hand; where it is not measured, it is
-    /// as [`Component::Head`].
+    /// The exit head in a pass after one that also ran it, when its weights may still be in a cache, by `rows`. Where
+    /// it is not measured, [`Component::Head`] applies.
     HeadAgain,
-    /// Copying keys and values to the depths that rows which leave skip, by `rows`: one for each depth that one skips.
+    /// Copies of keys and values to the depths that exiting rows skip. `rows` counts one for each row and skipped
+    /// depth.
     KvFill,
 }
 
 impl Component {
-    /// Every component, in the order in which files list them.
+    /// Every component, in the order of files.
     pub const ALL: [Self; 12] = [
         Self::Block,
         Self::Elementwise,
@@ -100,22 +102,22 @@ impl Component {
         }
     }
 
-    /// Whether a history (`kv_tokens`) plays a part, or what stands in its place.
+    /// Whether the component depends on `kv_tokens`.
     pub fn has_history(self) -> bool {
         matches!(self, Self::DecodeAttention | Self::PrefillAttention | Self::PrefillAgain | Self::AfterMore)
     }
 
-    /// Whether it may take less than no time: prompt chunks are measured against as many decode rows.
+    /// Whether the time may be negative: prompt chunks are measured against an equal number of decode rows.
     fn may_save(self) -> bool {
         matches!(self, Self::PrefillAttention | Self::PrefillAgain)
     }
 
-    /// Whether a number of microseconds is one that it can take.
+    /// Whether the component can take this time, in microseconds.
     pub fn can_take(self, time_us: f64) -> bool {
         time_us.is_finite() && (self.may_save() || time_us >= 0.0)
     }
 
-    /// Which numbers [`Component::can_take`] accepts, in words.
+    /// The times that [`Component::can_take`] accepts, in words.
     pub fn times(self) -> &'static str {
         if self.may_save() { "microseconds, a finite number" } else { NOT_NEGATIVE }
     }
@@ -140,12 +142,12 @@ impl FromStr for Component {
 /// One measured point of a component.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
-    /// What was measured.
+    /// The component that was measured.
     pub component: Component,
-    /// Rows of the pass (or tokens of the chunk).
+    /// Rows of the pass, or tokens of the chunk.
     pub rows: u32,
-    /// History of each decode row, or before the chunk, in tokens; rows of the pass before of [`Component::AfterMore`]; 0
-    /// where it plays no part.
+    /// History of each decode row, or before the chunk, in tokens. For [`Component::AfterMore`], rows of the previous
+    /// pass. 0 for components without history.
     pub kv_tokens: u32,
     /// Distinct depths among the rows; 1 except for [`Component::DepthMix`].
     pub depths: u32,
@@ -153,69 +155,69 @@ pub struct Point {
     pub time_us: f64,
     /// Half the distance between the quartiles, in microseconds.
     pub spread_us: f64,
-    /// Repeats behind the median; 0 where the time was computed rather than measured.
+    /// Number of repeats behind the median; 0 where the time was computed rather than measured.
     pub repeats: u32,
 }
 
-/// Where a profile comes from and what the device holds.
+/// Origin of a profile, and memory of its model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProfileMeta {
     /// Version of the file format: [`LatencyProfile::SCHEMA_VERSION`].
     pub schema_version: u32,
-    /// Name of the model, for people.
+    /// Name of the model, for readers.
     pub model: String,
     /// Fingerprint of the model's configuration and weights; `any` matches every exit trace.
     pub fingerprint: String,
-    /// Loops of the model.
+    /// Number of loops of the model.
     pub num_loops: u32,
-    /// The device, with what is known of it: name, cores or clock.
+    /// The device: name, and cores or clock where known.
     pub device: String,
-    /// Software and number type that ran on it.
+    /// Software and number type of the measurement.
     pub software: String,
-    /// How the numbers came about: the command, or the tables they were computed from.
+    /// How the times were obtained: the command, or the tables they were computed from.
     pub source: String,
-    /// Fixed time of a pass that no other part holds, in microseconds.
+    /// Fixed time of a pass that belongs to no component, in microseconds.
     pub overhead_us: f64,
     /// Bytes of all weights.
     pub weight_bytes: u64,
     /// Bytes of keys and values of one token, over all depths.
     pub kv_bytes_per_token: u64,
-    /// What else takes memory, and how much there is.
+    /// Other memory use, and the size of the memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryFigures>,
 }
 
-/// Memory beside weights, keys and values, in bytes.
+/// Memory use other than weights, keys and values, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryFigures {
-    /// All of the device's memory, where that is known.
+    /// All memory of the device, where known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_bytes: Option<u64>,
-    /// What neither weights nor activations nor keys and values take: context, workspaces, communication.
+    /// Memory other than weights, activations, keys and values: context, workspaces, communication.
     pub other_bytes: u64,
     /// Activations of each row of a pass.
     pub row_bytes: u64,
-    /// Logits of each row that predicts.
+    /// Logits of each row that predicts a token.
     pub logits_bytes: u64,
 }
 
-/// What the parts of a pass take on one device, for one model.
+/// Times of the components of a pass, on one device and for one model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatencyProfile {
-    /// Where it comes from.
+    /// Origin of the profile.
     pub meta: ProfileMeta,
     /// The measured points.
     pub points: Vec<Point>,
-    /// Attention where it was measured for whole passes; the attention components then have no points.
+    /// Attention where it was measured for whole passes. The attention components then have no points.
     pub mixed_attention: Option<MixedAttention>,
 }
 
 impl LatencyProfile {
     /// Version of the files that this crate reads and writes.
     pub const SCHEMA_VERSION: u32 = 1;
-    /// Fingerprint of a profile that stands for no particular weights.
+    /// Fingerprint of a profile that belongs to no particular weights.
     pub const ANY_MODEL: &str = "any";
 
     /// Components with times that were computed rather than measured.
@@ -239,18 +241,18 @@ const TIME_US: usize = 4;
 const SPREAD_US: usize = 5;
 const REPEATS: usize = 6;
 
-/// What most times are, and every spread.
+/// Valid values of most times and of every spread.
 const NOT_NEGATIVE: &str = "microseconds, at least 0";
 
-/// Components without which no pass can be timed; the others take no time where they are absent.
+/// Components without which no pass can be timed. Other components take no time where they are absent.
 const REQUIRED: [Component; 3] = [Component::Block, Component::Embed, Component::Head];
 
 impl LatencyProfile {
     /// Reads a folder with `profile.yaml` and `latency.csv`.
     ///
     /// # Errors
-    /// If a file does not read, is of another version, lacks block, embed or head, measures a point
-    /// twice, or has a value that is not finite, negative, or has no meaning for its component.
+    /// If a file cannot be read, has another version, lacks block, embed or head, contains a point twice, or contains a
+    /// value that is not finite, is negative, or does not apply to its component.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let yaml = folder.as_ref().join("profile.yaml");
         let meta: ProfileMeta = read_yaml(&yaml)?;
@@ -274,10 +276,10 @@ impl LatencyProfile {
         Ok(Self { meta, points, mixed_attention })
     }
 
-    /// Writes `latency.csv` and `profile.yaml` into a folder, each whole or not at all; creates the folder.
+    /// Writes `latency.csv` and `profile.yaml` into a folder, each completely or not at all; creates the folder.
     ///
     /// # Errors
-    /// If a file cannot be written, or the profile is one that [`Self::read`] would refuse.
+    /// If a file cannot be written, or [`Self::read`] would reject the profile.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         let path = folder.join("latency.csv");
@@ -317,12 +319,12 @@ fn read_point(row: &Row<'_>) -> Result<Point> {
 }
 
 impl Point {
-    /// What tells points of a grid apart.
+    /// Position of the point in the grid.
     fn place(&self) -> (Component, u32, u32, u32) {
         (self.component, self.rows, self.kv_tokens, self.depths)
     }
 
-    /// The first column with a value that makes no sense, and what would.
+    /// The first column with an invalid value, and the values that are valid.
     fn fault(&self, num_loops: u32) -> Option<(usize, &'static str)> {
         let checks = [
             (self.rows >= 1, ROWS, "at least 1"),
@@ -357,7 +359,7 @@ fn check_components(path: &Path, points: &[Point]) -> Result<()> {
     }
 }
 
-/// More loops than any model has would make others allocate for them.
+/// Rejects more loops than any model has, for which readers would allocate memory.
 pub(crate) fn check_num_loops(path: &Path, num_loops: u32) -> Result<()> {
     const MOST: u32 = 64;
     match (1..=MOST).contains(&num_loops) {
@@ -371,7 +373,8 @@ pub(crate) fn check_num_loops(path: &Path, num_loops: u32) -> Result<()> {
     }
 }
 
-/// Whether a profile and an exit trace are of the same model, or the profile of no particular weights.
+/// Checks that a profile and an exit trace belong to the same model, or that the profile belongs to no particular
+/// weights.
 ///
 /// # Errors
 /// If loops or fingerprints differ.

@@ -1,4 +1,4 @@
-//! A request trace: who asks when, with how long a prompt, for how many tokens.
+//! Request traces: arrival, prompt length and output length of each request.
 
 use crate::error::{Result, TraceError};
 use crate::units::Nanos;
@@ -6,49 +6,49 @@ use crate::units::Nanos;
 /// One request of a trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Position in the trace, counted from 0; what the request is known by in every output.
+    /// Index in the trace, from 0; identifies the request in every output.
     pub id: u32,
-    /// When it arrives, since the start of the trace.
+    /// Arrival, since the start of the trace.
     pub arrival: Nanos,
     /// Length of the prompt in tokens, at least 1.
     pub prompt_tokens: u32,
-    /// Tokens to generate, at least 1; generation ends there and nowhere else.
+    /// Number of tokens to generate, at least 1; generation ends exactly there.
     pub output_tokens: u32,
 }
 
 impl Request {
-    /// The longest prompt or output that files and generators may name, so that sums of two stay in range.
+    /// Longest prompt or output in files and generators, so that sums of two do not overflow.
     pub const MAX_TOKENS: u32 = 1 << 30;
-    /// The latest arrival that files and generators may name: a century, so that sums of times stay in range.
+    /// Latest arrival in files and generators: a century, so that sums of times do not overflow.
     pub const MAX_ARRIVAL: Nanos = Nanos(100 * 365 * 86_400 * 1_000_000_000);
 
-    /// Keys and values the request holds when its last token leaves: that token itself is never read back.
+    /// Number of tokens with keys and values when the last token exits: the last token itself is never an input.
     pub fn context_tokens(&self) -> u32 {
         self.prompt_tokens + self.output_tokens - 1
     }
 }
 
-/// Requests in the order in which they arrive.
+/// Requests in order of arrival.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RequestTrace {
-    /// Where it comes from, for people: the file's name without its ending, or `generated`.
+    /// Name for readers: the file's name without its extension, or `generated`.
     pub name: String,
-    /// The requests by arrival; each one's `id` is its place here.
+    /// The requests by arrival; the `id` of each is its index here.
     pub requests: Vec<Request>,
-    /// Which prompts begin alike, where the file says so.
+    /// Which prompts have common prefixes, where the file contains that.
     pub prefix_hashes: Option<PrefixHashes>,
-    /// What of its file is not among the requests, and what was assumed, each in a sentence for people.
+    /// Omissions and assumptions of the reader: one sentence each.
     pub warnings: Vec<String>,
 }
 
 impl RequestTrace {
-    /// Requests by arrival that no prefixes are known of.
+    /// A trace of requests in order of arrival, without prefix hashes.
     pub fn new(name: impl Into<String>, requests: Vec<Request>) -> Self {
         Self { name: name.into(), requests, prefix_hashes: None, warnings: Vec::new() }
     }
 
-    /// Orders requests by arrival (those that arrive together stay in their order) and numbers them. Arrivals that are
-    /// dates, counted from 1970, are counted from the first of them.
+    /// Sorts requests by arrival (requests that arrive together keep their order) and numbers them. Arrivals that are
+    /// dates, as times since 1970, are shifted so that the first is 0.
     pub(crate) fn from_unsorted(name: String, requests: Vec<Request>, prefix_hashes: Option<PrefixHashes>) -> Self {
         let mut order: Vec<usize> = (0..requests.len()).collect();
         order.sort_by_key(|&index| requests[index].arrival);
@@ -60,12 +60,12 @@ impl RequestTrace {
         trace
     }
 
-    /// When the first request arrives, which times of windows count from.
+    /// Arrival of the first request, from which the times of windows count.
     pub fn first_arrival(&self) -> Nanos {
         self.requests.first().map_or(Nanos::ZERO, |request| request.arrival)
     }
 
-    /// The requests at these places, in this order, numbered anew.
+    /// The requests at these indices, in this order, renumbered.
     fn select(mut self, places: impl IntoIterator<Item = usize> + Clone) -> Self {
         let moved = places.clone().into_iter().map(|place| self.requests[place]);
         self.requests = (0..).zip(moved).map(|(id, request)| Request { id, ..request }).collect();
@@ -96,14 +96,14 @@ impl RequestTrace {
         trace
     }
 
-    /// Requests per second between the first and the last arrival; none if all arrive at once.
+    /// Requests per second between the first and the last arrival; `None` if all arrive at once.
     pub fn rate_per_s(&self) -> Option<f64> {
         let (first, last) = (self.requests.first()?, self.requests.last()?);
         let span = last.arrival - first.arrival;
         (span > Nanos::ZERO).then(|| (self.requests.len() - 1) as f64 / span.as_secs_f64())
     }
 
-    /// Lets requests arrive `factor` times as fast, in the same pattern, from the first arrival on, which stays.
+    /// Makes requests arrive `factor` times as fast, in the same pattern. The first arrival does not change.
     ///
     /// # Errors
     /// If the factor is not a positive number, or so small that arrivals exceed [`Request::MAX_ARRIVAL`].
@@ -113,8 +113,8 @@ impl RequestTrace {
         scaled.ok_or_else(|| TraceError::spec("rate_factor", factor, expected))
     }
 
-    /// Lets requests arrive at a mean rate (see [`Self::rate_per_s`]), in the same pattern, from the first arrival on,
-    /// which stays.
+    /// Makes requests arrive at a mean rate (see [`Self::rate_per_s`]), in the same pattern. The first arrival does not
+    /// change.
     ///
     /// # Errors
     /// If the rate is not a positive number, or so small that arrivals exceed [`Request::MAX_ARRIVAL`], or if all
@@ -140,7 +140,7 @@ impl RequestTrace {
         Some(self)
     }
 
-    /// Shortens prompts and outputs to at most these numbers of tokens (at least 1 stays).
+    /// Cuts prompts and outputs to at most these numbers of tokens; at least 1 remains.
     pub fn clip_lengths(mut self, max_prompt_tokens: u32, max_output_tokens: u32) -> Self {
         for request in &mut self.requests {
             request.prompt_tokens = request.prompt_tokens.min(max_prompt_tokens).max(1);
@@ -158,16 +158,16 @@ impl RequestTrace {
     }
 }
 
-/// Seconds from 1970 to 2000: what comes later is a date, and no time since the start of a trace.
+/// Time from 1970 to 2000. A later arrival is a date rather than a time since the start of a trace.
 const YEAR_2000: Nanos = Nanos(946_684_800 * 1_000_000_000);
 
-/// For each prompt a hash of each whole block of its tokens together with all before it.
+/// For each prompt, a hash of each full block of its tokens together with all tokens before it.
 ///
-/// Two prompts with the same hash at block `k` share their first `(k + 1) * block_tokens` tokens.
-/// A begun last block has no hash: caches share whole blocks only.
+/// Two prompts with equal hashes at block `k` share their first `(k + 1) * block_tokens` tokens. A partial last block
+/// has no hash: caches share full blocks only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrefixHashes {
-    /// Tokens of a block.
+    /// Tokens per block.
     pub block_tokens: u32,
     /// Hashes of request `i` are `hashes[starts[i]..starts[i + 1]]`.
     starts: Vec<usize>,
@@ -175,7 +175,7 @@ pub struct PrefixHashes {
 }
 
 impl PrefixHashes {
-    /// For no request yet.
+    /// Hashes without requests.
     pub fn new(block_tokens: u32) -> Self {
         Self { block_tokens, starts: vec![0], hashes: Vec::new() }
     }
@@ -186,7 +186,7 @@ impl PrefixHashes {
         self.starts.push(self.hashes.len());
     }
 
-    /// The hashes of a request, block by block; none for a request that was not pushed.
+    /// The hashes of a request, block by block; empty for a request that was not pushed.
     pub fn of(&self, request: u32) -> &[u64] {
         match self.starts.get(request as usize..) {
             Some(&[start, end, ..]) => &self.hashes[start..end],

@@ -1,4 +1,5 @@
-//! CSV files row by row with errors that name line and column, and files that are written whole or not at all.
+//! CSV files read row by row, with errors that name line and column, and files that are written completely or not at
+//! all.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,20 +12,20 @@ use csv::ByteRecord;
 use crate::error::{Result, TraceError, quote};
 use crate::input::{Text, ends_with_newline, open_file, open_text, read_text};
 
-/// Whose file it is, which decides how strictly its header is read.
+/// The origin of a file, which decides how strictly its header is checked.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Owner {
-    /// Written by this crate: these columns in this order, and a line end after the last row.
+    /// Written by this crate: exactly these columns in this order, and a line end after the last row.
     Us,
-    /// Published by others, who add and move columns: the columns are found by name, others ignored.
+    /// Published by others, who add and move columns: columns are found by name, others are ignored.
     Others,
 }
 
-/// A CSV file whose columns are known by their place in `columns`.
+/// A CSV file whose columns are addressed by their index in `columns`.
 pub struct Table {
     path: PathBuf,
     columns: Vec<&'static str>,
-    /// Place in the file of each of `columns`.
+    /// Position in the file of each of `columns`.
     places: Vec<usize>,
     /// Names of the file's columns that are not among `columns`.
     unused: Vec<String>,
@@ -36,12 +37,12 @@ impl Table {
     /// Opens a file and finds the columns in its header.
     ///
     /// # Errors
-    /// If it cannot be read, or lacks a column.
+    /// If the file cannot be read, or lacks a column.
     pub fn open(path: &Path, columns: &[&'static str], owner: Owner) -> Result<Self> {
         Self::open_optional(path, columns, columns.len(), owner)
     }
 
-    /// The same, but from column `optional` on the last columns may be missing: see [`has`](Self::has).
+    /// As [`open`](Self::open), but the columns from index `optional` on may be missing: see [`has`](Self::has).
     ///
     /// # Errors
     /// As for [`open`](Self::open).
@@ -88,10 +89,10 @@ impl Table {
         column < self.columns.len()
     }
 
-    /// The next row, none after the last.
+    /// The next row; `None` after the last.
     ///
     /// # Errors
-    /// If the line is not one of the table.
+    /// If the line is not a row of the table.
     pub fn next_row(&mut self) -> Result<Option<Row<'_>>> {
         match self.reader.read_byte_record(&mut self.record) {
             Ok(true) => Ok(Some(Row { table: self })),
@@ -117,24 +118,24 @@ pub struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// A value that `parse` accepts, in what was column `column` of [`Table::open`].
+    /// The value of a column, parsed by `parse`. `column` is an index into the `columns` of [`Table::open`].
     ///
     /// # Errors
-    /// If it does not.
+    /// If `parse` rejects the value.
     pub fn get<T>(&self, column: usize, expected: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
         let text = std::str::from_utf8(self.bytes(column)).ok();
         text.and_then(|text| parse(text.trim_ascii())).ok_or_else(|| self.error(column, expected))
     }
 
-    /// A value that parses and for which `valid` holds.
+    /// The value of a column, parsed as a number and checked by `valid`.
     ///
     /// # Errors
-    /// If it does not.
+    /// If the value does not parse or is not valid.
     pub fn number<T: FromStr>(&self, column: usize, expected: &str, valid: impl Fn(&T) -> bool) -> Result<T> {
         self.get(column, expected, |text| text.parse().ok().filter(valid))
     }
 
-    /// The error of a value that is not what it should be.
+    /// The error for an invalid value.
     pub fn error(&self, column: usize, expected: impl Into<String>) -> TraceError {
         let byte = self.table.record.position().map_or(0, csv::Position::byte);
         TraceError::Value {
@@ -151,7 +152,7 @@ impl Row<'_> {
     }
 }
 
-/// A file of ours that was cut off inside its last number would read as another number.
+/// A file of this crate that was cut off inside its last number would read as another number.
 fn check_ends_with_newline(path: &Path, columns: &[&str]) -> Result<()> {
     match ends_with_newline(path)? {
         Some(true) => Ok(()),
@@ -173,9 +174,9 @@ fn from_csv(path: &Path, error: csv::Error) -> TraceError {
     TraceError::Line { path: path.to_owned(), line: line_of_record(path, byte), found, expected }
 }
 
-/// Line, counted from 1, of the record that starts at `byte`.
+/// Line number, from 1, of the record that starts at `byte`.
 ///
-/// The reader's own count is behind after CRLF and blank lines, and errors are rare enough to count again.
+/// The reader's own count is wrong after CRLF and blank lines. Errors are rare enough to count again.
 fn line_of_record(path: &Path, byte: u64) -> u64 {
     let Ok(text) = open_text(path) else { return 0 };
     let mut reader = BufReader::new(text);
@@ -199,8 +200,8 @@ fn line_of_record(path: &Path, byte: u64) -> u64 {
     line
 }
 
-/// A file under a temporary name beside its place, which it takes when it is finished: so nobody ever sees half of it,
-/// and one that is dropped before leaves nothing.
+/// A file under a temporary name next to its final path, to which it is renamed when it is complete. Other processes
+/// never see a partial file, and a file that is dropped earlier is removed.
 #[derive(Debug)]
 pub struct PartialFile {
     out: BufWriter<File>,
@@ -212,7 +213,7 @@ impl PartialFile {
     /// Starts a file that will replace `path`.
     ///
     /// # Errors
-    /// If it cannot be made.
+    /// If the temporary file cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
         let mut name = OsString::from(path);
         name.push(".partial");
@@ -221,10 +222,10 @@ impl PartialFile {
         Ok(Self { out, path: path.to_owned(), partial })
     }
 
-    /// Puts the file in its place.
+    /// Renames the file to its final path.
     ///
     /// # Errors
-    /// If what is still to be written or the renaming fails.
+    /// If writing the remaining bytes or renaming fails.
     pub fn finish(mut self) -> Result<()> {
         let placed = self.out.flush().and_then(|()| std::fs::rename(&self.partial, &self.path));
         placed.map_err(TraceError::io("write", &self.path))
@@ -243,19 +244,19 @@ impl Write for PartialFile {
 
 impl Drop for PartialFile {
     fn drop(&mut self) {
-        // After `finish` there is none; otherwise an earlier error is the one to report.
+        // After `finish` there is no file; otherwise an earlier error is the one to report.
         let _ = std::fs::remove_file(&self.partial);
     }
 }
 
-/// Writes a file that is there whole or not at all.
+/// Writes a file, completely or not at all.
 pub fn write_whole(path: &Path, write: impl FnOnce(&mut PartialFile) -> io::Result<()>) -> Result<()> {
     let mut file = PartialFile::create(path)?;
     write(&mut file).map_err(TraceError::io("write", path))?;
     file.finish()
 }
 
-/// Writes a CSV file whole.
+/// Writes a CSV file, completely or not at all.
 pub fn write_rows<R: serde::Serialize>(path: &Path, columns: &[&str], rows: impl IntoIterator<Item = R>) -> Result<()> {
     write_whole(path, |out| {
         let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(out);
@@ -272,7 +273,7 @@ pub fn read_yaml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     serde_yaml::from_str(&read_text(path)?).map_err(|source| TraceError::Yaml { path: path.to_owned(), source })
 }
 
-/// Whether a file is of the version that this program reads.
+/// Checks that a file has the version that this program reads.
 pub(crate) fn check_version(path: &Path, found: u32, expected: u32) -> Result<()> {
     match found == expected {
         true => Ok(()),
@@ -285,7 +286,7 @@ pub(crate) fn check_version(path: &Path, found: u32, expected: u32) -> Result<()
     }
 }
 
-/// Writes a YAML file whole.
+/// Writes a YAML file, completely or not at all.
 pub fn write_yaml<T: serde::Serialize>(path: &Path, value: &T) -> Result<()> {
     write_whole(path, |out| serde_yaml::to_writer(out, value).map_err(io::Error::other))
 }

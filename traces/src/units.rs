@@ -4,10 +4,10 @@ use std::fmt;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Sub};
 
-/// A point in time since the start of a run, or a span of time, in whole nanoseconds.
+/// A point in time since the start of a run, or a duration, in whole nanoseconds.
 ///
-/// Integers keep sums independent of their order: a simulation gives the same
-/// result to the bit on any machine and any number of threads.
+/// Sums of integers do not depend on their order. A simulation therefore gives bit-identical results on any machine and
+/// any number of threads.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]
 pub struct Nanos(pub u64);
@@ -15,7 +15,7 @@ pub struct Nanos(pub u64);
 impl Nanos {
     /// The start of a run.
     pub const ZERO: Self = Self(0);
-    /// Later than anything that happens.
+    /// Later than any event.
     pub const MAX: Self = Self(u64::MAX);
 
     /// Rounds to the nearest nanosecond; negative and NaN become zero.
@@ -28,22 +28,22 @@ impl Nanos {
         Self((micros * 1e3).round() as u64)
     }
 
-    /// The same in seconds.
+    /// The time in seconds.
     pub fn as_secs_f64(self) -> f64 {
         self.0 as f64 * 1e-9
     }
 
-    /// The same in milliseconds.
+    /// The time in milliseconds.
     pub fn as_millis_f64(self) -> f64 {
         self.0 as f64 * 1e-6
     }
 
-    /// The same in microseconds.
+    /// The time in microseconds.
     pub fn as_micros_f64(self) -> f64 {
         self.0 as f64 * 1e-3
     }
 
-    /// The span since `earlier`, zero if that is later.
+    /// The duration since `earlier`; zero if `earlier` is later.
     pub fn since(self, earlier: Self) -> Self {
         Self(self.0.saturating_sub(earlier.0))
     }
@@ -93,7 +93,7 @@ impl fmt::Debug for Nanos {
     }
 }
 
-/// The time of day in microseconds since 1970 (UTC); 0 where the system's clock is earlier.
+/// The current wall-clock time in microseconds since 1970 (UTC); 0 if the system's clock is earlier.
 pub fn unix_micros() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     since.as_micros() as u64

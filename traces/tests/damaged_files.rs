@@ -1,4 +1,4 @@
-//! Whatever happens to a file, reading it gives a sound value or an error, never a panic.
+//! Reading a damaged file gives a valid value or an error, never a panic.
 
 mod allocations;
 mod damage;
@@ -15,7 +15,7 @@ use traces::{Component, ExitTable, ExitTrace, LatencyProfile, Request, RequestSp
 #[global_allocator]
 static ALLOCATIONS: Allocations = Allocations;
 
-/// A backtrace of a panic in the parquet crate, which is caught, would take megabytes of its own.
+/// A backtrace of a panic in the parquet crate, which is caught, would take megabytes of memory.
 static NO_BACKTRACES: Once = Once::new();
 
 const REQUESTS: [&str; 8] = [
@@ -83,7 +83,7 @@ fn footer_bytes(file: &[u8]) -> usize {
     length as usize + 8
 }
 
-/// More memory than that at once is not for files of a few hundred bytes.
+/// Limit of a single allocation for files of a few hundred bytes.
 const MEMORY: usize = 1 << 20;
 
 fn write(path: &Path, name: &str, contents: &[u8]) {
@@ -187,7 +187,7 @@ proptest! {
             false => damaged(&whole, &damages),
         };
         NO_BACKTRACES.call_once(|| {
-            // SAFETY: the environment is read by Rust's library alone, which locks it.
+            // SAFETY: only Rust's standard library reads the environment, under a lock.
             unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
         });
         write(folder.path(), "exits.parquet", &contents);

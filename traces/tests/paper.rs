@@ -43,7 +43,7 @@ fn expected() -> Vec<Expected> {
     reader.deserialize().collect::<Result<_, _>>().unwrap()
 }
 
-/// Time of a component for a full batch, in microseconds.
+/// Time of a component at the full batch, in microseconds.
 fn time_us(profile: &LatencyProfile, component: Component, rows: u32) -> f64 {
     profile.points_of(component).find(|point| point.rows == rows).expect("a point at the full batch").time_us
 }

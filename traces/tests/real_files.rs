@@ -1,10 +1,10 @@
-//! Published traces as they come; skipped, saying so, where they are not at hand.
+//! Published traces in their original form; skipped with a message where they are absent.
 
 use std::path::PathBuf;
 
 use traces::{Nanos, RequestSpec, RequestTrace};
 
-/// A file of the folder with data beside the checkout.
+/// A file of the data folder next to the checkout.
 fn data(file: &str) -> Option<PathBuf> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data").join(file);
     if !path.exists() {
@@ -29,7 +29,7 @@ fn azure_traces_read_in_full() {
         assert_eq!(trace.requests[0].prompt_tokens, first_prompt);
         assert_eq!(trace.requests[0].arrival, Nanos::ZERO);
         assert_eq!(trace.requests[requests - 1].output_tokens, last_output);
-        // Both were taken over about an hour.
+        // Both traces cover about an hour.
         assert!((3400.0..3600.0).contains(&trace.requests[requests - 1].arrival.as_secs_f64()));
     }
 }

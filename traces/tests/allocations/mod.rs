@@ -1,9 +1,9 @@
-//! The largest piece of memory that a thread asks for at once.
+//! The largest single allocation of a thread.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-/// The system's allocator, which remembers what each thread asked for.
+/// The system's allocator, which records the largest allocation of each thread.
 pub struct Allocations;
 
 thread_local! {
@@ -11,7 +11,7 @@ thread_local! {
 }
 
 impl Allocations {
-    /// Runs `work` and tells the size in bytes of the largest piece of memory that it asked for.
+    /// Runs `work` and returns the size in bytes of its largest allocation.
     pub fn largest<T>(&self, work: impl FnOnce() -> T) -> (T, usize) {
         LARGEST.set(0);
         let result = work();
@@ -19,7 +19,7 @@ impl Allocations {
     }
 
     fn note(size: usize) {
-        // A thread that ends has no cell any more, and nobody asks it.
+        // A thread that ends has no cell any more, and its value is not needed.
         let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
     }
 }
