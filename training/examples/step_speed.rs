@@ -1,5 +1,5 @@
-//! How fast training steps are: tokens per second of processor time, of the fastest and the median step, for the models
-//! that this repository trains. Processor time, so that other work on the machine disturbs little.
+//! Speed of training steps for the models that this repository trains: tokens per second of processor time, for the
+//! fastest and the median step. Processor time is little affected by other processes.
 //!
 //! ```sh
 //! cargo run --release -p training --example step_speed
@@ -76,7 +76,7 @@ fn step_times(options: TrainingOptions, folder: &Path) -> Result<Vec<f64>, Box<d
 /// Processor time of this process so far, of all its threads.
 fn processor_seconds() -> f64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the clock exists on every Linux, and `time` is ours.
+    // SAFETY: the clock exists on every Linux, and `time` is owned here.
     unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
     time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }

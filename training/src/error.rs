@@ -1,8 +1,8 @@
-//! Why training could not go on.
+//! Errors of training.
 
 use std::path::{Path, PathBuf};
 
-/// Why training could not start or go on.
+/// Why training cannot start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainingError {
     /// An option is out of range or contradicts another.
@@ -12,15 +12,15 @@ pub enum TrainingError {
         option: &'static str,
         /// Its value.
         found: String,
-        /// What is allowed.
+        /// The values that are valid.
         expected: String,
     },
-    /// A run's description does not read.
+    /// The options of a run are invalid.
     #[error("{}: {source}", path.display())]
     Description {
         /// The file.
         path: PathBuf,
-        /// Which key, and what is wrong with it.
+        /// The key, and the problem.
         source: serde_yaml::Error,
     },
     /// A text has too few tokens for one window.
@@ -33,46 +33,46 @@ pub enum TrainingError {
         /// Sequence length.
         expected: usize,
     },
-    /// A line of a text is no text.
+    /// A line of a text is invalid.
     #[error("{}:{line}: found {found}, expected {expected}", path.display())]
     Line {
         /// The file.
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, from 1.
         line: usize,
-        /// What the line holds.
+        /// What the line contains.
         found: String,
-        /// What it should hold.
+        /// What it should contain.
         expected: String,
     },
-    /// The loss is no longer a number.
+    /// The loss is no longer finite.
     #[error("step {step}: the loss is {loss}; lower the learning rate")]
     Diverged {
-        /// Step at which it happened.
+        /// Step at which that happened.
         step: usize,
         /// The loss.
         loss: f64,
     },
-    /// The model gives no probabilities.
+    /// The model's logits are not finite.
     #[error("the logits of tokens {from} to {to} of the text at depth {depth} are not finite")]
     NotFinite {
         /// First token of the window.
         from: usize,
-        /// Behind its last.
+        /// End of the window (exclusive).
         to: usize,
-        /// The first depth that is not finite.
+        /// The first depth with such logits.
         depth: usize,
     },
-    /// A line of JSON does not read as what its layout says.
+    /// A line of JSON does not match its layout.
     #[error("{}:{line}: {key}: {message}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, from 1.
         line: usize,
         /// The key, `the object` for the line as a whole.
         key: String,
-        /// What was found and what was expected.
+        /// The problem: what was found and what was expected.
         message: String,
     },
     /// A file has too few questions.
@@ -80,21 +80,21 @@ pub enum TrainingError {
     TooFewQuestions {
         /// The file.
         path: PathBuf,
-        /// Questions in the file.
+        /// Number of questions in the file.
         found: usize,
-        /// Questions needed.
+        /// Number of questions needed.
         expected: usize,
     },
-    /// A choice alone is longer than the model's positions.
+    /// A choice by itself is longer than the model's positions.
     #[error(
         "question {question}: a choice has {tokens} tokens, expected at most the model's {max_positions} positions"
     )]
     ChoiceTooLong {
-        /// Counted from 0.
+        /// Index of the question, from 0.
         question: usize,
-        /// Tokens of the choice.
+        /// Number of tokens of the choice.
         tokens: usize,
-        /// Positions of the model.
+        /// Number of positions of the model.
         max_positions: usize,
     },
     /// A checkpoint does not belong to this run.
@@ -102,7 +102,7 @@ pub enum TrainingError {
     Checkpoint {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
     /// A file could not be read or written.
@@ -110,19 +110,19 @@ pub enum TrainingError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A file is no text.
+    /// A file is not text.
     #[error(transparent)]
     Input(#[from] traces::TraceError),
-    /// A model could not be opened.
+    /// A model cannot be opened.
     #[error(transparent)]
     Model(#[from] engine::checkpoint::CheckpointError),
-    /// The model folder was refused or could not be written.
+    /// The model folder is invalid or cannot be written.
     #[error(transparent)]
     Weights(#[from] engine::weights::WeightsError),
-    /// The tokenizer was refused.
+    /// The tokenizer is invalid.
     #[error(transparent)]
     Tokenizer(#[from] engine::tokenizer::TokenizerError),
     /// A tensor operation failed.
@@ -131,7 +131,7 @@ pub enum TrainingError {
 }
 
 impl TrainingError {
-    /// What the system said of a file.
+    /// The system's error about a file.
     pub(crate) fn in_file(path: &Path, source: impl Into<std::io::Error>) -> Self {
         Self::File { path: path.to_owned(), source: source.into() }
     }

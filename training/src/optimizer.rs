@@ -1,4 +1,4 @@
-//! AdamW with gradient clipping, and the learning rate's course over a run.
+//! AdamW with gradient clipping, and learning-rate schedules.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,11 +18,12 @@ pub struct AdamWOptions {
     pub peak_learning_rate: f64,
     /// Steps of linear warm-up.
     pub warmup_steps: usize,
-    /// The learning rate's course after warm-up.
+    /// Schedule of the learning rate after warm-up.
     pub schedule: Schedule,
-    /// Share of a matrix that is taken off per step and unit of learning rate. Norms and biases are exempt.
+    /// Weight decay: share of a matrix that is subtracted per step and unit of learning rate. Norms and biases are
+    /// exempt.
     pub weight_decay: f64,
-    /// Norm of all gradients together above which they are scaled down to it.
+    /// Maximum norm of all gradients together; larger gradients are scaled down to it.
     pub clip_norm: f64,
 }
 
@@ -38,15 +39,15 @@ impl Default for AdamWOptions {
     }
 }
 
-/// The learning rate's course after warm-up: `cosine` or `trapezoid:COOLDOWN_STEPS`.
+/// Schedule of the learning rate after warm-up: `cosine` or `trapezoid:COOLDOWN_STEPS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Schedule {
-    /// Half a cosine from the peak down, over all steps that are left.
+    /// Half a cosine from the peak down, over all remaining steps.
     Cosine,
-    /// The peak, then a linear fall over this many last steps (arXiv 2405.18392).
+    /// The peak, then a linear cooldown over the last steps (arXiv 2405.18392).
     Trapezoid {
-        /// Steps of the fall.
+        /// Steps of the cooldown.
         cooldown_steps: usize,
     },
 }
@@ -90,11 +91,11 @@ impl TryFrom<String> for Schedule {
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.98;
 const EPSILON: f64 = 1e-8;
-/// The learning rate ends at this share of the peak.
+/// Final learning rate as a share of the peak.
 const FINAL_SHARE: f64 = 0.02;
 
 impl AdamWOptions {
-    /// The learning rate of a step of a run of `steps`: a linear rise, then the schedule.
+    /// The learning rate at a step of a run of `steps`: linear warm-up, then the schedule.
     pub fn learning_rate(&self, step: usize, steps: usize) -> f64 {
         if step < self.warmup_steps {
             return self.peak_learning_rate * (step + 1) as f64 / self.warmup_steps as f64;
@@ -136,7 +137,7 @@ impl AdamWOptions {
 
 /// A trained tensor with the running means of its gradient and the gradient's square.
 pub struct Parameter {
-    /// The tensor itself.
+    /// The tensor.
     pub value: Var,
     /// Running mean of the gradient, flat.
     pub mean: Tensor,
@@ -148,7 +149,7 @@ pub struct Parameter {
 pub type Parameters = BTreeMap<String, Parameter>;
 
 impl Parameter {
-    /// A parameter that has not been stepped.
+    /// A parameter before its first step.
     ///
     /// # Errors
     /// If the tensor cannot be copied.
@@ -157,8 +158,7 @@ impl Parameter {
         Ok(Self { value: Var::from_tensor(value)?, mean: zeros.clone(), square: zeros })
     }
 
-    /// One step of AdamW (arXiv 1711.05101, algorithm 2) along `gradient * factor`; `step` counts
-    /// from 0.
+    /// One step of AdamW (arXiv 1711.05101, algorithm 2) along `gradient * factor`; `step` counts from 0.
     fn update(&mut self, gradient: &Tensor, factor: f32, step: usize, rate: Rate) -> candle_core::Result<()> {
         let correction = |beta: f64| 1.0 - beta.powi(step as i32 + 1);
         let root = correction(BETA2).sqrt();
@@ -191,7 +191,7 @@ impl Parameter {
         self.value.set(&Tensor::from_vec(value, self.value.shape().clone(), &Device::Cpu)?)
     }
 
-    /// The same out of candle's operations, which other devices have too.
+    /// The step built from candle's operations, for devices other than the CPU.
     fn apply_composed(
         &mut self,
         gradient: &Tensor,
@@ -207,15 +207,15 @@ impl Parameter {
     }
 }
 
-/// What a step of AdamW does with every number of a parameter.
+/// What a step of AdamW does to every number of a parameter.
 #[derive(Clone, Copy)]
 struct Change {
-    /// Factor on the gradient.
+    /// Factor of the gradient.
     factor: f32,
-    /// Of the gradient's mean over the root of its square, both corrected for their start.
+    /// Factor of the gradient's mean over the root of its square, both corrected for their start.
     scale: f32,
     epsilon: f32,
-    /// What weight decay leaves.
+    /// Factor of the weight after weight decay.
     keep: f32,
 }
 
@@ -225,11 +225,11 @@ struct Rate {
     decay: f64,
 }
 
-/// Moves `parameters` one step against `gradients`, which are keyed alike, after clipping; those that the objective does
-/// not depend on have no gradient and stay. Returns the norm of the gradients before clipping.
+/// Moves `parameters` one step against `gradients`, which have the same keys, after clipping. Parameters without a
+/// gradient, on which the objective does not depend, do not change. Returns the norm of the gradients before clipping.
 ///
 /// # Errors
-/// If a gradient is of another shape.
+/// If a gradient has another shape.
 pub fn step(
     parameters: &mut Parameters,
     gradients: &BTreeMap<String, Tensor>,
@@ -301,8 +301,8 @@ mod tests {
         assert_eq!(parameters["matrix"].value.to_vec2::<f32>().unwrap(), [[2.0, -4.0]]);
     }
 
-    /// A first step moves every number by the learning rate against its gradient's sign, whatever
-    /// the gradient's size; matrices first shrink by their decay.
+    /// A first step moves every number by the learning rate against its gradient's sign, whatever the gradient's size.
+    /// Matrices first shrink by their weight decay.
     #[test]
     fn a_first_step_moves_by_the_learning_rate_and_decays_matrices_only() {
         let tensor = |numbers: &[f32]| Tensor::new(numbers, &Device::Cpu).unwrap();
@@ -324,7 +324,7 @@ mod tests {
         assert!(close(value("matrix")[0], 2.0 * 0.995 - 0.01));
         assert!(close(value("matrix")[1], -4.0 * 0.995 + 0.01));
         assert!(close(value("norm")[0], 1.01));
-        // Clipped to norm 1 before the running mean saw it.
+        // The gradient is clipped to norm 1 before the running mean is updated.
         assert!(close(parameters["norm"].mean.to_vec1().unwrap()[0], -0.1));
     }
 

@@ -1,4 +1,4 @@
-//! Conversion takes the layers that it should, and at full rank gives back the model that it started from.
+//! Conversion takes the right layers, and at full rank restores the original model.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ fn ordinary(layers: usize, architecture: Architecture) -> ModelConfig {
     }
 }
 
-/// What sets each family apart.
+/// Distinguishing features of each family.
 fn families() -> [(&'static str, Architecture); 3] {
     let llama = Architecture::default();
     let gemma = Architecture {
@@ -61,7 +61,7 @@ fn families() -> [(&'static str, Architecture); 3] {
     [("llama", llama), ("gemma", gemma), ("gpt-neox", neox)]
 }
 
-/// Weights that are random everywhere, norms and biases among them.
+/// Weights that are random everywhere, norms and biases included.
 fn random(config: &ModelConfig, seed: u64) -> Weights {
     let fresh = Weights::random(config.clone(), seed).unwrap();
     let mut rng = StdRng::seed_from_u64(seed);
@@ -77,7 +77,7 @@ fn random(config: &ModelConfig, seed: u64) -> Weights {
     Weights::from_tensors(config.clone(), tensors, "test").unwrap()
 }
 
-/// Weights of layers that differ little, as far as matrices go.
+/// Weights of layers whose matrices differ little.
 fn alike(config: &ModelConfig, seed: u64) -> Weights {
     let weights = random(config, seed);
     let first = |name: &str| {
@@ -150,21 +150,21 @@ fn logits_of(weights: &Weights, tokens: &[u32]) -> Vec<f32> {
     logits.last().unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// The greatest difference, relative to the greatest number expected.
+/// The largest difference, relative to the largest expected number.
 fn difference(found: &[f32], expected: &[f32]) -> f32 {
     let greatest = |numbers: &mut dyn Iterator<Item = f32>| numbers.fold(0_f32, |greatest, x| greatest.max(x.abs()));
     let error = greatest(&mut found.iter().zip(expected).map(|(found, expected)| found - expected));
     error / greatest(&mut expected.iter().copied())
 }
 
-/// The root of the sum of squared differences, relative to that of the squares expected.
+/// The root of the sum of squared differences, relative to that of the expected squares.
 fn mean_difference(found: &[f32], expected: &[f32]) -> f32 {
     let norm = |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|x| x * x).sum::<f32>().sqrt();
     norm(&mut found.iter().zip(expected).map(|(found, expected)| found - expected))
         / norm(&mut expected.iter().copied())
 }
 
-/// The numbers of the layers that the shared matrices and norms come from.
+/// Indices of the layers that the shared matrices and norms come from.
 fn sources(layers: usize, conversion: &Conversion) -> Vec<f32> {
     let converted = run(&numbered(&ordinary(layers, Architecture::default())), conversion).weights;
     let number = |layer, name| first_number(&converted, &format!("block.layers.{layer}.{name}.weight")) - 1.0;
@@ -200,7 +200,7 @@ fn lower_takes_the_first_layers_and_average_the_mean_of_the_tied_ones() {
 }
 
 #[test]
-fn random_blocks_differ_by_seed_alone() {
+fn random_blocks_differ_only_by_seed() {
     let source = random(&ordinary(4, Architecture::default()), 1);
     let block = |seed| {
         let conversion = Conversion { seed, ..conversion(2, Initialization::Random) };
@@ -387,7 +387,7 @@ fn kept_layers_are_the_originals_and_sliding_windows_stay_where_they_were() {
 fn ranks_are_read_and_are_never_more_than_a_matrix_has() {
     let config = ordinary(2, Architecture::default());
     let ranks = |text: &str| text.parse::<Ranks>().map(|ranks| ranks.of_model(&config));
-    // 16 wide, 24 heads' dimensions, 12 of key-value heads, 24 in the MLP.
+    // Width 16, queries 24, keys and values 12, MLP 24.
     assert_eq!(ranks("14"), Ok(LoraRanks { k: 12, v: 12, ..LoraRanks::all(14) }));
     assert_eq!(ranks("full"), Ok(LoraRanks { k: 12, v: 12, ..LoraRanks::all(16) }));
     assert_eq!(ranks("q=3,down=99"), Ok(LoraRanks { q: 3, down: 16, ..LoraRanks::default() }));
@@ -437,7 +437,7 @@ fn conversion_tells_its_progress() {
     assert_eq!(told.into_inner(), 28);
 }
 
-/// SmolLM2-135M-Instruct and the tokens of a text, if `scripts/fetch-models.sh` was run: from the folder
+/// SmolLM2-135M-Instruct and the tokens of a text, if `scripts/fetch-models.sh` was run; from the folder
 /// `DEPTHWISE_MODELS`, or `models/fetched`.
 fn smollm2() -> Option<(Weights, Vec<u32>)> {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -468,7 +468,7 @@ fn truncated(full: &Weights, rank: usize) -> Weights {
     Weights::from_tensors(config, full.tensors().iter().map(cut).collect(), "test").unwrap()
 }
 
-/// Mean over a text of the divergence of next-token distributions from those expected, in nats.
+/// Mean divergence of next-token distributions from the expected ones over a text, in nats.
 fn divergence(found: &[f32], expected: &[f32], vocab_size: usize) -> f64 {
     let log_softmax = |logits: &[f32]| {
         let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
@@ -482,7 +482,7 @@ fn divergence(found: &[f32], expected: &[f32], vocab_size: usize) -> f64 {
     tokens.map(of_token).sum::<f64>() / (expected.len() / vocab_size) as f64
 }
 
-/// Below rank 256, what is predicted is further from the original than chance, and by how much says nothing.
+/// Below rank 256, predictions are further from the original than chance, and the distance has no meaning.
 #[test]
 fn smollm2_at_full_rank_has_the_logits_of_the_original_and_nears_it_as_the_rank_rises() {
     let Some((source, text)) = smollm2() else { return };

@@ -1,4 +1,4 @@
-//! Training and evaluation on the first GPU, against the CPU.
+//! Training and evaluation on the first GPU, compared with the CPU.
 
 #![cfg(feature = "cuda")]
 
@@ -17,7 +17,7 @@ use training::trainer::{LossRow, Trainer};
 const TEXT: &str =
     "And God said, Let there be light: and there was light. And the evening and the morning were one day.\n";
 
-/// A run of a relaxed model with gates, which leaves early and distils itself.
+/// A run of a relaxed model with gates and self-distillation.
 fn options(folder: &Path, device: DeviceName) -> TrainingOptions {
     let text = folder.join("text.txt");
     std::fs::write(&text, TEXT.repeat(40)).unwrap();

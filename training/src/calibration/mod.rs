@@ -1,15 +1,15 @@
-//! Exit thresholds with a guarantee.
+//! Exit thresholds with a statistical guarantee.
 //!
-//! Learn then Test (arXiv 2110.01052), as CALM uses it for early exits (arXiv 2207.07061). Each threshold stands for
-//! the hypothesis that its risk, the share of tokens that differ from those of full depth, is above a tolerance. The
-//! hypotheses are tested from the strictest threshold on, all at the same level, until one is not rejected
-//! (fixed-sequence testing). With the confidence asked for, *every* threshold before that one keeps the tolerance,
-//! whatever the model; the laxest of them is the one to use.
+//! The method is Learn then Test (arXiv 2110.01052), as CALM uses it for early exits (arXiv 2207.07061). Each threshold
+//! has a hypothesis: its risk, the share of tokens that differ from full depth, exceeds a tolerance. The hypotheses are
+//! tested from the strictest threshold on, all at one level, until one is not rejected (fixed-sequence testing). At the
+//! requested confidence, *every* threshold before that one keeps the tolerance, for any model. The laxest of them is
+//! chosen.
 //!
-//! The tokens of a request are not independent: easy and hard ones come in runs, and whole prompts are hard. So the
-//! risk is by default the expectation, over requests, of the share of a request's tokens that differ, and what has to
-//! be independent is the requests. The binomial test takes each token for an independent trial and so claims more than
-//! it can know unless they are.
+//! The tokens of a request are not independent: easy and hard tokens come in runs, and whole prompts are hard. By
+//! default, the risk is therefore the expectation, over requests, of the share of a request's tokens that differ, and
+//! only the requests have to be independent. The binomial test assumes that tokens are independent. If they are not, it
+//! claims more than it can.
 
 mod p_values;
 
@@ -21,15 +21,17 @@ use traces::{ExitSignal, ExitTrace};
 
 use crate::evaluation::exits::Exits;
 
-/// How a threshold's risk is tested.
+/// Statistical test of a threshold's risk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RiskTest {
-    /// Share of a request's tokens; independent requests. Bets on it, and so profits from requests that are alike.
+    /// Betting test on the share of a request's tokens, for independent requests. It has more power when requests are
+    /// alike.
     Betting,
-    /// The same, by the inequalities of Hoeffding and Bentkus: weaker, but the order of requests plays no part.
+    /// Hoeffding-Bentkus test on the share of a request's tokens, for independent requests. It is weaker than betting,
+    /// but does not depend on the order of requests.
     HoeffdingBentkus,
-    /// Share of all tokens; independent tokens.
+    /// Binomial test on the share of all tokens, for independent tokens.
     Binomial,
 }
 
@@ -46,7 +48,7 @@ impl RiskTest {
         }
     }
 
-    /// The risk as found in a trace: a mean over what the test takes to be independent, 0 to 1.
+    /// Empirical risk on a trace: a mean over what the test takes to be independent, 0 to 1.
     pub fn risk(self, exits: &Exits) -> f64 {
         match self {
             Self::Binomial => exits.differing() as f64 / exits.tokens() as f64,
@@ -80,23 +82,23 @@ impl FromStr for RiskTest {
     }
 }
 
-/// What a threshold must keep, and how surely.
+/// The guarantee that a threshold must keep.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Target {
-    /// Greatest risk, between 0 and 1.
+    /// Maximum risk, between 0 and 1.
     pub tolerance: f64,
-    /// Chance that the risk is kept, over the draw of the calibration requests; between 0 and 1.
+    /// Probability that the risk is kept, over the draw of the calibration requests; between 0 and 1.
     pub confidence: f64,
-    /// How it is tested.
+    /// Test of the risk.
     pub test: RiskTest,
 }
 
-/// What a threshold does on a trace.
+/// Outcome of a threshold on a trace.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Outcome {
-    /// In the measure's own unit.
+    /// Threshold, in the measure's own unit.
     pub threshold: f32,
-    /// The risk, as the test has it, 0 to 1.
+    /// Risk as defined by the test, 0 to 1.
     pub risk: f64,
     /// Share of all tokens that equal those of full depth, 0 to 1.
     pub agreement: f64,
@@ -105,7 +107,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Of a threshold on a trace that it was not calibrated on.
+    /// Outcome of a threshold on a trace, for example one that it was not calibrated on.
     pub fn new(trace: &ExitTrace, measure: ExitSignal, threshold: f32, test: RiskTest) -> Self {
         Self::of(threshold, &Exits::confident(trace, measure, threshold), test)
     }
@@ -115,25 +117,25 @@ impl Outcome {
     }
 }
 
-/// What the calibration trace shows of a threshold.
+/// Evidence of the calibration trace for a threshold.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Evidence {
-    /// Chance of a risk this low in the trace if it were above the tolerance.
+    /// Probability of a risk this low on the trace if the true risk exceeded the tolerance.
     pub p_value: f64,
-    /// Whether this and all stricter thresholds were shown to keep the tolerance.
+    /// Whether this and all stricter thresholds keep the tolerance at the requested confidence.
     pub keeps_tolerance: bool,
 }
 
-/// A threshold that was tried.
+/// A tested threshold.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
-    /// What it does on the calibration trace.
+    /// Outcome of the threshold on the calibration trace.
     pub outcome: Outcome,
-    /// What that shows.
+    /// Result of its test.
     pub evidence: Evidence,
 }
 
-/// What was found of all thresholds, from the strictest to the laxest.
+/// Results for all thresholds, from the strictest to the laxest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Calibration {
     /// The thresholds.
@@ -141,25 +143,24 @@ pub struct Calibration {
 }
 
 impl Calibration {
-    /// The laxest threshold that keeps the tolerance; none if not even the strictest was shown to.
+    /// The laxest threshold that keeps the tolerance; `None` if not even the strictest does.
     pub fn chosen(&self) -> Option<&Candidate> {
         self.candidates.iter().take_while(|candidate| candidate.evidence.keeps_tolerance).last()
     }
 
-    /// The strictest threshold that was not shown to keep the tolerance, where testing stopped.
+    /// The strictest threshold whose hypothesis was not rejected, where testing stopped.
     pub fn refused(&self) -> Option<&Candidate> {
         self.candidates.iter().find(|candidate| !candidate.evidence.keeps_tolerance)
     }
 }
 
-/// Probabilities and cosines are tried in steps of this.
+/// Thresholds per unit for probabilities and cosines.
 const STEPS_PER_ONE: u16 = 1000;
-/// Entropies are tried in steps of this many to the nat, up to that of half a million equally likely tokens.
+/// Thresholds per nat for entropies, up to the entropy of half a million equally likely tokens.
 const STEPS_PER_NAT: u16 = 100;
 const MOST_NATS: u16 = 13;
 
-/// The thresholds to try for a measure, from the strictest to the laxest. They must not be chosen by what the
-/// calibration trace says of them.
+/// Thresholds to test for a measure, from the strictest to the laxest. They must not depend on the calibration trace.
 pub fn thresholds(measure: ExitSignal) -> Vec<f32> {
     let part = |steps: u16, per_unit: u16| f32::from(steps) / f32::from(per_unit);
     match measure {
@@ -168,7 +169,7 @@ pub fn thresholds(measure: ExitSignal) -> Vec<f32> {
     }
 }
 
-/// Tests `thresholds`, which go from the strictest to the laxest, on a trace.
+/// Tests `thresholds`, ordered from the strictest to the laxest, on a trace.
 pub fn calibrate(trace: &ExitTrace, measure: ExitSignal, thresholds: &[f32], target: &Target) -> Calibration {
     let &Target { tolerance, confidence, test } = target;
     let level = 1.0 - confidence;
@@ -183,8 +184,8 @@ pub fn calibrate(trace: &ExitTrace, measure: ExitSignal, thresholds: &[f32], tar
     Calibration { candidates: thresholds.iter().map(candidate).collect() }
 }
 
-/// The fewest requests, or tokens under a test of tokens, from which a risk within the tolerance could be shown if not
-/// one token differed.
+/// The smallest number of requests, or of tokens under the binomial test, from which the tolerance can be shown if no
+/// token differs.
 pub fn fewest_trials(target: &Target) -> usize {
     let &Target { tolerance, confidence, test } = target;
     let level = 1.0 - confidence;
@@ -214,7 +215,7 @@ mod tests {
         Target { tolerance: 0.05, confidence: 0.9, test }
     }
 
-    /// Three loops: the first is half sure and right, the second is surer and wrong.
+    /// Three loops: the first is half confident and right, the second is more confident and wrong.
     fn wrong_in_the_middle(requests: usize) -> ExitTrace {
         let mut trace = empty(3);
         (0..requests).for_each(|_| trace.push_generation(&[row(0.5, 1), row(0.9, 2), row(1.0, 1)]));
@@ -259,18 +260,18 @@ mod tests {
         }
     }
 
-    /// How the tokens of a request hang together.
+    /// Dependence of the tokens of a request.
     #[derive(Clone, Copy, Debug, PartialEq)]
     enum Requests {
-        /// Not at all.
+        /// Independent.
         Alike,
-        /// One in ten has all the errors.
+        /// One request in ten has all the errors.
         FewHard,
     }
 
     impl Requests {
-        /// Two loops. The first loop's top-1 probability `s` is uniform; the chance that its token differs falls
-        /// linearly to 0 at 1.
+        /// Two loops. The first loop's top-1 probability `s` is uniform. The probability that its token differs falls
+        /// linearly to 0 at `s` = 1.
         fn draw(self, random: &mut StdRng) -> ExitTrace {
             let mut trace = empty(2);
             for _ in 0..100 {
@@ -288,7 +289,7 @@ mod tests {
             trace
         }
 
-        /// The true risk: the chance that a token is surer than the threshold and differs.
+        /// The true risk: the probability that a token's signal passes the threshold and the token differs.
         fn risk(self, threshold: f32) -> f64 {
             let room = 1.0 - f64::from(threshold);
             match self {
@@ -299,7 +300,7 @@ mod tests {
         }
     }
 
-    /// Share of draws in which the threshold chosen exceeds the tolerance, and the mean of its true risk.
+    /// Share of draws in which the chosen threshold exceeds the tolerance, and the mean of its true risk.
     fn simulate(requests: Requests, test: RiskTest) -> (f64, f64) {
         const DRAWS: usize = 200;
         let thresholds: Vec<f32> = (0..50).map(|step| 0.99 - 0.02 * step as f32).collect();

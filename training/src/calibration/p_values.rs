@@ -1,8 +1,8 @@
-//! P-values of the hypothesis that a risk is above a tolerance: the chance of losses this low if it were.
+//! P-values of the hypothesis that a risk exceeds a tolerance: the probability of losses this low if it does.
 
 use statrs::distribution::{Binomial, DiscreteCDF};
 
-/// Of `errors` among `trials` that are independent, each wrong with the same chance: the exact binomial tail.
+/// P-value of `errors` among `trials` independent trials with equal error probabilities: the exact binomial tail.
 ///
 /// # Panics
 /// If `tolerance` is not between 0 and 1.
@@ -10,8 +10,8 @@ pub fn binomial(errors: u64, trials: u64, tolerance: f64) -> f64 {
     Binomial::new(tolerance, trials).expect("a tolerance is a probability").cdf(errors)
 }
 
-/// Of independent losses between 0 and 1, whatever their distribution: the better of Hoeffding's and Bentkus'
-/// inequality (arXiv 2110.01052, proposition 1).
+/// P-value of independent losses between 0 and 1 of any distribution: the better of the Hoeffding and Bentkus
+/// inequalities (arXiv 2110.01052, proposition 1).
 ///
 /// # Panics
 /// If `tolerance` is not between 0 and 1.
@@ -26,12 +26,12 @@ pub fn hoeffding_bentkus(losses: &[f64], tolerance: f64) -> f64 {
     hoeffding.min(bentkus).min(1.0)
 }
 
-/// Of independent losses between 0 and 1, whatever their distribution, taken one after the other: the reciprocal of
-/// the most that a gambler has made who bets against the hypothesis. The less the losses vary, the more it shows
-/// (arXiv 2010.15110; the bets are those of arXiv 2101.02703, section 3.1.3, made for tests at `level`).
+/// P-value of independent losses between 0 and 1 of any distribution, taken one after the other: the reciprocal of the
+/// largest capital of a gambler who bets against the hypothesis. The power grows as the variance of the losses shrinks
+/// (arXiv 2010.15110; the bets are those of arXiv 2101.02703, section 3.1.3, for tests at `level`).
 pub fn betting(losses: &[f64], tolerance: f64, level: f64) -> f64 {
     let (mut wealth, mut most) = (1.0_f64, 1.0_f64);
-    // Mean and variance of the losses so far, with one imagined loss of 1/2 and variance 1/4.
+    // Mean and variance of the losses so far, with one prior loss of 1/2 and variance 1/4.
     let (mut sum, mut squares) = (0.5, 0.25);
     for (index, loss) in losses.iter().enumerate() {
         let variance = squares / (index + 1) as f64;
@@ -54,26 +54,26 @@ mod tests {
     fn p_values_equal_their_definitions() {
         assert!((binomial(0, 20, 0.1) - 0.9_f64.powi(20)).abs() < 1e-12);
         assert!((binomial(1, 2, 0.1) - 0.99).abs() < 1e-12);
-        // No loss at all: Hoeffding's (1 - 0.1)^20 is below e times the same.
+        // No losses: Hoeffding's (1 - 0.1)^20 is below e times Bentkus' equal bound.
         assert!((hoeffding_bentkus(&[0.0; 20], 0.1) - 0.9_f64.powi(20)).abs() < 1e-12);
         assert_eq!(hoeffding_bentkus(&[0.5; 20], 0.1), 1.0);
-        // Bets of 1 as long as losses vary little: ln(1/level) is large enough.
+        // Bets are 1 while losses vary little, since ln(1/level) is large enough.
         let (first, second) = (1.0 - (0.0 - 0.5), 1.0 - (0.25 - 0.5));
         assert!((betting(&[0.0, 0.25], 0.5, 1e-9) - 1.0 / (first * second)).abs() < 1e-12);
-        // A bet below 1: the imagined variance of 1/4 and 2 ln(2) / (100 / 4).
+        // A bet below 1: the prior variance of 1/4 and 2 ln(2) / (100 / 4).
         let bet = (8.0 * 2.0_f64.ln() / 100.0).sqrt();
         let losses: Vec<f64> = std::iter::once(0.0).chain([1.0; 99]).collect();
         assert!((betting(&losses, 0.5, 0.5) - 1.0 / (1.0 + 0.5 * bet)).abs() < 1e-12);
     }
 
     #[test]
-    fn losses_as_bad_as_the_hypothesis_seldom_look_better_than_the_level() {
+    fn losses_as_bad_as_the_hypothesis_seldom_reject_it() {
         const DRAWS: usize = 4000;
         let mut random = StdRng::seed_from_u64(1);
         let (tolerance, level) = (0.1, 0.1);
         let mut rejected = [0; 3];
         for _ in 0..DRAWS {
-            // Mostly none, in one of five cases a half: 0.1 on average.
+            // Mostly 0, in one of five cases 1/2: 0.1 on average.
             let losses: Vec<f64> = (0..100).map(|_| if random.random_range(0..5) == 0 { 0.5 } else { 0.0 }).collect();
             let errors = (0..100).filter(|_| random.random_range(0.0..1.0) < tolerance).count();
             let found = [
@@ -95,7 +95,7 @@ mod tests {
     fn the_binomial_tail_holds_for_millions_of_tokens() {
         let (trials, tolerance) = (2_000_000_u64, 0.05_f64);
         let errors = 99_506;
-        // Downwards from the last term, each by its ratio to the one above.
+        // Downwards from the last term, each from its ratio to the one above.
         let log_odds = (tolerance / (1.0 - tolerance)).ln();
         let log_choose: f64 = (1..=errors).map(|i| ((trials - errors + i) as f64 / i as f64).ln()).sum();
         let last = (log_choose + errors as f64 * log_odds + trials as f64 * (1.0 - tolerance).ln()).exp();

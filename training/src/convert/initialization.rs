@@ -1,4 +1,4 @@
-//! The shared block: which of the source's layers its matrices, norms and biases come from.
+//! Initialization of the shared block: the layers of the source that its matrices, norms and biases come from.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -11,45 +11,44 @@ use serde::{Deserialize, Serialize};
 use super::layers::{SourceLayers, vector_names};
 use super::{Conversion, ConversionError};
 
-/// Where the matrices of the shared block come from (arXiv 2410.20672, section 2.2).
+/// Source of the matrices of the shared block (arXiv 2410.20672, section 2.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Initialization {
-    /// Layers spread evenly from the first to the last, both included; of a block of one layer, the first.
+    /// Layers spread evenly from the first to the last, both included; for a block of one layer, the first.
     Stepwise,
-    /// The mean of the layers that are tied.
+    /// The mean of the tied layers.
     Average,
     /// The first layers.
     Lower,
-    /// Fresh random numbers, as at the start of training.
+    /// New random numbers, as at the start of training.
     Random,
 }
 
-/// Where norm weights and biases come from.
+/// Source of norm weights and biases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Vectors {
-    /// Each loop keeps those of the layer that it stands for.
+    /// Not shared: each loop keeps those of its own layer.
     Own,
-    /// Shared: the mean of the layers that are tied.
+    /// Shared: the mean of the tied layers.
     Average,
-    /// Shared: those of the layer that the matrices come from, or of the first tied one if they come from none or
-    /// several.
+    /// Shared: those of the layer that the matrices come from; the first tied layer if they come from none or several.
     First,
     /// Shared: norm weights of one, biases of zero.
     Reset,
 }
 
 impl Initialization {
-    /// How matrices are made if nothing else is asked for. Of all shared matrices the mean leaves adapters the least
-    /// energy to make up for; without adapters, layers as they were trained.
+    /// The default initialization. With adapters, the mean: of all shared matrices it minimizes the energy of the
+    /// residuals. Without adapters, trained layers.
     pub fn default_for(relaxed: bool) -> Self {
         if relaxed { Self::Average } else { Self::Stepwise }
     }
 
-    /// How norms and biases are made if nothing else is asked for. With adapters each loop has its own: they cost next
-    /// to nothing, and without them no rank gives back a Gemma or a GPT-NeoX. Without adapters they follow the matrices,
-    /// as in the authors' code for Mixture-of-Recursions (arXiv 2507.10524).
+    /// The default for norms and biases. With adapters, each loop has its own: they are small, and without them no rank
+    /// restores a Gemma or a GPT-NeoX. Without adapters they follow the matrices, as in the authors' code for
+    /// Mixture-of-Recursions (arXiv 2507.10524).
     pub fn default_vectors(self, relaxed: bool) -> Vectors {
         match self {
             _ if relaxed => Vectors::Own,
@@ -59,7 +58,7 @@ impl Initialization {
         }
     }
 
-    /// Numbers of the source's layers whose mean is layer `layer` of the block. `config` is the recursive model's.
+    /// Indices of the source's layers whose mean is layer `layer` of the block. `config` is the recursive model's.
     fn sources(self, layer: usize, config: &ModelConfig) -> Vec<usize> {
         match self {
             Self::Stepwise => vec![stepwise(layer, config)],
@@ -70,8 +69,8 @@ impl Initialization {
     }
 }
 
-/// `round(first + layer * (last - first) / (block_layers - 1))`, halves to even: NumPy's `linspace` and Python's
-/// `round`, as in the authors' code for Mixture-of-Recursions.
+/// `round(first + layer * (last - first) / (block_layers - 1))`, halves to even. This is NumPy's `linspace` and
+/// Python's `round`, as in the authors' code for Mixture-of-Recursions.
 fn stepwise(layer: usize, config: &ModelConfig) -> usize {
     let first = config.prelude_layers as f64;
     let tied_layers = config.num_loops * config.block_layers;
@@ -82,12 +81,12 @@ fn stepwise(layer: usize, config: &ModelConfig) -> usize {
     (layer as f64 * step + first).round_ties_even() as usize
 }
 
-/// Numbers of the layers that layer `layer` of the block stands for, loop by loop.
+/// Indices of the layers that layer `layer` of the block replaces, loop by loop.
 fn tied(layer: usize, config: &ModelConfig) -> impl Iterator<Item = usize> {
     (0..config.num_loops).map(move |depth| config.layer_index(Place::Block { depth, layer }))
 }
 
-/// Every tensor of every layer of the recursive model of `config`, but the adapters.
+/// Every tensor of every layer of the recursive model of `config`, except the adapters.
 pub fn layers(
     source: &SourceLayers,
     config: &ModelConfig,
@@ -118,12 +117,12 @@ pub fn layers(
 
 /// A block of random numbers.
 fn fresh_block(config: &ModelConfig, seed: u64) -> Result<Weights, WeightsError> {
-    // Only the block's matrices are taken, so there is no need for more of the vocabulary, nor for adapters.
+    // Only the block's matrices are used, so vocabulary and adapters are left out.
     let config = ModelConfig { vocab_size: 1, lora: None, ..config.clone() };
     Weights::random(config, seed)
 }
 
-/// What becomes of the source's layers.
+/// How the source's layers are tied.
 struct Tying<'a> {
     source: &'a SourceLayers<'a>,
     config: &'a ModelConfig,
@@ -132,7 +131,7 @@ struct Tying<'a> {
 }
 
 impl Tying<'_> {
-    /// The matrix of a projection, which is called `name` in the recursive model.
+    /// The matrix of a projection, with the name `name` in the recursive model.
     fn matrix(&self, place: Place, projection: &Projection, name: &str) -> Result<Tensor, ConversionError> {
         let Place::Block { layer, .. } = place else {
             return Ok(self.source.matrix(self.config.layer_index(place), projection)?.clone());

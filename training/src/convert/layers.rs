@@ -1,4 +1,4 @@
-//! The layers of a transformer by their number, and what a layer is made of.
+//! The layers of a transformer by number, and the tensors of a layer.
 
 use std::collections::HashMap;
 
@@ -29,7 +29,7 @@ impl<'a> SourceLayers<'a> {
         self.weights.get(&format!("{prefix}.{name}"))
     }
 
-    /// What is in no layer: embedding, last norm and head.
+    /// Tensors outside the layers: embedding, last norm and head.
     pub fn outside(&self) -> HashMap<String, Tensor> {
         let in_a_layer = |name: &str| name.contains(".layers.");
         let tensors = self.weights.tensors().iter().filter(|(name, _)| !in_a_layer(name));

@@ -1,5 +1,6 @@
-//! A pretrained transformer made recursive, as in Relaxed Recursive Transformers (arXiv 2410.20672, sections 2.2 to
-//! 2.4): its layers tied over the loops of a shared block, and the loops told apart again by low-rank adapters.
+//! Conversion of a pretrained transformer to a recursive one, as in Relaxed Recursive Transformers (arXiv 2410.20672,
+//! sections 2.2 to 2.4). The layers are tied over the loops of a shared block, and low-rank adapters make the loops
+//! differ.
 //!
 //! ```text
 //! layers of the source ─► initialization ─► shared block
@@ -24,70 +25,70 @@ pub use relaxation::{AdapterStart, KindEnergy, Ranks, Relaxation, beyond_adapter
 use layers::SourceLayers;
 use relaxation::Relaxing;
 
-/// How a model is made recursive.
+/// Options of a conversion.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Conversion {
-    /// Times the block is run; divides the layers between prelude and coda.
+    /// Number of loops; it divides the layers between prelude and coda.
     pub num_loops: usize,
-    /// Layers kept as they are before the first loop. With one of them and one in the coda this is Middle-Cycle of
-    /// arXiv 2507.10524.
+    /// Layers before the first loop that are kept unchanged. One of them and one coda layer give Middle-Cycle of arXiv
+    /// 2507.10524.
     pub prelude_layers: usize,
-    /// Layers kept as they are after the last loop.
+    /// Layers after the last loop that are kept unchanged.
     pub coda_layers: usize,
-    /// Where the block's matrices come from.
+    /// Source of the block's matrices.
     pub initialization: Initialization,
-    /// Where its norms and biases come from.
+    /// Source of its norms and biases.
     pub vectors: Vectors,
-    /// Adapters of each loop; none for a block that is the same in every loop.
+    /// Adapters of each loop; `None` for a block that is identical in every loop.
     pub relaxation: Option<Relaxation>,
-    /// Seed of what is drawn at random: blocks, adapters and the test matrices of randomized decompositions.
+    /// Seed of all random draws: blocks, adapters and the test matrices of randomized decompositions.
     pub seed: u64,
 }
 
-/// A converted model, and what its adapters keep of the original.
+/// A converted model, and how much of the original its adapters restore.
 #[derive(Debug)]
 pub struct Converted {
     /// The recursive model.
     pub weights: Weights,
-    /// Per kind of projection that has adapters, what they keep.
+    /// What the adapters restore, by kind of projection.
     pub energies: Vec<KindEnergy>,
 }
 
-/// Why a model could not be converted.
+/// Why a model cannot be converted.
 #[derive(Debug, thiserror::Error)]
 pub enum ConversionError {
-    /// The source is no ordinary transformer.
+    /// The source is not an ordinary transformer.
     #[error("the model to convert has `{field}` {found}, expected {expected}")]
     Source {
-        /// Field of its configuration.
+        /// Field of the source's configuration.
         field: &'static str,
-        /// Its value.
+        /// Value of the field.
         found: String,
-        /// What is allowed.
+        /// The values that are valid.
         expected: &'static str,
     },
-    /// Prelude and coda are the whole model.
+    /// Prelude and coda contain every layer.
     #[error("a prelude of {prelude} and a coda of {coda} leave none of {layers} layers to share")]
     NothingToShare {
-        /// Layers kept before the shared ones.
+        /// Layers before the shared ones.
         prelude: usize,
-        /// Layers kept after them.
+        /// Layers after the shared ones.
         coda: usize,
-        /// Layers of the source.
+        /// Number of layers of the source.
         layers: usize,
     },
-    /// The layers do not divide into the loops.
+    /// The number of layers is not a multiple of the loops.
     #[error("{layers} layers to share do not divide into {loops} loops, expected one of {}", divisors(*layers))]
     Loops {
-        /// Layers to share.
+        /// Number of layers to share.
         layers: usize,
-        /// Loops asked for.
+        /// Requested number of loops.
         loops: usize,
     },
     /// A residual could not be decomposed.
     #[error("{adapter}: the singular value decomposition does not converge")]
     NoConvergence {
-        /// The adapter that it was for.
+        /// Name of the adapter.
         adapter: String,
     },
     /// The source or the result was refused.
@@ -98,11 +99,11 @@ pub enum ConversionError {
     Tensor(#[from] candle_core::Error),
 }
 
-/// Makes `source`, an ordinary transformer, recursive. Matrices are decomposed in parallel on rayon's threads, each
-/// of which holds one residual at a time; after each `progress` is told of how many.
+/// Converts `source`, an ordinary transformer, to a recursive one. Matrices are decomposed in parallel on rayon's
+/// threads, each of which holds one residual at a time. Calls `progress` after each matrix with the total number.
 ///
 /// # Errors
-/// If the source is already recursive, its layers do not divide, or the result's configuration is refused.
+/// If the source is already recursive, its layers do not divide, or the resulting configuration is invalid.
 pub fn convert(
     source: &Weights,
     conversion: &Conversion,
@@ -125,7 +126,7 @@ pub fn convert(
     Ok(Converted { weights, energies })
 }
 
-/// The configuration of the result.
+/// Configuration of the recursive model.
 fn target_config(source: &ModelConfig, conversion: &Conversion) -> Result<ModelConfig, ConversionError> {
     check_ordinary(source)?;
     let &Conversion { num_loops: loops, prelude_layers: prelude, coda_layers: coda, .. } = conversion;
@@ -155,7 +156,7 @@ fn target_config(source: &ModelConfig, conversion: &Conversion) -> Result<ModelC
     Ok(config)
 }
 
-/// A transformer whose loops, if it has several, share nothing, and which has nothing that only recursive models have.
+/// Checks that a transformer has no recursive features, except loops that share nothing.
 fn check_ordinary(config: &ModelConfig) -> Result<(), ConversionError> {
     let refuse = |field, found, expected| Err(ConversionError::Source { field, found, expected });
     if config.num_loops > 1 && config.sharing != Sharing::Nothing {

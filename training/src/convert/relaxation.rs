@@ -1,4 +1,4 @@
-//! Low-rank adapters that bring each loop of the shared block back towards the layers it stands for.
+//! Low-rank adapters that move each loop of the shared block back towards its original layers.
 
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
@@ -19,51 +19,51 @@ use super::svd::{LowRank, truncated_svd};
 /// Adapters per loop, `W' + B A`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Relaxation {
-    /// Their ranks.
+    /// Ranks of the adapters.
     pub ranks: Ranks,
-    /// What they start from.
+    /// Initial values of the adapters.
     pub start: AdapterStart,
 }
 
-/// Ranks of adapters by kind of projection; never more than a projection has inputs or outputs.
+/// Ranks of adapters by kind of projection, limited by the projection's inputs and outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ranks {
-    /// The same for every kind.
+    /// One rank for every kind.
     All(usize),
-    /// As many as a projection has inputs or outputs, whichever are fewer.
+    /// Full rank: the smaller number of a projection's inputs and outputs.
     Full,
-    /// One for each kind.
+    /// A rank for each kind.
     ByKind(LoraRanks),
 }
 
-/// What adapters start from.
+/// Initial values of adapters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdapterStart {
-    /// The truncated singular value decomposition of what the shared matrix lacks (arXiv 2410.20672, section 2.3):
-    /// `B = U_r S_r` and `A = V_r^T` of `W_l - W'`.
+    /// Truncated singular value decomposition of the residual (arXiv 2410.20672, section 2.3): `B = U_r S_r` and `A =
+    /// V_r^T` of `W_l - W'`.
     Svd,
-    /// `B` is zero and `A` random (arXiv 2106.09685): the model starts as if it had none.
+    /// `B` is zero and `A` random (arXiv 2106.09685): the adapters start without effect.
     Zero,
 }
 
-/// What the adapters of a kind of projection keep of the original, summed over layers. The energy of a matrix is the
-/// sum of its squares.
+/// How much of the original the adapters of a kind of projection restore, summed over layers. The energy of a matrix is
+/// the sum of its squares.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KindEnergy {
-    /// The kind.
+    /// Kind of projection.
     pub projection: Projection,
     /// Energy of the original matrices.
     pub original: f64,
-    /// Energy of what the shared matrices lack.
+    /// Energy of the residuals: the original matrices less the shared ones.
     pub residual: f64,
-    /// The part of it in each of the adapters' directions, the strongest first; as many as their rank.
+    /// Energy of the residuals in each of the adapters' directions, in descending order; one entry for each rank.
     pub directions: Vec<f64>,
 }
 
 impl KindEnergy {
-    /// Share of what the shared matrices lack that adapters of a rank give back.
+    /// Share of the residuals' energy that adapters of a rank restore.
     pub fn kept(&self, rank: usize) -> f64 {
         match self.residual {
             0.0 => 1.0,
@@ -83,7 +83,7 @@ impl KindEnergy {
 impl FromStr for Ranks {
     type Err = String;
 
-    /// `64`, `full`, or `q=8,k=4,...` in which a kind that is not named has none.
+    /// Parses `64`, `full`, or `q=8,k=4,...`, in which a kind that is not named has no adapters.
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |text: &str| text.parse::<usize>().map_err(|_| format!("rank `{text}`, expected a whole number"));
         match text {
@@ -109,7 +109,7 @@ impl FromStr for Ranks {
 const KIND_NAMES: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
 
 impl Ranks {
-    /// The ranks in a model.
+    /// The ranks for a model.
     pub fn of_model(self, config: &ModelConfig) -> LoraRanks {
         let projections = config.projections();
         let rank = |kind| {
@@ -128,27 +128,27 @@ impl Ranks {
     }
 }
 
-/// Every adapter of a model.
+/// All adapters of a model.
 pub struct Adapters {
     pub tensors: HashMap<String, Tensor>,
     pub energies: Vec<KindEnergy>,
 }
 
-/// What adapters are made from.
+/// Inputs of the adapters.
 pub struct Relaxing<'a> {
-    /// The original's layers.
+    /// The original layers.
     pub source: &'a SourceLayers<'a>,
-    /// The recursive model's configuration, which says the ranks.
+    /// Configuration of the recursive model, with the ranks.
     pub config: &'a ModelConfig,
-    /// Its tensors, but the adapters.
+    /// Tensors of the recursive model without adapters.
     pub tensors: &'a HashMap<String, Tensor>,
-    /// What adapters start from.
+    /// Initial values of adapters.
     pub start: AdapterStart,
-    /// Seed of what is drawn at random.
+    /// Seed of random draws.
     pub seed: u64,
 }
 
-/// Where an adapter goes.
+/// Position of an adapter.
 struct Site {
     depth: usize,
     layer: usize,
@@ -162,7 +162,7 @@ impl Site {
     }
 }
 
-/// An adapter, and what it keeps of the original.
+/// An adapter, and how much of the original it restores.
 struct Adapter {
     a: Tensor,
     b: Tensor,
@@ -170,7 +170,7 @@ struct Adapter {
 }
 
 impl Relaxing<'_> {
-    /// Makes every adapter, on rayon's threads. After each `progress` is told of how many.
+    /// Creates every adapter, on rayon's threads. Calls `progress` after each with the total number.
     pub fn adapters(&self, progress: impl Fn(usize) + Sync) -> Result<Adapters, ConversionError> {
         let sites = self.sites();
         let make = |(number, site): (usize, &Site)| {
@@ -215,7 +215,7 @@ impl Relaxing<'_> {
                 let low_rank = truncated_svd(residual.matrix.as_ref(), rank, &mut rng);
                 let mut low_rank = low_rank.map_err(|_| ConversionError::NoConvergence { adapter: site.prefix() })?;
                 for (mut column, scale) in low_rank.a.col_iter_mut().zip(&residual.input_scale) {
-                    // An input that the shared norm sets to zero is lost; no adapter reads it.
+                    // An input that the shared norm sets to zero is lost, and no adapter reads it.
                     column *= Scale(if *scale == 0.0 { 0.0 } else { scale.recip() });
                 }
                 low_rank
@@ -230,7 +230,7 @@ impl Relaxing<'_> {
         Ok(Adapter { a: tensor(&low_rank.a)?, b: tensor(&low_rank.b)?, energy })
     }
 
-    /// What the shared matrix lacks at a site.
+    /// The residual of the shared matrix at a site.
     fn residual(&self, site: &Site) -> Result<Residual, ConversionError> {
         let Projection { kind, name, outputs, inputs, .. } = site.projection;
         let place = Place::Block { depth: site.depth, layer: site.layer };
@@ -251,8 +251,8 @@ impl Relaxing<'_> {
     }
 }
 
-/// What a shared matrix lacks: `W_l D_l - W' D'`, where `D` are the weights of the norms before it if the loops share
-/// them, and one if not. An adapter `B A` of what follows the shared norm is then `B A D'` here.
+/// Residual of a shared matrix: `W_l D_l - W' D'`, where `D` are the weights of the preceding norms if the loops share
+/// them, and 1 otherwise. An adapter `B A`, which follows the shared norm, is `B A D'` here.
 struct Residual {
     matrix: Mat<f32>,
     /// Energy of `W_l D_l`.
@@ -261,7 +261,7 @@ struct Residual {
     input_scale: Vec<f32>,
 }
 
-/// The weight of the norm that a projection's input comes out of, if all loops share it.
+/// The weight of the norm before a projection, if all loops share it.
 fn shared_norm(config: &ModelConfig, kind: ProjectionKind) -> Option<String> {
     use ProjectionKind::{Down, Gate, K, O, Q, Up, V};
     let norm = match kind {
@@ -274,8 +274,8 @@ fn shared_norm(config: &ModelConfig, kind: ProjectionKind) -> Option<String> {
     Some(format!("{norm}.weight"))
 }
 
-/// What of a recursive model's shared norms and biases no adapter makes up for, whatever its rank: biases, and norms
-/// that no projection follows at once. Nothing if each loop has its own.
+/// Shared norms and biases of a recursive model that adapters of no rank can replace: biases, and norms that are not
+/// directly before a projection. Empty if each loop has its own.
 pub fn beyond_adapters(config: &ModelConfig) -> Vec<&'static str> {
     let Architecture { norm, post_norms, qk_norm, qkv_bias, output_bias, mlp_bias, .. } = config.architecture;
     let kinds = [
@@ -288,7 +288,7 @@ pub fn beyond_adapters(config: &ModelConfig) -> Vec<&'static str> {
     kinds.into_iter().filter(|(present, _)| shared && *present).map(|(_, name)| name).collect()
 }
 
-/// An adapter that changes nothing before it is trained.
+/// An adapter without effect before training.
 fn inactive(projection: &Projection, rank: usize, rng: &mut StdRng) -> LowRank {
     let deviation = (projection.inputs as f32).sqrt().recip();
     let random = |_, _| deviation * Distribution::<f32>::sample(&StandardNormal, rng);

@@ -1,4 +1,4 @@
-//! The best approximation of a matrix by one of low rank: its truncated singular value decomposition.
+//! Truncated singular value decomposition: the best approximation of a matrix by one of low rank.
 
 use faer::linalg::matmul::matmul;
 use faer::linalg::solvers::{Svd, SvdError};
@@ -6,14 +6,14 @@ use faer::{Accum, Mat, MatRef, Par};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// Matrices with no more rows or no more columns than this are decomposed exactly: a second or so at most.
+/// Matrices with at most this many rows or columns are decomposed exactly, which takes about a second at most.
 const EXACT_SIDE: usize = 1024;
-/// Columns of a randomized decomposition's blocks beyond the rank.
+/// Extra columns of a randomized decomposition's blocks beyond the rank.
 const OVERSAMPLING: usize = 8;
-/// Times a block is multiplied with the matrix and its transpose.
+/// Number of products of a block with the matrix and its transpose.
 const POWER_ITERATIONS: usize = 4;
 
-/// `U_r S_r V_r^T`, singular values falling.
+/// `U_r S_r V_r^T`, with descending singular values.
 pub struct LowRank {
     /// `U_r S_r`, `[rows, rank]`.
     pub b: Mat<f32>,
@@ -23,8 +23,8 @@ pub struct LowRank {
     pub singular_values: Vec<f32>,
 }
 
-/// Approximates `matrix` at a rank of at most its shorter side. Exact for small matrices and for ranks that are not
-/// small; randomized where that is several times as fast.
+/// Approximates `matrix` at a rank of at most its shorter side. The decomposition is exact for small matrices and for
+/// high ranks, and randomized where that is several times as fast.
 ///
 /// # Errors
 /// If the decomposition does not converge.
@@ -45,10 +45,10 @@ fn subspace_size(rank: usize) -> usize {
     (rank + OVERSAMPLING) * (POWER_ITERATIONS + 1)
 }
 
-/// Randomized block Krylov iteration (arXiv 1504.05477, algorithm 2): the decomposition within the span of
-/// `(M M^T)^i M G`, for `i` from 0 to [`POWER_ITERATIONS`] and a random `G`. What is left over from pretrained weights
-/// has singular values that fall slowly, and there it keeps a greater part of the best approximation's energy than the
-/// last of these blocks alone, for the same number of products.
+/// Randomized block Krylov iteration (arXiv 1504.05477, algorithm 2): the decomposition within the span of `(M M^T)^i M
+/// G`, for `i` from 0 to [`POWER_ITERATIONS`] and a random `G`. The singular values of residuals of pretrained weights
+/// fall slowly. For them, the span of all blocks retains more of the best approximation's energy than the last block by
+/// itself, for an equal number of products.
 fn randomized(matrix: MatRef<f32>, rank: usize, rng: &mut impl Rng) -> Result<LowRank, SvdError> {
     let block_size = rank + OVERSAMPLING;
     let test = Mat::from_fn(matrix.ncols(), block_size, |_, _| StandardNormal.sample(rng));
@@ -94,7 +94,7 @@ mod tests {
         Mat::from_fn(rows, columns, |_, _| StandardNormal.sample(rng))
     }
 
-    /// Sum of the squares of what an approximation lacks.
+    /// Sum of the squared errors of an approximation.
     fn error(matrix: &Mat<f32>, low_rank: &LowRank) -> f64 {
         f64::from((matrix - product(low_rank.b.as_ref(), low_rank.a.as_ref())).norm_l2()).powi(2)
     }
@@ -131,7 +131,7 @@ mod tests {
     fn randomized_keeps_98_percent_of_what_exact_keeps_of_a_slowly_falling_spectrum() {
         let mut rng = StdRng::seed_from_u64(3);
         for (rows, columns) in [(400, 250), (250, 400)] {
-            // Singular values from 1 down to a tenth in a straight line: flatter than differences of trained layers.
+            // Singular values fall linearly from 1 to 0.1, more slowly than those of differences of trained layers.
             let side = rows.min(columns);
             let (u, v) = (random(rows, side, &mut rng), random(columns, side, &mut rng));
             let (u, v) = (orthonormal(u.as_ref()), orthonormal(v.as_ref()));

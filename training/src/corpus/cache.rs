@@ -1,7 +1,7 @@
-//! Texts are tokenized once: their tokens lie in a cache folder, under a name made of everything they depend on.
+//! Token cache: texts are tokenized once, and their tokens are stored under a name derived from all they depend on.
 //!
-//! A cached file is in the safetensors format with one tensor, `tokens` (`U32`, one dimension), and the number of bytes
-//! that were tokenized as metadata `bytes`. It is written under another name and renamed, and read through a memory
+//! A cached file is in the safetensors format with one tensor, `tokens` (`U32`, one dimension), and the number of
+//! tokenized bytes as metadata `bytes`. The file is written under a temporary name, renamed, and read through a memory
 //! map.
 
 use std::fs::File;
@@ -18,16 +18,16 @@ use sha2::{Digest, Sha256};
 use super::documents;
 use crate::error::TrainingError;
 
-/// Part of every name, so that a change of how texts are tokenized finds no older file.
+/// Part of every name. It changes when texts are tokenized differently, so that older files are not found.
 const FORMAT: &str = "depthwise tokens 1";
 const TENSOR: &str = "tokens";
 const BYTES: &str = "bytes";
 /// A longer document is tokenized in pieces of about this many bytes.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// What the tokens of a text depend on, beside the text.
+/// What the tokens of a text depend on, apart from the text.
 pub struct Encoding<'a> {
-    /// Key of a JSON line's text.
+    /// JSON key of a document's text.
     pub field: &'a str,
     /// The tokenizer.
     pub tokenizer: &'a Tokenizer,
@@ -44,11 +44,11 @@ pub struct CachedTokens {
 }
 
 impl CachedTokens {
-    /// The tokens of `files` from the cache in `folder`, into which they are put if they are not there. `report` hears
-    /// of every file before it is tokenized.
+    /// The tokens of `files`, from the cache in `folder`, to which missing ones are added. Calls `report` with every
+    /// file before it is tokenized.
     ///
     /// # Errors
-    /// If a file is unreadable or no text, or the cache cannot be written or is damaged.
+    /// If a file cannot be read or is not text, or the cache cannot be written or is damaged.
     pub fn open(
         folder: &Path,
         files: &[PathBuf],
@@ -68,14 +68,14 @@ impl CachedTokens {
         bytemuck::cast_slice(&self.map[self.tokens.clone()])
     }
 
-    /// Bytes that were tokenized.
+    /// Number of bytes that were tokenized.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
     fn map(path: &Path) -> Result<Self, TrainingError> {
         let file = File::open(path).map_err(|e| TrainingError::in_file(path, e))?;
-        // SAFETY: files of the cache are renamed into place whole and never written again.
+        // SAFETY: files of the cache are renamed into place complete and never written again.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| TrainingError::in_file(path, e))?;
         match locate(&map) {
             Some((tokens, bytes)) => Ok(Self { map, tokens, bytes }),
@@ -87,7 +87,7 @@ impl CachedTokens {
     }
 }
 
-/// Where the tokens lie in a cached file, and how many bytes they were made of.
+/// Range of the tokens in a cached file, and the number of bytes they came from.
 fn locate(map: &[u8]) -> Option<(Range<usize>, usize)> {
     let (_, metadata) = SafeTensors::read_metadata(map).ok()?;
     let bytes = metadata.metadata().as_ref()?.get(BYTES)?.parse().ok()?;
@@ -98,7 +98,7 @@ fn locate(map: &[u8]) -> Option<(Range<usize>, usize)> {
     Some((start..start + tokens.len(), bytes))
 }
 
-/// Changes with any byte of the files, their order, and the encoding.
+/// A hash of the files' bytes, their order and the encoding.
 fn key(files: &[PathBuf], encoding: &Encoding) -> Result<String, TrainingError> {
     let mut hash = Sha256::new();
     for part in [FORMAT, encoding.field, &encoding.tokenizer.to_json()?, &format!("{:?}", encoding.end_of_document)] {
@@ -106,7 +106,7 @@ fn key(files: &[PathBuf], encoding: &Encoding) -> Result<String, TrainingError> 
         hash.update(part);
     }
     for path in files {
-        // Whether a file holds JSON lines or one document is known by its ending.
+        // The extension decides whether a file contains JSON lines or one document.
         hash.update(path.extension().unwrap_or_default().as_encoded_bytes());
         hash.update(file_hash(path).map_err(|e| TrainingError::in_file(path, e))?);
     }
@@ -143,8 +143,8 @@ fn tokenize(
     Ok((tokens, bytes))
 }
 
-/// Token ids of a document. What the tokenizer needs to remember of a text is many times the text, so a long one is
-/// cut into pieces.
+/// Token ids of a document. The tokenizer's memory is many times the size of its text, so a long document is cut into
+/// pieces.
 pub fn encode(document: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>, TrainingError> {
     let (mut tokens, mut rest) = (Vec::new(), document);
     while !rest.is_empty() {
@@ -155,8 +155,8 @@ pub fn encode(document: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>, Trainin
     Ok(tokens)
 }
 
-/// Where a piece of at least so many bytes ends: at the start of a line that begins with no white space, since
-/// tokenizers join neither words nor white space across such a place.
+/// End of a piece of at least `at_least` bytes: the start of a line that does not begin with white space. Tokenizers
+/// join neither words nor white space across such a position.
 fn piece_end(text: &str, at_least: usize) -> usize {
     let line_starts = text.bytes().enumerate().skip(at_least).filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at + 1);
     let is_end = |at: &usize| text[*at..].chars().next().is_some_and(|first| !first.is_whitespace());
@@ -168,7 +168,7 @@ fn write(folder: &Path, path: &Path, tokens: &[u32], bytes: usize) -> std::io::R
     let tensor = TensorView::new(Dtype::U32, vec![tokens.len()], bytemuck::cast_slice(tokens));
     let tensor = tensor.map_err(std::io::Error::other)?;
     let metadata = [(BYTES.to_owned(), bytes.to_string())].into();
-    // Several runs may tokenize the same text at once; each writes a file of its own, and the last one stays.
+    // Several runs may tokenize a text at once. Each writes its own file, and the last rename wins.
     let part = tempfile::NamedTempFile::new_in(folder)?;
     safetensors::serialize_to_file([(TENSOR, tensor)], Some(metadata), part.path()).map_err(std::io::Error::other)?;
     part.persist(path)?;

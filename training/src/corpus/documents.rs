@@ -8,16 +8,16 @@ use engine::checkpoint::contents::packed;
 
 use crate::error::TrainingError;
 
-/// Ending of the files that hold a document per line.
+/// Extension of files with one document per line.
 const JSON_LINES: &str = "jsonl";
-/// Ending of the files in folders that are one document each.
+/// Extension of files in folders that are one document each.
 const PLAIN_TEXT: &str = "txt";
 
-/// The files of `paths` in order, with a folder replaced by the `.txt` and `.jsonl` files in it and its subfolders, in
-/// the order of their names.
+/// The files of `paths` in order. A folder is replaced by the `.txt` and `.jsonl` files in it and its subfolders,
+/// ordered by name.
 ///
 /// # Errors
-/// If a path is not there or a folder holds no such file.
+/// If a path does not exist or a folder contains no such file.
 pub fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainingError> {
     let mut files = Vec::new();
     for path in paths {
@@ -53,11 +53,11 @@ fn add_folder(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), TrainingErr
     Ok(())
 }
 
-/// Calls `each` with every document of a file: each line's text under `field` of a `.jsonl` file, the whole text of any
-/// other.
+/// Calls `each` with every document of a file. In a `.jsonl` file, that is each line's text under `field`; any other
+/// file is one document.
 ///
 /// # Errors
-/// If the file is unreadable, no UTF-8, a line is no JSON object or lacks the field, or what `each` says.
+/// If the file cannot be read or is not UTF-8, a line is not a JSON object or lacks the field, or `each` fails.
 pub fn read(
     path: &Path,
     field: &str,
@@ -90,7 +90,7 @@ fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|found| found == extension)
 }
 
-/// Bytes that begin at a line of a file as text.
+/// Converts bytes of a file, which start at line `first_line`, to text.
 fn utf8<'a>(path: &Path, first_line: usize, bytes: &'a [u8]) -> Result<&'a str, TrainingError> {
     std::str::from_utf8(bytes).map_err(|error| {
         let before = &bytes[..error.valid_up_to()];

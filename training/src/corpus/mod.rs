@@ -1,8 +1,8 @@
-//! A tokenized text, and the windows of it that training and evaluation look at.
+//! A tokenized text, and the windows of it that training and evaluation read.
 //!
-//! Documents are packed: their tokens follow each other in one stream, with a token of the tokenizer's own between
-//! them where it has one for that, and windows are cut from the stream without regard to where documents begin.
-//! Attention crosses from a document into the next within a window, as in GPT-2's, GPT-NeoX's and Llama's training.
+//! Documents are packed: their tokens form one stream, with the tokenizer's separator token between them if it has one.
+//! Windows are cut from the stream without regard to document boundaries. Within a window, attention crosses from one
+//! document into the next, as in the training of GPT-2, GPT-NeoX and Llama.
 
 mod cache;
 mod documents;
@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::TrainingError;
 use cache::{CachedTokens, Encoding};
 
-/// What to train on, and what to hold out. A path is a file, or a folder: then the `.txt` and `.jsonl` files in it and
-/// its subfolders, by name. A `.jsonl` file has a document per line; any other file is one document.
+/// Texts for training and evaluation. A path is a file or a folder; a folder stands for the `.txt` and `.jsonl` files
+/// in it and its subfolders, by name. A `.jsonl` file has one document per line; any other file is one document.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataOptions {
@@ -27,15 +27,15 @@ pub struct DataOptions {
     pub text: Vec<PathBuf>,
     /// Files and folders to evaluate on, never trained on.
     pub held_out: Vec<PathBuf>,
-    /// Of the held-out text, only so many tokens; all if none is given.
+    /// Maximum number of held-out tokens; all tokens by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_out_tokens: Option<usize>,
-    /// Key of a JSON line's text.
+    /// JSON key of a document's text.
     pub field: String,
-    /// Token of the tokenizer to put after each document, such as `<|endoftext|>`.
+    /// Token to put after each document, such as `<|endoftext|>`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_of_document: Option<String>,
-    /// Folder in which tokens are kept for the next run on the same text.
+    /// Folder of the token cache.
     pub cache: PathBuf,
 }
 
@@ -53,12 +53,12 @@ impl Default for DataOptions {
 }
 
 impl DataOptions {
-    /// The training text and the held-out text, tokenized or from the cache; each must be longer than `seq` tokens.
-    /// `report` hears of every file before it is tokenized.
+    /// The training text and the held-out text, tokenized or from the cache. Each must be longer than `seq` tokens.
+    /// Calls `report` with every file before it is tokenized.
     ///
     /// # Errors
-    /// If a file is unreadable or no text, the tokenizer lacks the end of a document, a text is too short, or the cache
-    /// is damaged or cannot be written.
+    /// If a file cannot be read or is not text, the tokenizer lacks the separator token, a text is too short, or the
+    /// cache is damaged or cannot be written.
     pub fn load(
         &self,
         tokenizer: &Tokenizer,
@@ -85,10 +85,10 @@ impl DataOptions {
         Ok((text, held_out))
     }
 
-    /// The training text itself.
+    /// The training text.
     ///
     /// # Errors
-    /// If a file is unreadable or no text.
+    /// If a file cannot be read or is not text.
     pub fn read_text(&self) -> Result<String, TrainingError> {
         let mut text = String::new();
         for path in documents::files(&self.text)? {
@@ -115,10 +115,10 @@ enum Tokens {
 }
 
 impl Corpus {
-    /// Tokenizes a text, which must be longer than `seq` tokens; `role` names it in the error.
+    /// Tokenizes a text, which must be longer than `seq` tokens. `role` names the text in the error.
     ///
     /// # Errors
-    /// If the text is too short or the tokenizer refuses it.
+    /// If the text is too short or the tokenizer rejects it.
     pub fn new(text: &str, tokenizer: &Tokenizer, seq: usize, role: &'static str) -> Result<Self, TrainingError> {
         let tokens = Tokens::Held(cache::encode(text, tokenizer)?);
         Self { tokens, bytes: text.len() }.longer_than(seq, role)
@@ -132,7 +132,7 @@ impl Corpus {
         Ok(self)
     }
 
-    /// The first so many tokens, or all if there are fewer.
+    /// The first `tokens` tokens, or all if there are fewer.
     ///
     /// # Errors
     /// If the tokenizer does not know a token.
@@ -142,7 +142,7 @@ impl Corpus {
         Ok(Self { tokens: Tokens::Held(tokens), bytes })
     }
 
-    /// The text's token ids.
+    /// Token ids of the text.
     pub fn tokens(&self) -> &[u32] {
         match &self.tokens {
             Tokens::Held(tokens) => tokens,
@@ -150,15 +150,14 @@ impl Corpus {
         }
     }
 
-    /// The text's length before tokenization.
+    /// Length of the text before tokenization, in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// `batch` windows of `seq + 1` tokens from uniformly random places, the same for the same
-    /// `seed` and `step`.
+    /// `batch` windows of `seq + 1` tokens from uniformly random positions, which depend only on `seed` and `step`.
     pub fn batch(&self, batch: usize, seq: usize, seed: u64, step: usize) -> Vec<&[u32]> {
-        // Multiplying by an odd number keeps the streams of neighbouring seeds and steps apart.
+        // Multiplying by an odd number separates the random streams of neighbouring seeds and steps.
         let stream = (seed ^ 0x5851_F42D_4C95_7F2D).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let mut rng = StdRng::seed_from_u64(stream.wrapping_add(step as u64));
         let tokens = self.tokens();
@@ -172,8 +171,8 @@ impl Corpus {
     }
 }
 
-/// Windows of `seq + 1` tokens as the model's inputs `[windows, seq]` and the tokens that follow
-/// them `[windows * seq]`, where the model is.
+/// Splits windows of `seq + 1` tokens into the model's inputs `[windows, seq]` and the following tokens `[windows *
+/// seq]`, on the model's device.
 ///
 /// # Errors
 /// If the windows differ in length.

@@ -1,31 +1,31 @@
-//! What leaving early would give on an exit trace: how deep tokens go, and how many of them are those of full depth.
+//! Early exit evaluated on an exit trace: mean depth, and agreement with full depth.
 
 use serde::Serialize;
 use traces::{ExitSignal, ExitTrace};
 
-/// Thresholds on an exit curve.
+/// Number of thresholds on an exit curve.
 const CURVE_POINTS: usize = 101;
 
-/// What the tokens of an exit trace do under one exit policy.
+/// Outcome of the tokens of an exit trace under one exit policy.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Exits {
-    /// By generation: its tokens, and those of them that differ from the token of full depth.
+    /// Outcome of each generation.
     pub generations: Vec<GenerationExits>,
-    /// Passes of all tokens together.
+    /// Number of passes of all tokens.
     pub passes: usize,
 }
 
-/// The same of one generation.
+/// Outcome of one generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GenerationExits {
-    /// Tokens generated.
+    /// Number of generated tokens.
     pub tokens: usize,
-    /// Those whose prediction at their exit differs from that of the last depth.
+    /// Number of tokens whose prediction at their exit differs from that of the last depth.
     pub differing: usize,
 }
 
 impl Exits {
-    /// Of tokens that leave at the first depth where the measure passes the threshold.
+    /// Exits at the first depth where the measure passes the threshold.
     pub fn confident(trace: &ExitTrace, measure: ExitSignal, threshold: f32) -> Self {
         let mut passes = 0;
         let generation = |index| {
@@ -42,12 +42,12 @@ impl Exits {
         Self { generations, passes }
     }
 
-    /// Tokens of all generations.
+    /// Number of tokens of all generations.
     pub fn tokens(&self) -> usize {
         self.generations.iter().map(|generation| generation.tokens).sum()
     }
 
-    /// Tokens that differ from those of full depth, of all generations.
+    /// Number of tokens that differ from full depth, over all generations.
     pub fn differing(&self) -> usize {
         self.generations.iter().map(|generation| generation.differing).sum()
     }
@@ -62,18 +62,18 @@ impl Exits {
         1.0 - self.differing() as f64 / self.tokens() as f64
     }
 
-    /// Share of each generation's tokens that differ, 0 to 1.
+    /// Share of tokens that differ from full depth, by generation, 0 to 1.
     pub fn losses(&self) -> Vec<f64> {
         self.generations.iter().map(|generation| generation.differing as f64 / generation.tokens as f64).collect()
     }
 }
 
-/// What one threshold of a measure gives.
+/// Outcome of one threshold of a measure.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct CurvePoint {
     /// The exit signal.
     pub measure: ExitSignal,
-    /// Its threshold.
+    /// Threshold of the signal.
     pub threshold: f32,
     /// Passes per token.
     pub mean_depth: f64,
@@ -81,8 +81,8 @@ pub struct CurvePoint {
     pub agreement: f64,
 }
 
-/// Mean depth against agreement, from the strictest threshold to the laxest, which lets every token leave as soon as
-/// it is looked at. The thresholds are quantiles of the measure's values. Without points for a model of one loop.
+/// Mean depth against agreement, from the strictest threshold to the laxest, at which every token exits at the first
+/// depth that has the signal. The thresholds are quantiles of the measure's values. Empty for a model of one loop.
 pub fn exit_curve(trace: &ExitTrace, measure: ExitSignal) -> Vec<CurvePoint> {
     let depths = measure.first_depth()..trace.num_loops() - 1;
     let rows = (0..trace.num_tokens()).flat_map(|token| depths.clone().map(move |depth| (token, depth)));
@@ -98,7 +98,7 @@ pub fn exit_curve(trace: &ExitTrace, measure: ExitSignal) -> Vec<CurvePoint> {
     thresholds.into_iter().map(point).collect()
 }
 
-/// The point of least mean depth among those of at least this agreement.
+/// The point of smallest mean depth among those with at least this agreement.
 pub fn shallowest(curve: &[CurvePoint], agreement: f64) -> Option<&CurvePoint> {
     let enough = curve.iter().filter(|point| point.agreement >= agreement);
     enough.min_by(|a, b| a.mean_depth.total_cmp(&b.mean_depth))
@@ -126,7 +126,7 @@ pub(crate) mod tests {
         (signals, token)
     }
 
-    /// Two loops; two generations of two tokens and one, whose earlier loop is right when it is at least 0.5 sure.
+    /// Two loops, and generations of two tokens and one. The first loop is right where its confidence is at least 0.5.
     fn trace() -> ExitTrace {
         let mut trace = empty(2);
         trace.push_generation(&[row(0.9, 1), row(1.0, 1), row(0.4, 3), row(1.0, 2)]);
@@ -145,7 +145,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_curve_goes_from_the_surest_value_to_leaving_at_once() {
+    fn a_curve_goes_from_the_most_confident_value_to_exiting_at_once() {
         for (measure, ends) in [(ExitSignal::Top1, [0.9, 0.4]), (ExitSignal::Entropy, [1.0 - 0.9, 1.0 - 0.4])] {
             let curve = exit_curve(&trace(), measure);
             let thresholds: Vec<f32> = curve.iter().map(|point| point.threshold).collect();

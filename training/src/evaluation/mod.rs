@@ -1,4 +1,4 @@
-//! What a model knows at each depth: of a held-out text, of questions, and how far its exit signals can be believed.
+//! Evaluation by depth: loss on held-out text, accuracy on questions, and reliability of exit signals.
 
 pub mod exits;
 pub mod multiple_choice;
@@ -17,40 +17,40 @@ use crate::corpus::{Corpus, inputs_and_targets};
 use crate::error::TrainingError;
 use crate::objective::cross_entropy;
 
-/// Figures of one loop over a held-out text.
+/// Results of one loop on a held-out text.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct LoopFigures {
-    /// Passes run: 1 is the first loop.
+    /// Number of passes: 1 is the first loop.
     pub passes: usize,
     /// Cross-entropy, nats per token.
     pub loss_nats_per_token: f64,
-    /// `exp` of that: the number of equally likely tokens that would be as hard to guess.
+    /// `exp` of the loss: the equivalent number of equally likely tokens.
     pub perplexity: f64,
-    /// Bits to code the text with this loop's probabilities, over its bytes; the first token, if
-    /// nothing precedes it, is counted at `log2(vocab)` bits.
+    /// Bits needed to code the text with this loop's probabilities, per byte. The first token, if nothing precedes it,
+    /// counts as `log2(vocab)` bits.
     pub bits_per_byte: f64,
-    /// Share of tokens whose most likely token is the right one.
+    /// Share of tokens that are the most likely one.
     pub accuracy: f64,
     /// Share of tokens whose most likely token is that of the last loop.
     pub agreement_with_last: f64,
-    /// Share of tokens whose oracle depth this is: the earliest loop that agrees with the last.
+    /// Share of tokens with this oracle depth: the earliest loop that agrees with the last.
     pub oracle_share: f64,
 }
 
-/// Figures of a model over a held-out text.
+/// Results of a model on a held-out text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Evaluation {
-    /// Per loop, first to last.
+    /// Results by loop, first to last.
     pub loops: Vec<LoopFigures>,
-    /// Tokens predicted.
+    /// Number of predicted tokens.
     pub tokens: usize,
-    /// Bytes coded.
+    /// Number of coded bytes.
     pub bytes: usize,
 }
 
 impl Evaluation {
-    /// Mean passes per token (1 to the number of loops) of an oracle that leaves at the earliest
-    /// loop that agrees with the last.
+    /// Mean passes per token (1 to the number of loops) of an oracle that exits at the earliest loop that agrees with
+    /// the last.
     pub fn mean_oracle_depth(&self) -> f64 {
         let weighted = |figures: &LoopFigures| figures.passes as f64 * figures.oracle_share;
         self.loops.iter().map(weighted).sum()
@@ -81,27 +81,27 @@ struct Sums {
     oracle: usize,
 }
 
-/// Evaluates `model` on a text. Windows overlap by half and only a window's second half counts, so a token is predicted
-/// from `seq / 2` to `seq - 1` tokens before it, except in the first window, which counts whole.
+/// Evaluates `model` on a text. Windows overlap by half, and only a window's second half counts. Each counted token is
+/// therefore predicted from the `seq / 2` to `seq - 1` tokens before it. The first window counts completely.
 ///
 /// # Errors
-/// If a tensor operation fails or the model gives logits that are not finite.
+/// If a tensor operation fails or the model's logits are not finite.
 pub fn evaluate(model: &Reference, corpus: &Corpus, windows: Windows<'_>) -> Result<Evaluation, TrainingError> {
     evaluate_and_record(model, corpus, windows, |_| ())
 }
 
-/// How a text is cut into what the model sees at once.
+/// How a text is cut into windows.
 #[derive(Clone, Copy, Debug)]
 pub struct Windows<'a> {
-    /// Tokens of a window.
+    /// Tokens per window.
     pub seq: usize,
-    /// Those that every window begins with, such as Gemma's `<bos>`; fewer than half of `seq`. After them, the text's
+    /// Tokens that every window begins with, such as Gemma's `<bos>`; fewer than half of `seq`. With them, the text's
     /// first token is predicted too.
     pub begin: &'a [u32],
 }
 
-/// As [`evaluate`], and hands over the exit signals of each window's tokens that count, and the tokens predicted: entry
-/// `token * num_loops + depth`, as [`traces::ExitTrace::push_generation`] takes them.
+/// As [`evaluate`], and passes on each window's exit signals and predicted tokens. Entry `token * num_loops + depth`
+/// belongs to a counted token, as in [`traces::ExitTrace::push_generation`].
 ///
 /// # Errors
 /// As for [`evaluate`].
@@ -142,15 +142,15 @@ pub fn evaluate_and_record(
     Ok(Evaluation { loops: sums.iter().enumerate().map(figures).collect(), tokens: predicted, bytes: corpus.bytes() })
 }
 
-/// What a loop makes of the tokens of a window that count.
+/// One loop's predictions of the counted tokens of a window.
 struct LoopReading {
-    /// Cross-entropy, summed over them.
+    /// Cross-entropy, summed over the tokens.
     nats: f64,
-    /// Signals and most likely token of each.
+    /// Exit signals and most likely token of each.
     rows: Vec<(Signals, u32)>,
 }
 
-/// Reads the predictions of a window from its `skip`-th on, at every loop.
+/// Reads the predictions of a window from index `skip` on, at every loop.
 fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<LoopReading>, TrainingError> {
     let (inputs, targets) = inputs_and_targets(&[window], model.device())?;
     let rows = targets.elem_count() - skip;
@@ -159,7 +159,7 @@ fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<Loo
     let mut loops = Vec::new();
     for (depth, hidden) in model.hidden_states(&inputs)?.iter().enumerate() {
         let logits = model.logits(&model.exit(hidden, 1)?.narrow(0, skip, rows)?, depth)?;
-        // The signals are read on the CPU.
+        // The exit signals are computed on the CPU.
         let hidden = hidden.narrow(0, skip, rows)?;
         let gates = match model.gate_logits(&model.final_norm(&hidden)?, depth)? {
             Some(scores) => (scores.neg()?.exp()? + 1.0)?.recip()?.to_vec1()?,
@@ -182,7 +182,7 @@ fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<Loo
     Ok(loops)
 }
 
-/// Adds what the loops read of tokens that turned out to be `right`.
+/// Adds the loops' predictions of tokens whose true values are `right`.
 fn add(sums: &mut [Sums], loops: &[LoopReading], right: &[u32]) {
     let token = |depth: usize, row: usize| loops[depth].rows[row].1;
     for (depth, (read, sums)) in loops.iter().zip(sums.iter_mut()).enumerate() {
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn the_file_tells_the_share_of_tokens_that_a_loop_predicts_right() {
-        // All tokens are equally likely, and the first of the vocabulary is taken.
+        // All tokens are equally likely, so the first of the vocabulary is predicted.
         let zeros = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.zeros_like().unwrap());
         let tensors = weights().tensors().iter().map(zeros).collect();
         let model =

@@ -1,6 +1,6 @@
 //! Multiple-choice questions, answered by log-likelihood as in the LM Evaluation Harness (arXiv 2405.14782).
 //!
-//! A question is a line of JSON in one of the harness's own two layouts:
+//! A question is a line of JSON in one of two layouts of the harness:
 //!
 //! ```text
 //! {"query": "The sky is", "choices": ["blue", "green"], "gold": 0}             a processed document
@@ -26,37 +26,38 @@ use crate::error::TrainingError;
 use crate::evaluation::samples::Samples;
 use crate::objective::cross_entropy;
 
-/// Between a query and its choice, and between examples: the harness's `target_delimiter` and `fewshot_delimiter`.
+/// Separators between a query and its choice, and between examples: the harness's `target_delimiter` and
+/// `fewshot_delimiter`.
 pub(crate) const CHOICE_DELIMITER: &str = " ";
 const EXAMPLE_DELIMITER: &str = "\n\n";
 
 /// A question with at least two choices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// What may be chosen.
+    /// The choices.
     pub choices: Vec<Choice>,
-    /// Indices of the right ones, at least one.
+    /// Indices of the right choices, at least one.
     pub gold: Vec<usize>,
 }
 
 /// One of a question's choices.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Choice {
-    /// Text before it; may be empty.
+    /// Text before the choice; may be empty.
     pub context: String,
-    /// Its text with what parts it from the context, never empty.
+    /// Text of the choice with its separator from the context; not empty.
     pub continuation: String,
 }
 
 impl Choice {
-    /// Characters of its text, which `acc_norm` divides by.
+    /// Length of the choice's text in characters, by which `acc_norm` divides.
     fn characters(&self) -> usize {
         self.continuation.strip_prefix(CHOICE_DELIMITER).unwrap_or(&self.continuation).chars().count()
     }
 }
 
 impl Question {
-    /// The same question after the first `shots` of `examples`, each with its right choice.
+    /// The question after the first `shots` of `examples`, each with its right choice.
     pub fn after_examples(mut self, examples: &[Question], shots: usize) -> Self {
         let example = |question: &Question| {
             let Choice { context, continuation } = &question.choices[question.gold[0]];
@@ -71,17 +72,17 @@ impl Question {
 /// The questions of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QuestionFile {
-    /// In the order of the file.
+    /// The questions, in the order of the file.
     pub questions: Vec<Question>,
-    /// What of the file is not among them, each in a sentence for people.
+    /// What was left out of the file: one sentence each.
     pub warnings: Vec<String>,
 }
 
-/// Reads at least `at_least` questions, a line each; blank lines are skipped, and a question that a log holds under
+/// Reads at least `at_least` questions, one per line. Blank lines are skipped, and a question that a log contains under
 /// several filters is read once.
 ///
 /// # Errors
-/// If the file does not read, has too few questions, or a line is not a question in one of the layouts.
+/// If the file cannot be read or has too few questions, or a line is not a question in one of the layouts.
 pub fn read_questions(path: &Path, at_least: usize) -> Result<QuestionFile, TrainingError> {
     let in_file = |source| TrainingError::File { path: path.to_owned(), source };
     let mut samples = Samples::default();
@@ -114,7 +115,7 @@ pub fn read_questions(path: &Path, at_least: usize) -> Result<QuestionFile, Trai
     Ok(QuestionFile { questions, warnings })
 }
 
-/// A document as the harness's `process_docs` leaves it.
+/// A document as returned by the harness's `process_docs`.
 #[derive(Deserialize)]
 struct Document {
     query: String,
@@ -122,7 +123,7 @@ struct Document {
     gold: usize,
 }
 
-/// Where a question stands.
+/// Position of a question.
 pub(crate) struct Line<'a> {
     pub path: &'a Path,
     pub number: usize,
@@ -166,18 +167,18 @@ impl Line<'_> {
 pub struct Answer {
     /// Indices of the right choices.
     pub gold: Vec<usize>,
-    /// Characters of each choice.
+    /// Length of each choice in characters.
     pub characters: Vec<usize>,
-    /// Nats by loop and choice.
+    /// Log-likelihoods in nats, by loop and choice.
     pub log_likelihoods: Vec<Vec<f64>>,
-    /// Choices before which the beginning of the context was left out, for it was longer than the model's positions.
+    /// Number of choices whose context was cut at its beginning to fit the model's positions.
     pub truncated: usize,
 }
 
-/// Answers questions at every loop; `done` is told after each.
+/// Answers questions at every loop; calls `done` after each.
 ///
 /// # Errors
-/// If a choice alone does not fit the model's positions, the tokenizer refuses a text or a tensor operation fails.
+/// If a choice by itself does not fit the model's positions, the tokenizer rejects a text, or a tensor operation fails.
 pub fn answer(
     model: &Reference,
     tokenizer: &Tokenizer,
@@ -208,8 +209,8 @@ pub fn answer(
     Ok(answers)
 }
 
-/// The tokens that stand for a context of no text: those that a sequence begins with or, of a tokenizer without such,
-/// its end-of-text token, as in the harness; of one without that, a line end.
+/// Tokens in place of an empty context, as in the harness: those that every sequence begins with, or else the
+/// tokenizer's end-of-text token, or else a line end.
 fn before_nothing(tokenizer: &Tokenizer) -> Result<Vec<u32>, TrainingError> {
     const ENDS: [&str; 6] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>"];
     let begin = tokenizer.begin()?;
@@ -222,15 +223,15 @@ fn before_nothing(tokenizer: &Tokenizer) -> Result<Vec<u32>, TrainingError> {
     }
 }
 
-/// Tokens of context and continuation together, after those that a sequence begins with, and how many of them are the
-/// continuation's. White space at the end of the context is left to the continuation, whose first token it usually
-/// begins. Tokens of a context of no text are those in `before`.
+/// Tokens of context and continuation, after those that every sequence begins with, and how many of them belong to the
+/// continuation. White space at the end of the context counts to the continuation, whose first token usually includes
+/// it. An empty context has the tokens in `before`.
 fn encode(tokenizer: &Tokenizer, choice: &Choice, before: &[u32]) -> Result<(Vec<u32>, usize), TrainingError> {
     let text = format!("{}{}", choice.context, choice.continuation);
     let context = choice.context.trim_end();
     if context.is_empty() {
         let continuation = tokenizer.encode(&text)?;
-        // As in the harness, a continuation that begins so itself needs nothing before it.
+        // As in the harness, a continuation that begins with that token needs nothing before it.
         let begins = continuation.len() > 1 && continuation.first() == before.last();
         return Ok(match begins {
             true => (continuation.clone(), continuation.len() - 1),
@@ -243,7 +244,7 @@ fn encode(tokenizer: &Tokenizer, choice: &Choice, before: &[u32]) -> Result<(Vec
     Ok((whole, continuation))
 }
 
-/// Log-likelihood of the last `continuation` of `tokens` given those before them, nats by loop.
+/// Log-likelihood of the last `continuation` of `tokens` given the tokens before them, in nats by loop.
 fn log_likelihoods_of(model: &Reference, tokens: &[u32], continuation: usize) -> Result<Vec<f64>, TrainingError> {
     let (inputs, targets) = inputs_and_targets(&[tokens], model.device())?;
     let skip = targets.elem_count() - continuation;
@@ -260,21 +261,21 @@ fn log_likelihoods_of(model: &Reference, tokens: &[u32], continuation: usize) ->
 /// Accuracy of one loop, named as in the harness.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Accuracy {
-    /// Passes run: 1 is the first loop.
+    /// Number of passes: 1 is the first loop.
     pub passes: usize,
-    /// Questions answered.
+    /// Number of answered questions.
     pub questions: usize,
-    /// Share of questions whose likeliest choice is the right one.
+    /// Share of questions whose right choice has the greatest log-likelihood.
     pub acc: f64,
-    /// Standard error of that.
+    /// Standard error of `acc`.
     pub acc_stderr: f64,
     /// Share of questions whose right choice has the greatest log-likelihood per character.
     pub acc_norm: f64,
-    /// Standard error of that.
+    /// Standard error of `acc_norm`.
     pub acc_norm_stderr: f64,
 }
 
-/// Accuracy by loop, of at least one answer.
+/// Accuracy by loop, from at least one answer.
 pub fn accuracies(answers: &[Answer]) -> Vec<Accuracy> {
     let loops = answers.first().map_or(0, |answer| answer.log_likelihoods.len());
     let accuracy = |depth: usize| {
@@ -294,7 +295,7 @@ pub fn accuracies(answers: &[Answer]) -> Vec<Accuracy> {
     (0..loops).map(accuracy).collect()
 }
 
-/// Index of the greatest number, the first of equals.
+/// Index of the greatest number; the first of equals.
 fn greatest(numbers: &[f64]) -> usize {
     (1..numbers.len()).fold(0, |best, index| if numbers[index] > numbers[best] { index } else { best })
 }
@@ -324,8 +325,8 @@ mod tests {
         Tokenizer::train("bytes alone", VOCAB).unwrap()
     }
 
-    /// A model of bytes, positions and context aside: the byte after `previous` is `next` with the odds given in nats,
-    /// after others every byte is as likely.
+    /// A model of bytes that ignores positions and context. The byte after `previous` is `next` with the given odds in
+    /// nats; after other bytes, every byte is equally likely.
     fn bigrams(pairs: &[(u8, u8, f32)]) -> Reference {
         let config = ModelConfig {
             vocab_size: VOCAB,
@@ -343,7 +344,7 @@ mod tests {
         let id = |byte: u8| tokenizer().encode(std::str::from_utf8(&[byte]).unwrap()).unwrap()[0] as usize;
         let mut head = vec![0.0; VOCAB * VOCAB];
         for &(previous, next, nats) in pairs {
-            // An embedded byte is a vector of one component, sqrt(VOCAB), that the norm leaves as it is.
+            // An embedded byte is a vector with one non-zero component, sqrt(VOCAB), which the norm does not change.
             head[id(next) * VOCAB + id(previous)] = nats / (VOCAB as f32).sqrt();
         }
         let random = Weights::random(config.clone(), 1).unwrap();
@@ -386,12 +387,12 @@ mod tests {
 
     #[test]
     fn accuracies_of_a_model_that_knows_its_answers_are_known() {
-        // After a space x is likelier than y, and after x nothing else but another x is likely.
+        // After a space x is likelier than y; after x only another x is likely.
         let model = bigrams(&[(b' ', b'x', 9.0), (b' ', b'y', 8.0), (b'x', b'x', 12.0)]);
         let questions = [
             question("one:", &["x", "y"], 0),
             question("two:", &["y", "x"], 0),
-            // Likelier as a whole is `x`, by character `xxxx`.
+            // `x` has the greater log-likelihood, `xxxx` the greater one per character.
             question("three:", &["xxxx", "x"], 0),
             question("four:", &["q", "x", "z"], 1),
         ];
@@ -400,7 +401,7 @@ mod tests {
         assert_eq!(found.len(), 2);
         for accuracy in found {
             assert_eq!((accuracy.questions, accuracy.acc, accuracy.acc_norm), (4, 0.5, 0.75));
-            // The standard deviation of 1, 0, 0, 1 over the root of 4, as the harness has it.
+            // The standard deviation of 1, 0, 0, 1 over the root of 4, as in the harness.
             assert!((accuracy.acc_stderr - (1.0_f64 / 3.0).sqrt() / 2.0).abs() < 1e-12);
         }
     }

@@ -1,46 +1,45 @@
-//! How far an exit signal can be believed: whether tokens agree with the last loop as often as it is sure.
+//! Reliability of exit signals: whether tokens agree with the last loop as often as the signal predicts.
 
 use serde::Serialize;
 use traces::{ExitSignal, ExitTrace};
 
-/// Bins of a reliability curve, each of as many tokens (arXiv 2012.08668, section 4.2).
+/// Number of bins of a reliability curve, with equal numbers of tokens (arXiv 2012.08668, section 4.2).
 const BINS: usize = 15;
 
-/// One bin of the tokens at a depth: those whose signal is about as sure.
+/// One bin of the tokens at a depth, with similar signal values.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ReliabilityBin {
     /// The exit signal.
     pub measure: ExitSignal,
-    /// Depth at which it was read.
+    /// Depth at which the signal was read.
     pub depth: usize,
-    /// Tokens in the bin.
+    /// Number of tokens in the bin.
     pub tokens: usize,
-    /// Their mean [`confidence`], 0 to 1.
+    /// Mean [`confidence`] of the tokens, 0 to 1.
     pub confidence: f64,
-    /// Share of them whose prediction is that of the last loop, 0 to 1.
+    /// Share of the tokens whose prediction equals that of the last loop, 0 to 1.
     pub agreement: f64,
 }
 
-/// How good a signal is at a depth.
+/// Quality of a signal at a depth.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct SignalQuality {
     /// The exit signal.
     pub measure: ExitSignal,
-    /// Depth at which it was read.
+    /// Depth at which the signal was read.
     pub depth: usize,
-    /// Share of tokens whose prediction is that of the last loop, 0 to 1.
+    /// Share of tokens whose prediction equals that of the last loop, 0 to 1.
     pub agreement: f64,
-    /// Expected calibration error (arXiv 1706.04599, equation 3): the distance of confidence and agreement in a bin,
-    /// averaged over tokens.
+    /// Expected calibration error (arXiv 1706.04599, equation 3): the difference between confidence and agreement in a
+    /// bin, averaged over tokens.
     pub calibration_error: f64,
-    /// Chance that of two tokens, one that agrees and one that does not, the signal is surer of the first; none if all
-    /// tokens agree or none does.
+    /// Area under the ROC curve: the probability that an agreeing token has a more confident signal than a differing
+    /// one. `None` if all tokens agree or none does.
     pub auroc: Option<f64>,
 }
 
-/// A value of a measure read as the probability that the token is that of the last loop: as it is where it lies
-/// between 0 and 1, cut to that where it does not, and `exp(-H)` of an entropy `H`, which is the probability of each
-/// of `exp(H)` tokens that are equally likely.
+/// A value of a measure as the probability that the token is that of the last loop. An entropy `H` gives `exp(-H)`, the
+/// probability of each of `exp(H)` equally likely tokens. Other values are limited to 0 to 1.
 pub fn confidence(measure: ExitSignal, value: f32) -> f64 {
     match measure {
         ExitSignal::Entropy => f64::from(-value).exp().min(1.0),
@@ -48,7 +47,7 @@ pub fn confidence(measure: ExitSignal, value: f32) -> f64 {
     }
 }
 
-/// The reliability curve of a measure at a depth, from the least sure bin to the surest.
+/// The reliability curve of a measure at a depth, from the least confident bin to the most confident.
 pub fn reliability(trace: &ExitTrace, measure: ExitSignal, depth: usize) -> Vec<ReliabilityBin> {
     let rows = rows_by_sureness(trace, measure, depth);
     let bins = BINS.min(rows.len());
@@ -92,7 +91,7 @@ fn rows_by_sureness(trace: &ExitTrace, measure: ExitSignal, depth: usize) -> Vec
     rows
 }
 
-/// The area under the ROC curve, as the Mann-Whitney statistic of sorted rows: a tie counts half.
+/// Area under the ROC curve, as the Mann-Whitney statistic of sorted rows: a tie counts half.
 fn auroc(rows: &[Row]) -> Option<f64> {
     let (mut won, mut agreeing, mut differing) = (0.0, 0.0, 0.0);
     for tied in rows.chunk_by(|a, b| a.sureness == b.sureness) {
@@ -110,7 +109,7 @@ mod tests {
     use super::*;
     use crate::evaluation::exits::tests::{empty, row};
 
-    /// Two loops; a generation of tokens of which some agree.
+    /// Two loops, and a generation in which some tokens agree.
     fn trace(tokens: &[(f32, bool)]) -> ExitTrace {
         let mut trace = empty(2);
         let rows = |&(top1, agrees): &(f32, bool)| [row(top1, u32::from(!agrees)), row(1.0, 0)];
@@ -129,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn bins_hold_as_many_tokens_from_the_least_sure_to_the_surest() {
+    fn bins_have_equal_numbers_of_tokens_in_ascending_confidence() {
         let tokens: Vec<_> = (0..100).map(|i| (i as f32 / 100.0, i >= 40)).collect();
         for measure in [ExitSignal::Top1, ExitSignal::Margin, ExitSignal::Entropy] {
             let bins = reliability(&trace(&tokens), measure, 0);
@@ -144,7 +143,7 @@ mod tests {
     fn auroc_is_the_share_of_pairs_ranked_right() {
         let auroc = |tokens: &[(f32, bool)], measure| signal_quality(&trace(tokens), measure, 0).auroc;
         let tokens = [(0.9, true), (0.7, false), (0.5, true), (0.5, false), (0.1, false)];
-        // Of 2 x 3 pairs, 0.9 wins 3, 0.5 wins one, loses one and draws one.
+        // Of 2 x 3 pairs, 0.9 wins 3; 0.5 wins one, loses one and ties one.
         for measure in [ExitSignal::Top1, ExitSignal::Entropy] {
             assert_eq!(auroc(&tokens, measure), Some(4.5 / 6.0), "{measure}");
         }

@@ -1,13 +1,13 @@
-//! Losses of a batch, with hand-written gradients where candle's take several passes over the logits; on other devices
-//! than the CPU they are candle's.
+//! Losses of a batch. On the CPU, gradients are hand-written where candle takes several passes over the logits; other
+//! devices use candle's operations.
 
 mod composed;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 use engine::differentiable::{exp, max_of, numbers, sum_over};
 
-/// Mean of `-log p(label)` over `scores` `[rows]`, whose sigmoid is the probability of label 1: with `|score|` in the
-/// exponent, so that no score overflows.
+/// Mean of `-log p(label)` over `scores` `[rows]`, whose sigmoid is the probability of label 1. The exponent contains
+/// `-|score|`, so that no score overflows.
 ///
 /// # Errors
 /// If the shapes differ.
@@ -19,7 +19,7 @@ pub fn binary_cross_entropy(scores: &Tensor, labels: &Tensor) -> Result<Tensor> 
 /// Probabilities of `logits` `[rows, vocab]`, without gradient.
 ///
 /// # Errors
-/// If the shape is another.
+/// If the shape has another rank.
 pub fn softmax(logits: &Tensor) -> Result<Tensor> {
     match logits.device().is_cpu() {
         true => logits.detach().apply_op1_no_bwd(&Softmax),
@@ -30,7 +30,7 @@ pub fn softmax(logits: &Tensor) -> Result<Tensor> {
 /// Mean of `-log p(target)` over the rows of `logits` `[rows, vocab]`.
 ///
 /// # Errors
-/// If the shapes do not fit or a target is not in the vocabulary.
+/// If the shapes do not match or a target is not in the vocabulary.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     match logits.device().is_cpu() {
         true => logits.apply_op2(targets, CrossEntropy)?.mean_all(),
@@ -38,8 +38,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Mean of `KL(teacher || softmax(logits))` over rows; `teacher` holds probabilities and gets no
-/// gradient.
+/// Mean of `KL(teacher || softmax(logits))` over rows. `teacher` contains probabilities and gets no gradient.
 ///
 /// # Errors
 /// If the shapes differ.
@@ -161,7 +160,7 @@ fn ids<'a>(targets: &'a CpuStorage, layout: &Layout, rows: usize, vocab: usize) 
     }
 }
 
-/// Rows of `x` `[rows, n]` times the numbers of `factors` `[rows]`.
+/// Multiplies each row of `x` `[rows, n]` by its number in `factors` `[rows]`.
 fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     x.broadcast_mul(&factors.unsqueeze(1)?)
 }

@@ -1,13 +1,14 @@
-//! What training lowers: next-token cross-entropy at one or all loops, distillation, and the gates' own loss.
+//! The training objective: next-token cross-entropy at one or all loops, distillation, and the loss of the gates.
 //!
 //! ```text
 //! sum over loops i of c_i [ a CE_i + b T^2 KL(teacher || i) + d KL(last || i) ]  +  g sum over i < last of BCE_i
 //! ```
 //!
-//! CE is next-token cross-entropy; the first KL is knowledge distillation from a full-size teacher at temperature T
-//! (arXiv 1503.02531), the second from the detached last loop, so that this is not drawn towards the earlier ones; the
-//! coefficients c_i are those of early-exit training (arXiv 2410.20672, sections 2.4 and 3.7). BCE is the binary
-//! cross-entropy of a loop's gate, which is to tell whether the loop's most likely token is the last loop's.
+//! CE is next-token cross-entropy. The first KL is knowledge distillation from a full-size teacher at temperature T
+//! (arXiv 1503.02531). The second KL is distillation from the last loop, which is detached so that it is not drawn
+//! towards the earlier loops. The coefficients c_i are those of early-exit training (arXiv 2410.20672, sections 2.4 and
+//! 3.7). BCE is the binary cross-entropy of a loop's gate, which predicts whether the loop's most likely token is that
+//! of the last loop.
 
 mod losses;
 mod options;
@@ -25,23 +26,23 @@ pub struct Objective {
     teacher: Option<Reference>,
 }
 
-/// The objective of a batch and its parts, means over tokens in nats.
+/// The objective of a batch and its terms: means over tokens, in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Losses {
-    /// What training lowers.
+    /// The training objective.
     pub objective: f64,
     /// Cross-entropy of the last loop.
     pub last: f64,
     /// Divergence of the last loop from the teacher at the teacher's temperature, if there is a teacher.
     pub teacher: Option<f64>,
-    /// Divergence of the earlier loops from the last, summed over them, if they are trained on it.
+    /// Divergence of the earlier loops from the last, summed over them, if it is trained.
     pub self_distillation: Option<f64>,
     /// Binary cross-entropy of the gates, summed over them, if they are trained.
     pub gate: Option<f64>,
 }
 
 impl Losses {
-    /// Adds the losses of other tokens, each weighted by its tokens' `share` of all.
+    /// Adds the losses of other tokens, weighted by their `share` of all tokens.
     pub fn add(&mut self, other: &Self, share: f64) {
         let add = |sum: &mut Option<f64>, part: Option<f64>| {
             if let Some(part) = part {
@@ -57,16 +58,16 @@ impl Losses {
 }
 
 impl Objective {
-    /// An objective, with its teacher if the options ask for one.
+    /// An objective, with its teacher if the options have one.
     pub fn new(options: ObjectiveOptions, teacher: Option<Reference>) -> Self {
         Self { options, teacher }
     }
 
     /// The objective of `model` on `inputs` `[windows, seq]` with the `targets` `[windows * seq]`: the scalar to
-    /// differentiate, and its parts.
+    /// differentiate, and its terms.
     ///
     /// # Errors
-    /// If the shapes do not fit.
+    /// If the shapes do not match.
     pub fn of(&self, model: &Reference, inputs: &Tensor, targets: &Tensor) -> Result<(Tensor, Losses)> {
         let options = &self.options;
         let states = model.hidden_states(inputs)?;
@@ -124,7 +125,7 @@ fn scalar(x: &Tensor) -> Result<f64> {
     Ok(f64::from(x.to_scalar::<f32>()?))
 }
 
-/// A distribution to be drawn towards.
+/// A distribution to learn from.
 struct Target {
     /// `[rows, vocab]`, without gradient.
     probabilities: Tensor,
@@ -147,16 +148,16 @@ impl Target {
         Ok(Self { probabilities: softmax(logits)?, temperature: 1.0, weight })
     }
 
-    /// The weighted divergence of `logits` `[rows, vocab]`, by the temperature's square so that its gradients do not
-    /// shrink with it.
+    /// The weighted divergence of `logits` `[rows, vocab]`, times the square of the temperature, so that its gradients
+    /// do not shrink as the temperature rises.
     fn divergence(&self, logits: &Tensor) -> Result<Tensor> {
         let divergence = divergence(&(logits / self.temperature)?, &self.probabilities)?;
         divergence * (self.weight * self.temperature * self.temperature)
     }
 }
 
-/// Binary cross-entropy of the gate that reads `hidden` at `depth`: is the most likely token of this `exit`'s logits that
-/// of the `last` ones?
+/// Binary cross-entropy of the gate that reads `hidden` at `depth`. The label is whether the most likely token of the
+/// `exit` logits is that of the `last` logits.
 fn gate_loss(
     model: &Reference,
     options: GateOptions,
@@ -202,7 +203,7 @@ mod tests {
         }
     }
 
-    /// A model with every kind of part, all of whose tensors differ from their start.
+    /// A model with every kind of component, all of whose tensors differ from their initial values.
     fn relaxed() -> ModelConfig {
         ModelConfig {
             sharing: Sharing::Matrices,
@@ -213,7 +214,7 @@ mod tests {
         }
     }
 
-    /// Variables for every tensor of a random model, moved so that loops differ and every term counts.
+    /// Variables for every tensor of a random model, changed so that loops differ and every term counts.
     fn variables(config: &ModelConfig, seed: u64) -> HashMap<String, Var> {
         let start = Weights::random(config.clone(), seed).unwrap();
         let mut rng = StdRng::seed_from_u64(seed);
@@ -225,7 +226,7 @@ mod tests {
         start.tensors().iter().map(variable).collect()
     }
 
-    /// Values drawn from `rng`, unlike those of candle on the CPU, which has no seed.
+    /// Normal values drawn from `rng`; candle on the CPU has no seed.
     pub(super) fn normal(shape: impl Into<Shape>, deviation: f32, rng: &mut StdRng) -> Tensor {
         let (shape, distribution) = (shape.into(), Normal::new(0.0, deviation).unwrap());
         let values: Vec<f32> = distribution.sample_iter(rng).take(shape.elem_count()).collect();
@@ -261,7 +262,7 @@ mod tests {
         }
     }
 
-    /// Temperature-softened probabilities and their logarithms, by candle.
+    /// Softened probabilities at a temperature, and their logarithms, by candle.
     fn softened(logits: &Tensor, temperature: f64) -> (Tensor, Tensor) {
         let log = candle_nn::ops::log_softmax(&(logits / temperature).unwrap(), 1).unwrap();
         (log.exp().unwrap(), log)
@@ -273,8 +274,8 @@ mod tests {
         number(&(p * (log_p - log_q).unwrap()).unwrap().sum_all().unwrap()) / rows
     }
 
-    /// What does not follow the model's weights: the teacher's logits, those of the last loop for the others to learn
-    /// from, and whether each exit's token is the last one's.
+    /// Constants of the objective: the teacher's logits, the last loop's logits as a target, and whether each exit's
+    /// token is that of the last loop.
     struct Fixed {
         teacher: Tensor,
         last: Tensor,
@@ -298,7 +299,7 @@ mod tests {
         }
     }
 
-    /// The objective as in its formula, with what gets no gradient held fixed.
+    /// The objective by its formula, with detached values held fixed.
     fn formula(model: &Reference, fixed: &Fixed, inputs: &Tensor, targets: &Tensor) -> f64 {
         let logits = model.forward(inputs).unwrap();
         let ce = |logits| number(&candle_nn::loss::cross_entropy(logits, targets).unwrap());
@@ -333,7 +334,7 @@ mod tests {
         for (name, variable) in &variables {
             let start = variable.as_tensor().copy().unwrap();
             let gradient = gradients.get(variable).unwrap_or_else(|| panic!("{name} has no gradient"));
-            // Along the gradient the slope is steepest, and the difference is least lost in rounding.
+            // The slope is steepest along the gradient, where the difference loses least to rounding.
             let slope = norm(gradient);
             assert!(slope > 0.0, "{name} has a gradient of zero");
             let direction = (gradient / slope).unwrap();
@@ -342,8 +343,8 @@ mod tests {
                 formula(&model, &fixed, &inputs, &targets)
             };
             let central = |step: f64| (along(step) - along(-step)) / (2.0 * step);
-            // Small where the slope, and with it the curvature, is large. Of fourth order: of 60 seeds a quarter of this
-            // tolerance was used at most, where a central difference alone was out of it on some.
+            // Small where the slope, and with it the curvature, is large. The difference is of fourth order. Of 60
+            // seeds, the largest error was a quarter of this tolerance; a central difference exceeded it for some.
             let step = 0.005 / (1.0 + slope);
             let difference = (4.0 * central(step) - central(2.0 * step)) / 3.0;
             variable.set(&start).unwrap();
@@ -355,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn distillation_leaves_the_last_loop_alone_and_gates_leave_what_they_read() {
+    fn distillation_does_not_train_the_last_loop_and_gates_do_not_train_what_they_read() {
         let (config, variables) = (relaxed(), variables(&relaxed(), 5));
         let model = model(&config, &variables);
         let (inputs, targets) = batch();

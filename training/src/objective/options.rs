@@ -1,4 +1,4 @@
-//! Options of the objective, and what they may be.
+//! Options of the objective.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -18,12 +18,12 @@ pub struct ObjectiveOptions {
     pub exits: ExitCoefficients,
     /// Weight a of next-token cross-entropy.
     pub cross_entropy: f64,
-    /// Knowledge distillation from a full-size teacher, if any.
+    /// Knowledge distillation from a full-size teacher, if configured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<TeacherOptions>,
     /// Weight d of the divergence of an earlier loop from the last.
     pub self_distillation: f64,
-    /// Training of the gates, if any.
+    /// Training of the gates, if configured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gate: Option<GateOptions>,
 }
@@ -42,17 +42,18 @@ pub enum ExitCoefficients {
     Last,
     /// `i / (1 + 2 + ... + loops)` for the `i`-th loop.
     Weighted,
-    /// 1 for the last loop, this for the others.
+    /// 1 for the last loop, this coefficient for the others.
     Aggressive(f64),
 }
 
-/// A teacher, and how much it counts.
+/// A teacher and its weight.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherOptions {
-    /// What [`Checkpoint::open`](engine::checkpoint::Checkpoint::open) knows: a folder, a GGUF file or a name on the hub.
+    /// The teacher, in any form that [`Checkpoint::open`](engine::checkpoint::Checkpoint::open) accepts: a folder, a
+    /// GGUF file or a name on the hub.
     pub model: PathBuf,
-    /// Weight b of the divergence from it.
+    /// Weight b of the divergence from the teacher.
     #[serde(default = "one")]
     pub weight: f64,
     /// Temperature T of both distributions.
@@ -60,14 +61,14 @@ pub struct TeacherOptions {
     pub temperature: f64,
 }
 
-/// How the gates are trained.
+/// Options of gate training.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GateOptions {
     /// Weight g of the gates' binary cross-entropy.
     #[serde(default = "one")]
     pub weight: f64,
-    /// Whether it also trains what the gates read, rather than the gates alone.
+    /// Whether the loss also trains what the gates read, rather than the gates only.
     #[serde(default)]
     pub through: bool,
 }
@@ -129,7 +130,7 @@ impl TryFrom<String> for ExitCoefficients {
 }
 
 impl ObjectiveOptions {
-    /// Checks the weights, on their own and against the model.
+    /// Checks the weights, by themselves and against the model.
     ///
     /// # Errors
     /// The first option that is out of range.

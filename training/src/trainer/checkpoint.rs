@@ -1,7 +1,7 @@
-//! Checkpoints: all that a run needs to go on as if it had never stopped.
+//! Checkpoints: everything that a run needs to resume with identical results.
 //!
-//! The state file holds every weight of the model and, for each that is trained, the optimizer's running means, all as
-//! `f32`, and the number of steps taken. What a step draws at random depends on the run's seed and the step alone.
+//! The state file contains, as `f32`, every weight of the model and the optimizer's running means of each trained one,
+//! and the number of steps. Random draws of a step depend only on the run's seed and the step.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -21,21 +21,21 @@ const STEP: &str = "step";
 /// The optimizer's running means of gradients and squared gradients, flat, by tensor.
 pub type Means = HashMap<String, (Tensor, Tensor)>;
 
-/// What a checkpoint holds.
+/// Contents of a checkpoint.
 pub struct State {
     pub weights: Weights,
     pub means: Means,
     pub tokenizer: Tokenizer,
-    /// As long as steps were taken.
+    /// One row for each step taken.
     pub curve: Vec<LossRow>,
 }
 
-/// Whether a folder holds a checkpoint.
+/// Whether a folder contains a checkpoint.
 pub fn exists(folder: &Path) -> bool {
     folder.join(STATE_FILE).exists()
 }
 
-/// Writes everything; the state last, so that a state always finds its curve and model.
+/// Writes the checkpoint. The state is written last, so that curve and model of a state always exist.
 ///
 /// # Errors
 /// If a file cannot be written.
@@ -71,7 +71,7 @@ pub fn save(trainer: &Trainer) -> Result<(), TrainingError> {
 /// Reads the latest checkpoint in `folder`.
 ///
 /// # Errors
-/// If a file is missing, unreadable or does not belong to the others.
+/// If a file is missing, cannot be read, or does not belong to the others.
 pub fn load(folder: &Path) -> Result<State, TrainingError> {
     let config = ModelConfig::load(&folder.join(CONFIG_FILE)).map_err(engine::weights::WeightsError::from)?;
     let path = folder.join(STATE_FILE);

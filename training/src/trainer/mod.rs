@@ -1,4 +1,4 @@
-//! The training run: data-parallel steps, looks at the held-out text, checkpoints, and going on from one.
+//! The training run: data-parallel steps, evaluations on held-out text, checkpoints, and resuming from them.
 
 mod checkpoint;
 pub mod options;
@@ -21,17 +21,18 @@ use crate::objective::{Losses, Objective};
 use crate::optimizer::{self, Parameter, Parameters};
 use options::{TrainingOptions, check, load_teacher};
 
-/// The run's options in its folder.
+/// File with the run's options, in its folder.
 pub const OPTIONS_FILE: &str = "training.yaml";
-/// The loss curve, one row per step.
+/// File with the loss curve, one row per step.
 pub const LOSS_FILE: &str = "loss.csv";
 
-/// Sequences of one backward pass hold about this many tokens, so that its activations stay in a
-/// core's cache; a larger batch sums several passes.
+/// Approximate number of tokens of one backward pass, so that its activations fit in a core's cache. A larger batch
+/// sums several passes.
 const TOKENS_PER_BACKWARD: usize = 256;
-/// On a GPU about this many, so that it is busy while the logits of every loop still fit its memory.
+/// Approximate number of tokens of one backward pass on a GPU: enough to use it fully, while the logits of every loop
+/// fit in its memory.
 const TOKENS_PER_BACKWARD_ON_GPU: usize = 4096;
-/// Of the held-out text, this many tokens are looked at during the run.
+/// Number of held-out tokens that are evaluated during the run.
 const QUICK_HELD_OUT_TOKENS: usize = 4096;
 
 /// A step of the loss curve. Losses are means over the batch's tokens, in nats.
@@ -39,7 +40,7 @@ const QUICK_HELD_OUT_TOKENS: usize = 4096;
 pub struct LossRow {
     /// Step, from 0.
     pub step: usize,
-    /// Tokens trained on up to and with this step.
+    /// Tokens trained on so far, this step included.
     pub tokens: usize,
     /// Learning rate of the step.
     pub learning_rate: f64,
@@ -49,34 +50,34 @@ pub struct LossRow {
     pub loss_nats_per_token: f64,
     /// Divergence of the last loop from the teacher, if there is one.
     pub teacher_nats_per_token: Option<f64>,
-    /// Divergence of the earlier loops from the last, summed over them, if they are trained on it.
+    /// Divergence of the earlier loops from the last, summed over them, if it is trained.
     pub self_distillation_nats_per_token: Option<f64>,
     /// Binary cross-entropy of the gates, summed over them, if they are trained.
     pub gate_nats_per_token: Option<f64>,
     /// Norm of the gradients before clipping.
     pub gradient_norm: f64,
-    /// Cross-entropy of the last loop on the start of the held-out text after this step, where it was looked at.
+    /// Cross-entropy of the last loop on the start of the held-out text after this step, where it was evaluated.
     pub held_out_nats_per_token: Option<f64>,
 }
 
-/// News of a training run.
+/// Progress of a training run.
 pub enum Event<'a> {
     /// A file is about to be tokenized.
     Tokenizing(&'a Path),
     /// A step was taken.
     Step {
-        /// What it gave.
+        /// Losses of the step.
         row: &'a LossRow,
-        /// Speed since this process began the run.
+        /// Speed since this process started the run.
         tokens_per_second: f64,
-        /// Time left at that speed.
+        /// Remaining time at that speed.
         remaining: Duration,
     },
-    /// The start of the held-out text was looked at.
+    /// The start of the held-out text was evaluated.
     HeldOut {
         /// Steps taken.
         step: usize,
-        /// What was found.
+        /// Results of the evaluation.
         evaluation: &'a Evaluation,
     },
     /// A checkpoint was written.
@@ -86,12 +87,13 @@ pub enum Event<'a> {
     },
 }
 
-/// A training run and all its state.
+/// A training run with its whole state.
 pub struct Trainer {
     options: TrainingOptions,
     folder: PathBuf,
     tokenizer: Tokenizer,
-    /// What every window begins with, such as Gemma's `<bos>`; in training it stands for as many tokens of the text.
+    /// Tokens that every window begins with, such as Gemma's `<bos>`. In training they replace an equal number of
+    /// tokens of the text.
     begin: Vec<u32>,
     corpus: Corpus,
     held_out: Corpus,
@@ -107,8 +109,8 @@ impl Trainer {
     /// Starts a run in `folder`, which is created.
     ///
     /// # Errors
-    /// If an option is out of range, a text or model is unreadable or does not fit, or the folder holds a run or a model
-    /// already or cannot be written.
+    /// If an option is out of range, a text or model cannot be read or is unsuitable, or the folder contains a run or a
+    /// model already or cannot be written.
     pub fn start(
         options: TrainingOptions,
         folder: &Path,
@@ -131,11 +133,11 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Goes on from the latest checkpoint in `folder`, to the planned end or to another number of `steps`; the learning
-    /// rate then follows the course of a run of that length from here on.
+    /// Resumes from the latest checkpoint in `folder`, up to the planned end or another number of `steps`. From there
+    /// on, the learning rate follows the schedule of a run of that length.
     ///
     /// # Errors
-    /// If the checkpoint is incomplete, if more than `steps` were taken, or as for [`Trainer::start`].
+    /// If the checkpoint is incomplete, if more than `steps` steps were taken, or as for [`Trainer::start`].
     pub fn resume(folder: &Path, steps: Option<usize>, report: &mut dyn FnMut(Event)) -> Result<Self, TrainingError> {
         let path = folder.join(OPTIONS_FILE);
         let mut options = TrainingOptions::load(&path)?;
@@ -149,7 +151,7 @@ impl Trainer {
         Self::new(options, folder, weights, tokenizer, Some(progress), report)
     }
 
-    /// A run from `weights`, with the optimizer's means and the loss curve so far if it goes on.
+    /// A run from `weights`, with the optimizer's means and the loss curve so far when it resumes.
     fn new(
         options: TrainingOptions,
         folder: &Path,
@@ -200,8 +202,7 @@ impl Trainer {
         })
     }
 
-    /// Steps until the end of the run, or until `stop` is set; writes checkpoints on the way and
-    /// at the end.
+    /// Trains until the end of the run, or until `stop` is set. Writes checkpoints on the way and at the end.
     ///
     /// # Errors
     /// If the loss is no longer finite or a checkpoint cannot be written.
@@ -242,10 +243,10 @@ impl Trainer {
         self.curve.len() == self.options.steps
     }
 
-    /// Evaluates the model as saved in the run's folder on the whole held-out text.
+    /// Evaluates the saved model of the run's folder on the whole held-out text.
     ///
     /// # Errors
-    /// If the folder is unreadable.
+    /// If the folder cannot be read.
     pub fn evaluate_saved(&self) -> Result<Evaluation, TrainingError> {
         let model = Reference::new(&Weights::load(&self.folder)?.to_device(self.model.device())?)?;
         self.evaluate(&model, &self.held_out)
@@ -265,7 +266,7 @@ impl Trainer {
         &self.weights
     }
 
-    /// How many numbers are trained.
+    /// Number of trained parameters.
     pub fn num_trained(&self) -> usize {
         self.parameters.values().map(|parameter| parameter.mean.elem_count()).sum()
     }
@@ -275,7 +276,7 @@ impl Trainer {
         let windows = self.corpus.batch(options.batch, options.seq, options.seed, step);
         let begun = windows.iter().map(|window| [&self.begin, &window[self.begin.len()..]].concat());
         let windows: Vec<Vec<u32>> = begun.collect();
-        // A GPU works for one thread at a time.
+        // A GPU serves one thread at a time.
         let workers = if self.model.device().is_cpu() { options.workers } else { 1 };
         let share = windows.len().div_ceil(workers);
         let parts = std::thread::scope(|scope| {
@@ -340,7 +341,7 @@ impl Trainer {
     }
 }
 
-/// Sums over windows of the gradients, and the losses of all of them.
+/// Sums of gradients and losses over windows.
 #[derive(Default)]
 struct Gradients {
     by_name: BTreeMap<String, Tensor>,
@@ -422,7 +423,7 @@ mod tests {
         Trainer::resume(folder, steps, &mut |_| {})
     }
 
-    /// A run from beginning to end.
+    /// A complete run.
     fn trained(options: TrainingOptions, folder: &Path) -> Trainer {
         let mut trainer = start(options, folder).unwrap();
         trainer.run(&never(), &mut |_| {}).unwrap();
@@ -436,7 +437,7 @@ mod tests {
         }
     }
 
-    /// A run of a relaxed model with gates, taught by the model in `teacher`, that uses everything a run can use.
+    /// A run that uses every feature: a relaxed model with gates, taught by the model in `teacher`.
     fn everything(folder: &Path, teacher: &Path) -> TrainingOptions {
         let mut options = options(folder);
         let lora = LoraConfig { ranks: LoraRanks::all(2), scale: 1.0 };
@@ -516,7 +517,7 @@ mod tests {
         assert!(refusal.contains("run: a model is here already"), "{refusal}");
     }
 
-    /// A tokenizer that begins every sequence with `!`, its token 0, which the text has not.
+    /// A tokenizer that begins every sequence with `!`, its token 0, which the text does not contain.
     fn beginning_tokenizer(path: &Path) {
         let plain = Tokenizer::train(VERSE, 260).unwrap().to_json().unwrap();
         let mut json: serde_json::Value = serde_json::from_str(&plain).unwrap();

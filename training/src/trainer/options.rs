@@ -1,4 +1,4 @@
-//! What a training run does: the YAML file that describes it.
+//! Options of a training run, from its YAML file.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::optimizer::AdamWOptions;
 /// The only `schema_version` this build reads and writes.
 pub const SCHEMA_VERSION: u32 = 1;
 
-/// A training run, whole.
+/// A complete training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainingOptions {
@@ -30,31 +30,31 @@ pub struct TrainingOptions {
     pub schema_version: u32,
     /// The model to train.
     pub model: ModelOptions,
-    /// The text.
+    /// The texts.
     pub data: DataOptions,
-    /// The parts of the model that are trained.
+    /// The components of the model that are trained.
     pub train: Vec<Part>,
-    /// What training lowers.
+    /// The training objective.
     pub objective: ObjectiveOptions,
     /// The optimizer.
     pub optimizer: AdamWOptions,
-    /// Steps of the whole run.
+    /// Number of steps of the whole run.
     pub steps: usize,
-    /// Sequences of a step. Gradients are accumulated over a few at a time, so any number fits in memory.
+    /// Sequences per step. Gradients are accumulated over a few sequences at a time, so any number fits in memory.
     pub batch: usize,
-    /// Tokens of a sequence.
+    /// Tokens per sequence.
     pub seq: usize,
-    /// Where the model is trained: on a GPU by candle, whose results differ from the CPU's in rounding.
+    /// Training device. On a GPU, training runs on candle, and results differ from the CPU's by rounding.
     pub device: DeviceName,
-    /// Threads that share a step's sequences on the CPU.
+    /// Number of threads that share a step's sequences on the CPU.
     pub workers: usize,
-    /// Steps between looks at the start of the held-out text.
+    /// Steps between evaluations on the start of the held-out text.
     pub evaluation_steps: usize,
     /// Steps between checkpoints.
     pub checkpoint_steps: usize,
-    /// Whether the model is written as 16-bit floats; a checkpoint's own state is exact.
+    /// Whether the model is saved as 16-bit floats. The state of a checkpoint is always exact.
     pub half_precision: bool,
-    /// Seed of fresh weights and of the batches.
+    /// Seed of new weights and of the batches.
     pub seed: u64,
 }
 
@@ -80,41 +80,41 @@ impl Default for TrainingOptions {
     }
 }
 
-/// The model to train: one at hand, or a fresh one of the sizes of [`ModelConfig::default`]; either with some
-/// fields of its `config.json` changed.
+/// The model to train: an existing one, or a new one with the sizes of [`ModelConfig::default`]. Fields of its
+/// `config.json` may be changed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelOptions {
-    /// What to go on from, as [`Checkpoint::open`] knows it: a folder, a GGUF file or a name on the hub; a fresh model
-    /// if none is given.
+    /// The model to continue from, in any form that [`Checkpoint::open`] accepts: a folder, a GGUF file or a name on
+    /// the hub. By default, a new model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<PathBuf>,
-    /// Tokenizer of a fresh model, a `tokenizer.json`; trained on the text if none is given.
+    /// Tokenizer of a new model, a `tokenizer.json`; by default, trained on the text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
-    /// Fields of `config.json` that differ. Tensors that only the changed configuration asks for start as in a fresh
-    /// model: gates, a head's adapters and adapters of zero difference can be added, sizes cannot be changed.
+    /// Changed fields of `config.json`. Tensors that only the changed configuration requires start as in a new model:
+    /// gates, adapters of the head, and adapters of zero difference can be added. Sizes cannot be changed.
     #[serde(flatten)]
     pub config: Mapping,
 }
 
-/// A part of the model that may be trained.
+/// A component of the model that may be trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Part {
     /// Everything.
     All,
-    /// The adapters that let each loop's projections differ.
+    /// The adapters that make each loop's projections differ.
     Lora,
-    /// What the loops share.
+    /// The weights that the loops share.
     Shared,
-    /// The adapters that let each earlier loop's head differ.
+    /// The adapters that make each earlier loop's head differ.
     HeadLora,
     /// The learned gates.
     Gate,
 }
 
 impl Part {
-    /// Every part, with its name and the prefix of its tensors' names.
+    /// Every component, with its name and the prefix of its tensors' names.
     const ALL: [(Self, &str, &str); 5] = [
         (Self::All, "all", ""),
         (Self::Lora, "lora", "lora."),
@@ -123,7 +123,7 @@ impl Part {
         (Self::Gate, "gate", "gate."),
     ];
 
-    /// Whether a tensor of this name belongs to the part.
+    /// Whether a tensor of this name belongs to the component.
     pub fn holds(self, name: &str) -> bool {
         Self::ALL.iter().any(|(part, _, prefix)| *part == self && name.starts_with(prefix))
     }
@@ -147,10 +147,10 @@ impl FromStr for Part {
 }
 
 impl TrainingOptions {
-    /// Reads a run's description. Its paths are relative to the folder it lies in, except for the cache's.
+    /// Reads the options of a run. Paths are relative to the folder of the file, except for the cache's.
     ///
     /// # Errors
-    /// If the file is unreadable or no such description, or a path in it is not there.
+    /// If the file cannot be read or is invalid, or a path in it does not exist.
     pub fn load(path: &Path) -> Result<Self, TrainingError> {
         let text = std::fs::read_to_string(path).map_err(|e| TrainingError::in_file(path, e))?;
         let described = |source| TrainingError::Description { path: path.to_owned(), source };
@@ -159,11 +159,11 @@ impl TrainingOptions {
         Ok(options)
     }
 
-    /// Makes the paths of what is read absolute; they are taken as relative to `base`. A model that is not there may be
-    /// on the hub: its name is left as it is.
+    /// Makes the paths of inputs absolute, relative to `base`. A model that does not exist may be on the hub: its name
+    /// is not changed.
     ///
     /// # Errors
-    /// If another file is not there.
+    /// If another file does not exist.
     pub fn find_paths(&mut self, base: &Path) -> Result<(), TrainingError> {
         let teacher = self.objective.teacher.as_mut().map(|teacher| &mut teacher.model);
         for model in self.model.from.iter_mut().chain(teacher) {
@@ -177,7 +177,7 @@ impl TrainingOptions {
         Ok(())
     }
 
-    /// Writes the description.
+    /// Writes the options.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -192,7 +192,7 @@ impl TrainingOptions {
         self.train.iter().any(|part| part.holds(name))
     }
 
-    /// Checks the numbers, on their own and against the model.
+    /// Checks the numbers, by themselves and against the model.
     ///
     /// # Errors
     /// The first option that is out of range.
@@ -219,10 +219,10 @@ impl TrainingOptions {
 }
 
 impl ModelOptions {
-    /// The weights to start from, and the tokenizer of a model to go on from; `seed` is that of what is fresh.
+    /// The initial weights, and the tokenizer of an existing model. `seed` is the seed of new weights.
     ///
     /// # Errors
-    /// If the model does not open, or the configuration as changed is none or drops or reshapes a tensor.
+    /// If the model cannot be opened, or the changed configuration is invalid, or drops or reshapes a tensor.
     pub fn start(&self, seed: u64) -> Result<(Weights, Option<Tokenizer>), TrainingError> {
         let Some(from) = &self.from else {
             return Ok((Weights::random(changed(&ModelConfig::default(), &self.config)?, seed)?, None));
@@ -238,11 +238,11 @@ impl ModelOptions {
         Ok((Weights::from_tensors(fresh.config().clone(), tensors.collect(), &origin)?, tokenizer))
     }
 
-    /// The tokenizer: the one given here, that `of_model`, or, for a fresh model, one of `vocab_size` tokens trained on
-    /// the text.
+    /// The tokenizer: the configured one, or `of_model`, or for a new model one of `vocab_size` tokens trained on the
+    /// text.
     ///
     /// # Errors
-    /// If there is none, a file is unreadable, or the tokenizer has more tokens than the model.
+    /// If there is none, a file cannot be read, or the tokenizer has more tokens than the model.
     pub fn tokenizer(
         &self,
         of_model: Option<Tokenizer>,
@@ -282,10 +282,10 @@ fn changed(config: &ModelConfig, changes: &Mapping) -> Result<ModelConfig, Train
     serde_yaml::from_value(fields).map_err(refused)
 }
 
-/// Loads a teacher to a device; it must read and write the same tokens.
+/// Loads a teacher to a device. Its tokens must be those of the model.
 ///
 /// # Errors
-/// If it does not open or its tokenizer or vocabulary is another.
+/// If the teacher cannot be opened, or its tokenizer or vocabulary differs.
 pub fn load_teacher(
     model: &Path,
     tokenizer: &Tokenizer,
@@ -302,7 +302,7 @@ pub fn load_teacher(
     Ok(Reference::new(&weights.to_device(device)?)?)
 }
 
-/// Refuses an option unless `holds`.
+/// Rejects an option unless `holds`.
 pub(crate) fn check(
     holds: bool,
     option: &'static str,
@@ -313,7 +313,7 @@ pub(crate) fn check(
     if holds { Ok(()) } else { Err(refused()) }
 }
 
-/// Refuses a weight that is negative or not finite.
+/// Rejects a weight that is negative or not finite.
 pub(crate) fn check_weight(option: &'static str, weight: f64) -> Result<(), TrainingError> {
     check(weight.is_finite() && weight >= 0.0, option, &weight, &"a finite number of at least 0")
 }

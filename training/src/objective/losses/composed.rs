@@ -1,4 +1,4 @@
-//! The same losses out of candle's operations.
+//! Losses built from candle's operations.
 
 use candle_core::{D, Result, Tensor};
 use candle_nn::ops::{log_softmax, softmax_last_dim};
@@ -12,7 +12,7 @@ pub(super) fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor>
 }
 
 pub(super) fn divergence(logits: &Tensor, teacher: &Tensor) -> Result<Tensor> {
-    // Where the teacher is sure that a token is not, the term is 0 and its logarithm must not be infinite.
+    // Where the teacher's probability is 0 the term is 0, so its logarithm must not be infinite.
     let of_teacher = teacher.maximum(f64::from(f32::MIN_POSITIVE))?.log()?;
     let terms = (teacher * (of_teacher - log_softmax(logits, D::Minus1)?)?)?;
     terms.sum(D::Minus1)?.mean_all()
