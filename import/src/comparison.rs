@@ -4,23 +4,23 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// When a request arrived and got its first and last token, in seconds of one clock.
+/// Arrival, first token and last token of a request, in seconds on one clock.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RequestTimes {
     /// Arrival.
     pub arrival_s: f64,
-    /// When the engine took notice of it: between two steps.
+    /// When the engine received it: between two steps.
     pub queued_s: f64,
     /// First token.
     pub first_token_s: f64,
     /// Last token.
     pub last_token_s: f64,
-    /// Tokens generated.
+    /// Number of generated tokens.
     pub output_tokens: u32,
 }
 
-/// What a comparison looks at, in milliseconds; the last is the makespan, in seconds. Latencies count from the arrival,
-/// but for the TTFT that counts from queueing, as evaluations of vLLM's own records do.
+/// Compared metrics, in milliseconds; the last is the makespan, in seconds. Latencies count from the arrival, except
+/// the TTFT that counts from queueing, as in evaluations of vLLM's own records.
 const METRICS: [&str; 17] = [
     "TTFT mean",
     "TTFT p50",
@@ -44,11 +44,11 @@ const METRICS: [&str; 17] = [
 /// Measured and simulated latencies side by side.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
-    /// By metric: name, measured, simulated.
+    /// Name, measured value and simulated value of each metric.
     pub rows: Vec<(&'static str, f64, f64)>,
 }
 
-/// One line of a comparison as a file has it; times in milliseconds, the makespan in seconds.
+/// A line of the comparison's file; times in milliseconds, the makespan in seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ComparisonLine {
     metric: &'static str,
@@ -68,7 +68,7 @@ impl Comparison {
         self.rows.iter().map(|&(metric, measured, simulated)| ComparisonLine { metric, measured, simulated })
     }
 
-    /// Simulated over measured less 1, of a metric by its name.
+    /// Relative error of a metric: simulated over measured value, less 1.
     pub fn error(&self, metric: &str) -> Option<f64> {
         let row = self.rows.iter().find(|row| row.0 == metric)?;
         Some(row.2 / row.1 - 1.0)
@@ -105,7 +105,7 @@ fn metrics(requests: &[RequestTimes]) -> Vec<f64> {
     [&ttft[..], &queued[..1], &tpot, &latency, &[last - first]].concat()
 }
 
-/// Linear between the two nearest ranks; NaN of nothing.
+/// Linear between the two nearest ranks; NaN without values.
 fn percentile(sorted: &[f64], share: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
     let place = share * last as f64;
@@ -117,7 +117,7 @@ fn percentile(sorted: &[f64], share: f64) -> f64 {
 mod tests {
     use super::*;
 
-    /// Arrive at 7.5 and 8 s, are queued a tenth later and at once, and get their tokens.
+    /// Two requests. They arrive at 7.5 and 8 s, are queued after 0.1 s and at once, and get their tokens.
     fn requests() -> [RequestTimes; 2] {
         let times = |arrival_s, queued_s, first_token_s, last_token_s, output_tokens| RequestTimes {
             arrival_s,

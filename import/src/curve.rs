@@ -1,11 +1,12 @@
-//! Times measured over one size, and what lies between and beyond them.
+//! Interpolation of times that were measured over one size.
 
 use std::collections::BTreeMap;
 
 /// Microseconds by size.
 pub type Curve = BTreeMap<u32, f64>;
 
-/// Linear between points; below the first the first, above the last by the last slope, which does not fall.
+/// Linear between points; constant below the first point. Above the last point the last slope continues, but does not
+/// fall.
 pub fn line_at(curve: &Curve, x: f64) -> f64 {
     let mut points = curve.iter().map(|(&x, &y)| (f64::from(x), y));
     let Some(mut low) = points.next() else { return 0.0 };

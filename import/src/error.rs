@@ -1,4 +1,4 @@
-//! What can be wrong with files of others.
+//! Errors of imported files.
 
 use std::path::{Path, PathBuf};
 
@@ -7,33 +7,33 @@ use traces::TraceError;
 /// A file that cannot be imported.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// A file that cannot be read, or a value in a table.
+    /// A file that cannot be read, or an invalid value in a table.
     #[error(transparent)]
     Table(#[from] TraceError),
     /// A file that cannot be opened.
     #[error("cannot read {path}: {source}")]
     Io {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A file that is not what its name says.
+    /// A file that does not have the expected format.
     #[error("{path}: {message}")]
     Malformed {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What the parser says, with its line.
+        /// Message of the parser, with the line.
         message: String,
     },
-    /// A file without something that the import needs.
+    /// A file that lacks something the import needs.
     #[error("{path}: found {found}, expected {expected}")]
     Unusable {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// As found.
+        /// What was found.
         found: String,
-        /// What would do.
+        /// What was expected.
         expected: String,
     },
 }

@@ -1,10 +1,10 @@
-//! Kernels measured one by one: the Parquet tables that PyPI's `aiconfigurator-core` ships.
+//! Tables of single kernels: the Parquet files of PyPI's `aiconfigurator-core`.
 //!
-//! The folder is the package's `systems`. Of a GPU it holds `<gpu>.yaml` (memory, bandwidth, peak rates) and
-//! `data/<gpu>/{gemm,attention}/<framework>/<version>/*.parquet`: matrix products by rows, outputs and inputs;
-//! attention of prompts and of decode rows by batch, heads, head size and length; in milliseconds.
+//! The folder is the package's `systems`. For a GPU it contains `<gpu>.yaml` (memory, bandwidth, peak rates) and
+//! `data/<gpu>/{gemm,attention}/<framework>/<version>/*.parquet`: matrix products by rows, outputs and inputs, and
+//! attention of prompts and of decode rows by batch, heads, head size and length. Times are in milliseconds.
 //!
-//! | part of the profile | from |
+//! | component of the profile | from |
 //! | --- | --- |
 //! | block | the four linear layers of each of its layers |
 //! | elementwise | norms, activation and rotary embedding: roofline, no table holds them |
@@ -15,11 +15,11 @@
 //! | embed | roofline |
 //! | head | the product with the vocabulary: computed where that has more words than any product measured |
 //!
-//! Between measured sizes times are linear. Beyond the largest, products grow in proportion to inputs and outputs, and
-//! elsewhere the last slope goes on. Attention of a head shape that no table holds is a roofline. What is not measured has
-//! `repeats` 0 in the profile. Products are those of the model's number type: of 8-bit floats for the layers of a quantized
-//! model, of 16-bit floats otherwise. A table that a version does not have is that of the version which its `reuse.yaml`
-//! names.
+//! Times are linear between measured sizes. Beyond the largest size, products grow in proportion to inputs and outputs,
+//! and other times continue with the last slope. Attention of a head shape without a table is a roofline. Points that
+//! were not measured have `repeats` 0. Products are those of the model's number type: 8-bit floats for the layers of a
+//! quantized model, 16-bit floats otherwise. If a version lacks a table, that of the version named in `reuse.yaml` is
+//! read.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -42,21 +42,21 @@ pub struct KernelTables {
     source: String,
     gpu: String,
     system: System,
-    /// Where the products were read from.
+    /// File of the products.
     gemm_path: PathBuf,
     /// By number type.
     gemm: BTreeMap<&'static str, Products>,
-    /// One prompt, by head shape, over its length.
+    /// One prompt, by head shape: a curve over its length.
     prefill: BTreeMap<HeadShape, Curve>,
-    /// By head shape and batch, over history.
+    /// By head shape and batch: a curve over history.
     decode: BTreeMap<HeadShape, BTreeMap<u32, Curve>>,
 }
 
-/// Matrix products of one number type by outputs and inputs, over rows.
+/// Matrix products of one number type, by outputs and inputs: curves over rows.
 #[derive(Clone, Debug, Default)]
 struct Products(BTreeMap<(u32, u32), Curve>);
 
-/// Number types as the tables call them: of models that are not quantized, and of the layers of those that are.
+/// Number types in the tables: of models without quantization, and of the layers of quantized models.
 const FULL: &str = "bfloat16";
 const FP8: &str = "fp8";
 const FP8_BLOCKS: &str = "fp8_block";
@@ -87,10 +87,10 @@ struct Misc {
 }
 
 impl KernelTables {
-    /// Reads the tables of a GPU, framework and version, as the package's folders are named.
+    /// Reads the tables of a GPU, framework and version, by the names of the package's folders.
     ///
     /// # Errors
-    /// If a file is missing or does not read; the message of a missing folder says which there are.
+    /// If a file is missing or cannot be read. The message about a missing folder lists the existing ones.
     pub fn read(systems: impl AsRef<Path>, gpu: &str, framework: &str, version: &str) -> Result<Self, ImportError> {
         let systems = systems.as_ref();
         let path = systems.join(format!("{gpu}.yaml"));
@@ -116,7 +116,7 @@ impl KernelTables {
         Ok(Self { source, gpu: gpu.to_owned(), gemm_path, gemm, prefill, decode, system })
     }
 
-    /// The latency profile of a model, with what a pass costs beside its kernels.
+    /// The latency profile of a model; `overhead_us` is the time of a pass beside its kernels.
     ///
     /// # Errors
     /// If the tables have no products of the model's number type.
@@ -209,7 +209,7 @@ impl KernelTables {
         }
     }
 
-    /// Time of a kernel that only moves memory: what the bytes take, after a constant.
+    /// Time of a kernel that only moves memory: a constant plus the time of the bytes.
     fn streamed_us(&self, bytes: u64) -> f64 {
         self.rates().kernel_us + bytes as f64 / self.rates().bytes_per_us
     }
@@ -262,7 +262,7 @@ impl KernelTables {
         .collect()
     }
 
-    /// Attention of `tokens` tokens in each of `sequences`, which find `seen` keys each on average.
+    /// Attention of `tokens` tokens in each of `sequences`, which attend to `seen` keys each on average.
     fn attention_us(&self, shape: &ModelShape, sequences: u32, seen: f64, tokens: u32) -> f64 {
         let (sequences, tokens) = (f64::from(sequences), f64::from(tokens));
         let keys = sequences * (seen + tokens / 2.0) * (2 * shape.kv_heads * shape.head_dim) as f64;
@@ -274,17 +274,17 @@ impl KernelTables {
 }
 
 impl Products {
-    /// Numbers of rows that were measured.
+    /// Measured numbers of rows.
     fn rows(&self) -> Vec<u32> {
         self.0.values().next().map(|curve| curve.keys().copied().collect()).unwrap_or_default()
     }
 
-    /// Whether a product's sizes lie within those measured: larger ones are scaled, not measured.
+    /// Whether a product's sizes are within the measured ones: larger products are scaled, not measured.
     fn holds(&self, (inputs, outputs): (u64, u64)) -> bool {
         self.0.keys().any(|&(n, k)| inputs <= u64::from(k) && outputs <= u64::from(n))
     }
 
-    /// Microseconds of a product, linear in each size between those measured.
+    /// Time of a product in microseconds, linear in each size between the measured ones.
     fn us(&self, rows: u32, (inputs, outputs): (u64, u64)) -> f64 {
         let mut by_outputs: BTreeMap<u32, Curve> = BTreeMap::new();
         for (&(outputs, inputs), curve) in &self.0 {
@@ -296,14 +296,14 @@ impl Products {
     }
 }
 
-/// Where a version's table lies, and the other version it is of where `reuse.yaml` says so.
+/// Path of a version's table, and the other version that it belongs to by `reuse.yaml`.
 fn find_table(versions: &Path, version: &str, name: &str) -> Result<(PathBuf, Option<String>), ImportError> {
     let folder = versions.join(version);
     if !folder.is_dir() {
         let known = [versions, versions.parent().unwrap_or(versions)].into_iter().find(|folder| folder.is_dir());
         let expected = match known {
             Some(known) => format!("one of {}", names_in(known)),
-            None => "a GPU with tables: of this one there are the rates alone".to_owned(),
+            None => "a GPU with tables: this GPU has only rates".to_owned(),
         };
         return Err(ImportError::unusable(&folder, "no such folder", expected));
     }
@@ -322,7 +322,7 @@ fn find_table(versions: &Path, version: &str, name: &str) -> Result<(PathBuf, Op
     }
 }
 
-/// Which tables of a version are those of another.
+/// Which tables of a version are those of another one.
 #[derive(Deserialize)]
 struct ReuseFile {
     reuse: Vec<Reuse>,
@@ -338,8 +338,8 @@ fn point(component: Component, rows: u32, kv_tokens: u32, time_us: f64, repeats:
     Point { component, rows, kv_tokens, depths: 1, time_us, spread_us: 0.0, repeats }
 }
 
-/// Tokens, history and time of chunks: `f(tokens + history) - f(history)`, and what it takes to start. Differences carry
-/// the scatter of both prompts; none is shorter than that after a shorter history.
+/// Tokens, history and time of chunks: `f(tokens + history) - f(history)`, plus the start time. Differences have the
+/// scatter of both prompts; no chunk is faster than it is after a shorter history.
 fn chunks(prompts: &Curve) -> impl Iterator<Item = (u32, u32, f64)> {
     let start = prompts.values().copied().fold(f64::INFINITY, f64::min);
     let per_token: Curve = prompts.iter().map(|(&length, time)| (length, time / f64::from(length))).collect();
@@ -357,9 +357,9 @@ fn chunks(prompts: &Curve) -> impl Iterator<Item = (u32, u32, f64)> {
     })
 }
 
-/// Time of a whole prompt. Linear between two lengths, and likewise linear per token, are both too long for a sum of a
-/// start, a part by token and a part by pair of tokens: the shorter is taken. Beyond the last length, times per token go
-/// on.
+/// Time of a whole prompt. Linear interpolation, of time or of time per token, overestimates a sum of a start, a term
+/// per token and a term per pair of tokens: the smaller value is used. Beyond the last length, the time per token is
+/// extrapolated.
 fn prompt_us(prompts: &Curve, per_token: &Curve, length: u32) -> f64 {
     let length = f64::from(length);
     let by_token = length * line_at(per_token, length);
@@ -369,8 +369,8 @@ fn prompt_us(prompts: &Curve, per_token: &Curve, length: u32) -> f64 {
     }
 }
 
-/// Linear between points; above the last in proportion, as weights are: a slope between two large sizes that lie close
-/// together would carry their scatter many times as far.
+/// Linear between points, and proportional above the last one, as for weights: the slope between two close large sizes
+/// would multiply their scatter.
 fn share_at(curve: &Curve, x: f64) -> f64 {
     match curve.last_key_value() {
         Some((&last, time)) if x > f64::from(last) => time * x / f64::from(last),
@@ -406,12 +406,12 @@ fn read_gemm(path: &Path) -> Result<BTreeMap<&'static str, Products>, ImportErro
     }
 }
 
-/// Whether there are heads of a size, sequences and tokens.
+/// Whether heads, head size, sequences and tokens are all above 0.
 fn is_attention(sizes: &[u32]) -> bool {
     matches!(sizes, &[heads, _, head_dim, batch, length, ..] if heads.min(head_dim).min(batch).min(length) > 0)
 }
 
-/// The largest size of a row, so that sums of two stay in range.
+/// Maximum size in a row, so that sums of two cannot overflow.
 const MOST: i64 = 1 << 30;
 
 const HEADS: [&str; 3] = ["num_heads", "num_key_value_heads", "head_dim"];
@@ -441,14 +441,14 @@ fn read_decode(path: &Path) -> Result<BTreeMap<HeadShape, BTreeMap<u32, Curve>>,
     Ok(decode)
 }
 
-/// Where several kernels were measured, the framework takes the fastest.
+/// Where several kernels were measured, the framework uses the fastest.
 fn keep_fastest(curve: &mut Curve, x: u32, time_us: f64) {
     let kept = curve.entry(x).or_insert(time_us);
     *kept = kept.min(time_us);
 }
 
-/// Calls `row` with the named texts and sizes of each row and its `latency` in microseconds, which tells whether the sizes
-/// make sense. A table without a column `window_size` has no windows: 0.
+/// Calls `row` with the named texts and sizes of each row and its `latency` in microseconds; `row` returns whether the
+/// sizes are valid. In a table without a column `window_size`, the window is 0: none.
 fn read_parquet(
     path: &Path,
     texts: &[&str],
@@ -542,7 +542,8 @@ mod tests {
         writer.close().unwrap();
     }
 
-    /// Products take `m * n * k` femtoseconds and a microsecond, attention of `heads` heads a nanosecond per key.
+    /// Products take `m * n * k` femtoseconds plus a microsecond; attention of `heads` heads takes a nanosecond per
+    /// key.
     fn systems(heads: i64) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         let yaml = "data_dir: data/g\ngpu:\n  mem_bw: 1.0e+12\n  mem_bw_empirical_scaling_factor: 0.8\n  \
@@ -650,7 +651,7 @@ mod tests {
         assert!(error("g", "trt", "1.0").contains("expected one of vllm"));
         let rates = std::fs::read_to_string(systems.path().join("g.yaml")).unwrap().replace("data/g", "data/rates");
         std::fs::write(systems.path().join("rates.yaml"), rates).unwrap();
-        assert!(error("rates", "vllm", "1.0").contains("of this one there are the rates alone"));
+        assert!(error("rates", "vllm", "1.0").contains("this GPU has only rates"));
         for kind in ["gemm", "attention"] {
             std::fs::create_dir(systems.path().join("data/g").join(kind).join("vllm/3.0")).unwrap();
         }

@@ -1,28 +1,29 @@
-//! Tables of kernels measured by kind of layer, as LLMServingSim's profiler writes them.
+//! Kernel tables by kind of layer, as written by LLMServingSim's profiler.
 //!
-//! A folder holds `dense.csv` (layers by tokens of the pass), `per_sequence.csv` (exit head and sampler by sequences),
-//! `attention.csv` (prompt tokens, what they look back on, decode rows, their history) and perhaps `skew_fit.csv`
-//! ([uneven histories](crate::skew)); all of one layer, in microseconds of kernel time. Columns are found by name.
+//! A folder contains `dense.csv` (layers by tokens of the pass), `per_sequence.csv` (exit head and sampler by
+//! sequences), `attention.csv` (prompt tokens, their context, decode rows, their history) and optionally `skew_fit.csv`
+//! ([uneven histories](crate::skew)). All tables are of one layer, in microseconds of kernel time. Columns are found by
+//! name.
 //!
-//! What one step of the engine runs of them:
+//! A step of the engine runs the kernels as follows:
 //!
-//! | part of the profile | tables |
+//! | component of the profile | tables |
 //! | --- | --- |
 //! | block | for each of its layers: `layernorm` as often as the model has norms that no other row names (two, in Gemma 2 and 3 four), and every other dense layer once |
 //! | mixed attention | for each layer of the block: `attention` |
 //! | embed | `embedding` and `final_layernorm`, once for each token that runs |
 //! | head | `lm_head` and `sampler`, once for each sequence that predicts |
 //!
-//! Layers need not be measured at the same numbers of tokens: between its own points each is linear.
+//! Layers may be measured at different numbers of tokens: each is interpolated linearly between its own points.
 //!
-//! Of attention there are two forms. In the older, `kv_prefill` is the history before the one prompt chunk of a pass.
-//! In the newer, `prefill_key` is what a prompt token attends to on average, and passes of several chunks are among the
-//! rows ([`PrefillAxis`]). Rows of several query tokens in a decode row (`decode_q_len`, speculative decoding) are left
-//! out. Tables of other kernels (experts, linear or sparse attention) are refused, and so are those of one device among
-//! several.
+//! Attention tables have two forms. In the older form, `kv_prefill` is the history before the one prompt chunk of a
+//! pass. In the newer form, `prefill_key` is the mean number of keys that a prompt token attends to, and some rows have
+//! several chunks ([`PrefillAxis`]). Rows with several query tokens in a decode row (`decode_q_len`, speculative
+//! decoding) are left out. Tables of other kernels (experts, linear or sparse attention), or of one device among
+//! several, are rejected.
 //!
-//! The tables hold kernel times alone, so a step's overhead is 0: with asynchronous scheduling and CUDA graphs, the
-//! device runs one kernel after the other. What the gaps between them cost is not in the tables.
+//! The tables contain only kernel times, so a step's overhead is 0: with asynchronous scheduling and CUDA graphs, the
+//! device runs one kernel after the other. The gaps between kernels are not in the tables.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -52,7 +53,7 @@ pub struct LayerTables {
     skew: Vec<SkewCell>,
 }
 
-/// What `meta.yaml` says of the measurement, if it is there.
+/// What `meta.yaml` contains about the measurement, if it exists.
 #[derive(Clone, Debug, Default, Deserialize)]
 struct Meta {
     gpu: Option<String>,
@@ -63,15 +64,15 @@ const NORM: &str = "layernorm";
 const EMBED: [&str; 2] = ["embedding", "final_layernorm"];
 const HEAD: [&str; 2] = ["lm_head", "sampler"];
 const LINEARS: [&str; 4] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"];
-/// Norms of queries and keys, which are not among a layer's norms.
+/// Norms of queries and keys, which are not counted among a layer's norms.
 const QUERY_NORMS: [&str; 3] = ["qk_norm", "q_norm", "k_norm"];
 
 impl LayerTables {
-    /// Reads a folder of tables, or the `tp1` within it.
+    /// Reads a folder of tables, or the `tp1` folder in it.
     ///
     /// # Errors
-    /// If a table does not read, one without which no step can be timed is missing, or the tables are of one device
-    /// among several or of a model that is not a dense transformer.
+    /// If a table cannot be read, a required table is missing, or the tables are of one device among several or of a
+    /// model that is not a dense transformer.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self, ImportError> {
         let folder = tables_of_one_device(folder.as_ref())?;
         for (table, of) in [("moe.csv", "experts"), ("linear_attention.csv", "linear attention")] {
@@ -106,7 +107,7 @@ impl LayerTables {
         Ok(Self { folder, meta, dense, per_sequence, prefill_axis, attention, skew })
     }
 
-    /// The device that was measured, if the tables say.
+    /// The measured device, if recorded.
     pub fn device(&self) -> Option<&str> {
         self.meta.gpu.as_deref()
     }
@@ -150,7 +151,7 @@ impl LayerTables {
         }
     }
 
-    /// How often a layer of the block runs each of the dense layers.
+    /// How often a layer of the block runs each dense layer.
     fn layer_counts(&self, shape: &ModelShape) -> BTreeMap<&str, f64> {
         let of_layer = self.dense.keys().map(String::as_str).filter(|name| !EMBED.contains(name));
         let named_norms =
@@ -181,7 +182,7 @@ impl LayerTables {
         source
     }
 
-    /// The best rates at which the measured kernels moved weights and computed, and the shortest of them.
+    /// Highest rates at which the measured kernels moved weights and computed, and the shortest kernel time.
     fn rates(&self, shape: &ModelShape) -> DeviceRates {
         let weights = |(inputs, outputs): (u64, u64)| (inputs * outputs) as f64;
         let linears = LINEARS.iter().zip(shape.linears()).map(|(name, sizes)| (&self.dense[*name], weights(sizes)));
@@ -198,7 +199,7 @@ impl LayerTables {
     }
 }
 
-/// The folder itself, or `tp1` in it.
+/// The folder, or the `tp1` folder in it.
 fn tables_of_one_device(folder: &Path) -> Result<PathBuf, ImportError> {
     let one = folder.join("tp1");
     if one.is_dir() {
@@ -217,7 +218,7 @@ fn tables_of_one_device(folder: &Path) -> Result<PathBuf, ImportError> {
     }
 }
 
-/// `meta.yaml` beside the tables or a folder above, if it is there.
+/// `meta.yaml` next to the tables or in a folder above, if it exists.
 pub(crate) fn meta_file(folder: &Path) -> Option<PathBuf> {
     [Some(folder), folder.parent()]
         .into_iter()
@@ -226,7 +227,7 @@ pub(crate) fn meta_file(folder: &Path) -> Option<PathBuf> {
         .find(|path| path.exists())
 }
 
-/// The weighted sum of layers, at every number of rows up to which all that have weight were measured.
+/// The weighted sum of layers, at every number of rows up to the largest at which all of them were measured.
 fn sum(component: Component, layers: &BTreeMap<String, Curve>, weight: impl Fn(&str) -> f64) -> Vec<Point> {
     let weighted: Vec<(f64, &Curve)> =
         layers.iter().map(|(name, curve)| (weight(name), curve)).filter(|(weight, _)| *weight > 0.0).collect();
@@ -352,7 +353,7 @@ mod tests {
         let rows: Vec<u32> = profile.points_of(Component::Block).map(|point| point.rows).collect();
         assert_eq!(rows, [1, 3, 8], "up to where the others end");
         let at = |rows| profile.points_of(Component::Block).find(|p| p.rows == rows).unwrap().time_us;
-        // The others take 74 us at 1 row and 780 us at 8.
+        // The other layers take 74 us at 1 row and 780 us at 8.
         let others = 74.0 + (780.0 - 74.0) * 2.0 / 7.0;
         assert!((at(3) - 32.0 * (20.0 + others)).abs() < 1e-9, "{}", at(3));
     }

@@ -1,4 +1,4 @@
-//! Latency profiles from kernels that others measured, and runs of other systems to hold simulations against.
+//! Latency profiles from published kernel measurements, and runs of other systems to compare simulations with.
 //!
 //! ```text
 //! kernels by kind of layer (layer_tables) ──┐

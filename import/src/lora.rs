@@ -1,10 +1,10 @@
-//! What low-rank weights of each loop add, where nobody measured it: a roofline.
+//! Time of the low-rank weights of each loop, computed by a roofline where it was not measured.
 
 use traces::{Component, Point};
 
 use crate::model::ModelShape;
 
-/// Rates of a device, for what was not measured.
+/// Rates of a device, for components that were not measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeviceRates {
     /// Memory bandwidth in bytes per microsecond.
@@ -16,16 +16,17 @@ pub struct DeviceRates {
 }
 
 impl DeviceRates {
-    /// Time of a kernel that moves `bytes` and computes `flops`: the larger of the two, and no less than a kernel takes.
+    /// Time of a kernel that moves `bytes` and computes `flops`: the larger of the two times, and at least that of the
+    /// shortest kernel.
     pub fn kernel_time_us(&self, bytes: f64, flops: f64) -> f64 {
         (bytes / self.bytes_per_us).max(flops / self.flops_per_us).max(self.kernel_us)
     }
 }
 
-/// Points of [`Component::Lora`] and [`Component::DepthMix`] for these numbers of rows; none without low-rank weights.
+/// Points of [`Component::Lora`] and [`Component::DepthMix`] for these numbers of rows; empty without low-rank weights.
 ///
-/// Each linear layer takes two more kernels, into the rank and out of it, as the grouped kernels of S-LoRA and Punica
-/// do; rows at several depths read the weights of each. `repeats` is 0: nothing of this was measured.
+/// Each linear layer takes two more kernels, into the rank and out of it, like the grouped kernels of S-LoRA and
+/// Punica. Rows at several depths read the weights of each depth. `repeats` is 0, since nothing was measured.
 pub fn points(shape: &ModelShape, rates: &DeviceRates, rows: &[u32]) -> Vec<Point> {
     if shape.lora_rank == 0 {
         return Vec::new();

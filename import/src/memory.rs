@@ -1,13 +1,13 @@
-//! What a model's activations and logits take of a device's memory.
+//! Memory of a model's activations and logits.
 
 use traces::MemoryFigures;
 
 use crate::model::ModelShape;
 
-/// The figures of a device that is not known, on which nothing else runs.
+/// Memory figures for an unknown device that runs nothing else.
 ///
-/// A row takes its residual, its norm, and what goes into and comes out of the widest linear layer, which live together;
-/// a prediction its logits, those in 32-bit floats and their softmax.
+/// A row needs its residual, its norm, and the input and output of the widest linear layer, which are live together. A
+/// prediction needs its logits, their copy in 32-bit floats, and the softmax.
 pub fn memory_figures(shape: &ModelShape) -> MemoryFigures {
     let widest = shape.linears().into_iter().map(|(inputs, outputs)| inputs + outputs).max().unwrap_or(0);
     MemoryFigures {

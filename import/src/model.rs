@@ -1,4 +1,4 @@
-//! The shape of a dense decoder-only model, as its Hugging Face `config.json` gives it.
+//! Shape of a dense decoder-only model, from its Hugging Face `config.json`.
 
 use std::path::Path;
 
@@ -6,16 +6,16 @@ use serde::Deserialize;
 
 use crate::error::{ImportError, read_text};
 
-/// Sizes of a Llama- or Gemma-style model, and how it is made recursive.
+/// Sizes of a Llama- or Gemma-style model, and its division into loops.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
-    /// The kind of architecture, as `model_type` says it.
+    /// Architecture, as in `model_type`.
     pub kind: String,
     /// Width of the residual stream.
     pub hidden: u64,
     /// Width of the MLP.
     pub intermediate: u64,
-    /// Layers that a token passes at full depth, all loops together.
+    /// Layers that a token runs at full depth, over all loops.
     pub layers: u64,
     /// Query heads.
     pub heads: u64,
@@ -23,32 +23,32 @@ pub struct ModelShape {
     pub kv_heads: u64,
     /// Width of a head.
     pub head_dim: u64,
-    /// Words of the vocabulary.
+    /// Size of the vocabulary.
     pub vocab: u64,
-    /// Whether embedding and exit head are the same weights.
+    /// Whether embedding and exit head share their weights.
     pub tied: bool,
-    /// Tokens that sliding-window layers look back on, if there are such layers.
+    /// Window of sliding-window layers in tokens, if there are such layers.
     pub window: Option<u64>,
-    /// Bytes of an element of activations, keys and values, and of every weight outside the linear layers.
+    /// Bytes per element of activations, keys, values, and weights outside the linear layers.
     pub weight_bytes: u64,
-    /// How the linear layers of the block are quantized, if they are.
+    /// Quantization of the block's linear layers, if any.
     pub quantized: Option<Quantized>,
-    /// Times the block runs; its layers are `layers / num_loops`.
+    /// Number of loops; the block has `layers / num_loops` layers.
     pub num_loops: u64,
-    /// Rank of each loop's own low-rank weights on every linear layer; 0 for none.
+    /// Rank of each loop's low-rank weights on every linear layer; 0 for none.
     pub lora_rank: u64,
 }
 
-/// Linear layers in 8-bit floats: the head, the embedding and low-rank weights are as they were.
+/// Linear layers in 8-bit floats; head, embedding and low-rank weights are not quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantized {
-    /// A scale for a whole weight or each of its outputs.
+    /// A scale for each weight or each of its outputs.
     Fp8,
     /// A scale for each block of a weight.
     Fp8Blocks,
 }
 
-/// Of the keys, what tells a model's shape. Models with an image encoder have them in `text_config`.
+/// The keys that describe a model's shape. Models with an image encoder have them in `text_config`.
 #[derive(Deserialize)]
 struct Config {
     model_type: String,
@@ -67,7 +67,7 @@ struct Config {
     quantization_config: Option<Quantization>,
 }
 
-/// How a checkpoint says that its linear layers are quantized.
+/// Quantization of a checkpoint's linear layers.
 #[derive(Deserialize)]
 struct Quantization {
     quant_method: String,
@@ -88,7 +88,7 @@ impl Quantization {
     }
 }
 
-/// Keys of what is not a dense transformer with keys and values per head, and what they stand for.
+/// Keys of models that are not dense transformers with keys and values per head, and their meaning.
 const OTHER_MODELS: [(&str, &str); 7] = [
     ("num_local_experts", "experts"),
     ("num_experts", "experts"),
@@ -99,18 +99,18 @@ const OTHER_MODELS: [(&str, &str); 7] = [
     ("state_size", "a state space"),
 ];
 
-/// Kinds whose MLP has no gate: one product up where the others have two.
+/// Architectures whose MLP has no gate: one up projection in place of two.
 const WITHOUT_GATE: [&str; 9] = ["gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "phi"];
 
-/// The greatest rank of low-rank weights.
+/// Maximum rank of low-rank weights.
 const MOST_RANK: u64 = 1 << 16;
 
 impl ModelShape {
-    /// Reads `config.json` of a vanilla model and makes it run its layers as `num_loops` loops of one block.
+    /// Reads `config.json` of a vanilla model and divides its layers into `num_loops` loops of one block.
     ///
     /// # Errors
-    /// If the file does not read, is of a model that is not a dense transformer with a gated MLP, or its layers do not
-    /// make `num_loops` equal blocks.
+    /// If the file cannot be read, the model is not a dense transformer with a gated MLP, or its layers do not form
+    /// `num_loops` equal blocks.
     pub fn read(path: impl AsRef<Path>, num_loops: u64, lora_rank: u64) -> Result<Self, ImportError> {
         let path = path.as_ref();
         let malformed = |error| ImportError::malformed(path, error);
@@ -166,18 +166,18 @@ impl ModelShape {
         })
     }
 
-    /// Layers of the block.
+    /// Number of layers of the block.
     pub fn block_layers(&self) -> u64 {
         self.layers / self.num_loops
     }
 
-    /// Norms of a layer: two, and two more around the outputs in Gemma 2 and 3.
+    /// Number of norms of a layer: two, and two more after the outputs in Gemma 2 and 3.
     pub fn norms_per_layer(&self) -> u64 {
         if self.kind.starts_with("gemma2") || self.kind.starts_with("gemma3") { 4 } else { 2 }
     }
 
-    /// The linear layers of a layer as they are run, (inputs, outputs) of each: queries, keys and values in one;
-    /// attention output; gate and up projection in one; down projection.
+    /// The linear layers of a layer as they run, (inputs, outputs) of each: queries, keys and values together;
+    /// attention output; gate and up projection together; down projection.
     pub fn linears(&self) -> [(u64, u64); 4] {
         let attention = self.heads * self.head_dim;
         [
@@ -214,7 +214,7 @@ impl ModelShape {
         self.block_layers() * 2 * self.kv_heads * self.head_dim * self.weight_bytes
     }
 
-    /// Name for people: the kind and what was made of it.
+    /// Name for readers: the architecture and its conversion.
     pub fn describe(&self) -> String {
         match self.num_loops {
             1 => format!("{}, {} layers", self.kind, self.layers),
@@ -226,7 +226,7 @@ impl ModelShape {
 }
 
 impl Config {
-    /// Checks that sizes are so small that products of them, bytes of all weights among them, stay in range.
+    /// Checks that products of the sizes, such as the bytes of all weights, cannot overflow.
     fn check_sizes(&self, path: &Path) -> Result<(), ImportError> {
         let sizes = [
             ("hidden_size", self.hidden_size, 1 << 20),

@@ -1,6 +1,6 @@
-//! The correction for uneven histories of LLMServingSim's profiler: `skew_fit.csv`, in each form that it has had.
+//! Correction for uneven histories by LLMServingSim's profiler: `skew_fit.csv`, in each of its forms.
 //!
-//! A row is the share `alpha` of one cell. What the cells are told apart by has changed from version to version:
+//! A row has the share `alpha` of one cell. The columns that identify a cell differ between versions:
 //!
 //! | column | axis | bound |
 //! | --- | --- | --- |
@@ -11,12 +11,12 @@
 //! | `kv_big_label` | longest history | a label |
 //! | `kp_label` | history before the prompts | a label |
 //!
-//! Any of them may be missing: the share then holds for all. The bounds of labels are those in `meta.yaml`
-//! (`skew_fit.bucket_axes`: `n_bins`, `n_labels` and so on), or else what a label says: `n<=32`, `sr<=15%`, `kvB<=4k`,
-//! `kp=0`; `kp>8k` has none.
+//! Any of them may be missing: the share then applies to all values. The bounds of labels are those in `meta.yaml`
+//! (`skew_fit.bucket_axes`: `n_bins`, `n_labels` and so on), or else those in the label: `n<=32`, `sr<=15%`, `kvB<=4k`,
+//! `kp=0`; `kp>8k` has no bound.
 //!
-//! If `meta.yaml` says that the fit is not enabled (`skew_fit.enabled: false`), a file that lies there is of another
-//! measurement, and is not read: LLMServingSim does not either.
+//! If `meta.yaml` disables the fit (`skew_fit.enabled: false`), an existing file belongs to another measurement and is
+//! not read, as in LLMServingSim.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,7 +28,7 @@ use traces::table::{Owner, Row, Table, read_header};
 use crate::error::{ImportError, read_text};
 use crate::layer_tables::meta_file;
 
-/// What a cell is bounded in.
+/// Quantity that bounds a cell.
 #[derive(Clone, Copy, PartialEq)]
 enum Axis {
     PrefillTokens,
@@ -39,11 +39,11 @@ enum Axis {
     PrefillHistory,
 }
 
-/// How a column says a bound.
+/// Format of a bound in a column.
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
     Number,
-    /// The nearest of the numbers measured.
+    /// The nearest of the measured numbers.
     Anchor,
     /// The key of its bounds in `meta.yaml` less `_labels` and `_bins`.
     Label(&'static str),
@@ -62,16 +62,16 @@ const COLUMNS: [(&str, Axis, Form); 8] = [
 const ALPHA: &str = "alpha";
 const LAYER: &str = "layer";
 const QUERY_LENGTH: &str = "decode_q_len";
-/// How many measurements are behind a cell.
+/// Columns with the number of measurements of a cell.
 const COUNTS: [&str; 3] = ["n_samples", "direct_rows", "pooled_rows"];
 
 /// The upper bounds of a cell, by [`Axis`].
 type Bounds = [f64; 6];
 
-/// Reads the cells of a folder's `skew_fit.csv`; none without the file.
+/// Reads the cells of a folder's `skew_fit.csv`; empty without the file.
 ///
 /// # Errors
-/// If a column is of no known axis, or a value does not read.
+/// If a column belongs to no known axis, or a value cannot be read.
 pub fn read_skew(folder: &Path) -> Result<Vec<SkewCell>, ImportError> {
     let path = folder.join("skew_fit.csv");
     let fit = SkewFit::read(folder)?;
@@ -132,7 +132,7 @@ fn bound(row: &Row<'_>, place: usize, form: Form, labels: &Labels) -> Result<f64
 
 fn cell(bounds: Bounds, alpha: f64) -> SkewCell {
     let [prefill_tokens, lever, decode_rows, long_share, longest_history, prefill_history] = bounds;
-    // A cast takes what is beyond the largest number to be it.
+    // The cast saturates at the largest number.
     SkewCell {
         prefill_tokens: prefill_tokens as u32,
         lever,
@@ -144,8 +144,8 @@ fn cell(bounds: Bounds, alpha: f64) -> SkewCell {
     }
 }
 
-/// Makes numbers of decode rows that were measured into bounds: halfway to the next larger of the same cell, in
-/// proportion; none for the largest.
+/// Converts measured numbers of decode rows to bounds: halfway to the next larger number of the cell, in proportion;
+/// none for the largest.
 fn reach_halfway(cells: &mut [(Bounds, f64)]) {
     let rows = Axis::DecodeRows as usize;
     let mut anchors: BTreeMap<[u64; 6], Vec<f64>> = BTreeMap::new();
@@ -165,7 +165,7 @@ fn reach_halfway(cells: &mut [(Bounds, f64)]) {
     }
 }
 
-/// The number that a label ends in, with `k` for 1,024 and `%` for hundredths; beyond any for `>`.
+/// The number at the end of a label, with `k` for 1,024 and `%` for hundredths; infinite after `>`.
 fn upper_bound(label: &str) -> Option<f64> {
     if label.contains('>') {
         return Some(f64::INFINITY);
@@ -191,13 +191,13 @@ struct Meta {
 #[serde(default)]
 struct SkewFit {
     enabled: Option<bool>,
-    /// Of all degrees of tensor parallelism, or of each.
+    /// For all degrees of tensor parallelism, or by degree.
     bucket_axes: BTreeMap<String, serde_yaml::Value>,
     per_tp: BTreeMap<u32, SkewFit>,
 }
 
 impl SkewFit {
-    /// Reads `meta.yaml`, which lies beside the tables or a folder above.
+    /// Reads `meta.yaml`, next to the tables or in a folder above.
     fn read(folder: &Path) -> Result<Self, ImportError> {
         let Some(path) = meta_file(folder) else { return Ok(Self::default()) };
         let meta: Meta =

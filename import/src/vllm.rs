@@ -1,8 +1,8 @@
-//! A measured run of vLLM: its settings and requests, as the benchmark of LLMServingSim records them.
+//! A measured run of vLLM: its settings and requests, as recorded by the benchmark of LLMServingSim.
 //!
-//! `meta.json` holds the settings. What vLLM resolved them to (`resolved_config`, `kv_cache`) counts before what was asked
-//! for (`engine_kwargs`); older runs have the latter only. `requests.jsonl` holds a line for each request. Keys may come
-//! in any order, and others than those named here are not looked at.
+//! `meta.json` contains the settings. The values that vLLM resolved (`resolved_config`, `kv_cache`) take precedence
+//! over the requested ones (`engine_kwargs`); older runs have only the latter. `requests.jsonl` contains a line for
+//! each request. Keys may be in any order, and other keys are ignored.
 //!
 //! | setting | key, the first that is there | otherwise |
 //! | --- | --- | --- |
@@ -13,7 +13,7 @@
 //! | `prefix_caching` | `enable_prefix_caching` | on |
 //! | `async_scheduling` | `async_scheduling` | on from vLLM 0.14 |
 //!
-//! Rules that `docs/explanation/scheduling.md` does not have are refused by their key.
+//! Rules that `docs/explanation/scheduling.md` does not describe are rejected, with their key.
 
 use std::path::{Path, PathBuf};
 
@@ -26,20 +26,20 @@ use traces::{Nanos, PrefixHashes, Request, RequestTrace};
 use crate::comparison::RequestTimes;
 use crate::error::{ImportError, read_text};
 
-/// A run as its folder records it.
+/// A run as recorded in its folder.
 #[derive(Clone, Debug)]
 pub struct MeasuredRun {
-    /// How vLLM was set; `num_blocks` is 0 if nobody says how many KV blocks it had.
+    /// Settings of vLLM; `num_blocks` is 0 if the number of KV blocks is unknown.
     pub settings: Settings,
-    /// Bytes of the device's memory, where the run says.
+    /// Bytes of the device's memory, if recorded.
     pub device_bytes: Option<u64>,
-    /// Share of it that vLLM used, where the run says.
+    /// Share of the memory that vLLM used, if recorded.
     pub memory_utilization: Option<f64>,
-    /// What was measured of each request, in the order in which they were sent.
+    /// Measured times of each request, in the order in which they were sent.
     pub requests: Vec<RequestTimes>,
-    /// Prompt tokens of each request, where the run says.
+    /// Prompt tokens of each request, if recorded.
     prompt_tokens: Vec<Option<u32>>,
-    /// What was assumed where the run does not say, for people.
+    /// Assumptions for values that were not recorded, as sentences.
     pub assumptions: Vec<String>,
     /// `requests.jsonl`.
     path: PathBuf,
@@ -47,24 +47,24 @@ pub struct MeasuredRun {
 
 #[derive(Deserialize)]
 struct RequestLine {
-    /// Ends in the place of the request in the workload.
+    /// Identifier, which ends in the index of the request in the workload.
     request_id: Option<String>,
     input_toks: Option<u32>,
     output_toks: u32,
-    /// Of the wall clock, in seconds.
+    /// On the wall clock, in seconds.
     arrival_time: f64,
-    /// These of a monotonic clock, in seconds.
+    /// This and the following times are on a monotonic clock, in seconds.
     queued_ts: f64,
     first_token_ts: f64,
     last_token_ts: f64,
 }
 
 impl MeasuredRun {
-    /// Reads a run's folder. `num_blocks` says how many KV blocks there were if `meta.json` does not.
+    /// Reads a run's folder. `num_blocks` is the number of KV blocks if `meta.json` does not contain it.
     ///
     /// # Errors
-    /// If a file does not read, a request was not served, or vLLM was set to rules that
-    /// `docs/explanation/scheduling.md` does not have.
+    /// If a file cannot be read, a request was not served, or vLLM ran with rules that `docs/explanation/scheduling.md`
+    /// does not describe.
     pub fn read(folder: impl AsRef<Path>, num_blocks: Option<u32>) -> Result<Self, ImportError> {
         let folder = folder.as_ref();
         let meta = Meta::read(folder.join("meta.json"))?;
@@ -80,11 +80,11 @@ impl MeasuredRun {
         Ok(Self { settings, device_bytes, memory_utilization, requests, prompt_tokens, assumptions, path })
     }
 
-    /// The requests as they were served: of the workload, with the arrivals and the output lengths that were measured.
-    /// A workload without token ids gets prompts of which no two begin alike.
+    /// The requests as they were served: those of the workload, with the measured arrivals and output lengths. A
+    /// workload without token ids gets prompts without common prefixes.
     ///
     /// # Errors
-    /// If the workload has other requests than the run.
+    /// If the workload and the run have different requests.
     pub fn as_served(&self, workload: &RequestTrace) -> Result<RequestTrace, ImportError> {
         let (sent, served) = (workload.requests.len(), self.requests.len());
         if sent != served {
@@ -136,7 +136,7 @@ impl Meta {
         Ok(Self { path, root })
     }
 
-    /// The value of `key` in the first of these objects that has one; null counts as none.
+    /// The value of `key` in the first of these objects that has it; null counts as missing.
     fn get<T: DeserializeOwned>(&self, objects: &[&str], key: &str) -> Result<Option<T>, ImportError> {
         let within = |object: &&str| {
             let object = object.split('.').try_fold(&self.root, |value, key| value.get(key))?;
@@ -151,7 +151,7 @@ impl Meta {
         self.get(objects, key)?.filter(|&number: &u32| number > 0).ok_or_else(missing)
     }
 
-    /// Whether vLLM ran by the rules that the scheduler has.
+    /// Checks that vLLM ran by rules that the scheduler implements.
     fn check_rules(&self) -> Result<(), ImportError> {
         for key in ["tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size"] {
             if let Some(size) = self.get::<u32>(&[PARALLEL, ASKED], key)?.filter(|&size| size > 1) {
@@ -215,7 +215,7 @@ impl Meta {
         })
     }
 
-    /// The blocks that requests can hold: one is a placeholder that nobody holds.
+    /// Number of blocks that requests can hold: vLLM reserves one block as a placeholder.
     fn num_blocks(&self, given: Option<u32>, block_tokens: u32) -> Result<u32, ImportError> {
         let tokens: Option<u32> = self.get(&["kv_cache"], "num_kv_tokens")?;
         let known = self.get(&["kv_cache", CACHE], "num_gpu_blocks")?.or(tokens.map(|tokens| tokens / block_tokens));
@@ -229,7 +229,7 @@ impl Meta {
         }
     }
 
-    /// Asynchronous scheduling became vLLM's default with 0.14.
+    /// Whether asynchronous scheduling is on by default, as from vLLM 0.14.
     fn async_by_default(&self, assumptions: &mut Vec<String>) -> Result<bool, ImportError> {
         let version = match self.root.get("vllm_version").and_then(Value::as_str) {
             Some(version) => version,
@@ -246,7 +246,7 @@ impl Meta {
     }
 }
 
-/// The lines in the order of the workload: by the number that each identifier ends in, or else as they are.
+/// The lines in the order of the workload: by the number at the end of each identifier, or else in file order.
 fn read_requests(path: &Path) -> Result<Vec<RequestLine>, ImportError> {
     let text = read_text(path)?;
     let mut lines = Vec::new();
@@ -277,8 +277,8 @@ fn read_requests(path: &Path) -> Result<Vec<RequestLine>, ImportError> {
     Ok(lines)
 }
 
-/// Puts arrivals, which are of the wall clock, on the clock of the other times. The clocks' distance is the least
-/// that lets no request be queued before it arrives: the engine was idle for at least one of them.
+/// Converts arrivals, which are on the wall clock, to the clock of the other times. The offset is the smallest for
+/// which no request is queued before it arrives: the engine was idle for at least one of them.
 fn on_one_clock(lines: &[RequestLine]) -> Vec<RequestTimes> {
     let distance = lines.iter().map(|line| line.queued_ts - line.arrival_time).fold(f64::INFINITY, f64::min);
     let times = |line: &RequestLine| RequestTimes {

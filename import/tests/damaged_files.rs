@@ -1,4 +1,4 @@
-//! Whatever happens to a file of others, importing it gives a profile that reads back or an error, never a panic.
+//! Importing a damaged file gives a profile that reads back or an error, never a panic.
 
 #[path = "../../traces/tests/allocations/mod.rs"]
 mod allocations;
@@ -22,10 +22,10 @@ use traces::LatencyProfile;
 #[global_allocator]
 static ALLOCATIONS: Allocations = Allocations;
 
-/// A backtrace of a panic in the parquet crate, which is caught, would take megabytes of its own.
+/// A backtrace of a panic in the parquet crate, which is caught, would take megabytes of memory.
 static NO_BACKTRACES: Once = Once::new();
 
-/// More memory than that at once is not for files of a few hundred bytes.
+/// Limit of a single allocation for files of a few hundred bytes.
 const MEMORY: usize = 1 << 20;
 
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -124,7 +124,7 @@ fn kernel_tables(compression: Compression) -> [(&'static str, &'static str, Vec<
     ]
 }
 
-/// The files of a GPU in a folder, one of them, if `hit` is below 3, with other bytes.
+/// Writes the files of a GPU into a folder; file number `hit`, if below 3, with its bytes changed by `other`.
 fn write_kernels(folder: &Path, compression: Compression, hit: usize, other: impl Fn(Vec<u8>) -> Vec<u8>) {
     std::fs::write(folder.join("g.yaml"), SYSTEM).unwrap();
     for (place, (kind, name, bytes)) in kernel_tables(compression).into_iter().enumerate() {
@@ -135,7 +135,7 @@ fn write_kernels(folder: &Path, compression: Compression, hit: usize, other: imp
     }
 }
 
-/// A profile that was imported is one that can be written and read.
+/// Checks that an imported profile can be written and read back.
 fn check_profile(profile: &LatencyProfile) -> Result<(), TestCaseError> {
     let folder = tempfile::tempdir().unwrap();
     if profile.write(folder.path()).is_ok() {
@@ -208,7 +208,7 @@ proptest! {
         damages in prop::collection::vec(damage(), 1..4),
     ) {
         NO_BACKTRACES.call_once(|| {
-            // SAFETY: the environment is read by Rust's library alone, which locks it.
+            // SAFETY: only Rust's standard library reads the environment, under a lock.
             unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
         });
         let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Runs of made-up GPUs and models, whose kernels follow laws that interpolation meets exactly: what a simulation from
-//! their tables must say is known by adding up.
+//! Runs of synthetic GPUs and models, whose kernel times follow laws that interpolation reproduces exactly. The times
+//! of a simulation from their tables are known sums.
 
 use std::fmt::Write;
 use std::fs;
@@ -15,16 +15,16 @@ use traces::{LatencyProfile, ReadOptions, RequestTrace};
 const BUDGET: u32 = 64;
 const BLOCK: u32 = 8;
 
-/// What the kernels of one layer take, in microseconds.
+/// Kernel times of one layer, in microseconds.
 struct Gpu {
-    /// Dense layers: name, how often a layer of the model runs it, at no token, for each token.
+    /// Dense layers: name, runs per layer of the model, time without tokens, time per token.
     dense: &'static [(&'static str, f64, f64, f64)],
     layers: f64,
-    /// Share of the way from the mean history to the longest that two unequal decode rows cost.
+    /// Position between the times at the mean and at the longest history, for two unequal decode rows.
     alpha: f64,
 }
 
-/// To start attention; for each pair of a prompt token and a key; for each key of a decode row.
+/// Attention: start, time per pair of a prompt token and a key, time per key of a decode row.
 const ATTENTION: [f64; 3] = [4.0, 1e-3, 0.02];
 const LM_HEAD: [f64; 2] = [300.0, 2.0];
 const SAMPLER: [f64; 2] = [10.0, 0.5];
@@ -37,7 +37,7 @@ impl Gpu {
         ATTENTION[0] + ATTENTION[1] * pairs.sum::<f64>() + ATTENTION[2] * rows * history
     }
 
-    /// A whole step; decode rows may be one, or two of different histories.
+    /// Time of a whole step. There may be one decode row, or two of different histories.
     fn step(&self, chunks: &[(u32, u32)], histories: &[u32], predicting: f64) -> f64 {
         let rows = histories.len() as f64;
         let tokens = f64::from(chunks.iter().map(|chunk| chunk.0).sum::<u32>()) + rows;
@@ -54,7 +54,7 @@ impl Gpu {
         self.layers * (dense(false) + attention) + dense(true) + if predicting > 0.0 { head } else { 0.0 }
     }
 
-    /// First and last token of a request that is served alone, in microseconds after its arrival.
+    /// First and last token of a request that is served by itself, in microseconds after its arrival.
     fn alone(&self, prompt: u32, found: u32, output: u32) -> (f64, f64) {
         let (mut done, mut first) = (found, 0.0);
         while done < prompt {
@@ -96,9 +96,9 @@ fn decodes(mut row: impl FnMut(u32, u32)) {
     }
 }
 
-/// The requests: a prompt longer than the budget; the same again, of which whole blocks are found; two at once.
+/// The requests: a prompt longer than the budget; an equal prompt, whose full blocks are found; two at once.
 const REQUESTS: [(f64, u32, u32); 4] = [(0.0, 70, 5), (1.0, 70, 3), (2.0, 20, 4), (2.0, 30, 7)];
-/// Whole blocks of 70 tokens.
+/// Full blocks of 70 tokens.
 const FOUND: u32 = 64;
 
 /// First and last tokens of the requests, in seconds.
@@ -122,7 +122,7 @@ fn write_run(folder: &Path, meta: &str, times: &[(f64, f64)]) {
         let seed = if prompt == 70 { 7 } else { 100 * place as u32 };
         let ids: Vec<u32> = (0..prompt).map(|position| seed + position).collect();
         let nanos = (arrival * 1e9) as u64;
-        // The client asked for more tokens than came.
+        // The client requested more tokens than were generated.
         let asked = output + 1;
         writeln!(workload, r#"{{"input_tok_ids": {ids:?}, "arrival_time_ns": {nanos}, "output_toks": {asked}, "input_toks": {prompt}}}"#).unwrap();
         lines.push(format!(
@@ -138,7 +138,7 @@ fn write_run(folder: &Path, meta: &str, times: &[(f64, f64)]) {
     fs::write(folder.join("requests.jsonl"), lines.join("\n")).unwrap();
 }
 
-/// What `depthwise import layer-tables` and `depthwise vllm` do.
+/// The steps of `depthwise import layer-tables` and `depthwise vllm`.
 fn compare(folder: &Path) -> Comparison {
     let shape = ModelShape::read(folder.join("config.json"), 1, 0).unwrap();
     LayerTables::read(folder).unwrap().profile(&shape, "made up").write(folder.join("out")).unwrap();
@@ -199,7 +199,7 @@ fn a_qwen_with_tables_of_the_older_form_and_without_prefix_caching() {
     .unwrap();
     gpu.write_dense(folder);
     let mut text = "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n".to_owned();
-    // A chunk's own keys grow with its square: between measured chunks, these tables cannot be exact.
+    // A chunk's own keys grow with its square, so these tables cannot be exact between measured chunks.
     for (chunk, before) in [(0, 0), (1, 0), (1, 64), (6, 0), (6, 64), (20, 0), (30, 0), (50, 0), (64, 0), (64, 70)] {
         decodes(|rows, history| {
             if chunk + rows > 0 {

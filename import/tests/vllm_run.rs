@@ -1,6 +1,6 @@
-//! A simulation from imported kernel tables against a measured run of vLLM.
+//! A simulation from imported kernel tables, compared with a measured run of vLLM.
 //!
-//! The bars are relative errors; no constant behind the simulated numbers was fitted to the run.
+//! The limits are relative errors. No constant behind the simulated numbers was fitted to the run.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/gpu/rtx4090-llama-3.1-8b")
 }
 
-/// Relative errors that a simulation may have.
+/// Maximum relative errors of the simulation.
 const BARS: [(&str, f64); 4] = [("makespan s", 0.015), ("TTFT mean", 0.03), ("TPOT mean", 0.02), ("latency p99", 0.03)];
 
 #[derive(Clone)]
@@ -37,7 +37,7 @@ impl Run {
         Self { measured, requests, profile }
     }
 
-    /// The same run without one rule.
+    /// The run without one rule.
     fn without(&self, rule: impl Fn(&mut Settings)) -> Self {
         let mut run = self.clone();
         rule(&mut run.measured.settings);

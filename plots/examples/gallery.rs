@@ -1,4 +1,4 @@
-//! Draws every figure from synthetic data, to look at the drawing: `gallery [FOLDER]`.
+//! Draws every figure from synthetic data, to check the drawing: `gallery [FOLDER]`.
 
 use std::path::{Path, PathBuf};
 
@@ -36,7 +36,7 @@ fn figure(folder: &Path, name: &str, title: &str) -> Figure {
     }
 }
 
-/// Every combination of policies with a made-up throughput in tokens/s.
+/// Every combination of policies with a synthetic throughput in tokens/s.
 fn policies() -> Vec<(Policy, f64)> {
     let speeds = [[610.0, 655.0, 632.0], [1000.0, 1090.0, 1040.0], [1010.0, 1872.0, 1548.0]];
     let of = |(batching, speeds): (&str, [f64; 3])| {

@@ -1,4 +1,4 @@
-//! Axes: range, ticks and how numbers are written.
+//! Axes: range, ticks and the format of numbers.
 
 use std::ops::Range;
 
@@ -113,23 +113,23 @@ impl Axis {
         Self { label: String::new(), scale: Scale::Linear, low, high, ticks, has_grid: false }
     }
 
-    /// Where a name stands on an axis of [`Self::names`].
+    /// Position of a name on an axis of [`Self::names`].
     pub(crate) fn name_at(place: usize) -> f64 {
         -(place as f64)
     }
 
-    /// The same axis without ticks and label, for a panel that shares it with one below.
+    /// The axis without ticks and label, for a panel that shares it with one below.
     pub(crate) fn unlabelled(&self) -> Self {
         let ticks = self.ticks.iter().map(|(v, _)| (*v, String::new()));
         Self { label: String::new(), ticks: ticks.collect(), ..self.clone() }
     }
 
-    /// The same axis with no ticks at all, for categories that the figure labels itself.
+    /// The axis without ticks, for categories that the figure labels itself.
     pub(crate) fn without_ticks(self) -> Self {
         Self { ticks: Vec::new(), ..self }
     }
 
-    /// The same axis with so few ticks that their labels fit beside each other in `room` units.
+    /// The axis with fewer ticks, so that their labels fit in `room` units.
     pub(crate) fn thinned(mut self, canvas: &Canvas, room: i32) -> DrawResult<Self> {
         let widest = self.tick_width(canvas)? + TICK_SIZE as i32;
         while self.ticks.len() as i32 * widest > room && self.ticks.len() > 2 {
@@ -160,18 +160,18 @@ impl Axis {
         (self.ticks[tick].0 / step).round() as i64 % 2 == 0
     }
 
-    /// The same axis with another label.
+    /// The axis with another label.
     pub(crate) fn labelled(&self, label: &str) -> Self {
         Self { label: label.into(), ..self.clone() }
     }
 
-    /// The same axis cut at `high`, for shares that cannot exceed 100 %.
+    /// The axis cut at `high`, for shares that cannot exceed 100 %.
     pub(crate) fn at_most(self, high: f64) -> Self {
         let high = self.high.min(high);
         Self::with_linear_ticks(&self.label, self.low, high)
     }
 
-    /// Where a value lies: 0 at the low end, 1 at the high end.
+    /// Relative position of a value: 0 at the low end, 1 at the high end.
     fn position(&self, value: f64) -> f64 {
         match self.scale {
             Scale::Linear => (value - self.low) / (self.high - self.low),
@@ -179,7 +179,7 @@ impl Axis {
         }
     }
 
-    /// Units that the widest tick label takes.
+    /// Width of the widest tick label, in units.
     pub(crate) fn tick_width(&self, canvas: &Canvas) -> DrawResult<i32> {
         let style = style::text(TICK_SIZE, style::INK);
         let mut widest = 0;
@@ -217,7 +217,7 @@ impl ValueFormatter<f64> for Axis {
     }
 }
 
-/// Smallest and largest value; callers have checked that there is one.
+/// Smallest and largest value; callers have checked that there is a value.
 pub(crate) fn extent(values: impl IntoIterator<Item = f64>) -> (f64, f64) {
     let start = (f64::INFINITY, f64::NEG_INFINITY);
     let widen = |(low, high): (f64, f64), v: f64| (low.min(v), high.max(v));
@@ -248,7 +248,7 @@ fn linear_ticks(low: f64, high: f64) -> Vec<(f64, String)> {
     (first..=last).map(|i| i as f64 * step).map(|v| (v, number(v, decimals))).collect()
 }
 
-/// The 1, 2 or 5 times a power of ten that gives about `TICK_TARGET` ticks.
+/// 1, 2 or 5 times a power of ten that gives about `TICK_TARGET` ticks.
 fn tick_step(span: f64) -> f64 {
     let rough = span / TICK_TARGET;
     let power = 10f64.powf(rough.log10().floor());
@@ -292,7 +292,7 @@ pub(crate) fn number(value: f64, decimals: usize) -> String {
     text
 }
 
-/// A number with as many decimals as it needs, up to six significant digits.
+/// A number with the decimals it needs, up to six significant digits.
 fn plain(value: f64) -> String {
     let decimals = (0..6).find(|&d| {
         let scaled = value * 10f64.powi(d);
@@ -301,7 +301,7 @@ fn plain(value: f64) -> String {
     number(value, decimals.unwrap_or(6) as usize)
 }
 
-/// A number as short as a label on a bar must be: about three significant digits.
+/// A number short enough for a label on a bar: about three significant digits.
 pub(crate) fn three_digits(value: f64) -> String {
     if value.abs() >= 1e4 {
         let (scaled, suffix) = if value.abs() >= 1e6 { (value / 1e6, "M") } else { (value / 1e3, "k") };

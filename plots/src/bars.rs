@@ -1,4 +1,4 @@
-//! Bars for every policy, those of one batching policy beside each other.
+//! Bars for every policy, grouped by batching policy.
 
 use crate::Policy;
 use crate::axis::Axis;
@@ -6,7 +6,7 @@ use crate::canvas::{Canvas, DrawResult, WIDTH, wrap};
 use crate::panel::Panel;
 use crate::style::{self, Fill, INK, Look, first_seen};
 
-/// In policies: a bar, the space between its neighbours, the space between batching policies.
+/// In policies: width of a bar, space between neighbours, space between batching policies.
 const BAR_WIDTH: f64 = 0.4;
 const BAR_GAP: f64 = 0.04;
 const GROUP_GAP: f64 = 0.5;
@@ -20,13 +20,13 @@ const BATCHING_LINE: i32 = 62;
 /// One bar.
 pub(crate) struct Bar {
     pub(crate) value: f64,
-    /// How far its confidence interval reaches to either side; 0 for none.
+    /// Half the width of its confidence interval; 0 for none.
     pub(crate) half_width: f64,
     pub(crate) fill: Fill,
     pub(crate) label: String,
 }
 
-/// Where a policy's bars stand, in policies from the left.
+/// Position of a policy's bars, in policies from the left.
 struct Place {
     policy: usize,
     group: usize,
@@ -61,7 +61,7 @@ impl<'d> Policies<'d> {
         self.places.last().map_or(1.0, |place| place.centre + 0.5)
     }
 
-    /// Units that the whole figure is wide.
+    /// Width of the whole figure, in units.
     pub(crate) fn width(&self) -> u32 {
         WIDTH.max(300 + (self.end() * f64::from(UNITS_PER_POLICY)) as u32)
     }
@@ -79,7 +79,7 @@ impl<'d> Policies<'d> {
         Ok(panels)
     }
 
-    /// Draws the bars of each policy, by its place among the policies.
+    /// Draws the bars of each policy, by the policy's index.
     pub(crate) fn draw(&self, panel: &Panel, bars: impl Fn(usize) -> Vec<Bar>) -> DrawResult {
         let looks = Look::policies(self.policies.iter().copied());
         for place in &self.places {
@@ -97,7 +97,7 @@ impl<'d> Policies<'d> {
         Ok(())
     }
 
-    /// The exit policies' labels, each broken into lines as wide as a place.
+    /// Labels of the exit policies, broken into lines as wide as a policy.
     fn exit_lines(&self, area: &Canvas) -> DrawResult<Vec<Vec<String>>> {
         let style = style::text(EXIT_SIZE, INK);
         let exit = |place: &Place| &self.policies[place.policy].exit;

@@ -62,7 +62,7 @@ pub(crate) fn draw(
     Ok(())
 }
 
-/// Says which characters a figure shows by their codes.
+/// Warns of the characters that a figure shows as codes.
 fn warn_of(figure: &Figure, missing: &Missing) {
     let missing: Vec<String> = missing.borrow().iter().map(|letter| letter.escape_debug().to_string()).collect();
     if !missing.is_empty() {
@@ -74,7 +74,7 @@ fn warn_of(figure: &Figure, missing: &Missing) {
     }
 }
 
-/// Lays the head out on a scratch drawing to learn how high it is.
+/// Lays out the head on a scratch drawing to find its height.
 fn head_height(figure: &Figure, width: u32, legend: &[Entry]) -> DrawResult<u32> {
     let mut scratch = String::new();
     let root = Page::new(&mut scratch, (width, 1), &Missing::default()).into_drawing_area();
@@ -94,7 +94,7 @@ fn draw_head(canvas: &Canvas, figure: &Figure, width: u32, legend: &[Entry]) -> 
     Ok((y + 14) as u32)
 }
 
-/// Draws text wrapped to `room` units and returns the y below it.
+/// Draws text wrapped to `room` units and returns the y coordinate below it.
 fn paragraph(canvas: &Canvas, text: &str, style: &TextStyle, (x, mut y): (i32, i32), room: i32) -> DrawResult<i32> {
     for line in wrap(canvas, text, style, room)? {
         canvas.draw_text(&line, style, (x, y))?;
@@ -103,7 +103,7 @@ fn paragraph(canvas: &Canvas, text: &str, style: &TextStyle, (x, mut y): (i32, i
     Ok(y)
 }
 
-/// Breaks text at spaces into lines of at most `room` units, as far as its words allow.
+/// Breaks text at spaces into lines of at most `room` units, where its words allow.
 pub(crate) fn wrap(canvas: &Canvas, text: &str, style: &TextStyle, room: i32) -> DrawResult<Vec<String>> {
     let mut lines: Vec<String> = Vec::new();
     for word in drawable(text).split_whitespace() {
@@ -123,7 +123,7 @@ pub(crate) fn text_width(canvas: &Canvas, text: &str, style: &TextStyle) -> Draw
     Ok(canvas.estimate_text_size(text, style)?.0 as i32)
 }
 
-/// Shows the drawing at `UNITS_PER_PIXEL`: plotters has whole coordinates only, and pixels are too coarse.
+/// Sets the display size at `UNITS_PER_PIXEL`: plotters has integer coordinates, and pixels are too coarse.
 fn with_display_size(svg: &str, (width, height): (u32, u32)) -> String {
     let body = svg.split_once('>').map_or("", |(_, body)| body);
     format!(
@@ -134,7 +134,7 @@ fn with_display_size(svg: &str, (width, height): (u32, u32)) -> String {
     )
 }
 
-/// Renders at a pixel per unit, with the embedded font whatever fonts the machine has.
+/// Renders at one pixel per unit with the embedded font, independent of the machine's fonts.
 fn render(svg: &str, (width, height): (u32, u32)) -> Result<Vec<u8>, String> {
     static FONTS: LazyLock<Arc<fontdb::Database>> = LazyLock::new(|| {
         let mut fonts = fontdb::Database::new();
@@ -151,7 +151,7 @@ fn render(svg: &str, (width, height): (u32, u32)) -> Result<Vec<u8>, String> {
     pixels.encode_png().map_err(|e| e.to_string())
 }
 
-/// Writes a file whole or not at all: beside its place first, then renamed into it.
+/// Writes a file completely or not at all: under a temporary name first, then renamed.
 fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
     let path = folder.join(name);
     let part = folder.join(format!(".{name}.part"));

@@ -14,14 +14,14 @@ use crate::{Error, Figure, Policy};
 pub struct PolicyCapacity {
     /// Batching and exit policy.
     pub policy: Policy,
-    /// Requests per second on each system, where it was searched for; 0 where no rate meets the objectives.
+    /// Requests per second on each system; `None` where it was not searched, 0 where no rate meets the objectives.
     pub rates: Vec<Option<Estimate>>,
 }
 
 /// Draws a bar with its confidence interval for each policy and system.
 ///
 /// # Errors
-/// No systems, no policies, a policy with more or fewer rates than there are systems, or a rate that is negative.
+/// No systems, no policies, a policy whose number of rates differs from the number of systems, or a negative rate.
 pub fn capacities(figure: &Figure, systems: &[String], policies: &[PolicyCapacity]) -> Result<(), Error> {
     figure.require("systems", systems)?;
     figure.require("policies", policies)?;

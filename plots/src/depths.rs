@@ -1,4 +1,4 @@
-//! Depths: of the rows in the passes over time, and of the tokens of an exit trace.
+//! Depths of the rows of passes over time, and of the tokens of an exit trace.
 
 use crate::axis::{Axis, extent, three_digits};
 use crate::canvas::{self, Canvas, DrawResult, WIDTH};
@@ -8,23 +8,23 @@ use crate::panel::Panel;
 use crate::style::{self, Fill, ordered_colour};
 use crate::{Error, Figure};
 
-/// One pass and its rows, or several in a row and their mean.
+/// One pass and its rows, or several consecutive passes and their mean.
 #[derive(Clone, Debug)]
 pub struct PassRows {
-    /// When the pass began, s.
+    /// Start of the pass, in seconds.
     pub start_s: f64,
-    /// When it ended, s.
+    /// End of the pass, in seconds.
     pub end_s: f64,
-    /// Rows at each depth, from depth 0: whole numbers in a single pass, means over several.
+    /// Rows at each depth, from depth 0: integers for a single pass, means for several.
     pub rows: Vec<f64>,
 }
 
-/// Where the tokens of one exit trace could leave.
+/// Exit depths of the tokens of one exit trace.
 #[derive(Clone, Debug)]
 pub struct ExitDepths {
-    /// The trace's name.
+    /// Name of the trace.
     pub name: String,
-    /// Share of tokens that leave at each depth under the oracle, 0 to 1.
+    /// Share of tokens that exit at each depth under the oracle, 0 to 1.
     pub exiting: Vec<f64>,
     /// Share of tokens whose prediction at each depth equals that of the last depth, 0 to 1.
     pub agreement: Vec<f64>,
@@ -32,10 +32,10 @@ pub struct ExitDepths {
 
 const TIME_BINS: usize = 320;
 
-/// Draws how many rows of each depth the running pass has, over time, averaged over short spans.
+/// Draws the rows of the running pass at each depth over time, averaged over short intervals.
 ///
 /// # Errors
-/// No passes, times that are not finite or run backwards, or passes without rows.
+/// No passes, times that are not finite or not in order, or passes without rows.
 pub fn rows_by_depth(figure: &Figure, passes: &[PassRows]) -> Result<(), Error> {
     figure.require("passes", passes)?;
     figure.check("pass start (s)", Kind::Finite, passes.iter().map(|p| p.start_s))?;
@@ -61,7 +61,7 @@ pub fn rows_by_depth(figure: &Figure, passes: &[PassRows]) -> Result<(), Error> 
     })
 }
 
-/// Rows by depth, averaged over equal spans of time; a machine at rest counts as no rows.
+/// Rows by depth, averaged over equal intervals; an idle machine counts as no rows.
 struct Binned {
     start: f64,
     end: f64,
@@ -106,7 +106,7 @@ impl Binned {
         panel.area(&corners, ordered_colour(depth, depths))
     }
 
-    /// The staircase of rows shallower than `depth`.
+    /// Upper outline of the rows shallower than `depth`.
     fn outline(&self, depth: usize) -> Vec<(f64, f64)> {
         let corners = |bin: usize| {
             let rows = self.rows[bin][..depth].iter().sum();
@@ -116,10 +116,10 @@ impl Binned {
     }
 }
 
-/// Draws, by depth, the share of tokens that the oracle lets leave, and the agreement of all tokens.
+/// Draws, by depth, the share of tokens that exit under the oracle, and the agreement of all tokens.
 ///
 /// # Errors
-/// No traces, traces of unlike length, or values that are not shares.
+/// No traces, traces with different numbers of depths, or values that are not shares.
 pub fn exit_depths(figure: &Figure, traces: &[ExitDepths]) -> Result<(), Error> {
     figure.require("exit traces", traces)?;
     for trace in traces {
@@ -147,7 +147,7 @@ fn trace_entry((index, trace): (usize, &ExitDepths)) -> Entry {
     Entry::new(&trace.name, sample)
 }
 
-/// Bars of one share by depth, those of the traces beside each other.
+/// Bars of one share by depth, with the traces side by side.
 fn draw_shares(
     area: &Canvas,
     label: &str,

@@ -1,53 +1,53 @@
-//! What can be wrong with a figure's data or with writing it.
+//! Errors of figures: invalid data, or a file that cannot be written.
 
 use std::path::PathBuf;
 
-/// Why a figure was not drawn. Nothing is written when drawing fails.
+/// Why a figure was not drawn. If drawing fails, no file is written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is nothing to draw.
+    /// A figure without data.
     #[error("figure `{figure}`: {what}: found no values, expected at least one")]
     Empty {
-        /// The figure's name.
+        /// Name of the figure.
         figure: String,
-        /// The series or the list that is empty.
+        /// The empty series or list.
         what: String,
     },
-    /// A value that cannot be drawn.
+    /// A value that is out of range.
     #[error("figure `{figure}`: {what}, value {index}: found {value}, expected {expected}")]
     Value {
-        /// The figure's name.
+        /// Name of the figure.
         figure: String,
         /// The series and the quantity.
         what: String,
-        /// Which value of it, counted from 0.
+        /// Index of the value, from 0.
         index: usize,
         /// The value found.
         value: f64,
-        /// What would have been fine.
+        /// The range that was expected.
         expected: &'static str,
     },
-    /// Two lists that must have the same length do not.
+    /// Two lists with different lengths.
     #[error("figure `{figure}`: {what}: found {found} values, expected {expected}")]
     Length {
-        /// The figure's name.
+        /// Name of the figure.
         figure: String,
         /// The series and the quantity.
         what: String,
-        /// Values found.
+        /// Number of values found.
         found: usize,
-        /// Values expected.
+        /// Number of values expected.
         expected: usize,
     },
-    /// A speed-up has nothing to be relative to.
+    /// A speed-up without a baseline.
     #[error(
         "figure `{figure}`: no {origin} throughput of the baseline `{baseline}`, \
          expected one since other policies have one"
     )]
     Baseline {
-        /// The figure's name.
+        /// Name of the figure.
         figure: String,
-        /// The baseline's label.
+        /// Label of the baseline.
         baseline: String,
         /// `measured` or `simulated`.
         origin: &'static str,
@@ -55,9 +55,9 @@ pub enum Error {
     /// The drawing library failed.
     #[error("figure `{figure}`: cannot draw: {message}")]
     Draw {
-        /// The figure's name.
+        /// Name of the figure.
         figure: String,
-        /// The library's message.
+        /// Message of the library.
         message: String,
     },
     /// A file could not be written.
@@ -65,7 +65,7 @@ pub enum Error {
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 }

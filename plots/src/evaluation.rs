@@ -1,4 +1,4 @@
-//! What exit signals are worth: their reliability, what they trade, and a threshold calibrated on one.
+//! Evaluation of exit signals: reliability, trade-off curves, and calibrated thresholds.
 
 use plotters::coord::ranged1d::Ranged;
 use plotters::prelude::*;
@@ -12,21 +12,20 @@ use crate::style::{self, Dash, INK, Look, MUTED};
 use crate::throughput::HIGHEST_SHARE;
 use crate::{Error, Figure};
 
-/// How often tokens agree with the last loop where an exit signal is so sure, by depth.
+/// Agreement with the last loop against the signal's confidence, by depth.
 #[derive(Clone, Debug)]
 pub struct Reliability {
-    /// The signal's name, the panel's title.
+    /// Name of the signal, the title of the panel.
     pub signal: String,
-    /// A line below it, such as the calibration error.
+    /// A line below the title, such as the calibration error.
     pub note: String,
-    /// `(depth, points)`; a point is confidence and agreement, shares between 0 and 1.
+    /// `(depth, points)`; a point is confidence and agreement, each 0 to 1.
     pub curves: Vec<(usize, Vec<(f64, f64)>)>,
 }
 
 const AGREEMENT: &str = "token agreement (%)";
 
-/// Draws a reliability diagram per signal, a line per depth, and the diagonal of a signal that is right as often as it
-/// is sure.
+/// Draws a reliability diagram per signal, with a line per depth and the diagonal of a perfectly calibrated signal.
 ///
 /// # Errors
 /// No signals, a signal without curves, a curve without points, or values that are not shares.
@@ -71,14 +70,14 @@ fn percent(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 /// Mean depth against agreement over the thresholds of one exit signal.
 #[derive(Clone, Debug)]
 pub struct ExitCurve {
-    /// The signal's name.
+    /// Name of the signal.
     pub signal: String,
-    /// `(passes per token, agreement as a share)` in any order.
+    /// `(passes per token, agreement from 0 to 1)`, in any order.
     pub points: Vec<(f64, f64)>,
 }
 
-/// Draws what exit signals trade, between exiting always at one depth, whose agreements by depth are `fixed`, and an
-/// oracle that needs `oracle` passes per token.
+/// Draws the trade-off curves of exit signals, with two references: static exits, whose agreements by depth are
+/// `fixed`, and an oracle that needs `oracle` passes per token.
 ///
 /// # Errors
 /// No curves, a curve without points, a mean depth that is not positive, or an agreement that is not a share.
@@ -114,29 +113,29 @@ pub fn exit_curves(figure: &Figure, curves: &[ExitCurve], fixed: &[f64], oracle:
     })
 }
 
-/// A threshold that was calibrated, and all that were tried.
+/// A calibrated threshold, and all tested ones.
 #[derive(Clone, Debug)]
 pub struct CalibratedThreshold {
-    /// The exit signal's name, the label of the axis.
+    /// Name of the exit signal, the label of the axis.
     pub signal: String,
-    /// Greatest risk allowed, a share.
+    /// Maximum risk, 0 to 1.
     pub tolerance: f64,
-    /// The threshold chosen, if there is one.
+    /// The chosen threshold, if there is one.
     pub chosen: Option<f64>,
-    /// A line for each exit trace, the calibration's first.
+    /// A line for each exit trace, the calibration trace first.
     pub lines: Vec<CalibrationLine>,
 }
 
 /// Risk and mean depth over thresholds on one exit trace.
 #[derive(Clone, Debug)]
 pub struct CalibrationLine {
-    /// The trace's name.
+    /// Name of the trace.
     pub name: String,
     /// Points in any order.
     pub points: Vec<CalibrationPoint>,
 }
 
-/// What one threshold does.
+/// Outcome of one threshold.
 #[derive(Clone, Copy, Debug)]
 pub struct CalibrationPoint {
     /// The threshold, in the signal's own unit.
@@ -147,11 +146,11 @@ pub struct CalibrationPoint {
     pub mean_depth: f64,
 }
 
-/// Draws risk and, below it, mean depth against the threshold, with the tolerance and the threshold chosen.
+/// Draws risk and, below it, mean depth against the threshold, with the tolerance and the chosen threshold.
 ///
 /// # Errors
-/// No lines, a line without points, a threshold that is not finite, a risk or a tolerance that is not a share, or a
-/// mean depth that is not positive.
+/// No lines, a line without points, a threshold that is not finite, a risk or tolerance that is not a share, or a mean
+/// depth that is not positive.
 pub fn calibration(figure: &Figure, found: &CalibratedThreshold) -> Result<(), Error> {
     let CalibratedThreshold { signal, tolerance, chosen, lines } = found;
     figure.require("exit traces", lines)?;

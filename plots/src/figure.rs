@@ -1,37 +1,37 @@
-//! What every figure has: a name, a folder, a caption, and checks of its values.
+//! Properties of every figure: name, folder, caption, and checks of its values.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use crate::Error;
 
-/// Where a figure's numbers come from.
+/// Origin of a figure's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// Read off the clock of a run on the device.
+    /// Measured in a run on the device.
     Measured,
-    /// Answered by the simulator from the device's latency profile.
+    /// Simulated from the device's latency profile.
     Simulated,
     /// Both, side by side.
     MeasuredAndSimulated,
-    /// Made up, to look at the drawing itself.
+    /// Synthetic data, to check the drawing.
     Synthetic,
 }
 
-/// A figure's name, folder and caption: all that is not data.
+/// A figure's name, folder and caption, without its data.
 #[derive(Clone, Debug)]
 pub struct Figure {
-    /// Folder that `NAME.svg` and `NAME.png` are written into; created when missing.
+    /// Folder of `NAME.svg` and `NAME.png`; created if missing.
     pub folder: PathBuf,
     /// File name without extension.
     pub name: String,
-    /// What is shown, in a sentence.
+    /// What the figure shows, in a sentence.
     pub title: String,
-    /// Model, request trace and whatever else the reader must know; may be empty.
+    /// Model, request trace and other conditions; may be empty.
     pub setting: String,
-    /// The device the numbers hold for.
+    /// The device that the numbers belong to.
     pub device: String,
-    /// Whether they are measured or simulated.
+    /// Whether the numbers are measured or simulated.
     pub origin: Origin,
 }
 
@@ -61,7 +61,7 @@ impl Figure {
         Ok(())
     }
 
-    /// Checks that there are values and that each is a `kind` of number.
+    /// Checks that there are values and that each is valid for `kind`.
     pub(crate) fn check(&self, what: &str, kind: Kind, values: impl IntoIterator<Item = f64>) -> Result<(), Error> {
         let mut count = 0;
         for (index, value) in values.into_iter().enumerate() {
@@ -80,10 +80,10 @@ impl Figure {
     }
 }
 
-/// How far sums of shares may be off by rounding, far less than a figure shows.
+/// Tolerance for rounding in sums of shares, far below what a figure shows.
 const ROUNDING: f64 = 1e-9;
 
-/// What a quantity's values must be.
+/// Valid range of a quantity's values.
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
     Finite,
@@ -142,8 +142,8 @@ impl fmt::Display for Policy {
 /// A line of a figure: one policy, and `(x, y)` points in any order.
 #[derive(Clone, Debug)]
 pub struct PolicyLine {
-    /// Whose line it is.
+    /// Policy of the line.
     pub policy: Policy,
-    /// The points; units are the figure's.
+    /// The points, in the figure's units.
     pub points: Vec<(f64, f64)>,
 }

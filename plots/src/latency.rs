@@ -1,4 +1,4 @@
-//! How TTFT and TPOT are distributed over requests.
+//! Distributions of TTFT and TPOT over requests.
 
 use crate::axis::Axis;
 use crate::canvas::{self, Canvas, DrawResult, WIDTH};
@@ -20,7 +20,7 @@ pub struct PolicyLatencies {
     pub tpot_ms: Vec<f64>,
 }
 
-/// A distribution is drawn through at most this many requests.
+/// Maximum number of points of a distribution's curve.
 const MOST_POINTS: usize = 500;
 const MARKERS: usize = 6;
 
@@ -65,7 +65,7 @@ fn draw_cdfs(
     Ok(())
 }
 
-/// The distribution's staircase in percent, through at most `MOST_POINTS` of the sorted values.
+/// Empirical distribution function in percent, through at most `MOST_POINTS` of the sorted values.
 fn cdf(sorted: &[f64]) -> Vec<(f64, f64)> {
     let steps = sorted.len().min(MOST_POINTS);
     let mut below = 0.0;
@@ -80,7 +80,7 @@ fn cdf(sorted: &[f64]) -> Vec<(f64, f64)> {
     corners
 }
 
-/// Points on the staircase for markers, at heights that `offset` (0 to 1) keeps apart per line.
+/// Points of the curve for markers, at heights that `offset` (0 to 1) separates by line.
 fn marker_points(sorted: &[f64], offset: f64) -> Vec<(f64, f64)> {
     (0..MARKERS)
         .map(|i| (i as f64 + offset) / MARKERS as f64)

@@ -1,4 +1,4 @@
-//! Legends: a strip of entries above the data, never over it.
+//! Legends: a strip of entries above the data.
 
 use plotters::prelude::*;
 
@@ -20,7 +20,7 @@ pub(crate) enum Sample {
 }
 
 impl Sample {
-    /// Units that the sample takes: for lines, enough to show their dashes.
+    /// Width of the sample in units: for lines, enough to show their dashes.
     fn width(&self) -> i32 {
         match self {
             Self::MarkedLine(_) | Self::Stroke(..) => 107,
@@ -43,7 +43,7 @@ impl Entry {
     }
 }
 
-/// Draws entries in rows of at most `room` units and returns the y below them.
+/// Draws entries in rows of at most `room` units and returns the y coordinate below them.
 pub(crate) fn draw(canvas: &Canvas, entries: &[Entry], (left, top): (i32, i32), room: i32) -> DrawResult<i32> {
     let style = style::text(TEXT_SIZE, INK).pos(style::BESIDE);
     let mut widths = Vec::with_capacity(entries.len());
@@ -67,7 +67,7 @@ pub(crate) fn draw(canvas: &Canvas, entries: &[Entry], (left, top): (i32, i32), 
     Ok(top + entries.len().div_ceil(columns) as i32 * ROW_HEIGHT)
 }
 
-/// All entries when they fit beside each other, else as many equal columns as fit.
+/// All entries if they fit in one row, otherwise the largest number of equal columns that fit.
 fn columns_that_fit(widths: &[i32], room: i32) -> usize {
     let total: i32 = widths.iter().map(|w| w + SPACING).sum();
     if total - SPACING <= room {
@@ -75,7 +75,7 @@ fn columns_that_fit(widths: &[i32], room: i32) -> usize {
     }
     let widest = widths.iter().max().unwrap_or(&0) + SPACING;
     let columns = ((room + SPACING) / widest).max(1) as usize;
-    // As many rows, filled evenly.
+    // That number of rows, filled evenly.
     widths.len().div_ceil(widths.len().div_ceil(columns))
 }
 

@@ -5,21 +5,21 @@
 //!
 //! | question | function |
 //! | --- | --- |
-//! | how much faster than sequence-wise batching without exit? | [`speedup`] |
+//! | how much faster is a policy than sequence-wise batching without exit? | [`speedup`] |
 //! | how does throughput grow with the batch? | [`throughput_by_batch`] |
-//! | what does an exit threshold trade? | [`thresholds`] |
-//! | what does throughput cost in agreement or latency, and which settings does none beat? | [`pareto`] |
-//! | which request rate can be borne? | [`capacities`] |
-//! | what do requests wait for their first and their next token? | [`latency_cdfs`] |
+//! | which trade-off does an exit threshold give? | [`thresholds`] |
+//! | what does throughput cost in agreement or latency, and which settings are Pareto-efficient? | [`pareto`] |
+//! | which request rate can a system sustain? | [`capacities`] |
+//! | how are time to first token and time per token distributed? | [`latency_cdfs`] |
 //! | which depths fill the passes? | [`rows_by_depth`] |
-//! | where does the time of a token go? | [`token_times`] |
-//! | where could tokens leave, and would they be right? | [`exit_depths`] |
-//! | how far can an exit signal be believed? | [`reliability`] |
-//! | what does exiting early on a signal trade? | [`exit_curves`] |
+//! | which components take the time of a token? | [`token_times`] |
+//! | where could tokens exit, and would they be right? | [`exit_depths`] |
+//! | how reliable is an exit signal? | [`reliability`] |
+//! | which trade-off does an exit signal give? | [`exit_curves`] |
 //! | which threshold keeps a tolerance? | [`calibration`] |
 //! | does the simulator predict what was measured? | [`predictions`] |
 //! | did training converge? | [`losses`] |
-//! | anything against anything | [`sweep`] |
+//! | how does any quantity depend on another? | [`sweep`] |
 //!
 //! ```
 //! use plots::{Figure, Origin, Policy, PolicyLine};
@@ -43,7 +43,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Colours are Okabe and Ito's; markers, dashes, hatches and lightness say the same in grey. Text
+//! Colours are Okabe and Ito's; markers, dashes, hatches and lightness keep series distinct in greyscale. Text
 //! is measured and, in the PNG, drawn with the embedded DejaVu Sans, so a bare machine will do. Characters that this font
 //! lacks, such as Chinese ones, are drawn as codes (U+4E2D) in both files, with a warning.
 

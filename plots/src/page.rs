@@ -1,4 +1,4 @@
-//! The page that figures are drawn on: an SVG whose text the embedded font can draw, so that SVG and PNG say alike.
+//! The page of a figure: an SVG whose text the embedded font can draw, so that SVG and PNG show the same text.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -16,7 +16,7 @@ type Drawn<T = ()> = Result<T, DrawingErrorKind<io::Error>>;
 /// Characters that the font lacks, of all text drawn so far.
 pub(crate) type Missing = Rc<RefCell<BTreeSet<char>>>;
 
-/// An SVG under way.
+/// An SVG that is being drawn.
 pub(crate) struct Page<'a> {
     svg: SVGBackend<'a>,
     missing: Missing,
@@ -29,7 +29,7 @@ impl<'a> Page<'a> {
     }
 }
 
-/// Text with a code such as `U+4E2D` in place of each character that the font lacks, or that is no character to draw.
+/// Text with a code such as `U+4E2D` in place of each character that the font lacks or that is not visible.
 pub(crate) fn drawable(text: &str) -> Cow<'_, str> {
     if text.chars().all(is_drawable) {
         return Cow::Borrowed(text);

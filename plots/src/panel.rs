@@ -22,7 +22,7 @@ const X_LABELS: i32 = 92;
 const X_TICKS_ONLY: i32 = 20;
 const TITLE_ROOM: i32 = 100;
 
-/// A drawn pair of axes that turns values into units of its canvas.
+/// A drawn pair of axes that maps values to units of its canvas.
 pub(crate) struct Panel<'a> {
     pub(crate) canvas: Canvas<'a>,
     x: Axis,
@@ -50,7 +50,7 @@ impl<'a> Panel<'a> {
         Self::with_room(canvas, x, y, room)
     }
 
-    /// Panels above each other that share an x axis, which has `below` units of labels below the last.
+    /// Panels above each other with a common x axis, and `below` units for the labels below the last panel.
     pub(crate) fn stack(canvas: &Canvas<'a>, x: &Axis, ys: &[Axis], below: i32) -> DrawResult<Vec<Self>> {
         let mut left = 0;
         for y in ys {
@@ -140,7 +140,7 @@ impl<'a> Panel<'a> {
         at.try_for_each(|at| style::marker(&self.canvas, at, look))
     }
 
-    /// A line through points sorted by x, with markers, one at each point unless they are many.
+    /// A line through points sorted by x, with markers: one at each point unless there are many.
     pub(crate) fn marked_line(&self, points: &[(f64, f64)], look: Look) -> DrawResult {
         let mut points = points.to_vec();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -150,22 +150,22 @@ impl<'a> Panel<'a> {
         self.markers(&marked, look)
     }
 
-    /// A line across the panel at a value of y.
+    /// A horizontal line across the panel at a value of y.
     pub(crate) fn level(&self, y: f64, colour: RGBColor, dash: Dash) -> DrawResult {
         let [left, _, right, _] = self.plot;
         let ends = [(left, self.at_y(y)), (right, self.at_y(y))];
         style::stroke(&self.canvas, &ends, colour.stroke_width(3), dash)
     }
 
-    /// A line up the panel at a value of x.
+    /// A vertical line across the panel at a value of x.
     pub(crate) fn upright(&self, x: f64, colour: RGBColor, dash: Dash) -> DrawResult {
         let [_, top, _, bottom] = self.plot;
         let ends = [(self.at_x(x), top), (self.at_x(x), bottom)];
         style::stroke(&self.canvas, &ends, colour.stroke_width(3), dash)
     }
 
-    /// The confidence interval between two points, with caps; nothing if they are the same. What lies outside the axes
-    /// is cut off.
+    /// The confidence interval between two points, with caps; nothing if the points are equal. Ends outside the axes
+    /// are cut off.
     pub(crate) fn whisker(&self, ends: [(f64, f64); 2], colour: RGBColor) -> DrawResult {
         let [left, top, right, bottom] = self.plot;
         let [from, to] = ends.map(|end| {
@@ -181,7 +181,7 @@ impl<'a> Panel<'a> {
         strokes.try_for_each(|stroke| style::stroke(&self.canvas, &stroke, colour.stroke_width(2), Dash::Solid))
     }
 
-    /// A bar from the axis up to `value`, with a label above `top` unless that would run into its neighbours'.
+    /// A bar from the axis up to `value`, with a label above `top` unless the label would overlap its neighbours'.
     pub(crate) fn bar(
         &self,
         (from, to): (f64, f64),

@@ -1,4 +1,4 @@
-//! What one quantity costs of another, and the points that none beats in both.
+//! Trade-offs between two quantities, and the Pareto-efficient points.
 
 use crate::axis::Axis;
 use crate::canvas::{self, Canvas, DrawResult, WIDTH, text_width};
@@ -9,76 +9,77 @@ use crate::style::{self, Look, MUTED};
 use crate::throughput::policy_legend;
 use crate::{Error, Figure, Policy};
 
-/// A quantity that is traded for another, or the rate that is asked for.
+/// A quantity that is traded for another, or the request rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantity {
-    /// Requests that arrive per second: a setting, by which no points are ranked.
+    /// Requests that arrive per second: a setting, which does not rank points.
     Rate,
     /// Generated tokens per second.
     Throughput,
-    /// Share of generated tokens equal to full depth's, 0 to 1.
+    /// Share of generated tokens equal to those of full depth, 0 to 1.
     Agreement,
     /// A latency in milliseconds, such as `p99 time to first token`.
     Latency(&'static str),
 }
 
-/// A value and half the width of its confidence interval; 0 where there is none.
+/// A value and half the width of its confidence interval; 0 if there is none.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
     /// The value, such as a mean over seeds.
     pub value: f64,
-    /// How far its interval reaches to either side.
+    /// Half the width of the confidence interval.
     pub half_width: f64,
 }
 
-/// A run, or the mean of several, that differs from others on its line in one setting.
+/// A run, or the mean of several, that differs from the others on its line in one setting.
 #[derive(Clone, Debug)]
 pub struct TradePoint {
     /// On the x axis.
     pub x: Estimate,
     /// On the y axis.
     pub y: Estimate,
-    /// The setting, as short as a label beside the point must be; may be empty.
+    /// The setting, as a short label beside the point; may be empty.
     pub label: String,
 }
 
-/// The points of one policy, in the order in which a line joins them.
+/// The points of one policy, in the order in which a line connects them.
 #[derive(Clone, Debug)]
 pub struct TradeLine {
-    /// Whose they are.
+    /// Policy of the line.
     pub policy: Policy,
-    /// Whether anyone can have this policy: one that only bounds the others, as an oracle does, is drawn but not ranked.
+    /// Whether the policy is realisable. A policy that only bounds the others, such as an oracle, is drawn but not
+    /// ranked.
     pub attainable: bool,
     /// The points.
     pub points: Vec<TradePoint>,
 }
 
-/// One panel: two quantities and what policies make of them.
+/// One panel: two quantities and the points of each policy.
 #[derive(Clone, Debug)]
 pub struct TradeOff {
     /// Along x.
     pub x: Quantity,
     /// Along y.
     pub y: Quantity,
-    /// The policies; the same in all panels of a figure.
+    /// The policies, in the same order in all panels of a figure.
     pub lines: Vec<TradeLine>,
 }
 
 const HEIGHT: u32 = 1000;
 const LABEL_SIZE: u32 = 23;
-/// Room that a marker with its ring takes to each side, and an interval's ends.
+/// Room of a marker with its ring, or of an interval's end, to each side.
 const MARKER_ROOM: i32 = 20;
 const WHISKER_ROOM: i32 = 8;
-/// Distance between the boxes that stand for a line.
+/// Distance between the boxes that approximate a line.
 const LINE_STEP: i32 = 6;
 /// Top of an axis of percentages: a marker at 100 % stays whole.
 const HIGHEST_SHARE: f64 = 101.0;
 
-/// Draws panels side by side: lines of points with their confidence intervals, rings around those that no other point of
-/// the panel beats in both quantities (where both are results), and the points' labels where there is room.
+/// Draws panels side by side. A panel has lines of points with their confidence intervals, rings around
+/// Pareto-efficient points (where both quantities are results), and the points' labels where there is room.
 ///
 /// # Errors
-/// No panels, no lines, a line without points, or a value that its quantity cannot have.
+/// No panels, no lines, a line without points, or a value out of its quantity's range.
 pub fn pareto(figure: &Figure, panels: &[TradeOff]) -> Result<(), Error> {
     figure.require("panels", panels)?;
     for TradeOff { x, y, lines } in panels {
@@ -141,7 +142,7 @@ impl Quantity {
         figure.check(&what, Kind::NonNegative, estimates.map(|estimate| estimate.half_width))
     }
 
-    /// An axis with room for every interval; one that would reach below 0 is cut by the axis of a log scale.
+    /// An axis with room for every interval. On a log scale, an interval that reaches below 0 is cut.
     fn axis(self, estimates: impl Iterator<Item = Estimate> + Clone) -> Axis {
         let ends =
             estimates.clone().flat_map(|Estimate { value, half_width }| [value - half_width, value + half_width]);
@@ -184,7 +185,7 @@ impl TradeOff {
         self.draw_labels(&panel)
     }
 
-    /// Draws labels beside their points, each in the first place around it where nothing else is drawn, if there is one.
+    /// Draws each label beside its point, in the first free place around it, if there is one.
     fn draw_labels(&self, panel: &Panel) -> DrawResult {
         let style = style::text(LABEL_SIZE, MUTED).pos(style::BESIDE);
         let mut taken = self.drawn(panel);
@@ -226,19 +227,20 @@ impl TradeOff {
         (self.x.scale() * point.x.value, self.y.scale() * point.y.value)
     }
 
-    /// The ends of the interval along x.
+    /// Ends of the interval along x.
     fn across(&self, point: &TradePoint) -> [(f64, f64); 2] {
         let ((x, y), half) = (self.at(point), self.x.scale() * point.x.half_width);
         [(x - half, y), (x + half, y)]
     }
 
-    /// The ends of the interval along y.
+    /// Ends of the interval along y.
     fn up(&self, point: &TradePoint) -> [(f64, f64); 2] {
         let ((x, y), half) = (self.at(point), self.y.scale() * point.y.half_width);
         [(x, y - half), (x, y + half)]
     }
 
-    /// Attainable points that no other is at least as good as in both quantities and better than in one.
+    /// Realisable points that are Pareto-efficient: no other point is at least as good in both quantities and better in
+    /// one.
     fn efficient(&self) -> impl Iterator<Item = &TradePoint> {
         let beats = |other: &TradePoint, point: &TradePoint| {
             let worse =
@@ -253,7 +255,7 @@ impl TradeOff {
     }
 }
 
-/// Where a label of a size could stand beside a marker, the best places first: its left end, halfway up.
+/// Places for a label beside a marker, the best first: left end, vertical centre.
 fn places_around((x, y): (i32, i32), (width, height): (i32, i32)) -> impl Iterator<Item = (i32, i32)> {
     let (right, left, middle) = (x + MARKER_ROOM + 4, x - MARKER_ROOM - 4 - width, x - width / 2);
     let (above, below) = (y - MARKER_ROOM - height / 2, y + MARKER_ROOM + height / 2);
@@ -261,7 +263,7 @@ fn places_around((x, y): (i32, i32), (width, height): (i32, i32)) -> impl Iterat
     near.into_iter().chain([(middle, above), (middle, below)])
 }
 
-/// Points on the way from one place to another, in small steps.
+/// Points between two positions, in small steps.
 fn steps(from: (i32, i32), to: (i32, i32)) -> impl Iterator<Item = (i32, i32)> {
     let (across, down) = (to.0 - from.0, to.1 - from.1);
     let count = (across.abs().max(down.abs()) / LINE_STEP).max(1);
@@ -309,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_can_have_beats_nobody() {
+    fn a_policy_that_is_not_realisable_beats_no_other() {
         let lines = vec![line(true, &POINTS), line(false, &[(9.0, 9.0)])];
         assert_eq!(efficient(Quantity::Agreement, lines).len(), 4);
     }

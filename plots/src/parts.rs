@@ -1,4 +1,4 @@
-//! Where the time of a token goes, part by part.
+//! Time of a token by component.
 
 use crate::axis::{Axis, number, three_digits};
 use crate::canvas::{self, Canvas, DrawResult};
@@ -8,14 +8,14 @@ use crate::panel::Panel;
 use crate::style::{self, Fill, INK, ordered_colour};
 use crate::{Error, Figure};
 
-/// What a generated token takes in one run.
+/// Time of a generated token in one run.
 #[derive(Clone, Debug)]
 pub struct TokenTime {
-    /// What was run.
+    /// Name of the run.
     pub label: String,
-    /// Time of each part, us; the parts of all runs come in the same order.
+    /// Time of each component in microseconds; all runs have the components in one order.
     pub parts_us: Vec<f64>,
-    /// How many times as fast it is as what it is compared with.
+    /// Speed-up over the baseline.
     pub speedup: f64,
 }
 
@@ -25,17 +25,17 @@ impl TokenTime {
     }
 }
 
-/// In runs.
+/// Width of a bar, in runs.
 const BAR_WIDTH: f64 = 0.72;
 const UNITS_PER_BAR: u32 = 52;
 const TOTAL_SIZE: u32 = 25;
-/// Room to the right of the longest bar, as a share of it.
+/// Room to the right of the longest bar, as a share of its length.
 const TOTAL_ROOM: f64 = 0.2;
 
-/// Draws a bar for each run, of its parts side by side, with its total and its speed-up.
+/// Draws a bar for each run, with its components side by side, its total and its speed-up.
 ///
 /// # Errors
-/// No runs, runs with other parts, times that are negative, or a speed-up that is not positive.
+/// No runs, runs with different components, negative times, or a speed-up that is not positive.
 pub fn token_times(figure: &Figure, parts: &[&str], runs: &[TokenTime]) -> Result<(), Error> {
     figure.require("runs", runs)?;
     for run in runs {

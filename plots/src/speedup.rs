@@ -1,4 +1,4 @@
-//! Throughput and speed-up of every policy, measured beside simulated.
+//! Throughput and speed-up of every policy, measured next to simulated.
 
 use plotters::prelude::*;
 
@@ -16,13 +16,13 @@ use crate::{Error, Figure, Policy};
 pub struct PolicyThroughput {
     /// Batching and exit policy.
     pub policy: Policy,
-    /// Measured tokens/s, where there was a run.
+    /// Measured throughput in tokens/s, if there was a run.
     pub measured: Option<f64>,
-    /// Simulated tokens/s, where there was a simulation.
+    /// Simulated throughput in tokens/s, if there was a simulation.
     pub simulated: Option<f64>,
 }
 
-/// Draws throughput, and below it throughput over that of `baseline` from the same source.
+/// Draws throughput and, below it, the speed-up over `baseline` of the same source.
 ///
 /// # Errors
 /// No policies, a throughput that is not positive, or a source without a baseline.
@@ -106,7 +106,7 @@ impl Chart<'_> {
         self.policies.draw(&panels[1], |run| self.bars(run, |speed, base| (speed / base, number(speed / base, 2))))
     }
 
-    /// What the bars of all sources reach, with room for the number on top.
+    /// Heights of the bars of all sources, with room for the number on top.
     fn heights(&self, height: fn(f64, f64) -> f64) -> Vec<f64> {
         let of = |&(source, base): &(Source, f64)| {
             let speeds = self.runs.iter().filter_map(move |run| source.of(run));
@@ -124,7 +124,7 @@ impl Chart<'_> {
     }
 }
 
-/// The line that a bar must pass to be faster than the baseline.
+/// The line of speed-up 1, the baseline.
 fn draw_unity(panel: &Panel) -> DrawResult {
     let [left, _, right, _] = panel.plot;
     let y = panel.at_y(1.0);

@@ -1,4 +1,4 @@
-//! Colours, markers, dashes, hatches and fonts, the same in every figure and distinct in grey.
+//! Colours, markers, dashes, hatches and fonts: equal in every figure, and distinct in greyscale.
 
 use std::f64::consts::TAU;
 use std::sync::LazyLock;
@@ -42,7 +42,7 @@ pub(crate) fn colour(index: usize) -> RGBColor {
     OKABE_ITO[index % OKABE_ITO.len()]
 }
 
-/// Light to dark over `count` ordered classes: tells them apart by lightness alone.
+/// Light to dark over `count` ordered classes, distinguished by lightness only.
 pub(crate) fn ordered_colour(index: usize, count: usize) -> RGBColor {
     let share = (index as f32 + 0.5) / count as f32;
     let RGBColor(r, g, b) = ViridisRGB.get_color_normalized(1.0 - share, 0.0, 1.0);
@@ -127,8 +127,8 @@ pub(crate) enum Dash {
 impl Dash {
     const ALL: [Self; 3] = [Self::Solid, Self::Dashed, Self::Dotted];
 
-    /// Added to a stroke's width, where [`write_dashes`] finds it: plotters cuts dashes to whole
-    /// coordinates, which bends lines, and cannot ask an SVG for its own.
+    /// A code that is added to a stroke's width, for [`write_dashes`] to find. plotters cuts dashes at integer
+    /// coordinates, which bends lines, and does not use SVG's own dashes.
     fn code(self) -> u32 {
         match self {
             Self::Solid => 0,
@@ -146,7 +146,7 @@ impl Dash {
     }
 }
 
-/// Turns the dashes that [`stroke`] has coded into an SVG's stroke widths into SVG dashes.
+/// Replaces the codes of [`stroke`] in an SVG's stroke widths by SVG dashes.
 pub(crate) fn write_dashes(mut svg: String) -> String {
     for dash in [Dash::Dashed, Dash::Dotted] {
         for width in 1..=LINE_WIDTH {
@@ -158,7 +158,7 @@ pub(crate) fn write_dashes(mut svg: String) -> String {
     svg
 }
 
-/// How a series is drawn.
+/// Style of a series.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Look {
     pub(crate) colour: RGBColor,
@@ -167,12 +167,12 @@ pub(crate) struct Look {
 }
 
 impl Look {
-    /// The look of the `index`-th series of a figure without policies.
+    /// Style of the `index`-th series of a figure without policies.
     pub(crate) fn series(index: usize) -> Self {
         Self::new(index, index, index)
     }
 
-    /// The look of one of `count` ordered classes, such as depths: light to dark.
+    /// Style of one of `count` ordered classes, such as depths: light to dark.
     pub(crate) fn ordered(index: usize, count: usize) -> Self {
         Self { colour: ordered_colour(index, count), ..Self::series(index) }
     }
@@ -185,7 +185,7 @@ impl Look {
         }
     }
 
-    /// Colour by exit policy, dash by batching policy, a marker per series.
+    /// Styles of policies: colour by exit policy, dash by batching policy, and a marker for each series.
     pub(crate) fn policies<'a>(policies: impl IntoIterator<Item = &'a Policy>) -> Vec<Self> {
         let (mut exits, mut batchings) = (Vec::new(), Vec::new());
         policies
@@ -200,7 +200,7 @@ impl Look {
     }
 }
 
-/// The position of `item` in `seen`, appended when new.
+/// Index of `item` in `seen`, to which a new item is appended.
 pub(crate) fn first_seen<'a>(seen: &mut Vec<&'a str>, item: &'a str) -> usize {
     seen.iter().position(|&s| s == item).unwrap_or_else(|| {
         seen.push(item);
@@ -240,7 +240,7 @@ fn text_of(style: FontStyle, size: u32, colour: RGBColor) -> TextStyle<'static> 
     }
 }
 
-/// Registers the embedded font that text is measured with; SVG files only name `sans-serif`.
+/// Registers the embedded font, with which text is measured. SVG files only name `sans-serif`.
 pub(crate) fn register_fonts() -> bool {
     static REGISTERED: LazyLock<bool> = LazyLock::new(|| {
         let regular = register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());
@@ -271,12 +271,12 @@ pub(crate) fn marker(canvas: &Canvas, at: (i32, i32), look: Look) -> DrawResult 
     layer(MARKER_RADIUS, look.colour)
 }
 
-/// A ring around a marker, so far from it that both can be seen.
+/// A ring around a marker, at a distance that keeps both visible.
 pub(crate) fn ring(canvas: &Canvas, at: (i32, i32)) -> DrawResult {
     canvas.draw(&Circle::new(at, RING_RADIUS, INK.stroke_width(3)))
 }
 
-/// A bar from corner to corner, filled or hatched so that it reads in grey as well.
+/// A bar between two corners, filled or hatched so that it is distinct in greyscale.
 pub(crate) fn bar(canvas: &Canvas, corners: [(i32, i32); 2], colour: RGBColor, fill: Fill) -> DrawResult {
     let background = match fill {
         Fill::Solid => colour,

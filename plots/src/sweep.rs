@@ -22,7 +22,7 @@ pub struct SweepLine {
 /// A value and its spread.
 #[derive(Clone, Copy, Debug)]
 pub struct SweepPoint {
-    /// The setting swept.
+    /// The swept setting.
     pub x: f64,
     /// The value, such as a mean over seeds.
     pub y: f64,
@@ -80,7 +80,7 @@ pub fn sweep(figure: &Figure, x_label: &str, x_scale: Scale, y_label: &str, line
     })
 }
 
-/// The spread's outline: along the lower ends and back along the upper ones.
+/// Outline of the spread: along the lower ends and back along the upper ends.
 fn outline(points: &[SweepPoint]) -> Vec<(f64, f64)> {
     let mut points = points.to_vec();
     points.sort_by(|a, b| a.x.total_cmp(&b.x));

@@ -20,14 +20,14 @@ pub struct ThresholdLine {
     pub points: Vec<ThresholdPoint>,
 }
 
-/// What one threshold gave.
+/// Results of one threshold.
 #[derive(Clone, Copy, Debug)]
 pub struct ThresholdPoint {
-    /// The exit policy's threshold, in the measure's own unit.
+    /// Threshold, in the measure's own unit.
     pub threshold: f64,
     /// Generated tokens/s.
     pub throughput: f64,
-    /// Share of generated tokens equal to full depth's, 0 to 1.
+    /// Share of generated tokens equal to those of full depth, 0 to 1.
     pub agreement: f64,
 }
 

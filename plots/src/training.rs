@@ -10,10 +10,10 @@ use crate::panel::Panel;
 use crate::style::{self, Dash, Look};
 use crate::{Error, Figure};
 
-/// Losses of one exit, by default one loop.
+/// Losses of one exit, normally one loop.
 #[derive(Clone, Debug)]
 pub struct LossCurve {
-    /// Which loop's output the loss is of.
+    /// Name of the loop.
     pub name: String,
     /// `(step, nats per token)` on training batches, in order.
     pub train: Vec<(f64, f64)>,
@@ -58,13 +58,13 @@ pub fn losses(figure: &Figure, curves: &[LossCurve]) -> Result<(), Error> {
     })
 }
 
-/// Looks of a curve's training and validation losses.
+/// Styles of a curve's training and validation losses.
 fn looks(index: usize) -> (Look, Look) {
     let with_dash = |dash| Look { dash, ..Look::series(index) };
     (with_dash(Dash::Solid), with_dash(Dash::Dashed))
 }
 
-/// Entries of all training losses, then of the validation losses there are.
+/// Entries for all training losses, then for the validation losses.
 fn legend(curves: &[LossCurve]) -> Vec<Entry> {
     let train = |(index, curve): (usize, &LossCurve)| {
         Entry::new(format!("{}, train", curve.name), Sample::MarkedLine(looks(index).0))

@@ -1,4 +1,4 @@
-//! Predicted against measured: how far the simulator can be trusted.
+//! Predicted against measured values: the accuracy of the simulator.
 
 use plotters::coord::ranged1d::Ranged;
 use plotters::prelude::*;
@@ -14,21 +14,21 @@ use crate::{Error, Figure};
 /// One run's metric, measured and predicted.
 #[derive(Clone, Debug)]
 pub struct Prediction {
-    /// Metric and unit, such as `throughput (tokens/s)`: each has a panel.
+    /// Metric and unit, such as `throughput (tokens/s)`. Each metric has a panel.
     pub metric: String,
-    /// The marker's label, usually the batching policy.
+    /// Label of the marker, usually the batching policy.
     pub series: String,
-    /// What the run gave.
+    /// Measured value.
     pub measured: f64,
-    /// What the simulator said.
+    /// Simulated value.
     pub predicted: f64,
 }
 
 const TOLERANCE: f64 = 0.1;
-/// Units of a panel's width that labels and margins take.
+/// Units of a panel's width for labels and margins.
 const BESIDE_PLOT: i32 = 230;
 
-/// Draws predicted against measured values around the diagonal, with the band of 10 % either side.
+/// Draws predicted against measured values around the diagonal, with a band of 10 % on either side.
 ///
 /// # Errors
 /// No predictions, or a value that is not positive.

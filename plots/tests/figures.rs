@@ -1,4 +1,4 @@
-//! What every figure promises: both files, whole; labels that can be read; errors instead of panics.
+//! Guarantees of every figure: both files, complete; readable labels; errors instead of panics.
 
 use std::fs;
 use std::path::Path;
@@ -119,7 +119,7 @@ fn files(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Width and height that a PNG file states.
+/// Width and height in the header of a PNG file.
 fn png_size(bytes: &[u8]) -> (u32, u32) {
     assert_eq!(&bytes[..8], b"\x89PNG\r\n\x1a\n");
     let number = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
@@ -177,7 +177,7 @@ fn every_figure_names_the_value_that_is_not_a_number() {
             let Error::Value { index, .. } = &error else {
                 panic!("{name}: {error}");
             };
-            // Of bars, each policy's values are checked on their own.
+            // The values of each bar are checked separately.
             assert_eq!(*index, usize::from(!["speedup", "capacities"].contains(&name)), "{name}: {error}");
             assert!(error.to_string().contains(&bad.to_string()), "{name}: {error}");
             assert!(files(scratch.path()).is_empty(), "{name}");
@@ -199,7 +199,7 @@ fn text_that_the_font_lacks_is_the_same_in_both_files() {
     let text = String::from_utf8(svg).expect("UTF-8");
     assert!(text.is_ascii() || !text.contains(['千', '问', '\u{1b}']), "{text}");
     assert!(text.contains("U+5343 U+95EE U+001B , oracle"), "{text}");
-    // What the PNG shows differs where the names do: no box stands for another.
+    // The PNG differs where the names differ: missing characters do not all become one box.
     assert_ne!(draw("千问")[1], draw("通义")[1]);
 }
 

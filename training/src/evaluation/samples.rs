@@ -1,16 +1,16 @@
-//! Samples of multiple-choice tasks as the LM Evaluation Harness logs them with `--log_samples`.
+//! Samples of multiple-choice tasks, as logged by the LM Evaluation Harness with `--log_samples`.
 //!
-//! A line holds the requests of a document (`arguments`: context and continuation of each), its `target`, and what came
-//! of them (`filtered_resps`, `acc`). Which choices are right is in the `target`, whose text is one of
+//! A line contains the requests of a document (`arguments`: context and continuation of each), its `target`, and the
+//! outcome (`filtered_resps`, `acc`). The `target` tells which choices are right. Its text is one of
 //!
-//! | target | right are |
+//! | target | right choices |
 //! | --- | --- |
-//! | `1`, `"1"`, `"[0, 2]"`, `[0, 2]` | the choices of these indices |
-//! | `"True"` | the choice of this text |
-//! | `"B"`, `"(B)"` | the choice that the document labels so, in `choices.label` or by its place |
-//! | what follows in every choice | the context that `acc` and `filtered_resps` tell, or the document: its `answer` counts from 1 (WinoGrande), its `label` from 0 |
+//! | `1`, `"1"`, `"[0, 2]"`, `[0, 2]` | the choices with these indices |
+//! | `"True"` | the choice with this text |
+//! | `"B"`, `"(B)"` | the choice with this label, in the document's `choices.label` or by its position |
+//! | what follows in every choice | the context given by `acc` and `filtered_resps`, or by the document: its `answer` counts from 1 (WinoGrande), its `label` from 0 |
 //!
-//! Where a text is an index and a choice too, the reading counts with which the log's own `acc` agrees.
+//! Where a text is both an index and a choice, the reading that agrees with the log's own `acc` counts.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -21,11 +21,11 @@ use serde_json::{Map, Value};
 use crate::error::TrainingError;
 use crate::evaluation::multiple_choice::{Choice, Line, Question};
 
-/// Metrics of the harness that come of the likelihoods of the choices and a right one.
+/// Metrics of the harness that follow from the choices' likelihoods and a right choice.
 const METRICS: [&str; 9] =
     ["acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1", "mcc", "brier_score", "likelihood"];
 
-/// How a target says which choices are right.
+/// How a target identifies the right choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Reading {
     Index,
@@ -35,7 +35,7 @@ enum Reading {
     Context,
 }
 
-/// A target that reads in more than one way, neither of which the line itself rules out.
+/// A target with more than one reading, none of which its line rules out.
 struct Open {
     question: usize,
     line: usize,
@@ -45,19 +45,19 @@ struct Open {
 /// The samples of a log.
 #[derive(Default)]
 pub(crate) struct Samples {
-    /// Hashes of the documents that were read and their requests.
+    /// Hashes of the documents read so far, with their requests.
     seen: HashSet<u64>,
     repeated: usize,
     open: Vec<Open>,
-    /// Of targets that read in more than one way, those that a line decided.
+    /// By reading: how many ambiguous targets were decided by their line.
     decided: HashMap<Reading, usize>,
 }
 
 impl Samples {
-    /// Adds the question of a line, unless it stands before under another filter.
+    /// Adds the question of a line, unless it was read before under another filter.
     ///
     /// # Errors
-    /// If it is of another type of task, or does not say which choice is right.
+    /// If it belongs to another type of task, or does not contain which choice is right.
     pub fn push(
         &mut self,
         line: &Line<'_>,
@@ -97,10 +97,10 @@ impl Samples {
         Ok(())
     }
 
-    /// Decides what single lines left open as other lines of the log decided it, and tells what was left out.
+    /// Decides ambiguous targets as the other lines of the log were decided. Returns what was left out, as warnings.
     ///
     /// # Errors
-    /// If they did not.
+    /// If no other line was decided.
     pub fn finish(self, path: &Path, questions: &mut [Question]) -> Result<Vec<String>, TrainingError> {
         for Open { question, line, readings } in self.open {
             let decided = readings.iter().filter(|(reading, _)| self.decided.contains_key(reading));
@@ -126,7 +126,7 @@ fn hash(value: &impl Hash) -> u64 {
     hasher.finish()
 }
 
-/// Context and continuation of each request, without those that only serve `acc_mutual_info`.
+/// Context and continuation of each request, without the requests that only serve `acc_mutual_info`.
 fn choices(line: &Line<'_>, sample: &Map<String, Value>) -> Result<Vec<Choice>, TrainingError> {
     let arguments = &sample["arguments"];
     let count = arguments.as_object().map(Map::len).or(arguments.as_array().map(Vec::len));
@@ -169,7 +169,7 @@ fn choices(line: &Line<'_>, sample: &Map<String, Value>) -> Result<Vec<Choice>, 
 
 const EXPECTED: &str = "expected those of a multiple_choice task";
 
-/// Whether a sample is of a task that is scored by which choice is likeliest.
+/// Checks that a sample belongs to a task that is scored by the likeliest choice.
 fn check_task(line: &Line<'_>, sample: &Map<String, Value>, choices: &[Choice]) -> Result<(), TrainingError> {
     if choices.len() < 2 {
         let found = format!("found {} request, as of the type loglikelihood, {EXPECTED}", choices.len());
@@ -197,7 +197,7 @@ fn check_task(line: &Line<'_>, sample: &Map<String, Value>, choices: &[Choice]) 
     Ok(())
 }
 
-/// All ways to read a target, the likeliest first.
+/// All readings of a target, the likeliest first.
 fn readings(target: &Value, doc: &Value, choices: &[Choice]) -> Vec<(Reading, Vec<usize>)> {
     let valid = |index: &usize| *index < choices.len();
     let indices: Vec<usize> = indices(target).into_iter().filter(valid).collect();
@@ -229,14 +229,14 @@ fn readings(target: &Value, doc: &Value, choices: &[Choice]) -> Vec<(Reading, Ve
     readings
 }
 
-/// Whether all choices go on as the target says, so that they are told apart by their contexts.
+/// Whether all choices continue with the target, so that they differ in their contexts.
 fn is_common_continuation(target: &Value, choices: &[Choice]) -> bool {
     let text = target.as_str().unwrap_or_default().trim();
     let all_alike = choices.iter().all(|choice| choice.continuation.trim() == text);
     all_alike && choices.iter().any(|choice| choice.context != choices[0].context)
 }
 
-/// A number, or a list of numbers, as JSON or as Python prints it.
+/// The numbers of a number or a list, in JSON or as printed by Python.
 fn indices(target: &Value) -> Vec<usize> {
     let index = |value: &Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
     match target {
@@ -249,7 +249,7 @@ fn indices(target: &Value) -> Vec<usize> {
     }
 }
 
-/// The place of the label `B` or `(B)` in a document's list of labels or, without one, in the alphabet.
+/// Index of the label `B` or `(B)` in a document's list of labels or, without one, in the alphabet.
 fn labelled(text: &str, doc: &Value) -> Option<usize> {
     let label = text.trim_matches(['(', ')', '.']);
     match doc.pointer("/choices/label").and_then(Value::as_array) {
@@ -261,14 +261,14 @@ fn labelled(text: &str, doc: &Value) -> Option<usize> {
     }
 }
 
-/// The right context in a document whose choices go on alike: `answer` counts from 1, `label` from 0.
+/// The right context in a document whose choices have one continuation: `answer` counts from 1, `label` from 0.
 fn context_in(doc: &Value) -> Option<usize> {
     let number = |value: &Value| value.as_u64().or(value.as_str()?.trim().parse().ok());
     let answer = doc.get("answer").and_then(number).and_then(|answer| answer.checked_sub(1));
     answer.or_else(|| doc.get("label").and_then(number)).and_then(|place| usize::try_from(place).ok())
 }
 
-/// The likeliest choice by the log's likelihoods, and whether the log calls it right.
+/// The likeliest choice by the log's likelihoods, and whether the log counts it as right.
 fn outcome(sample: &Map<String, Value>, choices: usize) -> Option<(usize, bool)> {
     let acc = sample.get("acc")?;
     let is_right = acc.as_bool().or(acc.as_f64().map(|acc| acc == 1.0))?;
@@ -282,7 +282,7 @@ fn outcome(sample: &Map<String, Value>, choices: usize) -> Option<(usize, bool)>
     Some((greatest, is_right))
 }
 
-/// The right one of two or more contexts, where the outcome tells it.
+/// The right one of several contexts, where the outcome determines it.
 fn gold_of_outcome(choices: &[Choice], target: &Value, chosen: usize, is_right: bool) -> Option<usize> {
     match (is_common_continuation(target, choices), is_right) {
         (true, true) => Some(chosen),
@@ -291,7 +291,7 @@ fn gold_of_outcome(choices: &[Choice], target: &Value, chosen: usize, is_right: 
     }
 }
 
-/// What to say of a target that cannot be read.
+/// The problem with a target that cannot be read.
 fn unread(target: &Value, choices: &[Choice], contradicted: bool) -> String {
     let choices = if is_common_continuation(target, choices) {
         "the right context in `acc` with `filtered_resps`, in `doc.answer` (from 1) or in `doc.label` (from 0)"
