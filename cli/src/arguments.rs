@@ -2,22 +2,34 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use engine::device::DeviceName;
 use engine::executor::Sampling;
 use engine::kernels::linear::WeightType;
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use simulator::{ExitModel, Objectives, Routing, Simulation};
-use traces::{RequestFormat, RequestSpec, RequestTrace, TimeUnit, ZeroTokens};
+use traces::{RequestFormat, RequestSpec, RequestTrace, TimeUnit, TraceError, ZeroTokens};
 
 use crate::progress::Terminal;
 use experiments::experiment::{SCHEMA_VERSION, read_yaml};
 use experiments::measure::NamedEngine;
 use experiments::runs::{Machines, load_models};
-use experiments::serving::{DEFAULT_BLOCK_TOKENS, Serving, parse_bytes};
+use experiments::serving::{DEFAULT_BLOCK_TOKENS, MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, parse_bytes};
 use experiments::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
 use experiments::workload::{Workload, load_requests};
+
+/// A number that sizes something, at most `MOST`.
+///
+/// # Errors
+/// What was expected.
+pub fn at_most<const MOST: u32>(text: &str) -> Result<u32, String> {
+    match text.parse::<u32>() {
+        Ok(number) if number <= MOST => Ok(number),
+        Ok(_) => Err(format!("expected at most {MOST}")),
+        Err(_) => Err(format!("expected a whole number, at most {MOST}")),
+    }
+}
 
 /// Which requests to serve.
 #[derive(Debug, clap::Args)]
@@ -93,7 +105,26 @@ impl RequestArgs {
     /// If the file does not read or the options contradict it.
     pub fn load(&self) -> Result<RequestTrace> {
         let (spec, base) = self.spec()?;
-        load_requests(&spec, &base, &mut Terminal::default())
+        load_requests(&spec, &base, &mut Terminal::default()).map_err(|error| self.name_option(error))
+    }
+
+    /// An error about a key that was given as an option names the option.
+    pub fn name_option(&self, error: anyhow::Error) -> anyhow::Error {
+        let Some(TraceError::Spec { key, found, expected }) = error.downcast_ref() else { return error };
+        let given = match *key {
+            "format" => self.format.is_some(),
+            "first" => self.first.is_some(),
+            "window_s" => self.window_s.is_some(),
+            "rate_factor" => self.rate_factor.is_some(),
+            "rate_per_s" => self.rate_per_s.is_some(),
+            "max_prompt_tokens" => self.max_prompt_tokens.is_some(),
+            "max_output_tokens" => self.max_output_tokens.is_some(),
+            _ => false,
+        };
+        match given {
+            true => anyhow!("--{}: found {found}, expected {expected}", key.replace('_', "-")),
+            false => error,
+        }
     }
 }
 
@@ -160,21 +191,21 @@ pub struct ServingArgs {
     #[arg(long, default_value_t, value_name = "FILL")]
     pub kv_fill: KvFill,
     /// Maximum number of sequences that run at the same time
-    #[arg(long, default_value_t = 64, value_name = "SEQUENCES")]
+    #[arg(long, default_value_t = 64, value_name = "SEQUENCES", value_parser = at_most::<MOST_ROWS>)]
     pub max_batch: u32,
     /// Maximum number of rows of a pass (depth-wise) or of an iteration (vanilla, sequence-wise)
-    #[arg(long, default_value_t = 512, value_name = "ROWS")]
+    #[arg(long, default_value_t = 512, value_name = "ROWS", value_parser = at_most::<MOST_ROWS>)]
     pub token_budget: u32,
     /// Maximum number of prompt tokens that start in a pass or an iteration [default: the token budget; under
     /// depth-wise batching divided by the number of loops]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     pub prefill_chunk: Option<u32>,
     /// Positions per KV block
-    #[arg(long, default_value_t = DEFAULT_BLOCK_TOKENS, value_name = "TOKENS")]
+    #[arg(long, default_value_t = DEFAULT_BLOCK_TOKENS, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     pub block_tokens: u32,
     /// KV blocks [default: what fits into the memory of the device; if its size is not known, enough for a full batch
     /// of the longest request]
-    #[arg(long, value_name = "BLOCKS", conflicts_with_all = ["device_memory", "memory_utilization"])]
+    #[arg(long, value_name = "BLOCKS", value_parser = at_most::<MOST_BLOCKS>, conflicts_with_all = ["device_memory", "memory_utilization"])]
     pub num_blocks: Option<u32>,
     /// Memory of the device, such as 80GB or 16GiB [default: that of the latency profile]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
@@ -224,8 +255,8 @@ pub struct SimulationArgs {
     #[command(flatten)]
     serving: ServingArgs,
     /// Number of machines, each with its own batch and cache
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    replicas: usize,
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = at_most::<{ MOST_REPLICAS as u32 }>)]
+    replicas: u32,
     /// How requests are routed to machines: round-robin, random, random:SEED, least-loaded, two-choices,
     /// two-choices:SEED
     #[arg(long, default_value = "round-robin", value_name = "RULE")]
@@ -270,11 +301,12 @@ impl SimulationArgs {
     pub fn load(&self) -> Result<SimulationInput> {
         let (spec, base) = self.requests.spec()?;
         let serving = self.serving.serving();
-        let workload = Workload::load(&spec, &base, &serving, &mut Terminal::default())?;
+        let workload = Workload::load(&spec, &base, &serving, &mut Terminal::default())
+            .map_err(|error| self.requests.name_option(error))?;
         let (latency, exits) = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
         let settings = serving.all_settings(&latency.meta().into(), &workload.requests)?;
         let spread = self.spread.then_some(self.seed);
-        let machines = Machines { replicas: self.replicas, routing: self.routing, spread };
+        let machines = Machines { replicas: self.replicas as usize, routing: self.routing, spread };
         Ok(SimulationInput { workload, latency, exits, settings, machines })
     }
 }
@@ -299,7 +331,7 @@ impl SimulationArgs {
             requests,
             serving: self.serving.serving(),
             systems: vec![system],
-            replicas: self.replicas,
+            replicas: self.replicas as usize,
             routing: self.routing,
             spread: self.spread,
             objectives: None,

@@ -1,9 +1,12 @@
 //! The `depthwise` command: argument parsing and wiring only. It is a library so that tests can parse the commands that
 //! the documents show.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod arguments;
 mod commands;
 mod interrupt;
+mod output;
 mod process;
 mod progress;
 mod report;
@@ -13,6 +16,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+
+use crate::interrupt::Interrupted;
+use crate::output::{Unprinted, note};
 
 /// Serve, measure and simulate recursive transformers with continuous depth-wise batching
 #[derive(Debug, clap::Parser)]
@@ -46,20 +52,18 @@ enum Command {
 
 /// Does what the arguments of the process ask for.
 pub fn main() -> ExitCode {
-    // Rust ignores this signal, and printing to `head` would panic.
-    // SAFETY: no other thread runs yet, and the default handler is no function of ours.
-    #[cfg(unix)]
-    unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-    }
     warnings::show();
-    match run(Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", message(&error));
-            ExitCode::FAILURE
-        }
+    let done = run(Cli::parse().command);
+    let printed = output::flush();
+    let Err(error) = done.and_then(|()| Ok(printed?)) else { return ExitCode::SUCCESS };
+    if error.is::<Interrupted>() {
+        return ExitCode::from(interrupt::INTERRUPTED);
     }
+    if error.downcast_ref().is_some_and(Unprinted::reader_gone) {
+        return ExitCode::from(output::READER_GONE);
+    }
+    note!("error: {}", message(&error));
+    ExitCode::FAILURE
 }
 
 fn run(command: Command) -> Result<()> {

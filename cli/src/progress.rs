@@ -7,8 +7,12 @@ use std::time::{Duration, Instant};
 use experiments::Reporter;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
+use crate::output::note;
+
 /// From one line to the next where there is no terminal.
-const INTERVAL: Duration = Duration::from_secs(20);
+const INTERVAL: Duration = Duration::from_secs(10);
+/// From one drawing to the next where a step takes long.
+const TICK: Duration = Duration::from_secs(1);
 
 /// Tells of an experiment on standard error: a bar for each stage, and a line for each note and warning.
 #[derive(Debug, Default)]
@@ -17,8 +21,8 @@ pub struct Terminal(Option<ProgressBar>);
 impl Terminal {
     fn say(&self, line: &str) {
         match &self.0 {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| note!("{line}")),
+            None => note!("{line}"),
         }
     }
 }
@@ -28,6 +32,7 @@ impl Reporter for Terminal {
         self.finish();
         let bar = progress(steps).with_position(done as u64);
         bar.reset_eta();
+        bar.enable_steady_tick(TICK);
         self.0 = Some(bar);
     }
 
@@ -58,7 +63,7 @@ pub fn progress(steps: usize) -> ProgressBar {
     let style = style.expect("the template is well formed").progress_chars("=> ");
     let target = match io::stderr().is_terminal() {
         true => ProgressDrawTarget::stderr(),
-        false => ProgressDrawTarget::term_like_with_hz(Box::new(Lines::new(|line| eprintln!("{line}"))), 1),
+        false => ProgressDrawTarget::term_like_with_hz(Box::new(Lines::new(|line| note!("{line}"))), 1),
     };
     ProgressBar::with_draw_target(Some(steps as u64), target).with_style(style)
 }

@@ -12,6 +12,8 @@ use simulator::Summary;
 use traces::DepthTally;
 use training::evaluation::{Evaluation, LoopFigures};
 
+use crate::output::say;
+
 /// Prints one line per run, with goodput where there are objectives, and what memory holds.
 pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
     let summaries: Vec<&Summary> = summaries.into_iter().collect();
@@ -44,7 +46,7 @@ fn print_computed(summaries: &[&Summary]) {
     let parts: BTreeSet<&str> = summaries.iter().flat_map(|summary| summary.computed_components.split(' ')).collect();
     let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     if !parts.is_empty() {
-        println!("computed, not measured, in the latency profile: {}", parts.join(", "));
+        say!("computed, not measured, in the latency profile: {}", parts.join(", "));
     }
 }
 
@@ -56,7 +58,7 @@ pub fn print_memory<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
             lines.push(line);
         }
     }
-    println!("\n{}", lines.join("\n"));
+    say!("\n{}", lines.join("\n"));
 }
 
 fn memory_line(summary: &Summary) -> Option<String> {
@@ -143,7 +145,7 @@ pub fn print_loops(evaluation: &Evaluation) {
     let header =
         ["passes", "nats/token", "perplexity", "bits/byte", "accuracy", "agrees with last", "leave here (oracle)"];
     print_table(&header, evaluation.loops.iter().map(line).collect());
-    println!("mean oracle depth {:.3} passes", evaluation.mean_oracle_depth());
+    say!("mean oracle depth {:.3} passes", evaluation.mean_oracle_depth());
 }
 
 /// Prints rows under a header; columns of numbers are aligned to the right.
@@ -159,7 +161,7 @@ pub fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
     for (column, _) in table.column_iter_mut().zip(numeric).filter(|(_, numeric)| *numeric) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    println!("{table}");
+    say!("{table}");
 }
 
 /// Prints how fast the fastest adaptive exit policy ran, beside full depth and the best baseline of at least its quality.
@@ -171,12 +173,12 @@ pub fn print_speedup(repeats: &[Vec<Summary>]) {
         let Summary { batching, exit_policy, token_agreement, .. } = &repeats[0][place];
         format!("{batching}, {exit_policy} (token agreement {:.3})", token_agreement.unwrap_or(f64::NAN))
     };
-    println!("\nmeasured speed-up of {}:", name(combination));
+    say!("\nmeasured speed-up of {}:", name(combination));
     for (over, ratio) in
         [("full depth", over_full_depth), ("the best baseline of at least that agreement", over_baseline)]
     {
         if let Some(Ratio { to, median, least, most }) = ratio {
-            println!("  {median:.2} times {over}, {} ({least:.2} to {most:.2} by repeat)", name(to));
+            say!("  {median:.2} times {over}, {} ({least:.2} to {most:.2} by repeat)", name(to));
         }
     }
 }

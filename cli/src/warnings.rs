@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
 
+use crate::output::note;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 /// The crates whose warnings concern a user: what dependencies log is their own affair.
-const CRATES: [&str; 3] = ["engine", "training", "traces"];
+const CRATES: [&str; 4] = ["engine", "plots", "training", "traces"];
 
 struct Warnings(Mutex<Option<HashSet<String>>>);
 
@@ -30,7 +31,7 @@ impl Log for Warnings {
         let message = record.args().to_string();
         let mut shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if self.enabled(record.metadata()) && shown.get_or_insert_default().insert(message.clone()) {
-            eprintln!("warning: {message}");
+            note!("warning: {message}");
         }
     }
 

@@ -507,14 +507,18 @@ fn a_recording_is_parquet_or_csv_with_the_same_rows_and_replaces_only_recordings
         names.sort();
         names
     };
-    assert_eq!(names(), ["exits.parquet", "exits.yaml"]);
+    assert_eq!(names(), ["depthwise-results.json", "exits.parquet", "exits.yaml"]);
     scene.succeed(&[&record[..], &["--out", "exits", "--csv"]].concat());
-    assert_eq!(names(), ["exits.csv", "exits.yaml"]);
+    assert_eq!(names(), ["depthwise-results.json", "exits.csv", "exits.yaml"]);
     assert_eq!(ExitTrace::read(scene.path("exits")).unwrap(), recorded);
     scene.write("long.csv", "request,arrival_us,prompt_tokens,output_tokens\n0,0,3,5\n1,0,1000,5\n");
     let error = scene.fail(&[&record[..5], &["--requests", "long.csv", "--out", "exits"]].concat());
     assert!(error.contains("request 1"), "{error}");
-    assert_eq!(names(), ["exits.csv", "exits.yaml"], "a recording that fails leaves the one before");
+    assert_eq!(
+        names(),
+        ["depthwise-results.json", "exits.csv", "exits.yaml"],
+        "a recording that fails leaves the one before"
+    );
     let error = scene.fail(&[&record[..], &["--out", "profile"]].concat());
     assert!(error.contains("profile is there already"), "{error}");
 }

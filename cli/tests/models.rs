@@ -73,7 +73,7 @@ fn a_hugging_face_folder_is_profiled_replayed_validated_and_trained() {
     let profile = ["profile", "--model", "plain", "--loops", "3", "--max-tokens", "16", "--rounds", "1"];
     scene.succeed(&[&profile[..], &limits, &["--out", "profile"]].concat());
     let source = LatencyProfile::read(scene.path("profile")).unwrap().meta.source;
-    assert!(source.contains("what passes in service take over the sum of such parts"), "{source}");
+    assert!(source.contains("passes under steady load over the sum of components"), "{source}");
     let served = ["--prompts", "text.txt", "--requests", "requests.csv", "--exit", "none,oracle"];
     let plain = ["--model", "plain", "--loops", "3", "--weights", "bf16"];
     scene.succeed(&[&["replay"], &plain[..], &served, &limits, &["--out", "replayed"]].concat());

@@ -1,5 +1,7 @@
 //! A recursive transformer: model, KV cache, kernels, profiler and an executor that runs them.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod backend;
 pub mod cache;
 pub mod checkpoint;

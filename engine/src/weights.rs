@@ -392,7 +392,7 @@ fn random_tensor(config: &ModelConfig, name: &str, shape: &[usize], rng: &mut St
     Tensor::from_vec(numbers, shape, &Device::Cpu)
 }
 
-/// Lets `write` write a file beside `path`, then renames it to `path`.
+/// Lets `write` write a file beside `path`, then renames it to `path`; removes it if either fails.
 ///
 /// # Errors
 /// What `write` or the rename says.
@@ -403,8 +403,12 @@ pub fn write_then_rename<E: From<std::io::Error>>(
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     let part = PathBuf::from(part);
-    write(&part)?;
-    Ok(std::fs::rename(&part, path)?)
+    let placed = write(&part).and_then(|()| Ok(std::fs::rename(&part, path)?));
+    if placed.is_err() {
+        // The error of the writing is the one to report.
+        let _ = std::fs::remove_file(&part);
+    }
+    placed
 }
 
 #[cfg(test)]

@@ -34,19 +34,21 @@ pub fn capacity(
     let search = CapacitySearch { objectives, share, replicas: spec.replicas, tolerance };
     search.check()?;
     let plan = Plan::new(spec, base, reporter)?;
-    let points = match target {
-        Some(target) => {
-            folder::open(target, spec, &Inputs::new(spec, base, "capacity")?, earlier)?;
-            Points::open(&target.join(CAPACITIES), plan.len())?
-        }
+    let open = |target| folder::open(target, spec, &Inputs::new(spec, base, "capacity")?, earlier);
+    let mut folder = target.map(open).transpose()?;
+    let points = match &mut folder {
+        Some(folder) => Points::open(&folder.grow(CAPACITIES)?, plan.len())?,
         None => Points::in_memory(plan.len()),
     };
     let table = search_all(&plan, &search, points, reporter)?;
     warn_of_extrapolations(&plan.extrapolations(), reporter);
     let summary = table.over_seeds(spec.num_seeds(), &SETTINGS);
-    if let Some(target) = target {
-        summary.write(&target.join(CAPACITY_SUMMARY))?;
-        draw_capacity(target, spec, reporter)?;
+    if let Some(mut folder) = folder {
+        let results = folder.path()?;
+        summary.write(&results.join(CAPACITY_SUMMARY))?;
+        let drawn = draw_capacity(&results, &results.join("figures"), spec, reporter);
+        folder.finish()?;
+        drawn.context("the results are complete, the figures are not")?;
     }
     Ok(summary)
 }

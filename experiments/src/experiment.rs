@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use traces::{ExitSignal, RequestSpec};
 
-use crate::serving::Serving;
+use crate::serving::{MOST_REPEATS, Serving, check_at_most};
 
 /// The only `schema_version` this build reads.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -155,6 +155,7 @@ impl Experiment {
         if let Some(engine) = &self.engine {
             self.serving.check_for_engine().context("serving")?;
             ensure!(engine.repeats > 0, "engine.repeats is 0: expected at least 1");
+            check_at_most("engine.repeats", engine.repeats.into(), MOST_REPEATS.into())?;
             let temperature = engine.temperature;
             ensure!(
                 temperature.is_finite() && temperature >= 0.0,

@@ -49,12 +49,12 @@ struct DepthRowsLine {
     backfill_rows: f64,
 }
 
-/// Draws all figures that the files in `results` have the data for, into its folder `figures`.
+/// Draws all figures that the files in `results` have the data for, into a folder `to`.
 ///
 /// # Errors
 /// If a file does not read or a figure cannot be written.
-pub fn draw(results: &Path, caption: &Caption) -> Result<()> {
-    let figures = Figures::new(results, caption)?;
+pub fn draw(results: &Path, to: &Path, caption: &Caption) -> Result<()> {
+    let figures = Figures::new(results, to, caption)?;
     figures.runs()?;
     figures.rows_by_depth()?;
     figures.validation()?;
@@ -64,6 +64,7 @@ pub fn draw(results: &Path, caption: &Caption) -> Result<()> {
 
 struct Figures<'a> {
     results: &'a Path,
+    to: &'a Path,
     caption: &'a Caption,
     summaries: Vec<Summary>,
     /// Measured runs where there are any.
@@ -71,16 +72,16 @@ struct Figures<'a> {
 }
 
 impl<'a> Figures<'a> {
-    fn new(results: &'a Path, caption: &'a Caption) -> Result<Self> {
+    fn new(results: &'a Path, to: &'a Path, caption: &'a Caption) -> Result<Self> {
         let summaries: Vec<Summary> = read(&results.join("summary.csv"))?;
         let measured = summaries.iter().any(|summary| summary.source == Source::Measured);
         let source = if measured { Source::Measured } else { Source::Simulated };
-        Ok(Self { results, caption, summaries, source })
+        Ok(Self { results, to, caption, summaries, source })
     }
 
     fn figure(&self, name: &str, title: impl Into<String>, origin: Origin) -> Figure {
         Figure {
-            folder: self.results.join("figures"),
+            folder: self.to.to_owned(),
             name: name.to_owned(),
             title: title.into(),
             setting: self.caption.setting.clone(),

@@ -22,12 +22,12 @@
 //! use experiments::{Quiet, SweepSpec, sweep};
 //! use traces::{Component, LatencyProfile, Point, ProfileMeta};
 //!
-//! let point = |rows: u32| Point {
-//!     component: Component::Block,
+//! let point = |component, rows: u32| Point {
+//!     component,
 //!     rows,
 //!     kv_tokens: 0,
 //!     depths: 1,
-//!     time_us: 20.0 + 5.0 * f64::from(rows),
+//!     time_us: if component == Component::Block { 20.0 + 5.0 * f64::from(rows) } else { 0.1 },
 //!     spread_us: 0.0,
 //!     repeats: 1,
 //! };
@@ -45,7 +45,9 @@
 //!     memory: None,
 //! };
 //! let folder = tempfile::tempdir()?;
-//! LatencyProfile { meta, points: vec![point(1), point(64)], mixed_attention: None }.write(folder.path().join("profile"))?;
+//! let components = [Component::Block, Component::Embed, Component::Head];
+//! let points = components.iter().flat_map(|&component| [point(component, 1), point(component, 64)]).collect();
+//! LatencyProfile { meta, points, mixed_attention: None }.write(folder.path().join("profile"))?;
 //!
 //! std::fs::write(folder.path().join("small.yaml"), "
 //! schema_version: 1
@@ -69,6 +71,8 @@
 //! assert!(results.join("sweep.csv").exists());
 //! # Ok::<(), anyhow::Error>(())
 //! ```
+
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod capacity;
 pub mod experiment;

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use bytesize::ByteSize;
 use engine::backend::ServedModel;
 use engine::checkpoint::Checkpoint;
 use engine::clock::{Idle, WallClock};
@@ -71,6 +72,7 @@ pub struct NamedEngine {
     pub engine: Engine,
     /// The name of the model's folder or file.
     pub name: String,
+    device: DeviceName,
 }
 
 impl NamedEngine {
@@ -133,13 +135,46 @@ impl NamedEngine {
         let model = device.serve(&checkpoint.weights, weights)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
-        Ok(Self { engine: Engine { model, prompts, sampling }, name })
+        Ok(Self { engine: Engine { model, prompts, sampling }, name, device })
+    }
+
+    /// Whether the model can be served under these settings on this machine.
+    ///
+    /// # Errors
+    /// If a setting is not of this engine, or its KV blocks take more memory than the machine has.
+    pub fn check_settings(&self, settings: &Settings) -> Result<()> {
+        self.engine.check_settings(settings)?;
+        self.check_memory(u64::from(settings.num_blocks) * u64::from(settings.block_tokens))
+    }
+
+    /// Whether keys and values of so many positions fit into the memory of this machine, where the model runs in it.
+    ///
+    /// # Errors
+    /// If they do not.
+    pub fn check_memory(&self, positions: u64) -> Result<()> {
+        let bytes = positions.saturating_mul(self.engine.model.kv_bytes_per_token(KvFill::Reuse));
+        let Some(memory) = memory_bytes().filter(|_| self.device == DeviceName::Cpu) else { return Ok(()) };
+        let shown = |bytes| ByteSize(bytes).display().iec();
+        ensure!(
+            bytes <= memory,
+            "keys and values of {positions} positions take {}: expected at most this machine's memory of {}",
+            shown(bytes),
+            shown(memory)
+        );
+        Ok(())
     }
 
     /// What the model takes of memory, as far as it is known without a profile.
     pub fn memory(&self) -> ModelMemory {
         model_memory(&*self.engine.model)
     }
+}
+
+/// The memory of this machine; none where that is not known.
+fn memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    Some(1024 * line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?)
 }
 
 fn model_memory(model: &dyn ServedModel) -> ModelMemory {
@@ -169,8 +204,8 @@ pub fn measure(
     limits: Limits,
     reporter: &mut dyn Reporter,
 ) -> Result<Measured> {
-    let NamedEngine { engine, name } = named;
-    settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
+    let NamedEngine { engine, name, .. } = named;
+    settings.iter().try_for_each(|settings| named.check_settings(settings))?;
     let repeats = repeats as usize;
     reporter.start(1 + (repeats + 1) + repeats * settings.len() * loads.len().max(1), 0);
     reporter.message("recording exit signals at full depth");
@@ -304,7 +339,7 @@ pub fn warn_of_noise(profiler: &Profiler, reporter: &mut dyn Reporter) {
 ///
 /// # Errors
 /// If the engine cannot serve the requests.
-pub fn record(NamedEngine { engine, name }: &NamedEngine, requests: &[Request]) -> Result<ExitTrace> {
+pub fn record(NamedEngine { engine, name, .. }: &NamedEngine, requests: &[Request]) -> Result<ExitTrace> {
     Ok(engine.record(requests, name, &recording_source(engine, requests), &mut ())?)
 }
 
@@ -387,7 +422,7 @@ fn exits_taken(
 }
 
 /// What a pass log of this engine says that it was measured on.
-pub fn pass_log_meta(NamedEngine { engine, name }: &NamedEngine) -> PassLogMeta {
+pub fn pass_log_meta(NamedEngine { engine, name, .. }: &NamedEngine) -> PassLogMeta {
     let model = &engine.model;
     PassLogMeta::new(name, model.fingerprint(), model.config().num_loops as u32, &model.device_name())
 }

@@ -93,7 +93,8 @@ pub fn draw_time_by_part(results: &Path, caption: &Caption, runs: &[SystemRun<'_
             device: caption.device.clone(),
             origin: Origin::Simulated,
         };
-        plots::token_times(&figure, &names, &runs.into_iter().map(SystemRun::bar).collect::<Vec<_>>())?;
+        let bars: Vec<TokenTime> = runs.into_iter().map(SystemRun::bar).collect();
+        plots::token_times(&figure, &names, &bars)?;
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ pub fn profile(
     reporter: &mut dyn Reporter,
 ) -> Result<(LatencyProfile, PassLog)> {
     ensure!(rounds > 0, "0 rounds: expected at least 1");
+    named.check_memory(u64::from(limits.decodes) * u64::from(limits.history))?;
     // Half of the longest sequence is prompt, and an eighth of it to three is generated.
     let longest = limits.history;
     let lengths = Lengths { prompt: longest / 2, output: longest / 4, longest };

@@ -25,7 +25,7 @@ pub fn replay(
     idle: Idle,
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<Run>, PassLog)> {
-    settings.iter().try_for_each(|settings| named.engine.check_settings(settings))?;
+    settings.iter().try_for_each(|settings| named.check_settings(settings))?;
     let needs_oracle = settings.iter().any(|settings| settings.exit.signal_read() == SignalRead::Oracle);
     let oracle = Arc::new(match (needs_oracle, recorded) {
         (false, _) => Default::default(),

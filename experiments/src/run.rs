@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use engine::executor::Sampling;
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Settings};
@@ -60,26 +60,31 @@ pub struct Errors {
 /// drawn; the results are then in their place without it.
 pub fn run(experiment: &Experiment, base: &Path, target: &Path, reporter: &mut dyn Reporter) -> Result<Report> {
     experiment.check()?;
-    let folder = ResultsFolder::create(target)?;
-    std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(experiment)?)?;
+    let mut folder = ResultsFolder::create(target, "run")?;
     let (report, drawn) = match &experiment.engine {
         Some(spec) => {
-            let (loads, captions) = measure_and_simulate(experiment, spec, base, folder.path(), reporter)?;
-            let drawn = captions.iter().try_for_each(|(folder, caption)| figures::draw(folder, caption));
+            let (loads, drawn) = measure_and_simulate(experiment, spec, base, &mut folder, reporter)?;
             (Report::Measured(loads), drawn)
         }
         None => {
             let workload = Workload::load(&experiment.requests, base, &experiment.serving, reporter)?;
-            let (lines, drawn) = simulate_systems(experiment, base, &workload, folder.path(), reporter)?;
+            let (lines, drawn) = simulate_systems(experiment, base, &workload, &folder.path()?, reporter)?;
             (Report::Systems(lines), drawn)
         }
     };
-    folder.finish()?;
-    drawn.with_context(|| format!("{}: the results are complete, the figures are not", target.display()))?;
+    finish(folder, experiment, drawn)?;
     Ok(report)
 }
 
-/// Replays requests on the engine and in the simulator, and compares: [`run`] of an experiment that measures.
+/// Puts the results in their place, with the experiment that they are of, whether or not their figures were drawn.
+fn finish(mut folder: ResultsFolder, experiment: &Experiment, drawn: Result<()>) -> Result<()> {
+    std::fs::write(folder.path()?.join(CONFIG), serde_yaml::to_string(experiment)?)?;
+    let without_figures = format!("{}: the results are complete, the figures are not", folder.target().display());
+    folder.finish()?;
+    drawn.context(without_figures)
+}
+
+/// Replays requests on the engine and in the simulator, and compares: as [`run`] does it, of an experiment that measures.
 ///
 /// # Errors
 /// As for [`run`], and if the experiment has no engine.
@@ -89,24 +94,23 @@ pub fn validate(
     target: &Path,
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<LoadReport>> {
-    match run(experiment, base, target, reporter)? {
-        Report::Measured(loads) => Ok(loads),
-        Report::Systems(_) => bail!("expected `engine`, to measure on this machine"),
-    }
+    experiment.check()?;
+    let spec = experiment.engine.as_ref().context("expected `engine`, to measure on this machine")?;
+    let mut folder = ResultsFolder::create(target, "validate")?;
+    let (loads, drawn) = measure_and_simulate(experiment, spec, base, &mut folder, reporter)?;
+    finish(folder, experiment, drawn)?;
+    Ok(loads)
 }
 
-/// Folders of results, and what their figures are headed with.
-type Captions = Vec<(PathBuf, Caption)>;
-
-/// Measures the engine, simulates the same and more from what was measured, and compares; with folders of results that
-/// figures are to be drawn of, and their captions.
+/// Measures the engine, simulates the same and more from what was measured, and compares; the second value says whether
+/// the figures were drawn.
 fn measure_and_simulate(
     experiment: &Experiment,
     spec: &EngineSpec,
     base: &Path,
-    results: &Path,
+    folder: &mut ResultsFolder,
     reporter: &mut dyn Reporter,
-) -> Result<(Vec<LoadReport>, Captions)> {
+) -> Result<(Vec<LoadReport>, Result<()>)> {
     let trace = load_requests(&experiment.requests, base, reporter)?;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
     let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
@@ -115,6 +119,7 @@ fn measure_and_simulate(
     let variants = Variants::new(experiment, &engine.memory(), &trace.requests)?;
     let limits = limits(settings.iter().chain(variants.all()), &trace.requests);
     let measured = measure(&engine, &settings, &trace, &spec.loads, spec.repeats, limits, reporter)?;
+    let results = &folder.path()?;
     measured.profile.write(results.join("profile"))?;
     measured.exits.write(results.join("exits"), ExitTable::Parquet)?;
     measured.passes.write(results.join(PASS_LOG))?;
@@ -136,7 +141,9 @@ fn measure_and_simulate(
         reports.push(simulate_load(&settings, &measured, &exits, load, &folder, reporter)?);
         captions.push((folder, caption));
     }
-    Ok((reports, captions))
+    let draw = |(folder, caption): &(PathBuf, Caption)| figures::draw(folder, &folder.join("figures"), caption);
+    let drawn = captions.iter().try_for_each(draw);
+    Ok((reports, drawn))
 }
 
 /// Simulates what was measured at one load, and writes both into a folder.

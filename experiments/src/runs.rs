@@ -15,6 +15,7 @@ use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
 
 use crate::reporter::Reporter;
 use crate::results::{CONFIG, ResultsFolder};
+use crate::serving::check_machines;
 use crate::workload::Workload;
 
 /// One run under one batching and one exit policy.
@@ -130,6 +131,7 @@ pub fn run_simulations(
     requests: &[Request],
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
+    simulations.iter().try_for_each(|simulation| check_machines(replicas, simulation.settings()))?;
     let outcomes = run_all(simulations, requests, |settings| {
         let metrics = Metrics::new(settings).with_requests();
         vec![objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives)); replicas]
@@ -156,10 +158,11 @@ pub fn warn_of_extrapolations(beyond: &Extrapolations, reporter: &mut dyn Report
 ///
 /// # Errors
 /// If something cannot be written.
-pub fn write_results(folder: ResultsFolder, command: &str, args: &impl Debug, runs: &[Run]) -> Result<()> {
-    std::fs::write(folder.path().join(CONFIG), format!("command: {command}\narguments: |\n  {args:?}\n"))?;
-    write_csv(&folder.path().join("summary.csv"), runs.iter().map(|run| &run.summary))?;
-    write_requests(folder.path(), runs)?;
+pub fn write_results(mut folder: ResultsFolder, command: &str, args: &impl Debug, runs: &[Run]) -> Result<()> {
+    let results = folder.path()?;
+    std::fs::write(results.join(CONFIG), format!("command: {command}\narguments: |\n  {args:?}\n"))?;
+    write_csv(&results.join("summary.csv"), runs.iter().map(|run| &run.summary))?;
+    write_requests(&results, runs)?;
     folder.finish()
 }
 

@@ -54,6 +54,38 @@ pub struct Serving {
 /// Positions per KV block where nobody says: as in vLLM.
 pub const DEFAULT_BLOCK_TOKENS: u32 = 16;
 
+/// The most of what sizes a batch: sequences, and prompt tokens and rows of a pass. More are a slip of the hand.
+pub const MOST_ROWS: u32 = 1 << 20;
+/// The most KV blocks of a machine.
+pub const MOST_BLOCKS: u32 = 1 << 24;
+/// The most machines.
+pub const MOST_REPLICAS: usize = 1 << 16;
+/// The most repeats and rounds of a measurement.
+pub const MOST_REPEATS: u32 = 10_000;
+/// The most sequences, and the most KV blocks, of all machines together.
+const MOST_OF_ALL: u64 = 1 << 26;
+
+/// Refuses a number that sizes something before it does.
+///
+/// # Errors
+/// If it is too large; the message begins with `name`.
+pub fn check_at_most(name: &str, found: u64, most: u64) -> Result<()> {
+    ensure!(found <= most, "{name} is {found}: expected at most {most}");
+    Ok(())
+}
+
+/// Refuses machines that would take the memory of this one.
+///
+/// # Errors
+/// If there are too many, or they have too many sequences or KV blocks.
+pub fn check_machines(replicas: usize, settings: &Settings) -> Result<()> {
+    check_at_most("replicas", replicas as u64, MOST_REPLICAS as u64)?;
+    for (name, of_each) in [("max_batch", settings.max_batch), ("num_blocks", settings.num_blocks)] {
+        check_at_most(&format!("replicas x {name}"), replicas as u64 * u64::from(of_each), MOST_OF_ALL)?;
+    }
+    Ok(())
+}
+
 fn default_block_tokens() -> u32 {
     DEFAULT_BLOCK_TOKENS
 }
@@ -115,7 +147,8 @@ impl Serving {
     /// The scheduler's settings for one combination, for requests of up to `longest` tokens.
     ///
     /// # Errors
-    /// If the memory has no room for keys and values, or its size is not known and its share is given.
+    /// If a number is too large, the memory has no room for keys and values, or its size is not known and its share is
+    /// given.
     pub fn settings(
         &self,
         batching: Batching,
@@ -123,6 +156,14 @@ impl Serving {
         model: &ModelMemory,
         longest: u32,
     ) -> Result<Settings> {
+        for (key, found) in [
+            ("max_batch", self.max_batch),
+            ("token_budget", self.token_budget),
+            ("prefill_chunk", self.prefill_chunk.unwrap_or_default()),
+            ("block_tokens", self.block_tokens),
+        ] {
+            check_at_most(key, found.into(), MOST_ROWS.into())?;
+        }
         let share = if batching.is_lockstep() { 1 } else { model.num_loops };
         let mut settings = Settings {
             batching,
@@ -149,6 +190,7 @@ impl Serving {
             }
             (None, None) => longest.div_ceil(self.block_tokens.max(1)).saturating_mul(self.max_batch),
         };
+        check_at_most("num_blocks", settings.num_blocks.into(), MOST_BLOCKS.into())?;
         Ok(settings)
     }
 }
@@ -201,6 +243,26 @@ mod tests {
         assert!(error(", memory_utilization: 0.5", unknown).contains("give device_memory"));
         assert!(error(", memory_utilization: 1.5", MODEL).contains("memory utilization is 1.5"));
         assert!(error(", device_memory: 1kB", MODEL).contains("not one KV block fits"));
+        for (more, expected) in [
+            (", max_batch: 4294967295", "max_batch is 4294967295: expected at most 1048576"),
+            (", token_budget: 1048577", "token_budget is 1048577: expected at most 1048576"),
+            (", prefill_chunk: 4294967295", "prefill_chunk is 4294967295: expected at most 1048576"),
+            (", block_tokens: 4294967295", "block_tokens is 4294967295: expected at most 1048576"),
+            (", num_blocks: 4294967295", "num_blocks is 4294967295: expected at most 16777216"),
+            (", device_memory: 1PB", "expected at most 16777216"),
+        ] {
+            let (key, _) = more[2..].split_once(':').unwrap();
+            let common = ["max_batch: 4", "token_budget: 40"].into_iter().filter(|given| !given.starts_with(key));
+            let text = format!("{{batching: [depth], exit: [none], {}{more}}}", common.collect::<Vec<_>>().join(", "));
+            let serving: Serving = serde_yaml::from_str(&text).unwrap();
+            let refused = serving.settings(Batching::Depth, ExitPolicy::None, &MODEL, 33).unwrap_err().to_string();
+            assert!(refused.contains(expected), "{refused}");
+        }
+        let settings = serving("").settings(Batching::Depth, ExitPolicy::None, &unknown, 33).unwrap();
+        assert!(check_machines(65_536, &settings).is_ok());
+        assert!(check_machines(65_537, &settings).unwrap_err().to_string().contains("replicas is 65537"));
+        let large = Settings { num_blocks: 1 << 24, ..settings };
+        assert!(check_machines(5, &large).unwrap_err().to_string().contains("replicas x num_blocks is 83886080"));
         assert!(parse_bytes("plenty").unwrap_err().contains("16GiB"));
     }
 }

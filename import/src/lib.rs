@@ -7,6 +7,8 @@
 //! measured vLLM run ──────── settings, requests ──────────────────────────────┘
 //! ```
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod comparison;
 mod curve;
 pub mod error;

@@ -44,6 +44,8 @@
 //! measured point, time is constant. Above the largest one the last slope continues, and each such use is counted in
 //! [`Extrapolations`]: a simulation reports where it went beyond the measured grid.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod account;
 mod attention;
 mod components;

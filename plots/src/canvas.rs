@@ -66,8 +66,8 @@ pub(crate) fn draw(
 fn warn_of(figure: &Figure, missing: &Missing) {
     let missing: Vec<String> = missing.borrow().iter().map(|letter| letter.escape_debug().to_string()).collect();
     if !missing.is_empty() {
-        eprintln!(
-            "warning: figure `{}`: the embedded font lacks {}, drawn as codes such as U+4E2D",
+        log::warn!(
+            "figure `{}`: the embedded font lacks {}, drawn as codes such as U+4E2D",
             figure.name,
             missing.join(" ")
         );
@@ -155,8 +155,11 @@ fn render(svg: &str, (width, height): (u32, u32)) -> Result<Vec<u8>, String> {
 fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
     let path = folder.join(name);
     let part = folder.join(format!(".{name}.part"));
-    fs::create_dir_all(folder)
-        .and_then(|()| fs::write(&part, bytes))
-        .and_then(|()| fs::rename(&part, &path))
-        .map_err(|source| Error::Write { path, source })
+    fs::create_dir_all(folder).and_then(|()| fs::write(&part, bytes)).and_then(|()| fs::rename(&part, &path)).map_err(
+        |source| {
+            // The error of the writing is the one to report.
+            let _ = fs::remove_file(&part);
+            Error::Write { path, source }
+        },
+    )
 }

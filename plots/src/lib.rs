@@ -47,6 +47,8 @@
 //! is measured and, in the PNG, drawn with the embedded DejaVu Sans, so a bare machine will do. Characters that this font
 //! lacks, such as Chinese ones, are drawn as codes (U+4E2D) in both files, with a warning.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod axis;
 mod bars;
 mod canvas;

@@ -38,6 +38,8 @@
 //! assert_eq!(scheduler::Clock::now(&mut clock), Nanos(10_000));
 //! ```
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod ahead;
 mod backfill;
 pub mod blocks;

@@ -56,6 +56,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod capacity;
 pub mod executor;
 pub mod exits;
@@ -81,4 +83,4 @@ pub use routing::Routing;
 pub use simulation::{Outcome, Simulation, SimulationError, run_all};
 pub use statistics::Interval;
 pub use sweep::{Points, Table};
-pub use timeline::{Timeline, write_timeline};
+pub use timeline::{TIMELINE_BEGINNING, Timeline, write_timeline};

@@ -137,7 +137,12 @@ impl Points {
                 });
             }
             let path = path.clone();
-            file.write_all(&text).map_err(|source| TraceError::Io { action: "write", path, source })?;
+            let whole = file.metadata().map(|there| there.len());
+            if let Err(source) = file.write_all(&text) {
+                // On a full disk a part of the line may be there; what cannot be cut off now is on the next opening.
+                let _ = whole.and_then(|length| file.set_len(length));
+                return Err(TraceError::Io { action: "write", path, source });
+            }
         }
         self.header = Some(header);
         self.lines.insert(point, record);

@@ -129,13 +129,16 @@ impl Timeline {
     }
 }
 
+/// What every file of a timeline begins with.
+pub const TIMELINE_BEGINNING: &[u8] = b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[";
+
 /// Writes the timelines of all machines of a run as one JSON file.
 ///
 /// # Errors
 /// If the file cannot be written.
 pub fn write_timeline(to: impl Write, timelines: &[Timeline]) -> io::Result<()> {
     let mut to = io::BufWriter::new(to);
-    to.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
+    to.write_all(TIMELINE_BEGINNING)?;
     let mut separator: &[u8] = b"\n";
     for timeline in timelines {
         for event in timeline.names() {

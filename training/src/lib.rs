@@ -13,6 +13,8 @@
 //! exit trace ──────────► calibration ─► a threshold with a guarantee
 //! ```
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod calibration;
 pub mod convert;
 pub mod corpus;

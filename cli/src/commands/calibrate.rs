@@ -10,6 +10,7 @@ use simulator::write_csv;
 use traces::{ExitSignal, ExitTrace};
 use training::calibration::{Calibration, Outcome, RiskTest, Target, calibrate, fewest_trials, thresholds};
 
+use crate::output::say;
 use crate::report::print_table;
 use experiments::results::{CONFIG, ResultsFolder};
 
@@ -57,7 +58,7 @@ pub fn run(args: Args) -> Result<()> {
         args.exits.display()
     );
     let held_out = args.held_out.as_deref().map(|folder| read_held_out(folder, &trace)).transpose()?;
-    let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
+    let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "calibrate")).transpose()?;
     let thresholds = thresholds(args.measure);
     let target = Target { tolerance: args.tolerance, confidence: args.confidence, test: args.test };
     let report = Report {
@@ -68,17 +69,20 @@ pub fn run(args: Args) -> Result<()> {
         args: &args,
         trace: &trace,
     };
-    report.print();
-    if let Some(folder) = folder {
-        report.write(folder.path())?;
-        let drawn = report.draw(folder.path());
+    if let Some(mut folder) = folder {
+        let written = folder.path()?;
+        report.write(&written)?;
+        let drawn = report.draw(&written);
         folder.finish()?;
+        report.print();
         drawn.context("the results are complete, the figure is not")?;
+    } else {
+        report.print();
     }
     match report.found.chosen() {
         Some(chosen) => {
             let exit = ExitPolicy::Confidence { signal: args.measure, threshold: chosen.outcome.threshold };
-            println!("\n--exit {exit}");
+            say!("\n--exit {exit}");
             Ok(())
         }
         None => bail!("{}", report.why_none(fewest_trials(&target))),
@@ -128,7 +132,7 @@ impl Report<'_> {
     }
 
     fn print(&self) {
-        println!("{} on {}\n{}\n", self.args.measure, self.calibrated_on(), self.setting());
+        say!("{} on {}\n{}\n", self.args.measure, self.calibrated_on(), self.setting());
         let line = |name: &str, outcome: &Outcome, p_value: Option<f64>| {
             vec![
                 name.to_owned(),

@@ -13,6 +13,7 @@ use simulator::Table;
 
 use crate::arguments::{ObjectiveArgs, SimulationArgs};
 use crate::interrupt;
+use crate::output::say;
 use crate::progress::Terminal;
 use crate::report::print_table;
 
@@ -103,7 +104,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     print(&summary);
     if let Some(target) = &args.out {
-        println!("\nResults are in {}", target.display());
+        say!("\nResults are in {}", target.display());
     }
     Ok(())
 }

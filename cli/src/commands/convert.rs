@@ -14,6 +14,7 @@ use training::convert::{
     convert,
 };
 
+use crate::output::{note, say};
 use crate::progress::progress;
 use crate::report::print_table;
 use experiments::results::ResultsFolder;
@@ -74,7 +75,7 @@ fn by_name<T: DeserializeOwned>(name: &str) -> Result<T, String> {
 /// Converts, and prints what became of the parameters and what adapters keep.
 pub fn run(args: Args) -> Result<()> {
     let started = Instant::now();
-    let folder = ResultsFolder::create_new(&args.out)?;
+    let mut folder = ResultsFolder::create_new(&args.out, "convert")?;
     let Checkpoint { weights: source, tokenizer } = Checkpoint::open(&args.source, None)?;
     let conversion = args.conversion();
     let bar = progress(0);
@@ -84,16 +85,17 @@ pub fn run(args: Args) -> Result<()> {
     })?;
     bar.finish_and_clear();
     let stored = if args.f16 { Stored::F16 } else { Stored::F32 };
-    converted.weights.save(folder.path(), stored)?;
+    let written = folder.path()?;
+    converted.weights.save(&written, stored)?;
     match tokenizer {
-        Some(tokenizer) => tokenizer.save(&folder.path().join(TOKENIZER_FILE))?,
-        None => eprintln!("{}: no tokenizer, so the converted model has none", args.source.display()),
+        Some(tokenizer) => tokenizer.save(&written.join(TOKENIZER_FILE))?,
+        None => note!("{}: no tokenizer, so the converted model has none", args.source.display()),
     }
     let record = serde_yaml::to_string(&Record { source: &args.source, conversion: &conversion })?;
-    std::fs::write(folder.path().join(RECORD_FILE), record)?;
+    std::fs::write(written.join(RECORD_FILE), record)?;
     folder.finish()?;
     report(&source, &conversion, &converted);
-    println!("\nwritten to {} in {:.1} s", args.out.display(), started.elapsed().as_secs_f64());
+    say!("\nwritten to {} in {:.1} s", args.out.display(), started.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -128,17 +130,17 @@ fn report(source: &Weights, conversion: &Conversion, converted: &Converted) {
         (0, 0) => String::new(),
         (prelude, coda) => format!(", the first {prelude} and the last {coda} kept as they were"),
     };
-    println!("{} layers, now {} loops of {}{kept}", config.num_layers(), config.num_loops, config.block_layers);
-    println!("{before} parameters, now {after}: {:.1}% of the original", 100.0 * after as f64 / before as f64);
+    say!("{} layers, now {} loops of {}{kept}", config.num_layers(), config.num_loops, config.block_layers);
+    say!("{before} parameters, now {after}: {:.1}% of the original", 100.0 * after as f64 / before as f64);
     if conversion.relaxation.is_some() {
-        println!();
+        say!("");
         print_table(
             &["projection", "rank", "to make up", "at a quarter", "at half", "kept at this rank"],
             converted.energies.iter().map(cells).collect(),
         );
         let beyond = beyond_adapters(config);
         if !beyond.is_empty() {
-            println!("shared by all loops and not made up for by adapters: {}", beyond.join(", "));
+            say!("shared by all loops and not made up for by adapters: {}", beyond.join(", "));
         }
     }
 }

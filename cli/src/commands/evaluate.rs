@@ -21,6 +21,7 @@ use training::evaluation::multiple_choice::{
 use training::evaluation::reliability::{ReliabilityBin, SignalQuality, reliability, signal_quality};
 use training::evaluation::{Evaluation, Windows, evaluate_and_record};
 
+use crate::output::{note, say};
 use crate::progress::progress;
 use crate::report::{print_loops, print_table};
 use experiments::figures::exit_depths;
@@ -75,8 +76,8 @@ pub fn run(args: Args) -> Result<()> {
     let questions = args.questions.as_deref().map(|path| with_examples(path, &args)).transpose()?;
     let recorded = args.exits.as_deref().map(ExitTrace::read).transpose()?;
     let model = args.model.as_deref().map(|model| LoadedModel::load(model, args.loops, args.device)).transpose()?;
-    let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
-    let out = folder.as_ref().map(ResultsFolder::path);
+    let mut folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "evaluate")).transpose()?;
+    let out = folder.as_mut().map(ResultsFolder::path).transpose()?;
 
     let of_text = match (&model, &args.text) {
         (Some(model), Some(text)) => Some(model.evaluate(text, args.seq)?),
@@ -84,7 +85,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     if let (Some((evaluation, _)), Some(text)) = (&of_text, &args.text) {
         print_text(evaluation, text);
-        if let Some(out) = out {
+        if let Some(out) = &out {
             evaluation.write_csv(&out.join("loops.csv"))?;
         }
     }
@@ -92,7 +93,7 @@ pub fn run(args: Args) -> Result<()> {
     let signals = trace.filter(|trace| trace.num_loops() > 1).map(|trace| (trace, Signals::of(trace)));
     if let Some((_, signals)) = &signals {
         signals.print();
-        if let Some(out) = out {
+        if let Some(out) = &out {
             signals.write(out)?;
         }
     }
@@ -101,14 +102,14 @@ pub fn run(args: Args) -> Result<()> {
         let answers = model.answer(questions)?;
         let accuracies = accuracies(&answers);
         print_accuracies(&accuracies, &answers);
-        if let Some(out) = out {
+        if let Some(out) = &out {
             write_csv(&out.join("accuracy.csv"), &accuracies)?;
             write_csv(&out.join("answers.csv"), answer_lines(&answers))?;
         }
         of_questions = Some((model, accuracies));
     }
-    let Some(folder) = folder else { return Ok(()) };
-    std::fs::write(folder.path().join(CONFIG), serde_yaml::to_string(&args)?)?;
+    let Some(mut folder) = folder else { return Ok(()) };
+    std::fs::write(folder.path()?.join(CONFIG), serde_yaml::to_string(&args)?)?;
     let draw = |out: &Path| -> Result<()> {
         if let Some((evaluation, exits)) = &of_text {
             draw_loops(&figures(out, exits), evaluation)?;
@@ -118,7 +119,7 @@ pub fn run(args: Args) -> Result<()> {
         }
         of_questions.iter().try_for_each(|(model, accuracies)| model.draw_accuracies(out, accuracies))
     };
-    let drawn = draw(folder.path());
+    let drawn = draw(&folder.path()?);
     folder.finish()?;
     drawn.context("the results are complete, the figures are not")
 }
@@ -127,7 +128,7 @@ pub fn run(args: Args) -> Result<()> {
 fn with_examples(path: &Path, args: &Args) -> Result<Vec<Question>> {
     let read = |path: &Path, at_least| -> Result<Vec<Question>> {
         let QuestionFile { questions, warnings } = read_questions(path, at_least)?;
-        warnings.iter().for_each(|warning| eprintln!("warning: {}: {warning}", path.display()));
+        warnings.iter().for_each(|warning| note!("warning: {}: {warning}", path.display()));
         Ok(questions)
     };
     let questions = read(path, 1)?;
@@ -213,9 +214,9 @@ fn file_name(path: &Path) -> String {
 }
 
 fn print_text(evaluation: &Evaluation, text: &Path) {
-    println!("{}: {} bytes, {} tokens", text.display(), evaluation.bytes, evaluation.tokens);
+    say!("{}: {} bytes, {} tokens", text.display(), evaluation.bytes, evaluation.tokens);
     print_loops(evaluation);
-    println!();
+    say!("");
 }
 
 /// Draws figures of one folder that have their origin in common.
@@ -280,7 +281,7 @@ impl Signals {
         let header: Vec<&str> =
             std::iter::once("signal").chain(header.as_flattened().iter().map(String::as_str)).collect();
         print_table(&header, lines.collect());
-        println!();
+        say!("");
         let line = |quality: &SignalQuality| {
             vec![
                 quality.measure.to_string(),
@@ -340,11 +341,11 @@ fn print_accuracies(accuracies: &[Accuracy], answers: &[Answer]) {
             format!("{:.4}", accuracy.acc_norm_stderr),
         ]
     };
-    println!("\n{} questions", answers.len());
+    say!("\n{} questions", answers.len());
     print_table(&["passes", "acc", "stderr", "acc_norm", "stderr"], accuracies.iter().map(line).collect());
     let truncated: usize = answers.iter().map(|answer| answer.truncated).sum();
     if truncated > 0 {
-        eprintln!("warning: the contexts of {truncated} choices were cut at their beginning to the model's positions");
+        note!("warning: the contexts of {truncated} choices were cut at their beginning to the model's positions");
     }
 }
 

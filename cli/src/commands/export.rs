@@ -8,6 +8,8 @@ use engine::weights::Stored;
 
 use experiments::results::ResultsFolder;
 
+use crate::output::say;
+
 /// Write a model as an ordinary Hugging Face folder: loops unrolled into layers, adapters merged into matrices
 ///
 /// The exported model computes what the last loop computes. Heads and gates of earlier exits are left out.
@@ -27,11 +29,11 @@ pub struct Args {
 
 /// Exports, and says what.
 pub fn run(args: Args) -> Result<()> {
-    let folder = ResultsFolder::create_new(&args.out)?;
+    let mut folder = ResultsFolder::create_new(&args.out, "export")?;
     let Checkpoint { weights, tokenizer } = Checkpoint::open(&args.model, None)?;
     let stored = if args.f16 { Stored::F16 } else { Stored::F32 };
-    write_hugging_face(&weights, tokenizer.as_ref(), folder.path(), stored)?;
+    write_hugging_face(&weights, tokenizer.as_ref(), &folder.path()?, stored)?;
     folder.finish()?;
-    println!("{} layers written to {}", weights.config().num_layers(), args.out.display());
+    say!("{} layers written to {}", weights.config().num_layers(), args.out.display());
     Ok(())
 }

@@ -1,10 +1,9 @@
 //! `depthwise generate`: text from a model, with the depth that each token left at.
 
 use std::collections::HashMap;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::process;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -21,9 +20,10 @@ use engine::tokenizer::{TextStream, Tokenizer};
 use scheduler::{Batching, ExitPolicy, KvFill, Settings, SignalRead};
 use traces::{Nanos, Request};
 
-use crate::interrupt;
+use crate::interrupt::{self, Interrupted};
+use crate::output::{note, stream};
 use experiments::measure::NamedEngine;
-use experiments::serving::{DEFAULT_BLOCK_TOKENS, Serving, longest};
+use experiments::serving::{DEFAULT_BLOCK_TOKENS, MOST_ROWS, Serving, longest};
 
 /// Rows of a pass: a prompt of usual length is read in one or a few.
 const TOKEN_BUDGET: u32 = 256;
@@ -54,7 +54,7 @@ pub struct Args {
     #[arg(long, default_value_t)]
     device: DeviceName,
     /// Maximum number of tokens to generate for each prompt
-    #[arg(long, default_value_t = 128, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 128, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=MOST_ROWS.into()))]
     max_tokens: u32,
     /// Softmax temperature of sampling; 0 takes the most likely token
     #[arg(long, default_value_t = 0.0, value_name = "T")]
@@ -97,7 +97,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut printer = Printer::new(&args.prompt, &tokenizer, args.max_tokens, color.then_some(num_loops));
     let stop = interrupt::flag();
     if color {
-        eprintln!("{}\n", legend(num_loops));
+        note!("{}\n", legend(num_loops));
     }
     let started = Instant::now();
     let mut written = printer.begin();
@@ -113,10 +113,10 @@ pub fn run(args: Args) -> Result<()> {
     let elapsed = started.elapsed();
     written?;
     printer.finish(elapsed, num_loops)?;
-    if stop.load(Ordering::Relaxed) {
-        process::exit(interrupt::INTERRUPTED);
+    match stop.load(Ordering::Relaxed) {
+        true => Err(Interrupted.into()),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 impl Args {
@@ -235,16 +235,16 @@ impl<'a> Printer<'a> {
     }
 
     fn print(&mut self) -> Result<()> {
-        let mut output = io::stdout().lock();
+        let mut printed = String::new();
         while let Some(text) = self.texts.get_mut(self.current) {
-            output.write_all(std::mem::take(&mut text.unprinted).as_bytes())?;
+            printed += &std::mem::take(&mut text.unprinted);
             if !text.ended {
                 break;
             }
             self.current += 1;
-            output.write_all(if self.current < self.texts.len() { b"\n\n" } else { b"\n" })?;
+            printed += if self.current < self.texts.len() { "\n\n" } else { "\n" };
         }
-        Ok(output.flush()?)
+        Ok(stream(&printed)?)
     }
 
     fn is_done(&self) -> bool {
@@ -258,13 +258,13 @@ impl<'a> Printer<'a> {
         if self.colored.is_none() {
             for Text { depths, .. } in &self.texts {
                 let depths: Vec<String> = depths.iter().map(u8::to_string).collect();
-                eprintln!("depths {}", depths.join(" "));
+                note!("depths {}", depths.join(" "));
             }
         }
         let tokens: usize = self.texts.iter().map(|text| text.depths.len()).sum();
         let passes: usize = self.texts.iter().flat_map(|text| &text.depths).map(|&depth| usize::from(depth) + 1).sum();
         let seconds = elapsed.as_secs_f64();
-        eprintln!(
+        note!(
             "{tokens} tokens in {seconds:.2} s, {:.1} tokens/s, {:.2} of {num_loops} passes per token",
             tokens as f64 / seconds,
             passes as f64 / tokens.max(1) as f64

@@ -7,7 +7,10 @@ use bytesize::ByteSize;
 use import::{KernelTables, LayerTables, ModelShape, memory_figures};
 use traces::{LatencyProfile, MemoryFigures};
 
+use experiments::ResultsFolder;
 use experiments::serving::parse_bytes;
+
+use crate::output::say;
 
 /// Make a latency profile from published tables of measured kernels
 #[derive(Debug, clap::Args)]
@@ -76,10 +79,10 @@ struct CommonArgs {
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
     /// Number of loops that the layers are divided into; 1 leaves the model as it is
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=255))]
     num_loops: u64,
     /// Rank of the low-rank weights of each loop; 0 for none
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=65_536))]
     lora_rank: u64,
     /// Folder to write the profile to
     #[arg(long, value_name = "DIR")]
@@ -114,20 +117,18 @@ impl CommonArgs {
     }
 
     fn write(&self, profile: &LatencyProfile) -> Result<()> {
-        profile.write(&self.out)?;
+        let mut folder = ResultsFolder::create(&self.out, "import")?;
+        profile.write(folder.path()?)?;
+        folder.finish()?;
         let computed: Vec<String> = profile.computed_components().map(|part| part.to_string()).collect();
         let meta = &profile.meta;
-        println!("{}: {}", meta.model, self.out.display());
-        println!(
-            "computed, not measured: {}",
-            if computed.is_empty() { "nothing".into() } else { computed.join(", ") }
-        );
+        say!("{}: {}", meta.model, self.out.display());
+        say!("computed, not measured: {}", if computed.is_empty() { "nothing".into() } else { computed.join(", ") });
         let bytes = |bytes| ByteSize(bytes).display().iec();
-        print!("weights {}, keys and values {} a token", bytes(meta.weight_bytes), bytes(meta.kv_bytes_per_token));
-        match meta.memory.and_then(|memory| memory.device_bytes) {
-            Some(device) => println!(", memory {}", bytes(device)),
-            None => println!(", memory not known"),
-        }
+        let device = meta.memory.and_then(|memory| memory.device_bytes);
+        let device = device.map_or("not known".to_owned(), |device| bytes(device).to_string());
+        let (weights, token) = (bytes(meta.weight_bytes), bytes(meta.kv_bytes_per_token));
+        say!("weights {weights}, keys and values {token} a token, memory {device}");
         Ok(())
     }
 }

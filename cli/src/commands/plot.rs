@@ -2,15 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 use traces::LatencyProfile;
 use training::trainer::LOSS_FILE;
 
+use crate::output::say;
 use crate::progress::Terminal;
 use experiments::experiment::Experiment;
 use experiments::figures::{self, Caption};
 use experiments::loss_figure;
-use experiments::results::CONFIG;
+use experiments::results::{CONFIG, ResultsFolder};
 use experiments::sweep::figures::{CAPACITY_SUMMARY, SWEEP_SUMMARY, draw_capacity, draw_sweep};
 use experiments::sweep::spec::SweepSpec;
 
@@ -27,35 +28,40 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let results: Vec<&Path> = args.results.iter().map(PathBuf::as_path).collect();
-    let folder = match results[..] {
-        [first, ..] if first.join(LOSS_FILE).exists() => {
-            let folder = args.out.unwrap_or_else(|| first.join("figures"));
-            loss_figure::draw(&results, &folder)?;
-            folder
-        }
-        [results] if args.out.is_none() => {
-            draw_results(results)?;
-            results.join("figures")
-        }
-        _ => bail!("several folders and --out are for training runs: {} has no {LOSS_FILE}", results[0].display()),
+    let runs: Vec<&Path> = args.results.iter().map(PathBuf::as_path).collect();
+    let first = runs[0];
+    let are_trained = first.join(LOSS_FILE).exists();
+    ensure!(
+        are_trained || runs.len() == 1,
+        "several folders are for training runs: {} has no {LOSS_FILE}",
+        first.display()
+    );
+    let (mut folder, shown) = match &args.out {
+        Some(out) => (ResultsFolder::create(out, "plot")?, out.clone()),
+        None => (ResultsFolder::add(first)?, first.join("figures")),
     };
-    println!("Figures are in {}", folder.display());
+    let mut figures = folder.path()?;
+    if args.out.is_none() {
+        figures.push("figures");
+    }
+    match are_trained {
+        true => loss_figure::draw(&runs, &figures)?,
+        false => draw_results(first, &figures)?,
+    }
+    folder.finish()?;
+    say!("Figures are in {}", shown.display());
     Ok(())
 }
 
-fn draw_results(results: &Path) -> Result<()> {
+fn draw_results(results: &Path, figures: &Path) -> Result<()> {
     let config = results.join(CONFIG);
     if results.join(SWEEP_SUMMARY).exists() {
-        draw_sweep(results, &SweepSpec::load(&config)?.title, &mut Terminal::default())
+        draw_sweep(results, figures, &SweepSpec::load(&config)?.title, &mut Terminal::default())
     } else if results.join(CAPACITY_SUMMARY).exists() {
-        draw_capacity(results, &SweepSpec::load(&config)?, &mut Terminal::default())
+        draw_capacity(results, figures, &SweepSpec::load(&config)?, &mut Terminal::default())
     } else {
-        draw_experiment(results, &Experiment::load(&config)?)
+        let experiment = Experiment::load(&config)?;
+        let device = LatencyProfile::read(results.join("profile"))?.meta.device;
+        figures::draw(results, figures, &Caption { setting: experiment.title, device })
     }
-}
-
-fn draw_experiment(results: &Path, experiment: &Experiment) -> Result<()> {
-    let device = LatencyProfile::read(results.join("profile"))?.meta.device;
-    figures::draw(results, &Caption { setting: experiment.title.clone(), device })
 }

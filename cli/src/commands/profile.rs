@@ -8,10 +8,12 @@ use engine::executor::Sampling;
 use engine::profile::Limits;
 use simulator::write_csv;
 
-use crate::arguments::ModelArgs;
+use crate::arguments::{ModelArgs, at_most};
+use crate::output::say;
 use crate::progress::Terminal;
-use experiments::NamedEngine;
 use experiments::results::PASS_LOG;
+use experiments::serving::{MOST_REPEATS, MOST_ROWS};
+use experiments::{NamedEngine, ResultsFolder};
 
 /// Measure a latency profile of a model on this machine
 #[derive(Debug, clap::Args)]
@@ -22,37 +24,40 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Maximum number of sequences that run at the same time
-    #[arg(long, default_value_t = 64, value_name = "SEQUENCES")]
+    #[arg(long, default_value_t = 64, value_name = "SEQUENCES", value_parser = at_most::<MOST_ROWS>)]
     max_batch: u32,
     /// Maximum number of rows of a pass
-    #[arg(long, default_value_t = 256, value_name = "ROWS")]
+    #[arg(long, default_value_t = 256, value_name = "ROWS", value_parser = at_most::<MOST_ROWS>)]
     token_budget: u32,
     /// Maximum length of a sequence
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 512, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     max_tokens: u32,
     /// Maximum length of a prompt chunk
-    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 256, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     prefill_chunk: u32,
     /// Number of rounds; each measures every shape, in another order
-    #[arg(long, default_value_t = 3)]
-    rounds: usize,
+    #[arg(long, default_value_t = 3, value_parser = at_most::<MOST_REPEATS>)]
+    rounds: u32,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     ensure!(args.rounds > 0, "--rounds 0: expected at least 1");
+    let mut folder = ResultsFolder::create(&args.out, "profile")?;
     let ModelArgs { model, loops, weights, device } = &args.model;
     let named = NamedEngine::load_without_prompts(model, *loops, *weights, *device, Sampling::default())?;
     let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
     let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };
-    let (profile, passes) = experiments::profile(&named, limits, args.rounds, &mut Terminal::default())?;
-    profile.write(&args.out)?;
-    passes.write(args.out.join(PASS_LOG))?;
+    let (profile, passes) = experiments::profile(&named, limits, args.rounds as usize, &mut Terminal::default())?;
+    let written = folder.path()?;
+    profile.write(&written)?;
+    passes.write(written.join(PASS_LOG))?;
     if let Some(report) = device.report(named.engine.model.config(), *weights, &loads(&named, limits))? {
-        std::fs::write(args.out.join("device.yaml"), serde_yaml::to_string(&report)?)?;
-        write_csv(&args.out.join("kernels.csv"), &report.times)?;
+        std::fs::write(written.join("device.yaml"), serde_yaml::to_string(&report)?)?;
+        write_csv(&written.join("kernels.csv"), &report.times)?;
     }
-    println!("{} points on {}: {}", profile.points.len(), profile.meta.device, args.out.display());
+    folder.finish()?;
+    say!("{} points on {}: {}", profile.points.len(), profile.meta.device, args.out.display());
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use anyhow::Result;
 use traces::ExitTable;
 
 use crate::arguments::{EngineArgs, RequestArgs};
+use crate::output::say;
 use crate::progress::Terminal;
 use crate::report;
 use experiments::results::ResultsFolder;
@@ -27,13 +28,13 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let folder = ResultsFolder::create(&args.out)?;
+    let mut folder = ResultsFolder::create(&args.out, "record")?;
     let requests = args.requests.load()?.requests;
     let named = args.engine.load()?;
     let table = if args.csv { ExitTable::Csv } else { ExitTable::Parquet };
-    let tally = experiments::record(&named, &requests, folder.path(), table, &mut Terminal::default())?;
+    let tally = experiments::record(&named, &requests, &folder.path()?, table, &mut Terminal::default())?;
     folder.finish()?;
     report::print_exits(&tally);
-    println!("\n{} tokens of {} generations: {}", tally.tokens(), requests.len(), args.out.display());
+    say!("\n{} tokens of {} generations: {}", tally.tokens(), requests.len(), args.out.display());
     Ok(())
 }

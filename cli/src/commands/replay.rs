@@ -35,7 +35,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
+    let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "replay")).transpose()?;
     let serving = args.serving.serving();
     serving.check_for_engine()?;
     let requests = args.requests.load()?.requests;
@@ -45,14 +45,12 @@ pub fn run(args: Args) -> Result<()> {
     let idle = if args.real_time { Idle::Sleep } else { Idle::Skip };
     let (runs, passes) =
         experiments::replay(&named, &settings, &requests, exits.as_ref(), idle, &mut Terminal::default())?;
-    report::print_summaries(runs.iter().map(|run| &run.summary));
-    match folder {
-        Some(folder) => {
-            passes.write(folder.path().join(PASS_LOG))?;
-            write_results(folder, "replay", &args, &runs)
-        }
-        None => Ok(()),
+    if let Some(mut folder) = folder {
+        passes.write(folder.path()?.join(PASS_LOG))?;
+        write_results(folder, "replay", &args, &runs)?;
     }
+    report::print_summaries(runs.iter().map(|run| &run.summary));
+    Ok(())
 }
 
 /// Reads the exit trace given, if it is of this model and these requests.

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use experiments::experiment::Experiment;
 use experiments::run::{LoadReport, Report};
 
+use crate::output::say;
 use crate::progress::Terminal;
 use crate::report;
 
@@ -33,21 +34,21 @@ pub fn run(args: Args) -> Result<()> {
             report::print_memory(lines.iter().map(|(_, summary)| summary));
         }
     }
-    println!("\nResults are in {}", target.display());
+    say!("\nResults are in {}", target.display());
     Ok(())
 }
 
 /// Prints what was measured and simulated at one load.
 pub fn print_load(load: &LoadReport) {
     if let Some(share) = load.load {
-        println!("\nat {:.0}% of the capacity:", 100.0 * share);
+        say!("\nat {:.0}% of the capacity:", 100.0 * share);
     }
     report::print_summaries(&load.runs);
     report::print_speedup(&load.repeats);
-    println!("\nsimulated less measured, in percent of measured, with 95% confidence intervals:");
+    say!("\nsimulated less measured, in percent of measured, with 95% confidence intervals:");
     report::print_errors(&load.errors);
     if let Some(errors) = &load.errors_of_exits_taken {
-        println!("\nthe same, given the exits that the replays took instead of those recorded at full depth:");
+        say!("\nthe same, given the exits that the replays took instead of those recorded at full depth:");
         report::print_errors(errors);
     }
 }

@@ -24,7 +24,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let folder = args.out.as_deref().map(ResultsFolder::create).transpose()?;
+    let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "simulate")).transpose()?;
     let input = args.simulation.load()?;
     let (simulations, replicas) = (input.simulations()?, input.machines.replicas);
     let runs = run_simulations(
@@ -34,9 +34,9 @@ pub fn run(args: Args) -> Result<()> {
         &input.workload.requests,
         &mut Terminal::default(),
     )?;
-    report::print_summaries(runs.iter().map(|run| &run.summary));
-    match folder {
-        Some(folder) => write_results(folder, "simulate", &args, &runs),
-        None => Ok(()),
+    if let Some(folder) = folder {
+        write_results(folder, "simulate", &args, &runs)?;
     }
+    report::print_summaries(runs.iter().map(|run| &run.summary));
+    Ok(())
 }

@@ -8,6 +8,7 @@ use experiments::sweep::figures::SWEEP_SUMMARY;
 use experiments::sweep::{Earlier, SWEEP, SweepReport};
 
 use crate::interrupt;
+use crate::output::say;
 use crate::progress::Terminal;
 
 /// Simulate every combination of the policies, thresholds, batch limits, memory sizes, rates, seeds and systems that a
@@ -38,8 +39,8 @@ pub fn run(args: Args) -> Result<()> {
     let report = experiments::sweep(&spec, base, &target, earlier, &mut Terminal::default());
     let SweepReport { simulations, earlier, summary } = report.with_context(|| args.config.display().to_string())?;
     let (settings, seeds) = (summary.lines.len(), spec.num_seeds());
-    println!("{simulations} simulations, of which {earlier} were there already: {}", target.join(SWEEP).display());
-    println!("{settings} means over {seeds} seeds: {}", target.join(SWEEP_SUMMARY).display());
-    println!("Figures are in {}", target.join("figures").display());
+    say!("{simulations} simulations, of which {earlier} were there already: {}", target.join(SWEEP).display());
+    say!("{settings} means over {seeds} seeds: {}", target.join(SWEEP_SUMMARY).display());
+    say!("Figures are in {}", target.join("figures").display());
     Ok(())
 }

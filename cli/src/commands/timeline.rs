@@ -1,14 +1,17 @@
 //! `depthwise timeline`: a simulated run to look at.
 
-use std::fs::File;
-use std::io::BufWriter;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
-use simulator::{Timeline, write_timeline};
+use anyhow::{Result, ensure};
+use experiments::results::write_file;
+use simulator::{TIMELINE_BEGINNING, Timeline, write_timeline};
 use traces::Nanos;
 
 use crate::arguments::SimulationArgs;
+use crate::output::say;
+
+/// The end of the latest window: thirty years.
+const MOST_SECONDS: f64 = 1e9;
 
 /// Write a simulated run as a Chrome trace (passes, rows by depth, admissions, exits, preemptions), for Perfetto
 #[derive(Debug, clap::Args)]
@@ -28,18 +31,17 @@ pub fn run(args: Args) -> Result<()> {
     let input = args.simulation.load()?;
     let count = input.settings.len();
     ensure!(count == 1, "{count} combinations of --batching and --exit: a timeline is of one");
+    let (from, to) = (args.keep_s[0], args.keep_s[1]);
+    ensure!(
+        (0.0..to).contains(&from) && to <= MOST_SECONDS,
+        "--keep-s {from} {to}: expected FROM and TO with 0 <= FROM < TO <= {MOST_SECONDS}"
+    );
     let first = input.workload.requests.first().map_or(Nanos::ZERO, |request| request.arrival);
-    let after = |seconds| Nanos(first.0.saturating_add(Nanos::from_secs_f64(seconds).0));
-    let window = after(args.keep_s[0])..after(args.keep_s[1]);
+    let window = first + Nanos::from_secs_f64(from)..first + Nanos::from_secs_f64(to);
     let mut watched: Vec<Timeline> =
         (0..input.machines.replicas as u32).map(|machine| Timeline::new(machine, window.clone())).collect();
     input.simulations()?[0].run(input.workload.requests.iter().copied(), &mut watched)?;
-    let partial = args.out.with_extension("partial");
-    let write = || -> std::io::Result<()> {
-        write_timeline(BufWriter::new(File::create(&partial)?), &watched)?;
-        std::fs::rename(&partial, &args.out)
-    };
-    write().with_context(|| format!("cannot write {}", args.out.display()))?;
-    println!("{}: open it in Perfetto or chrome://tracing", args.out.display());
+    write_file(&args.out, TIMELINE_BEGINNING, |out| write_timeline(out, &watched))?;
+    say!("{}: open it in Perfetto or chrome://tracing", args.out.display());
     Ok(())
 }

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::arguments::{EngineArgs, ModelArgs, RequestArgs, ServingArgs};
+use crate::arguments::{EngineArgs, ModelArgs, RequestArgs, ServingArgs, at_most};
 use crate::commands::run::print_load;
+use crate::output::say;
 use crate::progress::Terminal;
 use experiments::experiment::{EngineSpec, Experiment, SCHEMA_VERSION, Sweeps};
+use experiments::serving::MOST_REPEATS;
 
 /// Serve requests with the engine in alternation with profiling, simulate the same, and compare
 #[derive(Debug, clap::Args)]
@@ -19,7 +21,7 @@ pub struct Args {
     #[command(flatten)]
     serving: ServingArgs,
     /// Number of replays of every combination
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = at_most::<MOST_REPEATS>)]
     repeats: u32,
     /// Shares of the capacity to scale arrivals to, separated by commas; each is replayed separately. The capacity is
     /// the rate at which the first batching policy with the first exit policy serves the requests when all arrive at
@@ -57,6 +59,6 @@ pub fn run(args: Args) -> Result<()> {
     };
     let loads = experiments::validate(&experiment, "".as_ref(), &args.out, &mut Terminal::default())?;
     loads.iter().for_each(print_load);
-    println!("\nResults are in {}", args.out.display());
+    say!("\nResults are in {}", args.out.display());
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `depthwise vllm`: the simulator against a measured run of vLLM.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,10 +9,14 @@ use import::comparison::RequestTimes;
 use import::{Comparison, MeasuredRun};
 use latency::LatencyModel;
 use simulator::metrics::{PassRow, RequestRow};
-use simulator::{ExitModel, MemoryBudget, Metrics, ModelMemory, Simulation, write_csv};
+use simulator::{ExitModel, MemoryBudget, Metrics, ModelMemory, Simulation};
 use traces::{LatencyProfile, ReadOptions, RequestTrace};
 
-use experiments::serving::longest;
+use crate::arguments::at_most;
+use experiments::results::write_file;
+use experiments::serving::{MOST_BLOCKS, longest};
+
+use crate::output::say;
 
 /// Simulate the requests of a measured vLLM run under its settings, and compare latencies
 ///
@@ -26,7 +31,7 @@ pub struct Args {
     profile: PathBuf,
     /// KV blocks, if meta.json does not give them [default: what fits into the memory of the device; if its size is not
     /// known, enough for a full batch of the longest request]
-    #[arg(long)]
+    #[arg(long, value_parser = at_most::<MOST_BLOCKS>)]
     num_blocks: Option<u32>,
     /// Requests as sent [default: workload.jsonl in the folder of the run]
     #[arg(long, value_name = "FILE")]
@@ -59,26 +64,30 @@ pub fn run(args: Args) -> Result<()> {
 
     let simulated: Vec<RequestTimes> = metrics.requests().map(|request| times(request, metrics.passes())).collect();
     let comparison = Comparison::new(&measured.requests, &simulated);
-    println!("{comparison}");
+    if let Some(out) = args.out {
+        let mut lines = csv::Writer::from_writer(Vec::new());
+        comparison.lines().try_for_each(|line| lines.serialize(line))?;
+        let text = lines.into_inner()?;
+        let header = text.split_inclusive(|&byte| byte == b'\n').next().unwrap_or_default();
+        write_file(&out, header, |file| file.write_all(&text))?;
+    }
+    say!("{comparison}");
     if !measured.assumptions.is_empty() {
-        println!("assumed, since meta.json does not say: {}", measured.assumptions.join("; "));
+        say!("assumed, since meta.json does not say: {}", measured.assumptions.join("; "));
     }
     let summary = simulation.summary(&metrics, &outcome);
-    println!("preemptions: {}", summary.preemptions);
+    say!("preemptions: {}", summary.preemptions);
     if let Some(share) = summary.prefix_hit_rate {
-        println!("prefix hits: {share:.3} of prompt tokens");
+        say!("prefix hits: {share:.3} of prompt tokens");
     }
     if !outcome.extrapolations.is_empty() {
-        println!("{}", outcome.extrapolations);
+        say!("{}", outcome.extrapolations);
     }
     let computed: Vec<String> = profile.computed_components().map(|part| part.to_string()).collect();
     if !computed.is_empty() {
-        println!("computed, not measured: {}", computed.join(", "));
+        say!("computed, not measured: {}", computed.join(", "));
     }
-    match args.out {
-        Some(out) => Ok(write_csv(&out, comparison.lines())?),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Gives a run that does not say how many KV blocks it had those that its memory holds, or plenty.

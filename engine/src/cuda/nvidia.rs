@@ -188,8 +188,10 @@ fn keep(file: &Path, text: &str) -> std::io::Result<()> {
     }
     // Another process may be writing the same.
     let part = file.with_extension(format!("part-{}", std::process::id()));
-    std::fs::write(&part, text)?;
-    std::fs::rename(&part, file)
+    std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, file)).inspect_err(|_| {
+        // The error of the writing is the one to report.
+        let _ = std::fs::remove_file(&part);
+    })
 }
 
 /// How cuBLAS names a storage.

@@ -35,16 +35,17 @@ const AGREEMENT: Metric = (Quantity::Agreement, "token_agreement");
 const TTFT: Metric = (Quantity::Latency("p99 time to first token"), "ttft_p99_ms");
 const TPOT: Metric = (Quantity::Latency("p99 time per output token"), "tpot_p99_ms");
 
-/// Draws what throughput costs in agreement and in latency, and latency against the rate where that varies.
+/// Draws what throughput costs in agreement and in latency, and latency against the rate where that varies, from the
+/// summary in `results` into a folder `to`.
 ///
 /// # Errors
 /// If the summary does not read or a figure cannot be written.
-pub fn draw_sweep(results: &Path, title: &str, reporter: &mut dyn Reporter) -> Result<()> {
+pub fn draw_sweep(results: &Path, to: &Path, title: &str, reporter: &mut dyn Reporter) -> Result<()> {
     let lines: Vec<Line> = read(&results.join(SWEEP_SUMMARY))?.into_iter().map(Line).collect();
     for facet in facets(&lines, &FACETS, reporter) {
         let policies = facet.by_policy(Name::WithoutThreshold, "threshold")?;
         let draw = |name, heading, panels: &[(Metric, Metric)]| {
-            facet.draw_trade_offs(&facet.figure(results, name, heading, title), &policies, panels)
+            facet.draw_trade_offs(&facet.figure(to, name, heading, title), &policies, panels)
         };
         draw("pareto-agreement", "Throughput against agreement of exits", &[(THROUGHPUT, AGREEMENT)])?;
         draw("pareto-latency", "Throughput against latency", &[(THROUGHPUT, TTFT), (THROUGHPUT, TPOT)])?;
@@ -53,18 +54,18 @@ pub fn draw_sweep(results: &Path, title: &str, reporter: &mut dyn Reporter) -> R
         for facet in facets(&lines, &FACETS[..4], reporter) {
             let mut policies = facet.by_policy(Name::Whole, RATE.1)?;
             policies.truncate(MOST_LINES);
-            let figure = facet.figure(results, "latency-by-rate", "Latency against the request rate", title);
+            let figure = facet.figure(to, "latency-by-rate", "Latency against the request rate", title);
             facet.draw_trade_offs(&figure, &policies, &[(RATE, TTFT), (RATE, TPOT)])?;
         }
     }
     Ok(())
 }
 
-/// Draws the highest rate of every policy on every system.
+/// Draws the highest rate of every policy on every system, from the summary in `results` into a folder `to`.
 ///
 /// # Errors
 /// If the summary does not read or a figure cannot be written.
-pub fn draw_capacity(results: &Path, spec: &SweepSpec, reporter: &mut dyn Reporter) -> Result<()> {
+pub fn draw_capacity(results: &Path, to: &Path, spec: &SweepSpec, reporter: &mut dyn Reporter) -> Result<()> {
     let lines: Vec<Line> = read(&results.join(CAPACITY_SUMMARY))?.into_iter().map(Line).collect();
     let objectives = spec.objectives.map_or(String::new(), |objectives| describe_objectives(&objectives));
     let share = 100.0 * spec.capacity.share;
@@ -79,7 +80,7 @@ pub fn draw_capacity(results: &Path, spec: &SweepSpec, reporter: &mut dyn Report
             PolicyCapacity { policy, rates: systems.iter().map(rate).collect() }
         };
         let policies = facet.by_policy(Name::Whole, "system")?.into_iter().map(capacity);
-        let figure = facet.figure(results, "capacity", &heading, &spec.title);
+        let figure = facet.figure(to, "capacity", &heading, &spec.title);
         plots::capacities(&figure, &systems, &policies.collect::<Vec<_>>())?;
     }
     Ok(())
@@ -170,14 +171,14 @@ fn facets<'l>(lines: &'l [Line], columns: &[&str], reporter: &mut dyn Reporter) 
 }
 
 impl Facet<'_> {
-    fn figure(&self, results: &Path, name: &str, title: &str, experiment: &str) -> Figure {
+    fn figure(&self, to: &Path, name: &str, title: &str, experiment: &str) -> Figure {
         let mut devices: Vec<&str> = self.lines.iter().map(|line| line.text("device")).collect();
         devices.dedup();
         let seeds = self.lines[0].text("seeds");
         let sure = if seeds == "1" { Vec::new() } else { vec![format!("means of {seeds} seeds with 95% intervals")] };
         let slug: String = [vec![name.to_owned()], self.description.clone()].concat().join("-").to_lowercase();
         Figure {
-            folder: results.join("figures"),
+            folder: to.to_owned(),
             name: slug.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect(),
             title: title.to_owned(),
             setting: [vec![experiment.to_owned()], self.description.clone(), sure].concat().join(" · "),

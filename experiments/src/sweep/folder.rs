@@ -11,12 +11,15 @@ use traces::table::{read_yaml, write_yaml};
 
 use super::Earlier;
 use super::spec::SweepSpec;
-use crate::results::CONFIG;
+use crate::results::{CONFIG, ResultsFolder};
 
 /// What results are of: the same inputs give the same lines.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Inputs {
+    /// What is done at each point: the command.
+    #[serde(skip)]
+    task: String,
     /// Program and version.
     program: String,
     /// SHA-256 of what was asked for, as the program understood it.
@@ -47,6 +50,7 @@ impl Inputs {
             Ok((path.display().to_string(), sha256(&bytes)))
         };
         Ok(Self {
+            task: task.to_owned(),
             program: format!("depthwise {}", env!("CARGO_PKG_VERSION")),
             asked: sha256(asked.as_bytes()),
             files: paths.into_iter().map(hashed).collect::<Result<_>>()?,
@@ -87,23 +91,19 @@ fn sha256(bytes: &[u8]) -> String {
 /// Opens a folder for the results of these inputs: a new one, or the one in which they began.
 ///
 /// # Errors
-/// If it holds the results of others, or cannot be written.
-pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, earlier: Earlier) -> Result<()> {
-    let shown = target.display();
-    let cannot = || format!("cannot write {shown}");
-    let is_empty = std::fs::read_dir(target).map_or(true, |mut entries| entries.next().is_none());
+/// If it holds the results of others, another run writes it, or it cannot be written.
+pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, earlier: Earlier) -> Result<ResultsFolder> {
+    let mut folder = ResultsFolder::open(target, &inputs.task)?;
+    if earlier == Earlier::Remove {
+        folder.remove_earlier()?;
+    }
     let recorded = target.join(INPUTS);
-    if !is_empty && !recorded.exists() {
-        bail!("{shown} is there already and holds no {INPUTS}: choose another --out");
-    }
-    if earlier == Earlier::Remove && recorded.exists() {
-        std::fs::remove_dir_all(target).with_context(cannot)?;
-    }
     let earlier: Option<Inputs> = recorded.exists().then(|| read_yaml(&recorded)).transpose()?;
     if let Some(difference) = earlier.and_then(|earlier| inputs.difference(&earlier)) {
+        let shown = target.display();
         bail!("the results in {shown} are {difference}: choose another --out, or --restart to remove them");
     }
-    std::fs::create_dir_all(target).with_context(cannot)?;
-    write_yaml(&recorded, inputs)?;
-    Ok(write_yaml(&target.join(CONFIG), spec)?)
+    write_yaml(&folder.grow(INPUTS)?, inputs)?;
+    write_yaml(&folder.grow(CONFIG)?, spec)?;
+    Ok(folder)
 }

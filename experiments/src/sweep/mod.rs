@@ -13,7 +13,7 @@ pub mod spec;
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use simulator::{Points, Table};
 
 use crate::reporter::{Reporter, Shared};
@@ -59,16 +59,19 @@ pub fn sweep(
     reporter: &mut dyn Reporter,
 ) -> Result<SweepReport> {
     let plan = Plan::new(spec, base, reporter)?;
-    folder::open(target, spec, &Inputs::new(spec, base, "sweep")?, earlier)?;
-    let points = Points::open(&target.join(SWEEP), plan.len())?;
+    let mut folder = folder::open(target, spec, &Inputs::new(spec, base, "sweep")?, earlier)?;
+    let points = Points::open(&folder.grow(SWEEP)?, plan.len())?;
     let earlier = points.done();
     reporter.start(plan.len(), earlier);
     let shared = Shared::new(reporter);
     let table = points.complete(|index| plan.simulate(index), || shared.lock().advance(1))?;
     reporter.finish();
     let summary = table.over_seeds(spec.num_seeds(), &SETTINGS);
-    summary.write(&target.join(SWEEP_SUMMARY))?;
+    let results = folder.path()?;
+    summary.write(&results.join(SWEEP_SUMMARY))?;
     warn_of_extrapolations(&plan.extrapolations(), reporter);
-    draw_sweep(target, &spec.title, reporter)?;
+    let drawn = draw_sweep(&results, &results.join("figures"), &spec.title, reporter);
+    folder.finish()?;
+    drawn.context("the results are complete, the figures are not")?;
     Ok(SweepReport { simulations: plan.len(), earlier, summary })
 }

@@ -17,7 +17,7 @@ use traces::{Generate, Request, RequestSpec, RequestTrace};
 use super::spec::{Point, SweepSpec, SweptSystem};
 use crate::reporter::{Quiet, Reporter};
 use crate::runs::{Machines, load_models};
-use crate::serving::Serving;
+use crate::serving::{Serving, check_machines};
 use crate::workload::{Workload, load_requests};
 
 /// Columns of a sweep's lines that say what a run is of, seed and point apart; the others say how it went.
@@ -94,7 +94,7 @@ impl<'a> Plan<'a> {
         let longest = workloads.longest(&points)?;
         let settings = |point: Point| {
             let System { name, latency, .. } = &systems[point.system];
-            let settings = settings(&spec.serving, &point, &latency.meta().into(), &longest[&point.seed])
+            let settings = settings(spec, &point, &latency.meta().into(), &longest[&point.seed])
                 .with_context(|| format!("{name}, {}, {}", point.batching, point.exit))?;
             Ok((point, settings))
         };
@@ -274,7 +274,8 @@ fn scaled(Workload { requests, prefixes }: &Workload, rate_per_s: f64) -> Result
 }
 
 /// The scheduler's settings at a point, under which the longest request can run.
-fn settings(serving: &Serving, point: &Point, model: &ModelMemory, longest: &Request) -> Result<Settings> {
+fn settings(spec: &SweepSpec, point: &Point, model: &ModelMemory, longest: &Request) -> Result<Settings> {
+    let (serving, replicas) = (&spec.serving, spec.replicas);
     let serving = Serving {
         kv_fill: point.kv_fill,
         max_batch: point.max_batch,
@@ -283,6 +284,7 @@ fn settings(serving: &Serving, point: &Point, model: &ModelMemory, longest: &Req
     };
     let settings = serving.settings(point.batching, point.exit, model, longest.context_tokens())?;
     settings.check()?;
+    check_machines(replicas, &settings)?;
     settings.check_request(longest)?;
     Ok(settings)
 }

@@ -15,7 +15,7 @@ use super::{LOSS_FILE, LossRow, Trainer};
 use crate::error::TrainingError;
 
 /// Weights and optimizer state of the latest checkpoint.
-const STATE_FILE: &str = "training-state.safetensors";
+pub const STATE_FILE: &str = "training-state.safetensors";
 const STEP: &str = "step";
 
 /// The optimizer's running means of gradients and squared gradients, flat, by tensor.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 use engine::reference::Reference;
 use engine::tokenizer::Tokenizer;
-use engine::weights::{CONFIG_FILE, Weights};
+use engine::weights::{CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, Weights};
 use serde::{Deserialize, Serialize};
 
 use crate::corpus::{Corpus, inputs_and_targets};
@@ -25,6 +25,10 @@ use options::{TrainingOptions, check, load_teacher};
 pub const OPTIONS_FILE: &str = "training.yaml";
 /// File with the loss curve, one row per step.
 pub const LOSS_FILE: &str = "loss.csv";
+
+/// All files that a run keeps in its folder.
+pub const RUN_FILES: [&str; 6] =
+    [OPTIONS_FILE, CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, LOSS_FILE, checkpoint::STATE_FILE];
 
 /// Approximate number of tokens of one backward pass, so that its activations fit in a core's cache. A larger batch
 /// sums several passes.

@@ -146,6 +146,13 @@ impl FromStr for Part {
     }
 }
 
+/// The most sequences of a step.
+const MOST_SEQUENCES: usize = 1 << 16;
+/// The most numbers of a fresh model's embedding and MLPs.
+const MOST_NUMBERS: u64 = 1 << 32;
+/// The most threads that share a step.
+const MOST_WORKERS: usize = 1 << 10;
+
 impl TrainingOptions {
     /// Reads the options of a run. Paths are relative to the folder of the file, except for the cache's.
     ///
@@ -211,6 +218,9 @@ impl TrainingOptions {
         ] {
             check(found >= 1, option, &found, &"at least 1")?;
         }
+        for (option, found, most) in [("batch", self.batch, MOST_SEQUENCES), ("workers", self.workers, MOST_WORKERS)] {
+            check(found <= most, option, &found, &format!("at most {most}"))?;
+        }
         let limit = format!("at most the model's max_positions of {}", config.max_positions);
         check(self.seq <= config.max_positions, "seq", &self.seq, &limit)?;
         self.optimizer.check(self.steps)?;
@@ -225,13 +235,13 @@ impl ModelOptions {
     /// If the model cannot be opened, or the changed configuration is invalid, or drops or reshapes a tensor.
     pub fn start(&self, seed: u64) -> Result<(Weights, Option<Tokenizer>), TrainingError> {
         let Some(from) = &self.from else {
-            return Ok((Weights::random(changed(&ModelConfig::default(), &self.config)?, seed)?, None));
+            return Ok((fresh(changed(&ModelConfig::default(), &self.config)?, seed)?, None));
         };
         let Checkpoint { weights: given, tokenizer } = Checkpoint::open(from, None)?;
         if self.config.is_empty() {
             return Ok((given, tokenizer));
         }
-        let fresh = Weights::random(changed(given.config(), &self.config)?, seed)?;
+        let fresh = fresh(changed(given.config(), &self.config)?, seed)?;
         let tensors =
             fresh.tensors().iter().chain(given.tensors()).map(|(name, tensor)| (name.clone(), tensor.clone()));
         let origin = format!("{}, changed", from.display());
@@ -266,6 +276,17 @@ impl ModelOptions {
         check(tokenizer.vocab_size() <= vocab_size, "model.vocab_size", &found, &expected)?;
         Ok(tokenizer)
     }
+}
+
+/// Fresh weights of a model whose largest matrices are not absurd together.
+fn fresh(config: ModelConfig, seed: u64) -> Result<Weights, TrainingError> {
+    let product = |a: usize, b: usize| (a as u64).saturating_mul(b as u64);
+    let of_layer = product(config.hidden_size, config.intermediate_size);
+    let of_layers = of_layer.saturating_mul(config.num_layers() as u64);
+    let numbers = product(config.vocab_size, config.hidden_size).saturating_add(of_layers);
+    let found = format!("sizes that multiply to {numbers} numbers");
+    check(numbers <= MOST_NUMBERS, "model", &found, &format!("at most {MOST_NUMBERS}"))?;
+    Ok(Weights::random(config, seed)?)
 }
 
 /// A configuration with some fields changed.

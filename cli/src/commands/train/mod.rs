@@ -7,11 +7,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use training::evaluation::Evaluation;
-use training::trainer::{Event, Trainer};
+use training::trainer::{Event, RUN_FILES, Trainer};
 
-use crate::interrupt;
+use crate::interrupt::{self, Interrupted};
+use crate::output::{note, say};
 use arguments::RunArgs;
-use experiments::loss_figure;
+use experiments::{ResultsFolder, loss_figure};
+
+/// What a folder of a run is marked with.
+const KIND: &str = "train";
+/// What the saved model knows of the held-out text.
+const EVALUATION_FILE: &str = "eval.csv";
 
 const BETWEEN_PROGRESS_LINES: Duration = Duration::from_secs(10);
 
@@ -43,6 +49,11 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let folder = args.resume.clone().or(args.out).context("either --out or --resume is needed")?;
     let report = &mut progress();
+    let mut results = match args.resume {
+        Some(_) => ResultsFolder::adopt(&folder, KIND, &RUN_FILES)?,
+        None => ResultsFolder::open(&folder, KIND)?,
+    };
+    results.claim(&RUN_FILES)?;
     let mut trainer = match args.resume {
         Some(folder) => Trainer::resume(&folder, args.steps, report)?,
         None => {
@@ -51,24 +62,30 @@ pub fn run(args: Args) -> Result<()> {
             Trainer::start(options, &folder, report)?
         }
     };
+    results.mark()?;
     let (trained, all) = (trainer.num_trained(), trainer.weights().num_parameters());
-    eprintln!("{trained} of {all} parameters trained, from step {}", trainer.curve().len());
+    note!("{trained} of {all} parameters trained, from step {}", trainer.curve().len());
     trainer.run(interrupt::flag(), report)?;
     if !trainer.is_finished() {
-        eprintln!("stopped; go on with: depthwise train --resume {}", folder.display());
+        note!("stopped; go on with: depthwise train --resume {}", folder.display());
     }
-    finish(&trainer, &folder)
+    finish(&trainer, &folder, results)?;
+    match trainer.is_finished() {
+        true => Ok(()),
+        false => Err(Interrupted.into()),
+    }
 }
 
 /// Evaluates the model as it was saved, and draws the loss curve.
-fn finish(trainer: &Trainer, folder: &Path) -> Result<()> {
+fn finish(trainer: &Trainer, folder: &Path, mut results: ResultsFolder) -> Result<()> {
     let evaluation = trainer.evaluate_saved()?;
-    let path = folder.join("eval.csv");
-    evaluation.write_csv(&path)?;
-    loss_figure::draw(&[folder], &folder.join("figures"))?;
-    println!("held-out text, {} bytes, {} tokens:", evaluation.bytes, evaluation.tokens);
-    print!("{}", table(&evaluation));
-    println!("written to {}", path.display());
+    let written = results.path()?;
+    evaluation.write_csv(&written.join(EVALUATION_FILE))?;
+    loss_figure::draw(&[folder], &written.join("figures"))?;
+    results.finish()?;
+    say!("held-out text, {} bytes, {} tokens:", evaluation.bytes, evaluation.tokens);
+    say!("{}", table(&evaluation));
+    say!("written to {}", folder.join(EVALUATION_FILE).display());
     Ok(())
 }
 
@@ -76,11 +93,11 @@ fn finish(trainer: &Trainer, folder: &Path) -> Result<()> {
 fn progress() -> impl FnMut(Event) {
     let mut last_line = Instant::now();
     move |event| match event {
-        Event::Tokenizing(path) => eprintln!("tokenizing {}", path.display()),
+        Event::Tokenizing(path) => note!("tokenizing {}", path.display()),
         Event::Step { .. } if last_line.elapsed() < BETWEEN_PROGRESS_LINES => {}
         Event::Step { row, tokens_per_second, remaining } => {
             last_line = Instant::now();
-            eprintln!(
+            note!(
                 "step {:6}  objective {:.4}  loss {:.4}  {tokens_per_second:.0} tokens/s  {} left",
                 row.step + 1,
                 row.objective,
@@ -89,10 +106,10 @@ fn progress() -> impl FnMut(Event) {
             );
         }
         Event::HeldOut { step, evaluation } => {
-            eprintln!("start of the held-out text after {step} steps:");
-            eprint!("{}", table(evaluation));
+            note!("start of the held-out text after {step} steps:");
+            note!("{}", table(evaluation));
         }
-        Event::Checkpoint { step } => eprintln!("checkpoint after {step} steps"),
+        Event::Checkpoint { step } => note!("checkpoint after {step} steps"),
     }
 }
 
@@ -109,5 +126,5 @@ fn table(evaluation: &Evaluation) -> String {
             100.0 * figures.oracle_share,
         );
     }
-    lines + &format!("mean oracle depth {:.3} passes\n", evaluation.mean_oracle_depth())
+    lines + &format!("mean oracle depth {:.3} passes", evaluation.mean_oracle_depth())
 }
