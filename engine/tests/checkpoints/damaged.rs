@@ -28,7 +28,10 @@ thread_local! {
 // SAFETY: every request goes to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Largest {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(layout.size())));
+        // The report of a panic that a reader catches may read the symbols of the whole program.
+        if !std::thread::panicking() {
+            let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(layout.size())));
+        }
         // SAFETY: as the caller's.
         unsafe { System.alloc(layout) }
     }
