@@ -44,8 +44,19 @@ impl fmt::Display for ExitTable {
 
 const YAML: &str = "exits.yaml";
 
-pub(crate) const COLUMNS: &[&str] =
-    &["generation", "token", "depth", "prediction", "top1", "margin", "entropy", "similarity", "gate"];
+pub(crate) const COLUMNS: &[&str] = &{
+    let mut columns = [""; FIRST_SIGNAL + ExitSignal::ALL.len()];
+    columns[GENERATION] = "generation";
+    columns[TOKEN] = "token";
+    columns[DEPTH] = "depth";
+    columns[PREDICTION] = "prediction";
+    let mut place = 0;
+    while place < ExitSignal::ALL.len() {
+        columns[FIRST_SIGNAL + place] = ExitSignal::ALL[place].name();
+        place += 1;
+    }
+    columns
+};
 const GENERATION: usize = 0;
 const TOKEN: usize = 1;
 const DEPTH: usize = 2;
@@ -53,19 +64,10 @@ const PREDICTION: usize = 3;
 /// Index of the first signal column; the signals are in the order of [`ExitSignal::ALL`]. Earlier columns are integers.
 pub(crate) const FIRST_SIGNAL: usize = 4;
 /// Index of the gate column, which is missing where the model has no gates.
-pub(crate) const GATE: usize = 8;
+pub(crate) const GATE: usize = FIRST_SIGNAL + ExitSignal::ALL.len() - 1;
 
 /// Tolerance for probabilities and cosines that rounding moves out of their range.
 const SLACK: f32 = 1e-3;
-
-/// Range of each signal in the order of [`ExitSignal::ALL`], and its description.
-const RANGES: [(f32, f32, &str); ExitSignal::ALL.len()] = [
-    (-SLACK, 1.0 + SLACK, "a probability from 0 to 1"),
-    (-SLACK, 1.0 + SLACK, "a difference of probabilities from 0 to 1"),
-    (-SLACK, f32::MAX, "nats, at least 0"),
-    (-1.0 - SLACK, 1.0 + SLACK, "a cosine from -1 to 1"),
-    (-SLACK, 1.0 + SLACK, "a probability from 0 to 1"),
-];
 
 /// One generated token at one depth.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -136,19 +138,18 @@ fn read_csv(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
 
 fn read_csv_row(row: &Row<'_>, has_gates: bool) -> Result<ExitRow> {
     let index = |column| row.number(column, "a whole number", |_: &u32| true);
-    let signal = |column| row.number(column, RANGES[column - FIRST_SIGNAL].2, |_: &f32| true);
+    let mut signals = [0.0; ExitSignal::ALL.len()];
+    for (column, (signal, value)) in (FIRST_SIGNAL..).zip(ExitSignal::ALL.into_iter().zip(&mut signals)) {
+        if column != GATE || has_gates {
+            *value = row.number(column, signal.range().2, |_: &f32| true)?;
+        }
+    }
     Ok(ExitRow {
         generation: index(GENERATION)?,
         token: index(TOKEN)?,
         depth: index(DEPTH)?,
         prediction: row.number(PREDICTION, "a token id", |_: &u32| true)?,
-        signals: Signals {
-            top1: signal(FIRST_SIGNAL)?,
-            margin: signal(FIRST_SIGNAL + 1)?,
-            entropy: signal(FIRST_SIGNAL + 2)?,
-            similarity: signal(FIRST_SIGNAL + 3)?,
-            gate: if has_gates { signal(GATE)? } else { 0.0 },
-        },
+        signals: signals.into(),
     })
 }
 
@@ -230,9 +231,10 @@ impl Collector {
 }
 
 fn check_signals(signals: &Signals) -> Result<(), Fault> {
-    for (place, (signal, (low, high, expected))) in ExitSignal::ALL.into_iter().zip(RANGES).enumerate() {
-        if !(low..=high).contains(&signals.get(signal)) {
-            return Err(Fault { column: FIRST_SIGNAL + place, expected: expected.to_owned() });
+    for (column, signal) in (FIRST_SIGNAL..).zip(ExitSignal::ALL) {
+        let (low, high, expected) = signal.range();
+        if !(low - SLACK..=high + SLACK).contains(&signals.get(signal)) {
+            return Err(Fault { column, expected: expected.to_owned() });
         }
     }
     Ok(())
@@ -306,10 +308,9 @@ impl ExitTraceWriter {
             Sink::Parquet(writer) => writer.push(row),
             Sink::Csv { writer, has_gates } => {
                 let &ExitRow { generation, token, depth, prediction, ref signals } = row;
-                let Signals { top1, margin, entropy, similarity, ref gate } = *signals;
-                let gate = if *has_gates { std::slice::from_ref(gate) } else { &[] };
-                let row = (generation, token, depth, prediction, top1, margin, entropy, similarity, gate);
-                writer.serialize(row).map_err(from_csv(path))
+                let values = ExitSignal::ALL.map(|signal| signals.get(signal));
+                let values = if *has_gates { &values[..] } else { &values[..GATE - FIRST_SIGNAL] };
+                writer.serialize((generation, token, depth, prediction, values)).map_err(from_csv(path))
             }
         }
     }

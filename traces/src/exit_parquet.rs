@@ -19,7 +19,7 @@ use parquet::schema::types::ColumnPath;
 
 use crate::error::{Result, TraceError};
 use crate::exit_file::{COLUMNS, ExitRow, FIRST_SIGNAL, Fault, GATE};
-use crate::exit_trace::{ExitSignal, Signals};
+use crate::exit_trace::ExitSignal;
 use crate::input::check_no_pointer;
 use crate::table::PartialFile;
 
@@ -221,8 +221,7 @@ impl Columns {
     fn row(&self, index: usize) -> ExitRow {
         let [generation, token, depth, prediction] = [0, 1, 2, 3].map(|column| self.integers[column][index] as u32);
         let signal = |column: usize| self.signals.get(column).map_or(0.0, |column: &Vec<f32>| column[index]);
-        let [top1, margin, entropy, similarity, gate] = [0, 1, 2, 3, 4].map(signal);
-        ExitRow { generation, token, depth, prediction, signals: Signals { top1, margin, entropy, similarity, gate } }
+        ExitRow { generation, token, depth, prediction, signals: std::array::from_fn(signal).into() }
     }
 
     fn quote(&self, column: usize, index: usize) -> String {

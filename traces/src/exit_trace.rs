@@ -22,36 +22,72 @@ pub enum ExitSignal {
     Gate,
 }
 
+/// What a signal is measured in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SignalUnit {
+    /// A probability, a difference of two, or a cosine: 1 means certain.
+    Share,
+    /// Nats: 0 means certain.
+    Nats,
+}
+
+/// All that is known of a signal beside its values.
+struct Traits {
+    name: &'static str,
+    needs_head: bool,
+    first_depth: usize,
+    unit: SignalUnit,
+    /// The lowest and the highest value, and what to call those between them.
+    range: (f32, f32, &'static str),
+}
+
 impl ExitSignal {
-    /// Every signal, in the order of the columns of an exit trace.
+    /// Every signal, in the order of the columns of an exit trace. The gate is the last: models without gates lack it.
     pub const ALL: [Self; 5] = [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity, Self::Gate];
 
+    #[rustfmt::skip]
+    const fn traits(self) -> Traits {
+        use SignalUnit::{Nats, Share};
+        let (name, needs_head, first_depth, unit, range) = match self {
+            Self::Top1 => ("top1", true, 0, Share, (0.0, 1.0, "a probability from 0 to 1")),
+            Self::Margin => ("margin", true, 0, Share, (0.0, 1.0, "a difference of probabilities from 0 to 1")),
+            Self::Entropy => ("entropy", true, 0, Nats, (0.0, f32::MAX, "nats, at least 0")),
+            Self::Similarity => ("similarity", false, 1, Share, (-1.0, 1.0, "a cosine from -1 to 1")),
+            Self::Gate => ("gate", false, 0, Share, (0.0, 1.0, "a probability from 0 to 1")),
+        };
+        Traits { name, needs_head, first_depth, unit, range }
+    }
+
     /// The name in files and on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Top1 => "top1",
-            Self::Margin => "margin",
-            Self::Entropy => "entropy",
-            Self::Similarity => "similarity",
-            Self::Gate => "gate",
-        }
+    pub const fn name(self) -> &'static str {
+        self.traits().name
     }
 
     /// Whether reading the signal takes a product with the whole vocabulary.
     pub fn needs_head(self) -> bool {
-        !matches!(self, Self::Similarity | Self::Gate)
+        self.traits().needs_head
     }
 
     /// The first depth at which the signal is defined.
     pub fn first_depth(self) -> usize {
-        usize::from(self == Self::Similarity)
+        self.traits().first_depth
+    }
+
+    /// What it is measured in.
+    pub fn unit(self) -> SignalUnit {
+        self.traits().unit
+    }
+
+    /// The lowest and the highest value, and what to call those between them.
+    pub(crate) fn range(self) -> (f32, f32, &'static str) {
+        self.traits().range
     }
 
     /// The value with its sign adjusted: greater is more confident.
     pub fn sureness(self, value: f32) -> f32 {
-        match self {
-            Self::Entropy => -value,
-            _ => value,
+        match self.unit() {
+            SignalUnit::Nats => -value,
+            SignalUnit::Share => value,
         }
     }
 
@@ -104,10 +140,9 @@ impl fmt::Display for ExitSignal {
 impl FromStr for ExitSignal {
     type Err = String;
     fn from_str(name: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|signal| signal.name() == name)
-            .ok_or_else(|| format!("unknown exit signal `{name}`: expected top1, margin, entropy, similarity or gate"))
+        Self::ALL.into_iter().find(|signal| signal.name() == name).ok_or_else(|| {
+            format!("unknown exit signal `{name}`: expected one of {}", Self::ALL.map(Self::name).join(", "))
+        })
     }
 }
 
@@ -136,6 +171,13 @@ impl Signals {
             ExitSignal::Similarity => self.similarity,
             ExitSignal::Gate => self.gate,
         }
+    }
+}
+
+/// Values in the order of [`ExitSignal::ALL`].
+impl From<[f32; ExitSignal::ALL.len()]> for Signals {
+    fn from([top1, margin, entropy, similarity, gate]: [f32; ExitSignal::ALL.len()]) -> Self {
+        Self { top1, margin, entropy, similarity, gate }
     }
 }
 

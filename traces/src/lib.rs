@@ -88,7 +88,7 @@ pub mod units;
 pub use error::TraceError;
 pub use exit_file::{ExitTable, ExitTraceWriter};
 pub use exit_parquet::catching_damage;
-pub use exit_trace::{DepthTally, ExitSignal, ExitTrace, ExitTraceMeta, SignalBound, Signals};
+pub use exit_trace::{DepthTally, ExitSignal, ExitTrace, ExitTraceMeta, SignalBound, SignalUnit, Signals};
 pub use generate::{Arrivals, Generate, Length};
 pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};
 pub use pass_log::{DepthRows, LoggedPass, PassLog, PassLogMeta, PassOrigin, PassRun};

@@ -17,7 +17,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use traces::{ExitSignal, ExitTrace};
+use traces::{ExitSignal, ExitTrace, SignalUnit};
 
 use crate::evaluation::exits::Exits;
 
@@ -163,9 +163,9 @@ const MOST_NATS: u16 = 13;
 /// Thresholds to test for a measure, from the strictest to the laxest. They must not depend on the calibration trace.
 pub fn thresholds(measure: ExitSignal) -> Vec<f32> {
     let part = |steps: u16, per_unit: u16| f32::from(steps) / f32::from(per_unit);
-    match measure {
-        ExitSignal::Entropy => (0..=MOST_NATS * STEPS_PER_NAT).map(|steps| part(steps, STEPS_PER_NAT)).collect(),
-        _ => (1..=STEPS_PER_ONE).rev().map(|steps| part(steps, STEPS_PER_ONE)).collect(),
+    match measure.unit() {
+        SignalUnit::Nats => (0..=MOST_NATS * STEPS_PER_NAT).map(|steps| part(steps, STEPS_PER_NAT)).collect(),
+        SignalUnit::Share => (1..=STEPS_PER_ONE).rev().map(|steps| part(steps, STEPS_PER_ONE)).collect(),
     }
 }
 

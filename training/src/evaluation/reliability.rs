@@ -1,7 +1,7 @@
 //! Reliability of exit signals: whether tokens agree with the last loop as often as the signal predicts.
 
 use serde::Serialize;
-use traces::{ExitSignal, ExitTrace};
+use traces::{ExitSignal, ExitTrace, SignalUnit};
 
 /// Number of bins of a reliability curve, with equal numbers of tokens (arXiv 2012.08668, section 4.2).
 const BINS: usize = 15;
@@ -41,9 +41,9 @@ pub struct SignalQuality {
 /// A value of a measure as the probability that the token is that of the last loop. An entropy `H` gives `exp(-H)`, the
 /// probability of each of `exp(H)` equally likely tokens. Other values are limited to 0 to 1.
 pub fn confidence(measure: ExitSignal, value: f32) -> f64 {
-    match measure {
-        ExitSignal::Entropy => f64::from(-value).exp().min(1.0),
-        _ => f64::from(value).clamp(0.0, 1.0),
+    match measure.unit() {
+        SignalUnit::Nats => f64::from(-value).exp().min(1.0),
+        SignalUnit::Share => f64::from(value).clamp(0.0, 1.0),
     }
 }
 
