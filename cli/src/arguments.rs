@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, ensure};
-use engine::device::DeviceName;
-use engine::executor::Sampling;
-use engine::kernels::linear::WeightType;
+use engine::{DeviceName, Sampling, WeightType};
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use simulator::{ExitModel, Objectives, Routing, Simulation};
@@ -15,7 +13,7 @@ use crate::progress::Terminal;
 use experiments::experiment::{SCHEMA_VERSION, read_yaml};
 use experiments::measure::NamedEngine;
 use experiments::runs::{Machines, load_models};
-use experiments::serving::{DEFAULT_BLOCK_TOKENS, MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, parse_bytes};
+use experiments::serving::{MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, parse_bytes};
 use experiments::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
 use experiments::workload::{Workload, load_requests};
 
@@ -201,7 +199,7 @@ pub struct ServingArgs {
     #[arg(long, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     pub prefill_chunk: Option<u32>,
     /// Positions per KV block
-    #[arg(long, default_value_t = DEFAULT_BLOCK_TOKENS, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
+    #[arg(long, default_value_t = Settings::BLOCK_TOKENS, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     pub block_tokens: u32,
     /// KV blocks [default: what fits into the memory of the device; if its size is not known, enough for a full batch
     /// of the longest request]

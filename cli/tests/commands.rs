@@ -7,8 +7,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use engine::Tokenizer;
 use engine::config::{ModelConfig, Sharing};
-use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
 use traces::{ExitTable, ExitTrace};
 

@@ -15,9 +15,8 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::Scene;
-use engine::config::ModelConfig;
-use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
+use engine::{ModelConfig, Tokenizer};
 use traces::ExitTable;
 
 const MARKER: &str = "depthwise-results.json";

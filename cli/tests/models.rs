@@ -7,9 +7,8 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use engine::config::ModelConfig;
-use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
+use engine::{ModelConfig, Tokenizer};
 use traces::LatencyProfile;
 
 use common::Scene;

@@ -115,6 +115,14 @@ fn a_sweep_leaves_a_line_for_every_combination_and_seed_and_their_means() {
 
     let summary = lines(&scene.path("results/sweep/sweep-summary.csv"));
     assert_eq!(summary.len(), 1 + POINTS / 3);
+    // What a run is of is kept, the rest is averaged.
+    let of_run = summary[0].iter().take_while(|column| *column != "seeds").map(String::as_str).collect::<Vec<_>>();
+    assert_eq!(
+        of_run.join(" "),
+        "system device rate_per_s device_memory memory_utilization source batching exit threshold exit_policy kv_fill \
+         max_batch token_budget prefill_chunk block_tokens prefix_caching async_scheduling replicas weight_bytes \
+         kv_bytes_per_token"
+    );
     let number = |text: &str| text.parse::<f64>().unwrap();
     let throughputs: Vec<f64> = column(&sweep, "throughput_tok_s").into_iter().map(number).collect();
     let means: Vec<f64> = column(&summary, "throughput_tok_s").into_iter().map(number).collect();

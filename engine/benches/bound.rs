@@ -20,16 +20,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use common::{Arguments, machine, median};
-use engine::clock::{Idle, WallClock};
 use engine::config::{ModelConfig, SlidingWindow};
-use engine::executor::{ExitDepths, Sampling, in_pool};
-use engine::kernels::linear::WeightType;
-use engine::model::Model;
-use engine::prompts::Prompts;
-use engine::replay::{Engine, oracle_depths};
-use engine::tokenizer::Tokenizer;
-use engine::weights::Weights;
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, serve};
+use engine::{
+    Engine, ExitDepths, Idle, Model, Prompts, Sampling, Tokenizer, WallClock, WeightType, Weights, in_pool,
+    oracle_depths,
+};
+use scheduler::{Batching, ExitPolicy, Observer, PassRecord, Server, Settings, serve};
 use traces::{ExitSignal, Nanos, Request};
 
 const ORACLE: ExitPolicy = ExitPolicy::Oracle { charged: false };
@@ -160,17 +156,11 @@ fn main() {
     let load = Load {
         oracle: Arc::new(oracle_depths(&trace, &requests)),
         settings: Settings {
-            batching: Batching::Depth,
-            exit: ExitPolicy::None,
-            kv_fill: KvFill::Reuse,
-            num_loops: num_loops as u8,
             max_batch: batch,
             token_budget: 2 * batch,
             prefill_chunk: batch.div_ceil(2),
-            block_tokens: 16,
             num_blocks: batch * longest.div_ceil(16),
-            prefix_caching: false,
-            async_scheduling: false,
+            ..Settings::new(Batching::Depth, ExitPolicy::None, num_loops as u8)
         },
         requests,
     };

@@ -16,12 +16,10 @@ use candle_core::{DType, Device, Tensor};
 use common::{Arguments, machine, median};
 use engine::cache::KvCache;
 use engine::config::{LoraConfig, LoraRanks, ModelConfig};
-use engine::executor::in_pool;
 use engine::kernels::attention::Row;
-use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
-use engine::weights::Weights;
+use engine::{WeightType, Weights, in_pool};
 use scheduler::KvFill;
 
 /// Position of every row.

@@ -14,17 +14,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use common::{Arguments, machine, median};
-use engine::checkpoint::Checkpoint;
-use engine::clock::Idle;
 use engine::config::{ModelConfig, Sharing};
-use engine::executor::Sampling;
-use engine::kernels::linear::WeightType;
-use engine::model::Model;
-use engine::prompts::Prompts;
-use engine::replay::Engine;
-use engine::weights::Weights;
+use engine::{Checkpoint, Engine, Idle, Model, Prompts, Sampling, WeightType, Weights};
 use rayon::prelude::*;
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, Settings, Token};
+use scheduler::{Batching, ExitPolicy, Observer, Settings, Token};
 use traces::{Nanos, Request};
 
 const PROMPT: u32 = 64;
@@ -67,17 +60,11 @@ impl Observer for Decoding {
 /// Generated tokens a second.
 fn throughput(engine: &Engine, batch: u32) -> f64 {
     let settings = Settings {
-        batching: Batching::Sequence,
-        exit: ExitPolicy::None,
-        kv_fill: KvFill::Reuse,
-        num_loops: engine.model.config().num_loops as u8,
         max_batch: batch,
         token_budget: batch * PROMPT,
         prefill_chunk: batch * PROMPT,
-        block_tokens: 16,
         num_blocks: batch * (PROMPT + OUTPUT).div_ceil(16),
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(Batching::Sequence, ExitPolicy::None, engine.model.config().num_loops as u8)
     };
     let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: PROMPT, output_tokens: OUTPUT };
     let requests: Vec<Request> = (0..batch).map(request).collect();

@@ -4,13 +4,10 @@
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use engine::cache::KvCache;
-use engine::config::ModelConfig;
-use engine::executor::in_pool;
 use engine::kernels::attention::Row;
-use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
-use engine::weights::Weights;
+use engine::{ModelConfig, WeightType, Weights, in_pool};
 use scheduler::KvFill;
 
 /// The model in the repository.

@@ -4,7 +4,7 @@
 
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use engine::executor::in_pool;
+use engine::in_pool;
 use engine::kernels::linear::{Linear, WeightType};
 
 /// Name, inputs and outputs.

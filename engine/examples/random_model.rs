@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use engine::config::ModelConfig;
+use engine::ModelConfig;
 use engine::weights::{Stored, Weights};
 
 fn main() -> ExitCode {

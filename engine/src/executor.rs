@@ -86,7 +86,7 @@ pub struct Generation {
     pub prompt: Vec<u32>,
     /// Ids generated.
     pub tokens: Vec<u32>,
-    /// The depth each of them left at.
+    /// The depth at which each of them exited.
     pub exit_depths: Vec<u8>,
     /// Of a recording executor: signals and the token predicted, entry `token * num_loops + depth`; zero at depths
     /// that a token never ran.
@@ -276,7 +276,7 @@ pub struct EngineExecutor {
     sampling: Sampling,
     oracle: Option<Arc<ExitDepths>>,
     recording: bool,
-    /// Depths at which a row may leave or be looked at, so that its coda is needed there.
+    /// Depths at which a row may exit or its signal is read, so that its coda is needed there.
     exit_depths: Range<usize>,
     arena: Arena,
     sequences: Sequences,
@@ -316,7 +316,7 @@ impl EngineExecutor {
         })
     }
 
-    /// Answers the oracle's looks: a token leaves at the depth given here.
+    /// Answers the oracle's reads: a token exits at the depth given here.
     pub fn with_oracle(mut self, exits: Arc<ExitDepths>) -> Self {
         self.oracle = Some(exits);
         self
@@ -331,7 +331,7 @@ impl EngineExecutor {
         Ok(self)
     }
 
-    /// Knows that rows leave by this policy only, and runs no coda where none can and nobody reads its keys and values.
+    /// Runs no coda at depths where no row can exit by this policy and no row reads its keys and values.
     pub fn exiting_by(mut self, exit: ExitPolicy) -> Self {
         let depths = exit.exit_depths(self.num_loops() as u8);
         self.exit_depths = usize::from(*depths.start())..usize::from(*depths.end()) + 1;
@@ -361,7 +361,7 @@ impl EngineExecutor {
         self.generations.get(&request).or_else(in_slot)
     }
 
-    /// The same, when the run is over.
+    /// What each request was given and generated, when the run is over.
     pub fn into_generations(self) -> HashMap<u32, Generation> {
         self.generations
     }
@@ -570,7 +570,7 @@ impl EngineExecutor {
         Ok(())
     }
 
-    /// Answers the looks of a pass.
+    /// Reads the exit signals of a pass.
     fn read_signals(&self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
         for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| pass.reads_signal(segment)) {
             let Finding { verdict, gate, similarity } = self.current.findings[index];
@@ -579,8 +579,8 @@ impl EngineExecutor {
                 SignalRead::Oracle => f32::from(u8::from(self.oracle_exits(segment)?)),
                 SignalRead::Signal(ExitSignal::Similarity) => similarity,
                 SignalRead::Signal(ExitSignal::Gate) => gate,
-                SignalRead::Signal(measure @ (ExitSignal::Top1 | ExitSignal::Margin | ExitSignal::Entropy)) => {
-                    verdict.expect("looks that need the head ask for it").signals().get(measure)
+                SignalRead::Signal(signal @ (ExitSignal::Top1 | ExitSignal::Margin | ExitSignal::Entropy)) => {
+                    verdict.expect("signals that need the head ask for it").signals().get(signal)
                 }
             };
         }

@@ -1,6 +1,6 @@
 //! Recordings: requests at full depth, with the signals and predictions of every generated token at every depth.
 
-use scheduler::{Batching, Executor, ExitPolicy, KvFill, Observer, Pass, ServeError, Settings, Slot};
+use scheduler::{Batching, Executor, ExitPolicy, Observer, Pass, ServeError, Settings, Slot};
 use traces::{ExitTrace, ExitTraceMeta, Nanos, Request, Signals, TraceError};
 
 use crate::cache::TILE;
@@ -67,17 +67,12 @@ impl Engine {
         let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
         let max_batch = (requests.len() as u32).clamp(1, 32);
         Settings {
-            batching: Batching::Sequence,
-            exit: ExitPolicy::None,
-            kv_fill: KvFill::Reuse,
-            num_loops: self.model.config().num_loops as u8,
             max_batch,
             token_budget: UNTIMED_ROWS as u32,
             prefill_chunk: UNTIMED_ROWS as u32,
             block_tokens: TILE as u32,
             num_blocks: max_batch * longest.div_ceil(TILE as u32),
-            prefix_caching: false,
-            async_scheduling: false,
+            ..Settings::new(Batching::Sequence, ExitPolicy::None, self.model.config().num_loops as u8)
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::kernels::attention::Row;
 use crate::kernels::rows::Source;
 use crate::model::Rows;
 use crate::prompts::Prompts;
+use crate::tokenizer::TokenizerError;
 
 /// Rows of a pass of runs that nobody times.
 pub(crate) const UNTIMED_ROWS: usize = 256;
@@ -30,6 +31,9 @@ pub enum ReplayError {
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The tokenizer refused a text.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// A recording cannot be written.
     #[error(transparent)]
     Trace(#[from] TraceError),
@@ -42,7 +46,7 @@ pub enum ReplayError {
         model: usize,
     },
     /// An exit policy that reads what the model does not have.
-    #[error("exit policy {0}: the model has no gates, expected another measure")]
+    #[error("exit policy {0}: the model has no gates, expected another signal")]
     NoGates(ExitPolicy),
 }
 
@@ -61,7 +65,7 @@ impl From<candle_core::Error> for ReplayError {
     }
 }
 
-/// A model with what it needs to answer requests.
+/// A model with what it needs to answer requests: the entry to serving, replaying and recording.
 #[derive(Clone, Debug)]
 pub struct Engine {
     /// The model.
@@ -73,6 +77,16 @@ pub struct Engine {
 }
 
 impl Engine {
+    /// A model that takes the most likely tokens, and has no prompts yet.
+    pub fn new(model: Arc<dyn ServedModel>) -> Self {
+        Self { model, prompts: Arc::new(Prompts::Given(HashMap::new())), sampling: Sampling::default() }
+    }
+
+    /// Loops of the model.
+    pub fn num_loops(&self) -> u8 {
+        self.model.config().num_loops as u8
+    }
+
     /// An executor with a cache of the size that `settings` say.
     ///
     /// # Errors
@@ -100,7 +114,7 @@ impl Engine {
         self.replay_by(settings, requests, oracle, &mut WallClock::start(idle), observer)
     }
 
-    /// The same by another clock.
+    /// Serves requests as [`replay`](Self::replay) does, by another clock.
     ///
     /// # Errors
     /// As [`replay`](Self::replay).

@@ -13,21 +13,15 @@ use candle_core::{DType, Tensor};
 
 use common::devices::Device;
 use common::{configs, configs_of_one_head_size, grouped, weights, with_everything};
-use engine::backend::ServedModel;
 use engine::cache::KvCache;
-use engine::config::ModelConfig;
-use engine::executor::{EngineExecutor, Generation, Sampling};
 use engine::kernels::attention::Row;
-use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::kernels::signals::{Verdict, mix};
 use engine::model::{Model, Rows};
-use engine::prompts::Prompts;
+use engine::{EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
-use scheduler::{
-    Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, SignalRead, VirtualClock, serve,
-};
+use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, VirtualClock, serve};
 use traces::{ExitSignal, Nanos, Request};
 
 #[derive(Default)]
@@ -107,17 +101,17 @@ impl Setup {
     ) -> Generation {
         let exits = Arc::new(HashMap::from([(request.id, exits)]));
         let settings = Settings {
-            batching: Batching::Sequence,
-            exit: ExitPolicy::Oracle { charged: false },
             kv_fill,
-            num_loops: self.model.config().num_loops as u8,
             max_batch: 1,
             token_budget: 1000,
             prefill_chunk: 1000,
             block_tokens: 128,
             num_blocks: 1,
-            prefix_caching: false,
-            async_scheduling: false,
+            ..Settings::new(
+                Batching::Sequence,
+                ExitPolicy::Oracle { charged: false },
+                self.model.config().num_loops as u8,
+            )
         };
         let executor = self.executor_of(model, &settings).recording().with_oracle(exits);
         self.run(settings, &[request], executor).0.remove(&request.id).unwrap()
@@ -194,11 +188,10 @@ proptest! {
         let config = ModelConfig { gate: config.gate || reads_gates, ..config };
         let setup = Setup::new(&config, weight_type, seed, temperature);
         let settings = Settings {
-            batching, exit, kv_fill, max_batch, prefill_chunk, num_blocks, prefix_caching: false,
-            async_scheduling: ahead && exit.signal_read() == SignalRead::None,
-            num_loops: config.num_loops as u8,
+            kv_fill, max_batch, prefill_chunk, num_blocks,
             token_budget: max_batch + spare_budget,
-            block_tokens: 16,
+            async_scheduling: ahead && exit.is_known_ahead(),
+            ..Settings::new(batching, exit, config.num_loops as u8)
         };
         assert_batched_as_alone(&setup, settings, &requests);
     }
@@ -235,17 +228,13 @@ fn batched_requests_on(device: Device, cases: u32) {
         };
         let requests: Vec<Request> = (0..3).map(request).collect();
         let settings = Settings {
-            batching: Batching::ALL[case.get() % Batching::ALL.len()],
-            exit,
             kv_fill,
-            num_loops: config.num_loops as u8,
             max_batch: 3,
             token_budget: 17,
             prefill_chunk: 13,
-            block_tokens: 16,
             num_blocks: 12,
-            prefix_caching: false,
-            async_scheduling: exit.signal_read() == SignalRead::None,
+            async_scheduling: exit.is_known_ahead(),
+            ..Settings::new(Batching::ALL[case.get() % Batching::ALL.len()], exit, config.num_loops as u8)
         };
         assert_batched_as_alone(&setup, settings, &requests);
         Ok(())
@@ -283,17 +272,12 @@ fn preempted_requests_on(device: Device, seeds: u64) {
             let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
             let requests: Vec<Request> = (0..5).map(request).collect();
             let settings = Settings {
-                batching: Batching::Depth,
-                exit: ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 },
                 kv_fill,
-                num_loops: 3,
                 max_batch: 5,
                 token_budget: 30,
                 prefill_chunk: 7,
-                block_tokens: 16,
                 num_blocks: 7,
-                prefix_caching: false,
-                async_scheduling: false,
+                ..Settings::new(Batching::Depth, ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 }, 3)
             };
             let (generations, preemptions) = setup.run(settings, &requests, setup.executor(&settings).recording());
             assert!(preemptions > 3, "{kv_fill}: {preemptions}");
@@ -324,17 +308,12 @@ fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Ve
         |request: u32, token: u64| if token == 29 { 2 } else { (mix(token << 8 | u64::from(request)) % 3) as u8 };
     let exits = requests.iter().map(|request| (request.id, (0..30).map(|token| exit(request.id, token)).collect()));
     let settings = Settings {
-        batching,
-        exit: ExitPolicy::Oracle { charged: false },
         kv_fill,
-        num_loops: 3,
         max_batch: 4,
         token_budget: 9,
         prefill_chunk: 4,
-        block_tokens: 16,
         num_blocks: 20,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(batching, ExitPolicy::Oracle { charged: false }, 3)
     };
     let executor = setup.executor(&settings).with_oracle(Arc::new(exits.collect()));
     let mut server = Server::new(settings, executor).unwrap();
@@ -370,17 +349,13 @@ fn backfill_on(device: Device) {
             let prompts = Arc::new(Prompts::Given(HashMap::from([(0, context)])));
             let setup = Setup { model: setup.model.clone(), on_cpu: setup.on_cpu.clone(), prompts, ..setup };
             let settings = Settings {
-                batching: Batching::Sequence,
-                exit: ExitPolicy::None,
                 kv_fill: KvFill::Backfill,
-                num_loops: 3,
                 max_batch: 1,
                 token_budget: 1000,
                 prefill_chunk: 1000,
                 block_tokens: 128,
                 num_blocks: 1,
-                prefix_caching: false,
-                async_scheduling: false,
+                ..Settings::new(Batching::Sequence, ExitPolicy::None, 3)
             };
             let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: tokens, output_tokens: 1 };
             let mut server = Server::new(settings, setup.executor(&settings)).unwrap();

@@ -6,13 +6,7 @@ use std::sync::Arc;
 
 use common::devices::Device;
 use common::{grouped, weights, with_everything};
-use engine::config::ModelConfig;
-use engine::executor::Sampling;
-use engine::kernels::linear::WeightType;
-use engine::model::Model;
-use engine::profile::{Grid, Limits, Probe, Profiler};
-use engine::prompts::Prompts;
-use engine::replay::Engine;
+use engine::{Engine, Grid, Limits, Model, ModelConfig, Probe, Profiler, Prompts, Sampling, WeightType};
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Lengths};
 use traces::{Component, Nanos, PassOrigin, PassRun};

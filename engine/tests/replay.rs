@@ -6,14 +6,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use common::{grouped, weights, with_everything};
-use engine::clock::Idle;
-use engine::config::ModelConfig;
-use engine::executor::Sampling;
-use engine::kernels::linear::WeightType;
-use engine::model::Model;
-use engine::prompts::Prompts;
-use engine::replay::{Engine, oracle_depths};
-use scheduler::{Batching, ExitPolicy, KvFill, Settings};
+use engine::{Engine, Idle, Model, ModelConfig, Prompts, Sampling, WeightType, oracle_depths};
+use scheduler::{Batching, ExitPolicy, Settings};
 use traces::{Nanos, Request};
 
 fn engine(config: &ModelConfig, temperature: f32) -> Engine {
@@ -32,17 +26,11 @@ fn requests() -> Vec<Request> {
 
 fn settings(exit: ExitPolicy) -> Settings {
     Settings {
-        batching: Batching::Depth,
-        exit,
-        kv_fill: KvFill::Reuse,
-        num_loops: 3,
         max_batch: 4,
         token_budget: 40,
         prefill_chunk: 16,
-        block_tokens: 16,
         num_blocks: 40,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(Batching::Depth, exit, 3)
     }
 }
 

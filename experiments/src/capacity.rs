@@ -10,7 +10,7 @@ use crate::runs::warn_of_extrapolations;
 use crate::sweep::Earlier;
 use crate::sweep::figures::{CAPACITY_SUMMARY, draw_capacity};
 use crate::sweep::folder::{self, Inputs};
-use crate::sweep::plan::{Plan, SETTINGS};
+use crate::sweep::plan::Plan;
 use crate::sweep::spec::{CapacitySpec, SweepSpec};
 
 /// A line for each policy and seed.
@@ -42,7 +42,7 @@ pub fn capacity(
     };
     let table = search_all(&plan, &search, points, reporter)?;
     warn_of_extrapolations(&plan.extrapolations(), reporter);
-    let summary = table.over_seeds(spec.num_seeds(), &SETTINGS);
+    let summary = table.over_seeds(spec.num_seeds(), &Plan::columns_of_run());
     if let Some(mut folder) = folder {
         let results = folder.path()?;
         summary.write(&results.join(CAPACITY_SUMMARY))?;

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use engine::device::DeviceName;
-use engine::kernels::linear::WeightType;
+use engine::{DeviceName, WeightType};
 use scheduler::{Batching, ExitPolicy, KvFill};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -20,7 +20,7 @@ pub fn draw(runs: &[&Path], folder: &Path) -> Result<()> {
         name: "loss".to_owned(),
         title: "Cross-entropy of the last loop over training steps".to_owned(),
         setting: "training batches averaged over neighbouring steps".to_owned(),
-        device: engine::profile::device_name(),
+        device: engine::device_name(),
         origin: Origin::Measured,
     };
     Ok(plots::losses(&figure, &curves)?)

@@ -6,16 +6,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use bytesize::ByteSize;
-use engine::backend::ServedModel;
-use engine::checkpoint::Checkpoint;
-use engine::clock::{Idle, WallClock};
-use engine::device::DeviceName;
-use engine::executor::{ExitDepths, Generation, Sampling};
-use engine::kernels::linear::WeightType;
-use engine::profile::{Grid, Limits, Probe, ProbedClock, Profiler};
-use engine::prompts::Prompts;
-use engine::replay::{Engine, oracle_depths};
-use engine::tokenizer::Tokenizer;
+use engine::{
+    Checkpoint, DeviceName, Engine, ExitDepths, Generation, Grid, Idle, Limits, Probe, ProbedClock, Profiler, Prompts,
+    Sampling, ServedModel, Tokenizer, WallClock, WeightType, oracle_depths,
+};
 use latency::LatencyModel;
 use scheduler::{Clock, KvFill, Lengths, Observer, PassRecorder, Settings, SignalRead};
 use simulator::{Metrics, ModelMemory, Pace, Source, Summary};

@@ -1,7 +1,7 @@
 //! A latency profile of a model on this machine.
 
 use anyhow::{Result, ensure};
-use engine::profile::{Grid, Limits, Profiler};
+use engine::{Grid, Limits, Profiler};
 use scheduler::Lengths;
 use traces::{LatencyProfile, PassLog};
 

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use engine::clock::Idle;
-use engine::replay::oracle_depths;
+use engine::{Idle, oracle_depths};
 use scheduler::{PassRecorder, Settings, SignalRead};
 use traces::{ExitTrace, PassLog, PassOrigin, Request, unix_micros};
 

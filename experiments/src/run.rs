@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use engine::executor::Sampling;
+use engine::Sampling;
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Settings};
 use simulator::{Draw, ExitModel, ModelMemory, Summary, write_csv};

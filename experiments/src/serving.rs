@@ -51,9 +51,6 @@ pub struct Serving {
     pub async_scheduling: bool,
 }
 
-/// Positions per KV block where nobody says: as in vLLM.
-pub const DEFAULT_BLOCK_TOKENS: u32 = 16;
-
 /// The most of what sizes a batch: sequences, and prompt tokens and rows of a pass. More are a slip of the hand.
 pub const MOST_ROWS: u32 = 1 << 20;
 /// The most KV blocks of a machine.
@@ -87,7 +84,7 @@ pub fn check_machines(replicas: usize, settings: &Settings) -> Result<()> {
 }
 
 fn default_block_tokens() -> u32 {
-    DEFAULT_BLOCK_TOKENS
+    Settings::BLOCK_TOKENS
 }
 
 /// Reads a number of bytes, such as `16000000000`, `16 GB` or `16GiB`.
@@ -106,6 +103,24 @@ fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::E
 }
 
 impl Serving {
+    /// Every batching policy with every exit policy under these limits; for other keys, what a file gets that lacks them.
+    pub fn new(batching: Vec<Batching>, exit: Vec<ExitPolicy>, max_batch: u32, token_budget: u32) -> Self {
+        Self {
+            batching,
+            exit,
+            kv_fill: KvFill::default(),
+            max_batch,
+            token_budget,
+            prefill_chunk: None,
+            block_tokens: Settings::BLOCK_TOKENS,
+            num_blocks: None,
+            device_memory: None,
+            memory_utilization: None,
+            prefix_caching: false,
+            async_scheduling: false,
+        }
+    }
+
     /// # Errors
     /// If keys contradict each other or make no sense.
     pub fn check(&self) -> Result<()> {
@@ -164,19 +179,17 @@ impl Serving {
         ] {
             check_at_most(key, found.into(), MOST_ROWS.into())?;
         }
-        let share = if batching.is_lockstep() { 1 } else { model.num_loops };
+        let default_chunk = || Settings::prefill_chunk_of(self.token_budget, batching, model.num_loops);
         let mut settings = Settings {
-            batching,
-            exit,
             kv_fill: self.kv_fill,
-            num_loops: model.num_loops as u8,
             max_batch: self.max_batch,
             token_budget: self.token_budget,
-            prefill_chunk: self.prefill_chunk.unwrap_or((self.token_budget / share).max(1)),
+            prefill_chunk: self.prefill_chunk.unwrap_or_else(default_chunk),
             block_tokens: self.block_tokens,
             num_blocks: 0,
             prefix_caching: self.prefix_caching,
             async_scheduling: self.async_scheduling,
+            ..Settings::new(batching, exit, model.num_loops as u8)
         };
         settings.num_blocks = match (self.num_blocks, self.device_memory.or(model.figures.device_bytes)) {
             (Some(blocks), _) => blocks,

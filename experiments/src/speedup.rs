@@ -74,20 +74,7 @@ mod tests {
 
     fn summary(batching: Batching, exit: &str, throughput_tok_s: f64, token_agreement: f64) -> Summary {
         let exit: ExitPolicy = exit.parse().unwrap();
-        let settings = Settings {
-            batching,
-            exit,
-            kv_fill: scheduler::KvFill::Reuse,
-            num_loops: 4,
-            max_batch: 8,
-            token_budget: 16,
-            prefill_chunk: 8,
-            block_tokens: 16,
-            num_blocks: 64,
-            prefix_caching: false,
-            async_scheduling: false,
-        };
-        let summary = Metrics::new(&settings).summary(Source::Measured, Some(token_agreement));
+        let summary = Metrics::new(&Settings::new(batching, exit, 4)).summary(Source::Measured, Some(token_agreement));
         Summary { throughput_tok_s, ..summary }
     }
 

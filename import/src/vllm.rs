@@ -17,7 +17,7 @@
 
 use std::path::{Path, PathBuf};
 
-use scheduler::{Batching, ExitPolicy, KvFill, Settings};
+use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -195,10 +195,6 @@ impl Meta {
         let budget = self.need(&[SCHEDULER, ASKED], "max_num_batched_tokens")?;
         let token_budget = self.get(&[SCHEDULER, ASKED], "max_num_scheduled_tokens")?.unwrap_or(budget).min(budget);
         Ok(Settings {
-            batching: Batching::Sequence,
-            exit: ExitPolicy::None,
-            kv_fill: KvFill::Reuse,
-            num_loops: 1,
             max_batch: self.need(&[SCHEDULER, ASKED], "max_num_seqs")?,
             token_budget,
             prefill_chunk: token_budget,
@@ -212,6 +208,7 @@ impl Meta {
                 Some(on) => on,
                 None => self.async_by_default(assumptions)?,
             },
+            ..Settings::new(Batching::Sequence, ExitPolicy::None, 1)
         })
     }
 

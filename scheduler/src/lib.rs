@@ -5,7 +5,7 @@
 //! simulator's executor takes both from a latency profile and an exit trace. [`serve()`] is the loop around them.
 //!
 //! ```
-//! use scheduler::{serve, Batching, ExitPolicy, Executor, KvFill, Pass, Server, Settings, Slot, VirtualClock};
+//! use scheduler::{serve, Batching, Executor, Pass, Server, Settings, Slot, VirtualClock};
 //! use traces::{Nanos, Request};
 //!
 //! /// A machine whose every pass takes a microsecond, and whose rows are sure after the second pass.
@@ -24,11 +24,8 @@
 //! }
 //!
 //! let settings = Settings {
-//!     batching: Batching::Depth,
-//!     exit: "confidence:0.9".parse().unwrap(),
-//!     kv_fill: KvFill::Reuse,
-//!     num_loops: 4, max_batch: 8, token_budget: 64, prefill_chunk: 16, block_tokens: 16, num_blocks: 100,
-//!     prefix_caching: false, async_scheduling: false,
+//!     max_batch: 8, token_budget: 64, prefill_chunk: 16, num_blocks: 100,
+//!     ..Settings::new(Batching::Depth, "confidence:0.9".parse().unwrap(), 4)
 //! };
 //! let mut server = Server::new(settings, Constant).unwrap();
 //! let requests = [Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 3, output_tokens: 5 }];
@@ -43,6 +40,7 @@
 mod ahead;
 mod backfill;
 pub mod blocks;
+pub mod custom;
 pub mod executor;
 pub mod observe;
 pub mod pass;
@@ -55,6 +53,7 @@ pub mod steady;
 mod work;
 
 pub use blocks::{BlockId, BlockTables};
+pub use custom::{CustomExit, CustomPolicy, ExitRow, Memory};
 pub use executor::Executor;
 pub use observe::{Observer, PassRecord, Token};
 pub use pass::{Pass, RowKind, Segment, Slot};

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use traces::{ExitSignal, SignalBound};
 
+use crate::custom::CustomPolicy;
 use crate::pass::Segment;
 
 /// Which rows may share a pass, and when a finished one is replaced.
@@ -75,6 +76,8 @@ pub enum ExitPolicy {
         /// Threshold, in the signal's own unit.
         threshold: f32,
     },
+    /// By a rule that is not built in.
+    Custom(CustomPolicy),
 }
 
 /// What an executor must report of a row after a pass.
@@ -86,6 +89,16 @@ pub enum SignalRead {
     Oracle,
     /// The value of an exit signal.
     Signal(ExitSignal),
+}
+
+impl SignalRead {
+    /// Whether reading it costs a product with the whole vocabulary. The oracle's answer is free.
+    pub fn needs_head(self) -> bool {
+        match self {
+            Self::None | Self::Oracle => false,
+            Self::Signal(signal) => signal.needs_head(),
+        }
+    }
 }
 
 /// What is read of rows that predict a token, by depth.
@@ -121,16 +134,18 @@ impl ExitPolicy {
             Self::None | Self::Static(_) => SignalRead::None,
             Self::Oracle { .. } => SignalRead::Oracle,
             Self::Confidence { signal, .. } => SignalRead::Signal(signal),
+            Self::Custom(policy) => policy.reads(),
         }
+    }
+
+    /// Whether the exits of a pass are known before it runs, so that the next pass can be planned meanwhile.
+    pub fn is_known_ahead(self) -> bool {
+        matches!(self, Self::None | Self::Static(_))
     }
 
     /// Whether reading the signal takes a product with the whole vocabulary.
     pub fn read_needs_head(self) -> bool {
-        match self {
-            Self::None | Self::Static(_) => false,
-            Self::Oracle { charged } => charged,
-            Self::Confidence { signal, .. } => signal.needs_head(),
-        }
+        self.signal_read().needs_head() || self == Self::Oracle { charged: true }
     }
 
     /// The depths at which rows of a model with `num_loops` loops can exit. At the last depth, all do.
@@ -139,7 +154,7 @@ impl ExitPolicy {
         match self {
             Self::None => last..=last,
             Self::Static(depth) => depth.min(last)..=depth.min(last),
-            Self::Oracle { .. } | Self::Confidence { .. } => 0..=last,
+            Self::Oracle { .. } | Self::Confidence { .. } | Self::Custom(_) => 0..=last,
         }
     }
 
@@ -158,19 +173,20 @@ impl ExitPolicy {
     /// The signal values at which rows exit.
     pub fn bound(self) -> SignalBound {
         match self {
-            Self::None | Self::Static(_) => SignalBound::NEVER,
+            Self::None | Self::Static(_) | Self::Custom(_) => SignalBound::NEVER,
             Self::Oracle { .. } => SignalBound::at_least(1.0),
             Self::Confidence { signal, threshold } => signal.bound(threshold),
         }
     }
 
-    /// The kind of policy, without its parameters: `none`, `static`, `oracle` or `confidence`.
+    /// The kind of policy, without its parameters: `none`, `static`, `oracle`, `confidence`, or the name of a custom one.
     pub fn kind(self) -> &'static str {
         match self {
             Self::None => "none",
             Self::Static(_) => "static",
             Self::Oracle { .. } => "oracle",
             Self::Confidence { .. } => "confidence",
+            Self::Custom(policy) => policy.name(),
         }
     }
 
@@ -191,6 +207,7 @@ impl fmt::Display for ExitPolicy {
             Self::Oracle { charged: false } => f.write_str("oracle"),
             Self::Oracle { charged: true } => f.write_str("oracle:charged"),
             Self::Confidence { signal, threshold } => write!(f, "confidence:{signal}:{threshold}"),
+            Self::Custom(policy) => f.write_str(policy.name()),
         }
     }
 }
@@ -201,6 +218,13 @@ impl FromStr for ExitPolicy {
     /// Parses `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:THRESHOLD` (of the top-1 probability),
     /// `confidence:MEASURE:THRESHOLD` or its short form `MEASURE:THRESHOLD`.
     fn from_str(text: &str) -> Result<Self, PolicyError> {
+        Self::built_in(text).or_else(|error| CustomPolicy::registered(text).map(Self::Custom).ok_or(error))
+    }
+}
+
+impl ExitPolicy {
+    /// Reads the name of a policy that is not custom.
+    pub(crate) fn built_in(text: &str) -> Result<Self, PolicyError> {
         let unknown = || PolicyError::Exit(text.to_owned());
         let threshold = |number: &str| match number.parse::<f32>() {
             Ok(threshold) if threshold.is_finite() => Ok(threshold),
@@ -289,7 +313,7 @@ pub enum PolicyError {
     /// Not an exit policy.
     #[error(
         "unknown exit policy `{0}`: expected none, static:DEPTH, oracle, oracle:charged, \
-         confidence:THRESHOLD, confidence:MEASURE:THRESHOLD or MEASURE:THRESHOLD"
+         confidence:THRESHOLD, confidence:SIGNAL:THRESHOLD, SIGNAL:THRESHOLD or the name of a registered policy"
     )]
     Exit(String),
     /// Not a signal.
@@ -298,6 +322,12 @@ pub enum PolicyError {
     /// Not a finite number.
     #[error("the threshold of exit policy `{0}` is not a finite number")]
     Threshold(String),
+    /// The name of a custom exit policy could not be read back.
+    #[error("a custom exit policy is named `{0}`: expected ASCII letters, digits and `-_.:`, at least one")]
+    CustomName(String),
+    /// The name of a custom exit policy is that of another.
+    #[error("a custom exit policy is named `{0}`, which is another policy's name already")]
+    TakenName(String),
 }
 
 macro_rules! serde_by_name {

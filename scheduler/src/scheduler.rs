@@ -14,9 +14,10 @@ use traces::{Nanos, PrefixHashes, Request, SignalBound};
 
 use crate::backfill::Backlog;
 use crate::blocks::{BlockId, BlockTables, Contents};
+use crate::custom::CustomDecisions;
 use crate::observe::{Observer, Token};
 use crate::pass::{Pass, RowKind, Segment, Slot};
-use crate::policy::{Batching, ExitPolicy, KvFill, SignalRead, SignalReads};
+use crate::policy::{Batching, ExitPolicy, KvFill, SignalReads};
 use crate::work::WorkMeter;
 
 /// How a run is scheduled.
@@ -131,6 +132,47 @@ pub enum ScheduleError {
 }
 
 impl Settings {
+    /// Positions per KV block by default: as in vLLM.
+    pub const BLOCK_TOKENS: u32 = 16;
+
+    /// Settings of a model with `num_loops` loops under these policies; [other values](Self#fields) than the defaults are
+    /// given by struct update syntax: `Settings { max_batch: 8, ..Settings::new(batching, exit, num_loops) }`.
+    ///
+    /// | setting | default |
+    /// | --- | --- |
+    /// | `kv_fill` | [`KvFill::Reuse`] |
+    /// | `max_batch` | 64 sequences |
+    /// | `token_budget` | 2,048 rows |
+    /// | `prefill_chunk` | [as follows from the budget](Self::prefill_chunk_of) |
+    /// | `block_tokens` | [`BLOCK_TOKENS`](Self::BLOCK_TOKENS), 16 positions |
+    /// | `num_blocks` | 4,096: the KV entries of 65,536 tokens |
+    /// | `prefix_caching`, `async_scheduling` | off |
+    ///
+    /// A new setting gets its default here, and no other caller changes.
+    pub fn new(batching: Batching, exit: ExitPolicy, num_loops: u8) -> Self {
+        let token_budget = 2048;
+        Self {
+            batching,
+            exit,
+            kv_fill: KvFill::Reuse,
+            num_loops,
+            max_batch: 64,
+            token_budget,
+            prefill_chunk: Self::prefill_chunk_of(token_budget, batching, num_loops.into()),
+            block_tokens: Self::BLOCK_TOKENS,
+            num_blocks: 4096,
+            prefix_caching: false,
+            async_scheduling: false,
+        }
+    }
+
+    /// The largest prompt chunk that keeps a steady stream of prompts within a token budget. A chunk occupies its rows at
+    /// every depth: in lockstep one depth after the other, depth-wise all depths of successive chunks at once.
+    pub fn prefill_chunk_of(token_budget: u32, batching: Batching, num_loops: u32) -> u32 {
+        let depths = if batching.is_lockstep() { 1 } else { num_loops.max(1) };
+        (token_budget / depths).max(1)
+    }
+
     /// Maximum number of sequences that may run at once.
     pub const MOST_SEQUENCES: u32 = 1 << 20;
     /// Maximum number of KV blocks.
@@ -164,7 +206,7 @@ impl Settings {
             ExitPolicy::Static(depth) if depth >= self.num_loops => {
                 Err(ScheduleError::StaticDepth { depth, num_loops: self.num_loops })
             }
-            exit if self.async_scheduling && exit.signal_read() != SignalRead::None => {
+            exit if self.async_scheduling && !exit.is_known_ahead() => {
                 Err(ScheduleError::AsyncExit { exit: exit.to_string() })
             }
             _ => Ok(()),
@@ -291,6 +333,8 @@ pub struct Scheduler {
     settings: Settings,
     reads: SignalReads,
     bound: SignalBound,
+    /// What decides instead of the bound, under a custom exit policy.
+    custom: Option<Box<CustomDecisions>>,
     publishing: Publishing,
     prefixes: Option<Arc<PrefixHashes>>,
     waiting: VecDeque<Sequence>,
@@ -336,11 +380,17 @@ impl Scheduler {
     /// If the settings contradict each other.
     pub fn new(settings: Settings) -> Result<Self, ScheduleError> {
         settings.check()?;
+        let Settings { num_loops, max_batch, .. } = settings;
+        let custom = |policy| Box::new(CustomDecisions::new(policy, num_loops, max_batch));
         let idle = Sequence::new(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 });
         Ok(Self {
             settings,
             reads: settings.exit.signal_reads(settings.num_loops),
             bound: settings.exit.bound(),
+            custom: match settings.exit {
+                ExitPolicy::Custom(policy) => Some(custom(policy)),
+                _ => None,
+            },
             publishing: Publishing::new(&settings),
             prefixes: None,
             waiting: VecDeque::new(),
@@ -692,6 +742,9 @@ impl Scheduler {
         if let Some(backlog) = &mut self.backlog {
             backlog.admit(slot, context);
         }
+        if let Some(custom) = &mut self.custom {
+            custom.admit(slot, request.id);
+        }
         if let Some(reach) = self.meter.reach_mut() {
             reach.admit(slot, request.id, request.prompt_tokens);
         }
@@ -765,6 +818,9 @@ impl Scheduler {
         sequence.running = false;
         sequence.started = 0;
         sequence.context = sequence.decode_positions();
+        if let Some(custom) = &mut self.custom {
+            custom.preempt(slot, sequence.request.id);
+        }
         if let Some(reach) = self.meter.reach_mut() {
             reach.preempt(slot, sequence.request.id);
         }
@@ -784,6 +840,21 @@ impl Scheduler {
     /// The exits are close to random, so a branch would be mispredicted for most rows. The loop writes every index and
     /// advances the count only for rows that exit.
     pub fn decide(&mut self, signals: &[f32]) {
+        match self.custom.take() {
+            None => self.decide_by_bound(signals),
+            Some(mut custom) => {
+                self.decide_by(&mut custom, signals);
+                self.custom = Some(custom);
+            }
+        }
+        self.meter.exit(&self.segments, &self.exiting, self.reads);
+    }
+
+    /// Has rows exit whose signals reach the bound of a built-in policy.
+    ///
+    /// Which do is as good as random, so the loop writes every index and keeps those that exit by counting on:
+    /// a branch would be mispredicted for most rows.
+    fn decide_by_bound(&mut self, signals: &[f32]) {
         let (bound, certain_from) = (self.bound, self.reads.below);
         self.exiting.resize(self.segments.len(), 0);
         let mut exiting = 0;
@@ -792,7 +863,19 @@ impl Scheduler {
             exiting += usize::from(segment.predicts & ((segment.depth >= certain_from) | bound.is_reached(signal)));
         }
         self.exiting.truncate(exiting);
-        self.meter.exit(&self.segments, &self.exiting, self.reads);
+    }
+
+    /// Has rows exit for which a custom policy says so.
+    fn decide_by(&mut self, custom: &mut CustomDecisions, signals: &[f32]) {
+        let (running, waiting) = (self.num_running(), self.num_waiting());
+        let exits = |(segment, &signal): (&Segment, &f32)| {
+            let token = self.sequences[segment.slot as usize].generated;
+            segment.predicts
+                && (segment.depth >= self.reads.below || custom.exits(segment, signal, token, running, waiting))
+        };
+        let exiting = self.segments.iter().zip(signals).map(exits);
+        self.exiting.clear();
+        self.exiting.extend((0..).zip(exiting).filter_map(|(index, exits)| exits.then_some(index)));
     }
 
     /// Applies the outcome of the pass at its end: delivers tokens and moves the other rows one depth deeper.

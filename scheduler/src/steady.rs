@@ -4,7 +4,7 @@ use traces::{Nanos, Request};
 
 use crate::executor::Executor;
 use crate::observe::Observer;
-use crate::policy::{Batching, ExitPolicy, KvFill};
+use crate::policy::{Batching, ExitPolicy};
 use crate::scheduler::Settings;
 use crate::serve::{ServeError, Server};
 
@@ -47,17 +47,12 @@ impl SteadyLoad {
         lengths: Lengths,
     ) -> Self {
         let settings = Settings {
-            batching: Batching::Sequence,
-            exit: ExitPolicy::None,
-            kv_fill: KvFill::Reuse,
-            num_loops,
             max_batch,
             token_budget,
             prefill_chunk,
             block_tokens,
             num_blocks: max_batch * lengths.longest.max(2).div_ceil(block_tokens),
-            prefix_caching: false,
-            async_scheduling: false,
+            ..Settings::new(Batching::Sequence, ExitPolicy::None, num_loops)
         };
         Self { settings, lengths }
     }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use scheduler::{
-    Batching, Executor, ExitPolicy, KvFill, Observer, Pass, PassRecord, RowKind, Segment, Server, Settings, SignalRead,
-    Slot, Token, VirtualClock, serve,
+    Batching, CustomExit, CustomPolicy, Executor, ExitPolicy, ExitRow, KvFill, Memory, Observer, Pass, PassRecord,
+    RowKind, Segment, Server, Settings, SignalRead, Slot, Token, VirtualClock, serve,
 };
-use traces::{Nanos, PrefixHashes, Request};
+use traces::{ExitSignal, Nanos, PrefixHashes, Request};
 
 /// The last depth that a request's token reaches, drawn once for all policies.
 fn sure_depth(request: u32, token: u32, num_loops: u8) -> u8 {
@@ -422,12 +422,35 @@ prop_compose! {
         prefix_caching in any::<bool>(), ahead in any::<bool>(), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
     ) -> Settings {
         let longest = 40 + 20;
-        let async_scheduling = ahead && exit.signal_read() == SignalRead::None;
+        let async_scheduling = ahead && exit.is_known_ahead();
         Settings {
-            batching: Batching::Depth, exit, kv_fill, num_loops, max_batch, token_budget: max_batch + slack,
-            prefill_chunk, block_tokens, num_blocks: longest / block_tokens + 1 + spare_blocks,
-            prefix_caching, async_scheduling,
+            kv_fill, max_batch, token_budget: max_batch + slack, prefill_chunk, block_tokens,
+            num_blocks: longest / block_tokens + 1 + spare_blocks, prefix_caching, async_scheduling,
+            ..Settings::new(Batching::Depth, exit, num_loops)
         }
+    }
+}
+
+/// The rule of `confidence:0.9`. It checks that its memory stays with the sequence.
+struct Sure;
+
+impl CustomExit for Sure {
+    fn name(&self) -> &str {
+        "sure"
+    }
+
+    fn reads(&self) -> SignalRead {
+        SignalRead::Signal(ExitSignal::Top1)
+    }
+
+    fn exits(&self, row: &ExitRow<'_>, memory: &mut Memory) -> bool {
+        assert_eq!(row.signals.len(), usize::from(row.depth) + 1);
+        assert!(row.running > 0 && row.position >= row.token);
+        let [seen, ..] = memory;
+        let token = row.token as f32;
+        assert!(*seen == token || *seen == token + 1.0, "{seen} tokens were seen before token {token}");
+        *seen = token + 1.0;
+        row.signals.last() >= Some(&0.9)
     }
 }
 
@@ -465,6 +488,17 @@ proptest! {
     }
 
     #[test]
+    fn a_custom_policy_of_a_built_in_rule_runs_what_that_runs(settings in settings(), requests in requests()) {
+        for batching in Batching::ALL {
+            let run = |exit| {
+                let settings = Settings { batching, exit, async_scheduling: false, ..settings };
+                events(settings, Checker::new(settings), &requests)
+            };
+            prop_assert_eq!(run(ExitPolicy::Custom(CustomPolicy::new(&Sure))), run("confidence:0.9".parse().unwrap()));
+        }
+    }
+
+    #[test]
     fn without_preemption_every_policy_runs_the_same_rows(settings in settings(), requests in requests()) {
         let roomy = Settings { num_blocks: 10_000, prefix_caching: false, ..settings };
         let logs = [Batching::Vanilla, Batching::Sequence].map(|batching| run(Settings { batching, ..roomy }, &requests));
@@ -479,17 +513,12 @@ proptest! {
 #[test]
 fn a_tight_cache_preempts_and_still_ends() {
     let settings = Settings {
-        batching: Batching::Depth,
-        exit: ExitPolicy::None,
-        kv_fill: KvFill::Reuse,
-        num_loops: 3,
         max_batch: 8,
         token_budget: 32,
         prefill_chunk: 8,
         block_tokens: 2,
         num_blocks: 20,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(Batching::Depth, ExitPolicy::None, 3)
     };
     let requests: Vec<Request> =
         (0..20).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 4, output_tokens: 30 }).collect();
@@ -505,17 +534,12 @@ fn a_tight_cache_preempts_and_still_ends() {
 #[test]
 fn a_first_token_that_exits_early_is_followed_before_its_prompt_has_run_every_depth() {
     let settings = Settings {
-        batching: Batching::Depth,
-        exit: ExitPolicy::Static(0),
-        kv_fill: KvFill::Reuse,
-        num_loops: 4,
         max_batch: 1,
         token_budget: 16,
         prefill_chunk: 16,
         block_tokens: 4,
         num_blocks: 8,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(Batching::Depth, ExitPolicy::Static(0), 4)
     };
     #[derive(Default)]
     struct Depths(Vec<Vec<u8>>);
@@ -534,17 +558,12 @@ fn a_first_token_that_exits_early_is_followed_before_its_prompt_has_run_every_de
 #[test]
 fn impossible_settings_and_requests_are_refused() {
     let settings = Settings {
-        batching: Batching::Sequence,
-        exit: ExitPolicy::None,
-        kv_fill: KvFill::Reuse,
-        num_loops: 2,
         max_batch: 4,
         token_budget: 8,
         prefill_chunk: 8,
         block_tokens: 4,
         num_blocks: 4,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(Batching::Sequence, ExitPolicy::None, 2)
     };
     let refused = |settings: Settings| Server::new(settings, Checker::new(settings)).err().unwrap().to_string();
     assert!(refused(Settings { max_batch: 0, ..settings }).contains("max_batch is 0"));
@@ -553,6 +572,8 @@ fn impossible_settings_and_requests_are_refused() {
     assert!(refused(Settings { max_batch: u32::MAX, ..absurd }).contains("expected at most 1048576"));
     assert!(refused(Settings { num_blocks: u32::MAX, ..absurd }).contains("expected at most 67108864"));
     assert!(refused(Settings { exit: ExitPolicy::Static(2), ..settings }).contains("depths 0 to 1"));
+    let custom = ExitPolicy::Custom(CustomPolicy::new(&Sure));
+    assert!(refused(Settings { exit: custom, async_scheduling: true, ..settings }).contains("with exit policy sure"));
 
     let request = Request { id: 7, arrival: Nanos::ZERO, prompt_tokens: 10, output_tokens: 7 };
     assert!(settings.check_request(&request).is_ok(), "16 positions fit 16");
@@ -614,17 +635,12 @@ impl Executor for Scripted {
 /// The passes after those of the prompts, for one-token prompts with these exits, on a model of 3 loops.
 fn backfill_passes(batching: Batching, max_batch: u32, token_budget: u32, exits: &[&[u8]]) -> Vec<String> {
     let settings = Settings {
-        batching,
-        exit: ExitPolicy::Oracle { charged: false },
         kv_fill: KvFill::Backfill,
-        num_loops: 3,
         max_batch,
         token_budget,
         prefill_chunk: token_budget,
-        block_tokens: 16,
         num_blocks: 16,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(batching, ExitPolicy::Oracle { charged: false }, 3)
     };
     let requests = exits.iter().zip(0..).map(|(exits, id)| Request {
         id,

@@ -5,7 +5,7 @@
 //! counted. The example prints one line for each number of requests (1,000 to 1,000,000 by default).
 
 use latency::LatencyModel;
-use scheduler::{Batching, KvFill, Observer, Settings};
+use scheduler::{Batching, Observer, Settings};
 use simulator::{Draw, ExitModel, Metrics, Simulation, Source};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
 
@@ -19,17 +19,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let latency = LatencyModel::new(&profile())?;
     let exits = ExitModel::new(&exit_trace(), Draw::Seeded(1))?;
     let settings = Settings {
-        batching: Batching::Depth,
-        exit: "confidence:0.5".parse()?,
-        kv_fill: KvFill::Reuse,
-        num_loops: LOOPS as u8,
         max_batch: 64,
         token_budget: 512,
         prefill_chunk: 128,
-        block_tokens: 16,
         num_blocks: 4096,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(Batching::Depth, "confidence:0.5".parse()?, LOOPS as u8)
     };
     let simulation = Simulation::new(settings, &latency, &exits)?;
     println!("requests   observer  row visits  ns/visit  Mvisits/s  occupancy    cpu s  peak MB");

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! ```
-//! use scheduler::{KvFill, Settings};
+//! use scheduler::Settings;
 //! use latency::LatencyModel;
 //! use simulator::{Draw, ExitModel, Metrics, Simulation, Source};
 //! use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
@@ -42,9 +42,8 @@
 //! let latency = LatencyModel::new(&profile)?;
 //! let exits = ExitModel::new(&trace, Draw::Seeded(1))?;
 //! let settings = Settings {
-//!     batching: "depth".parse()?, exit: "confidence:0.5".parse()?, kv_fill: KvFill::Reuse,
-//!     num_loops: 2, max_batch: 8, token_budget: 64, prefill_chunk: 64, block_tokens: 16, num_blocks: 100,
-//!     prefix_caching: false, async_scheduling: false,
+//!     max_batch: 8, token_budget: 64, prefill_chunk: 64, num_blocks: 100,
+//!     ..Settings::new("depth".parse()?, "confidence:0.5".parse()?, 2)
 //! };
 //! let mut metrics = Metrics::new(&settings);
 //! let requests = [Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 2 }];
@@ -82,5 +81,5 @@ pub use pace::Pace;
 pub use routing::Routing;
 pub use simulation::{Outcome, Simulation, SimulationError, run_all};
 pub use statistics::Interval;
-pub use sweep::{Points, Table};
+pub use sweep::{Points, Table, columns};
 pub use timeline::{TIMELINE_BEGINNING, Timeline, write_timeline};

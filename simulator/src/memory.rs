@@ -147,17 +147,11 @@ mod tests {
 
     fn settings(max_batch: u32, token_budget: u32) -> Settings {
         Settings {
-            batching: Batching::Depth,
-            exit: "none".parse().unwrap(),
-            kv_fill: KvFill::Reuse,
-            num_loops: 3,
             max_batch,
             token_budget,
             prefill_chunk: 64,
-            block_tokens: 16,
             num_blocks: 0,
-            prefix_caching: false,
-            async_scheduling: false,
+            ..Settings::new(Batching::Depth, "none".parse().unwrap(), 3)
         }
     }
 

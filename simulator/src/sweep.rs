@@ -169,6 +169,11 @@ fn records(line: &impl Serialize) -> (StringRecord, StringRecord) {
     (records.next().expect(PLAIN), records.next().expect(PLAIN))
 }
 
+/// The columns that a serialized structure has in a line: the names of its fields.
+pub fn columns(line: &impl Serialize) -> Vec<String> {
+    records(line).0.iter().map(str::to_owned).collect()
+}
+
 fn text_of(record: &StringRecord) -> Vec<u8> {
     let mut writer = csv::Writer::from_writer(Vec::new());
     writer.write_record(record).expect("memory takes everything");
@@ -202,10 +207,11 @@ impl Table {
     /// The columns in `settings` keep the cells of the first line. Every other column except `point` and `seed` is
     /// averaged and followed by half the width of its confidence interval, in a column that ends in `_ci95`. A cell
     /// that is empty in one of the lines stays empty. `seeds` is the number of lines.
-    pub fn over_seeds(&self, repeats: usize, settings: &[&str]) -> Self {
+    pub fn over_seeds(&self, repeats: usize, settings: &[impl AsRef<str>]) -> Self {
+        let is_setting = |name: &str| settings.iter().any(|setting| setting.as_ref() == name);
         let columns: Vec<(usize, &str)> =
             self.header.iter().enumerate().filter(|(_, name)| ![POINT, "seed"].contains(name)).collect();
-        let (settings, metrics): (Vec<_>, Vec<_>) = columns.into_iter().partition(|(_, name)| settings.contains(name));
+        let (settings, metrics): (Vec<_>, Vec<_>) = columns.into_iter().partition(|(_, name)| is_setting(name));
         let mut header: StringRecord = settings.iter().map(|(_, name)| *name).collect();
         header.push_field("seeds");
         for (_, name) in &metrics {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use latency::LatencyModel;
-use scheduler::{Batching, KvFill, Settings};
+use scheduler::{Batching, Settings};
 use serde::Deserialize;
 use simulator::{Draw, ExitModel, Metrics, Simulation, Source};
 use traces::{Arrivals, ExitTrace, Generate, LatencyProfile, Length, Request, check_same_model};
@@ -45,17 +45,11 @@ fn simulated_tok_s(row: &Expected) -> f64 {
     let exits = ExitTrace::read(configs().join("exits").join(exits)).unwrap();
     check_same_model(&profile, &exits).unwrap();
     let settings = Settings {
-        batching: row.batching,
-        exit: row.exit.parse().unwrap(),
-        kv_fill: KvFill::Reuse,
-        num_loops: row.loops,
         max_batch: row.max_batch,
         token_budget: row.max_batch,
         prefill_chunk: row.max_batch,
-        block_tokens: 16,
         num_blocks: row.max_batch * 256 / 16,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(row.batching, row.exit.parse().unwrap(), row.loops)
     };
     let (latency, exits) = (LatencyModel::new(&profile).unwrap(), ExitModel::new(&exits, Draw::Seeded(1)).unwrap());
     let mut metrics = Metrics::new(&settings);

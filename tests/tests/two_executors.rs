@@ -6,17 +6,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use engine::clock::Idle;
-use engine::executor::Sampling;
-use engine::kernels::linear::WeightType;
-use engine::model::Model;
-use engine::prompts::Prompts;
-use engine::replay::{Engine, oracle_depths};
-use engine::tokenizer::Tokenizer;
-use engine::weights::Weights;
+use engine::{Engine, Idle, Model, Prompts, Sampling, Tokenizer, WeightType, Weights, oracle_depths};
 use itertools::iproduct;
 use latency::LatencyModel;
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, RowKind, Settings, SignalRead, Token};
+use scheduler::{
+    Batching, CustomExit, CustomPolicy, ExitPolicy, ExitRow, KvFill, Memory, Observer, PassRecord, RowKind, Settings,
+    SignalRead, Token,
+};
 use simulator::{Draw, ExitModel, Simulation};
 use traces::{Component, LatencyProfile, Nanos, Request};
 
@@ -62,6 +58,25 @@ fn embedded_model() -> Engine {
     }
 }
 
+/// The oracle, except that a request's first five tokens exit at depth 1 or deeper.
+struct LateAtFirst;
+
+impl CustomExit for LateAtFirst {
+    fn name(&self) -> &str {
+        "late-at-first"
+    }
+
+    fn reads(&self) -> SignalRead {
+        SignalRead::Oracle
+    }
+
+    fn exits(&self, row: &ExitRow<'_>, memory: &mut Memory) -> bool {
+        let exits = row.signals.last() == Some(&1.0) && (row.depth > 0 || memory[0] >= 5.0);
+        memory[0] += f32::from(u8::from(exits));
+        exits
+    }
+}
+
 /// A profile with made-up times: schedules of queued requests do not depend on them.
 fn any_profile(num_loops: u8) -> LatencyProfile {
     let folder = tempfile::tempdir().unwrap();
@@ -91,25 +106,22 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
     let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
     let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
 
-    let policies = [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false }];
+    let custom = ExitPolicy::Custom(CustomPolicy::new(&LateAtFirst));
+    let policies = [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false }, custom];
     for (batching, kv_fill, exit, num_blocks, ahead) in
         iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8], [false, true])
     {
-        if ahead && exit.signal_read() != SignalRead::None {
+        if ahead && !exit.is_known_ahead() {
             continue;
         }
         let settings = Settings {
-            batching,
-            exit,
             kv_fill,
-            num_loops,
             max_batch: 6,
             token_budget: 24,
             prefill_chunk: 10,
-            block_tokens: 16,
             num_blocks,
-            prefix_caching: false,
             async_scheduling: ahead,
+            ..Settings::new(batching, exit, num_loops)
         };
         let mut measured = Log::default();
         engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();

@@ -118,13 +118,13 @@ pub enum TrainingError {
     Input(#[from] traces::TraceError),
     /// A model cannot be opened.
     #[error(transparent)]
-    Model(#[from] engine::checkpoint::CheckpointError),
+    Model(#[from] engine::CheckpointError),
     /// The model folder is invalid or cannot be written.
     #[error(transparent)]
-    Weights(#[from] engine::weights::WeightsError),
+    Weights(#[from] engine::WeightsError),
     /// The tokenizer is invalid.
     #[error(transparent)]
-    Tokenizer(#[from] engine::tokenizer::TokenizerError),
+    Tokenizer(#[from] engine::TokenizerError),
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{Device, Tensor};
-use engine::checkpoint::Checkpoint;
 use engine::config::{Activation, Architecture, LoraRanks, ModelConfig, Norm, Place, Sharing, SlidingWindow};
 use engine::reference::Reference;
-use engine::weights::Weights;
+use engine::{Checkpoint, Weights};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use training::convert::{AdapterStart, Conversion, Converted, Initialization, Ranks, Relaxation, Vectors, convert};

@@ -5,8 +5,8 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use engine::DeviceName;
 use engine::config::{LoraConfig, LoraRanks};
-use engine::device::DeviceName;
 use training::corpus::DataOptions;
 use training::evaluation::Evaluation;
 use training::objective::{ExitCoefficients, GateOptions, ObjectiveOptions};

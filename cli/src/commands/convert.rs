@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
-use engine::checkpoint::Checkpoint;
+use engine::Checkpoint;
 use engine::weights::{Stored, TOKENIZER_FILE, Weights};
 use serde::Serialize;
 use serde::de::value::Error;

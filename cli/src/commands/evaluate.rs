@@ -4,11 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::ArgGroup;
-use engine::checkpoint::Checkpoint;
-use engine::config::ModelConfig;
-use engine::device::DeviceName;
 use engine::reference::Reference;
-use engine::tokenizer::Tokenizer;
+use engine::{Checkpoint, DeviceName, ModelConfig, Tokenizer};
 use plots::{ExitCurve, Figure, Origin, Reliability, Scale, SweepLine, SweepPoint};
 use serde::Serialize;
 use simulator::write_csv;

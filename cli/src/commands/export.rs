@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use engine::checkpoint::{Checkpoint, write_hugging_face};
 use engine::weights::Stored;
+use engine::{Checkpoint, write_hugging_face};
 
 use experiments::results::ResultsFolder;
 

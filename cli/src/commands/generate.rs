@@ -11,19 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use clap::ColorChoice;
 use clap::builder::styling::{Ansi256Color, Style};
-use engine::device::DeviceName;
-use engine::executor::Sampling;
-use engine::generate::Generated;
-use engine::kernels::linear::WeightType;
-use engine::prompts::Prompts;
-use engine::tokenizer::{TextStream, Tokenizer};
+use engine::{DeviceName, Generated, Prompts, Sampling, TextStream, Tokenizer, WeightType};
 use scheduler::{Batching, ExitPolicy, KvFill, Settings, SignalRead};
 use traces::{Nanos, Request};
 
 use crate::interrupt::{self, Interrupted};
 use crate::output::{note, stream};
 use experiments::measure::NamedEngine;
-use experiments::serving::{DEFAULT_BLOCK_TOKENS, MOST_ROWS, Serving, longest};
+use experiments::serving::{MOST_ROWS, Serving, longest};
 
 /// Rows of a pass: a prompt of usual length is read in one or a few.
 const TOKEN_BUDGET: u32 = 256;
@@ -136,20 +131,9 @@ impl Args {
 
     /// One batch of all requests.
     fn settings(&self, named: &NamedEngine, requests: &[Request]) -> Result<Settings> {
-        let serving = Serving {
-            batching: vec![self.batching],
-            exit: vec![self.exit],
-            kv_fill: self.kv_fill,
-            max_batch: requests.len() as u32,
-            token_budget: TOKEN_BUDGET.max(requests.len() as u32),
-            prefill_chunk: None,
-            block_tokens: DEFAULT_BLOCK_TOKENS,
-            num_blocks: None,
-            device_memory: None,
-            memory_utilization: None,
-            prefix_caching: false,
-            async_scheduling: false,
-        };
+        let max_batch = requests.len() as u32;
+        let (batching, exit, token_budget) = (vec![self.batching], vec![self.exit], TOKEN_BUDGET.max(max_batch));
+        let serving = Serving { kv_fill: self.kv_fill, ..Serving::new(batching, exit, max_batch, token_budget) };
         serving.settings(self.batching, self.exit, &named.memory(), longest(requests))
     }
 

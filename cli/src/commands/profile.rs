@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use engine::cuda::floors::Load;
-use engine::executor::Sampling;
-use engine::profile::Limits;
+use engine::{Limits, Sampling};
 use simulator::write_csv;
 
 use crate::arguments::{ModelArgs, at_most};

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use engine::clock::Idle;
+use engine::Idle;
 use traces::{ExitTrace, Request};
 
 use crate::arguments::{EngineArgs, RequestArgs, ServingArgs};

@@ -12,7 +12,7 @@ pub fn median(mut numbers: Vec<f64>) -> f64 {
 pub fn machine() -> String {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let minute = load.split_whitespace().next().unwrap_or("unknown");
-    format!("{}; load of the last minute {minute}", engine::profile::device_name())
+    format!("{}; load of the last minute {minute}", engine::device_name())
 }
 
 /// The words of the command line that are not options, and the options' values by name.

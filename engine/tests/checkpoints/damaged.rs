@@ -6,11 +6,10 @@ use std::cell::Cell;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use engine::checkpoint::Checkpoint;
+use engine::Model as EngineModel;
 use engine::config::{LoraConfig, LoraRanks, ModelConfig};
-use engine::kernels::linear::WeightType;
-use engine::model::Model as EngineModel;
 use engine::weights::{Stored, Weights};
+use engine::{Checkpoint, WeightType};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models;
-use engine::checkpoint::Checkpoint;
+use engine::Checkpoint;
 use engine::config::Activation;
 use engine::reference::Reference;
 use proptest::prelude::*;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{Value as GgufValue, write};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use engine::checkpoint::Checkpoint;
+use engine::Checkpoint;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -348,7 +348,7 @@ fn a_rope_factor_without_a_type_is_one_of_linear_scaling() {
 /// Texts that tokenizers trip over.
 const TEXTS: [&str; 4] = ["a ab  abc", "12 ab\n", "", "naïve ☃ b"];
 
-fn tokenizer_of(extra: &[(&str, GgufValue)]) -> engine::tokenizer::Tokenizer {
+fn tokenizer_of(extra: &[(&str, GgufValue)]) -> engine::Tokenizer {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     write_gguf(&model_of(270), &path, extra, &[]);

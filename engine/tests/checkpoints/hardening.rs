@@ -4,8 +4,7 @@
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value as GgufValue;
-use engine::checkpoint::Checkpoint;
-use engine::tokenizer::Tokenizer;
+use engine::{Checkpoint, Tokenizer};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

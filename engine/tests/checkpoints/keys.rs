@@ -1,6 +1,6 @@
 //! Keys of configurations are used, refused or warned about, as the programs that write them mean them.
 
-use engine::checkpoint::Checkpoint;
+use engine::Checkpoint;
 use engine::config::{ModelConfig, RopeScaling};
 use serde_json::{Value, json};
 

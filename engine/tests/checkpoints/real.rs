@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::{D, Device, Tensor};
-use engine::checkpoint::Checkpoint;
+use engine::Checkpoint;
 use engine::reference::Reference;
 
 fn of_repository(path: &str) -> PathBuf {

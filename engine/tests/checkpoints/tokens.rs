@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value as GgufValue;
-use engine::checkpoint::Checkpoint;
-use engine::tokenizer::Tokenizer;
+use engine::{Checkpoint, Tokenizer};
 use serde_json::{Map, Value, json};
 
 use super::folders::Model;

@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use engine::checkpoint::{Checkpoint, CheckpointError, write_hugging_face};
 use engine::config::{Activation, Architecture, LoraConfig, LoraRanks, ModelConfig, Sharing};
 use engine::reference::Reference;
-use engine::tokenizer::Tokenizer;
 use engine::weights::{Stored, Weights};
+use engine::{Checkpoint, CheckpointError, Tokenizer, write_hugging_face};
 use proptest::prelude::*;
 
 use super::equality::{assert_close, candle_logits, engine_logits, tokens};

@@ -2,12 +2,9 @@
 
 use std::sync::Arc;
 
-use engine::backend::ServedModel;
 use engine::cuda::CudaModel;
 use engine::cuda::source::Scalar;
-use engine::kernels::linear::WeightType;
-use engine::model::Model;
-use engine::weights::Weights;
+use engine::{Model, ServedModel, WeightType, Weights};
 
 use super::emulator;
 

@@ -13,11 +13,11 @@ pub mod emulator;
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
+use engine::Weights;
 use engine::config::{
     Activation, Architecture, LoraConfig, LoraRanks, ModelConfig, Norm, RopeScaling, Sharing, SlidingWindow,
 };
 use engine::kernels::signals::mix;
-use engine::weights::Weights;
 use proptest::prelude::*;
 
 /// Small models of every kind that a configuration can say.

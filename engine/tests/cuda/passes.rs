@@ -3,17 +3,13 @@
 use std::sync::Arc;
 
 use engine::backend::{Answers, Backend, Heads, ServedModel, Work};
-use engine::clock::Idle;
 use engine::config::{ModelConfig, Sharing};
 use engine::cuda::CudaModel;
 use engine::cuda::source::Scalar;
-use engine::executor::Sampling;
 use engine::kernels::attention::{Fill, Row};
-use engine::kernels::linear::WeightType;
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
-use engine::prompts::Prompts;
-use engine::replay::Engine;
+use engine::{Engine, Idle, Prompts, Sampling, WeightType};
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use traces::{ExitSignal, Nanos, Request};
 
@@ -346,17 +342,16 @@ fn heads_read_before_it_is_known_which_rows_leave_change_no_token() {
     let requests: Vec<Request> = (0..9).map(request).collect();
     let run = |max_batch| {
         let settings = Settings {
-            batching: Batching::Depth,
-            exit: ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold: 0.5 },
-            kv_fill: KvFill::Reuse,
-            num_loops: config.num_loops as u8,
             max_batch,
             token_budget: 4 * max_batch,
             prefill_chunk: 30,
             block_tokens: BLOCK_TOKENS,
             num_blocks: BLOCKS,
-            prefix_caching: false,
-            async_scheduling: false,
+            ..Settings::new(
+                Batching::Depth,
+                ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold: 0.5 },
+                config.num_loops as u8,
+            )
         };
         engine.replay(settings, &requests, None, Idle::Skip, &mut ()).unwrap()
     };

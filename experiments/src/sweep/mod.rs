@@ -20,7 +20,7 @@ use crate::reporter::{Reporter, Shared};
 use crate::runs::warn_of_extrapolations;
 use figures::{SWEEP_SUMMARY, draw_sweep};
 use folder::Inputs;
-use plan::{Plan, SETTINGS};
+use plan::Plan;
 use spec::SweepSpec;
 
 /// A line for each point of the grid and each seed.
@@ -66,7 +66,7 @@ pub fn sweep(
     let shared = Shared::new(reporter);
     let table = points.complete(|index| plan.simulate(index), || shared.lock().advance(1))?;
     reporter.finish();
-    let summary = table.over_seeds(spec.num_seeds(), &SETTINGS);
+    let summary = table.over_seeds(spec.num_seeds(), &Plan::columns_of_run());
     let results = folder.path()?;
     summary.write(&results.join(SWEEP_SUMMARY))?;
     warn_of_extrapolations(&plan.extrapolations(), reporter);

@@ -7,10 +7,11 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 use latency::{Extrapolations, LatencyModel};
-use scheduler::Settings;
+use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Serialize;
 use simulator::{
     Capacity, CapacitySearch, Draw, ExitModel, Metrics, ModelMemory, Simulation, SimulationError, Summary, capacity,
+    columns,
 };
 use traces::{Generate, Request, RequestSpec, RequestTrace};
 
@@ -20,32 +21,8 @@ use crate::runs::{Machines, load_models};
 use crate::serving::{Serving, check_machines};
 use crate::workload::{Workload, load_requests};
 
-/// Columns of a sweep's lines that say what a run is of, seed and point apart; the others say how it went.
-pub const SETTINGS: [&str; 20] = [
-    "system",
-    "device",
-    "rate_per_s",
-    "device_memory",
-    "memory_utilization",
-    "source",
-    "batching",
-    "exit",
-    "threshold",
-    "exit_policy",
-    "kv_fill",
-    "max_batch",
-    "token_budget",
-    "prefill_chunk",
-    "block_tokens",
-    "prefix_caching",
-    "async_scheduling",
-    "replicas",
-    "weight_bytes",
-    "kv_bytes_per_token",
-];
-
 /// The first columns of a line: what [`Summary`] does not say.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct OfPoint {
     point: usize,
     system: String,
@@ -124,6 +101,12 @@ impl<'a> Plan<'a> {
     pub fn describe(&self, index: usize) -> String {
         let (point, _) = &self.points[index];
         format!("{}, {}, {}", self.systems[point.system].name, point.batching, point.exit)
+    }
+
+    /// Columns of a line that say what a run is of: they are the same for every seed of a point.
+    pub fn columns_of_run() -> Vec<String> {
+        let settings = Settings::new(Batching::Sequence, ExitPolicy::None, 1);
+        [columns(&OfPoint::default()), columns(&settings), Summary::OF_RUN.map(str::to_owned).to_vec()].concat()
     }
 
     /// Where the runs so far left what was measured.

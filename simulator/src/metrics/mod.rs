@@ -271,21 +271,15 @@ impl Observer for Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scheduler::{Batching, KvFill};
+    use scheduler::Batching;
 
     fn settings() -> Settings {
         Settings {
-            batching: Batching::Sequence,
-            exit: "confidence:margin:0.5".parse().unwrap(),
-            kv_fill: KvFill::Reuse,
-            num_loops: 4,
             max_batch: 2,
             token_budget: 8,
             prefill_chunk: 8,
-            block_tokens: 16,
             num_blocks: 16,
-            prefix_caching: false,
-            async_scheduling: false,
+            ..Settings::new(Batching::Sequence, "confidence:margin:0.5".parse().unwrap(), 4)
         }
     }
 

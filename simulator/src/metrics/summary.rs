@@ -141,6 +141,12 @@ pub struct Summary {
     pub goodput_req_s: Option<f64>,
 }
 
+impl Summary {
+    /// Columns that say what a run is of, beside those that are named after a field of [`Settings`](scheduler::Settings).
+    pub const OF_RUN: [&str; 6] =
+        ["source", "threshold", "exit_policy", "replicas", "weight_bytes", "kv_bytes_per_token"];
+}
+
 impl Metrics {
     /// Summarizes the run. Token agreement comes from the executor, since an observer cannot know it.
     pub fn summary(&self, source: Source, token_agreement: Option<f64>) -> Summary {

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use latency::LatencyModel;
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, Settings, Token};
+use scheduler::{Batching, ExitPolicy, Observer, Settings, Token};
 use simulator::{Draw, ExitModel};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
 
@@ -118,17 +118,11 @@ pub fn drawn_exits(probabilities: &[f64], generations: usize, tokens: usize, see
 /// Settings without limits on memory or budget.
 pub fn settings(batching: Batching, exit: &str, num_loops: u8, max_batch: u32) -> Settings {
     Settings {
-        batching,
-        exit: exit.parse::<ExitPolicy>().unwrap(),
-        kv_fill: KvFill::Reuse,
-        num_loops,
         max_batch,
         token_budget: 1 << 16,
         prefill_chunk: 1 << 12,
-        block_tokens: 16,
         num_blocks: 1 << 16,
-        prefix_caching: false,
-        async_scheduling: false,
+        ..Settings::new(batching, exit.parse::<ExitPolicy>().unwrap(), num_loops)
     }
 }
 

@@ -10,7 +10,7 @@ mod documents;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use engine::tokenizer::Tokenizer;
+use engine::Tokenizer;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};

@@ -201,13 +201,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use engine::config::ModelConfig;
-    use engine::executor::Sampling;
-    use engine::model::Model;
-    use engine::prompts::Prompts;
-    use engine::replay::Engine;
-    use engine::tokenizer::Tokenizer;
-    use engine::weights::Weights;
+    use engine::{Engine, Model, ModelConfig, Prompts, Sampling, Tokenizer, Weights};
     use traces::{ExitSignal, Nanos, Request};
 
     const TEXT: &str = "In the beginning God created the heaven and the earth.";
@@ -343,7 +337,7 @@ mod tests {
         let weights = weights();
         let prompt = corpus().tokens()[..5].to_vec();
         let engine = Engine {
-            model: Arc::new(Model::load(&weights, engine::kernels::linear::WeightType::F32).unwrap()),
+            model: Arc::new(Model::load(&weights, engine::WeightType::F32).unwrap()),
             prompts: Arc::new(Prompts::Text(prompt.clone())),
             sampling: Sampling::default(),
         };

@@ -16,8 +16,8 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
+use engine::Tokenizer;
 use engine::reference::Reference;
-use engine::tokenizer::Tokenizer;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -304,8 +304,7 @@ fn greatest(numbers: &[f64]) -> usize {
 mod tests {
     use super::*;
     use candle_core::{Device, Tensor};
-    use engine::config::ModelConfig;
-    use engine::weights::Weights;
+    use engine::{ModelConfig, Weights};
 
     const VOCAB: usize = 256;
 

@@ -182,8 +182,8 @@ mod tests {
 
     use super::*;
     use candle_core::{Device, Shape, Var};
+    use engine::Weights;
     use engine::config::{LoraConfig, LoraRanks, ModelConfig, Sharing};
-    use engine::weights::Weights;
     use rand::SeedableRng;
     use rand::rngs::StdRng;
     use rand_distr::{Distribution, Normal};

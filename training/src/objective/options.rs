@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use engine::config::ModelConfig;
+use engine::ModelConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainingError;
@@ -50,7 +50,7 @@ pub enum ExitCoefficients {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherOptions {
-    /// The teacher, in any form that [`Checkpoint::open`](engine::checkpoint::Checkpoint::open) accepts: a folder, a
+    /// The teacher, in any form that [`Checkpoint::open`](engine::Checkpoint::open) accepts: a folder, a
     /// GGUF file or a name on the hub.
     pub model: PathBuf,
     /// Weight b of the divergence from the teacher.

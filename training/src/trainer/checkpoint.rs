@@ -7,9 +7,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use engine::config::ModelConfig;
-use engine::tokenizer::Tokenizer;
 use engine::weights::{CONFIG_FILE, Stored, TOKENIZER_FILE, Weights, write_then_rename};
+use engine::{ModelConfig, Tokenizer};
 
 use super::{LOSS_FILE, LossRow, Trainer};
 use crate::error::TrainingError;
@@ -73,7 +72,7 @@ pub fn save(trainer: &Trainer) -> Result<(), TrainingError> {
 /// # Errors
 /// If a file is missing, cannot be read, or does not belong to the others.
 pub fn load(folder: &Path) -> Result<State, TrainingError> {
-    let config = ModelConfig::load(&folder.join(CONFIG_FILE)).map_err(engine::weights::WeightsError::from)?;
+    let config = ModelConfig::load(&folder.join(CONFIG_FILE)).map_err(engine::WeightsError::from)?;
     let path = folder.join(STATE_FILE);
     let wrong = |problem: String| TrainingError::Checkpoint { path: path.clone(), problem };
     let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu)

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
+use engine::Tokenizer;
 use engine::reference::Reference;
-use engine::tokenizer::Tokenizer;
 use engine::weights::{CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, Weights};
 use serde::{Deserialize, Serialize};
 

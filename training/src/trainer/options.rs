@@ -5,12 +5,9 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use candle_core::Device;
-use engine::checkpoint::Checkpoint;
-use engine::config::ModelConfig;
-use engine::device::DeviceName;
 use engine::reference::Reference;
-use engine::tokenizer::Tokenizer;
 use engine::weights::{Weights, write_then_rename};
+use engine::{Checkpoint, DeviceName, ModelConfig, Tokenizer};
 use serde::{Deserialize, Serialize};
 use serde_yaml::{Mapping, Value};
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use engine::device::DeviceName;
+use engine::DeviceName;
 use serde_yaml::Value;
 use training::objective::{ExitCoefficients, GateOptions, TeacherOptions};
 use training::optimizer::Schedule;
