@@ -126,6 +126,14 @@ fn a_configuration_may_begin_with_a_byte_order_mark() {
 }
 
 #[test]
+fn a_text_that_is_only_a_pointer_is_named() {
+    let scene = scene();
+    scene.write("text.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n");
+    let error = scene.fail(&["evaluate", MODEL, "--text", "text.txt"]);
+    assert!(error.contains("text.txt: found a Git LFS pointer") && error.contains("run `git lfs pull`"), "{error}");
+}
+
+#[test]
 fn logs_of_the_evaluation_harness_are_scored() {
     let scene = scene();
     let target = r#"{"doc_id": 0, "target": "True", "arguments": {"gen_args_0": {"arg_0": "A man sings. True, False, or Neither?", "arg_1": " True"}, "gen_args_1": {"arg_0": "A man sings. True, False, or Neither?", "arg_1": " Neither"}}, "acc": 1.0}"#;

@@ -83,7 +83,7 @@ impl NamedEngine {
         sampling: Sampling,
     ) -> Result<Self> {
         let (mut named, tokenizer) = Self::with_tokenizer(model, loops, weights, device, sampling)?;
-        let text = std::fs::read_to_string(prompts).with_context(|| format!("cannot read {}", prompts.display()))?;
+        let text = traces::input::read_text(prompts)?;
         let prompts = Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)? };
         named.engine.prompts = Arc::new(prompts);
         Ok(named)

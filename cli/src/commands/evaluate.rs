@@ -156,7 +156,7 @@ impl LoadedModel {
     fn evaluate(&self, path: &Path, seq: usize) -> Result<(Evaluation, ExitTrace)> {
         let max_positions = self.reference.config().max_positions;
         ensure!((2..=max_positions).contains(&seq), "--seq {seq}: expected 2 to the model's {max_positions} positions");
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = traces::input::read_text(path)?;
         let corpus = Corpus::new(&text, &self.tokenizer, 1, "evaluation")?;
         let begin = &self.tokenizer.begin()?;
         ensure!(2 * begin.len() < seq, "--seq {seq}: expected more than twice the {} that begin a window", begin.len());

@@ -156,7 +156,7 @@ impl TrainingOptions {
     /// # Errors
     /// If the file cannot be read or is invalid, or a path in it does not exist.
     pub fn load(path: &Path) -> Result<Self, TrainingError> {
-        let text = std::fs::read_to_string(path).map_err(|e| TrainingError::in_file(path, e))?;
+        let text = traces::input::read_text(path)?;
         let described = |source| TrainingError::Description { path: path.to_owned(), source };
         let mut options: Self = serde_yaml::from_str(&text).map_err(described)?;
         options.find_paths(path.parent().unwrap_or(Path::new("")))?;
