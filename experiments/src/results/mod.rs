@@ -132,6 +132,7 @@ impl ResultsFolder {
 
     fn check_ours(mut self, marker: Option<Marker>, adds: bool) -> Result<Self> {
         let shown = self.target.display();
+        let was_marked = marker.is_some();
         match marker {
             Some(marker) if marker.kind != self.kind => {
                 bail!("{shown} is there already and holds results of `depthwise {}`: choose another --out", marker.kind)
@@ -145,7 +146,7 @@ impl ResultsFolder {
         self.adds = adds;
         // Of a run that was killed: the folder is held, so no other writes it.
         let staging = self.target.join(STAGING);
-        if staging.join(MARKER).exists() {
+        if staging.exists() && (was_marked || is_our_staging(&staging)?) {
             std::fs::remove_dir_all(&staging).with_context(|| format!("cannot remove {}", staging.display()))?;
         }
         Ok(self)
@@ -315,7 +316,21 @@ fn is_empty(folder: &Path) -> Result<bool> {
     let cannot = || format!("cannot read {}", folder.display());
     for entry in std::fs::read_dir(folder).with_context(cannot)? {
         let entry = entry.with_context(cannot)?;
-        if entry.file_name() != STAGING || !entry.path().join(MARKER).exists() {
+        if entry.file_name() != STAGING || !is_our_staging(&entry.path())? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether a folder of unfinished results is ours: it has a marker, or a run was killed before it wrote one.
+fn is_our_staging(staging: &Path) -> Result<bool> {
+    if staging.join(MARKER).exists() {
+        return Ok(true);
+    }
+    let cannot = || format!("cannot read {}", staging.display());
+    for entry in std::fs::read_dir(staging).with_context(cannot)? {
+        if !entry.with_context(cannot)?.file_name().to_string_lossy().starts_with(MARKER) {
             return Ok(false);
         }
     }
@@ -503,6 +518,14 @@ mod tests {
         Marker::new("test", false, BTreeSet::new()).write(&target.join(STAGING).join(MARKER)).unwrap();
         write(&target, &["a"], "").unwrap();
         assert_eq!(all_files(&target), ["a", MARKER]);
+        // Killed between making the folder and marking it, in a folder of ours and in a new one.
+        fs::create_dir(target.join(STAGING)).unwrap();
+        write(&target, &["a"], "").unwrap();
+        let new = target.join("new");
+        fs::create_dir_all(new.join(STAGING)).unwrap();
+        fs::write(new.join(STAGING).join(format!("{MARKER}.partial")), "{").unwrap();
+        write(&new, &["a"], "").unwrap();
+        assert_eq!(all_files(&new), ["a", MARKER]);
     }
 
     #[test]
