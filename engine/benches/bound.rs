@@ -1,16 +1,18 @@
-//! How much of what early exits could give a model is left when it serves: all requests at once, on this machine.
+//! Early-exit speed-up of a served model as a share of its bound: all requests at once, on this machine.
 //!
 //! ```sh
 //! cargo bench -p engine --bench bound -- [MODEL] [--requests 256] [--batch 64] [--prompt 2] [--output 128] [--runs 5]
 //! ```
-//! With a batch that stays full and passes that all take the same time, depth-wise batching with exits at `mean depth`
-//! would be `num_loops / mean depth` times as fast as sequence-wise batching without exits. Printed is how much of that
-//! is reached with the oracle's exits, where the rest goes, what a learned gate reaches at the same mean depth, and
-//! what scheduling takes: everything outside the executor. Prompts run every depth whatever the exits, so they are short.
+//! With a full batch and passes of equal duration, depth-wise batching with exits at `mean depth` would be `num_loops /
+//! mean depth` times as fast as sequence-wise batching without exits. The benchmark prints the share of that bound
+//! which the oracle's exits reach, the time that is lost to each component, the share that a learned gate reaches at
+//! the same mean depth, and the time of scheduling: everything outside the executor. Prompts run every depth under any
+//! policy, so they are short.
 //!
-//! The oracle's exits and those of its parts' absence are the same, so parts are told apart by leaving them out: the
-//! adapters, and attention by windows of one token. Runs take turns; times are medians. A share of the bound is that of a run
-//! over the run without exits before it, so that both meet the machine in one mood: printed are the median, least and most.
+//! The time of a component is measured by leaving it out, with the oracle's exits unchanged: the adapters, and
+//! attention by windows of one token. Runs take turns; times are medians. The share of the bound compares a run with
+//! the preceding run without exits, so that both meet the machine in one speed mode. Printed are its median, minimum
+//! and maximum.
 
 mod common;
 
@@ -30,20 +32,20 @@ use traces::{ExitSignal, Nanos, Request};
 
 const ORACLE: ExitPolicy = ExitPolicy::Oracle { charged: false };
 
-/// What a run took, per generated token.
+/// Time of a run per generated token.
 #[derive(Clone, Copy, Debug)]
 struct Costs {
-    /// Microseconds of it all.
+    /// Total time in microseconds.
     total: f64,
-    /// Of those, outside the executor.
+    /// Time outside the executor.
     scheduling: f64,
-    /// Of those, in the exit head.
+    /// Time in the exit head.
     head: f64,
-    /// Passes.
+    /// Number of passes.
     depth: f64,
 }
 
-/// Adds up what the executor took.
+/// Sum of the executor's times.
 #[derive(Default)]
 struct Passes(Nanos);
 
@@ -84,7 +86,7 @@ impl Load {
         }
     }
 
-    /// The threshold of a gate at which tokens leave at the mean depth of the oracle's.
+    /// The gate threshold at which the mean exit depth equals that of the oracle.
     fn gate(&self, engine: &Engine, mean_depth: f64) -> ExitPolicy {
         let gate = |threshold| ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold };
         let (mut low, mut high) = (0.0, 1.0);
@@ -105,7 +107,7 @@ fn without_adapters(weights: &Weights) -> Weights {
     with_config(weights, config)
 }
 
-/// The model whose rows attend to themselves alone.
+/// The model with a window of one token: rows attend only to themselves.
 fn without_attention(weights: &Weights) -> Weights {
     let mut config = weights.config().clone();
     let rope_theta = config.architecture.rope_theta;
@@ -120,7 +122,7 @@ fn with_config(weights: &Weights, config: ModelConfig) -> Weights {
     Weights::from_tensors(config, tensors, "a model with a part left out").unwrap()
 }
 
-/// The middle of each of several runs' costs.
+/// Medians of the costs of several runs.
 fn medians(runs: &[Costs]) -> Costs {
     let of = |part: fn(&Costs) -> f64| median(runs.iter().map(part).collect());
     Costs {

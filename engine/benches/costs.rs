@@ -1,12 +1,12 @@
-//! What adapters and the exit head cost, on a recursive model of SmolLM2-135M's sizes: three loops of ten layers.
+//! Time of adapters and of the exit head, on a recursive model with the sizes of SmolLM2-135M: three loops of ten
+//! layers.
 //!
 //! ```sh
 //! cargo bench -p engine --bench costs -- [--rows 32] [--ranks 0,8,64,256] [--weights f32] [--runs 15]
 //! ```
-//! Adapters sit on every projection of every loop. Their cost is the time of a pass of the block over that of the
-//! model without them, on the same rows; rows are shared out over the depths that are mixed. The head's is the time
-//! from hidden states to tokens and exit signals, over that of a pass of the block. Shapes take turns; times are
-//! medians.
+//! Every projection of every loop has adapters. Their cost is the time of a pass of the block relative to a pass of the
+//! model without adapters, on equal rows, which are spread over the mixed depths. The cost of the head is the time from
+//! hidden states to tokens and exit signals, relative to a pass of the block. Shapes take turns; times are medians.
 
 mod common;
 
@@ -24,7 +24,7 @@ use scheduler::KvFill;
 
 /// Position of every row.
 const HISTORY: usize = 100;
-/// Blocks of 16 positions that a row has.
+/// Blocks of 16 positions per row.
 const BLOCKS: usize = HISTORY / 16 + 1;
 
 fn model(rank: usize, weight_type: WeightType) -> Model {

@@ -1,12 +1,12 @@
-//! Decode throughput of SmolLM2-135M by batch and weight type, beside what the machine can do at most.
+//! Decode throughput of SmolLM2-135M by batch and weight type, compared with the machine's peak rates.
 //!
 //! ```sh
 //! cargo bench -p engine --bench decode -- [MODEL.gguf] [--weights f32,q8_0] [--batch 1,32] [--runs 3]
 //! ```
-//! Without a file the weights are random, of the same sizes, which takes the same time. Every sequence has a prompt of
-//! 64 tokens and generates 72, so contexts are of 64 to 136 tokens; all run through the scheduler, without exits, and
-//! what is timed goes from the first token of the last to the end. Weight types take turns, run by run; the table has
-//! medians. `RAYON_NUM_THREADS` sets the threads.
+//! Without a file, the weights are random with the same sizes, and take the same time. Every sequence has a prompt of
+//! 64 tokens and generates 72, so contexts have 64 to 136 tokens. All sequences run through the scheduler, without
+//! exits. The time is measured from the first token of the last sequence to the end. Weight types take turns, run by
+//! run; the table contains medians. `RAYON_NUM_THREADS` sets the number of threads.
 
 mod common;
 
@@ -41,7 +41,7 @@ fn sizes() -> ModelConfig {
     }
 }
 
-/// When the last sequence got its first token, and when it all ended.
+/// When the last sequence got its first token, and when the run ended.
 #[derive(Default)]
 struct Decoding {
     started: Nanos,
@@ -57,7 +57,7 @@ impl Observer for Decoding {
     }
 }
 
-/// Generated tokens a second.
+/// Generated tokens per second.
 fn throughput(engine: &Engine, batch: u32) -> f64 {
     let settings = Settings {
         max_batch: batch,
@@ -74,7 +74,7 @@ fn throughput(engine: &Engine, batch: u32) -> f64 {
     f64::from(batch * (OUTPUT - 1)) / seconds
 }
 
-/// Bytes a second that all threads read from memory, once each.
+/// Bytes per second that all threads read from memory, each byte once.
 fn read_bandwidth() -> f64 {
     let numbers = vec![1_u64; 1 << 26];
     let share = numbers.len().div_ceil(rayon::current_num_threads());
@@ -87,17 +87,17 @@ fn read_bandwidth() -> f64 {
     median((0..9).map(|_| sweep()).collect())
 }
 
-/// Multiplications and additions a second.
+/// Peak multiplications and additions per second.
 #[derive(Clone, Copy)]
 struct Peaks {
     floats: f64,
-    /// Of bytes with 8-bit weights.
+    /// For bytes with 8-bit weights.
     q8: f64,
-    /// Of bytes with 4-bit weights.
+    /// For bytes with 4-bit weights.
     q4: f64,
 }
 
-/// Multiplications and additions a second, of all threads together, out of registers alone.
+/// Multiplications and additions per second of all threads, with operands in registers.
 #[cfg(target_arch = "x86_64")]
 mod arithmetic {
     use std::arch::x86_64::*;
@@ -106,7 +106,7 @@ mod arithmetic {
     use super::Peaks;
 
     const CHAINS: usize = 16;
-    /// Of AVX2, which has 16 registers in all.
+    /// Chains for AVX2, which has 16 registers.
     const CHAINS_AVX2: usize = 12;
     const STEPS: usize = 20_000_000;
 
@@ -145,20 +145,20 @@ mod arithmetic {
         numbers.iter().sum()
     }
 
-    /// Nibbles with bytes, as the kernels multiply.
+    /// Nibbles times bytes, as in the kernels.
     #[target_feature(enable = "avx2")]
     fn nibbles_avx2() -> i64 {
         let mut sums = [_mm256_set1_epi8(std::hint::black_box(1)); CHAINS_AVX2];
         let a = _mm256_set1_epi8(std::hint::black_box(2));
         for _ in 0..STEPS {
-            // Of the sum itself, so that no product is the one before.
+            // The product depends on the sum, so that no product repeats the previous one.
             sums.iter_mut().for_each(|sum| *sum = _mm256_add_epi16(a, _mm256_maddubs_epi16(*sum, a)));
         }
         let sum = sums.into_iter().fold(a, |sum, part| _mm256_xor_si256(sum, part));
         _mm256_extract_epi64::<0>(sum)
     }
 
-    /// Of `work` on every thread at once, whose steps make so many operations.
+    /// Rate of `work` on every thread at once; a step has `per_step` operations.
     fn on_all_threads<T>(per_step: usize, work: impl Fn() -> T + Sync) -> f64 {
         let start = Instant::now();
         rayon::broadcast(|_| {
@@ -167,7 +167,7 @@ mod arithmetic {
         (rayon::current_num_threads() * STEPS * per_step) as f64 / start.elapsed().as_secs_f64()
     }
 
-    /// None on a CPU that has neither AVX-512 VNNI nor AVX2.
+    /// `None` on a CPU with neither AVX-512 VNNI nor AVX2.
     pub fn peaks() -> Option<Peaks> {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
             // SAFETY: the CPU has the instructions.
@@ -209,7 +209,7 @@ fn main() {
     let weight_types: Vec<WeightType> = arguments.list("weights", "f32,bf16,q8_0,q4k");
     let engines: Vec<(WeightType, Engine)> =
         weight_types.into_iter().map(|weight_type| (weight_type, engine(weight_type))).collect();
-    // The embedding is read by the row, the head's matrix wholly, which is the same where they are tied.
+    // The embedding is read by row, the head's matrix completely; tied models have one matrix for both.
     let config = weights.config();
     let embedding = if config.tie_embeddings { 0 } else { config.vocab_size * config.hidden_size };
     let multiplied = weights.tensors().values().filter(|tensor| tensor.rank() == 2);

@@ -1,5 +1,5 @@
-//! One pass of the block and of the head by rows, on a model of the size that is in the repository and on one of the
-//! sizes of SmolLM2-135M. `RAYON_NUM_THREADS` sets the threads.
+//! Time of one pass of the block and of the head by rows, for a model of the repository's size and one with the sizes
+//! of SmolLM2-135M. `RAYON_NUM_THREADS` sets the number of threads.
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -10,7 +10,7 @@ use engine::model::{Model, Rows};
 use engine::{ModelConfig, WeightType, Weights, in_pool};
 use scheduler::KvFill;
 
-/// The model in the repository.
+/// The model of the repository.
 fn small() -> ModelConfig {
     ModelConfig { max_positions: 512, ..ModelConfig::default() }
 }

@@ -1,6 +1,6 @@
 //! Products of rows with the weights of SmolLM2-135M's layers and head, by weight type and number of rows.
 //!
-//! `cargo bench -p engine --bench products`; the throughput is in multiplications and additions.
+//! `cargo bench -p engine --bench products`; the throughput counts multiplications and additions.
 
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

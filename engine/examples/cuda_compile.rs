@@ -1,7 +1,8 @@
-//! Compiles every CUDA kernel with NVRTC for every architecture, assembles it with ptxas, and prints what it takes of a
-//! multiprocessor. Fails where registers are spilled. No GPU is needed.
+//! Compiles every CUDA kernel with NVRTC for every architecture, assembles it with ptxas, and prints the resources that
+//! it uses. Fails if registers are spilled. No GPU is needed.
 //!
-//! `scripts/cuda-compile.sh` fetches the compiler and runs this: `cuda_compile FOLDER`, of the toolkit.
+//! `scripts/cuda-compile.sh` fetches the compiler and runs this example: `cuda_compile FOLDER`, with the folder of the
+//! toolkit.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -15,7 +16,7 @@ use rayon::prelude::*;
 
 /// A100, RTX 30, RTX 40, H100, B200.
 const ARCHITECTURES: [u32; 5] = [80, 86, 89, 90, 100];
-/// Head widths and query heads per key-value head, the greatest among them.
+/// Head widths and query heads per key-value head, the largest ones included.
 const HEADS: [(usize, usize); 4] = [(64, 3), (80, 1), (128, 4), (256, 8)];
 const BLOCK_TOKENS: usize = 16;
 
@@ -32,11 +33,11 @@ impl Nvrtc {
             |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libnvrtc.so"));
         let library = names.filter_map(|entry| Some(entry.ok()?.path())).find(is_nvrtc);
         let library = library.ok_or_else(|| format!("{}: there is no libnvrtc.so here", folder.display()))?;
-        // SAFETY: NVIDIA's library runs nothing when it is loaded that could harm.
+        // SAFETY: loading NVIDIA's library runs no harmful code.
         Ok(Self(unsafe { Library::new(library) }?))
     }
 
-    /// Of CUDA C++ the PTX for an architecture.
+    /// Compiles CUDA C++ to PTX for an architecture.
     fn compile(&self, source: &str, architecture: u32) -> Result<Vec<u8>, Error> {
         let source = CString::new(source)?;
         let option = CString::new(format!("--gpu-architecture=compute_{architecture}"))?;
@@ -65,13 +66,13 @@ impl Nvrtc {
         }
     }
 
-    /// What NVRTC has of a program: its PTX, or its log.
+    /// Text of a program from NVRTC: its PTX or its log.
     ///
     /// # Safety
-    /// The program must be one that was made and not destroyed.
+    /// The program must have been created and not destroyed.
     unsafe fn text(&self, program: *mut c_void, what: &str) -> Result<Vec<u8>, Error> {
         let mut size = 0_usize;
-        // SAFETY: as `nvrtc.h` declares them; NVRTC writes as many bytes as it said.
+        // SAFETY: as declared in `nvrtc.h`; NVRTC writes the number of bytes that it returned.
         unsafe {
             type Size = unsafe extern "C" fn(*mut c_void, *mut usize) -> c_int;
             self.0.get::<Size>(&format!("nvrtcGet{what}Size"))?(program, &mut size);
@@ -83,7 +84,7 @@ impl Nvrtc {
     }
 }
 
-/// What a kernel takes, as `ptxas -v` says.
+/// Resources of a kernel, from `ptxas -v`.
 #[derive(Debug, Default)]
 struct Usage {
     registers: u32,
@@ -91,7 +92,7 @@ struct Usage {
     spilled_bytes: u32,
 }
 
-/// Assembles PTX; gives what each kernel takes.
+/// Assembles PTX; returns the resources of each kernel.
 fn assemble(toolkit: &Path, ptx: &[u8], architecture: u32) -> Result<BTreeMap<String, Usage>, Error> {
     let folder = tempfile::tempdir()?;
     let (file, object) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
@@ -126,12 +127,12 @@ fn read_report(report: &str) -> BTreeMap<String, Usage> {
     kernels
 }
 
-/// The whole number that stands before a word.
+/// The integer before a word.
 fn number_before(line: &str, word: &str) -> Option<u32> {
     line[..line.find(word)?].rsplit(' ').next()?.parse().ok()
 }
 
-/// What every kernel of a specialization takes on an architecture.
+/// Resources of every kernel of a specialization on an architecture.
 fn usages(
     nvrtc: &Nvrtc,
     toolkit: &Path,

@@ -1,4 +1,4 @@
-//! The least time that each operation of a pass can take on an A100 and an H100, on paper: the table of
+//! Theoretical minimum time of each operation of a pass on an A100 and an H100: the table of
 //! `docs/notebook/gpu-engine.md`.
 //!
 //! ```sh
@@ -9,8 +9,8 @@ use engine::config::{LoraConfig, LoraRanks, ModelConfig};
 use engine::cuda::floors::{Ceilings, Load, Sizes};
 use engine::cuda::source::Scalar;
 
-/// An A100 SXM of 80 GB and an H100 SXM, by their data sheets: bytes, multiply-adds of `f32` as two operations, and those
-/// of bf16 on tensor cores, without sparsity.
+/// An A100 SXM of 80 GB and an H100 SXM, from their data sheets: bytes per second; operations per second in `f32`, two
+/// per multiply-add; and operations in bf16 on tensor cores, without sparsity.
 const DEVICES: [Ceilings; 2] = [
     Ceilings { bytes_per_s: 2.04e12, operations_per_s: 19.5e12, product_operations_per_s: 312e12 },
     Ceilings { bytes_per_s: 3.35e12, operations_per_s: 67e12, product_operations_per_s: 989e12 },
@@ -18,7 +18,7 @@ const DEVICES: [Ceilings; 2] = [
 
 const LOAD: Load = Load { rows: 64, depths: 2, history: 1536, chunk: 512 };
 
-/// Gemma 2B, made recursive: its 18 layers are two loops of nine, with adapters of rank 64.
+/// Gemma 2B as a recursive model: 18 layers in two loops of nine, with adapters of rank 64.
 fn gemma() -> ModelConfig {
     ModelConfig {
         vocab_size: 256_000,

@@ -1,5 +1,5 @@
-//! Writes a model folder with random weights: what a model of some shape takes to run does not depend on what its weights
-//! are, so latencies of a shape can be measured where its trained model is not at hand.
+//! Writes a model folder with random weights. Pass times do not depend on the values of weights, so the latencies of a
+//! model shape can be measured without its trained weights.
 //!
 //! ```sh
 //! cargo run --release -p engine --example random_model -- configs/cuda/gemma-2b-3-loops.json results/gemma-2b-3-loops
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Writes the model of a configuration file, and counts its parameters.
+/// Writes the model of a configuration file and returns its number of parameters.
 fn write(config: &Path, folder: &Path) -> Result<usize, Box<dyn std::error::Error>> {
     let weights = Weights::random(ModelConfig::load(config)?, 1)?;
     std::fs::create_dir_all(folder)?;

@@ -1,5 +1,5 @@
-//! What an executor asks of a device: a model on it, and for each executor a KV cache with the hidden states of rows
-//! between two passes. The CPU's answer to that is here.
+//! The interface between executor and device: a model on the device and, for each executor, a KV cache with the hidden
+//! states of rows in flight. This module contains the CPU's implementation.
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -21,31 +21,31 @@ use crate::profile;
 
 /// A model on a device.
 pub trait ServedModel: Debug + Send + Sync {
-    /// The sizes.
+    /// Configuration of the model.
     fn config(&self) -> &ModelConfig;
 
-    /// Fingerprint of configuration and weights, rounded as they are.
+    /// Fingerprint of configuration and weights, after rounding.
     fn fingerprint(&self) -> &str;
 
-    /// How weights are stored, as a latency profile has it.
+    /// Storage type of the weights, as in a latency profile.
     fn storage(&self) -> String;
 
     /// Bytes of all weights.
     fn weight_bytes(&self) -> u64;
 
-    /// Bytes of the keys and values of one token, over all layers and the depths that a KV fill keeps.
+    /// Bytes of keys and values of one token, over all layers and the depths that a KV fill keeps.
     fn kv_bytes_per_token(&self, kv_fill: KvFill) -> u64;
 
-    /// The device's name, as a latency profile has it.
+    /// Name of the device, as in a latency profile.
     fn device_name(&self) -> String;
 
-    /// How busy the device is and how fast it runs, as far as is known now.
+    /// Current load and speed of the device, as far as they are known.
     fn device_state(&self) -> String;
 
-    /// What an executor runs its passes on, with an empty cache of `num_blocks` blocks of `block_tokens` positions.
+    /// Creates the backend of an executor, with an empty cache of `num_blocks` blocks of `block_tokens` positions.
     ///
     /// # Errors
-    /// If the cache cannot be made.
+    /// If the cache cannot be allocated.
     fn backend(
         self: Arc<Self>,
         kv_fill: KvFill,
@@ -56,16 +56,16 @@ pub trait ServedModel: Debug + Send + Sync {
 
 /// Runs passes over a cache and rows in flight.
 ///
-/// An executor keeps count of both: which blocks are whose and which rows in flight are free.
+/// The executor keeps track of both: the owners of blocks, and free rows in flight.
 pub trait Backend: Debug + Send {
-    /// Makes room for `rows` rows in flight. Those that are there stay.
+    /// Makes room for `rows` rows in flight. Existing rows keep their contents.
     ///
     /// # Errors
-    /// If there is no memory.
+    /// If there is not enough memory.
     fn reserve(&mut self, rows: usize) -> Result<()>;
 
-    /// Has what nobody wrote, in the cache and in flight, read as ordinary numbers from now on: for passes that are timed
-    /// on histories that were never run. On the CPU it does so already.
+    /// Makes unwritten memory, in the cache and in flight, read as ordinary numbers from now on, for timed passes on
+    /// histories that were never run. The CPU's memory always does.
     ///
     /// # Errors
     /// If the device fails.
@@ -73,7 +73,7 @@ pub trait Backend: Debug + Send {
         Ok(())
     }
 
-    /// Runs rows through the block once and answers what is asked of them.
+    /// Runs rows through the block once and returns what is requested of them.
     ///
     /// # Errors
     /// As [`run_beside`](Self::run_beside).
@@ -81,80 +81,80 @@ pub trait Backend: Debug + Send {
         self.run_beside(work, &mut || ())
     }
 
-    /// The same, with `meanwhile` called while the device is at work, where that is not the host's.
+    /// As [`run`](Self::run), with `meanwhile` called while the device runs, where the device is not the host.
     ///
     /// # Errors
     /// If a token is not in the vocabulary, a row in flight does not exist, a position is beyond `max_positions` or its
     /// blocks, or the device fails.
     fn run_beside(&mut self, work: &Work<'_>, meanwhile: &mut dyn FnMut()) -> Result<Answers>;
 
-    /// Whether the head of that many rows of a pass, of which some may leave, is better read with the pass than after
-    /// it, when it is known which do: where another trip to the device takes longer than the rows that stay.
+    /// Whether the head of this many rows, some of which may exit, should run with the pass rather than after the exits
+    /// are decided. It should where a second trip to the device takes longer than the rows that do not exit.
     fn reads_heads_ahead(&self, _rows: usize) -> bool {
         false
     }
 
-    /// Reads the head for more rows of the last pass; row `i` of `rows` is the one that `heads` asks for at `i`.
+    /// Runs the head for more rows of the last pass. Entry `i` of `heads` belongs to row `i` of `rows`.
     ///
     /// # Errors
     /// As [`run`](Self::run).
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>>;
 
-    /// Copies keys and values to the depths below which they were left: KV fill by reuse. It may be at work until the end of
-    /// the next pass, or of whatever else waits for the device.
+    /// Copies keys and values to the depths below those at which they were written, for KV fill by reuse. The copy may
+    /// run until the end of the next pass, or until something else waits for the device.
     ///
     /// # Errors
     /// If the device fails.
     fn fill_deeper(&mut self, fills: &[Fill]) -> Result<()>;
 
-    /// What the exit head has taken so far, of the time of all passes.
+    /// Time of the exit head so far, as part of the time of all passes.
     fn head_time(&self) -> Duration;
 
-    /// Keys and values that the first `positions` entries of a sequence left in its `blocks`, of every layer and depth.
+    /// Keys and values of the first `positions` entries of a sequence in its `blocks`, of every layer and depth.
     ///
     /// # Errors
     /// If the device fails.
     fn cached(&self, blocks: &[BlockId], positions: usize) -> Result<Vec<f32>>;
 }
 
-/// A pass: its rows by depth, and what is asked of them. Rows are named by their places among `rows`.
+/// A pass: its rows by depth, and what is requested of them. Rows are given by their indices in `rows`.
 #[derive(Debug, Default)]
 pub struct Work<'a> {
     /// The rows.
     pub rows: Rows<'a>,
-    /// Where each comes from: a token's embedding (`First`), or a row in flight (`Second`).
+    /// Source of each row: a token's embedding (`First`) or a row in flight (`Second`).
     pub sources: Vec<Source>,
-    /// Those that run the coda, where the model has one.
+    /// Rows that run the coda, if the model has one.
     pub coda: Range<usize>,
-    /// The row in flight that each becomes.
+    /// Row in flight that stores each row after the pass.
     pub places: Vec<Option<u32>>,
-    /// Those whose head is read.
+    /// Rows that run the head.
     pub heads: Heads,
-    /// Those whose gate is read, by depth; none of the last depth.
+    /// Rows whose gate is read, by depth; the last depth has none.
     pub gates: Vec<usize>,
-    /// Those that are compared with what they were, a row in flight, before the pass.
+    /// Rows whose similarity is read, each with the row in flight that it was before the pass.
     pub similarities: Vec<(usize, u32)>,
 }
 
-/// Rows whose head is read, and how their tokens are drawn.
+/// Rows that run the head, and how their tokens are sampled.
 #[derive(Clone, Debug, Default)]
 pub struct Heads {
-    /// The rows, by depth: of those that run the coda.
+    /// The rows, by depth: indices among those that run the coda.
     pub rows: Vec<usize>,
-    /// The key of the dice of each.
+    /// Random key of each row.
     pub keys: Vec<u64>,
-    /// 0 takes the most likely token.
+    /// Sampling temperature; 0 selects the most likely token.
     pub temperature: f32,
 }
 
-/// What was asked of the rows of a pass, in the order in which it was.
+/// Results of a pass, each list in the order of the requests.
 #[derive(Debug, Default)]
 pub struct Answers {
-    /// What the head says.
+    /// Results of the head.
     pub verdicts: Vec<Verdict>,
-    /// Scores of the gates, 0 to 1.
+    /// Gate scores, 0 to 1.
     pub gates: Vec<f32>,
-    /// Cosines.
+    /// Cosine similarities.
     pub similarities: Vec<f32>,
 }
 
@@ -200,21 +200,21 @@ impl ServedModel for Model {
     }
 }
 
-/// The CPU's backend.
+/// Backend of the CPU.
 #[derive(Debug)]
 struct Cpu {
     model: Arc<Model>,
     cache: KvCache,
     /// `[capacity, hidden]`
     in_flight: Tensor,
-    /// What the head reads of the last pass: the rows from `first_exit` on, which have run the coda.
+    /// Inputs of the head from the last pass: the rows from `first_exit` on, after the coda.
     exits: Tensor,
     first_exit: usize,
     head_time: Duration,
 }
 
 impl Cpu {
-    /// Runs the coda for the rows of a pass that may leave.
+    /// Runs the coda for the rows of a pass that may exit.
     fn run_coda(&mut self, hidden: &Tensor, work: &Work<'_>) -> Result<()> {
         let whole = self.model.config().coda_layers == 0;
         let range = if whole { 0..work.rows.len() } else { work.coda.clone() };
@@ -228,7 +228,7 @@ impl Cpu {
         Ok(())
     }
 
-    /// Scores of the gates of some rows.
+    /// Gate scores of some rows.
     fn gates(&self, hidden: &Tensor, work: &Work<'_>) -> Result<Vec<f32>> {
         if work.gates.is_empty() {
             return Ok(Vec::new());
@@ -237,7 +237,7 @@ impl Cpu {
         self.model.gate_scores(&picked(hidden, &work.gates)?, &rows)?.to_vec1()
     }
 
-    /// Cosines of some rows with what they were before.
+    /// Cosine similarities of some rows with their states before the pass.
     fn similarities(&self, hidden: &Tensor, pairs: &[(usize, u32)]) -> Result<Vec<f32>> {
         if pairs.is_empty() {
             return Ok(Vec::new());

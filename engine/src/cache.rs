@@ -1,4 +1,4 @@
-//! The paged KV cache: keys and values of every depth and layer, in blocks that the scheduler hands out.
+//! The paged KV cache: keys and values of every depth and layer, in blocks that the scheduler assigns.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -6,58 +6,58 @@ use scheduler::KvFill;
 
 use crate::config::ModelConfig;
 
-/// Positions whose keys lie side by side; a block holds a whole number of tiles.
+/// Number of adjacent positions whose keys are interleaved; a block has a whole number of tiles.
 pub const TILE: usize = 16;
-/// A value is padded with zeros to a whole number of chunks.
+/// Values are padded with zeros to a whole number of chunks.
 pub const CHUNK: usize = 32;
 
-/// Why a cache cannot be made.
+/// Why a cache cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
-    /// Blocks must be whole tiles.
+    /// A block size that is not a whole number of tiles.
     #[error("a KV block of {0} tokens: expected a multiple of {TILE}, at least {TILE}")]
     BlockTokens(u32),
-    /// There is no room for it.
+    /// There is not enough memory.
     #[error("a KV cache of {blocks} blocks takes {bytes} bytes: {source}")]
     Allocate {
-        /// Blocks asked for.
+        /// Requested number of blocks.
         blocks: u32,
-        /// What they take.
+        /// Bytes of the blocks.
         bytes: u64,
-        /// What candle said.
+        /// Error of candle.
         source: candle_core::Error,
     },
 }
 
-/// Which keys and values a layer keeps of a position.
+/// Keys and values that a layer keeps of a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
-    /// One of each: layer so-and-so of the prelude.
+    /// One key and one value, in the layer of the prelude with this index.
     Once(usize),
-    /// One of each at every depth: layer so-and-so of the block, those of the coda counted after it.
+    /// One key and one value at every depth, in the layer of the block with this index; layers of the coda follow.
     AtEachDepth(usize),
 }
 
-/// Where in the cache what lies, counted in numbers of `f32`.
+/// Layout of the cache, in `f32` numbers.
 ///
 /// ```text
 /// cache  [layer][block] pages         layers: those of the prelude, then at each depth those of the block and the coda
-/// page   keys   [kv head][tile][dim, even][position in tile]    positions side by side: scores vectorize over them
+/// page   keys   [kv head][tile][dim, even][position in tile]    adjacent positions: scores vectorize over them
 ///        values [kv head][position][dim, padded]
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageLayout {
-    /// Layers of the prelude.
+    /// Number of layers of the prelude.
     pub prelude_layers: usize,
-    /// Depths that keep keys and values of their own: the model's `num_loops`, or 1, which all depths share.
+    /// Number of depths with their own keys and values: the model's `num_loops`, or 1 shared by all depths.
     pub depths: usize,
-    /// Layers at each depth: those of the block and of the coda.
+    /// Number of layers at each depth: those of the block and of the coda.
     pub depth_layers: usize,
-    /// Blocks.
+    /// Number of blocks.
     pub blocks: usize,
     /// Positions per block, a multiple of [`TILE`].
     pub block_tokens: usize,
-    /// Key-value heads.
+    /// Number of key-value heads.
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
@@ -77,12 +77,12 @@ impl PageLayout {
         }
     }
 
-    /// Numbers from the value of one position to that of the next: a head's width, in whole [`CHUNK`]s.
+    /// Distance in numbers between the values of adjacent positions: a head's width, in whole [`CHUNK`]s.
     pub fn value_stride(&self) -> usize {
         self.head_dim.next_multiple_of(CHUNK)
     }
 
-    /// Dimensions of a key, padded with zeros to an even number: scores sum even and odd ones apart.
+    /// Dimensions of a key, padded with zeros to an even number: scores are summed separately for even and odd ones.
     #[inline(always)]
     pub fn key_dims(&self) -> usize {
         self.head_dim.next_multiple_of(2)
@@ -99,7 +99,7 @@ impl PageLayout {
         (self.prelude_layers + self.depths * self.depth_layers) * self.blocks * self.page_numbers()
     }
 
-    /// Where the pages of a layer start that rows at a depth use; those of its blocks follow each other.
+    /// Start of a layer's pages for rows at a depth; the pages of its blocks are adjacent.
     #[inline(always)]
     pub fn pages(&self, kept: Kept, depth: usize) -> usize {
         let layer = match kept {
@@ -109,7 +109,7 @@ impl PageLayout {
         layer * self.blocks * self.page_numbers()
     }
 
-    /// Every layer that keeps keys and values, at each of its depths, as they follow each other in the cache.
+    /// Every layer that keeps keys and values, at each of its depths, in the order of the cache.
     pub fn layers(&self) -> impl Iterator<Item = (Kept, usize)> {
         let of_depth = {
             let layers = self.depth_layers;
@@ -118,13 +118,13 @@ impl PageLayout {
         (0..self.prelude_layers).map(|layer| (Kept::Once(layer), 0)).chain((0..self.depths).flat_map(of_depth))
     }
 
-    /// Where in a page the tile `[key_dims, TILE]` of a head's keys that holds `offset` starts.
+    /// Start within a page of the tile `[key_dims, TILE]` with a head's key at `offset`.
     #[inline(always)]
     pub fn key_tile(&self, kv_head: usize, offset: usize) -> usize {
         (kv_head * self.block_tokens + offset / TILE * TILE) * self.key_dims()
     }
 
-    /// Where in a page a head's value at `offset` starts; those of later offsets follow.
+    /// Start within a page of a head's value at `offset`; values of later offsets follow.
     #[inline(always)]
     pub fn value(&self, kv_head: usize, offset: usize) -> usize {
         self.kv_heads * self.block_tokens * self.key_dims()
@@ -140,11 +140,11 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache of `num_blocks` blocks of `block_tokens` positions, each of every layer and of the depths that a
-    /// KV fill keeps.
+    /// An empty cache of `num_blocks` blocks of `block_tokens` positions, with every layer and the depths that a KV
+    /// fill keeps.
     ///
     /// # Errors
-    /// If `block_tokens` is no multiple of [`TILE`] or the memory is not to be had.
+    /// If `block_tokens` is not a multiple of [`TILE`], or memory cannot be allocated.
     pub fn new(
         config: &ModelConfig,
         kv_fill: KvFill,
@@ -162,12 +162,12 @@ impl KvCache {
         Ok(Self { pages, layout })
     }
 
-    /// The memory itself, one flat tensor.
+    /// The memory of the cache, as one flat tensor.
     pub fn pages(&self) -> &Tensor {
         &self.pages
     }
 
-    /// Where in it what lies.
+    /// Layout of the memory.
     pub fn layout(&self) -> PageLayout {
         self.layout
     }
@@ -177,13 +177,13 @@ impl KvCache {
         (self.layout.numbers() * size_of::<f32>()) as u64
     }
 
-    /// Positions that fit, of all sequences together.
+    /// Number of positions that fit, over all sequences.
     pub fn capacity_tokens(&self) -> u64 {
         (self.layout.blocks * self.layout.block_tokens) as u64
     }
 }
 
-/// Refuses blocks that are not whole tiles.
+/// Rejects blocks that are not whole tiles.
 pub(crate) fn check_block_tokens(block_tokens: u32) -> Result<(), CacheError> {
     match block_tokens > 0 && (block_tokens as usize).is_multiple_of(TILE) {
         true => Ok(()),
@@ -191,8 +191,7 @@ pub(crate) fn check_block_tokens(block_tokens: u32) -> Result<(), CacheError> {
     }
 }
 
-/// Bytes of the keys and values of one token, over all layers and the depths that a KV fill keeps, as they lie in the
-/// cache.
+/// Bytes of keys and values of one token in the cache, over all layers and the depths that a KV fill keeps.
 pub fn bytes_per_token(config: &ModelConfig, kv_fill: KvFill) -> u64 {
     (PageLayout::new(config, kv_fill, 1, TILE as u32).numbers() * size_of::<f32>() / TILE) as u64
 }

@@ -1,20 +1,20 @@
-//! The clock on the wall, for serving loops that run on the engine.
+//! The wall clock, for serving loops that run on the engine.
 
 use std::time::{Duration, Instant};
 
 use scheduler::Clock;
 use traces::Nanos;
 
-/// What a wall clock does when nothing happens before the next arrival.
+/// What a wall clock does until the next arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Idle {
     /// Sleeps: a replay takes as long as its trace.
     Sleep,
-    /// Sets itself forward: a replay takes as long as its passes.
+    /// Advances at once: a replay takes as long as its passes.
     Skip,
 }
 
-/// Time since it was made, and what was skipped since.
+/// Time since the start, with skipped idle time added.
 #[derive(Clone, Copy, Debug)]
 pub struct WallClock {
     start: Instant,
@@ -29,7 +29,7 @@ impl WallClock {
         Self { start: Instant::now(), skipped: Nanos::ZERO, paused: Duration::ZERO, idle }
     }
 
-    /// Stands still during `work`.
+    /// Stops the clock during `work`.
     pub fn pause<R>(&mut self, work: impl FnOnce() -> R) -> R {
         let start = Instant::now();
         let result = work();

@@ -1,23 +1,22 @@
-//! The model configuration, `config.json`: the sizes of a recursive transformer and what its layers do.
+//! The model configuration, `config.json`: sizes of a recursive transformer and operations of its layers.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// The only `schema_version` this build reads and writes.
+/// The only `schema_version` that this build reads and writes.
 pub const SCHEMA_VERSION: u32 = 2;
-/// The only `model_type` this build reads and writes.
+/// The only `model_type` that this build reads and writes.
 pub const MODEL_TYPE: &str = "depthwise-recursive";
-/// Largest size of a configuration: whole numbers up to here are exact in `f32`, and products of
-/// two stay far from overflowing.
+/// Maximum size in a configuration: integers up to this one are exact in `f32`, and products of two cannot overflow.
 pub const MAX_SIZE: usize = 1 << 24;
-/// Positions that a model may have at most: there is a rotary table for all of them.
+/// Maximum number of positions of a model, each of which has an entry in the rotary table.
 pub const MAX_POSITIONS: usize = 1 << 20;
-/// Most layers of a configuration. Models have a hundred; a damaged file may say a quadrillion.
+/// Maximum number of layers of a configuration. Models have a hundred; a damaged file may contain 10^15.
 pub const MAX_LAYERS: usize = 1 << 12;
 
-/// A decoder of `block_layers` layers run `num_loops` times, between an embedding and a head that every loop's output
-/// can be read through.
+/// A decoder of `block_layers` layers that run `num_loops` times between an embedding and a head. Every loop's output
+/// can exit through the head.
 ///
 /// ```text
 /// embedding -> prelude -> block at depth 0 -> block at depth 1 -> ... -> coda -> norm -> head
@@ -31,7 +30,7 @@ pub struct ModelConfig {
     pub schema_version: u32,
     /// Always [`MODEL_TYPE`].
     pub model_type: String,
-    /// Number of tokens the embedding and the head know.
+    /// Size of the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -45,57 +44,57 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Layers in the block.
     pub block_layers: usize,
-    /// Times a block is run at full depth.
+    /// Number of loops at full depth.
     pub num_loops: usize,
-    /// What the loops share.
+    /// Parameters that the loops share.
     #[serde(default)]
     pub sharing: Sharing,
-    /// Layers of their own before the first loop.
+    /// Number of unshared layers before the first loop.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub prelude_layers: usize,
-    /// Layers of their own between a loop and the head.
+    /// Number of unshared layers between a loop and the head.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub coda_layers: usize,
     /// Whether the head is the embedding transposed.
     pub tie_embeddings: bool,
-    /// Longest sequence, in tokens, that the model may be asked to run.
+    /// Maximum length of a sequence in tokens.
     pub max_positions: usize,
-    /// What a layer does.
+    /// Operations of a layer.
     #[serde(default)]
     pub architecture: Architecture,
-    /// Low-rank differences between the loops of a shared block, or none: then all loops' matrices are equal.
+    /// Low-rank differences between the loops of a shared block; without them, the loops' matrices are equal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
     /// Rank of the low-rank difference that each loop but the last adds to the head; 0 for none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub head_lora_rank: usize,
-    /// Whether each loop but the last has a learned gate: a linear probe on the normed hidden state whose sigmoid is
-    /// the probability that the token agrees with the last loop's.
+    /// Whether each loop but the last has a learned gate: a linear probe on the normed hidden state. Its sigmoid is the
+    /// probability that the token agrees with that of the last loop.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub gate: bool,
 }
 
-/// What the loops of a model share.
+/// Parameters that the loops of a model share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sharing {
-    /// Every loop runs the same block: CYCLE of arXiv 2410.20672, layer `l` is shared layer `l mod block_layers`.
+    /// Every loop runs one block: CYCLE of arXiv 2410.20672, where layer `l` is shared layer `l mod block_layers`.
     #[default]
     Block,
-    /// As `Block`, but each loop has norms and biases of its own.
+    /// As [`Block`](Self::Block), but each loop has its own norms and biases.
     Matrices,
     /// Nothing: an ordinary transformer of `num_loops * block_layers` layers.
     Nothing,
 }
 
-/// Low-rank adapters that let each loop's projections differ (arXiv 2410.20672, section 2.3): a loop's projection is
+/// Low-rank adapters that make each loop's projections differ (arXiv 2410.20672, section 2.3): a loop's projection is
 /// `W x + scale * B A x`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
     /// Rank of the adapters of each kind of projection.
     pub ranks: LoraRanks,
-    /// Factor on an adapter's output.
+    /// Factor of an adapter's output.
     pub scale: f32,
 }
 
@@ -115,7 +114,7 @@ pub struct LoraRanks {
 }
 
 impl LoraRanks {
-    /// The same rank for every kind.
+    /// One rank for every kind.
     pub fn all(rank: usize) -> Self {
         Self { q: rank, k: rank, v: rank, o: rank, gate: rank, up: rank, down: rank }
     }
@@ -132,7 +131,7 @@ impl LoraRanks {
         ]
     }
 
-    /// The rank of a kind.
+    /// The rank of one kind.
     pub fn of(&self, kind: ProjectionKind) -> usize {
         match kind {
             ProjectionKind::Q => self.q,
@@ -146,45 +145,45 @@ impl LoraRanks {
     }
 }
 
-/// What a layer does, in the Llama, Gemma and GPT-NeoX families. The default is Llama's.
+/// Operations of a layer, in the Llama, Gemma and GPT-NeoX families. The default is Llama's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Architecture {
-    /// Norms of the residual stream.
+    /// Kind of the norms of the residual stream.
     pub norm: Norm,
-    /// Added to the mean square, or variance, before its root is taken.
+    /// Epsilon that is added to the mean square, or variance, before the root.
     pub norm_eps: f32,
     /// Whether a norm also follows attention and MLP, before the residual is added (Gemma 3).
     pub post_norms: bool,
-    /// Whether queries and keys are normed by head before they are rotated (Gemma 3).
+    /// Whether each head of queries and keys is normed before rotation (Gemma 3).
     pub qk_norm: bool,
-    /// The MLP's nonlinearity.
+    /// Activation function of the MLP.
     pub activation: Activation,
     /// Whether the MLP is `down(activation(gate(x)) * up(x))` rather than `down(activation(up(x)))`.
     pub gated_mlp: bool,
-    /// Whether attention and MLP both read the layer's input and are added together (GPT-NeoX).
+    /// Whether attention and MLP both read the layer's input and their outputs are added (GPT-NeoX).
     pub parallel_residual: bool,
     /// Whether query, key and value projections have biases.
     pub qkv_bias: bool,
-    /// Whether the attention's output projection has a bias.
+    /// Whether the output projection of attention has a bias.
     pub output_bias: bool,
     /// Whether the MLP's projections have biases.
     pub mlp_bias: bool,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,
-    /// Leading dimensions of a head that are rotated, an even number; all if none is given.
+    /// Number of leading dimensions of a head that are rotated, even; by default, all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rotary_dims: Option<usize>,
-    /// How rotary frequencies are stretched to longer sequences.
+    /// Scaling of rotary frequencies for longer sequences.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
-    /// Layers that see only the latest tokens (Gemma 3).
+    /// Layers with a sliding window (Gemma 3).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sliding_window: Option<SlidingWindow>,
-    /// Factor on attention scores; `1 / sqrt(head_dim)` if none is given.
+    /// Factor of attention scores; by default, `1 / sqrt(head_dim)`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_scale: Option<f32>,
-    /// Factor on embeddings.
+    /// Factor of embeddings.
     pub embedding_scale: f32,
 }
 
@@ -211,7 +210,7 @@ impl Default for Architecture {
     }
 }
 
-/// Norms of the residual stream.
+/// Kind of the norms of the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Norm {
@@ -221,7 +220,7 @@ pub enum Norm {
     Layer,
 }
 
-/// The MLP's nonlinearity.
+/// Activation function of the MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
@@ -229,11 +228,11 @@ pub enum Activation {
     Silu,
     /// `x Phi(x)` (arXiv 1606.08415), exact.
     Gelu,
-    /// Its approximation by a hyperbolic tangent.
+    /// `x Phi(x)`, approximated with a hyperbolic tangent.
     GeluTanh,
 }
 
-/// How rotary frequencies are stretched to longer sequences than the model was trained on.
+/// Scaling of rotary frequencies for longer sequences than those of training.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
 pub enum RopeScaling {
@@ -242,7 +241,7 @@ pub enum RopeScaling {
         /// The divisor.
         factor: f32,
     },
-    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, smooth in between.
+    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, with a smooth transition.
     Llama3 {
         /// The divisor of low frequencies.
         factor: f32,
@@ -250,40 +249,40 @@ pub enum RopeScaling {
         low_freq_factor: f32,
         /// Wavelengths below `original_positions / high_freq_factor` are high frequencies.
         high_freq_factor: f32,
-        /// Positions of the model before it was stretched.
+        /// Positions of the model before scaling.
         original_positions: usize,
     },
 }
 
-/// Layers that see only the latest tokens, and their rotary base. Rope scaling does not apply to them.
+/// Layers with a sliding window, and their rotary base. Rope scaling does not apply to them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SlidingWindow {
-    /// Tokens that such a layer sees, the token itself among them.
+    /// Length of the window in tokens, the current token included.
     pub tokens: usize,
     /// Base of its rotary frequencies.
     pub rope_theta: f32,
-    /// Which layers: their [`ModelConfig::layer_index`].
+    /// Indices of the layers, as in [`ModelConfig::layer_index`].
     pub layers: Vec<usize>,
 }
 
-/// A layer as a token meets it on its way.
+/// Position of a layer on a token's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Place {
     /// A layer before the first loop.
     Prelude(usize),
     /// A layer of the block, at a depth.
     Block {
-        /// The depth.
+        /// Depth of the loop.
         depth: usize,
-        /// The layer in the block.
+        /// Index of the layer in the block.
         layer: usize,
     },
     /// A layer between a loop and the head.
     Coda(usize),
 }
 
-/// Kinds of projections of a layer.
+/// Kinds of projections in a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs, reason = "the field's own names")]
 pub enum ProjectionKind {
@@ -296,18 +295,18 @@ pub enum ProjectionKind {
     Down,
 }
 
-/// A projection of a layer: `out` numbers from `inputs`.
+/// A projection of a layer, with shape `[outputs, inputs]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Projection {
     /// Its kind.
     pub kind: ProjectionKind,
-    /// Its name within the layer, as in Hugging Face's Llama.
+    /// Name within the layer, as in Hugging Face's Llama.
     pub name: &'static str,
     /// Outputs.
     pub outputs: usize,
     /// Inputs.
     pub inputs: usize,
-    /// Whether it has a bias.
+    /// Whether the projection has a bias.
     pub bias: bool,
 }
 
@@ -315,23 +314,23 @@ fn is_zero(number: &usize) -> bool {
     *number == 0
 }
 
-/// Why a model configuration was refused.
+/// Why a model configuration is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file could not be read.
+    /// The file cannot be read.
     #[error("{}: cannot read the model configuration: {source}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The file is not JSON, lacks a field, or has one of the wrong type or an unknown one.
+    /// The file is not JSON, lacks a field, or has an unknown field or one of a wrong type.
     #[error("{}: not a model configuration: {source}", path.display())]
     Parse {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with line and column.
+        /// The problem, with line and column.
         source: serde_json::Error,
     },
     /// A value is out of range.
@@ -350,9 +349,9 @@ pub enum ConfigError {
 pub struct InvalidField {
     /// Name of the field in `config.json`.
     pub field: &'static str,
-    /// Its value.
+    /// Value of the field.
     pub found: String,
-    /// What is allowed.
+    /// The values that are valid.
     pub expected: String,
 }
 
@@ -360,7 +359,7 @@ impl ModelConfig {
     /// Reads and validates a `config.json`.
     ///
     /// # Errors
-    /// If the file is unreadable, not such a configuration, or out of range.
+    /// If the file cannot be read, is not such a configuration, or has a value out of range.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text =
             std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
@@ -375,7 +374,7 @@ impl ModelConfig {
         serde_json::to_string_pretty(self).expect("a struct of numbers and strings is always JSON")
     }
 
-    /// Checks that the sizes make a model.
+    /// Checks that the sizes form a valid model.
     ///
     /// # Errors
     /// The first field that is out of range.
@@ -437,12 +436,12 @@ impl ModelConfig {
         self.num_kv_heads * self.head_dim
     }
 
-    /// Layers that a token meets on its way through full depth.
+    /// Number of layers that a token runs at full depth.
     pub fn num_layers(&self) -> usize {
         self.prelude_layers + self.num_loops * self.block_layers + self.coda_layers
     }
 
-    /// The layers that a token meets on its way through full depth, in order.
+    /// The layers that a token runs at full depth, in order.
     pub fn places(&self) -> impl Iterator<Item = Place> + use<> {
         let block_layers = self.block_layers;
         let depth = move |depth| (0..block_layers).map(move |layer| Place::Block { depth, layer });
@@ -450,7 +449,7 @@ impl ModelConfig {
         prelude.chain((0..self.num_loops).flat_map(depth)).chain((0..self.coda_layers).map(Place::Coda))
     }
 
-    /// The place's number among [`ModelConfig::places`].
+    /// Index of a layer among [`ModelConfig::places`].
     pub fn layer_index(&self, place: Place) -> usize {
         match place {
             Place::Prelude(layer) => layer,
@@ -459,13 +458,13 @@ impl ModelConfig {
         }
     }
 
-    /// How many of the latest tokens, itself among them, a token sees in a layer; all if there is no window.
+    /// Number of latest tokens that a token attends to in a layer, itself included; `None` without a window.
     pub fn window(&self, place: Place) -> Option<usize> {
         let window = self.architecture.sliding_window.as_ref()?;
         window.layers.contains(&self.layer_index(place)).then_some(window.tokens)
     }
 
-    /// Rotary frequencies of a layer, in radians per position: one for each pair of rotated dimensions.
+    /// Rotary frequencies of a layer in radians per position, one for each pair of rotated dimensions.
     pub fn rotary_frequencies(&self, place: Place) -> Vec<f32> {
         let Architecture { rope_theta, rope_scaling, sliding_window, .. } = &self.architecture;
         let (theta, scaling) = match sliding_window {
@@ -496,8 +495,8 @@ impl ModelConfig {
         }
     }
 
-    /// Prefix of the names of a projection's adapter at a depth: `{prefix}.a` `[rank, inputs]` and `{prefix}.b`
-    /// `[outputs, rank]`.
+    /// Prefix of the names of a projection's adapter at a depth: `{prefix}.a` has shape `[rank, inputs]` and
+    /// `{prefix}.b` shape `[outputs, rank]`.
     pub fn lora_prefix(depth: usize, layer: usize, projection: &Projection) -> String {
         format!("lora.{depth}.layers.{layer}.{}", projection.name)
     }
@@ -530,7 +529,7 @@ impl ModelConfig {
     pub fn norms(&self) -> Vec<(&'static str, usize)> {
         let mut norms = vec![("input_layernorm", self.hidden_size), ("post_attention_layernorm", self.hidden_size)];
         if self.architecture.post_norms {
-            // Gemma's names: the norm before the MLP is no longer called after the attention that precedes it.
+            // Gemma's names: the norm before the MLP is not called after the attention that precedes it.
             norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"]
                 .into_iter()
                 .chain(["post_feedforward_layernorm"])
@@ -572,23 +571,23 @@ impl Default for ModelConfig {
 }
 
 impl Architecture {
-    /// Leading dimensions of a head that are rotated.
+    /// Number of leading dimensions of a head that are rotated.
     pub fn rotary_dims(&self, head_dim: usize) -> usize {
         self.rotary_dims.unwrap_or(head_dim)
     }
 
-    /// Factor on attention scores.
+    /// Factor of attention scores.
     pub fn attention_scale(&self, head_dim: usize) -> f32 {
         self.attention_scale.unwrap_or_else(|| (head_dim as f32).sqrt().recip())
     }
 
-    /// Rotary frequencies of a base, before they are stretched.
+    /// Rotary frequencies of a base, before scaling.
     fn unscaled_frequencies(&self, head_dim: usize, theta: f32) -> impl Iterator<Item = f32> + use<> {
         let dims = self.rotary_dims(head_dim);
         (0..dims).step_by(2).map(move |i| theta.powf(i as f32 / dims as f32).recip())
     }
 
-    /// By how much a scaling slows each rotary frequency down.
+    /// Factors by which a scaling divides the rotary frequencies.
     pub(crate) fn frequency_factors(&self, head_dim: usize, scaling: RopeScaling) -> Vec<f32> {
         let frequencies = self.unscaled_frequencies(head_dim, self.rope_theta);
         frequencies.map(|frequency| frequency / scaling.stretch(frequency)).collect()
@@ -630,7 +629,7 @@ impl Architecture {
 }
 
 impl RopeScaling {
-    /// The frequency to use in place of one that the model was trained with.
+    /// The scaled frequency for one that the model was trained with.
     fn stretch(&self, frequency: f32) -> f32 {
         match *self {
             Self::Linear { factor } => frequency / factor,

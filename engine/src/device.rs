@@ -1,4 +1,4 @@
-//! Where a model runs, as files and arguments name it.
+//! Names of devices in files and arguments.
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,12 +23,12 @@ pub enum DeviceName {
     /// The processor.
     #[default]
     Cpu,
-    /// An NVIDIA GPU, numbered from 0 among those that `CUDA_VISIBLE_DEVICES` leaves.
+    /// An NVIDIA GPU, numbered from 0 among those visible under `CUDA_VISIBLE_DEVICES`.
     Cuda(usize),
 }
 
 impl DeviceName {
-    /// The device as candle's, for what candle does there.
+    /// The device for candle's operations.
     ///
     /// # Errors
     /// If there is no such device, or this program was built without the feature `cuda`.
@@ -39,10 +39,11 @@ impl DeviceName {
         }
     }
 
-    /// A model there, with its weights stored as `weight_type`; on a GPU its activations, keys and values too.
+    /// Loads a model to the device, with its weights stored as `weight_type`; on a GPU, activations, keys and values
+    /// have that type too.
     ///
     /// # Errors
-    /// As [`candle`](Self::candle); or if the device does not multiply with the type, its kernels cannot have the model's
+    /// As [`candle`](Self::candle); or if the device does not support the type, its kernels do not support the model's
     /// sizes, or its memory is too small.
     pub fn serve(
         self,
@@ -57,8 +58,8 @@ impl DeviceName {
         }
     }
 
-    /// What a GPU can do at most, and what each operation of passes of such loads takes on it; none of the CPU, whose
-    /// kernels have benchmarks.
+    /// Peak rates of a GPU, and the time of each operation in passes with these loads. `None` on the CPU, whose kernels
+    /// have benchmarks.
     ///
     /// # Errors
     /// As [`serve`](Self::serve).
@@ -72,7 +73,7 @@ impl DeviceName {
         }
     }
 
-    /// How a GPU stores what the CPU would store as `weight_type`.
+    /// The GPU's storage type for the CPU's `weight_type`.
     fn scalar(self, weight_type: WeightType) -> Result<Scalar> {
         let known = [(WeightType::F32, Scalar::F32), (WeightType::F16, Scalar::F16), (WeightType::Bf16, Scalar::Bf16)];
         match known.iter().find(|(known, _)| *known == weight_type) {
@@ -107,7 +108,7 @@ mod cuda {
     }
 }
 
-/// Of a program without the feature `cuda`.
+/// Stand-ins in a program without the feature `cuda`.
 #[cfg(not(feature = "cuda"))]
 mod cuda {
     use candle_core::Error;

@@ -1,8 +1,8 @@
-//! Operations of the reference model with hand-written gradients, one pass over memory each.
+//! Operations of the reference model with hand-written gradients, each in one pass over memory.
 //!
-//! candle composes these from elementwise steps that each write a tensor; its own fused versions
-//! have no gradient. All take contiguous `f32` tensors and, on the CPU, run on the calling thread; on other devices they
-//! are composed.
+//! candle composes these operations from elementwise steps that each write a tensor, and its fused versions have no
+//! gradient. All operations take contiguous `f32` tensors. On the CPU, they run on the calling thread; on other
+//! devices, they are composed.
 
 mod composed;
 
@@ -17,7 +17,7 @@ use crate::config::Activation;
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension of `[rows, n]`.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not match.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     match x.device().is_cpu() {
         true => x.apply_op2(weight, RmsNorm { eps }),
@@ -28,7 +28,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
 /// `(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` over the last dimension of `[rows, n]`.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not match.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
     match x.device().is_cpu() {
         true => x.apply_op3(weight, bias, LayerNorm { eps }),
@@ -36,8 +36,8 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Resul
     }
 }
 
-/// Softmax of `scale * scores`, `[.., seq, seq]`, over the keys that are not after the query and among the latest
-/// `window` up to it, if there is a window.
+/// Softmax of `scale * scores`, `[.., seq, seq]`, over the keys up to the query and, with a `window`, among the latest
+/// `window` of them.
 ///
 /// # Errors
 /// If the last two dimensions differ.
@@ -59,11 +59,11 @@ pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tenso
     }
 }
 
-/// Turns the pairs (`i`, `i + pairs`) of `[.., seq, head_dim]` by the angle of their position. Dimensions from
-/// `2 * pairs` on stay as they are.
+/// Rotates the pairs (`i`, `i + pairs`) of `[.., seq, head_dim]` by the angle of their position. Dimensions from `2 *
+/// pairs` on do not change.
 ///
 /// # Errors
-/// If `turns` has fewer positions than `x` or more dimensions.
+/// If `turns` has fewer positions or more dimensions than `x`.
 pub fn rotate(x: &Tensor, turns: &Turns) -> Result<Tensor> {
     match x.device().is_cpu() {
         true => x.apply_op1(Rotate { turns: turns.clone(), direction: 1.0 }),
@@ -71,17 +71,17 @@ pub fn rotate(x: &Tensor, turns: &Turns) -> Result<Tensor> {
     }
 }
 
-/// The turns of a rotary position embedding (arXiv 2104.09864).
+/// Rotations of a rotary position embedding (arXiv 2104.09864).
 #[derive(Clone)]
 pub struct Turns {
-    /// Pairs of dimensions that are turned.
+    /// Number of rotated pairs of dimensions.
     pairs: usize,
     /// Cosine and sine of the angle at `[position][pair]`.
     table: Arc<[(f32, f32)]>,
 }
 
 impl Turns {
-    /// The turns at positions from 0 to `positions`, of pairs with these frequencies in radians per position.
+    /// The rotations at positions from 0 to `positions`, of pairs with these frequencies in radians per position.
     pub fn new(frequencies: &[f32], positions: usize) -> Self {
         let turn = |position| {
             frequencies.iter().map(move |frequency| {
@@ -96,7 +96,7 @@ impl Turns {
 /// The numbers of a contiguous `f32` tensor.
 ///
 /// # Errors
-/// If it is neither.
+/// If the tensor is not contiguous or not `f32`.
 pub fn numbers<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
@@ -108,8 +108,8 @@ fn last_dim(layout: &Layout) -> usize {
     layout.dims().last().copied().unwrap_or(1)
 }
 
-/// `e^x` to about one unit in the last place for `x` in -87..88, clamped outside; written so that
-/// the compiler can vectorize it (the polynomial is that of Cephes' `expf`).
+/// `e^x` to about one unit in the last place for `x` in -87..88, clamped outside. The code vectorizes; the polynomial
+/// is that of Cephes' `expf`.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const ROUNDER: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
@@ -127,7 +127,7 @@ pub fn exp(x: f32) -> f32 {
 
 const LANES: usize = 16;
 
-/// Sum of `term(a, b)` over two slices of one length, in lanes so that it vectorizes.
+/// Sum of `term(a, b)` over two slices of equal length, in lanes so that it vectorizes.
 #[inline(always)]
 pub fn sum_over(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
@@ -203,8 +203,7 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-/// Of `x`, `weight` and the gradient of the result: the gradient of `x` and, as one more row, that
-/// of `weight`.
+/// From `x`, `weight` and the gradient of the result: the gradient of `x` and, as one more row, that of `weight`.
 struct RmsNormGradient(RmsNorm);
 
 impl CustomOp3 for RmsNormGradient {
@@ -302,7 +301,7 @@ impl CustomOp3 for LayerNorm {
     }
 }
 
-/// Of `x`, `weight` and the gradient of the result: the gradient of `x` and, as two more rows, those of `weight` and
+/// From `x`, `weight` and the gradient of the result: the gradient of `x` and, as two more rows, those of `weight` and
 /// bias.
 struct LayerNormGradient(LayerNorm);
 
@@ -353,7 +352,7 @@ struct CausalSoftmax {
 }
 
 impl CausalSoftmax {
-    /// The keys that a query sees.
+    /// The keys that a query attends to.
     fn visible(&self, query: usize) -> Range<usize> {
         (query + 1).saturating_sub(self.window)..query + 1
     }
@@ -491,7 +490,7 @@ fn gated_values(curve: impl Fn(f32) -> (f32, f32), gate: &[f32], up: &[f32]) -> 
     y
 }
 
-/// Of `gate`, `up` and the gradient of the result: the gradients of `gate` and `up`, stacked.
+/// From `gate`, `up` and the gradient of the result: the gradients of `gate` and `up`, stacked.
 struct GatedGradient(Activation);
 
 impl CustomOp3 for GatedGradient {
@@ -533,7 +532,7 @@ fn gated_gradients(curve: impl Fn(f32) -> (f32, f32), gate: &[f32], up: &[f32], 
 
 struct Rotate {
     turns: Turns,
-    /// 1 turns forward, -1 back.
+    /// 1 for the rotation, -1 for its inverse.
     direction: f32,
 }
 
@@ -584,7 +583,7 @@ mod tests {
         assert!(worst.to_scalar::<f32>().unwrap() < 1e-5, "{found} is not {expected}");
     }
 
-    /// Checks results and gradients, under a loss with different weights everywhere.
+    /// Checks results and gradients, under a loss with a different weight for every number.
     fn assert_same(found: &Tensor, expected: &Tensor, inputs: &[&Var]) {
         assert_close(found, expected);
         let slope = random(found.dims());
@@ -631,7 +630,7 @@ mod tests {
     fn rotation_and_its_gradient_equal_the_composed_ones() {
         let frequencies = [0.3f32, 1.0, 0.1, 0.7];
         let turns = Turns::new(&frequencies, 7);
-        // Some dimensions turn, or all.
+        // Some dimensions are rotated, or all.
         for head_dim in [11, 8] {
             let x = random(&[2, 3, 5, head_dim]);
             let composed = composed::rotate(&x, &turns).unwrap();

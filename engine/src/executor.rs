@@ -1,4 +1,4 @@
-//! The scheduler's executor that runs the model and reads the clock.
+//! The scheduler's executor that runs the model and measures time.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -17,79 +17,80 @@ use crate::kernels::signals::{Verdict, mix};
 use crate::model::Rows;
 use crate::prompts::{PromptError, Prompts};
 
-/// Why the engine cannot go on.
+/// Why the engine cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
-    /// A prompt is not to be had.
+    /// A prompt is not available.
     #[error(transparent)]
     Prompt(#[from] PromptError),
-    /// The cache cannot be made.
+    /// The cache cannot be created.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// A sequence would be longer than the model's positions or the cache.
+    /// A sequence is longer than the model's positions or the cache.
     #[error("request {request} needs {needed} positions, {holder} has {available}")]
     TooLong {
-        /// The request.
+        /// Id of the request.
         request: u32,
-        /// Positions it takes: prompt and output, less the last token.
+        /// Positions that the sequence needs: prompt and output, without the last token.
         needed: u64,
-        /// What is too small: the model or the KV cache.
+        /// What limits it: the model or the KV cache.
         holder: &'static str,
-        /// Positions there.
+        /// Positions that are available.
         available: u64,
     },
-    /// The oracle does not know a token's exit depth.
+    /// The oracle has no exit depth for a token.
     #[error(
         "the oracle has no exit depth for token {token} of request {request}: record the requests that are replayed"
     )]
     NoExit {
-        /// The request.
+        /// Id of the request.
         request: u32,
-        /// Which of its tokens.
+        /// Index of the token.
         token: usize,
     },
-    /// The model gave something that is not a number.
+    /// A result of the model is not a number.
     #[error("the logits of request {request}, token {token} at depth {depth} are not finite")]
     NotFinite {
-        /// The request.
+        /// Id of the request.
         request: u32,
-        /// Which of its tokens.
+        /// Index of the token.
         token: usize,
         /// The depth.
         depth: u8,
     },
 }
 
-/// How tokens are drawn.
+/// How tokens are sampled.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sampling {
-    /// 0 takes the most likely token.
+    /// Temperature; 0 selects the most likely token.
     pub temperature: f32,
-    /// Seed of the dice above 0. The dice of a token depend on seed, request and token alone.
+    /// Seed of the random numbers above temperature 0. The random numbers of a token depend only on seed, request and
+    /// token.
     pub seed: u64,
 }
 
 impl Sampling {
-    /// The key of one token's dice.
+    /// Random key of one token.
     pub fn key(&self, request: u32, token: usize) -> u64 {
         mix(self.seed ^ mix((u64::from(request) << 32) | token as u64))
     }
 }
 
-/// What a request was given and has generated.
+/// Prompt and output of a request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Generation {
-    /// Ids of the prompt.
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
-    /// Ids generated.
+    /// Generated token ids.
     pub tokens: Vec<u32>,
-    /// The depth at which each of them exited.
+    /// Exit depth of each generated token.
     pub exit_depths: Vec<u8>,
-    /// Of a recording executor: signals and the token predicted, entry `token * num_loops + depth`; zero at depths
-    /// that a token never ran.
+    /// Exit signals and predictions of a recording executor: entry `token * num_loops + depth`, zero at depths that a
+    /// token skipped.
     pub recorded: Vec<(Signals, u32)>,
 }
 
@@ -102,24 +103,25 @@ impl Generation {
         }
     }
 
-    /// The depth at which the row at a position left, if that is beyond the prompt and has.
+    /// Exit depth of the row at a position; `None` in the prompt and before the exit.
     fn left(&self, position: usize) -> Option<u8> {
         let after_prompt = position.checked_sub(self.prompt.len())?;
         self.exit_depths.get(after_prompt + 1).copied()
     }
 }
 
-/// Exit depths of generated tokens by request: what the oracle knows.
+/// Exit depths of generated tokens, by request: the knowledge of the oracle.
 pub type ExitDepths = HashMap<u32, Vec<u8>>;
 
-/// A sequence that holds a slot.
+/// A sequence with a slot.
 #[derive(Debug, Default)]
 struct Sequence {
     request: u32,
     generation: Generation,
-    /// The arena row of each position that is between two depths, or under [`KvFill::Backfill`] has left early.
+    /// By position: the arena row of a hidden state between two depths. Under [`KvFill::Backfill`], also of exited
+    /// tokens.
     in_flight: Vec<Option<u32>>,
-    /// Under [`KvFill::Skip`], by depth the positions that left no keys and values there.
+    /// Under [`KvFill::Skip`], by depth: positions without keys and values.
     skipped: Vec<Vec<u32>>,
 }
 
@@ -129,7 +131,7 @@ impl Sequence {
     }
 }
 
-/// What an executor knows of its sequences.
+/// State of the sequences of an executor.
 #[derive(Debug)]
 struct Sequences {
     by_slot: Vec<Sequence>,
@@ -158,8 +160,8 @@ impl Sequences {
         }
     }
 
-    /// The depths at which a row leaves its keys and values. A generated token that comes again after a preemption gets
-    /// the KV fill it had, which is exact below the depth at which it left only under [`KvFill::Backfill`].
+    /// The depths at which a row writes its keys and values. A generated token that runs again after a preemption gets
+    /// the KV fill that it had. Below its exit depth, the fill is exact only under [`KvFill::Backfill`].
     fn fills(&self, generation: &Generation, position: usize, depth: usize) -> Range<usize> {
         let (own, none) = (depth..depth + 1, depth..depth);
         match (self.kv_fill, generation.left(position).map(usize::from)) {
@@ -171,7 +173,7 @@ impl Sequences {
         }
     }
 
-    /// By depth, the positions that left no keys and values there.
+    /// By depth: positions without keys and values.
     fn skipped_positions(&self, generation: &Generation) -> Vec<Vec<u32>> {
         if self.kv_fill != KvFill::Skip {
             return Vec::new();
@@ -184,7 +186,7 @@ impl Sequences {
         (0..self.num_loops).map(of_depth).collect()
     }
 
-    /// The rows of segments, in their order.
+    /// The rows of segments, in order.
     fn rows<'a>(&'a self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
         let mut rows = Rows::default();
         for segment in segments.iter().map(|&index| &pass.segments[index]) {
@@ -193,7 +195,7 @@ impl Sequences {
         rows
     }
 
-    /// The last rows of segments, which come by depth.
+    /// The last rows of segments, which are sorted by depth.
     fn last_rows<'a>(&'a self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
         let mut rows = Rows::default();
         for segment in segments.iter().map(|&index| &pass.segments[index]) {
@@ -203,7 +205,7 @@ impl Sequences {
     }
 }
 
-/// Which rows of the backend's memory for rows in flight are free.
+/// Free rows of the backend's memory for rows in flight.
 #[derive(Debug, Default)]
 struct Arena {
     capacity: usize,
@@ -211,7 +213,7 @@ struct Arena {
 }
 
 impl Arena {
-    /// Makes sure that `rows` more rows can be taken.
+    /// Ensures that `rows` more rows can be taken.
     fn reserve(&mut self, backend: &mut dyn Backend, rows: usize) -> candle_core::Result<()> {
         if self.free.len() < rows {
             let more = rows.max(self.capacity);
@@ -223,32 +225,32 @@ impl Arena {
     }
 }
 
-/// What is asked of the pass at hand, as segments by depth.
+/// What is requested of the current pass, as segments sorted by depth.
 #[derive(Debug, Default)]
 struct Questions {
     heads: Vec<usize>,
     gates: Vec<usize>,
-    /// With the row in flight that the last row of each was before.
+    /// Each with the row in flight that its last row was before the pass.
     similarities: Vec<(usize, u32)>,
 }
 
-/// The pass at hand.
+/// State of the current pass.
 #[derive(Debug, Default)]
 struct Current {
-    /// By segment, the place of its first row among those of the pass.
+    /// By segment: index of its first row among those of the pass.
     first_rows: Vec<usize>,
-    /// By segment, what is known of its last row.
+    /// By segment: results of its last row.
     findings: Vec<Finding>,
 }
 
-/// What is known of a row.
+/// Results of a row.
 #[derive(Clone, Copy, Debug)]
 struct Finding {
-    /// What the head says, where that was asked for.
+    /// Results of the head, if it ran.
     verdict: Option<Verdict>,
-    /// The gate's score; 1 at the last depth, which has none.
+    /// Score of the gate; 1 at the last depth, which has no gate.
     gate: f32,
-    /// How similar the row is to what it was a depth ago; 0 at depth 0.
+    /// Similarity of the row to its state one depth earlier; 0 at depth 0.
     similarity: f32,
 }
 
@@ -264,19 +266,20 @@ impl Current {
 
 /// Runs passes on the model.
 ///
-/// It keeps what every request generated, also after that has left its slot: [`EngineExecutor::generations`].
+/// The executor keeps the output of every request, also after the request has given up its slot:
+/// [`EngineExecutor::generations`].
 #[derive(Debug)]
 pub struct EngineExecutor {
     model: Arc<dyn ServedModel>,
     backend: Box<dyn Backend>,
-    /// Positions of a KV block, and of all.
+    /// Positions per KV block, and of the whole cache.
     block_tokens: usize,
     capacity_tokens: u64,
     prompts: Arc<Prompts>,
     sampling: Sampling,
     oracle: Option<Arc<ExitDepths>>,
     recording: bool,
-    /// Depths at which a row may exit or its signal is read, so that its coda is needed there.
+    /// Depths at which a row may exit or its signal is read, so that the row runs the coda there.
     exit_depths: Range<usize>,
     arena: Arena,
     sequences: Sequences,
@@ -285,11 +288,11 @@ pub struct EngineExecutor {
 }
 
 impl EngineExecutor {
-    /// An executor with an empty cache of `num_blocks` blocks of `block_tokens` positions, whose tokens that leave early
-    /// leave `kv_fill` behind at the depths they skip.
+    /// An executor with an empty cache of `num_blocks` blocks of `block_tokens` positions. Exited tokens fill the
+    /// depths they skip by `kv_fill`.
     ///
     /// # Errors
-    /// If the cache cannot be made.
+    /// If the cache cannot be created.
     pub fn new(
         model: Arc<dyn ServedModel>,
         prompts: Arc<Prompts>,
@@ -316,13 +319,13 @@ impl EngineExecutor {
         })
     }
 
-    /// Answers the oracle's reads: a token exits at the depth given here.
+    /// Sets the exit depths of the oracle.
     pub fn with_oracle(mut self, exits: Arc<ExitDepths>) -> Self {
         self.oracle = Some(exits);
         self
     }
 
-    /// Runs passes on histories that nobody ran as on others: see [`Backend::fill_with_numbers`].
+    /// Makes histories that were never run behave like others: see [`Backend::fill_with_numbers`].
     ///
     /// # Errors
     /// If the device fails.
@@ -331,7 +334,8 @@ impl EngineExecutor {
         Ok(self)
     }
 
-    /// Runs no coda at depths where no row can exit by this policy and no row reads its keys and values.
+    /// Restricts exits to those of a policy: the coda does not run where no row can exit and its keys and values are
+    /// not needed.
     pub fn exiting_by(mut self, exit: ExitPolicy) -> Self {
         let depths = exit.exit_depths(self.num_loops() as u8);
         self.exit_depths = usize::from(*depths.start())..usize::from(*depths.end()) + 1;
@@ -348,30 +352,29 @@ impl EngineExecutor {
         self
     }
 
-    /// What each request, by id, was given and generated; of those that hold a slot, only what they had when they
-    /// last lost one.
+    /// Prompt and output of each request, by id. A request with a slot has only what it had when it last lost one.
     pub fn generations(&self) -> &HashMap<u32, Generation> {
         &self.generations
     }
 
-    /// What a request, by id, was given and has generated so far.
+    /// Prompt and output so far of a request, by id.
     pub fn generation(&self, request: u32) -> Option<&Generation> {
         let holds_slot = |sequence: &&Sequence| sequence.request == request && !sequence.generation.prompt.is_empty();
         let in_slot = || self.sequences.by_slot.iter().find(holds_slot).map(|sequence| &sequence.generation);
         self.generations.get(&request).or_else(in_slot)
     }
 
-    /// What each request was given and generated, when the run is over.
+    /// Prompt and output of each request, by id, when the run is over.
     pub fn into_generations(self) -> HashMap<u32, Generation> {
         self.generations
     }
 
-    /// What the exit head has taken so far, of the time of all passes.
+    /// Time of the exit head so far, as part of the time of all passes.
     pub fn head_time(&self) -> Duration {
         self.backend.head_time()
     }
 
-    /// Hands over what a request was given and generated, once that is so many tokens.
+    /// Takes the prompt and output of a request, once the output is complete.
     pub(crate) fn take_finished(&mut self, request: &Request) -> Option<Generation> {
         let generation = self.generations.get(&request.id)?;
         match generation.tokens.len() == request.output_tokens as usize {
@@ -380,7 +383,7 @@ impl EngineExecutor {
         }
     }
 
-    /// Keys and values that the first `positions` entries of a sequence left in its `blocks`, of every layer and depth.
+    /// Keys and values of the first `positions` entries of a sequence in its `blocks`, of every layer and depth.
     ///
     /// # Errors
     /// If the device fails.
@@ -388,7 +391,7 @@ impl EngineExecutor {
         Ok(self.backend.cached(blocks, positions)?)
     }
 
-    /// Puts a sequence of up to `context_tokens` positions into a slot, in place of what is there.
+    /// Puts a sequence of up to `context_tokens` positions into a slot, replacing its current one.
     pub(crate) fn occupy(&mut self, slot: Slot, request: u32, generation: Generation, context_tokens: u32) {
         let (slot, sequences) = (slot as usize, &mut self.sequences);
         if sequences.by_slot.len() <= slot {
@@ -408,7 +411,7 @@ impl EngineExecutor {
     /// Checks that a request fits the model's positions and the cache.
     ///
     /// # Errors
-    /// If it does not.
+    /// If the request does not fit.
     pub fn check_request(&self, request: &Request) -> Result<(), EngineError> {
         let needed = u64::from(request.prompt_tokens) + u64::from(request.output_tokens) - 1;
         let holders = [("the model", self.model.config().max_positions as u64), ("the KV cache", self.capacity_tokens)];
@@ -418,7 +421,7 @@ impl EngineExecutor {
         }
     }
 
-    /// Runs the rows of a pass, keeps those that go on, and takes in what was asked of them.
+    /// Runs the rows of a pass, keeps the states of those that continue, and collects the results.
     fn run_rows(&mut self, pass: &Pass<'_>, meanwhile: &mut dyn FnMut()) -> Result<(), EngineError> {
         let order = by_depth(pass, (0..pass.segments.len()).collect());
         self.place_rows(pass, &order);
@@ -440,7 +443,7 @@ impl EngineExecutor {
         self.take_answers(pass, &questions, answers)
     }
 
-    /// Says where the rows of each segment are among those of the pass.
+    /// Sets the index of each segment's rows among those of the pass.
     fn place_rows(&mut self, pass: &Pass<'_>, order: &[usize]) {
         self.current.first_rows.resize(pass.segments.len(), 0);
         self.current.findings.clear();
@@ -464,7 +467,7 @@ impl EngineExecutor {
         order.iter().flat_map(of_segment).collect()
     }
 
-    /// What must be known of the last rows of segments: what the scheduler looks at, and what is recorded.
+    /// What is requested of the segments' last rows: signals for the scheduler, and what is recorded.
     fn questions(&self, pass: &Pass<'_>) -> Questions {
         let segments = |asked: &dyn Fn(&Segment) -> bool| {
             by_depth(pass, (0..pass.segments.len()).filter(|&index| asked(&pass.segments[index])).collect())
@@ -496,19 +499,19 @@ impl EngineExecutor {
         }
     }
 
-    /// Whether a segment's last row leaves after this pass whatever comes of it, so that its head may be read with the
-    /// rest of the pass.
+    /// Whether a segment's last row certainly exits after this pass, so that its head can run within the pass.
     fn surely_exits(&self, pass: &Pass<'_>, segment: &Segment) -> bool {
         let exits = match pass.reads.signal {
             SignalRead::None => usize::from(segment.depth) + 1 == self.exit_depths.end,
             SignalRead::Oracle => self.oracle_exits(segment).unwrap_or(false),
-            // Of what is not known yet, the head reads all at once.
+            // Where exits are not known yet, the head runs for all of them together, afterwards.
             SignalRead::Signal(_) => false,
         };
         segment.predicts && exits
     }
 
-    /// Finds room for the hidden states of rows that may go on to the next depth; frees that of the others.
+    /// Takes arena rows for the hidden states of rows that may continue to the next depth, and frees those of the
+    /// others.
     fn places(&mut self, pass: &Pass<'_>) -> Result<Vec<Option<u32>>, EngineError> {
         let rows = pass.num_rows() as usize;
         self.arena.reserve(&mut *self.backend, rows)?;
@@ -529,7 +532,7 @@ impl EngineExecutor {
         Ok(places)
     }
 
-    /// The heads of the last rows of `segments`, which come by depth.
+    /// Rows of the head: the last rows of `segments`, which are sorted by depth.
     fn heads(&self, pass: &Pass<'_>, segments: &[usize]) -> Heads {
         let key = |&segment: &usize| {
             let sequence = self.sequences.of(&pass.segments[segment]);
@@ -570,7 +573,7 @@ impl EngineExecutor {
         Ok(())
     }
 
-    /// Reads the exit signals of a pass.
+    /// Sets the exit signals that the pass reads.
     fn read_signals(&self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
         for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| pass.reads_signal(segment)) {
             let Finding { verdict, gate, similarity } = self.current.findings[index];
@@ -597,7 +600,7 @@ impl EngineExecutor {
         }
     }
 
-    /// Keeps signals and predictions of all rows that predict.
+    /// Records signals and predictions of all rows that predict.
     fn record(&mut self, pass: &Pass<'_>) {
         let (num_loops, has_gates) = (self.num_loops(), self.model.config().gate);
         let segments = pass.segments.iter().zip(&self.current.findings);
@@ -625,7 +628,7 @@ impl EngineExecutor {
         Ok(())
     }
 
-    /// Reads the heads of rows that leave and whose head was not read before.
+    /// Runs the head for exiting rows that have not run it.
     fn read_unread(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<(), EngineError> {
         let exiting = exiting.iter().map(|&index| index as usize);
         let unread = exiting.filter(|&index| self.current.findings[index].verdict.is_none()).collect();
@@ -709,7 +712,7 @@ impl Executor for EngineExecutor {
     ) -> Result<Nanos, EngineError> {
         let start = Instant::now();
         in_pool(|| {
-            // Nothing is looked at of a pass whose outcome is known.
+            // No signal is read in a pass whose exits are known.
             self.run_pass(pass, &mut [], meanwhile)?;
             self.emit_tokens(pass, exiting)
         })?;
@@ -723,19 +726,19 @@ impl Executor for EngineExecutor {
     }
 }
 
-/// Runs `work` on a thread of the pool, so that kernels share work out without waking anybody first. Free for a
-/// caller that is on one already: whoever runs many passes does so inside this.
+/// Runs `work` on a thread of the pool, so that kernels start parallel work without waking a thread. It costs nothing
+/// for a caller in the pool, so code that runs many passes calls it once around them.
 pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| work())
 }
 
-/// The positions of a segment's rows.
+/// Positions of a segment's rows.
 fn positions(segment: &Segment) -> Range<usize> {
     let start = segment.start as usize;
     start..start + segment.tokens as usize
 }
 
-/// The position of a segment's last row.
+/// Position of a segment's last row.
 fn last_position(segment: &Segment) -> usize {
     positions(segment).end - 1
 }

@@ -1,4 +1,5 @@
-//! Generation of texts, token by token: requests served together, each token handed over when it is there.
+//! Generation of texts token by token: requests are served together, and each token is delivered at the end of its
+//! pass.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -18,7 +19,7 @@ use crate::tokenizer::Tokenizer;
 pub struct Generated {
     /// Id of the request.
     pub request: u32,
-    /// Which of its tokens, from 0.
+    /// Index of the token in the output, from 0.
     pub index: usize,
     /// Id of the token.
     pub token: u32,
@@ -37,7 +38,7 @@ pub struct CompletedToken {
     pub depth: u8,
 }
 
-/// Tokens delivered by a pass, with their requests.
+/// Tokens that a pass delivers, with their requests.
 #[derive(Default)]
 struct Delivered(Vec<(u32, Token)>);
 
@@ -91,7 +92,8 @@ impl Engine {
     /// every token at the end of the pass that yields it, a request's tokens in their order, and may end the run.
     ///
     /// # Errors
-    /// Before the run if a request does not fit the model or the cache or has no prompt; or if the engine fails.
+    /// Before the run if a request does not fit the model or the cache, or has no prompt; during the run if the engine
+    /// fails.
     pub fn generate(
         &self,
         settings: Settings,

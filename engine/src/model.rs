@@ -1,4 +1,4 @@
-//! The model for serving: the same recursive transformer as [`crate::reference`], over rows of different sequences,
+//! The model for serving: the recursive transformer of [`crate::reference`], over rows of different sequences,
 //! positions and depths, with keys and values in a paged cache.
 
 use std::ops::Range;
@@ -18,15 +18,15 @@ use crate::kernels::signals::{Reader, Verdict};
 use crate::parameters::{LayerParameters, Loops, ModelParameters, Projections, head_name, in_tensor};
 use crate::weights::{Weights, WeightsError};
 
-/// Tokens of a part of the vocabulary: the head's logits of a batch then fit the caches.
+/// Tokens per part of the vocabulary, so that the head's logits of a batch fit in the caches.
 const HEAD_PART: usize = 1 << 13;
 
-/// The rows of a pass: what the block must know of each, and where in the order of rows each depth lies.
+/// The rows of a pass, sorted by depth, and the range of each depth.
 #[derive(Clone, Debug, Default)]
 pub struct Rows<'a> {
-    /// Sorted by depth.
+    /// Rows, sorted by depth.
     rows: Vec<Row<'a>>,
-    /// The rows of each depth that occurs.
+    /// Each depth that occurs, with its range of rows.
     depths: Vec<(usize, Range<usize>)>,
 }
 
@@ -34,7 +34,7 @@ impl<'a> Rows<'a> {
     /// Appends a row.
     ///
     /// # Panics
-    /// If the row before it was deeper: rows come by depth.
+    /// If the previous row is deeper: rows are sorted by depth.
     pub fn push(&mut self, row: Row<'a>) {
         let (index, depth) = (self.rows.len(), row.depth);
         match self.depths.last_mut() {
@@ -47,7 +47,7 @@ impl<'a> Rows<'a> {
         self.rows.push(row);
     }
 
-    /// Rows.
+    /// Number of rows.
     pub fn len(&self) -> usize {
         self.rows.len()
     }
@@ -57,25 +57,25 @@ impl<'a> Rows<'a> {
         self.rows.is_empty()
     }
 
-    /// Where the rows at `depths` lie.
+    /// Range of the rows at `depths`.
     pub fn range(&self, depths: Range<usize>) -> Range<usize> {
         let first = |depth| self.rows.partition_point(|row| row.depth < depth);
         first(depths.start)..first(depths.end)
     }
 
-    /// Some of the rows.
+    /// A range of the rows.
     pub fn part(&self, range: Range<usize>) -> Self {
         self.pick(range)
     }
 
-    /// Rows by their places, which come by depth.
+    /// The rows at these indices, which are sorted by depth.
     pub fn pick(&self, places: impl IntoIterator<Item = usize>) -> Self {
         let mut picked = Self::default();
         places.into_iter().for_each(|place| picked.push(self.rows[place].clone()));
         picked
     }
 
-    /// Each row.
+    /// All rows.
     pub fn rows(&self) -> &[Row<'a>] {
         &self.rows
     }
@@ -86,11 +86,11 @@ fn new_norm(config: &ModelConfig, vectors: Tensor) -> Norm {
     Norm::new(vectors, config.architecture.norm, config.architecture.norm_eps, config.hidden_size)
 }
 
-/// Projections of the same input side by side, with biases and a low-rank difference by depth where the model has them.
+/// Concatenated projections of one input, with biases and a low-rank difference by depth if the model has them.
 #[derive(Debug)]
 struct Projection {
     weight: Linear,
-    /// `[sets, outputs]`, a set for all depths or one for each.
+    /// `[sets, outputs]`, one set for all depths, or one for each.
     biases: Option<Tensor>,
     adapters: Option<Adapters>,
 }
@@ -185,7 +185,7 @@ impl Mlp {
     }
 }
 
-/// A layer: attention and MLP, each behind a norm and added to the residual stream.
+/// A layer: attention and MLP, each after a norm and added to the residual stream.
 #[derive(Debug)]
 struct Layer {
     input_norm: Norm,
@@ -242,7 +242,7 @@ impl Layer {
         }
     }
 
-    /// Stores the keys and values that [`forward`](Self::forward) would store, and does no more.
+    /// Stores the keys and values as [`forward`](Self::forward), and nothing more.
     fn keep(&self, hidden: &Tensor, rotary: &Tensor, cache: &KvCache, rows: &Rows<'_>) -> candle_core::Result<()> {
         let normed = self.input_norm.forward(hidden, &rows.depths)?;
         let qkv = self.attention.queries_keys_values(&normed, &rows.depths)?;
@@ -259,9 +259,9 @@ pub struct Model {
     loops: Loops<Layer>,
     coda: Vec<Layer>,
     norm: Norm,
-    /// By parts of the vocabulary, so that logits need not all be there at once.
+    /// By parts of the vocabulary, so that not all logits are in memory at once.
     lm_head: Vec<Linear>,
-    /// What each depth but the last adds to the head; empty if nothing.
+    /// Low-rank difference that each depth but the last adds to the head; empty without any.
     head_adapters: Vec<HeadAdapter>,
     /// The gate of each depth but the last, `[num_loops - 1, hidden + 1]`, its bias last.
     gates: Option<Tensor>,
@@ -274,8 +274,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Builds the model on weights, whose projections and head it packs as numbers of a type; the embedding, norms,
-    /// biases, adapters and gates stay `f32`.
+    /// Builds the model from weights. Projections and head are packed in a number type; embedding, norms, biases,
+    /// adapters and gates stay `f32`.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -310,14 +310,13 @@ impl Model {
         })
     }
 
-    /// How projections and head are stored.
+    /// Number type of projections and head.
     pub fn weight_type(&self) -> WeightType {
         self.weight_type
     }
 
-    /// The residual stream `[sources, hidden]` of rows that enter the block: rows in flight (`Second`) as they are, and
-    /// embeddings of tokens (`First`), which have run the prelude. Row `i` comes from source `i`; the rows at depth 0
-    /// are those that are embedded.
+    /// The residual stream `[sources, hidden]` of rows that enter the block: rows in flight (`Second`) unchanged, and
+    /// embeddings of tokens (`First`) after the prelude. Row `i` comes from source `i`; rows at depth 0 are embedded.
     ///
     /// # Errors
     /// If a token is not in the vocabulary, a row in flight does not exist, or a position is beyond `max_positions` or
@@ -356,12 +355,12 @@ impl Model {
         }
     }
 
-    /// Runs rows that come out of the block, `hidden` `[rows, hidden]`, through the coda as far as later rows need it:
-    /// to the last layer's keys and values. What it gives, of the same shape, [`logits`](Self::logits) takes; without a
-    /// coda that is `hidden`.
+    /// Runs rows after the block, `hidden` `[rows, hidden]`, through the coda as far as later rows need it: to the last
+    /// layer's keys and values. The result has the same shape and is the input of [`logits`](Self::logits). Without a
+    /// coda it is `hidden`.
     ///
-    /// A depth's rows see keys and values of that depth, as in the block: so what the head says of a row at a depth
-    /// does not depend on how far rows before it have come.
+    /// Rows attend to keys and values of their own depth, as in the block. The logits of a row at a depth therefore do
+    /// not depend on the exit depths of earlier rows.
     ///
     /// # Errors
     /// As for [`forward_block`](Self::forward_block).
@@ -373,11 +372,11 @@ impl Model {
         Ok(hidden)
     }
 
-    /// The exit head's scores `[rows, vocab]` of some of the rows that [`forward_coda`](Self::forward_coda) gave,
-    /// `hidden` `[rows, hidden]`.
+    /// The exit head's logits `[rows, vocab]` of some rows after [`forward_coda`](Self::forward_coda), `hidden` `[rows,
+    /// hidden]`.
     ///
     /// # Errors
-    /// If `hidden` is of another shape.
+    /// If `hidden` has another shape.
     pub fn logits(&self, hidden: &Tensor, rows: &Rows<'_>, cache: &KvCache) -> candle_core::Result<Tensor> {
         let mut parts = Vec::new();
         self.each_logits(hidden, rows, cache, |logits| {
@@ -387,7 +386,8 @@ impl Model {
         Tensor::cat(&parts, 1)
     }
 
-    /// What the exit head says of such rows, drawing tokens as [`Reader`] does, by a key of each row; keeps no logits.
+    /// Exit signals and sampled tokens of such rows, as [`Reader`], with a random key for each row; the logits are not
+    /// kept.
     ///
     /// # Errors
     /// As for [`logits`](Self::logits).
@@ -404,7 +404,7 @@ impl Model {
         Ok(reader.verdicts())
     }
 
-    /// Hands out the scores of each part of the vocabulary.
+    /// Passes on the logits of each part of the vocabulary.
     fn each_logits(
         &self,
         hidden: &Tensor,
@@ -437,17 +437,16 @@ impl Model {
         Ok(())
     }
 
-    /// The gates' scores `[rows]`, each from 0 to 1, of rows that come out of the block, `hidden` `[rows, hidden]`, at
-    /// depths above the last.
+    /// Gate scores `[rows]`, 0 to 1, of rows after the block, `hidden` `[rows, hidden]`, at depths above the last.
     ///
     /// # Errors
-    /// If the model has no gates, `hidden` is of another shape, or a row is at the last depth.
+    /// If the model has no gates, `hidden` has another shape, or a row is at the last depth.
     pub fn gate_scores(&self, hidden: &Tensor, rows: &Rows<'_>) -> candle_core::Result<Tensor> {
         let Some(gates) = &self.gates else { bail!("the model has no gates") };
         probe_rows(&self.norm.forward(hidden, &rows.depths)?, gates, &rows.depths)
     }
 
-    /// The sizes.
+    /// Configuration of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
@@ -463,7 +462,7 @@ impl Model {
     }
 }
 
-/// The weights' fingerprint, and how they were rounded.
+/// Fingerprint of the weights and their rounding.
 fn fingerprint(weights: &Weights, weight_type: WeightType) -> Result<String, WeightsError> {
     let exact = weights.fingerprint()?;
     Ok(match weight_type {
@@ -472,7 +471,7 @@ fn fingerprint(weights: &Weights, weight_type: WeightType) -> Result<String, Wei
     })
 }
 
-/// Bytes of all weights, of which the projections and the head are rounded; tied tables count once, as the head.
+/// Bytes of all weights, with projections and head rounded; tied tables count once, as the head.
 fn weight_bytes(weights: &Weights, weight_type: WeightType) -> u64 {
     let config = weights.config();
     let rounded = |name: &str| name == head_name(config) || name.ends_with("_proj.weight");

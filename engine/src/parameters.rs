@@ -1,5 +1,4 @@
-//! What a model is made of, whatever device it is laid out for: which tensors of its weights go together, and at which
-//! depths.
+//! The tensors of a model, grouped by operation and depth, for any device.
 
 use std::ops::Range;
 
@@ -23,7 +22,8 @@ pub(crate) struct ModelParameters<'w> {
     pub norm: Tensor,
     /// `[vocab, hidden]`
     pub head: &'w Tensor,
-    /// What each depth but the last adds to the head, `[rank, hidden]` and `[vocab, rank]`; empty if nothing.
+    /// Low-rank difference that each depth but the last adds to the head, `[rank, hidden]` and `[vocab, rank]`; empty
+    /// without any.
     pub head_adapters: Vec<(&'w Tensor, &'w Tensor)>,
     /// The gate of each depth but the last, `[num_loops - 1, hidden + 1]`, its bias last.
     pub gates: Option<Tensor>,
@@ -32,7 +32,7 @@ pub(crate) struct ModelParameters<'w> {
 }
 
 impl<'w> ModelParameters<'w> {
-    /// Those of weights.
+    /// Groups the tensors of weights.
     pub fn new(weights: &'w Weights) -> Result<Self, WeightsError> {
         let config = weights.config();
         let mut rotaries = Vec::new();
@@ -74,14 +74,14 @@ impl<'w> ModelParameters<'w> {
 /// The layers that each loop runs.
 #[derive(Debug)]
 pub(crate) enum Loops<L> {
-    /// The same at every depth.
+    /// The same layers at every depth.
     Shared(Vec<L>),
-    /// Of each depth its own.
+    /// Separate layers at each depth.
     Own(Vec<Vec<L>>),
 }
 
 impl<L> Loops<L> {
-    /// Each layer as something else.
+    /// Converts each layer.
     pub fn try_map<M, E>(self, mut layer: impl FnMut(L) -> Result<M, E>) -> Result<Loops<M>, E> {
         let mut layers = |of_loop: Vec<L>| of_loop.into_iter().map(&mut layer).collect::<Result<Vec<_>, E>>();
         Ok(match self {
@@ -91,12 +91,12 @@ impl<L> Loops<L> {
     }
 }
 
-/// The tensors of a layer. Norms are `[sets, numbers]`, a set for all depths or one for each; a set is weights, then
-/// where the norm has them biases.
+/// The tensors of a layer. Norms are `[sets, numbers]`, with one set for all depths, or one for each. A set has the
+/// weights, then the biases if the norm has any.
 pub(crate) struct LayerParameters<'w> {
     pub input_norm: Tensor,
     pub qkv: Projections<'w>,
-    /// Of a set, first the queries' norm, then the keys'.
+    /// In a set, the queries' norm comes before the keys'.
     pub head_norm: Option<Tensor>,
     pub o: Projections<'w>,
     pub attention_post_norm: Option<Tensor>,
@@ -107,22 +107,22 @@ pub(crate) struct LayerParameters<'w> {
     pub heads: Heads,
 }
 
-/// Projections of the same input side by side.
+/// Concatenated projections of one input.
 pub(crate) struct Projections<'w> {
-    /// What errors call them.
+    /// Name in errors.
     pub name: String,
     /// `[outputs, inputs]` of each.
     pub weights: Vec<&'w Tensor>,
-    /// `[sets, outputs of all]`
+    /// `[sets, outputs of all]`.
     pub biases: Option<Tensor>,
-    /// By depth, or empty.
+    /// By depth; empty without adapters.
     pub adapters: Vec<Adapter<'w>>,
 }
 
-/// What a layer loads its tensors by: the places at which rows meet it, one for all depths or one for each.
+/// Loads the tensors of a layer, from its places: one for all depths, or one for each.
 struct Loader<'w, 'r> {
     weights: &'w Weights,
-    /// The frequencies of each of the rotary tables.
+    /// The frequencies of each rotary table.
     rotaries: &'r [Vec<f32>],
     places: Vec<Place>,
 }
@@ -175,7 +175,7 @@ impl<'w> Loader<'w, '_> {
         prefixes
     }
 
-    /// The named vectors side by side, `[sets, numbers]`, a set for all depths or one for each.
+    /// The named vectors concatenated, `[sets, numbers]`: one set for all depths, or one for each.
     fn vectors(&self, names: &[String]) -> Result<Tensor, WeightsError> {
         let set = |prefix: String| -> Result<Tensor, WeightsError> {
             let parts = names.iter().map(|name| self.weights.get(&format!("{prefix}.{name}")));
@@ -186,13 +186,13 @@ impl<'w> Loader<'w, '_> {
         Tensor::stack(&sets, 0).map_err(in_tensor(&names[0]))
     }
 
-    /// The vectors of norms side by side.
+    /// The vectors of norms, concatenated.
     fn norm(&self, names: &[&str]) -> Result<Tensor, WeightsError> {
         let tensors: Vec<String> = names.iter().flat_map(|name| norm_tensors(self.config(), name)).collect();
         self.vectors(&tensors)
     }
 
-    /// The projections of these kinds as one, in their order.
+    /// The projections of these kinds as one, in order.
     fn projections(&self, kinds: &[ProjectionKind]) -> Result<Projections<'w>, WeightsError> {
         let parts: Vec<config::Projection> = kinds.iter().map(|&kind| self.config().projection(kind)).collect();
         let matrices = self.config().matrices_prefix(self.places[0]);
@@ -208,14 +208,14 @@ impl<'w> Loader<'w, '_> {
         })
     }
 
-    /// What rows see at a place.
+    /// Positions that rows attend to at a place.
     fn sight(&self, place: Place) -> Sight {
         let frequencies = self.config().rotary_frequencies(place);
         let rotary = self.rotaries.iter().position(|rotary| *rotary == frequencies);
         Sight { window: self.config().window(place), rotary: rotary.expect("there is a table for every layer") }
     }
 
-    /// The low-rank difference of projections at a place, if there is any.
+    /// The low-rank difference of projections at a place; `None` without any.
     fn adapter(&self, place: Place, parts: &[config::Projection]) -> Result<Option<Adapter<'w>>, WeightsError> {
         let (Some(lora), Place::Block { depth, layer }) = (&self.config().lora, place) else { return Ok(None) };
         let part = |part: &config::Projection| {
@@ -230,7 +230,7 @@ impl<'w> Loader<'w, '_> {
     }
 }
 
-/// Name of the tensor that is the head.
+/// Name of the head's tensor.
 pub(crate) fn head_name(config: &ModelConfig) -> &'static str {
     if config.tie_embeddings { "embed_tokens.weight" } else { "lm_head.weight" }
 }
@@ -244,7 +244,7 @@ fn norm_tensors(config: &ModelConfig, name: &str) -> Vec<String> {
     names
 }
 
-/// Names the tensor that an operation failed on.
+/// Adds the name of the tensor to an error.
 pub(crate) fn in_tensor(name: &str) -> impl Fn(candle_core::Error) -> WeightsError {
     let name = name.to_owned();
     move |source| WeightsError::Tensor { name: name.clone(), source }

@@ -1,4 +1,4 @@
-//! The prompts of requests, which a request trace knows only by their length.
+//! Prompts of requests; a request trace contains only their lengths.
 
 use std::collections::HashMap;
 
@@ -6,12 +6,12 @@ use traces::Request;
 
 use crate::kernels::signals::mix;
 
-/// Where prompts come from.
+/// Source of prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Prompts {
-    /// Slices of one text, as token ids; where a request's slice starts depends on its id alone.
+    /// Slices of one text, as token ids. The start of a slice depends only on the request's id.
     Text(Vec<u32>),
-    /// The same, each after the tokens that a sequence begins with, such as Gemma's `<bos>`.
+    /// Slices of one text, each after the tokens that every sequence begins with, such as Gemma's `<bos>`.
     TextAfter {
         /// Tokens that every prompt begins with.
         begin: Vec<u32>,
@@ -22,13 +22,13 @@ pub enum Prompts {
     Given(HashMap<u32, Vec<u32>>),
 }
 
-/// A prompt that is not to be had.
+/// A prompt that is not available.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PromptError {
     /// The text is shorter than the prompt.
     #[error("request {request} asks for a prompt of {asked} tokens, the text has {found}")]
     TextTooShort {
-        /// The request.
+        /// Id of the request.
         request: u32,
         /// Length of its prompt.
         asked: u32,
@@ -38,17 +38,17 @@ pub enum PromptError {
     /// No prompt of that length was given.
     #[error("request {request} asks for a prompt of {asked} tokens, {found} were given")]
     NotGiven {
-        /// The request.
+        /// Id of the request.
         request: u32,
         /// Length of its prompt.
         asked: u32,
-        /// Tokens given for the request.
+        /// Number of tokens given for the request.
         found: usize,
     },
 }
 
 impl Prompts {
-    /// The prompt of a request, as long as it asks for.
+    /// The prompt of a request, with its length.
     ///
     /// # Errors
     /// If the text is too short, or no such prompt was given.
@@ -71,7 +71,7 @@ impl Prompts {
     }
 }
 
-/// A request's own slice of a text.
+/// The slice of a text for a request.
 fn slice<'a>(text: &'a [u32], request: &Request, length: usize) -> Result<&'a [u32], PromptError> {
     let &Request { id, prompt_tokens: asked, .. } = request;
     let room = text.len().checked_sub(length);

@@ -1,4 +1,4 @@
-//! Recordings: requests at full depth, with the signals and predictions of every generated token at every depth.
+//! Recordings: requests at full depth, with signals and predictions of every generated token at every depth.
 
 use scheduler::{Batching, Executor, ExitPolicy, Observer, Pass, ServeError, Settings, Slot};
 use traces::{ExitTrace, ExitTraceMeta, Nanos, Request, Signals, TraceError};
@@ -9,7 +9,7 @@ use crate::executor::{EngineError, EngineExecutor};
 use crate::replay::{Engine, ReplayError, UNTIMED_ROWS, run_to_end};
 
 impl Engine {
-    /// What an exit trace of this model says of itself: `model` is the model's name, `source` how the trace is made.
+    /// Metadata of an exit trace of this model. `model` is the model's name; `source` describes how the trace is made.
     pub fn exit_trace_meta(&self, model: &str, source: &str) -> ExitTraceMeta {
         ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
@@ -20,13 +20,13 @@ impl Engine {
         }
     }
 
-    /// Runs `requests` at full depth and hands the signals and predictions of each to `generation`, in their order and
-    /// as soon as they are there: entry `t * num_loops + d` is token `t` at depth `d`. Arrival times play no part.
+    /// Runs `requests` at full depth and calls `generation` with the signals and predictions of each, in order and as
+    /// soon as they are complete: entry `t * num_loops + d` is token `t` at depth `d`. Arrival times are ignored.
     ///
-    /// What waits for an earlier request to end is held: at most a batch of outputs of the longest.
+    /// Generations that wait for an earlier request are kept in memory: at most a batch of the longest outputs.
     ///
     /// # Errors
-    /// If a request does not fit the model or has no prompt, the engine fails, or `generation` does.
+    /// If a request does not fit the model or has no prompt, the engine fails, or `generation` fails.
     pub fn record_each(
         &self,
         requests: &[Request],
@@ -41,7 +41,7 @@ impl Engine {
         Ok(recorder.hand_over()?)
     }
 
-    /// The same as a whole exit trace.
+    /// Runs `requests` at full depth and returns a whole exit trace; see [`Self::record_each`].
     ///
     /// # Errors
     /// As [`Self::record_each`].
@@ -62,7 +62,7 @@ impl Engine {
         Ok(trace)
     }
 
-    /// A full batch at full depth, with a cache that holds the longest requests at once.
+    /// A full batch at full depth, with a cache for the longest requests at once.
     fn recording_settings(&self, requests: &[Request]) -> Settings {
         let longest = requests.iter().map(Request::context_tokens).max().unwrap_or(1);
         let max_batch = (requests.len() as u32).clamp(1, 32);
@@ -77,10 +77,10 @@ impl Engine {
     }
 }
 
-/// A recording executor that hands over each generation when it and all before it are done.
+/// A recording executor that passes on each generation when it and all earlier ones are complete.
 struct Recorder<'a, F> {
     executor: EngineExecutor,
-    /// Those that are still to be handed over.
+    /// Requests whose generations have not been passed on.
     requests: &'a [Request],
     generation: F,
 }

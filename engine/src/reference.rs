@@ -1,10 +1,10 @@
-//! The model as on paper: dense, unbatched by depth, differentiable. Training differentiates it,
-//! and tests hold the serving path against it.
+//! The reference model: dense, without depth-wise batching, and differentiable. Training differentiates it, and tests
+//! compare the serving model with it.
 //!
-//! A Recursive Transformer (arXiv 2410.20672, equation 1) of the Llama, Gemma or GPT-NeoX kind: a block of layers,
-//! each attention and an MLP behind norms, run `num_loops` times on the residual stream, between layers of their own
-//! before the first loop (the prelude) and after any loop (the coda). Every loop's output can be read through the same
-//! coda, final norm and head.
+//! It is a Recursive Transformer (arXiv 2410.20672, equation 1) of the Llama, Gemma or GPT-NeoX kind. A block of
+//! layers, each with attention and an MLP after norms, runs `num_loops` times on the residual stream. Unshared layers
+//! run before the first loop (the prelude) and after any loop (the coda). Every loop's output can exit through the
+//! coda, the final norm and the head.
 
 use std::collections::HashMap;
 
@@ -16,12 +16,12 @@ use crate::weights::{Weights, WeightsError};
 
 type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
 
-/// Weights on their way into layers.
+/// Loads weights into layers.
 struct Loader<'a> {
     weights: &'a Weights,
-    /// A matrix that loops share is transposed once, so that its gradients are summed before they are transposed back.
+    /// A shared matrix is transposed once, so that its gradients are summed before they are transposed back.
     transposed: HashMap<String, Tensor>,
-    /// The frequencies of each rotary embedding, of which a model with sliding windows has two.
+    /// The frequencies of each rotary embedding; a model with sliding windows has two.
     rotaries: Vec<Vec<f32>>,
 }
 
@@ -44,7 +44,7 @@ impl<'a> Loader<'a> {
         Ok(tensor)
     }
 
-    /// The number of a layer's rotary embedding.
+    /// Index of a layer's rotary embedding.
     fn rotary(&mut self, place: Place) -> usize {
         let frequencies = self.weights.config().rotary_frequencies(place);
         let known = self.rotaries.iter().position(|known| *known == frequencies);
@@ -97,7 +97,7 @@ impl LowRank {
     }
 }
 
-/// A projection `W x + b + scale B A x`, of which bias and low-rank difference may be missing.
+/// A projection `W x + b + scale B A x`; bias and low-rank difference are optional.
 struct Linear {
     /// `[in, out]`
     weight: Tensor,
@@ -159,7 +159,7 @@ struct Attention {
     head_dim: usize,
     scale: f32,
     window: Option<usize>,
-    /// Which of the model's rotary embeddings.
+    /// Index of the rotary embedding.
     rotary: usize,
 }
 
@@ -184,7 +184,7 @@ impl Attention {
         })
     }
 
-    /// `[batch * seq, hidden]` to the same.
+    /// `[batch * seq, hidden]` to the same shape.
     fn forward(&self, x: &Tensor, batch: usize, rotaries: &[Turns]) -> Result<Tensor> {
         let seq = x.dim(0)? / batch;
         let by_head = |x: Tensor, heads, norm: &Option<Norm>| {
@@ -249,7 +249,7 @@ impl Mlp {
     }
 }
 
-/// Attention or MLP behind a norm, and before another in Gemma 3: what is added to the residual stream.
+/// Attention or MLP after a norm, and before another one in Gemma 3; its output is added to the residual stream.
 struct Branch<T> {
     norm: Norm,
     inner: T,
@@ -263,7 +263,7 @@ impl<T> Branch<T> {
     }
 }
 
-/// A layer: attention and MLP, one after the other or, in GPT-NeoX, side by side.
+/// A layer: attention and MLP, one after the other or, in GPT-NeoX, in parallel.
 struct Layer {
     attention: Branch<Attention>,
     mlp: Branch<Mlp>,
@@ -273,7 +273,7 @@ struct Layer {
 impl Layer {
     fn load(loader: &mut Loader, place: Place) -> Result<Self, WeightsError> {
         let architecture = &loader.weights.config().architecture;
-        // Gemma 3's names: with post norms, the norm before the MLP is no longer that after the attention.
+        // Gemma 3's names: with post norms, the norm before the MLP is not the one after the attention.
         let (attention_post, mlp_norm, mlp_post) = match architecture.post_norms {
             false => (None, "post_attention_layernorm", None),
             true => {
@@ -323,17 +323,17 @@ pub struct Reference {
     norm: Norm,
     /// `[hidden, vocab]`
     head: Tensor,
-    /// What each loop but the last adds to the head, if the model has that.
+    /// Low-rank difference that each loop but the last adds to the head; empty without any.
     head_adapters: Vec<LowRank>,
-    /// The gate of each loop but the last, if the model has gates.
+    /// Gate of each loop but the last; empty without gates.
     gates: Vec<Gate>,
     rotaries: Vec<Vec<f32>>,
     config: ModelConfig,
 }
 
 impl Reference {
-    /// Builds the model on `weights`, whose tensors it shares: it sees later changes of candle
-    /// variables among them, and gradients reach those.
+    /// Builds the model on `weights`, whose tensors it shares: later changes of candle variables among them take
+    /// effect, and gradients reach those variables.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -374,12 +374,10 @@ impl Reference {
         })
     }
 
-    /// The residual stream after every loop, each `[batch * seq, hidden]`, of `tokens`
-    /// `[batch, seq]` of type `u32`.
+    /// The residual stream after every loop, each `[batch * seq, hidden]`, for `tokens` `[batch, seq]` of type `u32`.
     ///
     /// # Errors
-    /// If `tokens` is of another shape or type, longer than `max_positions`, or out of the
-    /// vocabulary.
+    /// If `tokens` has another shape or type, is longer than `max_positions`, or is out of the vocabulary.
     pub fn hidden_states(&self, tokens: &Tensor) -> Result<Vec<Tensor>> {
         let (batch, seq) = tokens.dims2()?;
         let max_positions = self.config.max_positions;
@@ -400,22 +398,21 @@ impl Reference {
         Ok(states)
     }
 
-    /// What the head reads, `[batch * seq, hidden]`, of `batch` sequences that leave after any loop with the residual
-    /// stream `hidden` `[batch * seq, hidden]`: the coda and the final norm.
+    /// Inputs of the head, `[batch * seq, hidden]`, for `batch` sequences that exit after any loop with the residual
+    /// stream `hidden` `[batch * seq, hidden]`: after coda and final norm.
     ///
     /// # Errors
-    /// If `hidden` is of another shape.
+    /// If `hidden` has another shape.
     pub fn exit(&self, hidden: &Tensor, batch: usize) -> Result<Tensor> {
         let rotaries = self.rotaries(hidden.dim(0)? / batch);
         let run = |x: Tensor, layer: &Layer| layer.forward(&x, batch, &rotaries);
         self.norm.forward(&self.coda.iter().try_fold(hidden.clone(), run)?)
     }
 
-    /// The head's scores `[rows, vocab]` of rows `[rows, hidden]` from [`Reference::exit`] that leave after the loop at
-    /// `depth`.
+    /// Logits `[rows, vocab]` of rows `[rows, hidden]` from [`Reference::exit`], which exit after the loop at `depth`.
     ///
     /// # Errors
-    /// If `exited` is of another shape.
+    /// If `exited` has another shape.
     pub fn logits(&self, exited: &Tensor, depth: usize) -> Result<Tensor> {
         let logits = exited.matmul(&self.head)?;
         match self.head_adapters.get(depth) {
@@ -424,26 +421,26 @@ impl Reference {
         }
     }
 
-    /// The residual streams `[rows, hidden]` after any loop through the final norm alone: what gates read.
+    /// Inputs of the gates: the residual streams `[rows, hidden]` after any loop and the final norm, without the coda.
     ///
     /// # Errors
-    /// If `hidden` is of another shape.
+    /// If `hidden` has another shape.
     pub fn final_norm(&self, hidden: &Tensor) -> Result<Tensor> {
         self.norm.forward(hidden)
     }
 
-    /// The learned gate's scores `[rows]` of rows `[rows, hidden]` from [`Reference::final_norm`] after the loop at
-    /// `depth`: their sigmoid is the probability that leaving here gives the last loop's token. The gate does not read
-    /// the coda's output, so that asking it is cheap. None after the last loop, or without gates.
+    /// Logits `[rows]` of the learned gate for rows `[rows, hidden]` from [`Reference::final_norm`], after the loop at
+    /// `depth`. Their sigmoid is the probability that an exit here gives the last loop's token. The gate does not read
+    /// the coda's output, which makes it cheap. `None` after the last loop, or without gates.
     ///
     /// # Errors
-    /// If `normed` is of another shape.
+    /// If `normed` has another shape.
     pub fn gate_logits(&self, normed: &Tensor, depth: usize) -> Result<Option<Tensor>> {
         let score = |gate: &Gate| normed.matmul(&gate.weight)?.squeeze(1)?.broadcast_add(&gate.bias);
         self.gates.get(depth).map(score).transpose()
     }
 
-    /// The head's scores after every loop, each `[batch * seq, vocab]`.
+    /// Logits after every loop, each `[batch * seq, vocab]`.
     ///
     /// # Errors
     /// As for [`Reference::hidden_states`].
@@ -454,7 +451,7 @@ impl Reference {
         states.iter().enumerate().map(logits).collect()
     }
 
-    /// Where the model is, and its inputs must be.
+    /// Device of the model, on which its inputs must be.
     pub fn device(&self) -> &Device {
         self.embed_tokens.device()
     }
@@ -556,7 +553,7 @@ mod tests {
         assert!(found[1] != expected[1]);
     }
 
-    /// A model in which everything a Llama or a Gemma 3 has is there at once, and all that loops can differ in.
+    /// A model with all features of Llama and Gemma 3 at once, and everything that loops can differ in.
     fn gemma_like() -> ModelConfig {
         ModelConfig {
             sharing: Sharing::Matrices,
@@ -564,14 +561,14 @@ mod tests {
             coda_layers: 1,
             tie_embeddings: false,
             architecture: Architecture {
-                // Norms of small numbers are so curved that differences say nothing of the slope.
+                // Norms of small numbers are so curved that differences do not approximate the slope.
                 norm_eps: 0.1,
                 post_norms: true,
                 qk_norm: true,
                 activation: Activation::GeluTanh,
                 qkv_bias: true,
                 rope_scaling: Some(RopeScaling::Linear { factor: 2.0 }),
-                // A layer of the prelude, the block and the coda each.
+                // One layer each of the prelude, the block and the coda.
                 sliding_window: Some(SlidingWindow { tokens: 3, rope_theta: 100.0, layers: vec![0, 3, 7] }),
                 attention_scale: Some(0.4),
                 embedding_scale: 2.5,
@@ -584,7 +581,7 @@ mod tests {
         }
     }
 
-    /// As Pythia, its layers split into loops.
+    /// A model like Pythia, with its layers split into loops.
     fn neox_like() -> ModelConfig {
         ModelConfig {
             sharing: Sharing::Nothing,
@@ -604,7 +601,7 @@ mod tests {
         }
     }
 
-    /// Weights that are random everywhere, biases and norms too, as variables.
+    /// Weights that are random everywhere, biases and norms included, as variables.
     fn variables(config: ModelConfig) -> (Weights, HashMap<String, Var>) {
         let mut rng = StdRng::seed_from_u64(5);
         let mut variables = HashMap::new();
@@ -649,7 +646,7 @@ mod tests {
             let gradients = summary(&model).backward().unwrap();
             for (name, variable) in &variables {
                 let gradient = gradients.get(variable).unwrap_or_else(|| panic!("{name} has no gradient"));
-                // Along the gradient the slope is steepest, and the difference is least lost in rounding.
+                // The slope is steepest along the gradient, where the difference loses least to rounding.
                 let slope = size(gradient);
                 let direction = (gradient / slope).unwrap();
                 let start = variable.as_tensor().copy().unwrap();

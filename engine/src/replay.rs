@@ -1,4 +1,4 @@
-//! Runs of request traces on the engine: measured replays, and what full depth would have said after the same prefixes.
+//! Runs of request traces on the engine: measured replays, and the tokens of full depth after the same prefixes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::model::Rows;
 use crate::prompts::Prompts;
 use crate::tokenizer::TokenizerError;
 
-/// Rows of a pass of runs that nobody times.
+/// Rows per pass in runs that are not timed.
 pub(crate) const UNTIMED_ROWS: usize = 256;
 
 /// Why a run stopped.
@@ -37,15 +37,15 @@ pub enum ReplayError {
     /// A recording cannot be written.
     #[error(transparent)]
     Trace(#[from] TraceError),
-    /// The settings are those of another model.
-    #[error("settings for a model of {settings} loops, this one has {model}")]
+    /// Settings for another number of loops.
+    #[error("the settings are for a model with {settings} loops, expected {model}")]
     NumLoops {
-        /// As set.
+        /// Loops in the settings.
         settings: u8,
-        /// The model's.
+        /// Loops of the model.
         model: usize,
     },
-    /// An exit policy that reads what the model does not have.
+    /// An exit policy that reads gates of a model without gates.
     #[error("exit policy {0}: the model has no gates, expected another signal")]
     NoGates(ExitPolicy),
 }
@@ -65,14 +65,14 @@ impl From<candle_core::Error> for ReplayError {
     }
 }
 
-/// A model with what it needs to answer requests: the entry to serving, replaying and recording.
+/// A model with everything that it needs to serve requests.
 #[derive(Clone, Debug)]
 pub struct Engine {
     /// The model.
     pub model: Arc<dyn ServedModel>,
-    /// What requests ask.
+    /// Prompts of the requests.
     pub prompts: Arc<Prompts>,
-    /// How tokens are drawn.
+    /// How tokens are sampled.
     pub sampling: Sampling,
 }
 
@@ -90,7 +90,7 @@ impl Engine {
     /// An executor with a cache of the size that `settings` say.
     ///
     /// # Errors
-    /// If the cache cannot be made.
+    /// If the cache cannot be created.
     pub fn executor(&self, settings: &Settings) -> Result<EngineExecutor, EngineError> {
         let &Settings { kv_fill, num_blocks, block_tokens, .. } = settings;
         let (model, prompts) = (self.model.clone(), self.prompts.clone());
@@ -98,11 +98,12 @@ impl Engine {
         Ok(executor.exiting_by(settings.exit))
     }
 
-    /// Serves `requests`, in the order of their arrival, on the wall clock. `oracle` is needed by the exit policy of
-    /// that name only. The measured times go to `observer`; returned is what each request generated, by id.
+    /// Serves `requests`, in order of arrival, on the wall clock. `oracle` is needed only by the oracle exit policy.
+    /// The measured times go to `observer`. Returns prompt and output of each request, by id.
     ///
     /// # Errors
-    /// Before the run if a request does not fit the model or the cache or has no prompt; or if the engine fails.
+    /// Before the run if a request does not fit the model or the cache, or has no prompt; during the run if the engine
+    /// fails.
     pub fn replay(
         &self,
         settings: Settings,
@@ -114,7 +115,7 @@ impl Engine {
         self.replay_by(settings, requests, oracle, &mut WallClock::start(idle), observer)
     }
 
-    /// Serves requests as [`replay`](Self::replay) does, by another clock.
+    /// Serves `requests` as [`replay`](Self::replay), on another clock.
     ///
     /// # Errors
     /// As [`replay`](Self::replay).
@@ -135,10 +136,10 @@ impl Engine {
         Ok(run_to_end(settings, executor, requests, clock, observer)?.into_generations())
     }
 
-    /// Whether the engine can run under these settings.
+    /// Checks that the engine can run under these settings.
     ///
     /// # Errors
-    /// If they are for another number of loops, or read gates that the model does not have.
+    /// If the settings are for another number of loops, or read gates that the model does not have.
     pub fn check_settings(&self, settings: &Settings) -> Result<(), ReplayError> {
         let model = self.model.config().num_loops;
         if usize::from(settings.num_loops) != model {
@@ -161,7 +162,7 @@ impl Engine {
         Ok(Server::new(settings, executor)?)
     }
 
-    /// Whether all requests can be served.
+    /// Checks that all requests can be served.
     pub(crate) fn check(
         &self,
         settings: &Settings,
@@ -177,7 +178,7 @@ impl Engine {
         Ok(())
     }
 
-    /// For each generated token, the token that full depth gives after the same prefix, with the same dice.
+    /// For each generated token, the token of full depth after the same prefix, with the same random numbers.
     ///
     /// # Errors
     /// If the engine fails.
@@ -227,7 +228,7 @@ impl Engine {
         Ok(tokens)
     }
 
-    /// Token agreement: the share of generated tokens, 0 to 1, that equal what full depth gives after the same prefix.
+    /// Token agreement: the share of generated tokens, 0 to 1, that equal those of full depth after the same prefix.
     ///
     /// # Errors
     /// If the engine fails.
@@ -242,7 +243,7 @@ impl Engine {
     }
 }
 
-/// Serves `requests` and gives the executor back.
+/// Serves `requests` and returns the executor.
 pub(crate) fn run_to_end<E: Executor + Send>(
     settings: Settings,
     executor: E,
@@ -260,8 +261,8 @@ where
     })
 }
 
-/// The earliest depth of each token whose prediction equals that of the last depth, by request: what the oracle needs
-/// to replay `requests`, of which `trace` is the recording.
+/// The earliest depth of each token whose prediction equals that of the last depth, by request, for the oracle. `trace`
+/// is the recording of `requests`.
 pub fn oracle_depths(trace: &ExitTrace, requests: &[Request]) -> ExitDepths {
     let of_generation = |index| trace.generation(index).map(|token| trace.oracle_depth(token) as u8).collect();
     requests.iter().zip(0..trace.num_generations()).map(|(request, index)| (request.id, of_generation(index))).collect()

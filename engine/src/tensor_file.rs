@@ -1,5 +1,5 @@
-//! Tensors in files under names of their own: checked against what a model asks for by the headers alone, then read one
-//! at a time.
+//! Tensors in files under foreign names. The headers are checked against the expected tensors first, then tensors are
+//! read one at a time.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -11,22 +11,22 @@ use crate::checkpoint::contents;
 use crate::config::ModelConfig;
 use crate::weights::{Weights, WeightsError, expected_tensors};
 
-/// Tensors that can be looked up before they are read.
+/// A file whose tensors can be listed before they are read.
 pub(crate) trait TensorFile {
-    /// Where the tensors are, for errors.
+    /// Name of the file, for errors.
     fn origin(&self) -> &str;
     /// The names of all tensors.
     fn names(&self) -> Vec<&str>;
-    /// A tensor's shape, if there is such a tensor.
+    /// Shape of a tensor; `None` if there is no such tensor.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
     /// A tensor as `f32`.
     ///
     /// # Errors
-    /// If its numbers are of no float type, or damaged.
+    /// If its numbers have no float type, or are damaged.
     fn read(&self, name: &str) -> candle_core::Result<Tensor>;
 }
 
-/// Safetensors files, mapped into memory: only what is read takes memory of its own.
+/// Memory-mapped Safetensors files: only tensors that are read take memory.
 pub(crate) struct Safetensors {
     origin: String,
     shapes: BTreeMap<String, Vec<usize>>,
@@ -34,23 +34,23 @@ pub(crate) struct Safetensors {
 }
 
 impl Safetensors {
-    /// Opens `paths`, whose tensors are found under the name `origin` in errors.
+    /// Opens `paths`, which errors name `origin`.
     ///
     /// # Errors
-    /// If a file is unreadable, or its header is damaged or does not fit its length.
+    /// If a file cannot be read, or its header is damaged or does not match its length.
     pub fn open(paths: &[PathBuf], origin: &Path) -> Result<Self, WeightsError> {
         for path in paths {
             let failed = |error: std::io::Error| WeightsError::Read { path: path.clone(), source: error.into() };
             contents::open(path).map_err(failed)?;
         }
-        // SAFETY: as with any mapped file, the caller's part is that nobody cuts the files while they are read.
+        // SAFETY: as with any mapped file, the caller must ensure that the files are not truncated while they are read.
         let files = unsafe { MmapedSafetensors::multi(paths) }
             .map_err(|source| WeightsError::Read { path: origin.to_owned(), source })?;
         let shapes = files.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
         Ok(Self { origin: origin.display().to_string(), shapes, files })
     }
 
-    /// Whether two tensors are there and equal, byte by byte.
+    /// Whether two tensors exist and are equal, byte by byte.
     pub fn are_equal(&self, first: &str, second: &str) -> bool {
         match (self.files.get(first), self.files.get(second)) {
             (Ok(first), Ok(second)) => {
@@ -83,27 +83,27 @@ impl TensorFile for Safetensors {
     }
 }
 
-/// A tensor of a file and the tensors of [`Weights`] that it holds.
+/// A tensor of a file and the tensors of [`Weights`] that it contains.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Entry {
     /// Its name in the file.
     pub theirs: String,
-    /// The names in [`Weights`]: one, or those of query, key and value.
+    /// Names in [`Weights`]: one, or those of query, key and value.
     pub ours: Vec<String>,
-    /// How the file holds them.
+    /// Layout in the file.
     pub layout: Layout,
 }
 
-/// How a tensor of a file holds tensors of [`Weights`].
+/// Layout of tensors of [`Weights`] in a tensor of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
-    /// As it is.
+    /// Unchanged.
     Same,
     /// Less one: Gemma multiplies by `1 + weight`.
     LessOne,
-    /// Query, key and value in one, the rows of a head together: GPT-NeoX.
+    /// Query, key and value in one tensor, with the rows of a head together: GPT-NeoX.
     HeadwiseQkv {
-        /// Heads.
+        /// Number of heads.
         heads: usize,
     },
 }
@@ -132,7 +132,7 @@ impl Entry {
         }
     }
 
-    /// The tensor of the file that holds tensors of [`Weights`].
+    /// The tensor of the file for tensors of [`Weights`].
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -153,12 +153,12 @@ impl Entry {
     }
 }
 
-/// Reads the weights of `config` from a file that holds them as `entries` say. Tensors for which `ignored` holds need
-/// not be among the entries.
+/// Reads the weights of `config` from a file that contains them as given by `entries`. Tensors for which `ignored`
+/// returns true need not be among the entries.
 ///
 /// # Errors
 /// If a tensor is missing, unexpected, of the wrong shape, damaged or not finite. Shapes are checked before any tensor
-/// is read, so that a file of a few bytes cannot ask for more memory than it has tensors.
+/// is read, so that a file of a few bytes cannot demand more memory than it has tensors.
 pub(crate) fn read_weights(
     file: &dyn TensorFile,
     config: ModelConfig,

@@ -1,4 +1,4 @@
-//! The ordinary transformer that computes what a recursive one computes at full depth.
+//! Unrolling: the ordinary transformer that computes what a recursive one computes at full depth.
 
 use std::collections::HashMap;
 
@@ -8,14 +8,13 @@ use crate::config::{ModelConfig, Place, Projection, Sharing};
 use crate::weights::{Weights, WeightsError};
 
 impl ModelConfig {
-    /// Whether it is an ordinary transformer: its loops, if it has several, share nothing, and nothing is for early
-    /// exits alone.
+    /// Whether the model is an ordinary transformer: its loops share nothing, and nothing serves only early exits.
     pub fn is_ordinary(&self) -> bool {
         let shares = self.num_loops > 1 && self.sharing != Sharing::Nothing;
         !shares && self.lora.is_none() && self.head_lora_rank == 0 && !self.gate
     }
 
-    /// The ordinary transformer of as many layers as a token meets on its way.
+    /// The ordinary transformer with the layers that a token runs at full depth.
     pub(crate) fn unrolled(&self) -> Self {
         Self {
             block_layers: self.num_layers(),
@@ -32,9 +31,8 @@ impl ModelConfig {
 }
 
 impl Weights {
-    /// The ordinary transformer with the last loop's logits: every loop's layers written out, low-rank differences
-    /// added to the matrices (`W + scale B A`). What belongs to earlier exits alone, their heads' differences and
-    /// gates, is left out.
+    /// The ordinary transformer with the last loop's logits: the layers of every loop, with low-rank differences added
+    /// to the matrices (`W + scale B A`). Heads' differences and gates, which serve only earlier exits, are left out.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -42,7 +40,7 @@ impl Weights {
         self.written_out(self.config().unrolled())
     }
 
-    /// The same with its layers spread over the blocks of `config`, which share nothing.
+    /// The weights with their layers spread over the blocks of `config`, which share nothing.
     pub(crate) fn written_out(&self, config: ModelConfig) -> Result<Self, WeightsError> {
         let mut tensors = HashMap::new();
         for name in ["embed_tokens.weight", "norm.weight", "norm.bias", "lm_head.weight"] {

@@ -1,4 +1,4 @@
-//! A model's tensors: checked against its configuration, loaded from and saved to a model folder.
+//! Tensors of a model: checked against its configuration, loaded from and saved to a model folder.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -13,26 +13,26 @@ use crate::config::{ConfigError, InvalidField, ModelConfig, Norm, Place, Project
 use crate::differentiable::numbers;
 use crate::tensor_file::{Entry, Layout, Safetensors, read_weights};
 
-/// The configuration's file name in a model folder.
+/// Name of the configuration file in a model folder.
 pub const CONFIG_FILE: &str = "config.json";
-/// The tensors' file name in a model folder.
+/// Name of the tensor file in a model folder.
 pub const TENSORS_FILE: &str = "model.safetensors";
-/// The tokenizer's file name in a model folder.
+/// Name of the tokenizer file in a model folder.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
-/// A configuration with every tensor it asks for, each `f32`, of the right shape and finite.
+/// A configuration with all its tensors, each `f32`, of the right shape and finite.
 #[derive(Clone, Debug)]
 pub struct Weights {
     config: ModelConfig,
     tensors: BTreeMap<String, Tensor>,
 }
 
-/// Number format of a saved tensor file. Loading gives `f32` either way.
+/// Number format of a saved tensor file. Loading gives `f32` in both cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
-    /// Four bytes a number, exact.
+    /// Four bytes per number, exact.
     F32,
-    /// Two bytes a number, rounded.
+    /// Two bytes per number, rounded.
     F16,
 }
 
@@ -45,89 +45,89 @@ impl Stored {
     }
 }
 
-/// Why tensors were refused, or a model folder could not be read or written.
+/// Why tensors are invalid, or a model folder cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
-    /// The configuration file was refused.
+    /// The configuration file is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The configuration at hand was refused.
+    /// The given configuration is invalid.
     #[error(transparent)]
     Invalid(#[from] InvalidField),
-    /// A file could not be read or is not a safetensors file.
+    /// A file cannot be read or is not a safetensors file.
     #[error("{}: cannot read tensors: {source}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What candle said.
+        /// Error of candle.
         source: candle_core::Error,
     },
-    /// A file could not be written.
+    /// A file cannot be written.
     #[error("{}: cannot write: {message}", path.display())]
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system or candle said.
+        /// Error of the system or of candle.
         message: String,
     },
-    /// A tensor that the configuration asks for is not there.
+    /// A tensor of the configuration is missing.
     #[error("{origin}: tensor `{name}` is missing, expected shape {expected:?}")]
     Missing {
-        /// The file, or what else the tensors came from.
+        /// The file, or another origin of the tensors.
         origin: String,
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
         /// The shape it should have.
         expected: Vec<usize>,
     },
-    /// A tensor that the configuration does not ask for is there.
+    /// A tensor that the configuration does not have.
     #[error("{origin}: unexpected tensor `{name}` of shape {found:?}; config.json asks for no such tensor")]
     Unexpected {
-        /// The file, or what else the tensors came from.
+        /// The file, or another origin of the tensors.
         origin: String,
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
         /// Its shape.
         found: Vec<usize>,
     },
-    /// A tensor has another shape than the configuration asks for.
+    /// A tensor whose shape differs from the configuration.
     #[error("{origin}: tensor `{name}` has shape {found:?}, expected {expected:?}")]
     Shape {
-        /// The file, or what else the tensors came from.
+        /// The file, or another origin of the tensors.
         origin: String,
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
         /// Its shape.
         found: Vec<usize>,
         /// The shape it should have.
         expected: Vec<usize>,
     },
-    /// A tensor holds an infinity or a NaN.
-    #[error("{origin}: tensor `{name}` holds {value} at flat index {index}, expected finite numbers")]
+    /// A tensor with an infinity or a NaN.
+    #[error("{origin}: tensor `{name}` contains {value} at flat index {index}, expected finite numbers")]
     NotFinite {
-        /// The file, or what else the tensors came from.
+        /// The file, or another origin of the tensors.
         origin: String,
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
-        /// Where in the tensor, row-major.
+        /// Row-major index in the tensor.
         index: usize,
         /// The number found.
         value: f32,
     },
-    /// The device for them cannot be opened, or does not store them so.
+    /// The device cannot be opened, or does not support the storage type.
     #[error(transparent)]
     Device(candle_core::Error),
     /// A tensor operation failed.
     #[error("tensor `{name}`: {source}")]
     Tensor {
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
-        /// What candle said.
+        /// Error of candle.
         source: candle_core::Error,
     },
 }
 
-/// Name and shape of every tensor that `config` asks for.
+/// Name and shape of every tensor of `config`.
 pub fn expected_tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     let hidden = config.hidden_size;
     let table = vec![config.vocab_size, hidden];
@@ -182,9 +182,8 @@ fn expect_norm(config: &ModelConfig, name: &str, width: usize, shapes: &mut BTre
 }
 
 impl Weights {
-    /// Takes `tensors` of any float type as the weights of `config`. `origin` says in errors where
-    /// they came from. Tensors that are already `f32` are kept as they are, so candle variables
-    /// stay variables.
+    /// Takes `tensors` of any float type as the weights of `config`. `origin` names their origin in errors. Tensors
+    /// that are already `f32` are kept, so candle variables stay variables.
     ///
     /// # Errors
     /// If a tensor is missing, unexpected, of the wrong shape, or not finite.
@@ -217,7 +216,7 @@ impl Weights {
     /// Loads `config.json` and `model.safetensors` of a model folder.
     ///
     /// # Errors
-    /// If a file is unreadable, or as for [`Weights::from_tensors`].
+    /// If a file cannot be read, or as for [`Weights::from_tensors`].
     pub fn load(folder: &Path) -> Result<Self, WeightsError> {
         let config = ModelConfig::load(&folder.join(CONFIG_FILE))?;
         let path = folder.join(TENSORS_FILE);
@@ -227,8 +226,8 @@ impl Weights {
         read_weights(&file, config, &entries, |_| false)
     }
 
-    /// Writes `config.json` and `model.safetensors` into a model folder, which is created. Each
-    /// file is written beside its place and then renamed, so a reader never finds half of one.
+    /// Writes `config.json` and `model.safetensors` into a model folder, which is created. Each file is written under a
+    /// temporary name and renamed, so a reader never sees a partial file.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -248,9 +247,9 @@ impl Weights {
             .map_err(|e| fail(&path, e.to_string()))
     }
 
-    /// Fresh weights from a seed, as at the start of training: norms are one, every other number
-    /// is normal; projections by `1 / sqrt(inputs)`, those that write into the residual stream
-    /// smaller by the root of how often they write; LoRA `b`, gates and biases are zero.
+    /// Random initial weights from a seed. Norms are one; LoRA `b`, gates and biases are zero. Other numbers are
+    /// normal: projections with deviation `1 / sqrt(inputs)`, those that write into the residual stream smaller by the
+    /// root of the number of such projections.
     ///
     /// # Errors
     /// If `config` is out of range.
@@ -265,10 +264,10 @@ impl Weights {
         Self::from_tensors(config, tensors, "random weights")
     }
 
-    /// The same weights on another device; tensors that are there already are shared.
+    /// The weights on another device; tensors that are already there are shared.
     ///
     /// # Errors
-    /// If the device's memory is too small or fails.
+    /// If the device fails, or its memory is too small.
     pub fn to_device(&self, device: &Device) -> Result<Self, WeightsError> {
         let moved = |(name, tensor): (&String, &Tensor)| {
             Ok((name.clone(), tensor.to_device(device).map_err(|e| in_tensor(name, e))?))
@@ -277,7 +276,7 @@ impl Weights {
         Ok(Self { config: self.config.clone(), tensors })
     }
 
-    /// The sizes.
+    /// Configuration of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
@@ -290,7 +289,7 @@ impl Weights {
     /// A tensor by name.
     ///
     /// # Errors
-    /// If the configuration asks for no tensor of that name.
+    /// If the configuration has no tensor of that name.
     pub fn get(&self, name: &str) -> Result<&Tensor, WeightsError> {
         self.tensors.get(name).ok_or_else(|| WeightsError::Missing {
             origin: "weights".to_owned(),
@@ -299,14 +298,13 @@ impl Weights {
         })
     }
 
-    /// Number of trainable numbers.
+    /// Number of trainable parameters.
     pub fn num_parameters(&self) -> usize {
         self.tensors.values().map(Tensor::elem_count).sum()
     }
 
-    /// A string that two models share only if all sizes and all numbers are equal: the first 16
-    /// hexadecimal digits of the SHA-256 of the configuration and, in name order, of every
-    /// tensor's name and `f32` numbers.
+    /// Fingerprint, equal for two models only if all sizes and numbers are equal: the first 16 hexadecimal digits of
+    /// the SHA-256 of the configuration and, in name order, of every tensor's name and `f32` numbers.
     ///
     /// # Errors
     /// If a tensor cannot be read.
@@ -326,17 +324,17 @@ fn in_tensor(name: &str, source: candle_core::Error) -> WeightsError {
     WeightsError::Tensor { name: name.to_owned(), source }
 }
 
-/// Looks at the numbers of a tensor, row-major, where they are.
-fn with_numbers<T>(tensor: &Tensor, look: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
+/// Calls `read` with the numbers of a tensor, row-major and without a copy.
+fn with_numbers<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
     let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
-        Storage::Cpu(storage) => Ok(look(numbers(storage, layout)?)),
+        Storage::Cpu(storage) => Ok(read(numbers(storage, layout)?)),
         _ => candle_core::bail!("a tensor on the CPU is not in its memory"),
     }
 }
 
-/// Hashes the little-endian bytes of `numbers`, gathered so that the hash gets many at once.
+/// Hashes the little-endian bytes of `numbers`, buffered so that the hash gets many at once.
 fn hash_numbers(hash: &mut Sha256, numbers: &[f32]) {
     let mut bytes = [0; 1 << 14];
     for part in numbers.chunks(bytes.len() / size_of::<f32>()) {
@@ -392,10 +390,10 @@ fn random_tensor(config: &ModelConfig, name: &str, shape: &[usize], rng: &mut St
     Tensor::from_vec(numbers, shape, &Device::Cpu)
 }
 
-/// Lets `write` write a file beside `path`, then renames it to `path`; removes it if either fails.
+/// Writes a file with `write` next to `path`, then renames it to `path`.
 ///
 /// # Errors
-/// What `write` or the rename says.
+/// The error of `write` or of renaming.
 pub fn write_then_rename<E: From<std::io::Error>>(
     path: &Path,
     write: impl FnOnce(&Path) -> Result<(), E>,

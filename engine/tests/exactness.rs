@@ -1,6 +1,6 @@
-//! A request generates what it generates alone on the CPU with the same exits: whatever the device, the batching, the
-//! other requests, the chunks of its prompt, and however often it is preempted; for every weight type and KV fill. On
-//! the CPU that is so to the bit.
+//! A request generates the tokens that it generates by itself on the CPU with the same exits. This is independent of
+//! the device, the batching, other requests, the chunks of its prompt and preemptions, for every weight type and KV
+//! fill. On the CPU, results are identical to the bit.
 
 mod common;
 
@@ -37,7 +37,7 @@ struct Setup {
     device: Device,
     /// The model under test.
     model: Arc<dyn ServedModel>,
-    /// The same on the CPU, where requests run alone.
+    /// The model on the CPU, where requests run by themselves.
     on_cpu: Arc<Model>,
     prompts: Arc<Prompts>,
     sampling: Sampling,
@@ -56,7 +56,7 @@ impl Setup {
         }
     }
 
-    /// None if there is no such device.
+    /// `None` if there is no such device.
     fn on(device: Device, config: &ModelConfig, seed: u64, temperature: f32) -> Option<Self> {
         let on_cpu = Self::new(config, WeightType::F32, seed, temperature);
         match device {
@@ -74,7 +74,7 @@ impl Setup {
         EngineExecutor::new(model, self.prompts.clone(), self.sampling, kv_fill, num_blocks, block_tokens).unwrap()
     }
 
-    /// Serves requests and returns what each generated, and how often one was preempted.
+    /// Serves requests; returns what each generated, and the number of preemptions.
     fn run(
         &self,
         settings: Settings,
@@ -87,7 +87,7 @@ impl Setup {
         (server.into_executor().into_generations(), preemptions.0)
     }
 
-    /// Serves one request on the CPU alone, which lets its tokens leave at given depths, with signals.
+    /// Serves one request by itself on the CPU, with given exit depths and with signals.
     fn run_alone(&self, request: Request, kv_fill: KvFill, exits: Vec<u8>) -> Generation {
         self.run_alone_on(self.on_cpu.clone(), request, kv_fill, exits)
     }
@@ -154,7 +154,7 @@ fn assert_all_as_alone(setup: &Setup, kv_fill: KvFill, requests: &[Request], gen
     }
 }
 
-/// Checks that two generations have the same tokens and predictions, and the same signals as far as the device allows.
+/// Checks that two generations have equal tokens and predictions, and equal signals up to the device's tolerance.
 fn assert_same(device: Device, what: &str, found: &Generation, expected: &Generation) {
     if device == Device::Cpu {
         assert_eq!(found, expected, "{what}");
@@ -197,8 +197,8 @@ proptest! {
     }
 }
 
-/// Runs requests under settings; each generates what it does alone, recorded or not: what is not recorded need not be
-/// computed, and changes no token.
+/// Checks that each request generates under these settings what it generates by itself, recorded or not: signals that
+/// are not recorded need not be computed, and change no token.
 fn assert_batched_as_alone(setup: &Setup, settings: Settings, requests: &[Request]) {
     let (generations, _) = setup.run(settings, requests, setup.executor(&settings).recording());
     assert_all_as_alone(setup, settings.kv_fill, requests, &generations);
@@ -209,7 +209,7 @@ fn assert_batched_as_alone(setup: &Setup, settings: Settings, requests: &[Reques
     }
 }
 
-/// The same on a device, of fewer and smaller mixes: emulation is slow.
+/// Batched requests on a device, in fewer and smaller mixes: emulation is slow.
 fn batched_requests_on(device: Device, cases: u32) {
     let strategy = (configs_of_one_head_size(), 0_u64..1000, exits(), prop::sample::select(KvFill::ALL.to_vec()));
     let mut runner =
@@ -257,7 +257,7 @@ fn preempted_requests_by_cuda_kernels_generate_what_they_generate_alone() {
     preempted_requests_on(Device::Cuda, 1);
 }
 
-/// Models to test on a device: where passes are slow only the one that has everything.
+/// Models to test on a device; where passes are slow, only the one with every feature.
 fn models(device: Device) -> Vec<ModelConfig> {
     match device {
         Device::Cuda => vec![with_everything()],
@@ -282,13 +282,13 @@ fn preempted_requests_on(device: Device, seeds: u64) {
             let (generations, preemptions) = setup.run(settings, &requests, setup.executor(&settings).recording());
             assert!(preemptions > 3, "{kv_fill}: {preemptions}");
             let exits: Vec<u8> = generations.values().flat_map(|generation| generation.exit_depths.clone()).collect();
-            assert!((0..3).all(|depth| exits.contains(&depth)), "{kv_fill}: tokens leave at every depth: {exits:?}");
+            assert!((0..3).all(|depth| exits.contains(&depth)), "{kv_fill}: tokens exit at every depth: {exits:?}");
             assert_all_as_alone(&setup, kv_fill, &requests, &generations);
         }
     }
 }
 
-/// The blocks of each slot, of sequences that never share one.
+/// The blocks of each slot, for sequences that share none.
 #[derive(Default)]
 struct Blocks(HashMap<u32, Vec<u32>>);
 
@@ -300,7 +300,8 @@ impl Observer for Blocks {
     }
 }
 
-/// Requests whose tokens leave anywhere but for the last, which runs every depth and so has all before it complete.
+/// Serves requests whose tokens exit at any depth, except for the last token, which runs every depth, so that all
+/// earlier ones are complete.
 fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Vec<u32>, Vec<f32>)> {
     let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 5 + 7 * id, output_tokens: 30 };
     let requests: Vec<Request> = (0..4).map(request).collect();
@@ -330,12 +331,12 @@ fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Ve
 }
 
 #[test]
-fn backfill_leaves_the_very_cache_that_full_depth_leaves() {
+fn backfill_writes_the_very_cache_of_full_depth() {
     backfill_on(Device::Cpu);
 }
 
 #[test]
-fn backfill_by_cuda_kernels_leaves_the_cache_that_full_depth_leaves() {
+fn backfill_by_cuda_kernels_writes_the_cache_of_full_depth() {
     backfill_on(Device::Cuda);
 }
 
@@ -344,7 +345,7 @@ fn backfill_on(device: Device) {
     {
         let Some(setup) = Setup::on(device, config, 3, 1.0) else { return };
         for (context, found) in run_with_exits(&setup, KvFill::Backfill, batching) {
-            // As the prompt of a request, the same tokens run every depth.
+            // As the prompt of a request, these tokens run every depth.
             let tokens = context.len() as u32;
             let prompts = Arc::new(Prompts::Given(HashMap::from([(0, context)])));
             let setup = Setup { model: setup.model.clone(), on_cpu: setup.on_cpu.clone(), prompts, ..setup };
@@ -367,12 +368,12 @@ fn backfill_on(device: Device) {
         }
         let reused = run_with_exits(&setup, KvFill::Reuse, batching);
         let backfilled = run_with_exits(&setup, KvFill::Backfill, batching);
-        assert!(reused[0].1 != backfilled[0].1, "tokens that leave early leave a mark under other fills");
+        assert!(reused[0].1 != backfilled[0].1, "early exits change the context under other fills");
     }
 }
 
-/// What a recording says of a request that leaves at given depths: token by token on a machine of its own, with the
-/// keys and values that a KV fill is defined to leave.
+/// The expected recording of a request with given exit depths: token by token on a separate machine, with the keys and
+/// values that the KV fill is defined to keep.
 fn recorded_by_hand(
     model: &Model,
     sampling: Sampling,
@@ -427,12 +428,12 @@ fn recorded_by_hand(
 }
 
 #[test]
-fn each_kv_fill_leaves_what_it_is_defined_to_leave() {
+fn each_kv_fill_keeps_the_entries_that_it_is_defined_to_keep() {
     each_kv_fill_on(Device::Cpu);
 }
 
 #[test]
-fn each_kv_fill_by_cuda_kernels_leaves_what_it_is_defined_to_leave() {
+fn each_kv_fill_by_cuda_kernels_keeps_the_entries_that_it_is_defined_to_keep() {
     each_kv_fill_on(Device::Cuda);
 }
 

@@ -1,4 +1,4 @@
-//! A profile holds every part of a pass, over the whole grid.
+//! A profile contains every component of a pass, over the whole grid.
 
 mod common;
 
@@ -35,7 +35,7 @@ fn a_profile_covers_every_component_up_to_its_limits() {
     // A value of width 8 is padded to 32.
     assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
     assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
-    // What low-rank weights and parts without weights take is part of the block here.
+    // Low-rank weights and operations without weights are part of the block here.
     let in_block = [Component::Lora, Component::Elementwise];
     assert!(in_block.iter().all(|&component| profile.points_of(component).count() == 0));
     for component in Component::ALL.into_iter().filter(|component| !in_block.contains(component)) {
@@ -43,10 +43,10 @@ fn a_profile_covers_every_component_up_to_its_limits() {
         let deepest = if component == Component::DepthMix { 3 } else { 1 };
         let (rows, kv_tokens) = match component {
             Component::DepthMix => (20, 0),
-            // After a pass of the most rows.
+            // After a pass with the most rows.
             Component::AfterMore => (5, 20),
             Component::Head | Component::HeadAgain => (5, 0),
-            // Every row that leaves at the first of three depths skips two.
+            // Every row that exits at the first of three depths skips two.
             Component::KvFill => (10, 0),
             Component::DecodeAttention => (5, 40),
             Component::PrefillAttention => (12, 40),
@@ -65,8 +65,8 @@ fn a_profile_covers_every_component_up_to_its_limits() {
 }
 
 #[test]
-fn histories_that_nobody_ran_are_numbers_to_the_cuda_kernels() {
-    // Memory of the emulated device holds no number until something is written there; that of a GPU may.
+fn histories_that_were_never_run_are_numbers_to_the_cuda_kernels() {
+    // Memory of the emulated device has no numbers until it is written; that of a GPU may have.
     let Some(model) = Device::Cuda.serve(&weights(&with_everything(), 5)) else { return };
     let grid = Grid::up_to(Limits { rows: 3, decodes: 2, history: 4, chunk: 3 });
     let lengths = Lengths { prompt: 2, output: 2, longest: 4 };
@@ -80,7 +80,7 @@ fn keys_and_values_before_and_after_the_loops_count() {
     let lengths = Lengths { prompt: 2, output: 2, longest: 4 };
     let mut profiler = Profiler::new(&engine(&with_everything()), grid, lengths).unwrap();
     profiler.round(|_, _| ()).unwrap();
-    // A layer of prelude, and at each of three depths two of block and two of coda.
+    // One layer of the prelude and, at each of three depths, two of the block and two of the coda.
     assert_eq!(
         profiler.profile("test", "a test", std::iter::empty()).unwrap().meta.kv_bytes_per_token,
         (1 + 3 * (2 + 2)) * 2 * (8 + 32) * 4

@@ -1,4 +1,4 @@
-//! The serving model gives the logits and gates of the reference, at every position and depth, however a prompt is cut.
+//! The serving model gives the reference's logits and gates at every position and depth, for any chunks of a prompt.
 
 mod common;
 
@@ -19,19 +19,19 @@ use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use scheduler::KvFill;
 
-/// What a model says of a sequence: by depth and token, the logits, and where it has gates their scores.
+/// A model's results for a sequence: logits by depth and token and, with gates, their scores.
 #[derive(Debug, PartialEq)]
 struct Answers {
     logits: Vec<Vec<Vec<f32>>>,
     gates: Vec<Vec<f32>>,
 }
 
-/// The serving model's answers of a sequence that runs in chunks.
+/// The serving model's results for a sequence that runs in chunks.
 fn answers_in_chunks(model: &Model, tokens: &[u32], chunk: usize) -> Answers {
     let config = model.config();
     let cache = KvCache::new(config, KvFill::Reuse, 8, 16, &candle_core::Device::Cpu).unwrap();
     let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &candle_core::Device::Cpu).unwrap();
-    // Blocks out of order, as a scheduler may hand them out.
+    // Blocks out of order, as a scheduler may assign them.
     let blocks = [3, 0, 7, 1, 2, 6, 5, 4];
     let gated = if config.gate { config.num_loops - 1 } else { 0 };
     let mut answers = Answers { logits: vec![Vec::new(); config.num_loops], gates: vec![Vec::new(); gated] };
@@ -57,7 +57,7 @@ fn answers_in_chunks(model: &Model, tokens: &[u32], chunk: usize) -> Answers {
     answers
 }
 
-/// The reference's answers.
+/// The reference's results.
 fn reference_answers(weights: &Weights, tokens: &[u32]) -> Answers {
     let reference = Reference::new(weights).unwrap();
     let tokens = Tensor::from_slice(tokens, (1, tokens.len()), &candle_core::Device::Cpu).unwrap();
@@ -95,7 +95,7 @@ fn assert_equals_the_reference(config: &ModelConfig, seed: u64, length: usize, c
     }
 }
 
-/// Checks what a device's backend says of a sequence that runs in chunks, by depth and position, against the reference.
+/// Checks a backend's results for a sequence that runs in chunks, by depth and position, against the reference.
 fn assert_answers_of_passes_equal_the_reference(
     device: Device,
     model: Arc<dyn ServedModel>,
@@ -133,7 +133,7 @@ fn assert_answers_of_passes_equal_the_reference(
                 device.assert_close(&what, found.top1, expected.top1);
                 device.assert_close(&what, found.margin, expected.margin);
                 device.assert_close(&what, found.entropy, expected.entropy);
-                // Two tokens that are as likely may come in either order.
+                // Two equally likely tokens may come in either order.
                 assert!(found.token == expected.token || expected.margin < 1e-3, "{what}");
             }
             for (&found, position) in found.gates.iter().zip(positions) {
@@ -148,7 +148,7 @@ fn passes_by_cuda_kernels_equal_the_reference() {
     passes_equal_the_reference(Device::Cuda, 20);
 }
 
-/// Of random models.
+/// On random models.
 fn passes_equal_the_reference(device: Device, cases: u32) {
     let strategy = (configs_of_one_head_size(), 0_u64..1000, 1_usize..40, 1_usize..40);
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);

@@ -69,7 +69,7 @@ fn a_recording_holds_what_a_replay_at_full_depth_generates() {
 }
 
 #[test]
-fn gates_are_recorded_and_let_tokens_leave() {
+fn gates_are_recorded_and_let_tokens_exit() {
     let engine = engine(&with_everything(), 1.0);
     let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
     assert!(trace.has_gates);
@@ -77,7 +77,7 @@ fn gates_are_recorded_and_let_tokens_leave() {
     let replayed = engine.replay(by_gate, &requests(), None, Idle::Skip, &mut ()).unwrap();
     let mut exits = Vec::new();
     for (index, request) in requests().iter().enumerate() {
-        // Only the first token of a request has seen nothing but what the recording saw.
+        // Only the first token of a request has the same context as in the recording.
         let gates = [0, 1, 2].map(|depth| trace.signals_at(trace.generation(index).start, depth).gate);
         assert!(gates[2] == 1.0 && gates[..2].iter().all(|gate| (0.0..1.0).contains(gate)), "{gates:?}");
         let exit = gates.iter().position(|&gate| gate >= 0.5).unwrap();
@@ -88,7 +88,7 @@ fn gates_are_recorded_and_let_tokens_leave() {
 }
 
 #[test]
-fn the_oracle_leaves_where_the_recording_says() {
+fn the_oracle_exits_at_the_recorded_depths() {
     let engine = engine(&grouped(), 1.0);
     let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
     let depths = Arc::new(oracle_depths(&trace, &requests()));
@@ -112,7 +112,7 @@ fn what_cannot_run_is_refused_before_the_run() {
     let cases = [
         (refuse(Settings { num_blocks: 2, ..none }, 50), "holds 32"),
         (refuse(none, 122), "request 7 needs 130 positions, the model has 128"),
-        (refuse(Settings { num_loops: 4, ..none }, 5), "4 loops, this one has 3"),
+        (refuse(Settings { num_loops: 4, ..none }, 5), "4 loops, expected 3"),
         (refuse(Settings { block_tokens: 10, ..none }, 5), "a KV block of 10 tokens"),
         (refuse(settings("gate:0.5".parse().unwrap()), 5), "confidence:gate:0.5: the model has no gates"),
     ];

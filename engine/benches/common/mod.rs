@@ -1,32 +1,32 @@
-//! What measurements share.
+//! Helpers of the benchmarks.
 
 #![allow(dead_code)] // each uses its own share
 
-/// The middle number; of an even number, the greater of the middle two.
+/// The median; for an even count, the greater of the middle two numbers.
 pub fn median(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
     numbers[numbers.len() / 2]
 }
 
-/// The machine, and how busy it is.
+/// The machine and its load.
 pub fn machine() -> String {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let minute = load.split_whitespace().next().unwrap_or("unknown");
     format!("{}; load of the last minute {minute}", engine::device_name())
 }
 
-/// The words of the command line that are not options, and the options' values by name.
+/// The positional arguments of the command line, and the options' values by name.
 pub struct Arguments {
-    /// Words in their order.
+    /// Positional arguments, in order.
     pub words: Vec<String>,
     options: Vec<(String, String)>,
 }
 
 impl Arguments {
-    /// Reads the command line.
+    /// Parses the command line.
     ///
     /// # Panics
-    /// If an option is none of `known`, or has no value.
+    /// If an option is not among `known`, or has no value.
     pub fn parse(known: &[&str]) -> Self {
         let (mut words, mut options) = (Vec::new(), Vec::new());
         let mut rest = std::env::args().skip(1).filter(|word| word != "--bench");
@@ -45,7 +45,7 @@ impl Arguments {
     /// The value of an option.
     ///
     /// # Panics
-    /// If it does not read.
+    /// If the value cannot be parsed.
     pub fn get<T: std::str::FromStr>(&self, name: &str, default: T) -> T {
         let given = self.options.iter().rev().find(|(option, _)| option == name);
         given.map_or(default, |(_, text)| text.parse().unwrap_or_else(|_| panic!("--{name}: cannot read {text:?}")))
@@ -54,7 +54,7 @@ impl Arguments {
     /// The values of an option, separated by commas.
     ///
     /// # Panics
-    /// If one does not read.
+    /// If a value cannot be parsed.
     pub fn list<T: std::str::FromStr>(&self, name: &str, default: &str) -> Vec<T> {
         let text: String = self.get(name, default.to_owned());
         let item = |item: &str| item.parse().unwrap_or_else(|_| panic!("--{name}: cannot read {item:?}"));

@@ -1,8 +1,8 @@
-//! Runs passes on a device: one upload of indices, launches and products, one download of what was asked.
+//! Runs passes on a device: one upload of indices, launches and products, one download of the results.
 //!
-//! A pass is cut into sections: rows that run through the same layers. A section's rows lie in memory that never moves
-//! while passes are no larger than those before, and so do its indices. Without prompts' chunks in a pass the sections
-//! are padded to a few sizes, and what a section launches is captured as a graph when a size comes up again.
+//! A pass is divided into sections of rows that run through the same layers. A section's rows and indices keep their
+//! addresses while passes are no larger than earlier ones. In a pass without prompt chunks, sections are padded to a
+//! few sizes. When a size occurs again, the launches of its section are captured as a graph.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::{self, Debug, Formatter};
@@ -31,35 +31,35 @@ use crate::kernels::signals::Verdict;
 use crate::model::Rows;
 use crate::parameters::Loops;
 
-/// Graphs kept at most; then all are dropped, and captured again as their sizes come up.
+/// Maximum number of graphs. Beyond it, all graphs are dropped, and captured again as their sizes occur.
 const MAX_GRAPHS: usize = 1024;
-/// What is filled with numbers takes as many words of four bytes of them at a time, over and over.
+/// Rows, of [`FILL_WORDS`] four-byte words, of the buffer with which the cache is filled, copied until it is full.
 const FILL_ROWS: usize = 256;
 const FILL_WORDS: usize = 4096;
-/// Fewest rows whose head is read before it is known which of them leave.
+/// Minimum number of rows whose head runs before their exits are decided.
 const FEWEST_AHEAD: usize = 8;
 
-/// Rows that run through the same layers.
+/// A section: rows that run through the same layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Layers {
-    /// All rows of a pass through the block, if its loops share it; through nothing otherwise.
+    /// All rows of a pass through the block, if its loops share it; otherwise no layers.
     Block,
     Prelude,
-    /// Of loops that share nothing, that of a depth.
+    /// Rows of one depth, if loops share nothing.
     Loop(usize),
-    /// The coda to the last layer's keys and values.
+    /// The coda, up to the last layer's keys and values.
     Coda,
     /// The last layer of the coda, and the head.
     Head,
 }
 
-/// What a graph holds: a section of a size.
+/// Key of a graph: a section and its size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Size {
     layers: Layers,
     rows: usize,
     items: usize,
-    /// Bits of the temperature at which the head's tokens are drawn.
+    /// Bits of the temperature at which the head samples tokens.
     temperature: u32,
 }
 
@@ -67,18 +67,18 @@ struct Size {
 #[derive(Clone, Copy)]
 struct Section {
     layers: Layers,
-    /// Its rows, padded if it runs as a graph.
+    /// The rows of the section, padded if it runs as a graph.
     rows: OnDevice,
-    /// Where each comes from: rows of what ran before it, as `enter_rows` takes them. None for the block, whose rows are in
-    /// place.
+    /// Source of each row among those of the preceding section, in the format of `enter_rows`. `None` for the block,
+    /// whose rows are in place.
     gather: Option<View<i32>>,
-    /// The rows of the pass that its own become again.
+    /// Rows of the pass to which the section's rows are written back.
     scatter: Option<View<i32>>,
     graph: bool,
 }
 
 impl Section {
-    /// The same with its indices so many bytes further on.
+    /// The section with its indices moved by a number of bytes.
     fn moved(self, bytes: u64) -> Self {
         Self {
             rows: self.rows.moved(bytes),
@@ -89,12 +89,12 @@ impl Section {
     }
 }
 
-/// What is laid out for an upload of the sections of a pass.
+/// The sections of a pass, before they are laid out for an upload.
 #[derive(Default)]
 struct Plan {
-    /// Their rows, and what those are among the rows that ran before.
+    /// Rows of each section, with their indices among the rows that ran before.
     sections: BTreeMap<Layers, (PassRows, Vec<i32>)>,
-    /// Of the head.
+    /// Random keys of the head's rows.
     keys: Vec<u64>,
 }
 
@@ -106,17 +106,17 @@ impl Plan {
         }
     }
 
-    /// Whether every row attends by itself.
+    /// Whether every row attends separately.
     fn is_decode(&self) -> bool {
         self.sections.values().all(|(rows, _)| rows.room().tiles == 0)
     }
 }
 
-/// Memory that grows with the largest pass seen.
+/// Memory that grows to the largest pass so far.
 struct Growing<D: Device>(Option<Held<D, u8>>);
 
 impl<D: Device> Growing<D> {
-    /// Makes room for so many bytes; says whether what was there is gone.
+    /// Makes room for `bytes` bytes; returns whether the memory was replaced.
     fn fit(&mut self, device: &D, bytes: usize) -> Result<bool> {
         if self.0.as_ref().is_some_and(|held| held.view.len() >= bytes) {
             return Ok(false);
@@ -135,7 +135,7 @@ impl<D: Device> Growing<D> {
     }
 }
 
-/// Cuts memory into arrays, each at a multiple of 16 bytes.
+/// Divides memory into arrays, each aligned to 16 bytes.
 struct Carver(u64);
 
 impl Carver {
@@ -148,17 +148,17 @@ impl Carver {
 
 /// Memory of the rows of a pass.
 struct RowMemory {
-    /// The residual stream of all,
+    /// residual stream of all rows,
     hidden: View<f32>,
-    /// of those of a section of its own,
+    /// residual stream of the rows of a smaller section,
     part: View<f32>,
-    /// and of those that have run the coda.
+    /// residual stream of the rows after the coda.
     exits: View<f32>,
     scratch: Scratch,
 }
 
 impl RowMemory {
-    /// For so many rows; `partial` is left to be set.
+    /// Memory for `rows` rows; `partial` is set later.
     fn carve(carver: &mut Carver, config: &ModelConfig, scalar_bytes: usize, rows: usize) -> Self {
         let &ModelConfig { hidden_size, intermediate_size, .. } = config;
         let (queries, qkv) = (config.q_size(), config.q_size() + 2 * config.kv_size());
@@ -185,10 +185,10 @@ impl RowMemory {
     }
 }
 
-/// Memory of the rows whose head is read.
+/// Memory of the rows that run the head.
 struct HeadMemory {
     hidden: View<f32>,
-    /// Where they are written.
+    /// Destination of the logits.
     logits: View<f32>,
     sweep: View<u8>,
 }
@@ -204,7 +204,7 @@ impl HeadMemory {
     }
 }
 
-/// Where the answers of a pass are left, to be downloaded as one.
+/// Memory of the results of a pass, which are downloaded together.
 struct AnswerMemory {
     verdicts: View<kernels::Verdict>,
     gates: View<f32>,
@@ -221,7 +221,7 @@ impl AnswerMemory {
     }
 }
 
-/// A moment before and after a piece of work.
+/// Events before and after a piece of work.
 struct Span<D: Device> {
     start: D::Event,
     end: D::Event,
@@ -233,8 +233,8 @@ impl<D: Device> Span<D> {
     }
 }
 
-/// The memory of a backend, and what was made for it: kernels, and the graphs that know where it lies. It outlives the
-/// backend, so that the next one need not capture what this one has.
+/// Memory of a backend with the objects that depend on its addresses: kernels and graphs. The memory outlives the
+/// backend, so that the next backend can use its graphs.
 pub(super) struct Memory<D: Device> {
     module: D::Module,
     layout: PageLayout,
@@ -247,13 +247,13 @@ pub(super) struct Memory<D: Device> {
     partial: Growing<D>,
     answers: Growing<D>,
     fills: Growing<D>,
-    /// Rows that `row_memory` and `head_memory` are cut for.
+    /// Number of rows that `row_memory` and `head_memory` have room for.
     rows: usize,
     head_rows: usize,
-    /// The indices' room for each section of passes that run as graphs.
+    /// Room of the indices of each section, in passes that run as graphs.
     rooms: BTreeMap<Layers, Room>,
     graphs: HashMap<Size, D::Graph>,
-    /// Sizes that have run, so that the next run is worth a graph.
+    /// Sizes that have run once, so that the next run is captured.
     seen: HashSet<Size>,
 }
 
@@ -290,17 +290,17 @@ impl<D: Device> Memory<D> {
     }
 }
 
-/// A device's backend.
+/// Backend of a device.
 pub(super) struct CudaBackend<D: Device> {
     model: Arc<CudaModel<D>>,
     specialization: Specialization,
-    /// There until the backend is dropped, which leaves it to the model.
+    /// Given back to the model when the backend is dropped.
     memory: ManuallyDrop<Memory<D>>,
-    /// Whether what nobody wrote reads as ordinary numbers.
+    /// Whether unwritten memory reads as ordinary numbers.
     filled: bool,
-    /// What is uploaded for a pass, and where it goes.
+    /// Data that is uploaded for a pass, with its layout.
     arrays: Arrays,
-    /// The first row of the last pass that has run the coda.
+    /// The first row of the last pass that ran the coda.
     first_exit: usize,
     heads: Span<D>,
     head_time: Duration,
@@ -308,7 +308,7 @@ pub(super) struct CudaBackend<D: Device> {
 
 impl<D: Device> Drop for CudaBackend<D> {
     fn drop(&mut self) {
-        // SAFETY: nobody uses a backend that is dropped.
+        // SAFETY: a dropped backend is not used again.
         let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
         self.model.exit(memory);
     }
@@ -323,13 +323,13 @@ impl<D: Device> Debug for CudaBackend<D> {
     }
 }
 
-/// A size that is at most a quarter larger, of which there are four to a doubling.
+/// Rounds up to a size that is at most a quarter larger; there are four sizes per doubling.
 fn bucket(n: usize) -> usize {
     n.next_multiple_of((n.next_power_of_two() / 8).max(1))
 }
 
 impl<D: Device> CudaBackend<D> {
-    /// With a cache that nobody has written, in the memory of the backend before if that was of the same layout.
+    /// A backend with an unwritten cache. It takes the memory of the previous backend if that has the same layout.
     pub fn new(
         model: Arc<CudaModel<D>>,
         kv_fill: KvFill,
@@ -339,7 +339,7 @@ impl<D: Device> CudaBackend<D> {
         check_block_tokens(block_tokens)?;
         let layout = PageLayout::new(&model.config, kv_fill, num_blocks, block_tokens);
         let specialization = model.specialization(layout.block_tokens)?;
-        // What does not fit is freed before there is more.
+        // Memory that does not fit is freed before new memory is allocated.
         let left = model.take_left().filter(|memory| memory.layout == layout);
         let memory = match left {
             Some(memory) => memory,
@@ -393,7 +393,7 @@ impl<D: Device> CudaBackend<D> {
         }
     }
 
-    /// Refuses what the kernels would read or write beyond memory.
+    /// Rejects work for which kernels would access memory out of bounds.
     fn check(&self, work: &Work<'_>) -> Result<()> {
         let &ModelConfig { vocab_size, max_positions, .. } = &self.model.config;
         for row in work.rows.rows() {
@@ -443,7 +443,7 @@ impl<D: Device> CudaBackend<D> {
         plan
     }
 
-    /// The sections of a pass before the head, in their order.
+    /// The sections of a pass before the head, in order.
     fn order(&self) -> Vec<Layers> {
         let block = match &self.model.loops {
             Loops::Shared(_) => vec![Layers::Block],
@@ -456,14 +456,14 @@ impl<D: Device> CudaBackend<D> {
         self.model.config.architecture.sliding_window.as_ref().map(|window| window.tokens)
     }
 
-    /// The size that rows are padded to if they run as a graph.
+    /// The size to which rows are padded if they run as a graph.
     fn padded(&self, room: Room) -> Room {
         let rows = bucket(room.rows);
         let groups = rows.min(rows.div_ceil(GROUP_ROWS) + self.model.config.num_loops - 1);
         Room { rows, items: bucket(room.items), tiles: 0, groups, blocks: bucket(room.blocks) }
     }
 
-    /// Lays the sections of a plan out among the indices. The views count from the start of those.
+    /// Lays out the sections of a plan among the indices. Views are relative to the start of the indices.
     fn lay_out(&mut self, plan: &Plan) -> (Vec<Section>, View<u64>) {
         self.arrays.clear();
         let graph = plan.is_decode();
@@ -471,7 +471,7 @@ impl<D: Device> CudaBackend<D> {
         let used: BTreeMap<Layers, Room> =
             plan.sections.iter().map(|(&layers, section)| (layers, used(section))).collect();
         let rooms = if graph { self.grown_rooms(&used) } else { used.clone() };
-        // What graphs read comes first: its place does not depend on the pass.
+        // Indices that graphs read come first, so that their addresses do not depend on the pass.
         let mut placed = BTreeMap::new();
         for (&layers, &room) in &rooms {
             let nothing = PassRows::default();
@@ -495,7 +495,7 @@ impl<D: Device> CudaBackend<D> {
         (sections.collect(), keys)
     }
 
-    /// Room for these sections and all that came before; graphs that know of less are gone.
+    /// Room for these sections and all earlier ones. Graphs that were captured with less room are dropped.
     fn grown_rooms(&mut self, needed: &BTreeMap<Layers, Room>) -> BTreeMap<Layers, Room> {
         for (&layers, &room) in needed {
             let known = self.memory.rooms.entry(layers).or_default();
@@ -507,7 +507,7 @@ impl<D: Device> CudaBackend<D> {
         self.memory.rooms.clone()
     }
 
-    /// Makes memory fit sections, and drops the graphs that knew it elsewhere.
+    /// Makes memory fit the sections, and drops graphs with old addresses.
     fn fit(&mut self, sections: &[Section]) -> Result<()> {
         let model = self.model.clone();
         let (device, config, scalar_bytes) = (&*model.device, &model.config, model.scalar.bytes());
@@ -515,7 +515,7 @@ impl<D: Device> CudaBackend<D> {
         let most = |layers: &dyn Fn(Layers) -> bool| {
             sections.iter().filter(|section| layers(section.layers)).map(|section| section.rows.rows.len()).max()
         };
-        // The rows of a head are rows of the pass, but may be padded further.
+        // The head's rows are rows of the pass, but may have more padding.
         let rows = most(&|_| true).unwrap_or(0).max(self.memory.rows);
         if rows > self.memory.rows {
             let mut carver = Carver(0);
@@ -539,7 +539,7 @@ impl<D: Device> CudaBackend<D> {
         Ok(())
     }
 
-    /// Uploads what is laid out; gives where.
+    /// Uploads the indices; returns their address.
     fn upload(&mut self) -> Result<u64> {
         let device = self.model.device.clone();
         if self.memory.indices.fit(&device, self.arrays.bytes().len())? {
@@ -549,7 +549,7 @@ impl<D: Device> CudaBackend<D> {
         Ok(self.memory.indices.held().view.address())
     }
 
-    /// Makes room for answers, and drops the graphs that leave theirs elsewhere.
+    /// Makes room for results, and drops graphs that write theirs elsewhere.
     fn fit_answers(&mut self, sizes: [usize; 3]) -> Result<AnswerMemory> {
         let mut carver = Carver(0);
         AnswerMemory::carve(&mut carver, sizes);
@@ -578,11 +578,11 @@ impl<D: Device> CudaBackend<D> {
         self.kernels().enter_rows(self.model.embedding.view, from, gather, self.width(), 1.0, to)
     }
 
-    /// Does a section's work, by a graph if it has run in its size before.
+    /// Runs a section's work, as a graph if its size has run before.
     fn perform(&mut self, section: &Section, temperature: u32, work: impl Fn(&Self) -> Result<()>) -> Result<()> {
         let (rows, items) = (section.rows.rows.len(), section.rows.items.len());
         let size = Size { layers: section.layers, rows, items, temperature };
-        // What runs for the first time may make the driver load kernels, which no capture allows.
+        // A first run may make the driver load kernels, which is not allowed during capture.
         if !section.graph || self.memory.seen.insert(size) {
             return work(self);
         }
@@ -593,7 +593,7 @@ impl<D: Device> CudaBackend<D> {
             }
             self.memory.graphs.insert(size, graph);
         }
-        // SAFETY: where memory is freed, the graphs that know it are dropped.
+        // SAFETY: graphs are dropped when memory that they use is freed.
         unsafe { self.model.device.replay(&self.memory.graphs[&size]) }
     }
 
@@ -618,7 +618,7 @@ impl<D: Device> CudaBackend<D> {
         }
     }
 
-    /// Reads the head of the rows of a section.
+    /// Runs the head for the rows of a section.
     fn run_head(
         &mut self,
         section: &Section,
@@ -645,7 +645,7 @@ impl<D: Device> CudaBackend<D> {
         model.device.record(&self.heads.end)
     }
 
-    /// Scores of the gates of some rows.
+    /// Gate scores of some rows.
     fn run_gates(&self, rows: OnDevice, picks: View<i32>, out: View<f32>) -> Result<()> {
         let Some(gates) = &self.model.gates else { return Ok(()) };
         let (run, views) = (self.run_of(rows), self.row_views());
@@ -654,7 +654,7 @@ impl<D: Device> CudaBackend<D> {
         run.kernels.gates(normed, picks, rows.rows, gates.view, self.width(), out)
     }
 
-    /// Waits for the pass and downloads its answers.
+    /// Waits for the pass and downloads its results.
     fn finish(&mut self, sizes: [usize; 3]) -> Result<Answers> {
         let device = self.model.device.clone();
         let mut bytes = Carver(0);
@@ -678,7 +678,7 @@ impl<D: Device> CudaBackend<D> {
     }
 }
 
-/// Numbers of a page on the device: keys, then values, as `attention.cu` has them.
+/// Numbers of a page on the device: keys, then values, as in `attention.cu`.
 fn page_numbers(layout: &PageLayout) -> usize {
     2 * layout.kv_heads * layout.block_tokens * layout.head_dim
 }
@@ -698,7 +698,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         if let Some(smaller) = &self.memory.in_flight {
             let places = Held::of(&*device, &(0..there as i32).collect::<Vec<_>>())?;
             self.kernels().keep_rows(smaller.view, places.view, width, larger.view)?;
-            // What is copied from must not be freed before it is.
+            // The source of a copy must not be freed before the copy is done.
             device.download(larger.memory(), &mut [])?;
         }
         self.memory.in_flight = Some(larger);
@@ -707,7 +707,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
 
     fn fill_with_numbers(&mut self) -> Result<()> {
         let (device, scalar) = (self.model.device.clone(), self.model.scalar);
-        // Pages are copied by words of four bytes, whatever they hold.
+        // Pages are copied in four-byte words, whatever their type.
         let words = self.memory.pages.view.len() * scalar.bytes() / size_of::<f32>();
         let width = words.min(FILL_WORDS);
         let rows = (words / width).min(FILL_ROWS);
@@ -715,13 +715,13 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let numbers = Held::stored(&*device, scalar, &numbers)?;
         let source = View::new(numbers.view.address(), rows * width);
         let places = Held::of(&*device, &(0..rows as i32).collect::<Vec<_>>())?;
-        // The last copy ends where the pages do, over some of what is there.
+        // The last copy ends where the pages end, and overlaps the previous one.
         let last = words - rows * width;
         for start in (0..last).step_by(rows * width).chain([last]) {
             let target = View::new(self.memory.pages.view.address() + (start * size_of::<f32>()) as u64, rows * width);
             self.kernels().keep_rows(source, places.view, width, target)?;
         }
-        // What is copied from must not be freed before it is.
+        // The source of a copy must not be freed before the copy is done.
         device.download(numbers.memory(), &mut [])?;
         self.filled = true;
         Ok(())
@@ -784,8 +784,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
     }
 
     fn reads_heads_ahead(&self, rows: usize) -> bool {
-        // In batches of these sizes hardly a pass goes by in which no row leaves; and the head is read but once for
-        // all of them, so that more rows take no longer.
+        // With this many rows, almost every pass has one that exits. The head's weights are read once for all rows, so
+        // further rows add no time.
         rows >= FEWEST_AHEAD
     }
 
@@ -826,7 +826,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             Loops::Own(loops) => &loops[0][0],
         };
         let geometry = first.geometry(self.model.rotary(), &self.memory.layout);
-        // Nobody waits for it: it is over before the next pass, which waits for both.
+        // The host does not wait for the copy: it is done before the next pass, whose results are waited for.
         self.kernels().fill_deeper(view, geometry, self.memory.layout.depth_layers, self.memory.pages.view)
     }
 
@@ -856,7 +856,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
     }
 }
 
-/// A source as `enter_rows` takes it.
+/// A source in the format of `enter_rows`.
 fn source_number(source: Source) -> i32 {
     match source {
         Source::First(token) => token as i32,

@@ -1,4 +1,4 @@
-//! What a pass asks of a device: memory, kernels, products, graphs of both, and the time that they take.
+//! The interface of a device: memory, kernels, products, graphs of both, and timing.
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
@@ -12,39 +12,39 @@ use crate::kernels::signals::mix;
 /// Threads of a block of every kernel, as in `scalar.cuh`.
 pub const THREADS: usize = 128;
 
-/// A GPU, or what stands for one.
+/// A GPU, or its emulation.
 ///
-/// Work is done in the order in which it was asked for; only [`download`](Self::download) and
-/// [`elapsed`](Self::elapsed) wait for it.
+/// Work runs in the order in which it is submitted. Only [`download`](Self::download) and [`elapsed`](Self::elapsed)
+/// wait for it.
 pub trait Device: Send + Sync {
     /// Memory of the device, freed when dropped.
     type Memory: Send + Sync;
     /// Kernels, ready to be launched.
     type Module: Send;
-    /// Work that was recorded once, to be asked for again as a whole.
+    /// Recorded work, which can be submitted again as a whole.
     type Graph: Send;
-    /// A moment between two pieces of work.
+    /// A point in time between two pieces of work.
     type Event: Send;
 
-    /// The device's name, as a latency profile holds it.
+    /// Name of the device, as in a latency profile.
     fn name(&self) -> String;
 
-    /// What else a measurement should say of it: driver, versions, clocks and power, as far as they are known now.
+    /// Other properties that a measurement should record: driver, versions, and current clocks and power, where known.
     fn state(&self) -> String;
 
-    /// The kernels of a model, compiled unless they were before.
+    /// The kernels of a model, compiled unless they are cached.
     ///
     /// # Errors
     /// If they cannot be compiled for the device.
     fn load(&self, specialization: &Specialization) -> Result<Self::Module>;
 
-    /// Memory of so many bytes, aligned to 16, with anything in it.
+    /// Allocates `bytes` bytes with undefined contents, aligned to 16.
     ///
     /// # Errors
-    /// If there is no such memory.
+    /// If there is not enough memory.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
 
-    /// Where memory lies, in the device's addresses.
+    /// Address of memory on the device.
     fn address(&self, memory: &Self::Memory) -> u64;
 
     /// Copies to the start of memory.
@@ -56,17 +56,17 @@ pub trait Device: Send + Sync {
     /// Waits for all work, then copies from the start of memory.
     ///
     /// # Errors
-    /// If the device fails, now or in work done before.
+    /// If the device fails, now or in earlier work.
     fn download(&self, from: &Self::Memory, bytes: &mut [u8]) -> Result<()>;
 
-    /// Runs a kernel over a grid of blocks of [`THREADS`] threads. An empty grid is no work.
+    /// Runs a kernel over a grid of blocks of [`THREADS`] threads. An empty grid does nothing.
     ///
     /// # Errors
-    /// If there is no such kernel, or the device fails.
+    /// If the kernel does not exist, or the device fails.
     ///
     /// # Safety
-    /// `arguments` point to what the kernel takes, in number and type, and the addresses among them to memory that is
-    /// as large as the kernel reads or writes.
+    /// `arguments` must match the kernel's parameters in number and type. Addresses among them must point to memory of
+    /// at least the size that the kernel accesses.
     unsafe fn launch(
         &self,
         module: &Self::Module,
@@ -75,29 +75,29 @@ pub trait Device: Send + Sync {
         arguments: &[*const c_void],
     ) -> Result<()>;
 
-    /// Multiplies rows with a weight. No rows are no work.
+    /// Multiplies rows with a weight. Zero rows are no work.
     ///
     /// # Errors
     /// If the device fails.
     ///
     /// # Safety
-    /// The addresses are of memory that is as large as the product says, and `y` overlaps neither `x` nor the weight.
+    /// The addresses must point to memory of the sizes in the product, and `y` must overlap neither `x` nor the weight.
     unsafe fn product(&self, product: &Product) -> Result<()>;
 
-    /// Records the launches and products that `work` asks for, with their arguments, and does none of them. Nothing but
-    /// launches and products may be asked for meanwhile.
+    /// Records the launches and products that `work` submits, with their arguments, without running them. `work` may
+    /// submit only launches and products.
     ///
     /// # Errors
-    /// If `work` fails or the device does.
+    /// If `work` or the device fails.
     fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Self::Graph>;
 
-    /// Does what a graph holds.
+    /// Runs the work of a graph.
     ///
     /// # Errors
     /// If the device fails.
     ///
     /// # Safety
-    /// The memory that the graph's launches and products were given is still there.
+    /// The memory of the graph's launches and products must still exist.
     unsafe fn replay(&self, graph: &Self::Graph) -> Result<()>;
 
     /// An event that has not been recorded.
@@ -106,30 +106,30 @@ pub trait Device: Send + Sync {
     /// If the device fails.
     fn event(&self) -> Result<Self::Event>;
 
-    /// Makes an event the moment when all work asked for so far is done, in place of any before.
+    /// Records the point in time at which all work submitted so far is done, replacing an earlier record.
     ///
     /// # Errors
     /// If the device fails.
     fn record(&self, event: &Self::Event) -> Result<()>;
 
-    /// Waits for `to`, then says how much later it was than `from`. Both have been recorded.
+    /// Waits for `to`, then returns how much later than `from` it was. Both must have been recorded.
     ///
     /// # Errors
     /// If the device fails.
     fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<Duration>;
 }
 
-/// `y` `[rows, outputs]` of `x` `[rows, inputs]` and a weight `[outputs, inputs]`: each row of `x` with each of the weight,
-/// all row by row in memory. Sums are in `f32`, of `f32` numbers exact ones: none are rounded to fewer bits on the way.
+/// The product `y` `[rows, outputs]` of `x` `[rows, inputs]` and a weight `[outputs, inputs]`, all row-major. Sums are
+/// in `f32`; factors in `f32` are not rounded to fewer bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Product {
-    /// How `x` and the weight are stored.
+    /// Storage type of `x` and the weight.
     pub scalar: Scalar,
-    /// Rows.
+    /// Number of rows.
     pub rows: usize,
     /// Width of a row.
     pub inputs: usize,
-    /// Numbers that come of a row.
+    /// Numbers per output row.
     pub outputs: usize,
     /// Address of `x`.
     pub x: u64,
@@ -137,25 +137,25 @@ pub struct Product {
     pub weight: u64,
     /// Address of `y`.
     pub y: u64,
-    /// What becomes of what was in `y`, and how it is stored.
+    /// Storage of `y`, and what happens to its contents.
     pub out: Out,
 }
 
-/// Where a product goes.
+/// Destination of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Out {
-    /// Replaces numbers stored as `x` is.
+    /// Replaces numbers of the storage type of `x`.
     Stored,
-    /// Replaces numbers of `f32`.
+    /// Replaces `f32` numbers.
     F32,
-    /// Is added to numbers of `f32`.
+    /// Adds to `f32` numbers.
     AddedToF32,
 }
 
-/// What may be copied to a device byte by byte.
+/// Types that can be copied to a device byte by byte.
 ///
 /// # Safety
-/// The type has no padding, and any bytes are a value of it.
+/// The type must have no padding, and every bit pattern must be a valid value.
 pub unsafe trait Plain: Copy {}
 
 // SAFETY: numbers.
@@ -169,21 +169,21 @@ unsafe impl Plain for u8 {}
 
 /// The bytes of numbers.
 pub fn bytes_of<T: Plain>(numbers: &[T]) -> &[u8] {
-    // SAFETY: plain types have no padding, so all their bytes are there to be read.
+    // SAFETY: plain types have no padding, so all their bytes are initialized.
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
 }
 
-/// The bytes of numbers, to be written.
+/// The bytes of numbers, for writing.
 pub fn bytes_of_mut<T: Plain>(numbers: &mut [T]) -> &mut [u8] {
-    // SAFETY: as for `bytes_of`; and whatever is written is a value of the type.
+    // SAFETY: as for `bytes_of`; every bit pattern is a value of the type.
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
 }
 
-/// Marks numbers stored as the kernels' [`Scalar`].
+/// Marks numbers in the kernels' storage type, a [`Scalar`].
 #[derive(Clone, Copy, Debug)]
 pub enum Stored {}
 
-/// Where numbers lie on a device, and how many. Good for as long as the memory that it was taken of.
+/// Address and number of values on a device. Valid as long as the memory that it refers to.
 #[derive(Debug)]
 pub struct View<T> {
     pub(super) address: u64,
@@ -200,16 +200,16 @@ impl<T> Clone for View<T> {
 impl<T> Copy for View<T> {}
 
 impl<T> View<T> {
-    /// `len` numbers from an address on; 0 for none.
+    /// `len` numbers from an address on; address 0 for none.
     pub fn new(address: u64, len: usize) -> Self {
         Self { address, len, numbers: PhantomData }
     }
-    /// Where the first lies.
+    /// Address of the first number.
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// How many.
+    /// Number of values.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len
@@ -218,13 +218,13 @@ impl<T> View<T> {
     /// The first `len` of these numbers.
     ///
     /// # Panics
-    /// If there are not as many.
+    /// If there are fewer.
     pub fn first(self, len: usize) -> Self {
         assert!(len <= self.len, "{len} numbers of {}", self.len);
         Self { len, ..self }
     }
 
-    /// The same numbers, so many bytes further on.
+    /// The view, moved by a number of bytes.
     pub fn moved(self, bytes: u64) -> Self {
         Self { address: self.address + bytes, ..self }
     }
@@ -233,31 +233,31 @@ impl<T> View<T> {
 /// Memory of a device and the numbers in it.
 pub struct Held<D: Device, T> {
     memory: D::Memory,
-    /// Where they lie.
+    /// View of the numbers.
     pub view: View<T>,
 }
 
 impl<D: Device, T> Held<D, T> {
-    /// Room for `len` numbers that take so many bytes each, with anything in it.
+    /// Allocates `len` numbers of `bytes_of_number` bytes each, with undefined contents.
     ///
     /// # Errors
-    /// If there is no such memory.
+    /// If there is not enough memory.
     pub fn room(device: &D, len: usize, bytes_of_number: usize) -> Result<Self> {
         let memory = device.allocate(len * bytes_of_number)?;
         Ok(Self { view: View::new(device.address(&memory), len), memory })
     }
 
-    /// The memory itself.
+    /// The memory.
     pub fn memory(&self) -> &D::Memory {
         &self.memory
     }
 }
 
 impl<D: Device, T: Plain> Held<D, T> {
-    /// Numbers, copied to a device.
+    /// Copies numbers to a device.
     ///
     /// # Errors
-    /// If there is no memory, or the device fails.
+    /// If there is not enough memory, or the device fails.
     pub fn of(device: &D, numbers: &[T]) -> Result<Self> {
         let held = Self::room(device, numbers.len(), size_of::<T>())?;
         device.upload(&held.memory, bytes_of(numbers))?;
@@ -266,10 +266,10 @@ impl<D: Device, T: Plain> Held<D, T> {
 }
 
 impl<D: Device> Held<D, Stored> {
-    /// Numbers, rounded to how they are stored and copied to a device.
+    /// Rounds numbers to the storage type and copies them to a device.
     ///
     /// # Errors
-    /// If there is no memory, or the device fails.
+    /// If there is not enough memory, or the device fails.
     pub fn stored(device: &D, scalar: Scalar, numbers: &[f32]) -> Result<Self> {
         let held = Self::room(device, numbers.len(), scalar.bytes())?;
         device.upload(&held.memory, &scalar.encode(numbers))?;
@@ -277,7 +277,7 @@ impl<D: Device> Held<D, Stored> {
     }
 }
 
-/// So many numbers from -1 to 1, for what is timed whatever it holds.
+/// `count` numbers from -1 to 1, for timed work whose values do not matter.
 pub(super) fn any_numbers(count: usize) -> Vec<f32> {
     (0..count as u64).map(|index| (mix(index) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
 }

@@ -1,8 +1,7 @@
-//! What the operations of a pass must move and compute, and with it the least time that they can take. They are on paper
-//! in `docs/notebook/gpu-engine.md`, and beside measured times in `kernels.csv` of a profile.
+//! Data volume and arithmetic of the operations of a pass, and the minimum time that follows.
+//! `docs/notebook/gpu-engine.md` has the theoretical values; `kernels.csv` of a profile has them beside measured times.
 //!
-//! Bytes are those that must be moved, each once, as if nothing stayed in a cache; an operation is one addition or
-//! multiplication.
+//! Bytes count every datum once, as if caches were empty. An operation is one addition or multiplication.
 
 use std::fmt;
 
@@ -17,17 +16,17 @@ use crate::config::{ModelConfig, ProjectionKind};
 pub enum Projections {
     /// Queries, keys and values.
     Qkv,
-    /// Attention's output.
+    /// Output projection of attention.
     Output,
-    /// The MLP's first matrices: gate and up, or up alone.
+    /// First matrices of the MLP: gate and up, or only up.
     Up,
-    /// The MLP's last.
+    /// Last matrix of the MLP.
     Down,
-    /// The head over the vocabulary, whose product is of `f32`.
+    /// The head over the vocabulary, with a product in `f32`.
     Head,
 }
 
-/// A launch of a pass: of our kernels or of the matrix product's library.
+/// A launch in a pass: of a kernel or of the matrix library.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// `enter_rows`
@@ -42,17 +41,17 @@ pub enum Operation {
     LoraExpand(Projections),
     /// `store_kv`
     StoreKv,
-    /// `attend_splits`, of decode rows
+    /// `attend_splits`, for decode rows
     AttendSplits,
-    /// `attend_join`, of decode rows
+    /// `attend_join`, for decode rows
     AttendJoin,
-    /// `attend_tiles`, of a prompt's chunk
+    /// `attend_tiles`, for a prompt chunk
     AttendTiles,
     /// `activate`
     Activate,
     /// `keep_rows`
     KeepRows,
-    /// `fill_deeper`, of one layer
+    /// `fill_deeper`, for one layer
     FillDeeper,
     /// `sweep_logits`
     SweepLogits,
@@ -95,66 +94,66 @@ impl fmt::Display for Operation {
 pub struct Load {
     /// Decode rows.
     pub rows: usize,
-    /// Depths that they are spread over.
+    /// Number of depths that the rows are spread over.
     pub depths: usize,
-    /// Entries that each of them attends to.
+    /// Number of entries that each row attends to.
     pub history: usize,
-    /// Rows of a prompt's chunk without history, for attention's part in it.
+    /// Rows of a prompt chunk without history, for its attention.
     pub chunk: usize,
 }
 
-/// What an operation must do.
+/// Data volume and arithmetic of an operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Work {
     /// Bytes to move.
     pub bytes: f64,
     /// Additions and multiplications.
     pub operations: f64,
-    /// Whether they are those of matrix products, which run on tensor cores unless their numbers are of `f32`.
+    /// Whether the operations belong to matrix products, which run on tensor cores unless the numbers are `f32`.
     pub is_product: bool,
 }
 
-/// What a device can do at most.
+/// Peak rates of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Ceilings {
-    /// Bytes that it moves in a second, reading and writing.
+    /// Bytes per second, reading and writing.
     pub bytes_per_s: f64,
-    /// Operations in a second, of `f32` outside tensor cores.
+    /// Operations per second, in `f32` outside tensor cores.
     pub operations_per_s: f64,
-    /// Operations of a matrix product in a second, of numbers as they are stored.
+    /// Operations per second of matrix products, in the storage type.
     pub product_operations_per_s: f64,
 }
 
 impl Work {
-    /// Microseconds that moving the bytes takes.
+    /// Time to move the bytes, in microseconds.
     pub fn memory_us(&self, ceilings: &Ceilings) -> f64 {
         1e6 * self.bytes / ceilings.bytes_per_s
     }
 
-    /// Microseconds that the operations take.
+    /// Time of the arithmetic, in microseconds.
     pub fn arithmetic_us(&self, ceilings: &Ceilings) -> f64 {
         let rate = if self.is_product { ceilings.product_operations_per_s } else { ceilings.operations_per_s };
         1e6 * self.operations / rate
     }
 
-    /// The least microseconds that it can take: the greater of the two.
+    /// Minimum time in microseconds: the greater of the two.
     pub fn floor_us(&self, ceilings: &Ceilings) -> f64 {
         self.memory_us(ceilings).max(self.arithmetic_us(ceilings))
     }
 }
 
-/// A model's sizes, as the work of its passes depends on them.
+/// Sizes of a model that determine the work of its passes.
 #[derive(Clone, Debug)]
 pub struct Sizes<'a> {
     /// The model.
     pub config: &'a ModelConfig,
-    /// How its weights, activations, keys and values are stored.
+    /// Storage type of weights, activations, keys and values.
     pub scalar: Scalar,
 }
 
 impl Sizes<'_> {
-    /// The operations of one layer of the block and of a pass around it, in order, as far as they take more than a
-    /// launch.
+    /// The operations of one layer of the block and of a pass around it, in order, except those that take no more than
+    /// a launch.
     pub fn operations(&self) -> Vec<Operation> {
         use Operation::*;
         let mut operations = vec![EnterRows, NormRows];
@@ -185,7 +184,7 @@ impl Sizes<'_> {
         }
     }
 
-    /// Of each projection its rank, 0 without an adapter, and its outputs.
+    /// Rank (0 without an adapter) and outputs of each projection.
     pub fn parts(&self, of: Projections) -> Vec<(usize, usize)> {
         if of == Projections::Head {
             return vec![(self.config.head_lora_rank, self.config.vocab_size)];
@@ -194,17 +193,17 @@ impl Sizes<'_> {
         self.kinds(of).into_iter().map(|kind| (ranks.of(kind), self.config.projection(kind).outputs)).collect()
     }
 
-    /// Ranks of all of them together.
+    /// Sum of the projections' ranks.
     pub fn ranks(&self, of: Projections) -> usize {
         self.parts(of).iter().map(|(rank, _)| rank).sum()
     }
 
-    /// Outputs of all of them together.
+    /// Sum of the projections' outputs.
     pub fn outputs(&self, of: Projections) -> usize {
         self.parts(of).iter().map(|(_, outputs)| outputs).sum()
     }
 
-    /// Width of what they read.
+    /// Width of the projections' input.
     pub fn inputs(&self, of: Projections) -> usize {
         match self.kinds(of).first() {
             Some(&kind) => self.config.projection(kind).inputs,
@@ -212,7 +211,7 @@ impl Sizes<'_> {
         }
     }
 
-    /// What an operation must do in a pass.
+    /// Work of an operation in a pass.
     pub fn work(&self, operation: Operation, load: &Load) -> Work {
         let (bytes, operations) = match operation {
             Operation::Product(of) => self.product(of, load),
@@ -231,7 +230,7 @@ impl Sizes<'_> {
     fn product(&self, of: Projections, load: &Load) -> (usize, usize) {
         let (inputs, outputs, stored) = (self.inputs(of), self.outputs(of), self.scalar.bytes());
         let y = match of {
-            // Logits are read as `f32`, and the residual stream is added to.
+            // Logits are `f32`, and the residual stream is accumulated.
             Projections::Head => 4,
             Projections::Output | Projections::Down => 8,
             Projections::Qkv | Projections::Up => stored,
@@ -251,7 +250,7 @@ impl Sizes<'_> {
         let parts: Vec<(usize, usize)> = self.parts(of).into_iter().filter(adapted).collect();
         let numbers: usize = parts.iter().map(|(rank, outputs)| rank * outputs).sum();
         let outputs: usize = parts.iter().map(|(_, outputs)| outputs).sum();
-        // What it adds to is read and written.
+        // A destination that is added to is read and written.
         let y = match of {
             Projections::Qkv | Projections::Up => 2 * stored,
             Projections::Output | Projections::Down | Projections::Head => 8,
@@ -265,7 +264,7 @@ impl Sizes<'_> {
         let (stored, head_dim, heads) = (self.scalar.bytes(), config.head_dim, config.num_heads);
         let (queries, entry) = (heads * head_dim * stored, 2 * config.num_kv_heads * head_dim * stored);
         let splits = load.history.div_ceil(SPLIT);
-        // A history of one split needs no second reduction.
+        // A history of one split needs no join.
         let partial = if splits > 1 { splits * heads * (2 + head_dim) * 4 } else { 0 };
         match operation {
             Operation::StoreKv => (2 * load.rows * entry, 0),
@@ -291,9 +290,9 @@ impl Sizes<'_> {
             Operation::NormRows => (hidden * (4 + stored), 4 * hidden),
             Operation::Activate => (config.intermediate_size * (inputs_of_activation + 1) * stored, 0),
             Operation::KeepRows => (hidden * 8, 0),
-            // From one depth to every deeper one.
+            // A copy from one depth to every deeper one.
             Operation::FillDeeper => (config.num_loops * 2 * config.num_kv_heads * config.head_dim * stored, 0),
-            // Maximum, second, sums of exponentials and of their products with the logits.
+            // Maximum, second maximum, and sums of exponentials and of their products with the logits.
             Operation::SweepLogits => (4 * config.vocab_size, 10 * config.vocab_size),
             _ => (0, 0),
         };

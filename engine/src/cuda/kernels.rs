@@ -1,4 +1,4 @@
-//! A function per kernel: checks sizes, computes the grid, launches.
+//! One function per kernel, which checks sizes, computes the grid and launches.
 
 use std::ffi::c_void;
 
@@ -9,11 +9,11 @@ use super::pass::{Group, OnDevice, Row};
 use super::source::Specialization;
 use crate::config::{Activation, Norm};
 
-/// Ranks that a block of `lora_shrink` reduces, as in `lora.cu`.
+/// Ranks per block of `lora_shrink`, as in `lora.cu`.
 const RANKS_OF_BLOCK: usize = 4;
-/// Logits of a slice, as in `signals.cu`.
+/// Logits per slice, as in `signals.cu`.
 const SLICE: usize = 16 * THREADS;
-/// Bytes that one slice of a row of logits comes down to, as in `signals.cu`.
+/// Bytes of the result of one slice of a row of logits, as in `signals.cu`.
 const SWEEP_BYTES: usize = 32;
 
 /// Pointers to a kernel's arguments.
@@ -21,7 +21,7 @@ macro_rules! arguments {
     ($($argument:expr),* $(,)?) => { &[$(std::ptr::from_ref(&$argument).cast()),*] };
 }
 
-/// Refuses what is too small for a kernel to read or write.
+/// Rejects memory that is too small for a kernel's accesses.
 macro_rules! require {
     ($what:literal, $view:expr, $expected:expr) => {
         let (len, expected) = ($view.len, $expected);
@@ -31,7 +31,7 @@ macro_rules! require {
     };
 }
 
-/// What the attention of one layer is like, as `attention.cu` has it.
+/// Geometry of the attention of one layer, as in `attention.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Geometry {
@@ -43,29 +43,29 @@ pub struct Geometry {
     pub blocks: i32,
     /// The layer's pages at depth 0.
     pub first_layer: i32,
-    /// Layers from one depth to the next.
+    /// Layers between one depth and the next.
     pub layer_stride: i32,
-    /// Depths that have pages of their own; deeper ones share the last one's.
+    /// Number of depths with their own pages; deeper ones share the last one's.
     pub depths: i32,
-    /// 1 for a layer of the prelude, whose rows all leave one entry; 0 for others.
+    /// 1 for a layer of the prelude, where every row writes one entry; 0 for others.
     pub once: i32,
-    /// Sights: one for all depths or one for each.
+    /// Number of sights: one for all depths, or one for each.
     pub sights: i32,
-    /// Positions of the rotary tables.
+    /// Number of positions in the rotary tables.
     pub positions: i32,
-    /// Leading dimensions that turn.
+    /// Number of leading dimensions that are rotated.
     pub rotary_dims: i32,
-    /// Factor on scores.
+    /// Factor of attention scores.
     pub scale: f32,
 }
 
-/// What a row sees.
+/// Positions that a row attends to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Sight {
-    /// 1 if only the latest positions are seen, 0 if all are.
+    /// 1 if only the latest positions count, 0 if all do.
     pub windowed: i32,
-    /// Which rotary table turns its queries and keys.
+    /// Index of the rotary table for queries and keys.
     pub rotary: i32,
 }
 
@@ -81,7 +81,7 @@ pub struct Fill {
     pub depth: i32,
 }
 
-/// What a norm does, as `norm.cu` has it.
+/// Formula of a norm, as in `norm.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Formula {
@@ -92,7 +92,7 @@ pub struct Formula {
 }
 
 impl Formula {
-    /// Norms of `width` numbers with `sets` sets of vectors: one for all depths or one for each.
+    /// Norm of `width` numbers with `sets` sets of vectors: one for all depths, or one for each.
     pub fn new(kind: Norm, width: usize, sets: usize, eps: f32) -> Self {
         Self { width: width as i32, sets: sets as i32, centred: i32::from(kind == Norm::Layer), eps }
     }
@@ -102,63 +102,63 @@ impl Formula {
     }
 }
 
-/// One of several adapted projections of the same input.
+/// One of several adapted projections of one input.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Part {
-    /// The first of the ranks it reads.
+    /// Index of the first rank that it reads.
     pub first_rank: i32,
-    /// How many it reads.
+    /// Number of ranks that it reads.
     pub ranks: i32,
-    /// The first of the outputs it gives.
+    /// Index of its first output.
     pub first_output: i32,
-    /// How many it gives.
+    /// Number of its outputs.
     pub outputs: i32,
-    /// Where its matrix `[depths, ranks, outputs]` starts in the ups.
+    /// Start of its matrix `[depths, ranks, outputs]` in the ups.
     pub at: i64,
 }
 
-/// What a row of logits says, as `signals.cu` has it.
+/// Results of a row of logits, as in `signals.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Verdict {
     /// Probability of the most likely token; NaN if a logit is not finite.
     pub top1: f32,
-    /// That less the probability of the second.
+    /// `top1` less the probability of the second most likely token.
     pub margin: f32,
     /// Entropy of the distribution in nats.
     pub entropy: f32,
     /// Logarithm of the sum of the exponentials of the logits.
     pub log_sum_exp: f32,
-    /// The token drawn.
+    /// The sampled token.
     pub token: i32,
 }
 
-// SAFETY: `repr(C)` of 4-byte numbers alone.
+// SAFETY: `repr(C)` with only 4-byte numbers.
 unsafe impl Plain for Sight {}
 // SAFETY: as above.
 unsafe impl Plain for Fill {}
 // SAFETY: four numbers of 4 bytes before one of 8: no padding.
 unsafe impl Plain for Part {}
-// SAFETY: as the first.
+// SAFETY: as for `Sight`.
 unsafe impl Plain for Verdict {}
 
-/// Bytes of the scratch memory that [`Kernels::read_logits`] takes.
+/// Bytes of scratch memory for [`Kernels::read_logits`].
 pub fn sweep_bytes(rows: usize, vocab: usize) -> usize {
     rows * vocab.div_ceil(SLICE) * SWEEP_BYTES
 }
 
 /// The kernels of a model on a device.
 pub struct Kernels<'d, D: Device> {
-    /// Where they run.
+    /// The device,
     pub device: &'d D,
-    /// The kernels,
+    /// the compiled kernels,
     pub module: &'d D::Module,
     /// and what they were compiled for.
     pub specialization: Specialization,
 }
 
-/// What attention reads and writes besides the rows.
+/// Memory that attention accesses, besides the rows.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionInputs {
     /// `[rows, (heads + 2 kv_heads) * head_dim]`
@@ -167,9 +167,9 @@ pub struct AttentionInputs {
     pub rotary: View<f32>,
     /// The cache: `[layers, blocks]` pages, each `[keys or values, kv_heads, block_tokens, head_dim]`.
     pub pages: View<Stored>,
-    /// What rows see: one for all depths or one for each.
+    /// Positions that rows attend to: one sight for all depths, or one for each.
     pub sights: View<Sight>,
-    /// What the layer is like.
+    /// Geometry of the layer.
     pub geometry: Geometry,
 }
 
@@ -178,15 +178,15 @@ pub struct AttentionInputs {
 pub struct LoraInputs {
     /// `[depths, ranks, inputs]`
     pub downs: View<Stored>,
-    /// Of each part `[depths, ranks, outputs]`, scale included.
+    /// For each part `[depths, ranks, outputs]`, with the scale applied.
     pub ups: View<Stored>,
     /// The parts.
     pub parts: View<Part>,
     /// Outputs of the widest part.
     pub widest: usize,
-    /// Depths that have an adapter.
+    /// Number of depths with an adapter.
     pub depths: usize,
-    /// Ranks of all parts.
+    /// Number of ranks of all parts.
     pub ranks: usize,
     /// Width of the input.
     pub inputs: usize,
@@ -197,22 +197,22 @@ pub struct LoraInputs {
 /// A weight `[outputs, inputs]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
-    /// Its numbers, row by row.
+    /// Numbers of the weight, row-major.
     pub numbers: View<Stored>,
-    /// Rows.
+    /// Number of rows.
     pub outputs: usize,
-    /// Columns.
+    /// Number of columns.
     pub inputs: usize,
 }
 
-/// Where a product goes.
+/// Destination of a product.
 #[derive(Clone, Copy, Debug)]
 pub enum Target {
-    /// In place of what is stored there.
+    /// Replaces stored numbers.
     Stored(View<Stored>),
-    /// In place of what is there.
+    /// Replaces `f32` numbers.
     F32(View<f32>),
-    /// Added to what is there.
+    /// Adds to `f32` numbers.
     AddedTo(View<f32>),
 }
 
@@ -252,7 +252,7 @@ impl<D: Device> Kernels<'_, D> {
         Ok(())
     }
 
-    /// Stores the rows' rotated keys, and values.
+    /// Stores the rows' rotated keys and their values in the cache.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -268,16 +268,16 @@ impl<D: Device> Kernels<'_, D> {
             geometry,
             pages.address,
         ];
-        // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
+        // SAFETY: the kernel's arguments; sizes are checked, and the rows' blocks reach their positions.
         unsafe { self.launch("store_kv", [rows.rows.len, geometry.kv_heads as usize, 1], arguments) }
     }
 
-    /// Numbers of the scratch memory that [`attend`](Self::attend) takes.
+    /// Numbers of scratch memory for [`attend`](Self::attend).
     pub fn partial_numbers(&self, rows: &OnDevice, heads: usize) -> usize {
         rows.items.len * heads * (2 + self.specialization.head_dim)
     }
 
-    /// Attends from the rows' rotated queries to what is stored: `out` `[rows, heads * head_dim]`.
+    /// Attention of the rows' rotated queries over the cache: `out` `[rows, heads * head_dim]`.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -307,7 +307,7 @@ impl<D: Device> Kernels<'_, D> {
         Ok(())
     }
 
-    /// The first part of [`attend`](Self::attend): each split of the decode rows' histories by itself.
+    /// First step of [`attend`](Self::attend): each split of the decode rows' histories separately.
     ///
     /// # Errors
     /// As for [`attend`](Self::attend).
@@ -333,11 +333,11 @@ impl<D: Device> Kernels<'_, D> {
             partial.address,
             out.address,
         ];
-        // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
+        // SAFETY: the kernel's arguments; sizes are checked, and the rows' blocks reach their positions.
         unsafe { self.launch("attend_splits", [rows.items.len, groups, 1], arguments) }
     }
 
-    /// The second: joins the splits.
+    /// Second step of [`attend`](Self::attend): joins the splits.
     ///
     /// # Errors
     /// As for [`attend`](Self::attend).
@@ -352,11 +352,11 @@ impl<D: Device> Kernels<'_, D> {
         let AttentionInputs { sights, geometry, .. } = *inputs;
         let arguments =
             arguments![partial.address, rows.rows.address, rows.items.address, sights.address, geometry, out.address];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
+        // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("attend_join", [rows.items.len, geometry.heads as usize, 1], arguments) }
     }
 
-    /// The third: rows of prompts' chunks.
+    /// Third step of [`attend`](Self::attend): rows of prompt chunks.
     ///
     /// # Errors
     /// As for [`attend`](Self::attend).
@@ -376,12 +376,12 @@ impl<D: Device> Kernels<'_, D> {
             geometry,
             out.address,
         ];
-        // SAFETY: the kernel's arguments; rows, whose blocks reach their positions, and sizes are checked.
+        // SAFETY: the kernel's arguments; sizes are checked, and the rows' blocks reach their positions.
         unsafe { self.launch("attend_tiles", [rows.tiles.len, heads, 1], arguments) }
     }
 
-    /// Copies keys and values of exited tokens to the depths they never ran, in `layers` layers from that of
-    /// `geometry` on.
+    /// Copies keys and values of exited tokens to the depths they skipped, in `layers` layers from that of `geometry`
+    /// on.
     ///
     /// # Errors
     /// If the device fails.
@@ -391,7 +391,7 @@ impl<D: Device> Kernels<'_, D> {
         unsafe { self.launch("fill_deeper", [fills.len, layers, 1], arguments) }
     }
 
-    /// Norms rows of the residual stream `x`: those that `picks` names, or all. `out` `[picks, width]`.
+    /// Norms rows of the residual stream `x`: those in `picks`, or all. `out` has shape `[picks, width]`.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -409,7 +409,7 @@ impl<D: Device> Kernels<'_, D> {
         require!("a norm's output", out, count * formula.width as usize);
         require!("a norm's vectors", vectors, formula.sets as usize * formula.numbers());
         let arguments = arguments![x.address, picks, rows.address, vectors.address, formula, out.address];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
+        // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("norm_rows", [count, 1, 1], arguments) }
     }
 
@@ -429,11 +429,12 @@ impl<D: Device> Kernels<'_, D> {
         require!("the residual stream", residual, rows.len * formula.width as usize);
         require!("a norm's vectors", vectors, formula.sets as usize * formula.numbers());
         let arguments = arguments![x.address, rows.address, vectors.address, formula, residual.address];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
+        // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("add_normed", [rows.len, 1, 1], arguments) }
     }
 
-    /// Norms each head of queries and keys of `qkv` in place. A set of `vectors` is first for queries, then for keys.
+    /// Norms each head of queries and keys of `qkv` in place. A set of `vectors` has those for queries, then those for
+    /// keys.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -450,12 +451,12 @@ impl<D: Device> Kernels<'_, D> {
         require!("a norm's vectors", vectors, formula.sets as usize * 2 * formula.numbers());
         let (heads, kv_heads) = (heads as i32, kv_heads as i32);
         let arguments = arguments![qkv.address, rows.address, vectors.address, formula, heads, kv_heads];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
+        // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("norm_heads", [rows.len, 1, 1], arguments) }
     }
 
-    /// The residual stream `out` `[sources, width]` of rows that enter the block: source `s >= 0` is token `s` of the
-    /// embedding `[_, width]` times `factor`, `s < 0` row `-1 - s` of those in flight `[_, width]`.
+    /// The residual stream `out` `[sources, width]` of rows that enter the block. Source `s >= 0` is token `s` of the
+    /// embedding `[_, width]`, times `factor`; source `s < 0` is row `-1 - s` of those in flight `[_, width]`.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -471,11 +472,12 @@ impl<D: Device> Kernels<'_, D> {
         require!("the residual stream", out, sources.len * width);
         let width = width as i32;
         let arguments = arguments![embedding.address, in_flight.address, sources.address, width, factor, out.address];
-        // SAFETY: the kernel's arguments; sources are rows that exist.
+        // SAFETY: the kernel's arguments; all source rows exist.
         unsafe { self.launch("enter_rows", [sources.len, 1, 1], arguments) }
     }
 
-    /// Copies row `i` of `rows` to row `places[i]` of `target`, both `[_, width]`; rows without a place (-1) are left.
+    /// Copies row `i` of `rows` to row `places[i]` of `target`, both `[_, width]`. Rows without a place (-1) are not
+    /// copied.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -483,11 +485,11 @@ impl<D: Device> Kernels<'_, D> {
         require!("rows to keep", rows, places.len * width);
         let width = width as i32;
         let arguments = arguments![rows.address, places.address, width, target.address];
-        // SAFETY: the kernel's arguments; places exist.
+        // SAFETY: the kernel's arguments; all places exist.
         unsafe { self.launch("keep_rows", [places.len, 1, 1], arguments) }
     }
 
-    /// Adds a bias to each row of `x` `[rows, width]`; `biases` `[sets, width]`.
+    /// Adds a bias to each row of `x` `[rows, width]`; `biases` has shape `[sets, width]`.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -503,7 +505,7 @@ impl<D: Device> Kernels<'_, D> {
         self.launch_add_bias("add_bias_to_rows", x.address, rows, biases, sets, width)
     }
 
-    /// The same for the residual stream.
+    /// Adds a bias to each row of the residual stream, as [`add_bias`](Self::add_bias).
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -531,11 +533,12 @@ impl<D: Device> Kernels<'_, D> {
         require!("biases", biases, sets * width);
         let (sets, width) = (sets as i32, width as i32);
         let arguments = arguments![x, rows.address, biases.address, sets, width];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
+        // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch(kernel, [rows.len, 1, 1], arguments) }
     }
 
-    /// `activation(gate) * up` of `x` `[rows, 2 inner]`, gates first, or not gated `activation(x)` of `[rows, inner]`.
+    /// Activation of the MLP: `activation(gate) * up` of `x` `[rows, 2 inner]`, gates first, or without gates
+    /// `activation(x)` of `[rows, inner]`.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -558,7 +561,7 @@ impl<D: Device> Kernels<'_, D> {
         };
         let (inner, gated) = (inner as i32, i32::from(gated));
         let arguments = arguments![x.address, inner, gated, activation, out.address];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
+        // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("activate", [rows, parts, 1], arguments) }
     }
 
@@ -581,8 +584,8 @@ impl<D: Device> Kernels<'_, D> {
         unsafe { self.launch("cosines", [ours.len, 1, 1], arguments) }
     }
 
-    /// Scores of the learned gates of normed rows `x` `[picks, width]`, of which row `i` is row `picks[i]` of the pass.
-    /// `probes` `[depths, width + 1]`, biases last.
+    /// Scores of the learned gates of normed rows `x` `[picks, width]`; row `i` is row `picks[i]` of the pass. `probes`
+    /// has shape `[depths, width + 1]`, biases last.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -599,11 +602,11 @@ impl<D: Device> Kernels<'_, D> {
         require!("gate scores", out, picks.len);
         let width = width as i32;
         let arguments = arguments![x.address, picks.address, rows.address, probes.address, width, out.address];
-        // SAFETY: the kernel's arguments; the rows are at depths that have a probe.
+        // SAFETY: the kernel's arguments; the rows are at depths with a probe.
         unsafe { self.launch("gates", [picks.len, 1, 1], arguments) }
     }
 
-    /// The first half of LoRA: `shrunk` `[rows, ranks]` of `x` `[rows, inputs]`.
+    /// First product of LoRA: `shrunk` `[rows, ranks]` from `x` `[rows, inputs]`.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -622,11 +625,11 @@ impl<D: Device> Kernels<'_, D> {
         let (depths, ranks, inputs) = (lora.depths as i32, lora.ranks as i32, lora.inputs as i32);
         let arguments =
             arguments![x.address, lora.downs.address, groups.address, depths, ranks, inputs, shrunk.address];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
+        // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("lora_shrink", grid, arguments) }
     }
 
-    /// The second half: adds to `y` `[rows, outputs]`.
+    /// Second product of LoRA, added to `y` `[rows, outputs]`.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -642,7 +645,7 @@ impl<D: Device> Kernels<'_, D> {
         self.launch_expand("lora_expand", lora, shrunk, rows, groups, y.address)
     }
 
-    /// The same into `f32`: the residual stream, or logits.
+    /// Second product of LoRA, added to `f32` numbers: the residual stream, or logits.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -680,12 +683,12 @@ impl<D: Device> Kernels<'_, D> {
             outputs,
             y,
         ];
-        // SAFETY: the kernel's arguments; the parts lie in ups and output.
+        // SAFETY: the kernel's arguments; the parts are within ups and output.
         unsafe { self.launch(kernel, grid, arguments) }
     }
 
-    /// Reads rows of logits `[keys, vocab]` and draws a token from each, as
-    /// [`signals::read`](crate::kernels::signals::read) does. `scratch` counts bytes.
+    /// Reads rows of logits `[keys, vocab]` and samples a token from each, as
+    /// [`signals::read`](crate::kernels::signals::read). `scratch` is in bytes.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -704,7 +707,7 @@ impl<D: Device> Kernels<'_, D> {
         let slices = vocab.div_ceil(SLICE);
         let vocab = vocab as i32;
         let sweep = arguments![logits.address, keys.address, vocab, temperature, scratch.address];
-        // SAFETY: the kernel's arguments, whose sizes are checked.
+        // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("sweep_logits", [keys.len, slices, 1], sweep)? };
         let slices = slices as i32;
         let judge = arguments![scratch.address, slices, out.address];

@@ -1,4 +1,4 @@
-//! A model's layers on a device: their weights, and runs of rows through them.
+//! The layers of a model on a device: their weights, and runs of rows through them.
 
 use std::cell::Cell;
 
@@ -15,12 +15,12 @@ use crate::kernels::attention::Heads;
 use crate::parameters::{LayerParameters, Projections, in_tensor};
 use crate::weights::WeightsError;
 
-/// Lays weights out on a device.
+/// Copies weights to a device.
 pub(super) struct Loading<'d, D> {
     pub device: &'d D,
     pub scalar: Scalar,
     pub config: &'d ModelConfig,
-    /// Bytes laid out so far.
+    /// Bytes of all weights so far.
     pub bytes: Cell<u64>,
 }
 
@@ -29,7 +29,7 @@ impl<D: Device> Loading<'_, D> {
         self.bytes.set(self.bytes.get() + (numbers.len() * bytes_of_number) as u64);
     }
 
-    /// A tensor as it is.
+    /// A tensor without rounding.
     pub fn exact(&self, tensor: &Tensor) -> Result<Held<D, f32>> {
         self.plain(&tensor.flatten_all()?.to_vec1::<f32>()?)
     }
@@ -40,7 +40,7 @@ impl<D: Device> Loading<'_, D> {
         Ok(held)
     }
 
-    /// Tensors one after the other, rounded to how weights are stored.
+    /// Concatenated tensors, rounded to the storage type.
     pub fn stored(&self, tensors: &[&Tensor]) -> Result<Held<D, Stored>> {
         let mut numbers = Vec::new();
         for tensor in tensors {
@@ -51,14 +51,14 @@ impl<D: Device> Loading<'_, D> {
         Ok(held)
     }
 
-    /// A norm of rows, or of heads, `width` wide.
+    /// A norm of rows, or of heads, of `width` numbers.
     pub fn norm(&self, vectors: &Tensor, width: usize) -> Result<Norm<D>> {
         let architecture = &self.config.architecture;
         let formula = Formula::new(architecture.norm, width, vectors.dim(0)?, architecture.norm_eps);
         Ok(Norm { vectors: self.exact(vectors)?, formula })
     }
 
-    /// The low-rank differences of projections at each depth that has them; none if no depth has.
+    /// The low-rank differences of projections at each depth; `None` if no depth has any.
     pub fn lora(&self, adapters: &[Adapter<'_>]) -> Result<Option<Lora<D>>> {
         let Some(first) = adapters.first() else { return Ok(None) };
         let (mut parts, mut ups) = (Vec::new(), Vec::new());
@@ -151,7 +151,7 @@ pub(super) struct Norm<D: Device> {
 }
 
 impl<D: Device> Norm<D> {
-    /// Norms rows of the residual stream, those that `picks` names or all.
+    /// Norms rows of the residual stream: those in `picks`, or all.
     pub fn of_rows(&self, run: &Run<'_, D>, x: View<f32>, picks: Option<View<i32>>, out: View<Stored>) -> Result<()> {
         run.kernels.norm_rows(x, picks, run.rows.rows, self.vectors.view, self.formula, out)
     }
@@ -164,7 +164,7 @@ pub(super) struct Lora<D: Device> {
 }
 
 impl<D: Device> Lora<D> {
-    /// Adds what they make of `x` to the residual stream, or to logits.
+    /// Adds the low-rank product of `x` to the residual stream, or to logits.
     pub fn add_to(&self, run: &Run<'_, D>, x: View<Stored>, y: View<f32>) -> Result<()> {
         let (rows, groups, shrunk) = (run.rows.rows.len(), run.rows.groups, run.scratch.shrunk);
         run.kernels.lora_shrink(&self.sizes, x, rows, groups, shrunk)?;
@@ -178,11 +178,11 @@ impl<D: Device> Lora<D> {
     }
 }
 
-/// Projections of the same input side by side.
+/// Concatenated projections of one input.
 struct Projection<D: Device> {
     matrix: Matrix,
     _weight: Held<D, Stored>,
-    /// With how many sets there are.
+    /// Biases and the number of their sets.
     biases: Option<(Held<D, f32>, usize)>,
     lora: Option<Lora<D>>,
 }
@@ -211,7 +211,7 @@ impl<D: Device> Projection<D> {
     }
 }
 
-/// A layer: attention and MLP, each behind a norm and added to the residual stream.
+/// A layer: attention and MLP, each after a norm and added to the residual stream.
 pub(super) struct Layer<D: Device> {
     input_norm: Norm<D>,
     qkv: Projection<D>,
@@ -230,37 +230,37 @@ pub(super) struct Layer<D: Device> {
     sights: Held<D, Sight>,
 }
 
-/// What a run of rows through layers works with.
+/// State of a run of rows through layers.
 pub(super) struct Run<'a, D: Device> {
     pub kernels: Kernels<'a, D>,
     pub rows: OnDevice,
     pub scratch: Scratch,
-    /// [`rotary::tables`](crate::kernels::rotary::tables): positions, rotated dimensions, numbers.
+    /// [`rotary::tables`](crate::kernels::rotary::tables): number of positions, number of rotated dimensions, values.
     pub rotary: (usize, usize, View<f32>),
     pub pages: View<Stored>,
     pub layout: PageLayout,
 }
 
-/// Memory for what lies between the steps of a layer. By row:
+/// Memory for intermediate results of a layer. By row:
 #[derive(Clone, Copy)]
 pub(super) struct Scratch {
-    /// what attention reads,
+    /// input of attention,
     pub normed: View<Stored>,
-    /// what the MLP reads,
+    /// input of the MLP,
     pub mlp_normed: View<Stored>,
     /// queries, keys and values,
     pub qkv: View<Stored>,
-    /// what attention gives,
+    /// output of attention,
     pub mixed: View<Stored>,
     /// gates and ups,
     pub gate_up: View<Stored>,
-    /// what comes of them,
+    /// activations of gates and ups,
     pub inner: View<Stored>,
-    /// what is normed before it is added,
+    /// outputs that are normed before they are added,
     pub projected: View<Stored>,
-    /// LoRA's ranks.
+    /// ranks of LoRA.
     pub shrunk: View<f32>,
-    /// By item of attention.
+    /// By split of attention.
     pub partial: View<f32>,
 }
 
@@ -282,8 +282,7 @@ impl<D: Device> Layer<D> {
         self.down.add_to(run, inner, self.mlp_post_norm.as_ref(), residual)
     }
 
-    /// Stores the keys and values that [`forward`](Self::forward) would store, and does no more; gives what attention
-    /// reads.
+    /// Stores the keys and values as [`forward`](Self::forward), and nothing more. Returns the inputs of attention.
     pub fn keep(&self, run: &Run<'_, D>, residual: View<f32>) -> Result<AttentionInputs> {
         let Scratch { normed, qkv, .. } = run.scratch;
         self.input_norm.of_rows(run, residual, None, normed)?;
@@ -303,7 +302,7 @@ impl<D: Device> Layer<D> {
         Ok(attention)
     }
 
-    /// What its attention is like over a cache.
+    /// Geometry of the layer's attention over a cache.
     pub fn geometry(&self, (positions, rotary_dims, _): (usize, usize, View<f32>), layout: &PageLayout) -> Geometry {
         let &PageLayout { prelude_layers, depth_layers, blocks, depths, .. } = layout;
         let (first_layer, layer_stride) = match self.heads.kept {

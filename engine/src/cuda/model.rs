@@ -1,4 +1,4 @@
-//! A model on a device: its weights, uploaded once, and what is the same for every executor on it.
+//! A model on a device: its weights, uploaded once, and other state that executors share.
 
 use std::cell::Cell;
 use std::fmt::{self, Debug, Formatter};
@@ -19,7 +19,7 @@ use crate::kernels::adapters::Adapter;
 use crate::parameters::{Loops, ModelParameters, head_name, in_tensor};
 use crate::weights::{Weights, WeightsError};
 
-/// A model on a device. Weights are stored as one type; norms, biases, gates and rotary tables stay `f32`.
+/// A model on a device. Weights have one storage type; norms, biases, gates and rotary tables are `f32`.
 pub struct CudaModel<D: Device> {
     pub(super) device: Arc<D>,
     pub(super) scalar: Scalar,
@@ -30,7 +30,7 @@ pub struct CudaModel<D: Device> {
     pub(super) coda: Vec<Layer<D>>,
     pub(super) norm: Norm<D>,
     pub(super) head: Matrix,
-    /// The head's numbers, unless they are the embedding's.
+    /// The head's numbers, unless the embedding is shared.
     _head: Option<Held<D, Stored>>,
     pub(super) head_lora: Option<Lora<D>>,
     /// `[num_loops - 1, hidden + 1]`
@@ -39,7 +39,7 @@ pub struct CudaModel<D: Device> {
     rotary_dims: usize,
     fingerprint: String,
     weight_bytes: u64,
-    /// Of the last backend.
+    /// Memory of the last backend.
     left: Mutex<Option<Memory<D>>>,
 }
 
@@ -54,7 +54,7 @@ impl<D: Device> CudaModel<D> {
     /// Uploads weights.
     ///
     /// # Errors
-    /// If heads are not what the kernels can do, the device has no memory, or it fails.
+    /// If the kernels do not support the heads' sizes, the device has too little memory, or it fails.
     pub fn load(device: Arc<D>, weights: &Weights, scalar: Scalar) -> Result<Self, WeightsError> {
         let config = weights.config();
         specialization(config, scalar, TILE).map_err(in_tensor("self_attn.q_proj.weight"))?;
@@ -97,7 +97,7 @@ impl<D: Device> CudaModel<D> {
         specialization(&self.config, self.scalar, block_tokens)
     }
 
-    /// The memory of a backend that is gone, if there is any.
+    /// Takes the memory of the previous backend, if there is any.
     pub(super) fn take_left(&self) -> Option<Memory<D>> {
         self.left.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -107,7 +107,7 @@ impl<D: Device> CudaModel<D> {
         *self.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
     }
 
-    /// Rotary tables: positions, rotated dimensions, numbers.
+    /// Rotary tables: number of positions, number of rotated dimensions, values.
     pub(super) fn rotary(&self) -> (usize, usize, View<f32>) {
         (self.config.max_positions, self.rotary_dims, self.rotary.view)
     }
@@ -117,7 +117,8 @@ fn specialization(config: &ModelConfig, scalar: Scalar, block_tokens: usize) -> 
     Specialization::new(scalar, config.head_dim, config.num_heads / config.num_kv_heads, block_tokens)
 }
 
-/// The weights' fingerprint, and how they are rounded: all matrices, where the CPU's rounds the projections and the head.
+/// Fingerprint of the weights and their rounding. All matrices are rounded, whereas the CPU rounds only projections and
+/// head.
 fn fingerprint(weights: &Weights, scalar: Scalar) -> Result<String, WeightsError> {
     let exact = weights.fingerprint()?;
     Ok(match scalar {

@@ -1,4 +1,4 @@
-//! NVIDIA GPUs, by cudarc: memory, kernels that NVRTC compiles when they are first needed, cuBLAS, graphs and events.
+//! NVIDIA GPUs, through cudarc: memory, kernels that NVRTC compiles on first use, cuBLAS, graphs and events.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -21,10 +21,10 @@ use sha2::{Digest, Sha256};
 use super::device::{Device, Out, Product, THREADS};
 use super::source::{KERNELS, Scalar, Specialization};
 
-/// What cuBLAS may use while it multiplies: with memory of its own it would allocate, which a graph cannot record. NVIDIA
-/// recommends 32 MiB from Hopper on and 4 MiB before.
+/// Workspace of cuBLAS. Otherwise cuBLAS would allocate memory, which a graph cannot record. NVIDIA recommends 32 MiB
+/// from Hopper on, and 4 MiB before.
 const WORKSPACE_BYTES: usize = 32 << 20;
-/// The oldest architecture with numbers of bf16.
+/// The oldest architecture that supports bf16.
 const OLDEST_ARCHITECTURE: (i32, i32) = (8, 0);
 
 /// A GPU. All its work is in one stream.
@@ -40,11 +40,11 @@ pub struct Nvidia {
 /// Recorded work of a GPU.
 pub struct Graph(CudaGraph);
 
-// SAFETY: a graph may be used from any thread, by one at a time; only `Nvidia::replay` and dropping do, the first
-// of which leaves it as it is.
+// SAFETY: a graph may be used by one thread at a time, any thread. Only `Nvidia::replay`, which does not change the
+// graph, and dropping use it.
 unsafe impl Send for Graph {}
 
-/// Says what was being done when a library of NVIDIA's failed.
+/// Adds the failed operation to an error of NVIDIA's libraries.
 trait OrSay<T> {
     fn or_say(self, what: impl Display) -> Result<T>;
 }
@@ -56,7 +56,7 @@ impl<T, E: Debug> OrSay<T> for std::result::Result<T, E> {
 }
 
 impl Nvidia {
-    /// GPU number `ordinal`, of those that `CUDA_VISIBLE_DEVICES` leaves.
+    /// Opens GPU number `ordinal`, among those visible under `CUDA_VISIBLE_DEVICES`.
     ///
     /// # Errors
     /// If there is no driver or no such GPU, or it is older than Ampere.
@@ -69,11 +69,11 @@ impl Nvidia {
             let (major, minor) = architecture;
             bail!("GPU {ordinal}, {name}, is of architecture {major}.{minor}: expected 8.0 (A100) or later");
         }
-        // SAFETY: there is one stream, which runs everything in order, so nothing has to be waited for.
+        // SAFETY: there is one stream, which runs everything in order, so no event has to be waited for.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().or_say("making a CUDA stream")?;
         let blas = CudaBlas::new(stream.clone()).or_say("opening cuBLAS")?;
-        // SAFETY: what it holds at first does not matter.
+        // SAFETY: the initial contents do not matter.
         let workspace = unsafe { stream.alloc::<u8>(WORKSPACE_BYTES) }.or_say("allocating cuBLAS's workspace")?;
         let address = workspace.device_ptr(&stream).0;
         // SAFETY: the handle is open, and the workspace lives as long as it.
@@ -95,10 +95,10 @@ impl Nvidia {
         }
     }
 
-    /// How many GPUs there are.
+    /// Number of GPUs.
     ///
     /// # Errors
-    /// If there is no driver that answers.
+    /// If no driver responds.
     pub fn count() -> Result<usize> {
         result::init().map_err(|DriverError(code)| {
             Error::Msg(format!("there is no GPU here: NVIDIA's driver is missing or does not answer ({code:?})"))
@@ -110,12 +110,12 @@ impl Nvidia {
     /// Waits for all work.
     ///
     /// # Errors
-    /// If the device fails, now or in work done before.
+    /// If the device fails, now or in earlier work.
     fn wait(&self) -> Result<()> {
         self.stream.synchronize().or_say("waiting for the GPU")
     }
 
-    /// What NVIDIA's management library says of driver, clocks and power.
+    /// Driver, clocks and power from NVIDIA's management library.
     fn managed_state(&self) -> Result<String> {
         let nvml = Nvml::init().or_say("opening NVML")?;
         let uuid = self.context.uuid().or_say("asking for the GPU's UUID")?.bytes.map(|byte| byte as u8);
@@ -125,7 +125,7 @@ impl Nvidia {
             format!("driver {}", nvml.sys_driver_version().or_say("asking for the driver's version")?),
             format!("CUDA {}.{}", cuda / 1000, cuda % 1000 / 10),
         ];
-        // Some GPUs, virtual ones above all, do not say all of it.
+        // Some GPUs, mostly virtual ones, do not report all of it.
         for (name, clock) in [("SM", Clock::SM), ("memory", Clock::Memory)] {
             if let (Ok(now), Ok(most)) = (device.clock_info(clock), device.max_clock_info(clock)) {
                 parts.push(format!("{name} clock {now} of {most} MHz"));
@@ -141,7 +141,7 @@ impl Nvidia {
     }
 }
 
-/// A UUID as NVML takes it.
+/// A UUID in NVML's format.
 fn written(uuid: &[u8; 16]) -> String {
     let hex: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("GPU-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
@@ -164,13 +164,13 @@ fn compiled(source: &str, (major, minor): (i32, i32)) -> Result<Ptx> {
         error => Error::Msg(format!("compiling the kernels for {architecture}: {error:?}")),
     })?;
     if let Some(file) = file {
-        // Without a cache the kernels are compiled again next time: no reason to stop.
+        // Without a cache, the kernels are compiled again next time.
         let _ = keep(&file, &ptx.to_src());
     }
     Ok(ptx)
 }
 
-/// Where kernels that this version of NVRTC compiled are kept, if the user has a folder for such.
+/// Cache folder for kernels of this version of NVRTC, if the user has a cache folder.
 fn cache_folder() -> Result<Option<PathBuf>> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: NVRTC writes the two numbers.
@@ -181,12 +181,12 @@ fn cache_folder() -> Result<Option<PathBuf>> {
     Ok(folder.map(|folder| folder.join("depthwise").join(format!("nvrtc-{major}.{minor}"))))
 }
 
-/// Writes a file so that others never see half of it.
+/// Writes a file so that other processes never see a partial one.
 fn keep(file: &Path, text: &str) -> std::io::Result<()> {
     if let Some(folder) = file.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    // Another process may be writing the same.
+    // Another process may be writing the same file.
     let part = file.with_extension(format!("part-{}", std::process::id()));
     std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, file)).inspect_err(|_| {
         // The error of the writing is the one to report.
@@ -194,7 +194,7 @@ fn keep(file: &Path, text: &str) -> std::io::Result<()> {
     })
 }
 
-/// How cuBLAS names a storage.
+/// cuBLAS's name of a storage type.
 fn data_type(scalar: Scalar) -> cublas::cudaDataType {
     match scalar {
         Scalar::F32 => cublas::cudaDataType::CUDA_R_32F,
@@ -227,7 +227,7 @@ impl Device for Nvidia {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Self::Memory> {
-        // SAFETY: bytes may be anything.
+        // SAFETY: any bit pattern is a valid byte.
         unsafe { self.stream.alloc::<u8>(bytes.max(16)) }.or_say(format!("allocating {bytes} bytes of GPU memory"))
     }
 
@@ -238,7 +238,7 @@ impl Device for Nvidia {
     fn upload(&self, to: &Self::Memory, bytes: &[u8]) -> Result<()> {
         assert!(bytes.len() <= to.len());
         self.context.bind_to_thread().or_say("turning to the GPU")?;
-        // SAFETY: there is room; memory that is not pinned has been read when the call returns.
+        // SAFETY: there is room; pageable memory has been read when the call returns.
         unsafe { result::memcpy_htod_async(self.address(to), bytes, self.stream.cu_stream()) }
             .or_say(format!("uploading {} bytes", bytes.len()))
     }
@@ -247,7 +247,7 @@ impl Device for Nvidia {
         assert!(bytes.len() <= from.len());
         self.context.bind_to_thread().or_say("turning to the GPU")?;
         let what = format!("downloading {} bytes", bytes.len());
-        // SAFETY: there are as many; and the copy is over when this returns.
+        // SAFETY: the lengths are equal, and the copy is complete when this returns.
         unsafe { result::memcpy_dtoh_async(bytes, self.address(from), self.stream.cu_stream()) }.or_say(what)?;
         self.wait()
     }
@@ -290,7 +290,7 @@ impl Device for Nvidia {
             Out::F32 => (data_type(Scalar::F32), 0.0),
             Out::AddedToF32 => (data_type(Scalar::F32), 1.0),
         };
-        // Tensor cores would round numbers of f32 to 19 bits.
+        // Tensor cores would round `f32` numbers to 19 bits.
         let compute = match scalar {
             Scalar::F32 => cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F_PEDANTIC,
             Scalar::F16 | Scalar::Bf16 => cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -298,8 +298,8 @@ impl Device for Nvidia {
         let one = 1.0_f32;
         let [rows, inputs, outputs] = [rows, inputs, outputs].map(|size| size as i32);
         self.context.bind_to_thread().or_say("turning to the GPU")?;
-        // SAFETY: the caller's promise of sizes. cuBLAS counts columns first: to it the weight is `[inputs, outputs]`, to
-        // be transposed, and `x` and `y` are `[inputs, rows]` and `[outputs, rows]`.
+        // SAFETY: the caller ensures the sizes. cuBLAS is column-major: the weight is `[inputs, outputs]`, to be
+        // transposed, and `x` and `y` are `[inputs, rows]` and `[outputs, rows]`.
         let multiplied = unsafe {
             gemm_ex(
                 *self.blas.handle(),
@@ -330,7 +330,7 @@ impl Device for Nvidia {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).or_say("beginning a CUDA graph")?;
         let worked = work();
-        // Ended in any case: a stream that still captures does no work.
+        // The capture is ended in any case: a capturing stream does no work.
         let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).or_say("ending a CUDA graph");
         worked?;
         let graph = graph?.ok_or_else(|| Error::Msg("ending a CUDA graph: nothing was recorded".to_owned()))?;

@@ -1,16 +1,16 @@
-//! What the kernels must know of the rows of a pass: built once a pass, uploaded as one.
+//! Data about the rows of a pass for the kernels, built and uploaded once per pass.
 
 use super::device::{Plain, View, bytes_of};
 use crate::kernels::attention;
 
-/// Entries of a split of a decode row's history, as in `attention.cu`.
+/// Entries per split of a decode row's history, as in `attention.cu`.
 pub const SPLIT: usize = 256;
-/// Rows of a tile of a prompt's chunk, as in `attention.cu`.
+/// Rows per tile of a prompt chunk, as in `attention.cu`.
 pub const QUERIES: usize = 16;
-/// Rows that share what is loaded of an adapter, as in `lora.cu`.
+/// Rows that share the loads of an adapter, as in `lora.cu`.
 pub const GROUP_ROWS: usize = 8;
 
-/// A row, as `scalar.cuh` has it.
+/// A row, as in `scalar.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -68,7 +68,7 @@ const NO_ITEM: Item = Item { row: -1, split: 0 };
 const NO_TILE: Tile = Tile { first_row: 0, rows: 0 };
 const NO_GROUP: Group = Group { first_row: 0, rows: 0, depth: 0 };
 
-// SAFETY: `repr(C)` of `i32` alone.
+// SAFETY: `repr(C)` with only `i32` numbers.
 unsafe impl Plain for Row {}
 // SAFETY: as above.
 unsafe impl Plain for Item {}
@@ -81,18 +81,18 @@ unsafe impl Plain for Group {}
 #[derive(Clone, Debug, Default)]
 pub struct PassRows {
     rows: Vec<Row>,
-    /// Of rows that attend by themselves: their splits.
+    /// Splits of rows that attend separately.
     items: Vec<Item>,
-    /// Of rows of prompts' chunks.
+    /// Tiles of prompt chunks' rows.
     tiles: Vec<Tile>,
     groups: Vec<Group>,
-    /// The blocks of all sequences.
+    /// The KV blocks of all sequences.
     block_table: Vec<i32>,
 }
 
 impl PassRows {
-    /// Of rows that come by depth. Rows that follow each other in one sequence, at one depth, are a prompt's chunk.
-    /// `window` is what layers with a window see.
+    /// Data of rows sorted by depth. Consecutive rows of one sequence at one depth form a prompt chunk. `window` is the
+    /// window of layers that have one.
     pub fn new(rows: &[attention::Row<'_>], window: Option<usize>) -> Self {
         let mut pass = Self::default();
         for chunk in rows.chunk_by(follows) {
@@ -136,7 +136,7 @@ impl PassRows {
         }
     }
 
-    /// What it takes as it is.
+    /// Room that the data needs without padding.
     pub fn room(&self) -> Room {
         Room {
             rows: self.rows.len(),
@@ -147,7 +147,7 @@ impl PassRows {
         }
     }
 
-    /// Appends everything to what is uploaded, padded to `room` by what no kernel works on.
+    /// Appends the data to an upload, padded to `room` with entries that kernels skip.
     pub fn append(&self, arrays: &mut Arrays, room: Room) -> OnDevice {
         OnDevice {
             rows: arrays.push(&self.rows, room.rows, Row::PADDING),
@@ -159,23 +159,23 @@ impl PassRows {
     }
 }
 
-/// How much of each there is, or is room for.
+/// Number of entries of each array.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Room {
-    /// Rows.
+    /// Number of rows.
     pub rows: usize,
-    /// Splits of the histories of rows that attend by themselves.
+    /// Number of splits of histories, of rows that attend separately.
     pub items: usize,
-    /// Tiles of prompts' chunks.
+    /// Number of tiles of prompt chunks.
     pub tiles: usize,
-    /// Groups of rows of one depth.
+    /// Number of groups of rows of one depth.
     pub groups: usize,
-    /// Blocks of all sequences.
+    /// Number of blocks of all sequences.
     pub blocks: usize,
 }
 
 impl Room {
-    /// The least that holds both.
+    /// The smallest room that fits both.
     pub fn or(self, other: Self) -> Self {
         Self {
             rows: self.rows.max(other.rows),
@@ -187,14 +187,14 @@ impl Room {
     }
 }
 
-/// Arrays that are uploaded as one, each at a multiple of 16 bytes.
+/// Arrays that are uploaded together, each aligned to 16 bytes.
 #[derive(Clone, Debug, Default)]
 pub struct Arrays {
     bytes: Vec<u8>,
 }
 
 impl Arrays {
-    /// Appends numbers, then padding up to `room` of them; gives where they lie, counted from the start.
+    /// Appends numbers, and padding up to `room` of them. Returns their view, relative to the start.
     pub fn push<T: Plain>(&mut self, numbers: &[T], room: usize, padding: T) -> View<T> {
         let start = self.bytes.len().next_multiple_of(16);
         self.bytes.resize(start, 0);
@@ -205,39 +205,39 @@ impl Arrays {
         View::new(start as u64, room)
     }
 
-    /// Empties them.
+    /// Removes all arrays.
     pub fn clear(&mut self) {
         self.bytes.clear();
     }
 
-    /// What is to be uploaded.
+    /// The bytes to upload.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 }
 
-/// Whether a row comes right after another in the same sequence and at the same depth.
+/// Whether a row is at the next position of the same sequence and depth.
 fn follows(before: &attention::Row<'_>, after: &attention::Row<'_>) -> bool {
     std::ptr::eq(before.blocks, after.blocks) && before.depth == after.depth && before.position + 1 == after.position
 }
 
-/// The rows of a pass, on a device, or before the upload counted from the start of what is uploaded.
+/// The rows of a pass on a device; before the upload, relative to its start.
 #[derive(Clone, Copy, Debug)]
 pub struct OnDevice {
     /// Rows.
     pub rows: View<Row>,
-    /// Splits of the histories of rows that attend by themselves.
+    /// Splits of histories, of rows that attend separately.
     pub items: View<Item>,
-    /// Tiles of prompts' chunks.
+    /// Tiles of prompt chunks.
     pub tiles: View<Tile>,
     /// Groups of rows of one depth.
     pub groups: View<Group>,
-    /// The blocks of all sequences.
+    /// The KV blocks of all sequences.
     pub block_table: View<i32>,
 }
 
 impl OnDevice {
-    /// The same so many bytes further on.
+    /// The views, moved by a number of bytes.
     pub fn moved(self, bytes: u64) -> Self {
         Self {
             rows: self.rows.moved(bytes),
@@ -248,7 +248,7 @@ impl OnDevice {
         }
     }
 
-    /// The first of each.
+    /// The first entries of each array.
     pub fn first(self, room: Room) -> Self {
         Self {
             rows: self.rows.first(room.rows),

@@ -1,26 +1,26 @@
-//! The kernels' source, joined and specialized.
+//! The kernels' source code, joined and specialized.
 
 use candle_core::{Result, bail};
 use half::{bf16, f16};
 
 use super::device::bytes_of;
 
-/// How weights, activations, keys and values are stored on the device; sums are always in `f32`.
+/// Storage type of weights, activations, keys and values on the device. Sums are always in `f32`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Scalar {
     /// 32-bit floats.
     F32,
     /// IEEE half precision.
     F16,
-    /// The upper halves of 32-bit floats, rounded.
+    /// Brain floats: the upper halves of 32-bit floats, rounded.
     Bf16,
 }
 
 impl Scalar {
-    /// All of them.
+    /// All storage types.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
 
-    /// As the kernels name it.
+    /// Name in the kernels.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -29,7 +29,7 @@ impl Scalar {
         }
     }
 
-    /// Bytes of a number.
+    /// Bytes per number.
     pub fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -37,7 +37,7 @@ impl Scalar {
         }
     }
 
-    /// Numbers as they are stored, rounded to the nearest.
+    /// Rounds numbers to the nearest stored value and encodes them.
     pub fn encode(self, numbers: &[f32]) -> Vec<u8> {
         match self {
             Self::F32 => bytes_of(numbers).to_vec(),
@@ -46,7 +46,7 @@ impl Scalar {
         }
     }
 
-    /// Stored numbers.
+    /// Decodes stored numbers.
     pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
         let halves = || bytes.chunks_exact(2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]));
         match self {
@@ -59,35 +59,35 @@ impl Scalar {
         }
     }
 
-    /// Numbers that one load of 16 bytes takes.
+    /// Numbers per 16-byte load.
     pub fn pack(self) -> usize {
         16 / self.bytes()
     }
 }
 
-/// What a model fixes of the kernels.
+/// Constants of a model that the kernels are compiled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Specialization {
-    /// Storage.
+    /// Storage type.
     pub scalar: Scalar,
     /// Width of a head.
     pub head_dim: usize,
-    /// Query heads that attend together to what is loaded of a key-value head.
+    /// Query heads that share the loads of a key-value head.
     pub group: usize,
-    /// Positions of a KV block.
+    /// Positions per KV block.
     pub block_tokens: usize,
 }
 
-/// Widest head: the kernels hold heads in shared memory.
+/// Maximum width of a head: the kernels keep heads in shared memory.
 pub const MAX_HEAD_DIM: usize = 256;
-/// Most query heads that attend together: their sums fit the registers.
+/// Maximum number of query heads that share loads: their sums must fit in registers.
 pub const MAX_GROUP: usize = 8;
 
 impl Specialization {
-    /// The kernels of a model whose query heads come `heads_per_kv_head` to a key-value head.
+    /// The kernels of a model with `heads_per_kv_head` query heads for each key-value head.
     ///
     /// # Errors
-    /// If heads are wider than [`MAX_HEAD_DIM`], narrower than two loads of 16 bytes, or not read by whole loads.
+    /// If heads are wider than [`MAX_HEAD_DIM`], narrower than two 16-byte loads, or not a whole number of loads.
     pub fn new(scalar: Scalar, head_dim: usize, heads_per_kv_head: usize, block_tokens: usize) -> Result<Self> {
         let pack = scalar.pack();
         if !(2 * pack..=MAX_HEAD_DIM).contains(&head_dim) || !head_dim.is_multiple_of(pack) {
@@ -102,7 +102,7 @@ impl Specialization {
         Ok(Self { scalar, head_dim, group, block_tokens })
     }
 
-    /// What NVRTC or a C++ compiler is to compile.
+    /// Source code for NVRTC or a C++ compiler.
     pub fn source(&self) -> String {
         let Self { scalar, head_dim, group, block_tokens } = self;
         let mut source =

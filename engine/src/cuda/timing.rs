@@ -1,6 +1,6 @@
-//! What the operations of a pass take on a device, each by itself, beside the least that they can take there.
+//! Measured times of the operations of a pass on a device, each by itself, beside their minimum times.
 //!
-//! Every operation runs with its memory out of the caches, as the weights of a large model are when their turn comes.
+//! Every operation runs with its data out of the caches, as the weights of a large model are.
 
 use candle_core::Result;
 use serde::Serialize;
@@ -14,25 +14,25 @@ use super::pass::{Arrays, OnDevice, PassRows};
 use super::source::{Scalar, Specialization};
 use crate::kernels::attention::Row;
 
-/// Positions of a KV block.
+/// Positions per KV block.
 const BLOCK_TOKENS: usize = 16;
 
 const ALL_PROJECTIONS: [Projections; 5] =
     [Projections::Qkv, Projections::Output, Projections::Up, Projections::Down, Projections::Head];
 
-/// How long is measured.
+/// Extent of the measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// Times that everything runs, after once that does not count; the median is kept.
+    /// Number of runs of each operation, after one warm-up; the median counts.
     pub repeats: usize,
-    /// Bytes that the copy moves that says how fast memory is, and that clears the caches.
+    /// Bytes of the copy that measures memory bandwidth and clears the caches.
     pub copied_bytes: usize,
-    /// Rows, inputs and outputs of the product that says how fast arithmetic is.
+    /// Rows, inputs and outputs of the product that measures arithmetic throughput.
     pub product: usize,
 }
 
 impl Effort {
-    /// Enough for a GPU: more than its caches hold, and a product that keeps all of it busy.
+    /// Effort for a GPU: a copy larger than its caches, and a product that uses all of it.
     pub const GPU: Self = Self { repeats: 20, copied_bytes: 1 << 29, product: 8192 };
 }
 
@@ -43,44 +43,44 @@ pub struct KernelTime {
     pub operation: String,
     /// Decode rows of the pass.
     pub rows: usize,
-    /// Depths that they are spread over.
+    /// Number of depths that the rows are spread over.
     pub depths: usize,
-    /// Entries that each of them attends to.
+    /// Number of entries that each row attends to.
     pub history: usize,
-    /// Rows of the prompt's chunk.
+    /// Rows of the prompt chunk.
     pub chunk: usize,
-    /// Bytes that it must move.
+    /// Bytes to move.
     pub bytes: f64,
     /// Additions and multiplications.
     pub operations: f64,
-    /// What bounds it: `memory` or `arithmetic`.
+    /// The binding limit: `memory` or `arithmetic`.
     pub bound: &'static str,
-    /// The least microseconds that it can take on this device.
+    /// Minimum time on this device, in microseconds.
     pub floor_us: f64,
-    /// Microseconds that it took, the median.
+    /// Measured median time, in microseconds.
     pub time_us: f64,
 }
 
-/// What a profile on a GPU says of it besides the latencies: `device.yaml`, and `kernels.csv`.
+/// Further results of a profile on a GPU: `device.yaml` and `kernels.csv`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// The device's name.
+    /// Name of the device.
     pub device: String,
     /// Driver, CUDA, clocks and power, right after the measurement.
     pub state: String,
-    /// How numbers are stored.
+    /// Storage type.
     pub stored: &'static str,
-    /// What the device was measured to do at most.
+    /// Measured peak rates of the device.
     pub ceilings: Ceilings,
-    /// The operations of passes.
+    /// Times of the operations.
     #[serde(skip)]
     pub times: Vec<KernelTime>,
 }
 
-/// Measures what a device can do at most, and every operation of passes of such loads.
+/// Measures the peak rates of a device and every operation of passes with these loads.
 ///
 /// # Errors
-/// If the kernels cannot have the model's sizes, the memory is too small, or the device fails.
+/// If the kernels do not support the model's sizes, the memory is too small, or the device fails.
 pub fn report<D: Device>(device: &D, sizes: &Sizes<'_>, loads: &[Load], effort: Effort) -> Result<Report> {
     let ceilings = ceilings(device, sizes.scalar, effort)?;
     let mut times = Vec::new();
@@ -91,7 +91,7 @@ pub fn report<D: Device>(device: &D, sizes: &Sizes<'_>, loads: &[Load], effort: 
     Ok(Report { device: name, state, stored: sizes.scalar.name(), ceilings, times })
 }
 
-/// Measures what a device can do at most: by a copy, a product of `f32` and one of numbers as they are stored.
+/// Measures the peak rates of a device, with a copy, a product in `f32` and one in the storage type.
 ///
 /// # Errors
 /// If the device fails.
@@ -112,7 +112,7 @@ fn ceilings<D: Device>(device: &D, scalar: Scalar, effort: Effort) -> Result<Cei
             y: device.address(&y),
             out: Out::Stored,
         };
-        // SAFETY: all three are as large.
+        // SAFETY: all three have the size of the product.
         bench.median_s(|| unsafe { device.product(&product) })
     };
     let operations = 2.0 * (size as f64).powi(3);
@@ -126,7 +126,7 @@ fn ceilings<D: Device>(device: &D, scalar: Scalar, effort: Effort) -> Result<Cei
 /// Measures every operation of a pass.
 ///
 /// # Errors
-/// If the kernels cannot have the model's sizes, the memory is too small, or the device fails.
+/// If the kernels do not support the model's sizes, the memory is too small, or the device fails.
 fn kernel_times<D: Device>(
     device: &D,
     sizes: &Sizes<'_>,
@@ -166,27 +166,27 @@ impl KernelTime {
     }
 }
 
-/// A device with kernels, and what is measured with.
+/// A device with kernels, and memory for measurements.
 struct Bench<'d, D: Device> {
     device: &'d D,
     module: D::Module,
     specialization: Specialization,
     effort: Effort,
-    /// Numbers of `f32` of the copy.
+    /// Number of `f32` numbers in the copy.
     copied_numbers: usize,
     copied: Copied<D>,
     events: [D::Event; 2],
 }
 
-/// What the copy reads and writes.
+/// Source and destination of the copy.
 struct Copied<D: Device> {
     from: D::Memory,
     to: D::Memory,
-    /// Which row goes where: all stay in order.
+    /// Destination of each row: the rows stay in order.
     places: D::Memory,
 }
 
-/// Numbers of a row of the copy.
+/// Numbers per row of the copy.
 const COPIED_WIDTH: usize = 4096;
 
 impl<'d, D: Device> Bench<'d, D> {
@@ -222,7 +222,7 @@ impl<'d, D: Device> Bench<'d, D> {
         self.kernels().keep_rows(from, self.view(places, rows), COPIED_WIDTH, to)
     }
 
-    /// Seconds that `work` takes, the median.
+    /// Median time of `work`, in seconds.
     fn median_s(&self, work: impl Fn() -> Result<()>) -> Result<f64> {
         let [from, to] = &self.events;
         let mut seconds = Vec::new();
@@ -238,7 +238,7 @@ impl<'d, D: Device> Bench<'d, D> {
         Ok(counted[counted.len() / 2])
     }
 
-    /// Memory that holds `numbers` numbers from -1 to 1.
+    /// Memory of `numbers` numbers from -1 to 1.
     fn numbers(&self, scalar: Scalar, numbers: usize) -> Result<D::Memory> {
         const TILE: usize = 1 << 14;
         let tile = scalar.encode(&any_numbers(TILE));
@@ -261,7 +261,7 @@ impl<'d, D: Device> Bench<'d, D> {
     }
 }
 
-/// Memory of what the operations of a pass read and write. Numbers that an operation reads, another one need not have
+/// Memory of the inputs and outputs of a pass's operations. An operation may read numbers that no other operation has
 /// written.
 struct Inputs<'a, D: Device> {
     sizes: &'a Sizes<'a>,
@@ -270,23 +270,23 @@ struct Inputs<'a, D: Device> {
     chunk: OnDevice,
     _rows: [D::Memory; 2],
     geometry: Geometry,
-    /// `[rows, the widest input]`, as stored.
+    /// `[rows, the widest input]`, in the storage type.
     x: D::Memory,
-    /// `[rows, the widest output]`, of `f32`.
+    /// `[rows, the widest output]`, in `f32`.
     y: D::Memory,
-    /// As large as the largest weight.
+    /// Of the size of the largest weight.
     weight: D::Memory,
     adapters: Vec<Adapter<D>>,
-    /// What adapters shrink rows to.
+    /// Ranks that adapters shrink rows to.
     shrunk: D::Memory,
-    /// Where rows are kept.
+    /// Destination of kept rows.
     kept: D::Memory,
     rotary: D::Memory,
     pages: D::Memory,
     sight: D::Memory,
     partial: D::Memory,
     vectors: D::Memory,
-    /// By row a token, the row itself, the key of its dice, and what it leaves to deeper depths.
+    /// By row: a token, the row itself, its random key, and its entry for deeper depths.
     tokens: D::Memory,
     places: D::Memory,
     keys: D::Memory,
@@ -312,7 +312,7 @@ impl<'a, D: Device> Inputs<'a, D> {
         let rotary_dims = config.architecture.rotary_dims(config.head_dim);
         let page = 2 * config.num_kv_heads * BLOCK_TOKENS * config.head_dim;
         let most = |numbers: &dyn Fn(Projections) -> usize| ALL_PROJECTIONS.map(numbers).into_iter().max().unwrap_or(1);
-        // `x` is read by projections, attention and the activation.
+        // `x` is the input of projections, attention and the activation.
         let inputs =
             most(&|of| sizes.inputs(of)).max(sizes.outputs(Projections::Qkv)).max(2 * config.intermediate_size);
         let outputs = most(&|of| sizes.outputs(of)).max(config.hidden_size).max(config.q_size());
@@ -399,7 +399,7 @@ impl<'a, D: Device> Inputs<'a, D> {
                 Projections::Output | Projections::Down => Out::AddedToF32,
             },
         };
-        // SAFETY: all three are as large as the widest need.
+        // SAFETY: all three have the largest size that is needed.
         unsafe { bench.device.product(&product) }
     }
 
@@ -487,7 +487,7 @@ struct Adapter<D: Device> {
 }
 
 impl<D: Device> Adapter<D> {
-    /// Those of a model, whose numbers are in `weight`.
+    /// Adapters of a model, whose numbers are in `weight`.
     fn of_model(bench: &Bench<'_, D>, sizes: &Sizes<'_>, depths: usize, weight: &D::Memory) -> Result<Vec<Self>> {
         let is_adapted = |of: &Projections| sizes.ranks(*of) > 0;
         ALL_PROJECTIONS.into_iter().filter(is_adapted).map(|of| Self::new(bench, sizes, depths, weight, of)).collect()

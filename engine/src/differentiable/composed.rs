@@ -1,5 +1,5 @@
-//! The same operations out of candle's own, which have kernels and gradients on every device: for tensors that are not
-//! on the CPU.
+//! The operations composed from candle's own, which have kernels and gradients on every device: for tensors that are
+//! not on the CPU.
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::ops::softmax;

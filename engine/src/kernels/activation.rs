@@ -1,4 +1,4 @@
-//! The MLP's nonlinearity.
+//! Activation functions of the MLP.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
@@ -6,7 +6,7 @@ use super::simd::{exp, multiversion};
 use super::{each_chunk, slice};
 use crate::config::Activation;
 
-/// Numbers read below which a second thread costs more than it saves.
+/// Numbers read below which a second thread does not pay.
 const PARALLEL_NUMBERS: usize = 1 << 12;
 
 /// `activation(x)` of `[rows, inner]`; or, gated, `activation(gate) * up` (arXiv 2002.05202) of `[rows, 2 * inner]`,
@@ -79,7 +79,7 @@ fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
-/// By the error function of Abramowitz and Stegun 7.1.26, which is exact to 1.5e-7.
+/// With the error function of Abramowitz and Stegun 7.1.26, whose error is at most 1.5e-7.
 #[inline(always)]
 fn gelu(x: f32) -> f32 {
     let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
@@ -88,7 +88,7 @@ fn gelu(x: f32) -> f32 {
     for coefficient in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
         p = p.mul_add(t, coefficient);
     }
-    // The share of the normal distribution beyond |x|, times x.
+    // Tail of the normal distribution beyond |x|, times x.
     let beyond = 0.5 * x * (p * t * exp(-z * z));
     if x < 0.0 { beyond } else { x - beyond }
 }
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    /// A definition by numerical integration of the normal density.
+    /// By definition, with numerical integration of the normal density.
     fn normal_share(x: f64) -> f64 {
         let steps = 20_000;
         let width = x / f64::from(steps);

@@ -1,4 +1,4 @@
-//! Low-rank differences of a projection, one for each depth: rows of mixed depths get their own in one operation.
+//! Low-rank differences of a projection, one for each depth, applied to rows of mixed depths in one operation.
 
 use std::ops::Range;
 
@@ -9,16 +9,16 @@ use super::linear::{Columns, PANEL, PARALLEL_WORK, Place, pack, panel_product, r
 use super::simd::{LANES, Lanes, has_avx512, multiversion};
 use super::{DepthRanges, Shared, slice, slice_mut};
 
-/// Rows, and ranks, of a tile of the product with a narrow matrix: its sums then fit the registers.
+/// Rows and ranks per tile of the product with a narrow matrix, so that its sums fit in registers.
 const TILE: usize = 4;
 
-/// What projections side by side differ by from those that all depths share, at each depth: `up (down x)`, where `down`
-/// `[rank, inputs]` holds the ranks of all the projections and each has an up of its own, `[outputs, its ranks]`.
+/// Low-rank adapters of concatenated projections, one for each depth: `up (down x)`. `down` `[rank, inputs]` has the
+/// ranks of all projections; each projection has its own up, `[outputs, its ranks]`.
 ///
-/// Packed they follow each other depth by depth, each its down and then its ups. If all ranks together fill no panel, a
-/// down lies `[rank, inputs]` and an up `[tiles of 4 ranks][registers of outputs][ranks of the tile]`, padded with zeros to
-/// whole registers, and rows are adapted from the first input to the last output a few at a time. Wider ones are packed as
-/// a weight of [`Linear`](super::linear::Linear), and panels shared out among threads.
+/// Packed adapters are stored depth by depth: each down and then its ups. If the ranks do not fill a panel, a down is
+/// stored as `[rank, inputs]` and an up as `[tiles of 4 ranks][registers of outputs][ranks of the tile]`, padded with
+/// zeros to whole registers. A few rows at a time then run from the first input to the last output. Larger adapters are
+/// packed like the weight of a [`Linear`](super::linear::Linear), and panels are distributed over threads.
 #[derive(Clone, Debug)]
 pub struct Adapters {
     /// `[depths, numbers of one]`
@@ -26,18 +26,18 @@ pub struct Adapters {
     shape: AdapterShape,
 }
 
-/// What packed adapters hold; the same at every depth.
+/// Shape of packed adapters, equal at every depth.
 #[derive(Clone, Debug)]
 struct AdapterShape {
     inputs: usize,
     outputs: usize,
     rank: usize,
-    /// Of projections that have any, the ranks they read and the outputs they give.
+    /// For each adapted projection: the ranks that it reads and its outputs.
     ups: Vec<(Range<usize>, Range<usize>)>,
 }
 
 impl AdapterShape {
-    /// The shape of adapters like those of one depth, if anything is adapted.
+    /// Shape of adapters like those of one depth; `None` if nothing is adapted.
     fn of(adapter: &Adapter<'_>) -> Result<Option<Self>> {
         let (mut ups, mut inputs) = (Vec::new(), 0);
         let (mut rank, mut first_output) = (0, 0);
@@ -70,12 +70,12 @@ impl AdapterShape {
         ranks.len() * outputs.len().next_multiple_of(if self.is_narrow() { LANES } else { PANEL })
     }
 
-    /// Numbers of everything of one depth.
+    /// Numbers of all matrices of one depth.
     fn numbers(&self) -> usize {
         self.down_numbers() + self.ups.iter().map(|up| self.up_numbers(up)).sum::<usize>()
     }
 
-    /// Each up with its packed form, out of those of a depth.
+    /// Each up with its packed form, among those of a depth.
     fn ups<'a>(
         &'a self,
         mut packed: &'a [f32],
@@ -110,20 +110,20 @@ impl AdapterShape {
     }
 }
 
-/// The low-rank matrices of projections side by side at one depth, as a model has them.
+/// The low-rank matrices of concatenated projections at one depth.
 #[derive(Clone, Debug)]
 pub struct Adapter<'w> {
-    /// Of each projection its outputs, and where it is adapted `[rank, inputs]` and `[outputs, rank]`.
+    /// For each projection, its outputs and, if it is adapted, its matrices `[rank, inputs]` and `[outputs, rank]`.
     pub parts: Vec<(usize, Option<(&'w Tensor, &'w Tensor)>)>,
-    /// Factor on what comes of them.
+    /// Factor of the adapters' output.
     pub scale: f32,
 }
 
 impl Adapters {
-    /// Packs the adapters of each depth from depth 0 on, which have the same shapes; none if nothing is adapted.
+    /// Packs the adapters of each depth from depth 0 on, which have equal shapes; `None` if nothing is adapted.
     ///
     /// # Errors
-    /// If a tensor is no matrix of `f32` or its shape is not that of the others.
+    /// If a tensor is not an `f32` matrix, or its shape differs from the others.
     pub fn new(depths: &[Adapter<'_>]) -> Result<Option<Self>> {
         let Some(first) = depths.first() else { return Ok(None) };
         let Some(shape) = AdapterShape::of(first)? else { return Ok(None) };
@@ -135,17 +135,17 @@ impl Adapters {
         Ok(Some(Self { packed, shape }))
     }
 
-    /// Adds to the rows of `y` `[rows, outputs]` at each depth that has an adapter what it makes of those of `x`
-    /// `[rows, inputs]`.
+    /// Adds the adapters' output for the rows of `x` `[rows, inputs]` to those of `y` `[rows, outputs]`, at each depth
+    /// with an adapter.
     ///
     /// # Errors
-    /// If a tensor is of another shape.
+    /// If a tensor has another shape.
     pub fn add_to(&self, y: &Tensor, x: &Tensor, depths: &DepthRanges) -> Result<()> {
         y.inplace_op3(x, &self.packed, &AddAdapted { shape: &self.shape, depths })
     }
 }
 
-/// Appends the packed form of a narrow down of so many inputs.
+/// Appends the packed form of a narrow down with `inputs` inputs.
 fn pack_narrow_down(down: &[f32], inputs: usize, packed: &mut Vec<f32>) {
     for row in down.chunks_exact(inputs) {
         packed.extend_from_slice(row);
@@ -153,7 +153,7 @@ fn pack_narrow_down(down: &[f32], inputs: usize, packed: &mut Vec<f32>) {
     }
 }
 
-/// Appends the packed form of a narrow up of so many ranks.
+/// Appends the packed form of a narrow up with `ranks` ranks.
 fn pack_narrow_up(up: &[f32], ranks: usize, packed: &mut Vec<f32>) {
     for first in (0..ranks).step_by(TILE) {
         for outputs in up.chunks(LANES * ranks) {
@@ -165,7 +165,7 @@ fn pack_narrow_up(up: &[f32], ranks: usize, packed: &mut Vec<f32>) {
     }
 }
 
-/// The numbers of a matrix of a shape.
+/// The numbers of a matrix with a given shape.
 fn numbers_of(matrix: &Tensor, shape: (usize, usize)) -> Result<Vec<f32>> {
     match matrix.dims2()? == shape {
         true => matrix.flatten_all()?.to_vec1::<f32>(),
@@ -229,7 +229,7 @@ impl AddAdapted<'_> {
     }
 }
 
-/// Columns `range` of some rows of a matrix whose rows are `stride` wide.
+/// Columns `range` of some rows of a matrix whose rows have `stride` numbers.
 fn columns<'a>(x: &'a [f32], stride: usize, rows: &Range<usize>, range: Range<usize>) -> Columns<'a> {
     Columns { x: &x[rows.start * stride..rows.end * stride], stride, range }
 }
@@ -242,7 +242,7 @@ fn run<T: Send>(tasks: Vec<T>, work: usize, task: impl Fn(T) + Sync + Send) {
     }
 }
 
-/// Adds the downs' products with rows `x` `[rows, inputs]` to `lowered` `[rows, rank]`.
+/// Adds the products of the downs with rows `x` `[rows, inputs]` to `lowered` `[rows, rank]`.
 fn lower(shape: &AdapterShape, adapted: &[Adapted<'_>], x: &[f32], lowered: Shared<'_>) {
     let &AdapterShape { inputs, rank, .. } = shape;
     let mut panels = Vec::new();
@@ -256,7 +256,7 @@ fn lower(shape: &AdapterShape, adapted: &[Adapted<'_>], x: &[f32], lowered: Shar
     });
 }
 
-/// Adds the ups' products with `lowered` `[rows, rank]` to `y` `[rows, outputs]`.
+/// Adds the products of the ups with `lowered` `[rows, rank]` to `y` `[rows, outputs]`.
 fn raise(shape: &AdapterShape, adapted: &[Adapted<'_>], lowered: &[f32], y: Shared<'_>) {
     let mut panels = Vec::new();
     for Adapted { rows, ups, .. } in adapted {
@@ -271,7 +271,7 @@ fn raise(shape: &AdapterShape, adapted: &[Adapted<'_>], lowered: &[f32], y: Shar
     });
 }
 
-/// Adds to rows `y` `[rows, outputs]` what narrow adapters make of rows `x` `[rows, inputs]`.
+/// Adds the output of narrow adapters for rows `x` `[rows, inputs]` to rows `y` `[rows, outputs]`.
 fn adapt(shape: &AdapterShape, adapted: &[Adapted<'_>], x: &[f32], y: Shared<'_>) {
     let &AdapterShape { inputs, outputs, rank, .. } = shape;
     let mut tiles = Vec::new();
@@ -283,7 +283,7 @@ fn adapt(shape: &AdapterShape, adapted: &[Adapted<'_>], x: &[f32], y: Shared<'_>
         let mut lowered = [0.0; TILE * PANEL];
         lower_tile(&columns(x, inputs, &rows, 0..inputs), down, rank, &mut lowered);
         for (row, lowered) in rows.zip(lowered.chunks_exact(rank)) {
-            // SAFETY: a thread writes the rows of its own tile only.
+            // SAFETY: a thread writes only the rows of its own tile.
             let y = unsafe { y.get(row * outputs, outputs) };
             for (ranks, outputs, up) in shape.ups(ups) {
                 raise_row(&lowered[ranks.clone()], up, &mut y[outputs.clone()]);
@@ -320,7 +320,7 @@ multiversion! {
     }
 }
 
-/// [`lower_tile`] with `SUMS` sums at once, which the registers hold.
+/// [`lower_tile`] with `SUMS` concurrent sums, which fit in registers.
 #[inline(always)]
 fn lower_at_once<const SUMS: usize>(x: &Columns<'_>, down: &[f32], rank: usize, lowered: &mut [f32]) {
     match x.rows() {
@@ -347,8 +347,8 @@ fn lower_rows<const ROWS: usize, const SUMS: usize>(x: &Columns<'_>, down: &[f32
     }
 }
 
-/// The scalar products of rows with the first `RANKS` rows of a down, which are `width` apart. Each is the sum of the
-/// lanes of one register, added up in the order of the inputs, whatever `ROWS` and `RANKS` are.
+/// Dot products of rows with the first `RANKS` rows of a down, which are `width` apart. Each is the sum of the lanes of
+/// one register, accumulated in the order of the inputs, for any `ROWS` and `RANKS`.
 #[inline(always)]
 fn lower_ranks<const ROWS: usize, const RANKS: usize>(
     rows: &[&[f32]; ROWS],
@@ -394,7 +394,7 @@ fn raise_ranks<const RANKS: usize>(lowered: &[f32], up: &[f32], y: &mut [f32]) {
     }
 }
 
-/// A register of outputs and what ranks add to it.
+/// A register of outputs with the contributions of ranks added.
 #[inline(always)]
 fn raised<const RANKS: usize>(mut y: Lanes, lowered: &[f32], up: &[f32]) -> Lanes {
     for rank in 0..RANKS {
@@ -490,7 +490,7 @@ mod tests {
                         "{found} is not {expected}: {shape:?} {inputs}"
                     );
                 }
-                // And the same to the bit without the other rows.
+                // The result is identical, to the bit, without the other rows.
                 let alone = tensor(&vec![before[row].clone()]);
                 let x = tensor(&vec![x.iter().map(|&x| x as f32).collect()]);
                 adapters.add_to(&alone, &x, &[(depth, 0..1)]).unwrap();

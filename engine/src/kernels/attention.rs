@@ -1,8 +1,8 @@
-//! Attention over rows of different sequences, positions and depths in one pass, on keys and values in pages.
+//! Attention over rows of different sequences, positions and depths in one pass, on paged keys and values.
 //!
-//! A pass first stores the keys and values of all its rows, then attends: so a row finds what earlier rows of the
-//! same pass left at its depth, and a prompt chunk is causal inside. The softmax is computed online (arXiv
-//! 1805.02867) over strides of a sequence's entries, so its order of summation depends on what the row sees alone.
+//! A pass first stores the keys and values of all its rows, then attends. A row therefore finds the entries of earlier
+//! rows of the pass at its depth, and a prompt chunk is causal. The softmax is computed online (arXiv 1805.02867) over
+//! strides of a sequence's entries, so its order of summation depends only on the entries that the row attends to.
 
 use std::ops::Range;
 
@@ -17,78 +17,78 @@ use crate::cache::{CHUNK, Kept, KvCache, PageLayout, TILE};
 
 const _: () = assert!(TILE == LANES && CHUNK == 2 * LANES, "keys and values come by whole vector registers");
 
-/// Query heads that attend together: their sums fit the registers.
+/// Query heads that attend together, so that their sums fit in registers.
 const GROUP: usize = 4;
-/// Widest head.
+/// Maximum width of a head.
 const MAX_HEAD_DIM: usize = 256;
-/// Widest head that need not clear and hold as much as the widest of all.
+/// Maximum width of a narrow head, which clears and keeps fewer numbers.
 const NARROW_HEAD_DIM: usize = 64;
 /// Entries after which the online softmax rescales.
 const STRIDE: usize = 4 * TILE;
-/// Keys read, over all rows and heads, below which a second thread costs more than it saves.
+/// Keys read, over all rows and heads, below which a second thread does not pay.
 const PARALLEL_KEYS: usize = 1 << 9;
-/// Entries copied to deeper depths below which it does.
+/// Entries copied to deeper depths below which a second thread does not pay.
 const PARALLEL_ENTRIES: usize = 1 << 5;
 
-/// What attention needs to know of a row.
+/// A row, as attention needs it.
 ///
-/// The entries of a sequence at a depth follow each other without gaps: a position that left none is passed over, so
-/// that attention reads no more than it uses.
+/// The entries of a sequence at a depth are stored without gaps: positions without an entry are left out, so that
+/// attention reads only what it uses.
 #[derive(Clone, Debug)]
 pub struct Row<'a> {
-    /// Its position in its sequence.
+    /// Position of the row in its sequence.
     pub position: usize,
-    /// The depth it runs at.
+    /// Depth at which the row runs.
     pub depth: usize,
-    /// The depths at which it leaves its key and value.
+    /// Depths at which the row writes its key and value.
     pub fills: Range<usize>,
-    /// Positions of its sequence that left no entry at its depth, in order.
+    /// Positions of the sequence without an entry at this depth, in order.
     pub skipped: &'a [u32],
-    /// The blocks of its sequence, in order of position.
+    /// Blocks of the sequence, in order of position.
     pub blocks: &'a [BlockId],
 }
 
 impl<'a> Row<'a> {
-    /// A row that leaves an entry at its own depth, like all before it.
+    /// A row that writes an entry at its own depth, like all rows before it.
     pub fn new(position: usize, depth: usize, blocks: &'a [BlockId]) -> Self {
         Self { position, depth, fills: depth..depth + 1, skipped: &[], blocks }
     }
 
-    /// Entries of the row's sequence and depth before a position.
+    /// Number of entries before a position, in the row's sequence and at its depth.
     #[inline(always)]
     pub(crate) fn entries_before(&self, position: usize) -> usize {
         position - self.skipped.partition_point(|&skipped| (skipped as usize) < position)
     }
 }
 
-/// What the attention of one layer is like.
+/// Parameters of the attention of one layer.
 #[derive(Clone, Debug)]
 pub struct Heads {
     /// Query heads.
     pub heads: usize,
-    /// Key-value heads, a divisor of `heads`.
+    /// Number of key-value heads, a divisor of `heads`.
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Factor on scores.
+    /// Factor of attention scores.
     pub scale: f32,
-    /// What rows see: one for all depths, or one for each.
+    /// Sights of rows: one for all depths, or one for each.
     pub sights: Vec<Sight>,
-    /// Where keys and values are kept.
+    /// Keys and values that the layer keeps.
     pub kept: Kept,
 }
 
-/// What a row sees of its sequence.
+/// Positions of its sequence that a row attends to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sight {
-    /// Latest positions, its own among them; none for all.
+    /// Number of latest positions, its own included; `None` for all.
     pub window: Option<usize>,
-    /// Which of the [`rotary tables`](super::rotary::tables) turns its queries and keys.
+    /// Index of the [`rotary table`](super::rotary::tables) for queries and keys.
     pub rotary: usize,
 }
 
 impl Heads {
-    /// Width of a row of queries, keys and values side by side.
+    /// Width of a row of concatenated queries, keys and values.
     fn qkv_size(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
@@ -97,7 +97,7 @@ impl Heads {
         self.sights[if self.sights.len() == 1 { 0 } else { depth }]
     }
 
-    /// The entries that a row sees.
+    /// The entries that a row attends to.
     fn seen(&self, row: &Row<'_>) -> Range<usize> {
         let end = row.position + 1;
         let start = self.sight(row.depth).window.map_or(0, |window| end.saturating_sub(window));
@@ -105,17 +105,18 @@ impl Heads {
     }
 }
 
-/// Attention of `rows` in one layer: `qkv` `[rows, (heads + 2 kv_heads) * head_dim]` to `[rows, heads * head_dim]`.
-/// Stores the rows' keys and values in `cache` first. `rotary` is [`rotary::tables`](super::rotary::tables).
+/// Attention of `rows` in one layer: from `qkv` `[rows, (heads + 2 kv_heads) * head_dim]` to `[rows, heads *
+/// head_dim]`. Stores the rows' keys and values in `cache` first. `rotary` is
+/// [`rotary::tables`](super::rotary::tables).
 ///
 /// # Errors
-/// If a shape is another, or a row's blocks do not reach its position.
+/// If a shape differs, or a row's blocks do not reach its position.
 pub fn attend(qkv: &Tensor, rotary: &Tensor, cache: &KvCache, heads: &Heads, rows: &[Row<'_>]) -> Result<Tensor> {
     keep(qkv, rotary, cache, heads, rows)?;
     qkv.apply_op3_no_bwd(rotary, cache.pages(), &Attend(Place { layout: cache.layout(), heads, rows }))
 }
 
-/// The first half of [`attend`]: stores the rows' keys and values.
+/// First step of [`attend`]: stores the rows' keys and values.
 ///
 /// # Errors
 /// As for [`attend`].
@@ -123,7 +124,7 @@ pub fn keep(qkv: &Tensor, rotary: &Tensor, cache: &KvCache, heads: &Heads, rows:
     cache.pages().inplace_op3(qkv, rotary, &Store(Place { layout: cache.layout(), heads, rows }))
 }
 
-/// What both halves of attention know.
+/// Parameters of both steps of attention.
 #[derive(Clone, Copy)]
 struct Place<'a> {
     layout: PageLayout,
@@ -205,7 +206,7 @@ impl InplaceOp3 for Store<'_> {
     }
 }
 
-/// Puts one head's key and value into a page.
+/// Writes one head's key and value into a page.
 #[inline(always)]
 fn put(page: &mut [f32], layout: PageLayout, kv_head: usize, offset: usize, key: &[f32], value: &[f32]) {
     let tile = &mut page[layout.key_tile(kv_head, offset)..][..key.len() * TILE];
@@ -215,7 +216,7 @@ fn put(page: &mut [f32], layout: PageLayout, kv_head: usize, offset: usize, key:
     page[layout.value(kv_head, offset)..][..value.len()].copy_from_slice(value);
 }
 
-/// Attends from rotated queries to what is stored.
+/// Attention of rotated queries over the stored entries.
 struct Attend<'a>(Place<'a>);
 
 impl CustomOp3 for Attend<'_> {
@@ -246,7 +247,7 @@ impl CustomOp3 for Attend<'_> {
             let queries = &qkv[index * heads.qkv_size()..][..width];
             let share = width / heads.kv_heads;
             let queries = &queries[kv_head * share..][..share];
-            // SAFETY: the outputs of one row's heads are nobody else's.
+            // SAFETY: the outputs of one row's heads are written by one thread only.
             let out = unsafe { shared.get(index * width + kv_head * share, share) };
             for (queries, out) in queries.chunks(GROUP * heads.head_dim).zip(out.chunks_mut(GROUP * heads.head_dim)) {
                 attend_group(self.0, row, kv_head, queries, turn, pages, out);
@@ -282,11 +283,11 @@ multiversion! {
 struct Query<'a> {
     /// `[heads, head_dim]`, not yet rotated.
     heads: &'a [f32],
-    /// Its cosines and sines.
+    /// Cosines and sines of the row.
     turn: &'a [f32],
-    /// Factor on scores.
+    /// Factor of attention scores.
     scale: f32,
-    /// The entries it sees.
+    /// The entries that the row attends to.
     seen: Range<usize>,
 }
 
@@ -300,11 +301,11 @@ fn attend_any<const DIM: usize>(from: History<'_>, query: Query<'_>, out: &mut [
     }
 }
 
-/// The keys and values of one head that a row may see.
+/// Keys and values of one head for a row.
 #[derive(Clone, Copy)]
 struct History<'a> {
     layout: PageLayout,
-    /// Where the pages of the row's layer and depth start.
+    /// Start of the pages of the row's layer and depth.
     start: usize,
     row: &'a Row<'a>,
     kv_head: usize,
@@ -312,7 +313,7 @@ struct History<'a> {
 }
 
 impl<'a> History<'a> {
-    /// The tile from an entry on: keys `[key_dims, TILE]` and values `[TILE, value_stride]`.
+    /// The tile that starts at an entry: keys `[key_dims, TILE]` and values `[TILE, value_stride]`.
     #[inline(always)]
     fn tile(&self, entry: usize) -> (&'a [f32], &'a [f32]) {
         let History { layout, start, row, kv_head, pages } = *self;
@@ -324,7 +325,7 @@ impl<'a> History<'a> {
     }
 }
 
-/// Online softmax: what `HEADS` query heads have seen so far.
+/// State of the online softmax of `HEADS` query heads.
 struct Seen<const HEADS: usize, const DIM: usize> {
     greatest: [f32; HEADS],
     sums: [f32; HEADS],
@@ -351,7 +352,7 @@ fn attend_heads<const HEADS: usize, const DIM: usize>(from: History<'_>, query: 
     }
 }
 
-/// Takes in the entries of the stride at `start` that the row sees.
+/// Processes the entries of the stride at `start` that the row attends to.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
 fn see_stride<const HEADS: usize, const DIM: usize>(
@@ -412,7 +413,7 @@ fn see_stride<const HEADS: usize, const DIM: usize>(
     }
 }
 
-/// Hides the first scores of a stride, which lie before a window.
+/// Masks the first scores of a stride, which are before a window.
 #[cold]
 fn hide(scores: &mut [Lanes], count: usize) {
     for (tile, scores) in scores.iter_mut().enumerate() {
@@ -420,8 +421,8 @@ fn hide(scores: &mut [Lanes], count: usize) {
     }
 }
 
-/// Scores of rotated queries against a tile of keys `[key_dims, TILE]`, even and odd dimensions apart, so that their
-/// latencies overlap.
+/// Scores of rotated queries for a tile of keys `[key_dims, TILE]`. Even and odd dimensions are summed separately, so
+/// that their latencies overlap.
 #[inline(always)]
 fn scores<const HEADS: usize, const DIM: usize>(rotated: &[[f32; DIM]; HEADS], keys: &[f32]) -> [Lanes; HEADS] {
     let mut partial = [[Lanes::ZERO; 2]; HEADS];
@@ -446,7 +447,7 @@ pub struct Fill {
     pub depth: usize,
 }
 
-/// Copies keys and values of exited tokens to the depths they never ran, in every layer of block and coda.
+/// Copies keys and values of exited tokens to the depths they skipped, in every layer of block and coda.
 ///
 /// # Errors
 /// If a tensor is not on the CPU.
@@ -481,7 +482,7 @@ impl FillDeeper<'_> {
         for fill in self.fills {
             let page = |depth| {
                 let start = layout.pages(Kept::AtEachDepth(layer), depth) + fill.block as usize * layout.page_numbers();
-                // SAFETY: every layer has pages of its own at each depth, and one thread fills those of a layer.
+                // SAFETY: every layer has its own pages at each depth, and one thread fills those of a layer.
                 unsafe { pages.get(start, layout.page_numbers()) }
             };
             let from = page(fill.depth);
@@ -512,7 +513,7 @@ mod tests {
 
     use crate::config::ModelConfig;
 
-    /// The softmax over the positions that a row sees, one after the other: `[heads * head_dim]`.
+    /// The softmax over the positions that a row attends to, one after the other: `[heads * head_dim]`.
     fn plain_attention(heads: &Heads, qkv: &[Vec<f32>], position: usize, seen: &[usize]) -> Vec<f64> {
         let dim = heads.head_dim;
         let part = |row: usize, part: usize| qkv[row][part * dim..][..dim].iter().map(|&x| f64::from(x));
@@ -549,7 +550,7 @@ mod tests {
             let heads = Heads { heads: 6, kv_heads: 2, head_dim, scale: 0.3, sights, kept };
             let cache = KvCache::new(&config, KvFill::Skip, 13, 16, &Device::Cpu).unwrap();
             let blocks: Vec<BlockId> = (0..13).rev().collect();
-            // Turning by nothing.
+            // A rotation by zero.
             let rotary = [vec![1.0_f32; head_dim / 2], vec![0.0; head_dim / 2]].concat().repeat(POSITIONS);
             let rotary = Tensor::from_vec(rotary, (1, POSITIONS, head_dim / 2 * 2), &Device::Cpu).unwrap();
             let skipped: Vec<u32> =
@@ -558,7 +559,7 @@ mod tests {
                 (0..POSITIONS).filter(|&position| !skipped.contains(&(position as u32))).collect();
             let numbers = |_| (0..heads.qkv_size()).map(|_| rng.random_range(-1.0..1.0)).collect();
             let qkv: Vec<Vec<f32>> = (0..POSITIONS).map(numbers).collect();
-            // Two passes, the second of which finds what the first left.
+            // Two passes, the second of which reads what the first wrote.
             for part in [&reached[..90], &reached[90..]] {
                 let row = |&position: &usize| Row { skipped: &skipped, ..Row::new(position, 1, &blocks) };
                 let rows: Vec<Row<'_>> = part.iter().map(row).collect();

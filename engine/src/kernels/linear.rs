@@ -11,41 +11,41 @@ use super::quantized::{self, Format};
 use super::simd::{LANES, Lanes, has_avx512, multiversion};
 use super::{Shared, slice, slice_mut};
 
-/// Outputs that one panel of a packed weight holds.
+/// Outputs per panel of a packed weight.
 pub(super) const PANEL: usize = 2 * LANES;
-/// Rows that one tile of a product holds, so that its sums fit the registers: of a whole panel those of AVX-512, of half
-/// a panel the fewer and narrower ones of other CPUs.
+/// Rows per tile of a product, so that its sums fit in registers: for a whole panel those of AVX-512, for half a panel
+/// the fewer and narrower ones of other CPUs.
 const WIDE_ROWS: usize = 8;
 const NARROW_ROWS: usize = 6;
-/// Multiplications below which a second thread costs more than it saves.
+/// Multiplications below which a second thread does not pay.
 pub(super) const PARALLEL_WORK: usize = 1 << 18;
 
-/// How the numbers of a weight are stored.
+/// Number type of a weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightType {
     /// 32-bit floats, as trained.
     #[default]
     F32,
-    /// IEEE half precision, on GPUs alone; sums are in 32 bits.
+    /// IEEE half precision, on GPUs only; sums are in 32 bits.
     F16,
-    /// The upper halves of 32-bit floats, rounded; products are in 32 bits.
+    /// Brain floats: the upper halves of 32-bit floats, rounded; products are in 32 bits.
     Bf16,
-    /// GGUF's Q8_0: 8.5 bits a number; products are in integers.
+    /// GGUF's Q8_0: 8.5 bits per number; products are in integers.
     #[serde(rename = "q8_0")]
     Q8,
-    /// GGUF's Q4_K: 4.6 bits a number as packed here; products are in integers.
+    /// GGUF's Q4_K: 4.6 bits per number as packed here; products are in integers.
     #[serde(rename = "q4k")]
     Q4K,
 }
 
 impl WeightType {
-    /// All of them.
+    /// All number types.
     pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Q8, Self::Q4K];
-    /// Those that the CPU multiplies with.
+    /// Number types that the CPU supports.
     pub const ON_CPU: [Self; 4] = [Self::F32, Self::Bf16, Self::Q8, Self::Q4K];
 
-    /// Bits a number takes, scales included.
+    /// Bits per number, scales included.
     pub fn bits(self) -> f64 {
         match self {
             Self::F32 => 32.0,
@@ -55,7 +55,7 @@ impl WeightType {
         }
     }
 
-    /// As written in files and arguments.
+    /// Name in files and arguments.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -82,22 +82,22 @@ impl std::str::FromStr for WeightType {
     }
 }
 
-/// Weight types, for people.
+/// A list of the names, for messages.
 pub fn names(types: &[WeightType]) -> String {
     types.iter().map(|weight_type| weight_type.name()).collect::<Vec<_>>().join(", ")
 }
 
-/// A weight, packed once so that products with it read memory in order.
+/// A weight, packed once so that products read memory in order.
 ///
-/// The packed form of floats is `[panels, inputs, 32]`: panel `p` holds outputs `32 p ..`, input by input, zero beyond
-/// the last. That of integers is [`quantized::pack`]'s.
+/// Packed floats are `[panels, inputs, 32]`: panel `p` has the outputs from `32 p` on, input by input, with zeros
+/// beyond the last. [`quantized::pack`] packs integers.
 #[derive(Clone, Debug)]
 pub struct Linear {
     packed: Tensor,
     shape: LinearShape,
 }
 
-/// What a packed weight holds.
+/// Shape of a packed weight.
 #[derive(Clone, Copy, Debug)]
 struct LinearShape {
     weight_type: WeightType,
@@ -106,10 +106,10 @@ struct LinearShape {
 }
 
 impl Linear {
-    /// Packs a weight `[outputs, inputs]` of `f32`, rounded to numbers of a type.
+    /// Rounds a weight `[outputs, inputs]` of `f32` to a number type and packs it.
     ///
     /// # Errors
-    /// If it is not a matrix of `f32`, or the CPU does not multiply with the type.
+    /// If the weight is not an `f32` matrix, or the CPU does not support the type.
     pub fn new(weight: &Tensor, weight_type: WeightType) -> Result<Self> {
         let (outputs, inputs) = weight.dims2()?;
         let floats = || {
@@ -129,7 +129,7 @@ impl Linear {
         Ok(Self { packed, shape: LinearShape { weight_type, inputs, outputs } })
     }
 
-    /// Packs weights `[outputs, inputs]` of equal inputs as one: the outputs of the first come first.
+    /// Packs weights `[outputs, inputs]` with equal inputs as one weight, with the outputs of the first one first.
     ///
     /// # Errors
     /// If inputs differ.
@@ -137,10 +137,10 @@ impl Linear {
         Self::new(&Tensor::cat(weights, 0)?, weight_type)
     }
 
-    /// `[rows, inputs]` to `[rows, outputs]`.
+    /// The product of rows with the weight: `[rows, inputs]` to `[rows, outputs]`.
     ///
     /// # Errors
-    /// If `x` is of another shape.
+    /// If `x` has another shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.apply_op2_no_bwd(&self.packed, &Product(self.shape))
     }
@@ -148,7 +148,7 @@ impl Linear {
     /// Adds the product of `x` `[rows, inputs]` to `y` `[rows, outputs]`.
     ///
     /// # Errors
-    /// If a shape is another.
+    /// If a shape differs.
     pub fn add_to(&self, y: &Tensor, x: &Tensor) -> Result<()> {
         y.inplace_op3(x, &self.packed, &AddProduct(self.shape))
     }
@@ -204,7 +204,7 @@ impl InplaceOp3 for AddProduct {
     }
 }
 
-/// Rows of a matrix that must be `width` wide.
+/// Number of rows of a matrix that must have `width` columns.
 pub(super) fn rows_of(layout: &Layout, width: usize) -> Result<usize> {
     match layout.dims() {
         &[rows, found] if found == width => Ok(rows),
@@ -228,10 +228,10 @@ fn add_product(x: &[f32], w: &CpuStorage, w_l: &Layout, shape: LinearShape, y: S
     Ok(())
 }
 
-/// Adds the product of all rows with one panel to a place.
+/// Adds the product of all rows with one panel to its place.
 type PanelProduct<W> = fn(&Columns<'_>, &[W], Place<'_>);
 
-/// Adds the product of `x` with packed floats to `y`, panels shared out among threads.
+/// Adds the product of `x` with packed floats to `y`; panels are distributed over threads.
 fn multiply<W: Sync>(x: &[f32], packed: &[W], shape: LinearShape, y: Shared<'_>, panel_product: PanelProduct<W>) {
     let LinearShape { inputs, outputs, .. } = shape;
     let columns = Columns { x, stride: inputs, range: 0..inputs };
@@ -244,7 +244,7 @@ fn multiply<W: Sync>(x: &[f32], packed: &[W], shape: LinearShape, y: Shared<'_>,
     }
 }
 
-/// Some columns of rows.
+/// A range of columns of rows.
 pub(super) struct Columns<'a> {
     pub x: &'a [f32],
     pub stride: usize,
@@ -262,12 +262,12 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// Adds the product with a panel of `f32` to a place.
+/// Adds the product with a panel of `f32` to its place.
 pub(super) fn panel_product(x: &Columns<'_>, panel: &[f32], place: Place<'_>) {
     if has_avx512() { wide_tiles(x, panel, place) } else { narrow_tiles(x, panel, place) }
 }
 
-/// The same of `bf16`.
+/// Adds the product with a panel of `bf16` to its place.
 fn panel_product_bf16(x: &Columns<'_>, panel: &[bf16], place: Place<'_>) {
     if has_avx512() { wide_tiles_bf16(x, panel, place) } else { narrow_tiles_bf16(x, panel, place) }
 }
@@ -313,11 +313,11 @@ impl Weight for bf16 {
     }
 }
 
-/// In tiles of up to `MOST` rows and `COLUMNS` times [`LANES`] outputs.
+/// Products in tiles of up to `MOST` rows and `COLUMNS` times [`LANES`] outputs.
 #[inline(always)]
 fn tile_products<const MOST: usize, const COLUMNS: usize, W: Weight>(x: &Columns<'_>, panel: &[W], place: Place<'_>) {
     for column in (0..place.width).step_by(COLUMNS * LANES) {
-        // As equal as can be: a tile of few rows waits for its own sums.
+        // Tiles of nearly equal sizes: a tile of few rows is bound by the latency of its sums.
         let tiles = x.rows().div_ceil(MOST);
         for tile in 0..tiles {
             let first = tile * x.rows() / tiles;
@@ -335,7 +335,7 @@ fn tile_products<const MOST: usize, const COLUMNS: usize, W: Weight>(x: &Columns
     }
 }
 
-/// Where outputs go: `width` numbers of each row, those of row 0 from `start` on.
+/// Destination of outputs: `width` numbers of each row, those of row 0 from `start` on.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub y: Shared<'a>,
@@ -345,7 +345,7 @@ pub(super) struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    /// The place of panel `index` of a matrix that gives columns `outputs` of rows `stride` wide, from a row on.
+    /// Destination of panel `index` of a matrix, in columns `outputs` of rows with `stride` numbers, from a row on.
     pub fn panel(y: Shared<'a>, first_row: usize, index: usize, stride: usize, outputs: Range<usize>) -> Self {
         let first = outputs.start + index * PANEL;
         Self { y, start: first_row * stride + first, stride, width: PANEL.min(outputs.end - first) }
@@ -353,7 +353,7 @@ impl<'a> Place<'a> {
 }
 
 /// The product of `ROWS` rows from `first` on with `COLUMNS` times [`LANES`] outputs of a panel from `column` on. Each
-/// output is one chain of fused multiply-adds in the order of the inputs, whatever the tile is.
+/// output is one chain of fused multiply-adds in the order of the inputs, for any tile.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "sums that iterators walk over leave their registers")]
 fn tile_product<const ROWS: usize, const COLUMNS: usize, W: Weight>(
@@ -369,7 +369,8 @@ fn tile_product<const ROWS: usize, const COLUMNS: usize, W: Weight>(
     for (input, weights) in panel.chunks_exact(PANEL).enumerate() {
         let weights: [Lanes; COLUMNS] = std::array::from_fn(|lanes| W::load(&weights[column + lanes * LANES..]));
         for row in 0..ROWS {
-            // SAFETY: every row has as many numbers as the panel has chunks. Checks here would be half the instructions.
+            // SAFETY: every row has one number for each chunk of the panel. Bounds checks would be half the
+            // instructions.
             let a = unsafe { *rows[row].get_unchecked(input) };
             for lanes in 0..COLUMNS {
                 sums[row][lanes] = sums[row][lanes].add_scaled(a, weights[lanes]);
@@ -378,12 +379,12 @@ fn tile_product<const ROWS: usize, const COLUMNS: usize, W: Weight>(
     }
     let width = (COLUMNS * LANES).min(place.width - column);
     for row in 0..ROWS {
-        // Through a copy: sums that were indexed at run time would not stay in registers above.
+        // Copied: sums that are indexed at run time would not stay in registers above.
         let mut products = [[0.0; LANES]; COLUMNS];
         for lanes in 0..COLUMNS {
             products[lanes] = sums[row][lanes].0;
         }
-        // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
+        // SAFETY: a thread writes only the columns of its own panels, one tile after the other.
         let y = unsafe { place.y.get(place.start + (first + row) * place.stride + column, width) };
         for (y, product) in y.iter_mut().zip(products.as_flattened()) {
             *y += product;

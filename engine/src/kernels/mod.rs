@@ -1,7 +1,7 @@
 //! The engine's own operations, as candle custom ops over `f32` rows.
 //!
-//! Every op treats a row by itself: what comes out for a row depends, to the bit, on that row alone, never on
-//! which or how many others share the pass. That is what makes a request's tokens independent of batching.
+//! Every op processes each row separately: the result for a row depends, to the bit, on that row only, and not on other
+//! rows of the pass. A request's tokens are therefore independent of batching.
 
 pub mod activation;
 pub mod adapters;
@@ -21,10 +21,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, bail};
 use rayon::prelude::*;
 
-/// Ranges of rows, in order, each with the depth that its rows run at.
+/// Ranges of rows, in order, each with the depth of its rows.
 pub type DepthRanges = [(usize, Range<usize>)];
 
-/// Ranges of `rows` rows and which of `sets` sets of parameters, one for all depths or one for each, they take.
+/// Ranges of `rows` rows with their parameter sets: one of `sets` sets for all depths, or one for each.
 fn by_set(sets: usize, rows: usize, depths: &DepthRanges) -> Vec<(usize, Range<usize>)> {
     match sets {
         1 => vec![(0, 0..rows)],
@@ -40,7 +40,7 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     }
 }
 
-/// The numbers of a contiguous `f32` tensor, to be changed in place.
+/// The numbers of a contiguous `f32` tensor, for changes in place.
 fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
     match (layout.contiguous_offsets(), storage) {
         (Some((start, end)), CpuStorage::F32(numbers)) => Ok(&mut numbers[start..end]),
@@ -67,7 +67,7 @@ fn each_chunk_mut(numbers: &mut [f32], len: usize, kernel: impl Fn(&mut [f32]) +
     }
 }
 
-/// Memory that several threads write at places that never overlap.
+/// Memory that several threads write in ranges that never overlap.
 #[derive(Clone, Copy)]
 struct Shared<'a> {
     start: *mut f32,
@@ -86,11 +86,11 @@ impl<'a> Shared<'a> {
     }
 
     /// # Safety
-    /// No two ranges that are alive at the same time may overlap.
+    /// No two ranges that are live at the same time may overlap.
     #[inline(always)]
     unsafe fn get(&self, start: usize, len: usize) -> &'a mut [f32] {
         assert!(start + len <= self.len);
-        // SAFETY: in bounds by the assertion, exclusive by the caller's promise.
+        // SAFETY: in bounds by the assertion, exclusive as the caller ensures.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 }

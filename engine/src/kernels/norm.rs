@@ -6,10 +6,10 @@ use super::simd::{LANES, Lanes, dot, multiversion};
 use super::{DepthRanges, by_set, each_chunk, each_chunk_mut, slice, slice_mut};
 use crate::config::Norm as Kind;
 
-/// Numbers below which a second thread costs more than it saves.
+/// Numbers below which a second thread does not pay.
 const PARALLEL_NUMBERS: usize = 1 << 14;
 
-/// A norm of rows, with one set of vectors for all depths or one for each.
+/// A norm of rows, with one set of vectors for all depths, or one for each.
 #[derive(Clone, Debug)]
 pub struct Norm {
     /// `[sets, weights]`, or with layer norm `[sets, weights and biases]`.
@@ -17,7 +17,7 @@ pub struct Norm {
     formula: Formula,
 }
 
-/// What a norm does.
+/// Formula of a norm.
 #[derive(Clone, Copy, Debug)]
 struct Formula {
     kind: Kind,
@@ -34,7 +34,7 @@ impl Formula {
         }
     }
 
-    /// Checks a number of vectors and gives the number of sets.
+    /// Checks the number of vectors and returns the number of sets.
     fn sets(&self, vectors: usize) -> Result<usize> {
         match vectors.is_multiple_of(self.numbers()) {
             true => Ok(vectors / self.numbers()),
@@ -44,16 +44,16 @@ impl Formula {
 }
 
 impl Norm {
-    /// A norm of rows of `width`; `eps` is added to the mean square, or variance. `vectors` `[sets, _]` holds a set for
-    /// all depths or one for each: `width` weights, and for layer norm as many biases.
+    /// A norm of rows of `width` numbers; `eps` is added to the mean square, or variance. `vectors` `[sets, _]` has one
+    /// set for all depths, or one for each: `width` weights, and for layer norm `width` biases.
     pub fn new(vectors: Tensor, kind: Kind, eps: f32, width: usize) -> Self {
         Self { vectors, formula: Formula { kind, eps, width } }
     }
 
-    /// `[rows, width]` to the same.
+    /// The normed rows of `x`, `[rows, width]`.
     ///
     /// # Errors
-    /// If `x` is of another width.
+    /// If `x` has another width.
     pub fn forward(&self, x: &Tensor, depths: &DepthRanges) -> Result<Tensor> {
         x.apply_op2_no_bwd(&self.vectors, &Normed { formula: self.formula, depths })
     }
@@ -61,7 +61,7 @@ impl Norm {
     /// Adds the normed rows of `x` to those of `y`, both `[rows, width]`.
     ///
     /// # Errors
-    /// If a tensor is of another shape.
+    /// If a tensor has another shape.
     pub fn add_to(&self, y: &Tensor, x: &Tensor, depths: &DepthRanges) -> Result<()> {
         y.inplace_op3(x, &self.vectors, &Normed { formula: self.formula, depths })
     }
@@ -122,7 +122,7 @@ impl InplaceOp3 for Normed<'_> {
 }
 
 multiversion! {
-    /// Norms rows; they replace those of `out` or are added to them.
+    /// Norms rows, which replace those of `out` or are added to them.
     fn norm_rows(x: &[f32], vectors: &[f32], formula: Formula, out: &mut [f32], add: bool) {
         match add {
             false => norm_each(x, vectors, formula, out, |out, normed| *out = normed),
@@ -170,7 +170,7 @@ fn moments(x: &[f32]) -> (f32, f32) {
     (mean, sum_of(x, |x| (x - mean) * (x - mean)) / x.len() as f32)
 }
 
-/// The sum of a term of each number, in a fixed order.
+/// The sum of a term for each number, in a fixed order.
 #[inline(always)]
 fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     let chunks = x.chunks_exact(LANES);
@@ -179,7 +179,7 @@ fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     chunks.fold(Lanes::ZERO, add).reduce(|a, b| a + b) + rest
 }
 
-/// Norms of each head of queries and keys by itself.
+/// Norms of each head of queries and keys.
 #[derive(Clone, Debug)]
 pub struct HeadNorm {
     /// `[sets, _]`: the vectors for queries, then those for keys.
@@ -190,7 +190,8 @@ pub struct HeadNorm {
 }
 
 impl HeadNorm {
-    /// Norms of heads of `head_dim`. `vectors` holds sets as in [`Norm::new`], each first for queries, then for keys.
+    /// Norms of heads of `head_dim`. `vectors` has sets as in [`Norm::new`], each with those for queries, then those
+    /// for keys.
     pub fn new(vectors: Tensor, kind: Kind, eps: f32, head_dim: usize, query_heads: usize, key_heads: usize) -> Self {
         Self { vectors, formula: Formula { kind, eps, width: head_dim }, query_heads, key_heads }
     }
@@ -198,7 +199,7 @@ impl HeadNorm {
     /// Norms queries and keys of `qkv` `[rows, (query_heads + 2 key_heads) * head_dim]` in place.
     ///
     /// # Errors
-    /// If `qkv` is of another width.
+    /// If `qkv` has another width.
     pub fn apply(&self, qkv: &Tensor, depths: &DepthRanges) -> Result<()> {
         qkv.inplace_op2(&self.vectors, &NormHeads { norm: self, depths })
     }
@@ -247,7 +248,7 @@ mod tests {
         Tensor::from_iter((0..rows * width).map(number), &Device::Cpu).unwrap().reshape((rows, width)).unwrap()
     }
 
-    /// A row as the formula says.
+    /// A row by the formula.
     fn expected(kind: Kind, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
         let mean = match kind {
             Kind::Rms => 0.0,

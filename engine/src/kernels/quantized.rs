@@ -1,8 +1,8 @@
-//! Products of rows with weights in blocks of 8- or 4-bit integers: the numbers of GGUF's Q8_0 and Q4_K, in an order of
-//! our own.
+//! Products of rows with weights in blocks of 8- or 4-bit integers: the numbers of GGUF's Q8_0 and Q4_K, in the order
+//! of this crate.
 //!
-//! Rows are rounded to 8 bits too, block by block, and blocks are multiplied in integers, which is exact and so the same
-//! on every CPU and for every number of rows; only the sum over blocks rounds, in the order of the blocks.
+//! Rows are rounded to 8 bits too, block by block. Blocks are multiplied in integers, which is exact, so results are
+//! equal on every CPU and for every number of rows. Only the sum over blocks rounds, in the order of the blocks.
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Result, Tensor};
@@ -17,29 +17,29 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
-/// Inputs of one block: they share a scale.
+/// Inputs per block, which share a scale.
 const BLOCK: usize = 32;
-/// Outputs of one panel: one register of 32-bit sums.
+/// Outputs per panel: one register of 32-bit sums.
 const PANEL: usize = LANES;
 /// Inputs that one instruction multiplies and adds, for each output of a panel.
 const GROUP: usize = 4;
-/// Blocks of a Q4_K super-block.
+/// Blocks per Q4_K super-block.
 const SUPER: usize = 8;
-/// Rows that one tile of the product holds, and panels: its sums then fit the registers, and a row's number that is
-/// loaded meets several panels.
+/// Rows and panels per tile of the product: its sums fit in registers, and a loaded number of a row is used for several
+/// panels.
 const TILE_ROWS: usize = 4;
 const TILE_PANELS: usize = 3;
-/// Rows of a tile of AVX2 with nibbles, of which a row takes one register.
+/// Rows per tile of AVX2 with nibbles, where a row takes one register.
 const TILE_ROWS_OF_NIBBLES: usize = 8;
-/// Multiplications below which a second thread costs more than it saves.
+/// Multiplications below which a second thread does not pay.
 const PARALLEL_WORK: usize = 1 << 19;
-/// Numbers rounded below which it does.
+/// Rounded numbers below which a second thread does not pay.
 const PARALLEL_ROUNDING: usize = 1 << 12;
 
-/// How the integers of a weight are stored.
+/// Integer format of a weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// GGUF's Q8_0: per block, `scale * q` with `q` in -127..=127 and a scale of 16 bits.
+    /// GGUF's Q8_0: per block, `scale * q` with `q` in -127..=127 and a 16-bit scale.
     Q8,
     /// GGUF's Q4_K: per block, `scale * q - minimum` with `q` in 0..16; scales and minima are 6-bit multiples of two
     /// 16-bit numbers per super-block.
@@ -47,14 +47,14 @@ pub enum Format {
 }
 
 impl Format {
-    /// Bits a number takes, scales included, in a weight of whole super-blocks.
+    /// Bits per number, scales included, in a weight of whole super-blocks.
     pub fn bits(self) -> f64 {
         let inputs = BLOCK * SUPER;
         (PanelLayout::new(self, inputs).bytes() * 8) as f64 / (inputs * PANEL) as f64
     }
 }
 
-/// Where in a panel what lies, in bytes.
+/// Layout of a panel, in bytes.
 ///
 /// ```text
 /// panel    quants [block][group][output][input in group], then scales
@@ -99,7 +99,7 @@ impl PanelLayout {
 /// Rounds a weight `[outputs, inputs]` as GGUF does, and packs it: `[panels, bytes]` of `u8`.
 ///
 /// # Errors
-/// If the weight is not a matrix of `f32`.
+/// If the weight is not an `f32` matrix.
 pub fn pack(weight: &Tensor, format: Format) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     let (dtype, multiple) = match format {
@@ -159,7 +159,8 @@ fn pack_q4k(layout: PanelLayout, row: &[u8], output: usize, panel: &mut [u8]) {
     }
 }
 
-/// The 6-bit multiples of a super-block's `part`: four times two whole ones, then the other four split in 4 and 2 bits.
+/// The two 6-bit multiples of a super-block's `part`. Those of the first four parts are contiguous; the others are
+/// split into 4 and 2 bits.
 fn q4k_multiples(part: usize, packed: &[u8]) -> (u8, u8) {
     match part.checked_sub(4) {
         None => (packed[part] & 63, packed[part + 4] & 63),
@@ -179,14 +180,14 @@ struct Rounded {
     blocks_of_rows: Vec<Block>,
 }
 
-/// What the product needs to know of a row's block beside its quants.
+/// Properties of a row's block, apart from its quants.
 #[derive(Clone, Copy, Debug, Default)]
 struct Block {
-    /// Of the quants.
+    /// Scale of the quants.
     scale: f32,
     /// Sum of the rounded numbers.
     sum: f32,
-    /// Where sums of products with weights that have 128 added start: -128 times the sum of the quants.
+    /// Initial value of sums of products with weights that have 128 added: -128 times the sum of the quants.
     start: i32,
 }
 
@@ -222,18 +223,18 @@ super::simd::multiversion! {
             let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
             let mut sum = 0;
             for (quant, number) in quants.iter_mut().zip(&padded) {
-                // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the lowest bits.
+                // Adding 1.5 * 2^23 rounds to an integer, ties to even, which is then in the lowest bits.
                 *quant = (number * inverse + 12_582_912.0).to_bits() as i8;
                 sum += i32::from(*quant);
             }
-            // A row that is not finite must not come out finite.
+            // A row that is not finite must not give a finite result.
             let scale = if finite { largest / 127.0 } else { f32::NAN };
             *block = Block { scale, sum: sum as f32 * scale, start: -128 * sum };
         }
     }
 }
 
-/// Adds the product of `x` with a packed weight to `y`, panels shared out among threads.
+/// Adds the product of `x` with a packed weight to `y`; panels are distributed over threads.
 pub(super) fn multiply(x: &[f32], packed: &[u8], format: Format, inputs: usize, y: Shared<'_>, outputs: usize) {
     let layout = PanelLayout::new(format, inputs);
     let (rows, instructions) = (Rounded::new(x, inputs), Instructions::best());
@@ -248,7 +249,7 @@ pub(super) fn multiply(x: &[f32], packed: &[u8], format: Format, inputs: usize, 
     }
 }
 
-/// What products are computed with. All give the same to the bit.
+/// Instruction sets for products. All give bit-identical results.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Instructions {
     Any,
@@ -259,7 +260,7 @@ enum Instructions {
 }
 
 impl Instructions {
-    /// Those that the CPU has, the best last.
+    /// Instruction sets of the CPU, the best last.
     fn available() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
         let vectors = [
@@ -300,10 +301,10 @@ impl<'a> Tile<'a> {
         &self.panels[panel * self.layout.bytes()..][..self.layout.bytes()]
     }
 
-    /// A block of `ROWS` rows from `row` on: where each row's integers begin, and what else is known of them.
+    /// A block of `ROWS` rows from `row` on: the start of each row's integers, and its other properties.
     ///
     /// # Safety
-    /// There must be such rows, and such a block.
+    /// The rows and the block must exist.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     unsafe fn block_of_rows<const ROWS: usize>(
@@ -312,7 +313,7 @@ impl<'a> Tile<'a> {
         block: usize,
     ) -> ([*const i8; ROWS], [&'a Block; ROWS]) {
         let place = |index: usize| (row + index) * self.rows.blocks + block;
-        // SAFETY: as the caller says.
+        // SAFETY: as the caller ensures.
         unsafe {
             (
                 std::array::from_fn(|index| self.rows.quants.as_ptr().add(place(index) * BLOCK)),
@@ -338,7 +339,7 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// Rows at most whose sums fit the registers.
+    /// Maximum number of rows whose sums fit in registers.
     fn most_rows(&self) -> usize {
         match (self.instructions, self.layout.format) {
             #[cfg(target_arch = "x86_64")]
@@ -347,7 +348,7 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// The same for `ROWS` rows from `row` on; says how many.
+    /// Adds the product of `ROWS` rows from `row` on, as [`add_all`](Self::add_all); returns `ROWS`.
     fn add<const ROWS: usize>(&self, row: usize, y: Shared<'_>, first: usize, outputs: usize) -> usize {
         let panels = self.panels.len() / self.layout.bytes();
         if panels == TILE_PANELS {
@@ -366,7 +367,7 @@ impl<'a> Tile<'a> {
         assert!((row + ROWS) * self.rows.blocks <= self.rows.blocks_of_rows.len());
         match self.instructions {
             Instructions::Any => self.plain_products(row, panel),
-            // SAFETY: the CPU has the instructions, and by the assertions all that is read lies in the slices.
+            // SAFETY: the CPU has the instructions, and by the assertions all reads are within the slices.
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => unsafe {
                 match self.layout.format {
@@ -455,7 +456,7 @@ fn add_products<const ROWS: usize, const PANELS: usize>(
 ) {
     let width = (PANELS * PANEL).min(outputs - first);
     for (index, products) in products.iter().enumerate() {
-        // SAFETY: a thread writes the columns of its own panels only, and one tile after the other.
+        // SAFETY: a thread writes only the columns of its own panels, one tile after the other.
         let y = unsafe { y.get((row + index) * outputs + first, width) };
         y.iter_mut().zip(products.as_flattened()).for_each(|(y, product)| *y += product);
     }
@@ -523,7 +524,7 @@ mod tests {
 
     #[test]
     fn rows_that_are_whole_numbers_of_a_scale_multiply_exactly() {
-        // Blocks whose largest number is 127: rounding changes nothing.
+        // Blocks whose largest number is 127, which rounding does not change.
         let x: Vec<f32> = (0..64).map(|i| if i % 32 == 0 { 127.0 } else { (i % 7) as f32 - 3.0 }).collect();
         for format in [Format::Q8, Format::Q4K] {
             let weight = matrix(&random(19, 64, 3), 64);
@@ -541,7 +542,7 @@ mod tests {
     fn all_instructions_agree_to_the_bit() {
         for format in [Format::Q8, Format::Q4K] {
             for (rows, inputs, outputs) in SHAPES {
-                // Numbers at the ends of their range too: the sums of their products are the largest.
+                // Numbers at the ends of their range too, where the sums of their products are largest.
                 let extreme = |numbers: &[f32]| -> Vec<f32> { numbers.iter().map(|x| x.signum()).collect() };
                 let (x, w) = (random(rows, inputs, 4), random(outputs, inputs, 5));
                 agree(&x, &w, format, inputs);

@@ -1,12 +1,12 @@
-//! Rotary position embedding (arXiv 2104.09864), of all or the leading dimensions of a head.
+//! Rotary position embedding (arXiv 2104.09864) of all or the leading dimensions of a head.
 
 use candle_core::{Device, Result, Tensor};
 
-/// Cosines and sines `[tables, positions, rotary_dims]`, a table for each set of frequencies, one for each pair of
-/// dimensions: of each position first the cosines, then the sines.
+/// Cosines and sines `[tables, positions, rotary_dims]`: a table for each set of frequencies, which has one for each
+/// pair of dimensions. A position has its cosines first, then its sines.
 ///
 /// # Errors
-/// If there is no memory, or the sets are of different sizes.
+/// If there is not enough memory, or the sets have different sizes.
 pub fn tables(sets: &[Vec<f32>], positions: usize) -> Result<Tensor> {
     let dims = 2 * sets.first().map_or(0, Vec::len);
     let mut numbers = Vec::with_capacity(sets.len() * positions * dims);
@@ -20,8 +20,8 @@ pub fn tables(sets: &[Vec<f32>], positions: usize) -> Result<Tensor> {
     Tensor::from_vec(numbers, (sets.len(), positions, dims), &Device::Cpu)
 }
 
-/// Turns one head by a position's cosines and sines and scales it: the leading dimensions that the table has, of which
-/// `i` is paired with `i` plus half of them. The others are only scaled.
+/// Rotates one head by a position's cosines and sines and scales it. The table covers the leading dimensions, where `i`
+/// is paired with `i` plus half of them; the other dimensions are only scaled.
 #[inline(always)]
 pub(super) fn rotate(head: &[f32], turn: &[f32], scale: f32, out: &mut [f32]) {
     let half = turn.len() / 2;

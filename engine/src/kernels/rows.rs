@@ -1,11 +1,11 @@
-//! Operations on each row by itself: gathering and scattering, scaling, biases, cosines and probes.
+//! Operations on separate rows: gathering and scattering, scaling, biases, cosines and probes.
 
 use candle_core::{CpuStorage, CustomOp2, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::simd::{dot, exp, multiversion};
 use super::{DepthRanges, by_set, slice, slice_mut};
 
-/// Where a row comes from.
+/// Source of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A row of the first tensor.
@@ -14,7 +14,7 @@ pub enum Source {
     Second(u32),
 }
 
-/// The rows `[sources, width]` that `sources` picks from two tensors `[_, width]`.
+/// Gathers rows `[sources, width]` from two tensors `[_, width]`.
 ///
 /// # Errors
 /// If a row does not exist.
@@ -49,7 +49,8 @@ impl CustomOp2 for Gather<'_> {
     }
 }
 
-/// Copies row `i` of `rows` `[len, width]` to row `places[i]` of `target` `[_, width]`; rows without a place are left.
+/// Copies row `i` of `rows` `[len, width]` to row `places[i]` of `target` `[_, width]`. Rows without a place are not
+/// copied.
 ///
 /// # Errors
 /// If a place does not exist.
@@ -81,7 +82,7 @@ impl InplaceOp2 for Scatter<'_> {
 /// Multiplies all numbers of `x` by `factor`.
 ///
 /// # Errors
-/// If `x` is not of `f32`.
+/// If `x` is not `f32`.
 pub fn scale(x: &Tensor, factor: f32) -> Result<()> {
     x.inplace_op1(&Scale(factor))
 }
@@ -99,7 +100,7 @@ impl InplaceOp1 for Scale {
     }
 }
 
-/// Adds a bias to each row of `x` `[rows, width]`. `biases` `[sets, width]` holds one for all depths or one for each.
+/// Adds a bias to each row of `x` `[rows, width]`. `biases` `[sets, width]` has one for all depths, or one for each.
 ///
 /// # Errors
 /// If the widths differ.
@@ -171,8 +172,8 @@ impl CustomOp2 for Cosines {
     }
 }
 
-/// A linear probe of each row of `x` `[rows, width]` through a sigmoid: `[rows]`. `probes` `[sets, width + 1]` holds one
-/// for all depths or one for each, its bias last.
+/// A linear probe of each row of `x` `[rows, width]` with a sigmoid: `[rows]`. `probes` `[sets, width + 1]` has one for
+/// all depths, or one for each, with its bias last.
 ///
 /// # Errors
 /// If the widths differ, or a depth has no probe.

@@ -1,5 +1,5 @@
-//! How sure the model is: exit signals and the next token from rows of logits, in one sweep, which may come in parts of
-//! the vocabulary: so logits need not all be there at once.
+//! Exit signals and next tokens from rows of logits, in one sweep. The sweep may process the vocabulary in parts, so
+//! that not all logits are in memory at once.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -8,53 +8,54 @@ use traces::Signals;
 use super::simd::{LANES, exp, greater, multiversion};
 use super::slice;
 
-/// Logits below which a second thread costs more than it saves.
+/// Logits below which a second thread does not pay.
 const PARALLEL_LOGITS: usize = 1 << 13;
-/// Numbers that the sweep gives for a row.
+/// Numbers per row that the sweep returns.
 const NUMBERS: usize = 7;
 
-/// What a row of logits says.
+/// Results of a row of logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Verdict {
     /// Probability of the most likely token; NaN if a logit is not finite.
     pub top1: f32,
-    /// That less the probability of the second.
+    /// `top1` less the probability of the second most likely token.
     pub margin: f32,
     /// Entropy of the distribution in nats.
     pub entropy: f32,
-    /// The token drawn.
+    /// The sampled token.
     pub token: u32,
 }
 
 impl Verdict {
-    /// The exit signals that the head gives; the others are 0.
+    /// The exit signals of the head; other signals are 0.
     pub fn signals(&self) -> Signals {
         Signals { top1: self.top1, margin: self.margin, entropy: self.entropy, ..Signals::default() }
     }
 }
 
-/// Reads rows of logits and draws a token from each: at temperature 0 the most likely one.
+/// Reads rows of logits and samples a token from each.
 ///
-/// Above, it is the greatest of `logit / temperature + noise` with Gumbel noise that depends on the row's key and the
-/// token alone: so whichever pass and depth the logits come from, the same dice are thrown under the same key.
+/// At temperature 0, that is the most likely token. Above, it is the token with the greatest `logit / temperature +
+/// noise`. The Gumbel noise depends only on the row's key and the token, so equal keys give equal noise for any pass
+/// and depth.
 pub struct Reader<'a> {
     temperature: f32,
     keys: &'a [u64],
     rows: Vec<Seen>,
-    /// Tokens read so far.
+    /// Number of tokens read so far.
     tokens: usize,
 }
 
 impl<'a> Reader<'a> {
-    /// A reader of as many rows as there are keys.
+    /// A reader of one row for each key.
     pub fn new(temperature: f32, keys: &'a [u64]) -> Self {
         Self { temperature, keys, rows: vec![Seen::NOTHING; keys.len()], tokens: 0 }
     }
 
-    /// Reads the logits `[rows, part]` of the tokens that follow those read before.
+    /// Reads the logits `[rows, part]` of the next tokens of the vocabulary.
     ///
     /// # Errors
-    /// If `logits` is not such a tensor.
+    /// If `logits` has another shape.
     pub fn read(&mut self, logits: &Tensor) -> Result<()> {
         let sweep = Sweep { temperature: self.temperature, keys: self.keys, first_token: self.tokens };
         let numbers = logits.apply_op1_no_bwd(&sweep)?.flatten_all()?.to_vec1::<f32>()?;
@@ -65,23 +66,23 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// What the rows say.
+    /// Results of the rows.
     pub fn verdicts(&self) -> Vec<Verdict> {
         self.rows.iter().map(Seen::verdict).collect()
     }
 }
 
-/// Reads rows of logits `[rows, vocab]` that are all there; see [`Reader`].
+/// Reads complete rows of logits `[rows, vocab]`; see [`Reader`].
 ///
 /// # Errors
-/// If `logits` is not such a tensor.
+/// If `logits` has another shape.
 pub fn read(logits: &Tensor, temperature: f32, keys: &[u64]) -> Result<Vec<Verdict>> {
     let mut reader = Reader::new(temperature, keys);
     reader.read(logits)?;
     Ok(reader.verdicts())
 }
 
-/// What has been read of a row.
+/// State of a row.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     /// The greatest logit, and the second.
@@ -90,9 +91,9 @@ struct Seen {
     /// Sums over logits of `e^below` and `below e^below`, where `below` is the logit less the greatest.
     sum: f32,
     weighted: f32,
-    /// The first token of the greatest logit.
+    /// The first token with the greatest logit.
     token: u32,
-    /// The greatest logit with noise, and the first token of it; at temperature 0 nothing.
+    /// The greatest logit with noise, and the first token with it; unused at temperature 0.
     drawn: (f32, u32),
 }
 
@@ -106,7 +107,7 @@ impl Seen {
         drawn: (f32::NEG_INFINITY, 0),
     };
 
-    /// What the sweep gave of a part whose first token is `first_token`.
+    /// State after a part of the vocabulary whose first token is `first_token`.
     fn new(numbers: &[f32], first_token: usize) -> Self {
         let &[first, second, sum, weighted, token, score, drawn] = numbers else {
             unreachable!("the sweep gives {NUMBERS} numbers a row");
@@ -115,7 +116,7 @@ impl Seen {
         Self { first, second, sum, weighted, token: of_vocab(token), drawn: (score, of_vocab(drawn)) }
     }
 
-    /// This and a later part.
+    /// Merges the state with that of a later part.
     fn and(self, later: Self) -> Self {
         if self.sum == 0.0 {
             return later;
@@ -147,8 +148,8 @@ impl Seen {
     }
 }
 
-/// `[rows, part]` to `[rows, 7]`: what [`Seen`] holds, tokens counted from the part's first; `f32` holds them exactly
-/// below 2^24.
+/// `[rows, part]` to `[rows, 7]`: the fields of [`Seen`], with tokens relative to the part's first; `f32` is exact for
+/// them below 2^24.
 struct Sweep<'a> {
     temperature: f32,
     keys: &'a [u64],
@@ -233,8 +234,8 @@ fn two_greatest(numbers: &[f32]) -> (f32, f32) {
     (best, next)
 }
 
-/// Draws one of the tokens from `first_token` on by the Gumbel-max trick, of equals the first: its score, and its place
-/// among them.
+/// Samples one of the tokens from `first_token` on by the Gumbel-max trick, the first one of equals: its score, and its
+/// index.
 fn sample(logits: &[f32], temperature: f32, key: u64, first_token: u64) -> (f32, f32) {
     let score = |(place, logit): (usize, &f32)| {
         (place, f64::from(logit / temperature) + gumbel(key, first_token + place as u64))

@@ -1,9 +1,9 @@
-//! Vector code without intrinsics: plain loops, compiled for the widest registers that the CPU has.
+//! Vector code without intrinsics: plain loops that are compiled for the widest registers of the CPU.
 
 /// Numbers in one vector register of the widest kind.
 pub const LANES: usize = 16;
 
-/// One vector register. Functions take and give it by value, so that it need not leave the register.
+/// One vector register. Functions take and return it by value, so that it can stay in the register.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(align(64))]
 pub struct Lanes(pub [f32; LANES]);
@@ -20,7 +20,7 @@ impl Lanes {
         lanes
     }
 
-    /// All numbers of a slice that does not fill a register, and zeros.
+    /// All numbers of a slice that does not fill a register, padded with zeros.
     #[inline(always)]
     pub fn load_some(numbers: &[f32]) -> Self {
         let mut lanes = Self::ZERO;
@@ -82,7 +82,7 @@ impl Lanes {
         self
     }
 
-    /// All lanes as one, by halves.
+    /// Reduces all lanes to one number, by halves.
     #[inline(always)]
     pub fn reduce(mut self, f: impl Fn(f32, f32) -> f32) -> f32 {
         let mut half = LANES / 2;
@@ -96,7 +96,7 @@ impl Lanes {
     }
 }
 
-/// Whether the CPU has AVX-512, and so 32 registers of one [`Lanes`] each. AVX2 has 16 that hold half of one.
+/// Whether the CPU has AVX-512, and so 32 registers of one [`Lanes`] each. AVX2 has 16 registers of half the width.
 pub fn has_avx512() -> bool {
     #[cfg(target_arch = "x86_64")]
     return is_x86_feature_detected!("avx512f")
@@ -107,8 +107,8 @@ pub fn has_avx512() -> bool {
     false
 }
 
-/// Defines functions that are compiled several times, for AVX-512, for AVX2 and for the target's baseline, of which
-/// the best that the CPU can run is picked at each call. All give the same result to the bit.
+/// Defines functions that are compiled for AVX-512, for AVX2 and for the target's baseline. Each call uses the best
+/// version that the CPU supports. All versions give bit-identical results.
 macro_rules! multiversion {
     ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$meta])*
@@ -156,7 +156,7 @@ pub fn greater(a: f32, b: f32) -> f32 {
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by the polynomial of Cephes' expf. Adding 1.5 * 2^23 rounds to an
-    // integer and leaves it in the lowest bits, from where it is moved into the exponent.
+    // integer, which is then in the lowest bits and is moved into the exponent.
     const ROUND: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.0, 88.0);
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);

@@ -1,10 +1,10 @@
-//! The shapes that a profile measures: passes that the scheduler could compose.
+//! The grid of a profile: shapes of passes that the scheduler could compose.
 
 use std::collections::BTreeSet;
 
-/// History of decode rows that stand for no history: the fewest tokens that one can follow.
+/// History of decode rows that represent rows without history: the shortest that a decode row can have.
 pub(super) const SHORT: u32 = 1;
-/// Prompt chunks of a pass that has several: one, and one beside it.
+/// Number of prompt chunks in a pass with several: a first and a further one.
 pub(super) const PROMPTS: u32 = 2;
 
 /// The shapes to measure.
@@ -20,7 +20,7 @@ pub struct Grid {
     pub(super) chunks: Vec<u32>,
 }
 
-/// What a replay asks for at most.
+/// Upper limits of the passes of a replay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Rows of a pass.
@@ -34,7 +34,7 @@ pub struct Limits {
 }
 
 impl Grid {
-    /// A grid that reaches the limits, denser where passes are small.
+    /// A grid up to the limits, denser for small passes.
     pub fn up_to(limits: Limits) -> Self {
         let up_to = |points: &[u32], limit: u32| {
             let mut points: Vec<u32> = points.iter().copied().filter(|&point| point < limit).collect();
@@ -62,29 +62,29 @@ impl Grid {
     }
 }
 
-/// A pass that is measured.
+/// Shape of a measured pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Shape {
-    /// Decode rows at one depth below 0 and their history, with neither head nor embedding.
+    /// Decode rows with a history, at one depth other than 0, without head and embedding.
     Decode { rows: u32, history: u32 },
-    /// Decode rows with a history, after a pass of more such rows.
+    /// Decode rows with a history, after a pass with more such rows.
     AfterMore { rows: u32, before: u32, history: u32 },
-    /// Rows at the last depth with a history that leave, for which the exit head runs then: leaving alone counts. `again` if
-    /// the passes before ran it too.
+    /// Rows at the last depth with a history that exit, which runs the exit head. Only the time of the exit counts.
+    /// `again` if the previous passes ran the head too.
     Head { rows: u32, history: u32, again: bool },
-    /// Rows that leave at the first depth, or at the last, once the head has run: leaving alone counts. They come with another
-    /// history every time, since what they leave behind goes where nothing was for long, in no cache.
+    /// Rows that exit at the first depth, or at the last, after the head has run. Only the time of the exit counts.
+    /// Each pass has another history, since exits write to memory that was not used for long and is in no cache.
     Exit { rows: u32, skips: bool },
-    /// Rows with a history, spread over depths, the first included, after a pass of the same kind.
+    /// Rows with a history, spread over depths including the first, after a pass of the same kind.
     Mix { rows: u32, depths: u32, history: u32 },
     /// One prompt chunk.
     Prefill { tokens: u32, history: u32 },
-    /// [`PROMPTS`] prompt chunks of as many tokens each.
+    /// [`PROMPTS`] prompt chunks of `tokens` tokens each.
     Prefills { tokens: u32, history: u32 },
 }
 
 impl Shape {
-    /// All rows.
+    /// Number of all rows.
     pub(super) fn rows(self) -> u32 {
         match self {
             Self::Prefill { tokens, .. } => tokens,
@@ -93,7 +93,7 @@ impl Shape {
         }
     }
 
-    /// The shape whose time is subtracted; none where the whole time is the component's.
+    /// Baseline shape whose time is subtracted; `None` where the whole time is the component's.
     pub(super) fn baseline(self) -> Option<Self> {
         let decode = |rows, history| Some(Self::Decode { rows, history });
         match self {
@@ -105,7 +105,7 @@ impl Shape {
         }
     }
 
-    /// Decode rows; none of a prompt chunk.
+    /// Number of decode rows; `None` for prompt chunks.
     pub(super) fn decodes(self) -> Option<u32> {
         match self {
             Self::Decode { rows, .. }
@@ -133,7 +133,7 @@ pub(super) fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
     let typical = grid.histories[grid.histories.len() / 2];
     for &rows in &grid.decodes {
         shapes.push(Shape::Head { rows, history: typical, again: false });
-        // With one loop every pass runs the head.
+        // With one loop, every pass runs the head.
         if num_loops > 1 {
             shapes.push(Shape::Head { rows, history: typical, again: true });
             shapes.extend([true, false].map(|skips| Shape::Exit { rows, skips }));
@@ -154,14 +154,14 @@ pub(super) fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
         let histories = [0].into_iter().chain(grid.histories.iter().copied());
         shapes.extend(histories.map(|history| Shape::Prefill { tokens, history }));
     }
-    // What comes beside a chunk is little: the shortest and the longest history do for it.
+    // Little is added beside a chunk, so the shortest and the longest history are enough.
     for tokens in twice {
         shapes.extend([0, Grid::max(&grid.histories)].map(|history| Shape::Prefills { tokens, history }));
     }
     shapes
 }
 
-/// A number for each shape.
+/// A distinct number for each shape.
 pub(super) fn key(shape: Shape) -> u64 {
     let (kind, a, b) = match shape {
         Shape::Decode { rows, history } => (0, rows, history),

@@ -1,6 +1,6 @@
-//! What the operating system tells of the machine that is measured.
+//! Properties of the measured machine, from the operating system.
 
-/// The CPU's name, and the threads that kernels use.
+/// Name of the CPU, and number of threads of the kernels.
 pub fn device_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |line: &str| line.split_once(':').map(|(_, value)| value.trim().to_owned());
@@ -10,7 +10,7 @@ pub fn device_name() -> String {
     format!("{name}, {cores} cores, {} threads", rayon::current_num_threads())
 }
 
-/// How busy the machine is and how fast it runs, as far as the system tells.
+/// Load and speed of the machine, as far as the system reports them.
 pub(crate) fn machine_state() -> String {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load: Vec<&str> = load.split_whitespace().take(3).collect();

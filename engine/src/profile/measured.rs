@@ -1,4 +1,4 @@
-//! What the rounds of a profiler measured, and the profile that follows from it.
+//! Measurements of a profiler's rounds, and the profile that follows from them.
 
 use std::collections::BTreeMap;
 
@@ -10,20 +10,20 @@ use super::grid::{SHORT, Shape};
 use super::probe::Probe;
 use super::statistics::{Summary, make_rising};
 
-/// A shape's runs, and whether it is those at the first depth, where rows are embedded, that count.
+/// A shape, and whether its runs at the first depth count, where rows are embedded.
 pub(super) type Counted = (Shape, bool);
 
-/// What one round measured.
+/// Measurements of one round.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Round {
     pub visits: Vec<Visit>,
     pub probes: Vec<Probe>,
 }
 
-/// What every shape took at one visit, in microseconds.
+/// Times of every shape at one visit, in microseconds.
 pub(super) type Visit = BTreeMap<Counted, Vec<f64>>;
 
-/// What some rounds of a [`Profiler`] measured.
+/// Measurements of some rounds of a [`Profiler`].
 pub struct Measured<'a> {
     pub(super) profiler: &'a Profiler,
     pub(super) visits: Vec<&'a Visit>,
@@ -35,20 +35,20 @@ impl<'a> Measured<'a> {
         self.visits[0].keys().copied()
     }
 
-    /// What some runs took.
+    /// Times of some runs.
     pub(super) fn of(&self, counted: Counted) -> Summary {
         Summary::of(&self.visits.iter().flat_map(|visit| &visit[&counted]).copied().collect::<Vec<_>>())
     }
 
-    /// What some runs took beyond others, visit by visit.
+    /// Difference of the times of two kinds of runs, visit by visit.
     fn difference(&self, of: Counted, less: Counted) -> Summary {
         let mean = |samples: &[f64]| samples.iter().sum::<f64>() / samples.len() as f64;
         let differences = self.visits.iter().map(|visit| mean(&visit[&of]) - mean(&visit[&less]));
         Summary::of(&differences.collect::<Vec<_>>())
     }
 
-    /// What other work on the machine took: the mean of all runs over that of each shape's middle half, over all shapes
-    /// together. It is 1 on a machine that does nothing else.
+    /// Slowdown by other work on the machine: the mean of all runs over that of each shape's middle half, over all
+    /// shapes. It is 1 on an idle machine.
     pub fn slowdown(&self) -> f64 {
         let all: f64 = self.visits.iter().flat_map(|visit| visit.values().flatten()).sum();
         let middles =
@@ -56,19 +56,19 @@ impl<'a> Measured<'a> {
         all / middles.sum::<f64>()
     }
 
-    /// How fast the machine was in service during the rounds.
+    /// Probes during the rounds, which tell how fast the machine was under steady load.
     pub fn probes(&self) -> impl Iterator<Item = &'a Probe> {
         self.probes.iter().copied()
     }
 
-    /// Microseconds that a pass in service takes beyond the executor's own time: the scheduler's and the serving loop's.
+    /// Overhead of a pass under steady load in microseconds: the time of the scheduler and the serving loop.
     fn overhead(&self) -> f64 {
         let passes: usize = self.probes().map(|probe| probe.passes.len()).sum();
         self.probes().map(|probe| probe.elapsed.since(probe.in_executor()).as_micros_f64()).sum::<f64>() / passes as f64
     }
 
-    /// The components by themselves: means of the middle halves, not yet scaled to steady load. Components that are
-    /// differences are not below zero, but for those of prompt chunks.
+    /// The measured components before scaling to steady load: means of the middle halves. Components that are
+    /// differences are at least zero, except those of prompt chunks.
     pub(super) fn profile(&self, model: &str, source: &str) -> LatencyProfile {
         let served = &self.profiler.engine.model;
         let disagreement = self.profiler.disagreement();
@@ -92,8 +92,8 @@ impl<'a> Measured<'a> {
         }
     }
 
-    /// What the component of each shape takes. More history never takes less: where noise says so, both take the mean.
-    /// Otherwise components, which are not below zero, would be too long on average.
+    /// Time of the component of each shape. Time does not fall with history: where noise makes it fall, both points
+    /// take the mean. Otherwise components, which are at least zero, would be too large on average.
     fn components(&self) -> BTreeMap<Shape, Summary> {
         let component = |shape: Shape| match shape.baseline() {
             Some(baseline) => self.difference((shape, false), (baseline, false)),
@@ -147,7 +147,7 @@ impl<'a> Measured<'a> {
                     add(if again { Component::HeadAgain } else { Component::Head }, rows, 0, 1, part);
                 }
                 Shape::Mix { rows, depths, .. } => {
-                    // In turn, every row was at the first depth once.
+                    // Each row was at the first depth once per turn.
                     let embeds = embed(rows).middle.max(0.0) / f64::from(num_loops);
                     add(Component::DepthMix, rows, 0, depths, Summary { middle: part.middle - embeds, ..part });
                 }

@@ -1,9 +1,9 @@
-//! The profiler: measures what the components of a pass take, on the executor that replays run on.
+//! The profiler: measures the components of a pass on the executor of replays.
 //!
-//! It composes passes of every shape of a grid as the scheduler would and has the executor time them. A component that
-//! cannot run by itself is a difference of two shapes, which run one soon after the other: what histories add is a pass with
-//! histories less one without. Between the shapes, and in probes, it serves a steady load, and scales the components to what
-//! the passes of that load took: [`Profiler::profile`].
+//! The profiler composes passes of every shape of a grid as the scheduler would, and the executor times them. A
+//! component that cannot run by itself is the difference of two shapes, which run one soon after the other: the time of
+//! histories is that of a pass with histories less that of one without. Between shapes, and in probes, the profiler
+//! serves a steady load. It scales the components to the passes of that load: [`Profiler::profile`].
 
 mod grid;
 mod machine;
@@ -36,21 +36,21 @@ pub(crate) use machine::machine_state;
 pub use measured::Measured;
 pub use probe::{Probe, ProbedClock};
 
-/// What a probe takes at least. Whatever ran before, what comes after runs with cold caches: passes under steady load are
-/// 14% longer at first, and 2% after 18 ms.
+/// Minimum duration of a probe. Work before a probe leaves the caches cold: passes under steady load take 14% longer at
+/// first, and 2% after 18 ms.
 const PROBE_TIME: Duration = Duration::from_millis(60);
-/// Fewest passes of a probe, of models whose passes are long.
+/// Minimum number of passes of a probe, for models with long passes.
 const PASSES_OF_PROBE: usize = 4;
-/// Ways to serve the load, which probes take in turn: by sequence at full depth, depth-wise with exits, and depth-wise at
-/// full depth. So there are passes of one depth, of a few and of all, and heads after heads.
+/// Number of ways to serve the load, which probes take in turn: sequence-wise at full depth, depth-wise with exits, and
+/// depth-wise at full depth. They give passes of one depth, of a few and of all, and consecutive passes with the head.
 const WAYS: usize = 3;
-/// Times that a round comes to each shape, so that its times are of many moments.
+/// Number of visits to each shape in a round, so that its times are from several moments.
 const VISITS: usize = 2;
-/// Mean time of a pass above which no cache holds the model, so that what ran before a pass does not matter.
+/// Mean time of a pass above which no cache can contain the model, so that earlier passes do not matter.
 const CACHED: Duration = Duration::from_millis(10);
 
-/// Measures a latency profile in rounds, each of which measures every shape, so that an experiment can take turns between
-/// rounds and replays; and, in probes, how fast the machine is in service, at any moment of a replay.
+/// Measures a latency profile in rounds. A round measures every shape, so an experiment can alternate rounds and
+/// replays. Probes measure how fast the machine is under steady load at any moment of a replay.
 pub struct Profiler {
     engine: Engine,
     executor: EngineExecutor,
@@ -58,24 +58,24 @@ pub struct Profiler {
     shapes: Vec<Shape>,
     rounds: Vec<Round>,
     grid: Grid,
-    /// Machines in service with the batches of the grid, the smallest first. If no cache holds the model, there is only one,
-    /// with the largest batch.
+    /// Machines under steady load with the batches of the grid, in ascending order. If no cache can contain the model,
+    /// there is only one, with the largest batch.
     services: Vec<SteadyServer<EngineExecutor>>,
-    /// Whether shapes run among the passes of these machines.
+    /// Whether shapes run between the passes of these machines.
     runs_among: bool,
-    /// Machines in service with the largest batch, depth-wise: with exits, and at full depth.
+    /// Machines under steady load with the largest batch, depth-wise: with exits, and at full depth.
     depth_wise: [SteadyServer<EngineExecutor>; WAYS - 1],
-    /// Which of the ways to serve the load is the next probe's.
+    /// Index of the next probe's way to serve the load.
     next_way: usize,
-    /// How often rows were given sequences.
+    /// Number of times that rows got sequences.
     occupied: u64,
 }
 
 impl Profiler {
-    /// A profiler with nothing measured yet; the load in service has sequences of these lengths.
+    /// A profiler without measurements. `lengths` are those of the steady load's sequences.
     ///
     /// # Errors
-    /// If the grid does not fit the model's positions, or its cache the memory.
+    /// If the grid does not fit the model's positions, or its cache does not fit in memory.
     pub fn new(engine: &Engine, grid: Grid, lengths: Lengths) -> Result<Self, ReplayError> {
         let block_tokens = TILE as u32;
         let (history, chunk) = (Grid::max(&grid.histories), Grid::max(&grid.chunks));
@@ -83,7 +83,7 @@ impl Profiler {
         let decode_blocks = (history + 1).div_ceil(block_tokens);
         let chunk_blocks = (history + chunk).div_ceil(block_tokens);
         let num_blocks = decodes * decode_blocks + (rows - decodes) + PROMPTS * chunk_blocks;
-        // The last slots are those of prompt chunks.
+        // The last slots belong to prompt chunks.
         let mut tables = BlockTables::new(num_blocks, block_tokens, rows + PROMPTS);
         for slot in 0..rows + PROMPTS {
             let blocks = if slot >= rows {
@@ -93,7 +93,7 @@ impl Profiler {
             } else {
                 1
             };
-            assert!(tables.grow(slot, blocks * block_tokens), "there are as many blocks as the slots hold");
+            assert!(tables.grow(slot, blocks * block_tokens), "there are blocks for every slot");
         }
         let executor = EngineExecutor::new(
             engine.model.clone(),
@@ -108,7 +108,7 @@ impl Profiler {
         executor.check_request(&request)?;
         let num_loops = engine.model.config().num_loops;
         let shapes = shapes(&grid, num_loops as u32);
-        // Several prompts share a pass, as they do in replays; the shapes have no longer chunks than `chunk`.
+        // Several prompts share a pass, as in replays; chunks of the shapes are at most `chunk` long.
         let prompt_rows = if lengths.prompt <= chunk { rows } else { chunk };
         let load = |batch: u32| SteadyLoad::new(num_loops as u8, batch, rows, prompt_rows, block_tokens, lengths);
         let serve =
@@ -126,7 +126,7 @@ impl Profiler {
             next_way: 0,
             occupied: 0,
         };
-        // The first passes find memory that was never touched.
+        // The first passes touch new memory.
         for _ in 0..WAYS {
             profiler.probe()?;
         }
@@ -140,7 +140,8 @@ impl Profiler {
         Ok(profiler)
     }
 
-    /// Measures every shape, several times, each time in another order; `progress` is told how many of how many are done.
+    /// Measures every shape, several times, each time in another order. Calls `progress` with the shapes done and their
+    /// total.
     ///
     /// # Errors
     /// If the engine fails.
@@ -152,8 +153,8 @@ impl Profiler {
             for number in first..first + VISITS {
                 let order = |seed: u64| mix((number as u64 + 1) ^ mix(seed));
                 let mut shapes = self.shapes.clone();
-                // Shapes that are compared have as many rows, and run one soon after the other: the machine's speed changes
-                // within seconds.
+                // Shapes with the same number of rows are timed back to back: a component that cannot run alone is a
+                // difference, so both must be timed before the machine's speed drifts.
                 shapes.sort_by_key(|&shape| (order(shape.rows().into()), order(key(shape))));
                 let mut visit = Visit::new();
                 for shape in shapes {
@@ -172,7 +173,7 @@ impl Profiler {
         Ok(())
     }
 
-    /// Serves the next passes of a steady load, to tell how fast the machine is at the moment: in each way in turn.
+    /// Serves the next passes of a steady load, in each way in turn, to measure the current speed of the machine.
     ///
     /// # Errors
     /// If the engine fails.
@@ -193,28 +194,28 @@ impl Profiler {
         })
     }
 
-    /// What probes serve, by way.
+    /// Loads of the probes, by way.
     pub fn loads(&self) -> [SteadyLoad; WAYS] {
         let [with_exits, full_depth] = self.depth_wise.each_ref().map(SteadyServer::load);
         [self.services.last().expect("there is always one").load(), with_exits, full_depth]
     }
 
-    /// The passes of the steady load in the probes of all rounds and `further` ones between them, as runs of a pass log.
+    /// The passes of the steady load in the probes of all rounds and `further` ones, as runs of a pass log.
     pub fn steady_runs<'p>(&'p self, further: impl Iterator<Item = &'p Probe>) -> impl Iterator<Item = PassRun> {
         let loads = self.loads();
         let probes = self.rounds.iter().flat_map(|round| &round.probes).chain(further);
         probes.zip(0..).map(move |(probe, number)| probe.clone().into_run(loads[probe.way].settings(), number))
     }
 
-    /// The profile: components by themselves, scaled to what the passes of the steady load took, in the probes of all rounds
-    /// and `further` ones between them. `model` is the model's name, `source` says how the profile came about; how busy the
-    /// machine was, and how far passes under load are from the sum of components, is added.
+    /// The profile: components scaled to the passes of the steady load, in the probes of all rounds and `further` ones.
+    /// `model` is the model's name, and `source` describes how the profile was made. The load of the machine, and the
+    /// difference between passes under load and the sum of components, are added to it.
     ///
     /// # Errors
-    /// If the profile contradicts itself.
+    /// If the profile cannot be interpolated.
     ///
     /// # Panics
-    /// If there was no round.
+    /// Without a round.
     pub fn profile<'p>(
         &'p self,
         model: &str,
@@ -239,18 +240,18 @@ impl Profiler {
         Ok(profile)
     }
 
-    /// What all rounds measured.
+    /// Measurements of all rounds.
     ///
     /// # Panics
-    /// If there was no round.
+    /// Without a round.
     pub fn measured(&self) -> Measured<'_> {
         self.measured_in(0..self.rounds.len())
     }
 
-    /// What some rounds measured, counted from 0.
+    /// Measurements of some rounds, counted from 0.
     ///
     /// # Panics
-    /// If there was no such round.
+    /// If a round does not exist.
     pub fn measured_in(&self, rounds: Range<usize>) -> Measured<'_> {
         let rounds = &self.rounds[rounds];
         assert!(!rounds.is_empty(), "a profile takes at least one round");
@@ -261,8 +262,8 @@ impl Profiler {
         }
     }
 
-    /// How far the profile of the later half of the rounds is from that of the earlier half: the differences of all
-    /// passes of the grid, added up, in a share of their times. None if there was only one round.
+    /// Disagreement of the profiles from the earlier and the later half of the rounds: the sum of absolute differences
+    /// over all passes of the grid, as a share of their times. `None` with fewer than two rounds.
     pub fn disagreement(&self) -> Option<f64> {
         let half = self.rounds.len() / 2;
         if half == 0 {
@@ -274,9 +275,9 @@ impl Profiler {
         Some(differences / pairs().map(|(earlier, later)| (earlier + later) / 2.0).sum::<f64>())
     }
 
-    /// Runs a shape at all depths in turn, each time after a pass in service of as many sequences as it has decode rows (half
-    /// of the largest batch for prompt chunks), so that caches and the processor's clock are as there: what counts, in
-    /// microseconds, and what it counts for.
+    /// Runs a shape at all depths in turn, each time after a pass of the steady load with as many sequences as the
+    /// shape has decode rows (half of the largest batch for prompt chunks), so that caches and the processor's clock
+    /// are as under load. Returns the times that count, in microseconds.
     fn measure(&mut self, shape: Shape) -> Result<Vec<(Counted, f64)>, ReplayError> {
         let num_loops = self.num_loops();
         self.occupy(shape);
@@ -284,8 +285,8 @@ impl Profiler {
         let fits = |service: &SteadyServer<_>| batch <= service.load().settings().max_batch;
         let service = self.services.iter().position(fits).unwrap_or(self.services.len() - 1);
         let service = self.runs_among.then_some(service);
-        // Each depth comes after the one before it, as in service: by sequence, passes take turns through the depths. But a
-        // head that was just in use comes after a pass at the last depth, which ran it.
+        // Each depth follows the previous one, as under sequence-wise batching. A head that was just used follows a
+        // pass at the last depth, which ran it.
         let first_before = if matches!(shape, Shape::Head { again: true, .. }) { 0 } else { num_loops - 1 };
         if let Some(service) = service {
             while self.services[service].passes() % num_loops != first_before {
@@ -293,14 +294,14 @@ impl Profiler {
             }
         }
         let mut counted = Vec::new();
-        // The first time, keys and values are in no cache.
+        // In the first turn, keys and values are not in the caches.
         for turn in 0..2 * num_loops {
             if let Some(service) = service {
                 self.services[service].pass(&mut ())?;
             }
             let before = match shape {
                 Shape::AfterMore { before, history, .. } => Some(Shape::Decode { rows: before, history }),
-                // Where depths are mixed, they were in the pass before as well, and every depth's own weights were in use.
+                // With mixed depths, the previous pass used every depth's own weights as well.
                 Shape::Mix { .. } => Some(shape),
                 _ => None,
             };
@@ -331,17 +332,17 @@ impl Profiler {
         self.engine.model.config().num_loops
     }
 
-    /// The history of a decode row: as asked for, where its slot has the room.
+    /// History of a decode row: the requested one, if its slot has room for it.
     fn history(&self, slot: Slot, asked: u32) -> u32 {
         if slot < Grid::max(&self.grid.decodes) { asked } else { SHORT }
     }
 
-    /// The history of rows that leave by themselves.
+    /// History of rows that exit.
     fn exit_history(&self) -> u32 {
         1 + (mix(self.occupied) % u64::from(Grid::max(&self.grid.histories))) as u32
     }
 
-    /// Gives every row of a shape a sequence of its history.
+    /// Gives every row of a shape a sequence with its history.
     fn occupy(&mut self, shape: Shape) {
         self.occupied += 1;
         let vocab = self.engine.model.config().vocab_size as u64;
@@ -369,11 +370,11 @@ impl Profiler {
         }
     }
 
-    /// Has the executor run and time one pass of a shape, the depth of which follows from whose turn it is.
+    /// Runs and times one pass of a shape, at the depth given by `turn`.
     fn time(&mut self, shape: Shape, turn: usize) -> Result<Nanos, ReplayError> {
         let segments = self.segments(shape, turn);
         let reads = match shape {
-            // Of rows that nobody knows to leave until they do, the head is not read with the pass.
+            // The exits of these rows are not known before the pass, so the head does not run within it.
             Shape::Head { .. } => SignalReads { signal: SignalRead::Oracle, below: 0, head_from: u8::MAX },
             _ => SignalReads { signal: SignalRead::Signal(ExitSignal::Top1), below: u8::MAX, head_from: 0 },
         };

@@ -1,4 +1,4 @@
-//! Probes: how fast the machine is under a steady load, at any moment of a profile or a replay.
+//! Probes: the machine's speed under a steady load, at any moment of a profile or a replay.
 
 use std::time::Instant;
 
@@ -10,30 +10,30 @@ use super::Profiler;
 use crate::clock::{Idle, WallClock};
 use crate::replay::ReplayError;
 
-/// How fast the machine was at one moment: some passes of the profiler's steady load.
+/// The machine's speed at one moment: some passes of the profiler's steady load.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probe {
-    /// The way in which the load was served: its place in [`Profiler::loads`].
+    /// Way in which the load was served: an index into [`Profiler::loads`].
     pub way: usize,
-    /// The passes, with the time that the executor took for each.
+    /// The passes, with their times on the executor.
     pub passes: Vec<LoggedPass>,
-    /// How long they took together, the serving loop between them included.
+    /// Duration of all passes, the serving loop included.
     pub elapsed: Nanos,
 }
 
 impl Probe {
-    /// How long the executor took for all passes.
+    /// Time of all passes on the executor.
     pub fn in_executor(&self) -> Nanos {
         self.passes.iter().map(|pass| pass.elapsed).sum()
     }
 
-    /// Measured time of the passes over their time by a latency model.
+    /// Measured time of the passes over their modelled time.
     pub fn pace(&self, model: &LatencyModel) -> f64 {
         let predicted: f64 = self.passes.iter().map(|pass| model.pass_ns(&pass.work)).sum();
         self.in_executor().0 as f64 / predicted
     }
 
-    /// The passes as a run of a pass log; `settings` are those of the load, `repeat` numbers its probes.
+    /// The passes as a run of a pass log; `settings` are those of the load, `repeat` is the number of the probe.
     pub fn into_run(self, settings: &Settings, repeat: u32) -> PassRun {
         PassRun {
             origin: PassOrigin::Steady,
@@ -47,9 +47,9 @@ impl Probe {
     }
 }
 
-/// A wall clock that stands still half of the time, while probes measure how fast the machine is.
+/// A wall clock that stops half of the time, while probes measure the machine's speed.
 ///
-/// The run goes on after a probe for as long as the probe took, so that each disturbs the caches of the other equally.
+/// The run continues after a probe for as long as the probe took, so that each disturbs the other's caches equally.
 pub struct ProbedClock<'p> {
     clock: WallClock,
     profiler: &'p mut Profiler,
@@ -66,7 +66,7 @@ impl<'p> ProbedClock<'p> {
         Self { clock, profiler, next: Instant::now(), probes: Vec::new(), failure: None }
     }
 
-    /// What was told, and when.
+    /// The probes, with the clock's time of each.
     ///
     /// # Errors
     /// If the engine failed.

@@ -1,6 +1,6 @@
-//! Sums of samples that are robust against other work on the machine.
+//! Summaries of samples that are robust against other work on the machine.
 
-/// Replaces numbers by the nearest that do not fall (in the least squares, by pooling neighbours that do).
+/// Replaces numbers by the nearest non-decreasing ones (least squares, by pooling adjacent violators).
 pub(super) fn make_rising(numbers: &mut [f64]) {
     let mut pools: Vec<(f64, usize)> = Vec::new();
     for &number in numbers.iter() {
@@ -15,8 +15,8 @@ pub(super) fn make_rising(numbers: &mut [f64]) {
     numbers.iter_mut().zip(pooled).for_each(|(number, pooled)| *number = pooled);
 }
 
-/// The mean of the middle half, and half the distance between the quartiles. A machine may have two speed modes: the median
-/// then falls into one of them by chance, the mean does not. Both leave out single runs that other work interrupts.
+/// Mean of the middle half, and half the distance between the quartiles. With two speed modes of a machine, the median
+/// is in either of them by chance; the mean is not. Both ignore single runs that other work interrupts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Summary {
     pub middle: f64,

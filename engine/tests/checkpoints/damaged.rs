@@ -1,5 +1,5 @@
-//! Checkpoints that are damaged, or of kinds that are not supported, are refused by name, at once, and without taking
-//! more memory than their files are long.
+//! Damaged or unsupported checkpoints are rejected by name, at once, and without more memory than the length of their
+//! files.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::folders::{Model, Tensors};
 use super::gguf::write_gguf;
 
-/// The system's allocator, which remembers the largest request of each thread.
+/// The system's allocator, which records the largest request of each thread.
 struct Largest;
 
 thread_local! {
@@ -73,7 +73,7 @@ fn refusal(path: &Path, num_loops: usize) -> String {
     Checkpoint::read(path, num_loops).map(drop).unwrap_err().to_string()
 }
 
-/// Why a folder is refused whose configuration was changed.
+/// The error for a folder with a changed configuration.
 fn refusal_with(mut config: Value, key: &str, value: Value) -> String {
     let folder = tempfile::tempdir().unwrap();
     Model::random(config.clone(), 1).write(folder.path());
@@ -145,7 +145,7 @@ fn tensors_that_do_not_fit_are_refused_by_name() {
     assert!(unexpected.contains(&format!("unexpected tensor `{bias}`")), "{unexpected}");
 }
 
-/// What people give in place of a model, and the remedy that is named.
+/// Common mistakes in place of a model, and the remedy that the error names.
 #[test]
 fn what_is_no_model_is_refused_with_the_remedy() {
     const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538\n";
@@ -276,7 +276,7 @@ fn a_gguf_file_of_another_kind_is_refused() {
     assert!(message.contains("`general.architecture` is \"mamba\", expected one of llama, gemma3"), "{message}");
 }
 
-/// Where the numbers of a configuration are, as JSON pointers.
+/// JSON pointers of the numbers in a configuration.
 pub fn numbers(value: &Value, at: &str, found: &mut Vec<String>) {
     match value {
         Value::Number(_) => found.push(at.to_owned()),
@@ -288,7 +288,7 @@ pub fn numbers(value: &Value, at: &str, found: &mut Vec<String>) {
     }
 }
 
-/// A model folder of ours with everything that its configuration can ask for.
+/// A model folder of this program with everything that its configuration can contain.
 fn write_ours(folder: &Path) {
     let config = ModelConfig {
         vocab_size: 19,
@@ -339,8 +339,8 @@ fn absurd_numbers_in_configurations_are_refused_or_harmless() {
                 };
                 let positions = weights.as_ref().map_or(0, |weights| weights.config().max_positions);
                 let loaded = weights.is_some_and(|weights| EngineModel::load(&weights, WeightType::F32).is_ok());
-                // The names of the tensors of 4096 layers, the most there may be, take 4 MiB; a rotary table holds the
-                // sine and cosine of 2 pairs of numbers at each position.
+                // The names of the tensors of 4096 layers, the maximum, take 4 MiB. A rotary table has the sine and
+                // cosine of 2 pairs of numbers at each position.
                 let (largest, allowed) = (LARGEST.get(), 64 * length + (8 << 20) + 32 * positions);
                 assert!(largest <= allowed, "{kind}: {place} {absurd}: {largest} bytes at once, loaded: {loaded}");
             }

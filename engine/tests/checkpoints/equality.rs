@@ -1,4 +1,4 @@
-//! The logits of a model that was read are those of candle-transformers, and of the families' definitions.
+//! The logits of a model equal those of candle-transformers and of the families' definitions.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -16,7 +16,7 @@ pub fn tokens(config: &Value, length: usize) -> Vec<u32> {
     (0..length).map(|i| ((i * i * 31 + i * 7 + 3) % size(config, "vocab_size")) as u32).collect()
 }
 
-/// The engine's logits `[tokens, vocab]` of a folder.
+/// The engine's logits `[tokens, vocab]` for a model folder.
 pub fn engine_logits(folder: &std::path::Path, num_loops: usize, tokens: &[u32]) -> Tensor {
     let weights = Checkpoint::read(folder, num_loops).unwrap().weights;
     let input = Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
@@ -42,7 +42,7 @@ fn folder_of(model: &Model) -> tempfile::TempDir {
 /// The logits after a token at a position.
 type Next = Box<dyn FnMut(&Tensor, usize) -> candle_core::Result<Tensor>>;
 
-/// What candle-transformers gives token after token.
+/// The logits of candle-transformers, token by token.
 pub fn candle_logits(model: &Model, tokens: &[u32]) -> Tensor {
     let vb = VarBuilder::from_tensors(model.tensors.clone(), DType::F32, &Device::Cpu);
     let json = model.config.clone();
@@ -116,7 +116,7 @@ proptest! {
     }
 }
 
-/// A Gemma 3 of the newest format says what one of the oldest does.
+/// A Gemma 3 in the newest format equals one in the oldest.
 #[test]
 fn rope_parameters_by_layer_type_mean_what_the_older_keys_mean() {
     let old = json!({

@@ -19,7 +19,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Random tensors for a configuration, large enough that every part of a layer shows in the logits.
+    /// Random tensors for a configuration, large enough that every component of a layer affects the logits.
     pub fn random(config: Value, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut tensors = Tensors::new();
@@ -163,7 +163,7 @@ fn rope_scalings() -> impl Strategy<Value = Value> {
     ]
 }
 
-/// Configurations of `LlamaForCausalLM`, as candle-transformers can read them too if they are `plain`.
+/// Configurations of `LlamaForCausalLM`; if `plain`, candle-transformers can read them too.
 pub fn llama(plain: bool) -> impl Strategy<Value = Value> {
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let widths = prop_oneof![Just(2_usize), Just(4), Just(6), Just(10)];
@@ -205,7 +205,7 @@ pub fn gemma1() -> impl Strategy<Value = Value> {
     )
 }
 
-/// Configurations of `Gemma3ForCausalLM`, as candle-transformers can read them too if they are `plain`.
+/// Configurations of `Gemma3ForCausalLM`; if `plain`, candle-transformers can read them too.
 pub fn gemma3(plain: bool) -> impl Strategy<Value = Value> {
     let widths = (prop_oneof![Just(2_usize), Just(8), Just(14)], 3_usize..30);
     let windows = (1_usize..12, 1_usize..4);
@@ -235,7 +235,7 @@ pub fn gpt_neox() -> impl Strategy<Value = Value> {
     let flags = (any::<bool>(), any::<bool>(), any::<bool>());
     (some_sizes(), widths, flags, prop_oneof![Just(0.5), Just(1.0), Just(0.25)]).prop_map(
         |(numbers, (heads, head_dim), (tied, parallel, bias), share)| {
-            // An even number of dimensions is rotated, and some are.
+            // An even number of dimensions is rotated, and at least one pair.
             let rotated = (head_dim as f64 * share) as usize;
             let share = if rotated >= 2 && rotated.is_multiple_of(2) { share } else { 1.0 };
             let mut config = json!({

@@ -1,4 +1,4 @@
-//! GGUF files, written by candle from models whose logits are known.
+//! GGUF files, written by candle from models with known logits.
 
 use std::path::{Path, PathBuf};
 
@@ -27,7 +27,7 @@ fn texts(values: &[&str]) -> GgufValue {
     GgufValue::Array(values.iter().map(|value| text(value)).collect())
 }
 
-/// What llama.cpp's converter calls a tensor.
+/// Name of a tensor in files of llama.cpp's converter.
 fn gguf_name(name: &str, gemma3: bool) -> String {
     let mut name = name.replace("model.layers.", "blk.").replace("model.norm", "output_norm");
     let norms = match gemma3 {
@@ -77,7 +77,7 @@ fn write_file(path: &Path, values: &[(String, GgufValue)], tensors: &[(String, Q
     write(&mut std::fs::File::create(path).unwrap(), &values, &tensors).unwrap();
 }
 
-/// What is in such a file.
+/// Contents of such a file.
 type Contents = (Vec<(String, GgufValue)>, Vec<(String, QTensor)>);
 
 fn contents(model: &Model, extra: &[(&str, GgufValue)], more: &[(&str, Tensor)]) -> Contents {
@@ -118,7 +118,7 @@ fn contents(model: &Model, extra: &[(&str, GgufValue)], more: &[(&str, Tensor)])
     (values, tensors)
 }
 
-/// Writes a model as `parts` files, as llama.cpp splits them, and says where the first is.
+/// Writes a model as `parts` files, as llama.cpp splits them, and returns the path of the first.
 pub fn write_split(model: &Model, folder: &Path, parts: usize) -> PathBuf {
     let (values, mut tensors) = contents(model, &[], &[]);
     let (each, count) = (tensors.len().div_ceil(parts), tensors.len());
@@ -176,7 +176,7 @@ fn parts_of_a_split_file_that_are_missing_or_of_another_one_are_named() {
     let message = refusal(&renamed);
     assert!(message.contains("part 1 of 3: its name must end in -00001-of-00003.gguf"), "{message}");
 
-    // The last part without a tensor.
+    // The last part has no tensor.
     std::fs::write(&third, &bytes).unwrap();
     let (_, tensors) = contents(&model, &[], &[]);
     let split =
@@ -271,7 +271,7 @@ fn a_gemma_3_has_the_defaults_that_llama_cpp_has() {
     assert_eq!(architecture(&["sliding_window"], Some(0)).sliding_window, None);
 }
 
-/// As a configuration of these can be said in a GGUF file.
+/// Changes a configuration to one that a GGUF file can contain.
 fn for_gguf(mut config: Value) -> Value {
     config["rope_scaling"] = Value::Null;
     config["hidden_act"] = json!("silu");
@@ -315,7 +315,7 @@ fn llama_3_scaling_is_found_in_its_factors_and_no_other_is() {
     });
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    // 5e5^-(i / 4): the first turns 1304 times in 8192 tokens, the second 49, the third 1.84, the last 0.07.
+    // 5e5^-(i / 4): in 8192 tokens, the first rotates 1304 times, the second 49, the third 1.84, the last 0.07.
     let third = 1.0 / ((1.0 - 0.8438_f64 / 3.0) / 32.0 + 0.8438 / 3.0);
     let turns = 8192.0 / (2.0 * std::f64::consts::PI * 5e5_f64.powf(0.5));
     assert!((turns - 1.8438).abs() < 1e-4);
@@ -345,7 +345,7 @@ fn a_rope_factor_without_a_type_is_one_of_linear_scaling() {
     assert!(message.contains("`llama.rope.scaling.type` is \"yarn\", expected none or linear"), "{message}");
 }
 
-/// Texts that tokenizers trip over.
+/// Texts that are hard for tokenizers.
 const TEXTS: [&str; 4] = ["a ab  abc", "12 ab\n", "", "naïve ☃ b"];
 
 fn tokenizer_of(extra: &[(&str, GgufValue)]) -> engine::Tokenizer {
@@ -414,7 +414,7 @@ fn byte_level_tokens_are_split_as_the_file_says() {
     }
 }
 
-/// GPT-2's printable characters for the 256 bytes: those that print stand for themselves.
+/// GPT-2's printable characters for the 256 bytes: printable bytes represent themselves.
 fn byte_alphabet() -> Vec<String> {
     let prints = |byte: u32| (33..127).contains(&byte) || (161..173).contains(&byte) || (174..256).contains(&byte);
     let mut others = 256..;

@@ -1,5 +1,5 @@
-//! Damaged files of every kind are read or refused: without a panic, at once, and without more memory than a small
-//! multiple of the file. `PROPTEST_CASES` sets how many are tried.
+//! Damaged files of every kind are read or rejected without a panic, at once, and with memory of at most a small
+//! multiple of the file's size. `PROPTEST_CASES` sets the number of cases.
 
 use std::path::Path;
 
@@ -31,7 +31,7 @@ fn families() -> impl Strategy<Value = Value> {
     prop_oneof![Just(llama()), Just(scaled(llama())), Just(gemma()), Just(gemma3()), Just(gpt_neox())]
 }
 
-/// Calls a function, which may fail, but neither panic nor ask for much memory at once for a file of `length` bytes.
+/// Calls a function that may fail, but must neither panic nor allocate much at once for a file of `length` bytes.
 fn survives(length: usize, run: impl FnOnce()) {
     LARGEST.set(0);
     run();
@@ -39,7 +39,7 @@ fn survives(length: usize, run: impl FnOnce()) {
     assert!(largest <= 64 * length + (1 << 20), "{largest} bytes at once for a file of {length}");
 }
 
-/// Puts a damaged file in place of a good one while a function runs.
+/// Replaces a file by a damaged one while a function runs.
 fn while_damaged(path: &Path, changes: &[Damage], run: impl FnOnce(usize)) {
     let pristine = std::fs::read(path).unwrap();
     let mut bytes = pristine.clone();
@@ -57,7 +57,7 @@ fn several() -> impl Strategy<Value = Vec<Vec<Damage>>> {
     prop::collection::vec(prop::collection::vec(damages(), 1..4), 20)
 }
 
-/// A number of a JSON text, by its order, replaced by another.
+/// Replaces the number at index `place` of a JSON text.
 fn other_number(mut json: Value, place: usize, number: &Value) -> Value {
     let mut places = Vec::new();
     numbers(&json, "", &mut places);
@@ -173,7 +173,7 @@ fn tokenizers() -> Vec<Value> {
     ]
 }
 
-/// Loads a tokenizer and, if that goes well, uses it.
+/// Loads a tokenizer and, if that succeeds, uses it.
 fn use_tokenizer(path: &Path) {
     if let Ok(tokenizer) = Tokenizer::load(path) {
         for text in ["the cat ab", "", " naïve ☃ 12345 <s>\n\u{0}"] {
@@ -199,7 +199,7 @@ fn the_tokenizers_that_are_damaged_are_good_ones() {
     }
 }
 
-/// The values of a tokenizer of GGUF, and a model of as many tokens.
+/// Writes a GGUF file with a tokenizer, and a model with that number of tokens.
 fn gguf_with_tokenizer(path: &Path, of_bytes: bool) {
     let text = |value: &str| GgufValue::String(value.to_owned());
     let list = |values: &[&str]| GgufValue::Array(values.iter().map(|value| text(value)).collect());
@@ -262,7 +262,7 @@ proptest! {
         for (place, value) in values {
             let config = other_number(config.clone(), place, &value).to_string();
             std::fs::write(folder.path().join("config.json"), &config).unwrap();
-            // The names of the tensors of as many layers as there are tensors are made before one is missed.
+            // Names are made for one layer per tensor of the file before a missing tensor is noticed.
             survives(config.len() + (1 << 13), || use_checkpoint(folder.path()));
         }
     }

@@ -1,4 +1,4 @@
-//! Keys of configurations are used, refused or warned about, as the programs that write them mean them.
+//! Keys of configurations are used, rejected or warned about, by their meaning in the programs that write them.
 
 use engine::Checkpoint;
 use engine::config::{ModelConfig, RopeScaling};
@@ -29,7 +29,7 @@ fn config_of(model_type: &str) -> Value {
     config
 }
 
-/// What a model with these keys is read as, and what is warned about.
+/// The configuration that is read from these keys, and the warnings.
 fn read(model_type: &str, keys: &Value) -> (Result<ModelConfig, String>, Vec<String>) {
     let folder = tempfile::tempdir().unwrap();
     let mut model = Model::random(config_of(model_type), 1);

@@ -1,4 +1,5 @@
-//! Checkpoints of others: read as their own programs read them, refused when damaged, written so that they come back.
+//! Checkpoints of other programs: read as those programs read them, rejected when damaged, and written so that they
+//! read back.
 
 mod damaged;
 mod equality;

@@ -1,5 +1,5 @@
-//! The families as their Hugging Face definitions say, one operation of candle after the other: slow, and of nothing in
-//! common with the engine.
+//! The families by their Hugging Face definitions, composed from candle's operations: slow, and without code in common
+//! with the engine.
 
 use candle_core::{D, DType, Device, Tensor};
 use serde_json::Value;

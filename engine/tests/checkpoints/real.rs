@@ -1,4 +1,4 @@
-//! Real models, if `scripts/fetch-models.sh` was run, against what llama.cpp says of the same files.
+//! Real models, if `scripts/fetch-models.sh` was run, compared with llama.cpp on the same files.
 
 use std::path::PathBuf;
 
@@ -10,13 +10,13 @@ fn of_repository(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
-/// Where `scripts/fetch-models.sh` puts models: `DEPTHWISE_MODELS`, or `models/fetched`.
+/// Folder of `scripts/fetch-models.sh`: `DEPTHWISE_MODELS`, or `models/fetched`.
 fn fetched(name: &str) -> PathBuf {
     let folder = std::env::var_os("DEPTHWISE_MODELS");
     folder.map_or_else(|| of_repository("models/fetched"), PathBuf::from).join(name)
 }
 
-/// Tokens of a fixed text, with those that begin a prompt, and the perplexity of it; nothing if the model is not there.
+/// Number of tokens of a fixed text, with those that begin a prompt, and its perplexity; `None` if the model is absent.
 fn tokens_and_perplexity(name: &str) -> Option<(usize, f64)> {
     let path = fetched(name);
     if !path.exists() {
@@ -39,8 +39,8 @@ fn tokens_and_perplexity(name: &str) -> Option<(usize, f64)> {
     Some((count, f64::from(nats.to_scalar::<f32>().unwrap()).exp()))
 }
 
-/// llama.cpp's figure is of the file with its matrices written out as f32, else it rounds activations to 8 bits; its
-/// keys and values are of 16 bits.
+/// llama.cpp's value is for the file with its matrices converted to f32, since it otherwise rounds activations to 8
+/// bits. Its keys and values have 16 bits.
 fn assert_near(found: f64, llama_cpp: f64) {
     assert!((found / llama_cpp - 1.0).abs() < 1e-3, "perplexity {found}, of llama.cpp {llama_cpp}");
 }

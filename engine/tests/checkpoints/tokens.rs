@@ -1,4 +1,4 @@
-//! Tokenizers of checkpoints give the tokens that their formats' own programs give.
+//! Tokenizers of checkpoints give the tokens of their formats' own programs.
 
 use std::path::Path;
 
@@ -40,7 +40,7 @@ fn gguf_value(value: &Value) -> GgufValue {
     }
 }
 
-/// The tokenizer of a GGUF file with these values, and what is warned about.
+/// The tokenizer of a GGUF file with these values, and the warnings.
 fn gguf_tokenizer(values: &Map<String, Value>) -> (Tokenizer, Vec<String>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
@@ -57,7 +57,7 @@ fn table() -> Value {
     serde_json::from_str(include_str!("llama_cpp_tokens.json")).unwrap()
 }
 
-/// The values of a tokenizer's case: those of its kind, changed.
+/// Values of a tokenizer's test case: those of its kind, with changes.
 fn values_of(table: &Value, kind: &Value, case: &Value) -> Map<String, Value> {
     let mut values = table["kinds"][kind.as_str().unwrap()].as_object().unwrap().clone();
     values.extend(case["with"].as_object().unwrap().clone());
@@ -79,7 +79,7 @@ fn gguf_tokenizers_give_the_tokens_that_llama_cpp_gives() {
             for (text, expected) in texts.zip(row["tokens"].as_array().unwrap()) {
                 let mut expected: Vec<u32> = serde_json::from_value(expected.clone()).unwrap();
                 if case["with"]["add_eos_token"] == true {
-                    // An end that is put after every text is left out of prompts.
+                    // The end token, which follows every text, is left out of prompts.
                     assert_eq!(expected.pop(), case["with"]["eos_token_id"].as_u64().map(|id| id as u32));
                 }
                 assert_eq!(tokenizer.encode_prompt(text).unwrap(), expected, "{case}: {text:?}");

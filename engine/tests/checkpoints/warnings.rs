@@ -1,4 +1,4 @@
-//! What is warned about while a function runs.
+//! Warnings that are logged while a function runs.
 
 use std::cell::RefCell;
 
@@ -8,7 +8,7 @@ thread_local! {
     static WARNINGS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Keeps what a thread logs.
+/// Collects the log messages of a thread.
 struct Kept;
 
 static LOGGER: Kept = Kept;
@@ -27,7 +27,7 @@ impl Log for Kept {
     fn flush(&self) {}
 }
 
-/// What a function gives, and its warnings.
+/// Result of a function, and its warnings.
 pub fn with_warnings<T>(run: impl FnOnce() -> T) -> (T, Vec<String>) {
     if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(LevelFilter::Warn);

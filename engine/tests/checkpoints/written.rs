@@ -1,4 +1,4 @@
-//! What is written for other programs is what was read, and what a recursive model computes.
+//! Files for other programs contain what was read, and what a recursive model computes.
 
 use std::collections::HashMap;
 
@@ -64,7 +64,7 @@ proptest! {
         }
         let again = Checkpoint::read(second.path(), 1).unwrap().weights;
         prop_assert_eq!(again.config(), read.config());
-        // Programs that know the family find in the new configuration what they found in the old one.
+        // Programs that know the family find the keys of the old configuration in the new one.
         let config = serde_json::from_slice(&std::fs::read(second.path().join("config.json")).unwrap()).unwrap();
         let tokens = tokens(&model.config, 9);
         assert_close(&plain::logits(&Model { config, tensors: written }, &tokens), &plain::logits(&model, &tokens));
@@ -134,10 +134,10 @@ fn the_tokenizer_goes_with_the_model() {
     assert_eq!(read.tokenizer.unwrap().encode(text).unwrap(), tokenizer.encode(text).unwrap());
 }
 
-/// transformers and candle-transformers agree on where a Gemma's activation is written, but transformers takes the exact
+/// transformers and candle-transformers read a Gemma's activation from the same key, but transformers takes the exact
 /// function's name for its approximation.
 #[test]
-fn a_gemmas_activation_is_written_where_others_look_for_it() {
+fn a_gemmas_activation_is_written_where_other_programs_read_it() {
     let write = |activation| {
         let architecture = Architecture { activation, embedding_scale: 4.0, norm_eps: 1e-6, ..Architecture::default() };
         let folder = tempfile::tempdir().unwrap();

@@ -8,16 +8,16 @@ use engine::{Model, ServedModel, WeightType, Weights};
 
 use super::emulator;
 
-/// What models run on.
+/// The devices that models run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
     Cpu,
-    /// By the CUDA kernels: emulated, or with the feature `cuda` on the first GPU.
+    /// The CUDA kernels: emulated, or with the feature `cuda` on the first GPU.
     Cuda,
 }
 
 impl Device {
-    /// A model in `f32` on it; none, said on standard error, if there is no such device.
+    /// A model in `f32` on the device; `None`, with a message on standard error, if there is no such device.
     pub fn serve(self, weights: &Weights) -> Option<Arc<dyn ServedModel>> {
         match self {
             Self::Cpu => Some(Arc::new(Model::load(weights, WeightType::F32).unwrap())),
@@ -25,7 +25,7 @@ impl Device {
         }
     }
 
-    /// How far numbers around 1 may lie from those of the CPU: sums in another order.
+    /// Tolerance for numbers around 1, compared with the CPU's, whose sums have another order.
     pub fn tolerance(self) -> f32 {
         match self {
             Self::Cpu => 0.0,

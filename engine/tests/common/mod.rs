@@ -20,7 +20,7 @@ use engine::config::{
 use engine::kernels::signals::mix;
 use proptest::prelude::*;
 
-/// Small models of every kind that a configuration can say.
+/// Small models of every kind that a configuration allows.
 pub fn configs() -> impl Strategy<Value = ModelConfig> {
     let own_layers = (0_usize..3, 0_usize..3);
     let exits = (any::<bool>(), prop_oneof![Just(0_usize), 1_usize..4]);
@@ -40,7 +40,7 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
             if let (false, Some(lora)) = (architecture.gated_mlp, &mut config.lora) {
                 lora.ranks.gate = 0;
             }
-            // Heads that are rotated in part may be odd.
+            // Heads that are rotated partially may have odd sizes.
             config.head_dim += architecture.rotary_dims.map_or(0, |_| config.vocab_size % 2);
             architecture.rotary_dims = architecture.rotary_dims.map(|dims| dims.min(config.head_dim / 2 * 2));
             let layers = config.num_layers();
@@ -54,7 +54,7 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
     )
 }
 
-/// The same with heads of one kind: the emulated kernels are compiled for each.
+/// Small models with heads of one size, since the emulated kernels are compiled for each.
 pub fn configs_of_one_head_size() -> impl Strategy<Value = ModelConfig> {
     configs().prop_map(|mut config| {
         (config.num_heads, config.num_kv_heads, config.head_dim) = (4, 2, 8);
@@ -113,7 +113,7 @@ fn architectures() -> impl Strategy<Value = Architecture> {
     )
 }
 
-/// Length of a window, and a bit for each layer that has it.
+/// Length of a window, and a bit for each layer that has one.
 fn windows() -> impl Strategy<Value = Option<(usize, u32)>> {
     prop_oneof![Just(None), (1_usize..100, any::<u32>()).prop_map(Some)]
 }
@@ -133,7 +133,7 @@ fn sharings() -> impl Strategy<Value = (Sharing, Option<LoraConfig>)> {
     (sharing, lora)
 }
 
-/// One small model with grouped-query attention, three loops and a head of its own.
+/// A small model with grouped-query attention, three loops and an untied head.
 pub fn grouped() -> ModelConfig {
     ModelConfig {
         vocab_size: 40,
@@ -150,7 +150,7 @@ pub fn grouped() -> ModelConfig {
     }
 }
 
-/// The same with layers before and after the loops, norms and low-rank differences by depth, windows and gates.
+/// The model with every feature: prelude and coda, norms and low-rank differences by depth, windows and gates.
 pub fn with_everything() -> ModelConfig {
     let mut config = ModelConfig {
         sharing: Sharing::Matrices,
@@ -166,7 +166,7 @@ pub fn with_everything() -> ModelConfig {
     config
 }
 
-/// Weights that are random everywhere: fresh ones have norms of one and adapters that do nothing, and their logits
+/// Weights that are random everywhere. Initial weights have norms of one and adapters without effect, and their logits
 /// are so small that all tokens are nearly equal.
 pub fn weights(config: &ModelConfig, seed: u64) -> Weights {
     let fresh = Weights::random(config.clone(), seed).unwrap();

@@ -1,4 +1,4 @@
-//! Attention and what it stores, against the CPU operation.
+//! Attention and the entries it stores, compared with the CPU operation.
 
 use candle_core::{Device as CandleDevice, Tensor};
 use engine::cache::{Kept, KvCache, TILE};
@@ -17,7 +17,7 @@ const DEPTHS: usize = 3;
 const DEPTH_LAYERS: usize = 2;
 const PRELUDE_LAYERS: usize = 1;
 
-/// Heads of a kind of model.
+/// Sizes of the heads of a model.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub scalar: Scalar,
@@ -27,7 +27,7 @@ pub struct Shape {
     pub block_tokens: usize,
 }
 
-/// One sequence's rows in a pass: a decode row, or a prompt's chunk.
+/// Rows of one sequence in a pass: a decode row or a prompt chunk.
 #[derive(Clone, Copy, Debug)]
 pub struct Chunk {
     pub history: usize,
@@ -41,11 +41,11 @@ pub struct Case {
     shape: Shape,
     kept: Kept,
     cache: KvCache,
-    /// The device's pages, as they are stored.
+    /// The device's pages, in the storage type.
     pages: Vec<f32>,
     chunks: Vec<Chunk>,
     fills: Vec<std::ops::Range<usize>>,
-    /// Of each chunk, the positions of its history that left no entry at its depth.
+    /// By chunk: positions of its history without an entry at its depth.
     skipped: Vec<Vec<u32>>,
     blocks: Vec<Vec<u32>>,
     window: usize,
@@ -78,7 +78,7 @@ fn config(shape: Shape, positions: usize) -> ModelConfig {
     }
 }
 
-/// Chunks of random length, history and depth, by depth.
+/// Chunks of random length, history and depth, sorted by depth.
 pub fn chunks(dice: &mut Dice, batch: usize, longest: usize) -> Vec<Chunk> {
     let mut chunks: Vec<Chunk> = (0..batch)
         .map(|_| Chunk { history: dice.pick(&[0, 1, 2, 15, 16, 17, longest]).min(longest), rows: 1, depth: 0 })
@@ -97,19 +97,19 @@ pub fn chunks(dice: &mut Dice, batch: usize, longest: usize) -> Vec<Chunk> {
 }
 
 impl Case {
-    /// None if there is no machine to test.
+    /// `None` if there is no machine to test.
     pub fn new(shape: Shape, chunks: Vec<Chunk>, kept: Kept, dice: &mut Dice) -> Option<Self> {
         Self::with_fill(shape, chunks, kept, KvFill::Reuse, 0, dice)
     }
 
-    /// Every row sees its whole history, so that nothing that is wrong with it stays unseen.
+    /// Makes every row attend to its whole history, so that any error in it shows.
     #[cfg(not(feature = "cuda"))]
     pub fn without_windows(mut self) -> Self {
         self.sights.iter_mut().for_each(|sight| sight.window = None);
         self
     }
 
-    /// With histories of which some positions left no entry.
+    /// Leaves out the entries of some positions of the histories.
     fn with_fill(
         shape: Shape,
         chunks: Vec<Chunk>,
@@ -163,8 +163,8 @@ impl Case {
         Some(case)
     }
 
-    /// Gives every sequence keys and values at the positions before its rows', at its depth; and gives every row the
-    /// depths whose entries it leaves. One that leaves none finds what was left before.
+    /// Gives every sequence keys and values at the positions before its rows, at its depth, and sets the depths at
+    /// which every row writes entries. A row that writes none reads the earlier entry.
     fn fill_histories(&mut self, dice: &mut Dice) {
         let mut cpu = numbers(self.cache.pages());
         for (index, chunk) in self.chunks.clone().iter().enumerate() {
@@ -203,7 +203,7 @@ impl Case {
         self.pages[at_value..][..value.len()].copy_from_slice(value);
     }
 
-    /// Where on the device a key and a value lie.
+    /// Indices of a key and a value on the device.
     fn places(&self, depth: usize, block: u32, offset: usize, head: usize) -> [usize; 2] {
         let Shape { kv_heads, head_dim, block_tokens, .. } = self.shape;
         let half = kv_heads * block_tokens * head_dim;
@@ -251,7 +251,7 @@ impl Case {
         }
     }
 
-    /// Runs the kernels; gives the attention and the pages.
+    /// Runs the kernels; returns attention and pages.
     pub fn on_device(&self) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
         let bench = &self.bench;
         let uploaded = bench.upload(&PassRows::new(&self.rows(), Some(self.window)));
@@ -278,7 +278,7 @@ impl Case {
         Ok((bench.stored(&out), bench.stored(&pages)))
     }
 
-    /// Runs the CPU operation; gives the attention.
+    /// Runs the CPU operation; returns attention.
     fn on_cpu(&self) -> Vec<f32> {
         let Shape { heads, kv_heads, head_dim, .. } = self.shape;
         let kinds = Heads { heads, kv_heads, head_dim, scale: 0.3, sights: self.sights.clone(), kept: self.kept };
@@ -286,7 +286,7 @@ impl Case {
         numbers(&attend(&qkv, &self.rotary, &self.cache, &kinds, &self.rows()).unwrap())
     }
 
-    /// The CPU's pages as the device lays them out; NaN where nothing was stored.
+    /// The CPU's pages in the device's layout; NaN where nothing was stored.
     fn cpu_pages(&self) -> Vec<f32> {
         let (cpu, layout, rows) = (numbers(self.cache.pages()), self.cache.layout(), self.rows());
         let mut pages = self.pages.clone();
@@ -410,7 +410,7 @@ fn fills_copy_entries_to_every_deeper_depth() {
         let fill =
             |(chunk, blocks): (&Chunk, &Vec<u32>)| attention::Fill { block: blocks[0], offset: 5, depth: chunk.depth };
         let fills: Vec<attention::Fill> = case.chunks.iter().zip(&case.blocks).map(fill).collect();
-        // Layer 1 was given nothing: what is there must be copied as it is.
+        // Layer 1 has no entries: its contents must be copied unchanged.
         case.pages.iter_mut().filter(|x| x.is_nan()).for_each(|x| *x = 0.0);
         let pages = case.bench.store(&case.pages);
         let uploaded: Vec<Fill> = fills

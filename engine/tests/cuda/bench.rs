@@ -1,4 +1,4 @@
-//! Random numbers on the machine under test, and the same for the CPU operations.
+//! Random numbers on the machine under test, and the same numbers for the CPU operations.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 use crate::emulator::{Machine, machine};
 
-/// Random numbers of a seed.
+/// A random generator with a seed.
 pub struct Dice(u64);
 
 impl Dice {
@@ -44,7 +44,7 @@ impl Dice {
     }
 }
 
-/// A number as it is stored.
+/// A number after rounding to the storage type.
 pub fn rounded(scalar: Scalar, x: f32) -> f32 {
     match scalar {
         Scalar::F32 => x,
@@ -53,8 +53,8 @@ pub fn rounded(scalar: Scalar, x: f32) -> f32 {
     }
 }
 
-/// How far results may lie from those of the CPU operation, for results around 1: sums in another order in `f32`, and
-/// rounding to storage on the way.
+/// Tolerance for results around 1, compared with the CPU operation: sums in another order in `f32`, and rounding to the
+/// storage type in between.
 pub fn tolerance(scalar: Scalar) -> f32 {
     match scalar {
         Scalar::F32 => 2e-5,
@@ -63,7 +63,7 @@ pub fn tolerance(scalar: Scalar) -> f32 {
     }
 }
 
-/// Checks that results are close to what is expected; what is not a number is close to nothing.
+/// Checks that results are close to the expected ones; NaN is close to nothing.
 pub fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
     assert_eq!(found.len(), expected.len(), "{what}: other lengths");
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
@@ -79,23 +79,23 @@ pub struct Bench {
     pub specialization: Specialization,
 }
 
-/// Memory of the machine under test and what it holds.
+/// Memory of the machine under test with its numbers.
 pub type Held<T> = device::Held<Machine, T>;
 
-/// A pass's rows and the memory that they lie in.
+/// Rows of a pass with their memory.
 pub struct Rows {
     pub views: OnDevice,
     _memory: Held<u8>,
 }
 
 impl Bench {
-    /// None if there is no such machine.
+    /// `None` if there is no such machine.
     pub fn new(specialization: Specialization) -> Option<Self> {
         let machine = machine()?;
         Some(Self { module: machine.load(&specialization).unwrap(), machine, specialization })
     }
 
-    /// With kernels for small heads, for what attends not.
+    /// Kernels for small heads, for tests without attention.
     pub fn of(scalar: Scalar) -> Option<Self> {
         Self::new(Specialization::new(scalar, 64, 2, 16).unwrap())
     }
@@ -108,7 +108,7 @@ impl Bench {
         self.specialization.scalar
     }
 
-    /// Memory for `count` numbers; emulated, NaN all of them.
+    /// Memory for `count` numbers; emulated memory is all NaN.
     pub fn empty<T: Plain>(&self, count: usize) -> Held<T> {
         Held::room(&*self.machine, count, size_of::<T>()).unwrap()
     }
@@ -134,7 +134,7 @@ impl Bench {
         Rows { views: views.moved(self.machine.address(memory.memory())), _memory: memory }
     }
 
-    /// Numbers rounded to how they are stored.
+    /// Memory with numbers in the storage type.
     pub fn store(&self, numbers: &[f32]) -> Held<Stored> {
         Held::stored(&*self.machine, self.scalar(), numbers).unwrap()
     }
@@ -145,7 +145,7 @@ impl Bench {
         self.scalar().decode(&bytes)
     }
 
-    /// Random numbers as they are stored.
+    /// Random numbers after rounding to the storage type.
     pub fn random(&self, dice: &mut Dice, count: usize) -> Vec<f32> {
         dice.numbers(count).into_iter().map(|x| rounded(self.scalar(), x)).collect()
     }

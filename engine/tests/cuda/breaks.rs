@@ -1,4 +1,4 @@
-//! Kernels broken on purpose: the emulation must not take them for whole.
+//! Deliberately broken kernels, which the emulation must detect.
 
 use engine::cache::Kept;
 use engine::cuda::source::{Scalar, Specialization};
@@ -7,7 +7,7 @@ use crate::attention::{Case, Chunk, SHAPES, Shape};
 use crate::bench::{Bench, Dice};
 use crate::emulator::Module;
 
-/// Whether attention comes out wrong, or the launch fails, when `from` is replaced by `to` in the kernels.
+/// The error of attention, or of its launch, when `from` is replaced by `to` in the kernels; `None` if there is none.
 fn caught(shape: Shape, from: &str, to: &str) -> Option<String> {
     let mut dice = Dice::new(5);
     let chunks = [(40, 1, 0), (300, 1, 1), (3, 30, 2)];
@@ -104,7 +104,7 @@ fn breaks_on_tensor_cores_are_caught() {
         ("    __syncthreads();\n    float shares", "    float shares"),
         ("        __syncthreads();\n    }\n}\n\n// One block", "    }\n}\n\n// One block"),
     ];
-    // Heads of 24 are no whole step, and five of them share a key-value head.
+    // Heads of 24 are not a whole number of steps, and five of them share a key-value head.
     for (from, to) in breaks {
         assert!(caught(SHAPES[9], from, to).is_none_or(|message| message.contains("expected")), "{from}");
     }

@@ -1,4 +1,4 @@
-//! The kernels on the CPU: their source behind `emulation.h`, compiled by the C++ compiler that is there.
+//! The kernels on the CPU: their source after `emulation.h`, compiled by the system's C++ compiler.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
@@ -15,7 +15,7 @@ use engine::cuda::source::{KERNELS, Scalar, Specialization};
 use libloading::{Library, Symbol};
 
 const COMPILERS: [&str; 3] = ["c++", "g++", "clang++"];
-/// Traps, caught by the emulation, where an index is beyond an array or a 16-byte load is not aligned.
+/// Traps, which the emulation catches, for an index beyond an array or an unaligned 16-byte load.
 const FLAGS: [&str; 8] = [
     "-std=c++17",
     "-O2",
@@ -30,24 +30,24 @@ const FLAGS: [&str; 8] = [
 type Launch =
     unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, *const *const c_void, c_int, u64) -> *const c_char;
 
-/// A device that stands for a GPU: kernels run on the CPU, memory is the process's, its ends guarded.
+/// A device that emulates a GPU. Kernels run on the CPU; memory belongs to the process, with guarded ends.
 pub struct Emulator {
-    /// The emulation without kernels: memory, and products.
+    /// The emulation without kernels: memory and products.
     library: Arc<Library>,
-    /// What a capture has recorded so far; none outside of one.
+    /// Work recorded by the current capture; `None` outside a capture.
     recording: Mutex<Option<Vec<Work>>>,
-    /// Graphs replayed so far.
+    /// Number of graphs replayed so far.
     replays: AtomicUsize,
 }
 
-/// Kernels, whose threads run in an order that `seed` sets.
+/// Kernels, whose threads run in an order that depends on `seed`.
 #[derive(Clone)]
 pub struct Module {
     library: Arc<Library>,
     seed: u64,
 }
 
-/// A piece of work with its arguments as they were when it was asked for.
+/// A piece of work with its arguments at the time of its submission.
 #[derive(Clone)]
 enum Work {
     Launch { module: Module, kernel: &'static str, grid: [usize; 3], arguments: Vec<Vec<u64>> },
@@ -57,7 +57,7 @@ enum Work {
 /// What a capture recorded.
 pub struct Graph(Vec<Work>);
 
-/// Memory whose end is that of a page; what lies behind must not be touched. Full of NaN at first.
+/// Memory that ends at the end of a page, behind which accesses fail. Initially NaN.
 pub struct Memory {
     start: *mut c_void,
     bytes: usize,
@@ -66,36 +66,36 @@ pub struct Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: it was allocated with these.
+        // SAFETY: the memory was allocated with this size.
         unsafe { (self.free)(self.start, self.bytes) }
     }
 }
 
-/// The emulation's fibres and signal handlers are the process's: one launch at a time.
+/// Lock for launches: the emulation's fibres and signal handlers belong to the process.
 fn one_at_a_time() -> MutexGuard<'static, ()> {
     static LAUNCHES: Mutex<()> = Mutex::new(());
     LAUNCHES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-// SAFETY: whoever holds the memory alone may free it, on any thread.
+// SAFETY: the only owner of the memory may free it, on any thread.
 unsafe impl Send for Memory {}
-// SAFETY: the memory's address is all that is read of it.
+// SAFETY: only the memory's address is read.
 unsafe impl Sync for Memory {}
 
 /// The machine under test.
 pub type Machine = Emulator;
 
-/// A machine of one's own, or none, said on standard error, if there is no C++ compiler.
+/// A new machine; `None`, with a message on standard error, if there is no C++ compiler.
 pub fn machine() -> Option<Arc<Machine>> {
     static LIBRARY: LazyLock<Option<Arc<Library>>> = LazyLock::new(|| Some(Arc::new(open(&compile("", &[])?))));
     let library = LIBRARY.clone()?;
     Some(Arc::new(Emulator { library, recording: Mutex::default(), replays: AtomicUsize::new(0) }))
 }
 
-/// A row's product is the same to the bit in any company.
+/// Whether a row's product depends on the number of rows.
 pub const PRODUCTS_DEPEND_ON_ROWS: bool = false;
 
-/// How often graphs were replayed on a machine.
+/// Number of graphs replayed on a machine.
 pub fn replays(machine: &Machine) -> Option<usize> {
     Some(machine.replays())
 }
@@ -107,17 +107,17 @@ impl Module {
         Self { library: Arc::new(open(&library)), seed }
     }
 
-    /// The bytes of a kernel's arguments, each in whole words.
+    /// Copies the bytes of a kernel's arguments, each in whole words.
     ///
     /// # Safety
-    /// The arguments are those of the kernel.
+    /// The arguments must match the kernel.
     unsafe fn copied(&self, kernel: &CStr, arguments: &[*const c_void]) -> Vec<Vec<u64>> {
         let sizes = function::<unsafe extern "C" fn(*const c_char) -> *const usize>(&self.library, "emulated_sizes");
-        // SAFETY: a name; the sizes are as many as the kernel has arguments.
+        // SAFETY: a valid name; there is one size for each argument of the kernel.
         let sizes = unsafe { std::slice::from_raw_parts(sizes(kernel.as_ptr()), arguments.len()) };
         let copied = |(&argument, &bytes): (&*const c_void, &usize)| {
             let mut words = vec![0_u64; bytes.div_ceil(8)];
-            // SAFETY: the argument is of so many bytes.
+            // SAFETY: the argument has this many bytes.
             unsafe { std::ptr::copy_nonoverlapping(argument.cast::<u8>(), words.as_mut_ptr().cast(), bytes) };
             words
         };
@@ -135,19 +135,19 @@ fn function<'l, F>(library: &'l Library, name: &str) -> Symbol<'l, F> {
     unsafe { library.get(name) }.expect("the emulation has this function")
 }
 
-/// The emulation's word for what went wrong, if anything did.
+/// Converts the emulation's error message, if there is one.
 ///
 /// # Safety
-/// `error` is null or a string.
+/// `error` must be null or a string.
 unsafe fn check(what: &str, error: *const c_char) -> Result<()> {
     if error.is_null() {
         return Ok(());
     }
-    // SAFETY: the emulation's message is a string that stays until the next launch.
+    // SAFETY: the emulation's message is a string that is valid until the next launch.
     bail!("{what}: {}", unsafe { CStr::from_ptr(error) }.to_string_lossy())
 }
 
-/// Compiles kernels behind the emulation, unless the same were compiled before; none if there is no compiler.
+/// Compiles kernels after the emulation, unless these kernels were compiled before; `None` if there is no compiler.
 fn compile(kernels: &str, names: &[&str]) -> Option<PathBuf> {
     let entry = |name: &&str| format!("emulation::Entry<&{name}>::kernel(\"{name}\"),\n");
     let source = format!(
@@ -166,7 +166,7 @@ fn compile(kernels: &str, names: &[&str]) -> Option<PathBuf> {
     let stem = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels-{:016x}", hash.finish()));
     let (code, partial, library) =
         (stem.with_extension("cpp"), stem.with_extension("partial"), stem.with_extension("so"));
-    // Others may compile other kernels meanwhile; who wants the same waits.
+    // Threads may compile different kernels at the same time; a thread that needs the same kernels waits.
     static COMPILED: LazyLock<Mutex<HashMap<PathBuf, Arc<OnceLock<()>>>>> = LazyLock::new(Mutex::default);
     let compiled = COMPILED.lock().unwrap().entry(library.clone()).or_default().clone();
     compiled.get_or_init(|| {
@@ -182,7 +182,7 @@ fn compile(kernels: &str, names: &[&str]) -> Option<PathBuf> {
 }
 
 impl Emulator {
-    /// Graphs replayed so far.
+    /// Number of graphs replayed so far.
     fn replays(&self) -> usize {
         self.replays.load(Ordering::Relaxed)
     }
@@ -191,7 +191,7 @@ impl Emulator {
         match work {
             Work::Launch { module, kernel, grid, arguments } => {
                 let arguments: Vec<*const c_void> = arguments.iter().map(|words| words.as_ptr().cast()).collect();
-                // SAFETY: these are what the kernel was launched with, and whoever launched it made the promises.
+                // SAFETY: these are the kernel's launch arguments, whose validity the submitter ensured.
                 unsafe { launch(module, kernel, *grid, &arguments) }
             }
             Work::Product(product) => {
@@ -220,7 +220,7 @@ impl Emulator {
         }
     }
 
-    /// Does work, or records it if that is what is being done.
+    /// Runs work, or records it during a capture.
     fn ask(&self, work: Work) -> Result<()> {
         match &mut *self.recording.lock().unwrap() {
             Some(recorded) => {
@@ -236,7 +236,7 @@ impl Emulator {
     }
 }
 
-/// As `emulation.h` has it.
+/// As in `emulation.h`.
 #[repr(C)]
 struct Operands {
     storage: c_int,
@@ -252,7 +252,7 @@ unsafe fn launch(module: &Module, kernel: &'static str, grid: [usize; 3], argume
     let name = CString::new(kernel).unwrap();
     let (grid, count) = (grid.map(|blocks| blocks as c_uint), arguments.len() as c_int);
     let _alone = one_at_a_time();
-    // SAFETY: the caller's promise.
+    // SAFETY: as the caller ensures.
     unsafe {
         let arguments = arguments.as_ptr();
         check(kernel, launch(name.as_ptr(), grid.as_ptr(), THREADS as c_uint, arguments, count, module.seed))
@@ -283,7 +283,7 @@ impl Device for Emulator {
         self.assert_not_recording();
         let allocate = function::<unsafe extern "C" fn(usize) -> *mut c_void>(&self.library, "emulated_allocate");
         let free = *function(&self.library, "emulated_free");
-        // SAFETY: any size will do.
+        // SAFETY: any size is valid.
         let start = unsafe { allocate(bytes) };
         if start.is_null() {
             bail!("there are no {bytes} bytes");
@@ -306,7 +306,7 @@ impl Device for Emulator {
     fn download(&self, from: &Memory, bytes: &mut [u8]) -> Result<()> {
         self.assert_not_recording();
         assert!(bytes.len() <= from.bytes);
-        // SAFETY: there are as many.
+        // SAFETY: the lengths are equal.
         unsafe { std::ptr::copy_nonoverlapping(from.start.cast(), bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
@@ -319,7 +319,7 @@ impl Device for Emulator {
         arguments: &[*const c_void],
     ) -> Result<()> {
         let name = CString::new(kernel).unwrap();
-        // SAFETY: the caller's promise.
+        // SAFETY: as the caller ensures.
         let arguments = unsafe { module.copied(&name, arguments) };
         self.ask(Work::Launch { module: module.clone(), kernel, grid, arguments })
     }
@@ -331,7 +331,7 @@ impl Device for Emulator {
     fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         *self.recording.lock().unwrap() = Some(Vec::new());
         let result = work();
-        let recorded = self.recording.lock().unwrap().take().expect("nobody else captures");
+        let recorded = self.recording.lock().unwrap().take().expect("the capture has begun");
         result.map(|()| Graph(recorded))
     }
 

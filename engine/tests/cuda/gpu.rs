@@ -1,4 +1,4 @@
-//! The first GPU, in the emulator's place.
+//! The first GPU, in place of the emulator.
 
 use std::sync::Arc;
 
@@ -7,8 +7,8 @@ use engine::cuda::nvidia::Nvidia;
 /// The machine under test.
 pub type Machine = Nvidia;
 
-/// It, each time with a stream of its own, so that one test's graphs record nothing of another's; none, said on standard
-/// error, if there is no GPU.
+/// The GPU, each time with its own stream, so that one test's graphs do not record another's work. `None`, with a
+/// message on standard error, if there is no GPU.
 pub fn machine() -> Option<Arc<Machine>> {
     match Nvidia::check(0) {
         Ok(()) => Some(Arc::new(Nvidia::new(0).unwrap_or_else(|error| panic!("{error}")))),
@@ -19,10 +19,10 @@ pub fn machine() -> Option<Arc<Machine>> {
     }
 }
 
-/// cuBLAS takes another kernel for another number of rows, which adds up in another order.
+/// Whether a row's product depends on the number of rows: cuBLAS selects kernels by it, which sum in different orders.
 pub const PRODUCTS_DEPEND_ON_ROWS: bool = true;
 
-/// A GPU does not count how often graphs were replayed.
+/// A GPU does not count replayed graphs.
 pub fn replays(_machine: &Machine) -> Option<usize> {
     None
 }

@@ -1,5 +1,5 @@
-//! The CUDA kernels against the CPU operations, and passes by them against the CPU's: on the CPU, the kernels' source
-//! compiled behind `emulation.h`, or with the feature `cuda` on the first GPU.
+//! The CUDA kernels compared with the CPU operations, and passes with them compared with the CPU's. The kernels' source
+//! runs on the CPU after `emulation.h` or, with the feature `cuda`, on the first GPU.
 
 mod attention;
 mod bench;

@@ -1,4 +1,4 @@
-//! Every kernel but attention's, against the CPU operation.
+//! Every kernel except attention, compared with the CPU operation.
 
 use std::ops::Range;
 
@@ -19,7 +19,7 @@ use crate::bench::{Bench, Dice, Held, Rows, assert_close, matrix, numbers, round
 const DEPTHS: usize = 3;
 const ROWS: [usize; 5] = [1, 2, 17, 64, 257];
 
-/// Rows of random depths, on the device and as the CPU operations take them.
+/// Rows of random depths, on the device and in the format of the CPU operations.
 fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (Rows, Vec<(usize, Range<usize>)>) {
     let mut depths: Vec<usize> = (0..count).map(|_| dice.below(DEPTHS)).collect();
     depths.sort_unstable();
@@ -209,11 +209,11 @@ fn gates_are_those_of_the_cpu() {
     });
 }
 
-/// Adapters of projections of one input at every depth.
+/// Adapters of projections of one input, at every depth.
 struct Lora {
-    /// By depth the downs of all parts, `[ranks, inputs]`.
+    /// By depth: the downs of all parts, `[ranks, inputs]`.
     downs: Vec<Vec<f32>>,
-    /// By part, by depth, `[outputs, rank]`.
+    /// By part and depth: `[outputs, rank]`.
     ups: Vec<Vec<Vec<f32>>>,
     /// Rank and outputs of each part.
     shape: Vec<(usize, usize)>,
@@ -239,7 +239,7 @@ impl Lora {
         self.shape.iter().map(|part| part.1).sum()
     }
 
-    /// The parts that have a rank, and the ups of all depths, `[ranks, outputs]` each.
+    /// The adapted parts, and the ups of all depths, `[ranks, outputs]` each.
     fn parts(&self) -> (Vec<Part>, Vec<f32>) {
         let (mut parts, mut ups): (Vec<Part>, Vec<f32>) = Default::default();
         let (mut first_rank, mut first_output) = (0, 0);
@@ -335,7 +335,7 @@ fn exit_signals_and_draws_are_those_of_the_cpu() {
     for (rows, vocab) in [(1, 1), (2, 2), (257, 37), (17, 2048), (3, 2049), (2, 49_152)] {
         for temperature in [0.0, 0.7] {
             let mut dice = Dice::new(vocab as u64);
-            // Coarse logits have equals.
+            // Coarse logits have ties.
             let logits: Vec<f32> = dice.numbers(rows * vocab).iter().map(|x| (x * 60.0).round() / 8.0 - 3.0).collect();
             let keys: Vec<u64> = (0..rows as u64).map(mix).collect();
             let found = verdicts(&bench, &logits, vocab, temperature, &keys);

@@ -1,4 +1,4 @@
-//! Passes of a whole model, padded and replayed as graphs, against the CPU's.
+//! Passes of a whole model, padded and replayed as graphs, compared with the CPU's.
 
 use std::sync::Arc;
 
@@ -19,12 +19,12 @@ use crate::emulator::{Machine, PRODUCTS_DEPEND_ON_ROWS, machine, replays};
 
 const BLOCKS: u32 = 64;
 const BLOCK_TOKENS: u32 = 16;
-/// Rows of a prompt's chunk.
+/// Rows of a prompt chunk.
 const CHUNK: usize = 30;
 /// Room for rows in flight.
 const IN_FLIGHT: usize = 40;
 
-/// The same model on the machine under test and on the CPU, with a cache each.
+/// A model on the machine under test and on the CPU, with a cache each.
 struct Pair {
     machine: Arc<Machine>,
     on_device: Box<dyn Backend>,
@@ -32,14 +32,14 @@ struct Pair {
     config: ModelConfig,
 }
 
-/// A sequence of one block per [`BLOCK_TOKENS`] positions; which ones, dice say.
+/// A sequence with one block per [`BLOCK_TOKENS`] positions, in random order.
 struct Sequence {
     blocks: Vec<u32>,
     tokens: Vec<u32>,
 }
 
 impl Pair {
-    /// None if there is no machine to test.
+    /// `None` if there is no machine to test.
     fn new(config: &ModelConfig, kv_fill: KvFill) -> Option<Self> {
         let (machine, weights) = (machine()?, weights(config, 7));
         let model: Arc<dyn ServedModel> = Arc::new(CudaModel::load(machine.clone(), &weights, Scalar::F32).unwrap());
@@ -48,7 +48,7 @@ impl Pair {
         Some(Self { machine, on_device, on_cpu, config: config.clone() })
     }
 
-    /// Sequences of these lengths with all of their positions run at every depth but for the last position.
+    /// Sequences of these lengths, with all positions except the last run at every depth.
     fn sequences(&mut self, dice: &mut Dice, lengths: &[usize]) -> Vec<Sequence> {
         let mut free: Vec<u32> = (0..BLOCKS).collect();
         let mut sequence = |&positions: &usize| Sequence {
@@ -81,14 +81,14 @@ impl Pair {
         sequences
     }
 
-    /// Runs a pass on both; gives the device's answers, which are close to the CPU's.
+    /// Runs a pass on both; returns the device's results, which are close to the CPU's.
     fn run(&mut self, work: &Work<'_>) -> Answers {
         let (found, expected) = (self.on_device.run(work).unwrap(), self.on_cpu.run(work).unwrap());
         assert_same_answers(&found, &expected);
         found
     }
 
-    /// A decode row at the last position of each sequence at a depth, with everything asked of it.
+    /// A decode row at the last position of each sequence at a depth, with all results requested.
     fn decode<'a>(&self, sequences: &'a [Sequence], depths: &[usize], key: u64) -> Work<'a> {
         let mut work = Work::default();
         for (place, (sequence, &depth)) in sequences.iter().zip(depths).enumerate() {
@@ -135,7 +135,7 @@ fn assert_same_answers(found: &Answers, expected: &Answers) {
     assert_close("similarities", &found.similarities, &expected.similarities, 1e-4);
 }
 
-/// Models whose passes are cut in every way.
+/// Models whose passes have every kind of section.
 fn models() -> Vec<ModelConfig> {
     vec![grouped(), with_everything(), ModelConfig { sharing: Sharing::Nothing, lora: None, ..with_everything() }]
 }
@@ -146,7 +146,7 @@ fn graphs_replayed_on_other_rows_give_what_the_cpu_gives() {
         let mut dice = Dice::new(11);
         let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
         for round in 0..6 {
-            // As many rows each time, at other depths, positions and blocks; two of each depth at least.
+            // An equal number of rows each time, at other depths, positions and blocks; at least two of each depth.
             let sequences = pair.sequences(&mut dice, &[4 + 5 * round; 9]);
             for depths in [[0; 9], [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2]] {
                 let work = pair.decode(&sequences, &depths, 100 * round as u64);
@@ -164,18 +164,18 @@ fn graphs_keep_up_with_memory_that_moves_longer_histories_and_other_temperatures
     let config = ModelConfig { max_positions: 400, ..grouped() };
     let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
     let mut short = pair.sequences(&mut dice, &[2, 2, 2]);
-    // More blocks than they need, so that indices have room for what comes: only the rows' memory is to grow.
+    // More blocks than needed, so that indices have room for later passes and only the rows' memory grows.
     short.iter_mut().for_each(|sequence| sequence.blocks.resize(500, 0));
     for _ in 0..3 {
         let work = pair.decode(&short, &[0; 3], 1);
         pair.run(&work);
     }
     let sequences = pair.sequences(&mut dice, &[40, 10, 300]);
-    // Prompts' chunks made it grow, and change nothing else that graphs depend on.
+    // Prompt chunks made it grow, and changed nothing else that graphs depend on.
     let before = replays(&pair.machine);
     let work = pair.decode(&short, &[0; 3], 2);
     pair.run(&work);
-    // Of the third row's history there are two splits.
+    // The third row's history has two splits.
     for temperature in [9.0, 9.0, 0.0] {
         for rows in [0..2, 1..3, 0..3] {
             let mut work = pair.decode(&sequences[rows.clone()], &vec![0; rows.len()], 3);
@@ -193,7 +193,7 @@ fn a_backend_takes_over_the_graphs_of_the_one_before_if_its_cache_is_laid_out_al
     let model: Arc<dyn ServedModel> = Arc::new(CudaModel::load(machine.clone(), &weights, Scalar::F32).unwrap());
     let cpu: Arc<dyn ServedModel> = Arc::new(Model::load(&weights, WeightType::F32).unwrap());
     let mut dice = Dice::new(16);
-    // Graphs replayed by the first decode pass of a backend, and by as many as it takes to have its graphs.
+    // Graphs replayed by the first decode pass of a backend, and by a pass after all its graphs are captured.
     let mut replayed = |kv_fill| {
         let (on_device, on_cpu) = (backend(model.clone(), kv_fill), backend(cpu.clone(), kv_fill));
         let mut pair = Pair { machine: machine.clone(), on_device, on_cpu, config: config.clone() };
@@ -223,7 +223,7 @@ fn rows_that_pad_a_pass_change_no_bit() {
     let Some(mut pair) = Pair::new(&with_everything(), KvFill::Reuse) else { return };
     let sequences = pair.sequences(&mut dice, &[21; 9]);
     let depths = [0, 0, 0, 0, 0, 1, 1, 1, 1];
-    // Rows at depth 1 start from what this leaves.
+    // Rows at depth 1 continue from this pass.
     let work = pair.decode(&sequences, &[0; 9], 5);
     pair.run(&work);
     let work = without_places(pair.decode(&sequences, &depths, 5));
@@ -243,7 +243,7 @@ fn rows_that_pad_a_pass_change_no_bit() {
             alone.sources[0] = Source::Second(row as u32);
             alone.similarities[0].1 = row as u32;
         }
-        // Close to the CPU's, as the same row of the padded pass is.
+        // Close to the CPU's, as is this row in the padded pass.
         let alone = pair.run(&alone);
         if !PRODUCTS_DEPEND_ON_ROWS {
             assert_eq!(alone.verdicts[0], first.verdicts[row], "row {row}");
@@ -329,7 +329,7 @@ fn half_precision_stays_near_single() {
 }
 
 #[test]
-fn heads_read_before_it_is_known_which_rows_leave_change_no_token() {
+fn heads_read_before_it_is_known_which_rows_exit_change_no_token() {
     let Some(machine) = machine() else { return };
     let config = ModelConfig { head_dim: 16, gate: true, head_lora_rank: 0, ..grouped() };
     let model: Arc<dyn ServedModel> = Arc::new(CudaModel::load(machine, &weights(&config, 7), Scalar::Bf16).unwrap());
@@ -359,5 +359,5 @@ fn heads_read_before_it_is_known_which_rows_leave_change_no_token() {
     assert_eq!(together, run(1));
     let mut exits = together.values().flat_map(|generation| generation.exit_depths.clone());
     let last = config.num_loops as u8 - 1;
-    assert!(exits.clone().any(|exit| exit < last) && exits.any(|exit| exit == last), "all leave at one depth");
+    assert!(exits.clone().any(|exit| exit < last) && exits.any(|exit| exit == last), "all exit at one depth");
 }

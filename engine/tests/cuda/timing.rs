@@ -1,4 +1,4 @@
-//! The report on a device's kernels, as far as a device without a clock to trust can show it.
+//! The report on a device's kernels, as far as a device without a reliable clock can test it.
 
 use engine::config::{LoraConfig, LoraRanks, ModelConfig};
 use engine::cuda::floors::{Load, Sizes};
@@ -7,7 +7,7 @@ use engine::cuda::timing::{Effort, report};
 
 use crate::bench::Bench;
 
-/// An effort that an emulated device can make.
+/// An effort for an emulated device.
 const LITTLE: Effort = Effort { repeats: 1, copied_bytes: 1 << 16, product: 16 };
 
 #[test]

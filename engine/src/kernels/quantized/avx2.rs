@@ -1,18 +1,18 @@
-//! Products with quantized weights on CPUs whose registers hold 256 bits: AVX2.
+//! Products with quantized weights on CPUs with 256-bit registers: AVX2.
 //!
-//! Weights are multiplied by nibbles, whose products with bytes fit 16 bits even when those of a whole block are added:
-//! so a byte takes two instructions for each of its nibbles, and the sums are widened once a block.
+//! Weights are multiplied as nibbles. The products of nibbles with bytes fit in 16 bits even when those of a whole
+//! block are added. A byte therefore takes two instructions, one for each nibble, and sums are widened once per block.
 
 use std::arch::x86_64::*;
 
 use super::{BLOCK, Block, GROUP, PANEL, Products, Tile};
 
-/// Outputs of one register of 32-bit sums.
+/// Outputs per register of 32-bit sums.
 const HALF: usize = PANEL / 2;
-/// Bytes of a panel that a step through a block loads, half a panel's at a time: a group of Q8 or two of Q4K.
+/// Bytes of a panel that a step through a block loads, in two halves: a group of Q8, or two of Q4K.
 const STEP: usize = PANEL * GROUP;
 
-// Each lane of 16 bits adds two products a group, of a nibble with a byte.
+// Each 16-bit lane adds two products per group, each of a nibble with a byte.
 const _: () = assert!(BLOCK / GROUP * 2 * 15 * 128 <= i16::MAX as usize + 1);
 
 /// [`Tile::products`]; `NIBBLES` for Q4K, which has minima too.
@@ -29,12 +29,12 @@ pub unsafe fn products<const ROWS: usize, const PANELS: usize, const NIBBLES: bo
     let layout = tile.layout;
     let mut products = [[[0.0; PANEL]; PANELS]; ROWS];
     for block in 0..layout.blocks {
-        // SAFETY: such rows and blocks lie in the slices, as the caller says.
+        // SAFETY: the rows and blocks are within the slices, as the caller ensures.
         let (quants, of_rows) = unsafe { tile.block_of_rows::<ROWS>(row, block) };
         for of_tile in 0..PANELS {
             // SAFETY: as above.
             let panel = unsafe { tile.panels.as_ptr().add((panel + of_tile) * layout.bytes()) };
-            // Not a constant, so that steps remain a loop: written out, their numbers do not fit the registers.
+            // Not a constant, so that the loop over steps is not unrolled: the numbers would not fit in registers.
             let steps = layout.block_bytes() / STEP;
             for half in 0..2 {
                 let weights = unsafe { panel.add(block * layout.block_bytes() + half * HALF * GROUP) };
@@ -71,7 +71,7 @@ unsafe fn dots<const ROWS: usize, const NIBBLES: bool>(
     let mut low = [_mm256_setzero_si256(); ROWS];
     let mut high = low;
     for step in 0..steps {
-        // SAFETY: the block has so many steps, and a row's block as many groups.
+        // SAFETY: the block has this many steps, and a row's block has this many groups.
         let both = unsafe { _mm256_loadu_si256(weights.add(step * STEP).cast()) };
         let lows = _mm256_and_si256(both, fifteen);
         let highs = _mm256_and_si256(_mm256_srli_epi16(both, 4), fifteen);
@@ -80,7 +80,7 @@ unsafe fn dots<const ROWS: usize, const NIBBLES: bool>(
                 _mm256_set1_epi32(quants[index].add(group * GROUP).cast::<i32>().read_unaligned())
             };
             if NIBBLES {
-                // Together they fit.
+                // The sum fits in 16 bits.
                 let both = _mm256_add_epi16(
                     _mm256_maddubs_epi16(lows, group(2 * step)),
                     _mm256_maddubs_epi16(highs, group(2 * step + 1)),
@@ -103,7 +103,7 @@ unsafe fn dots<const ROWS: usize, const NIBBLES: bool>(
     })
 }
 
-/// Scales and minima of a block, of half a panel from an output on.
+/// Scales and minima of a block, for half a panel from an output on.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn scales<const MINIMA: bool>(
@@ -112,7 +112,7 @@ unsafe fn scales<const MINIMA: bool>(
     block: usize,
     output: usize,
 ) -> (__m256, __m256) {
-    // SAFETY: the layout's scales and units of a block are a panel wide.
+    // SAFETY: the layout's scales and units of a block have the width of a panel.
     let halves = |place: usize| _mm256_cvtph_ps(unsafe { _mm_loadu_si128(panel.add(place + 2 * output).cast()) });
     let place = tile.layout.scales(block);
     if !MINIMA {

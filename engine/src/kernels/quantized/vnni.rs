@@ -19,7 +19,7 @@ pub unsafe fn products<const ROWS: usize, const PANELS: usize, const MINIMA: boo
         std::array::from_fn(|of_tile| unsafe { tile.panels.as_ptr().add((panel + of_tile) * layout.bytes()) });
     let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
     for block in 0..layout.blocks {
-        // SAFETY: such rows and blocks lie in the slices, as the caller says.
+        // SAFETY: the rows and blocks are within the slices, as the caller ensures.
         let (quants, of_rows) = unsafe { tile.block_of_rows::<ROWS>(row, block) };
         // Weights without minima are stored with 128 added, so that they are unsigned.
         let start = |block: &Block| if MINIMA { _mm512_setzero_si512() } else { _mm512_set1_epi32(block.start) };
