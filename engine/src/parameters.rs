@@ -74,7 +74,7 @@ impl<'w> ModelParameters<'w> {
 /// The layers that each loop runs.
 #[derive(Debug)]
 pub(crate) enum Loops<L> {
-    /// The same layers at every depth.
+    /// Layers that all depths share.
     Shared(Vec<L>),
     /// Separate layers at each depth.
     Own(Vec<Vec<L>>),

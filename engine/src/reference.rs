@@ -666,7 +666,7 @@ mod tests {
         }
     }
 
-    /// The same numbers under other names.
+    /// The weights with their tensors renamed.
     fn renamed(weights: &Weights, config: ModelConfig, source: impl Fn(&str) -> String) -> Weights {
         let names = crate::weights::expected_tensors(&config).into_keys();
         let tensors = names.map(|name| (name.clone(), weights.get(&source(&name)).unwrap().clone())).collect();

@@ -8,7 +8,7 @@
 //! use scheduler::{serve, Batching, Executor, Pass, Server, Settings, Slot, VirtualClock};
 //! use traces::{Nanos, Request};
 //!
-//! /// A machine whose every pass takes a microsecond, and whose rows are sure after the second pass.
+//! /// A machine whose every pass takes a microsecond, and whose rows are confident after the second pass.
 //! struct Constant;
 //! impl Executor for Constant {
 //!     type Error = std::convert::Infallible;

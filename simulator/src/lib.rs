@@ -31,7 +31,7 @@
 //!         .to_vec(),
 //!     mixed_attention: None,
 //! };
-//! // A generation of two tokens: the first is sure after one loop, the second after two.
+//! // A generation of two tokens: the first is confident after one loop, the second after two.
 //! let mut trace = ExitTrace::new(ExitTraceMeta {
 //!     schema_version: ExitTrace::SCHEMA_VERSION,
 //!     model: "toy".into(), fingerprint: "toy".into(), num_loops: 2, source: "made up".into(),

@@ -38,7 +38,7 @@ pub enum Arrivals {
 }
 
 impl Arrivals {
-    /// The same process at another mean rate; `None` for requests that arrive at once.
+    /// This process at another mean rate; `None` for requests that arrive at once.
     pub fn at_rate(self, rate_per_s: f64) -> Option<Self> {
         match self {
             Self::AllAtOnce => None,

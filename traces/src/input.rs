@@ -1,4 +1,5 @@
-//! Files of others as a stream of text: compressed files are unpacked on the way, and what is no text is named.
+//! Files of other programs as streams of text: compressed files are unpacked on the way, and other binary files are
+//! rejected.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek};
@@ -6,15 +7,15 @@ use std::path::Path;
 
 use crate::error::{Result, TraceError};
 
-/// Bytes of a text.
+/// A stream of the bytes of a text.
 pub type Text = Box<dyn Read + Send>;
 
-/// No line of a trace has more bytes: an unpacked file cannot ask for all memory by a line that never ends.
+/// Maximum number of bytes in a line of a trace, so that an endless line of an unpacked file cannot exhaust memory.
 const LONGEST_LINE: usize = 64 << 20;
-/// No text that is read as a whole has more bytes.
+/// Maximum number of bytes of a text that is read as a whole.
 const LONGEST_TEXT: u64 = 256 << 20;
 
-/// How a file is compressed.
+/// Compression of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Packing {
     None,
@@ -22,11 +23,11 @@ pub(crate) enum Packing {
     Zstd,
 }
 
-/// Opens a text file; one that gzip or Zstandard compressed is unpacked while it is read.
+/// Opens a text file. Files compressed with gzip or Zstandard are unpacked while they are read.
 ///
 /// # Errors
-/// If it cannot be read, or is no text: another archive, a Git LFS pointer, a table in binary. The error then names the
-/// remedy.
+/// If the file cannot be read or is not text: another archive, a Git LFS pointer, or a binary table. The error then
+/// names the remedy.
 pub fn open_text(path: &Path) -> Result<Text> {
     let failed = |error| TraceError::io("read", path)(error);
     let mut file = BufReader::new(File::open(path).map_err(failed)?);
@@ -45,10 +46,10 @@ pub fn open_text(path: &Path) -> Result<Text> {
     }
 }
 
-/// Opens a text file that is read more than once, as a table is to name the line of an error.
+/// Opens a text file that is read more than once, such as a table, to find the line of an error.
 ///
 /// # Errors
-/// As [`open_text`], and if it is a pipe or a device.
+/// As [`open_text`], and if the file is a pipe or a device.
 pub(crate) fn open_file(path: &Path) -> Result<Text> {
     let kind = std::fs::metadata(path).map_err(TraceError::io("read", path))?;
     match kind.is_file() {
@@ -58,10 +59,10 @@ pub(crate) fn open_file(path: &Path) -> Result<Text> {
     }
 }
 
-/// A text as a whole, without the byte order mark that it may begin with.
+/// A whole text, without its byte order mark.
 ///
 /// # Errors
-/// As [`open_text`], and if it is not UTF-8 or has more than 256 MiB.
+/// As [`open_text`], and if the text is not UTF-8 or has more than 256 MiB.
 pub fn read_text(path: &Path) -> Result<String> {
     let mut text = String::new();
     open_text(path)?.take(LONGEST_TEXT + 1).read_to_string(&mut text).map_err(TraceError::io("read", path))?;
@@ -74,10 +75,10 @@ pub fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Fails where a file is known to be no text, of which errors of other readers say little.
+/// Rejects files that are known not to be text, for which other readers have unclear errors.
 ///
 /// # Errors
-/// If it cannot be read, or is a Git LFS pointer or another archive; the error names the remedy.
+/// If the file cannot be read, or is a Git LFS pointer or another archive; the error names the remedy.
 pub fn check_no_pointer(path: &Path) -> Result<()> {
     let mut head = Vec::new();
     let file = File::open(path).map_err(TraceError::io("read", path))?;
@@ -88,14 +89,14 @@ pub fn check_no_pointer(path: &Path) -> Result<()> {
     }
 }
 
-/// Whether a file ends in a line end; none if it has no bytes.
+/// Whether a file ends with a line end; `None` if it is empty.
 pub(crate) fn ends_with_newline(path: &Path) -> Result<Option<bool>> {
     let failed = |error| TraceError::io("read", path)(error);
     let mut file = BufReader::new(File::open(path).map_err(failed)?);
     let mut last = [0];
     if recognize(path, file.fill_buf().map_err(failed)?)? == Packing::None {
         let read = file.seek(io::SeekFrom::End(-1)).and_then(|_| file.read_exact(&mut last));
-        // Before the first byte of an empty file there is no place.
+        // An empty file has no position before its first byte.
         return Ok(read.ok().map(|()| last == *b"\n"));
     }
     let (mut text, mut buffer, mut found) = (open_text(path)?, [0; 1 << 16], None);
@@ -107,7 +108,7 @@ pub(crate) fn ends_with_newline(path: &Path) -> Result<Option<bool>> {
     }
 }
 
-/// Files that stand for another one, by their first bytes.
+/// Files that point to another one, by their first bytes.
 const POINTERS: [(&[u8], &str, &str); 2] = [
     (
         b"version https://git-lfs.github.com/spec/",
@@ -117,7 +118,7 @@ const POINTERS: [(&[u8], &str, &str); 2] = [
     (b"/annex/objects/", "a git-annex pointer", "the file that it stands for: run `git annex get`"),
 ];
 
-/// Files that hold no text, by their first bytes.
+/// Binary files, by their first bytes.
 const BINARIES: [(&[u8], &str, &str); 8] = [
     (b"\xfd7zXZ\0", "an xz file", "text, or gzip or Zstandard: run `xz -d`"),
     (b"PK\x03\x04", "a ZIP archive", "text, or gzip or Zstandard: run `unzip`"),
@@ -129,7 +130,7 @@ const BINARIES: [(&[u8], &str, &str); 8] = [
     (b"\xfe\xff", "UTF-16 text", "UTF-8: run `iconv -f UTF-16 -t UTF-8`"),
 ];
 
-/// How a file is compressed, by its first bytes.
+/// Compression of a file, by its first bytes.
 fn recognize(path: &Path, head: &[u8]) -> Result<Packing> {
     if head.starts_with(&[0x1f, 0x8b]) {
         return Ok(Packing::Gzip);
@@ -160,7 +161,7 @@ fn recognize(path: &Path, head: &[u8]) -> Result<Packing> {
     }
 }
 
-/// Says of errors that they are of the compressed data.
+/// Marks errors as errors of the compressed data.
 struct Unpacked<R> {
     kind: &'static str,
     inner: R,
@@ -178,7 +179,7 @@ impl<R: Read> Read for Unpacked<R> {
     }
 }
 
-/// A text whose lines have an end.
+/// A text with a limited length of lines.
 struct Lines<R> {
     inner: R,
     /// Bytes since the last line end.
@@ -245,7 +246,7 @@ mod tests {
     fn a_compressed_text_that_is_cut_off_or_damaged_says_so() {
         let long: String = (0..2000).map(|row| format!("{row},{}\n", row * row % 977)).collect();
         let gzip = gzip(long.as_bytes());
-        // The sum of a gzip file stands at its end, the kind of Zstandard's first block behind its head.
+        // The checksum of a gzip file is at its end; the type of Zstandard's first block follows its header.
         let (sum, block) = (gzip.len() - 6, 7);
         for (kind, packed, place) in
             [("gzip", gzip, sum), ("Zstandard", zstd::encode_all(long.as_bytes(), 3).unwrap(), block)]

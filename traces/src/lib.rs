@@ -16,7 +16,7 @@
 //!
 //! # let folder = tempfile::tempdir()?;
 //! # let folder = folder.path();
-//! // Who asks when: four requests, shaped to two per second.
+//! // A request trace: four requests, scaled to two per second.
 //! let csv = folder.join("chat.csv");
 //! std::fs::write(&csv, "TIMESTAMP,ContextTokens,GeneratedTokens\n\
 //!     2023-11-16 18:15:46,374,44\n2023-11-16 18:15:50,396,109\n\
@@ -25,7 +25,7 @@
 //! assert_eq!(requests.requests[3].arrival, Nanos::from_secs_f64(1.5));
 //! assert_eq!(requests.requests[2].prompt_tokens, 512);
 //!
-//! // How sure the model was: one generated token, the same token at both depths.
+//! // An exit trace: one generated token, with equal predictions at both depths.
 //! let mut exits = ExitTrace::new(ExitTraceMeta {
 //!     schema_version: ExitTrace::SCHEMA_VERSION,
 //!     model: "two loops".into(),
@@ -39,7 +39,7 @@
 //! let exits = ExitTrace::read(folder.join("exits"))?;
 //! assert_eq!(exits.oracle_depth(0), 0);
 //!
-//! // What a pass takes.
+//! // A latency profile.
 //! let point = |component, time_us| Point {
 //!     component, rows: 1, kv_tokens: 0, depths: 1, time_us, spread_us: 0.1, repeats: 5,
 //! };

@@ -128,7 +128,7 @@ impl RequestTrace {
         self.scaled(rate_per_s / rate).ok_or_else(|| wrong("a rate that keeps arrivals within a century"))
     }
 
-    /// None if arrivals would exceed [`Request::MAX_ARRIVAL`].
+    /// `None` if arrivals would exceed [`Request::MAX_ARRIVAL`].
     fn scaled(mut self, factor: f64) -> Option<Self> {
         let first = self.first_arrival();
         for request in &mut self.requests {

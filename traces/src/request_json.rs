@@ -1,4 +1,4 @@
-//! Request traces of one JSON object per line: arrival, lengths, and hashes or token ids of the prompt.
+//! Request traces with one JSON object per line: arrival, lengths, and hashes or token ids of the prompt.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -14,31 +14,31 @@ use crate::input::{Text, open_file};
 use crate::request::{PrefixHashes, Request, RequestTrace};
 use crate::request_file::{LeftOut, Lengths, ReadOptions, TIME, TOKENS, TimeUnit, name_of};
 
-/// The keys that a format is read from.
+/// The keys of a format.
 pub(crate) struct Keys {
     pub time: &'static str,
     pub prompt: &'static str,
     pub output: &'static str,
     pub ids: &'static str,
-    /// Keys that change nothing of what is replayed.
+    /// Keys that do not affect a replay.
     pub silent: &'static [&'static str],
-    /// Unit of the times, where the format has one whatever the file holds.
+    /// Unit of the times, if the format has a fixed one.
     pub unit: Option<TimeUnit>,
-    /// What the ids are.
+    /// Meaning of the ids.
     pub ids_are: Ids,
 }
 
-/// What stands in a line's list of numbers.
+/// Meaning of a line's list of numbers.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Ids {
-    /// A hash for each block of the prompt, the last of which may be begun: blocks of so many tokens unless the file
-    /// tells otherwise.
+    /// A hash for each block of the prompt, the last of which may be partial. Blocks have this many tokens unless the
+    /// file determines another size.
     Blocks(u32),
     /// The prompt's tokens.
     Tokens,
 }
 
-/// Keys that tie requests to each other; whoever reads them has a trace of sessions, which is replayed without them.
+/// Keys that link requests to each other. A trace with one of them consists of sessions, and is replayed without them.
 const SESSION_KEYS: [&str; 14] = [
     "session_id",
     "session",
@@ -56,7 +56,7 @@ const SESSION_KEYS: [&str; 14] = [
     "depends_on",
 ];
 
-/// What to say of columns or keys that a file has and nothing is read from.
+/// Warnings about columns or keys of a file that are not used.
 pub(crate) fn unused_warnings<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let (sessions, others): (Vec<&str>, Vec<&str>) = names.into_iter().partition(|name| SESSION_KEYS.contains(name));
     let list = |names: &[&str]| {
@@ -76,7 +76,7 @@ pub(crate) fn unused_warnings<'a>(names: impl IntoIterator<Item = &'a str>) -> V
     warnings
 }
 
-/// The lines of a text file that are not blank, with their numbers, held one at a time.
+/// The non-blank lines of a text file with their numbers, one at a time in memory.
 pub(crate) struct Lines<'a> {
     path: &'a Path,
     reader: BufReader<Text>,
@@ -108,10 +108,10 @@ fn trim(line: &[u8]) -> &[u8] {
     line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line).trim_ascii()
 }
 
-/// Stands for the key where a line as a whole is wrong.
+/// Name in place of a key, in errors about a whole line.
 const WHOLE_LINE: &str = "the object";
 
-/// Where a line of JSON stands, to say so in errors.
+/// Position of a line of JSON, for errors.
 #[derive(Clone, Copy)]
 struct JsonRow<'a> {
     path: &'a Path,
@@ -125,7 +125,7 @@ impl JsonRow<'_> {
         let line = LineSeed { keys, others }.deserialize(serde_path_to_error::Deserializer::new(&mut json, &mut track));
         let line = line.map_err(|error: serde_json::Error| {
             let message = error.to_string();
-            // The position within the line is of no use beside its number and the key.
+            // Line number and key identify the problem; the position within the line is not needed.
             let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
             let key = track.path().to_string();
             self.json_error(if matches!(key.as_str(), "." | "?") { WHOLE_LINE } else { &key }, message)
@@ -149,7 +149,7 @@ impl JsonRow<'_> {
     }
 }
 
-/// What a line holds.
+/// Contents of a line.
 struct Line {
     time: Number,
     prompt: u64,
@@ -157,13 +157,13 @@ struct Line {
     ids: Option<Vec<u64>>,
 }
 
-/// Reads a [`Line`], and keeps the names of the keys that it is not read from.
+/// Reads a [`Line`], and keeps the names of unused keys.
 struct LineSeed<'a> {
     keys: &'a Keys,
     others: &'a mut BTreeSet<String>,
 }
 
-/// A key of a line, known by its place among the four that are read.
+/// A key of a line, by its index among the four that are read.
 enum Key {
     Read(usize),
     Other,
@@ -242,7 +242,7 @@ impl<'de> Visitor<'de> for LineSeed<'_> {
     }
 }
 
-/// A request whose time is not yet known to be of a unit.
+/// A request whose time unit is not known yet.
 struct Pending {
     line: u64,
     time: Number,
@@ -250,7 +250,7 @@ struct Pending {
     output_tokens: u32,
 }
 
-/// Block sizes with which all prompts so far have as many blocks as hashes.
+/// Block sizes that match the number of hashes of every prompt so far.
 #[derive(Clone, Copy)]
 struct BlockSizes {
     least: u64,
@@ -260,7 +260,7 @@ struct BlockSizes {
 impl BlockSizes {
     const ANY: Self = Self { least: 1, most: Request::MAX_TOKENS as u64 };
 
-    /// Those with which a prompt has so many blocks, the last of which may be begun.
+    /// Block sizes for which a prompt has `blocks` blocks, the last of which may be partial.
     fn of(prompt_tokens: u32, blocks: usize) -> Self {
         let (tokens, blocks) = (u64::from(prompt_tokens), blocks as u64);
         match blocks {
@@ -310,7 +310,7 @@ impl<'a> JsonLines<'a> {
     /// Reads all lines.
     ///
     /// # Errors
-    /// If a line does not read.
+    /// If a line cannot be read.
     pub fn read(path: &'a Path, keys: &'a Keys, options: &'a ReadOptions) -> Result<Self> {
         let mut trace = Self {
             path,
@@ -381,7 +381,7 @@ impl<'a> JsonLines<'a> {
         Ok(())
     }
 
-    /// The lengths of all prompts and outputs, and what is to be said of the file. Times and hashes play no part.
+    /// The lengths of all prompts and outputs, and the warnings. Times and hashes are ignored.
     pub fn into_lengths(self) -> (Lengths, Vec<String>) {
         let warnings = self.left_out.warnings().collect();
         (self.requests.into_iter().map(|request| (request.prompt_tokens, request.output_tokens)).collect(), warnings)
@@ -419,7 +419,7 @@ impl<'a> JsonLines<'a> {
         Ok(RequestTrace { warnings, ..RequestTrace::from_unsorted(name_of(self.path), requests, prefix_hashes) })
     }
 
-    /// Tokens of a block; none without hashes.
+    /// Tokens per block; `None` without hashes.
     fn block_tokens(&self, warnings: &mut Vec<String>) -> Result<Option<u32>> {
         let usual = match self.keys.ids_are {
             _ if self.ends.is_empty() => return Ok(None),
@@ -445,8 +445,8 @@ impl<'a> JsonLines<'a> {
         Ok(Some(only))
     }
 
-    /// The unit of the times. Mooncake's are milliseconds, but files of its layout with other blocks, with fractions or
-    /// without hashes come from elsewhere and are of seconds as often.
+    /// Unit of the times. Mooncake's times are milliseconds. Files of its layout with other blocks, with fractions or
+    /// without hashes come from other sources, and are as often in seconds.
     fn unit(&self, block_tokens: Option<u32>) -> Result<TimeUnit> {
         if let Some(unit) = self.options.time_unit.or(self.keys.unit) {
             return Ok(unit);

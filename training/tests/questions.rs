@@ -1,4 +1,4 @@
-//! Whatever happens to a file of questions, reading it gives questions or an error, never a panic.
+//! Reading a damaged file of questions gives questions or an error, never a panic.
 
 #[path = "../../traces/tests/allocations/mod.rs"]
 mod allocations;
@@ -13,7 +13,7 @@ use training::evaluation::multiple_choice::read_questions;
 #[global_allocator]
 static ALLOCATIONS: Allocations = Allocations;
 
-/// More memory than that at once is not for files of a few hundred bytes.
+/// Limit of a single allocation for files of a few hundred bytes.
 const MEMORY: usize = 1 << 20;
 
 const FILES: [&str; 5] = [

@@ -1,28 +1,28 @@
-// Attention of numbers of 16 bits, on tensor cores: a warp takes 16 keys at a time. The scores are queries times keys; what
-// attention gives is summed transposed, values times weights, since a lane then holds the weights as the tensor core
-// wants them. As in FlashAttention-2 (arXiv 2307.08691) nothing of it lies in memory between.
+// Attention in 16-bit numbers on tensor cores: a warp processes 16 keys at a time. The scores are queries times keys.
+// The output is accumulated transposed, as values times weights, since a lane then has the weights in the tensor core's
+// layout. As in FlashAttention-2 (arXiv 2307.08691), intermediate results stay in registers.
 //
-// The sums of tensor cores do not care which number a lane calls which, as long as both sides agree. So a lane takes 8
-// numbers that follow each other, one load, where PTX's layout has pairs from four places.
+// Sums of tensor cores do not depend on the order of the numbers, if both factors have the same order. A lane therefore
+// takes 8 adjacent numbers, one load, where PTX's layout has pairs from four places.
 
 constexpr int KEYS_OF_TILE = 16;
 constexpr int KEYS_OF_STEP = WARPS * KEYS_OF_TILE;
 constexpr int SCORE_STEPS = (HEAD_DIM + 31) / 32;    // numbers of a head are multiplied 32 at a time,
 constexpr int VALUE_STEPS = (HEAD_DIM + 63) / 64;    // and mixed 64 at a time
-// Beyond the head queries are zero; and 16 bytes more, so that lanes that read different queries meet different banks.
+// Beyond the head, queries are zero. 16 more bytes, so that lanes that read different queries use different banks.
 constexpr int QUERY_STRIDE = 32 * SCORE_STEPS + 8;
 constexpr int MIXED_STRIDE = HEAD_DIM + 1;
 static_assert(BLOCK_TOKENS % KEYS_OF_TILE == 0, "the keys of a tile are of one page");
 static_assert(SPLIT % KEYS_OF_STEP == 0, "splits are whole steps");
 
-// Online softmax: what a lane has seen of queries that come in OCTETS of eight. Lane 4 g + t knows query g of each octet,
-// and of the mixed values those of queries 2 t and 2 t + 1.
+// Online softmax: a lane's state for queries in OCTETS of eight. Lane 4 g + t has query g of each octet and, of the
+// outputs, those of queries 2 t and 2 t + 1.
 template <int OCTETS> struct Seen {
     float top[OCTETS], sum[OCTETS];
     float mixed[OCTETS][VALUE_STEPS][4][4];
 };
 
-// What the warps of a block hand to each other.
+// Results that the warps of a block exchange.
 template <int OCTETS> struct OfWarps {
     float tops[WARPS][8 * OCTETS], sums[WARPS][8 * OCTETS];
     float mixed[8 * OCTETS][MIXED_STRIDE];
@@ -30,7 +30,7 @@ template <int OCTETS> struct OfWarps {
 
 __device__ inline uint4 load_16_bytes(const scalar* from) { return *reinterpret_cast<const uint4*>(from); }
 
-// The numbers of two keys at one place, for a tensor core: of the lower halves of two words, and of the upper.
+// The numbers of two keys at one index, for a tensor core: from the lower halves of two words, and from the upper.
 __device__ inline unsigned lower_halves(unsigned a, unsigned b) { return (a & 0xffff) | (b << 16); }
 __device__ inline unsigned upper_halves(unsigned a, unsigned b) { return (a >> 16) | (b & 0xffff0000); }
 
@@ -41,8 +41,8 @@ __device__ inline unsigned pair_of(float a, float b) {
     return pair[0].bits | (unsigned(pair[1].bits) << 16);
 }
 
-// What a block's queries see of entries `first` to `end` of a sequence at a depth: query g of octet o those from
-// `first_of[o]` to `end_of[o]`, as lanes 4 g .. 4 g + 3 have them. `queries` are turned, not scaled.
+// Attention of a block's queries over entries `first` to `end` of a sequence at a depth. Query g of octet o attends to
+// those from `first_of[o]` to `end_of[o]`, as in lanes 4 g .. 4 g + 3. `queries` are rotated but not scaled.
 template <int OCTETS>
 __device__ inline void see(const scalar (*queries)[QUERY_STRIDE], const scalar* pages, const Geometry& g,
                            const int* blocks, int depth, int kv_head, int first, int end, const int (&first_of)[OCTETS],
@@ -66,7 +66,7 @@ __device__ inline void see(const scalar (*queries)[QUERY_STRIDE], const scalar* 
         tile += KEYS_OF_STEP;
         block = tile < end ? blocks[tile / BLOCK_TOKENS] : 0;
 
-        // Keys beyond the last are of the same page; what lies there meets no other key's score.
+        // Keys beyond the last belong to the same page; their numbers do not affect the scores of other keys.
         float scores[2][4] = {};
 #pragma unroll (OCTETS == 1 ? SCORE_STEPS : 2)
         for (int step = 0; step < SCORE_STEPS; step++) {
@@ -117,7 +117,7 @@ __device__ inline void see(const scalar (*queries)[QUERY_STRIDE], const scalar* 
 
 #pragma unroll
         for (int step = 0; step < VALUE_STEPS; step++) {
-            // Of keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. What is not seen may be no number, whose weight 0 it would be.
+            // Keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. A masked value may be NaN, so a weight of 0 would not be enough.
             uint4 of_keys[4];
             const int at = 64 * step + 8 * group;
 #pragma unroll
@@ -169,7 +169,7 @@ template <int OCTETS> __device__ inline float sum_of(const OfWarps<OCTETS>& warp
     return sum;
 }
 
-// Adds up what all warps have mixed, one after the other.
+// Adds up the outputs of all warps, one after the other.
 template <int OCTETS> __device__ inline void join_warps(const Seen<OCTETS>& seen, OfWarps<OCTETS>& warps) {
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, quarter = threadIdx.x % 4;
     if (quarter == 0) {
@@ -209,12 +209,12 @@ template <int OCTETS> __device__ inline void join_warps(const Seen<OCTETS>& seen
     }
 }
 
-// One block to a multiprocessor is the least that is asked for: without it ptxas spills for occupancy.
+// At least one block per multiprocessor is requested: otherwise ptxas spills for occupancy.
 
 // Attention of decode rows over one split of their history. Grid [items, heads / GROUP].
 //
-// Rows with one split write `out` [rows, heads * HEAD_DIM]; of others `partial` [items, heads, 2 + HEAD_DIM] gets the
-// greatest score, the sum of weights, and the values mixed.
+// Rows with one split write `out` [rows, heads * HEAD_DIM]. For others, `partial` [items, heads, 2 + HEAD_DIM] gets the
+// greatest score, the sum of weights, and the weighted values.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Item* items,
     const int* block_table, const Sight* sights, Geometry g, float* partial, scalar* out) {
@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     }
 }
 
-// Attention of the rows of prompts' chunks. Grid [tiles, heads].
+// Attention of the rows of prompt chunks. Grid [tiles, heads].
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_tiles(
     const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Tile* tiles,
     const int* block_table, const Sight* sights, Geometry g, scalar* out) {
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_tiles(
     }
     __syncthreads();
 
-    // Queries that are not there see nothing.
+    // Queries beyond the last attend to nothing.
     int first_of[2], end_of[2];
 #pragma unroll
     for (int octet = 0; octet < 2; octet++) {

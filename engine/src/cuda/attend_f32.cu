@@ -1,26 +1,26 @@
-// Attention of numbers of 32 bits, by multiply-adds: a lane of a warp holds part of a key for all query heads that share it.
+// Attention in 32-bit numbers with multiply-adds: a lane of a warp has part of a key for all query heads that share it.
 
-// How a warp reads keys: LANES lanes of each key, a pack each, and again if the head is wider than they.
+// How a warp reads keys: LANES lanes per key, a pack each, repeated if the head is wider.
 __device__ constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 constexpr int PACK = Pack<scalar>::SIZE;
 constexpr int PACKS_OF_HEAD = HEAD_DIM / PACK;
 constexpr int LANES = power_of_two_from(PACKS_OF_HEAD) < WARP ? power_of_two_from(PACKS_OF_HEAD) : WARP;
 constexpr int PACKS_OF_LANE = (PACKS_OF_HEAD + LANES - 1) / LANES;
 constexpr int KEYS_OF_WARP = WARP / LANES;
-// Keys of a lane between two corrections of the online softmax (arXiv 1805.02867): as many loads are in flight.
+// Keys per lane between two corrections of the online softmax (arXiv 1805.02867): the number of loads in flight.
 constexpr int KEYS_OF_LANE = 4;
 constexpr int KEYS_OF_BLOCK = WARPS * KEYS_OF_WARP * KEYS_OF_LANE;
 static_assert(HEAD_DIM % PACK == 0, "a head is read in whole packs");
 static_assert(SPLIT % KEYS_OF_BLOCK == 0, "splits are whole steps");
 
-// Online softmax: what a lane has seen of its part of GROUP heads.
+// Online softmax: a lane's state for its part of GROUP heads.
 struct Seen {
     float top[GROUP];
     float sum[GROUP];
     float mixed[GROUP][PACKS_OF_LANE][PACK];
 };
 
-// Takes in what the lanes `step` away have seen of other keys.
+// Merges the state of the lanes `step` away, which processed other keys.
 __device__ inline void join_lanes(Seen& seen, int step) {
     for (int head = 0; head < GROUP; head++) {
         const float other_top = __shfl_xor_sync(FULL_WARP, seen.top[head], step);
@@ -39,10 +39,10 @@ __device__ inline void join_lanes(Seen& seen, int step) {
 
 // Attention of decode rows over one split of their history. Grid [items, heads / GROUP].
 //
-// One block to a multiprocessor is the least that is asked for: without it ptxas spills for occupancy, narrow heads first.
+// At least one block per multiprocessor is requested: otherwise ptxas spills for occupancy, narrow heads first.
 //
-// Rows with one split write `out` [rows, heads * HEAD_DIM]; of others `partial` [items, heads, 2 + HEAD_DIM] gets the
-// greatest score, the sum of weights, and the values mixed.
+// Rows with one split write `out` [rows, heads * HEAD_DIM]. For others, `partial` [items, heads, 2 + HEAD_DIM] gets the
+// greatest score, the sum of weights, and the weighted values.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Item* items,
     const int* block_table, const Sight* sights, Geometry g, float* partial, scalar* out) {
@@ -191,15 +191,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     }
 }
 
-// Keys of a tile's step: shared memory holds them, their values and the queries.
+// Keys per step of a tile: they, their values and the queries are in shared memory.
 constexpr int HEAD_BYTES = HEAD_DIM * int(sizeof(scalar));
 constexpr int KEYS_OF_STEP = HEAD_BYTES <= 256 ? 32 : HEAD_BYTES <= 512 ? 16 : 8;
 constexpr int QUERIES_OF_WARP = QUERIES / WARPS;
-// A pack more, so that lanes that read the same column of different keys meet different banks.
+// One more pack, so that lanes that read one column of different keys use different banks.
 constexpr int KEY_STRIDE = HEAD_DIM + PACK;
 constexpr int PAIRS_OF_LANE = (HEAD_DIM + 2 * WARP - 1) / (2 * WARP);
 
-// Attention of the rows of prompts' chunks. Grid [tiles, heads].
+// Attention of the rows of prompt chunks. Grid [tiles, heads].
 extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
     const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Tile* tiles,
     const int* block_table, const Sight* sights, Geometry g, scalar* out) {

@@ -1,11 +1,11 @@
-// Attention over rows of mixed sequence, length and depth, on keys and values in pages.
+// Attention over rows of mixed sequences, lengths and depths, on paged keys and values.
 //
 //   cache  [layer][block] pages     layers: those of the prelude, then at each depth those of the block and the coda
 //   page   keys [kv head][entry][HEAD_DIM], then values likewise
 //
-// Decode rows attend in items: splits of their history at fixed entries, so that what comes out for a row does not
-// depend on the others; a second kernel joins the splits. The rows of a prompt's chunk attend in tiles of QUERIES.
-// Both are in attend_f32.cu for numbers of 32 bits, and on tensor cores in attend_16.cu for those of 16.
+// Decode rows attend in items: splits of their history at fixed entries, so that the result for a row does not depend
+// on other rows. A second kernel joins the splits. The rows of a prompt chunk attend in tiles of QUERIES. Both kernels
+// are in attend_f32.cu for 32-bit numbers, and on tensor cores in attend_16.cu for 16-bit numbers.
 
 constexpr int SPLIT = 256;    // entries of a split
 constexpr int QUERIES = 16;   // rows of a tile
@@ -15,26 +15,26 @@ struct Geometry {
     int heads, kv_heads;
     // KV blocks of the cache.
     int blocks;
-    // The layer at depth d is first_layer + d * layer_stride, up to the last of the depths that have pages.
+    // The layer at depth d is first_layer + d * layer_stride, up to the last depth with its own pages.
     int first_layer, layer_stride, depths;
-    // Whether it is a layer of the prelude, whose rows all leave one entry whatever they leave at depths.
+    // Whether the layer belongs to the prelude, where every row writes one entry, independent of depths.
     int once;
-    // Rows see by one sight for all depths or one for each.
+    // Number of sights: one for all depths, or one for each.
     int sights;
-    // Of the rotary tables: positions, and leading dimensions that turn.
+    // Rotary tables: number of positions, and number of leading dimensions that are rotated.
     int positions, rotary_dims;
-    // Factor on scores.
+    // Factor of attention scores.
     float scale;
 };
 
 struct Sight {
-    // Whether only the latest positions are seen.
+    // Whether only the latest positions count.
     int windowed;
-    // Which rotary table turns its queries and keys.
+    // Index of the rotary table for queries and keys.
     int rotary;
 };
 
-// One split of a decode row's history; no row (-1) pads a batch.
+// One split of a decode row's history; row -1 pads a batch.
 struct Item {
     int row, split;
 };
@@ -56,14 +56,14 @@ __device__ inline long long page_at(const Geometry& g, int depth, int block) {
     return ((long long)layer * g.blocks + block) * page_numbers(g);
 }
 
-// Where in a page a key lies; its value lies `values_at` further on.
+// Index of a key within a page; its value is `values_at` further on.
 __device__ inline long long key_at(int kv_head, int offset) {
     return ((long long)kv_head * BLOCK_TOKENS + offset) * HEAD_DIM;
 }
 
 __device__ inline long long values_at(const Geometry& g) { return page_numbers(g) / 2; }
 
-// Number `i` of a head turned by a position's cosines and sines.
+// Number `i` of a head, rotated by a position's cosines and sines.
 __device__ inline float rotated(const scalar* head, const float* turn, int rotary_dims, int i) {
     const int half = rotary_dims / 2;
     const float x = to_float(head[i]);
@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) store_kv(
     }
 }
 
-// Copies keys and values of exited tokens to the depths they never ran. Grid [fills, layers at each depth]; `g` is the
+// Copies keys and values of exited tokens to the depths they skipped. Grid [fills, layers at each depth]; `g` is the
 // geometry of the first of those layers.
 extern "C" __global__ void __launch_bounds__(THREADS) fill_deeper(
     const Fill* fills, Geometry g, scalar* pages) {
@@ -127,11 +127,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) fill_deeper(
     }
 }
 
-// exp2(x - top), 0 before anything was seen.
+// exp2(x - top); 0 in the initial state.
 __device__ inline float weight(float x, float top) { return x == NEGATIVE_INFINITY ? 0.0f : exp2f(x - top); }
 
-// Leaves number `at` of a head as one split of its row's history has it: what attention gives if the row has no other split,
-// else the split's greatest score, its sum of weights, and the values mixed.
+// Writes number `at` of a head for one split of its row's history: the output of attention if the row has no other
+// split, otherwise the split's greatest score, its sum of weights, and the weighted values.
 __device__ inline void leave_split(bool whole, const Item& item, const Geometry& g, int head, int at, float top,
                                    float sum, float mix, float* partial, scalar* out) {
     if (whole) {
@@ -146,7 +146,7 @@ __device__ inline void leave_split(bool whole, const Item& item, const Geometry&
     split[2 + at] = mix;
 }
 
-// Joins the splits of decode rows that have several. Grid [items, heads]; the first item of a row does the work.
+// Joins the splits of decode rows with several. Grid [items, heads]; the first item of a row does the work.
 extern "C" __global__ void __launch_bounds__(THREADS) attend_join(
     const float* __restrict__ partial, const Row* rows, const Item* items, const Sight* sights, Geometry g, scalar* out) {
     const Item item = items[blockIdx.x];

@@ -1,29 +1,29 @@
-// LoRA by depth: one launch for rows of all depths, as Punica's SGMV (arXiv 2310.18547) does for rows of many adapters.
-// The rows of a pass come by depth; groups of at most GROUP_ROWS rows of one depth share what is loaded of its adapter.
+// LoRA by depth: one launch for rows of all depths, as Punica's SGMV (arXiv 2310.18547) for rows of many adapters. The
+// rows of a pass are sorted by depth; groups of at most GROUP_ROWS rows of one depth share the loads of its adapter.
 
 constexpr int GROUP_ROWS = 8;      // rows of a group
 constexpr int RANKS_OF_BLOCK = 4;  // ranks that a block reduces
 constexpr int RANKS_OF_STEP = 32;  // ranks of which a block expands at a time,
 constexpr int RANKS_AT_ONCE = 16;  // and a thread loads
 
-// Rows `first_row ..` of a pass that run at one depth; none (0 rows) pads a batch.
+// Rows from `first_row` on that run at one depth; 0 rows pad a batch.
 struct Group {
     int first_row, rows, depth;
 };
 
-// One of several adapted projections of the same input: the ranks it reads and the outputs it gives.
+// One of several adapted projections of one input: the ranks that it reads, and its outputs.
 struct Part {
     int first_rank, ranks;
     int first_output, outputs;
-    // Where its matrix `[depths, ranks, outputs]` starts in the ups.
+    // Start of its matrix `[depths, ranks, outputs]` in the ups.
     long long at;
 };
 
 // `out` [rows, ranks] = `x` [rows, inputs] times the downs [depths, ranks, inputs] of each row's depth; rows of depths
-// from `depths` on have no adapter. Grid [groups, ranks / RANKS_OF_BLOCK rounded up]: the warps of a block share the
-// inputs out.
+// from `depths` on have no adapter. Grid [groups, ranks / RANKS_OF_BLOCK rounded up]: the warps of a block divide the
+// inputs.
 //
-// Rows and ranks that are not there are read as the last that is: so no load waits for another.
+// Rows and ranks beyond the last are read as the last one, so that no load waits for another.
 extern "C" __global__ void __launch_bounds__(THREADS) lora_shrink(
     const scalar* x, const scalar* downs, const Group* groups, int depths, int ranks, int inputs, float* out) {
     __shared__ float of_warps[WARPS][RANKS_OF_BLOCK][GROUP_ROWS];
@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lora_shrink(
         return;
     }
     constexpr int SIZE = Pack<scalar>::SIZE;
-    // Rows whose width is no whole number of packs are not aligned.
+    // Rows are not aligned if their width is not a whole number of packs.
     const bool packed = inputs % SIZE == 0;
     const auto load = [&](const scalar* row, int at) {
         if (packed) {
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lora_shrink(
     }
 }
 
-// Adds to `y` [rows, outputs] what the ups make of `shrunk` [rows, ranks], RANKS_OF_STEP ranks at a time.
+// Adds the product of the ups with `shrunk` [rows, ranks] to `y` [rows, outputs], RANKS_OF_STEP ranks at a time.
 template <class T> __device__ inline void expand(
     const float* shrunk, const scalar* ups, const Group* groups, const Part* parts, int depths, int ranks, int outputs,
     float (&of_rows)[RANKS_OF_STEP][GROUP_ROWS], T* y) {
@@ -115,10 +115,10 @@ template <class T> __device__ inline void expand(
             scalar of_ranks[RANKS_AT_ONCE];
 #pragma unroll
             for (int r = 0; r < RANKS_AT_ONCE; r++) {
-                // What comes after the last rank is that again, times zero.
+                // Beyond the last rank, that rank is read again and multiplied by zero.
                 of_ranks[r] = up[(long long)min(step + first + r, part.ranks - 1) * part.outputs];
             }
-            // All loads before the first is used: left to itself, the compiler has each wait for the one before it.
+            // All loads before the first use: otherwise the compiler makes each wait for the previous one.
             asm volatile("" ::: "memory");
 #pragma unroll
             for (int r = 0; r < RANKS_AT_ONCE; r++) {
@@ -154,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lora_expand(
     expand(shrunk, ups, groups, parts, depths, ranks, outputs, of_rows, y);
 }
 
-// The same into f32: the residual stream, or logits.
+// As `lora_expand`, into f32: the residual stream, or logits.
 extern "C" __global__ void __launch_bounds__(THREADS) lora_expand_f32(
     const float* shrunk, const scalar* ups, const Group* groups, const Part* parts, int depths, int ranks, int outputs,
     float* y) {

@@ -1,18 +1,18 @@
-// Norms of rows, and of the heads of queries and keys. The residual stream is in f32, what the products read is not.
+// Norms of rows, and of the heads of queries and keys. The residual stream is in f32; inputs of products are not.
 
-// What a norm does: x / rms(x) * weight, or (x - mean(x)) / deviation(x) * weight + bias.
+// Formula of a norm: x / rms(x) * weight, or (x - mean(x)) / deviation(x) * weight + bias.
 struct Formula {
     int width;
-    // Sets of vectors: one for all depths or one for each.
+    // Number of sets of vectors: one for all depths, or one for each.
     int sets;
-    // Whether the mean is subtracted, and a bias follows the weights of each set.
+    // Whether the mean is subtracted, and the weights of each set are followed by a bias.
     int centred;
     float eps;
 
     __device__ int numbers() const { return centred ? 2 * width : width; }
 };
 
-// What a row is shifted and scaled by.
+// Shift and scale of a row.
 struct Moments {
     float mean, scale;
 };
@@ -77,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_normed(
     }
 }
 
-// Norms each head of queries and keys in place. Grid [rows], a warp per head. A set of `vectors` is first for queries,
-// then for keys; the width is a head's.
+// Norms each head of queries and keys in place. Grid [rows], a warp per head. A set of `vectors` has those for queries,
+// then those for keys; the width is a head's.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_heads(
     scalar* qkv, const Row* rows, const float* vectors, Formula formula, int heads, int kv_heads) {
     const Row row = rows[blockIdx.x];

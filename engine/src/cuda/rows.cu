@@ -1,4 +1,4 @@
-// Operations on each row by itself: gathering and scattering, biases, the MLP's nonlinearity, cosines and gates.
+// Operations on separate rows: gathering and scattering, biases, activation functions, cosines and gates.
 
 // The residual stream of rows that enter the block, `out` [rows, width]: source `s >= 0` is token `s` of the embedding
 // times `factor`, `s < 0` is row `-1 - s` of those in flight. Grid [rows].
@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) enter_rows(
     }
 }
 
-// Copies row `i` of `rows` to row `places[i]` of `target`, both [_, width]; rows without a place (-1) are left.
+// Copies row `i` of `rows` to row `places[i]` of `target`, both [_, width]; rows without a place (-1) are not copied.
 // Grid [rows].
 extern "C" __global__ void __launch_bounds__(THREADS) keep_rows(
     const float* __restrict__ rows, const int* __restrict__ places, int width, float* __restrict__ target) {
@@ -63,15 +63,15 @@ __device__ inline float activated(float x, int activation) {
     return x / (1.0f + expf(-1.59576912f * (x + 0.044715f * x * x * x)));
 }
 
-// `activation(gate) * up` of `x` [rows, 2 inner], gates first; or, not gated, `activation(x)` of [rows, inner].
-// Grid [rows, parts of a row]; a thread takes a pack.
+// `activation(gate) * up` of `x` [rows, 2 inner], gates first; or, without gates, `activation(x)` of [rows, inner].
+// Grid [rows, parts of a row]; a thread processes a pack.
 extern "C" __global__ void __launch_bounds__(THREADS) activate(
     const scalar* x, int inner, int gated, int activation, scalar* out) {
     constexpr int SIZE = Pack<scalar>::SIZE;
     const int at = (blockIdx.y * THREADS + threadIdx.x) * SIZE;
     const scalar* gates = x + (long long)blockIdx.x * inner * (gated ? 2 : 1) + at;
     scalar* to = out + (long long)blockIdx.x * inner + at;
-    // Rows whose width is no whole number of packs are not aligned.
+    // Rows are not aligned if their width is not a whole number of packs.
     if (inner % SIZE == 0 && at < inner) {
         Pack<scalar> result = load_pack(gates), ups = gated ? load_pack(gates + inner) : result;
         for (int i = 0; i < SIZE; i++) {
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cosines(
 }
 
 // The learned gate: sigmoid(weight . x + bias) of normed rows `x` [gates, width]. Row `i` is row `picks[i]` of the
-// pass; `probes` [depths, width + 1] holds one for each depth, its bias last. Grid [gates].
+// pass; `probes` [depths, width + 1] has one for each depth, its bias last. Grid [gates].
 extern "C" __global__ void __launch_bounds__(THREADS) gates(
     const scalar* x, const int* picks, const Row* rows, const float* probes, int width, float* out) {
     __shared__ float sums[WARPS];

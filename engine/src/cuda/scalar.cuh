@@ -1,8 +1,8 @@
 // Storage types, 16-byte loads of them, and sums over warps and blocks.
 //
-// The files of this folder are one source, joined by `source.rs`, and are compiled three times over: at run time by
-// NVRTC, by the compile check for every architecture, and by a C++ compiler for the CPU behind `emulation.h`. So they
-// include no header. What a model fixes comes as macros:
+// The files of this folder are joined to one source by `source.rs`, which is compiled in three ways: at run time by
+// NVRTC, by the compile check for every architecture, and by a C++ compiler for the CPU after `emulation.h`. They
+// therefore include no header. Constants of a model are macros:
 //   SCALAR        f32, f16 or bf16: how weights, activations, keys and values are stored; sums are always in f32
 //   HEAD_DIM      width of a head
 //   GROUP         query heads that share what is loaded of a key-value head
@@ -17,7 +17,7 @@ typedef SCALAR scalar;
 #define NOT_A_NUMBER __int_as_float(0x7fc00000)
 #define FULL_WARP 0xffffffffu
 constexpr int WARP = 32;
-// Threads of a block of every kernel.
+// Threads per block of every kernel.
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
 
@@ -48,7 +48,7 @@ MULTIPLY_TILES(multiply_half_tiles, "f16")
 MULTIPLY_TILES(multiply_bfloat_tiles, "bf16")
 #endif
 
-// d += a b, of a whole warp on its tensor core: `a` is 16 x 16 and `b` 16 x 8, spread over the lanes as PTX has it
+// d += a b of a whole warp on its tensor core: `a` is 16 x 16 and `b` 16 x 8, distributed over the lanes as in PTX
 // (mma.m16n8k16).
 __device__ inline void multiply_tiles(f16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     multiply_half_tiles(d, a, b);
@@ -64,7 +64,7 @@ __device__ inline void store(f32* to, float x) { *to = x; }
 __device__ inline void store(f16* to, float x) { to->bits = float_to_half(x); }
 __device__ inline void store(bf16* to, float x) { to->bits = float_to_bfloat(x); }
 
-// As many numbers as one load takes.
+// The numbers of one load.
 template <class T> struct alignas(16) Pack {
     static constexpr int SIZE = 16 / int(sizeof(T));
     T numbers[SIZE];
@@ -101,7 +101,7 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// The sum over the threads of a block, in each of them. `sums` is shared memory of its own.
+// The sum over the threads of a block, in each of them. `sums` is separate shared memory.
 __device__ inline float block_sum(float x, float (&sums)[WARPS]) {
     x = warp_sum(x);
     if (threadIdx.x % WARP == 0) {
@@ -115,20 +115,20 @@ __device__ inline float block_sum(float x, float (&sums)[WARPS]) {
     return sum;
 }
 
-// What the kernels know of a row of the pass; a row that pads a batch has no position (-1).
+// A row of the pass, as the kernels need it; a row that pads a batch has position -1.
 struct Row {
     int position;
     int depth;
-    // The depths at which it leaves its key and value.
+    // The depths at which it writes its key and value.
     int first_fill, end_fill;
-    // The entries of a sequence at a depth follow each other without gaps. Its own; and those it sees: to `end`, from
-    // the first on, or in layers with a window from `first_windowed` on.
+    // The entries of a sequence at a depth are stored without gaps. The row's own entry; and the end of those that it
+    // attends to, which start at the first or, in layers with a window, at `first_windowed`.
     int entry, end, first_windowed;
-    // Where in the block table its sequence's blocks start.
+    // Start of the sequence's blocks in the block table.
     int first_block;
-    // Its first item of decode attention.
+    // The row's first item of decode attention.
     int first_item;
 };
 
-// Which of `sets` sets of parameters, one for all depths or one for each, a row takes.
+// Which of `sets` parameter sets a row uses: one for all depths, or one for each.
 __device__ inline int set_of(int sets, int depth) { return sets == 1 ? 0 : depth; }

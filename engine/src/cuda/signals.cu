@@ -1,25 +1,24 @@
-// How sure the model is: exit signals and the next token, in one sweep over the logits as the head's product leaves
-// them.
+// Exit signals and next tokens, in one sweep over the logits of the head's product.
 
 constexpr int SLICE = 16 * THREADS;   // logits of a slice
 
-// What is known of part of a row of logits.
+// State of part of a row of logits.
 struct Sweep {
     float top, second;
-    // Of exp(logit - top), and of that times (logit - top).
+    // Sums of exp(logit - top), and of that times (logit - top).
     float sum, weighted;
-    // The greatest of logit / temperature + noise, and the token that has it.
+    // The greatest logit / temperature + noise, and its token.
     double score;
     int token;
 };
 
 struct Verdict {
-    // Probability of the most likely token (not a number if a logit is not finite), and that less the second's.
+    // Probability of the most likely token (NaN if a logit is not finite), and that less the second's.
     float top1, margin;
-    // Of the distribution, in nats.
+    // Entropy of the distribution in nats.
     float entropy;
     float log_sum_exp;
-    // The token drawn.
+    // The sampled token.
     int token;
 };
 
@@ -28,7 +27,7 @@ __device__ inline Sweep nothing_swept() {
     return {NEGATIVE_INFINITY, NEGATIVE_INFINITY, 0, 0, lowest, 0x7fffffff};
 }
 
-// A share of a sum, of a greatest term `top`, in terms of a greater one.
+// A share of a sum with greatest term `top`, relative to a greater one.
 __device__ inline void rescale(float& sum, float& weighted, float top, float greater) {
     if (top == greater || sum == 0) {
         return;
@@ -38,7 +37,7 @@ __device__ inline void rescale(float& sum, float& weighted, float top, float gre
     sum *= factor;
 }
 
-// Of equal scores the first token wins.
+// The first of tokens with equal scores wins.
 __device__ inline Sweep joined(Sweep a, Sweep b) {
     const float top = fmaxf(a.top, b.top);
     rescale(a.sum, a.weighted, a.top, top);
@@ -54,7 +53,7 @@ __device__ inline Sweep shuffled(const Sweep& a, int step) {
             __shfl_xor_sync(FULL_WARP, a.score, step), __shfl_xor_sync(FULL_WARP, a.token, step)};
 }
 
-// What the threads of a block have swept, in the first of them.
+// Merges the states of a block's threads in the first thread.
 __device__ inline Sweep block_joined(Sweep mine, Sweep (&of_warps)[WARPS]) {
     for (int step = WARP / 2; step > 0; step /= 2) {
         mine = joined(mine, shuffled(mine, step));
@@ -90,7 +89,7 @@ __device__ inline Sweep swept(float logit, int token, float temperature, unsigne
     if (temperature > 0) {
         score = double(logit / temperature) + gumbel(key, token);
     }
-    // What is no number must show in the sum.
+    // NaN must propagate to the sum.
     const float one = logit == logit ? 1.0f : logit;
     return {logit, NEGATIVE_INFINITY, one, 0, score, token};
 }

@@ -102,7 +102,7 @@ fn breaks_on_tensor_cores_are_caught() {
         ("seen.sum[octet] += __shfl_xor_sync(FULL_WARP, seen.sum[octet], 2);", ""),
         ("block = tile < end ? blocks[tile / BLOCK_TOKENS] : 0;\n\n", "\n"),
         ("    __syncthreads();\n    float shares", "    float shares"),
-        ("        __syncthreads();\n    }\n}\n\n// One block", "    }\n}\n\n// One block"),
+        ("        __syncthreads();\n    }\n}\n\n// At least one block", "    }\n}\n\n// At least one block"),
     ];
     // Heads of 24 are not a whole number of steps, and five of them share a key-value head.
     for (from, to) in breaks {

@@ -1,9 +1,9 @@
-//! What happens to files: cuts, flips, repetitions, numbers that are too large.
+//! Damage to files: cuts, flips, repetitions, and numbers that are too large.
 
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 
-/// One thing done to the bytes of a file; positions are taken modulo its length.
+/// One change to the bytes of a file; positions are taken modulo its length.
 #[derive(Clone, Debug)]
 pub enum Damage {
     Truncate(usize),
@@ -11,13 +11,13 @@ pub enum Damage {
     Insert(usize, String),
     Delete(usize, usize),
     Repeat(usize, usize),
-    /// Another number in place of the next one.
+    /// Replaces the next number by another one.
     Number(usize, String),
-    /// The line at a place, once more.
+    /// Repeats the line at a position.
     Line(usize),
 }
 
-/// Pieces of text that readers stumble over.
+/// Pieces of text that are hard for readers.
 const SCRAPS: &[&str] = &[
     "NaN",
     "-",
@@ -38,7 +38,7 @@ const SCRAPS: &[&str] = &[
     ".",
 ];
 
-/// Numbers that readers must not size anything by.
+/// Numbers that readers must not use as a size.
 const NUMBERS: &[&str] = &[
     "0",
     "1",
@@ -55,7 +55,7 @@ const NUMBERS: &[&str] = &[
     "0.5",
 ];
 
-/// Any of them, at any place.
+/// Any damage at any position.
 pub fn damage() -> impl Strategy<Value = Damage> {
     prop_oneof![
         any::<usize>().prop_map(Damage::Truncate),
@@ -68,7 +68,7 @@ pub fn damage() -> impl Strategy<Value = Damage> {
     ]
 }
 
-/// The bytes after all that happened to them.
+/// The bytes after all damages.
 pub fn damaged(contents: impl AsRef<[u8]>, damages: &[Damage]) -> Vec<u8> {
     let mut bytes = contents.as_ref().to_vec();
     for damage in damages {
@@ -107,7 +107,7 @@ pub fn damaged(contents: impl AsRef<[u8]>, damages: &[Damage]) -> Vec<u8> {
     bytes
 }
 
-/// Cases of a test: a few hundred, or as many as `PROPTEST_CASES` asks for.
+/// Number of cases of a test: a few hundred, or `PROPTEST_CASES`.
 pub fn cases() -> Config {
     const CASES: u32 = 400;
     Config { cases: Config::default().cases.max(CASES), ..Config::default() }

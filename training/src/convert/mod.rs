@@ -91,7 +91,7 @@ pub enum ConversionError {
         /// Name of the adapter.
         adapter: String,
     },
-    /// The source or the result was refused.
+    /// The source or the result is invalid.
     #[error(transparent)]
     Weights(#[from] WeightsError),
     /// A tensor operation failed.
