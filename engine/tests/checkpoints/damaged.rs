@@ -283,7 +283,10 @@ pub fn numbers(value: &Value, at: &str, found: &mut Vec<String>) {
         Value::Array(items) => {
             items.iter().enumerate().for_each(|(index, item)| numbers(item, &format!("{at}/{index}"), found));
         }
-        Value::Object(fields) => fields.iter().for_each(|(key, field)| numbers(field, &format!("{at}/{key}"), found)),
+        Value::Object(fields) => fields.iter().for_each(|(key, field)| {
+            let key = key.replace('~', "~0").replace('/', "~1");
+            numbers(field, &format!("{at}/{key}"), found);
+        }),
         _ => {}
     }
 }
