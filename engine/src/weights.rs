@@ -491,7 +491,7 @@ mod tests {
             let norm = Tensor::new(numbers, &Device::Cpu).unwrap();
             tensors.insert("norm.weight".to_owned(), norm);
         });
-        assert!(infinite.contains("`norm.weight` holds inf at flat index 5"), "{infinite}");
+        assert!(infinite.contains("`norm.weight` contains inf at flat index 5"), "{infinite}");
 
         let unexpected = refusal(&|tensors| {
             let copy = tensors["embed_tokens.weight"].clone();
