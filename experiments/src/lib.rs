@@ -2,11 +2,11 @@
 //!
 //! | to do | call | with |
 //! | --- | --- | --- |
-//! | measure the engine, simulate the same, compare, draw; or simulate systems at hand | [`run`] | [`Experiment`] |
+//! | measure the engine, simulate the same, compare, draw; or simulate systems at hand | [`run()`] | [`Experiment`] |
 //! | only compare simulator and engine | [`validate`] | [`Experiment`] with an [`EngineSpec`](experiment::EngineSpec) |
-//! | simulate every combination of lists of values | [`sweep`] | [`SweepSpec`] |
-//! | find the highest request rate within latency objectives | [`capacity`] | [`SweepSpec`] |
-//! | measure a latency profile, record exits, replay a trace | [`profile`], [`record`], [`replay`] | [`NamedEngine`] |
+//! | simulate every combination of lists of values | [`sweep()`] | [`SweepSpec`] |
+//! | find the highest request rate within latency objectives | [`capacity()`] | [`SweepSpec`] |
+//! | measure a latency profile, record exits, replay a trace | [`profile()`], [`record()`], [`replay()`] | [`NamedEngine`] |
 //! | simulate requests under some settings | [`run_simulations`] | [`Machines`] |
 //!
 //! An experiment is a value: read it from YAML with [`Experiment::load`] or [`SweepSpec::load`], or build it. Its

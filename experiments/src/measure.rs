@@ -181,11 +181,10 @@ fn model_memory(model: &dyn ServedModel) -> ModelMemory {
 }
 
 /// Profiles up to `limits`, records, and replays the requests under every one of `settings`; where `loads` are given,
-/// once for each of them, with the arrivals scaled to that share of the [`capacity`] under the first of `settings`.
+/// once for each of them, with the arrivals scaled to that share of the capacity under the first of `settings`.
 ///
-/// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays see the
-/// machine in the same moods. How fast it was at any moment of a replay is told by probes, for which the replay's clock
-/// stands still.
+/// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays meet the same
+/// speed modes of the machine. Probes measure the speed during a replay, whose clock stands still for them.
 ///
 /// # Errors
 /// If the engine cannot serve the requests, or a load is none.
