@@ -263,7 +263,7 @@ fn labelled(text: &str, doc: &Value) -> Option<usize> {
 
 /// The right context in a document whose choices have one continuation: `answer` counts from 1, `label` from 0.
 fn context_in(doc: &Value) -> Option<usize> {
-    let number = |value: &Value| value.as_u64().or(value.as_str()?.trim().parse().ok());
+    let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.trim().parse().ok());
     let answer = doc.get("answer").and_then(number).and_then(|answer| answer.checked_sub(1));
     answer.or_else(|| doc.get("label").and_then(number)).and_then(|place| usize::try_from(place).ok())
 }
@@ -275,7 +275,7 @@ fn outcome(sample: &Map<String, Value>, choices: usize) -> Option<(usize, bool)>
     let answers = sample.get("filtered_resps")?.as_array()?;
     let nats = |answer: &Value| {
         let nats = answer.get(0).unwrap_or(answer);
-        nats.as_f64().or(nats.as_str()?.trim().parse().ok())
+        nats.as_f64().or_else(|| nats.as_str()?.trim().parse().ok())
     };
     let nats: Vec<f64> = answers.get(..choices)?.iter().map(nats).collect::<Option<_>>()?;
     let greatest = (1..nats.len()).fold(0, |best, index| if nats[index] > nats[best] { index } else { best });
