@@ -62,4 +62,3 @@ pub use policy::{Batching, ExitPolicy, KvFill, SignalRead, SignalReads};
 pub use scheduler::{PrefixUse, ScheduleError, Scheduler, Settings};
 pub use serve::{Clock, ServeError, Server, VirtualClock, serve};
 pub use steady::{Lengths, SteadyLoad, SteadyServer};
-pub use work::derive_work;

@@ -71,7 +71,7 @@ impl WorkMeter {
 ///
 /// The function runs for every row, so only chunks take a branch.
 #[inline]
-pub fn derive_work(
+fn derive_work(
     work: &mut PassWork,
     segments: &[Segment],
     reads: SignalReads,

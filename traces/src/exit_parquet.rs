@@ -89,21 +89,24 @@ fn write_group(
     let integers: [fn(&ExitRow) -> u32; FIRST_SIGNAL] =
         [|row| row.generation, |row| row.token, |row| row.depth, |row| row.prediction];
     for of in integers {
-        write_column::<Int32Type>(&mut group, rows.iter().map(|row| of(row) as i32).collect())?;
+        write_column::<Int32Type>(&mut group, rows.iter().map(|row| of(row) as i32).collect(), None, None)?;
     }
     for signal in ExitSignal::ALL.into_iter().filter(|&signal| has_gates || signal != ExitSignal::Gate) {
-        write_column::<FloatType>(&mut group, rows.iter().map(|row| row.signals.get(signal)).collect())?;
+        write_column::<FloatType>(&mut group, rows.iter().map(|row| row.signals.get(signal)).collect(), None, None)?;
     }
     group.close()?;
     Ok(())
 }
 
-fn write_column<T: DataType>(
+/// Writes the next column of a group: its values, and the levels of Parquet for nulls and lists where it may have any.
+pub(crate) fn write_column<T: DataType>(
     group: &mut SerializedRowGroupWriter<'_, PartialFile>,
     values: Vec<T::T>,
+    defined: Option<&[i16]>,
+    repeated: Option<&[i16]>,
 ) -> Result<(), ParquetError> {
     let mut column = group.next_column()?.expect("the schema has a column for each");
-    column.typed::<T>().write_batch(&values, None, None)?;
+    column.typed::<T>().write_batch(&values, defined, repeated)?;
     column.close()
 }
 

@@ -39,7 +39,7 @@ use parquet::schema::parser::parse_message_type;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, TraceError};
-use crate::exit_parquet::{catching, catching_damage, unread, unwritten};
+use crate::exit_parquet::{catching, catching_damage, unread, unwritten, write_column};
 use crate::pass_work::{ChunkWork, PassWork};
 use crate::table::{PartialFile, check_version};
 use crate::units::Nanos;
@@ -691,17 +691,6 @@ fn give<T>(
         return Err(ReadError::Value(format!("{} values of {} rows", values.len(), rows.len())));
     }
     rows.iter_mut().zip(values).try_for_each(|(row, value)| set(row, value)).map_err(ReadError::Value)
-}
-
-fn write_column<T: DataType>(
-    group: &mut SerializedRowGroupWriter<'_, PartialFile>,
-    values: Vec<T::T>,
-    defined: Option<&[i16]>,
-    repeated: Option<&[i16]>,
-) -> Result<(), ParquetError> {
-    let mut column = group.next_column()?.expect("the schema has a column for each");
-    column.typed::<T>().write_batch(&values, defined, repeated)?;
-    column.close()
 }
 
 /// The non-null values of a column and the levels of all: Parquet's encoding of nulls and lists.
