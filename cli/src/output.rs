@@ -52,7 +52,7 @@ pub fn wait(line: fmt::Arguments<'_>) {
     *waiting += &format!("{line}\n");
 }
 
-/// See [`note!`]. Where standard error has gone, there is nobody to be told.
+/// See [`note!`]. A closed standard error is not an error of the command.
 pub fn tell(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "{line}");
 }

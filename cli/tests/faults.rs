@@ -260,7 +260,7 @@ fn a_reader_that_goes_away_costs_no_results_and_no_panic() {
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(141));
 
-    // Both are closed: nobody can be told, and results are kept.
+    // Both are closed: no message can be written, and results are kept.
     let mut child = scene
         .command(&["run", "tiny.yaml", "--out", "both"])
         .stdout(Stdio::piped())
@@ -293,7 +293,7 @@ fn a_full_standard_output_is_an_error_after_the_results_are_kept() {
     }
 }
 
-/// Runs a command that can write no file beyond so many bytes: as on a full disk, but that the error is another one.
+/// Runs a command whose files are limited in size: as on a full disk, with another error.
 fn with_file_limit(scene: &Scene, arguments: &[&str], bytes: u64) -> Output {
     let mut command = scene.command(arguments);
     // SAFETY: both functions may be called between fork and exec.
@@ -341,7 +341,7 @@ fn where_files_cannot_grow_results_are_whole_or_absent() {
     assert!(contents(&scene.path("swept")) == swept, "it goes on where there was no room");
 }
 
-/// A disk of so many kilobytes; none where it cannot be mounted.
+/// A disk of this size in kilobytes; none where it cannot be mounted.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {

@@ -60,7 +60,7 @@ pub(super) fn read(path: &Path, num_loops: usize) -> Result<Checkpoint> {
 fn map(path: &Path) -> Result<Mmap> {
     let in_file = |source| CheckpointError::File { path: path.to_owned(), source };
     let file = contents::open(path).map_err(in_file)?;
-    // SAFETY: as with any mapped file, the caller's part is that nobody cuts it while it is read.
+    // SAFETY: as with any mapped file, the caller's part is that no program cuts it while it is read.
     unsafe { Mmap::map(&file) }.map_err(in_file)
 }
 

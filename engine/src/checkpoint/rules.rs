@@ -105,7 +105,7 @@ fn window_holds_all(value: &Value, keys: &Keys) -> bool {
     holds_all || keys.value("use_sliding_window") == Some(&Value::Bool(false))
 }
 
-/// Whether there are as many key-value heads as query heads.
+/// Whether the number of key-value heads equals that of query heads.
 fn equals_heads(value: &Value, keys: &Keys) -> bool {
     Some(value) == keys.value("num_attention_heads")
 }
