@@ -185,9 +185,10 @@ pub struct ServingArgs {
     #[arg(long, value_delimiter = ',', default_value = "none,oracle,confidence:0.9", value_name = "POLICIES")]
     pub exit: Vec<ExitPolicy>,
     /// What later tokens find at the depths that an exited token did not run: reuse (copies of the keys and values of
-    /// its exit depth), first (those of depth 0), skip (nothing), backfill (its own, run later)
-    #[arg(long, default_value_t, value_name = "FILL")]
-    pub kv_fill: KvFill,
+    /// its exit depth), first (those of depth 0), skip (nothing), backfill (its own, run later). Separated by commas: adaptive exits run
+    /// under each
+    #[arg(long, value_delimiter = ',', default_value = "reuse", value_name = "FILLS")]
+    pub kv_fill: Vec<KvFill>,
     /// Maximum number of sequences that run at the same time
     #[arg(long, default_value_t = 64, value_name = "SEQUENCES", value_parser = at_most::<MOST_ROWS>)]
     pub max_batch: u32,
@@ -225,7 +226,7 @@ impl ServingArgs {
         Serving {
             batching: self.batching.clone(),
             exit: self.exit.clone(),
-            kv_fill: self.kv_fill,
+            kv_fill: self.kv_fill.clone(),
             max_batch: self.max_batch,
             token_budget: self.token_budget,
             prefill_chunk: self.prefill_chunk,

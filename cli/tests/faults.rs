@@ -483,7 +483,8 @@ fn training_is_refused_beside_another_run_survives_a_kill_and_ends_interrupted()
     }
     interrupt(&second);
     assert_eq!(second.wait().unwrap().code(), Some(130));
-    assert!(is_whole(&scene.path("run")), "what has been trained is kept, with its evaluation and figure");
+    assert!(is_whole(&scene.path("run")), "what has been trained is kept, with its figure");
+    assert!(!scene.path("run/eval.csv").exists(), "a run that is stopped does not evaluate the text first");
     assert_eq!(temporary_names(&scene.path("run")), Vec::<PathBuf>::new());
     let error = scene.fail(&train);
     assert!(error.contains("resume it or choose another folder"), "{error}");

@@ -194,7 +194,7 @@ impl System {
         Serving {
             batching: self.batching.clone().unwrap_or_else(|| common.batching.clone()),
             exit: self.exit.clone().unwrap_or_else(|| common.exit.clone()),
-            kv_fill: self.kv_fill.unwrap_or(common.kv_fill),
+            kv_fill: self.kv_fill.map_or_else(|| common.kv_fill.clone(), |kv_fill| vec![kv_fill]),
             max_batch: self.max_batch.unwrap_or(common.max_batch),
             token_budget: self.token_budget.unwrap_or(common.token_budget),
             ..common.clone()

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use plots::{Estimate, Figure, Origin, Policy, PolicyLine, Prediction, Quantity, TradeLine, TradeOff, TradePoint};
-use scheduler::Batching;
+use scheduler::{Batching, KvFill};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use simulator::{Source, Summary};
@@ -32,6 +32,7 @@ struct RequestLine {
     source: Source,
     batching: Batching,
     exit_policy: String,
+    kv_fill: KvFill,
     ttft_ms: f64,
     tpot_ms: f64,
 }
@@ -41,6 +42,7 @@ struct DepthRowsLine {
     source: Source,
     batching: Batching,
     exit_policy: String,
+    kv_fill: KvFill,
     start_s: f64,
     width_s: f64,
     depth: u32,
@@ -102,9 +104,11 @@ impl<'a> Figures<'a> {
             Source::Measured => Origin::MeasuredAndSimulated,
             Source::Simulated => Origin::Simulated,
         };
-        if self.summaries.iter().any(|run| run.batching == Batching::Sequence && run.exit == "none") {
+        let policies = by_policy(&self.summaries, |run| (run.batching, &run.exit_policy, run.kv_fill));
+        let is_full_depth = |runs: &[&Summary]| runs[0].batching == Batching::Sequence && runs[0].exit == "none";
+        if let Some((full_depth, _)) = policies.iter().find(|(_, runs)| is_full_depth(runs)) {
             let figure = self.figure("throughput", "Throughput and speed-up by batching and exit policy", both);
-            plots::speedup(&figure, &throughputs(&self.summaries), &policy(Batching::Sequence, "none"))?;
+            plots::speedup(&figure, &throughputs(&self.summaries), full_depth)?;
         }
         let requests: Vec<RequestLine> = read(&self.results.join("requests.csv"))?;
         let requests: Vec<RequestLine> = requests.into_iter().filter(|line| line.source == self.source).collect();
@@ -120,9 +124,9 @@ impl<'a> Figures<'a> {
                 line.source == self.source && line.batching == batching && line.exit_policy.starts_with("confidence")
             };
             let shown: Vec<&DepthRowsLine> = lines.iter().filter(is_shown).collect();
-            let Some(first) = shown.first().map(|line| &line.exit_policy) else { continue };
-            let of_one_run: Vec<&DepthRowsLine> =
-                shown.iter().copied().filter(|line| line.exit_policy == *first).collect();
+            let Some((first, fill)) = shown.first().map(|line| (&line.exit_policy, line.kv_fill)) else { continue };
+            let is_of_run = |line: &&DepthRowsLine| line.exit_policy == *first && line.kv_fill == fill;
+            let of_one_run: Vec<&DepthRowsLine> = shown.iter().copied().filter(is_of_run).collect();
             let title = format!("Rows of each depth in the running pass: {}, {first}", batching_label(batching));
             let figure = self.figure(&format!("rows-by-depth-{batching}"), title, self.origin());
             plots::rows_by_depth(&figure, &pass_rows(&of_one_run))?;
@@ -197,23 +201,32 @@ pub fn policy(batching: Batching, exit_policy: &str) -> Policy {
     Policy::new(batching_label(batching), exit_label(exit_policy))
 }
 
-/// Groups items by batching and exit policy, in the order in which they first come.
-fn by_policy<T>(items: &[T], key: impl Fn(&T) -> (Batching, &str)) -> Vec<(Policy, Vec<&T>)> {
-    let mut groups: Vec<((Batching, &str), Vec<&T>)> = Vec::new();
+/// Groups items by batching policy, exit policy and KV fill, in the order in which they first come. The fill is named
+/// where the same policies run under several.
+fn by_policy<T>(items: &[T], key: impl Fn(&T) -> (Batching, &str, KvFill)) -> Vec<(Policy, Vec<&T>)> {
+    let mut groups: Vec<((Batching, &str, KvFill), Vec<&T>)> = Vec::new();
     for item in items {
         match groups.iter_mut().find(|(group, _)| *group == key(item)) {
             Some((_, members)) => members.push(item),
             None => groups.push((key(item), vec![item])),
         }
     }
-    groups.into_iter().map(|((batching, exit), members)| (policy(batching, exit), members)).collect()
+    let keys: Vec<(Batching, &str, KvFill)> = groups.iter().map(|(group, _)| *group).collect();
+    let named = |(batching, exit, fill): (Batching, &str, KvFill)| match keys
+        .iter()
+        .any(|other| (other.0, other.1) == (batching, exit) && other.2 != fill)
+    {
+        true => Policy::new(batching_label(batching), format!("{}, {fill}", exit_label(exit))),
+        false => policy(batching, exit),
+    };
+    groups.into_iter().map(|(group, members)| (named(group), members)).collect()
 }
 
 fn throughputs(summaries: &[Summary]) -> Vec<plots::PolicyThroughput> {
     let throughput_of = |runs: &[&Summary], source| {
         runs.iter().find(|summary| summary.source == source).map(|summary| summary.throughput_tok_s)
     };
-    by_policy(summaries, |summary| (summary.batching, &summary.exit_policy))
+    by_policy(summaries, |summary| (summary.batching, &summary.exit_policy, summary.kv_fill))
         .into_iter()
         .map(|(policy, runs)| plots::PolicyThroughput {
             policy,
@@ -224,7 +237,7 @@ fn throughputs(summaries: &[Summary]) -> Vec<plots::PolicyThroughput> {
 }
 
 fn latencies(requests: &[RequestLine]) -> Vec<plots::PolicyLatencies> {
-    by_policy(requests, |line| (line.batching, &line.exit_policy))
+    by_policy(requests, |line| (line.batching, &line.exit_policy, line.kv_fill))
         .into_iter()
         .map(|(policy, lines)| plots::PolicyLatencies {
             policy,
@@ -265,7 +278,7 @@ fn prediction(line: Comparison) -> Option<Prediction> {
 }
 
 fn policy_lines(summaries: &[Summary], point: fn(&Summary) -> (f64, f64)) -> Vec<PolicyLine> {
-    by_policy(summaries, |summary| (summary.batching, sweep_name(summary)))
+    by_policy(summaries, |summary| (summary.batching, sweep_name(summary), summary.kv_fill))
         .into_iter()
         .map(|(policy, runs)| PolicyLine { policy, points: runs.into_iter().map(point).collect() })
         .collect()
@@ -285,7 +298,7 @@ pub fn exit_name(exit_policy: &str, has_threshold: bool) -> &str {
 }
 
 fn threshold_lines(summaries: &[Summary]) -> Vec<plots::ThresholdLine> {
-    by_policy(summaries, |summary| (summary.batching, sweep_name(summary)))
+    by_policy(summaries, |summary| (summary.batching, sweep_name(summary), summary.kv_fill))
         .into_iter()
         .map(|(policy, runs)| plots::ThresholdLine {
             policy,

@@ -228,7 +228,8 @@ pub fn measure(
         let (mut of_repeat, mut logs_of_repeat) = (Vec::new(), Vec::new());
         let cases = loads.iter().flat_map(|load| settings.iter().map(move |settings| (load, settings)));
         for (runs, (load, &settings)) in repeated.iter_mut().zip(cases) {
-            next(reporter, format!("replaying: {}, {}, {repeat} of {repeats}", settings.batching, settings.exit));
+            let Settings { batching, exit, kv_fill, .. } = settings;
+            next(reporter, format!("replaying: {batching}, {exit}, {kv_fill}, {repeat} of {repeats}"));
             let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
             let mut clock = ProbedClock::start(Idle::Skip, &mut profiler);
             let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
-use scheduler::{ExitPolicy, Settings};
+use scheduler::{ExitPolicy, KvFill, Settings};
 use serde::Serialize;
 use simulator::{
     Draw, ExitModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError, Source, Summary, run_all,
@@ -172,11 +172,17 @@ struct OfRun {
     source: Source,
     batching: &'static str,
     exit_policy: String,
+    kv_fill: KvFill,
 }
 
 impl OfRun {
     fn new(summary: &Summary) -> Self {
-        Self { source: summary.source, batching: summary.batching.name(), exit_policy: summary.exit_policy.clone() }
+        Self {
+            source: summary.source,
+            batching: summary.batching.name(),
+            exit_policy: summary.exit_policy.clone(),
+            kv_fill: summary.kv_fill,
+        }
     }
 }
 

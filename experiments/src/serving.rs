@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use simulator::{MemoryBudget, ModelMemory};
 use traces::Request;
 
-/// How requests are scheduled: every batching policy with every exit policy.
+/// How requests are scheduled: every batching policy with every exit policy, and adaptive exits with every KV fill.
 ///
 /// The number of KV blocks is given, or follows from the device's memory, or is what a full batch needs.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -20,9 +20,10 @@ pub struct Serving {
     pub batching: Vec<Batching>,
     /// `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`.
     pub exit: Vec<ExitPolicy>,
-    /// What later tokens find at depths that a token which left early never ran: `reuse`, `first`, `skip`, `backfill`.
-    #[serde(default)]
-    pub kv_fill: KvFill,
+    /// What later tokens find at depths that an exited token did not run: `reuse`, `first`, `skip`, `backfill`. One, or a
+    /// list.
+    #[serde(default = "default_kv_fill", with = "one_or_more")]
+    pub kv_fill: Vec<KvFill>,
     /// Most sequences that run at once.
     pub max_batch: u32,
     /// Most rows of a pass (depth-wise) or of an iteration (lockstep).
@@ -87,6 +88,49 @@ fn default_block_tokens() -> u32 {
     Settings::BLOCK_TOKENS
 }
 
+fn default_kv_fill() -> Vec<KvFill> {
+    vec![KvFill::default()]
+}
+
+/// A list that may be written as its only item.
+mod one_or_more {
+    use serde::de::{Error, SeqAccess, Visitor, value};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<T: Serialize, S: Serializer>(items: &[T], serializer: S) -> Result<S::Ok, S::Error> {
+        match items {
+            [only] => only.serialize(serializer),
+            items => items.serialize(serializer),
+        }
+    }
+
+    pub fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+        deserializer.deserialize_any(Items(std::marker::PhantomData))
+    }
+
+    struct Items<T>(std::marker::PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Items<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a name or a list of names")
+        }
+
+        fn visit_str<E: Error>(self, name: &str) -> Result<Vec<T>, E> {
+            Ok(vec![T::deserialize(value::StrDeserializer::new(name))?])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+            let mut items = Vec::new();
+            while let Some(item) = list.next_element()? {
+                items.push(item);
+            }
+            Ok(items)
+        }
+    }
+}
+
 /// Reads a number of bytes, such as `16000000000`, `16 GB` or `16GiB`.
 ///
 /// # Errors
@@ -108,7 +152,7 @@ impl Serving {
         Self {
             batching,
             exit,
-            kv_fill: KvFill::default(),
+            kv_fill: default_kv_fill(),
             max_batch,
             token_budget,
             prefill_chunk: None,
@@ -126,6 +170,7 @@ impl Serving {
     pub fn check(&self) -> Result<()> {
         ensure!(!self.batching.is_empty(), "batching is empty: expected at least one policy");
         ensure!(!self.exit.is_empty(), "exit is empty: expected at least one policy");
+        ensure!(!self.kv_fill.is_empty(), "kv_fill is empty: expected at least one of reuse, first, skip, backfill");
         if self.num_blocks.is_some() {
             ensure!(self.device_memory.is_none(), "num_blocks beside device_memory: expected one of the two");
             ensure!(self.memory_utilization.is_none(), "num_blocks beside memory_utilization: expected one of the two");
@@ -145,9 +190,22 @@ impl Serving {
         Self { max_batch, token_budget: self.token_budget.max(max_batch), ..self.clone() }
     }
 
-    /// Every batching policy with every exit policy.
-    pub fn combinations(&self) -> impl Iterator<Item = (Batching, ExitPolicy)> {
-        self.batching.iter().flat_map(|&batching| self.exit.iter().map(move |&exit| (batching, exit)))
+    /// Every batching policy with every exit policy, and with the KV fills that matter to it.
+    pub fn combinations(&self) -> impl Iterator<Item = (Batching, ExitPolicy, KvFill)> {
+        let exits = self.exit.iter().flat_map(|&exit| self.fills_of(exit).map(move |fill| (exit, fill)));
+        let exits: Vec<_> = exits.collect();
+        self.batching
+            .iter()
+            .flat_map(move |&batching| exits.clone().into_iter().map(move |(exit, fill)| (batching, exit, fill)))
+    }
+
+    /// The KV fills under which a policy is worth a run of its own. Under a fixed depth, no row reads what `reuse`, `skip`
+    /// and `backfill` leave at deeper depths: the text is the same, so the one with the least work stands for all.
+    fn fills_of(&self, exit: ExitPolicy) -> impl Iterator<Item = KvFill> {
+        let by_work = [KvFill::Skip, KvFill::Reuse, KvFill::Backfill];
+        let cheapest = by_work.into_iter().find(|fill| self.kv_fill.contains(fill));
+        let matters = move |fill: &KvFill| !exit.is_fixed_depth() || *fill == KvFill::First || Some(*fill) == cheapest;
+        self.kv_fill.iter().copied().filter(matters)
     }
 
     /// The scheduler's settings for every combination; see [`Self::settings`].
@@ -156,7 +214,8 @@ impl Serving {
     /// As there.
     pub fn all_settings(&self, model: &ModelMemory, requests: &[Request]) -> Result<Vec<Settings>> {
         let longest = longest(requests);
-        self.combinations().map(|(batching, exit)| self.settings(batching, exit, model, longest)).collect()
+        let settings = |(batching, exit, kv_fill)| self.settings(batching, exit, kv_fill, model, longest);
+        self.combinations().map(settings).collect()
     }
 
     /// The scheduler's settings for one combination, for requests of up to `longest` tokens.
@@ -168,6 +227,7 @@ impl Serving {
         &self,
         batching: Batching,
         exit: ExitPolicy,
+        kv_fill: KvFill,
         model: &ModelMemory,
         longest: u32,
     ) -> Result<Settings> {
@@ -181,7 +241,7 @@ impl Serving {
         }
         let default_chunk = || Settings::prefill_chunk_of(self.token_budget, batching, model.num_loops);
         let mut settings = Settings {
-            kv_fill: self.kv_fill,
+            kv_fill,
             max_batch: self.max_batch,
             token_budget: self.token_budget,
             prefill_chunk: self.prefill_chunk.unwrap_or_else(default_chunk),
@@ -233,7 +293,7 @@ mod tests {
     fn blocks(more: &str, model: ModelMemory) -> Result<u32> {
         let serving = serving(more);
         serving.check()?;
-        Ok(serving.settings(Batching::Depth, ExitPolicy::None, &model, 33)?.num_blocks)
+        Ok(serving.settings(Batching::Depth, ExitPolicy::None, serving.kv_fill[0], &model, 33)?.num_blocks)
     }
 
     #[test]
@@ -246,6 +306,44 @@ mod tests {
         assert_eq!(blocks(", device_memory: 100kB", MODEL).unwrap(), (90_000 - 1_000 - 40) / 160);
         assert_eq!(blocks(", device_memory: 100000", unknown).unwrap(), (90_000 - 1_000) / 160);
         assert_eq!(blocks("", unknown).unwrap(), 4 * 3);
+    }
+
+    #[test]
+    fn adaptive_exits_run_under_every_fill_and_fixed_depths_under_the_cheapest() {
+        let combinations = |fills: &str| {
+            let text = format!(
+                "{{batching: [depth], exit: [none, static:1, margin:0.5], kv_fill: {fills}, max_batch: 4, token_budget: 40}}"
+            );
+            let serving: Serving = serde_yaml::from_str(&text).unwrap();
+            assert_eq!(
+                serde_yaml::from_str::<Serving>(&serde_yaml::to_string(&serving).unwrap()).unwrap().kv_fill,
+                serving.kv_fill
+            );
+            serving.combinations().map(|(_, exit, fill)| format!("{} {fill}", exit.kind())).collect::<Vec<_>>()
+        };
+        assert_eq!(combinations("reuse"), ["none reuse", "static reuse", "confidence reuse"]);
+        assert_eq!(
+            combinations("[reuse, skip, backfill]"),
+            ["none skip", "static skip", "confidence reuse", "confidence skip", "confidence backfill"]
+        );
+        // Under `first`, full depth has other keys and values than under the others.
+        assert_eq!(
+            combinations("[first, backfill]"),
+            [
+                "none first",
+                "none backfill",
+                "static first",
+                "static backfill",
+                "confidence first",
+                "confidence backfill"
+            ]
+        );
+        for (fills, expected) in [("[reuse, copy]", "unknown KV fill `copy`"), ("{}", "a name or a list of names")] {
+            let error = serde_yaml::from_str::<Serving>(&format!(
+                "{{batching: [depth], exit: [none], kv_fill: {fills}, max_batch: 4, token_budget: 40}}"
+            ));
+            assert!(error.unwrap_err().to_string().contains(expected), "{fills}");
+        }
     }
 
     #[test]
@@ -268,10 +366,11 @@ mod tests {
             let common = ["max_batch: 4", "token_budget: 40"].into_iter().filter(|given| !given.starts_with(key));
             let text = format!("{{batching: [depth], exit: [none], {}{more}}}", common.collect::<Vec<_>>().join(", "));
             let serving: Serving = serde_yaml::from_str(&text).unwrap();
-            let refused = serving.settings(Batching::Depth, ExitPolicy::None, &MODEL, 33).unwrap_err().to_string();
+            let refused =
+                serving.settings(Batching::Depth, ExitPolicy::None, KvFill::Reuse, &MODEL, 33).unwrap_err().to_string();
             assert!(refused.contains(expected), "{refused}");
         }
-        let settings = serving("").settings(Batching::Depth, ExitPolicy::None, &unknown, 33).unwrap();
+        let settings = serving("").settings(Batching::Depth, ExitPolicy::None, KvFill::Reuse, &unknown, 33).unwrap();
         assert!(check_machines(65_536, &settings).is_ok());
         assert!(check_machines(65_537, &settings).unwrap_err().to_string().contains("replicas is 65537"));
         let large = Settings { num_blocks: 1 << 24, ..settings };

@@ -143,6 +143,11 @@ impl ExitPolicy {
         matches!(self, Self::None | Self::Static(_))
     }
 
+    /// Whether all tokens of a request exit at one depth, which is known before it runs.
+    pub fn is_fixed_depth(self) -> bool {
+        matches!(self, Self::None | Self::Static(_))
+    }
+
     /// Whether reading the signal takes a product with the whole vocabulary.
     pub fn read_needs_head(self) -> bool {
         self.signal_read().needs_head() || self == Self::Oracle { charged: true }

@@ -133,8 +133,8 @@ impl Args {
     fn settings(&self, named: &NamedEngine, requests: &[Request]) -> Result<Settings> {
         let max_batch = requests.len() as u32;
         let (batching, exit, token_budget) = (vec![self.batching], vec![self.exit], TOKEN_BUDGET.max(max_batch));
-        let serving = Serving { kv_fill: self.kv_fill, ..Serving::new(batching, exit, max_batch, token_budget) };
-        serving.settings(self.batching, self.exit, &named.memory(), longest(requests))
+        let serving = Serving::new(batching, exit, max_batch, token_budget);
+        serving.settings(self.batching, self.exit, self.kv_fill, &named.memory(), longest(requests))
     }
 
     fn colors(&self, output: &impl IsTerminal) -> bool {

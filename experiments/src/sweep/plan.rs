@@ -260,12 +260,11 @@ fn scaled(Workload { requests, prefixes }: &Workload, rate_per_s: f64) -> Result
 fn settings(spec: &SweepSpec, point: &Point, model: &ModelMemory, longest: &Request) -> Result<Settings> {
     let (serving, replicas) = (&spec.serving, spec.replicas);
     let serving = Serving {
-        kv_fill: point.kv_fill,
         max_batch: point.max_batch,
         device_memory: point.device_memory.or(serving.device_memory),
         ..serving.clone()
     };
-    let settings = serving.settings(point.batching, point.exit, model, longest.context_tokens())?;
+    let settings = serving.settings(point.batching, point.exit, point.kv_fill, model, longest.context_tokens())?;
     settings.check()?;
     check_machines(replicas, &settings)?;
     settings.check_request(longest)?;

@@ -162,6 +162,7 @@ impl SweepSpec {
         self.check_size()?;
         check_distinct("serving.batching", &self.serving.batching)?;
         check_distinct("serving.exit and grid.thresholds", &self.exits())?;
+        check_distinct("serving.kv_fill", &self.serving.kv_fill)?;
         ensure!(self.replicas > 0, "replicas is 0: expected at least 1");
         let names: Vec<&str> = self.systems.iter().map(|system| system.name.as_str()).collect();
         check_distinct("the names of systems", &names)?;
@@ -200,7 +201,7 @@ impl SweepSpec {
         let policies = |system: &SweptSystem| self.combinations(system).len() as u128;
         let sizes = [
             ("systems and policies", self.systems.iter().map(policies).sum()),
-            ("kv_fill", size(&grid.kv_fill)),
+            ("kv_fill", self.kv_fills().len() as u128),
             ("max_batch", size(&grid.max_batch)),
             ("device_memory", size(&grid.device_memory)),
             ("rate_per_s", size(&grid.rate_per_s)),
@@ -219,16 +220,16 @@ impl SweepSpec {
     /// Every combination; those that differ in their seed alone follow each other.
     pub fn points(&self) -> Vec<Point> {
         let grid = &self.grid;
-        let limits = iproduct!(values(&grid.device_memory), values(&grid.kv_fill), values(&grid.max_batch));
+        let limits = iproduct!(values(&grid.device_memory), self.kv_fills(), values(&grid.max_batch));
         let loads = iproduct!(0..self.systems.len(), limits, values(&grid.rate_per_s));
-        type Limits = (Option<Bytes>, Option<KvFill>, Option<u32>);
+        type Limits = (Option<Bytes>, KvFill, Option<u32>);
         let points_of = |(system, (device_memory, kv_fill, max_batch), rate_per_s): (usize, Limits, Option<f64>)| {
             let runs = iproduct!(self.combinations(&self.systems[system]), values(&grid.seed));
             runs.map(move |((batching, exit), seed)| Point {
                 system,
                 batching,
                 exit,
-                kv_fill: kv_fill.unwrap_or(self.serving.kv_fill),
+                kv_fill,
                 max_batch: max_batch.unwrap_or(self.serving.max_batch),
                 device_memory: device_memory.map(|Bytes(bytes)| bytes),
                 rate_per_s,
@@ -236,6 +237,10 @@ impl SweepSpec {
             })
         };
         loads.flat_map(points_of).collect()
+    }
+
+    fn kv_fills(&self) -> Vec<KvFill> {
+        self.grid.kv_fill.as_ref().map_or_else(|| self.serving.kv_fill.clone(), |axis| axis.values().to_vec())
     }
 
     /// Points that differ in their seed alone.

@@ -68,21 +68,22 @@ pub fn run(args: Args) -> Result<()> {
     trainer.run(interrupt::flag(), report)?;
     if !trainer.is_finished() {
         note!("stopped; go on with: depthwise train --resume {}", folder.display());
+        // The evaluation of a long text would keep someone waiting who wants to stop.
+        finish(&folder, results, None)?;
+        return Err(Interrupted.into());
     }
-    finish(&trainer, &folder, results)?;
-    match trainer.is_finished() {
-        true => Ok(()),
-        false => Err(Interrupted.into()),
-    }
+    finish(&folder, results, Some(trainer.evaluate_saved()?))
 }
 
-/// Evaluates the model as it was saved, and draws the loss curve.
-fn finish(trainer: &Trainer, folder: &Path, mut results: ResultsFolder) -> Result<()> {
-    let evaluation = trainer.evaluate_saved()?;
+/// Draws the loss curve, and writes the evaluation of the saved model if there is one.
+fn finish(folder: &Path, mut results: ResultsFolder, evaluation: Option<Evaluation>) -> Result<()> {
     let written = results.path()?;
-    evaluation.write_csv(&written.join(EVALUATION_FILE))?;
+    if let Some(evaluation) = &evaluation {
+        evaluation.write_csv(&written.join(EVALUATION_FILE))?;
+    }
     loss_figure::draw(&[folder], &written.join("figures"))?;
     results.finish()?;
+    let Some(evaluation) = evaluation else { return Ok(()) };
     say!("held-out text, {} bytes, {} tokens:", evaluation.bytes, evaluation.tokens);
     say!("{}", table(&evaluation));
     say!("written to {}", folder.join(EVALUATION_FILE).display());
