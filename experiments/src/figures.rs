@@ -201,18 +201,21 @@ pub fn policy(batching: Batching, exit_policy: &str) -> Policy {
     Policy::new(batching_label(batching), exit_label(exit_policy))
 }
 
+/// Policies whose runs belong together: batching, exit policy and KV fill.
+type PolicyKey<'a> = (Batching, &'a str, KvFill);
+
 /// Groups items by batching policy, exit policy and KV fill, in the order in which they first come. The fill is named
 /// where the same policies run under several.
-fn by_policy<T>(items: &[T], key: impl Fn(&T) -> (Batching, &str, KvFill)) -> Vec<(Policy, Vec<&T>)> {
-    let mut groups: Vec<((Batching, &str, KvFill), Vec<&T>)> = Vec::new();
+fn by_policy<T>(items: &[T], key: impl Fn(&T) -> PolicyKey<'_>) -> Vec<(Policy, Vec<&T>)> {
+    let mut groups: Vec<(PolicyKey<'_>, Vec<&T>)> = Vec::new();
     for item in items {
         match groups.iter_mut().find(|(group, _)| *group == key(item)) {
             Some((_, members)) => members.push(item),
             None => groups.push((key(item), vec![item])),
         }
     }
-    let keys: Vec<(Batching, &str, KvFill)> = groups.iter().map(|(group, _)| *group).collect();
-    let named = |(batching, exit, fill): (Batching, &str, KvFill)| match keys
+    let keys: Vec<PolicyKey<'_>> = groups.iter().map(|(group, _)| *group).collect();
+    let named = |(batching, exit, fill): PolicyKey<'_>| match keys
         .iter()
         .any(|other| (other.0, other.1) == (batching, exit) && other.2 != fill)
     {
