@@ -181,7 +181,9 @@ pub struct ServingArgs {
     #[arg(long, value_delimiter = ',', default_value = "vanilla,sequence,depth", value_name = "POLICIES")]
     pub batching: Vec<Batching>,
     /// Exit policies, separated by commas: none, static:DEPTH, oracle, oracle:charged, confidence:THRESHOLD,
-    /// MEASURE:THRESHOLD (top1, margin, entropy, similarity, gate)
+    /// MEASURE:THRESHOLD (top1, margin, entropy, similarity, gate), delayed:MEASURE:THRESHOLD,
+    /// cumulative:gate:SHARE[:LOOPS], load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH[:BAND] (a threshold that follows the number of
+    /// requests)
     #[arg(long, value_delimiter = ',', default_value = "none,oracle,confidence:0.9", value_name = "POLICIES")]
     pub exit: Vec<ExitPolicy>,
     /// What later tokens find at the depths that an exited token did not run: reuse (copies of the keys and values of
@@ -215,7 +217,7 @@ pub struct ServingArgs {
     /// Keep the contents of freed KV blocks for prompts with the same prefix (simulations only)
     #[arg(long)]
     pub prefix_caching: bool,
-    /// Compose the next pass when this one starts (exit policies none and static only)
+    /// Compose the next pass when this one starts (exit policies none, static and delayed only)
     #[arg(long)]
     pub async_scheduling: bool,
 }

@@ -334,12 +334,13 @@ impl EngineExecutor {
         Ok(self)
     }
 
-    /// Restricts exits to those of a policy: the coda does not run where no row can exit and its keys and values are
-    /// not needed.
+    /// Restricts exits to those of a policy: the coda does not run where no row can exit, no signal is read, and its keys
+    /// and values are not needed.
     pub fn exiting_by(mut self, exit: ExitPolicy) -> Self {
         let depths = exit.exit_depths(self.num_loops() as u8);
         self.exit_depths = usize::from(*depths.start())..usize::from(*depths.end()) + 1;
-        if self.sequences.kv_fill == KvFill::First {
+        let reads_signal = matches!(exit.signal_read(), SignalRead::Signal(_));
+        if reads_signal || self.sequences.kv_fill == KvFill::First {
             self.exit_depths.start = 0;
         }
         self
@@ -421,11 +422,17 @@ impl EngineExecutor {
         }
     }
 
-    /// Runs the rows of a pass, keeps the states of those that continue, and collects the results.
-    fn run_rows(&mut self, pass: &Pass<'_>, meanwhile: &mut dyn FnMut()) -> Result<(), EngineError> {
+    /// Runs the rows of a pass, keeps the states of those that continue, and collects the results. The head runs in the
+    /// pass for rows that are known to exit after it.
+    fn run_rows(
+        &mut self,
+        pass: &Pass<'_>,
+        exiting: Option<&[u32]>,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), EngineError> {
         let order = by_depth(pass, (0..pass.segments.len()).collect());
         self.place_rows(pass, &order);
-        let questions = self.questions(pass);
+        let questions = self.questions(pass, exiting);
         let sources = self.sources(pass, &order);
         let places = self.places(pass)?;
         let last_row = |&segment: &usize| self.current.last_row(pass, segment);
@@ -468,10 +475,11 @@ impl EngineExecutor {
     }
 
     /// What is requested of the segments' last rows: signals for the scheduler, and what is recorded.
-    fn questions(&self, pass: &Pass<'_>) -> Questions {
-        let segments = |asked: &dyn Fn(&Segment) -> bool| {
-            by_depth(pass, (0..pass.segments.len()).filter(|&index| asked(&pass.segments[index])).collect())
+    fn questions(&self, pass: &Pass<'_>, exiting: Option<&[u32]>) -> Questions {
+        let indices = |asked: &dyn Fn(usize) -> bool| {
+            by_depth(pass, (0..pass.segments.len()).filter(|&index| asked(index)).collect())
         };
+        let segments = |asked: &dyn Fn(&Segment) -> bool| indices(&|index| asked(&pass.segments[index]));
         let recorded = |segment: &Segment| self.recording && segment.predicts;
         let reads_for = |measure| {
             move |segment: &Segment| pass.reads.signal == SignalRead::Signal(measure) && pass.reads_signal(segment)
@@ -485,14 +493,16 @@ impl EngineExecutor {
             let segment = &pass.segments[index];
             Some((index, self.sequences.of(segment).in_flight[last_position(segment)]?))
         };
-        let all_heads = matches!(pass.reads.signal, SignalRead::Signal(_)) && {
+        let known = exiting.unwrap_or_default();
+        let all_heads = exiting.is_none() && matches!(pass.reads.signal, SignalRead::Signal(_)) && {
             let predicting = pass.segments.iter().filter(|segment| segment.predicts);
             self.backend.reads_heads_ahead(predicting.count())
         };
         Questions {
-            heads: segments(&|segment| {
-                let asked = pass.runs_head(segment) || recorded(segment) || self.surely_exits(pass, segment);
-                asked || (all_heads && segment.predicts)
+            heads: indices(&|index| {
+                let segment = &pass.segments[index];
+                let exits = || known.binary_search(&(index as u32)).is_ok() || self.surely_exits(pass, segment);
+                pass.runs_head(segment) || recorded(segment) || exits() || (all_heads && segment.predicts)
             }),
             gates: segments(&gate),
             similarities: compared.into_iter().filter_map(kept).collect(),
@@ -504,7 +514,7 @@ impl EngineExecutor {
         let exits = match pass.reads.signal {
             SignalRead::None => usize::from(segment.depth) + 1 == self.exit_depths.end,
             SignalRead::Oracle => self.oracle_exits(segment).unwrap_or(false),
-            // Where exits are not known yet, the head runs for all of them together, afterwards.
+            // Where exits are not known yet, the head runs for all of these rows together, afterwards.
             SignalRead::Signal(_) => false,
         };
         segment.predicts && exits
@@ -617,10 +627,11 @@ impl EngineExecutor {
     fn run_pass(
         &mut self,
         pass: &Pass<'_>,
+        exiting: Option<&[u32]>,
         signals: &mut [f32],
         meanwhile: &mut dyn FnMut(),
     ) -> Result<(), EngineError> {
-        self.run_rows(pass, meanwhile)?;
+        self.run_rows(pass, exiting, meanwhile)?;
         self.read_signals(pass, signals)?;
         if self.recording {
             self.record(pass);
@@ -700,7 +711,7 @@ impl Executor for EngineExecutor {
 
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, EngineError> {
         let start = Instant::now();
-        in_pool(|| self.run_pass(pass, signals, &mut || ()))?;
+        in_pool(|| self.run_pass(pass, None, signals, &mut || ()))?;
         Ok(start.elapsed().into())
     }
 
@@ -708,12 +719,12 @@ impl Executor for EngineExecutor {
         &mut self,
         pass: &Pass<'_>,
         exiting: &[u32],
+        signals: &mut [f32],
         meanwhile: &mut (dyn FnMut() + Send),
     ) -> Result<Nanos, EngineError> {
         let start = Instant::now();
         in_pool(|| {
-            // No signal is read in a pass whose exits are known.
-            self.run_pass(pass, &mut [], meanwhile)?;
+            self.run_pass(pass, Some(exiting), signals, meanwhile)?;
             self.emit_tokens(pass, exiting)
         })?;
         Ok(start.elapsed().into())

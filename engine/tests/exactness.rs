@@ -5,7 +5,7 @@
 mod common;
 
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -18,10 +18,13 @@ use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
 use engine::kernels::signals::{Verdict, mix};
 use engine::model::{Model, Rows};
-use engine::{EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType};
+use engine::{EngineError, EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
-use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Server, Settings, VirtualClock, serve};
+use scheduler::{
+    Batching, Executor, ExitPolicy, KvFill, Observer, Pass, PassRecord, Segment, Server, Settings, SignalRead, Slot,
+    VirtualClock, serve,
+};
 use traces::{ExitSignal, Nanos, Request};
 
 #[derive(Default)]
@@ -142,6 +145,9 @@ fn exits() -> impl Strategy<Value = ExitPolicy> {
         (0.5_f32..3.5).prop_map(move |threshold| confidence(ExitSignal::Entropy, threshold)),
         (0.5_f32..0.999).prop_map(move |threshold| confidence(ExitSignal::Similarity, threshold)),
         (0.2_f32..0.8).prop_map(move |threshold| confidence(ExitSignal::Gate, threshold)),
+        (0.05_f32..0.9).prop_map(|threshold| ExitPolicy::Delayed { signal: ExitSignal::Top1, threshold }),
+        (0.2_f32..0.8).prop_map(|threshold| ExitPolicy::Delayed { signal: ExitSignal::Gate, threshold }),
+        (0.2_f32..0.9).prop_map(|share| ExitPolicy::Cumulative { share, min_loops: 1 }),
     ]
 }
 
@@ -184,7 +190,7 @@ proptest! {
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)], weight_type in prop::sample::select(WeightType::ON_CPU.to_vec()),
         ahead in any::<bool>(),
     ) {
-        let reads_gates = matches!(exit, ExitPolicy::Confidence { signal: ExitSignal::Gate, .. });
+        let reads_gates = exit.signal_read() == SignalRead::Signal(ExitSignal::Gate);
         let config = ModelConfig { gate: config.gate || reads_gates, ..config };
         let setup = Setup::new(&config, weight_type, seed, temperature);
         let settings = Settings {
@@ -245,6 +251,140 @@ fn batched_requests_on(device: Device, cases: u32) {
 #[test]
 fn batched_requests_by_cuda_kernels_generate_what_they_generate_alone() {
     batched_requests_on(Device::Cuda, 12);
+}
+
+/// The engine's executor, except that each pass is planned after the one before.
+struct OneAfterTheOther(EngineExecutor);
+
+impl Executor for OneAfterTheOther {
+    type Error = EngineError;
+
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), EngineError> {
+        self.0.admit(slot, request, generated)
+    }
+
+    fn release(&mut self, slot: Slot) {
+        self.0.release(slot);
+    }
+
+    fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, EngineError> {
+        self.0.run(pass, signals)
+    }
+
+    fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, EngineError> {
+        self.0.emit(pass, exiting)
+    }
+}
+
+/// The rows of all passes, and which of them exit.
+#[derive(Default)]
+struct Passes {
+    passes: Vec<(Vec<Segment>, Vec<u32>)>,
+    preemptions: u32,
+}
+
+impl Observer for Passes {
+    fn preempted(&mut self, _: Nanos, _: &Request) {
+        self.preemptions += 1;
+    }
+
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.passes.push((record.pass.segments.to_vec(), record.exiting.to_vec()));
+    }
+}
+
+/// Passes of a run, the generations of its executor.
+fn run_with_passes<E: Executor<Error = EngineError>>(
+    settings: Settings,
+    requests: &[Request],
+    executor: E,
+) -> (Passes, E) {
+    let mut server = Server::new(settings, executor).unwrap();
+    let mut passes = Passes::default();
+    serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut passes).unwrap();
+    (passes, server.into_executor())
+}
+
+/// Runs requests that are all there at the start with each pass planned while the one before runs, and planned after it.
+/// Checks that both run the same passes and generate the same. Returns the passes.
+fn assert_planned_ahead_as_after(setup: &Setup, settings: Settings, requests: &[Request]) -> Passes {
+    assert!(settings.async_scheduling && EngineExecutor::RUNS_BESIDE);
+    let executor = |recording: bool| match recording {
+        true => setup.executor(&settings).recording(),
+        false => setup.executor(&settings).exiting_by(settings.exit),
+    };
+    let [passes, _] = [true, false].map(|recording| {
+        let (ahead, by_ahead) = run_with_passes(settings, requests, executor(recording));
+        let (after, by_after) = run_with_passes(settings, requests, OneAfterTheOther(executor(recording)));
+        assert_eq!(ahead.passes, after.passes);
+        let (by_ahead, by_after) = (by_ahead.into_generations(), by_after.0.into_generations());
+        for request in requests {
+            let what = format!("request {}, recording: {recording}", request.id);
+            assert_eq!(by_ahead[&request.id].exit_depths, by_after[&request.id].exit_depths, "{what}");
+            assert_same(setup.device, &what, &by_ahead[&request.id], &by_after[&request.id]);
+        }
+        ahead
+    });
+    passes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn delayed_exits_planned_ahead_are_those_planned_after_each_pass(
+        seed in 0_u64..1000, requests in requests(),
+        (signal, threshold) in prop_oneof![
+            (Just(ExitSignal::Top1), 0.05_f32..0.9), (Just(ExitSignal::Gate), 0.2_f32..0.8), (Just(ExitSignal::Similarity), 0.5_f32..1.0),
+        ],
+        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
+    ) {
+        let config = ModelConfig { num_loops: 4, ..with_everything() };
+        let setup = Setup::new(&config, WeightType::F32, seed, 0.8);
+        let requests: Vec<Request> = requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
+        let settings = Settings {
+            kv_fill, max_batch, prefill_chunk, num_blocks,
+            token_budget: max_batch + spare_budget,
+            async_scheduling: true,
+            ..Settings::new(batching, ExitPolicy::Delayed { signal, threshold }, 4)
+        };
+        assert_planned_ahead_as_after(&setup, settings, &requests);
+    }
+}
+
+/// Delayed exits in a tight cache: requests are preempted, and tokens exit at several depths, never at the first.
+fn delayed_and_preempted_on(device: Device) {
+    let config = ModelConfig { num_loops: 4, ..with_everything() };
+    for signal in [ExitSignal::Top1, ExitSignal::Gate] {
+        let Some(setup) = Setup::on(device, &config, 5, 1.5) else { return };
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
+        let requests: Vec<Request> = (0..5).map(request).collect();
+        let settings = Settings {
+            max_batch: 5,
+            token_budget: 30,
+            prefill_chunk: 7,
+            num_blocks: 7,
+            async_scheduling: true,
+            ..Settings::new(Batching::Depth, ExitPolicy::Delayed { signal, threshold: 0.5 }, 4)
+        };
+        let Passes { passes, preemptions } = assert_planned_ahead_as_after(&setup, settings, &requests);
+        assert!(preemptions > 3, "{signal}: {preemptions}");
+        let depth = |segments: &[Segment], index: &u32| segments[*index as usize].depth;
+        let depths: HashSet<u8> =
+            passes.iter().flat_map(|(segments, exiting)| exiting.iter().map(|index| depth(segments, index))).collect();
+        assert!(depths.len() > 1 && !depths.contains(&0), "{signal}: {depths:?}");
+    }
+}
+
+#[test]
+fn delayed_exits_of_preempted_requests_are_those_planned_after_each_pass() {
+    delayed_and_preempted_on(Device::Cpu);
+}
+
+#[test]
+fn delayed_exits_by_cuda_kernels_are_those_planned_after_each_pass() {
+    delayed_and_preempted_on(Device::Cuda);
 }
 
 #[test]

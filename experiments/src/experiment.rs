@@ -8,6 +8,7 @@ use engine::{DeviceName, WeightType};
 use scheduler::{Batching, ExitPolicy, KvFill};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use simulator::Objectives;
 use traces::{ExitSignal, RequestSpec};
 
 use crate::serving::{MOST_REPEATS, Serving, check_at_most};
@@ -30,6 +31,9 @@ pub struct Experiment {
     pub requests: RequestSpec,
     /// How they are scheduled.
     pub serving: Serving,
+    /// What requests must meet to count for goodput.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objectives: Option<Objectives>,
     /// What to measure on this machine, with the real engine; then the simulator is checked against it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineSpec>,
@@ -151,6 +155,9 @@ impl Experiment {
             "expected either `engine` (to measure on this machine) or `systems` (to simulate)"
         );
         self.serving.check().context("serving")?;
+        if let Some(objectives) = &self.objectives {
+            objectives.check().context("objectives")?;
+        }
         if let Some(engine) = &self.engine {
             self.serving.check_for_engine().context("serving")?;
             ensure!(engine.repeats > 0, "engine.repeats is 0: expected at least 1");
@@ -252,6 +259,9 @@ mod tests {
             "cuda/kjv",
             "cuda/smollm2",
             "cuda/validation",
+            "policies/load-adaptive",
+            "policies/delayed",
+            "policies/delayed-async",
         ] {
             Experiment::load(&configs.join(format!("{name}.yaml"))).unwrap().check().unwrap();
         }

@@ -12,12 +12,13 @@ use engine::{
 };
 use latency::LatencyModel;
 use scheduler::{Clock, KvFill, Lengths, Observer, PassRecorder, Settings, SignalRead};
-use simulator::{Metrics, ModelMemory, Pace, Source, Summary};
+use simulator::{Metrics, ModelMemory, Objectives, Pace, Source, Summary};
 use traces::{
     ExitTrace, LatencyProfile, MemoryFigures, Nanos, PassLog, PassLogMeta, PassOrigin, PassRun, Request, RequestTrace,
     unix_micros,
 };
 
+use crate::experiment::EngineSpec;
 use crate::passes::{PassClass, compare_passes};
 use crate::reporter::Reporter;
 use crate::runs::Run;
@@ -47,12 +48,13 @@ pub struct MeasuredLoad {
     pub load: Option<f64>,
     /// What was served.
     pub requests: Vec<Request>,
-    /// For each of the settings asked for: of its repeats, the run of median throughput.
+    /// For each of the settings asked for: of its repeats, the run of median throughput, or goodput with objectives.
     pub runs: Vec<Run>,
     /// By repeat, a summary for each of the settings.
     pub repeats: Vec<Vec<Summary>>,
     /// For each of the settings the depths at which its replays exited, by request, of confidence policies: what is generated
-    /// after an early exit is not what was recorded at full depth, and exits elsewhere.
+    /// after an early exit is not what was recorded at full depth, and exits elsewhere. They are those of the first repeat:
+    /// exits by load differ from repeat to repeat.
     pub exits: Vec<Option<Vec<Vec<u8>>>>,
     /// By repeat, for each of the settings how fast the machine was during the replay, beside the profile.
     pub paces: Vec<Vec<Pace>>,
@@ -181,7 +183,8 @@ fn model_memory(model: &dyn ServedModel) -> ModelMemory {
 }
 
 /// Profiles up to `limits`, records, and replays the requests under every one of `settings`; where `loads` are given,
-/// once for each of them, with the arrivals scaled to that share of the capacity under the first of `settings`.
+/// once for each of them, with the arrivals scaled to that share of the capacity under the first of `settings`. Requests
+/// that meet `objectives` are counted.
 ///
 /// Every repeat replays all settings in turn between two rounds of the profile, so that profile and replays meet the same
 /// speed modes of the machine. Probes measure the speed during a replay, whose clock stands still for them.
@@ -192,19 +195,19 @@ pub fn measure(
     named: &NamedEngine,
     settings: &[Settings],
     trace: &RequestTrace,
-    loads: &[f64],
-    repeats: u32,
+    EngineSpec { loads, repeats, .. }: &EngineSpec,
+    objectives: Option<Objectives>,
     limits: Limits,
     reporter: &mut dyn Reporter,
 ) -> Result<Measured> {
     let NamedEngine { engine, name, .. } = named;
     settings.iter().try_for_each(|settings| named.check_settings(settings))?;
-    let repeats = repeats as usize;
+    let repeats = *repeats as usize;
     reporter.start(1 + (repeats + 1) + repeats * settings.len() * loads.len().max(1), 0);
     reporter.message("recording exit signals at full depth");
     let exits = record(named, &trace.requests)?;
     let oracle = Arc::new(oracle_depths(&exits, &trace.requests));
-    let mut loads = match loads {
+    let mut loads = match &loads[..] {
         [] => vec![MeasuredLoad::new(None, trace.requests.clone())],
         loads => {
             let capacity = capacity(engine, settings[0], &trace.requests, &oracle)?;
@@ -230,11 +233,13 @@ pub fn measure(
         for (runs, (load, &settings)) in repeated.iter_mut().zip(cases) {
             let Settings { batching, exit, kv_fill, .. } = settings;
             next(reporter, format!("replaying: {batching}, {exit}, {kv_fill}, {repeat} of {repeats}"));
-            let agreement = runs.first().map(|run: &Run| run.summary.token_agreement);
+            let first = runs.first().filter(|_| !exit.depends_on_load());
+            let agreement = first.map(|run: &Run| run.summary.token_agreement);
             let mut clock = ProbedClock::start(Idle::Skip, &mut profiler);
             let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);
+            let metrics = objectives.map_or(Metrics::new(&settings), |of| Metrics::new(&settings).with_objectives(of));
             let (run, generations) =
-                replay_by(&mut clock, engine, settings, &load.requests, &oracle, agreement, &mut recorder)?;
+                replay_by(&mut clock, engine, metrics, &load.requests, &oracle, agreement, &mut recorder)?;
             if repeat == 1 {
                 taken.push(exits_taken(&settings, &load.requests, &generations));
             }
@@ -363,7 +368,7 @@ fn lengths(requests: &[Request]) -> Lengths {
 }
 
 /// Serves the requests once. Token agreement is computed unless `agreement` says what it is, or that it is not asked for:
-/// tokens and exits do not change from run to run.
+/// tokens and exits do not change from run to run, unless they depend on the load.
 ///
 /// # Errors
 /// If the engine cannot serve the requests.
@@ -376,20 +381,22 @@ pub fn replay(
     agreement: Option<Option<f64>>,
     observer: &mut (impl Observer + Send),
 ) -> Result<Run> {
-    Ok(replay_by(&mut WallClock::start(idle), engine, settings, requests, oracle, agreement, observer)?.0)
+    let (mut clock, metrics) = (WallClock::start(idle), Metrics::new(&settings));
+    Ok(replay_by(&mut clock, engine, metrics, requests, oracle, agreement, observer)?.0)
 }
 
-/// The same by a clock, with what was generated.
+/// The same by a clock, into metrics of a run that has not started, with what was generated.
 fn replay_by(
     clock: &mut (impl Clock + Send),
     engine: &Engine,
-    settings: Settings,
+    metrics: Metrics,
     requests: &[Request],
     oracle: &Arc<ExitDepths>,
     agreement: Option<Option<f64>>,
     observer: &mut (impl Observer + Send),
 ) -> Result<(Run, HashMap<u32, Generation>)> {
-    let mut observers = (Metrics::new(&settings).with_requests(), observer);
+    let settings = *metrics.settings();
+    let mut observers = (metrics.with_requests(), observer);
     let oracle = (settings.exit.signal_read() == SignalRead::Oracle).then(|| oracle.clone());
     let generations = engine.replay_by(settings, requests, oracle, clock, &mut observers)?;
     let metrics = observers.0;
@@ -421,9 +428,13 @@ pub fn pass_log_meta(NamedEngine { engine, name, .. }: &NamedEngine) -> PassLogM
     PassLogMeta::new(name, model.fingerprint(), model.config().num_loops as u32, &model.device_name())
 }
 
-/// The run of median throughput; of an even number, the slower of the middle two.
+/// The run of median goodput, or without objectives of median throughput; of an even number, the lower of the middle two.
 fn median_run(mut runs: Vec<Run>) -> Run {
-    runs.sort_by(|a, b| a.summary.throughput_tok_s.total_cmp(&b.summary.throughput_tok_s));
+    let merit = |run: &Run| (run.summary.goodput_req_s.unwrap_or_default(), run.summary.throughput_tok_s);
+    runs.sort_by(|a, b| {
+        let ((goodput, throughput), (other_goodput, other_throughput)) = (merit(a), merit(b));
+        goodput.total_cmp(&other_goodput).then(throughput.total_cmp(&other_throughput))
+    });
     let middle = (runs.len() - 1) / 2;
     runs.swap_remove(middle)
 }

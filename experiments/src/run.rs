@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use engine::Sampling;
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Settings};
-use simulator::{Draw, ExitModel, ModelMemory, Summary, write_csv};
+use simulator::{Draw, ExitModel, ModelMemory, Objectives, Summary, write_csv};
 use traces::{ExitTable, Request};
 
 use crate::experiment::{EngineSpec, Experiment};
@@ -118,7 +118,7 @@ fn measure_and_simulate(
     let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
     let variants = Variants::new(experiment, &engine.memory(), &trace.requests)?;
     let limits = limits(settings.iter().chain(variants.all()), &trace.requests);
-    let measured = measure(&engine, &settings, &trace, &spec.loads, spec.repeats, limits, reporter)?;
+    let measured = measure(&engine, &settings, &trace, spec, experiment.objectives, limits, reporter)?;
     let results = &folder.path()?;
     measured.profile.write(results.join("profile"))?;
     measured.exits.write(results.join("exits"), ExitTable::Parquet)?;
@@ -138,7 +138,7 @@ fn measure_and_simulate(
                 (folder, Caption { setting, ..caption.clone() })
             }
         };
-        reports.push(simulate_load(&settings, &measured, &exits, load, &folder, reporter)?);
+        reports.push(simulate_load(experiment.objectives, &settings, &measured, &exits, load, &folder, reporter)?);
         captions.push((folder, caption));
     }
     let draw = |(folder, caption): &(PathBuf, Caption)| figures::draw(folder, &folder.join("figures"), caption);
@@ -148,6 +148,7 @@ fn measure_and_simulate(
 
 /// Simulates what was measured at one load, and writes both into a folder.
 fn simulate_load(
+    objectives: Option<Objectives>,
     settings: &[Settings],
     measured: &Measured,
     exits: &ExitModel,
@@ -156,7 +157,8 @@ fn simulate_load(
     reporter: &mut dyn Reporter,
 ) -> Result<LoadReport> {
     let workload = Workload { requests: load.requests.clone(), prefixes: None };
-    let simulated = simulate_all(settings, &LatencyModel::new(&measured.profile)?, exits, &workload, reporter)?;
+    let latency = LatencyModel::new(&measured.profile)?;
+    let simulated = simulate_all(settings, &latency, exits, &workload, objectives, reporter)?;
     let runs = || load.runs.iter().chain(&simulated);
     write_csv(&folder.join("summary.csv"), summaries(runs()))?;
     write_requests(folder, runs())?;
@@ -231,7 +233,7 @@ fn simulate_variants(
     let (latency, workload) = (LatencyModel::new(&measured.profile)?, Workload { requests, prefixes: None });
     for (file, settings) in [(SWEEP_THRESHOLD, &variants.thresholds), (SWEEP_MAX_BATCH, &variants.max_batch)] {
         if !settings.is_empty() {
-            let runs = simulate_all(settings, &latency, exits, &workload, reporter)?;
+            let runs = simulate_all(settings, &latency, exits, &workload, None, reporter)?;
             write_csv(&results.join(file), summaries(&runs))?;
         }
     }

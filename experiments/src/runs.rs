@@ -114,10 +114,11 @@ pub fn simulate_all(
     latency: &LatencyModel,
     exits: &ExitModel,
     workload: &Workload,
+    objectives: Option<Objectives>,
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
     let simulations = Machines::ONE.simulations(settings, latency, exits, workload)?;
-    run_simulations(&simulations, 1, None, &workload.requests, reporter)
+    run_simulations(&simulations, 1, objectives, &workload.requests, reporter)
 }
 
 /// Runs simulations over the same requests, on all cores; warns of times that had to be extrapolated.

@@ -18,7 +18,8 @@ use traces::Request;
 pub struct Serving {
     /// `vanilla`, `sequence`, `depth`.
     pub batching: Vec<Batching>,
-    /// `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`.
+    /// `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`, `delayed:MEASURE:THRESHOLD`,
+    /// `cumulative:gate:SHARE:LOOPS`, `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`.
     pub exit: Vec<ExitPolicy>,
     /// What later tokens find at depths that an exited token did not run: `reuse`, `first`, `skip`, `backfill`. One, or a
     /// list.

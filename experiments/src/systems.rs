@@ -100,7 +100,8 @@ fn simulate_system<'a>(
             time: run.time.unwrap_or_default(),
             speedup: f64::NAN,
         };
-        runs.extend(simulate_all(&settings, &latency, &exits, workload, reporter)?.into_iter().map(run));
+        let simulated = simulate_all(&settings, &latency, &exits, workload, experiment.objectives, reporter)?;
+        runs.extend(simulated.into_iter().map(run));
     }
     Ok(latency.meta().device.clone())
 }

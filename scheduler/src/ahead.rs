@@ -1,9 +1,15 @@
 //! Asynchronous scheduling: the next pass is composed while the device runs the current one.
 //!
 //! While a pass runs, three things are unknown: the time at its end, the requests that arrive until then, and the
-//! tokens that it samples. The scheduler needs none of them. It must know which rows exit, so exit policies that read a
-//! signal are refused ([`Settings::async_scheduling`](crate::Settings::async_scheduling)). Until the time is known, the
+//! tokens that it samples. The scheduler needs none of them. It must know which rows exit: under static depth, and under
+//! delayed exits, which the signals of the pass before have decided. Policies that exit by the signals of the pass itself
+//! are refused ([`Settings::async_scheduling`](crate::Settings::async_scheduling)). Until the time is known, the
 //! scheduler's clock counts passes; observers receive the events, with their times, once the pass has ended.
+//!
+//! ```text
+//! pass p-1 runs ──signals──► exits of pass p are decided ──► pass p runs ──signals──► ...
+//!    (pass p is composed)                                     (pass p+1 is composed)
+//! ```
 
 use traces::{Nanos, PassWork, Request};
 
@@ -136,14 +142,16 @@ impl Ahead {
         }
         let Some(mut composed) = composed else { return Ok(None) };
         let (running, waiting) = (scheduler.num_running(), scheduler.num_waiting());
-        scheduler.decide(&vec![0.0; composed.segments.len()]);
+        scheduler.decide_ahead();
         let exiting = scheduler.exiting().to_vec();
         composed.work.clone_from(scheduler.pass().work);
         let mut plan = || {
             scheduler.complete(label, &mut self.deferred);
             self.next = scheduler.plan_ahead(label, &mut self.deferred).then(|| Composed::of(scheduler));
         };
-        let elapsed = executor.run_beside(&composed.pass(), &exiting, &mut plan)?;
+        let mut signals = vec![0.0; composed.segments.len()];
+        let elapsed = executor.run_beside(&composed.pass(), &exiting, &mut signals, &mut plan)?;
+        scheduler.keep_signals(&composed.segments, &signals);
         self.running = Some(Running { composed, exiting, start: now, elapsed, running, waiting });
         Ok(Some(elapsed))
     }

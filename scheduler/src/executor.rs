@@ -38,15 +38,16 @@ pub trait Executor {
     const RUNS_BESIDE: bool = false;
 
     /// Runs a pass whose exits are known beforehand: the last row of each segment in `exiting` exits after it, as in
-    /// [`emit`](Self::emit). Calls `meanwhile` once, if possible while the pass runs. Returns the time that the pass
-    /// took.
+    /// [`emit`](Self::emit). Sets `signals` as in [`run`](Self::run). Calls `meanwhile` once, if possible while the pass
+    /// runs. Returns the time that the pass took.
     fn run_beside(
         &mut self,
         pass: &Pass<'_>,
         exiting: &[u32],
+        signals: &mut [f32],
         meanwhile: &mut (dyn FnMut() + Send),
     ) -> Result<Nanos, Self::Error> {
-        let mut elapsed = self.run(pass, &mut vec![0.0; pass.segments.len()])?;
+        let mut elapsed = self.run(pass, signals)?;
         if !exiting.is_empty() {
             elapsed += self.emit(pass, exiting)?;
         }

@@ -76,8 +76,69 @@ pub enum ExitPolicy {
         /// Threshold, in the signal's own unit.
         threshold: f32,
     },
+    /// At the earliest depth where the signal passes a threshold that follows the load of the machine.
+    LoadAdaptive(LoadThreshold),
+    /// At the earliest depth by which the token has probably exited, where the gate is the probability that a token
+    /// exits at its depth if it has not exited before (Ouro, arXiv 2510.25741): `1 - prod (1 - gate)` over the
+    /// depths so far is at least `share`.
+    Cumulative {
+        /// Probability that the token has exited, 0 to 1.
+        share: f32,
+        /// Loops that every token runs, at least 1.
+        min_loops: u8,
+    },
+    /// One depth after the earliest where the signal passes the threshold. The exits of a pass are known before it runs.
+    Delayed {
+        /// The exit signal.
+        signal: ExitSignal,
+        /// Threshold, in the signal's own unit.
+        threshold: f32,
+    },
     /// By a rule that is not built in.
     Custom(CustomPolicy),
+}
+
+/// A threshold between a calm and a busy one, by the number of requests that run or wait on the machine: quality gives way
+/// before latency does.
+///
+/// The threshold is `calm` up to `low` requests and `busy` from `high` on, and linear between. It follows a rising load at
+/// once. It follows a falling load only when the load is more than `band` requests below the one that set it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoadThreshold {
+    /// The exit signal.
+    pub signal: ExitSignal,
+    /// Threshold of a machine with few requests, in the signal's own unit.
+    pub calm: f32,
+    /// Threshold of a machine with many requests, at most as strict as `calm`.
+    pub busy: f32,
+    /// Requests up to which the threshold is `calm`.
+    pub low: u32,
+    /// Requests from which on the threshold is `busy`; above `low`.
+    pub high: u32,
+    /// Requests by which a falling load is followed late.
+    pub band: u32,
+}
+
+impl LoadThreshold {
+    /// The band where none is given: a quarter of the way from `low` to `high`.
+    pub fn default_band(low: u32, high: u32) -> u32 {
+        (high - low) / 4
+    }
+
+    /// The threshold under a load of so many requests, in the signal's own unit.
+    pub fn at(&self, load: u32) -> f32 {
+        let range = (self.high - self.low) as f32;
+        let share = (load.clamp(self.low, self.high) - self.low) as f32 / range;
+        // Exactly one of the two at either end.
+        self.calm * (1.0 - share) + self.busy * share
+    }
+}
+
+impl fmt::Display for LoadThreshold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { signal, calm, busy, low, high, band } = self;
+        write!(f, "{signal}:{calm}..{busy}:{low}..{high}:{band}")
+    }
 }
 
 /// What an executor must report of a row after a pass.
@@ -106,8 +167,10 @@ impl SignalRead {
 pub struct SignalReads {
     /// What an executor must report.
     pub signal: SignalRead,
-    /// The signal is read below this depth. From it on, rows exit in any case.
+    /// The signal is read below this depth. From it on, no exit depends on a signal.
     pub below: u8,
+    /// Depths from where a signal is read to the exit that it decides: 0, or 1 for delayed exits.
+    pub delay: u8,
     /// From this depth on, the exit head runs for every row that predicts, because the signal needs the head or the row
     /// is certain to exit. At lower depths the head runs after the exits are decided, for the exiting rows together.
     pub head_from: u8,
@@ -133,14 +196,22 @@ impl ExitPolicy {
         match self {
             Self::None | Self::Static(_) => SignalRead::None,
             Self::Oracle { .. } => SignalRead::Oracle,
-            Self::Confidence { signal, .. } => SignalRead::Signal(signal),
+            Self::Confidence { signal, .. }
+            | Self::Delayed { signal, .. }
+            | Self::LoadAdaptive(LoadThreshold { signal, .. }) => SignalRead::Signal(signal),
+            Self::Cumulative { .. } => SignalRead::Signal(ExitSignal::Gate),
             Self::Custom(policy) => policy.reads(),
         }
     }
 
     /// Whether the exits of a pass are known before it runs, so that the next pass can be planned meanwhile.
     pub fn is_known_ahead(self) -> bool {
-        matches!(self, Self::None | Self::Static(_))
+        matches!(self, Self::None | Self::Static(_) | Self::Delayed { .. })
+    }
+
+    /// Whether exits depend on how many requests run and wait, and so on how fast passes are.
+    pub fn depends_on_load(self) -> bool {
+        matches!(self, Self::LoadAdaptive(_) | Self::Custom(_))
     }
 
     /// Whether all tokens of a request exit at one depth, which is known before it runs.
@@ -159,46 +230,60 @@ impl ExitPolicy {
         match self {
             Self::None => last..=last,
             Self::Static(depth) => depth.min(last)..=depth.min(last),
-            Self::Oracle { .. } | Self::Confidence { .. } | Self::Custom(_) => 0..=last,
+            Self::Oracle { .. } | Self::Confidence { .. } | Self::LoadAdaptive(_) | Self::Custom(_) => 0..=last,
+            Self::Cumulative { min_loops, .. } => (min_loops - 1).min(last)..=last,
+            Self::Delayed { .. } => 1.min(last)..=last,
         }
     }
 
     /// What is read of rows that predict, in a model with `num_loops` loops.
     pub fn signal_reads(self, num_loops: u8) -> SignalReads {
-        let below = *self.exit_depths(num_loops).end();
+        let certain_from = *self.exit_depths(num_loops).end();
+        let delay = u8::from(matches!(self, Self::Delayed { .. }));
+        let below = certain_from.saturating_sub(delay);
         let head_from = match self.signal_read() {
-            SignalRead::None => below,
+            SignalRead::None => certain_from,
+            _ if self.read_needs_head() && below == 0 => certain_from,
+            // A delayed policy reads the signal one depth less, but rows exit there: the head runs once for all rows.
             _ if self.read_needs_head() => 0,
             // Reading the signal does not need the head. The head runs once, afterwards, also for rows certain to exit.
             _ => u8::MAX,
         };
-        SignalReads { signal: self.signal_read(), below, head_from }
+        SignalReads { signal: self.signal_read(), below, delay, head_from }
     }
 
-    /// The signal values at which rows exit.
+    /// The values at which rows exit: of the signal, or of what the policy makes of it. The bound of a load-adaptive policy is
+    /// that of a machine without load.
     pub fn bound(self) -> SignalBound {
         match self {
             Self::None | Self::Static(_) | Self::Custom(_) => SignalBound::NEVER,
             Self::Oracle { .. } => SignalBound::at_least(1.0),
-            Self::Confidence { signal, threshold } => signal.bound(threshold),
+            Self::Confidence { signal, threshold } | Self::Delayed { signal, threshold } => signal.bound(threshold),
+            Self::LoadAdaptive(by_load) => by_load.signal.bound(by_load.calm),
+            Self::Cumulative { share, .. } => SignalBound::at_least(share),
         }
     }
 
-    /// The kind of policy, without its parameters: `none`, `static`, `oracle`, `confidence`, or the name of a custom one.
+    /// The kind of policy, without its parameters: `none`, `static`, `oracle`, `confidence`, `load-adaptive`, `cumulative`,
+    /// `delayed`, or the name of a custom one.
     pub fn kind(self) -> &'static str {
         match self {
             Self::None => "none",
             Self::Static(_) => "static",
             Self::Oracle { .. } => "oracle",
             Self::Confidence { .. } => "confidence",
+            Self::LoadAdaptive(_) => "load-adaptive",
+            Self::Cumulative { .. } => "cumulative",
+            Self::Delayed { .. } => "delayed",
             Self::Custom(policy) => policy.name(),
         }
     }
 
-    /// The threshold of a confidence policy.
+    /// The threshold of a policy that has one.
     pub fn threshold(self) -> Option<f32> {
         match self {
-            Self::Confidence { threshold, .. } => Some(threshold),
+            Self::Confidence { threshold, .. } | Self::Delayed { threshold, .. } => Some(threshold),
+            Self::Cumulative { share, .. } => Some(share),
             _ => None,
         }
     }
@@ -212,6 +297,9 @@ impl fmt::Display for ExitPolicy {
             Self::Oracle { charged: false } => f.write_str("oracle"),
             Self::Oracle { charged: true } => f.write_str("oracle:charged"),
             Self::Confidence { signal, threshold } => write!(f, "confidence:{signal}:{threshold}"),
+            Self::LoadAdaptive(by_load) => write!(f, "load-adaptive:{by_load}"),
+            Self::Cumulative { share, min_loops } => write!(f, "cumulative:gate:{share}:{min_loops}"),
+            Self::Delayed { signal, threshold } => write!(f, "delayed:{signal}:{threshold}"),
             Self::Custom(policy) => f.write_str(policy.name()),
         }
     }
@@ -221,7 +309,9 @@ impl FromStr for ExitPolicy {
     type Err = PolicyError;
 
     /// Parses `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:THRESHOLD` (of the top-1 probability),
-    /// `confidence:MEASURE:THRESHOLD` or its short form `MEASURE:THRESHOLD`.
+    /// `confidence:MEASURE:THRESHOLD` or its short form `MEASURE:THRESHOLD`, `delayed:MEASURE:THRESHOLD`,
+    /// `cumulative:gate:SHARE` or `cumulative:gate:SHARE:LOOPS`, and `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH` or
+    /// `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`.
     fn from_str(text: &str) -> Result<Self, PolicyError> {
         Self::built_in(text).or_else(|error| CustomPolicy::registered(text).map(Self::Custom).ok_or(error))
     }
@@ -246,11 +336,41 @@ impl ExitPolicy {
                 signal: signal.parse().map_err(PolicyError::ExitSignal)?,
                 threshold: threshold(number)?,
             }),
+            ["delayed", signal, number] => Ok(Self::Delayed {
+                signal: signal.parse().map_err(PolicyError::ExitSignal)?,
+                threshold: threshold(number)?,
+            }),
+            ["cumulative", "gate", share] => Self::cumulative(text, threshold(share)?, "1"),
+            ["cumulative", "gate", share, min_loops] => Self::cumulative(text, threshold(share)?, min_loops),
+            ["load-adaptive", signal, thresholds, loads, ref band @ ..] if band.len() < 2 => {
+                let signal: ExitSignal = signal.parse().map_err(PolicyError::ExitSignal)?;
+                let (calm, busy) = thresholds.split_once("..").ok_or_else(unknown)?;
+                let (calm, busy) = (threshold(calm)?, threshold(busy)?);
+                if signal.sureness(calm) < signal.sureness(busy) {
+                    return Err(PolicyError::StricterUnderLoad(text.to_owned()));
+                }
+                let no_load = || PolicyError::Load(text.to_owned());
+                let requests = |number: &str| number.parse::<u32>().map_err(|_| no_load());
+                let (low, high) = loads.split_once("..").ok_or_else(no_load)?;
+                let (low, high) = (requests(low)?, requests(high)?);
+                if low >= high {
+                    return Err(no_load());
+                }
+                let band = band.first().map_or(Ok(LoadThreshold::default_band(low, high)), |band| requests(band))?;
+                Ok(Self::LoadAdaptive(LoadThreshold { signal, calm, busy, low, high, band }))
+            }
             [signal, number] => {
                 let signal = signal.parse().map_err(|_| unknown())?;
                 Ok(Self::Confidence { signal, threshold: threshold(number)? })
             }
             _ => Err(unknown()),
+        }
+    }
+
+    fn cumulative(text: &str, share: f32, min_loops: &str) -> Result<Self, PolicyError> {
+        match min_loops.parse() {
+            Ok(min_loops) if min_loops > 0 && (0.0..=1.0).contains(&share) => Ok(Self::Cumulative { share, min_loops }),
+            _ => Err(PolicyError::Cumulative(text.to_owned())),
         }
     }
 }
@@ -318,7 +438,8 @@ pub enum PolicyError {
     /// Not an exit policy.
     #[error(
         "unknown exit policy `{0}`: expected none, static:DEPTH, oracle, oracle:charged, \
-         confidence:THRESHOLD, confidence:SIGNAL:THRESHOLD, SIGNAL:THRESHOLD or the name of a registered policy"
+         confidence:THRESHOLD, confidence:SIGNAL:THRESHOLD, SIGNAL:THRESHOLD, delayed:SIGNAL:THRESHOLD, \
+         cumulative:gate:SHARE[:LOOPS], load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH[:BAND] or the name of a registered policy"
     )]
     Exit(String),
     /// Not a signal.
@@ -327,6 +448,17 @@ pub enum PolicyError {
     /// Not a finite number.
     #[error("the threshold of exit policy `{0}` is not a finite number")]
     Threshold(String),
+    /// Not a share, or no loops.
+    #[error("exit policy `{0}`: expected cumulative:gate:SHARE:LOOPS, a share from 0 to 1 and at least 1 loop")]
+    Cumulative(String),
+    /// Not two numbers of requests.
+    #[error(
+        "exit policy `{0}`: expected load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH:BAND with whole numbers of requests, LOW below HIGH"
+    )]
+    Load(String),
+    /// A load-adaptive policy that exits less under load.
+    #[error("exit policy `{0}`: the busy threshold is stricter than the calm one, expected CALM..BUSY")]
+    StricterUnderLoad(String),
     /// The name of a custom exit policy could not be read back.
     #[error("a custom exit policy is named `{0}`: expected ASCII letters, digits and `-_.:`, at least one")]
     CustomName(String),
@@ -359,9 +491,22 @@ mod tests {
 
     #[test]
     fn policies_read_back_what_they_print() {
-        for text in ["none", "static:2", "oracle", "oracle:charged", "confidence:margin:0.25"] {
+        let printed = [
+            "none",
+            "static:2",
+            "oracle",
+            "oracle:charged",
+            "confidence:margin:0.25",
+            "delayed:entropy:0.5",
+            "cumulative:gate:0.75:2",
+            "load-adaptive:top1:1..0.5:4..20:3",
+        ];
+        for text in printed {
             assert_eq!(text.parse::<ExitPolicy>().unwrap().to_string(), text);
         }
+        assert_eq!("cumulative:gate:0.5".parse::<ExitPolicy>().unwrap().to_string(), "cumulative:gate:0.5:1");
+        let adaptive = "load-adaptive:entropy:.5..2:4..20".parse::<ExitPolicy>().unwrap();
+        assert_eq!(adaptive.to_string(), "load-adaptive:entropy:0.5..2:4..20:4");
         assert_eq!("confidence:0.9".parse::<ExitPolicy>().unwrap().to_string(), "confidence:top1:0.9");
         assert_eq!("gate:0.9".parse::<ExitPolicy>().unwrap().to_string(), "confidence:gate:0.9");
         for batching in Batching::ALL {
@@ -374,11 +519,33 @@ mod tests {
 
     #[test]
     fn unreadable_policies_say_what_was_expected() {
-        let unreadable =
-            ["", "oracel", "oracel:1", "confidence", "confidence:NaN", "gate:inf", "confidence:top2:0.9", "static:-1"];
+        let unreadable = [
+            "",
+            "oracel",
+            "oracel:1",
+            "confidence",
+            "confidence:NaN",
+            "gate:inf",
+            "confidence:top2:0.9",
+            "static:-1",
+            "delayed:0.9",
+            "delayed:top2:0.9",
+            "cumulative:top1:0.9",
+            "cumulative:gate:1.5",
+            "cumulative:gate:0.5:0",
+            "load-adaptive:top1:0.9:4..20",
+            "load-adaptive:top1:0.9..0.5:20..4",
+            "load-adaptive:top1:0.9..0.5:4..4",
+            "load-adaptive:top1:0.9..0.5:4..20:-1",
+            "load-adaptive:top1:0.9..0.5:4..20:1:1",
+        ];
         for text in unreadable {
             let error = text.parse::<ExitPolicy>().unwrap_err().to_string();
             assert!(error.contains("expected") || error.contains("finite"), "{error}");
+        }
+        for stricter in ["load-adaptive:top1:0.5..0.9:4..20", "load-adaptive:entropy:2..0.5:4..20"] {
+            let error = stricter.parse::<ExitPolicy>().unwrap_err().to_string();
+            assert!(error.contains("stricter than the calm one"), "{error}");
         }
         assert!("depthwise".parse::<Batching>().unwrap_err().to_string().contains("vanilla, sequence or depth"));
         assert!("copy".parse::<KvFill>().unwrap_err().to_string().contains("reuse, first, skip or backfill"));
@@ -387,8 +554,29 @@ mod tests {
     #[test]
     fn only_signals_over_the_vocabulary_need_the_head() {
         let needs_head = |text: &str| text.parse::<ExitPolicy>().unwrap().read_needs_head();
-        assert!(["top1:0.9", "margin:0.9", "entropy:0.9", "oracle:charged"].into_iter().all(needs_head));
-        assert!(!["none", "static:0", "oracle", "similarity:0.9", "gate:0.9"].into_iter().any(needs_head));
+        let need = ["top1:0.9", "margin:0.9", "entropy:0.9", "oracle:charged", "load-adaptive:top1:1..0:0..1"];
+        assert!(need.into_iter().all(needs_head));
+        let need_not = ["none", "static:0", "oracle", "similarity:0.9", "gate:0.9", "cumulative:gate:0.9"];
+        assert!(!need_not.into_iter().any(needs_head));
+    }
+
+    #[test]
+    fn a_threshold_by_load_is_bounded_and_linear_between() {
+        let Ok(ExitPolicy::LoadAdaptive(by_load)) = "load-adaptive:gate:0.9..0.3:10..20".parse() else {
+            panic!("reads")
+        };
+        assert_eq!([0, 10, 20, u32::MAX].map(|load| by_load.at(load)), [0.9, 0.9, 0.3, 0.3]);
+        assert!((by_load.at(15) - 0.6).abs() < 1e-6);
+        assert_eq!(by_load.band, 2);
+    }
+
+    #[test]
+    fn a_delayed_policy_reads_one_depth_less_and_exits_from_the_second_depth_on() {
+        let delayed: ExitPolicy = "delayed:gate:0.9".parse().unwrap();
+        assert_eq!(delayed.exit_depths(4), 1..=3);
+        let SignalReads { below, delay, .. } = delayed.signal_reads(4);
+        assert_eq!((below, delay), (2, 1));
+        assert_eq!((delayed.exit_depths(1), delayed.signal_reads(1).below), (0..=0, 0), "one loop: nothing to decide");
     }
 
     #[test]

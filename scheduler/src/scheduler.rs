@@ -14,7 +14,7 @@ use traces::{Nanos, PrefixHashes, Request, SignalBound};
 
 use crate::backfill::Backlog;
 use crate::blocks::{BlockId, BlockTables, Contents};
-use crate::custom::CustomDecisions;
+use crate::decide::Decision;
 use crate::observe::{Observer, Token};
 use crate::pass::{Pass, RowKind, Segment, Slot};
 use crate::policy::{Batching, ExitPolicy, KvFill, SignalReads};
@@ -86,8 +86,21 @@ pub enum ScheduleError {
         /// Number of loops of the model.
         num_loops: u8,
     },
-    /// Asynchronous scheduling with an exit policy that reads a signal.
-    #[error("async_scheduling with exit policy {exit}: what the next pass runs depends on the signals of this one")]
+    /// More loops for every token than the model has.
+    #[error("exit policy {exit} has tokens run at least {min_loops} loops: the model has {num_loops}")]
+    MinLoops {
+        /// The given policy.
+        exit: String,
+        /// Its least number of loops.
+        min_loops: u8,
+        /// Number of loops of the model.
+        num_loops: u8,
+    },
+    /// Asynchronous scheduling with an exit policy whose exits depend on the signals of the same pass.
+    #[error(
+        "async_scheduling with exit policy {exit}: what the next pass runs depends on the signals of this one; \
+         expected none, static:DEPTH or delayed:SIGNAL:THRESHOLD"
+    )]
     AsyncExit {
         /// The given policy.
         exit: String,
@@ -205,6 +218,9 @@ impl Settings {
         match self.exit {
             ExitPolicy::Static(depth) if depth >= self.num_loops => {
                 Err(ScheduleError::StaticDepth { depth, num_loops: self.num_loops })
+            }
+            exit @ ExitPolicy::Cumulative { min_loops, .. } if min_loops > self.num_loops => {
+                Err(ScheduleError::MinLoops { exit: exit.to_string(), min_loops, num_loops: self.num_loops })
             }
             exit if self.async_scheduling && !exit.is_known_ahead() => {
                 Err(ScheduleError::AsyncExit { exit: exit.to_string() })
@@ -333,8 +349,10 @@ pub struct Scheduler {
     settings: Settings,
     reads: SignalReads,
     bound: SignalBound,
-    /// What decides instead of the bound, under a custom exit policy.
-    custom: Option<Box<CustomDecisions>>,
+    /// From this depth on, every row that predicts exits.
+    certain_from: u8,
+    /// What decides which rows exit, beside the bound.
+    decision: Decision,
     publishing: Publishing,
     prefixes: Option<Arc<PrefixHashes>>,
     waiting: VecDeque<Sequence>,
@@ -380,17 +398,13 @@ impl Scheduler {
     /// If the settings contradict each other.
     pub fn new(settings: Settings) -> Result<Self, ScheduleError> {
         settings.check()?;
-        let Settings { num_loops, max_batch, .. } = settings;
-        let custom = |policy| Box::new(CustomDecisions::new(policy, num_loops, max_batch));
         let idle = Sequence::new(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 });
         Ok(Self {
             settings,
             reads: settings.exit.signal_reads(settings.num_loops),
             bound: settings.exit.bound(),
-            custom: match settings.exit {
-                ExitPolicy::Custom(policy) => Some(custom(policy)),
-                _ => None,
-            },
+            certain_from: *settings.exit.exit_depths(settings.num_loops).end(),
+            decision: Decision::new(&settings),
             publishing: Publishing::new(&settings),
             prefixes: None,
             waiting: VecDeque::new(),
@@ -742,9 +756,7 @@ impl Scheduler {
         if let Some(backlog) = &mut self.backlog {
             backlog.admit(slot, context);
         }
-        if let Some(custom) = &mut self.custom {
-            custom.admit(slot, request.id);
-        }
+        self.decision.admit(slot, request.id);
         if let Some(reach) = self.meter.reach_mut() {
             reach.admit(slot, request.id, request.prompt_tokens);
         }
@@ -818,9 +830,7 @@ impl Scheduler {
         sequence.running = false;
         sequence.started = 0;
         sequence.context = sequence.decode_positions();
-        if let Some(custom) = &mut self.custom {
-            custom.preempt(slot, sequence.request.id);
-        }
+        self.decision.preempt(slot, sequence.request.id);
         if let Some(reach) = self.meter.reach_mut() {
             reach.preempt(slot, sequence.request.id);
         }
@@ -836,46 +846,59 @@ impl Scheduler {
     }
 
     /// Decides from the signals of the pass which rows exit.
-    ///
-    /// The exits are close to random, so a branch would be mispredicted for most rows. The loop writes every index and
-    /// advances the count only for rows that exit.
     pub fn decide(&mut self, signals: &[f32]) {
-        match self.custom.take() {
-            None => self.decide_by_bound(signals),
-            Some(mut custom) => {
-                self.decide_by(&mut custom, signals);
-                self.custom = Some(custom);
+        let (running, waiting) = (self.num_running(), self.num_waiting());
+        let Self { segments, exiting, sequences, certain_from, .. } = self;
+        let values = signals.iter().copied();
+        match &mut self.decision {
+            Decision::Fixed => select(exiting, segments, values, self.bound, *certain_from),
+            Decision::ByLoad(load) => {
+                self.bound = load.bound(running + waiting);
+                select(exiting, segments, values, self.bound, *certain_from);
+            }
+            Decision::Cumulative(gates) => {
+                let exited = segments.iter().zip(values).map(|(segment, gate)| gates.exited(segment, gate));
+                select(exiting, segments, exited, self.bound, *certain_from);
+            }
+            Decision::Delayed(delayed) => {
+                let before = segments.iter().map(|segment| delayed.before(segment));
+                select(exiting, segments, before, self.bound, *certain_from);
+                delayed.keep(segments, signals);
+            }
+            Decision::Custom(custom) => {
+                let exits = |(segment, signal): (&Segment, f32)| {
+                    let token = sequences[segment.slot as usize].generated;
+                    segment.predicts
+                        && (segment.depth >= *certain_from || custom.exits(segment, signal, token, running, waiting))
+                };
+                let decided = segments.iter().zip(values).map(exits);
+                exiting.clear();
+                exiting.extend((0..).zip(decided).filter_map(|(index, exits)| exits.then_some(index)));
             }
         }
         self.meter.exit(&self.segments, &self.exiting, self.reads);
     }
 
-    /// Has rows exit whose signals reach the bound of a built-in policy.
-    ///
-    /// Which do is as good as random, so the loop writes every index and keeps those that exit by counting on:
-    /// a branch would be mispredicted for most rows.
-    fn decide_by_bound(&mut self, signals: &[f32]) {
-        let (bound, certain_from) = (self.bound, self.reads.below);
-        self.exiting.resize(self.segments.len(), 0);
-        let mut exiting = 0;
-        for (index, (segment, &signal)) in self.segments.iter().zip(signals).enumerate() {
-            self.exiting[exiting] = index as u32;
-            exiting += usize::from(segment.predicts & ((segment.depth >= certain_from) | bound.is_reached(signal)));
+    /// Decides which rows of the pass exit before it runs, under a policy whose
+    /// [exits are known ahead](ExitPolicy::is_known_ahead). What the pass before has read must
+    /// [have been kept](Self::keep_signals).
+    pub(crate) fn decide_ahead(&mut self) {
+        let Self { segments, exiting, bound, certain_from, .. } = self;
+        match &self.decision {
+            Decision::Delayed(delayed) => {
+                let before = segments.iter().map(|segment| delayed.before(segment));
+                select(exiting, segments, before, *bound, *certain_from);
+            }
+            _ => select(exiting, segments, std::iter::repeat(f32::NAN), *bound, *certain_from),
         }
-        self.exiting.truncate(exiting);
+        self.meter.exit(&self.segments, &self.exiting, self.reads);
     }
 
-    /// Has rows exit for which a custom policy says so.
-    fn decide_by(&mut self, custom: &mut CustomDecisions, signals: &[f32]) {
-        let (running, waiting) = (self.num_running(), self.num_waiting());
-        let exits = |(segment, &signal): (&Segment, &f32)| {
-            let token = self.sequences[segment.slot as usize].generated;
-            segment.predicts
-                && (segment.depth >= self.reads.below || custom.exits(segment, signal, token, running, waiting))
-        };
-        let exiting = self.segments.iter().zip(signals).map(exits);
-        self.exiting.clear();
-        self.exiting.extend((0..).zip(exiting).filter_map(|(index, exits)| exits.then_some(index)));
+    /// Keeps what a pass of these segments has read, for the exits of the next pass.
+    pub(crate) fn keep_signals(&mut self, segments: &[Segment], signals: &[f32]) {
+        if let Decision::Delayed(delayed) = &mut self.decision {
+            delayed.keep(segments, signals);
+        }
     }
 
     /// Applies the outcome of the pass at its end: delivers tokens and moves the other rows one depth deeper.
@@ -966,6 +989,28 @@ impl Scheduler {
             false => self.release(slot),
         }
     }
+}
+
+/// Selects the segments whose last row exits: those that predict, and whose value reaches the bound or whose depth is at
+/// least `certain_from`.
+///
+/// Which do is as good as random, so the loop writes every index and keeps those that exit by counting on: a branch would
+/// be mispredicted for most rows.
+#[inline]
+fn select(
+    exiting: &mut Vec<u32>,
+    segments: &[Segment],
+    values: impl Iterator<Item = f32>,
+    bound: SignalBound,
+    certain_from: u8,
+) {
+    exiting.resize(segments.len(), 0);
+    let mut selected = 0;
+    for (index, (segment, value)) in segments.iter().zip(values).enumerate() {
+        exiting[selected] = index as u32;
+        selected += usize::from(segment.predicts & ((segment.depth >= certain_from) | bound.is_reached(value)));
+    }
+    exiting.truncate(selected);
 }
 
 /// Contents of a full block of a request.

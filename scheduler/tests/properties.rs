@@ -275,10 +275,11 @@ impl Executor for Beside {
         &mut self,
         pass: &Pass<'_>,
         exiting: &[u32],
+        signals: &mut [f32],
         meanwhile: &mut (dyn FnMut() + Send),
     ) -> Result<Nanos, Self::Error> {
         meanwhile();
-        let elapsed = self.0.run(pass, &mut vec![0.0; pass.segments.len()])?;
+        let elapsed = self.0.run(pass, signals)?;
         Ok(if exiting.is_empty() { elapsed } else { elapsed + self.0.emit(pass, exiting)? })
     }
 
@@ -411,8 +412,28 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
 }
 
 fn exits() -> impl Strategy<Value = ExitPolicy> {
-    prop::sample::select(vec!["none", "static:0", "static:1", "oracle", "oracle:charged", "confidence:0.9"])
-        .prop_map(|text| text.parse().unwrap())
+    prop::sample::select(vec![
+        "none",
+        "static:0",
+        "static:1",
+        "oracle",
+        "oracle:charged",
+        "confidence:0.9",
+        "load-adaptive:top1:0.9..0.1:2..9",
+        "cumulative:gate:0.9:2",
+        "delayed:top1:0.9",
+    ])
+    .prop_map(|text| text.parse().unwrap())
+}
+
+/// The depth at which a token exits under a policy that reads 1 from its sure depth on and 0 above.
+fn exit_depth(exit: ExitPolicy, sure: u8, num_loops: u8) -> u8 {
+    match exit {
+        ExitPolicy::None | ExitPolicy::Static(_) => *exit.exit_depths(num_loops).end(),
+        ExitPolicy::Delayed { .. } => (sure + 1).min(num_loops - 1),
+        ExitPolicy::Cumulative { min_loops, .. } => sure.max(min_loops - 1),
+        _ => sure,
+    }
 }
 
 prop_compose! {
@@ -463,21 +484,18 @@ proptest! {
         for log in &logs {
             prop_assert_eq!(&log.depths, &logs[0].depths);
         }
-        let deepest = *settings.exit.exit_depths(settings.num_loops).end();
         for (request, depths) in &logs[0].depths {
             for (&depth, token) in depths.iter().zip(0..) {
-                let expected = match settings.exit {
-                    ExitPolicy::None | ExitPolicy::Static(_) => deepest,
-                    _ => sure_depth(*request, token, settings.num_loops),
-                };
-                prop_assert_eq!(depth, expected);
+                let sure = sure_depth(*request, token, settings.num_loops);
+                prop_assert_eq!(depth, exit_depth(settings.exit, sure, settings.num_loops));
             }
         }
     }
 
     #[test]
     fn passes_planned_while_others_run_are_those_planned_after_them(
-        settings in settings(), requests in requests(), exit in prop::sample::select(vec!["none", "static:0", "static:1"]),
+        settings in settings(), requests in requests(),
+        exit in prop::sample::select(vec!["none", "static:0", "static:1", "delayed:top1:0.9", "delayed:gate:0.9"]),
     ) {
         for batching in Batching::ALL {
             let settings = Settings { batching, exit: exit.parse().unwrap(), async_scheduling: true, ..settings };
@@ -508,6 +526,118 @@ proptest! {
         let decodes: u64 = logs[0].depths.values().flat_map(|depths| &depths[1..]).map(|&depth| u64::from(depth) + 1).sum();
         prop_assert_eq!(logs[0].rows, prompts * u64::from(settings.num_loops) + decodes);
     }
+}
+
+/// A gate's value for a token at a depth, 0 to 1, mostly low: by request and index in the output.
+fn gate(request: u32, token: u32, depth: u8) -> f32 {
+    let key = u64::from(request) << 40 | u64::from(token) << 8 | u64::from(depth);
+    let mixed = key.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let share = ((mixed ^ mixed >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 40) as f32 / (1u64 << 24) as f32;
+    share * share
+}
+
+/// A checker whose signals are the values of [`gate`], and what it has read of each pass.
+struct Gates(Checker);
+
+impl Executor for Gates {
+    type Error = std::convert::Infallible;
+
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error> {
+        self.0.admit(slot, request, generated)
+    }
+
+    fn release(&mut self, slot: Slot) {
+        self.0.release(slot);
+    }
+
+    fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error> {
+        let elapsed = self.0.run(pass, signals)?;
+        for (segment, signal) in pass.segments.iter().zip(signals).filter(|(segment, _)| pass.reads_signal(segment)) {
+            let Resident { request, generated, .. } = self.0.residents[&segment.slot];
+            *signal = gate(request, generated, segment.depth);
+        }
+        Ok(elapsed)
+    }
+
+    fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error> {
+        self.0.emit(pass, exiting)
+    }
+}
+
+#[test]
+fn cumulative_gates_exit_where_their_product_says_whatever_is_preempted() {
+    let (num_loops, share, min_loops) = (5, 0.6, 2);
+    let settings = Settings {
+        max_batch: 8,
+        token_budget: 32,
+        prefill_chunk: 8,
+        block_tokens: 2,
+        num_blocks: 20,
+        ..Settings::new(Batching::Depth, ExitPolicy::Cumulative { share, min_loops }, num_loops)
+    };
+    let requests: Vec<Request> =
+        (0..20).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 4, output_tokens: 30 }).collect();
+    let expected = |request, token| {
+        let exited = |depth: u8| 1.0 - (0..=depth).map(|depth| 1.0 - gate(request, token, depth)).product::<f32>();
+        (min_loops - 1..num_loops - 1).find(|&depth| exited(depth) >= share).unwrap_or(num_loops - 1)
+    };
+    for (batching, kv_fill) in Batching::ALL.iter().flat_map(|batching| KvFill::ALL.map(|fill| (*batching, fill))) {
+        let settings = Settings { batching, kv_fill, ..settings };
+        let mut server = Server::new(settings, Gates(Checker::new(settings))).unwrap();
+        let mut log = Log::default();
+        serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut log).unwrap();
+        assert!(log.preemptions > 0, "{batching}, {kv_fill}: nothing is preempted");
+        for (&request, depths) in &log.depths {
+            let expected: Vec<u8> = (0..30).map(|token| expected(request, token)).collect();
+            assert_eq!(*depths, expected, "{batching}, {kv_fill}, request {request}");
+        }
+        let found: HashSet<u8> = log.depths.values().flatten().copied().collect();
+        assert_eq!(found, HashSet::from([1, 2, 3, 4]), "tokens exit at every depth that may be one");
+    }
+}
+
+#[test]
+fn a_threshold_follows_the_requests_that_run_and_wait() {
+    let settings = Settings {
+        max_batch: 2,
+        token_budget: 16,
+        prefill_chunk: 16,
+        ..Settings::new(Batching::Depth, "load-adaptive:gate:1..0.25:1..4:0".parse().unwrap(), 3)
+    };
+    /// Reads 0.3 of every row, and keeps how many requests each pass has.
+    #[derive(Default)]
+    struct Loads(Vec<(u32, u8)>);
+    impl Observer for Loads {
+        fn pass(&mut self, record: &PassRecord<'_>) {
+            for &index in record.exiting {
+                let load = record.running + record.waiting;
+                self.0.push((load, record.pass.segments[index as usize].depth));
+            }
+        }
+    }
+    struct Doubtful;
+    impl Executor for Doubtful {
+        type Error = std::convert::Infallible;
+        fn admit(&mut self, _: Slot, _: &Request, _: u32) -> Result<(), Self::Error> {
+            Ok(())
+        }
+        fn release(&mut self, _: Slot) {}
+        fn run(&mut self, _: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error> {
+            signals.fill(0.3);
+            Ok(Nanos(10))
+        }
+        fn emit(&mut self, _: &Pass<'_>, _: &[u32]) -> Result<Nanos, Self::Error> {
+            Ok(Nanos::ZERO)
+        }
+    }
+    let requests = (0..6).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 3 + id });
+    let mut server = Server::new(settings, Doubtful).unwrap();
+    let mut loads = Loads::default();
+    serve(&mut server, requests, &mut VirtualClock::default(), &mut loads).unwrap();
+    assert_eq!(loads.0.len(), 33);
+    // 0.3 is enough from 4 requests on, where the threshold is 0.25; with 3 requests it is 0.5.
+    assert!(loads.0.iter().all(|&(load, depth)| depth == if load >= 4 { 0 } else { 2 }), "{:?}", loads.0);
+    assert!([1, 2, 3, 4, 5, 6].iter().all(|load| loads.0.iter().any(|(found, _)| found == load)), "{:?}", loads.0);
 }
 
 #[test]
@@ -574,6 +704,10 @@ fn impossible_settings_and_requests_are_refused() {
     assert!(refused(Settings { exit: ExitPolicy::Static(2), ..settings }).contains("depths 0 to 1"));
     let custom = ExitPolicy::Custom(CustomPolicy::new(&Sure));
     assert!(refused(Settings { exit: custom, async_scheduling: true, ..settings }).contains("with exit policy sure"));
+    let refused_exit =
+        |exit: &str, async_scheduling| refused(Settings { exit: exit.parse().unwrap(), async_scheduling, ..settings });
+    assert!(refused_exit("load-adaptive:gate:0.9..0.5:1..9", true).contains("expected none, static:DEPTH or delayed"));
+    assert!(refused_exit("cumulative:gate:0.9:3", false).contains("at least 3 loops: the model has 2"));
 
     let request = Request { id: 7, arrival: Nanos::ZERO, prompt_tokens: 10, output_tokens: 7 };
     assert!(settings.check_request(&request).is_ok(), "16 positions fit 16");

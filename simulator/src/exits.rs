@@ -199,14 +199,20 @@ impl ExitModel {
     /// too, which spares the loop a branch that would be mispredicted.
     pub fn read_signals(&self, pass: &Pass<'_>, cursors: &[Cursor], signals: &mut [f32]) {
         let segments = pass.segments.iter().zip(signals);
+        if let SignalRead::Signal(read) = pass.reads.signal
+            && self.is_scripted
+        {
+            let certain = [false, true].map(|exits| read.certain(exits));
+            for (segment, signal) in segments {
+                let exit = (segment.depth + pass.reads.delay).min(self.num_loops - 1);
+                *signal = certain[usize::from(self.agrees(cursors[segment.slot as usize].at(exit)))];
+            }
+            return;
+        }
         let rows = segments.map(|(segment, signal)| (cursors[segment.slot as usize].at(segment.depth), signal));
         match pass.reads.signal {
             SignalRead::None => {}
             SignalRead::Oracle => rows.for_each(|(row, signal)| *signal = f32::from(u8::from(self.agrees(row)))),
-            SignalRead::Signal(read) if self.is_scripted => {
-                let certain = [false, true].map(|exits| read.certain(exits));
-                rows.for_each(|(row, signal)| *signal = certain[usize::from(self.agrees(row))]);
-            }
             SignalRead::Signal(read) => {
                 let values = &self.signals[read as usize];
                 rows.for_each(|(row, signal)| *signal = values[row]);
@@ -406,7 +412,7 @@ mod tests {
             let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
             let read = |signal| {
                 let mut signals = [f32::NAN];
-                let reads = SignalReads { signal, below: 1, head_from: 0 };
+                let reads = SignalReads { signal, below: 1, delay: 0, head_from: 0 };
                 let pass = Pass { segments: &segments, reads, tables: &tables, work: &work };
                 model.read_signals(&pass, &[cursor], &mut signals);
                 signals[0]
@@ -455,6 +461,26 @@ mod tests {
             }
         }
         assert!(ExitModel::from_depths(&[], 3, "test", Draw::Recorded).is_err());
+    }
+
+    #[test]
+    fn scripted_tokens_exit_at_their_depths_when_the_exit_is_decided_one_depth_earlier() {
+        let model = ExitModel::from_depths(&[vec![2, 1, 1]], 4, "test", Draw::Recorded).unwrap();
+        let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
+        let policy: ExitPolicy = "delayed:gate:0.5".parse().unwrap();
+        let sure_from = |generated| {
+            let cursor = model.cursor(&request(0, 3), generated).unwrap();
+            let kind = RowKind::Decode;
+            let is_sure = |&depth: &u8| {
+                let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
+                let pass = Pass { segments: &segments, reads: policy.signal_reads(4), tables: &tables, work: &work };
+                let mut signals = [f32::NAN];
+                model.read_signals(&pass, &[cursor], &mut signals);
+                policy.bound().is_reached(signals[0])
+            };
+            (0..4).find(is_sure).unwrap()
+        };
+        assert_eq!([0, 1, 2].map(sure_from), [1, 0, 0]);
     }
 
     #[test]

@@ -19,6 +19,20 @@ pub struct Objectives {
 }
 
 impl Objectives {
+    /// Checks that the bounds can be met.
+    ///
+    /// # Errors
+    /// If a bound is negative or not a finite number, or there is none.
+    pub fn check(&self) -> Result<(), ObjectiveError> {
+        let bounds = [("ttft_ms", self.ttft_ms), ("tpot_ms", self.tpot_ms), ("e2e_ms", self.e2e_ms)];
+        let given = || bounds.into_iter().filter_map(|(name, bound)| Some((name, bound?)));
+        match given().find(|(_, bound)| !(bound.is_finite() && *bound >= 0.0)) {
+            Some((name, bound)) => Err(ObjectiveError::Bound { name, bound }),
+            None if given().next().is_none() => Err(ObjectiveError::Nothing),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a finished request is within every bound.
     pub(crate) fn are_met(&self, latencies: &RequestLatencies) -> bool {
         let within = |bound: Option<f64>, time: Nanos| bound.is_none_or(|bound| time.as_millis_f64() <= bound);
@@ -26,6 +40,22 @@ impl Objectives {
             && within(self.tpot_ms, latencies.tpot.unwrap_or_default())
             && within(self.e2e_ms, latencies.end_to_end)
     }
+}
+
+/// Objectives that mean nothing.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub enum ObjectiveError {
+    /// A bound that no latency can be compared with.
+    #[error("{name} is {bound}: expected 0 or more milliseconds")]
+    Bound {
+        /// The key.
+        name: &'static str,
+        /// Its value.
+        bound: f64,
+    },
+    /// No bound.
+    #[error("no objective: expected ttft_ms, tpot_ms or e2e_ms")]
+    Nothing,
 }
 
 /// An observer that only counts the requests that meet objectives.

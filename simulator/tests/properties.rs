@@ -7,14 +7,22 @@ use std::sync::Arc;
 use common::{Log, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
 use latency::LatencyModel;
 use proptest::prelude::*;
-use scheduler::{Batching, KvFill, Server, Settings, VirtualClock, serve};
+use scheduler::{Batching, ExitPolicy, KvFill, Server, Settings, VirtualClock, serve};
 use simulator::{Draw, ExitModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all};
 use traces::{Nanos, PrefixHashes, Request};
 
 const LOOPS: u8 = 3;
 
 fn any_settings() -> impl Strategy<Value = Settings> {
-    let exit = prop::sample::select(vec!["none", "static:1", "oracle", "oracle:charged", "confidence:0.5"]);
+    let exit = prop::sample::select(vec![
+        "none",
+        "static:1",
+        "oracle",
+        "oracle:charged",
+        "confidence:0.5",
+        "load-adaptive:top1:0.5..0.2:2..9",
+        "delayed:top1:0.5",
+    ]);
     let fill = prop::sample::select(KvFill::ALL.to_vec());
     let sizes = (1u32..6, 1u32..20, 10u32..40);
     (prop::sample::select(Batching::ALL.to_vec()), exit, fill, sizes, any::<bool>(), any::<bool>()).prop_map(
@@ -26,8 +34,7 @@ fn any_settings() -> impl Strategy<Value = Settings> {
                 block_tokens: 4,
                 num_blocks,
                 prefix_caching,
-                // The signal that an exit policy reads is not known when the next pass is planned.
-                async_scheduling: async_scheduling && ["none", "static:1"].contains(&exit),
+                async_scheduling: async_scheduling && exit.parse::<ExitPolicy>().unwrap().is_known_ahead(),
                 ..settings(batching, exit, LOOPS, max_batch)
             }
         },
@@ -63,6 +70,7 @@ proptest! {
         let exit_of = |sure: u8| match settings.exit.kind() {
             "none" => LOOPS - 1,
             "static" => 1,
+            "delayed" => (sure + 1).min(LOOPS - 1),
             _ => sure,
         };
         let tokens = || requests.iter().flat_map(|(_, exits)| exits.iter().copied());

@@ -3,6 +3,7 @@
 //! With all requests queued at once no decision depends on how long passes take. So the passes of a simulated run
 //! are those of the measured run, row by row, although one executor runs a model and the other looks things up.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -140,5 +141,96 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
         }
         let backfills = kv_fill == KvFill::Backfill && exit != ExitPolicy::None;
         assert_eq!(measured.backfill > 0, backfills, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+    }
+}
+
+/// The exit depths of a run's tokens, by request.
+fn exit_depths(log: &Log, requests: usize) -> Vec<Vec<u8>> {
+    let mut depths = vec![Vec::new(); requests];
+    let mut tokens = log.tokens.clone();
+    tokens.sort_unstable();
+    tokens.iter().for_each(|&(request, _, depth)| depths[request as usize].push(depth));
+    depths
+}
+
+#[test]
+fn the_simulator_runs_the_passes_of_exits_by_signals_where_it_is_told_the_exits() {
+    let engine = embedded_model();
+    let num_loops = engine.model.config().num_loops as u8;
+    let requests: Vec<Request> = (0..12)
+        .map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: 1 + id * 7 % 23 })
+        .collect();
+    let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
+    let policies = [
+        "gate:0.9",
+        "load-adaptive:margin:0.5..0.01:2..9",
+        "cumulative:gate:0.97:2",
+        "delayed:gate:0.85",
+        "delayed:margin:0.1",
+    ];
+    for (batching, exit, num_blocks, ahead) in iproduct!(Batching::ALL, policies, [1000, 8], [false, true]) {
+        let exit: ExitPolicy = exit.parse().unwrap();
+        if ahead && !exit.is_known_ahead() {
+            continue;
+        }
+        let settings = Settings {
+            max_batch: 6,
+            token_budget: 24,
+            prefill_chunk: 10,
+            num_blocks,
+            async_scheduling: ahead,
+            ..Settings::new(batching, exit, num_loops)
+        };
+        let mut measured = Log::default();
+        engine.replay(settings, &requests, None, Idle::Skip, &mut measured).unwrap();
+        let depths = exit_depths(&measured, requests.len());
+        let model =
+            ExitModel::from_depths(&depths, num_loops.into(), engine.model.fingerprint(), Draw::Recorded).unwrap();
+        let mut simulated = [Log::default()];
+        let simulation = Simulation::new(settings, &latency, &model).unwrap();
+        simulation.run(requests.iter().copied(), &mut simulated).unwrap();
+        assert_eq!(measured, simulated[0], "{batching}, {exit}, {num_blocks} blocks, ahead: {ahead}");
+        let distinct = depths.concat().into_iter().collect::<HashSet<u8>>().len();
+        assert!(distinct > 1, "{batching}, {exit}: all tokens exit at one depth");
+    }
+}
+
+#[test]
+fn exits_by_the_signals_of_prompts_are_those_that_the_simulator_decides() {
+    let engine = embedded_model();
+    let num_loops = engine.model.config().num_loops as u8;
+    // A prompt runs every depth, so the signals of the first token are those recorded, however other tokens exit.
+    let requests: Vec<Request> = (0..40)
+        .map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: 1 })
+        .collect();
+    let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
+    let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
+    let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
+    let run = |batching, exit: &str, ahead| {
+        let exit: ExitPolicy = exit.parse().unwrap();
+        let settings = Settings {
+            max_batch: 6,
+            token_budget: 24,
+            prefill_chunk: 10,
+            num_blocks: 1000,
+            async_scheduling: ahead && exit.is_known_ahead(),
+            ..Settings::new(batching, exit, num_loops)
+        };
+        let mut measured = Log::default();
+        engine.replay(settings, &requests, None, Idle::Skip, &mut measured).unwrap();
+        let mut simulated = [Log::default()];
+        let simulation = Simulation::new(settings, &latency, &model).unwrap();
+        simulation.run(requests.iter().copied(), &mut simulated).unwrap();
+        assert_eq!(measured, simulated[0], "{batching}, {exit}, ahead: {ahead}");
+        exit_depths(&measured, requests.len())
+    };
+    for (batching, ahead) in iproduct!(Batching::ALL, [false, true]) {
+        let [adaptive, calm, busy] = ["load-adaptive:margin:0.6..0.02:2..36:3", "margin:0.6", "margin:0.02"]
+            .map(|exit| run(batching, exit, ahead));
+        assert!(adaptive != calm && adaptive != busy, "{batching}: the threshold stays at one end");
+        for exit in ["cumulative:gate:0.97:2", "delayed:gate:0.85", "delayed:margin:0.3"] {
+            let distinct = run(batching, exit, ahead).concat().into_iter().collect::<HashSet<u8>>().len();
+            assert!(distinct > 1, "{batching}, {exit}: all tokens exit at one depth");
+        }
     }
 }

@@ -55,6 +55,7 @@ pub fn run(args: Args) -> Result<()> {
             loads: args.loads,
         }),
         systems: Vec::new(),
+        objectives: None,
         sweeps: Sweeps::default(),
     };
     let loads = experiments::validate(&experiment, "".as_ref(), &args.out, &mut Terminal::default())?;

@@ -375,8 +375,11 @@ impl Profiler {
         let segments = self.segments(shape, turn);
         let reads = match shape {
             // The exits of these rows are not known before the pass, so the head does not run within it.
-            Shape::Head { .. } => SignalReads { signal: SignalRead::Oracle, below: 0, head_from: u8::MAX },
-            _ => SignalReads { signal: SignalRead::Signal(ExitSignal::Top1), below: u8::MAX, head_from: 0 },
+            Shape::Head { .. } => SignalReads { signal: SignalRead::Oracle, below: 0, delay: 0, head_from: u8::MAX },
+            _ => {
+                let signal = SignalRead::Signal(ExitSignal::Top1);
+                SignalReads { signal, below: u8::MAX, delay: 0, head_from: 0 }
+            }
         };
         let pass = Pass { segments: &segments, reads, tables: &self.tables, work: &PassWork::default() };
         let mut signals = vec![0.0; segments.len()];

@@ -1,0 +1,176 @@
+//! What decides which rows exit, where it is not the signal of the pass against a bound that stays.
+//!
+//! Each of these gives [`Scheduler::decide`](crate::Scheduler::decide) another bound for the pass, or other values in
+//! place of the signals. State is kept by slot and begins anew with each token at depth 0, also with one that a
+//! preemption has sent back there.
+
+use traces::SignalBound;
+
+use crate::custom::CustomDecisions;
+use crate::pass::{Segment, Slot};
+use crate::policy::{ExitPolicy, LoadThreshold};
+use crate::scheduler::Settings;
+
+/// What decides which rows exit.
+#[derive(Clone, Debug)]
+pub(crate) enum Decision {
+    /// The signal of the pass against a bound that stays.
+    Fixed,
+    /// The signal of the pass against a bound that follows the load.
+    ByLoad(LoadFollower),
+    /// The gates of all depths of the token so far.
+    Cumulative(CumulativeGate),
+    /// The signal that was read one depth earlier.
+    Delayed(DelayedSignal),
+    /// A policy that is not built in.
+    Custom(Box<CustomDecisions>),
+}
+
+impl Decision {
+    pub fn new(&Settings { exit, num_loops, max_batch, .. }: &Settings) -> Self {
+        match exit {
+            ExitPolicy::None | ExitPolicy::Static(_) | ExitPolicy::Oracle { .. } | ExitPolicy::Confidence { .. } => {
+                Self::Fixed
+            }
+            ExitPolicy::LoadAdaptive(threshold) => Self::ByLoad(LoadFollower::new(threshold)),
+            ExitPolicy::Cumulative { min_loops, .. } => Self::Cumulative(CumulativeGate::new(min_loops, max_batch)),
+            ExitPolicy::Delayed { .. } => Self::Delayed(DelayedSignal::new(max_batch)),
+            ExitPolicy::Custom(policy) => Self::Custom(Box::new(CustomDecisions::new(policy, num_loops, max_batch))),
+        }
+    }
+
+    /// A request takes a slot, for the first time or again.
+    pub fn admit(&mut self, slot: Slot, request: u32) {
+        if let Self::Custom(custom) = self {
+            custom.admit(slot, request);
+        }
+    }
+
+    /// A request loses its slot before its last token.
+    pub fn preempt(&mut self, slot: Slot, request: u32) {
+        if let Self::Custom(custom) = self {
+            custom.preempt(slot, request);
+        }
+    }
+}
+
+/// A bound that follows the load.
+#[derive(Clone, Debug)]
+pub(crate) struct LoadFollower {
+    threshold: LoadThreshold,
+    /// Requests that set the threshold.
+    load: u32,
+}
+
+impl LoadFollower {
+    fn new(threshold: LoadThreshold) -> Self {
+        Self { threshold, load: 0 }
+    }
+
+    /// The bound of a pass on a machine with so many requests, running or waiting.
+    pub fn bound(&mut self, requests: u32) -> SignalBound {
+        self.load = self.load.clamp(requests, requests.saturating_add(self.threshold.band));
+        self.threshold.signal.bound(self.threshold.at(self.load))
+    }
+}
+
+/// The probability that a token has exited, from its gates so far.
+#[derive(Clone, Debug)]
+pub(crate) struct CumulativeGate {
+    min_loops: u8,
+    /// By slot: the probability that the token in the making has not exited.
+    staying: Vec<f32>,
+}
+
+impl CumulativeGate {
+    fn new(min_loops: u8, max_batch: u32) -> Self {
+        Self { min_loops, staying: vec![1.0; max_batch as usize] }
+    }
+
+    /// The probability that the token of a segment's last row has exited, given the gate at its depth; lower than any
+    /// where it must run another loop.
+    ///
+    /// A gate without bound decides by itself: so an executor says that it knows the outcome
+    /// ([`ExitSignal::certain`](traces::ExitSignal::certain)).
+    pub fn exited(&mut self, segment: &Segment, gate: f32) -> f32 {
+        if !segment.predicts || gate.is_infinite() {
+            return gate;
+        }
+        let staying = &mut self.staying[segment.slot as usize];
+        if segment.depth == 0 {
+            *staying = 1.0;
+        }
+        *staying *= 1.0 - gate.clamp(0.0, 1.0);
+        if segment.depth + 1 < self.min_loops { f32::NEG_INFINITY } else { 1.0 - *staying }
+    }
+}
+
+/// The last signal of each token in the making.
+#[derive(Clone, Debug)]
+pub(crate) struct DelayedSignal {
+    /// By slot.
+    signals: Vec<f32>,
+}
+
+impl DelayedSignal {
+    fn new(max_batch: u32) -> Self {
+        Self { signals: vec![f32::NAN; max_batch as usize] }
+    }
+
+    /// What was read of a segment's token one depth earlier; NaN at depth 0.
+    pub fn before(&self, segment: &Segment) -> f32 {
+        if segment.depth == 0 { f32::NAN } else { self.signals[segment.slot as usize] }
+    }
+
+    /// Keeps what a pass has read.
+    pub fn keep(&mut self, segments: &[Segment], signals: &[f32]) {
+        for (segment, &signal) in segments.iter().zip(signals).filter(|(segment, _)| segment.predicts) {
+            self.signals[segment.slot as usize] = signal;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pass::RowKind;
+    use traces::ExitSignal;
+
+    fn row(slot: Slot, depth: u8) -> Segment {
+        Segment { slot, start: 5, tokens: 1, depth, kind: RowKind::Decode, predicts: true, generated: true }
+    }
+
+    #[test]
+    fn a_load_that_falls_is_followed_late_and_one_that_rises_at_once() {
+        let (signal, calm, busy) = (ExitSignal::Top1, 1.0, 0.0);
+        let mut follower = LoadFollower::new(LoadThreshold { signal, calm, busy, low: 0, high: 100, band: 10 });
+        let mut threshold = |load| {
+            let bound = follower.bound(load);
+            (0..=100).find(|&value| bound.is_reached(value as f32 / 100.0)).unwrap()
+        };
+        assert_eq!([0, 50, 45, 40, 39, 30, 35, 60].map(&mut threshold), [100, 50, 50, 50, 51, 60, 60, 40]);
+        assert_eq!([1000, 105, 95, 89, 0].map(&mut threshold), [0, 0, 0, 1, 90], "bounded, whatever the load");
+    }
+
+    #[test]
+    fn gates_accumulate_over_the_depths_of_a_token_and_of_no_other() {
+        let mut cumulative = CumulativeGate::new(2, 3);
+        let mut exited = |slot, depth, gate| cumulative.exited(&row(slot, depth), gate);
+        assert_eq!(exited(1, 0, 0.5), f32::NEG_INFINITY, "one loop is too few");
+        assert_eq!(exited(2, 0, 0.25), f32::NEG_INFINITY);
+        assert_eq!((exited(1, 1, 0.5), exited(2, 1, 0.0)), (0.75, 0.25), "slots are apart");
+        assert_eq!(exited(1, 2, 0.5), 0.875);
+        exited(1, 0, 0.0);
+        assert_eq!(exited(1, 1, 0.5), 0.5, "a token does not count for the next");
+        assert_eq!(exited(1, 2, f32::INFINITY), f32::INFINITY, "what is certain needs no product");
+    }
+
+    #[test]
+    fn a_delayed_signal_is_that_of_the_depth_before() {
+        let mut delayed = DelayedSignal::new(3);
+        delayed.keep(&[row(1, 0), Segment { predicts: false, ..row(2, 0) }], &[0.5, 0.75]);
+        assert_eq!(delayed.before(&row(1, 1)), 0.5);
+        assert!(delayed.before(&row(1, 0)).is_nan(), "the next token has none yet");
+        assert!(delayed.before(&row(2, 1)).is_nan(), "nothing is read of rows that predict nothing");
+    }
+}
