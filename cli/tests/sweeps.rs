@@ -368,6 +368,28 @@ sweeps:
 ";
 
 #[test]
+fn an_experiment_with_objectives_reports_goodput_and_refuses_those_that_mean_nothing() {
+    let scene = Scene::new();
+    let with = |objectives: &str| SYSTEMS.replace("sweeps:", &format!("objectives: {objectives}\nsweeps:"));
+    scene.write("timely.yaml", &with("{ttft_ms: 50, tpot_ms: 1e6}"));
+    scene.succeed(&["run", "timely.yaml"]);
+    let runs = lines(&scene.path("results/timely/summary.csv"));
+    let number = |name: &str| -> Vec<f64> { column(&runs, name).iter().map(|cell| cell.parse().unwrap()).collect() };
+    let (met, goodput, makespan) = (number("objectives_met"), number("goodput_req_s"), number("makespan_s"));
+    for (run, met) in met.iter().enumerate() {
+        let expected = met * 40.0 / makespan[run];
+        assert!((goodput[run] - expected).abs() < 1e-9, "run {run}: {} instead of {expected}", goodput[run]);
+    }
+    assert!(met.iter().any(|&met| met > 0.0 && met < 1.0), "some of the queued requests wait for too long: {met:?}");
+    for (objectives, expected) in [("{}", "no objective"), ("{ttft_ms: -1}", "ttft_ms is -1: expected 0 or more")] {
+        scene.write("aimless.yaml", &with(objectives));
+        let error = scene.fail(&["run", "aimless.yaml", "--out", "other"]);
+        assert!(error.contains(expected) && error.contains("objectives"), "{error}");
+    }
+    assert!(!scene.path("other").exists());
+}
+
+#[test]
 fn systems_are_compared_at_each_batch_limit_and_the_parts_of_a_token_add_up_to_its_time() {
     let scene = Scene::new();
     scene.write("systems.yaml", SYSTEMS);

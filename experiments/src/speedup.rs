@@ -32,7 +32,7 @@ pub struct Ratio {
     pub most: f64,
 }
 
-/// The speed-ups of all combinations whose exit policy reads a signal, by what was measured: for each repeat a summary of each
+/// The speed-ups of all combinations but baselines and oracles, by what was measured: for each repeat a summary of each
 /// combination.
 pub fn speedups(repeats: &[Vec<Summary>]) -> Vec<Speedup> {
     let Some(first) = repeats.first() else { return Vec::new() };
@@ -56,7 +56,7 @@ pub fn speedups(repeats: &[Vec<Summary>]) -> Vec<Speedup> {
             .min_by(|a, b| a.median.total_cmp(&b.median))
     };
     (0..first.len())
-        .filter(|&place| first[place].exit == "confidence")
+        .filter(|&place| !is_baseline(&first[place]) && first[place].exit != "oracle")
         .map(|combination| Speedup {
             combination,
             over_full_depth: full_depth.map(|place| ratio(combination, place)),
@@ -89,10 +89,11 @@ mod tests {
                 summary(Batching::Depth, "oracle", 800.0, 0.95),
                 summary(Batching::Depth, "confidence:margin:0.05", 240.0 * factor, 0.91),
                 summary(Batching::Depth, "confidence:margin:0.5", 150.0, 0.97),
+                summary(Batching::Depth, "delayed:margin:0.05", 190.0, 0.95),
             ]
         };
         let found = speedups(&[repeat(1.0), repeat(0.9), repeat(1.2)]);
-        assert_eq!(found.iter().map(|speedup| speedup.combination).collect::<Vec<_>>(), [5, 6]);
+        assert_eq!(found.iter().map(|speedup| speedup.combination).collect::<Vec<_>>(), [5, 6, 7]);
         let rounded = |ratio: Option<Ratio>| {
             ratio.map(|Ratio { to, median, least, most }| {
                 (to, [median, least, most].map(|ratio| (100.0 * ratio).round() as u32))
@@ -101,6 +102,11 @@ mod tests {
         assert_eq!(rounded(found[0].over_full_depth), Some((0, [240, 216, 288])));
         assert_eq!(rounded(found[0].over_baseline), Some((3, [120, 108, 144])), "the oracle is no baseline");
         assert_eq!(rounded(found[1].over_baseline), Some((0, [150; 3])), "two passes are not good enough");
+        assert_eq!(
+            rounded(found[2].over_baseline),
+            Some((3, [95; 3])),
+            "a delayed policy may be slower than static depth"
+        );
         assert!(speedups(&[]).is_empty());
     }
 }

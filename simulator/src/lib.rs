@@ -76,7 +76,7 @@ pub use executor::ProfileExecutor;
 pub use exits::{Draw, ExitError, ExitModel};
 pub use memory::{MemoryBudget, MemoryError, MemoryPlan, ModelMemory};
 pub use metrics::{Metrics, Source, Summary, write_csv};
-pub use objectives::Objectives;
+pub use objectives::{ObjectiveError, Objectives};
 pub use pace::Pace;
 pub use routing::Routing;
 pub use simulation::{Outcome, Simulation, SimulationError, run_all};
