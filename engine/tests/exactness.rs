@@ -356,7 +356,10 @@ proptest! {
 /// Delayed exits in a tight cache: requests are preempted, and tokens exit at several depths, never at the first.
 fn delayed_and_preempted_on(device: Device) {
     let config = ModelConfig { num_loops: 4, ..with_everything() };
-    for signal in [ExitSignal::Top1, ExitSignal::Gate] {
+    // Emulation is slow: a signal that needs no head has the exits' head run within the pass.
+    let signals: &[ExitSignal] =
+        if device == Device::Cpu { &[ExitSignal::Top1, ExitSignal::Gate] } else { &[ExitSignal::Gate] };
+    for &signal in signals {
         let Some(setup) = Setup::on(device, &config, 5, 1.5) else { return };
         let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
         let requests: Vec<Request> = (0..5).map(request).collect();
