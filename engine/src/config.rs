@@ -68,10 +68,13 @@ pub struct ModelConfig {
     /// Rank of the low-rank difference that each loop but the last adds to the head; 0 for none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub head_lora_rank: usize,
-    /// Whether each loop but the last has a learned gate: a linear probe on the normed hidden state. Its sigmoid is the
-    /// probability that the token agrees with that of the last loop.
+    /// Whether each loop but the last has a learned gate on the normed hidden state. Its sigmoid is the probability that
+    /// the token agrees with that of the last loop.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub gate: bool,
+    /// Width of the gates' hidden layer, `w . silu(W x + b) + c`; 0 for linear gates, `w . x + c`.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub gate_hidden: usize,
 }
 
 /// Parameters that the loops of a model share.
@@ -401,6 +404,9 @@ impl ModelConfig {
         check(self.lora.is_none() || !per_loop, "lora", &"given", &"none where loops share nothing")?;
         let head_rank = self.head_lora_rank;
         check(head_rank <= MAX_SIZE, "head_lora_rank", &head_rank, &format!("at most {MAX_SIZE}"))?;
+        let gate_hidden = self.gate_hidden;
+        check(gate_hidden <= MAX_SIZE, "gate_hidden", &gate_hidden, &format!("at most {MAX_SIZE}"))?;
+        check(self.gate || gate_hidden == 0, "gate_hidden", &gate_hidden, &"0 for a model without gates")?;
         if let Some(lora) = &self.lora {
             check(lora.scale.is_finite(), "lora.scale", &lora.scale, &"a finite number")?;
             for (field, rank) in lora.ranks.fields() {
@@ -566,6 +572,7 @@ impl Default for ModelConfig {
             lora: None,
             head_lora_rank: 0,
             gate: false,
+            gate_hidden: 0,
         }
     }
 }
@@ -726,6 +733,8 @@ pub(crate) mod tests {
         assert_eq!(refused(&|config| config.coda_layers = usize::MAX), "number of layers");
         assert_eq!(refused(&|config| config.max_positions = usize::MAX), "max_positions");
         assert_eq!(refused(&|config| config.head_lora_rank = usize::MAX), "head_lora_rank");
+        assert_eq!(refused(&|config| (config.gate, config.gate_hidden) = (true, usize::MAX)), "gate_hidden");
+        assert_eq!(refused(&|config| config.gate_hidden = 4), "gate_hidden");
         let lora = LoraConfig { ranks: LoraRanks { o: usize::MAX, ..LoraRanks::default() }, scale: 1.0 };
         assert_eq!(refused(&|config| config.lora = Some(lora.clone())), "lora.ranks.o");
     }

@@ -43,8 +43,43 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Resul
 /// If the last two dimensions differ.
 pub fn causal_softmax(scores: &Tensor, scale: f32, window: Option<usize>) -> Result<Tensor> {
     match scores.device().is_cpu() {
-        true => scores.apply_op1(CausalSoftmax { scale, window: window.unwrap_or(usize::MAX) }),
+        true => scores.apply_op1(CausalSoftmax::new(scale, window)),
         false => composed::causal_softmax(scores, scale, window),
+    }
+}
+
+/// [`causal_softmax`] where each query's score of its own key is `own` `[.., seq]` higher: other queries may find
+/// another key in its place.
+///
+/// # Errors
+/// If the shapes do not match.
+pub fn causal_softmax_with_own(scores: &Tensor, own: &Tensor, scale: f32, window: Option<usize>) -> Result<Tensor> {
+    match scores.device().is_cpu() {
+        true => scores.apply_op2(own, CausalSoftmaxWithOwn(CausalSoftmax::new(scale, window))),
+        false => composed::causal_softmax_with_own(scores, own, scale, window),
+    }
+}
+
+/// [`causal_softmax`] of `scores` `[batch, heads, seq, seq]` among the keys that are `present` `[batch, seq]`, not 0,
+/// and the query's own.
+///
+/// # Errors
+/// If the shapes do not match, or `present` is not of type `u8`.
+pub fn causal_softmax_among(scores: &Tensor, present: &Tensor, scale: f32, window: Option<usize>) -> Result<Tensor> {
+    match scores.device().is_cpu() {
+        true => scores.apply_op2(present, CausalSoftmaxAmong(CausalSoftmax::new(scale, window))),
+        false => composed::causal_softmax_among(scores, present, scale, window),
+    }
+}
+
+/// The diagonals `[.., seq]` of `x` `[.., seq, seq]`.
+///
+/// # Errors
+/// If the last two dimensions differ.
+pub fn diagonal(x: &Tensor) -> Result<Tensor> {
+    match x.device().is_cpu() {
+        true => x.apply_op1(Diagonal),
+        false => composed::diagonal(x),
     }
 }
 
@@ -352,9 +387,35 @@ struct CausalSoftmax {
 }
 
 impl CausalSoftmax {
+    fn new(scale: f32, window: Option<usize>) -> Self {
+        Self { scale, window: window.unwrap_or(usize::MAX) }
+    }
+
     /// The keys that a query attends to.
     fn visible(&self, query: usize) -> Range<usize> {
         (query + 1).saturating_sub(self.window)..query + 1
+    }
+
+    /// Weights of a query's visible keys. `prepare` may change their scores, which are copied to the weights before.
+    #[inline(always)]
+    fn row(&self, scores: &[f32], weights: &mut [f32], prepare: impl FnOnce(&mut [f32])) {
+        weights.copy_from_slice(scores);
+        prepare(weights);
+        let max = max_of(weights);
+        for weight in &mut *weights {
+            *weight = exp((*weight - max) * self.scale);
+        }
+        let inverse = sum_over(weights, weights, |a, _| a).recip();
+        weights.iter_mut().for_each(|weight| *weight *= inverse);
+    }
+}
+
+/// The last dimension of matrices `[.., seq, seq]`.
+fn square(layout: &Layout, operation: &str) -> Result<usize> {
+    let seq = last_dim(layout);
+    match layout.dims().ends_with(&[seq, seq]) {
+        true => Ok(seq),
+        false => candle_core::bail!("{operation}: {:?}, expected [.., seq, seq]", layout.dims()),
     }
 }
 
@@ -364,11 +425,7 @@ impl CustomOp1 for CausalSoftmax {
     }
 
     fn cpu_fwd(&self, scores: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let scores = numbers(scores, layout)?;
-        let seq = last_dim(layout);
-        if !layout.dims().ends_with(&[seq, seq]) {
-            candle_core::bail!("causal-softmax: {:?}, expected [.., seq, seq]", layout.dims());
-        }
+        let (scores, seq) = (numbers(scores, layout)?, square(layout, "causal-softmax")?);
         let mut weights = vec![0.0; scores.len()];
         let rows = scores.chunks_exact(seq).zip(weights.chunks_exact_mut(seq));
         for (row, (scores, weights)) in rows.enumerate() {
@@ -416,6 +473,125 @@ impl CustomOp2 for CausalSoftmaxGradient {
             }
         }
         Ok((CpuStorage::F32(of_scores), layout.shape().clone()))
+    }
+}
+
+/// [`CausalSoftmax`] whose diagonal scores are higher by a second argument.
+struct CausalSoftmaxWithOwn(CausalSoftmax);
+
+impl CustomOp2 for CausalSoftmaxWithOwn {
+    fn name(&self) -> &'static str {
+        "causal-softmax-with-own"
+    }
+
+    fn cpu_fwd(
+        &self,
+        scores: &CpuStorage,
+        layout: &Layout,
+        own: &CpuStorage,
+        own_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (scores, seq) = (numbers(scores, layout)?, square(layout, self.name())?);
+        let own = numbers(own, own_layout)?;
+        if own.len() * seq != scores.len() {
+            candle_core::bail!("{}: {:?} for {:?}", self.name(), own_layout.dims(), layout.dims());
+        }
+        let mut weights = vec![0.0; scores.len()];
+        let rows = scores.chunks_exact(seq).zip(weights.chunks_exact_mut(seq)).zip(own);
+        for (row, ((scores, weights), own)) in rows.enumerate() {
+            let visible = self.0.visible(row % seq);
+            let last = visible.len() - 1;
+            self.0.row(&scores[visible.clone()], &mut weights[visible], |scores| scores[last] += own);
+        }
+        Ok((CpuStorage::F32(weights), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, weights: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let of_scores = weights.apply_op2_no_bwd(&grad.contiguous()?, &CausalSoftmaxGradient(self.0))?;
+        let of_own = of_scores.apply_op1_no_bwd(&Diagonal)?;
+        Ok((Some(of_scores), Some(of_own)))
+    }
+}
+
+/// [`CausalSoftmax`] among the keys that a second argument does not exclude.
+struct CausalSoftmaxAmong(CausalSoftmax);
+
+impl CustomOp2 for CausalSoftmaxAmong {
+    fn name(&self) -> &'static str {
+        "causal-softmax-among"
+    }
+
+    fn cpu_fwd(
+        &self,
+        scores: &CpuStorage,
+        layout: &Layout,
+        present: &CpuStorage,
+        present_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (scores, seq) = (numbers(scores, layout)?, square(layout, self.name())?);
+        let (batch, keys) = present_layout.shape().dims2()?;
+        let Some((start, end)) = present_layout.contiguous_offsets().filter(|_| keys == seq) else {
+            candle_core::bail!("{}: {:?} for {:?}", self.name(), present_layout.dims(), layout.dims());
+        };
+        let present = &present.as_slice::<u8>()?[start..end];
+        let mut weights = vec![0.0; scores.len()];
+        let rows_of_batch = scores.len() / seq / batch;
+        let rows = scores.chunks_exact(seq).zip(weights.chunks_exact_mut(seq));
+        for (row, (scores, weights)) in rows.enumerate() {
+            let visible = self.0.visible(row % seq);
+            let before = &present[row / rows_of_batch * seq..][visible.start..visible.end - 1];
+            self.0.row(&scores[visible.clone()], &mut weights[visible.clone()], |scores| {
+                for (score, present) in scores.iter_mut().zip(before) {
+                    *score = if *present == 0 { f32::NEG_INFINITY } else { *score };
+                }
+            });
+            // The exponential of negative infinity is clamped to a small number.
+            for (weight, present) in weights[visible].iter_mut().zip(before) {
+                *weight = if *present == 0 { 0.0 } else { *weight };
+            }
+        }
+        Ok((CpuStorage::F32(weights), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, weights: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        // The weight of an excluded key is 0, and so is its gradient.
+        Ok((Some(weights.apply_op2_no_bwd(&grad.contiguous()?, &CausalSoftmaxGradient(self.0))?), None))
+    }
+}
+
+struct Diagonal;
+
+impl CustomOp1 for Diagonal {
+    fn name(&self) -> &'static str {
+        "diagonal"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, seq) = (numbers(x, layout)?, square(layout, self.name())?);
+        let diagonal = x.chunks_exact(seq).enumerate().map(|(row, x)| x[row % seq]).collect();
+        Ok((CpuStorage::F32(diagonal), Shape::from(&layout.dims()[..layout.dims().len() - 1])))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&OnDiagonal)?))
+    }
+}
+
+/// From `[.., seq]` the matrices `[.., seq, seq]` with these diagonals and zeros.
+struct OnDiagonal;
+
+impl CustomOp1 for OnDiagonal {
+    fn name(&self) -> &'static str {
+        "on-diagonal"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, seq) = (numbers(x, layout)?, last_dim(layout));
+        let mut matrices = vec![0.0; x.len() * seq];
+        for (row, (matrix_row, x)) in matrices.chunks_exact_mut(seq).zip(x).enumerate() {
+            matrix_row[row % seq] = *x;
+        }
+        Ok((CpuStorage::F32(matrices), Shape::from([layout.dims(), &[seq]].concat())))
     }
 }
 
@@ -615,6 +791,38 @@ mod tests {
             let composed = composed::causal_softmax(&scores, 0.7, window).unwrap();
             assert_same(&causal_softmax(&scores, 0.7, window).unwrap(), &composed, &[&scores]);
         }
+    }
+
+    #[test]
+    fn causal_softmax_with_other_scores_of_the_own_key_and_its_gradients_equal_the_composed_ones() {
+        for window in [None, Some(1), Some(5)] {
+            let (scores, own) = (random(&[2, 3, 21, 21]), random(&[2, 3, 21]));
+            let composed = composed::causal_softmax_with_own(&scores, &own, 0.7, window).unwrap();
+            assert_same(&causal_softmax_with_own(&scores, &own, 0.7, window).unwrap(), &composed, &[&scores, &own]);
+        }
+    }
+
+    #[test]
+    fn causal_softmax_among_some_keys_and_its_gradient_equal_the_composed_ones() {
+        let present: Vec<u8> = (0..42_u8).map(|key| u8::from(key % 3 == 0 || key > 30)).collect();
+        let present = Tensor::from_vec(present, (2, 21), &Device::Cpu).unwrap();
+        for window in [None, Some(1), Some(5)] {
+            let scores = random(&[2, 3, 21, 21]);
+            let found = causal_softmax_among(&scores, &present, 0.7, window).unwrap();
+            let composed = composed::causal_softmax_among(&scores, &present, 0.7, window).unwrap();
+            assert_same(&found, &composed, &[&scores]);
+            let of_absent = found.get(0).unwrap().narrow(2, 1, 1).unwrap();
+            let elsewhere = (of_absent.sum_all().unwrap()
+                - diagonal(&found).unwrap().get(0).unwrap().narrow(1, 1, 1).unwrap().sum_all().unwrap())
+            .unwrap();
+            assert!(elsewhere.to_scalar::<f32>().unwrap().abs() < 1e-6, "only its own query attends to key 1");
+        }
+    }
+
+    #[test]
+    fn the_diagonal_and_its_gradient_equal_the_composed_ones() {
+        let x = random(&[2, 3, 7, 7]);
+        assert_same(&diagonal(&x).unwrap(), &composed::diagonal(&x).unwrap(), &[&x]);
     }
 
     #[test]

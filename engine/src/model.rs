@@ -13,9 +13,9 @@ use crate::kernels::adapters::Adapters;
 use crate::kernels::attention::{Heads, Row, attend, keep};
 use crate::kernels::linear::{Linear, WeightType};
 use crate::kernels::norm::{HeadNorm, Norm};
-use crate::kernels::rows::{Source, add_bias, gather, probe_rows, scale};
+use crate::kernels::rows::{Source, add_bias, gather, probe_rows, scale, silu_rows};
 use crate::kernels::signals::{Reader, Verdict};
-use crate::parameters::{LayerParameters, Loops, ModelParameters, Projections, head_name, in_tensor};
+use crate::parameters::{GateParameters, LayerParameters, Loops, ModelParameters, Projections, head_name, in_tensor};
 use crate::weights::{Weights, WeightsError};
 
 /// Tokens per part of the vocabulary, so that the head's logits of a batch fit in the caches.
@@ -263,8 +263,7 @@ pub struct Model {
     lm_head: Vec<Linear>,
     /// Low-rank difference that each depth but the last adds to the head; empty without any.
     head_adapters: Vec<HeadAdapter>,
-    /// The gate of each depth but the last, `[num_loops - 1, hidden + 1]`, its bias last.
-    gates: Option<Tensor>,
+    gates: Option<GateParameters>,
     /// [`rotary::tables`]
     rotary: Tensor,
     config: ModelConfig,
@@ -443,7 +442,11 @@ impl Model {
     /// If the model has no gates, `hidden` has another shape, or a row is at the last depth.
     pub fn gate_scores(&self, hidden: &Tensor, rows: &Rows<'_>) -> candle_core::Result<Tensor> {
         let Some(gates) = &self.gates else { bail!("the model has no gates") };
-        probe_rows(&self.norm.forward(hidden, &rows.depths)?, gates, &rows.depths)
+        let normed = self.norm.forward(hidden, &rows.depths)?;
+        match &gates.hidden {
+            None => probe_rows(&normed, &gates.score, &rows.depths),
+            Some(layers) => probe_rows(&silu_rows(&normed, layers, &rows.depths)?, &gates.score, &rows.depths),
+        }
     }
 
     /// Configuration of the model.

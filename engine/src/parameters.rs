@@ -25,8 +25,7 @@ pub(crate) struct ModelParameters<'w> {
     /// Low-rank difference that each depth but the last adds to the head, `[rank, hidden]` and `[vocab, rank]`; empty
     /// without any.
     pub head_adapters: Vec<(&'w Tensor, &'w Tensor)>,
-    /// The gate of each depth but the last, `[num_loops - 1, hidden + 1]`, its bias last.
-    pub gates: Option<Tensor>,
+    pub gates: Option<GateParameters>,
     /// [`rotary::tables`]
     pub rotary: Tensor,
 }
@@ -69,6 +68,16 @@ impl<'w> ModelParameters<'w> {
             rotary: rotary::tables(&rotaries, config.max_positions).map_err(in_tensor("rotary tables"))?,
         })
     }
+}
+
+/// The tensors of the gates, one for each depth but the last.
+#[derive(Debug)]
+pub(crate) struct GateParameters {
+    /// Weights and bias of the hidden layers, `[num_loops - 1, gate_hidden, hidden + 1]`, the bias last; `None` for
+    /// linear gates.
+    pub hidden: Option<Tensor>,
+    /// Weights and bias of the score, `[num_loops - 1, inputs + 1]`, the bias last.
+    pub score: Tensor,
 }
 
 /// The layers that each loop runs.
@@ -257,15 +266,21 @@ fn head_adapters(weights: &Weights) -> Result<Vec<(&Tensor, &Tensor)>, WeightsEr
     depths.map(|depth| Ok((side(depth, "a")?, side(depth, "b")?))).collect()
 }
 
-fn gates(weights: &Weights) -> Result<Option<Tensor>, WeightsError> {
-    let &ModelConfig { gate, num_loops, .. } = weights.config();
+fn gates(weights: &Weights) -> Result<Option<GateParameters>, WeightsError> {
+    let &ModelConfig { gate, gate_hidden, num_loops, .. } = weights.config();
     if !gate || num_loops == 1 {
         return Ok(None);
     }
-    let gate = |depth| {
-        let [weight, bias] = ["weight", "bias"].map(|part| weights.get(&format!("gate.{depth}.{part}")));
-        Tensor::cat(&[weight?, bias?], 0).map_err(in_tensor("gate"))
+    let by_depth = |part: &dyn Fn(usize) -> Result<Tensor, WeightsError>| {
+        let parts = (0..num_loops - 1).map(part).collect::<Result<Vec<_>, _>>()?;
+        Tensor::stack(&parts, 0).map_err(in_tensor("gate"))
     };
-    let gates = (0..num_loops - 1).map(gate).collect::<Result<Vec<_>, _>>()?;
-    Tensor::stack(&gates, 0).map(Some).map_err(in_tensor("gate"))
+    let of = |depth, part| weights.get(&format!("gate.{depth}.{part}"));
+    let hidden = |depth| {
+        let bias = of(depth, "hidden.bias")?.unsqueeze(1).map_err(in_tensor("gate"))?;
+        Tensor::cat(&[of(depth, "hidden.weight")?, &bias], 1).map_err(in_tensor("gate"))
+    };
+    let score = |depth| Tensor::cat(&[of(depth, "weight")?, of(depth, "bias")?], 0).map_err(in_tensor("gate"));
+    let hidden = if gate_hidden > 0 { Some(by_depth(&hidden)?) } else { None };
+    Ok(Some(GateParameters { hidden, score: by_depth(&score)? }))
 }

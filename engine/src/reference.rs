@@ -8,7 +8,8 @@
 
 use std::collections::HashMap;
 
-use candle_core::{Device, Tensor};
+use candle_core::{D, Device, Tensor};
+use scheduler::KvFill;
 
 use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind};
 use crate::differentiable::{self, Turns};
@@ -184,8 +185,8 @@ impl Attention {
         })
     }
 
-    /// `[batch * seq, hidden]` to the same shape.
-    fn forward(&self, x: &Tensor, batch: usize, rotaries: &[Turns]) -> Result<Tensor> {
+    /// `[batch * seq, hidden]` to the same shape. `exits` are given if tokens may have exited.
+    fn forward(&self, x: &Tensor, batch: usize, rotaries: &[Turns], exits: Option<LayerExits>) -> Result<Tensor> {
         let seq = x.dim(0)? / batch;
         let by_head = |x: Tensor, heads, norm: &Option<Norm>| {
             let x = match norm {
@@ -198,23 +199,110 @@ impl Attention {
         let turns = &rotaries[self.rotary];
         let q = by_head(self.q_proj.forward(x)?, self.num_heads, &self.q_norm)?;
         let q = differentiable::rotate(&q, turns)?;
-        let k = by_head(self.k_proj.forward(x)?, self.num_kv_heads, &self.k_norm)?;
-        let k = differentiable::rotate(&k, turns)?;
-        let v = by_head(self.v_proj.forward(x)?, self.num_kv_heads, &None)?;
-
-        // The query heads of a key-value head are adjacent, so their rows stack over it.
-        let group_rows = self.num_heads / self.num_kv_heads * seq;
-        let q = q.reshape((batch, self.num_kv_heads, group_rows, self.head_dim))?;
-        let scores = q.matmul(&k.t()?)?.reshape((batch, self.num_heads, seq, seq))?;
-        let weights = differentiable::causal_softmax(&scores, self.scale, self.window)?;
-        let weights = weights.reshape((batch, self.num_kv_heads, group_rows, seq))?;
-        let mixed = weights.matmul(&v)?;
-
+        let own = || -> Result<Entries> {
+            let k = by_head(self.k_proj.forward(x)?, self.num_kv_heads, &self.k_norm)?;
+            let k = differentiable::rotate(&k, turns)?;
+            Ok(Entries { k, v: by_head(self.v_proj.forward(x)?, self.num_kv_heads, &None)? })
+        };
+        let mixed = match exits {
+            None => self.attend(&q, &own()?, Others::Same)?,
+            Some(LayerExits { exits, kept }) => match (exits.kv_fill, kept.take(), &exits.reached) {
+                (KvFill::First, Some(first), _) => {
+                    let mixed = self.attend(&q, &first, Others::Same)?;
+                    *kept = Some(first);
+                    mixed
+                }
+                (KvFill::Reuse, Some(shallower), Some(reached)) => {
+                    let own = own()?;
+                    let found = own.where_reached(reached, &shallower)?;
+                    let mixed = self.attend(&q, &own, Others::Find(&found))?;
+                    *kept = Some(found);
+                    mixed
+                }
+                (KvFill::Skip, _, Some(reached)) => self.attend(&q, &own()?, Others::Among(reached))?,
+                _ => {
+                    let own = own()?;
+                    let mixed = self.attend(&q, &own, Others::Same)?;
+                    *kept = Some(own);
+                    mixed
+                }
+            },
+        };
         let mixed = mixed.reshape((batch, self.num_heads, seq, self.head_dim))?;
         let mixed = mixed.transpose(1, 2)?.contiguous()?;
         let rows = mixed.reshape((batch * seq, self.num_heads * self.head_dim))?;
         self.o_proj.forward(&rows)
     }
+
+    /// From queries `[batch, num_heads, seq, head_dim]` and the rows' own entries to `[batch, num_kv_heads, num_heads /
+    /// num_kv_heads * seq, head_dim]`.
+    fn attend(&self, q: &Tensor, own: &Entries, others: Others) -> Result<Tensor> {
+        let (batch, _, seq, _) = q.dims4()?;
+        // The query heads of a key-value head are adjacent, so their rows stack over it.
+        let group = self.num_heads / self.num_kv_heads;
+        let stacked = (batch, self.num_kv_heads, group * seq);
+        let rows = q.reshape((batch, self.num_kv_heads, group * seq, self.head_dim))?;
+        let Entries { k, v } = if let Others::Find(found) = others { found } else { own };
+        let scores = rows.matmul(&k.t()?)?.reshape((batch, self.num_heads, seq, seq))?;
+        let weights = match others {
+            Others::Same => differentiable::causal_softmax(&scores, self.scale, self.window)?,
+            Others::Among(reached) => differentiable::causal_softmax_among(&scores, reached, self.scale, self.window)?,
+            Others::Find(_) => {
+                let more = (&own.k - k)?.unsqueeze(2)?;
+                let grouped = q.reshape((batch, self.num_kv_heads, group, seq, self.head_dim))?;
+                let more = grouped.broadcast_mul(&more)?.sum(D::Minus1)?.reshape((batch, self.num_heads, seq))?;
+                differentiable::causal_softmax_with_own(&scores, &more, self.scale, self.window)?
+            }
+        };
+        let mixed = weights.reshape((stacked.0, stacked.1, stacked.2, seq))?.matmul(v)?;
+        if !matches!(others, Others::Find(_)) {
+            return Ok(mixed);
+        }
+        let more = (&own.v - v)?.unsqueeze(2)?;
+        let own_weights = differentiable::diagonal(&weights)?;
+        let own_weights = own_weights.reshape((batch, self.num_kv_heads, group, seq, 1))?;
+        mixed + own_weights.broadcast_mul(&more)?.reshape((stacked.0, stacked.1, stacked.2, self.head_dim))?
+    }
+}
+
+/// Keys and values of a layer, each `[batch, num_kv_heads, seq, head_dim]`.
+struct Entries {
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Entries {
+    /// These entries for the tokens that reached the depth, `[batch, seq]`, and those of a shallower depth for others.
+    fn where_reached(&self, reached: &Tensor, shallower: &Self) -> Result<Self> {
+        let (batch, seq) = reached.dims2()?;
+        let reached = reached.reshape((batch, 1, seq, 1))?.broadcast_as(self.k.shape())?;
+        let pick = |own: &Tensor, other: &Tensor| reached.where_cond(own, other);
+        Ok(Self { k: pick(&self.k, &shallower.k)?, v: pick(&self.v, &shallower.v)? })
+    }
+}
+
+/// What a row finds of other tokens.
+enum Others<'a> {
+    /// Their entries, as they find them themselves.
+    Same,
+    /// Other entries.
+    Find(&'a Entries),
+    /// Their entries, if they reached the depth, `[batch, seq]`.
+    Among(&'a Tensor),
+}
+
+/// The tokens that exited before a depth.
+struct Exits {
+    kv_fill: KvFill,
+    /// Which tokens reached the depth, `u8` `[batch, seq]`; `None` if all did.
+    reached: Option<Tensor>,
+}
+
+/// [`Exits`] for one layer.
+struct LayerExits<'a> {
+    exits: &'a Exits,
+    /// What later depths find of the tokens that exit before them.
+    kept: &'a mut Option<Entries>,
 }
 
 /// `down(activation(gate(x)) * up(x))` (arXiv 2002.05202), or `down(activation(up(x)))` without a gate.
@@ -257,7 +345,7 @@ struct Branch<T> {
 }
 
 impl<T> Branch<T> {
-    fn forward(&self, x: &Tensor, inner: impl Fn(&T, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, inner: impl FnOnce(&T, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
         let y = inner(&self.inner, &self.norm.forward(x)?)?;
         self.post_norm.as_ref().map_or(Ok(y.clone()), |norm| norm.forward(&y))
     }
@@ -289,27 +377,45 @@ impl Layer {
         Ok(Self { attention, mlp, parallel: architecture.parallel_residual })
     }
 
-    fn forward(&self, x: &Tensor, batch: usize, rotaries: &[Turns]) -> Result<Tensor> {
-        let attended = self.attention.forward(x, |attention, x| attention.forward(x, batch, rotaries))?;
+    fn forward(&self, x: &Tensor, batch: usize, rotaries: &[Turns], exits: Option<LayerExits>) -> Result<Tensor> {
+        let attended = self.attention.forward(x, |attention, x| attention.forward(x, batch, rotaries, exits))?;
         let after = (x + attended)?;
         let mlp_input = if self.parallel { x } else { &after };
         &after + self.mlp.forward(mlp_input, Mlp::forward)?
     }
 }
 
-/// A loop's learned gate: a linear probe on the normed hidden state.
+/// A loop's learned gate on the normed hidden state: a linear probe, after a hidden layer if there is one.
 struct Gate {
-    /// `[hidden, 1]`
+    /// `[hidden, gate_hidden]`, and the bias.
+    hidden: Option<(Tensor, Tensor)>,
+    /// `[inputs, 1]`
     weight: Tensor,
     bias: Tensor,
 }
 
 impl Gate {
-    fn load(loader: &Loader, depth: usize) -> Result<Self, WeightsError> {
+    fn load(loader: &mut Loader, depth: usize) -> Result<Self, WeightsError> {
+        let hidden = match loader.weights.config().gate_hidden {
+            0 => None,
+            _ => Some((
+                loader.transposed(&format!("gate.{depth}.hidden.weight"))?,
+                loader.get(&format!("gate.{depth}.hidden.bias"))?,
+            )),
+        };
         let name = format!("gate.{depth}.weight");
         let weight = loader.get(&name)?.unsqueeze(1);
         let weight = weight.map_err(|source| WeightsError::Tensor { name, source })?;
-        Ok(Self { weight, bias: loader.get(&format!("gate.{depth}.bias"))? })
+        Ok(Self { hidden, weight, bias: loader.get(&format!("gate.{depth}.bias"))? })
+    }
+
+    /// Logits `[rows]` of rows `[rows, hidden]`.
+    fn forward(&self, normed: &Tensor) -> Result<Tensor> {
+        let inner = match &self.hidden {
+            None => normed.clone(),
+            Some((weight, bias)) => normed.matmul(weight)?.broadcast_add(bias)?.silu()?,
+        };
+        inner.matmul(&self.weight)?.squeeze(1)?.broadcast_add(&self.bias)
     }
 }
 
@@ -358,7 +464,7 @@ impl Reference {
         };
         let gates = match config.gate {
             false => Vec::new(),
-            true => earlier.map(|depth| Gate::load(&loader, depth)).collect::<Result<_, _>>()?,
+            true => earlier.map(|depth| Gate::load(&mut loader, depth)).collect::<Result<_, _>>()?,
         };
         Ok(Self {
             embed_tokens: loader.get("embed_tokens.weight")?,
@@ -380,22 +486,48 @@ impl Reference {
     /// If `tokens` has another shape or type, is longer than `max_positions`, or is out of the vocabulary.
     pub fn hidden_states(&self, tokens: &Tensor) -> Result<Vec<Tensor>> {
         let (batch, seq) = tokens.dims2()?;
+        let rotaries = self.rotaries(seq);
+        let mut x = self.enter(tokens, &rotaries)?;
+        let mut states = Vec::with_capacity(self.config.num_loops);
+        for block in &self.loops {
+            x = run(x, block, batch, &rotaries)?;
+            states.push(x.clone());
+        }
+        Ok(states)
+    }
+
+    /// Begins to run `tokens` `[batch, seq]` of type `u32` loop by loop, as when tokens exit and a KV fill decides what
+    /// other tokens find of them.
+    ///
+    /// # Errors
+    /// As for [`Reference::hidden_states`].
+    pub fn start(&self, tokens: &Tensor, kv_fill: KvFill) -> Result<RunWithExits<'_>> {
+        let (batch, seq) = tokens.dims2()?;
+        let rotaries = self.rotaries(seq);
+        let kept = |layers: usize| (0..layers).map(|_| None).collect();
+        Ok(RunWithExits {
+            model: self,
+            shape: (batch, seq),
+            hidden: self.enter(tokens, &rotaries)?,
+            rotaries,
+            depth: 0,
+            has_exited: vec![false; batch * seq],
+            exits: Exits { kv_fill, reached: None },
+            block: kept(self.config.block_layers),
+            coda: kept(self.coda.len()),
+        })
+    }
+
+    /// The residual stream before the first loop.
+    fn enter(&self, tokens: &Tensor, rotaries: &[Turns]) -> Result<Tensor> {
+        let (batch, seq) = tokens.dims2()?;
         let max_positions = self.config.max_positions;
         if seq > max_positions {
             candle_core::bail!("{seq} tokens in a sequence, expected at most {max_positions}");
         }
-        let rotaries = self.rotaries(seq);
-        let run =
-            |x: Tensor, layers: &[Layer]| layers.iter().try_fold(x, |x, layer| layer.forward(&x, batch, &rotaries));
         let embedded = self.embed_tokens.index_select(&tokens.flatten_all()?, 0)?;
         let scale = f64::from(self.config.architecture.embedding_scale);
-        let mut x = run((embedded * scale)?, &self.prelude)?;
-        let mut states = Vec::with_capacity(self.config.num_loops);
-        for block in &self.loops {
-            x = run(x, block)?;
-            states.push(x.clone());
-        }
-        Ok(states)
+        run((embedded * scale)?, &self.prelude, batch, rotaries)
     }
 
     /// Inputs of the head, `[batch * seq, hidden]`, for `batch` sequences that exit after any loop with the residual
@@ -405,8 +537,7 @@ impl Reference {
     /// If `hidden` has another shape.
     pub fn exit(&self, hidden: &Tensor, batch: usize) -> Result<Tensor> {
         let rotaries = self.rotaries(hidden.dim(0)? / batch);
-        let run = |x: Tensor, layer: &Layer| layer.forward(&x, batch, &rotaries);
-        self.norm.forward(&self.coda.iter().try_fold(hidden.clone(), run)?)
+        self.norm.forward(&run(hidden.clone(), &self.coda, batch, &rotaries)?)
     }
 
     /// Logits `[rows, vocab]` of rows `[rows, hidden]` from [`Reference::exit`], which exit after the loop at `depth`.
@@ -436,8 +567,7 @@ impl Reference {
     /// # Errors
     /// If `normed` has another shape.
     pub fn gate_logits(&self, normed: &Tensor, depth: usize) -> Result<Option<Tensor>> {
-        let score = |gate: &Gate| normed.matmul(&gate.weight)?.squeeze(1)?.broadcast_add(&gate.bias);
-        self.gates.get(depth).map(score).transpose()
+        self.gates.get(depth).map(|gate| gate.forward(normed)).transpose()
     }
 
     /// Logits after every loop, each `[batch * seq, vocab]`.
@@ -463,6 +593,80 @@ impl Reference {
 
     fn rotaries(&self, positions: usize) -> Vec<Turns> {
         self.rotaries.iter().map(|frequencies| Turns::new(frequencies, positions)).collect()
+    }
+}
+
+/// Runs `x` `[batch * seq, hidden]` through layers.
+fn run(x: Tensor, layers: &[Layer], batch: usize, rotaries: &[Turns]) -> Result<Tensor> {
+    layers.iter().try_fold(x, |x, layer| layer.forward(&x, batch, rotaries, None))
+}
+
+/// A run of whole sequences loop by loop, from [`Reference::start`].
+///
+/// Every row runs every loop, with its own keys and values at every depth. Of the tokens that exited at a shallower
+/// depth, other rows find what the [`KvFill`] leaves there, as the engine serves them: under [`Reuse`](KvFill::Reuse)
+/// copies of the keys and values of the exit depth, under [`Skip`](KvFill::Skip) none. Under [`First`](KvFill::First)
+/// all rows, the token's own included, find those of depth 0. Under [`Backfill`](KvFill::Backfill) exits change
+/// nothing. Gradients flow through copies.
+pub struct RunWithExits<'m> {
+    model: &'m Reference,
+    /// Number of sequences, and their length.
+    shape: (usize, usize),
+    rotaries: Vec<Turns>,
+    hidden: Tensor,
+    /// Depth of the next loop.
+    depth: usize,
+    /// By token.
+    has_exited: Vec<bool>,
+    exits: Exits,
+    /// By layer.
+    block: Vec<Option<Entries>>,
+    coda: Vec<Option<Entries>>,
+}
+
+/// Results of a loop, each `[batch * seq, hidden]`.
+pub struct LoopStates {
+    /// The residual stream, as from [`Reference::hidden_states`].
+    pub hidden: Tensor,
+    /// Inputs of the head, as from [`Reference::exit`].
+    pub exited: Tensor,
+}
+
+impl RunWithExits<'_> {
+    /// Runs the next loop, then the coda and the final norm; `None` after the last loop.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn next_loop(&mut self) -> Result<Option<LoopStates>> {
+        let Some(block) = self.model.loops.get(self.depth) else { return Ok(None) };
+        self.depth += 1;
+        let (exits, batch, rotaries) = (&self.exits, self.shape.0, &self.rotaries);
+        let run = |x: &Tensor, layers: &[Layer], kept: &mut [Option<Entries>]| {
+            let mut layers = layers.iter().zip(kept);
+            layers.try_fold(x.clone(), |x, (layer, kept)| {
+                layer.forward(&x, batch, rotaries, Some(LayerExits { exits, kept }))
+            })
+        };
+        self.hidden = run(&self.hidden, block, &mut self.block)?;
+        let exited = self.model.norm.forward(&run(&self.hidden, &self.model.coda, &mut self.coda)?)?;
+        Ok(Some(LoopStates { hidden: self.hidden.clone(), exited }))
+    }
+
+    /// Lets tokens exit at the depth that has just run: those whose entry of `exits`, by sequence and position, is
+    /// true. Tokens that have exited before stay so.
+    ///
+    /// # Errors
+    /// If the number of entries is not that of the tokens.
+    pub fn exit(&mut self, exits: &[bool]) -> Result<()> {
+        if exits.len() != self.has_exited.len() {
+            candle_core::bail!("exits of {} tokens, expected {}", exits.len(), self.has_exited.len());
+        }
+        self.has_exited.iter_mut().zip(exits).for_each(|(has_exited, exits)| *has_exited |= exits);
+        if self.has_exited.contains(&true) {
+            let reached = self.has_exited.iter().map(|has_exited| u8::from(!has_exited)).collect();
+            self.exits.reached = Some(Tensor::from_vec(reached, self.shape, self.model.device())?);
+        }
+        Ok(())
     }
 }
 
@@ -577,6 +781,7 @@ mod tests {
             lora: Some(LoraConfig { ranks: LoraRanks { q: 1, v: 2, down: 3, ..LoraRanks::default() }, scale: 1.5 }),
             head_lora_rank: 2,
             gate: true,
+            gate_hidden: 3,
             ..tiny()
         }
     }

@@ -25,6 +25,7 @@ impl ModelConfig {
             lora: None,
             head_lora_rank: 0,
             gate: false,
+            gate_hidden: 0,
             ..self.clone()
         }
     }

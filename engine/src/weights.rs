@@ -145,7 +145,12 @@ pub fn expected_tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
             shapes.insert(format!("head_lora.{depth}.b"), vec![config.vocab_size, config.head_lora_rank]);
         }
         if config.gate {
-            shapes.insert(format!("gate.{depth}.weight"), vec![hidden]);
+            let inputs = if config.gate_hidden > 0 { config.gate_hidden } else { hidden };
+            if config.gate_hidden > 0 {
+                shapes.insert(format!("gate.{depth}.hidden.weight"), vec![config.gate_hidden, hidden]);
+                shapes.insert(format!("gate.{depth}.hidden.bias"), vec![config.gate_hidden]);
+            }
+            shapes.insert(format!("gate.{depth}.weight"), vec![inputs]);
             shapes.insert(format!("gate.{depth}.bias"), vec![1]);
         }
     }

@@ -16,16 +16,19 @@ use common::{configs, configs_of_one_head_size, grouped, weights, with_everythin
 use engine::cache::KvCache;
 use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
-use engine::kernels::signals::{Verdict, mix};
+use engine::kernels::signals::{Verdict, mix, read};
 use engine::model::{Model, Rows};
-use engine::{EngineError, EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType};
+use engine::reference::Reference;
+use engine::{
+    EngineError, EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType, Weights,
+};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use scheduler::{
     Batching, Executor, ExitPolicy, KvFill, Observer, Pass, PassRecord, Segment, Server, Settings, SignalRead, Slot,
     VirtualClock, serve,
 };
-use traces::{ExitSignal, Nanos, Request};
+use traces::{ExitSignal, Nanos, Request, Signals};
 
 #[derive(Default)]
 struct Preemptions(u32);
@@ -200,6 +203,68 @@ proptest! {
             ..Settings::new(batching, exit, config.num_loops as u8)
         };
         assert_batched_as_alone(&setup, settings, &requests);
+    }
+}
+
+/// Exit signals of the reference model, by token of the output and depth, for a request that was served with these
+/// tokens and exit depths.
+fn signals_of_the_reference(weights: &Weights, kv_fill: KvFill, served: &Generation) -> Vec<Vec<Signals>> {
+    let Generation { prompt, tokens, exit_depths, .. } = served;
+    let reference = Reference::new(weights).unwrap();
+    let context = [&prompt[..], &tokens[..tokens.len() - 1]].concat();
+    // The tokens of the prompt run every depth. The first output token is the prediction of the prompt's last.
+    let exits_at = |position: usize| match position.checked_sub(prompt.len()) {
+        None => usize::MAX,
+        Some(index) => exit_depths[index + 1].into(),
+    };
+    let inputs = Tensor::from_slice(&context, (1, context.len()), &candle_core::Device::Cpu).unwrap();
+    let mut run = reference.start(&inputs, kv_fill).unwrap();
+    let mut signals = vec![Vec::new(); tokens.len()];
+    let mut depth = 0;
+    while let Some(states) = run.next_loop().unwrap() {
+        let logits = reference.logits(&states.exited, depth).unwrap();
+        let verdicts = read(&logits, 0.0, &vec![0; context.len()]).unwrap();
+        let gates = reference.gate_logits(&reference.final_norm(&states.hidden).unwrap(), depth).unwrap();
+        let gates = gates.map(|gates| gates.to_vec1::<f32>().unwrap());
+        for (index, signals) in signals.iter_mut().enumerate() {
+            let position = prompt.len() - 1 + index;
+            // After the last loop, an engine with gates reports certainty.
+            let certain = f32::from(u8::from(reference.config().gate));
+            let gate = gates.as_ref().map_or(certain, |gates| (1.0 + (-gates[position]).exp()).recip());
+            signals.push(Signals { gate, ..verdicts[position].signals() });
+        }
+        let exits: Vec<bool> = (0..context.len()).map(|position| exits_at(position) <= depth).collect();
+        run.exit(&exits).unwrap();
+        depth += 1;
+    }
+    signals
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn the_reference_with_exits_under_a_kv_fill_has_the_signals_that_are_served(
+        config in configs(), seed in 0_u64..1000, prompt_tokens in 1_u32..40, output_tokens in 2_u32..25,
+        kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+    ) {
+        let exits = (0..u64::from(output_tokens)).map(|token| (mix(token << 20 ^ seed) % config.num_loops as u64) as u8);
+        let setup = Setup::new(&config, WeightType::F32, seed, 1.0);
+        let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens, output_tokens };
+        let served = setup.run_alone(request, kv_fill, exits.collect());
+        let expected = signals_of_the_reference(&weights(&config, seed), kv_fill, &served);
+        for (index, (expected, exit)) in expected.iter().zip(&served.exit_depths).enumerate() {
+            for (depth, expected) in expected[..=usize::from(*exit)].iter().enumerate() {
+                let (found, _) = served.recorded[index * config.num_loops + depth];
+                for signal in [ExitSignal::Top1, ExitSignal::Margin, ExitSignal::Entropy, ExitSignal::Gate] {
+                    let (found, expected) = (found.get(signal), expected.get(signal));
+                    prop_assert!(
+                        (found - expected).abs() < 2e-3 * (1.0 + expected.abs()),
+                        "{kv_fill}: {signal} of token {index} at depth {depth} is {found}, the reference's {expected}"
+                    );
+                }
+            }
+        }
     }
 }
 

@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use common::devices::Device;
+use common::emulator;
 use common::{configs, configs_of_one_head_size, weights, with_everything};
 use engine::backend::{Heads, ServedModel, Work};
 use engine::cache::KvCache;
+use engine::cuda::CudaModel;
+use engine::cuda::source::Scalar;
 use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
 use engine::kernels::signals::read;
@@ -146,6 +149,14 @@ fn assert_answers_of_passes_equal_the_reference(
 #[test]
 fn passes_by_cuda_kernels_equal_the_reference() {
     passes_equal_the_reference(Device::Cuda, 20);
+}
+
+#[test]
+fn gates_with_a_hidden_layer_are_refused_on_a_gpu() {
+    let Some(machine) = emulator::machine() else { return };
+    let weights = weights(&ModelConfig { gate_hidden: 3, ..with_everything() }, 1);
+    let refusal = CudaModel::load(machine, &weights, Scalar::F32).map(drop).unwrap_err().to_string();
+    assert_eq!(refusal, "model configuration: `gate_hidden` is 3, expected 0 on a GPU, which runs linear gates only");
 }
 
 /// On random models.

@@ -40,7 +40,7 @@ fn options(folder: &Path, device: DeviceName) -> TrainingOptions {
         objective: ObjectiveOptions {
             exits: ExitCoefficients::Aggressive(0.1),
             self_distillation: 2.0,
-            gate: Some(GateOptions { weight: 1.0, through: true }),
+            gate: Some(GateOptions { through: true, ..GateOptions::default() }),
             ..ObjectiveOptions::default()
         },
         optimizer: AdamWOptions { peak_learning_rate: 0.003, warmup_steps: 2, ..AdamWOptions::default() },

@@ -54,9 +54,14 @@ impl<D: Device> CudaModel<D> {
     /// Uploads weights.
     ///
     /// # Errors
-    /// If the kernels do not support the heads' sizes, the device has too little memory, or it fails.
+    /// If the kernels do not support the heads' sizes or the gates, the device has too little memory, or it fails.
     pub fn load(device: Arc<D>, weights: &Weights, scalar: Scalar) -> Result<Self, WeightsError> {
         let config = weights.config();
+        if config.gate_hidden > 0 {
+            let (found, expected) =
+                (config.gate_hidden.to_string(), "0 on a GPU, which runs linear gates only".to_owned());
+            return Err(crate::config::InvalidField { field: "gate_hidden", found, expected }.into());
+        }
         specialization(config, scalar, TILE).map_err(in_tensor("self_attn.q_proj.weight"))?;
         let parameters = ModelParameters::new(weights)?;
         let loading = Loading { device: &*device, scalar, config, bytes: Cell::new(0) };
@@ -66,7 +71,7 @@ impl<D: Device> CudaModel<D> {
         let head = if config.tie_embeddings { None } else { Some(own_head()?) };
         let adapter = |&(down, up)| Adapter { parts: vec![(config.vocab_size, Some((down, up)))], scale: 1.0 };
         let head_adapters: Vec<Adapter<'_>> = parameters.head_adapters.iter().map(adapter).collect();
-        let gates = parameters.gates.as_ref().map(|gates| loading.exact(gates)).transpose();
+        let gates = parameters.gates.as_ref().map(|gates| loading.exact(&gates.score)).transpose();
         Ok(Self {
             prelude: parameters.prelude.into_iter().map(layer).collect::<Result<_, _>>()?,
             loops: parameters.loops.try_map(layer)?,

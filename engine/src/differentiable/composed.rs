@@ -20,15 +20,58 @@ pub(super) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -
 }
 
 pub(super) fn causal_softmax(scores: &Tensor, scale: f32, window: Option<usize>) -> Result<Tensor> {
+    masked_softmax(scores, scale, &hidden(scores, window)?)
+}
+
+pub(super) fn causal_softmax_with_own(
+    scores: &Tensor,
+    own: &Tensor,
+    scale: f32,
+    window: Option<usize>,
+) -> Result<Tensor> {
+    let own = own.unsqueeze(D::Minus1)?.broadcast_mul(&identity(scores)?)?;
+    causal_softmax(&(scores + own)?, scale, window)
+}
+
+pub(super) fn causal_softmax_among(
+    scores: &Tensor,
+    present: &Tensor,
+    scale: f32,
+    window: Option<usize>,
+) -> Result<Tensor> {
+    let (batch, seq) = present.dims2()?;
+    let absent = present.eq(0u8)?.reshape((batch, 1, 1, seq))?;
+    // Above 0 where another token is absent.
+    let others = identity(scores)?.eq(0f32)?;
+    let absent = absent.broadcast_mul(&others.reshape((1, 1, seq, seq))?)?;
+    masked_softmax(scores, scale, &absent.broadcast_add(&hidden(scores, window)?)?)
+}
+
+pub(super) fn diagonal(x: &Tensor) -> Result<Tensor> {
+    x.broadcast_mul(&identity(x)?)?.sum(D::Minus1)
+}
+
+/// The identity matrix of the last dimension.
+fn identity(x: &Tensor) -> Result<Tensor> {
+    Tensor::eye(x.dim(D::Minus1)?, DType::F32, x.device())
+}
+
+/// Above 0 `[seq, seq]` where a query does not attend to a key because of their positions.
+fn hidden(scores: &Tensor, window: Option<usize>) -> Result<Tensor> {
     let seq = scores.dim(D::Minus1)?;
     let positions = Tensor::arange(0, seq as i64, scores.device())?;
     let ahead = positions.unsqueeze(0)?.broadcast_sub(&positions.unsqueeze(1)?)?;
-    let mut hidden = ahead.gt(0i64)?;
-    if let Some(window) = window {
-        hidden = (hidden + ahead.le(-(window as i64))?)?;
+    let hidden = ahead.gt(0i64)?;
+    match window {
+        None => Ok(hidden),
+        Some(window) => hidden + ahead.le(-(window as i64))?,
     }
-    let never = Tensor::full(f32::NEG_INFINITY, (seq, seq), scores.device())?;
-    let mask = hidden.where_cond(&never, &Tensor::zeros((seq, seq), DType::F32, scores.device())?)?;
+}
+
+/// Softmax of `scale * scores` over the keys where `hidden`, of the scores' last dimensions, is 0.
+fn masked_softmax(scores: &Tensor, scale: f32, hidden: &Tensor) -> Result<Tensor> {
+    let never = Tensor::full(f32::NEG_INFINITY, hidden.shape(), scores.device())?;
+    let mask = hidden.where_cond(&never, &never.zeros_like()?)?;
     softmax(&(scores * f64::from(scale))?.broadcast_add(&mask)?, D::Minus1)
 }
 

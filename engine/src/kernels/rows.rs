@@ -140,6 +140,15 @@ multiversion! {
         1.0 / (1.0 + exp(-(dot(row, weight) + bias[0])))
     }
 
+    /// `silu(weights row + bias)`, for weights `[out, row + 1]` with the bias last.
+    fn silu_layer(row: &[f32], weights: &[f32], out: &mut [f32]) {
+        for (out, weights) in out.iter_mut().zip(weights.chunks_exact(row.len() + 1)) {
+            let (weight, bias) = weights.split_at(row.len());
+            let x = dot(row, weight) + bias[0];
+            *out = x / (1.0 + exp(-x));
+        }
+    }
+
     /// The cosine of two rows, 0 if one is zero.
     fn cosine(a: &[f32], b: &[f32]) -> f32 {
         let norms = (dot(a, a) * dot(b, b)).sqrt();
@@ -205,5 +214,43 @@ impl CustomOp2 for ProbeRows<'_> {
             scores.extend(rows.map(|row| probe(row, of_depth)));
         }
         Ok((CpuStorage::F32(scores), rows.into()))
+    }
+}
+
+/// A layer `silu(W x + b)` of each row of `x` `[rows, width]`: `[rows, inner]`. `layers` `[sets, inner, width + 1]` has
+/// one for all depths, or one for each, with the bias last.
+///
+/// # Errors
+/// If the widths differ, or a depth has no layer.
+pub fn silu_rows(x: &Tensor, layers: &Tensor, depths: &DepthRanges) -> Result<Tensor> {
+    x.apply_op2_no_bwd(layers, &SiluRows { depths })
+}
+
+struct SiluRows<'a> {
+    depths: &'a DepthRanges,
+}
+
+impl CustomOp2 for SiluRows<'_> {
+    fn name(&self) -> &'static str {
+        "silu-layer"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, l: &CpuStorage, l_l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let ((rows, width), (sets, inner, inputs)) = (x_l.shape().dims2()?, l_l.shape().dims3()?);
+        if inputs != width + 1 {
+            bail!("a layer of {inputs} numbers for rows of {width}");
+        }
+        let (x, layers) = (slice(x, x_l)?, slice(l, l_l)?);
+        let mut out = vec![0.0; rows * inner];
+        for (set, rows) in by_set(sets, rows, self.depths) {
+            let Some(layer) = layers.get(set * inner * inputs..(set + 1) * inner * inputs) else {
+                bail!("a row at depth {set}, there are {sets} layers");
+            };
+            let out = out[rows.start * inner..rows.end * inner].chunks_exact_mut(inner);
+            for (row, out) in x[rows.start * width..rows.end * width].chunks_exact(width).zip(out) {
+                silu_layer(row, layer, out);
+            }
+        }
+        Ok((CpuStorage::F32(out), (rows, inner).into()))
     }
 }

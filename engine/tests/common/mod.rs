@@ -23,9 +23,16 @@ use proptest::prelude::*;
 /// Small models of every kind that a configuration allows.
 pub fn configs() -> impl Strategy<Value = ModelConfig> {
     let own_layers = (0_usize..3, 0_usize..3);
-    let exits = (any::<bool>(), prop_oneof![Just(0_usize), 1_usize..4]);
+    let exits = (any::<bool>(), prop_oneof![Just(0_usize), 1_usize..4], prop_oneof![Just(0_usize), 1_usize..6]);
     (llamas(), architectures(), windows(), sharings(), own_layers, exits).prop_map(
-        |(llama, architecture, window, (sharing, lora), (prelude_layers, coda_layers), (gate, head_lora_rank))| {
+        |(
+            llama,
+            architecture,
+            window,
+            (sharing, lora),
+            (prelude_layers, coda_layers),
+            (gate, head_lora_rank, gate_hidden),
+        )| {
             let mut config = ModelConfig {
                 architecture,
                 sharing,
@@ -34,6 +41,7 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
                 lora: lora.filter(|_| sharing != Sharing::Nothing),
                 head_lora_rank,
                 gate,
+                gate_hidden: if gate { gate_hidden } else { 0 },
                 ..llama
             };
             let architecture = &mut config.architecture;
@@ -54,11 +62,13 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
     )
 }
 
-/// Small models with heads of one size, since the emulated kernels are compiled for each.
+/// Small models for the CUDA kernels: heads of one size, since the emulated kernels are compiled for each, and linear
+/// gates.
 pub fn configs_of_one_head_size() -> impl Strategy<Value = ModelConfig> {
     configs().prop_map(|mut config| {
         (config.num_heads, config.num_kv_heads, config.head_dim) = (4, 2, 8);
         config.vocab_size = config.vocab_size.min(30);
+        config.gate_hidden = 0;
         config
     })
 }

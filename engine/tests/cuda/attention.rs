@@ -75,6 +75,7 @@ fn config(shape: Shape, positions: usize) -> ModelConfig {
         lora: None,
         head_lora_rank: 0,
         gate: false,
+        gate_hidden: 0,
     }
 }
 

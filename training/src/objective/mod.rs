@@ -7,18 +7,25 @@
 //! CE is next-token cross-entropy. The first KL is knowledge distillation from a full-size teacher at temperature T
 //! (arXiv 1503.02531). The second KL is distillation from the last loop, which is detached so that it is not drawn
 //! towards the earlier loops. The coefficients c_i are those of early-exit training (arXiv 2410.20672, sections 2.4 and
-//! 3.7). BCE is the binary cross-entropy of a loop's gate, which predicts whether the loop's most likely token is that
-//! of the last loop.
+//! 3.7). BCE is the binary cross-entropy of a loop's gate, which predicts whether the most likely token of its loop, or
+//! of the next, is that of the last loop.
+//!
+//! Under a KV fill, loops run after tokens that exited. The distribution and the tokens of the last loop, as targets,
+//! are then those of the last loop after exact keys and values. The last loop under the fill learns that distribution
+//! too.
 
+mod fill;
 mod losses;
 mod options;
 
 use candle_core::{D, DType, Result, Tensor};
 use engine::reference::Reference;
 
+use fill::Served;
+pub use fill::{ExitRule, FillOptions};
 pub use losses::cross_entropy;
 use losses::{binary_cross_entropy, divergence, softmax};
-pub use options::{ExitCoefficients, GateOptions, ObjectiveOptions, TeacherOptions};
+pub use options::{ExitCoefficients, GateOptions, GateTarget, ObjectiveOptions, TeacherOptions};
 
 /// The objective of a run.
 pub struct Objective {
@@ -35,10 +42,45 @@ pub struct Losses {
     pub last: f64,
     /// Divergence of the last loop from the teacher at the teacher's temperature, if there is a teacher.
     pub teacher: Option<f64>,
-    /// Divergence of the earlier loops from the last, summed over them, if it is trained.
+    /// Divergence of the earlier loops from the last, summed over them, if it is trained. Under a KV fill, that of all
+    /// loops from the last with exact keys and values.
     pub self_distillation: Option<f64>,
     /// Binary cross-entropy of the gates, summed over them, if they are trained.
     pub gate: Option<f64>,
+    /// Under a KV fill, share of the tokens after prompts whose most likely token at their exit is that of the last
+    /// loop with exact keys and values; mean over windows.
+    pub served_agreement: Option<f64>,
+    /// Under a KV fill, mean passes of these tokens.
+    pub mean_depth: Option<f64>,
+}
+
+/// Results of the loops of a batch, by depth.
+#[derive(Default)]
+struct Loops {
+    /// `[windows * seq, hidden]`
+    hidden: Vec<Tensor>,
+    /// `[windows * seq, vocab]`, where they are needed.
+    logits: Vec<Option<Tensor>>,
+}
+
+impl Loops {
+    /// A run with exact keys and values, and logits of the depths that are `needed`.
+    fn exact(model: &Reference, inputs: &Tensor, needed: impl Fn(usize) -> bool) -> Result<Self> {
+        let (hidden, windows) = (model.hidden_states(inputs)?, inputs.dim(0)?);
+        let logits = |(depth, hidden)| match needed(depth) {
+            true => model.logits(&model.exit(hidden, windows)?, depth).map(Some),
+            false => Ok(None),
+        };
+        let logits = hidden.iter().enumerate().map(logits).collect::<Result<_>>()?;
+        Ok(Self { hidden, logits })
+    }
+
+    fn logits(&self, depth: usize) -> Result<&Tensor> {
+        match self.logits.get(depth) {
+            Some(Some(logits)) => Ok(logits),
+            _ => candle_core::bail!("no logits at depth {depth}"),
+        }
+    }
 }
 
 impl Losses {
@@ -54,6 +96,8 @@ impl Losses {
         add(&mut self.teacher, other.teacher);
         add(&mut self.self_distillation, other.self_distillation);
         add(&mut self.gate, other.gate);
+        add(&mut self.served_agreement, other.served_agreement);
+        add(&mut self.mean_depth, other.mean_depth);
     }
 }
 
@@ -64,57 +108,71 @@ impl Objective {
     }
 
     /// The objective of `model` on `inputs` `[windows, seq]` with the `targets` `[windows * seq]`: the scalar to
-    /// differentiate, and its terms.
+    /// differentiate, and its terms. Under a KV fill, the exits of a window depend on its seed.
     ///
     /// # Errors
     /// If the shapes do not match.
-    pub fn of(&self, model: &Reference, inputs: &Tensor, targets: &Tensor) -> Result<(Tensor, Losses)> {
+    pub fn of(&self, model: &Reference, inputs: &Tensor, targets: &Tensor, seeds: &[u64]) -> Result<(Tensor, Losses)> {
         let options = &self.options;
-        let states = model.hidden_states(inputs)?;
-        let windows = inputs.dim(0)?;
-        let logits = |hidden: &Tensor, depth| model.logits(&model.exit(hidden, windows)?, depth);
-        let Some((last_hidden, earlier)) = states.split_last() else {
-            candle_core::bail!("the objective of no loop, expected at least one");
+        let last = model.config().num_loops - 1;
+        let coefficients = options.exits.of(last + 1);
+        let needed = |depth| depth == last || coefficients[depth] > 0.0 || options.gate.is_some();
+        let (loops, served) = match &options.kv_fill {
+            None => (Loops::exact(model, inputs, needed)?, None),
+            Some(fill) => Served::run(fill, model, inputs, seeds).map(|(loops, served)| (loops, Some(served)))?,
         };
-        let last = logits(last_hidden, earlier.len())?;
+        // What the loops should agree with.
+        let full = match served {
+            None => loops.logits(last)?.detach(),
+            Some(_) => Loops::exact(model, inputs, |depth| depth == last)?.logits(last)?.detach(),
+        };
         let teacher = self.teacher.as_ref().zip(options.teacher.as_ref());
         let teacher = teacher.map(|(model, options)| Target::of_teacher(model, options, inputs)).transpose()?;
-        let coefficients = options.exits.of(states.len());
+        let of_full = (options.self_distillation > 0.0).then(|| Target::of_full(&full, options.self_distillation));
+        let of_full = of_full.transpose()?;
 
         let mut losses = Losses::default();
-        let last_loss = cross_entropy(&last, targets)?;
+        let last_loss = cross_entropy(loops.logits(last)?, targets)?;
         losses.last = scalar(&last_loss)?;
         let mut total = (last_loss * options.cross_entropy)?;
         if let Some(teacher) = &teacher {
-            let divergence = teacher.divergence(&last)?;
+            let divergence = teacher.divergence(loops.logits(last)?)?;
             losses.teacher = Some(scalar(&divergence)? / teacher.weight);
             total = (total + divergence)?;
         }
-        total = (total * coefficients[earlier.len()])?;
+        if let Some(of_full) = of_full.as_ref().filter(|_| served.is_some()) {
+            total = (total + of_full.divergence_in(loops.logits(last)?, &mut losses.self_distillation)?)?;
+        }
+        total = (total * coefficients[last])?;
 
-        let of_last = (options.self_distillation > 0.0).then(|| Target::of_last(&last, options.self_distillation));
-        let of_last = of_last.transpose()?;
-        for (depth, hidden) in earlier.iter().enumerate() {
+        for (depth, hidden) in loops.hidden[..last].iter().enumerate() {
             let coefficient = coefficients[depth];
             if coefficient > 0.0 {
-                let student = logits(hidden, depth)?;
-                let mut loss = (cross_entropy(&student, targets)? * options.cross_entropy)?;
+                let student = loops.logits(depth)?;
+                let mut loss = (cross_entropy(student, targets)? * options.cross_entropy)?;
                 if let Some(teacher) = &teacher {
-                    loss = (loss + teacher.divergence(&student)?)?;
+                    loss = (loss + teacher.divergence(student)?)?;
                 }
-                if let Some(of_last) = &of_last {
-                    let divergence = of_last.divergence(&student)?;
-                    *losses.self_distillation.get_or_insert(0.0) += scalar(&divergence)? / of_last.weight;
-                    loss = (loss + divergence)?;
+                if let Some(of_full) = &of_full {
+                    loss = (loss + of_full.divergence_in(student, &mut losses.self_distillation)?)?;
                 }
                 total = (total + (loss * coefficient)?)?;
             }
             if let Some(gate) = options.gate {
-                let exit = logits(&hidden.detach(), depth)?;
-                let loss = gate_loss(model, gate, hidden, depth, &exit, &last)?;
+                let judged = match gate.target {
+                    GateTarget::Same => depth,
+                    GateTarget::Next => depth + 1,
+                };
+                let loss = gate_loss(model, gate, hidden, depth, loops.logits(judged)?, &full)?;
                 *losses.gate.get_or_insert(0.0) += scalar(&loss)?;
                 total = (total + (loss * gate.weight)?)?;
             }
+        }
+        if let Some(served) = served {
+            let tokens = |logits: &Tensor| logits.detach().argmax(D::Minus1)?.to_vec1::<u32>();
+            let predicted = (0..=last).map(|depth| tokens(loops.logits(depth)?)).collect::<Result<Vec<_>>>()?;
+            losses.served_agreement = Some(served.agreement(&predicted, &tokens(&full)?));
+            losses.mean_depth = Some(served.mean_depth());
         }
         losses.objective = scalar(&total)?;
         Ok((total, losses))
@@ -144,7 +202,8 @@ impl Target {
         Ok(Self { probabilities, temperature: options.temperature, weight: options.weight })
     }
 
-    fn of_last(logits: &Tensor, weight: f64) -> Result<Self> {
+    /// The distribution of the last loop.
+    fn of_full(logits: &Tensor, weight: f64) -> Result<Self> {
         Ok(Self { probabilities: softmax(logits)?, temperature: 1.0, weight })
     }
 
@@ -154,20 +213,27 @@ impl Target {
         let divergence = divergence(&(logits / self.temperature)?, &self.probabilities)?;
         divergence * (self.weight * self.temperature * self.temperature)
     }
+
+    /// [`divergence`](Self::divergence), also added to a `sum` without its weight.
+    fn divergence_in(&self, logits: &Tensor, sum: &mut Option<f64>) -> Result<Tensor> {
+        let divergence = self.divergence(logits)?;
+        *sum.get_or_insert(0.0) += scalar(&divergence)? / self.weight;
+        Ok(divergence)
+    }
 }
 
 /// Binary cross-entropy of the gate that reads `hidden` at `depth`. The label is whether the most likely token of the
-/// `exit` logits is that of the `last` logits.
+/// `exit` logits is that of the `full` logits.
 fn gate_loss(
     model: &Reference,
     options: GateOptions,
     hidden: &Tensor,
     depth: usize,
     exit: &Tensor,
-    last: &Tensor,
+    full: &Tensor,
 ) -> Result<Tensor> {
     let token = |logits: &Tensor| logits.detach().argmax(D::Minus1);
-    let agrees = token(exit)?.eq(&token(last)?)?.to_dtype(DType::F32)?;
+    let agrees = token(exit)?.eq(&token(full)?)?.to_dtype(DType::F32)?;
     let normed = model.final_norm(hidden)?;
     let normed = if options.through { normed } else { normed.detach() };
     match model.gate_logits(&normed, depth)? {
@@ -183,10 +249,11 @@ mod tests {
     use super::*;
     use candle_core::{Device, Shape, Var};
     use engine::Weights;
-    use engine::config::{LoraConfig, LoraRanks, ModelConfig, Sharing};
+    use engine::config::{LoraConfig, LoraRanks, ModelConfig, Sharing, SlidingWindow};
     use rand::SeedableRng;
     use rand::rngs::StdRng;
     use rand_distr::{Distribution, Normal};
+    use scheduler::KvFill;
 
     fn tiny() -> ModelConfig {
         ModelConfig {
@@ -204,7 +271,7 @@ mod tests {
     }
 
     /// A model with every kind of component, all of whose tensors differ from their initial values.
-    fn relaxed() -> ModelConfig {
+    pub(super) fn relaxed() -> ModelConfig {
         ModelConfig {
             sharing: Sharing::Matrices,
             lora: Some(LoraConfig { ranks: LoraRanks::all(2), scale: 1.5 }),
@@ -215,7 +282,7 @@ mod tests {
     }
 
     /// Variables for every tensor of a random model, changed so that loops differ and every term counts.
-    fn variables(config: &ModelConfig, seed: u64) -> HashMap<String, Var> {
+    pub(super) fn variables(config: &ModelConfig, seed: u64) -> HashMap<String, Var> {
         let start = Weights::random(config.clone(), seed).unwrap();
         let mut rng = StdRng::seed_from_u64(seed);
         let variable = |(name, tensor): (&String, &Tensor)| {
@@ -233,12 +300,15 @@ mod tests {
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     }
 
-    fn model(config: &ModelConfig, variables: &HashMap<String, Var>) -> Reference {
+    pub(super) fn model(config: &ModelConfig, variables: &HashMap<String, Var>) -> Reference {
         let tensors = variables.iter().map(|(name, v)| (name.clone(), v.as_tensor().clone()));
         Reference::new(&Weights::from_tensors(config.clone(), tensors.collect(), "test").unwrap()).unwrap()
     }
 
-    fn batch() -> (Tensor, Tensor) {
+    /// Seeds of the windows of a batch.
+    const SEEDS: [u64; 2] = [3, 8];
+
+    pub(super) fn batch() -> (Tensor, Tensor) {
         let inputs = Tensor::new(&[[1u32, 2, 3, 4, 5], [9, 12, 0, 3, 3]], &Device::Cpu).unwrap();
         let targets = Tensor::new(&[2u32, 3, 4, 5, 6, 12, 0, 3, 3, 1], &Device::Cpu).unwrap();
         (inputs, targets)
@@ -258,7 +328,8 @@ mod tests {
             cross_entropy: 0.8,
             teacher: Some(TeacherOptions { model: "teacher".into(), weight: 0.6, temperature: 2.0 }),
             self_distillation: 0.7,
-            gate: Some(GateOptions { weight: 0.5, through: false }),
+            gate: Some(GateOptions { weight: 0.5, ..GateOptions::default() }),
+            kv_fill: None,
         }
     }
 
@@ -325,22 +396,32 @@ mod tests {
         let (inputs, targets) = batch();
         let fixed = Fixed::of(&model, &teacher, &inputs);
         let objective = Objective::new(options(), Some(teacher));
-        let (total, losses) = objective.of(&model, &inputs, &targets).unwrap();
+        let (total, losses) = objective.of(&model, &inputs, &targets, &SEEDS).unwrap();
         assert!((losses.objective - formula(&model, &fixed, &inputs, &targets)).abs() < 1e-4);
         let parts = [losses.last, losses.teacher.unwrap(), losses.self_distillation.unwrap(), losses.gate.unwrap()];
         assert!(parts.iter().all(|part| *part > 0.05), "a term hardly counts: {parts:?}");
-        let gradients = total.backward().unwrap();
+        let all_tensors = assert_gradients(&total, &variables, || formula(&model, &fixed, &inputs, &targets));
+        assert!(all_tensors, "a tensor has no gradient");
+    }
 
-        for (name, variable) in &variables {
+    /// Checks the gradient of every variable against finite differences of `value`. Returns whether all have one: the
+    /// value may not depend on those that do not.
+    fn assert_gradients(total: &Tensor, variables: &HashMap<String, Var>, value: impl Fn() -> f64) -> bool {
+        let gradients = total.backward().unwrap();
+        for (name, variable) in variables {
             let start = variable.as_tensor().copy().unwrap();
-            let gradient = gradients.get(variable).unwrap_or_else(|| panic!("{name} has no gradient"));
+            // Without a gradient, any direction.
+            let gradient = gradients.get(variable).cloned();
+            let slope = gradient.as_ref().map_or(0.0, norm);
+            assert!(gradient.is_none() || slope > 0.0, "{name} has a gradient of zero");
             // The slope is steepest along the gradient, where the difference loses least to rounding.
-            let slope = norm(gradient);
-            assert!(slope > 0.0, "{name} has a gradient of zero");
-            let direction = (gradient / slope).unwrap();
+            let direction = match &gradient {
+                Some(gradient) => (gradient / slope).unwrap(),
+                None => start.ones_like().unwrap(),
+            };
             let along = |step: f64| {
                 variable.set(&(&start + (&direction * step).unwrap()).unwrap()).unwrap();
-                formula(&model, &fixed, &inputs, &targets)
+                value()
             };
             let central = |step: f64| (along(step) - along(-step)) / (2.0 * step);
             // Small where the slope, and with it the curvature, is large. The difference is of fourth order. Of 60
@@ -353,6 +434,100 @@ mod tests {
                 "{name}: gradient {slope}, finite difference {difference}"
             );
         }
+        variables.values().all(|variable| gradients.get(variable).is_some())
+    }
+
+    /// Options under a KV fill, without terms that have detached values.
+    fn filled(fill: KvFill, exits: ExitRule) -> ObjectiveOptions {
+        ObjectiveOptions {
+            exits: ExitCoefficients::Aggressive(0.3),
+            kv_fill: Some(FillOptions { exits, prompt: 0.0, ..FillOptions::new(fill) }),
+            ..ObjectiveOptions::default()
+        }
+    }
+
+    #[test]
+    fn gradients_under_a_kv_fill_equal_finite_differences() {
+        let mut config = ModelConfig { coda_layers: 1, gate: false, ..relaxed() };
+        config.architecture.sliding_window = Some(SlidingWindow { tokens: 3, rope_theta: 100.0, layers: vec![1, 6] });
+        let variables = variables(&config, 5);
+        let model = model(&config, &variables);
+        let (inputs, targets) = batch();
+        for fill in [KvFill::Reuse, KvFill::First, KvFill::Skip] {
+            let objective = Objective::new(filled(fill, ExitRule::Uniform), None);
+            let of = || objective.of(&model, &inputs, &targets, &SEEDS).unwrap();
+            let all_tensors = assert_gradients(&of().0, &variables, || of().1.objective);
+            // Keys and values of deeper loops are not computed where depth 0's are used.
+            assert_eq!(all_tensors, fill != KvFill::First, "{fill}");
+        }
+    }
+
+    #[test]
+    fn tokens_that_do_not_exit_have_the_losses_of_exact_keys_and_values() {
+        let (config, variables) = (relaxed(), variables(&relaxed(), 5));
+        let model = model(&config, &variables);
+        let (inputs, targets) = batch();
+        let of = |kv_fill| {
+            let options = ObjectiveOptions { teacher: None, kv_fill, ..options() };
+            Objective::new(options, None).of(&model, &inputs, &targets, &SEEDS).unwrap().1
+        };
+        let exact = of(None);
+        for (fill, exits) in [(KvFill::Reuse, "geometric:0"), (KvFill::Skip, "margin:2")] {
+            let options = FillOptions { exits: exits.parse().unwrap(), ..FillOptions::new(fill) };
+            let found = of(Some(options));
+            let close = |found: f64, exact: f64| (found - exact).abs() < 1e-5;
+            assert!(close(found.objective, exact.objective) && close(found.gate.unwrap(), exact.gate.unwrap()));
+            assert_eq!((found.served_agreement, found.mean_depth), (Some(1.0), Some(3.0)));
+        }
+        let exits = FillOptions { exits: ExitRule::Geometric(1.0), ..FillOptions::new(KvFill::Reuse) };
+        assert!((of(Some(exits)).objective - exact.objective).abs() > 1e-3, "exits change the losses");
+    }
+
+    #[test]
+    fn agreement_under_a_kv_fill_compares_the_tokens_at_exits_with_those_of_exact_full_depth() {
+        let (config, variables) = (relaxed(), variables(&relaxed(), 5));
+        let model = model(&config, &variables);
+        let (inputs, targets) = batch();
+        let tokens = |logits: &Tensor| logits.argmax(D::Minus1).unwrap().to_vec1::<u32>().unwrap();
+        let exact = model.forward(&inputs).unwrap();
+        let (first, last) = (tokens(&exact[0]), tokens(&exact[2]));
+        let agreeing = first.iter().zip(&last).filter(|(first, last)| first == last).count();
+        assert!(agreeing > 0 && agreeing < 10, "{agreeing} of 10");
+        // Every token exits at depth 0, where keys and values are exact.
+        let objective = Objective::new(filled(KvFill::Reuse, ExitRule::Geometric(1.0)), None);
+        let losses = objective.of(&model, &inputs, &targets, &SEEDS).unwrap().1;
+        let close = |found: Option<f64>, expected: f64| (found.unwrap() - expected).abs() < 1e-9;
+        assert!(close(losses.served_agreement, agreeing as f64 / 10.0) && close(losses.mean_depth, 1.0), "{losses:?}");
+    }
+
+    #[test]
+    fn a_gate_with_the_target_next_learns_whether_the_next_loop_agrees_with_the_last() {
+        let (config, variables) = (relaxed(), variables(&relaxed(), 5));
+        let model = model(&config, &variables);
+        let (inputs, targets) = batch();
+        let tokens = |logits: &Tensor| logits.argmax(D::Minus1).unwrap().to_vec1::<u32>().unwrap();
+        let predicted: Vec<Vec<u32>> = model.forward(&inputs).unwrap().iter().map(tokens).collect();
+        let states = model.hidden_states(&inputs).unwrap();
+        let expected = |judged: [usize; 2]| -> f64 {
+            let of_gate = |(depth, judged): (usize, usize)| {
+                let scores = model.gate_logits(&model.final_norm(&states[depth]).unwrap(), depth).unwrap().unwrap();
+                let scores = scores.to_vec1::<f32>().unwrap();
+                let of_token = |(token, score): (usize, &f32)| {
+                    let agrees = predicted[judged][token] == predicted[2][token];
+                    (if agrees { -f64::from(*score) } else { f64::from(*score) }).exp().ln_1p()
+                };
+                scores.iter().enumerate().map(of_token).sum::<f64>() / scores.len() as f64
+            };
+            judged.into_iter().enumerate().map(of_gate).sum()
+        };
+        let found = |target| {
+            let gate = Some(GateOptions { target, ..GateOptions::default() });
+            let objective = Objective::new(ObjectiveOptions { gate, ..ObjectiveOptions::default() }, None);
+            objective.of(&model, &inputs, &targets, &SEEDS).unwrap().1.gate.unwrap()
+        };
+        let (same, next) = (expected([0, 1]), expected([1, 2]));
+        assert!((same - next).abs() > 1e-2, "the targets differ: {same} and {next}");
+        assert!((found(GateTarget::Same) - same).abs() < 1e-5 && (found(GateTarget::Next) - next).abs() < 1e-5);
     }
 
     #[test]
@@ -363,7 +538,7 @@ mod tests {
         let gradients = |change: &dyn Fn(&mut ObjectiveOptions)| {
             let mut options = ObjectiveOptions { cross_entropy: 0.0, ..ObjectiveOptions::default() };
             change(&mut options);
-            let (total, _) = Objective::new(options, None).of(&model, &inputs, &targets).unwrap();
+            let (total, _) = Objective::new(options, None).of(&model, &inputs, &targets, &SEEDS).unwrap();
             let store = total.backward().unwrap();
             let of = |name: &str| store.get(&variables[name]).map_or(0.0, norm);
             let last_only = of("lora.2.layers.1.mlp.down_proj.b");
@@ -373,9 +548,10 @@ mod tests {
             (options.exits, options.self_distillation) = (ExitCoefficients::Weighted, 1.0);
         });
         assert!(distilled.0 == 0.0 && distilled.3 > 0.0, "{distilled:?}");
-        let gated = gradients(&|options| options.gate = Some(GateOptions { weight: 1.0, through: false }));
+        let gated = gradients(&|options| options.gate = Some(GateOptions::default()));
         assert!(gated.1 > 0.0 && (gated.2, gated.3) == (0.0, 0.0), "{gated:?}");
-        let through = gradients(&|options| options.gate = Some(GateOptions { weight: 1.0, through: true }));
+        let through =
+            gradients(&|options| options.gate = Some(GateOptions { through: true, ..GateOptions::default() }));
         assert!(through.1 > 0.0 && through.2 > 0.0 && through.3 > 0.0, "{through:?}");
     }
 
@@ -388,7 +564,7 @@ mod tests {
         let of = |first: usize, windows: usize| {
             let inputs = inputs.narrow(0, first, windows).unwrap();
             let targets = targets.narrow(0, 5 * first, 5 * windows).unwrap();
-            objective.of(&model, &inputs, &targets).unwrap().1
+            objective.of(&model, &inputs, &targets, &SEEDS[first..first + windows]).unwrap().1
         };
         let (whole, mut sum) = (of(0, 2), Losses::default());
         sum.add(&of(0, 1), 0.5);
@@ -403,7 +579,8 @@ mod tests {
         let config = ModelConfig { num_loops: 1, ..tiny() };
         let model = model(&config, &variables(&config, 5));
         let (inputs, targets) = batch();
-        let (_, losses) = Objective::new(ObjectiveOptions::default(), None).of(&model, &inputs, &targets).unwrap();
+        let (_, losses) =
+            Objective::new(ObjectiveOptions::default(), None).of(&model, &inputs, &targets, &SEEDS).unwrap();
         assert_eq!(losses.objective, losses.last);
         assert_eq!((losses.teacher, losses.self_distillation, losses.gate), (None, None, None));
     }

@@ -5,8 +5,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use engine::ModelConfig;
+use scheduler::KvFill;
 use serde::{Deserialize, Serialize};
+use traces::ExitSignal;
 
+use super::fill::{ExitRule, FillOptions};
 use crate::error::TrainingError;
 use crate::trainer::options::{check, check_weight};
 
@@ -26,11 +29,21 @@ pub struct ObjectiveOptions {
     /// Training of the gates, if configured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gate: Option<GateOptions>,
+    /// Exits under a KV fill, if configured. By default, every token has exact keys and values at every depth.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_fill: Option<FillOptions>,
 }
 
 impl Default for ObjectiveOptions {
     fn default() -> Self {
-        Self { exits: ExitCoefficients::Last, cross_entropy: 1.0, teacher: None, self_distillation: 0.0, gate: None }
+        Self {
+            exits: ExitCoefficients::Last,
+            cross_entropy: 1.0,
+            teacher: None,
+            self_distillation: 0.0,
+            gate: None,
+            kv_fill: None,
+        }
     }
 }
 
@@ -71,6 +84,38 @@ pub struct GateOptions {
     /// Whether the loss also trains what the gates read, rather than the gates only.
     #[serde(default)]
     pub through: bool,
+    /// The loop whose token the gate judges.
+    #[serde(default)]
+    pub target: GateTarget,
+}
+
+impl Default for GateOptions {
+    fn default() -> Self {
+        Self { weight: one(), through: false, target: GateTarget::Same }
+    }
+}
+
+/// The loop whose token a gate judges: does it agree with that of the last loop?
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GateTarget {
+    /// The loop of the gate.
+    #[default]
+    Same,
+    /// The loop after the gate's, for exits that are decided a pass ahead.
+    Next,
+}
+
+impl FromStr for GateTarget {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "same" => Ok(Self::Same),
+            "next" => Ok(Self::Next),
+            _ => Err(format!("unknown target `{text}` of gates: expected same or next")),
+        }
+    }
 }
 
 fn one() -> f64 {
@@ -153,6 +198,14 @@ impl ObjectiveOptions {
             check_weight("objective.gate.weight", gate.weight)?;
             let gated = config.gate && config.num_loops > 1;
             check(gated, "objective.gate", &"given", &"none for a model without gates (`gate: true` adds them)")?;
+        }
+        if let Some(FillOptions { fill, exits, prompt }) = &self.kv_fill {
+            let changes = *fill != KvFill::Backfill;
+            check(changes, "objective.kv_fill.fill", fill, &"reuse, first or skip: backfill changes nothing")?;
+            let gated = config.gate && config.num_loops > 1;
+            let needs = matches!(exits, ExitRule::Signal(ExitSignal::Gate, ..));
+            check(gated || !needs, "objective.kv_fill.exits", exits, &"another signal for a model without gates")?;
+            check((0.0..=1.0).contains(prompt), "objective.kv_fill.prompt", prompt, &"a share from 0 to 1")?;
         }
         Ok(())
     }

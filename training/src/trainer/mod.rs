@@ -12,6 +12,8 @@ use candle_core::Tensor;
 use engine::Tokenizer;
 use engine::reference::Reference;
 use engine::weights::{CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, Weights};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use crate::corpus::{Corpus, inputs_and_targets};
@@ -58,6 +60,10 @@ pub struct LossRow {
     pub self_distillation_nats_per_token: Option<f64>,
     /// Binary cross-entropy of the gates, summed over them, if they are trained.
     pub gate_nats_per_token: Option<f64>,
+    /// Share of tokens whose prediction at their exit is that of full depth, if they exit under a KV fill.
+    pub served_agreement: Option<f64>,
+    /// Mean passes of a token after the prompt, if tokens exit under a KV fill.
+    pub mean_depth: Option<f64>,
     /// Norm of the gradients before clipping.
     pub gradient_norm: f64,
     /// Cross-entropy of the last loop on the start of the held-out text after this step, where it was evaluated.
@@ -283,9 +289,11 @@ impl Trainer {
         // A GPU serves one thread at a time.
         let workers = if self.model.device().is_cpu() { options.workers } else { 1 };
         let share = windows.len().div_ceil(workers);
+        let seeds = window_seeds(options.batch, options.seed, step);
         let parts = std::thread::scope(|scope| {
+            let parts = windows.chunks(share).zip(seeds.chunks(share));
             let workers: Vec<_> =
-                windows.chunks(share).map(|part| scope.spawn(|| self.gradients(part, options.batch))).collect();
+                parts.map(|(part, seeds)| scope.spawn(|| self.gradients(part, seeds, options.batch))).collect();
             workers
                 .into_iter()
                 .map(|worker| worker.join().unwrap_or_else(|e| std::panic::resume_unwind(e)))
@@ -316,6 +324,8 @@ impl Trainer {
             teacher_nats_per_token: losses.teacher,
             self_distillation_nats_per_token: losses.self_distillation,
             gate_nats_per_token: losses.gate,
+            served_agreement: losses.served_agreement,
+            mean_depth: losses.mean_depth,
             gradient_norm,
             held_out_nats_per_token: None,
         });
@@ -323,13 +333,13 @@ impl Trainer {
     }
 
     /// A worker's share of a step: the gradients of its windows' part of the mean over `batch`.
-    fn gradients(&self, windows: &[Vec<u32>], batch: usize) -> candle_core::Result<Gradients> {
+    fn gradients(&self, windows: &[Vec<u32>], seeds: &[u64], batch: usize) -> candle_core::Result<Gradients> {
         let tokens = if self.model.device().is_cpu() { TOKENS_PER_BACKWARD } else { TOKENS_PER_BACKWARD_ON_GPU };
         let at_once = (tokens / self.options.seq).max(1);
         let mut sum = Gradients::default();
-        for windows in windows.chunks(at_once) {
+        for (windows, seeds) in windows.chunks(at_once).zip(seeds.chunks(at_once)) {
             let (inputs, targets) = inputs_and_targets(windows, self.model.device())?;
-            let (total, losses) = self.objective.of(&self.model, &inputs, &targets)?;
+            let (total, losses) = self.objective.of(&self.model, &inputs, &targets, seeds)?;
             let share = windows.len() as f64 / batch as f64;
             let mut store = (total * share)?.backward()?;
             let mut by_name = BTreeMap::new();
@@ -343,6 +353,14 @@ impl Trainer {
         }
         Ok(sum)
     }
+}
+
+/// A seed for each window of a step, for what is drawn besides its text.
+fn window_seeds(batch: usize, seed: u64, step: usize) -> Vec<u64> {
+    // Multiplying by an odd number separates the random streams of neighbouring seeds and steps.
+    let stream = (seed ^ 0x2545_F491_4F6C_DD1D).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mut rng = StdRng::seed_from_u64(stream.wrapping_add(step as u64));
+    (0..batch).map(|_| rng.random()).collect()
 }
 
 /// Sums of gradients and losses over windows.
@@ -369,11 +387,13 @@ impl Gradients {
 mod tests {
     use super::*;
     use crate::corpus::DataOptions;
-    use crate::objective::{ExitCoefficients, GateOptions, ObjectiveOptions, TeacherOptions};
+    use crate::objective::{ExitCoefficients, FillOptions, GateOptions, ObjectiveOptions, TeacherOptions};
     use crate::optimizer::AdamWOptions;
     use engine::config::{LoraConfig, LoraRanks, ModelConfig};
+    use engine::weights::Stored;
     use options::{ModelOptions, Part};
     use proptest::prelude::*;
+    use scheduler::KvFill;
     use serde_json::json;
 
     const VERSE: &str = "And God said, Let there be light: and there was light.\n";
@@ -450,7 +470,8 @@ mod tests {
         options.model.config.insert("lora".into(), serde_yaml::to_value(lora).unwrap());
         options.model.config.insert("gate".into(), true.into());
         options.objective.teacher = Some(TeacherOptions { model: teacher.to_owned(), weight: 1.0, temperature: 2.0 });
-        options.objective.gate = Some(GateOptions { weight: 1.0, through: true });
+        options.objective.gate = Some(GateOptions { through: true, ..GateOptions::default() });
+        options.objective.kv_fill = Some(FillOptions::new(KvFill::Reuse));
         options.half_precision = true;
         options
     }
@@ -574,15 +595,28 @@ mod tests {
     #[test]
     fn two_workers_give_the_gradients_of_one() {
         let folder = tempfile::tempdir().unwrap();
-        let curve = |workers: usize| {
+        let curve = |workers: usize, kv_fill: Option<FillOptions>| {
             let mut options = options(folder.path());
-            (options.workers, options.steps) = (workers, 3);
-            trained(options, &folder.path().join(workers.to_string())).curve().to_vec()
+            (options.workers, options.steps, options.objective.kv_fill) = (workers, 3, kv_fill);
+            let name = format!("{workers}{}", kv_fill.is_some());
+            trained(options, &folder.path().join(name)).curve().to_vec()
         };
-        for (one, two) in curve(1).iter().zip(curve(2)) {
-            assert!((one.objective - two.objective).abs() < 1e-4);
-            assert!((one.gradient_norm - two.gradient_norm).abs() < 1e-4);
+        for kv_fill in [None, Some(FillOptions { prompt: 0.0, ..FillOptions::new(KvFill::Skip) })] {
+            for (one, two) in curve(1, kv_fill).iter().zip(curve(2, kv_fill)) {
+                assert!((one.objective - two.objective).abs() < 1e-4);
+                assert!((one.gradient_norm - two.gradient_norm).abs() < 1e-4);
+                let depth = |row: &LossRow| row.mean_depth.unwrap_or_default();
+                assert!((depth(one) - depth(&two)).abs() < 1e-9);
+            }
         }
+    }
+
+    #[test]
+    fn windows_draw_by_seed_and_step() {
+        assert_eq!(window_seeds(4, 1, 5), window_seeds(4, 1, 5));
+        let seeds: Vec<u64> = [(1, 5), (1, 6), (2, 5)].map(|(seed, step)| window_seeds(4, seed, step)).concat();
+        let distinct: std::collections::HashSet<u64> = seeds.iter().copied().collect();
+        assert_eq!(distinct.len(), 12);
     }
 
     #[test]
@@ -662,8 +696,25 @@ mod tests {
         expect(|options| options.optimizer.warmup_steps = 7, "`optimizer.warmup_steps` is 7");
         expect(|options| options.objective.exits = ExitCoefficients::Last, "`objective.self_distillation` is above 0");
         expect(
-            |options| options.objective.gate = Some(GateOptions { weight: 1.0, through: false }),
+            |options| options.objective.gate = Some(GateOptions::default()),
             "`objective.gate` is given, expected none for a model without gates",
+        );
+        expect(
+            |options| options.objective.kv_fill = Some(FillOptions::new(KvFill::Backfill)),
+            "`objective.kv_fill.fill` is backfill, expected reuse, first or skip",
+        );
+        expect(
+            |options| {
+                let exits = "gate:0.9".parse().unwrap();
+                options.objective.kv_fill = Some(FillOptions { exits, ..FillOptions::new(KvFill::Reuse) });
+            },
+            "`objective.kv_fill.exits` is gate:0.9, expected another signal for a model without gates",
+        );
+        expect(
+            |options| {
+                options.objective.kv_fill = Some(FillOptions { prompt: 1.5, ..FillOptions::new(KvFill::Reuse) });
+            },
+            "`objective.kv_fill.prompt` is 1.5, expected a share from 0 to 1",
         );
         expect(
             |options| drop(options.model.config.insert("num_layers".into(), 3.into())),
@@ -684,6 +735,19 @@ mod tests {
         let name = "block.layers.0.mlp.up_proj.weight";
         let numbers = |weights: &Weights| weights.get(name).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(numbers(&weights), numbers(given.weights()));
+        options.config.insert("gate_hidden".into(), 5.into());
+        let (weights, _) = options.start(9).unwrap();
+        weights.save(&path("gated"), Stored::F32).unwrap();
+        let loaded = Weights::load(&path("gated")).unwrap();
+        assert_eq!(loaded.get("gate.0.hidden.weight").unwrap().dims(), [5, 16]);
+        let from_gated = |gate_hidden: usize| {
+            let mut options = ModelOptions { from: Some(path("gated")), ..ModelOptions::default() };
+            options.config.insert("gate_hidden".into(), gate_hidden.into());
+            options.start(9).unwrap().0
+        };
+        assert_eq!(from_gated(0).get("gate.0.weight").unwrap().dims(), [16], "gates of another kind start anew");
+        let hidden = |weights: &Weights| weights.get("gate.0.hidden.weight").unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(hidden(&from_gated(5)), hidden(&loaded));
         options.config.insert("hidden_size".into(), 32.into());
         let refusal = options.start(9).map(drop).unwrap_err().to_string();
         assert!(refusal.contains("model, changed: tensor `block.layers.0.input_layernorm.weight`"), "{refusal}");

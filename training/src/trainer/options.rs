@@ -89,7 +89,8 @@ pub struct ModelOptions {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
     /// Changed fields of `config.json`. Tensors that only the changed configuration requires start as in a new model:
-    /// gates, adapters of the head, and adapters of zero difference can be added. Sizes cannot be changed.
+    /// gates, adapters of the head, and adapters of zero difference can be added. Sizes cannot be changed, except for
+    /// `gate_hidden`: gates of another kind start anew.
     #[serde(flatten)]
     pub config: Mapping,
 }
@@ -239,8 +240,9 @@ impl ModelOptions {
             return Ok((given, tokenizer));
         }
         let fresh = fresh(changed(given.config(), &self.config)?, seed)?;
-        let tensors =
-            fresh.tensors().iter().chain(given.tensors()).map(|(name, tensor)| (name.clone(), tensor.clone()));
+        let same_gates = fresh.config().gate_hidden == given.config().gate_hidden;
+        let given = given.tensors().iter().filter(|(name, _)| same_gates || !Part::Gate.holds(name));
+        let tensors = fresh.tensors().iter().chain(given).map(|(name, tensor)| (name.clone(), tensor.clone()));
         let origin = format!("{}, changed", from.display());
         Ok((Weights::from_tensors(fresh.config().clone(), tensors.collect(), &origin)?, tokenizer))
     }

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use engine::DeviceName;
+use scheduler::KvFill;
 use serde_yaml::Value;
-use training::objective::{ExitCoefficients, GateOptions, TeacherOptions};
+use training::objective::{ExitCoefficients, ExitRule, FillOptions, GateOptions, GateTarget, TeacherOptions};
 use training::optimizer::Schedule;
 use training::trainer::options::{Part, TrainingOptions};
 
@@ -71,6 +72,9 @@ struct ModelArgs {
     /// Give every loop except the last a learned gate
     #[arg(long)]
     gate: bool,
+    /// Width of the gates' hidden layer; 0 for linear gates [default: 0]
+    #[arg(long, value_name = "WIDTH")]
+    gate_hidden: Option<usize>,
     /// Give every loop except the last an adapter of the head, of this rank
     #[arg(long, value_name = "RANK")]
     head_lora_rank: Option<usize>,
@@ -129,6 +133,19 @@ struct ObjectiveArgs {
     /// Let the loss of the gates also train what they read
     #[arg(long, requires = "gate_weight")]
     gate_through: bool,
+    /// Loop whose token a gate judges: same, or next for exits that are decided a pass ahead [default: same]
+    #[arg(long, requires = "gate_weight", value_name = "LOOP")]
+    gate_target: Option<GateTarget>,
+    /// Let tokens exit, and others find at deeper loops what this KV fill leaves of them: reuse, first or skip
+    #[arg(long, value_name = "FILL")]
+    kv_fill: Option<KvFill>,
+    /// Where tokens exit: uniform, geometric:PROBABILITY, SIGNAL:THRESHOLD or SIGNAL:LOWEST..HIGHEST, of top1, margin,
+    /// entropy or gate [default: uniform]
+    #[arg(long, requires = "kv_fill", value_name = "EXITS")]
+    fill_exits: Option<ExitRule>,
+    /// Largest share of a window that is a prompt, whose tokens do not exit [default: 0.5]
+    #[arg(long, requires = "kv_fill", value_name = "SHARE")]
+    fill_prompt: Option<f64>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -220,6 +237,7 @@ impl ModelArgs {
             ("num_loops", self.num_loops),
             ("max_positions", self.max_positions),
             ("head_lora_rank", self.head_lora_rank),
+            ("gate_hidden", self.gate_hidden),
         ] {
             if let Some(size) = size {
                 model.config.insert(field.into(), size.into());
@@ -264,7 +282,13 @@ impl ObjectiveArgs {
             set(&mut teacher.temperature, self.temperature);
         }
         if let Some(weight) = self.gate_weight {
-            objective.gate = Some(GateOptions { weight, through: self.gate_through });
+            let target = self.gate_target.unwrap_or_default();
+            objective.gate = Some(GateOptions { weight, through: self.gate_through, target });
+        }
+        if let Some(fill) = self.kv_fill {
+            let kv_fill = objective.kv_fill.insert(FillOptions::new(fill));
+            set(&mut kv_fill.exits, self.fill_exits);
+            set(&mut kv_fill.prompt, self.fill_prompt);
         }
         Ok(())
     }
