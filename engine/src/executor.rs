@@ -281,6 +281,8 @@ pub struct EngineExecutor {
     recording: bool,
     /// Depths at which a row may exit or its signal is read, so that the row runs the coda there.
     exit_depths: Range<usize>,
+    /// Decides which rows certainly exit, so that their head runs within the pass.
+    exit: ExitPolicy,
     arena: Arena,
     sequences: Sequences,
     current: Current,
@@ -312,6 +314,7 @@ impl EngineExecutor {
             oracle: None,
             recording: false,
             exit_depths: 0..num_loops,
+            exit: ExitPolicy::None,
             arena: Arena::default(),
             sequences: Sequences { by_slot: Vec::new(), kv_fill, num_loops },
             current: Current::default(),
@@ -337,6 +340,7 @@ impl EngineExecutor {
     /// Restricts exits to those of a policy: the coda does not run where no row can exit, no signal is read, and its keys
     /// and values are not needed.
     pub fn exiting_by(mut self, exit: ExitPolicy) -> Self {
+        self.exit = exit;
         let depths = exit.exit_depths(self.num_loops() as u8);
         self.exit_depths = usize::from(*depths.start())..usize::from(*depths.end()) + 1;
         let reads_signal = matches!(exit.signal_read(), SignalRead::Signal(_));
@@ -512,7 +516,11 @@ impl EngineExecutor {
     /// Whether a segment's last row certainly exits after this pass, so that its head can run within the pass.
     fn surely_exits(&self, pass: &Pass<'_>, segment: &Segment) -> bool {
         let exits = match pass.reads.signal {
-            SignalRead::None => usize::from(segment.depth) + 1 == self.exit_depths.end,
+            SignalRead::None => {
+                let depth = self.exit.known_depth(self.sequences.of(segment).request, self.num_loops() as u8);
+                depth.is_some_and(|depth| segment.depth >= depth)
+                    || usize::from(segment.depth) + 1 == self.exit_depths.end
+            }
             SignalRead::Oracle => self.oracle_exits(segment).unwrap_or(false),
             // Where exits are not known yet, the head runs for all of these rows together, afterwards.
             SignalRead::Signal(_) => false,

@@ -7,6 +7,7 @@
 use traces::SignalBound;
 
 use crate::custom::CustomDecisions;
+use crate::mix::MixedDepths;
 use crate::pass::{Segment, Slot};
 use crate::policy::{ExitPolicy, LoadThreshold};
 use crate::scheduler::Settings;
@@ -22,6 +23,8 @@ pub(crate) enum Decision {
     Cumulative(CumulativeGate),
     /// The signal that was read one depth earlier.
     Delayed(DelayedSignal),
+    /// The depths drawn for the requests.
+    Mixed(MixedDepths),
     /// A policy that is not built in.
     Custom(Box<CustomDecisions>),
 }
@@ -32,6 +35,7 @@ impl Decision {
             ExitPolicy::None | ExitPolicy::Static(_) | ExitPolicy::Oracle { .. } | ExitPolicy::Confidence { .. } => {
                 Self::Fixed
             }
+            ExitPolicy::Mix(mix) => Self::Mixed(MixedDepths::new(mix, max_batch)),
             ExitPolicy::LoadAdaptive(threshold) => Self::ByLoad(LoadFollower::new(threshold)),
             ExitPolicy::Cumulative { min_loops, .. } => Self::Cumulative(CumulativeGate::new(min_loops, max_batch)),
             ExitPolicy::Delayed { .. } => Self::Delayed(DelayedSignal::new(max_batch)),
@@ -41,8 +45,10 @@ impl Decision {
 
     /// A request takes a slot, for the first time or again.
     pub fn admit(&mut self, slot: Slot, request: u32) {
-        if let Self::Custom(custom) = self {
-            custom.admit(slot, request);
+        match self {
+            Self::Custom(custom) => custom.admit(slot, request),
+            Self::Mixed(mixed) => mixed.admit(slot, request),
+            Self::Fixed | Self::ByLoad(_) | Self::Cumulative(_) | Self::Delayed(_) => {}
         }
     }
 

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use traces::{ExitSignal, SignalBound};
 
 use crate::custom::CustomPolicy;
+use crate::mix::DepthMix;
 use crate::pass::Segment;
 
 /// Which rows may share a pass, and when a finished one is replaced.
@@ -62,6 +63,8 @@ pub enum ExitPolicy {
     None,
     /// Always after the pass at this depth (counted from 0).
     Static(u8),
+    /// Always after the pass at one of two depths, drawn once for each request.
+    Mix(DepthMix),
     /// At the earliest depth whose token equals that of the last depth. The oracle is not realisable: it bounds the
     /// other policies.
     Oracle {
@@ -194,7 +197,7 @@ impl ExitPolicy {
     /// The signal that the policy reads.
     pub fn signal_read(self) -> SignalRead {
         match self {
-            Self::None | Self::Static(_) => SignalRead::None,
+            Self::None | Self::Static(_) | Self::Mix(_) => SignalRead::None,
             Self::Oracle { .. } => SignalRead::Oracle,
             Self::Confidence { signal, .. }
             | Self::Delayed { signal, .. }
@@ -206,7 +209,7 @@ impl ExitPolicy {
 
     /// Whether the exits of a pass are known before it runs, so that the next pass can be planned meanwhile.
     pub fn is_known_ahead(self) -> bool {
-        matches!(self, Self::None | Self::Static(_) | Self::Delayed { .. })
+        matches!(self, Self::None | Self::Static(_) | Self::Mix(_) | Self::Delayed { .. })
     }
 
     /// Whether exits depend on how many requests run and wait, and so on how fast passes are.
@@ -230,6 +233,7 @@ impl ExitPolicy {
         match self {
             Self::None => last..=last,
             Self::Static(depth) => depth.min(last)..=depth.min(last),
+            Self::Mix(mix) => mix.shallowest().min(last)..=mix.deepest().min(last),
             Self::Oracle { .. } | Self::Confidence { .. } | Self::LoadAdaptive(_) | Self::Custom(_) => 0..=last,
             Self::Cumulative { min_loops, .. } => (min_loops - 1).min(last)..=last,
             Self::Delayed { .. } => 1.min(last)..=last,
@@ -257,19 +261,31 @@ impl ExitPolicy {
     pub fn bound(self) -> SignalBound {
         match self {
             Self::None | Self::Static(_) | Self::Custom(_) => SignalBound::NEVER,
-            Self::Oracle { .. } => SignalBound::at_least(1.0),
+            Self::Mix(_) | Self::Oracle { .. } => SignalBound::at_least(1.0),
             Self::Confidence { signal, threshold } | Self::Delayed { signal, threshold } => signal.bound(threshold),
             Self::LoadAdaptive(by_load) => by_load.signal.bound(by_load.calm),
             Self::Cumulative { share, .. } => SignalBound::at_least(share),
         }
     }
 
-    /// The kind of policy, without its parameters: `none`, `static`, `oracle`, `confidence`, `load-adaptive`, `cumulative`,
-    /// `delayed`, or the name of a custom one.
+    /// The depth at which all tokens of a request exit, in a model with `num_loops` loops, whatever the model computes.
+    /// `None` if it depends on that.
+    pub fn known_depth(self, request: u32, num_loops: u8) -> Option<u8> {
+        match self {
+            Self::None => Some(num_loops - 1),
+            Self::Static(depth) => Some(depth),
+            Self::Mix(mix) => Some(mix.depth(request)),
+            _ => None,
+        }
+    }
+
+    /// The kind of policy, without its parameters: `none`, `static`, `mix`, `oracle`, `confidence`, `load-adaptive`,
+    /// `cumulative`, `delayed`, or the name of a custom one.
     pub fn kind(self) -> &'static str {
         match self {
             Self::None => "none",
             Self::Static(_) => "static",
+            Self::Mix(_) => "mix",
             Self::Oracle { .. } => "oracle",
             Self::Confidence { .. } => "confidence",
             Self::LoadAdaptive(_) => "load-adaptive",
@@ -294,6 +310,7 @@ impl fmt::Display for ExitPolicy {
         match self {
             Self::None => f.write_str("none"),
             Self::Static(depth) => write!(f, "static:{depth}"),
+            Self::Mix(mix) => mix.fmt(f),
             Self::Oracle { charged: false } => f.write_str("oracle"),
             Self::Oracle { charged: true } => f.write_str("oracle:charged"),
             Self::Confidence { signal, threshold } => write!(f, "confidence:{signal}:{threshold}"),
@@ -308,7 +325,8 @@ impl fmt::Display for ExitPolicy {
 impl FromStr for ExitPolicy {
     type Err = PolicyError;
 
-    /// Parses `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:THRESHOLD` (of the top-1 probability),
+    /// Parses `none`, `static:DEPTH`, `mix:DEPTH:DEPTH:SHARE` or `mix:DEPTH:DEPTH:SHARE:SEED`, `oracle`, `oracle:charged`,
+    /// `confidence:THRESHOLD` (of the top-1 probability),
     /// `confidence:MEASURE:THRESHOLD` or its short form `MEASURE:THRESHOLD`, `delayed:MEASURE:THRESHOLD`,
     /// `cumulative:gate:SHARE` or `cumulative:gate:SHARE:LOOPS`, and `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH` or
     /// `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`.
@@ -325,10 +343,19 @@ impl ExitPolicy {
             Ok(threshold) if threshold.is_finite() => Ok(threshold),
             _ => Err(PolicyError::Threshold(text.to_owned())),
         };
+        let mix = |first: &str, second: &str, share: &str, seed: &str| {
+            let share = share.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+            let share = share.ok_or_else(|| PolicyError::Share(text.to_owned()))?;
+            let [first, second] = [first, second].map(|depth| depth.parse().map_err(|_| unknown()));
+            let seed = seed.parse().map_err(|_| unknown())?;
+            Ok(Self::Mix(DepthMix { depths: [first?, second?], share, seed }))
+        };
         let parts: Vec<&str> = text.split(':').collect();
         match parts[..] {
             ["none"] => Ok(Self::None),
             ["static", depth] => depth.parse().map(Self::Static).map_err(|_| unknown()),
+            ["mix", first, second, share] => mix(first, second, share, "0"),
+            ["mix", first, second, share, seed] => mix(first, second, share, seed),
             ["oracle"] => Ok(Self::Oracle { charged: false }),
             ["oracle", "charged"] => Ok(Self::Oracle { charged: true }),
             ["confidence", number] => Ok(Self::Confidence { signal: ExitSignal::Top1, threshold: threshold(number)? }),
@@ -437,7 +464,7 @@ pub enum PolicyError {
     KvFill(String),
     /// Not an exit policy.
     #[error(
-        "unknown exit policy `{0}`: expected none, static:DEPTH, oracle, oracle:charged, \
+        "unknown exit policy `{0}`: expected none, static:DEPTH, mix:DEPTH:DEPTH:SHARE, oracle, oracle:charged, \
          confidence:THRESHOLD, confidence:SIGNAL:THRESHOLD, SIGNAL:THRESHOLD, delayed:SIGNAL:THRESHOLD, \
          cumulative:gate:SHARE[:LOOPS], load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH[:BAND] or the name of a registered policy"
     )]
@@ -445,6 +472,9 @@ pub enum PolicyError {
     /// Not a signal.
     #[error("{0}")]
     ExitSignal(String),
+    /// Not a probability.
+    #[error("the share of exit policy `{0}` is not a probability, expected 0 to 1")]
+    Share(String),
     /// Not a finite number.
     #[error("the threshold of exit policy `{0}` is not a finite number")]
     Threshold(String),
@@ -494,6 +524,8 @@ mod tests {
         let printed = [
             "none",
             "static:2",
+            "mix:2:0:0.25",
+            "mix:0:1:0.5:7",
             "oracle",
             "oracle:charged",
             "confidence:margin:0.25",
@@ -522,6 +554,11 @@ mod tests {
         let unreadable = [
             "",
             "oracel",
+            "mix:0:1",
+            "mix:0:1:1.5",
+            "mix:0:1:NaN",
+            "mix:0:-1:0.5",
+            "mix:0:1:0.5:-1",
             "oracel:1",
             "confidence",
             "confidence:NaN",
@@ -586,6 +623,7 @@ mod tests {
             (reads.below, reads.head_from)
         };
         assert_eq!((reads("none"), reads("static:1")), ((3, 3), (1, 1)));
+        assert_eq!(reads("mix:0:2:0.5"), (2, 2));
         assert_eq!((reads("confidence:0.9"), reads("oracle:charged")), ((3, 0), (3, 0)));
         assert_eq!((reads("confidence:similarity:0.9"), reads("oracle")), ((3, u8::MAX), (3, u8::MAX)));
     }

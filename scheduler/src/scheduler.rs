@@ -219,6 +219,9 @@ impl Settings {
             ExitPolicy::Static(depth) if depth >= self.num_loops => {
                 Err(ScheduleError::StaticDepth { depth, num_loops: self.num_loops })
             }
+            ExitPolicy::Mix(mix) if mix.deepest() >= self.num_loops => {
+                Err(ScheduleError::StaticDepth { depth: mix.deepest(), num_loops: self.num_loops })
+            }
             exit @ ExitPolicy::Cumulative { min_loops, .. } if min_loops > self.num_loops => {
                 Err(ScheduleError::MinLoops { exit: exit.to_string(), min_loops, num_loops: self.num_loops })
             }
@@ -865,6 +868,10 @@ impl Scheduler {
                 select(exiting, segments, before, self.bound, *certain_from);
                 delayed.keep(segments, signals);
             }
+            Decision::Mixed(mixed) => {
+                let exits = segments.iter().map(|segment| mixed.exits(segment));
+                select(exiting, segments, exits, self.bound, *certain_from);
+            }
             Decision::Custom(custom) => {
                 let exits = |(segment, signal): (&Segment, f32)| {
                     let token = sequences[segment.slot as usize].generated;
@@ -888,6 +895,10 @@ impl Scheduler {
             Decision::Delayed(delayed) => {
                 let before = segments.iter().map(|segment| delayed.before(segment));
                 select(exiting, segments, before, *bound, *certain_from);
+            }
+            Decision::Mixed(mixed) => {
+                let exits = segments.iter().map(|segment| mixed.exits(segment));
+                select(exiting, segments, exits, *bound, *certain_from);
             }
             _ => select(exiting, segments, std::iter::repeat(f32::NAN), *bound, *certain_from),
         }

@@ -416,6 +416,7 @@ fn exits() -> impl Strategy<Value = ExitPolicy> {
         "none",
         "static:0",
         "static:1",
+        "mix:0:1:0.5",
         "oracle",
         "oracle:charged",
         "confidence:0.9",
@@ -486,7 +487,10 @@ proptest! {
         }
         for (request, depths) in &logs[0].depths {
             for (&depth, token) in depths.iter().zip(0..) {
-                let sure = sure_depth(*request, token, settings.num_loops);
+                let sure = match settings.exit {
+                    ExitPolicy::Mix(mix) => mix.depth(*request),
+                    _ => sure_depth(*request, token, settings.num_loops),
+                };
                 prop_assert_eq!(depth, exit_depth(settings.exit, sure, settings.num_loops));
             }
         }
@@ -495,7 +499,9 @@ proptest! {
     #[test]
     fn passes_planned_while_others_run_are_those_planned_after_them(
         settings in settings(), requests in requests(),
-        exit in prop::sample::select(vec!["none", "static:0", "static:1", "delayed:top1:0.9", "delayed:gate:0.9"]),
+        exit in prop::sample::select(vec![
+            "none", "static:0", "static:1", "mix:1:0:0.4", "delayed:top1:0.9", "delayed:gate:0.9",
+        ]),
     ) {
         for batching in Batching::ALL {
             let settings = Settings { batching, exit: exit.parse().unwrap(), async_scheduling: true, ..settings };
@@ -702,6 +708,7 @@ fn impossible_settings_and_requests_are_refused() {
     assert!(refused(Settings { max_batch: u32::MAX, ..absurd }).contains("expected at most 1048576"));
     assert!(refused(Settings { num_blocks: u32::MAX, ..absurd }).contains("expected at most 67108864"));
     assert!(refused(Settings { exit: ExitPolicy::Static(2), ..settings }).contains("depths 0 to 1"));
+    assert!(refused(Settings { exit: "mix:2:0:0.5".parse().unwrap(), ..settings }).contains("depths 0 to 1"));
     let custom = ExitPolicy::Custom(CustomPolicy::new(&Sure));
     assert!(refused(Settings { exit: custom, async_scheduling: true, ..settings }).contains("with exit policy sure"));
     let refused_exit =

@@ -108,7 +108,8 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
     let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
 
     let custom = ExitPolicy::Custom(CustomPolicy::new(&LateAtFirst));
-    let policies = [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false }, custom];
+    let mix: ExitPolicy = "mix:0:2:0.5".parse().unwrap();
+    let policies = [ExitPolicy::None, ExitPolicy::Static(1), mix, ExitPolicy::Oracle { charged: false }, custom];
     for (batching, kv_fill, exit, num_blocks, ahead) in
         iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8], [false, true])
     {
