@@ -99,6 +99,19 @@ fn draw_trade_offs(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
     let agreement = trade_off(Quantity::Agreement, |p| Estimate { value: p.agreement, half_width: 0.003 });
     let title = "Throughput against token agreement over exit thresholds";
     pareto(&figure(folder, "pareto", title), &[agreement])?;
+    let swapped = |mut panel: TradeOff| {
+        std::mem::swap(&mut panel.x, &mut panel.y);
+        panel
+            .lines
+            .iter_mut()
+            .flat_map(|line| &mut line.points)
+            .for_each(|point| std::mem::swap(&mut point.x, &mut point.y));
+        panel
+    };
+    let accuracy = trade_off(Quantity::Accuracy, |p| Estimate { value: p.agreement.powi(2), half_width: 0.01 });
+    let agreement = trade_off(Quantity::Agreement, |p| Estimate { value: p.agreement, half_width: 0.003 });
+    let title = "Throughput against realised quality";
+    frontier(&figure(folder, "frontier", title), &[agreement, accuracy].map(swapped))?;
     let ttft = |p: &ThresholdPoint| Estimate { value: 3e5 / p.throughput, half_width: 20.0 };
     let tpot = |p: &ThresholdPoint| Estimate { value: 32e3 / p.throughput, half_width: 0.4 };
     let panels = [

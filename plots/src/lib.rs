@@ -80,7 +80,7 @@ pub use evaluation::{
 };
 pub use figure::{Figure, Origin, Policy, PolicyLine};
 pub use latency::{PolicyLatencies, latency_cdfs};
-pub use pareto::{Estimate, Quantity, TradeLine, TradeOff, TradePoint, pareto};
+pub use pareto::{Estimate, Quantity, TradeLine, TradeOff, TradePoint, frontier, pareto};
 pub use parts::{TokenTime, token_times};
 pub use speedup::{PolicyThroughput, speedup};
 pub use sweep::{SweepLine, SweepPoint, sweep};

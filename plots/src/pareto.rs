@@ -5,9 +5,10 @@ use crate::canvas::{self, Canvas, DrawResult, WIDTH, text_width};
 use crate::figure::Kind;
 use crate::legend::{Entry, Sample};
 use crate::panel::Panel;
-use crate::style::{self, Look, MUTED};
+use crate::style::{self, BAND, Dash, Fill, Look, MUTED};
 use crate::throughput::policy_legend;
 use crate::{Error, Figure, Policy};
+use plotters::prelude::*;
 
 /// A quantity that is traded for another, or the request rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,8 @@ pub enum Quantity {
     Throughput,
     /// Share of generated tokens equal to those of full depth, 0 to 1.
     Agreement,
+    /// Share of requests whose text begins with the right answer, 0 to 1.
+    Accuracy,
     /// A latency in milliseconds, such as `p99 time to first token`.
     Latency(&'static str),
 }
@@ -66,6 +69,8 @@ pub struct TradeOff {
 }
 
 const HEIGHT: u32 = 1000;
+/// Width of the line through Pareto-efficient points, which lies below all others.
+const FRONTIER_WIDTH: u32 = 14;
 const LABEL_SIZE: u32 = 23;
 /// Room of a marker with its ring, or of an interval's end, to each side.
 const MARKER_ROOM: i32 = 20;
@@ -81,6 +86,18 @@ const HIGHEST_SHARE: f64 = 101.0;
 /// # Errors
 /// No panels, no lines, a line without points, or a value out of its quantity's range.
 pub fn pareto(figure: &Figure, panels: &[TradeOff]) -> Result<(), Error> {
+    draw(figure, panels, false)
+}
+
+/// Draws panels as [`pareto`] does, with a line through the Pareto-efficient points: the frontier.
+///
+/// # Errors
+/// As [`pareto`].
+pub fn frontier(figure: &Figure, panels: &[TradeOff]) -> Result<(), Error> {
+    draw(figure, panels, true)
+}
+
+fn draw(figure: &Figure, panels: &[TradeOff], joined: bool) -> Result<(), Error> {
     figure.require("panels", panels)?;
     for TradeOff { x, y, lines } in panels {
         figure.require("policies", lines)?;
@@ -92,10 +109,13 @@ pub fn pareto(figure: &Figure, panels: &[TradeOff]) -> Result<(), Error> {
     let mut legend = policy_legend(panels[0].lines.iter().map(|line| &line.policy), Sample::MarkedLine);
     if panels.iter().any(|panel| panel.efficient().next().is_some()) {
         legend.push(Entry::new("Pareto-efficient", Sample::Ring));
+        if joined {
+            legend.push(Entry::new("frontier", Sample::Fill(BAND, Fill::Solid)));
+        }
     }
     canvas::draw(figure, (WIDTH, HEIGHT), &legend, |area| {
         let parts = area.split_evenly((1, panels.len()));
-        panels.iter().zip(&parts).try_for_each(|(panel, part)| panel.draw(part))
+        panels.iter().zip(&parts).try_for_each(|(panel, part)| panel.draw(part, joined))
     })
 }
 
@@ -105,6 +125,7 @@ impl Quantity {
             Self::Rate => "request rate (requests/s)".to_owned(),
             Self::Throughput => "throughput (tokens/s)".to_owned(),
             Self::Agreement => "token agreement (%)".to_owned(),
+            Self::Accuracy => "exact-match accuracy (%)".to_owned(),
             Self::Latency(name) => format!("{name} (ms)"),
         }
     }
@@ -112,7 +133,7 @@ impl Quantity {
     /// Shares are drawn in percent.
     fn scale(self) -> f64 {
         match self {
-            Self::Agreement => 100.0,
+            Self::Agreement | Self::Accuracy => 100.0,
             Self::Rate | Self::Throughput | Self::Latency(_) => 1.0,
         }
     }
@@ -120,7 +141,7 @@ impl Quantity {
     fn is_better(self, value: f64, other: f64) -> bool {
         match self {
             Self::Rate => false,
-            Self::Throughput | Self::Agreement => value > other,
+            Self::Throughput | Self::Agreement | Self::Accuracy => value > other,
             Self::Latency(_) => value < other,
         }
     }
@@ -133,7 +154,7 @@ impl Quantity {
     ) -> Result<(), Error> {
         let kind = match self {
             Self::Rate | Self::Throughput => Kind::NonNegative,
-            Self::Agreement => Kind::Share,
+            Self::Agreement | Self::Accuracy => Kind::Share,
             Self::Latency(_) => Kind::Positive,
         };
         let what = format!("{} of `{}`", self.label(), policy.label());
@@ -149,7 +170,7 @@ impl Quantity {
         let ends = ends.map(|end| end * self.scale());
         match self {
             Self::Rate | Self::Throughput => Axis::linear(&self.label(), ends),
-            Self::Agreement => Axis::linear(&self.label(), ends).at_most(HIGHEST_SHARE),
+            Self::Agreement | Self::Accuracy => Axis::linear(&self.label(), ends).at_most(HIGHEST_SHARE),
             Self::Latency(_) => {
                 let low = estimates.map(|estimate| estimate.value).fold(f64::INFINITY, f64::min);
                 Axis::auto(&self.label(), ends.map(|end| end.max(0.5 * low)).collect::<Vec<_>>())
@@ -163,12 +184,16 @@ impl TradeOff {
         self.lines.iter().flat_map(|line| &line.points)
     }
 
-    fn draw(&self, area: &Canvas) -> DrawResult {
+    fn draw(&self, area: &Canvas, joined: bool) -> DrawResult {
         let x = self.x.axis(self.points().map(|point| point.x));
         let y = self.y.axis(self.points().map(|point| point.y));
         let panel = Panel::new(area, &x, &y)?;
         let at = |line: &TradeLine| line.points.iter().map(|point| self.at(point)).collect::<Vec<_>>();
         let looks = Look::policies(self.lines.iter().map(|line| &line.policy));
+        if joined {
+            let frontier = panel.place(&self.frontier());
+            style::stroke(&panel.canvas, &frontier, BAND.stroke_width(FRONTIER_WIDTH), Dash::Solid)?;
+        }
         for (line, &look) in self.lines.iter().zip(&looks) {
             panel.line(&at(line), look)?;
             for point in &line.points {
@@ -239,6 +264,13 @@ impl TradeOff {
         [(x, y - half), (x, y + half)]
     }
 
+    /// Places of the Pareto-efficient points, along x.
+    fn frontier(&self) -> Vec<(f64, f64)> {
+        let mut places: Vec<(f64, f64)> = self.efficient().map(|point| self.at(point)).collect();
+        places.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+        places
+    }
+
     /// Realisable points that are Pareto-efficient: no other point is at least as good in both quantities and better in
     /// one.
     fn efficient(&self) -> impl Iterator<Item = &TradePoint> {
@@ -302,6 +334,16 @@ mod tests {
         let lines = || vec![line(true, &POINTS[..3]), line(true, &POINTS[3..])];
         assert_eq!(efficient(Quantity::Agreement, lines()), [(2.0, 9.0), (4.0, 5.0), (5.0, 1.0), (2.0, 9.0)]);
         assert_eq!(efficient(Quantity::Latency("TTFT"), lines()), [(5.0, 1.0)]);
+    }
+
+    #[test]
+    fn the_frontier_goes_along_x() {
+        let panel = TradeOff {
+            x: Quantity::Agreement,
+            y: Quantity::Throughput,
+            lines: vec![line(true, &[(0.9, 5.0), (0.5, 9.0), (0.4, 8.0), (1.0, 1.0)])],
+        };
+        assert_eq!(panel.frontier(), [(50.0, 9.0), (90.0, 5.0), (100.0, 1.0)]);
     }
 
     #[test]

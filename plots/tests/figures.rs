@@ -38,6 +38,20 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         let latency = TradeOff { x: Quantity::Throughput, y: Quantity::Latency("latency"), lines: lines.clone() };
         pareto(figure, &[TradeOff { x: Quantity::Throughput, y: Quantity::Agreement, lines }, latency])
     };
+    let draw_frontier = |figure: &Figure, v: &[f64]| {
+        let estimate = |value| Estimate { value, half_width: 0.0 };
+        let point = |(x, y): (f64, f64)| TradePoint { x: estimate(y), y: estimate(x), label: "0.5".into() };
+        let points = indexed(v).into_iter().map(point).collect();
+        let lines = vec![TradeLine { policy: policy(), attainable: true, points }];
+        frontier(
+            figure,
+            &[Quantity::Agreement, Quantity::Accuracy].map(|x| TradeOff {
+                x,
+                y: Quantity::Throughput,
+                lines: lines.clone(),
+            }),
+        )
+    };
     let draw_capacities = |figure: &Figure, v: &[f64]| {
         let rates = |v: &f64| vec![Some(Estimate { value: *v, half_width: 0.1 }), None];
         let policies = v.iter().map(|v| PolicyCapacity { policy: policy(), rates: rates(v) });
@@ -94,6 +108,7 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
     vec![
         ("throughput_by_batch", Box::new(draw_lines)),
         ("pareto", Box::new(draw_pareto)),
+        ("frontier", Box::new(draw_frontier)),
         ("capacities", Box::new(draw_capacities)),
         ("thresholds", Box::new(draw_thresholds)),
         ("speedup", Box::new(draw_speedup)),
