@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow, ensure};
 use engine::{DeviceName, Sampling, WeightType};
 use latency::LatencyModel;
-use scheduler::{Batching, ExitPolicy, KvFill, Settings};
+use scheduler::{Batching, KvFill, Settings};
 use simulator::{ExitModel, Objectives, Routing, Simulation};
 use traces::{RequestFormat, RequestSpec, RequestTrace, TimeUnit, TraceError, ZeroTokens};
 
 use crate::progress::Terminal;
+use experiments::ExitChoice;
 use experiments::experiment::{SCHEMA_VERSION, read_yaml};
 use experiments::measure::NamedEngine;
 use experiments::runs::{Machines, load_models};
@@ -149,7 +150,8 @@ pub struct ModelArgs {
 pub struct EngineArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Text file that prompts are cut from
+    /// Text file that prompts are cut from, or prompts in JSON lines (.jsonl) with `prompt` and, if they are graded,
+    /// `answer` and `class`. Request I has line I modulo the number of lines, and the line's length
     #[arg(long, value_name = "FILE")]
     pub prompts: PathBuf,
     /// Softmax temperature of sampling; 0 takes the most likely token
@@ -180,12 +182,13 @@ pub struct ServingArgs {
     /// Batching policies, separated by commas: vanilla, sequence, depth
     #[arg(long, value_delimiter = ',', default_value = "vanilla,sequence,depth", value_name = "POLICIES")]
     pub batching: Vec<Batching>,
-    /// Exit policies, separated by commas: none, static:DEPTH, oracle, oracle:charged, confidence:THRESHOLD,
-    /// MEASURE:THRESHOLD (top1, margin, entropy, similarity, gate), delayed:MEASURE:THRESHOLD,
-    /// cumulative:gate:SHARE[:LOOPS], load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH[:BAND] (a threshold that follows the number of
-    /// requests)
-    #[arg(long, value_delimiter = ',', default_value = "none,oracle,confidence:0.9", value_name = "POLICIES")]
-    pub exit: Vec<ExitPolicy>,
+    /// Exit policies, separated by commas: none, static:DEPTH, mix:DEPTH:DEPTH:SHARE (a share of the requests at one
+    /// depth, the others at another), baselines (none, every static depth, and even mixes of neighbours), oracle,
+    /// oracle:charged, confidence:THRESHOLD, MEASURE:THRESHOLD (top1, margin, entropy, similarity, gate),
+    /// delayed:MEASURE:THRESHOLD, cumulative:gate:SHARE[:LOOPS], load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH[:BAND] (a
+    /// threshold that follows the number of requests)
+    #[arg(long, value_delimiter = ',', default_value = "baselines,oracle,confidence:0.9", value_name = "POLICIES")]
+    pub exit: Vec<ExitChoice>,
     /// What later tokens find at the depths that an exited token did not run: reuse (copies of the keys and values of
     /// its exit depth), first (those of depth 0), skip (nothing), backfill (its own, run later). Separated by commas: adaptive exits run
     /// under each
@@ -217,7 +220,7 @@ pub struct ServingArgs {
     /// Keep the contents of freed KV blocks for prompts with the same prefix (simulations only)
     #[arg(long)]
     pub prefix_caching: bool,
-    /// Compose the next pass when this one starts (exit policies none, static and delayed only)
+    /// Compose the next pass when this one starts (exit policies none, static, mix and delayed only)
     #[arg(long)]
     pub async_scheduling: bool,
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use bytesize::ByteSize;
 use comfy_table::{CellAlignment, Table, presets};
+use experiments::frontier::{Headline, QualityMeasure, combination, headline};
 use experiments::run::Errors;
 use experiments::speedup::{Ratio, Speedup, speedups};
 use experiments::systems::OfSystem;
@@ -36,10 +37,28 @@ pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
     if summaries.iter().any(|summary| summary.goodput_req_s.is_some()) {
         header.push("goodput req/s");
     }
-    print_table(&header, summaries.iter().copied().map(cells).collect());
+    let of_text =
+        QUALITIES.into_iter().filter(|(_, of)| summaries.iter().copied().any(|summary| of(summary).is_some()));
+    let of_text: Vec<Column> = of_text.collect();
+    header.extend(of_text.iter().map(|(name, _)| *name));
+    let line = |summary: &&Summary| {
+        let number = |(_, of): &Column| of(summary).map_or("-".to_owned(), |value| format!("{value:.3}"));
+        [cells(summary), of_text.iter().map(number).collect()].concat()
+    };
+    print_table(&header, summaries.iter().map(line).collect());
     print_memory(summaries.iter().copied());
     print_computed(&summaries);
 }
+
+type Column = (&'static str, fn(&Summary) -> Option<f64>);
+
+/// What a run says of the quality of its text, beside the agreement.
+const QUALITIES: [Column; 4] = [
+    ("equal share", |summary| summary.equal_share),
+    ("nats/token", |summary| summary.nats_per_token),
+    ("full depth's", |summary| summary.nats_per_token_full_depth),
+    ("exact match", |summary| summary.exact_match),
+];
 
 /// Prints which times of the latency profiles were computed, not measured, if some were.
 fn print_computed(summaries: &[&Summary]) {
@@ -183,6 +202,27 @@ pub fn print_speedup(repeats: &[Vec<Summary>]) {
     }
 }
 
+/// Prints which policy is the fastest at the quality of full depth less a point, beside the best baseline of that quality.
+pub fn print_headline(repeats: &[Vec<Summary>]) {
+    for Headline { measure, least, baseline, adaptive } in
+        QualityMeasure::ALL.into_iter().filter_map(|measure| headline(repeats, measure))
+    {
+        let name = |place: usize| {
+            let summary = &repeats[0][place];
+            format!("{} ({:.3})", combination(summary), measure.of(summary).unwrap_or(f64::NAN))
+        };
+        let quality = format!("at the quality of full depth less 1 point ({} of at least {least:.3})", measure.name());
+        match adaptive {
+            Some((place, Ratio { median, least, most, .. })) => say!(
+                "\n{quality}, {} is {median:.2} times the best baseline, which is {} ({least:.2} to {most:.2} by repeat)",
+                name(place),
+                name(baseline)
+            ),
+            None => say!("\n{quality}, the best baseline is {}; no adaptive exit policy is as good", name(baseline)),
+        }
+    }
+}
+
 /// The metrics that the simulator is judged by, and what to call them.
 const JUDGED: [(&str, &str); 4] =
     [(THROUGHPUT, "throughput"), (TTFT, "mean TTFT"), (TPOT, "mean TPOT"), (E2E_P99, "p99 e2e latency")];
@@ -193,16 +233,25 @@ pub fn print_errors(Errors { comparisons, means }: &Errors) {
         (Some(low), Some(high)) => format!(" [{low:.1}, {high:.1}]"),
         _ => String::new(),
     };
+    let several = comparisons.iter().any(|line| line.kv_fill != comparisons[0].kv_fill);
     let mut rows: Vec<Vec<String>> = Vec::new();
     for line in comparisons.iter().filter(|line| line.metric == THROUGHPUT) {
         let of = |(metric, _): (&str, &str)| {
-            let same = |other: &&Comparison| (other.batching, &other.exit) == (line.batching, &line.exit);
+            let same = |other: &&Comparison| {
+                (other.batching, &other.exit_policy, other.kv_fill) == (line.batching, &line.exit_policy, line.kv_fill)
+            };
             let found = comparisons.iter().filter(same).find(|other| other.metric == metric);
             found.map_or("-".into(), |other| {
                 format!("{:+.1}{}", other.error_pct, interval(other.error_low_pct, other.error_high_pct))
             })
         };
-        rows.push([line.batching.to_string(), line.exit.clone()].into_iter().chain(JUDGED.map(of)).collect());
+        let fill = if several { format!(", {}", line.kv_fill) } else { String::new() };
+        rows.push(
+            [line.batching.to_string(), format!("{}{fill}", line.exit_policy)]
+                .into_iter()
+                .chain(JUDGED.map(of))
+                .collect(),
+        );
     }
     let mean = |(metric, _): (&str, &str)| {
         let found = means.iter().find(|error| error.metric == metric);

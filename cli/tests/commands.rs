@@ -171,7 +171,7 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
         assert!(*exit != "none" || (number(agreement), number(depth)) == (1.0, 3.0), "no exit is full depth");
     }
     let validation = lines(&results.join("validation.csv"));
-    let of_case = ["batching", "exit", "metric"];
+    let of_case = ["batching", "exit", "exit_policy", "kv_fill", "metric"];
     let columns = ["measured", "simulated", "error_pct", "error_low_pct", "error_high_pct"];
     assert_eq!(validation[0], [&of_case[..], &columns].concat());
     let repeats = lines(&results.join("repeats.csv"));
@@ -184,12 +184,20 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
         column(&errors, "mean_abs_error_low_pct").into_iter().zip(column(&errors, "mean_abs_error_high_pct"));
     assert!(intervals.into_iter().all(|(low, high)| number(low) <= number(high)));
     let taken = lines(&results.join("validation_of_exits_taken.csv"));
-    let depths = taken[1..].iter().filter(|line| line[2] == "mean_depth");
-    let depths: Vec<_> = depths.map(|line| (number(&line[3]), number(&line[4]))).collect();
+    let depths = taken[1..].iter().filter(|line| line[4] == "mean_depth");
+    let depths: Vec<_> = depths.map(|line| (number(&line[5]), number(&line[6]))).collect();
     assert!(depths.len() == 9 && depths.iter().all(|(measured, simulated)| measured == simulated), "{depths:?}");
     assert_eq!(column(&lines(&results.join("errors_of_exits_taken.csv")), "combinations"), ["9"; 8]);
     let figures = fs::read_dir(results.join("figures")).unwrap().count();
-    assert!(figures >= 2 * 8, "{figures} figures");
+    assert!(figures >= 2 * 9, "{figures} figures");
+    assert!(results.join("figures/frontier.png").exists());
+    let quality = lines(&results.join("quality.csv"));
+    assert_eq!(column(&quality, "metric").iter().filter(|&&metric| metric == "equal_share").count(), 9);
+    for ((value, low), high) in
+        column(&quality, "value").iter().zip(column(&quality, "low")).zip(column(&quality, "high"))
+    {
+        assert!(number(low) <= number(value) && number(value) <= number(high), "{low} <= {value} <= {high}");
+    }
 
     let earlier = fs::read(results.join("figures/throughput.svg")).unwrap();
     fs::remove_dir_all(results.join("figures")).unwrap();
@@ -470,6 +478,65 @@ fn an_evaluation_leaves_figures_of_text_signals_and_questions_by_loop() {
     scene.measured();
     let of_trace = scene.succeed(&["evaluate", "--exits", "exits"]);
     assert!(of_window(&of_trace).is_some() && of_window(&of_trace) != of_window(&printed), "{of_trace}");
+}
+
+#[test]
+fn prompts_with_answers_are_graded_by_depth_and_as_they_are_served() {
+    let scene = Scene::new();
+    // All tokens are equally likely, so the first of the vocabulary, `!`, is generated at every depth.
+    let weights = Weights::load(&scene.path("model")).unwrap();
+    let zeros = weights.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.zeros_like().unwrap())).collect();
+    let folder = scene.path("constant");
+    Weights::from_tensors(weights.config().clone(), zeros, "test").unwrap().save(&folder, Stored::F32).unwrap();
+    fs::copy(scene.path("model/tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+    let prompts = [
+        r#"{"prompt": "1+1", "answer": "!!", "class": "2"}"#,
+        r#"{"prompt": "22+22", "answer": "x", "class": "10"}"#,
+        r#"{"prompt": "333"}"#,
+    ];
+    scene.write("prompts.jsonl", &prompts.join("\n"));
+
+    let printed = scene.succeed(&["evaluate", "constant", "--prompts", "prompts.jsonl", "--out", "evaluated"]);
+    assert!(printed.contains("exact-match accuracy") && printed.contains("3 passes"), "{printed}");
+    let exact = lines(&scene.path("evaluated/exact_match.csv"));
+    assert_eq!(column(&exact, "class"), [["all"; 3], ["2"; 3], ["10"; 3]].concat());
+    assert_eq!(column(&exact, "passes"), ["1", "2", "3"].repeat(3));
+    assert_eq!(column(&exact, "exact_match"), [["0.5"; 3], ["1.0"; 3], ["0.0"; 3]].concat());
+    assert!(scene.path("evaluated/figures/exact-match.png").exists());
+
+    let replay = ["replay", "--model", "constant", "--prompts", "prompts.jsonl", "--requests", "requests.csv"];
+    let policies = ["--batching", "depth", "--exit", "baselines", "--max-batch", "4", "--token-budget", "16"];
+    let printed = scene.succeed(&[&replay[..], &policies, &["--out", "served"]].concat());
+    let summary = lines(&scene.path("served/summary.csv"));
+    let policies = ["none", "static:0", "static:1", "mix:0:1:0.5", "mix:1:2:0.5"];
+    assert_eq!(column(&summary, "exit_policy"), policies);
+    assert_eq!(
+        (column(&summary, "token_agreement"), column(&summary, "equal_share")),
+        (vec!["1.0"; 5], vec!["1.0"; 5])
+    );
+    for name in ["nats_per_token", "nats_per_token_full_depth"] {
+        let nats = column(&summary, name).into_iter().map(|nats| nats.parse::<f64>().unwrap());
+        assert!(nats.into_iter().all(|nats| (nats - 272_f64.ln()).abs() < 1e-6), "{name}");
+    }
+    // Of 40 requests, 14 have the first prompt, 13 the second and 13 the third.
+    let accuracy = column(&summary, "exact_match").into_iter().map(|share| share.parse::<f64>().unwrap());
+    assert!(accuracy.into_iter().all(|share| (share - 14.0 / 27.0).abs() < 1e-12));
+    let quality = lines(&scene.path("served/quality.csv"));
+    let graded = quality[1..].iter().filter(|line| line[3] == "exact_match" && line[1] == "static:1");
+    let graded: Vec<_> = graded.map(|line| (line[4].as_str(), line[5].as_str())).collect();
+    assert_eq!(graded, [("all", "27"), ("2", "14"), ("10", "13")]);
+    let requests = lines(&scene.path("served/requests.csv"));
+    assert_eq!(column(&requests, "prompt_tokens")[..4], ["3", "5", "3", "3"], "lengths are those of the prompts");
+    let headline =
+        "at the quality of full depth less 1 point (exact-match accuracy of at least 0.509), the best baseline is";
+    assert!(printed.contains(headline), "{printed}");
+
+    assert!(scene.fail(&["evaluate", "constant", "--prompts", "prompts.txt"]).contains("expected JSON lines"));
+    scene.write("none.jsonl", prompts[2]);
+    assert!(scene.fail(&["evaluate", "constant", "--prompts", "none.jsonl"]).contains("no prompt has an `answer`"));
+    scene.write("odd.jsonl", r#"{"prompt": "a", "target": "b"}"#);
+    let error = scene.fail(&[&replay[..3], &["--prompts", "odd.jsonl", "--requests", "requests.csv"]].concat());
+    assert!(error.contains("odd.jsonl:1: the object: unknown field `target`"), "{error}");
 }
 
 #[test]

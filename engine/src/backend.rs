@@ -15,7 +15,7 @@ use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, fill_deeper};
 use crate::kernels::rows::{Source, cosines, gather, scatter};
-use crate::kernels::signals::Verdict;
+use crate::kernels::signals::{Verdict, log_probability};
 use crate::model::{Model, Rows};
 use crate::profile;
 
@@ -99,6 +99,13 @@ pub trait Backend: Debug + Send {
     /// # Errors
     /// As [`run`](Self::run).
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>>;
+
+    /// Natural logarithms of the probabilities that the head gives to tokens at temperature 1, for rows of the last pass.
+    /// Entry `i` of `picks` (as [`Heads::rows`]) and of `tokens` belongs to row `i` of `rows`. NaN if a logit is not finite.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>>;
 
     /// Copies keys and values to the depths below those at which they were written, for KV fill by reuse. The copy may
     /// run until the end of the next pass, or until something else waits for the device.
@@ -287,6 +294,12 @@ impl Backend for Cpu {
         let verdicts = self.model.verdicts(&exits, rows, &self.cache, heads.temperature, &heads.keys)?;
         self.head_time += start.elapsed();
         Ok(verdicts)
+    }
+
+    fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {
+        let of_exits: Vec<usize> = picks.iter().map(|&row| row - self.first_exit).collect();
+        let logits = self.model.logits(&picked(&self.exits, &of_exits)?, rows, &self.cache)?.to_vec2::<f32>()?;
+        Ok(logits.iter().zip(tokens).map(|(logits, &token)| log_probability(logits, token as usize)).collect())
     }
 
     fn fill_deeper(&mut self, fills: &[Fill]) -> Result<()> {

@@ -27,7 +27,8 @@
 //! | generate token by token | [`Engine::generate`] |
 //! | serve a request trace at its arrival times, and measure it | [`Engine::replay`] |
 //! | record exit signals and predictions of every depth | [`Engine::record`] |
-//! | compare served tokens with those of full depth | [`Engine::agreement`] |
+//! | compare served tokens with those of full depth | [`Engine::full_depth`], [`Engine::agreement`] |
+//! | read prompts with answers, and grade texts | [`PromptLine`] |
 //! | time the parts of a pass | [`Profiler`] |
 //! | run passes under a [`scheduler::Server`] of your own | [`Engine::executor`] |
 //!
@@ -56,6 +57,7 @@ pub mod kernels;
 pub mod model;
 mod parameters;
 mod profile;
+mod prompt_lines;
 mod prompts;
 mod record;
 pub mod reference;
@@ -75,7 +77,8 @@ pub use generate::{CompletedToken, Generated};
 pub use kernels::linear::WeightType;
 pub use model::Model;
 pub use profile::{Grid, Limits, Measured, Probe, ProbedClock, Profiler, device_name};
+pub use prompt_lines::{Answer, PromptLine};
 pub use prompts::{PromptError, Prompts};
-pub use replay::{Engine, ReplayError, oracle_depths};
+pub use replay::{Engine, FullDepth, ReplayError, oracle_depths};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError};
 pub use weights::{Weights, WeightsError};

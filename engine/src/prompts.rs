@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use traces::Request;
 
 use crate::kernels::signals::mix;
+use crate::prompt_lines::PromptLine;
 
 /// Source of prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +21,8 @@ pub enum Prompts {
     },
     /// Token ids by request.
     Given(HashMap<u32, Vec<u32>>),
+    /// At least one prompt; the request with id `i` has prompt `i` modulo their number.
+    Lines(Vec<PromptLine>),
 }
 
 /// A prompt that is not available.
@@ -48,25 +51,44 @@ pub enum PromptError {
 }
 
 impl Prompts {
+    /// The line of a request, if prompts are lines of a file.
+    pub fn line(&self, request: u32) -> Option<&PromptLine> {
+        match self {
+            Self::Lines(lines) => lines.get(request as usize % lines.len().max(1)),
+            Self::Text(_) | Self::TextAfter { .. } | Self::Given(_) => None,
+        }
+    }
+
+    /// Gives requests the lengths of their prompts, where each prompt has a length of its own.
+    pub fn set_lengths(&self, requests: &mut [Request]) {
+        for request in requests {
+            if let Some(line) = self.line(request.id) {
+                request.prompt_tokens = line.tokens.len() as u32;
+            }
+        }
+    }
+
     /// The prompt of a request, with its length.
     ///
     /// # Errors
     /// If the text is too short, or no such prompt was given.
     pub fn get(&self, request: &Request) -> Result<Vec<u32>, PromptError> {
         let &Request { id, prompt_tokens, .. } = request;
+        let given = |prompt: Option<&Vec<u32>>| match prompt {
+            Some(prompt) if prompt.len() == prompt_tokens as usize => Ok(prompt.clone()),
+            other => {
+                let found = other.map_or(0, Vec::len);
+                Err(PromptError::NotGiven { request: id, asked: prompt_tokens, found })
+            }
+        };
         match self {
             Self::Text(text) => slice(text, request, prompt_tokens as usize).map(<[u32]>::to_vec),
             Self::TextAfter { begin, text } => {
                 let begin = &begin[..begin.len().min(prompt_tokens as usize)];
                 Ok([begin, slice(text, request, prompt_tokens as usize - begin.len())?].concat())
             }
-            Self::Given(prompts) => match prompts.get(&id) {
-                Some(prompt) if prompt.len() == prompt_tokens as usize => Ok(prompt.clone()),
-                other => {
-                    let found = other.map_or(0, Vec::len);
-                    Err(PromptError::NotGiven { request: id, asked: prompt_tokens, found })
-                }
-            },
+            Self::Given(prompts) => given(prompts.get(&id)),
+            Self::Lines(_) => given(self.line(id).map(|line| &line.tokens)),
         }
     }
 }
@@ -108,6 +130,20 @@ mod tests {
         assert_eq!((prompt.len(), &prompt[..2]), (42, &[500, 501][..]));
         assert_eq!(prompt[2..], Prompts::Text((0..100).collect()).get(&request(3, 40)).unwrap());
         assert_eq!(prompts.get(&request(3, 1)).unwrap(), [500]);
+    }
+
+    #[test]
+    fn requests_take_the_lines_of_a_file_in_turn_with_their_lengths() {
+        let line = |tokens: &[u32]| PromptLine { tokens: tokens.to_vec(), ..PromptLine::default() };
+        let prompts = Prompts::Lines(vec![line(&[1, 2, 3]), line(&[4])]);
+        let mut requests = [request(2, 40), request(3, 40)];
+        prompts.set_lengths(&mut requests);
+        assert_eq!(requests.map(|request| prompts.get(&request).unwrap()), [vec![1, 2, 3], vec![4]]);
+        let message = prompts.get(&request(3, 40)).unwrap_err().to_string();
+        assert!(message.contains("request 3 asks for a prompt of 40 tokens, 1 were given"), "{message}");
+        let mut unchanged = [request(2, 40)];
+        Prompts::Text(vec![0]).set_lengths(&mut unchanged);
+        assert_eq!(unchanged, [request(2, 40)]);
     }
 
     #[test]

@@ -65,6 +65,22 @@ impl From<candle_core::Error> for ReplayError {
     }
 }
 
+/// What full depth makes of a served text, after the same prefix at each token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FullDepth {
+    /// For each generated token, the token of full depth, with the same random numbers.
+    pub tokens: Vec<u32>,
+    /// For each generated token, the natural logarithm of its probability at full depth and temperature 1.
+    pub log_likelihoods: Vec<f64>,
+}
+
+impl FullDepth {
+    /// Negative log-likelihood of the text in nats.
+    pub fn nats(&self) -> f64 {
+        -self.log_likelihoods.iter().sum::<f64>()
+    }
+}
+
 /// A model with everything that it needs to serve requests.
 #[derive(Clone, Debug)]
 pub struct Engine {
@@ -178,15 +194,15 @@ impl Engine {
         Ok(())
     }
 
-    /// For each generated token, the token of full depth after the same prefix, with the same random numbers.
+    /// Runs prompt and generated tokens at full depth, in one pass over the text (teacher forcing).
     ///
     /// # Errors
-    /// If the engine fails.
-    pub fn full_depth_tokens(&self, request: u32, generation: &Generation) -> Result<Vec<u32>, ReplayError> {
+    /// If the engine fails, or the model's logits are not finite.
+    pub fn full_depth(&self, request: u32, generation: &Generation) -> Result<FullDepth, ReplayError> {
         in_pool(|| self.teacher_forced(request, generation))
     }
 
-    fn teacher_forced(&self, request: u32, generation: &Generation) -> Result<Vec<u32>, ReplayError> {
+    fn teacher_forced(&self, request: u32, generation: &Generation) -> Result<FullDepth, ReplayError> {
         let inputs: Vec<u32> = generation.prompt.iter().chain(&generation.tokens).copied().collect();
         let inputs = &inputs[..inputs.len().saturating_sub(1)];
         let num_blocks = inputs.len().div_ceil(TILE) as u32;
@@ -194,7 +210,7 @@ impl Engine {
         backend.reserve(UNTIMED_ROWS)?;
         let blocks: Vec<BlockId> = (0..num_blocks).collect();
         let last_depth = self.model.config().num_loops - 1;
-        let mut tokens = Vec::with_capacity(generation.tokens.len());
+        let mut found = FullDepth::default();
         for (index, chunk) in inputs.chunks(UNTIMED_ROWS).enumerate() {
             let start = index * UNTIMED_ROWS;
             for depth in 0..=last_depth {
@@ -204,6 +220,8 @@ impl Engine {
                 let last = depth == last_depth;
                 let yielding = (generation.prompt.len() - 1).max(start)..start + chunk.len();
                 let token = |position| position + 1 - generation.prompt.len();
+                let picks: Vec<usize> = yielding.clone().map(|position| position - start).collect();
+                let heads = rows.pick(picks.iter().copied());
                 let answers = backend.run(&Work {
                     rows,
                     sources: match depth {
@@ -214,18 +232,28 @@ impl Engine {
                     places: places.map(Some).collect(),
                     heads: match last {
                         true => Heads {
-                            rows: yielding.clone().map(|position| position - start).collect(),
-                            keys: yielding.map(|position| self.sampling.key(request, token(position))).collect(),
+                            rows: picks.clone(),
+                            keys: yielding
+                                .clone()
+                                .map(|position| self.sampling.key(request, token(position)))
+                                .collect(),
                             temperature: self.sampling.temperature,
                         },
                         false => Heads::default(),
                     },
                     ..Work::default()
                 })?;
-                tokens.extend(answers.verdicts.iter().map(|verdict| verdict.token));
+                if last && !picks.is_empty() {
+                    let served = &generation.tokens[token(yielding.start)..token(yielding.end)];
+                    found.tokens.extend(answers.verdicts.iter().map(|verdict| verdict.token));
+                    found.log_likelihoods.extend(backend.log_likelihoods(&heads, &picks, served)?);
+                }
             }
         }
-        Ok(tokens)
+        match found.log_likelihoods.iter().position(|nats| !nats.is_finite()) {
+            None => Ok(found),
+            Some(token) => Err(EngineError::NotFinite { request, token, depth: last_depth as u8 }.into()),
+        }
     }
 
     /// Token agreement: the share of generated tokens, 0 to 1, that equal those of full depth after the same prefix.
@@ -235,7 +263,7 @@ impl Engine {
     pub fn agreement(&self, generations: &HashMap<u32, Generation>) -> Result<f64, ReplayError> {
         let (mut agreeing, mut total) = (0_usize, 0_usize);
         for (&request, generation) in generations {
-            let expected = self.full_depth_tokens(request, generation)?;
+            let expected = self.full_depth(request, generation)?.tokens;
             agreeing += generation.tokens.iter().zip(&expected).filter(|(found, expected)| found == expected).count();
             total += generation.tokens.len();
         }

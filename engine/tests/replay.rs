@@ -5,8 +5,13 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
 use common::{grouped, weights, with_everything};
-use engine::{Engine, Idle, Model, ModelConfig, Prompts, Sampling, WeightType, oracle_depths};
+use engine::kernels::signals::log_probability;
+use engine::reference::Reference;
+use engine::{
+    Engine, FullDepth, Generation, Idle, Model, ModelConfig, Prompts, Sampling, WeightType, Weights, oracle_depths,
+};
 use scheduler::{Batching, ExitPolicy, Settings};
 use traces::{Nanos, Request};
 
@@ -99,6 +104,58 @@ fn the_oracle_exits_at_the_recorded_depths() {
     }
     let message = engine.replay(settings(oracle), &requests(), None, Idle::Skip, &mut ()).unwrap_err().to_string();
     assert!(message.contains("no exit depth for token 0"), "{message}");
+}
+
+#[test]
+fn a_served_text_has_the_likelihood_that_the_reference_model_gives_it() {
+    for config in [grouped(), with_everything()] {
+        let (engine, reference) = (engine(&config, 0.7), Reference::new(&weights(&config, 5)).unwrap());
+        let early = engine.replay(settings(ExitPolicy::Static(0)), &requests(), None, Idle::Skip, &mut ()).unwrap();
+        for (request, generation) in &early {
+            let text = [&generation.prompt[..], &generation.tokens].concat();
+            let inputs = Tensor::new(&text[..text.len() - 1], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+            let logits = reference.forward(&inputs).unwrap().pop().unwrap();
+            let logits = logits.to_vec2::<f32>().unwrap();
+            let of_tokens = logits[generation.prompt.len() - 1..].iter().zip(&generation.tokens);
+            let expected: Vec<f64> =
+                of_tokens.map(|(logits, &token)| log_probability(logits, token as usize)).collect();
+            let found = engine.full_depth(*request, generation).unwrap().log_likelihoods;
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(&expected) {
+                assert!((found - expected).abs() < 1e-3, "request {request}: {found}, expected {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_model_that_knows_nothing_gives_every_token_the_same_likelihood() {
+    let config = grouped();
+    let zeros = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.zeros_like().unwrap());
+    let tensors = weights(&config, 5).tensors().iter().map(zeros).collect();
+    let weights = Weights::from_tensors(config.clone(), tensors, "test").unwrap();
+    let model = Arc::new(Model::load(&weights, WeightType::F32).unwrap());
+    let engine = Engine { model, ..engine(&config, 0.0) };
+    // The first token of the vocabulary is the most likely of equals.
+    let served = Generation { prompt: vec![3; 50], tokens: vec![0, 7, 0], ..Generation::default() };
+    let FullDepth { tokens, log_likelihoods } = engine.full_depth(0, &served).unwrap();
+    assert_eq!(tokens, [0, 0, 0]);
+    let expected = -(config.vocab_size as f64).ln();
+    assert!(log_likelihoods.iter().all(|nats| (nats - expected).abs() < 1e-6), "{log_likelihoods:?}");
+}
+
+#[test]
+fn a_mix_serves_each_request_as_its_static_depth_does() {
+    let engine = engine(&grouped(), 1.0);
+    let run = |exit| engine.replay(settings(exit), &requests(), None, Idle::Skip, &mut ()).unwrap();
+    let ExitPolicy::Mix(mix) = "mix:0:2:0.5".parse().unwrap() else { panic!("a mix") };
+    let (mixed, shallow, deep) = (run(ExitPolicy::Mix(mix)), run(ExitPolicy::Static(0)), run(ExitPolicy::Static(2)));
+    let drawn: Vec<u8> = requests().iter().map(|request| mix.depth(request.id)).collect();
+    assert!(drawn.contains(&0) && drawn.contains(&2), "{drawn:?}");
+    for (request, depth) in requests().iter().zip(drawn) {
+        let expected = if depth == 0 { &shallow } else { &deep };
+        assert_eq!(mixed[&request.id], expected[&request.id]);
+    }
 }
 
 #[test]

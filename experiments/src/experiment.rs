@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use engine::{DeviceName, WeightType};
-use scheduler::{Batching, ExitPolicy, KvFill};
+use scheduler::{Batching, KvFill};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use simulator::Objectives;
 use traces::{ExitSignal, RequestSpec};
 
+use crate::exit_choice::ExitChoice;
 use crate::serving::{MOST_REPEATS, Serving, check_at_most};
 
 /// The only `schema_version` this build reads.
@@ -60,7 +61,7 @@ pub struct EngineSpec {
     /// Where it runs: `cpu`, `cuda` or `cuda:N`.
     #[serde(default)]
     pub device: DeviceName,
-    /// Text that prompts are cut from.
+    /// Prompts in JSON lines, one for each request (`.jsonl`), or a text that prompts are cut from.
     pub prompts: PathBuf,
     /// Times every combination is replayed, in alternation; the median run is reported.
     pub repeats: u32,
@@ -94,7 +95,7 @@ pub struct System {
     pub batching: Option<Vec<Batching>>,
     /// Instead of `serving.exit`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exit: Option<Vec<ExitPolicy>>,
+    pub exit: Option<Vec<ExitChoice>>,
     /// Instead of `serving.kv_fill`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_fill: Option<KvFill>,

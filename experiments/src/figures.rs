@@ -10,10 +10,16 @@ use serde::de::DeserializeOwned;
 use simulator::{Source, Summary};
 use traces::ExitTrace;
 
+use crate::exact_match::ALL_CLASSES;
+use crate::frontier::QualityMeasure;
+use crate::quality::{EXACT_MATCH, QualityLine, TOKEN_AGREEMENT};
+use crate::speedup::{is_attainable, is_baseline};
 use crate::validation::{Comparison, THROUGHPUT};
 
 /// Summaries over batch limits.
 pub const SWEEP_MAX_BATCH: &str = "sweep_max_batch.csv";
+/// Name of the line of all baselines.
+const BASELINES: &str = "baselines";
 /// Summaries over thresholds.
 pub const SWEEP_THRESHOLD: &str = "sweep_threshold.csv";
 
@@ -57,6 +63,7 @@ struct DepthRowsLine {
 /// If a file does not read or a figure cannot be written.
 pub fn draw(results: &Path, to: &Path, caption: &Caption) -> Result<()> {
     let figures = Figures::new(results, to, caption)?;
+    figures.frontier()?;
     figures.runs()?;
     figures.rows_by_depth()?;
     figures.validation()?;
@@ -97,6 +104,19 @@ impl<'a> Figures<'a> {
             Source::Measured => Origin::Measured,
             Source::Simulated => Origin::Simulated,
         }
+    }
+
+    /// Throughput against the quality of what was served, where that was measured.
+    fn frontier(&self) -> Result<()> {
+        let path = self.results.join("quality.csv");
+        let qualities: Vec<QualityLine> = if path.exists() { read(&path)? } else { Vec::new() };
+        let panel = |measure| frontier_panel(measure, &self.summaries, &qualities);
+        let panels: Vec<TradeOff> = QualityMeasure::ALL.into_iter().filter_map(panel).collect();
+        if panels.is_empty() {
+            return Ok(());
+        }
+        let title = "Throughput against the quality of the served text: baselines and exit policies";
+        Ok(plots::frontier(&self.figure("frontier", title, Origin::Measured), &panels)?)
     }
 
     fn runs(&self) -> Result<()> {
@@ -272,9 +292,10 @@ fn prediction(line: Comparison) -> Option<Prediction> {
         "e2e_p99_ms" => "p99 end-to-end latency (ms)",
         _ => return None,
     };
+    let exit = if line.exit_policy.is_empty() { &line.exit } else { &line.exit_policy };
     Some(Prediction {
         metric: metric.to_owned(),
-        series: format!("{}, {}", batching_label(line.batching), exit_label(&line.exit)),
+        series: format!("{}, {}", batching_label(line.batching), exit_label(exit)),
         measured: line.measured,
         predicted: line.simulated,
     })
@@ -297,6 +318,65 @@ pub fn exit_name(exit_policy: &str, has_threshold: bool) -> &str {
     match exit_policy.rsplit_once(':') {
         Some((name, _)) if has_threshold => name,
         _ => exit_policy,
+    }
+}
+
+/// A panel of the frontier: a line of baselines and one for each exit signal, under each batching policy. `None` if the
+/// quality was not measured.
+fn frontier_panel(measure: QualityMeasure, summaries: &[Summary], qualities: &[QualityLine]) -> Option<TradeOff> {
+    let measured: Vec<Summary> = summaries
+        .iter()
+        .filter(|summary| summary.source == Source::Measured && measure.of(summary).is_some())
+        .cloned()
+        .collect();
+    let series = |summary: &Summary| match is_baseline(summary) {
+        true => BASELINES.to_owned(),
+        false => format!("{}{}", sweep_name(summary), fill_label(summary, &measured)),
+    };
+    let mut lines: Vec<TradeLine> = Vec::new();
+    for summary in &measured {
+        let policy = policy(summary.batching, &series(summary));
+        let place = lines.iter().position(|line| line.policy == policy).unwrap_or(lines.len());
+        if place == lines.len() {
+            lines.push(TradeLine { policy, attainable: is_attainable(summary), points: Vec::new() });
+        }
+        lines[place].points.push(frontier_point(measure, summary, qualities));
+    }
+    for line in &mut lines {
+        line.points.sort_by(|a, b| a.x.value.total_cmp(&b.x.value));
+    }
+    let x = match measure {
+        QualityMeasure::Agreement => Quantity::Agreement,
+        QualityMeasure::Accuracy => Quantity::Accuracy,
+    };
+    (!lines.is_empty()).then_some(TradeOff { x, y: Quantity::Throughput, lines })
+}
+
+/// The name of a KV fill where runs differ in it.
+fn fill_label(summary: &Summary, others: &[Summary]) -> String {
+    let differ = others.iter().any(|other| other.kv_fill != summary.kv_fill);
+    if differ { format!(" {}", summary.kv_fill) } else { String::new() }
+}
+
+fn frontier_point(measure: QualityMeasure, summary: &Summary, qualities: &[QualityLine]) -> TradePoint {
+    let metric = match measure {
+        QualityMeasure::Agreement => TOKEN_AGREEMENT,
+        QualityMeasure::Accuracy => EXACT_MATCH,
+    };
+    let is_of = |line: &&QualityLine| {
+        let run = (line.batching, line.exit_policy.as_str(), line.kv_fill);
+        let estimate = (line.metric.as_str(), line.class.as_str());
+        run == (summary.batching, summary.exit_policy.as_str(), summary.kv_fill) && estimate == (metric, ALL_CLASSES)
+    };
+    let half_width = qualities.iter().find(is_of).and_then(|line| Some((line.high? - line.low?) / 2.0));
+    TradePoint {
+        x: Estimate { value: measure.of(summary).unwrap_or_default(), half_width: half_width.unwrap_or_default() },
+        y: Estimate { value: summary.throughput_tok_s, half_width: 0.0 },
+        label: match summary.threshold {
+            Some(threshold) => threshold.to_string(),
+            None if is_baseline(summary) => exit_label(&summary.exit_policy),
+            None => String::new(),
+        },
     }
 }
 

@@ -7,6 +7,7 @@
 //! | simulate every combination of lists of values | [`sweep()`] | [`SweepSpec`] |
 //! | find the highest request rate within latency objectives | [`capacity()`] | [`SweepSpec`] |
 //! | measure a latency profile, record exits, replay a trace | [`profile()`], [`record()`], [`replay()`] | [`NamedEngine`] |
+//! | grade prompts with answers by exit depth | [`exact_match()`] | [`NamedEngine`] |
 //! | simulate requests under some settings | [`run_simulations`] | [`Machines`] |
 //!
 //! An experiment is a value: read it from YAML with [`Experiment::load`] or [`SweepSpec::load`], or build it. Its
@@ -75,13 +76,17 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod capacity;
+pub mod exact_match;
+pub mod exit_choice;
 pub mod experiment;
 pub mod figures;
+pub mod frontier;
 pub mod loss_figure;
 pub mod measure;
 mod parts;
 pub mod passes;
 pub mod profile;
+pub mod quality;
 pub mod record;
 pub mod replay;
 pub mod reporter;
@@ -96,6 +101,8 @@ pub mod validation;
 pub mod workload;
 
 pub use capacity::capacity;
+pub use exact_match::exact_match;
+pub use exit_choice::ExitChoice;
 pub use experiment::Experiment;
 pub use measure::NamedEngine;
 pub use profile::profile;

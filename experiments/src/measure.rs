@@ -7,8 +7,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use bytesize::ByteSize;
 use engine::{
-    Checkpoint, DeviceName, Engine, ExitDepths, Generation, Grid, Idle, Limits, Probe, ProbedClock, Profiler, Prompts,
-    Sampling, ServedModel, Tokenizer, WallClock, WeightType, oracle_depths,
+    Checkpoint, DeviceName, Engine, ExitDepths, Generation, Grid, Idle, Limits, Probe, ProbedClock, Profiler,
+    PromptLine, Prompts, Sampling, ServedModel, Tokenizer, WallClock, WeightType, oracle_depths,
 };
 use latency::LatencyModel;
 use scheduler::{Clock, KvFill, Lengths, Observer, PassRecorder, Settings, SignalRead};
@@ -20,6 +20,7 @@ use traces::{
 
 use crate::experiment::EngineSpec;
 use crate::passes::{PassClass, compare_passes};
+use crate::quality::{FullDepthTexts, Quality};
 use crate::reporter::Reporter;
 use crate::runs::Run;
 
@@ -68,11 +69,14 @@ pub struct NamedEngine {
     pub engine: Engine,
     /// The name of the model's folder or file.
     pub name: String,
+    /// Of the model; `None` if it has none.
+    pub tokenizer: Option<Tokenizer>,
     device: DeviceName,
 }
 
 impl NamedEngine {
-    /// Opens a model and the text that prompts are cut from; `loops` is as for [`Checkpoint::open`].
+    /// Opens a model and its prompts: JSON lines if the name of the file says so, and otherwise a text that prompts are
+    /// cut from. `loops` is as for [`Checkpoint::open`].
     ///
     /// # Errors
     /// If either does not read, or does not fit the other.
@@ -85,9 +89,13 @@ impl NamedEngine {
         sampling: Sampling,
     ) -> Result<Self> {
         let (mut named, tokenizer) = Self::with_tokenizer(model, loops, weights, device, sampling)?;
-        let text = traces::input::read_text(prompts)?;
-        let prompts = Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)? };
-        named.engine.prompts = Arc::new(prompts);
+        named.engine.prompts = Arc::new(match PromptLine::is_file(prompts) {
+            true => Prompts::Lines(PromptLine::read(prompts, &tokenizer)?),
+            false => {
+                let text = traces::input::read_text(prompts)?;
+                Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)? }
+            }
+        });
         Ok(named)
     }
 
@@ -102,9 +110,9 @@ impl NamedEngine {
         device: DeviceName,
         sampling: Sampling,
     ) -> Result<(Self, Tokenizer)> {
-        let checkpoint = Checkpoint::open(model, loops)?;
-        let named = Self::new(model, &checkpoint, weights, device, sampling)?;
-        Ok((named, checkpoint.tokenizer.with_context(|| format!("{}: the model has no tokenizer", model.display()))?))
+        let named = Self::load_without_prompts(model, loops, weights, device, sampling)?;
+        let tokenizer = named.tokenizer.clone();
+        Ok((named, tokenizer.with_context(|| format!("{}: the model has no tokenizer", model.display()))?))
     }
 
     /// Opens a model for runs whose prompts do not matter: all of them repeat one token.
@@ -118,20 +126,11 @@ impl NamedEngine {
         device: DeviceName,
         sampling: Sampling,
     ) -> Result<Self> {
-        Self::new(model, &Checkpoint::open(model, loops)?, weights, device, sampling)
-    }
-
-    fn new(
-        path: &Path,
-        checkpoint: &Checkpoint,
-        weights: WeightType,
-        device: DeviceName,
-        sampling: Sampling,
-    ) -> Result<Self> {
+        let checkpoint = Checkpoint::open(model, loops)?;
+        let name = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned();
         let model = device.serve(&checkpoint.weights, weights)?;
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
-        Ok(Self { engine: Engine { model, prompts, sampling }, name, device })
+        Ok(Self { engine: Engine { model, prompts, sampling }, name, tokenizer: checkpoint.tokenizer, device })
     }
 
     /// Whether the model can be served under these settings on this machine.
@@ -207,6 +206,7 @@ pub fn measure(
     reporter.message("recording exit signals at full depth");
     let exits = record(named, &trace.requests)?;
     let oracle = Arc::new(oracle_depths(&exits, &trace.requests));
+    let own = FullDepthTexts::of_recording(engine, &exits, &trace.requests)?;
     let mut loads = match &loads[..] {
         [] => vec![MeasuredLoad::new(None, trace.requests.clone())],
         loads => {
@@ -233,17 +233,20 @@ pub fn measure(
         for (runs, (load, &settings)) in repeated.iter_mut().zip(cases) {
             let Settings { batching, exit, kv_fill, .. } = settings;
             next(reporter, format!("replaying: {batching}, {exit}, {kv_fill}, {repeat} of {repeats}"));
-            let first = runs.first().filter(|_| !exit.depends_on_load());
-            let agreement = first.map(|run: &Run| run.summary.token_agreement);
             let mut clock = ProbedClock::start(Idle::Skip, &mut profiler);
             let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);
             let metrics = objectives.map_or(Metrics::new(&settings), |of| Metrics::new(&settings).with_objectives(of));
-            let (run, generations) =
-                replay_by(&mut clock, engine, metrics, &load.requests, &oracle, agreement, &mut recorder)?;
+            let (run, generations) = replay_by(&mut clock, engine, metrics, &load.requests, &oracle, &mut recorder)?;
             if repeat == 1 {
                 taken.push(exits_taken(&settings, &load.requests, &generations));
             }
-            runs.push(run);
+            // Tokens and exits do not change from repeat to repeat, unless they depend on the load.
+            let first = runs.first().filter(|_| !exit.depends_on_load());
+            let quality = match first.and_then(|run: &Run| run.quality.clone()) {
+                Some(quality) => quality,
+                None => Quality::measure(named, &generations, &own)?,
+            };
+            runs.push(run.with_quality(quality));
             logs_of_repeat.push(PassRun { load: load.load, repeat: repeat as u32 - 1, ..recorder.into_run() });
             of_repeat.push(clock.into_probes()?);
         }
@@ -312,8 +315,8 @@ fn chunks<T>(items: Vec<T>, size: usize) -> impl Iterator<Item = Vec<T>> {
 /// Requests per second that the engine serves when all of them arrive at once: the median of some replays.
 fn capacity(engine: &Engine, settings: Settings, requests: &[Request], oracle: &Arc<ExitDepths>) -> Result<f64> {
     let at_once: Vec<Request> = requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
-    let run = || replay(engine, settings, &at_once, oracle, Idle::Skip, Some(None), &mut ());
-    let runs = (0..CAPACITY_REPLAYS).map(|_| run()).collect::<Result<Vec<Run>>>()?;
+    let run = || replay(engine, settings, &at_once, oracle, Idle::Skip, &mut ());
+    let runs = (0..CAPACITY_REPLAYS).map(|_| Ok(run()?.0)).collect::<Result<Vec<Run>>>()?;
     Ok(requests.len() as f64 / median_run(runs).summary.makespan_s)
 }
 
@@ -367,8 +370,7 @@ fn lengths(requests: &[Request]) -> Lengths {
     Lengths { prompt: mean(|request| request.prompt_tokens), output: mean(|request| request.output_tokens), longest }
 }
 
-/// Serves the requests once. Token agreement is computed unless `agreement` says what it is, or that it is not asked for:
-/// tokens and exits do not change from run to run, unless they depend on the load.
+/// Serves the requests once: the run, whose quality is not measured, and what was generated.
 ///
 /// # Errors
 /// If the engine cannot serve the requests.
@@ -378,21 +380,19 @@ pub fn replay(
     requests: &[Request],
     oracle: &Arc<ExitDepths>,
     idle: Idle,
-    agreement: Option<Option<f64>>,
     observer: &mut (impl Observer + Send),
-) -> Result<Run> {
+) -> Result<(Run, HashMap<u32, Generation>)> {
     let (mut clock, metrics) = (WallClock::start(idle), Metrics::new(&settings));
-    Ok(replay_by(&mut clock, engine, metrics, requests, oracle, agreement, observer)?.0)
+    replay_by(&mut clock, engine, metrics, requests, oracle, observer)
 }
 
-/// The same by a clock, into metrics of a run that has not started, with what was generated.
+/// Serves the requests once by a clock, into metrics of a run that has not started.
 fn replay_by(
     clock: &mut (impl Clock + Send),
     engine: &Engine,
     metrics: Metrics,
     requests: &[Request],
     oracle: &Arc<ExitDepths>,
-    agreement: Option<Option<f64>>,
     observer: &mut (impl Observer + Send),
 ) -> Result<(Run, HashMap<u32, Generation>)> {
     let settings = *metrics.settings();
@@ -400,16 +400,12 @@ fn replay_by(
     let oracle = (settings.exit.signal_read() == SignalRead::Oracle).then(|| oracle.clone());
     let generations = engine.replay_by(settings, requests, oracle, clock, &mut observers)?;
     let metrics = observers.0;
-    let agreement = match agreement {
-        Some(known) => known,
-        None => Some(engine.agreement(&generations)?),
-    };
     let summary = Summary {
         weight_bytes: Some(engine.model.weight_bytes()),
         kv_bytes_per_token: Some(engine.model.kv_bytes_per_token(settings.kv_fill)),
-        ..metrics.summary(Source::Measured, agreement)
+        ..metrics.summary(Source::Measured, None)
     };
-    Ok((Run { summary, metrics, time: None }, generations))
+    Ok((Run { summary, metrics, time: None, quality: None }, generations))
 }
 
 /// The depths at which a replay exited, by request. None of a policy that reads no signal: its exits are those recorded.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use latency::LatencyModel;
-use scheduler::{Batching, Settings};
+use scheduler::{Batching, KvFill, Settings};
 use serde::Serialize;
 use simulator::Pace;
 use traces::{Nanos, PassRun};
@@ -13,8 +13,12 @@ use traces::{Nanos, PassRun};
 pub struct PassClass {
     /// Batching policy.
     pub batching: Batching,
-    /// Exit policy: none, static, oracle, confidence.
+    /// Kind of exit policy: none, static, mix, oracle, confidence.
     pub exit: &'static str,
+    /// The whole exit policy.
+    pub exit_policy: String,
+    /// The KV fill.
+    pub kv_fill: KvFill,
     /// Whether there were rows of prompts.
     pub prompts: bool,
     /// Most decode rows: a power of two, and more than half of it; 0 of prompts alone.
@@ -58,6 +62,8 @@ pub fn compare_passes<'a>(
     let class = |((prompts, decode_rows_up_to), Sums { passes, measured, simulated })| PassClass {
         batching: settings.batching,
         exit: settings.exit.kind(),
+        exit_policy: settings.exit.to_string(),
+        kv_fill: settings.kv_fill,
         prompts,
         decode_rows_up_to,
         passes,

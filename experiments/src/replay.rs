@@ -1,15 +1,18 @@
 //! Request traces through the engine.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::Result;
-use engine::{Idle, oracle_depths};
-use scheduler::{PassRecorder, Settings, SignalRead};
+use engine::{Generation, Idle, oracle_depths};
+use scheduler::{ExitPolicy, PassRecorder, Settings, SignalRead};
 use traces::{ExitTrace, PassLog, PassOrigin, Request, unix_micros};
 
 use crate::measure::{self, NamedEngine};
+use crate::quality::{FullDepthTexts, Quality};
 use crate::reporter::Reporter;
 use crate::runs::Run;
+use crate::speedup::warn_without_baselines;
 
 /// Replays the requests under every one of `settings`: the runs, and all their passes. The oracle's exits are read from `recorded`, an exit trace of
 /// these requests; without one, they are recorded first where a policy asks for them.
@@ -25,22 +28,37 @@ pub fn replay(
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<Run>, PassLog)> {
     settings.iter().try_for_each(|settings| named.check_settings(settings))?;
+    warn_without_baselines(settings, reporter);
     let needs_oracle = settings.iter().any(|settings| settings.exit.signal_read() == SignalRead::Oracle);
-    let oracle = Arc::new(match (needs_oracle, recorded) {
-        (false, _) => Default::default(),
-        (true, Some(recorded)) => oracle_depths(recorded, requests),
-        (true, None) => oracle_depths(&measure::record(named, requests)?, requests),
-    });
+    let full_depth = settings.iter().position(|settings| settings.exit == ExitPolicy::None);
+    let recording = match recorded {
+        None if needs_oracle || full_depth.is_none() => Some(measure::record(named, requests)?),
+        _ => None,
+    };
+    let recorded = recorded.or(recording.as_ref());
+    let oracle = Arc::new(recorded.map(|recorded| oracle_depths(recorded, requests)).unwrap_or_default());
     reporter.start(settings.len(), 0);
-    let mut runs = Vec::new();
+    let (mut runs, mut generated) = (Vec::new(), Vec::new());
     let mut passes = PassLog { meta: measure::pass_log_meta(named), runs: Vec::new() };
     for &settings in settings {
         reporter.message(&format!("{}, {}", settings.batching, settings.exit));
         let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);
-        runs.push(measure::replay(&named.engine, settings, requests, &oracle, idle, None, &mut recorder)?);
+        let (run, generations) = measure::replay(&named.engine, settings, requests, &oracle, idle, &mut recorder)?;
+        runs.push(run);
+        generated.push(generations);
         passes.runs.push(recorder.into_run());
         reporter.advance(1);
     }
+    reporter.message("comparing the served texts with full depth");
+    let own = match (recorded, full_depth) {
+        (None, Some(run)) => FullDepthTexts::of_run(&named.engine, &generated[run])?,
+        (Some(recorded), _) => FullDepthTexts::of_recording(&named.engine, recorded, requests)?,
+        (None, None) => unreachable!("recorded above"),
+    };
+    let graded = |(run, generations): (Run, &HashMap<u32, Generation>)| {
+        Ok(run.with_quality(Quality::measure(named, generations, &own)?))
+    };
+    let runs = runs.into_iter().zip(&generated).map(graded).collect::<Result<_>>()?;
     reporter.finish();
     Ok((runs, passes))
 }

@@ -9,13 +9,15 @@ use scheduler::{Batching, ExitPolicy, Settings};
 use simulator::{Draw, ExitModel, ModelMemory, Objectives, Summary, write_csv};
 use traces::{ExitTable, Request};
 
+use crate::exit_choice::ExitChoice;
 use crate::experiment::{EngineSpec, Experiment};
 use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
 use crate::measure::{Measured, MeasuredLoad, NamedEngine, limits, measure};
 use crate::reporter::Reporter;
 use crate::results::{CONFIG, PASS_LOG, ResultsFolder};
-use crate::runs::{Machines, Run, run_simulations, simulate_all, write_depth_rows, write_requests};
+use crate::runs::{Machines, Run, run_simulations, simulate_all, write_depth_rows, write_quality, write_requests};
 use crate::serving::Serving;
+use crate::speedup::warn_without_baselines;
 use crate::systems::{OfSystem, simulate_systems};
 use crate::validation::{Comparison, MeanError, TOKEN_AGREEMENT, compare, mean_errors};
 use crate::workload::{Workload, load_requests};
@@ -111,11 +113,13 @@ fn measure_and_simulate(
     folder: &mut ResultsFolder,
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<LoadReport>, Result<()>)> {
-    let trace = load_requests(&experiment.requests, base, reporter)?;
+    let mut trace = load_requests(&experiment.requests, base, reporter)?;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
     let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
     let engine = NamedEngine::load(&model, spec.loops, spec.weights, spec.device, &prompts, sampling)?;
+    engine.engine.prompts.set_lengths(&mut trace.requests);
     let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
+    warn_without_baselines(&settings, reporter);
     let variants = Variants::new(experiment, &engine.memory(), &trace.requests)?;
     let limits = limits(settings.iter().chain(variants.all()), &trace.requests);
     let measured = measure(&engine, &settings, &trace, spec, experiment.objectives, limits, reporter)?;
@@ -163,6 +167,7 @@ fn simulate_load(
     write_csv(&folder.join("summary.csv"), summaries(runs()))?;
     write_requests(folder, runs())?;
     write_depth_rows(folder, runs())?;
+    write_quality(folder, runs())?;
 
     write_csv(&folder.join("passes.csv"), &load.passes)?;
     let recorded = vec![exits; settings.len()];
@@ -254,7 +259,11 @@ impl Variants {
     fn new(Experiment { serving, sweeps, .. }: &Experiment, model: &ModelMemory, requests: &[Request]) -> Result<Self> {
         let at = |measure| move |&threshold: &f32| ExitPolicy::Confidence { signal: measure, threshold };
         let exit = sweeps.thresholds.iter().flat_map(|(&measure, thresholds)| thresholds.iter().map(at(measure)));
-        let thresholds = Serving { batching: vec![Batching::Depth], exit: exit.collect(), ..serving.clone() };
+        let thresholds = Serving {
+            batching: vec![Batching::Depth],
+            exit: exit.map(ExitChoice::Policy).collect(),
+            ..serving.clone()
+        };
         let settings = |serving: Serving| serving.all_settings(model, requests);
         let by_batch = sweeps.max_batch.iter().map(|&max_batch| settings(serving.with_batch(max_batch)));
         let by_batch: Vec<Vec<Settings>> = by_batch.collect::<Result<_>>()?;

@@ -13,6 +13,8 @@ use simulator::{
 };
 use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
 
+use crate::exit_choice::ExitChoice;
+use crate::quality::{self, Quality};
 use crate::reporter::Reporter;
 use crate::results::{CONFIG, ResultsFolder};
 use crate::serving::check_machines;
@@ -26,6 +28,15 @@ pub struct Run {
     pub metrics: Metrics,
     /// Where its time went, of a simulation.
     pub time: Option<TimeByComponent>,
+    /// How good the served text is, of a run whose text was compared with full depth.
+    pub quality: Option<Quality>,
+}
+
+impl Run {
+    /// The run with the quality of the text that it served.
+    pub fn with_quality(self, quality: Quality) -> Self {
+        Self { summary: quality.add_to(self.summary), quality: Some(quality), ..self }
+    }
 }
 
 /// Reads what a simulation looks times and exits up in; exits are drawn with `seed`. Without an exit trace every token
@@ -37,12 +48,12 @@ pub fn load_models(
     profile: &Path,
     exits: Option<&Path>,
     seed: u64,
-    policies: &[ExitPolicy],
+    policies: &[ExitChoice],
 ) -> Result<(LatencyModel, ExitModel)> {
     let profile = LatencyProfile::read(profile)?;
     let latency = LatencyModel::new(&profile)?;
     let Some(exits) = exits else {
-        if let Some(policy) = policies.iter().find(|policy| **policy != ExitPolicy::None) {
+        if let Some(policy) = policies.iter().find(|policy| **policy != ExitChoice::Policy(ExitPolicy::None)) {
             bail!("exit policy {policy} without an exit trace: expected one (exits), or exit policy none alone");
         }
         return Ok((latency, ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?));
@@ -141,7 +152,7 @@ pub fn run_simulations(
     let run = |(simulation, (metrics, outcome)): (&Simulation<'_>, (Vec<Metrics>, Outcome))| {
         beyond.merge(&outcome.extrapolations);
         let metrics = Metrics::merged(metrics).ok_or(SimulationError::NoReplicas)?;
-        Ok(Run { summary: simulation.summary(&metrics, &outcome), metrics, time: Some(outcome.time) })
+        Ok(Run { summary: simulation.summary(&metrics, &outcome), metrics, time: Some(outcome.time), quality: None })
     };
     let runs = simulations.iter().zip(outcomes).map(run).collect();
     warn_of_extrapolations(&beyond, reporter);
@@ -164,6 +175,7 @@ pub fn write_results(mut folder: ResultsFolder, command: &str, args: &impl Debug
     std::fs::write(results.join(CONFIG), format!("command: {command}\narguments: |\n  {args:?}\n"))?;
     write_csv(&results.join("summary.csv"), runs.iter().map(|run| &run.summary))?;
     write_requests(&results, runs)?;
+    write_quality(&results, runs)?;
     folder.finish()
 }
 
@@ -197,6 +209,16 @@ pub fn write_requests<'a>(folder: &Path, runs: impl IntoIterator<Item = &'a Run>
         run.metrics.requests().map(move |&request| (of_run.clone(), request))
     });
     Ok(write_csv(&folder.join("requests.csv"), lines)?)
+}
+
+/// Writes `quality.csv`, if the text of a run was compared with full depth.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_quality<'a>(folder: &Path, runs: impl IntoIterator<Item = &'a Run>) -> Result<()> {
+    let of_run = |run: &'a Run| run.quality.iter().flat_map(|quality| quality::lines(&run.summary, quality));
+    let lines: Vec<_> = runs.into_iter().flat_map(of_run).collect();
+    if lines.is_empty() { Ok(()) } else { Ok(write_csv(&folder.join("quality.csv"), lines)?) }
 }
 
 /// Writes `depth_rows.csv`: rows by depth over time, of every run.

@@ -10,6 +10,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use simulator::{MemoryBudget, ModelMemory};
 use traces::Request;
 
+use crate::exit_choice::ExitChoice;
+
 /// How requests are scheduled: every batching policy with every exit policy, and adaptive exits with every KV fill.
 ///
 /// The number of KV blocks is given, or follows from the device's memory, or is what a full batch needs.
@@ -18,9 +20,10 @@ use traces::Request;
 pub struct Serving {
     /// `vanilla`, `sequence`, `depth`.
     pub batching: Vec<Batching>,
-    /// `none`, `static:DEPTH`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`, `delayed:MEASURE:THRESHOLD`,
-    /// `cumulative:gate:SHARE:LOOPS`, `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`.
-    pub exit: Vec<ExitPolicy>,
+    /// `none`, `static:DEPTH`, `mix:DEPTH:DEPTH:SHARE`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`,
+    /// `delayed:MEASURE:THRESHOLD`, `cumulative:gate:SHARE:LOOPS`, `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`, or
+    /// `baselines` for all those that read no signal.
+    pub exit: Vec<ExitChoice>,
     /// What later tokens find at depths that an exited token did not run: `reuse`, `first`, `skip`, `backfill`. One, or a
     /// list.
     #[serde(default = "default_kv_fill", with = "one_or_more")]
@@ -152,7 +155,7 @@ impl Serving {
     pub fn new(batching: Vec<Batching>, exit: Vec<ExitPolicy>, max_batch: u32, token_budget: u32) -> Self {
         Self {
             batching,
-            exit,
+            exit: exit.into_iter().map(ExitChoice::Policy).collect(),
             kv_fill: default_kv_fill(),
             max_batch,
             token_budget,
@@ -191,10 +194,11 @@ impl Serving {
         Self { max_batch, token_budget: self.token_budget.max(max_batch), ..self.clone() }
     }
 
-    /// Every batching policy with every exit policy, and with the KV fills that matter to it.
-    pub fn combinations(&self) -> impl Iterator<Item = (Batching, ExitPolicy, KvFill)> {
-        let exits = self.exit.iter().flat_map(|&exit| self.fills_of(exit).map(move |fill| (exit, fill)));
-        let exits: Vec<_> = exits.collect();
+    /// Every batching policy with every exit policy, and with the KV fills that matter to it, for a model with `num_loops`
+    /// loops.
+    pub fn combinations(&self, num_loops: u32) -> impl Iterator<Item = (Batching, ExitPolicy, KvFill)> {
+        let exits = ExitChoice::expand(&self.exit, num_loops as u8).into_iter();
+        let exits: Vec<_> = exits.flat_map(|exit| self.fills_of(exit).map(move |fill| (exit, fill))).collect();
         self.batching
             .iter()
             .flat_map(move |&batching| exits.clone().into_iter().map(move |(exit, fill)| (batching, exit, fill)))
@@ -216,7 +220,7 @@ impl Serving {
     pub fn all_settings(&self, model: &ModelMemory, requests: &[Request]) -> Result<Vec<Settings>> {
         let longest = longest(requests);
         let settings = |(batching, exit, kv_fill)| self.settings(batching, exit, kv_fill, model, longest);
-        self.combinations().map(settings).collect()
+        self.combinations(model.num_loops).map(settings).collect()
     }
 
     /// The scheduler's settings for one combination, for requests of up to `longest` tokens.
@@ -320,7 +324,7 @@ mod tests {
                 serde_yaml::from_str::<Serving>(&serde_yaml::to_string(&serving).unwrap()).unwrap().kv_fill,
                 serving.kv_fill
             );
-            serving.combinations().map(|(_, exit, fill)| format!("{} {fill}", exit.kind())).collect::<Vec<_>>()
+            serving.combinations(4).map(|(_, exit, fill)| format!("{} {fill}", exit.kind())).collect::<Vec<_>>()
         };
         assert_eq!(combinations("reuse"), ["none reuse", "static reuse", "confidence reuse"]);
         assert_eq!(

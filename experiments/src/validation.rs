@@ -2,7 +2,7 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use scheduler::Batching;
+use scheduler::{Batching, KvFill};
 use serde::{Deserialize, Serialize};
 use simulator::Summary;
 
@@ -11,8 +11,14 @@ use simulator::Summary;
 pub struct Comparison {
     /// Batching policy.
     pub batching: Batching,
-    /// Exit policy: none, oracle, confidence.
+    /// Kind of exit policy: none, static, mix, oracle, confidence.
     pub exit: String,
+    /// The whole exit policy; empty in files of earlier versions.
+    #[serde(default)]
+    pub exit_policy: String,
+    /// The KV fill.
+    #[serde(default)]
+    pub kv_fill: KvFill,
     /// Name of the metric, as the column of `summary.csv`.
     pub metric: String,
     /// What the engine gave: the median of the repeats.
@@ -35,8 +41,12 @@ pub struct Comparison {
 pub struct Repeat<'a> {
     /// Batching policy.
     pub batching: Batching,
-    /// Exit policy: none, oracle, confidence.
+    /// Kind of exit policy: none, static, mix, oracle, confidence.
     pub exit: &'a str,
+    /// The whole exit policy.
+    pub exit_policy: &'a str,
+    /// The KV fill.
+    pub kv_fill: KvFill,
     /// Name of the metric, as the column of `summary.csv`.
     pub metric: &'a str,
     /// Which repeat, from 1 on.
@@ -105,10 +115,12 @@ pub fn median(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 impl Comparison {
-    fn new(batching: Batching, exit: &str, metric: &str, repeats: Vec<(f64, f64)>) -> Self {
+    fn new(run: &Summary, metric: &str, repeats: Vec<(f64, f64)>) -> Self {
         let mut comparison = Self {
-            batching,
-            exit: exit.to_owned(),
+            batching: run.batching,
+            exit: run.exit.clone(),
+            exit_policy: run.exit_policy.clone(),
+            kv_fill: run.kv_fill,
             metric: metric.to_owned(),
             measured: median(repeats.iter().map(|repeat| repeat.0)),
             simulated: median(repeats.iter().map(|repeat| repeat.1)),
@@ -138,6 +150,8 @@ impl Comparison {
         self.repeats.iter().enumerate().map(|(index, &(measured, simulated))| Repeat {
             batching: self.batching,
             exit: &self.exit,
+            exit_policy: &self.exit_policy,
+            kv_fill: self.kv_fill,
             metric: &self.metric,
             repeat: index + 1,
             measured,
@@ -169,7 +183,7 @@ fn compare_case(
         (run.batching, &run.exit_policy),
         (simulated[0][place].batching, &simulated[0][place].exit_policy)
     );
-    Some(Comparison::new(run.batching, &run.exit, metric, repeats.collect::<Option<_>>()?))
+    Some(Comparison::new(run, metric, repeats.collect::<Option<_>>()?))
 }
 
 /// How far the simulator is off in one metric, over all combinations: a line of `errors.csv`.
@@ -215,11 +229,15 @@ pub fn mean_error(comparisons: &[Comparison], metric: &'static str) -> Option<Me
 
 #[cfg(test)]
 mod tests {
+    use scheduler::{ExitPolicy, Settings};
+    use simulator::{Metrics, Source};
+
     use super::*;
 
     fn line(metric: &str, errors_pct: &[f64]) -> Comparison {
         let repeats = errors_pct.iter().map(|error| (100.0, 100.0 + error)).collect();
-        Comparison::new(Batching::Depth, "none", metric, repeats)
+        let run = Metrics::new(&Settings::new(Batching::Depth, ExitPolicy::None, 4)).summary(Source::Measured, None);
+        Comparison::new(&run, metric, repeats)
     }
 
     fn assert_near(found: f64, expected: f64) {

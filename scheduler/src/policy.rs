@@ -219,7 +219,7 @@ impl ExitPolicy {
 
     /// Whether all tokens of a request exit at one depth, which is known before it runs.
     pub fn is_fixed_depth(self) -> bool {
-        matches!(self, Self::None | Self::Static(_))
+        matches!(self, Self::None | Self::Static(_) | Self::Mix(_))
     }
 
     /// Whether reading the signal takes a product with the whole vocabulary.

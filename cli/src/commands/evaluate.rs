@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::ArgGroup;
 use engine::reference::Reference;
-use engine::{Checkpoint, DeviceName, ModelConfig, Tokenizer};
+use engine::{Checkpoint, DeviceName, ModelConfig, PromptLine, Sampling, Tokenizer, WeightType};
 use plots::{ExitCurve, Figure, Origin, Reliability, Scale, SweepLine, SweepPoint};
 use serde::Serialize;
 use simulator::write_csv;
@@ -19,8 +19,10 @@ use training::evaluation::reliability::{ReliabilityBin, SignalQuality, reliabili
 use training::evaluation::{Evaluation, Windows, evaluate_and_record};
 
 use crate::output::{note, say};
-use crate::progress::progress;
+use crate::progress::{Terminal, progress};
 use crate::report::{print_loops, print_table};
+use experiments::NamedEngine;
+use experiments::exact_match::{ExactMatch, exact_match};
 use experiments::figures::exit_depths;
 use experiments::results::{CONFIG, ResultsFolder};
 
@@ -29,9 +31,9 @@ const AGREEMENTS: [f64; 3] = [0.99, 0.95, 0.9];
 
 /// Evaluate a model: perplexity, agreement and accuracy by loop, and the quality of each exit signal
 ///
-/// From a text, from an exit trace, or from multiple-choice questions. docs/explanation/evaluation.md has the formulas.
+/// From a text, from an exit trace, from multiple-choice questions, or from prompts with answers. docs/explanation/evaluation.md has the formulas.
 #[derive(Debug, Serialize, clap::Args)]
-#[command(group = ArgGroup::new("evidence").required(true).multiple(true).args(["text", "exits", "questions"]))]
+#[command(group = ArgGroup::new("evidence").required(true).multiple(true).args(["text", "exits", "questions", "prompts"]))]
 pub struct Args {
     /// Model: a folder that `train` or `convert` wrote, a Hugging Face folder, a GGUF file, or a name on the Hugging
     /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
@@ -59,6 +61,10 @@ pub struct Args {
     /// Number of examples
     #[arg(long, value_name = "N", requires = "examples")]
     shots: Option<usize>,
+    /// Prompts with answers: JSON lines (.jsonl) with `prompt`, `answer` and, if wanted, `class`. The model completes
+    /// each with every token exiting at one depth, for each depth in turn
+    #[arg(long, value_name = "FILE", requires = "model")]
+    prompts: Option<PathBuf>,
     /// Length of a window of the text. Windows overlap by half; after the first window, a token is predicted from at
     /// least half a window
     #[arg(long, default_value_t = 256, value_name = "TOKENS")]
@@ -72,7 +78,12 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let questions = args.questions.as_deref().map(|path| with_examples(path, &args)).transpose()?;
     let recorded = args.exits.as_deref().map(ExitTrace::read).transpose()?;
-    let model = args.model.as_deref().map(|model| LoadedModel::load(model, args.loops, args.device)).transpose()?;
+    let model = match &args.model {
+        Some(model) if args.text.is_some() || args.questions.is_some() => {
+            Some(LoadedModel::load(model, args.loops, args.device)?)
+        }
+        _ => None,
+    };
     let mut folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "evaluate")).transpose()?;
     let out = folder.as_mut().map(ResultsFolder::path).transpose()?;
 
@@ -105,6 +116,15 @@ pub fn run(args: Args) -> Result<()> {
         }
         of_questions = Some((model, accuracies));
     }
+    let mut of_prompts = None;
+    if let (Some(model), Some(prompts)) = (&args.model, &args.prompts) {
+        let exact = answer_prompts(&args, model, prompts)?;
+        print_exact_match(&exact);
+        if let Some(out) = &out {
+            write_csv(&out.join("exact_match.csv"), &exact)?;
+        }
+        of_prompts = Some((file_name(model), exact));
+    }
     let Some(mut folder) = folder else { return Ok(()) };
     std::fs::write(folder.path()?.join(CONFIG), serde_yaml::to_string(&args)?)?;
     let draw = |out: &Path| -> Result<()> {
@@ -114,6 +134,7 @@ pub fn run(args: Args) -> Result<()> {
         if let Some((trace, signals)) = &signals {
             signals.draw(&figures(out, trace), trace)?;
         }
+        of_prompts.iter().try_for_each(|(model, exact)| draw_exact_match(out, model, exact))?;
         of_questions.iter().try_for_each(|(model, accuracies)| model.draw_accuracies(out, accuracies))
     };
     let drawn = draw(&folder.path()?);
@@ -344,6 +365,47 @@ fn print_accuracies(accuracies: &[Accuracy], answers: &[Answer]) {
     if truncated > 0 {
         note!("warning: the contexts of {truncated} choices were cut at their beginning to the model's positions");
     }
+}
+
+/// Completes the prompts of a file at each depth.
+fn answer_prompts(args: &Args, model: &Path, prompts: &Path) -> Result<Vec<ExactMatch>> {
+    ensure!(PromptLine::is_file(prompts), "--prompts {}: expected JSON lines, a file .jsonl", prompts.display());
+    let sampling = Sampling::default();
+    let named = NamedEngine::load(model, args.loops, WeightType::F32, args.device, prompts, sampling)?;
+    exact_match(&named, &mut Terminal::default()).with_context(|| prompts.display().to_string())
+}
+
+/// Prints accuracies, a line for each class and a column for each number of passes.
+fn print_exact_match(exact: &[ExactMatch]) {
+    let classes: Vec<&[ExactMatch]> = exact.chunk_by(|a, b| a.class == b.class).collect();
+    let line = |of_class: &&[ExactMatch]| {
+        let shares = of_class.iter().map(|exact| format!("{:.1}%", 100.0 * exact.exact_match));
+        [of_class[0].class.clone(), of_class[0].prompts.to_string()].into_iter().chain(shares).collect()
+    };
+    let passes = classes[0].iter().map(|exact| match exact.passes {
+        1 => "1 pass".to_owned(),
+        passes => format!("{passes} passes"),
+    });
+    let header: Vec<String> = ["class".to_owned(), "prompts".to_owned()].into_iter().chain(passes).collect();
+    say!("\nexact-match accuracy by passes of every token of the answer");
+    print_table(&header.iter().map(String::as_str).collect::<Vec<_>>(), classes.iter().map(line).collect());
+}
+
+fn draw_exact_match(out: &Path, model: &str, exact: &[ExactMatch]) -> Result<()> {
+    let prompts = exact.first().map_or(0, |exact| exact.prompts);
+    let point = |exact: &ExactMatch| {
+        let [y, low, high] = [exact.exact_match, exact.low, exact.high].map(|share| 100.0 * share);
+        // An interval ends at the share where all or none are right, up to rounding.
+        SweepPoint { x: f64::from(exact.passes), y, low: low.min(y), high: high.max(y) }
+    };
+    let line = |of_class: &[ExactMatch]| SweepLine {
+        name: of_class[0].class.clone(),
+        points: of_class.iter().map(point).collect(),
+    };
+    let lines: Vec<SweepLine> = exact.chunk_by(|a, b| a.class == b.class).map(line).collect();
+    let title = "Exact-match accuracy by passes and class, with 95% confidence intervals";
+    let figure = figure(out, "exact-match", title, &format!("{prompts} prompts"), model);
+    Ok(plots::sweep(&figure, "passes", Scale::Linear, "prompts answered right (%)", &lines)?)
 }
 
 /// A choice of a question at a loop.

@@ -29,8 +29,9 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     let mut folder = ResultsFolder::create(&args.out, "record")?;
-    let requests = args.requests.load()?.requests;
+    let mut requests = args.requests.load()?.requests;
     let named = args.engine.load()?;
+    named.engine.prompts.set_lengths(&mut requests);
     let table = if args.csv { ExitTable::Csv } else { ExitTable::Parquet };
     let tally = experiments::record(&named, &requests, &folder.path()?, table, &mut Terminal::default())?;
     folder.finish()?;

@@ -38,8 +38,9 @@ pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "replay")).transpose()?;
     let serving = args.serving.serving();
     serving.check_for_engine()?;
-    let requests = args.requests.load()?.requests;
+    let mut requests = args.requests.load()?.requests;
     let named = args.engine.load()?;
+    named.engine.prompts.set_lengths(&mut requests);
     let settings = serving.all_settings(&named.memory(), &requests)?;
     let exits = args.exits.as_deref().map(|folder| exits(folder, &named, &requests)).transpose()?;
     let idle = if args.real_time { Idle::Sleep } else { Idle::Skip };
@@ -50,6 +51,9 @@ pub fn run(args: Args) -> Result<()> {
         write_results(folder, "replay", &args, &runs)?;
     }
     report::print_summaries(runs.iter().map(|run| &run.summary));
+    let repeats = [runs.into_iter().map(|run| run.summary).collect()];
+    report::print_speedup(&repeats);
+    report::print_headline(&repeats);
     Ok(())
 }
 

@@ -45,6 +45,7 @@ pub fn print_load(load: &LoadReport) {
     }
     report::print_summaries(&load.runs);
     report::print_speedup(&load.repeats);
+    report::print_headline(&load.repeats);
     say!("\nsimulated less measured, in percent of measured, with 95% confidence intervals:");
     report::print_errors(&load.errors);
     if let Some(errors) = &load.errors_of_exits_taken {

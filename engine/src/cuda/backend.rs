@@ -27,7 +27,7 @@ use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, Row};
 use crate::kernels::rows::Source;
-use crate::kernels::signals::Verdict;
+use crate::kernels::signals::{Verdict, log_probability};
 use crate::model::Rows;
 use crate::parameters::Loops;
 
@@ -803,6 +803,21 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let mut answers = self.finish(padded)?;
         answers.verdicts.truncate(heads.rows.len());
         Ok(answers.verdicts)
+    }
+
+    fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {
+        if picks.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.read_head(rows, &Heads { rows: picks.to_vec(), keys: vec![0; picks.len()], temperature: 0.0 })?;
+        // The logits are kept until the head runs again.
+        let (device, vocab) = (&self.model.device, self.model.config.vocab_size);
+        let (memory, logits) = (self.memory.head_memory.held().memory(), self.head_views().logits);
+        let first = (logits.address() - device.address(memory)) as usize / size_of::<f32>();
+        let mut numbers = vec![0.0_f32; first + picks.len() * vocab];
+        device.download(memory, bytes_of_mut(&mut numbers))?;
+        let rows = numbers[first..].chunks_exact(vocab).zip(tokens);
+        Ok(rows.map(|(logits, &token)| log_probability(logits, token as usize)).collect())
     }
 
     fn fill_deeper(&mut self, fills: &[Fill]) -> Result<()> {

@@ -234,6 +234,13 @@ fn two_greatest(numbers: &[f32]) -> (f32, f32) {
     (best, next)
 }
 
+/// Natural logarithm of the probability of a token under the softmax of a row of logits; NaN if a logit is not finite.
+pub fn log_probability(logits: &[f32], token: usize) -> f64 {
+    let greatest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - greatest).exp()).sum();
+    f64::from(logits[token]) - greatest - sum.ln()
+}
+
 /// Samples one of the tokens from `first_token` on by the Gumbel-max trick, the first one of equals: its score, and its
 /// index.
 fn sample(logits: &[f32], temperature: f32, key: u64, first_token: u64) -> (f32, f32) {
@@ -313,6 +320,16 @@ mod tests {
         let found = verdict(&[0.0, 2.0, 2.0, 1.0]);
         assert_eq!((found.token, found.margin), (1, 0.0));
         assert_eq!(verdict(&[3.0]), Verdict { top1: 1.0, margin: 1.0, entropy: 0.0, token: 0 });
+    }
+
+    #[test]
+    fn the_log_probability_of_a_token_is_that_of_the_softmax() {
+        // Probabilities 1/2, 1/4 and 1/4.
+        let logits = [100.0 + 2_f32.ln(), 100.0, 100.0];
+        for (token, expected) in [0.5_f64, 0.25, 0.25].into_iter().enumerate() {
+            assert!((log_probability(&logits, token) - expected.ln()).abs() < 1e-5);
+        }
+        assert!(log_probability(&[0.0, f32::NAN], 0).is_nan() && log_probability(&[0.0, f32::INFINITY], 0).is_nan());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use engine::cuda::source::Scalar;
 use engine::kernels::attention::{Fill, Row};
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
-use engine::{Engine, Idle, Prompts, Sampling, WeightType};
+use engine::{Engine, Generation, Idle, Prompts, Sampling, WeightType};
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use traces::{ExitSignal, Nanos, Request};
 
@@ -325,6 +325,24 @@ fn half_precision_stays_near_single() {
                 assert!(error < tolerance * (1.0 + exact.entropy), "{scalar:?}: {rounded:?}, expected {exact:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_text_has_the_likelihood_on_the_device_that_it_has_on_the_cpu() {
+    let Some(machine) = machine() else { return };
+    for config in [ModelConfig { head_dim: 16, ..grouped() }, ModelConfig { head_dim: 16, ..with_everything() }] {
+        let weights = weights(&config, 7);
+        let cpu: Arc<dyn ServedModel> = Arc::new(Model::load(&weights, WeightType::F32).unwrap());
+        let device: Arc<dyn ServedModel> = Arc::new(CudaModel::load(machine.clone(), &weights, Scalar::F32).unwrap());
+        let tokens = |from: u32, to: u32| (from..to).map(|place| place * 7 % config.vocab_size as u32).collect();
+        let text = Generation { prompt: tokens(0, 9), tokens: tokens(9, 20), ..Generation::default() };
+        let [expected, found] = [cpu, device].map(|model| Engine::new(model).full_depth(3, &text).unwrap());
+        assert_eq!(found.tokens, expected.tokens);
+        for (found, expected) in found.log_likelihoods.iter().zip(&expected.log_likelihoods) {
+            assert!((found - expected).abs() < 1e-3, "{found}, expected {expected}");
+        }
+        assert_eq!(found.log_likelihoods.len(), 11);
     }
 }
 

@@ -67,7 +67,9 @@ impl<'a> Plan<'a> {
         let systems: Vec<System> =
             spec.systems.iter().map(|system| System::read(spec, system, base)).collect::<Result<_>>()?;
         let workloads = Workloads::new(spec, base, reporter)?;
-        let points = spec.points();
+        let num_loops = |system: usize| systems[system].latency.meta().num_loops as u8;
+        spec.check_size(num_loops)?;
+        let points = spec.points(num_loops);
         let longest = workloads.longest(&points)?;
         let settings = |point: Point| {
             let System { name, latency, .. } = &systems[point.system];

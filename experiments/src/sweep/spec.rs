@@ -12,6 +12,7 @@ use simulator::{Objectives, Routing};
 use traces::{ExitSignal, RequestSpec};
 
 use super::axis::{Axis, Bytes, Value};
+use crate::exit_choice::ExitChoice;
 use crate::experiment::{SCHEMA_VERSION, read_yaml};
 use crate::serving::Serving;
 
@@ -88,7 +89,7 @@ pub struct SweptSystem {
     pub batching: Option<Vec<Batching>>,
     /// Instead of `serving.exit` and `grid.thresholds`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exit: Option<Vec<ExitPolicy>>,
+    pub exit: Option<Vec<ExitChoice>>,
 }
 
 /// Lists of values, of which every combination runs.
@@ -159,7 +160,8 @@ impl SweepSpec {
         ensure!(version == SCHEMA_VERSION, "schema_version is {version}, expected {SCHEMA_VERSION}");
         self.serving.check().context("serving")?;
         ensure!(!self.systems.is_empty(), "systems is empty: expected at least one");
-        self.check_size()?;
+        // Until the systems are read, their numbers of loops, on which `baselines` depends, are not known.
+        self.check_size(|_| 1)?;
         check_distinct("serving.batching", &self.serving.batching)?;
         check_distinct("serving.exit and grid.thresholds", &self.exits())?;
         check_distinct("serving.kv_fill", &self.serving.kv_fill)?;
@@ -196,11 +198,15 @@ impl SweepSpec {
         Ok(())
     }
 
-    fn check_size(&self) -> Result<()> {
+    /// Refuses a grid with too many points, given the number of loops of each system.
+    ///
+    /// # Errors
+    /// If there are too many.
+    pub(super) fn check_size(&self, num_loops: impl Fn(usize) -> u8) -> Result<()> {
         let grid = &self.grid;
-        let policies = |system: &SweptSystem| self.combinations(system).len() as u128;
+        let policies = |system: usize| self.combinations(system, num_loops(system)).len() as u128;
         let sizes = [
-            ("systems and policies", self.systems.iter().map(policies).sum()),
+            ("systems and policies", (0..self.systems.len()).map(policies).sum()),
             ("kv_fill", self.kv_fills().len() as u128),
             ("max_batch", size(&grid.max_batch)),
             ("device_memory", size(&grid.device_memory)),
@@ -217,14 +223,14 @@ impl SweepSpec {
         Ok(())
     }
 
-    /// Every combination; those that differ in their seed alone follow each other.
-    pub fn points(&self) -> Vec<Point> {
+    /// Every combination, given the number of loops of each system; those that differ in their seed alone follow each other.
+    pub fn points(&self, num_loops: impl Fn(usize) -> u8) -> Vec<Point> {
         let grid = &self.grid;
         let limits = iproduct!(values(&grid.device_memory), self.kv_fills(), values(&grid.max_batch));
         let loads = iproduct!(0..self.systems.len(), limits, values(&grid.rate_per_s));
         type Limits = (Option<Bytes>, KvFill, Option<u32>);
         let points_of = |(system, (device_memory, kv_fill, max_batch), rate_per_s): (usize, Limits, Option<f64>)| {
-            let runs = iproduct!(self.combinations(&self.systems[system]), values(&grid.seed));
+            let runs = iproduct!(self.combinations(system, num_loops(system)), values(&grid.seed));
             runs.map(move |((batching, exit), seed)| Point {
                 system,
                 batching,
@@ -249,22 +255,23 @@ impl SweepSpec {
     }
 
     /// `serving.exit`, and a policy for each threshold.
-    fn exits(&self) -> Vec<ExitPolicy> {
+    fn exits(&self) -> Vec<ExitChoice> {
         let confidence = |(&measure, thresholds): (&ExitSignal, &Axis<f32>)| {
-            let policy = |&threshold| ExitPolicy::Confidence { signal: measure, threshold };
+            let policy = |&threshold| ExitPolicy::Confidence { signal: measure, threshold }.into();
             thresholds.values().iter().map(policy).collect::<Vec<_>>()
         };
         let thresholds = self.grid.thresholds.iter().flat_map(confidence);
         self.serving.exit.iter().copied().chain(thresholds).collect()
     }
 
-    fn combinations(&self, system: &SweptSystem) -> Vec<(Batching, ExitPolicy)> {
+    fn combinations(&self, system: usize, num_loops: u8) -> Vec<(Batching, ExitPolicy)> {
+        let system = &self.systems[system];
         let batching = system.batching.clone().unwrap_or_else(|| self.serving.batching.clone());
-        iproduct!(batching, self.exits_of(system)).collect()
+        iproduct!(batching, ExitChoice::expand(&self.exits_of(system), num_loops)).collect()
     }
 
     /// The exit policies of a system.
-    pub fn exits_of(&self, system: &SweptSystem) -> Vec<ExitPolicy> {
+    pub fn exits_of(&self, system: &SweptSystem) -> Vec<ExitChoice> {
         system.exit.clone().unwrap_or_else(|| self.exits())
     }
 }

@@ -81,6 +81,14 @@ pub struct Summary {
     pub mean_depth: f64,
     /// Share of generated tokens that equal those of full depth, 0 to 1.
     pub token_agreement: Option<f64>,
+    /// Share of generated tokens that full depth's own text has at the same position, 0 to 1; empty if it was not measured.
+    pub equal_share: Option<f64>,
+    /// Negative log-likelihood of the generated text under full depth, in nats per token; empty if it was not measured.
+    pub nats_per_token: Option<f64>,
+    /// The same of the text that full depth itself generates for these requests.
+    pub nats_per_token_full_depth: Option<f64>,
+    /// Share of the requests with an answer whose text begins with it, 0 to 1; empty if none has an answer.
+    pub exact_match: Option<f64>,
     /// TTFT in milliseconds: mean.
     pub ttft_mean_ms: f64,
     /// TTFT: median.
@@ -185,6 +193,10 @@ impl Metrics {
             throughput_tok_s: totals.tokens as f64 / makespan_s,
             mean_depth: totals.token_passes as f64 / totals.tokens as f64,
             token_agreement,
+            equal_share: None,
+            nats_per_token: None,
+            nats_per_token_full_depth: None,
+            exact_match: None,
             ttft_mean_ms,
             ttft_p50_ms,
             ttft_p90_ms,
