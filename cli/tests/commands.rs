@@ -346,7 +346,7 @@ fn without_an_exit_trace_every_token_runs_every_depth() {
         column(&lines(&scene.path("out/summary.csv")), "makespan_s")[0].to_owned()
     };
     assert_eq!(makespan(&[]), makespan(&["--exits", exits]));
-    assert!(scene.fail(&simulate).contains("exit policy oracle without an exit trace"));
+    assert!(scene.fail(&simulate).contains("exit policy baselines without an exit trace"));
 }
 
 #[test]
@@ -378,7 +378,7 @@ fn simulations_and_replays_take_any_kv_fill() {
         let printed = scene.succeed(&scene.simulate(&["--kv-fill", fill, "--out", "out"]));
         assert!(printed.contains("KV fill") && printed.contains(&format!(" {fill} ")), "{printed}");
         let summary = lines(&scene.path("out/summary.csv"));
-        assert_eq!(column(&summary, "kv_fill"), [fill; 9]);
+        assert_eq!(column(&summary, "kv_fill"), [fill; 21]);
         let backfill: u64 = column(&summary, "backfill_rows").iter().map(|rows| rows.parse::<u64>().unwrap()).sum();
         assert_eq!(backfill > 0, fill == "backfill");
         let replay = ["replay", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
