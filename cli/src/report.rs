@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use bytesize::ByteSize;
 use comfy_table::{CellAlignment, Table, presets};
 use experiments::frontier::{Headline, QualityMeasure, combination, headline};
+use experiments::record::ServedTally;
 use experiments::run::Errors;
 use experiments::speedup::{Ratio, Speedup, speedups};
 use experiments::systems::OfSystem;
@@ -146,6 +147,16 @@ pub fn print_exits(tally: &DepthTally) {
         &["depth", "agreement with the last", "leave here (oracle)"],
         tally.shares().enumerate().map(line).collect(),
     );
+}
+
+/// Prints what a recording served, a line per exit policy.
+pub fn print_served(policies: &[ServedTally]) {
+    let line = |tally: &ServedTally| {
+        let (depth, agreement) = (format!("{:.3}", tally.mean_depth()), format!("{:.3}", tally.agreement()));
+        vec![tally.policy.clone(), tally.generations.to_string(), tally.tokens.to_string(), depth, agreement]
+    };
+    let header = ["served under", "requests", "tokens", "mean depth", "realised agreement"];
+    print_table(&header, policies.iter().map(line).collect());
 }
 
 /// Prints what a model knows of a text, a line per loop.

@@ -591,6 +591,28 @@ fn a_recording_is_parquet_or_csv_with_the_same_rows_and_replaces_only_recordings
 }
 
 #[test]
+fn a_recording_under_policies_is_simulated_and_calibrated_under_its_kv_fill() {
+    let scene = Scene::new();
+    scene.measured();
+    let record =
+        ["record", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv", "--out", "exits"];
+    let printed = scene.succeed(&[&record[..], &["--under", "top1:0.1,random:0.5", "--kv-fill", "skip"]].concat());
+    assert!(printed.contains("realised agreement") && printed.contains("random:0.5"), "{printed}");
+    let recording = ExitTrace::read(scene.path("exits")).unwrap().meta.recording.unwrap();
+    assert_eq!(recording.policies, ["confidence:top1:0.1", "random:0.5"]);
+    assert_eq!((recording.kv_fill.as_str(), recording.seed), ("skip", 1));
+    let simulate = |fill| scene.simulate(&["--batching", "depth", "--exit", "top1:0.1", "--kv-fill", fill]);
+    assert!(scene.succeed(&simulate("skip")).contains("confidence:top1:0.1"));
+    let error = scene.fail(&simulate("reuse"));
+    assert!(error.contains("recorded under KV fill skip, the settings have reuse"), "{error}");
+    let error = scene.fail(&["calibrate", "--exits", "exits", "--measure", "margin"]);
+    assert!(error.contains("no request was recorded under a threshold of margin"), "{error}");
+    let refused = scene.run(&[&record[..], &["--under", "random:2"]].concat());
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && error.contains("a probability P from 0 to 1"), "{error}");
+}
+
+#[test]
 fn evaluations_and_calibrations_that_cannot_be_say_why_and_leave_nothing() {
     let scene = Scene::new();
     scene.measured();

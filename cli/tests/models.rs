@@ -196,7 +196,7 @@ fn what_cannot_be_generated_gets_one_clear_error() {
     let scene = scene();
     let refused = |more: &[&'static str]| scene.fail(&[&["generate", "model"], more].concat());
     assert!(refused(&["--prompt", ""]).contains("no token to begin with"));
-    assert!(refused(&["--prompt", "a", "--exit", "oracle"]).contains("knows recorded requests alone"));
+    assert!(refused(&["--prompt", "a", "--exit", "oracle"]).contains("needs runs of the requests beforehand"));
     assert!(refused(&["--prompt", "a", "--exit", "gate:0.5"]).contains("the model has no gates"));
     assert!(refused(&["--prompt", "a", "--temperature=-1"]).contains("--temperature -1"));
     assert!(refused(&["--prompt", "a", "--max-tokens", "900"]).contains("needs 900 positions, the model has 256"));

@@ -30,7 +30,7 @@ use engine::{
 use scheduler::{Batching, ExitPolicy, Observer, PassRecord, Server, Settings, serve};
 use traces::{ExitSignal, Nanos, Request};
 
-const ORACLE: ExitPolicy = ExitPolicy::Oracle { charged: false };
+const ORACLE: ExitPolicy = ExitPolicy::Oracle { charged: false, recorded: true };
 
 /// Time of a run per generated token.
 #[derive(Clone, Copy, Debug)]

@@ -1,5 +1,7 @@
 //! The scheduler's executor that runs the model and measures time.
 
+mod look_ahead;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -90,7 +92,7 @@ pub struct Generation {
     /// Exit depth of each generated token.
     pub exit_depths: Vec<u8>,
     /// Exit signals and predictions of a recording executor: entry `token * num_loops + depth`, zero at depths that a
-    /// token skipped.
+    /// token skipped, unless the executor [looks ahead](EngineExecutor::looking_ahead).
     pub recorded: Vec<(Signals, u32)>,
 }
 
@@ -112,6 +114,22 @@ impl Generation {
 
 /// Exit depths of generated tokens, by request: the knowledge of the oracle.
 pub type ExitDepths = HashMap<u32, Vec<u8>>;
+
+/// Where the oracle's answers come from.
+#[derive(Debug)]
+enum Oracle {
+    /// Exit depths that are known before the run.
+    Known(Arc<ExitDepths>),
+    /// Looking ahead: a token exits at the earliest depth that predicts what the last one predicts.
+    Ahead,
+    /// Chance: at each depth before the last, a token exits with this probability.
+    Chance {
+        /// Of the draw.
+        seed: u64,
+        /// From 0 to 1.
+        probability: f64,
+    },
+}
 
 /// A sequence with a slot.
 #[derive(Debug, Default)]
@@ -277,8 +295,10 @@ pub struct EngineExecutor {
     capacity_tokens: u64,
     prompts: Arc<Prompts>,
     sampling: Sampling,
-    oracle: Option<Arc<ExitDepths>>,
+    oracle: Option<Oracle>,
     recording: bool,
+    /// Whether rows run every depth in advance when they start. Only with `recording`.
+    looking_ahead: bool,
     /// Depths at which a row may exit or its signal is read, so that the row runs the coda there.
     exit_depths: Range<usize>,
     /// Decides which rows certainly exit, so that their head runs within the pass.
@@ -313,6 +333,7 @@ impl EngineExecutor {
             sampling,
             oracle: None,
             recording: false,
+            looking_ahead: false,
             exit_depths: 0..num_loops,
             exit: ExitPolicy::None,
             arena: Arena::default(),
@@ -324,7 +345,7 @@ impl EngineExecutor {
 
     /// Sets the exit depths of the oracle.
     pub fn with_oracle(mut self, exits: Arc<ExitDepths>) -> Self {
-        self.oracle = Some(exits);
+        self.oracle = Some(Oracle::Known(exits));
         self
     }
 
@@ -439,8 +460,21 @@ impl EngineExecutor {
         let questions = self.questions(pass, exiting);
         let sources = self.sources(pass, &order);
         let places = self.places(pass)?;
+        self.run_placed(pass, &order, &questions, sources, places, meanwhile)
+    }
+
+    /// Runs the rows of a pass, by segment in this `order`, from their sources, and collects the results.
+    fn run_placed(
+        &mut self,
+        pass: &Pass<'_>,
+        order: &[usize],
+        questions: &Questions,
+        sources: Vec<Source>,
+        places: Vec<Option<u32>>,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), EngineError> {
         let last_row = |&segment: &usize| self.current.last_row(pass, segment);
-        let rows = self.sequences.rows(pass, &order);
+        let rows = self.sequences.rows(pass, order);
         let work = Work {
             sources,
             coda: rows.range(self.exit_depths.clone()),
@@ -451,7 +485,7 @@ impl EngineExecutor {
             rows,
         };
         let answers = self.backend.run_beside(&work, meanwhile)?;
-        self.take_answers(pass, &questions, answers)
+        self.take_answers(pass, questions, answers)
     }
 
     /// Sets the index of each segment's rows among those of the pass.
@@ -611,9 +645,14 @@ impl EngineExecutor {
     fn oracle_exits(&self, segment: &Segment) -> Result<bool, EngineError> {
         let Sequence { request, generation, .. } = self.sequences.of(segment);
         let token = generation.tokens.len();
-        let exits = self.oracle.as_ref().and_then(|oracle| oracle.get(request));
-        match exits.and_then(|exits| exits.get(token)) {
-            Some(&exit) => Ok(segment.depth >= exit),
+        let exit = match &self.oracle {
+            Some(Oracle::Known(exits)) => exits.get(request).and_then(|exits| exits.get(token)).copied(),
+            Some(Oracle::Ahead) => Some(self.earliest_final_depth(generation)),
+            &Some(Oracle::Chance { seed, probability }) => Some(self.drawn_depth(seed, probability, *request, token)),
+            None => None,
+        };
+        match exit {
+            Some(exit) => Ok(segment.depth >= exit),
             None => Err(EngineError::NoExit { request: *request, token }),
         }
     }
@@ -640,11 +679,12 @@ impl EngineExecutor {
         meanwhile: &mut dyn FnMut(),
     ) -> Result<(), EngineError> {
         self.run_rows(pass, exiting, meanwhile)?;
-        self.read_signals(pass, signals)?;
-        if self.recording {
+        if self.looking_ahead {
+            self.look_ahead(pass)?;
+        } else if self.recording {
             self.record(pass);
         }
-        Ok(())
+        self.read_signals(pass, signals)
     }
 
     /// Runs the head for exiting rows that have not run it.

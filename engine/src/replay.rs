@@ -45,6 +45,9 @@ pub enum ReplayError {
         /// Loops of the model.
         model: usize,
     },
+    /// An exit policy that follows a recording where none is.
+    #[error("exit policy {0} follows a recording at full depth: expected another policy here")]
+    FollowsRecording(ExitPolicy),
     /// An exit policy that reads gates of a model without gates.
     #[error("exit policy {0}: the model has no gates, expected another signal")]
     NoGates(ExitPolicy),
@@ -114,8 +117,11 @@ impl Engine {
         Ok(executor.exiting_by(settings.exit))
     }
 
-    /// Serves `requests`, in order of arrival, on the wall clock. `oracle` is needed only by the oracle exit policy.
-    /// The measured times go to `observer`. Returns prompt and output of each request, by id.
+    /// Serves `requests`, in order of arrival, on the wall clock. The measured times go to `observer`. Returns prompt and
+    /// output of each request, by id.
+    ///
+    /// `oracle` is read only by the oracle exit policy. Without it, the depths of the live text are
+    /// [found](Self::oracle_exits) before the clock starts.
     ///
     /// # Errors
     /// Before the run if a request does not fit the model or the cache, or has no prompt; during the run if the engine
@@ -128,10 +134,15 @@ impl Engine {
         idle: Idle,
         observer: &mut (impl Observer + Send),
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
+        let looks_ahead = settings.exit.signal_read() == SignalRead::Oracle && !settings.exit.follows_recording();
+        let oracle = match oracle {
+            None if looks_ahead => Some(Arc::new(self.oracle_exits(&settings, requests)?)),
+            given => given,
+        };
         self.replay_by(settings, requests, oracle, &mut WallClock::start(idle), observer)
     }
 
-    /// Serves `requests` as [`replay`](Self::replay), on another clock.
+    /// Serves `requests` as [`replay`](Self::replay), on another clock. The oracle exit policy needs `oracle`.
     ///
     /// # Errors
     /// As [`replay`](Self::replay).

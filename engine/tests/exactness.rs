@@ -115,7 +115,7 @@ impl Setup {
             num_blocks: 1,
             ..Settings::new(
                 Batching::Sequence,
-                ExitPolicy::Oracle { charged: false },
+                ExitPolicy::Oracle { charged: false, recorded: true },
                 self.model.config().num_loops as u8,
             )
         };
@@ -278,6 +278,89 @@ fn assert_batched_as_alone(setup: &Setup, settings: Settings, requests: &[Reques
         let recorded = &generations[request];
         assert_eq!((tokens, exit_depths), (&recorded.tokens, &recorded.exit_depths), "request {request}");
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn looking_ahead_finds_what_a_token_would_predict_if_it_ran_on_and_changes_nothing(
+        config in configs(), seed in 0_u64..1000, exit in exits(), num_blocks in 4_u32..16, prefill_chunk in 1_u32..30,
+        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        temperature in prop_oneof![Just(0.0_f32), Just(0.8)],
+    ) {
+        let reads_gates = matches!(exit, ExitPolicy::Confidence { signal: ExitSignal::Gate, .. });
+        let config = ModelConfig { gate: config.gate || reads_gates, ..config };
+        let setup = Setup::new(&config, WeightType::F32, seed, temperature);
+        let settings = Settings {
+            kv_fill, prefill_chunk, num_blocks,
+            max_batch: 3,
+            token_budget: 23,
+            ..Settings::new(batching, exit, config.num_loops as u8)
+        };
+        assert_ahead_as_run_on(&setup, settings, 9);
+    }
+}
+
+#[test]
+fn looking_ahead_survives_preemption() {
+    for (batching, kv_fill) in Batching::ALL.into_iter().flat_map(|batching| KvFill::ALL.map(|fill| (batching, fill))) {
+        let setup = Setup::new(&with_everything(), WeightType::F32, 7, 1.5);
+        let exit = ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 };
+        let settings = Settings {
+            kv_fill,
+            max_batch: 3,
+            token_budget: 23,
+            prefill_chunk: 7,
+            num_blocks: 4,
+            ..Settings::new(batching, exit, 3)
+        };
+        let preemptions = assert_ahead_as_run_on(&setup, settings, 20);
+        assert!(preemptions > 0, "{batching}, {kv_fill}");
+    }
+}
+
+#[test]
+fn looking_ahead_by_cuda_kernels_finds_what_a_token_would_predict_if_it_ran_on() {
+    for kv_fill in KvFill::ALL {
+        let Some(setup) = Setup::on(Device::Cuda, &with_everything(), 7, 0.8) else { return };
+        let exit = ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 };
+        let settings = Settings {
+            kv_fill,
+            max_batch: 3,
+            token_budget: 23,
+            prefill_chunk: 7,
+            num_blocks: 12,
+            ..Settings::new(Batching::Depth, exit, 3)
+        };
+        assert_ahead_as_run_on(&setup, settings, 4);
+    }
+}
+
+/// Checks that an executor that looks ahead serves the same tokens, and that all depths of each token are those of a
+/// token that runs them all after the same exits. Returns the number of preemptions.
+fn assert_ahead_as_run_on(setup: &Setup, settings: Settings, output_tokens: u32) -> u32 {
+    let num_loops = usize::from(settings.num_loops);
+    let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + 9 * id, output_tokens };
+    let requests: Vec<Request> = (0..3).map(request).collect();
+    let (plain, _) = setup.run(settings, &requests, setup.executor(&settings).exiting_by(settings.exit));
+    let (ahead, preemptions) = setup.run(settings, &requests, setup.executor(&settings).looking_ahead());
+    for request in requests {
+        let (plain, ahead) = (&plain[&request.id], &ahead[&request.id]);
+        let what = format!("request {} under {} and {}", request.id, settings.exit, settings.kv_fill);
+        assert_eq!((&plain.tokens, &plain.exit_depths), (&ahead.tokens, &ahead.exit_depths), "{what}");
+        assert_eq!(ahead.recorded.len(), num_loops * output_tokens as usize, "{what}");
+        for token in 0..output_tokens as usize {
+            let exits = [&ahead.exit_depths[..token], &[settings.num_loops - 1]].concat();
+            let up_to = Request { output_tokens: token as u32 + 1, ..request };
+            let ran_on = setup.run_alone(up_to, settings.kv_fill, exits);
+            let rows =
+                |generation: &Generation| generation.recorded[token * num_loops..(token + 1) * num_loops].to_vec();
+            let of_token = |generation| Generation { recorded: rows(generation), ..Generation::default() };
+            assert_same(setup.device, &format!("{what}, token {token}"), &of_token(ahead), &of_token(&ran_on));
+        }
+    }
+    preemptions
 }
 
 /// Batched requests on a device, in fewer and smaller mixes: emulation is slow.
@@ -522,7 +605,7 @@ fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Ve
         token_budget: 9,
         prefill_chunk: 4,
         num_blocks: 20,
-        ..Settings::new(batching, ExitPolicy::Oracle { charged: false }, 3)
+        ..Settings::new(batching, ExitPolicy::Oracle { charged: false, recorded: true }, 3)
     };
     let executor = setup.executor(&settings).with_oracle(Arc::new(exits.collect()));
     let mut server = Server::new(settings, executor).unwrap();

@@ -10,9 +10,10 @@ use common::{grouped, weights, with_everything};
 use engine::kernels::signals::log_probability;
 use engine::reference::Reference;
 use engine::{
-    Engine, FullDepth, Generation, Idle, Model, ModelConfig, Prompts, Sampling, WeightType, Weights, oracle_depths,
+    Engine, Exiting, FullDepth, Generation, Idle, Model, ModelConfig, Prompts, RecordedGeneration, RecordedPolicy,
+    Sampling, WeightType, Weights, oracle_depths,
 };
-use scheduler::{Batching, ExitPolicy, Settings};
+use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use traces::{Nanos, Request};
 
 fn engine(config: &ModelConfig, temperature: f32) -> Engine {
@@ -97,7 +98,7 @@ fn the_oracle_exits_at_the_recorded_depths() {
     let engine = engine(&grouped(), 1.0);
     let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
     let depths = Arc::new(oracle_depths(&trace, &requests()));
-    let oracle = ExitPolicy::Oracle { charged: false };
+    let oracle = ExitPolicy::Oracle { charged: false, recorded: true };
     let replayed = engine.replay(settings(oracle), &requests(), Some(depths.clone()), Idle::Skip, &mut ()).unwrap();
     for request in requests() {
         assert_eq!(replayed[&request.id].exit_depths, depths[&request.id]);
@@ -156,6 +157,90 @@ fn a_mix_serves_each_request_as_its_static_depth_does() {
         let expected = if depth == 0 { &shallow } else { &deep };
         assert_eq!(mixed[&request.id], expected[&request.id]);
     }
+}
+
+#[test]
+fn the_live_oracle_exits_where_the_text_that_it_serves_has_its_last_token_under_every_batching() {
+    let engine = engine(&grouped(), 1.0);
+    let oracle = ExitPolicy::Oracle { charged: false, recorded: false };
+    let of_recording = oracle_depths(&engine.record(&requests(), "test", "a test", &mut ()).unwrap(), &requests());
+    for kv_fill in KvFill::ALL {
+        let settings = |batching| Settings { kv_fill, batching, ..settings(oracle) };
+        let depths = engine.oracle_exits(&settings(Batching::Depth), &requests()).unwrap();
+        assert_eq!(depths == of_recording, kv_fill == KvFill::Backfill, "{kv_fill}: exits change what follows");
+        for batching in Batching::ALL {
+            let served = engine.replay(settings(batching), &requests(), None, Idle::Skip, &mut ()).unwrap();
+            for (request, generation) in &served {
+                assert_eq!(generation.exit_depths, depths[request], "{batching}, {kv_fill}, request {request}");
+            }
+            // Exact keys and values have the last word where nothing else is in the cache.
+            let agreement = engine.agreement(&served).unwrap();
+            assert_eq!(agreement == 1.0, kv_fill == KvFill::Backfill, "{batching}, {kv_fill}: {agreement}");
+        }
+    }
+}
+
+#[test]
+fn a_recording_under_policies_holds_what_each_of_them_serves() {
+    let engine = engine(&grouped(), 1.0);
+    let requests: Vec<Request> = (0..12).map(|id| Request { output_tokens: 8, ..requests()[id % 6] }).collect();
+    let requests: Vec<Request> = (0..).zip(requests).map(|(id, request)| Request { id, ..request }).collect();
+    for kv_fill in KvFill::ALL {
+        let policies: Vec<ExitPolicy> = ["static:0", "top1:0.3"].map(|text| text.parse().unwrap()).to_vec();
+        let recorded = policies.iter().map(|&policy| RecordedPolicy::Policy(policy)).collect();
+        let exiting = Exiting { policies: recorded, kv_fill, seed: 1 };
+        let mut generations = Vec::new();
+        let keep = |recorded: &RecordedGeneration| {
+            generations.push(recorded.clone());
+            Ok(())
+        };
+        engine.record_each_exiting(&requests, &exiting, keep, &mut ()).unwrap();
+        assert_eq!(generations.len(), requests.len());
+        let mut under = [0; 2];
+        for (request, found) in requests.iter().zip(generations) {
+            let policy = exiting.policy_of(request.id);
+            assert_eq!(found.policy as usize, policy);
+            under[policy] += 1;
+            let settings = Settings { kv_fill, ..settings(policies[policy]) };
+            let served =
+                engine.replay(settings, &[*request], None, Idle::Skip, &mut ()).unwrap().remove(&request.id).unwrap();
+            let full_depth = engine.full_depth(request.id, &served).unwrap().tokens;
+            for (token, exit) in found.tokens.iter().enumerate() {
+                let what = format!("{kv_fill}: token {token} of request {}", request.id);
+                assert_eq!(exit.exit_depth, u32::from(served.exit_depths[token]), "{what}");
+                assert_eq!(found.rows[3 * token + exit.exit_depth as usize].1, served.tokens[token], "{what}");
+                assert_eq!(exit.full_depth, full_depth[token], "{what}");
+            }
+        }
+        assert!(under.iter().all(|&requests| requests > 2), "both policies are drawn: {under:?}");
+    }
+}
+
+#[test]
+fn random_exits_come_as_often_as_their_probability_says() {
+    let engine = engine(&grouped(), 0.0);
+    let requests: Vec<Request> =
+        (0..40).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 5, output_tokens: 50 }).collect();
+    let exiting = Exiting { policies: vec!["random:0.25".parse().unwrap()], kv_fill: KvFill::Skip, seed: 3 };
+    let mut exits = [0_u32; 3];
+    let count = |recorded: &RecordedGeneration| {
+        recorded.tokens.iter().for_each(|token| exits[token.exit_depth as usize] += 1);
+        Ok(())
+    };
+    engine.record_each_exiting(&requests, &exiting, count, &mut ()).unwrap();
+    // Of 2,000 tokens: a quarter, a quarter of the rest, and what remains; within four standard deviations.
+    for (found, expected) in exits.into_iter().zip([500.0_f64, 375.0, 1125.0]) {
+        let deviation = (expected * (1.0 - expected / 2000.0)).sqrt();
+        assert!((f64::from(found) - expected).abs() < 4.0 * deviation, "{exits:?}");
+    }
+    for (text, expected) in
+        [("random:1.5", "a probability P from 0 to 1"), ("random:x", "random:P"), ("no", "unknown exit policy")]
+    {
+        assert!(text.parse::<RecordedPolicy>().unwrap_err().contains(expected), "{text}");
+    }
+    let following = Exiting { policies: vec!["oracle:recorded".parse().unwrap()], ..exiting };
+    let error = engine.record_each_exiting(&requests, &following, |_| Ok(()), &mut ()).unwrap_err().to_string();
+    assert!(error.contains("oracle:recorded follows a recording"), "{error}");
 }
 
 #[test]

@@ -83,6 +83,7 @@ pub mod figures;
 pub mod frontier;
 pub mod loss_figure;
 pub mod measure;
+pub mod oracle;
 mod parts;
 pub mod passes;
 pub mod profile;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use bytesize::ByteSize;
 use engine::{
-    Checkpoint, DeviceName, Engine, ExitDepths, Generation, Grid, Idle, Limits, Probe, ProbedClock, Profiler,
-    PromptLine, Prompts, Sampling, ServedModel, Tokenizer, WallClock, WeightType, oracle_depths,
+    Checkpoint, DeviceName, Engine, Generation, Grid, Idle, Limits, Probe, ProbedClock, Profiler, PromptLine, Prompts,
+    Sampling, ServedModel, Tokenizer, WallClock, WeightType,
 };
 use latency::LatencyModel;
 use scheduler::{Clock, KvFill, Lengths, Observer, PassRecorder, Settings, SignalRead};
@@ -19,6 +19,7 @@ use traces::{
 };
 
 use crate::experiment::EngineSpec;
+use crate::oracle::Oracle;
 use crate::passes::{PassClass, compare_passes};
 use crate::quality::{FullDepthTexts, Quality};
 use crate::reporter::Reporter;
@@ -53,9 +54,9 @@ pub struct MeasuredLoad {
     pub runs: Vec<Run>,
     /// By repeat, a summary for each of the settings.
     pub repeats: Vec<Vec<Summary>>,
-    /// For each of the settings the depths at which its replays exited, by request, of confidence policies: what is generated
-    /// after an early exit is not what was recorded at full depth, and exits elsewhere. They are those of the first repeat:
-    /// exits by load differ from repeat to repeat.
+    /// For each of the settings the depths at which its replays exited, by request, of policies that
+    /// read signals of the live text: what is generated after an early exit is not what was recorded at full depth, and exits
+    /// elsewhere. They are those of the first repeat: exits by load differ from repeat to repeat.
     pub exits: Vec<Option<Vec<Vec<u8>>>>,
     /// By repeat, for each of the settings how fast the machine was during the replay, beside the profile.
     pub paces: Vec<Vec<Pace>>,
@@ -205,7 +206,7 @@ pub fn measure(
     reporter.start(1 + (repeats + 1) + repeats * settings.len() * loads.len().max(1), 0);
     reporter.message("recording exit signals at full depth");
     let exits = record(named, &trace.requests)?;
-    let oracle = Arc::new(oracle_depths(&exits, &trace.requests));
+    let oracle = Oracle::new(named, settings, &trace.requests, Some(&exits))?;
     let own = FullDepthTexts::of_recording(engine, &exits, &trace.requests)?;
     let mut loads = match &loads[..] {
         [] => vec![MeasuredLoad::new(None, trace.requests.clone())],
@@ -313,7 +314,7 @@ fn chunks<T>(items: Vec<T>, size: usize) -> impl Iterator<Item = Vec<T>> {
 }
 
 /// Requests per second that the engine serves when all of them arrive at once: the median of some replays.
-fn capacity(engine: &Engine, settings: Settings, requests: &[Request], oracle: &Arc<ExitDepths>) -> Result<f64> {
+fn capacity(engine: &Engine, settings: Settings, requests: &[Request], oracle: &Oracle) -> Result<f64> {
     let at_once: Vec<Request> = requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
     let run = || replay(engine, settings, &at_once, oracle, Idle::Skip, &mut ());
     let runs = (0..CAPACITY_REPLAYS).map(|_| Ok(run()?.0)).collect::<Result<Vec<Run>>>()?;
@@ -378,7 +379,7 @@ pub fn replay(
     engine: &Engine,
     settings: Settings,
     requests: &[Request],
-    oracle: &Arc<ExitDepths>,
+    oracle: &Oracle,
     idle: Idle,
     observer: &mut (impl Observer + Send),
 ) -> Result<(Run, HashMap<u32, Generation>)> {
@@ -392,13 +393,12 @@ fn replay_by(
     engine: &Engine,
     metrics: Metrics,
     requests: &[Request],
-    oracle: &Arc<ExitDepths>,
+    oracle: &Oracle,
     observer: &mut (impl Observer + Send),
 ) -> Result<(Run, HashMap<u32, Generation>)> {
     let settings = *metrics.settings();
     let mut observers = (metrics.with_requests(), observer);
-    let oracle = (settings.exit.signal_read() == SignalRead::Oracle).then(|| oracle.clone());
-    let generations = engine.replay_by(settings, requests, oracle, clock, &mut observers)?;
+    let generations = engine.replay_by(settings, requests, oracle.depths(&settings), clock, &mut observers)?;
     let metrics = observers.0;
     let summary = Summary {
         weight_bytes: Some(engine.model.weight_bytes()),
@@ -408,13 +408,14 @@ fn replay_by(
     Ok((Run { summary, metrics, time: None, quality: None }, generations))
 }
 
-/// The depths at which a replay exited, by request. None of a policy that reads no signal: its exits are those recorded.
+/// The depths at which a replay exited, by request. None of a policy whose exits are those recorded: one that reads no
+/// signal, or follows the recording.
 fn exits_taken(
     settings: &Settings,
     requests: &[Request],
     generations: &HashMap<u32, Generation>,
 ) -> Option<Vec<Vec<u8>>> {
-    let reads_signal = matches!(settings.exit.signal_read(), SignalRead::Signal(_));
+    let reads_signal = settings.exit.signal_read() != SignalRead::None && !settings.exit.follows_recording();
     reads_signal.then(|| requests.iter().map(|request| generations[&request.id].exit_depths.clone()).collect())
 }
 

@@ -1,21 +1,22 @@
 //! Request traces through the engine.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use anyhow::Result;
-use engine::{Generation, Idle, oracle_depths};
-use scheduler::{ExitPolicy, PassRecorder, Settings, SignalRead};
+use engine::{Generation, Idle};
+use scheduler::{ExitPolicy, PassRecorder, Settings};
 use traces::{ExitTrace, PassLog, PassOrigin, Request, unix_micros};
 
 use crate::measure::{self, NamedEngine};
+use crate::oracle::Oracle;
 use crate::quality::{FullDepthTexts, Quality};
 use crate::reporter::Reporter;
 use crate::runs::Run;
 use crate::speedup::warn_without_baselines;
 
-/// Replays the requests under every one of `settings`: the runs, and all their passes. The oracle's exits are read from `recorded`, an exit trace of
-/// these requests; without one, they are recorded first where a policy asks for them.
+/// Replays the requests under every one of `settings`: the runs, and all their passes. The exits of
+/// `oracle:recorded` are read from `recorded`, an exit trace of these requests; without one, they are recorded first. Those of
+/// the live oracle are found by looking ahead before the replays.
 ///
 /// # Errors
 /// If the engine cannot serve the requests.
@@ -29,14 +30,13 @@ pub fn replay(
 ) -> Result<(Vec<Run>, PassLog)> {
     settings.iter().try_for_each(|settings| named.check_settings(settings))?;
     warn_without_baselines(settings, reporter);
-    let needs_oracle = settings.iter().any(|settings| settings.exit.signal_read() == SignalRead::Oracle);
     let full_depth = settings.iter().position(|settings| settings.exit == ExitPolicy::None);
     let recording = match recorded {
-        None if needs_oracle || full_depth.is_none() => Some(measure::record(named, requests)?),
+        None if Oracle::needs_recording(settings) || full_depth.is_none() => Some(measure::record(named, requests)?),
         _ => None,
     };
     let recorded = recorded.or(recording.as_ref());
-    let oracle = Arc::new(recorded.map(|recorded| oracle_depths(recorded, requests)).unwrap_or_default());
+    let oracle = Oracle::new(named, settings, requests, recorded)?;
     reporter.start(settings.len(), 0);
     let (mut runs, mut generated) = (Vec::new(), Vec::new());
     let mut passes = PassLog { meta: measure::pass_log_meta(named), runs: Vec::new() };

@@ -156,7 +156,26 @@ pub fn run_simulations(
     };
     let runs = simulations.iter().zip(outcomes).map(run).collect();
     warn_of_extrapolations(&beyond, reporter);
+    if let Some(simulation) = simulations.first() {
+        warn_of_short_recordings(simulation.exits(), requests, reporter);
+    }
     runs
+}
+
+/// Says how many requests are longer than the recorded generation that they take.
+fn warn_of_short_recordings(exits: &ExitModel, requests: &[Request], reporter: &mut dyn Reporter) {
+    let longer = exits.longer_than_recorded(requests);
+    if longer > 0 {
+        let goes_on = match exits.kv_fill() {
+            Some(_) => "at the same position",
+            None => "from its beginning",
+        };
+        reporter.warning(&format!(
+            "{longer} of {} requests are longer than the recorded generation that they take exits from: they go on in \
+             another one, {goes_on}",
+            requests.len()
+        ));
+    }
 }
 
 /// Says where runs left what was measured, if they did.

@@ -20,7 +20,8 @@ use crate::exit_choice::ExitChoice;
 pub struct Serving {
     /// `vanilla`, `sequence`, `depth`.
     pub batching: Vec<Batching>,
-    /// `none`, `static:DEPTH`, `mix:DEPTH:DEPTH:SHARE`, `oracle`, `oracle:charged`, `confidence:MEASURE:THRESHOLD`,
+    /// `none`, `static:DEPTH`, `mix:DEPTH:DEPTH:SHARE`, `oracle`, `oracle:charged`, `oracle:recorded`,
+    /// `confidence:MEASURE:THRESHOLD`,
     /// `delayed:MEASURE:THRESHOLD`, `cumulative:gate:SHARE:LOOPS`, `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`, or
     /// `baselines` for all those that read no signal.
     pub exit: Vec<ExitChoice>,

@@ -71,6 +71,9 @@ pub enum ExitPolicy {
         /// Whether each reading of the signal costs a run of the exit head, as for a confidence policy. In the paper it
         /// is free.
         charged: bool,
+        /// Whether the depths are those of a recording at full depth, by index of the token. Otherwise they are those
+        /// of the text that is served, with the keys and values that the KV fill leaves.
+        recorded: bool,
     },
     /// At the earliest depth where the signal passes the threshold.
     Confidence {
@@ -224,7 +227,7 @@ impl ExitPolicy {
 
     /// Whether reading the signal takes a product with the whole vocabulary.
     pub fn read_needs_head(self) -> bool {
-        self.signal_read().needs_head() || self == Self::Oracle { charged: true }
+        self.signal_read().needs_head() || matches!(self, Self::Oracle { charged: true, .. })
     }
 
     /// The depths at which rows of a model with `num_loops` loops can exit. At the last depth, all do.
@@ -295,6 +298,11 @@ impl ExitPolicy {
         }
     }
 
+    /// Whether an executor needs exit depths that were recorded at full depth.
+    pub fn follows_recording(self) -> bool {
+        matches!(self, Self::Oracle { recorded: true, .. })
+    }
+
     /// The threshold of a policy that has one.
     pub fn threshold(self) -> Option<f32> {
         match self {
@@ -311,8 +319,11 @@ impl fmt::Display for ExitPolicy {
             Self::None => f.write_str("none"),
             Self::Static(depth) => write!(f, "static:{depth}"),
             Self::Mix(mix) => mix.fmt(f),
-            Self::Oracle { charged: false } => f.write_str("oracle"),
-            Self::Oracle { charged: true } => f.write_str("oracle:charged"),
+            Self::Oracle { charged, recorded } => {
+                let (recorded, charged) =
+                    (if *recorded { ":recorded" } else { "" }, if *charged { ":charged" } else { "" });
+                write!(f, "oracle{recorded}{charged}")
+            }
             Self::Confidence { signal, threshold } => write!(f, "confidence:{signal}:{threshold}"),
             Self::LoadAdaptive(by_load) => write!(f, "load-adaptive:{by_load}"),
             Self::Cumulative { share, min_loops } => write!(f, "cumulative:gate:{share}:{min_loops}"),
@@ -325,8 +336,8 @@ impl fmt::Display for ExitPolicy {
 impl FromStr for ExitPolicy {
     type Err = PolicyError;
 
-    /// Parses `none`, `static:DEPTH`, `mix:DEPTH:DEPTH:SHARE` or `mix:DEPTH:DEPTH:SHARE:SEED`, `oracle`, `oracle:charged`,
-    /// `confidence:THRESHOLD` (of the top-1 probability),
+    /// Parses `none`, `static:DEPTH`, `mix:DEPTH:DEPTH:SHARE` or `mix:DEPTH:DEPTH:SHARE:SEED`, `oracle`, `oracle:charged`, `oracle:recorded`,
+    /// `oracle:recorded:charged`, `confidence:THRESHOLD` (of the top-1 probability),
     /// `confidence:MEASURE:THRESHOLD` or its short form `MEASURE:THRESHOLD`, `delayed:MEASURE:THRESHOLD`,
     /// `cumulative:gate:SHARE` or `cumulative:gate:SHARE:LOOPS`, and `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH` or
     /// `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`.
@@ -356,8 +367,10 @@ impl ExitPolicy {
             ["static", depth] => depth.parse().map(Self::Static).map_err(|_| unknown()),
             ["mix", first, second, share] => mix(first, second, share, "0"),
             ["mix", first, second, share, seed] => mix(first, second, share, seed),
-            ["oracle"] => Ok(Self::Oracle { charged: false }),
-            ["oracle", "charged"] => Ok(Self::Oracle { charged: true }),
+            ["oracle"] => Ok(Self::Oracle { charged: false, recorded: false }),
+            ["oracle", "charged"] => Ok(Self::Oracle { charged: true, recorded: false }),
+            ["oracle", "recorded"] => Ok(Self::Oracle { charged: false, recorded: true }),
+            ["oracle", "recorded", "charged"] => Ok(Self::Oracle { charged: true, recorded: true }),
             ["confidence", number] => Ok(Self::Confidence { signal: ExitSignal::Top1, threshold: threshold(number)? }),
             ["confidence", signal, number] => Ok(Self::Confidence {
                 signal: signal.parse().map_err(PolicyError::ExitSignal)?,
@@ -464,7 +477,7 @@ pub enum PolicyError {
     KvFill(String),
     /// Not an exit policy.
     #[error(
-        "unknown exit policy `{0}`: expected none, static:DEPTH, mix:DEPTH:DEPTH:SHARE, oracle, oracle:charged, \
+        "unknown exit policy `{0}`: expected none, static:DEPTH, mix:DEPTH:DEPTH:SHARE, oracle, oracle:charged, oracle:recorded, \
          confidence:THRESHOLD, confidence:SIGNAL:THRESHOLD, SIGNAL:THRESHOLD, delayed:SIGNAL:THRESHOLD, \
          cumulative:gate:SHARE[:LOOPS], load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH[:BAND] or the name of a registered policy"
     )]
@@ -528,6 +541,8 @@ mod tests {
             "mix:0:1:0.5:7",
             "oracle",
             "oracle:charged",
+            "oracle:recorded",
+            "oracle:recorded:charged",
             "confidence:margin:0.25",
             "delayed:entropy:0.5",
             "cumulative:gate:0.75:2",
@@ -591,9 +606,17 @@ mod tests {
     #[test]
     fn only_signals_over_the_vocabulary_need_the_head() {
         let needs_head = |text: &str| text.parse::<ExitPolicy>().unwrap().read_needs_head();
-        let need = ["top1:0.9", "margin:0.9", "entropy:0.9", "oracle:charged", "load-adaptive:top1:1..0:0..1"];
+        let need = [
+            "top1:0.9",
+            "margin:0.9",
+            "entropy:0.9",
+            "oracle:charged",
+            "oracle:recorded:charged",
+            "load-adaptive:top1:1..0:0..1",
+        ];
         assert!(need.into_iter().all(needs_head));
-        let need_not = ["none", "static:0", "oracle", "similarity:0.9", "gate:0.9", "cumulative:gate:0.9"];
+        let need_not =
+            ["none", "static:0", "oracle", "oracle:recorded", "similarity:0.9", "gate:0.9", "cumulative:gate:0.9"];
         assert!(!need_not.into_iter().any(needs_head));
     }
 

@@ -781,7 +781,7 @@ fn backfill_passes(batching: Batching, max_batch: u32, token_budget: u32, exits:
         token_budget,
         prefill_chunk: token_budget,
         num_blocks: 16,
-        ..Settings::new(batching, ExitPolicy::Oracle { charged: false }, 3)
+        ..Settings::new(batching, ExitPolicy::Oracle { charged: false, recorded: true }, 3)
     };
     let requests = exits.iter().zip(0..).map(|(exits, id)| Request {
         id,

@@ -126,6 +126,7 @@ fn exit_trace() -> ExitTrace {
         fingerprint: "synthetic".into(),
         num_loops: LOOPS,
         source: "made up".into(),
+        recording: None,
     });
     let mut random = Random(7);
     for _ in 0..2_000 {

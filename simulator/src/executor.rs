@@ -1,5 +1,7 @@
 //! The simulator's executor, which takes times from a latency model and exit signals from an exit model.
 
+use std::collections::HashMap;
+
 use latency::{LatencyModel, PassAccount, nanos};
 use scheduler::{Executor, Pass, Settings, Slot};
 use traces::{Nanos, Request};
@@ -14,6 +16,10 @@ pub struct ProfileExecutor<'m> {
     exits: &'m ExitModel,
     /// By slot.
     cursors: Vec<Cursor>,
+    /// Positions of requests that lost their slots, where they depend on earlier exits.
+    preempted: HashMap<u32, Cursor>,
+    /// By slot: output tokens of its request.
+    outputs: Vec<u32>,
     /// `None` where every time is the median of the profile.
     spread: Option<Spread>,
     tokens: u64,
@@ -28,6 +34,8 @@ impl<'m> ProfileExecutor<'m> {
             latency,
             exits,
             cursors: vec![Cursor::default(); settings.max_batch as usize],
+            preempted: HashMap::new(),
+            outputs: vec![0; settings.max_batch as usize],
             spread: None,
             tokens: 0,
             agreeing: 0,
@@ -68,11 +76,24 @@ impl Executor for ProfileExecutor<'_> {
     type Error = ExitError;
 
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), ExitError> {
-        self.cursors[slot as usize] = self.exits.cursor(request, generated)?;
+        self.outputs[slot as usize] = request.output_tokens;
+        let known = self.preempted.remove(&request.id).filter(|cursor| cursor.progress() == (request.id, generated));
+        self.cursors[slot as usize] = match known {
+            Some(cursor) => cursor,
+            None => self.exits.cursor(request, generated)?,
+        };
         Ok(())
     }
 
-    fn release(&mut self, _: Slot) {}
+    fn release(&mut self, slot: Slot) {
+        if self.exits.kv_fill().is_some() {
+            let cursor = self.cursors[slot as usize];
+            let (request, generated) = cursor.progress();
+            if generated < self.outputs[slot as usize] {
+                self.preempted.insert(request, cursor);
+            }
+        }
+    }
 
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, ExitError> {
         self.exits.read_signals(pass, &self.cursors, signals);

@@ -2,10 +2,13 @@
 //!
 //! Easy and hard tokens come in runs. A request therefore takes the tokens of a recorded generation in order, from the
 //! first one; a longer request continues with another generation.
+//!
+//! A trace that was recorded under exit policies has the signals that tokens have after early exits. There, a request
+//! stays with a generation for as long as both have skipped about as many depths.
 
 use std::sync::Arc;
 
-use scheduler::{Pass, SignalRead};
+use scheduler::{KvFill, Pass, SignalRead};
 use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Request, Signals};
 
 /// Which generations of the trace a request takes.
@@ -47,6 +50,9 @@ pub enum ExitError {
         /// Tokens of the recorded generation.
         recorded: u32,
     },
+    /// A KV fill that the trace was recorded under, and that is none.
+    #[error("the exit trace was recorded under KV fill `{0}`: expected reuse, first, skip or backfill")]
+    KvFill(String),
 }
 
 /// Exit signals and agreement by token and depth, and the rule that assigns tokens to requests. Clones share the
@@ -59,12 +65,103 @@ pub struct ExitModel {
     has_gates: bool,
     /// Whether tokens exit where they agree with the last depth, whichever signal is read.
     is_scripted: bool,
+    /// Whether generations are recorded ones, whose lengths mean something.
+    is_recorded: bool,
     /// Generation `g` consists of tokens `starts[g]..starts[g + 1]`.
     starts: Arc<[u32]>,
-    /// A bit for each token and depth: whether the prediction equals that of the last depth.
+    /// A bit for each token and depth: whether the prediction equals that of full depth.
     agreement: Arc<[u64]>,
     /// The values of each signal by token and depth, in the order of [`ExitSignal::ALL`].
     signals: [Arc<[f32]>; ExitSignal::ALL.len()],
+    /// How much of their history tokens had skipped; none of a trace at full depth.
+    history: Option<Arc<History>>,
+}
+
+/// What a trace that was recorded under exit policies says of the history of its tokens.
+///
+/// What a token predicts at a depth, and how surely, depends on the depths that earlier tokens skipped: later tokens find
+/// there what the KV fill leaves. The measure is the number of depths that the earlier generated tokens of the request
+/// skipped, per token. When a request has skipped more or fewer than the generation that it takes, or the generation ends,
+/// it goes on with one of the generations that have skipped most nearly as many, at the same position.
+#[derive(Debug)]
+struct History {
+    kv_fill: KvFill,
+    /// A bit for each token and depth: whether the prediction equals that of the last depth over the same history.
+    finals: Vec<u64>,
+    /// By token: depths that the earlier tokens of its generation skipped.
+    skipped: Vec<u32>,
+    /// By token: its index in its generation.
+    positions: Vec<u32>,
+    /// By index in a generation: the tokens with this index, in order of the depths skipped before.
+    alike: Vec<Vec<u32>>,
+}
+
+impl History {
+    /// Tokens among which one is drawn.
+    const NEAREST: usize = 16;
+    /// Difference in skipped depths per token up to which histories are alike, and one in all for short histories.
+    const PER_TOKEN: f64 = 0.125;
+    const IN_ALL: f64 = 1.0;
+
+    fn new(trace: &ExitTrace) -> Result<Option<Self>, ExitError> {
+        let (Some(served), Some(recording)) = (&trace.served, &trace.meta.recording) else { return Ok(None) };
+        let kv_fill = recording.kv_fill.parse().map_err(|_| ExitError::KvFill(recording.kv_fill.clone()))?;
+        let (last, mut skipped, mut positions) = (trace.num_loops() as u32 - 1, Vec::new(), Vec::new());
+        let mut alike: Vec<Vec<u32>> = Vec::new();
+        for generation in 0..trace.num_generations() {
+            let mut before = 0;
+            for (position, token) in trace.generation(generation).enumerate() {
+                skipped.push(before);
+                positions.push(position as u32);
+                before += last - served.tokens[token].exit_depth;
+                if alike.len() == position {
+                    alike.push(Vec::new());
+                }
+                alike[position].push(token as u32);
+            }
+        }
+        alike.iter_mut().for_each(|tokens| tokens.sort_by_key(|&token| skipped[token as usize]));
+        let rows = (0..trace.num_tokens()).flat_map(|token| (0..trace.num_loops()).map(move |depth| (token, depth)));
+        let finals = bits(rows.map(|(token, depth)| trace.agrees_with_last(token, depth)));
+        Ok(Some(Self { kv_fill, finals, skipped, positions, alike }))
+    }
+
+    /// Whether a request that has skipped `skipped` depths in `position` tokens has a history like that of a token.
+    fn is_alike(&self, token: usize, position: u32, skipped: u32) -> bool {
+        let per_token = |skipped: u32, tokens: u32| f64::from(skipped) / f64::from(tokens.max(1));
+        let difference = per_token(self.skipped[token], self.positions[token]) - per_token(skipped, position);
+        difference.abs() <= Self::PER_TOKEN + Self::IN_ALL / f64::from(position.max(1))
+    }
+
+    /// One of the tokens at a position whose histories are most like that of a request. Beyond the longest recording, the
+    /// request goes on in the middle.
+    fn draw(&self, hash: u64, position: u32, skipped: u32) -> usize {
+        let recorded = if (position as usize) < self.alike.len() { position as usize } else { self.alike.len() / 2 };
+        let tokens = &self.alike[recorded];
+        let target = (u64::from(skipped) * recorded as u64 / u64::from(position.max(1))) as u32;
+        let nearest = self.nearest(tokens, target);
+        nearest[scaled(hash, nearest.len() as u64) as usize] as usize
+    }
+
+    /// The tokens that skipped most nearly `target` depths, at least [`NEAREST`](Self::NEAREST) of them and all that are
+    /// equally near.
+    fn nearest<'a>(&self, tokens: &'a [u32], target: u32) -> &'a [u32] {
+        let distance = |index: usize| self.skipped[tokens[index] as usize].abs_diff(target);
+        let first = |bound: u32| tokens.partition_point(|&token| self.skipped[token as usize] < bound);
+        let (mut low, mut high) = (first(target), first(target));
+        let mut farthest = 0;
+        while high - low < Self::NEAREST.min(tokens.len()) {
+            let takes_lower = high == tokens.len() || (low > 0 && distance(low - 1) <= distance(high));
+            if takes_lower {
+                low -= 1;
+                farthest = farthest.max(distance(low));
+            } else {
+                farthest = farthest.max(distance(high));
+                high += 1;
+            }
+        }
+        &tokens[first(target.saturating_sub(farthest))..first(target.saturating_add(farthest).saturating_add(1))]
+    }
 }
 
 impl ExitModel {
@@ -89,10 +186,26 @@ impl ExitModel {
             draw,
             has_gates: trace.has_gates,
             is_scripted: false,
+            is_recorded: true,
             starts: trace.starts.as_slice().into(),
             agreement: bits(rows().map(|(token, depth)| trace.agrees(token, depth))).into(),
             signals: ExitSignal::ALL.map(|signal| trace.signals.iter().map(|signals| signals.get(signal)).collect()),
+            history: History::new(trace)?.map(Arc::new),
         })
+    }
+
+    /// The KV fill that the trace was recorded under; none if its tokens ran every depth, which no fill changes.
+    pub fn kv_fill(&self) -> Option<KvFill> {
+        self.history.as_ref().map(|history| history.kv_fill)
+    }
+
+    /// How many requests are longer than the generation that they begin with, and therefore go on with another one.
+    pub fn longer_than_recorded(&self, requests: &[Request]) -> usize {
+        let is_longer = |request: &&Request| match self.draw {
+            Draw::Recorded => false,
+            Draw::Seeded(_) => self.is_recorded && request.output_tokens > self.tokens_left(&self.drawn(request.id, 0)),
+        };
+        requests.iter().filter(is_longer).count()
     }
 
     /// The model with another draw of its generations.
@@ -112,13 +225,14 @@ impl ExitModel {
             fingerprint: fingerprint.to_owned(),
             num_loops: num_loops.clamp(1, 65),
             source: "no trace".to_owned(),
+            recording: None,
         });
         let rows =
             |&exit: &u8| (0..num_loops).map(move |depth| (Signals::default(), u32::from(depth >= u32::from(exit))));
         for generation in depths {
             trace.push_generation(&generation.iter().flat_map(rows).collect::<Vec<_>>());
         }
-        Ok(Self { is_scripted: true, ..Self::new(&trace, draw)? })
+        Ok(Self { is_scripted: true, is_recorded: false, ..Self::new(&trace, draw)? })
     }
 
     /// A model whose tokens all run every depth. No exit policy has a signal to read.
@@ -132,10 +246,11 @@ impl ExitModel {
             fingerprint: fingerprint.to_owned(),
             num_loops: num_loops.clamp(1, 65),
             source: "no trace".to_owned(),
+            recording: None,
         });
         let rows: Vec<_> = (0..trace.num_loops()).map(|depth| (Signals::default(), depth as u32)).collect();
         trace.push_generation(&rows);
-        Self::new(&trace, Draw::Seeded(0))
+        Ok(Self { is_recorded: false, ..Self::new(&trace, Draw::Seeded(0))? })
     }
 
     /// Number of loops of the recorded model.
@@ -163,6 +278,9 @@ impl ExitModel {
         }
         let mut cursor = self.drawn(request.id, 0);
         let mut left = generated;
+        if let Some(history) = &self.history {
+            return Ok(self.resumed(history, cursor, generated));
+        }
         while left >= self.tokens_left(&cursor) {
             left -= self.tokens_left(&cursor);
             cursor = self.drawn(request.id, cursor.draws);
@@ -172,8 +290,11 @@ impl ExitModel {
     }
 
     /// Advances the requests whose rows exit to their next tokens. Returns how many of the exiting tokens agree with
-    /// the last depth.
+    /// full depth.
     pub fn exit(&self, pass: &Pass<'_>, exiting: &[u32], cursors: &mut [Cursor]) -> u64 {
+        if let Some(history) = &self.history {
+            return self.exit_after(history, pass, exiting, cursors);
+        }
         let num_loops = usize::from(self.num_loops);
         let signals: &[f32] = match pass.reads.signal {
             SignalRead::Signal(signal) => &self.signals[signal as usize],
@@ -195,6 +316,54 @@ impl ExitModel {
         agreeing
     }
 
+    /// As [`exit`](Self::exit), where the next token depends on the history.
+    fn exit_after(&self, history: &History, pass: &Pass<'_>, exiting: &[u32], cursors: &mut [Cursor]) -> u64 {
+        let num_loops = usize::from(self.num_loops);
+        let mut agreeing = 0;
+        for &index in exiting {
+            let segment = &pass.segments[index as usize];
+            let cursor = &mut cursors[segment.slot as usize];
+            agreeing += u64::from(self.agrees(cursor.at(segment.depth)));
+            cursor.row += num_loops;
+            cursor.position += 1;
+            cursor.skipped += u32::from(self.num_loops - 1 - segment.depth);
+            let ends = cursor.row == cursor.end;
+            if ends || !history.is_alike(cursor.row / num_loops, cursor.position, cursor.skipped) {
+                self.splice(history, cursor);
+            }
+        }
+        agreeing
+    }
+
+    /// A request that has generated some tokens of which nothing else is known: it skipped as many depths as its
+    /// generation.
+    fn resumed(&self, history: &History, mut cursor: Cursor, generated: u32) -> Cursor {
+        let (first, tokens) = (cursor.row / usize::from(self.num_loops), self.tokens_left(&cursor));
+        let known = first + generated.min(tokens - 1) as usize;
+        let per_token = f64::from(history.skipped[known]) / f64::from(history.positions[known].max(1));
+        cursor.position = generated;
+        cursor.skipped = (per_token * f64::from(generated)).round() as u32;
+        if generated < tokens {
+            cursor.row += generated as usize * usize::from(self.num_loops);
+        } else {
+            self.splice(history, &mut cursor);
+        }
+        cursor
+    }
+
+    /// Goes on with another token of a like history.
+    fn splice(&self, history: &History, cursor: &mut Cursor) {
+        let seed = match self.draw {
+            Draw::Seeded(seed) => seed,
+            Draw::Recorded => 0,
+        };
+        let drawn = hash(seed, u64::from(cursor.request) << 32 | u64::from(cursor.draws));
+        let token = history.draw(drawn, cursor.position, cursor.skipped);
+        let end = self.starts[self.starts.partition_point(|&start| start as usize <= token)];
+        cursor.draws += 1;
+        [cursor.row, cursor.end] = [token, end as usize].map(|token| token * usize::from(self.num_loops));
+    }
+
     /// Sets the signals of the rows of a pass, by segment; `cursors` are by slot. Rows whose signal is not read get one
     /// too, which spares the loop a branch that would be mispredicted.
     pub fn read_signals(&self, pass: &Pass<'_>, cursors: &[Cursor], signals: &mut [f32]) {
@@ -212,7 +381,10 @@ impl ExitModel {
         let rows = segments.map(|(segment, signal)| (cursors[segment.slot as usize].at(segment.depth), signal));
         match pass.reads.signal {
             SignalRead::None => {}
-            SignalRead::Oracle => rows.for_each(|(row, signal)| *signal = f32::from(u8::from(self.agrees(row)))),
+            SignalRead::Oracle => {
+                let finals = self.history.as_ref().map_or(&*self.agreement, |history| &*history.finals);
+                rows.for_each(|(row, signal)| *signal = f32::from(u8::from(is_set(finals, row))));
+            }
             SignalRead::Signal(read) => {
                 let values = &self.signals[read as usize];
                 rows.for_each(|(row, signal)| *signal = values[row]);
@@ -224,10 +396,10 @@ impl ExitModel {
         ((cursor.end - cursor.row) / usize::from(self.num_loops)) as u32
     }
 
-    /// Whether the prediction in a row equals that of the last depth.
+    /// Whether the prediction in a row equals that of full depth.
     #[inline]
     pub fn agrees(&self, row: usize) -> bool {
-        self.agreement[row / 64] >> (row % 64) & 1 == 1
+        is_set(&self.agreement, row)
     }
 
     fn check_recorded(&self, request: &Request) -> Result<(), ExitError> {
@@ -251,7 +423,7 @@ impl ExitModel {
             Draw::Recorded => request as usize,
         };
         let [row, end] = [index, index + 1].map(|at| self.starts[at] as usize * usize::from(self.num_loops));
-        Cursor { request, draws: draws + 1, row, end }
+        Cursor { request, draws: draws + 1, row, end, position: 0, skipped: 0 }
     }
 }
 
@@ -264,6 +436,12 @@ fn prefetch(values: &[f32], index: usize) {
         // SAFETY: a prefetch reads nothing, and the reference is valid.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
     }
+}
+
+/// Whether a packed bit is 1.
+#[inline]
+fn is_set(bits: &[u64], index: usize) -> bool {
+    bits[index / 64] >> (index % 64) & 1 == 1
 }
 
 /// Packs bits, the lowest first.
@@ -288,9 +466,17 @@ pub struct Cursor {
     row: usize,
     /// End of the current generation's rows.
     end: usize,
+    /// Tokens before it, and the depths that they skipped. Only in traces that were recorded under exit policies.
+    position: u32,
+    skipped: u32,
 }
 
 impl Cursor {
+    /// The request, and the number of tokens that it has generated, where the [history](History) matters.
+    pub(crate) fn progress(&self) -> (u32, u32) {
+        (self.request, self.position)
+    }
+
     /// The token's row at a depth.
     #[inline]
     pub fn at(&self, depth: u8) -> usize {
@@ -318,7 +504,7 @@ pub(crate) fn scaled(hash: u64, bound: u64) -> u64 {
 mod tests {
     use super::*;
     use scheduler::{BlockTables, ExitPolicy, RowKind, Segment, SignalReads};
-    use traces::{Nanos, PassWork};
+    use traces::{Nanos, PassWork, Recording, ServedToken};
 
     /// Generation `g` has `g + 1` tokens, each predicted as `10 g + token` at the last depth.
     fn trace(generations: usize) -> ExitTrace {
@@ -328,6 +514,7 @@ mod tests {
             fingerprint: "test".into(),
             num_loops: 2,
             source: "made up".into(),
+            recording: None,
         });
         for generation in 0..generations {
             let rows: Vec<_> = (0..2 * (generation + 1))
@@ -342,13 +529,18 @@ mod tests {
         Request { id, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens }
     }
 
-    /// Makes the token at a cursor exit at the last depth.
+    /// Makes the token at a cursor exit at the last depth, which agrees with itself.
     fn exit(model: &ExitModel, cursor: &mut Cursor) {
+        assert_eq!(exit_full(model, cursor), 1);
+    }
+
+    /// Makes the token at a cursor exit at the last depth; returns whether it agrees with full depth.
+    fn exit_full(model: &ExitModel, cursor: &mut Cursor) -> u64 {
         let kind = RowKind::Decode;
         let segments = [Segment { slot: 0, start: 1, tokens: 1, depth: 1, kind, predicts: true, generated: true }];
         let (tables, reads) = (BlockTables::new(1, 1, 1), ExitPolicy::None.signal_reads(2));
         let pass = Pass { segments: &segments, reads, tables: &tables, work: &PassWork::default() };
-        assert_eq!(model.exit(&pass, &[0], std::slice::from_mut(cursor)), 1);
+        model.exit(&pass, &[0], std::slice::from_mut(cursor))
     }
 
     fn tokens(model: &ExitModel, request: &Request, count: usize) -> Vec<u32> {
@@ -397,6 +589,110 @@ mod tests {
         for (generated, &token) in tokens(&model, &request, 60).iter().enumerate() {
             assert_eq!(model.cursor(&request, generated as u32).unwrap().row, 2 * token as usize);
         }
+    }
+
+    /// Two loops. `generations` is the exit depth of each token; all tokens of generation `g` have a top-1 probability of
+    /// `g` at depth 0. Full depth gives what depth 0 predicts, the last depth something else.
+    fn served(generations: &[&[u32]]) -> ExitTrace {
+        let recording = Recording { policies: vec!["none".to_owned()], kv_fill: "skip".to_owned(), seed: 1 };
+        let mut trace = ExitTrace::new(ExitTraceMeta { recording: Some(recording), ..trace(0).meta });
+        for (generation, depths) in generations.iter().enumerate() {
+            let at = |top1| Signals { top1, ..Signals::default() };
+            let rows = depths.iter().flat_map(|_| [(at(generation as f32), 1), (at(0.5), 2)]);
+            let token = |&exit_depth: &u32| ServedToken { exit_depth, full_depth: 1 };
+            trace.push_served(&rows.collect::<Vec<_>>(), &depths.iter().map(token).collect::<Vec<_>>(), 0);
+        }
+        trace
+    }
+
+    /// Has a request exit at these depths; returns the generation of each of its tokens, and how many agree.
+    fn generations_taken(model: &ExitModel, trace: &ExitTrace, request: &Request, depths: &[u8]) -> (Vec<usize>, u64) {
+        let mut cursor = model.cursor(request, 0).unwrap();
+        let (tables, work, reads) = (BlockTables::new(1, 1, 1), PassWork::default(), ExitPolicy::None.signal_reads(2));
+        let mut agreeing = 0;
+        let mut token = |&depth: &u8| {
+            let token = cursor.row as u32 / 2;
+            let kind = RowKind::Decode;
+            let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
+            let pass = Pass { segments: &segments, reads, tables: &tables, work: &work };
+            agreeing += model.exit(&pass, &[0], std::slice::from_mut(&mut cursor));
+            trace.starts.partition_point(|&start| start <= token) - 1
+        };
+        (depths.iter().map(&mut token).collect(), agreeing)
+    }
+
+    #[test]
+    fn a_request_with_the_exits_of_its_recording_stays_with_it() {
+        let trace = served(&[&[0; 40], &[1; 40], &[0; 40]]);
+        let model = ExitModel::new(&trace, Draw::Recorded).unwrap();
+        assert_eq!(model.kv_fill(), Some(KvFill::Skip));
+        assert_eq!(generations_taken(&model, &trace, &request(2, 40), &[0; 40]), (vec![2; 40], 40));
+        assert_eq!(generations_taken(&model, &trace, &request(1, 40), &[1; 40]), (vec![1; 40], 0));
+    }
+
+    #[test]
+    fn a_request_goes_on_with_tokens_whose_history_skipped_as_much() {
+        let mut generations = vec![&[0; 40][..]; 30];
+        generations.extend([&[1; 40][..]; 30]);
+        let trace = served(&generations);
+        let model = ExitModel::new(&trace, Draw::Seeded(3)).unwrap();
+        for id in 0..20 {
+            let (taken, _) = generations_taken(&model, &trace, &request(id, 40), &[0; 40]);
+            assert!(taken[10..].iter().all(|&generation| generation < 30), "all depths skipped: {taken:?}");
+            let (taken, _) = generations_taken(&model, &trace, &request(id, 40), &[1; 40]);
+            assert!(taken[10..].iter().all(|&generation| generation >= 30), "no depth skipped: {taken:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_longer_than_its_recording_goes_on_at_the_same_position() {
+        let trace = served(&[&[1; 3], &[1; 30], &[1; 30]]);
+        let model = ExitModel::new(&trace, Draw::Seeded(1)).unwrap();
+        let requests: Vec<Request> = (0..50).map(|id| request(id, 60)).collect();
+        assert_eq!(model.longer_than_recorded(&requests), 50);
+        let short: Vec<Request> = (0..50).map(|id| request(id, 3)).collect();
+        assert_eq!(model.longer_than_recorded(&short), 0);
+        for request in &requests {
+            let mut cursor = model.cursor(request, 0).unwrap();
+            let mut positions = Vec::new();
+            for _ in 0..60 {
+                let token = cursor.row / 2;
+                let generation = trace.starts.partition_point(|&start| start as usize <= token) - 1;
+                positions.push(token - trace.starts[generation] as usize);
+                exit_full(&model, &mut cursor);
+            }
+            assert!(positions[..30].iter().copied().eq(0..30), "{positions:?}");
+            assert!(
+                positions[30..].iter().copied().eq((15..30).chain(15..30)),
+                "beyond, from the middle on: {positions:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_oracle_reads_the_last_depth_over_the_same_history_and_agreement_is_with_full_depth() {
+        let trace = served(&[&[0, 0]]);
+        let model = ExitModel::new(&trace, Draw::Recorded).unwrap();
+        let cursor = model.cursor(&request(0, 2), 0).unwrap();
+        let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
+        let kind = RowKind::Decode;
+        let read = |depth| {
+            let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
+            let mut signals = [f32::NAN];
+            let reads = SignalReads { signal: SignalRead::Oracle, below: 1, delay: 0, head_from: 0 };
+            let pass = Pass { segments: &segments, reads, tables: &tables, work: &work };
+            model.read_signals(&pass, &[cursor], &mut signals);
+            signals[0]
+        };
+        assert_eq!((read(0), read(1)), (0.0, 1.0));
+        assert_eq!((model.agrees(cursor.at(0)), model.agrees(cursor.at(1))), (true, false));
+    }
+
+    #[test]
+    fn a_kv_fill_that_is_none_is_refused() {
+        let mut trace = served(&[&[0]]);
+        trace.meta.recording.as_mut().unwrap().kv_fill = "copy".to_owned();
+        assert_eq!(ExitModel::new(&trace, Draw::Recorded).unwrap_err(), ExitError::KvFill("copy".to_owned()));
     }
 
     #[test]

@@ -35,6 +35,7 @@
 //! let mut trace = ExitTrace::new(ExitTraceMeta {
 //!     schema_version: ExitTrace::SCHEMA_VERSION,
 //!     model: "toy".into(), fingerprint: "toy".into(), num_loops: 2, source: "made up".into(),
+//!     recording: None,
 //! });
 //! let row = |top1, token| (Signals { top1, ..Signals::default() }, token);
 //! trace.push_generation(&[row(0.9, 7), row(0.99, 7), row(0.3, 5), row(0.8, 6)]);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
-use scheduler::{Observer, PrefixUse, ScheduleError, Server, Settings};
+use scheduler::{KvFill, Observer, PrefixUse, ScheduleError, Server, Settings};
 use traces::{LatencyProfile, Nanos, PrefixHashes, Request};
 
 use crate::executor::ProfileExecutor;
@@ -42,6 +42,14 @@ pub enum SimulationError {
     /// An exit policy that reads a signal which was not recorded.
     #[error("exit policy {0}: the exit trace has no column `gate`, expected one of a model with gates")]
     NoGates(String),
+    /// An exit trace that was recorded under another KV fill.
+    #[error("the exit trace was recorded under KV fill {recorded}, the settings have {settings}: expected the same")]
+    KvFill {
+        /// Fill of the recording.
+        recorded: KvFill,
+        /// Fill in the settings.
+        settings: KvFill,
+    },
     /// No machines.
     #[error("no replicas: expected at least 1")]
     NoReplicas,
@@ -111,6 +119,9 @@ impl<'m> Simulation<'m> {
                 exits: exits.num_loops(),
             });
         }
+        if let Some(recorded) = exits.kv_fill().filter(|&recorded| recorded != settings.kv_fill) {
+            return Err(SimulationError::KvFill { recorded, settings: settings.kv_fill });
+        }
         if !exits.answers(settings.exit.signal_read()) {
             return Err(SimulationError::NoGates(settings.exit.to_string()));
         }
@@ -141,6 +152,11 @@ impl<'m> Simulation<'m> {
     /// The settings of each machine.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Where exits are taken from.
+    pub fn exits(&self) -> &'m ExitModel {
+        self.exits
     }
 
     /// Summarizes a run: the metrics of all machines, and what only the simulation knows.

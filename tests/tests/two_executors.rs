@@ -7,7 +7,10 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use engine::{Engine, Idle, Model, Prompts, Sampling, Tokenizer, WeightType, Weights, oracle_depths};
+use engine::{
+    Engine, Exiting, Idle, Model, Prompts, RecordedGeneration, RecordedPolicy, Sampling, Tokenizer, WeightType,
+    Weights, oracle_depths,
+};
 use itertools::iproduct;
 use latency::LatencyModel;
 use scheduler::{
@@ -15,7 +18,7 @@ use scheduler::{
     SignalRead, Token,
 };
 use simulator::{Draw, ExitModel, Simulation};
-use traces::{Component, LatencyProfile, Nanos, Request};
+use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Request};
 
 /// Every row of every pass (slot, first position, tokens, depth), and every token (request, index, depth).
 #[derive(Debug, Default, PartialEq)]
@@ -109,7 +112,8 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
 
     let custom = ExitPolicy::Custom(CustomPolicy::new(&LateAtFirst));
     let mix: ExitPolicy = "mix:0:2:0.5".parse().unwrap();
-    let policies = [ExitPolicy::None, ExitPolicy::Static(1), mix, ExitPolicy::Oracle { charged: false }, custom];
+    let policies =
+        [ExitPolicy::None, ExitPolicy::Static(1), mix, ExitPolicy::Oracle { charged: false, recorded: true }, custom];
     for (batching, kv_fill, exit, num_blocks, ahead) in
         iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8], [false, true])
     {
@@ -233,5 +237,50 @@ fn exits_by_the_signals_of_prompts_are_those_that_the_simulator_decides() {
             let distinct = run(batching, exit, ahead).concat().into_iter().collect::<HashSet<u8>>().len();
             assert!(distinct > 1, "{batching}, {exit}: all tokens exit at one depth");
         }
+    }
+}
+
+#[test]
+fn under_a_recorded_threshold_the_simulator_has_the_exits_and_the_agreement_of_service() {
+    let engine = embedded_model();
+    let num_loops = engine.model.config().num_loops as u8;
+    let requests: Vec<Request> = (0..12)
+        .map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: 9 + id * 7 % 23 })
+        .collect();
+    let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
+    let exit: ExitPolicy = "margin:0.05".parse().unwrap();
+    for kv_fill in KvFill::ALL {
+        let exiting = Exiting { policies: vec![RecordedPolicy::Policy(exit)], kv_fill, seed: 1 };
+        let meta = ExitTraceMeta { recording: Some(exiting.meta()), ..engine.exit_trace_meta("kjv", "test") };
+        let mut exits = ExitTrace::new(meta);
+        let push = |recorded: &RecordedGeneration| {
+            exits.push_served(&recorded.rows, &recorded.tokens, recorded.policy);
+            Ok(())
+        };
+        engine.record_each_exiting(&requests, &exiting, push, &mut ()).unwrap();
+        let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
+        for (batching, num_blocks) in iproduct!(Batching::ALL, [1000, 6]) {
+            let settings = Settings {
+                kv_fill,
+                max_batch: 6,
+                token_budget: 24,
+                prefill_chunk: 10,
+                num_blocks,
+                ..Settings::new(batching, exit, num_loops)
+            };
+            let what = format!("{batching}, {kv_fill}, {num_blocks} blocks");
+            let mut measured = Log::default();
+            let served = engine.replay(settings, &requests, None, Idle::Skip, &mut measured).unwrap();
+            let mut simulated = [Log::default()];
+            let simulation = Simulation::new(settings, &latency, &model).unwrap();
+            let outcome = simulation.run(requests.iter().copied(), &mut simulated).unwrap();
+            assert_eq!(measured, simulated[0], "{what}");
+            assert_eq!(measured.preemptions > 0, num_blocks == 6, "{what}");
+            assert!((outcome.token_agreement() - engine.agreement(&served).unwrap()).abs() < 1e-12, "{what}");
+        }
+        let other = KvFill::ALL.into_iter().find(|&fill| fill != kv_fill).unwrap();
+        let settings = Settings { kv_fill: other, ..Settings::new(Batching::Depth, exit, num_loops) };
+        let error = Simulation::new(settings, &latency, &model).unwrap_err().to_string();
+        assert!(error.contains(&format!("recorded under KV fill {kv_fill}, the settings have {other}")), "{error}");
     }
 }

@@ -53,6 +53,7 @@ fn exits(name: &str, becoming_right: &[usize], recorded: &ExitTrace) -> ExitTrac
             "of 13 tokens {becoming_right:?} become right after each loop; signals drawn from {}, gate = margin",
             recorded.meta.model
         ),
+        recording: None,
     };
     let mut trace = ExitTrace { has_gates: true, ..ExitTrace::new(meta) };
     for _ in 0..ROUNDS {

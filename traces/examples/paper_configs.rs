@@ -163,7 +163,8 @@ fn exit_trace(kind: Kind, share: Share, source: String) -> ExitTrace {
     let name = format!("{kind:?}").to_lowercase();
     let (schema_version, fingerprint) = (ExitTrace::SCHEMA_VERSION, format!("paper-gemma-{name}"));
     let model = format!("Gemma 2B, {name}, as in the paper");
-    let mut trace = ExitTrace::new(ExitTraceMeta { schema_version, model, fingerprint, num_loops, source });
+    let mut trace =
+        ExitTrace::new(ExitTraceMeta { schema_version, model, fingerprint, num_loops, source, recording: None });
     // The signals are unknown. These are of a model that is never confident (the entropy of 256,000 equal
     // probabilities).
     let unsure = Signals { entropy: 12.45, ..Signals::default() };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Result, TraceError};
 use crate::exit_parquet::{ParquetRows, ParquetWriter};
-use crate::exit_trace::{ExitSignal, ExitTrace, ExitTraceMeta, Signals};
+use crate::exit_trace::{ExitSignal, ExitTrace, ExitTraceMeta, ServedToken, Signals};
 use crate::profile::check_num_loops;
 use crate::table::{Owner, PartialFile, Row, Table, check_version, read_yaml, write_yaml};
 
@@ -44,27 +44,71 @@ impl fmt::Display for ExitTable {
 
 const YAML: &str = "exits.yaml";
 
-pub(crate) const COLUMNS: &[&str] = &{
-    let mut columns = [""; FIRST_SIGNAL + ExitSignal::ALL.len()];
-    columns[GENERATION] = "generation";
-    columns[TOKEN] = "token";
-    columns[DEPTH] = "depth";
-    columns[PREDICTION] = "prediction";
-    let mut place = 0;
-    while place < ExitSignal::ALL.len() {
-        columns[FIRST_SIGNAL + place] = ExitSignal::ALL[place].name();
-        place += 1;
-    }
-    columns
-};
+/// Names of the integer columns, which are the first ones. Those from [`EXIT_DEPTH`] on are in recordings under exit
+/// policies.
+const INTEGERS: [&str; 7] = ["generation", "token", "depth", "prediction", "exit_depth", "full_depth", "policy"];
 const GENERATION: usize = 0;
 const TOKEN: usize = 1;
 const DEPTH: usize = 2;
 const PREDICTION: usize = 3;
-/// Index of the first signal column; the signals are in the order of [`ExitSignal::ALL`]. Earlier columns are integers.
-pub(crate) const FIRST_SIGNAL: usize = 4;
-/// Index of the gate column, which is missing where the model has no gates.
-pub(crate) const GATE: usize = FIRST_SIGNAL + ExitSignal::ALL.len() - 1;
+const EXIT_DEPTH: usize = 4;
+const FULL_DEPTH: usize = 5;
+const POLICY: usize = 6;
+
+const AT_FULL_DEPTH: [&str; EXIT_DEPTH + ExitSignal::ALL.len()] = columns(EXIT_DEPTH);
+const UNDER_POLICIES: [&str; INTEGERS.len() + ExitSignal::ALL.len()] = columns(INTEGERS.len());
+
+/// The first `integers` integer columns, and one for each signal.
+const fn columns<const N: usize>(integers: usize) -> [&'static str; N] {
+    let mut columns = [""; N];
+    let mut place = 0;
+    while place < N {
+        columns[place] = match place < integers {
+            true => INTEGERS[place],
+            false => ExitSignal::ALL[place - integers].name(),
+        };
+        place += 1;
+    }
+    columns
+}
+
+/// The columns of a table: integers, then the signals in the order of [`ExitSignal::ALL`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Columns {
+    /// Of a recording at full depth.
+    AtFullDepth,
+    /// Of a recording under exit policies.
+    UnderPolicies,
+}
+
+impl Columns {
+    fn of(meta: &ExitTraceMeta) -> Self {
+        if meta.recording.is_some() { Self::UnderPolicies } else { Self::AtFullDepth }
+    }
+
+    /// Their names.
+    pub fn names(self) -> &'static [&'static str] {
+        match self {
+            Self::AtFullDepth => &AT_FULL_DEPTH,
+            Self::UnderPolicies => &UNDER_POLICIES,
+        }
+    }
+
+    /// Their names in a table that may lack the gate column.
+    pub fn names_with(self, has_gates: bool) -> &'static [&'static str] {
+        if has_gates { self.names() } else { &self.names()[..self.gate()] }
+    }
+
+    /// Index of the first signal column.
+    pub fn first_signal(self) -> usize {
+        self.names().len() - ExitSignal::ALL.len()
+    }
+
+    /// Index of the gate column, which is missing where the model has no gates.
+    pub fn gate(self) -> usize {
+        self.names().len() - 1
+    }
+}
 
 /// Tolerance for probabilities and cosines that rounding moves out of their range.
 const SLACK: f32 = 1e-3;
@@ -76,7 +120,24 @@ pub(crate) struct ExitRow {
     pub token: u32,
     pub depth: u32,
     pub prediction: u32,
+    /// Exit of the token; 0 in a recording at full depth.
+    pub exit_depth: u32,
+    pub full_depth: u32,
+    pub policy: u32,
     pub signals: Signals,
+}
+
+impl ExitRow {
+    pub fn new(integers: [u32; INTEGERS.len()], signals: Signals) -> Self {
+        let [generation, token, depth, prediction, exit_depth, full_depth, policy] = integers;
+        Self { generation, token, depth, prediction, exit_depth, full_depth, policy, signals }
+    }
+
+    /// The values of the integer columns.
+    pub fn integers(&self) -> [u32; INTEGERS.len()] {
+        let &Self { generation, token, depth, prediction, exit_depth, full_depth, policy, .. } = self;
+        [generation, token, depth, prediction, exit_depth, full_depth, policy]
+    }
 }
 
 /// A column with an invalid value, and what was expected.
@@ -115,7 +176,11 @@ impl ExitTrace {
             let tokens = self.generation(generation);
             let rows = tokens.start * self.num_loops()..tokens.end * self.num_loops();
             let rows = self.signals[rows.clone()].iter().copied().zip(self.predictions[rows].iter().copied());
-            writer.push_generation(&rows.collect::<Vec<_>>())?;
+            let rows: Vec<_> = rows.collect();
+            match &self.served {
+                Some(served) => writer.push_served(&rows, &served.tokens[tokens], served.policies[generation])?,
+                None => writer.push_generation(&rows)?,
+            }
         }
         writer.finish()
     }
@@ -123,38 +188,42 @@ impl ExitTrace {
 
 fn check_meta(path: &Path, meta: &ExitTraceMeta) -> Result<()> {
     check_version(path, meta.schema_version, ExitTrace::SCHEMA_VERSION)?;
-    check_num_loops(path, meta.num_loops)
+    match &meta.recording {
+        Some(recording) if recording.policies.is_empty() => {
+            Err(TraceError::file(path, "recording.policies without a policy", "at least one"))
+        }
+        _ => check_num_loops(path, meta.num_loops),
+    }
 }
 
 fn read_csv(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
-    let mut table = Table::open_optional(path, COLUMNS, GATE, Owner::Us)?;
-    let mut collector = Collector::new(meta, table.has(GATE));
+    let columns = Columns::of(&meta);
+    let mut table = Table::open_optional(path, columns.names(), columns.gate(), Owner::Us)?;
+    let mut collector = Collector::new(meta, table.has(columns.gate()));
     while let Some(row) = table.next_row()? {
-        let values = read_csv_row(&row, collector.trace.has_gates)?;
+        let values = read_csv_row(&row, columns, collector.trace.has_gates)?;
         collector.push(&values).map_err(|fault| row.error(fault.column, fault.expected))?;
     }
     collector.finish(path)
 }
 
-fn read_csv_row(row: &Row<'_>, has_gates: bool) -> Result<ExitRow> {
-    let index = |column| row.number(column, "a whole number", |_: &u32| true);
+fn read_csv_row(row: &Row<'_>, columns: Columns, has_gates: bool) -> Result<ExitRow> {
+    let mut integers = [0; INTEGERS.len()];
+    for (column, value) in integers.iter_mut().enumerate().take(columns.first_signal()) {
+        let expected = if [PREDICTION, FULL_DEPTH].contains(&column) { "a token id" } else { "a whole number" };
+        *value = row.number(column, expected, |_: &u32| true)?;
+    }
     let mut signals = [0.0; ExitSignal::ALL.len()];
-    for (column, (signal, value)) in (FIRST_SIGNAL..).zip(ExitSignal::ALL.into_iter().zip(&mut signals)) {
-        if column != GATE || has_gates {
+    for (column, (signal, value)) in (columns.first_signal()..).zip(ExitSignal::ALL.into_iter().zip(&mut signals)) {
+        if column != columns.gate() || has_gates {
             *value = row.number(column, signal.range().2, |_: &f32| true)?;
         }
     }
-    Ok(ExitRow {
-        generation: index(GENERATION)?,
-        token: index(TOKEN)?,
-        depth: index(DEPTH)?,
-        prediction: row.number(PREDICTION, "a token id", |_: &u32| true)?,
-        signals: signals.into(),
-    })
+    Ok(ExitRow::new(integers, signals.into()))
 }
 
 fn read_parquet(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
-    let rows = ParquetRows::open(path)?;
+    let rows = ParquetRows::open(path, Columns::of(&meta))?;
     let mut collector = Collector::new(meta, rows.has_gates());
     rows.for_each(|row| collector.push(row))?;
     collector.finish(path)
@@ -178,13 +247,50 @@ impl Collector {
 
     fn push(&mut self, row: &ExitRow) -> Result<(), Fault> {
         let ends_generation = self.advance(row)?;
-        check_signals(&row.signals)?;
+        check_signals(&row.signals, Columns::of(&self.trace.meta))?;
         if ends_generation {
             self.end_generation().map_err(|expected| Fault { column: TOKEN, expected })?;
         }
+        self.push_served(row)?;
         self.trace.predictions.push(row.prediction);
         self.trace.signals.push(row.signals);
         Ok(())
+    }
+
+    /// Keeps the exit of a row's token, which every row of the token repeats.
+    fn push_served(&mut self, row: &ExitRow) -> Result<(), Fault> {
+        let (Some(served), Some(recording)) = (&mut self.trace.served, &self.trace.meta.recording) else {
+            return Ok(());
+        };
+        let &ExitRow { exit_depth, full_depth, policy, .. } = row;
+        let bounds = [
+            (EXIT_DEPTH, exit_depth, self.trace.meta.num_loops, "a depth"),
+            (POLICY, policy, recording.policies.len() as u32, "the index of a policy in exits.yaml"),
+        ];
+        if let Some((column, _, bound, what)) = bounds.into_iter().find(|(_, value, bound, _)| value >= bound) {
+            return Err(Fault { column, expected: format!("{what}, below {bound}") });
+        }
+        let token = ServedToken { exit_depth, full_depth };
+        let (starts_token, starts_generation) = (row.depth == 0, row.depth == 0 && row.token == 0);
+        if starts_token {
+            served.tokens.push(token);
+        }
+        if starts_generation {
+            served.policies.push(policy);
+        }
+        let (first, of_generation) =
+            (served.tokens[served.tokens.len() - 1], served.policies[served.policies.len() - 1]);
+        let same = [
+            (EXIT_DEPTH, exit_depth, first.exit_depth, "token"),
+            (FULL_DEPTH, full_depth, first.full_depth, "token"),
+            (POLICY, policy, of_generation, "generation"),
+        ];
+        match same.into_iter().find(|(_, value, expected, _)| value != expected) {
+            Some((column, _, value, of)) => {
+                Err(Fault { column, expected: format!("{value}, as in the {of}'s first row") })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Advances to a row, which must be the next one, and returns whether it starts another generation.
@@ -230,8 +336,8 @@ impl Collector {
     }
 }
 
-fn check_signals(signals: &Signals) -> Result<(), Fault> {
-    for (column, signal) in (FIRST_SIGNAL..).zip(ExitSignal::ALL) {
+fn check_signals(signals: &Signals, columns: Columns) -> Result<(), Fault> {
+    for (column, signal) in (columns.first_signal()..).zip(ExitSignal::ALL) {
         let (low, high, expected) = signal.range();
         if !(low - SLACK..=high + SLACK).contains(&signals.get(signal)) {
             return Err(Fault { column, expected: expected.to_owned() });
@@ -267,12 +373,12 @@ impl ExitTraceWriter {
         std::fs::create_dir_all(&folder).map_err(TraceError::io("create", &folder))?;
         let path = folder.join(table.file_name());
         let file = PartialFile::create(&path)?;
+        let columns = Columns::of(&meta);
         let rows = match table {
-            ExitTable::Parquet => Sink::Parquet(Box::new(ParquetWriter::new(path, file, has_gates)?)),
+            ExitTable::Parquet => Sink::Parquet(Box::new(ParquetWriter::new(path, file, columns, has_gates)?)),
             ExitTable::Csv => {
                 let mut writer = Box::new(csv::WriterBuilder::new().has_headers(false).from_writer(file));
-                let columns = if has_gates { COLUMNS } else { &COLUMNS[..GATE] };
-                writer.write_record(columns).map_err(from_csv(&path))?;
+                writer.write_record(columns.names_with(has_gates)).map_err(from_csv(&path))?;
                 Sink::Csv { writer, has_gates }
             }
         };
@@ -283,8 +389,30 @@ impl ExitTraceWriter {
     ///
     /// # Errors
     /// If the generation cannot be written, has no rows or not those of whole tokens, or has a signal out of its range.
+    ///
+    /// # Panics
+    /// If the trace is one under exit policies.
     pub fn push_generation(&mut self, rows: &[(Signals, u32)]) -> Result<()> {
-        let num_loops = self.meta.num_loops;
+        assert!(self.meta.recording.is_none(), "generations under exit policies have exits");
+        self.push(rows, &[], 0)
+    }
+
+    /// Writes a generation that was recorded under policy number `policy`; see [`ExitTrace::push_served`].
+    ///
+    /// # Errors
+    /// As for [`push_generation`](Self::push_generation), or if a token exits at a depth that the model does not have.
+    ///
+    /// # Panics
+    /// If the trace is one at full depth, or a token has no rows.
+    pub fn push_served(&mut self, rows: &[(Signals, u32)], tokens: &[ServedToken], policy: u32) -> Result<()> {
+        let policies = self.meta.recording.as_ref().map_or(0, |recording| recording.policies.len());
+        assert!((policy as usize) < policies, "policy {policy} of {policies}");
+        assert_eq!(rows.len(), tokens.len() * self.meta.num_loops as usize, "every token has its rows");
+        self.push(rows, tokens, policy)
+    }
+
+    fn push(&mut self, rows: &[(Signals, u32)], tokens: &[ServedToken], policy: u32) -> Result<()> {
+        let (num_loops, columns) = (self.meta.num_loops, Columns::of(&self.meta));
         let path = self.folder.join(self.table.file_name());
         if rows.is_empty() || !rows.len().is_multiple_of(num_loops as usize) {
             let found = format!("{} rows of generation {}", rows.len(), self.generations);
@@ -292,25 +420,32 @@ impl ExitTraceWriter {
         }
         for (index, &(signals, prediction)) in (0u32..).zip(rows) {
             let (generation, token, depth) = (self.generations, index / num_loops, index % num_loops);
-            check_signals(&signals).map_err(|Fault { column, expected }| {
-                let value = signals.get(ExitSignal::ALL[column - FIRST_SIGNAL]);
-                let place = format!("generation {generation}, token {token}, depth {depth}");
-                TraceError::file(&path, format!("{} {value} at {place}", COLUMNS[column]), expected)
+            let place = || format!("generation {generation}, token {token}, depth {depth}");
+            check_signals(&signals, columns).map_err(|Fault { column, expected }| {
+                let value = signals.get(ExitSignal::ALL[column - columns.first_signal()]);
+                TraceError::file(&path, format!("{} {value} at {}", columns.names()[column], place()), expected)
             })?;
-            self.write_row(&path, &ExitRow { generation, token, depth, prediction, signals })?;
+            let (exit_depth, full_depth) =
+                tokens.get(token as usize).map_or((0, 0), |token| (token.exit_depth, token.full_depth));
+            if exit_depth >= num_loops {
+                let found = format!("exit_depth {exit_depth} at {}", place());
+                return Err(TraceError::file(&path, found, format!("a depth, below {num_loops}")));
+            }
+            let integers = [generation, token, depth, prediction, exit_depth, full_depth, policy];
+            self.write_row(&path, &ExitRow::new(integers, signals))?;
         }
         self.generations += 1;
         Ok(())
     }
 
     fn write_row(&mut self, path: &Path, row: &ExitRow) -> Result<()> {
+        let columns = Columns::of(&self.meta);
         match &mut self.rows {
             Sink::Parquet(writer) => writer.push(row),
             Sink::Csv { writer, has_gates } => {
-                let &ExitRow { generation, token, depth, prediction, ref signals } = row;
-                let values = ExitSignal::ALL.map(|signal| signals.get(signal));
-                let values = if *has_gates { &values[..] } else { &values[..GATE - FIRST_SIGNAL] };
-                writer.serialize((generation, token, depth, prediction, values)).map_err(from_csv(path))
+                let values = ExitSignal::ALL.map(|signal| row.signals.get(signal));
+                let values = if *has_gates { &values[..] } else { &values[..ExitSignal::ALL.len() - 1] };
+                writer.serialize((&row.integers()[..columns.first_signal()], values)).map_err(from_csv(path))
             }
         }
     }
@@ -347,11 +482,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::exit_trace::Recording;
 
     fn meta(num_loops: u32) -> ExitTraceMeta {
         let text = |text: &str| text.to_owned();
         let schema_version = ExitTrace::SCHEMA_VERSION;
-        ExitTraceMeta { schema_version, model: text("m"), fingerprint: text("f"), num_loops, source: text("a: test") }
+        ExitTraceMeta {
+            schema_version,
+            model: text("m"),
+            fingerprint: text("f"),
+            num_loops,
+            source: text("a: test"),
+            recording: None,
+        }
     }
 
     /// Two loops; generations of two tokens and one.
@@ -511,7 +654,8 @@ mod tests {
     fn parquet_error(rows: &[ExitRow]) -> String {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("exits.parquet");
-        let mut writer = ParquetWriter::new(path.clone(), PartialFile::create(&path).unwrap(), false).unwrap();
+        let mut writer =
+            ParquetWriter::new(path.clone(), PartialFile::create(&path).unwrap(), Columns::AtFullDepth, false).unwrap();
         rows.iter().for_each(|row| writer.push(row).unwrap());
         writer.finish().unwrap();
         write_yaml(&folder.path().join(YAML), &meta(2)).unwrap();
@@ -520,12 +664,8 @@ mod tests {
 
     #[test]
     fn parquet_rows_that_are_not_in_order_or_out_of_range_are_named() {
-        let row = |generation, token, depth, top1| ExitRow {
-            generation,
-            token,
-            depth,
-            prediction: 7,
-            signals: Signals { top1, ..Signals::default() },
+        let row = |generation, token, depth, top1| {
+            ExitRow::new([generation, token, depth, 7, 0, 0, 0], Signals { top1, ..Signals::default() })
         };
         for (rows, message) in [
             (vec![], "exits.parquet: found no rows, expected 2 rows for each token"),
@@ -567,6 +707,71 @@ mod tests {
             message.contains("prediction,top1,Margin,entropy,similarity`, expected columns `generation,"),
             "{message}"
         );
+    }
+
+    /// The same trace as [`CSV`], recorded under policies.
+    fn served_csv() -> String {
+        let exits = ["exit_depth,full_depth,policy", "0,7,1", "0,7,1", "1,8,1", "1,8,1", "0,1,0", "0,1,0"];
+        let line = |(line, exits): (&str, &str)| {
+            let fields: Vec<&str> = line.splitn(5, ',').collect();
+            format!("{},{exits},{}\n", fields[..4].join(","), fields[4])
+        };
+        CSV.lines().zip(exits).map(line).collect()
+    }
+
+    fn served_meta() -> ExitTraceMeta {
+        let policies = vec!["static:0".to_owned(), "confidence:top1:0.5".to_owned()];
+        ExitTraceMeta { recording: Some(Recording { policies, kv_fill: "skip".to_owned(), seed: 4 }), ..meta(2) }
+    }
+
+    #[test]
+    fn recordings_under_policies_have_exits_and_what_full_depth_gives() {
+        let trace = read(&served_csv(), &served_meta()).unwrap();
+        let served = trace.served.as_ref().unwrap();
+        assert_eq!(served.policies, [1, 0]);
+        assert_eq!(served.tokens[1], ServedToken { exit_depth: 1, full_depth: 8 });
+        // The last depth says 9 over what the fill left; full depth says 8, as depth 0 does.
+        assert_eq!((trace.agrees(1, 0), trace.agrees(1, 1), trace.agrees_with_last(1, 0)), (true, false, false));
+        assert_eq!(trace.oracle_depth(1), 1);
+        for table in [ExitTable::Csv, ExitTable::Parquet] {
+            let folder = tempfile::tempdir().unwrap();
+            trace.write(folder.path(), table).unwrap();
+            assert_eq!(ExitTrace::read(folder.path()).unwrap(), trace);
+        }
+        let csv = tempfile::tempdir().unwrap();
+        trace.write(csv.path(), ExitTable::Csv).unwrap();
+        let written = std::fs::read_to_string(csv.path().join("exits.csv")).unwrap();
+        assert_eq!(written.replace("1.0,0.0\n", "1,0\n"), served_csv());
+    }
+
+    #[test]
+    fn damaged_exits_of_recordings_under_policies_are_named() {
+        let csv = served_csv();
+        for (csv, message) in [
+            (csv.replacen(",0,7,1,", ",2,7,1,", 1), "exits.csv:2: exit_depth: found `2`, expected a depth, below 2"),
+            (
+                csv.replacen(",0,7,1,", ",1,7,1,", 1),
+                "exits.csv:3: exit_depth: found `0`, expected 1, as in the token's",
+            ),
+            (
+                csv.replacen(",1,8,1,", ",1,7,1,", 1),
+                "exits.csv:5: full_depth: found `8`, expected 7, as in the token's",
+            ),
+            (
+                csv.replacen(",1,8,1,", ",1,8,0,", 1),
+                "exits.csv:4: policy: found `0`, expected 1, as in the generation's",
+            ),
+            (csv.replace(",1,0,0.5,", ",1,2,0.5,"), "exits.csv:6: policy: found `2`, expected the index of a policy"),
+            (CSV.to_owned(), "exits.csv:1: found columns"),
+        ] {
+            let error = read(&csv, &served_meta()).unwrap_err().to_string();
+            assert!(error.contains(message), "expected `{message}` in `{error}`");
+        }
+        let error = read(&csv, &meta(2)).unwrap_err().to_string();
+        assert!(error.contains("exits.csv:1: found columns"), "{error}");
+        let mut none = served_meta();
+        none.recording.as_mut().unwrap().policies.clear();
+        assert!(read(&csv, &none).unwrap_err().to_string().contains("recording.policies without a policy"));
     }
 
     proptest! {

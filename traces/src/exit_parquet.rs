@@ -18,7 +18,7 @@ use parquet::schema::parser::parse_message_type;
 use parquet::schema::types::ColumnPath;
 
 use crate::error::{Result, TraceError};
-use crate::exit_file::{COLUMNS, ExitRow, FIRST_SIGNAL, Fault, GATE};
+use crate::exit_file::{Columns, ExitRow, Fault};
 use crate::exit_trace::ExitSignal;
 use crate::input::check_no_pointer;
 use crate::table::PartialFile;
@@ -33,13 +33,14 @@ pub(crate) struct ParquetWriter {
     path: PathBuf,
     writer: SerializedFileWriter<PartialFile>,
     rows: Vec<ExitRow>,
+    columns: Columns,
     has_gates: bool,
 }
 
 impl ParquetWriter {
-    pub fn new(path: PathBuf, file: PartialFile, has_gates: bool) -> Result<Self> {
-        let schema = parse_message_type(&schema(has_gates)).expect("the schema is well formed");
-        let properties = COLUMNS[..FIRST_SIGNAL].iter().fold(
+    pub fn new(path: PathBuf, file: PartialFile, columns: Columns, has_gates: bool) -> Result<Self> {
+        let schema = parse_message_type(&schema(columns, has_gates)).expect("the schema is well formed");
+        let properties = columns.names()[..columns.first_signal()].iter().fold(
             WriterProperties::builder()
                 .set_compression(Compression::UNCOMPRESSED)
                 .set_statistics_enabled(EnabledStatistics::None)
@@ -49,7 +50,7 @@ impl ParquetWriter {
             },
         );
         let writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::new(properties.build()));
-        Ok(Self { writer: writer.map_err(unwritten(&path))?, path, rows: Vec::new(), has_gates })
+        Ok(Self { writer: writer.map_err(unwritten(&path))?, path, rows: Vec::new(), columns, has_gates })
     }
 
     pub fn push(&mut self, row: &ExitRow) -> Result<()> {
@@ -65,31 +66,31 @@ impl ParquetWriter {
     }
 
     fn write_group(&mut self) -> Result<()> {
-        write_group(&mut self.writer, &self.rows, self.has_gates).map_err(unwritten(&self.path))?;
+        write_group(&mut self.writer, &self.rows, self.columns, self.has_gates).map_err(unwritten(&self.path))?;
         self.rows.clear();
         Ok(())
     }
 }
 
-fn schema(has_gates: bool) -> String {
-    let column = |(place, name): (usize, &&str)| match place < FIRST_SIGNAL {
+fn schema(columns: Columns, has_gates: bool) -> String {
+    let column = |(place, name): (usize, &&str)| match place < columns.first_signal() {
         true => format!("REQUIRED INT32 {name} (INTEGER(32,false));"),
         false => format!("REQUIRED FLOAT {name};"),
     };
-    let columns = if has_gates { COLUMNS } else { &COLUMNS[..GATE] };
-    format!("message exits {{ {} }}", columns.iter().enumerate().map(column).collect::<String>())
+    let names = columns.names_with(has_gates).iter();
+    format!("message exits {{ {} }}", names.enumerate().map(column).collect::<String>())
 }
 
 fn write_group(
     writer: &mut SerializedFileWriter<PartialFile>,
     rows: &[ExitRow],
+    columns: Columns,
     has_gates: bool,
 ) -> Result<(), ParquetError> {
     let mut group = writer.next_row_group()?;
-    let integers: [fn(&ExitRow) -> u32; FIRST_SIGNAL] =
-        [|row| row.generation, |row| row.token, |row| row.depth, |row| row.prediction];
-    for of in integers {
-        write_column::<Int32Type>(&mut group, rows.iter().map(|row| of(row) as i32).collect(), None, None)?;
+    for column in 0..columns.first_signal() {
+        let values = rows.iter().map(|row| row.integers()[column] as i32).collect();
+        write_column::<Int32Type>(&mut group, values, None, None)?;
     }
     for signal in ExitSignal::ALL.into_iter().filter(|&signal| has_gates || signal != ExitSignal::Gate) {
         write_column::<FloatType>(&mut group, rows.iter().map(|row| row.signals.get(signal)).collect(), None, None)?;
@@ -114,41 +115,42 @@ pub(crate) fn write_column<T: DataType>(
 pub(crate) struct ParquetRows {
     path: PathBuf,
     reader: SerializedFileReader<File>,
-    /// Position in the file of each of [`COLUMNS`], without a missing gate column.
+    columns: Columns,
+    /// Position in the file of each of the columns, without a missing gate column.
     places: Vec<usize>,
 }
 
 impl ParquetRows {
     /// # Errors
     /// If the file cannot be read, or has other columns.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, columns: Columns) -> Result<Self> {
         check_no_pointer(path)?;
         let file = File::open(path).map_err(TraceError::io("read", path))?;
         let reader = SerializedFileReader::new(file).map_err(unread(path))?;
         let schema = reader.metadata().file_metadata().schema_descr();
         let name = |column: usize| schema.column(column).path().string();
         let mut places = Vec::new();
-        for (column, &wanted) in COLUMNS.iter().enumerate() {
+        for (column, &wanted) in columns.names().iter().enumerate() {
             let Some(place) = (0..schema.num_columns()).find(|&place| name(place) == wanted) else {
-                if column == GATE {
+                if column == columns.gate() {
                     break;
                 }
                 let found = format!("columns `{}`", (0..schema.num_columns()).map(name).collect::<Vec<_>>().join(","));
-                return Err(TraceError::file(path, found, format!("columns `{}`", COLUMNS.join(","))));
+                return Err(TraceError::file(path, found, format!("columns `{}`", columns.names().join(","))));
             };
             let of = schema.column(place);
-            let expected = if column < FIRST_SIGNAL { Type::INT32 } else { Type::FLOAT };
+            let expected = if column < columns.first_signal() { Type::INT32 } else { Type::FLOAT };
             if (of.physical_type(), of.max_rep_level()) != (expected, 0) {
                 let found = format!("column `{wanted}` of {} values", of.physical_type());
                 return Err(TraceError::file(path, found, format!("one {expected} in each row")));
             }
             places.push(place);
         }
-        Ok(Self { path: path.to_owned(), reader, places })
+        Ok(Self { path: path.to_owned(), reader, columns, places })
     }
 
     pub fn has_gates(&self) -> bool {
-        self.places.len() > GATE
+        self.places.len() > self.columns.gate()
     }
 
     /// Calls `each` with every row.
@@ -159,7 +161,8 @@ impl ParquetRows {
         let mut line = 0;
         for group in 0..self.reader.num_row_groups() {
             let group = self.reader.get_row_group(group).map_err(unread(&self.path))?;
-            let mut columns = catching(|| Columns::open(&*group, &self.places)).map_err(unread(&self.path))?;
+            let mut columns =
+                catching(|| ReadColumns::open(&*group, self.columns, &self.places)).map_err(unread(&self.path))?;
             while columns.read_chunk().map_err(unread(&self.path))? {
                 for index in 0..columns.integers[0].len() {
                     line += 1;
@@ -167,7 +170,7 @@ impl ParquetRows {
                     each(&row).map_err(|Fault { column, expected }| TraceError::Value {
                         path: self.path.clone(),
                         line,
-                        column: COLUMNS[column].into(),
+                        column: self.columns.names()[column].into(),
                         found: columns.quote(column, index),
                         expected,
                     })?;
@@ -179,16 +182,16 @@ impl ParquetRows {
 }
 
 /// The columns of a group of rows, with the chunk that was read last.
-struct Columns {
+struct ReadColumns {
     integer_readers: Vec<ColumnReaderImpl<Int32Type>>,
     signal_readers: Vec<ColumnReaderImpl<FloatType>>,
     integers: Vec<Vec<i32>>,
     signals: Vec<Vec<f32>>,
 }
 
-impl Columns {
-    fn open(group: &dyn RowGroupReader, places: &[usize]) -> Result<Self, ParquetError> {
-        let (integers, signals) = places.split_at(FIRST_SIGNAL);
+impl ReadColumns {
+    fn open(group: &dyn RowGroupReader, columns: Columns, places: &[usize]) -> Result<Self, ParquetError> {
+        let (integers, signals) = places.split_at(columns.first_signal());
         let integer_readers: Vec<_> = typed_readers(group, integers)?;
         let signal_readers: Vec<_> = typed_readers(group, signals)?;
         Ok(Self {
@@ -222,13 +225,16 @@ impl Columns {
     }
 
     fn row(&self, index: usize) -> ExitRow {
-        let [generation, token, depth, prediction] = [0, 1, 2, 3].map(|column| self.integers[column][index] as u32);
+        let integer = |column: usize| self.integers.get(column).map_or(0, |column: &Vec<i32>| column[index] as u32);
         let signal = |column: usize| self.signals.get(column).map_or(0.0, |column: &Vec<f32>| column[index]);
-        ExitRow { generation, token, depth, prediction, signals: std::array::from_fn(signal).into() }
+        ExitRow::new(
+            std::array::from_fn(integer),
+            std::array::from_fn::<_, { ExitSignal::ALL.len() }, _>(signal).into(),
+        )
     }
 
     fn quote(&self, column: usize, index: usize) -> String {
-        match column.checked_sub(FIRST_SIGNAL) {
+        match column.checked_sub(self.integers.len()) {
             None => format!("`{}`", self.integers[column][index] as u32),
             Some(signal) => format!("`{}`", self.signals[signal][index]),
         }

@@ -195,9 +195,44 @@ pub struct ExitTraceMeta {
     pub num_loops: u32,
     /// How the trace was made: the command, the prompts, the sampling.
     pub source: String,
+    /// The exits of the recording; none if all its tokens ran every depth.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recording: Option<Recording>,
 }
 
-/// Signals and predictions of whole generations that ran every depth.
+/// Under which exit policies a trace was recorded. Its tokens exited as in service; each then ran on to the last depth
+/// without leaving keys and values there. All depths' signals are therefore those over the history of that service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recording {
+    /// The exit policies. Each generation was served under one of them, all equally likely.
+    pub policies: Vec<String>,
+    /// The KV fill.
+    pub kv_fill: String,
+    /// Seed of the draw of policies, and of exits by chance.
+    pub seed: u64,
+}
+
+/// What a recording under an exit policy did with a generated token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServedToken {
+    /// The depth at which it exited. The prediction of this depth is the generated token.
+    pub exit_depth: u32,
+    /// The token of full depth after the same prefix, with exact keys and values.
+    pub full_depth: u32,
+}
+
+/// What a recording under exit policies has beside signals and predictions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// By generation: index of its policy in [`Recording::policies`].
+    pub policies: Vec<u32>,
+    /// By token.
+    pub tokens: Vec<ServedToken>,
+}
+
+/// Signals and predictions of whole generations at every depth. The generations ran every depth, or exited
+/// [under a policy](Recording).
 ///
 /// Token `t` of the trace is one generated token. Its row at depth `d` is entry `t * num_loops + d` of each column.
 #[derive(Clone, Debug, PartialEq)]
@@ -210,8 +245,11 @@ pub struct ExitTrace {
     pub starts: Vec<u32>,
     /// The signals, by token and depth.
     pub signals: Vec<Signals>,
-    /// Predicted tokens, by token and depth. The prediction of the last depth is the generated token.
+    /// Predicted tokens, by token and depth. The prediction of the last depth is the generated token, unless tokens
+    /// exited before.
     pub predictions: Vec<u32>,
+    /// Exits of a recording [under policies](Recording); none of a recording at full depth.
+    pub served: Option<Served>,
 }
 
 impl ExitTrace {
@@ -220,7 +258,8 @@ impl ExitTrace {
 
     /// A trace without generations, of a model without gates.
     pub fn new(meta: ExitTraceMeta) -> Self {
-        Self { meta, has_gates: false, starts: vec![0], signals: Vec::new(), predictions: Vec::new() }
+        let served = meta.recording.is_some().then(Served::default);
+        Self { meta, has_gates: false, starts: vec![0], signals: Vec::new(), predictions: Vec::new(), served }
     }
 
     /// Number of loops of the model.
@@ -254,6 +293,18 @@ impl ExitTrace {
         self.starts.push(self.num_tokens() as u32);
     }
 
+    /// Appends a generation that was recorded under policy number `policy`; see [`Recording`].
+    ///
+    /// # Panics
+    /// If the rows are not those of the tokens, or the trace is one of full depth.
+    pub fn push_served(&mut self, rows: &[(Signals, u32)], tokens: &[ServedToken], policy: u32) {
+        assert_eq!(rows.len(), tokens.len() * self.num_loops(), "every token has its rows");
+        let served = self.served.as_mut().expect("the trace was recorded under policies");
+        served.policies.push(policy);
+        served.tokens.extend(tokens);
+        self.push_generation(rows);
+    }
+
     /// The recorded signals.
     pub fn recorded_signals(&self) -> impl Iterator<Item = ExitSignal> + use<> {
         let has_gates = self.has_gates;
@@ -265,15 +316,29 @@ impl ExitTrace {
         &self.signals[token * self.num_loops() + depth]
     }
 
-    /// Whether the token predicted at a depth equals that of the last depth.
-    pub fn agrees(&self, token: usize, depth: usize) -> bool {
-        let rows = &self.predictions[token * self.num_loops()..][..self.num_loops()];
-        rows[depth] == rows[self.num_loops() - 1]
+    /// The predictions of a token, by depth.
+    fn predictions_of(&self, token: usize) -> &[u32] {
+        &self.predictions[token * self.num_loops()..][..self.num_loops()]
     }
 
-    /// The earliest depth whose token equals that of the last depth.
+    /// Whether the token predicted at a depth equals that of full depth after the same prefix. In a recording at full
+    /// depth, that is the token of the last depth; in one [under policies](Recording), exact keys and values may lead
+    /// to another token than the last depth over what the KV fill left.
+    pub fn agrees(&self, token: usize, depth: usize) -> bool {
+        match &self.served {
+            Some(served) => self.predictions_of(token)[depth] == served.tokens[token].full_depth,
+            None => self.agrees_with_last(token, depth),
+        }
+    }
+
+    /// Whether the token predicted at a depth equals that of the last depth over the same keys and values.
+    pub fn agrees_with_last(&self, token: usize, depth: usize) -> bool {
+        self.predictions_of(token)[depth] == self.predictions_of(token)[self.num_loops() - 1]
+    }
+
+    /// The earliest depth whose token equals that of the last depth over the same keys and values.
     pub fn oracle_depth(&self, token: usize) -> usize {
-        (0..self.num_loops()).find(|&depth| self.agrees(token, depth)).unwrap_or(self.num_loops() - 1)
+        (0..self.num_loops()).find(|&depth| self.agrees_with_last(token, depth)).unwrap_or(self.num_loops() - 1)
     }
 
     /// The exit depth of a token under a confidence policy: the first depth at which the signal passes the threshold,
@@ -284,7 +349,7 @@ impl ExitTrace {
         (0..last).find(is_confident).unwrap_or(last)
     }
 
-    /// Share of tokens whose prediction at a depth equals that of the last, 0 to 1.
+    /// Share of tokens whose prediction at a depth equals that of full depth, 0 to 1.
     pub fn agreement_at(&self, depth: usize) -> f64 {
         let agreeing = (0..self.num_tokens()).filter(|&token| self.agrees(token, depth)).count();
         agreeing as f64 / self.num_tokens() as f64
@@ -356,6 +421,7 @@ mod tests {
             fingerprint: "f".to_owned(),
             num_loops: 2,
             source: "a test".to_owned(),
+            recording: None,
         };
         // 1/9, 1/11, 1/18 and 1/20 added up as often exceed 1.
         for tokens in [1, 9, 11, 18, 20, 1000] {
@@ -375,6 +441,7 @@ mod tests {
             fingerprint: "f".to_owned(),
             num_loops: 2,
             source: "a test".to_owned(),
+            recording: None,
         };
         let mut trace = ExitTrace::new(meta);
         let at = |top1, entropy, similarity| (Signals { top1, entropy, similarity, ..Signals::default() }, 7);

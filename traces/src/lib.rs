@@ -32,6 +32,7 @@
 //!     fingerprint: "5f0c".into(),
 //!     num_loops: 2,
 //!     source: "a tour".into(),
+//!     recording: None,
 //! });
 //! let at = |top1| Signals { top1, margin: top1 - 0.1, entropy: 0.5, similarity: 0.9, gate: 0.0 };
 //! exits.push_generation(&[(at(0.7), 42), (at(0.95), 42)]);
@@ -88,7 +89,9 @@ pub mod units;
 pub use error::TraceError;
 pub use exit_file::{ExitTable, ExitTraceWriter};
 pub use exit_parquet::catching_damage;
-pub use exit_trace::{DepthTally, ExitSignal, ExitTrace, ExitTraceMeta, SignalBound, SignalUnit, Signals};
+pub use exit_trace::{
+    DepthTally, ExitSignal, ExitTrace, ExitTraceMeta, Recording, Served, ServedToken, SignalBound, SignalUnit, Signals,
+};
 pub use generate::{Arrivals, Generate, Length};
 pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};
 pub use pass_log::{DepthRows, LoggedPass, PassLog, PassLogMeta, PassOrigin, PassRun};

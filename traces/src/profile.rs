@@ -506,6 +506,7 @@ mod tests {
             fingerprint: text(fingerprint),
             num_loops,
             source: text(""),
+            recording: None,
         };
         assert!(check_same_model(&profile, &ExitTrace::new(meta("f", 3))).is_ok());
         let error = check_same_model(&profile, &ExitTrace::new(meta("g", 3))).unwrap_err().to_string();

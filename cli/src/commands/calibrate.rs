@@ -8,7 +8,7 @@ use scheduler::ExitPolicy;
 use serde::Serialize;
 use simulator::write_csv;
 use traces::{ExitSignal, ExitTrace};
-use training::calibration::{Calibration, Outcome, RiskTest, Target, calibrate, fewest_trials, thresholds};
+use training::calibration::{Calibration, Outcome, RiskTest, Target, calibrate, fewest_trials, thresholds_of};
 
 use crate::output::say;
 use crate::report::print_table;
@@ -18,7 +18,8 @@ use experiments::results::{CONFIG, ResultsFolder};
 /// with a chosen confidence
 ///
 /// Learn then Test (arXiv 2110.01052), as in CALM (arXiv 2207.07061): thresholds are tested from the strictest on until
-/// one fails. docs/explanation/evaluation.md says what is guaranteed, and what is not.
+/// one fails. On an exit trace that was recorded under thresholds (`record --under`), these are tested, each on the requests
+/// that were served under it. docs/explanation/evaluation.md says what is guaranteed, and what is not.
 #[derive(Debug, Serialize, clap::Args)]
 pub struct Args {
     /// Exit trace to calibrate on, as `depthwise record` writes it
@@ -59,12 +60,21 @@ pub fn run(args: Args) -> Result<()> {
     );
     let held_out = args.held_out.as_deref().map(|folder| read_held_out(folder, &trace)).transpose()?;
     let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "calibrate")).transpose()?;
-    let thresholds = thresholds(args.measure);
+    let thresholds = thresholds_of(&trace, args.measure);
+    ensure!(
+        !thresholds.is_empty(),
+        "{}: no request was recorded under a threshold of {measure}, expected some, as in `record --under {measure}:0.1`",
+        args.exits.display(),
+        measure = args.measure
+    );
     let target = Target { tolerance: args.tolerance, confidence: args.confidence, test: args.test };
     let report = Report {
         found: calibrate(&trace, args.measure, &thresholds, &target),
         held_out: held_out.map(|trace| {
-            thresholds.iter().map(|&threshold| Outcome::new(&trace, args.measure, threshold, args.test)).collect()
+            thresholds
+                .iter()
+                .filter_map(|&threshold| Outcome::new(&trace, args.measure, threshold, args.test))
+                .collect()
         }),
         args: &args,
         trace: &trace,
@@ -104,6 +114,16 @@ fn read_held_out(folder: &Path, calibration: &ExitTrace) -> Result<ExitTrace> {
         calibration.num_loops(),
         calibration.meta.fingerprint,
     );
+    let fill = |trace: &ExitTrace| trace.meta.recording.as_ref().map(|recording| recording.kv_fill.clone());
+    let shown =
+        |trace: &ExitTrace| fill(trace).map_or("at full depth".to_owned(), |fill| format!("under KV fill {fill}"));
+    ensure!(
+        fill(&trace) == fill(calibration),
+        "{}: recorded {}, expected {}, as the calibration trace",
+        folder.display(),
+        shown(&trace),
+        shown(calibration)
+    );
     Ok(trace)
 }
 
@@ -128,7 +148,9 @@ impl Report<'_> {
 
     fn calibrated_on(&self) -> String {
         let trace = self.trace;
-        format!("{} tokens of {} requests to {}", trace.num_tokens(), trace.num_generations(), trace.meta.model)
+        let served = trace.meta.recording.as_ref();
+        let served = served.map_or(String::new(), |recording| format!(", served under KV fill {}", recording.kv_fill));
+        format!("{} tokens of {} requests to {}{served}", trace.num_tokens(), trace.num_generations(), trace.meta.model)
     }
 
     fn print(&self) {
@@ -155,12 +177,16 @@ impl Report<'_> {
     }
 
     fn why_none(&self, fewest: usize) -> String {
+        let strictest = self.found.candidates.first().map_or((0, 0), |candidate| candidate.trials);
         let (found, what) = match self.args.test {
-            RiskTest::Binomial => (self.trace.num_tokens(), "tokens"),
-            _ => (self.trace.num_generations(), "requests"),
+            RiskTest::Binomial => (strictest.1, "tokens"),
+            _ => (strictest.0, "requests"),
         };
         let none = format!("no threshold of {} was shown to keep the tolerance", self.args.measure);
         match found < fewest {
+            true if self.trace.served.is_some() => {
+                format!("{none}: {found} {what} under the strictest threshold, expected at least {fewest}")
+            }
             true => format!("{none}: {found} {what}, expected at least {fewest}"),
             false => format!("{none}: not even the strictest"),
         }
@@ -196,9 +222,10 @@ impl Report<'_> {
             risk,
             mean_depth,
         };
+        let shown: Vec<f32> = calibration[shown].iter().map(|outcome| outcome.threshold).collect();
         let line = |name: &str, outcomes: &[Outcome]| CalibrationLine {
             name: name.to_owned(),
-            points: outcomes[shown.clone()].iter().map(point).collect(),
+            points: outcomes.iter().filter(|outcome| shown.contains(&outcome.threshold)).map(point).collect(),
         };
         let held_out = self.held_out.iter().map(|outcomes| line("held-out", outcomes));
         CalibratedThreshold {

@@ -188,6 +188,7 @@ impl LoadedModel {
             fingerprint: self.fingerprint.clone(),
             num_loops: num_loops as u32,
             source: format!("{} in windows of {seq} tokens", file_name(path)),
+            recording: None,
         });
         let mut exits = ExitTrace { has_gates, ..exits };
         let bar = progress(corpus.tokens().len());

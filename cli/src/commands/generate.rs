@@ -78,7 +78,7 @@ pub fn run(args: Args) -> Result<()> {
     ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
     ensure!(
         args.exit.signal_read() != SignalRead::Oracle,
-        "--exit {}: the oracle knows recorded requests alone, expected another policy",
+        "--exit {}: the oracle needs runs of the requests beforehand, expected another policy",
         args.exit
     );
     let sampling = Sampling { temperature, seed: args.seed };

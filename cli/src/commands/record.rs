@@ -3,21 +3,32 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use engine::{Exiting, RecordedPolicy};
+use scheduler::KvFill;
 use traces::ExitTable;
 
 use crate::arguments::{EngineArgs, RequestArgs};
 use crate::output::say;
 use crate::progress::Terminal;
 use crate::report;
+use experiments::record::Recorded;
 use experiments::results::ResultsFolder;
 
-/// Record an exit trace: run prompts at full depth and write every exit signal at every depth
+/// Record an exit trace: run prompts at full depth, or under exit policies, and write every exit signal at every depth
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
     requests: RequestArgs,
+    /// Exit policies to record under, separated by commas: those of `replay --exit`, and random:P, which exits at each
+    /// depth with probability P. Each request is served under one of them, drawn at random. Tokens run on to the last
+    /// depth after their exit, but leave no keys and values there [default: every token runs every depth]
+    #[arg(long, value_delimiter = ',', value_name = "POLICIES")]
+    under: Option<Vec<RecordedPolicy>>,
+    /// What later tokens find at the depths that an exited token did not run, under --under: reuse, first, skip, backfill
+    #[arg(long, default_value_t, value_name = "FILL", requires = "under")]
+    kv_fill: KvFill,
     /// Folder to write the exit trace to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -33,9 +44,16 @@ pub fn run(args: Args) -> Result<()> {
     let named = args.engine.load()?;
     named.engine.prompts.set_lengths(&mut requests);
     let table = if args.csv { ExitTable::Csv } else { ExitTable::Parquet };
-    let tally = experiments::record(&named, &requests, &folder.path()?, table, &mut Terminal::default())?;
+    let exiting =
+        args.under.map(|policies| Exiting { policies, kv_fill: args.kv_fill, seed: named.engine.sampling.seed });
+    let Recorded { depths: tally, policies } =
+        experiments::record(&named, &requests, exiting.as_ref(), &folder.path()?, table, &mut Terminal::default())?;
     folder.finish()?;
     report::print_exits(&tally);
+    if !policies.is_empty() {
+        say!("");
+        report::print_served(&policies);
+    }
     say!("\n{} tokens of {} generations: {}", tally.tokens(), requests.len(), args.out.display());
     Ok(())
 }

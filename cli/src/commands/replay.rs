@@ -22,7 +22,7 @@ pub struct Args {
     requests: RequestArgs,
     #[command(flatten)]
     serving: ServingArgs,
-    /// Exit trace of the same requests, for the oracle [default: record one first]
+    /// Exit trace of the same requests, for oracle:recorded [default: record one first]
     #[arg(long, value_name = "DIR")]
     exits: Option<PathBuf>,
     /// Wait for arrivals in real time instead of skipping idle time

@@ -47,6 +47,7 @@ pub fn exits() -> ExitTrace {
         fingerprint: "made up".into(),
         num_loops: LOOPS,
         source: "made up".into(),
+        recording: None,
     });
     for generation in 0..20_u32 {
         let row = |index: u32| {

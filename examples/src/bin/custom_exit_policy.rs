@@ -88,6 +88,7 @@ fn exit_trace() -> ExitTrace {
         fingerprint: "made up".to_owned(),
         num_loops: 4,
         source: "examples/src/bin/custom_exit_policy.rs".to_owned(),
+        recording: None,
     });
     for generation in 0..20 {
         let row = |token: u32, depth: u32| {

@@ -90,6 +90,7 @@ pub fn exit_trace(num_loops: u8, generations: &[Vec<u8>]) -> ExitTrace {
         fingerprint: "test".into(),
         num_loops: num_loops.into(),
         source: "made up".into(),
+        recording: None,
     });
     trace.has_gates = true;
     for exits in generations {

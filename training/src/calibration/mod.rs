@@ -8,7 +8,10 @@
 //!
 //! The tokens of a request are not independent: easy and hard tokens come in runs, and whole prompts are hard. By
 //! default, the risk is therefore the expectation, over requests, of the share of a request's tokens that differ, and
-//! only the requests have to be independent. The binomial test assumes that tokens are independent. If they are not, it
+//! only the requests have to be independent.
+//!
+//! A trace at full depth says how often *recorded* exits differ. A trace that was recorded under exit policies says it of
+//! service: each threshold is tested on the requests that were served under it. The binomial test assumes that tokens are independent. If they are not, it
 //! claims more than it can.
 
 mod p_values;
@@ -16,6 +19,7 @@ mod p_values;
 use std::fmt;
 use std::str::FromStr;
 
+use engine::RecordedPolicy;
 use serde::{Deserialize, Serialize};
 use traces::{ExitSignal, ExitTrace, SignalUnit};
 
@@ -107,9 +111,10 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Outcome of a threshold on a trace, for example one that it was not calibrated on.
-    pub fn new(trace: &ExitTrace, measure: ExitSignal, threshold: f32, test: RiskTest) -> Self {
-        Self::of(threshold, &Exits::confident(trace, measure, threshold), test)
+    /// Outcome of a threshold on a trace, for example one that it was not calibrated on; `None` where the trace was
+    /// recorded under other policies.
+    pub fn new(trace: &ExitTrace, measure: ExitSignal, threshold: f32, test: RiskTest) -> Option<Self> {
+        Some(Self::of(threshold, &exits(trace, measure, threshold)?, test))
     }
 
     fn of(threshold: f32, exits: &Exits, test: RiskTest) -> Self {
@@ -133,6 +138,8 @@ pub struct Candidate {
     pub outcome: Outcome,
     /// Result of its test.
     pub evidence: Evidence,
+    /// Requests and tokens that it was tested on.
+    pub trials: (usize, usize),
 }
 
 /// Results for all thresholds, from the strictest to the laxest.
@@ -169,17 +176,53 @@ pub fn thresholds(measure: ExitSignal) -> Vec<f32> {
     }
 }
 
+/// Thresholds to test on a trace, from the strictest to the laxest: [all](thresholds), or those that requests were
+/// served under. Neither depends on what the requests generated.
+pub fn thresholds_of(trace: &ExitTrace, measure: ExitSignal) -> Vec<f32> {
+    let Some(served) = &trace.served else { return thresholds(measure) };
+    let is_served = |policy: &usize| served.policies.iter().any(|&of| of as usize == *policy);
+    let mut thresholds: Vec<f32> =
+        policies(trace, measure).filter(|(_, policy)| is_served(policy)).map(|(threshold, _)| threshold).collect();
+    thresholds.sort_by(|a, b| measure.sureness(*b).total_cmp(&measure.sureness(*a)));
+    thresholds.dedup();
+    thresholds
+}
+
+/// The policies of a recording that read a measure: threshold and index.
+fn policies(trace: &ExitTrace, measure: ExitSignal) -> impl Iterator<Item = (f32, usize)> {
+    let names = trace.meta.recording.iter().flat_map(|recording| recording.policies.iter());
+    names.enumerate().filter_map(move |(index, name)| {
+        let policy: RecordedPolicy = name.parse().ok()?;
+        Some((policy.threshold_of(measure)?, index))
+    })
+}
+
+/// The exits of a threshold: at the recorded signals, or as served under it.
+fn exits(trace: &ExitTrace, measure: ExitSignal, threshold: f32) -> Option<Exits> {
+    match &trace.served {
+        None => Some(Exits::confident(trace, measure, threshold)),
+        Some(_) => {
+            let (_, policy) = policies(trace, measure).find(|(of, _)| *of == threshold)?;
+            Some(Exits::served(trace, policy)).filter(|exits| exits.tokens() > 0)
+        }
+    }
+}
+
 /// Tests `thresholds`, ordered from the strictest to the laxest, on a trace.
+///
+/// # Panics
+/// If the trace was recorded under policies, and a threshold is [not one of them](thresholds_of).
 pub fn calibrate(trace: &ExitTrace, measure: ExitSignal, thresholds: &[f32], target: &Target) -> Calibration {
     let &Target { tolerance, confidence, test } = target;
     let level = 1.0 - confidence;
     let mut keeps_tolerance = true;
     let candidate = |&threshold: &f32| {
-        let exits = Exits::confident(trace, measure, threshold);
+        let exits = exits(trace, measure, threshold).expect("requests were served under every threshold");
         let p_value = test.p_value(&exits, tolerance, level);
         keeps_tolerance &= p_value <= level;
         let evidence = Evidence { p_value, keeps_tolerance };
-        Candidate { outcome: Outcome::of(threshold, &exits, test), evidence }
+        let trials = (exits.generations.len(), exits.tokens());
+        Candidate { outcome: Outcome::of(threshold, &exits, test), evidence, trials }
     };
     Calibration { candidates: thresholds.iter().map(candidate).collect() }
 }
@@ -210,6 +253,7 @@ mod tests {
     use crate::evaluation::exits::tests::{empty, row};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
+    use traces::{ExitTraceMeta, Recording, ServedToken};
 
     fn target(test: RiskTest) -> Target {
         Target { tolerance: 0.05, confidence: 0.9, test }
@@ -237,6 +281,30 @@ mod tests {
             let last = found.candidates[3].evidence;
             assert!(last.p_value < 0.1 && !last.keeps_tolerance, "{test}: a later one is not tested any more");
         }
+    }
+
+    #[test]
+    fn thresholds_of_a_recording_under_policies_are_tested_on_the_requests_that_were_served_under_them() {
+        let policies = ["confidence:top1:0.5", "static:1", "confidence:top1:0.9", "confidence:margin:0.1"];
+        let policies = policies.map(str::to_owned).to_vec();
+        let recording = Recording { policies, kv_fill: "reuse".to_owned(), seed: 1 };
+        let mut trace = ExitTrace::new(ExitTraceMeta { recording: Some(recording), ..empty(2).meta });
+        // Both signals pass both thresholds. Under 0.9 the served token is that of full depth, under 0.5 it is not, although
+        // the last depth says the same there.
+        for _ in 0..100 {
+            let rows = [row(0.95, 1), row(1.0, 1)];
+            for (policy, full_depth) in [(0, 2), (2, 1), (1, 2)] {
+                trace.push_served(&rows, &[ServedToken { exit_depth: 0, full_depth }], policy);
+            }
+        }
+        let thresholds = thresholds_of(&trace, ExitSignal::Top1);
+        assert_eq!(thresholds, [0.9, 0.5]);
+        assert!(thresholds_of(&trace, ExitSignal::Margin).is_empty(), "no request was served under it");
+        let found = calibrate(&trace, ExitSignal::Top1, &thresholds, &target(RiskTest::Betting));
+        let (chosen, refused) = (found.chosen().unwrap().outcome, found.refused().unwrap().outcome);
+        assert_eq!((chosen.threshold, chosen.risk, chosen.mean_depth), (0.9, 0.0, 1.0));
+        assert_eq!((refused.threshold, refused.risk, refused.agreement), (0.5, 1.0, 0.0));
+        assert_eq!(Outcome::new(&trace, ExitSignal::Top1, 0.7, RiskTest::Betting), None);
     }
 
     #[test]

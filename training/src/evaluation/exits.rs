@@ -27,19 +27,35 @@ pub struct GenerationExits {
 impl Exits {
     /// Exits at the first depth where the measure passes the threshold.
     pub fn confident(trace: &ExitTrace, measure: ExitSignal, threshold: f32) -> Self {
+        let depth = |token| trace.confident_depth(token, measure, threshold);
+        Self::at(trace, 0..trace.num_generations(), depth)
+    }
+
+    /// The exits of some generations, by token.
+    fn at(trace: &ExitTrace, generations: impl Iterator<Item = usize>, depth: impl Fn(usize) -> usize) -> Self {
         let mut passes = 0;
         let generation = |index| {
             let tokens = trace.generation(index);
             let mut exits = GenerationExits { tokens: tokens.len(), differing: 0 };
             for token in tokens {
-                let depth = trace.confident_depth(token, measure, threshold);
+                let depth = depth(token);
                 passes += depth + 1;
                 exits.differing += usize::from(!trace.agrees(token, depth));
             }
             exits
         };
-        let generations = (0..trace.num_generations()).map(generation).collect();
+        let generations = generations.map(generation).collect();
         Self { generations, passes }
+    }
+
+    /// The exits of a recording under policies, of the generations that were served under policy number `policy`.
+    ///
+    /// # Panics
+    /// If the trace was recorded at full depth.
+    pub fn served(trace: &ExitTrace, policy: usize) -> Self {
+        let served = trace.served.as_ref().expect("the trace was recorded under policies");
+        let of_policy = (0..trace.num_generations()).filter(|&index| served.policies[index] as usize == policy);
+        Self::at(trace, of_policy, |token| served.tokens[token].exit_depth as usize)
     }
 
     /// Number of tokens of all generations.
@@ -117,6 +133,7 @@ pub(crate) mod tests {
             fingerprint: "test".to_owned(),
             num_loops,
             source: "test".to_owned(),
+            recording: None,
         })
     }
 

@@ -1,0 +1,103 @@
+//! Looking ahead: every row runs to the last depth when it starts, without any trace of it in what is served.
+//!
+//! All depths' signals of a token are then known over the history that service leaves to it, before the scheduler decides
+//! where the token exits. A look-ahead writes keys and values at the positions of its own rows only, at deeper depths.
+//! Nothing reads them before they are replaced: a row that goes on writes the same again, bit for bit, and the exit of a
+//! row fills the depths that it skips, or leaves their entries out of what later rows attend to. Chunks of a prompt look
+//! ahead one after the other, so that the entries of earlier positions are there when a row starts.
+
+use scheduler::{Pass, Segment};
+
+use super::{EngineError, EngineExecutor, Generation, Oracle, by_depth, positions};
+use crate::kernels::signals::mix;
+
+impl EngineExecutor {
+    /// Keeps the signals and predictions of every generated token at every depth, also at depths that the token skips.
+    /// Under an exit policy that reads the oracle, a token exits at the earliest depth that predicts what the last one
+    /// predicts. Passes take several times as long.
+    pub fn looking_ahead(self) -> Self {
+        Self { looking_ahead: true, oracle: Some(Oracle::Ahead), ..self.recording() }
+    }
+
+    /// As [`looking_ahead`](Self::looking_ahead), but what the oracle answers is drawn: at each depth before the last, a
+    /// token exits with this probability.
+    pub(crate) fn exiting_by_chance(self, seed: u64, probability: f64) -> Self {
+        Self { oracle: Some(Oracle::Chance { seed, probability }), ..self.looking_ahead() }
+    }
+
+    /// Records all depths of the rows that start in a pass and predict.
+    pub(super) fn look_ahead(&mut self, pass: &Pass<'_>) -> Result<(), EngineError> {
+        let mut started: Vec<usize> = (0..pass.segments.len()).collect();
+        started.retain(|&index| pass.segments[index].depth == 0);
+        if started.is_empty() {
+            return Ok(());
+        }
+        let current = std::mem::take(&mut self.current);
+        let mut segments: Vec<Segment> = started.iter().map(|&index| pass.segments[index]).collect();
+        self.current.findings = started.iter().map(|&index| current.findings[index]).collect();
+        self.record(&Pass { segments: &segments, ..*pass });
+
+        let rows: usize = segments.iter().map(|segment| segment.tokens as usize).sum();
+        self.arena.reserve(&mut *self.backend, rows)?;
+        let ahead = self.arena.free.split_off(self.arena.free.len() - rows);
+        let mut in_service = Vec::new();
+        for depth in 1..self.num_loops() {
+            segments.iter_mut().for_each(|segment| segment.depth = depth as u8);
+            let pass = Pass { segments: &segments, ..*pass };
+            self.run_ahead(&pass, &ahead)?;
+            if depth == 1 {
+                in_service = self.replace_in_flight(&segments, ahead.iter().copied().map(Some));
+            }
+            self.record(&pass);
+        }
+        if self.num_loops() > 1 {
+            self.replace_in_flight(&segments, in_service.into_iter());
+        }
+        self.arena.free.extend(ahead);
+        self.current = current;
+        Ok(())
+    }
+
+    /// Runs the rows of a pass from their states in flight; they are kept in the arena rows `ahead`.
+    fn run_ahead(&mut self, pass: &Pass<'_>, ahead: &[u32]) -> Result<(), EngineError> {
+        let order = by_depth(pass, (0..pass.segments.len()).collect());
+        self.place_rows(pass, &order);
+        let questions = self.questions(pass, None);
+        let sources = self.sources(pass, &order);
+        let places = ahead.iter().copied().map(Some).collect();
+        self.run_placed(pass, &order, &questions, sources, places, &mut || ())
+    }
+
+    /// Replaces the states in flight of the rows of segments, and returns those that were there.
+    fn replace_in_flight(
+        &mut self,
+        segments: &[Segment],
+        mut by: impl Iterator<Item = Option<u32>>,
+    ) -> Vec<Option<u32>> {
+        let mut replaced = Vec::new();
+        for segment in segments {
+            let in_flight = &mut self.sequences.of_mut(segment).in_flight;
+            for position in positions(segment) {
+                let place = by.next().expect("a state for each row");
+                replaced.push(std::mem::replace(&mut in_flight[position], place));
+            }
+        }
+        replaced
+    }
+
+    /// The earliest depth at which the token that is looked ahead of has the prediction of the last depth.
+    pub(super) fn earliest_final_depth(&self, generation: &Generation) -> u8 {
+        let rows = &generation.recorded[generation.tokens.len() * self.num_loops()..];
+        let last = self.num_loops() - 1;
+        rows.iter().position(|row| row.1 == rows[last].1).unwrap_or(last) as u8
+    }
+
+    /// The depth at which a token exits by chance.
+    pub(super) fn drawn_depth(&self, seed: u64, probability: f64, request: u32, token: usize) -> u8 {
+        let key = mix(seed ^ mix((u64::from(request) << 32) | token as u64));
+        let last = self.num_loops() as u64 - 1;
+        let number = |depth: u64| (mix(key ^ mix(depth)) >> 11) as f64 / (1_u64 << 53) as f64;
+        let exits = |&depth: &u64| number(depth) < probability;
+        (0..last).find(exits).unwrap_or(last) as u8
+    }
+}
