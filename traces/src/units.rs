@@ -28,19 +28,20 @@ impl Nanos {
         Self((micros * 1e3).round() as u64)
     }
 
-    /// The time in seconds.
+    /// The time in seconds. Up to 2^53 nanoseconds (104 days) it is the number that is nearest to the decimal, so that
+    /// it is written without further digits: `1e-9` is not exact, `1e9` is.
     pub fn as_secs_f64(self) -> f64 {
-        self.0 as f64 * 1e-9
+        self.0 as f64 / 1e9
     }
 
-    /// The time in milliseconds.
+    /// The time in milliseconds, as exact as [`Self::as_secs_f64`].
     pub fn as_millis_f64(self) -> f64 {
-        self.0 as f64 * 1e-6
+        self.0 as f64 / 1e6
     }
 
-    /// The time in microseconds.
+    /// The time in microseconds, as exact as [`Self::as_secs_f64`].
     pub fn as_micros_f64(self) -> f64 {
-        self.0 as f64 * 1e-3
+        self.0 as f64 / 1e3
     }
 
     /// The duration since `earlier`; zero if `earlier` is later.
@@ -97,4 +98,26 @@ impl fmt::Debug for Nanos {
 pub fn unix_micros() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     since.as_micros() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_with_the_digits_of_their_nanoseconds() {
+        for (nanos, seconds, millis, micros) in [
+            (0, "0", "0", "0"),
+            (1, "0.000000001", "0.000001", "0.001"),
+            (210_000_000, "0.21", "210", "210000"),
+            (61_500_000_003, "61.500000003", "61500.000003", "61500000.003"),
+            (1_929_001_000, "1.929001", "1929.001", "1929001"),
+        ] {
+            let found = Nanos(nanos);
+            assert_eq!(found.as_secs_f64().to_string(), seconds);
+            assert_eq!(found.as_millis_f64().to_string(), millis);
+            assert_eq!(found.as_micros_f64().to_string(), micros);
+            assert_eq!(Nanos::from_secs_f64(found.as_secs_f64()), found);
+        }
+    }
 }

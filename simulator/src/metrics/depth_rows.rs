@@ -146,8 +146,8 @@ impl DepthRows {
     /// The lines of `depth_rows.csv`: by slice, then by depth.
     pub fn records(&self) -> impl Iterator<Item = DepthRowsRecord> {
         self.row_time.iter().enumerate().map(|(index, &[decode, prefill, backfill])| DepthRowsRecord {
-            start_s: ((index / self.num_loops) as u64 * self.width_ns) as f64 * 1e-9,
-            width_s: self.width_ns as f64 * 1e-9,
+            start_s: ((index / self.num_loops) as u64 * self.width_ns) as f64 / 1e9,
+            width_s: self.width_ns as f64 / 1e9,
             depth: (index % self.num_loops) as u32,
             decode_rows: decode as f64 / self.width_ns as f64,
             prefill_rows: prefill as f64 / self.width_ns as f64,

@@ -133,7 +133,7 @@ impl Distribution {
             Some(sketch) => sketch.settled().sum,
             None => self.exact.iter().map(|&value| u128::from(value)).sum(),
         };
-        sum as f64 / self.count() as f64 * 1e-6
+        sum as f64 / self.count() as f64 / 1e6
     }
 
     /// Quantiles in milliseconds, in the given order; NaN without values.
@@ -142,7 +142,7 @@ impl Distribution {
     pub fn quantiles_ms<const N: usize>(&self, quantiles: [f64; N]) -> [f64; N] {
         if let Some(sketch) = &self.sketch {
             let histogram = sketch.settled().histogram;
-            return quantiles.map(|quantile| histogram.value_at_quantile(quantile) as f64 * 1e-6);
+            return quantiles.map(|quantile| histogram.value_at_quantile(quantile) as f64 / 1e6);
         }
         let mut sorted = self.exact.clone();
         sorted.sort_unstable();
@@ -151,7 +151,7 @@ impl Distribution {
             let place = quantile * last as f64;
             let below = sorted[place as usize] as f64;
             let above = sorted[(place as usize + 1).min(last)] as f64;
-            (below + place.fract() * (above - below)) * 1e-6
+            (below + place.fract() * (above - below)) / 1e6
         })
     }
 
@@ -173,7 +173,7 @@ impl Distribution {
         for (value, times) in sorted {
             seen += times;
             if seen > next || seen == count {
-                cdf.push((value as f64 * 1e-6, seen as f64 / count as f64));
+                cdf.push((value as f64 / 1e6, seen as f64 / count as f64));
                 next = seen + step - 1;
             }
         }
@@ -214,11 +214,11 @@ mod tests {
         let values: Vec<u64> = (0..3 * Distribution::EXACT as u64).map(|i| 1000 + i * i).collect();
         let sketched = distribution(values.iter().copied());
         for quantile in [0.01, 0.5, 0.9, 0.99, 0.999] {
-            let exact = values[(quantile * values.len() as f64).ceil() as usize - 1] as f64 * 1e-6;
+            let exact = values[(quantile * values.len() as f64).ceil() as usize - 1] as f64 / 1e6;
             let [found] = sketched.quantiles_ms([quantile]);
             assert!((found / exact - 1.0).abs() <= 1e-3, "{quantile}: {found} for {exact}");
         }
-        let mean = values.iter().sum::<u64>() as f64 / values.len() as f64 * 1e-6;
+        let mean = values.iter().sum::<u64>() as f64 / values.len() as f64 / 1e6;
         assert!((sketched.mean_ms() / mean - 1.0).abs() < 1e-12);
     }
 

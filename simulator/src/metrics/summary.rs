@@ -217,7 +217,7 @@ impl Metrics {
             mean_rows: totals.row_time as f64 / busy,
             mean_running: totals.running_time as f64 / busy,
             kv_usage: totals.block_time as f64 / busy / blocks as f64,
-            busy: busy * 1e-9 / makespan_s / f64::from(self.machines),
+            busy: busy / 1e9 / makespan_s / f64::from(self.machines),
             passes: totals.passes,
             backfill_rows: totals.backfill_rows,
             preemptions: totals.preemptions,
