@@ -6,7 +6,7 @@ mod allocations;
 mod damage;
 
 use std::path::Path;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use allocations::Allocations;
 use damage::{Damage, cases, damage, damaged};
@@ -21,9 +21,6 @@ use traces::LatencyProfile;
 
 #[global_allocator]
 static ALLOCATIONS: Allocations = Allocations;
-
-/// A backtrace of a panic in the parquet crate, which is caught, would take megabytes of memory.
-static NO_BACKTRACES: Once = Once::new();
 
 /// Limit of a single allocation for files of a few hundred bytes.
 const MEMORY: usize = 1 << 20;
@@ -207,10 +204,6 @@ proptest! {
         in_footer: bool,
         damages in prop::collection::vec(damage(), 1..4),
     ) {
-        NO_BACKTRACES.call_once(|| {
-            // SAFETY: only Rust's standard library reads the environment, under a lock.
-            unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
-        });
         let folder = tempfile::tempdir().unwrap();
         let shape = shape(folder.path(), 2);
         let system = if hit == 3 { damaged(SYSTEM, &damages) } else { SYSTEM.into() };

@@ -21,6 +21,7 @@ use crate::error::{Result, TraceError};
 use crate::exit_file::{Columns, ExitRow, Fault};
 use crate::exit_trace::ExitSignal;
 use crate::input::check_no_pointer;
+use crate::panics::catch_panic;
 use crate::table::PartialFile;
 
 /// Rows of a group: the number that is buffered before writing.
@@ -253,8 +254,7 @@ fn typed_readers<T: DataType>(
 /// # Errors
 /// The error of `read`, or an error for a damaged file.
 pub fn catching_damage<R, E>(read: impl FnOnce() -> Result<R, E>, damaged: impl FnOnce(&str) -> E) -> Result<R, E> {
-    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
-    caught.unwrap_or_else(|_| Err(damaged("its encoding is damaged")))
+    catch_panic(read).unwrap_or_else(|_| Err(damaged("its encoding is damaged")))
 }
 
 pub(crate) fn catching<R>(read: impl FnOnce() -> Result<R, ParquetError>) -> Result<R, ParquetError> {

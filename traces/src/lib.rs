@@ -76,6 +76,7 @@ pub mod exit_trace;
 pub mod generate;
 pub mod input;
 pub mod mixed_attention;
+pub mod panics;
 pub mod pass_log;
 pub mod pass_work;
 pub mod profile;
@@ -83,6 +84,7 @@ pub mod request;
 pub mod request_file;
 mod request_json;
 pub mod request_spec;
+mod shared_file;
 pub mod table;
 pub mod units;
 
@@ -94,10 +96,12 @@ pub use exit_trace::{
 };
 pub use generate::{Arrivals, Generate, Length};
 pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};
+pub use panics::catch_panic;
 pub use pass_log::{DepthRows, LoggedPass, PassLog, PassLogMeta, PassOrigin, PassRun};
 pub use pass_work::{ChunkWork, PassBefore, PassWork};
 pub use profile::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, check_same_model};
 pub use request::{PrefixHashes, Request, RequestTrace};
 pub use request_file::{ReadOptions, RequestFormat, TimeUnit, ZeroTokens};
 pub use request_spec::RequestSpec;
+pub use shared_file::SharedFile;
 pub use units::{Nanos, unix_micros};
