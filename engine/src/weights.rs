@@ -1,12 +1,15 @@
 //! Tensors of a model: checked against its configuration, loaded from and saved to a model folder.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Storage, Tensor};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_distr::{Distribution, Normal};
+use safetensors::tensor::{Metadata, TensorInfo, View};
 use sha2::{Digest, Sha256};
 
 use crate::config::{ConfigError, InvalidField, ModelConfig, Norm, Place, Projection};
@@ -248,8 +251,7 @@ impl Weights {
         write_then_rename(&path, |part| std::fs::write(part, self.config.to_json()))
             .map_err(|e| fail(&path, e.to_string()))?;
         let path = folder.join(TENSORS_FILE);
-        write_then_rename(&path, |part| candle_core::safetensors::save(&tensors, part))
-            .map_err(|e| fail(&path, e.to_string()))
+        write_then_rename(&path, |part| write_safetensors(part, &tensors, None)).map_err(|e| fail(&path, e.to_string()))
     }
 
     /// Random initial weights from a seed. Norms are one; LoRA `b`, gates and biases are zero. Other numbers are
@@ -395,6 +397,38 @@ fn random_tensor(config: &ModelConfig, name: &str, shape: &[usize], rng: &mut St
     Tensor::from_vec(numbers, shape, &Device::Cpu)
 }
 
+/// Writes tensors in the safetensors format, with the bytes that its own crate writes. That crate writes to a file of a
+/// random name, which stays behind if the program is killed, and which other users cannot read.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_safetensors<S: Into<String> + Ord, V: View>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (S, V)>,
+    metadata: Option<HashMap<String, String>>,
+) -> std::io::Result<()> {
+    let mut tensors: Vec<(S, V)> = tensors.into_iter().collect();
+    tensors.sort_by(|(name, tensor), (other, other_tensor)| {
+        other_tensor.dtype().cmp(&tensor.dtype()).then_with(|| name.cmp(other))
+    });
+    let (mut end, mut infos, mut views) = (0, Vec::new(), Vec::new());
+    for (name, view) in tensors {
+        let start = end;
+        end += view.data_len();
+        let info = TensorInfo { dtype: view.dtype(), shape: view.shape().to_vec(), data_offsets: (start, end) };
+        infos.push((name.into(), info));
+        views.push(view);
+    }
+    let header = Metadata::new(metadata, infos).map_err(std::io::Error::other)?;
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    let mut out = BufWriter::new(File::create(path)?);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    views.iter().try_for_each(|view| out.write_all(&view.data()))?;
+    out.flush()
+}
+
 /// Writes a file with `write` next to `path`, then renames it to `path`.
 ///
 /// # Errors
@@ -435,6 +469,23 @@ mod tests {
         let loaded = Weights::load(folder.path()).unwrap();
         assert_eq!(loaded.fingerprint().unwrap(), weights.fingerprint().unwrap());
         assert!(!folder.path().join("model.safetensors.part").exists());
+    }
+
+    #[test]
+    fn tensors_are_written_with_the_bytes_of_the_safetensors_crate() {
+        let weights = Weights::random(tiny(), 1).unwrap();
+        let mut tensors: HashMap<String, Tensor> = weights.tensors().clone().into_iter().collect();
+        let half = tensors.values().next().unwrap().to_dtype(DType::F16).unwrap();
+        tensors.insert("half".to_owned(), half);
+        tensors.insert("step".to_owned(), Tensor::new(7_u32, &Device::Cpu).unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        for metadata in [None, Some(HashMap::from([("format".to_owned(), "pt".to_owned())]))] {
+            write_safetensors(&path, &tensors, metadata.clone()).unwrap();
+            let expected = safetensors::serialize(&tensors, metadata).unwrap();
+            assert!(std::fs::read(&path).unwrap() == expected);
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        }
     }
 
     #[test]

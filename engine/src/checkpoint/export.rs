@@ -11,7 +11,9 @@ use super::keys::Keys;
 use super::{CheckpointError, Result};
 use crate::config::ModelConfig;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{CONFIG_FILE, Stored, TENSORS_FILE, TOKENIZER_FILE, Weights, WeightsError, write_then_rename};
+use crate::weights::{
+    CONFIG_FILE, Stored, TENSORS_FILE, TOKENIZER_FILE, Weights, WeightsError, write_safetensors, write_then_rename,
+};
 
 /// Writes a model as a Hugging Face folder that other programs can load: `config.json`, `model.safetensors` and, if
 /// there is a tokenizer, `tokenizer.json`. A recursive model is written unrolled, as by [`Weights::unrolled`]. Nothing
@@ -36,11 +38,9 @@ pub fn write_hugging_face(
     };
     // Some readers refuse files that do not say whose tensors they hold.
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    write(TENSORS_FILE, &|part| {
-        safetensors::serialize_to_file(&tensors, Some(format.clone()), part).map_err(std::io::Error::other)
-    })?;
+    write(TENSORS_FILE, &|part| write_safetensors(part, &tensors, Some(format.clone())))?;
     if let Some(tokenizer) = tokenizer {
-        write(TOKENIZER_FILE, &|part| tokenizer.save(part).map_err(std::io::Error::other))?;
+        tokenizer.save(&folder.join(TOKENIZER_FILE))?;
     }
     write(CONFIG_FILE, &|part| std::fs::write(part, format!("{:#}", Value::Object(json.clone()))))
 }

@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use traces::SharedFile;
 
 use super::unfinished;
 
@@ -16,23 +17,17 @@ use super::unfinished;
 pub fn write_file(
     path: &Path,
     beginning: &[u8],
-    write: impl FnOnce(&mut BufWriter<&mut File>) -> io::Result<()>,
+    write: impl FnOnce(&mut BufWriter<&mut SharedFile>) -> io::Result<()>,
 ) -> Result<()> {
     if path.exists() && !begins_with(path, beginning) {
         bail!("{} is there already and is not such a file of ours: choose another --out", path.display());
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || -> io::Result<()> {
-        let mut part = tempfile::Builder::new().prefix(".depthwise-").tempfile_in(folder)?;
-        let _registered = unfinished::file(part.path());
-        let mut out = BufWriter::new(part.as_file_mut());
-        write(&mut out)?;
-        out.flush()?;
-        drop(out);
-        part.persist(path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    let mut part = SharedFile::create(path)?;
+    let _registered = unfinished::file(part.part());
+    let mut out = BufWriter::new(&mut part);
+    write(&mut out).and_then(|()| out.flush()).with_context(|| format!("cannot write {}", path.display()))?;
+    drop(out);
+    Ok(part.place()?)
 }
 
 fn begins_with(path: &Path, beginning: &[u8]) -> bool {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
@@ -12,10 +13,14 @@ fn all() -> MutexGuard<'static, Vec<PathBuf>> {
 /// Removes what is being written: for a program that is interrupted, before it ends. From then on nothing is begun and
 /// nothing is put in its place.
 pub fn remove_unfinished() {
+    /// Looks for what other threads still write, a few milliseconds in all.
+    const LOOKS: usize = 5;
     let unfinished = all();
-    for path in unfinished.iter().rev() {
-        remove(path);
+    for _ in 0..LOOKS {
+        unfinished.iter().rev().for_each(|path| remove(path));
+        std::thread::sleep(Duration::from_millis(1));
     }
+    unfinished.iter().rev().for_each(|path| remove(path));
     std::mem::forget(unfinished);
 }
 

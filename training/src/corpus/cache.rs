@@ -10,10 +10,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use engine::Tokenizer;
+use engine::weights::write_safetensors;
 use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
+use traces::SharedFile;
 
 use super::documents;
 use crate::error::TrainingError;
@@ -58,7 +60,7 @@ impl CachedTokens {
         let path = folder.join(format!("{}.safetensors", key(files, encoding)?));
         if !path.exists() {
             let (tokens, bytes) = tokenize(files, encoding, report)?;
-            write(folder, &path, &tokens, bytes).map_err(|e| TrainingError::in_file(&path, e))?;
+            write(folder, &path, &tokens, bytes)?;
         }
         Self::map(&path)
     }
@@ -163,16 +165,16 @@ fn piece_end(text: &str, at_least: usize) -> usize {
     line_starts.into_iter().find(is_end).unwrap_or(text.len())
 }
 
-fn write(folder: &Path, path: &Path, tokens: &[u32], bytes: usize) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
+fn write(folder: &Path, path: &Path, tokens: &[u32], bytes: usize) -> Result<(), TrainingError> {
+    let failed = |error: std::io::Error| TrainingError::in_file(path, error);
+    std::fs::create_dir_all(folder).map_err(failed)?;
     let tensor = TensorView::new(Dtype::U32, vec![tokens.len()], bytemuck::cast_slice(tokens));
-    let tensor = tensor.map_err(std::io::Error::other)?;
+    let tensor = tensor.map_err(|error| failed(std::io::Error::other(error)))?;
     let metadata = [(BYTES.to_owned(), bytes.to_string())].into();
-    // Several runs may tokenize a text at once. Each writes its own file, and the last rename wins.
-    let part = tempfile::NamedTempFile::new_in(folder)?;
-    safetensors::serialize_to_file([(TENSOR, tensor)], Some(metadata), part.path()).map_err(std::io::Error::other)?;
-    part.persist(path)?;
-    Ok(())
+    // Several runs may tokenize a text at once.
+    let part = SharedFile::create(path)?;
+    write_safetensors(part.part(), [(TENSOR, tensor)], Some(metadata)).map_err(failed)?;
+    Ok(part.place()?)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use engine::weights::{CONFIG_FILE, Stored, TOKENIZER_FILE, Weights, write_then_rename};
+use engine::weights::{CONFIG_FILE, Stored, TOKENIZER_FILE, Weights, write_safetensors, write_then_rename};
 use engine::{ModelConfig, Tokenizer};
 
 use super::{LOSS_FILE, LossRow, Trainer};
@@ -63,8 +63,9 @@ pub fn save(trainer: &Trainer) -> Result<(), TrainingError> {
         }
     }
     tensors.insert(STEP.to_owned(), Tensor::new(trainer.curve.len() as u32, &Device::Cpu)?);
-    write_then_rename(&folder.join(STATE_FILE), |part| candle_core::safetensors::save(&tensors, part))?;
-    Ok(())
+    let path = folder.join(STATE_FILE);
+    write_then_rename(&path, |part| write_safetensors(part, &tensors, None))
+        .map_err(|e| TrainingError::in_file(&path, e))
 }
 
 /// Reads the latest checkpoint in `folder`.
