@@ -108,7 +108,13 @@ fn loops_that_do_not_divide_the_layers_are_refused_and_so_are_other_loops_than_a
     scene.succeed(&["evaluate", "ordinary", "--loops", "3", "--text", "text.txt"]);
     assert!(refused("ordinary", "2").contains("3 layers, expected a multiple of 2 loops"));
     fs::remove_file(scene.path("plain/tokenizer.json")).unwrap();
-    assert!(refused("plain", "3").contains("plain: the model has no tokenizer"));
+    assert!(refused("plain", "3").contains("plain: the model has no tokenizer: expected a tokenizer.json"));
+    scene.write("plain/tokenizer.model", "");
+    let refused = refused("plain", "3");
+    assert!(
+        refused.contains("plain: the model has no tokenizer: it has one of another format; save it as"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -258,6 +264,21 @@ fn what_a_trainer_left_in_the_tokenizer_changes_neither_figures_nor_texts() {
         });
     });
     assert_eq!(results("after"), expected);
+}
+
+#[test]
+fn a_tokenizer_whose_parts_do_not_fit_together_gets_one_clear_error() {
+    let scene = scene();
+    change_tokenizer(&scene, "model", |json| {
+        let part = |kind: &str, id: &str| serde_json::json!({kind: {"id": id, "type_id": 0}});
+        let single = [part("SpecialToken", "<s>"), part("Sequence", "A")];
+        json["post_processor"] = serde_json::json!({
+            "type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {},
+        });
+    });
+    // The library panics.
+    let error = scene.fail(&["generate", "model", "--prompt", "In"]);
+    assert!(error.contains("whose parts do not fit together: "), "{error}");
 }
 
 #[test]

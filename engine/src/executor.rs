@@ -32,7 +32,10 @@ pub enum EngineError {
     #[error(transparent)]
     Cache(#[from] CacheError),
     /// A sequence is longer than the model's positions or the cache.
-    #[error("request {request} needs {needed} positions, {holder} has {available}")]
+    #[error(
+        "request {request} needs {needed} positions, {holder} has {available}: max_prompt_tokens and \
+         max_output_tokens cut requests"
+    )]
     TooLong {
         /// Id of the request.
         request: u32,

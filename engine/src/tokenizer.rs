@@ -1,17 +1,18 @@
 //! Text to token ids and back, a thin wrapper of the `tokenizers` crate: byte-level byte-pair encodings trained here, and
 //! those of other models.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::models::{ModelWrapper, TrainerWrapper};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{Encoding, Token};
+use traces::catch_panic;
 
 use crate::checkpoint::contents;
+use crate::weights::write_then_rename;
 
 /// Turns text into token ids and back without loss.
 #[derive(Clone, Debug)]
@@ -87,8 +88,8 @@ pub enum TokenizerError {
     #[error("tokenizer: {0}")]
     Library(tokenizers::Error),
     /// The library panicked, as it does at some files whose parts do not fit together.
-    #[error("tokenizer: the library cannot work with its tokenizer.json, whose parts do not fit together")]
-    Panicked,
+    #[error("tokenizer: the library cannot work with its tokenizer.json, whose parts do not fit together: {0}")]
+    Panicked(String),
 }
 
 /// The parts of a `tokenizer.json` at whose syntax errors the library panics.
@@ -102,12 +103,40 @@ struct Parts {
     _post_processor: Value,
     #[serde(default, rename = "decoder")]
     _decoder: Value,
+    model: Option<ModelKind>,
+    #[serde(default)]
+    added_tokens: Value,
+}
+
+/// The kind of a tokenizer's model; files of the first versions do not name it.
+#[derive(Deserialize)]
+struct ModelKind {
+    #[serde(rename = "type")]
+    name: Option<String>,
+}
+
+impl Parts {
+    const MODELS: [&str; 4] = ["BPE", "WordPiece", "WordLevel", "Unigram"];
+
+    /// Why the library would refuse the model, in words.
+    fn problem(&self) -> Option<String> {
+        let Some(ModelKind { name }) = &self.model else {
+            return Some("found no `model`, expected a tokenizer.json of the library `tokenizers`".to_owned());
+        };
+        let other = name.as_ref().filter(|name| !Self::MODELS.contains(&name.as_str()))?;
+        Some(format!("model.type: found `{other}`, expected one of {}", Self::MODELS.join(", ")))
+    }
+
+    /// Ids and texts of the tokens that the file adds to the model's.
+    fn added(&self) -> impl Iterator<Item = (u64, &str)> {
+        let tokens = self.added_tokens.as_array().into_iter().flatten();
+        tokens.filter_map(|token| Some((token.get("id")?.as_u64()?, token.get("content")?.as_str()?)))
+    }
 }
 
 /// Calls the library. Its panics become errors.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
-    let result = catch_unwind(AssertUnwindSafe(call)).map_err(|_| TokenizerError::Panicked)?;
-    result.map_err(TokenizerError::Library)
+    catch_panic(call).map_err(TokenizerError::Panicked)?.map_err(TokenizerError::Library)
 }
 
 impl Tokenizer {
@@ -137,22 +166,57 @@ impl Tokenizer {
         Ok(Self { library: tokenizer, model: None })
     }
 
-    /// Loads a `tokenizer.json`. Truncation and padding, which trainers save with it, are reset, as in transformers.
+    /// Loads a `tokenizer.json`. Truncation and padding, which trainers save with it, are reset, as in transformers. So is
+    /// the dropout of merges, with a warning: with it, a text has other tokens each time.
     ///
     /// # Errors
     /// If the file is unreadable or no tokenizer.
     pub fn load(path: &Path) -> Result<Self, TokenizerError> {
         let failed = |message| TokenizerError::Load { path: path.to_owned(), message };
         let bytes = contents::read(path).map_err(|error| failed(error.to_string()))?;
-        Self::from_bytes(&bytes).map_err(|error| failed(error.to_string()))
+        let parts: Parts = serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))?;
+        if let Some(problem) = parts.problem() {
+            return Err(failed(problem));
+        }
+        let mut tokenizer = Self::of_library(&bytes).map_err(|error| failed(error.to_string()))?;
+        if let Some(dropout) = tokenizer.reset_dropout() {
+            log::warn!(
+                "{}: model.dropout is {dropout}: not applied, so that a text has the same tokens",
+                path.display()
+            );
+        }
+        let ids = parts.added().filter_map(|(id, token)| Some((id, token, tokenizer.id_of(token)?)));
+        if let Some((id, token, given)) = ids.into_iter().find(|(id, _, given)| u64::from(*given) != *id) {
+            log::warn!(
+                "{}: added_tokens: `{token}` has the id {id}, but gets {given}, as in transformers: ids before it are \
+                 missing, or the model's vocabulary has the token",
+                path.display()
+            );
+        }
+        Ok(tokenizer)
     }
 
     /// The tokenizer that the text of a `tokenizer.json` describes.
     pub(crate) fn from_bytes(json: &[u8]) -> Result<Self, TokenizerError> {
         serde_json::from_slice::<Parts>(json).map_err(|error| TokenizerError::Library(error.into()))?;
+        Self::of_library(json)
+    }
+
+    /// What the library makes of a text that has [`Parts`].
+    fn of_library(json: &[u8]) -> Result<Self, TokenizerError> {
         let mut library = guarded(|| tokenizers::Tokenizer::from_bytes(json))?;
         library.with_truncation(None).map_err(TokenizerError::Library)?.with_padding(None);
         Ok(Self { library, model: None })
+    }
+
+    /// Sets the share of merges that are left out at random to zero, and returns what it was if it was more.
+    fn reset_dropout(&mut self) -> Option<f32> {
+        let ModelWrapper::BPE(model) = self.library.get_model() else { return None };
+        let dropout = model.dropout.filter(|dropout| *dropout > 0.0)?;
+        let mut model = model.clone();
+        model.dropout = None;
+        self.library.with_model(model);
+        Some(dropout)
     }
 
     /// This tokenizer for a model whose embedding has `rows` rows: texts with tokens beyond them are refused.
@@ -174,13 +238,14 @@ impl Tokenizer {
         Ok(self)
     }
 
-    /// Writes a `tokenizer.json`.
+    /// Writes a `tokenizer.json`, completely or not at all.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<(), TokenizerError> {
-        let failed = |e: tokenizers::Error| TokenizerError::Save { path: path.to_owned(), message: e.to_string() };
-        self.library.save(path, false).map_err(failed)
+        let json = self.to_json()?;
+        let failed = |error: std::io::Error| TokenizerError::Save { path: path.to_owned(), message: error.to_string() };
+        write_then_rename(path, |part| std::fs::write(part, &json)).map_err(failed)
     }
 
     /// Token ids of a text.

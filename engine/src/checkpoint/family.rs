@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::keys::Keys;
+use super::keys::{Keys, Kind};
 use super::names::{self, Naming};
 use super::{Result, num_layers, rules};
 use crate::config::{Activation, Architecture, ModelConfig, Norm, RopeScaling, Sharing, SlidingWindow};
@@ -268,24 +268,16 @@ fn gemma3_rope(keys: &Keys) -> Result<(f32, Option<RopeScaling>, f32)> {
         (Some(full), Some(scaled)) => Some(full.updated(scaled)),
         (full, scaled) => full.or(scaled),
     };
-    let (theta, rope_scaling) = match full {
-        Some(full) => (full.optional("rope_theta")?, scaling(&full, keys)?),
-        None => (None, None),
-    };
-    let local_theta = match parameters(SLIDING_ATTENTION)? {
-        Some(sliding) => {
-            if scaling(&sliding, keys)?.is_some() {
-                return Err(sliding.refuse("rope_type", "\"default\": this engine scales no sliding layers"));
-            }
-            sliding.optional("rope_theta")?
-        }
-        None => None,
-    };
-    Ok((
-        theta.or(keys.optional("rope_theta")?).unwrap_or(1e6),
-        rope_scaling,
-        local_theta.or(keys.optional("rope_local_base_freq")?).unwrap_or(GEMMA3_LOCAL_THETA),
-    ))
+    let rope_scaling = full.as_ref().map_or(Ok(None), |full| scaling(full, keys))?;
+    let sliding = parameters(SLIDING_ATTENTION)?;
+    if let Some(sliding) = &sliding
+        && scaling(sliding, keys)?.is_some()
+    {
+        return Err(sliding.refuse("rope_type", "\"default\": this engine scales no sliding layers"));
+    }
+    let theta = within(full.as_ref(), "rope_theta", keys, "rope_theta")?;
+    let local_theta = within(sliding.as_ref(), "rope_theta", keys, "rope_local_base_freq")?;
+    Ok((theta.unwrap_or(1e6), rope_scaling, local_theta.unwrap_or(GEMMA3_LOCAL_THETA)))
 }
 
 /// The layers of a Gemma 3 that see only the latest tokens: as listed, or all but every sixth.
@@ -346,10 +338,10 @@ fn gemma3_json(config: &ModelConfig) -> Value {
 
 fn gpt_neox(keys: &Keys) -> Result<ModelConfig> {
     let parameters = rope_object(keys)?;
-    let inner = |key| parameters.as_ref().map_or(Ok(None), |keys| keys.optional::<f64>(key));
-    let rope_theta = inner("rope_theta")?.or(keys.optional("rotary_emb_base")?).unwrap_or(10_000.0) as f32;
+    let number = |key, beside| within::<f64>(parameters.as_ref(), key, keys, beside);
+    let rope_theta = number("rope_theta", "rotary_emb_base")?.unwrap_or(10_000.0) as f32;
     let rope_scaling = parameters.as_ref().map_or(Ok(None), |parameters| scaling(parameters, keys))?;
-    let rotated = inner("partial_rotary_factor")?.or(keys.optional("rotary_pct")?).unwrap_or(0.25);
+    let rotated = number("partial_rotary_factor", "rotary_pct")?.unwrap_or(0.25);
     let attention_bias = keys.optional("attention_bias")?.unwrap_or(true);
     let architecture = Architecture {
         norm: Norm::Layer,
@@ -394,8 +386,18 @@ fn rope(keys: &Keys) -> Result<(f32, Option<RopeScaling>)> {
     if parameters.optional(PARTIAL)?.is_some_and(|share: f64| share != 1.0) {
         return Err(parameters.refuse(PARTIAL, "null or 1: this engine computes nothing else"));
     }
-    let theta = parameters.optional("rope_theta")?.or(beside).unwrap_or(10_000.0);
+    let theta = within(Some(&parameters), "rope_theta", keys, "rope_theta")?.unwrap_or(10_000.0);
     Ok((theta, scaling(&parameters, keys)?))
+}
+
+/// A number of rotary embeddings: in the object of their parameters, or else beside it.
+fn within<T: Kind + PartialEq>(object: Option<&Keys>, key: &str, keys: &Keys, beside: &str) -> Result<Option<T>> {
+    let inner: Option<T> = object.map_or(Ok(None), |object| object.optional(key))?;
+    let outer: Option<T> = keys.optional(beside)?;
+    if inner.is_some() && outer.is_some() && inner != outer {
+        keys.warn(beside, "not used, for the rotary parameters have another, as in transformers 5");
+    }
+    Ok(inner.or(outer))
 }
 
 /// What is said of rotary embeddings: `rope_scaling`, the older name, or else `rope_parameters`, as transformers 5 has

@@ -11,7 +11,7 @@ use super::gguf_header::Header;
 use super::keys::Keys;
 use super::pre_tokenizers::{DEFAULT, PRE_TOKENIZERS, PreTokenizer};
 use super::{CheckpointError, Result};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, TokenizerError};
 
 const MODEL: &str = "tokenizer.ggml.model";
 const SPLITTER: &str = "tokenizer.ggml.pre";
@@ -94,7 +94,9 @@ pub(super) fn tokenizer(header: &Header, keys: &Keys) -> Result<Option<Tokenizer
         let id = id.ok_or_else(|| keys.refuse(BEGIN, &format!("the token that `{ADD_BEGIN}` asks for")))?;
         json["post_processor"] = begin_with(&tokens.texts[id], id);
     }
-    Ok(Some(Tokenizer::from_bytes(json.to_string().as_bytes())?))
+    let failed =
+        |error: TokenizerError| TokenizerError::Load { path: keys.path().to_owned(), message: error.to_string() };
+    Ok(Some(Tokenizer::from_bytes(json.to_string().as_bytes()).map_err(failed)?))
 }
 
 /// How texts are split, by the file's own word or else as llama.cpp assumes.

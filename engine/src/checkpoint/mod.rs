@@ -55,6 +55,14 @@ pub struct Checkpoint {
 /// Why a checkpoint could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
+    /// Work that needs a tokenizer, on a model without one.
+    #[error("{}: the model has no tokenizer{note}", path.display())]
+    NoTokenizer {
+        /// The model.
+        path: PathBuf,
+        /// What to do about it.
+        note: &'static str,
+    },
     /// A file could not be read.
     #[error("{}: cannot read: {source}", path.display())]
     File {
@@ -175,6 +183,29 @@ impl Checkpoint {
         match is_ours(&path) {
             true => read_ours(&path, num_loops),
             false => Self::read(&path, num_loops.unwrap_or(1)),
+        }
+    }
+
+    /// Weights and tokenizer of the model that was opened as `name`, for work that needs both.
+    ///
+    /// # Errors
+    /// If it has no tokenizer.
+    pub fn with_tokenizer(self, name: &Path) -> Result<(Weights, Tokenizer)> {
+        /// What other libraries write in place of a `tokenizer.json`.
+        const OTHERS: [&str; 4] = ["tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model"];
+        match self.tokenizer {
+            Some(tokenizer) => Ok((self.weights, tokenizer)),
+            None => {
+                let note = match OTHERS.iter().any(|other| name.join(other).exists()) {
+                    true => {
+                        ": it has one of another format; save it as tokenizer.json, by `save_pretrained` of \
+                             transformers"
+                    }
+                    false if name.is_dir() => ": expected a tokenizer.json in the folder",
+                    false => "",
+                };
+                Err(CheckpointError::NoTokenizer { path: name.to_owned(), note })
+            }
         }
     }
 

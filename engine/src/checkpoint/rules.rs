@@ -164,7 +164,7 @@ pub(super) const HUGGING_FACE: &[Rule] = &[
     ),
     used(&[GPT_NEOX], &["layer_norm_eps", "rotary_emb_base", "rotary_pct", "use_parallel_residual"]),
     // What changes the result, and this engine does not have or the family's own code does not use.
-    refused(ALL, &["quantization_config", "compression_config"], "null", never),
+    refused(ALL, &["quantization", "quantization_config", "compression_config"], "null", never),
     refused(
         ALL,
         &["embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb", "scale_depth"],

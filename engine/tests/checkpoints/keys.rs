@@ -97,7 +97,7 @@ fn a_rotary_base_within_the_scaling_changes_the_logits_as_one_beside_it() {
 #[test]
 fn a_key_that_changes_the_result_is_refused_unless_its_value_does_not() {
     const ALL: [&str; 4] = ["llama", "gemma", "gemma3_text", "gpt_neox"];
-    let cases: [(&[&str], &str, Value, Value); 35] = [
+    let cases: [(&[&str], &str, Value, Value); 36] = [
         (&ALL, "embedding_multiplier", json!(12.0), json!(1.0)),
         (&ALL, "residual_multiplier", json!(0.22), json!(1)),
         (&ALL, "logits_scaling", json!(8.0), json!(1.0)),
@@ -115,6 +115,7 @@ fn a_key_that_changes_the_result_is_refused_unless_its_value_does_not() {
         (&ALL, "alibi", json!(true), json!(false)),
         (&ALL, "num_local_experts", json!(8), json!(0)),
         (&ALL, "quantization_config", json!({"bits": 4}), Value::Null),
+        (&ALL, "quantization", json!({"group_size": 64, "bits": 4}), Value::Null),
         (&ALL, "clip_qkv", json!(8.0), Value::Null),
         (&ALL, "is_encoder_decoder", json!(true), json!(false)),
         (&ALL, "text_config", json!({"vocab_size": 3}), Value::Null),
@@ -178,6 +179,19 @@ fn keys_that_are_not_known_or_not_used_are_warned_about_once_by_name() {
                 "rope_parameters": {"rope_type": "default", "rope_theta": 7e4},
             }),
             "`rope_parameters` is {\"rope_theta\":70000.0,\"rope_type\":\"default\"}: not used, for `rope_scaling` is",
+        ),
+        (
+            "llama",
+            json!({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}),
+            "`rope_theta` is 10000.0: not used, for the rotary parameters have another",
+        ),
+        (
+            "gemma3_text",
+            json!({
+                "rope_local_base_freq": 300.0,
+                "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 500.0}},
+            }),
+            "`rope_local_base_freq` is 300.0: not used, for the rotary parameters have another",
         ),
         (
             "gemma",

@@ -137,6 +137,11 @@ fn pre_tokenizers_that_are_not_known_and_tokens_that_are_there_twice_are_refused
     assert!(message.contains("`tokenizer.ggml.pre` is \"kimi-k2\", expected one of default, llama3"), "{message}");
     let message = refusal("tokens", json!(["a", "b", "a"]));
     assert!(message.contains("different tokens, but 0 and 2 are both `a`"), "{message}");
+    let message = refusal("merges", json!(["a b", "no such"]));
+    assert!(
+        message.contains("model.gguf: cannot load the tokenizer: ") && message.contains("out of vocabulary"),
+        "{message}"
+    );
     let message = refusal("token_type", json!([1, 1]));
     assert!(message.contains("expected an array of 603"), "{message}");
 }
@@ -182,6 +187,46 @@ fn truncation_and_padding_in_a_file_are_reset() {
         }
         assert_eq!(tokenizer.begin().unwrap(), [0; 0]);
         assert_eq!(tokenizer.to_json().unwrap(), plain.to_json().unwrap());
+    }
+}
+
+#[test]
+fn dropout_of_merges_is_reset_with_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    let plain = load(folder.path(), &byte_tokenizer());
+    let mut json = byte_tokenizer();
+    json["model"]["dropout"] = json!(0.5);
+    let (tokenizer, warnings) = with_warnings(|| load(folder.path(), &json));
+    let text = "the cat sat on the mat ".repeat(9);
+    assert_eq!(tokenizer.encode(&text).unwrap(), plain.encode(&text).unwrap());
+    assert!(warnings.len() == 1 && warnings[0].contains("tokenizer.json: model.dropout is 0.5"), "{warnings:?}");
+}
+
+#[test]
+fn added_tokens_that_get_other_ids_are_warned_about() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, warnings) = with_warnings(|| load(folder.path(), &byte_tokenizer()));
+    assert_eq!(warnings, [""; 0]);
+    let mut json = byte_tokenizer();
+    let last = json["added_tokens"].as_array().unwrap().len() - 1;
+    json["added_tokens"][last]["id"] = json!(900);
+    let (_, warnings) = with_warnings(|| load(folder.path(), &json));
+    assert!(warnings.len() == 1 && warnings[0].contains("has the id 900, but gets 263"), "{warnings:?}");
+}
+
+#[test]
+fn what_is_no_tokenizer_of_the_library_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.json");
+    let mut other = byte_tokenizer();
+    other["model"]["type"] = json!("SentencePiece");
+    for (json, expected) in [
+        (other, "tokenizer.json: cannot load the tokenizer: model.type: found `SentencePiece`, expected one of BPE,"),
+        (json!({"a": 1}), "found no `model`, expected a tokenizer.json of the library `tokenizers`"),
+    ] {
+        std::fs::write(&path, json.to_string()).unwrap();
+        let message = Tokenizer::load(&path).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
     }
 }
 
