@@ -144,7 +144,7 @@ pub fn print_exits(tally: &DepthTally) {
         vec![depth.to_string(), format!("{agreement:.3}"), format!("{exiting:.3}")]
     };
     print_table(
-        &["depth", "agreement with the last", "leave here (oracle)"],
+        &["depth", "agreement with the last", "exit here (oracle)"],
         tally.shares().enumerate().map(line).collect(),
     );
 }
@@ -173,7 +173,7 @@ pub fn print_loops(evaluation: &Evaluation) {
         ]
     };
     let header =
-        ["passes", "nats/token", "perplexity", "bits/byte", "accuracy", "agrees with last", "leave here (oracle)"];
+        ["passes", "nats/token", "perplexity", "bits/byte", "accuracy", "agrees with last", "exit here (oracle)"];
     print_table(&header, evaluation.loops.iter().map(line).collect());
     say!("mean oracle depth {:.3} passes", evaluation.mean_oracle_depth());
 }

@@ -189,7 +189,7 @@ impl<'a> Figures<'a> {
             return Ok(());
         }
         let trace = ExitTrace::read(&folder)?;
-        let figure = self.figure("exit-depths", "Where tokens could leave", Origin::Measured);
+        let figure = self.figure("exit-depths", "Where tokens could exit", Origin::Measured);
         Ok(plots::exit_depths(&figure, &[exit_depths(&trace)])?)
     }
 }
@@ -418,7 +418,7 @@ fn trade_off(summaries: &[Summary]) -> TradeOff {
     TradeOff { x: Quantity::Throughput, y: Quantity::Agreement, lines }
 }
 
-/// Where the tokens of a trace could leave.
+/// Where the tokens of a trace could exit.
 pub fn exit_depths(trace: &ExitTrace) -> plots::ExitDepths {
     let depths = 0..trace.num_loops();
     plots::ExitDepths {

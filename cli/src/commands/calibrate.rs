@@ -52,7 +52,7 @@ pub fn run(args: Args) -> Result<()> {
         ensure!(share > 0.0 && share < 1.0, "{name} {share}: expected a share between 0 and 1");
     }
     let trace = ExitTrace::read(&args.exits)?;
-    ensure!(trace.num_loops() > 1, "{}: the model has one loop, no token can leave early", args.exits.display());
+    ensure!(trace.num_loops() > 1, "{}: the model has one loop, no token can exit early", args.exits.display());
     ensure!(
         trace.recorded_signals().any(|measure| measure == args.measure),
         "{}: the model has no gates, expected some for --measure gate",

@@ -164,10 +164,10 @@ struct LoadedModel {
 
 impl LoadedModel {
     fn load(path: &Path, loops: Option<usize>, device: DeviceName) -> Result<Self> {
-        let Checkpoint { weights, tokenizer } = Checkpoint::open(path, loops)?;
+        let (weights, tokenizer) = Checkpoint::open(path, loops)?.with_tokenizer(path)?;
         Ok(Self {
             reference: Reference::new(&weights.to_device(&device.candle()?)?)?,
-            tokenizer: tokenizer.with_context(|| format!("{}: the model has no tokenizer", path.display()))?,
+            tokenizer,
             name: file_name(path),
             fingerprint: weights.fingerprint()?,
         })
@@ -321,7 +321,7 @@ impl Signals {
     }
 
     fn draw(&self, figure: &impl Fn(&str, &str) -> Figure, trace: &ExitTrace) -> Result<()> {
-        plots::exit_depths(&figure("exit-depths", "Where tokens could leave"), &[exit_depths(trace)])?;
+        plots::exit_depths(&figure("exit-depths", "Where tokens could exit"), &[exit_depths(trace)])?;
         let curve = |(measure, curve): &(ExitSignal, Vec<CurvePoint>)| ExitCurve {
             signal: measure.to_string(),
             points: curve.iter().map(|point| (point.mean_depth, point.agreement)).collect(),
