@@ -65,7 +65,7 @@ pub enum TraceError {
         message: String,
     },
     /// A YAML file is invalid; the message names key, line and column.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {}", path.display(), shortened(source))]
     Yaml {
         /// The file.
         path: PathBuf,
@@ -140,5 +140,34 @@ pub(crate) fn quote(text: &[u8]) -> String {
     match text.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("`{}...`", text[..end].escape_debug()),
         None => format!("`{}`", text.escape_debug()),
+    }
+}
+
+/// The message of an error, without the middle of a long one: some quote the whole file.
+fn shortened(error: &serde_yaml::Error) -> String {
+    const SHOWN: usize = 200;
+    let message = error.to_string();
+    let letters = message.chars().count();
+    if letters <= 2 * SHOWN {
+        return message;
+    }
+    let end: String = message.chars().skip(letters - SHOWN).collect();
+    format!("{} ... {end}", message.chars().take(SHOWN).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_quotes_a_whole_file_is_shortened() {
+        let text = "in the beginning ".repeat(10_000);
+        let source = serde_yaml::from_str::<u32>(&text).unwrap_err();
+        let message = TraceError::Yaml { path: "a.yaml".into(), source }.to_string();
+        assert!(message.len() < 500, "{}", message.len());
+        assert!(message.starts_with("a.yaml: invalid type: string \"in the"), "{message}");
+        assert!(message.contains(" ... ") && message.ends_with("expected u32"), "{message}");
+        let source = serde_yaml::from_str::<u32>("in the beginning").unwrap_err();
+        assert!(!TraceError::Yaml { path: "a.yaml".into(), source }.to_string().contains("..."));
     }
 }

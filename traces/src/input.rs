@@ -89,6 +89,34 @@ pub fn check_no_pointer(path: &Path) -> Result<()> {
     }
 }
 
+/// The message of an error in a line of JSON for people: without its place, which is named otherwise, and without names
+/// of Rust's types.
+pub fn json_message(error: &serde_json::Error) -> String {
+    const TYPES: [(&str, &str); 8] = [
+        ("u64", "a whole number"),
+        ("u32", "a whole number"),
+        ("usize", "a whole number"),
+        ("f64", "a number"),
+        ("a sequence", "a list"),
+        ("a map", "an object"),
+        ("a JSON number", "a number"),
+        ("ident", "null, true or false"),
+    ];
+    let message = error.to_string();
+    let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+    if error.is_eof() {
+        return format!("{message}, expected a whole object in each line: `jq -c .` writes it so");
+    }
+    match message.rsplit_once("expected ") {
+        Some((before, found)) => {
+            let known = TYPES.iter().find(|(name, _)| *name == found);
+            let words = known.map_or(found, |(_, words)| words);
+            format!("{before}expected {}", if found.starts_with("struct ") { "an object" } else { words })
+        }
+        None => message.to_owned(),
+    }
+}
+
 /// Whether a file ends with a line end; `None` if it is empty.
 pub(crate) fn ends_with_newline(path: &Path) -> Result<Option<bool>> {
     let failed = |error| TraceError::io("read", path)(error);
@@ -290,6 +318,28 @@ mod tests {
         assert!(bomb.len() < 1 << 20);
         let error = read(&bomb).unwrap_err().to_string();
         assert!(error.contains("a line has more than 64 MiB"), "{error}");
+    }
+
+    #[test]
+    fn messages_about_json_have_no_words_of_rust() {
+        #[derive(Debug, serde::Deserialize)]
+        #[expect(dead_code, reason = "only errors are looked at")]
+        struct Line {
+            count: u64,
+            list: Vec<f64>,
+        }
+        for (text, expected) in [
+            ("{\"count\": 1.5}", "invalid type: floating point `1.5`, expected a whole number"),
+            ("{\"count\": 1, \"list\": {}}", "invalid type: map, expected a list"),
+            ("{\"count\": 1, \"list\": [\"a\"]}", "invalid type: string \"a\", expected a number"),
+            ("3", "invalid type: integer `3`, expected an object"),
+            ("{\"count\"", "EOF while parsing an object, expected a whole object in each line: `jq -c .` writes it so"),
+            ("{}", "missing field `count`"),
+            ("{,}", "key must be a string"),
+        ] {
+            let error = serde_json::from_str::<Line>(text).unwrap_err();
+            assert_eq!(json_message(&error), expected);
+        }
     }
 
     #[test]

@@ -75,11 +75,13 @@ impl RequestFormat {
 
     /// Recognizes a format by the first line of a file: a header, or an object.
     fn of_first_line(line: &str) -> Option<Self> {
-        let has = |field: &str| match line.starts_with('{') {
+        let is_json = line.starts_with('{');
+        let has = |field: &str| match is_json {
             true => line.contains(&format!("\"{field}\"")),
             false => line.split(',').any(|column| column.trim().trim_matches('"') == field),
         };
-        Self::ALL.into_iter().find(|format| format.fields().iter().all(|field| has(field)))
+        let mut formats = Self::ALL.into_iter().filter(|format| format.json().is_some() == is_json);
+        formats.find(|format| format.fields().iter().all(|field| has(field)))
     }
 }
 
@@ -406,7 +408,15 @@ fn detect(path: &Path) -> Result<RequestFormat> {
     if first.starts_with(b"[") {
         return Err(wrong("an object in each line, not one list: run `jq -c '.[]'`".to_owned()));
     }
-    RequestFormat::of_first_line(&String::from_utf8_lossy(first)).ok_or_else(|| wrong(expected()))
+    let header = String::from_utf8_lossy(first);
+    if let Some(format) = RequestFormat::of_first_line(&header) {
+        return Ok(format);
+    }
+    let is_separated = |by: char| RequestFormat::of_first_line(&header.replace(by, ",")).is_some();
+    Err(wrong(match [';', '\t', '|'].into_iter().any(is_separated) {
+        true => "columns separated by commas".to_owned(),
+        false => expected(),
+    }))
 }
 
 fn tokens(row: &Row<'_>, column: usize) -> Result<u32> {
@@ -416,8 +426,13 @@ fn tokens(row: &Row<'_>, column: usize) -> Result<u32> {
 /// Prompt and output tokens of a row of others; none of one that is left out.
 fn lengths(row: &Row<'_>, options: &ReadOptions, left_out: &mut LeftOut) -> Result<Option<(u32, u32)>> {
     const LENGTHS: [usize; 2] = [1, 2];
-    let in_range = |tokens: &u32| *tokens <= Request::MAX_TOKENS;
-    let [prompt, output] = LENGTHS.map(|column| row.number(column, TOKENS, in_range));
+    let tokens = |text: &str| {
+        // Some programs write whole numbers with a fraction of zero.
+        let whole = text.split_once('.').filter(|(_, zeros)| !zeros.is_empty() && zeros.trim_matches('0').is_empty());
+        let tokens: u32 = whole.map_or(text, |(whole, _)| whole).parse().ok()?;
+        (tokens <= Request::MAX_TOKENS).then_some(tokens)
+    };
+    let [prompt, output] = LENGTHS.map(|column| row.get(column, TOKENS, tokens));
     let (prompt, output) = (prompt?, output?);
     match left_out.without_tokens(prompt, output, options.zero_tokens) {
         None => Ok(Some((prompt, output))),
@@ -593,6 +608,13 @@ mod tests {
     }
 
     #[test]
+    fn whole_numbers_may_have_a_fraction_of_zero() {
+        let plain = [read(AZURE).unwrap(), read(MOONCAKE).unwrap()].map(|trace| trace.requests);
+        let floats = [AZURE.replace("3180", "3180.0").replace(",8", ",8.00"), MOONCAKE.replace("1024", "1024.0")];
+        assert_eq!(floats.map(|contents| read(&contents).unwrap().requests), plain);
+    }
+
+    #[test]
     fn damaged_files_name_line_field_and_what_was_expected() {
         for (contents, message) in [
             (
@@ -617,11 +639,29 @@ mod tests {
                 "found no request; requests left out: 3 without output tokens (`zero_tokens: refuse` refuses the file)",
             ),
             (MOONCAKE.replace("1024", "5000000000"), "trace.any:2: input_length: found `5000000000`, expected a whole"),
-            (MOONCAKE.replace("1024", "-5"), "trace.any:2: input_length: invalid value: integer `-5`, expected u64"),
+            (
+                MOONCAKE.replace("1024", "-5"),
+                "trace.any:2: input_length: found `-5`, expected a whole number of at least 0",
+            ),
+            (MOONCAKE.replace("1024", "1024.5"), "trace.any:2: input_length: found `1024.5`, expected a whole number"),
+            (MOONCAKE.replace("1024", "\"1024\""), "input_length: invalid type: string \"1024\", expected a number"),
+            (AZURE.replace("3180", "3180.5"), "trace.any:3: ContextTokens: found `3180.5`"),
+            (
+                AZURE.replace(',', ";"),
+                "trace.any:1: found `TIMESTAMP;ContextTokens;GeneratedTokens`, expected columns separated by commas",
+            ),
+            (
+                "timestamp,input_length,output_length\n0,10,5\n".into(),
+                "expected the fields of a request trace: depthwise",
+            ),
+            (
+                "{\"TIMESTAMP\": 1, \"ContextTokens\": 1, \"GeneratedTokens\": 1}\n".into(),
+                "expected the fields of a request",
+            ),
             (MOONCAKE.replace("3500", "-5"), "trace.any:2: timestamp: found `-5`, expected a time from 0 to a century"),
             (
                 MOONCAKE.replace("[0, 4]", "[0, \"4\"]"),
-                "trace.any:2: hash_ids[1]: invalid type: string \"4\", expected u64",
+                "trace.any:2: hash_ids[1]: invalid type: string \"4\", expected a whole number",
             ),
             (
                 MOONCAKE.replace("[0, 4]", "[0]"),

@@ -6,11 +6,12 @@ use std::hash::{DefaultHasher, Hasher};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
+use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::Number;
 
 use crate::error::{Result, TraceError};
-use crate::input::{Text, open_file};
+use crate::input::{Text, json_message, open_file};
 use crate::request::{PrefixHashes, Request, RequestTrace};
 use crate::request_file::{LeftOut, Lengths, ReadOptions, TIME, TOKENS, TimeUnit, name_of};
 
@@ -124,11 +125,8 @@ impl JsonRow<'_> {
         let mut track = serde_path_to_error::Track::new();
         let line = LineSeed { keys, others }.deserialize(serde_path_to_error::Deserializer::new(&mut json, &mut track));
         let line = line.map_err(|error: serde_json::Error| {
-            let message = error.to_string();
-            // Line number and key identify the problem; the position within the line is not needed.
-            let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
             let key = track.path().to_string();
-            self.json_error(if matches!(key.as_str(), "." | "?") { WHOLE_LINE } else { &key }, message)
+            self.json_error(if matches!(key.as_str(), "." | "?") { WHOLE_LINE } else { &key }, &json_message(&error))
         })?;
         json.end().map_err(|_| self.json_error(WHOLE_LINE, "expected nothing after it"))?;
         Ok(line)
@@ -225,7 +223,7 @@ impl<'de> Visitor<'de> for LineSeed<'_> {
             }
             match place {
                 0 => time = Some(map.next_value::<Number>()?),
-                1 | 2 => lengths[place - 1] = Some(map.next_value::<u64>()?),
+                1 | 2 => lengths[place - 1] = Some(map.next_value::<Whole>()?.0),
                 _ => ids = map.next_value::<Option<Vec<u64>>>()?,
             }
         }
@@ -239,6 +237,20 @@ impl<'de> Visitor<'de> for LineSeed<'_> {
         let prompt = lengths[0].ok_or_else(|| de::Error::missing_field(prompt_key))?;
         let output = lengths[1].ok_or_else(|| de::Error::missing_field(output_key))?;
         Ok(Line { time, prompt, output, ids })
+    }
+}
+
+/// A whole number, which some programs write with a fraction of zero (pandas, in a column where a number is missing).
+struct Whole(u64);
+
+impl<'de> Deserialize<'de> for Whole {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        const MOST: f64 = (1_u64 << 53) as f64;
+        let number = Number::deserialize(deserializer)?;
+        let float = || number.as_f64().filter(|number| number.fract() == 0.0 && (0.0..=MOST).contains(number));
+        let whole = number.as_u64().or_else(|| float().map(|number| number as u64));
+        let expected = || de::Error::custom(format!("found `{number}`, expected a whole number of at least 0"));
+        whole.map(Self).ok_or_else(expected)
     }
 }
 

@@ -78,6 +78,10 @@ pub struct RequestSpec {
 }
 
 impl RequestSpec {
+    /// Maximum number of generated requests that [`Self::load`] holds, which takes 240 MB. [`Self::stream`] makes up to
+    /// [`Generate::MOST`].
+    pub const MOST_HELD: u32 = 10_000_000;
+
     /// Reads or makes all requests; paths are relative to `base_dir`.
     ///
     /// # Errors
@@ -87,6 +91,9 @@ impl RequestSpec {
             Source::File(file) => self.load_file(&base_dir.join(file)),
             Source::Generate(generate) => {
                 let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
+                if generate.count > Self::MOST_HELD {
+                    return Err(TraceError::spec("count", generate.count, format!("at most {}", Self::MOST_HELD)));
+                }
                 let requests = generate.requests(base_dir)?;
                 let warnings = requests.warnings().to_vec();
                 let trace = RequestTrace { warnings, ..RequestTrace::new("generated", requests.collect()) };
@@ -116,26 +123,32 @@ impl RequestSpec {
             (Some(file), None) => Ok(Source::File(file)),
             (None, Some(generate)) => match self.key_for_files() {
                 None => Ok(Source::Generate(generate)),
-                Some(key) => Err(TraceError::spec(key, "it beside `generate`", "it beside `file` only")),
+                Some((key, remedy)) => {
+                    Err(TraceError::spec(key, "it beside `generate`", format!("it beside `file` only; {remedy}")))
+                }
             },
             (Some(_), Some(_)) => Err(TraceError::spec("file", "`file` and `generate`", "one of the two")),
             (None, None) => Err(TraceError::spec("file", "neither `file` nor `generate`", "one of the two")),
         }
     }
 
-    fn key_for_files(&self) -> Option<&'static str> {
+    /// A key that is for files only, with what to do for generated requests instead.
+    fn key_for_files(&self) -> Option<(&'static str, &'static str)> {
+        let count = "`generate.count` is the number of generated requests";
+        let rate = "`generate.arrivals` has the rate of generated requests";
+        let none = "generated requests do not need it";
         let keys = [
-            ("format", self.format.is_some()),
-            ("prefix_block_tokens", self.prefix_block_tokens.is_some()),
-            ("hash_block_tokens", self.hash_block_tokens.is_some()),
-            ("time_unit", self.time_unit.is_some()),
-            ("zero_tokens", self.zero_tokens.is_some()),
-            ("window_s", self.window_s.is_some()),
-            ("first", self.first.is_some()),
-            ("rate_factor", self.rate_factor.is_some()),
-            ("rate_per_s", self.rate_per_s.is_some()),
+            ("format", self.format.is_some(), none),
+            ("prefix_block_tokens", self.prefix_block_tokens.is_some(), none),
+            ("hash_block_tokens", self.hash_block_tokens.is_some(), none),
+            ("time_unit", self.time_unit.is_some(), none),
+            ("zero_tokens", self.zero_tokens.is_some(), none),
+            ("window_s", self.window_s.is_some(), count),
+            ("first", self.first.is_some(), count),
+            ("rate_factor", self.rate_factor.is_some(), rate),
+            ("rate_per_s", self.rate_per_s.is_some(), rate),
         ];
-        keys.into_iter().find(|key| key.1).map(|key| key.0)
+        keys.into_iter().find(|key| key.1).map(|(key, _, remedy)| (key, remedy))
     }
 
     fn max_tokens(&self) -> Result<(u32, u32)> {
@@ -246,7 +259,15 @@ mod tests {
             ("{}", "neither `file` nor `generate`"),
             (&format!("{{file: trace.csv, {generate}}}"), "one of the two"),
             (&format!("{{time_unit: s, {generate}}}"), "time_unit: found it beside `generate`"),
-            (&format!("{{rate_per_s: 3, {generate}}}"), "rate_per_s: found it beside `generate`"),
+            (
+                &format!("{{rate_per_s: 3, {generate}}}"),
+                "rate_per_s: found it beside `generate`, expected it beside `file` only; `generate.arrivals` has the rate",
+            ),
+            (&format!("{{first: 3, {generate}}}"), "it beside `file` only; `generate.count` is the number"),
+            (
+                &format!("{{{}}}", generate.replace("count: 1", "count: 10000001")),
+                "count: found 10000001, expected at most 10000000",
+            ),
             ("{file: trace.csv, rate_per_s: 3, rate_factor: 2}", "rate_per_s: found `rate_factor` and `rate_per_s`"),
             ("{file: trace.csv, rate_per_s: -3}", "rate_per_s: found -3"),
             ("{file: trace.csv, window_s: [5, 9]}", "window_s: found no request"),

@@ -5,18 +5,18 @@ mod damage;
 
 use std::io::Write;
 use std::path::Path;
-use std::sync::{Once, OnceLock};
+use std::sync::OnceLock;
 
 use allocations::Allocations;
 use damage::{cases, damage, damaged};
 use proptest::prelude::*;
-use traces::{Component, ExitTable, ExitTrace, LatencyProfile, Request, RequestSpec, RequestTrace};
+use traces::{
+    ChunkWork, Component, DepthRows, ExitTable, ExitTrace, LatencyProfile, LoggedPass, Nanos, PassLog, PassLogMeta,
+    PassOrigin, PassRun, PassWork, Request, RequestSpec, RequestTrace,
+};
 
 #[global_allocator]
 static ALLOCATIONS: Allocations = Allocations;
-
-/// A backtrace of a panic in the parquet crate, which is caught, would take megabytes of memory.
-static NO_BACKTRACES: Once = Once::new();
 
 const REQUESTS: [&str; 8] = [
     "request,arrival_us,prompt_tokens,output_tokens\n0,0,10,1\n1,1000.125,20,2\n2,2000,30,3\n",
@@ -73,6 +73,41 @@ fn parquet_exits() -> Vec<u8> {
         write(folder.path(), "exits.csv", EXITS_CSV.as_bytes());
         ExitTrace::read(folder.path()).unwrap().write(folder.path(), ExitTable::Parquet).unwrap();
         std::fs::read(folder.path().join("exits.parquet")).unwrap()
+    });
+    bytes.clone()
+}
+
+/// A pass log of two runs.
+fn pass_log() -> Vec<u8> {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    let bytes = BYTES.get_or_init(|| {
+        let pass = |rows: u32| LoggedPass {
+            start: Nanos(u64::from(rows) * 1_000),
+            elapsed: Nanos(40_000),
+            wall_us: 7,
+            work: PassWork {
+                rows,
+                decode_rows: rows / 2,
+                chunks: (0..rows % 3).map(|chunk| ChunkWork { tokens: chunk + 1, history: 100 * chunk }).collect(),
+                depths: 2,
+                ..PassWork::default()
+            },
+            rows_by_depth: vec![DepthRows { decode: rows / 2, prompt: 1, backfill: 0 }, DepthRows::default()],
+        };
+        let run = |origin, load| PassRun {
+            origin,
+            batching: "depth".to_owned(),
+            exit: "margin:0.05".to_owned(),
+            kv_fill: "skip".to_owned(),
+            load,
+            repeat: 0,
+            passes: (1..9).map(pass).collect(),
+        };
+        let runs = vec![run(PassOrigin::Replay, Some(0.7)), run(PassOrigin::Steady, None)];
+        let log = PassLog { meta: PassLogMeta::new("m", "f", 2, "d"), runs };
+        let folder = tempfile::tempdir().unwrap();
+        log.write(folder.path().join("passes.parquet")).unwrap();
+        std::fs::read(folder.path().join("passes.parquet")).unwrap()
     });
     bytes.clone()
 }
@@ -186,10 +221,6 @@ proptest! {
             true => [rows, &damaged(footer, &damages)].concat(),
             false => damaged(&whole, &damages),
         };
-        NO_BACKTRACES.call_once(|| {
-            // SAFETY: only Rust's standard library reads the environment, under a lock.
-            unsafe { std::env::set_var("RUST_BACKTRACE", "0") };
-        });
         write(folder.path(), "exits.parquet", &contents);
         let (trace, allocated) = ALLOCATIONS.largest(|| ExitTrace::read(folder.path()));
         prop_assert!(allocated <= MEMORY, "{allocated} bytes at once for a file of {}", contents.len());
@@ -197,6 +228,23 @@ proptest! {
             prop_assert!(trace.num_tokens() > 0);
             prop_assert!((1.0..=trace.num_loops() as f64).contains(&trace.mean_oracle_passes()));
             prop_assert!(trace.signals.iter().all(|signals| signals.top1.is_finite() && signals.entropy.is_finite()));
+        }
+    }
+
+    #[test]
+    fn damaged_pass_logs(damages in prop::collection::vec(damage(), 1..4), in_footer: bool) {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = pass_log();
+        let (rows, footer) = whole.split_at(whole.len() - footer_bytes(&whole));
+        let contents = match in_footer {
+            true => [rows, &damaged(footer, &damages)].concat(),
+            false => damaged(&whole, &damages),
+        };
+        write(folder.path(), "passes.parquet", &contents);
+        let (log, allocated) = ALLOCATIONS.largest(|| PassLog::read(folder.path().join("passes.parquet")));
+        prop_assert!(allocated <= 8 * MEMORY, "{allocated} bytes at once for a file of {}", contents.len());
+        if let Err(error) = log {
+            prop_assert!(error.to_string().contains("passes.parquet"), "{error}");
         }
     }
 

@@ -100,6 +100,10 @@ pub fn read_questions(path: &Path, at_least: usize) -> Result<QuestionFile, Trai
         let keys: HashMap<String, serde::de::IgnoredAny> = line.parse(text)?;
         if keys.contains_key("arguments") {
             samples.push(&line, line.parse(text)?, &mut questions)?;
+        } else if !["query", "choices", "gold"].iter().any(|key| keys.contains_key(*key)) {
+            let expected = "expected `query`, `choices` and `gold`, or a sample that the LM Evaluation Harness logged \
+                            (`samples_*.jsonl` of --log_samples)";
+            return Err(line.error("the object", format!("found neither a question nor a sample, {expected}")));
         } else {
             questions.push(line.document(line.parse(text)?)?);
         }
@@ -139,10 +143,10 @@ impl Line<'_> {
         let mut json = serde_json::Deserializer::from_str(text);
         serde_path_to_error::deserialize(&mut json).map_err(|error| {
             let key = match error.path().to_string() {
-                path if path == "." => "the object".to_owned(),
+                path if path == "." || path == "?" => "the object".to_owned(),
                 path => path,
             };
-            self.error(key, error.inner().to_string())
+            self.error(key, traces::input::json_message(error.inner()))
         })
     }
 
@@ -477,6 +481,18 @@ mod tests {
         let cases = [
             ("", "found 0 questions, expected at least 1"),
             (r#"{"query": "q", "choices": ["a", "b"]}"#, ":1: the object: missing field `gold`"),
+            (
+                r#"{"query": "q", "choices": ["a", "b"], "gold": "1"}"#,
+                ":1: gold: invalid type: string \"1\", expected a whole",
+            ),
+            (
+                r#"{"results": {"arc_easy": {}}}"#,
+                ":1: the object: found neither a question nor a sample, expected `query`",
+            ),
+            (
+                "{\n  \"results\": {}\n}",
+                ":1: the object: EOF while parsing an object, expected a whole object in each line",
+            ),
             (r#"{"query": "q", "choices": ["a", 3], "gold": 0}"#, ":1: choices[1]: invalid type: integer `3`"),
             (r#"{"query": "q", "choices": ["a", ""], "gold": 0}"#, ":1: choices[1]: found no text"),
             (r#"{"query": "q", "choices": ["a"], "gold": 0}"#, ":1: choices: found 1, expected at least 2"),
