@@ -197,6 +197,20 @@ fn an_interrupted_sweep_keeps_what_has_finished() {
 }
 
 #[test]
+fn a_summary_without_lines_or_columns_is_named_and_figures_stay() {
+    let scene = Scene::new();
+    scene.write("sweep.yaml", &small_sweep());
+    scene.succeed(&["sweep", "sweep.yaml", "--out", "out"]);
+    let figures = contents(&scene.path("out/figures"));
+    for (text, expected) in [("", "found no line"), ("a,b\n1,2\n", "found no column `throughput_tok_s`")] {
+        scene.write("out/sweep-summary.csv", text);
+        let error = scene.fail(&["plot", "out"]);
+        assert!(error.contains("out/sweep-summary.csv: ") && error.contains(expected), "{error}");
+        assert_eq!(contents(&scene.path("out/figures")), figures);
+    }
+}
+
+#[test]
 fn results_of_other_inputs_are_not_mixed() {
     let scene = Scene::new();
     scene.write("sweep.yaml", &small_sweep());

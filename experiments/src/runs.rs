@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use scheduler::{ExitPolicy, KvFill, Settings};
 use serde::Serialize;
@@ -19,6 +19,10 @@ use crate::reporter::Reporter;
 use crate::results::{CONFIG, ResultsFolder};
 use crate::serving::check_machines;
 use crate::workload::Workload;
+
+/// The most requests of all machines and runs together whose times are kept until they are written: 88 bytes each, 4.4 GB
+/// in all.
+const MOST_REQUESTS_KEPT: u128 = 50_000_000;
 
 /// One run under one batching and one exit policy.
 pub struct Run {
@@ -43,7 +47,7 @@ impl Run {
 /// runs every depth, and the policies must ask for nothing else.
 ///
 /// # Errors
-/// If a folder does not read, the two are of different models, or a policy lets rows leave and there is no exit trace.
+/// If a folder does not read, the two are of different models, or a policy lets rows exit and there is no exit trace.
 pub fn load_models(
     profile: &Path,
     exits: Option<&Path>,
@@ -144,6 +148,14 @@ pub fn run_simulations(
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
     simulations.iter().try_for_each(|simulation| check_machines(replicas, simulation.settings()))?;
+    let kept = requests.len() as u128 * replicas as u128 * simulations.len() as u128;
+    ensure!(
+        kept <= MOST_REQUESTS_KEPT,
+        "{} requests x {replicas} replicas x {} combinations of policies are {kept}: expected at most \
+         {MOST_REQUESTS_KEPT}, since the times of every request are kept (`depthwise sweep` keeps means only)",
+        requests.len(),
+        simulations.len()
+    );
     let outcomes = run_all(simulations, requests, |settings| {
         let metrics = Metrics::new(settings).with_requests();
         vec![objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives)); replicas]
@@ -178,7 +190,7 @@ fn warn_of_short_recordings(exits: &ExitModel, requests: &[Request], reporter: &
     }
 }
 
-/// Says where runs left what was measured, if they did.
+/// Says where runs went beyond what was measured, if they did.
 pub fn warn_of_extrapolations(beyond: &Extrapolations, reporter: &mut dyn Reporter) {
     if !beyond.is_empty() {
         reporter.warning(&format!("some times are beyond what was measured:\n{beyond}"));

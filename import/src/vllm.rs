@@ -21,6 +21,7 @@ use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use traces::input::json_message;
 use traces::{Nanos, PrefixHashes, Request, RequestTrace};
 
 use crate::comparison::RequestTimes;
@@ -125,6 +126,11 @@ struct Meta {
     root: Value,
 }
 
+/// The most sequences, rows of a pass and tokens of a block.
+const MOST_ROWS: u32 = 1 << 20;
+/// The most KV blocks.
+const MOST_BLOCKS: u32 = 1 << 24;
+
 const SCHEDULER: &str = "resolved_config.scheduler_config";
 const CACHE: &str = "resolved_config.cache_config";
 const PARALLEL: &str = "resolved_config.parallel_config";
@@ -143,12 +149,27 @@ impl Meta {
             object.get(key).filter(|value| !value.is_null())
         };
         let Some(value) = objects.iter().find_map(within) else { return Ok(None) };
-        T::deserialize(value).map(Some).map_err(|error| ImportError::malformed(&self.path, format!("{key}: {error}")))
+        let wrong = |error| ImportError::malformed(&self.path, format!("{key}: {}", json_message(&error)));
+        T::deserialize(value).map(Some).map_err(wrong)
     }
 
     fn need(&self, objects: &[&str], key: &str) -> Result<u32, ImportError> {
-        let missing = || ImportError::unusable(&self.path, format!("no {key} in {}", objects.join(" or ")), "it");
-        self.get(objects, key)?.filter(|&number: &u32| number > 0).ok_or_else(missing)
+        match self.size(objects, key, MOST_ROWS)? {
+            Some(0) => Err(ImportError::unusable(&self.path, format!("{key} 0"), "at least 1")),
+            Some(number) => Ok(number),
+            None => Err(ImportError::unusable(&self.path, format!("no {key} in {}", objects.join(" or ")), "it")),
+        }
+    }
+
+    /// As [`Self::get`], of a number that memory is taken for, at most `most`.
+    fn size(&self, objects: &[&str], key: &str, most: u32) -> Result<Option<u32>, ImportError> {
+        // A number that is negative or has a fraction stays one that is found.
+        let Some(found) = self.get::<Value>(objects, key)? else { return Ok(None) };
+        let Some(size) = found.as_u64() else { return self.get(objects, key) };
+        match u32::try_from(size).ok().filter(|&size| size <= most) {
+            Some(size) => Ok(Some(size)),
+            None => Err(ImportError::unusable(&self.path, format!("{key} {size}"), format!("at most {most}"))),
+        }
     }
 
     /// Checks that vLLM ran by rules that the scheduler implements.
@@ -188,12 +209,13 @@ impl Meta {
 
     fn settings(&self, num_blocks: Option<u32>, assumptions: &mut Vec<String>) -> Result<Settings, ImportError> {
         let cache = ["kv_cache", CACHE, ASKED];
-        let block_tokens = self.get(&cache, "block_size")?.filter(|&size: &u32| size > 0).unwrap_or_else(|| {
+        let block_tokens = self.size(&cache, "block_size", MOST_ROWS)?.filter(|&size| size > 0).unwrap_or_else(|| {
             assumptions.push("blocks of 16 tokens".to_owned());
             16
         });
         let budget = self.need(&[SCHEDULER, ASKED], "max_num_batched_tokens")?;
-        let token_budget = self.get(&[SCHEDULER, ASKED], "max_num_scheduled_tokens")?.unwrap_or(budget).min(budget);
+        let scheduled = self.size(&[SCHEDULER, ASKED], "max_num_scheduled_tokens", MOST_ROWS)?.filter(|&rows| rows > 0);
+        let token_budget = scheduled.unwrap_or(budget).min(budget);
         Ok(Settings {
             max_batch: self.need(&[SCHEDULER, ASKED], "max_num_seqs")?,
             token_budget,
@@ -217,6 +239,10 @@ impl Meta {
         let tokens: Option<u32> = self.get(&["kv_cache"], "num_kv_tokens")?;
         let known = self.get(&["kv_cache", CACHE], "num_gpu_blocks")?.or(tokens.map(|tokens| tokens / block_tokens));
         match given.or(known) {
+            Some(blocks) if blocks > MOST_BLOCKS => {
+                let expected = format!("at most {MOST_BLOCKS}; `--num-blocks` gives another");
+                Err(ImportError::unusable(&self.path, format!("{blocks} KV blocks"), expected))
+            }
             Some(blocks @ ..2) => {
                 let expected = "at least 2: one is a placeholder; `--num-blocks` gives another";
                 Err(ImportError::unusable(&self.path, format!("{blocks} KV blocks"), expected))
@@ -249,7 +275,7 @@ fn read_requests(path: &Path) -> Result<Vec<RequestLine>, ImportError> {
     let mut lines = Vec::new();
     for (line, number) in text.lines().zip(1..).filter(|(line, _): &(&str, usize)| !line.trim().is_empty()) {
         let wrong = |error: String| ImportError::malformed(path, format!("line {number}: {error}"));
-        let line: RequestLine = serde_json::from_str(line).map_err(|error| wrong(error.to_string()))?;
+        let line: RequestLine = serde_json::from_str(line).map_err(|error| wrong(json_message(&error)))?;
         if !(line.queued_ts <= line.first_token_ts && line.first_token_ts <= line.last_token_ts) {
             let times = (line.queued_ts, line.first_token_ts, line.last_token_ts);
             return Err(wrong(format!(
@@ -366,6 +392,27 @@ mod tests {
                 .contains("speculative_config")
         );
         assert!(error("\"max_num_seqs\": 8, ", "").contains("no max_num_seqs in"));
+        for (from, to, expected) in [
+            ("\"max_num_seqs\": 8", "\"max_num_seqs\": 0", "found max_num_seqs 0, expected at least 1"),
+            (
+                "\"max_num_seqs\": 8",
+                "\"max_num_seqs\": 4294967296",
+                "max_num_seqs 4294967296, expected at most 1048576",
+            ),
+            (
+                "batched_tokens\": 64",
+                "batched_tokens\": 4294967295",
+                "max_num_batched_tokens 4294967295, expected at most",
+            ),
+            ("\"block_size\": 16", "\"block_size\": 2097152", "block_size 2097152, expected at most 1048576"),
+            (
+                "num_gpu_blocks\": 101",
+                "num_gpu_blocks\": 4294967295",
+                "found 4294967295 KV blocks, expected at most 16777216",
+            ),
+        ] {
+            assert!(error(from, to).contains(expected), "{}", error(from, to));
+        }
         assert!(error("\"max_num_seqs\": 8", "\"max_num_seqs\": \"8\"").contains("max_num_seqs: invalid type"));
     }
 

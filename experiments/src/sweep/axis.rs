@@ -21,6 +21,9 @@ pub trait Value: Copy + fmt::Display + PartialEq {
     fn is_sound(self) -> bool;
 }
 
+/// The most values of a setting: each is compared with every other.
+const MOST_VALUES: usize = 10_000;
+
 impl<T: Value> Axis<T> {
     /// The values, as listed.
     pub fn values(&self) -> &[T] {
@@ -49,6 +52,9 @@ impl<'de, T: Value + Deserialize<'de>> Visitor<'de> for Values<T> {
         while let Some(value) = list.next_element::<T>()? {
             if !value.is_sound() {
                 return Err(A::Error::custom(format!("found {value}, expected {}", T::EXPECTED)));
+            }
+            if values.len() == MOST_VALUES {
+                return Err(A::Error::custom(format!("found more than {MOST_VALUES} values")));
             }
             if values.contains(&value) {
                 return Err(A::Error::custom(format!("found {value} twice, expected each value once")));

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use bytesize::ByteSize;
 use plots::{Estimate, Figure, Origin, Policy, PolicyCapacity, Quantity, TradeLine, TradeOff, TradePoint};
 use simulator::Objectives;
@@ -41,7 +41,7 @@ const TPOT: Metric = (Quantity::Latency("p99 time per output token"), "tpot_p99_
 /// # Errors
 /// If the summary does not read or a figure cannot be written.
 pub fn draw_sweep(results: &Path, to: &Path, title: &str, reporter: &mut dyn Reporter) -> Result<()> {
-    let lines: Vec<Line> = read(&results.join(SWEEP_SUMMARY))?.into_iter().map(Line).collect();
+    let lines = read_lines(&results.join(SWEEP_SUMMARY))?;
     for facet in facets(&lines, &FACETS, reporter) {
         let policies = facet.by_policy(Name::WithoutThreshold, "threshold")?;
         let draw = |name, heading, panels: &[(Metric, Metric)]| {
@@ -66,7 +66,7 @@ pub fn draw_sweep(results: &Path, to: &Path, title: &str, reporter: &mut dyn Rep
 /// # Errors
 /// If the summary does not read or a figure cannot be written.
 pub fn draw_capacity(results: &Path, to: &Path, spec: &SweepSpec, reporter: &mut dyn Reporter) -> Result<()> {
-    let lines: Vec<Line> = read(&results.join(CAPACITY_SUMMARY))?.into_iter().map(Line).collect();
+    let lines = read_lines(&results.join(CAPACITY_SUMMARY))?;
     let objectives = spec.objectives.map_or(String::new(), |objectives| describe_objectives(&objectives));
     let share = 100.0 * spec.capacity.share;
     let heading = format!("Highest request rate at which {share}% of requests meet {objectives}");
@@ -84,6 +84,20 @@ pub fn draw_capacity(results: &Path, to: &Path, spec: &SweepSpec, reporter: &mut
         plots::capacities(&figure, &systems, &policies.collect::<Vec<_>>())?;
     }
     Ok(())
+}
+
+/// The lines of a summary, at least one.
+fn read_lines(path: &Path) -> Result<Vec<Line>> {
+    let lines: Vec<Line> = read(path)?.into_iter().map(Line).collect();
+    let first =
+        lines.first().with_context(|| format!("{}: found no line, expected one for each point", path.display()))?;
+    ensure!(
+        first.0.contains_key(THROUGHPUT.1),
+        "{}: found no column `{}`, expected those of a summary",
+        path.display(),
+        THROUGHPUT.1
+    );
+    Ok(lines)
 }
 
 fn describe_objectives(objectives: &Objectives) -> String {
