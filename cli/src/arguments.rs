@@ -112,6 +112,9 @@ impl RequestArgs {
         let Some(TraceError::Spec { key, found, expected }) = error.downcast_ref() else { return error };
         let given = match *key {
             "format" => self.format.is_some(),
+            "time_unit" => self.time_unit.is_some(),
+            "hash_block_tokens" => self.hash_block_tokens.is_some(),
+            "zero_tokens" => self.zero_tokens.is_some(),
             "first" => self.first.is_some(),
             "window_s" => self.window_s.is_some(),
             "rate_factor" => self.rate_factor.is_some(),
@@ -245,6 +248,37 @@ impl ServingArgs {
     }
 }
 
+/// Keys of an experiment that these options set, as errors of the libraries name them.
+const KEYS: [(&str, &str); 15] = [
+    ("max_prompt_tokens", "--max-prompt-tokens"),
+    ("max_output_tokens", "--max-output-tokens"),
+    ("kv_fill", "--kv-fill"),
+    ("max_batch", "--max-batch"),
+    ("token_budget", "--token-budget"),
+    ("prefill_chunk", "--prefill-chunk"),
+    ("block_tokens", "--block-tokens"),
+    ("num_blocks", "--num-blocks"),
+    ("device_memory", "--device-memory"),
+    ("memory_utilization", "--memory-utilization"),
+    ("prefix_caching", "--prefix-caching"),
+    ("async_scheduling", "--async-scheduling"),
+    ("engine.repeats", "--repeats"),
+    ("engine.temperature", "--temperature"),
+    ("engine.loads", "--loads"),
+];
+
+/// A message of a command that is described by options alone: what it says of keys, it says of their options.
+pub fn name_options(message: &str) -> String {
+    let name = |word: &str| {
+        let inner = word.trim_matches(|letter: char| "`:,;()".contains(letter));
+        match KEYS.iter().find(|(key, _)| *key == inner) {
+            Some((key, option)) => word.replace(key, option),
+            None => word.to_owned(),
+        }
+    };
+    message.split(' ').map(name).collect::<Vec<_>>().join(" ")
+}
+
 /// A simulation: requests, what they run on, and how.
 #[derive(Debug, clap::Args)]
 pub struct SimulationArgs {
@@ -372,5 +406,28 @@ impl ObjectiveArgs {
         }
         let objectives = Objectives { ttft_ms, tpot_ms, e2e_ms };
         Ok((objectives != Objectives::default()).then_some(objectives))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_in_messages_become_options_and_other_words_stay() {
+        for (message, expected) in [
+            (
+                "token_budget is 8, less than max_batch 16: every",
+                "--token-budget is 8, less than --max-batch 16: every",
+            ),
+            (
+                "serving: num_blocks beside device_memory: expected",
+                "serving: --num-blocks beside --device-memory: expected",
+            ),
+            ("replicas x `num_blocks` is 9", "replicas x `--num-blocks` is 9"),
+            ("max_batch.csv: 3 of my_max_batch", "max_batch.csv: 3 of my_max_batch"),
+        ] {
+            assert_eq!(name_options(message), expected);
+        }
     }
 }

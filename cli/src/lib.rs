@@ -50,10 +50,23 @@ enum Command {
     Calibrate(commands::calibrate::Args),
 }
 
+impl Command {
+    /// Whether options describe how to serve requests, not a YAML file.
+    fn is_of_options(&self) -> bool {
+        match self {
+            Self::Simulate(_) | Self::Record(_) | Self::Replay(_) | Self::Validate(_) | Self::Timeline(_) => true,
+            Self::Capacity(args) => args.is_of_options(),
+            _ => false,
+        }
+    }
+}
+
 /// Does what the arguments of the process ask for.
 pub fn main() -> ExitCode {
     warnings::show();
-    let done = run(Cli::parse().command);
+    let command = Cli::parse().command;
+    let is_of_options = command.is_of_options();
+    let done = run(command);
     let printed = output::flush();
     let Err(error) = done.and_then(|()| Ok(printed?)) else { return ExitCode::SUCCESS };
     if error.is::<Interrupted>() {
@@ -62,7 +75,8 @@ pub fn main() -> ExitCode {
     if error.downcast_ref().is_some_and(Unprinted::reader_gone) {
         return ExitCode::from(output::READER_GONE);
     }
-    note!("error: {}", message(&error));
+    let message = message(&error);
+    note!("error: {}", if is_of_options { arguments::name_options(&message) } else { message });
     ExitCode::FAILURE
 }
 

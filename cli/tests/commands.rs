@@ -206,6 +206,34 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
 }
 
 #[test]
+fn thresholds_are_told_apart_in_every_file_of_a_validation() {
+    let scene = Scene::new();
+    let policies = ["confidence:margin:0.001", "confidence:margin:0.9"];
+    let printed = scene.succeed(
+        &[
+            &["validate", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv", "--out", "out"]
+                [..],
+            &["--batching", "depth", "--max-batch", "4", "--token-budget", "16", "--repeats", "1", "--exit"],
+            &[&policies.join(","), "--kv-fill", "reuse,skip"],
+        ]
+        .concat(),
+    );
+    for file in ["validation", "repeats", "passes", "validation_of_exits_taken", "repeats_of_exits_taken"] {
+        let lines = lines(&scene.path(&format!("out/{file}.csv")));
+        assert!(column(&lines, "exit").iter().all(|kind| *kind == "confidence"), "{file}");
+        let found: Vec<_> = column(&lines, "exit_policy").into_iter().zip(column(&lines, "kv_fill")).collect();
+        for combination in policies.iter().flat_map(|policy| [(*policy, "reuse"), (*policy, "skip")]) {
+            assert!(found.contains(&combination), "{file}: {found:?}");
+        }
+    }
+    let validation = lines(&scene.path("out/validation.csv"));
+    let depths: Vec<_> = validation.iter().filter(|line| line[4] == "mean_depth").map(|line| &line[5]).collect();
+    assert!(depths.len() == 4 && depths[0] != depths[2], "{depths:?}");
+    let errors = printed.split("simulated less measured").nth(1).unwrap();
+    assert!(policies.iter().all(|policy| errors.contains(policy)), "{errors}");
+}
+
+#[test]
 fn a_validation_at_loads_serves_the_same_requests_at_each_share_of_the_capacity() {
     let scene = Scene::new();
     let model = ["--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
@@ -224,7 +252,7 @@ fn a_validation_at_loads_serves_the_same_requests_at_each_share_of_the_capacity(
     // Arrivals are whole nanoseconds.
     assert!((span("0.25") / span("0.5") - 2.0).abs() < 1e-5, "half the rate is twice the time");
     let error = scene.fail(&[&validate[..], &["--loads", "0"]].concat());
-    assert!(error.contains("engine.loads: Some(0.0) is no positive share"), "{error}");
+    assert!(error.contains("--loads: 0 is no positive share of the capacity"), "{error}");
 }
 
 #[test]
@@ -327,7 +355,9 @@ fn prompts_that_begin_alike_are_found_again() {
     let printed = scene.run(&scene.simulate(&["--exit", "none", "--prefix-caching", "--async-scheduling"]));
     assert!(String::from_utf8_lossy(&printed.stderr).contains("only preempted requests find"));
     assert!(String::from_utf8_lossy(&printed.stdout).contains("prefix hits"));
-    assert!(scene.fail(&scene.simulate(&["--exit", "oracle", "--async-scheduling"])).contains("async_scheduling"));
+    assert!(
+        scene.fail(&scene.simulate(&["--exit", "oracle", "--async-scheduling"])).contains("--async-scheduling with")
+    );
 }
 
 /// A profile of one loop that comes with the repository, and an exit trace of as many.
@@ -852,10 +882,15 @@ fn bad_training_runs_get_one_clear_error_and_leave_nothing() {
         error
     };
     assert!(refused(&["--text", "no.txt"]).contains("no.txt: No such file"));
+    let bare = scene.fail(&["train", "--text", "prompts.txt", "--out", "a"]);
+    assert!(
+        bare.contains("--held-out (`data.held_out` of the run): found empty, expected at least one file"),
+        "{bare}"
+    );
     assert!(refused(&["--from", "prompts.txt"]).contains("prompts.txt: not a supported GGUF file"));
     assert!(refused(&["--temperature", "2"]).contains("need a --teacher"));
     assert!(refused(&["--num-heads", "3", "--num-kv-heads", "2"]).contains("`num_kv_heads` is 2"));
-    assert!(refused(&["--gate-weight", "1"]).contains("`objective.gate` is given"));
+    assert!(refused(&["--gate-weight", "1"]).contains("--gate-weight (`objective.gate` of the run): found given"));
     scene.write("lines.jsonl", "{\"text\": \"good\"}\n{\"body\": \"bad\"}\n");
     assert!(refused(&["--text", "lines.jsonl"]).contains("lines.jsonl:2: found no `text`"));
     scene.write("small.yaml", &TRAINING.replace("schedule: 'trapezoid:2'", "schedule: flat"));

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Command, FromArgMatches};
 use experiments::SweepSpec;
@@ -48,6 +48,13 @@ pub struct Args {
     restart: bool,
 }
 
+impl Args {
+    /// Whether options describe the simulation, not a YAML file.
+    pub fn is_of_options(&self) -> bool {
+        self.config.is_none()
+    }
+}
+
 /// The options of a simulation where no file stands for them.
 #[derive(Debug)]
 struct UnlessConfig(Option<SimulationArgs>);
@@ -86,6 +93,14 @@ pub fn run(args: Args) -> Result<()> {
         (None, Some(simulation)) => (simulation.spec()?, PathBuf::new()),
         (None, None) => unreachable!("clap asks for the options where there is no file"),
     };
+    for (option, given, most) in [("--share", args.share, 1.0), ("--tolerance", args.tolerance, f64::MAX)] {
+        let given = given.unwrap_or(most);
+        ensure!(
+            given > 0.0 && given <= most,
+            "{option} {given}: expected more than 0{}",
+            if most == 1.0 { ", at most 1" } else { "" }
+        );
+    }
     let CapacitySpec { share, tolerance } = spec.capacity;
     let spec = SweepSpec {
         objectives: args.objectives.objectives()?.or(spec.objectives),

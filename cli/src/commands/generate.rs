@@ -122,8 +122,16 @@ impl Args {
             let tokens = tokenizer.encode_prompt(prompt)?;
             ensure!(!tokens.is_empty(), "--prompt \"{prompt}\": no token to begin with, expected some text");
             let (id, prompt_tokens) = (id as u32, tokens.len() as u32);
+            let request = Request { id, arrival: Nanos::ZERO, prompt_tokens, output_tokens: self.max_tokens };
+            let (needed, positions) = (request.context_tokens() as usize, named.engine.model.config().max_positions);
+            ensure!(
+                needed <= positions,
+                "--max-tokens {} after a prompt of {prompt_tokens} tokens needs {needed} positions, the model has \
+                 {positions}",
+                self.max_tokens
+            );
             prompts.insert(id, tokens);
-            requests.push(Request { id, arrival: Nanos::ZERO, prompt_tokens, output_tokens: self.max_tokens });
+            requests.push(request);
         }
         named.engine.prompts = Arc::new(Prompts::Given(prompts));
         Ok(requests)

@@ -41,7 +41,15 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    ensure!(args.rounds > 0, "--rounds 0: expected at least 1");
+    for (option, given) in [
+        ("--max-batch", args.max_batch),
+        ("--token-budget", args.token_budget),
+        ("--max-tokens", args.max_tokens),
+        ("--prefill-chunk", args.prefill_chunk),
+        ("--rounds", args.rounds),
+    ] {
+        ensure!(given > 0, "{option} 0: expected at least 1");
+    }
     let mut folder = ResultsFolder::create(&args.out, "profile")?;
     let ModelArgs { model, loops, weights, device } = &args.model;
     let named = NamedEngine::load_without_prompts(model, *loops, *weights, *device, Sampling::default())?;

@@ -691,7 +691,7 @@ mod tests {
         };
         expect(|options| options.seq = 17, "`seq` is 17, expected at most the model's max_positions of 16");
         expect(|options| options.batch = 0, "`batch` is 0, expected at least 1");
-        expect(|options| options.data.text.clear(), "`data.text` is 0, expected at least 1");
+        expect(|options| options.data.text.clear(), "`data.text` is empty, expected at least one file or folder");
         expect(|options| options.optimizer.clip_norm = f64::NAN, "`optimizer.clip_norm` is NaN");
         expect(|options| options.optimizer.warmup_steps = 7, "`optimizer.warmup_steps` is 7");
         expect(|options| options.objective.exits = ExitCoefficients::Last, "`objective.self_distillation` is above 0");

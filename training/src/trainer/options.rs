@@ -210,11 +210,15 @@ impl TrainingOptions {
             ("workers", self.workers),
             ("evaluation_steps", self.evaluation_steps),
             ("checkpoint_steps", self.checkpoint_steps),
-            ("train", self.train.len()),
-            ("data.text", self.data.text.len()),
-            ("data.held_out", self.data.held_out.len()),
         ] {
             check(found >= 1, option, &found, &"at least 1")?;
+        }
+        for (option, is_empty, expected) in [
+            ("train", self.train.is_empty(), "at least one part of the model"),
+            ("data.text", self.data.text.is_empty(), "at least one file or folder"),
+            ("data.held_out", self.data.held_out.is_empty(), "at least one file or folder that is not trained on"),
+        ] {
+            check(!is_empty, option, &"empty", &expected)?;
         }
         for (option, found, most) in [("batch", self.batch, MOST_SEQUENCES), ("workers", self.workers, MOST_WORKERS)] {
             check(found <= most, option, &found, &format!("at most {most}"))?;

@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use engine::DeviceName;
 use scheduler::KvFill;
 use serde_yaml::Value;
+use training::error::TrainingError;
 use training::objective::{ExitCoefficients, ExitRule, FillOptions, GateOptions, GateTarget, TeacherOptions};
 use training::optimizer::Schedule;
 use training::trainer::options::{Part, TrainingOptions};
@@ -211,6 +212,28 @@ impl RunArgs {
     }
 }
 
+/// An error about a key of the run names the option that sets it too.
+pub fn name_option(error: TrainingError) -> anyhow::Error {
+    let TrainingError::Option { option: key, found, expected } = &error else { return error.into() };
+    match option_of(key) {
+        Some(option) => anyhow!("--{option} (`{key}` of the run): found {found}, expected {expected}"),
+        None => error.into(),
+    }
+}
+
+/// The option that sets a key of the run, if one does.
+fn option_of(key: &str) -> Option<String> {
+    let option = match key {
+        "model" | "schema_version" => return None,
+        "optimizer.peak_learning_rate" => "learning_rate",
+        "objective.teacher.model" => "teacher",
+        "objective.teacher.weight" => "teacher_weight",
+        "objective.gate" | "objective.gate.weight" => "gate_weight",
+        _ => key.rsplit('.').next()?,
+    };
+    Some(option.replace('_', "-"))
+}
+
 fn set<T>(option: &mut T, given: Option<T>) {
     if let Some(given) = given {
         *option = given;
@@ -309,5 +332,46 @@ impl StepArgs {
         set(&mut options.checkpoint_steps, self.checkpoint_steps);
         options.half_precision |= self.half_precision;
         set(&mut options.seed, self.seed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Args;
+
+    use super::*;
+
+    #[test]
+    fn keys_of_errors_name_options_that_are_there() {
+        let command = super::super::Args::augment_args(clap::Command::new("train"));
+        for key in [
+            "steps",
+            "batch",
+            "seq",
+            "workers",
+            "evaluation_steps",
+            "checkpoint_steps",
+            "train",
+            "data.text",
+            "data.held_out",
+            "end_of_document",
+            "model.from",
+            "model.vocab_size",
+            "optimizer.warmup_steps",
+            "optimizer.peak_learning_rate",
+            "optimizer.clip_norm",
+            "optimizer.weight_decay",
+            "objective.exits",
+            "objective.cross_entropy",
+            "objective.self_distillation",
+            "objective.teacher.model",
+            "objective.teacher.weight",
+            "objective.teacher.temperature",
+            "objective.gate",
+            "objective.gate.weight",
+        ] {
+            let option = option_of(key).unwrap();
+            assert!(command.get_arguments().any(|argument| argument.get_long() == Some(&option)), "{key}: --{option}");
+        }
     }
 }

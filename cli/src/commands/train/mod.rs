@@ -11,7 +11,7 @@ use training::trainer::{Event, RUN_FILES, Trainer};
 
 use crate::interrupt::{self, Interrupted};
 use crate::output::{note, say};
-use arguments::RunArgs;
+use arguments::{RunArgs, name_option};
 use experiments::{ResultsFolder, loss_figure};
 
 /// What a folder of a run is marked with.
@@ -55,17 +55,17 @@ pub fn run(args: Args) -> Result<()> {
     };
     results.claim(&RUN_FILES)?;
     let mut trainer = match args.resume {
-        Some(folder) => Trainer::resume(&folder, args.steps, report)?,
+        Some(folder) => Trainer::resume(&folder, args.steps, report).map_err(name_option)?,
         None => {
             let mut options = args.run.options()?;
             options.steps = args.steps.unwrap_or(options.steps);
-            Trainer::start(options, &folder, report)?
+            Trainer::start(options, &folder, report).map_err(name_option)?
         }
     };
     results.mark()?;
     let (trained, all) = (trainer.num_trained(), trainer.weights().num_parameters());
     note!("{trained} of {all} parameters trained, from step {}", trainer.curve().len());
-    trainer.run(interrupt::flag(), report)?;
+    trainer.run(interrupt::flag(), report).map_err(name_option)?;
     if !trainer.is_finished() {
         note!("stopped; go on with: depthwise train --resume {}", folder.display());
         // The evaluation of a long text would keep someone waiting who wants to stop.
