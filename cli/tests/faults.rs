@@ -9,6 +9,7 @@ mod made_up;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -134,7 +135,8 @@ fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 fn temporary_names(folder: &Path) -> Vec<PathBuf> {
     let is_temporary = |path: &PathBuf| {
         let text = path.to_string_lossy();
-        text.contains("unfinished") || text.contains("partial") || text.contains(".part") || text.contains("/.")
+        let is_hidden = path.components().any(|part| part.as_os_str().to_string_lossy().starts_with('.'));
+        text.contains("partial") || text.contains(".part") || is_hidden
     };
     contents(folder).into_keys().filter(is_temporary).collect()
 }
@@ -156,9 +158,22 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Every command that writes a folder, but for the folder itself.
+/// Every command that writes a folder, but for the folder itself, with what it needs in the scene.
 fn writers(scene: &Scene) -> Vec<Vec<&'static str>> {
     scene.write("questions.jsonl", "{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": 1}\n");
+    let ordinary = ModelConfig {
+        num_loops: 1,
+        block_layers: 2,
+        sharing: engine::config::Sharing::Nothing,
+        ..Weights::load(&scene.path("model")).unwrap().config().clone()
+    };
+    Weights::random(ordinary, 1).unwrap().save(&scene.path("ordinary"), Stored::F32).unwrap();
+    fs::create_dir_all(scene.path("tables")).unwrap();
+    for (file, text) in TABLES {
+        scene.write(&format!("tables/{file}"), text);
+    }
+    scene.write("swept.yaml", &SWEEP.replace("COUNT", "20"));
+    scene.succeed(&["sweep", "swept.yaml", "--out", "swept"]);
     let commands = [
         "run tiny.yaml --out",
         "simulate --requests requests.csv --profile profile --exits exits --out",
@@ -174,21 +189,65 @@ fn writers(scene: &Scene) -> Vec<Vec<&'static str>> {
         "convert ordinary --loops 2 --out",
         "export model --out",
         "train --config train.yaml --steps 2 --out",
+        "import layer-tables tables --model tables/config.json --out",
+        "plot swept --out",
     ];
     let split = |command: &'static str| command.split(' ').collect();
     commands.into_iter().map(split).collect()
 }
 
+/// Tables of a measured device, and the model that they are of.
+const TABLES: [(&str, &str); 4] = [
+    (
+        "config.json",
+        r#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "torch_dtype": "bfloat16"}"#,
+    ),
+    (
+        "dense.csv",
+        "layer,tokens,time_us\nlayernorm,1,2\nqkv_proj,1,10\no_proj,1,5\ngate_up_proj,1,40\ndown_proj,1,20\n\
+         embedding,1,4\nlayernorm,8,3\nqkv_proj,8,12\no_proj,8,6\ngate_up_proj,8,50\ndown_proj,8,25\nembedding,8,5\n",
+    ),
+    ("per_sequence.csv", "layer,sequences,time_us\nlm_head,1,100\nsampler,1,7\nlm_head,4,110\n"),
+    ("attention.csv", "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1,16,9\n16,0,0,0,11\n"),
+];
+
+/// Every command that writes a single file, but for the file itself, with what it needs in the scene.
+fn file_writers(scene: &Scene) -> [Vec<&'static str>; 2] {
+    fs::create_dir_all(scene.path("measured")).unwrap();
+    for (file, text) in [
+        (
+            "meta.json",
+            r#"{"vllm_version": "0.19.0", "engine_kwargs": {"max_num_seqs": 8, "max_num_batched_tokens": 64},
+                "kv_cache": {"num_gpu_blocks": 101, "block_size": 16, "enable_prefix_caching": true}}"#,
+        ),
+        (
+            "requests.jsonl",
+            "{\"output_toks\": 3, \"arrival_time\": 1000.5, \"queued_ts\": 7.6, \"first_token_ts\": 8.0, \
+             \"last_token_ts\": 8.4}\n",
+        ),
+        ("workload.jsonl", "{\"input_toks\": 17, \"output_toks\": 3, \"arrival_time_ns\": 1500000}\n"),
+    ] {
+        scene.write(&format!("measured/{file}"), text);
+    }
+    let mut one_loop = made_up::profile();
+    one_loop.meta.num_loops = 1;
+    one_loop.write(scene.path("one-loop")).unwrap();
+    [
+        "timeline --requests requests.csv --profile profile --exit none --batching depth --out",
+        "vllm measured --profile one-loop --out",
+    ]
+    .map(|command| command.split(' ').collect())
+}
+
+/// Kills of each command: `DEPTHWISE_FAULTS`, or a few.
+fn kills() -> u32 {
+    std::env::var("DEPTHWISE_FAULTS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(2)
+}
+
 #[test]
 fn every_command_refuses_a_folder_of_others_and_marks_its_own() {
     let scene = Scene::new();
-    let ordinary = ModelConfig {
-        num_loops: 1,
-        block_layers: 2,
-        sharing: engine::config::Sharing::Nothing,
-        ..Weights::load(&scene.path("model")).unwrap().config().clone()
-    };
-    Weights::random(ordinary, 1).unwrap().save(&scene.path("ordinary"), Stored::F32).unwrap();
     let before = scene.foreign("proj");
     for (number, command) in writers(&scene).into_iter().enumerate() {
         let error = scene.fail(&[&command[..], &["proj"]].concat());
@@ -207,9 +266,207 @@ fn every_command_refuses_a_folder_of_others_and_marks_its_own() {
         let mut there: Vec<PathBuf> = contents(&scene.path(&out)).into_keys().collect();
         there.retain(|file| file != Path::new(MARKER));
         assert_eq!(there.len(), listed.len(), "{command:?}: {there:?} {listed:?}");
+        // As any file of the user's: others may read them where they may read those.
+        let mode = |path: PathBuf| fs::metadata(path).unwrap().permissions().mode();
+        for file in there {
+            assert_eq!(mode(scene.path(&out).join(&file)), mode(scene.path("prompts.txt")), "{command:?}: {file:?}");
+        }
     }
     let leftovers: Vec<_> = fs::read_dir(scene.0.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(leftovers.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{leftovers:?}");
+}
+
+#[test]
+fn every_command_keeps_its_results_where_nothing_can_be_printed() {
+    let scene = Scene::new();
+    let full = File::options().write(true).open("/dev/full").ok();
+    let check = |command: &[&str], is_kept: &dyn Fn() -> bool| {
+        let mut child = scene.command(command).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(141), "{command:?}: {said}");
+        assert!(!said.contains("panicked") && !said.contains("error: "), "{command:?}: {said}");
+        assert!(is_kept(), "{command:?}");
+        let Some(full) = &full else { return };
+        if command.contains(&"train") || command[0] == "convert" || command[0] == "export" {
+            // They do not write over what they wrote.
+            fs::remove_dir_all(scene.path(command.last().unwrap())).unwrap();
+        }
+        let output = scene.output(command, full.try_clone().unwrap().into());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{command:?}: {said}");
+        assert!(said.contains("error: cannot write to standard output: No space left"), "{command:?}: {said}");
+        assert!(!said.contains("panicked") && is_kept(), "{command:?}: {said}");
+    };
+    for (number, command) in writers(&scene).into_iter().enumerate() {
+        let out = format!("out-{number}");
+        check(&[&command[..], &[&out]].concat(), &|| is_whole(&scene.path(&out)));
+    }
+    for (number, command) in file_writers(&scene).into_iter().enumerate() {
+        let out = format!("file-{number}");
+        check(&[&command[..], &[&out]].concat(), &|| scene.path(&out).is_file());
+    }
+    assert_eq!(temporary_names(scene.0.path()), Vec::<PathBuf>::new());
+}
+
+/// Whether a folder holds nothing, or results that are whole or say that they are not.
+fn is_sound(folder: &Path) -> bool {
+    let is_empty = || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+    !folder.exists() || is_empty() || is_whole(folder) || is_incomplete(folder)
+}
+
+#[test]
+fn every_command_leaves_earlier_results_and_no_temporary_name_where_files_cannot_grow() {
+    let scene = Scene::new();
+    for (number, command) in writers(&scene).into_iter().enumerate() {
+        let (out, new) = (format!("out-{number}"), format!("new-{number}"));
+        scene.succeed(&[&command[..], &[&out]].concat());
+        scene.write(&format!("{out}/notes.md"), "dear to somebody");
+        let mut before = contents(&scene.path(&out));
+        for bytes in [0, 600] {
+            for target in [&new, &out] {
+                let output = with_file_limit(&scene, &[&command[..], &[target]].concat(), bytes);
+                let said = text(&output.stderr);
+                if target == &out && said.contains("error: the results are complete") {
+                    // Without their figures, which were too large.
+                    scene.succeed(&[&command[..], &[&out]].concat());
+                    before = contents(&scene.path(&out));
+                }
+                // Results may be small.
+                let is_done = output.status.success() && bytes > 0 && is_whole(&scene.path(target));
+                assert!(output.status.code() == Some(1) || is_done, "{command:?}, {bytes} bytes: {said}");
+                if is_done && target == &out {
+                    before = contents(&scene.path(&out));
+                }
+                assert!(!said.contains("panicked"), "{command:?}, {bytes} bytes: {said}");
+                assert!(
+                    is_sound(&scene.path(target)),
+                    "{command:?}, {bytes} bytes: {:?}",
+                    contents(&scene.path(target))
+                );
+            }
+            let mut after = contents(&scene.path(&out));
+            if is_incomplete(&scene.path(&out)) {
+                // Results that grow are marked while a run goes on with them.
+                assert!(["sweep", "capacity", "train"].contains(&command[0]), "{command:?}, {bytes} bytes");
+                after.insert(MARKER.into(), before[Path::new(MARKER)].clone());
+            }
+            assert!(after == before, "{command:?}, {bytes} bytes");
+            assert_eq!(temporary_names(scene.0.path()), Vec::<PathBuf>::new(), "{command:?}, {bytes} bytes");
+        }
+        scene.succeed(&[&command[..], &[&new]].concat());
+        assert!(is_whole(&scene.path(&new)), "{command:?}");
+    }
+    for (number, command) in file_writers(&scene).into_iter().enumerate() {
+        let out = format!("file-{number}");
+        let arguments = [&command[..], &[&out]].concat();
+        scene.succeed(&arguments);
+        let before = fs::read(scene.path(&out)).unwrap();
+        let output = with_file_limit(&scene, &arguments, 10);
+        assert_eq!(output.status.code(), Some(1), "{command:?}: {}", text(&output.stderr));
+        assert!(fs::read(scene.path(&out)).unwrap() == before, "{command:?}");
+        assert_eq!(temporary_names(scene.0.path()), Vec::<PathBuf>::new(), "{command:?}");
+    }
+}
+
+#[test]
+fn every_command_says_that_a_disk_is_read_only() {
+    let scene = Scene::new();
+    let Some(disk) = SmallDisk::mount(scene.path("disk"), 4096) else {
+        eprintln!("skipped: no disk can be mounted here");
+        return;
+    };
+    scene.succeed(&[&SIMULATE[..], &["disk/sim"]].concat());
+    let before = contents(&disk.0);
+    let remount = ["-o", "remount,ro"];
+    assert!(Command::new("mount").args(remount).arg(&disk.0).status().unwrap().success());
+    for command in writers(&scene) {
+        let error = scene.fail(&[&command[..], &["disk/new"]].concat());
+        assert!(error.contains("disk/new") && error.contains("Read-only file system"), "{command:?}: {error}");
+    }
+    for command in file_writers(&scene) {
+        let error = scene.fail(&[&command[..], &["disk/new"]].concat());
+        assert!(error.contains("disk/new") && error.contains("Read-only file system"), "{command:?}: {error}");
+    }
+    let error = scene.fail(&[&SIMULATE[..], &["disk/sim"]].concat());
+    assert!(error.contains("disk/sim") && error.contains("Read-only file system"), "{error}");
+    assert_eq!(contents(&disk.0), before);
+}
+
+#[test]
+fn every_command_interrupted_at_any_time_ends_with_130_and_leaves_no_temporary_name() {
+    let scene = Scene::new();
+    let commands = writers(&scene).into_iter().chain(file_writers(&scene));
+    for (number, command) in commands.enumerate() {
+        let out = |name: &str| [&command[..], &[name]].concat().into_iter().map(str::to_owned).collect::<Vec<_>>();
+        let began = Instant::now();
+        scene.succeed(&out(&format!("out-{number}")).iter().map(String::as_str).collect::<Vec<_>>());
+        let takes = began.elapsed();
+        for kill in 0..kills() {
+            let target = format!("interrupted-{number}-{kill}");
+            let arguments = out(&target);
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let mut child = scene.command(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+            std::thread::sleep(takes.mul_f64(1.0 - 0.7 * f64::from(kill) / f64::from(kills())));
+            if child.try_wait().unwrap().is_none() {
+                interrupt(&child);
+            }
+            let output = child.wait_with_output().unwrap();
+            let (code, said) = (output.status.code(), text(&output.stderr));
+            // A command may end before the signal, or get it before it can handle it.
+            let is_ended = [Some(130), Some(0)].contains(&code) || output.status.signal() == Some(libc::SIGINT);
+            assert!(is_ended && !said.contains("panicked"), "{command:?}: {code:?}: {said}");
+            let path = scene.path(&target);
+            assert!(path.is_file() || is_sound(&path), "{command:?}");
+            assert_eq!(temporary_names(scene.0.path()), Vec::<PathBuf>::new(), "{command:?}");
+        }
+    }
+}
+
+#[test]
+fn every_command_killed_at_any_time_is_whole_or_absent_and_runs_again() {
+    let scene = Scene::new();
+    for (number, command) in writers(&scene).into_iter().enumerate() {
+        let (whole, killed) = (format!("out-{number}"), format!("killed-{number}"));
+        let began = Instant::now();
+        scene.succeed(&[&command[..], &[&whole]].concat());
+        let takes = began.elapsed();
+        for kill in 0..kills() {
+            // Results are put in their place at the end.
+            let share = 1.05 - f64::from(kill).powi(2) / f64::from(kills()).powi(2);
+            kill_after(&scene, &[&command[..], &[&killed]].concat(), takes.mul_f64(share));
+            let folder = scene.path(&killed);
+            let is_unfinished = fs::read_dir(&folder)
+                .is_ok_and(|mut entries| entries.all(|entry| entry.unwrap().file_name() == ".depthwise-unfinished"));
+            assert!(is_sound(&folder) || is_unfinished, "{command:?}, killed after {share}");
+            if ["convert", "export"].contains(&command[0]) && is_whole(&folder) {
+                fs::remove_dir_all(&folder).unwrap();
+            }
+        }
+        let is_training = command[0] == "train" && scene.path(&killed).join("training-state.safetensors").exists();
+        match is_training {
+            true => scene.succeed(&["train", "--resume", &killed]),
+            false => scene.succeed(&[&command[..], &[&killed]].concat()),
+        };
+        assert!(is_whole(&scene.path(&killed)), "{command:?}");
+        assert_eq!(temporary_names(scene.0.path()), Vec::<PathBuf>::new(), "{command:?}");
+    }
+    scene.write("requests.csv", &requests(2000));
+    for (number, command) in file_writers(&scene).into_iter().enumerate() {
+        let out = format!("file-{number}");
+        let arguments = [&command[..], &[&out]].concat();
+        let began = Instant::now();
+        scene.succeed(&arguments);
+        let takes = began.elapsed();
+        let whole = fs::read(scene.path(&out)).unwrap();
+        for kill in 0..kills() {
+            kill_after(&scene, &arguments, takes.mul_f64(1.0 - 0.3 * f64::from(kill) / f64::from(kills())));
+            assert!(fs::read(scene.path(&out)).unwrap() == whole, "{command:?}");
+        }
+        scene.succeed(&arguments);
+        assert_eq!(temporary_names(scene.0.path()), Vec::<PathBuf>::new(), "{command:?}");
+    }
 }
 
 #[test]
@@ -543,7 +800,20 @@ fn numbers_that_size_something_are_refused_at_once_by_option_and_key() {
         let said = refused(&["sweep", "large.yaml"]);
         assert!(said.contains(expected), "{said}");
     }
+    let seeds = (0..10_001).map(|seed| seed.to_string()).collect::<Vec<_>>().join(", ");
+    scene.write("large.yaml", &SWEEP.replace("COUNT", "60").replace("[1, 2, 3, 4, 5, 6, 7, 8]", &format!("[{seeds}]")));
+    let said = refused(&["sweep", "large.yaml"]);
+    assert!(said.contains("grid.seed: found more than 10000 values"), "{said}");
+    scene.write("many.csv", &requests(1000));
+    let machines = ["--replicas", "65536", "--max-batch", "8", "--batching", "depth", "--num-blocks", "100"];
+    let many = ["simulate", "--requests", "many.csv", "--profile", "profile", "--exit", "none"];
+    let said = refused(&[&many[..], &machines].concat());
+    assert!(
+        said.contains("1000 requests x 65536 replicas x 1 combinations of policies are 65536000: expected at"),
+        "{said}"
+    );
     let profile = ["profile", "--model", "model", "--out", "large"];
+    assert!(refused(&[&profile[..], &["--max-batch", "0"]].concat()).contains("--max-batch 0: expected at least 1"));
     let said = refused(&[&profile[..], &["--max-batch", "1048576", "--max-tokens", "1048576"]].concat());
     assert!(said.contains("expected at most this machine's memory"), "{said}");
     assert!(refused(&[&profile[..], &["--rounds", "4294967295"]].concat()).contains("expected at most 10000"));
