@@ -229,6 +229,9 @@ fn option_of(key: &str) -> Option<String> {
         "objective.teacher.model" => "teacher",
         "objective.teacher.weight" => "teacher_weight",
         "objective.gate" | "objective.gate.weight" => "gate_weight",
+        "objective.kv_fill.exits" => "fill_exits",
+        "objective.kv_fill.fill" => "kv_fill",
+        "objective.kv_fill.prompt" => "fill_prompt",
         _ => key.rsplit('.').next()?,
     };
     Some(option.replace('_', "-"))
@@ -369,6 +372,9 @@ mod tests {
             "objective.teacher.temperature",
             "objective.gate",
             "objective.gate.weight",
+            "objective.kv_fill.exits",
+            "objective.kv_fill.fill",
+            "objective.kv_fill.prompt",
         ] {
             let option = option_of(key).unwrap();
             assert!(command.get_arguments().any(|argument| argument.get_long() == Some(&option)), "{key}: --{option}");
