@@ -68,6 +68,21 @@ impl Prompts {
         }
     }
 
+    /// A source of prompts of any length up to `longest` tokens, for loads of other requests than those that prompts were given
+    /// for: the same text, or that of all given prompts after each other, as often as needed.
+    pub fn of_any_length(&self, longest: usize) -> Self {
+        let given: Vec<u32> = match self {
+            Self::Text(_) | Self::TextAfter { .. } => return self.clone(),
+            Self::Given(prompts) => {
+                let ids = prompts.keys().copied().collect::<std::collections::BTreeSet<u32>>();
+                ids.iter().flat_map(|id| prompts[id].iter().copied()).collect()
+            }
+            Self::Lines(lines) => lines.iter().flat_map(|line| line.tokens.iter().copied()).collect(),
+        };
+        let length = longest.max(given.len());
+        Self::Text(given.into_iter().cycle().take(length).collect())
+    }
+
     /// The prompt of a request, with its length.
     ///
     /// # Errors
@@ -144,6 +159,18 @@ mod tests {
         let mut unchanged = [request(2, 40)];
         Prompts::Text(vec![0]).set_lengths(&mut unchanged);
         assert_eq!(unchanged, [request(2, 40)]);
+    }
+
+    #[test]
+    fn given_prompts_serve_requests_of_any_length_as_one_text() {
+        let line = |tokens: &[u32]| PromptLine { tokens: tokens.to_vec(), ..PromptLine::default() };
+        let given = Prompts::Given(HashMap::from([(7, vec![3]), (2, vec![1, 2])]));
+        for prompts in [given, Prompts::Lines(vec![line(&[1, 2]), line(&[3])])] {
+            assert_eq!(prompts.of_any_length(7), Prompts::Text(vec![1, 2, 3, 1, 2, 3, 1]));
+            assert_eq!(prompts.of_any_length(2), Prompts::Text(vec![1, 2, 3]));
+        }
+        let text = Prompts::Text(vec![5]);
+        assert_eq!(text.of_any_length(9), text, "a text that is too short stays an error");
     }
 
     #[test]

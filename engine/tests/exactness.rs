@@ -289,7 +289,7 @@ proptest! {
         batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)],
     ) {
-        let reads_gates = matches!(exit, ExitPolicy::Confidence { signal: ExitSignal::Gate, .. });
+        let reads_gates = exit.signal_read() == SignalRead::Signal(ExitSignal::Gate);
         let config = ModelConfig { gate: config.gate || reads_gates, ..config };
         let setup = Setup::new(&config, WeightType::F32, seed, temperature);
         let settings = Settings {

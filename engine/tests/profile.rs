@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::devices::Device;
 use common::{grouped, weights, with_everything};
-use engine::{Engine, Grid, Limits, Model, ModelConfig, Probe, Profiler, Prompts, Sampling, WeightType};
+use engine::{Engine, Grid, Limits, Model, ModelConfig, Probe, Profiler, PromptLine, Prompts, Sampling, WeightType};
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Lengths};
 use traces::{Component, Nanos, PassOrigin, PassRun};
@@ -30,7 +30,9 @@ fn a_profile_covers_every_component_up_to_its_limits() {
         profiler.round(|count, of| done.push((count, of))).unwrap();
     }
     assert_eq!(done.iter().filter(|(count, of)| count == of).count(), 2);
-    assert!(profiler.disagreement().is_some_and(|share| (0.0..1.0).contains(&share)), "{:?}", profiler.disagreement());
+    // Other work on the machine may make the halves differ by any factor.
+    let disagreement = profiler.disagreement();
+    assert!(disagreement.is_some_and(|share| share >= 0.0 && share.is_finite()), "{disagreement:?}");
     let profile = profiler.profile("test", "a test", std::iter::empty()).unwrap();
     // A value of width 8 is padded to 32.
     assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
@@ -85,6 +87,15 @@ fn keys_and_values_before_and_after_the_loops_count() {
         profiler.profile("test", "a test", std::iter::empty()).unwrap().meta.kv_bytes_per_token,
         (1 + 3 * (2 + 2)) * 2 * (8 + 32) * 4
     );
+}
+
+#[test]
+fn a_profile_does_not_depend_on_which_prompts_were_given() {
+    let grid = Grid::up_to(Limits { rows: 3, decodes: 2, history: 4, chunk: 3 });
+    let lengths = Lengths { prompt: 3, output: 2, longest: 8 };
+    let prompts = Arc::new(Prompts::Lines(vec![PromptLine { tokens: vec![1, 2], ..PromptLine::default() }]));
+    let mut profiler = Profiler::new(&Engine { prompts, ..engine(&grouped()) }, grid, lengths).unwrap();
+    profiler.round(|_, _| ()).unwrap();
 }
 
 #[test]

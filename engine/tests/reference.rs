@@ -86,14 +86,16 @@ fn assert_equals_the_reference(config: &ModelConfig, seed: u64, length: usize, c
     let found = answers_in_chunks(&Model::load(&weights, WeightType::F32).unwrap(), &tokens, chunk);
     let expected = reference_answers(&weights, &tokens);
     assert_eq!(found.gates.len(), expected.gates.len());
+    // Of a head of few numbers, all may be close to zero: its norm then makes more of their rounding.
+    let tolerance = if config.architecture.qk_norm && config.head_dim < 8 { 5e-4 } else { 1e-4 };
     for (found, expected) in found.gates.iter().flatten().zip(expected.gates.iter().flatten()) {
-        assert!((found - expected).abs() <= 1e-4, "gate {found} is not {expected}");
+        assert!((found - expected).abs() <= tolerance, "gate {found} is not {expected}");
     }
     for (found, expected) in found.logits.iter().flatten().zip(expected.logits.iter().flatten()) {
         let scale = expected.iter().fold(0_f32, |scale, logit| scale.max(logit.abs()));
         assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(expected) {
-            assert!((found - expected).abs() <= 1e-4 * scale, "{found} is not {expected} (of {scale})");
+            assert!((found - expected).abs() <= tolerance * scale, "{found} is not {expected} (of {scale})");
         }
     }
 }

@@ -12,6 +12,7 @@ mod probe;
 mod statistics;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use latency::{LatencyError, LatencyModel, SteadyFactors};
@@ -79,6 +80,9 @@ impl Profiler {
     pub fn new(engine: &Engine, grid: Grid, lengths: Lengths) -> Result<Self, ReplayError> {
         let block_tokens = TILE as u32;
         let (history, chunk) = (Grid::max(&grid.histories), Grid::max(&grid.chunks));
+        // The profiler's requests are not those that prompts may have been given for.
+        let prompts = Arc::new(engine.prompts.of_any_length(history.max(lengths.longest) as usize));
+        let engine = &Engine { prompts, ..engine.clone() };
         let (rows, decodes) = (Grid::max(&grid.rows), Grid::max(&grid.decodes));
         let decode_blocks = (history + 1).div_ceil(block_tokens);
         let chunk_blocks = (history + chunk).div_ceil(block_tokens);

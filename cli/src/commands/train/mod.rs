@@ -63,6 +63,8 @@ pub fn run(args: Args) -> Result<()> {
         }
     };
     results.mark()?;
+    // Ctrl-C for the second time ends the process at once.
+    interrupt::say(format!("go on from the latest checkpoint with: depthwise train --resume {}", folder.display()));
     let (trained, all) = (trainer.num_trained(), trainer.weights().num_parameters());
     note!("{trained} of {all} parameters trained, from step {}", trainer.curve().len());
     trainer.run(interrupt::flag(), report).map_err(name_option)?;
