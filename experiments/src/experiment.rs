@@ -221,6 +221,7 @@ mod tests {
         let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
         for name in [
             "quickstart",
+            "chains",
             "paper/table",
             "validation/azure-kjv",
             "validation/azure-smollm2",

@@ -95,7 +95,7 @@ impl Points {
     }
 
     /// Runs the missing points on all cores, appends the line of each, and sorts the lines. Calls `finished` after each
-    /// point.
+    /// point. If none is missing, the first runs again, because only a line says which columns there are.
     ///
     /// A line is a structure, or a tuple of structures, whose first field is the point.
     ///
@@ -111,6 +111,10 @@ impl Points {
         E: From<TraceError> + Send,
     {
         let missing: Vec<usize> = (0..self.count).filter(|point| !self.lines.contains_key(point)).collect();
+        if missing.is_empty() && self.header.is_some() {
+            // Only a line says which columns there are.
+            self.check_header(&records(&run(0)?).0)?;
+        }
         let points = Mutex::new(self);
         missing.into_par_iter().try_for_each(|point| {
             let line = run(point)?;
@@ -121,21 +125,27 @@ impl Points {
         Ok(points.into_inner().expect("no thread panicked with it").in_order()?)
     }
 
+    /// Refuses lines of the file that have other columns than those to come.
+    fn check_header(&self, header: &StringRecord) -> Result<(), TraceError> {
+        match (&self.file, &self.header) {
+            (Some((path, _)), Some(there)) if there != header => Err(TraceError::Line {
+                path: path.clone(),
+                line: 1,
+                found: "other columns".to_owned(),
+                expected: format!("`{}`", header.iter().collect::<Vec<_>>().join(",")),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     fn append(&mut self, point: usize, line: &impl Serialize) -> Result<(), TraceError> {
         let (header, record) = records(line);
         let text = match &self.header {
             None => [text_of(&header), text_of(&record)].concat(),
             Some(_) => text_of(&record),
         };
+        self.check_header(&header)?;
         if let Some((path, file)) = &mut self.file {
-            if self.header.as_ref().is_some_and(|there| *there != header) {
-                return Err(TraceError::Line {
-                    path: path.clone(),
-                    line: 1,
-                    found: "other columns".to_owned(),
-                    expected: format!("`{}`", header.iter().collect::<Vec<_>>().join(",")),
-                });
-            }
             let path = path.clone();
             let whole = file.metadata().map(|there| there.len());
             if let Err(source) = file.write_all(&text) {
@@ -276,7 +286,9 @@ mod tests {
             assert_eq!(complete(&path, &runs).unwrap(), whole_table);
             assert!(std::fs::read(&path).unwrap() == whole, "cut off after {length} bytes");
             let lines = whole[..length].iter().filter(|&&byte| byte == b'\n').count();
-            assert_eq!(runs.swap(0, Ordering::Relaxed), 12 - lines.saturating_sub(1), "only what is missing runs");
+            // Of a whole file, one runs for its columns.
+            let expected = (12 - lines.saturating_sub(1)).max(1);
+            assert_eq!(runs.swap(0, Ordering::Relaxed), expected, "only what is missing runs");
         }
     }
 
@@ -309,6 +321,9 @@ mod tests {
         assert!(first.contains("sweep.csv:3: found `x`, expected the line of a point below 12"), "{first}");
         assert!(error(&format!("{header}0,plain,0\n")).contains("sweep.csv:2"));
         assert!(error(&format!("{header}12,plain,0,1.0,\n")).contains("sweep.csv:2: found `12`"));
+        let renamed = header.replace("share", "sNaNhare");
+        let whole: String = (0..12).map(|point| format!("{point},plain,0,1.0,\n")).collect();
+        assert!(error(&format!("{renamed}{whole}")).contains("sweep.csv:1: found other columns"));
         assert!(error("point,name\n0,plain\n").contains("other columns, expected `point,name,seed,value,share`"));
     }
 
