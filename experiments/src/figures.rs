@@ -38,6 +38,8 @@ struct RequestLine {
     source: Source,
     batching: Batching,
     exit_policy: String,
+    /// Absent in results of earlier versions.
+    #[serde(default)]
     kv_fill: KvFill,
     ttft_ms: f64,
     tpot_ms: f64,
@@ -48,6 +50,8 @@ struct DepthRowsLine {
     source: Source,
     batching: Batching,
     exit_policy: String,
+    /// Absent in results of earlier versions.
+    #[serde(default)]
     kv_fill: KvFill,
     start_s: f64,
     width_s: f64,
