@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use scheduler::blocks::BlockId;
 use scheduler::{Executor, ExitPolicy, KvFill, Pass, RowKind, Segment, SignalRead, Slot};
+use traces::hash::mix;
 use traces::{ExitSignal, Nanos, Request, Signals};
 
 use crate::backend::{Answers, Backend, Heads, ServedModel, Work};
 use crate::cache::CacheError;
 use crate::kernels::attention::{Fill, Row};
 use crate::kernels::rows::Source;
-use crate::kernels::signals::{Verdict, mix};
+use crate::kernels::signals::Verdict;
 use crate::model::Rows;
 use crate::prompts::{PromptError, Prompts};
 

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use traces::Request;
+use traces::hash::mix;
 
-use crate::kernels::signals::mix;
 use crate::prompt_lines::PromptLine;
 
 /// Source of prompts.

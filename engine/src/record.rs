@@ -1,17 +1,17 @@
-//! Recordings: requests with signals and predictions of every generated token at every depth. Tokens run every depth, or
-//! exit as in service and run on without leaving keys and values.
+//! Recordings: requests with signals and predictions of every generated token at every depth. Tokens run every depth.
+//! Under an exit policy they exit as in service first; the deeper loops then only record, and store no keys and values.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
 use scheduler::{Batching, Executor, ExitPolicy, KvFill, Observer, Pass, ServeError, Settings, SignalRead, Slot};
+use traces::hash::mix;
 use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Nanos, Recording, Request, ServedToken, Signals, TraceError};
 
 use crate::cache::TILE;
 use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineError, EngineExecutor, ExitDepths, Generation};
-use crate::kernels::signals::mix;
 use crate::replay::{Engine, ReplayError, UNTIMED_ROWS, run_to_end};
 
 /// A rule by which the tokens of a recording exit.

@@ -16,7 +16,7 @@ use common::{configs, configs_of_one_head_size, grouped, weights, with_everythin
 use engine::cache::KvCache;
 use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
-use engine::kernels::signals::{Verdict, mix, read};
+use engine::kernels::signals::{Verdict, read};
 use engine::model::{Model, Rows};
 use engine::reference::Reference;
 use engine::{
@@ -28,6 +28,7 @@ use scheduler::{
     Batching, Executor, ExitPolicy, KvFill, Observer, Pass, PassRecord, Segment, Server, Settings, SignalRead, Slot,
     VirtualClock, serve,
 };
+use traces::hash::mix;
 use traces::{ExitSignal, Nanos, Request, Signals};
 
 #[derive(Default)]

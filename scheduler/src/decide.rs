@@ -73,7 +73,7 @@ impl LoadFollower {
         Self { threshold, load: 0 }
     }
 
-    /// The bound of a pass on a machine with so many requests, running or waiting.
+    /// The bound of a pass when `requests` run or wait.
     pub fn bound(&mut self, requests: u32) -> SignalBound {
         self.load = self.load.clamp(requests, requests.saturating_add(self.threshold.band));
         self.threshold.signal.bound(self.threshold.at(self.load))

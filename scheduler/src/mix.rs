@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use traces::hash::{mix, uniform};
+
 use crate::pass::{Segment, Slot};
 
 /// Each request runs all its tokens at one of two static depths.
@@ -21,9 +23,8 @@ pub struct DepthMix {
 impl DepthMix {
     /// The exit depth of all tokens of a request.
     pub fn depth(&self, request: u32) -> u8 {
-        let bits = scatter(self.seed ^ scatter(u64::from(request)));
-        let uniform = (bits >> 11) as f64 / (1_u64 << 53) as f64;
-        self.depths[usize::from(uniform >= f64::from(self.share))]
+        let drawn = uniform(mix(self.seed ^ mix(u64::from(request))));
+        self.depths[usize::from(drawn >= f64::from(self.share))]
     }
 
     pub(crate) fn shallowest(&self) -> u8 {
@@ -33,14 +34,6 @@ impl DepthMix {
     pub(crate) fn deepest(&self) -> u8 {
         self.depths[0].max(self.depths[1])
     }
-}
-
-/// A bijection of 64 bits whose outputs for neighbouring inputs look independent (the finalizer of SplitMix64).
-fn scatter(number: u64) -> u64 {
-    let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 impl fmt::Display for DepthMix {

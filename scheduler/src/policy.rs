@@ -131,7 +131,7 @@ impl LoadThreshold {
         (high - low) / 4
     }
 
-    /// The threshold under a load of so many requests, in the signal's own unit.
+    /// The threshold, in the signal's own unit, when `load` requests run or wait.
     pub fn at(&self, load: u32) -> f32 {
         let range = (self.high - self.low) as f32;
         let share = (load.clamp(self.low, self.high) - self.low) as f32 / range;
@@ -212,7 +212,7 @@ impl ExitPolicy {
 
     /// Whether the exits of a pass are known before it runs, so that the next pass can be planned meanwhile.
     pub fn is_known_ahead(self) -> bool {
-        matches!(self, Self::None | Self::Static(_) | Self::Mix(_) | Self::Delayed { .. })
+        self.is_fixed_depth() || matches!(self, Self::Delayed { .. })
     }
 
     /// Whether exits depend on how many requests run and wait, and so on how fast passes are.

@@ -3,12 +3,13 @@
 //! Easy and hard tokens come in runs. A request therefore takes the tokens of a recorded generation in order, from the
 //! first one; a longer request continues with another generation.
 //!
-//! A trace that was recorded under exit policies has the signals that tokens have after early exits. There, a request
-//! stays with a generation for as long as both have skipped about as many depths.
+//! A trace that was recorded under exit policies has the signals that tokens have after early exits. A request then
+//! follows a generation while the numbers of depths that the two have skipped are close to each other.
 
 use std::sync::Arc;
 
 use scheduler::{KvFill, Pass, SignalRead};
+use traces::hash::mix;
 use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Request, Signals};
 
 /// Which generations of the trace a request takes.
@@ -82,7 +83,7 @@ pub struct ExitModel {
 /// What a token predicts at a depth, and how surely, depends on the depths that earlier tokens skipped: later tokens find
 /// there what the KV fill leaves. The measure is the number of depths that the earlier generated tokens of the request
 /// skipped, per token. When a request has skipped more or fewer than the generation that it takes, or the generation ends,
-/// it goes on with one of the generations that have skipped most nearly as many, at the same position.
+/// it goes on at the same position of another generation, one of those whose number of skipped depths is closest.
 #[derive(Debug)]
 struct History {
     kv_fill: KvFill,
@@ -335,8 +336,8 @@ impl ExitModel {
         agreeing
     }
 
-    /// A request that has generated some tokens of which nothing else is known: it skipped as many depths as its
-    /// generation.
+    /// The cursor of a request that has `generated` tokens already. Which depths they skipped is not known; it is taken to be
+    /// as many as in its generation.
     fn resumed(&self, history: &History, mut cursor: Cursor, generated: u32) -> Cursor {
         let (first, tokens) = (cursor.row / usize::from(self.num_loops), self.tokens_left(&cursor));
         let known = first + generated.min(tokens - 1) as usize;
@@ -484,14 +485,8 @@ impl Cursor {
     }
 }
 
-/// A well-mixed number from a seed and a key (SplitMix64's finalizer, twice).
+/// A well-mixed number from a seed and a key.
 pub(crate) fn hash(seed: u64, key: u64) -> u64 {
-    let mix = |mut z: u64| {
-        z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
     mix(mix(seed) ^ key)
 }
 

@@ -74,6 +74,7 @@ pub mod exit_file;
 mod exit_parquet;
 pub mod exit_trace;
 pub mod generate;
+pub mod hash;
 pub mod input;
 pub mod mixed_attention;
 pub mod panics;

@@ -3,11 +3,11 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::time::Duration;
+use traces::hash::mix;
 
 use candle_core::Result;
 
 use super::source::{Scalar, Specialization};
-use crate::kernels::signals::mix;
 
 /// Threads of a block of every kernel, as in `scalar.cuh`.
 pub const THREADS: usize = 128;

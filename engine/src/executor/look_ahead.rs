@@ -7,9 +7,9 @@
 //! ahead one after the other, so that the entries of earlier positions are there when a row starts.
 
 use scheduler::{Pass, Segment};
+use traces::hash::{mix, uniform};
 
 use super::{EngineError, EngineExecutor, Generation, Oracle, by_depth, positions};
-use crate::kernels::signals::mix;
 
 impl EngineExecutor {
     /// Keeps the signals and predictions of every generated token at every depth, also at depths that the token skips.
@@ -96,8 +96,7 @@ impl EngineExecutor {
     pub(super) fn drawn_depth(&self, seed: u64, probability: f64, request: u32, token: usize) -> u8 {
         let key = mix(seed ^ mix((u64::from(request) << 32) | token as u64));
         let last = self.num_loops() as u64 - 1;
-        let number = |depth: u64| (mix(key ^ mix(depth)) >> 11) as f64 / (1_u64 << 53) as f64;
-        let exits = |&depth: &u64| number(depth) < probability;
+        let exits = |&depth: &u64| uniform(mix(key ^ mix(depth))) < probability;
         (0..last).find(exits).unwrap_or(last) as u8
     }
 }

@@ -4,6 +4,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use traces::Signals;
+use traces::hash::mix;
 
 use super::simd::{LANES, exp, greater, multiversion};
 use super::slice;
@@ -258,14 +259,6 @@ fn gumbel(key: u64, token: u64) -> f64 {
     // 53 random bits in the open interval from 0 to 1.
     let uniform = ((bits >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
     -(-uniform.ln()).ln()
-}
-
-/// A bijection that scatters neighbours (the finalizer of SplitMix64, after a step).
-pub fn mix(number: u64) -> u64 {
-    let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use scheduler::{
     Executor, KvFill, Lengths, Pass, PassRecorder, RowKind, Segment, SignalRead, SignalReads, Slot, SteadyLoad,
     SteadyServer,
 };
+use traces::hash::mix;
 use traces::{ExitSignal, LatencyProfile, Nanos, PassOrigin, PassRun, PassWork, Request, unix_micros};
 
 use grid::{PROMPTS, SHORT, Shape, key, shapes};
@@ -28,7 +29,6 @@ use measured::{Counted, Round, Visit};
 
 use crate::cache::TILE;
 use crate::executor::{EngineExecutor, Generation, in_pool};
-use crate::kernels::signals::mix;
 use crate::replay::{Engine, ReplayError};
 
 pub use grid::{Grid, Limits};

@@ -17,8 +17,8 @@ use engine::Weights;
 use engine::config::{
     Activation, Architecture, LoraConfig, LoraRanks, ModelConfig, Norm, RopeScaling, Sharing, SlidingWindow,
 };
-use engine::kernels::signals::mix;
 use proptest::prelude::*;
+use traces::hash::mix;
 
 /// Small models of every kind that a configuration allows.
 pub fn configs() -> impl Strategy<Value = ModelConfig> {

@@ -7,8 +7,8 @@ use engine::cuda::device::{self, Device, Plain, Stored, bytes_of_mut};
 use engine::cuda::kernels::Kernels;
 use engine::cuda::pass::{Arrays, OnDevice, PassRows};
 use engine::cuda::source::{Scalar, Specialization};
-use engine::kernels::signals::mix;
 use half::{bf16, f16};
+use traces::hash::mix;
 
 use crate::emulator::{Machine, machine};
 

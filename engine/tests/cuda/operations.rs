@@ -1,6 +1,7 @@
 //! Every kernel except attention, compared with the CPU operation.
 
 use std::ops::Range;
+use traces::hash::mix;
 
 use candle_core::Tensor;
 use engine::config::{Activation, Norm};
@@ -12,7 +13,7 @@ use engine::kernels::adapters::{Adapter, Adapters};
 use engine::kernels::attention::Row;
 use engine::kernels::norm::{self, HeadNorm};
 use engine::kernels::rows::{Source, add_bias, cosines, gather, probe_rows, scale, scatter};
-use engine::kernels::signals::{mix, read};
+use engine::kernels::signals::read;
 
 use crate::bench::{Bench, Dice, Held, Rows, assert_close, matrix, numbers, rounded, tolerance};
 
