@@ -75,6 +75,7 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod bootstrap;
 pub mod capacity;
 pub mod exact_match;
 pub mod exit_choice;

@@ -3,14 +3,13 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
-use engine::{Engine, Generation, Tokenizer};
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
+use engine::{Engine, FullDepth, Generation, Tokenizer};
 use scheduler::{Batching, KvFill};
 use serde::{Deserialize, Serialize};
 use simulator::Summary;
 use traces::{ExitTrace, Request};
 
+use crate::bootstrap;
 use crate::exact_match::{ALL_CLASSES, order_classes};
 use crate::measure::NamedEngine;
 
@@ -34,7 +33,8 @@ pub struct FullDepthTexts(HashMap<u32, OwnText>);
 #[derive(Clone, Debug)]
 struct OwnText {
     tokens: Vec<u32>,
-    nats: f64,
+    /// What full depth makes of them.
+    full_depth: FullDepth,
 }
 
 impl FullDepthTexts {
@@ -44,8 +44,8 @@ impl FullDepthTexts {
     /// If the engine fails.
     pub fn of_run(engine: &Engine, generations: &HashMap<u32, Generation>) -> Result<Self> {
         let text = |(&request, generation): (&u32, &Generation)| {
-            let nats = engine.full_depth(request, generation)?.nats();
-            Ok((request, OwnText { tokens: generation.tokens.clone(), nats }))
+            let full_depth = engine.full_depth(request, generation)?;
+            Ok((request, OwnText { tokens: generation.tokens.clone(), full_depth }))
         };
         Ok(Self(generations.iter().map(text).collect::<Result<_>>()?))
     }
@@ -92,7 +92,11 @@ impl Served {
         generation: &Generation,
         own: &OwnText,
     ) -> Result<Self> {
-        let full_depth = engine.full_depth(request, generation)?;
+        // Texts that are equal need no second pass of the model.
+        let full_depth = match generation.tokens == own.tokens {
+            true => own.full_depth.clone(),
+            false => engine.full_depth(request, generation)?,
+        };
         let same =
             |other: &[u32]| generation.tokens.iter().zip(other).filter(|(served, other)| served == other).count();
         let line = engine.prompts.line(request);
@@ -108,7 +112,7 @@ impl Served {
             agreeing: same(&full_depth.tokens),
             equal: same(&own.tokens),
             nats: full_depth.nats(),
-            nats_full_depth: own.nats,
+            nats_full_depth: own.full_depth.nats(),
             tokens_full_depth: own.tokens.len(),
             right,
             class: line.and_then(|line| line.class.clone()),
@@ -214,36 +218,20 @@ fn estimates_of_graded(class: &str, graded: &[&Served]) -> Vec<Estimate> {
     if graded.is_empty() { Vec::new() } else { estimates(&OF_ANSWERS, class, graded) }
 }
 
-/// Samples of the bootstrap.
-const SAMPLES: usize = 2000;
-
-/// Ratios of sums over requests, with intervals by the percentile bootstrap: samples draw whole requests, whose tokens
-/// depend on each other.
+/// Ratios of sums over requests, with intervals over requests: samples draw whole requests, whose tokens depend on each
+/// other.
 fn estimates(metrics: &[(&'static str, Ratio)], class: &str, served: &[&Served]) -> Vec<Estimate> {
-    let ratios = |requests: &[usize]| -> Vec<f64> {
-        let ratio = |(_, terms): &(&'static str, Ratio)| {
+    let all: Vec<usize> = (0..served.len()).collect();
+    let estimate = |&(metric, terms): &(&'static str, Ratio)| {
+        let ratio = |requests: &[usize]| {
             let terms = requests.iter().map(|&request| terms(served[request]));
             let (above, below) = terms.fold((0.0, 0.0), |sum, (above, below)| (sum.0 + above, sum.1 + below));
             above / below
         };
-        metrics.iter().map(ratio).collect()
+        let interval = bootstrap::interval(served.len(), ratio);
+        Estimate { metric, class: class.to_owned(), requests: served.len(), value: ratio(&all), interval }
     };
-    let all: Vec<usize> = (0..served.len()).collect();
-    let mut rng = StdRng::seed_from_u64(1);
-    let mut samples = vec![Vec::with_capacity(SAMPLES); metrics.len()];
-    if served.len() > 1 {
-        for _ in 0..SAMPLES {
-            let drawn: Vec<usize> = all.iter().map(|_| rng.random_range(0..served.len())).collect();
-            samples.iter_mut().zip(ratios(&drawn)).for_each(|(values, value)| values.push(value));
-        }
-    }
-    let estimate = |((&(metric, _), value), mut values): ((&(&'static str, Ratio), f64), Vec<f64>)| {
-        values.sort_unstable_by(f64::total_cmp);
-        let tail = SAMPLES / 40;
-        let interval = (!values.is_empty()).then(|| (values[tail], values[SAMPLES - 1 - tail]));
-        Estimate { metric, class: class.to_owned(), requests: served.len(), value, interval }
-    };
-    metrics.iter().zip(ratios(&all)).zip(samples).map(estimate).collect()
+    metrics.iter().map(estimate).collect()
 }
 
 /// A line of `quality.csv`.

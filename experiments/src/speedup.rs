@@ -52,7 +52,7 @@ pub fn warn_without_baselines<'a>(settings: impl IntoIterator<Item = &'a Setting
     }
 }
 
-/// Whether the exit policy of a run needs nothing that is unknown in service, as the oracle does.
+/// Whether a server could run the exit policy: the oracle needs predictions that only deeper loops give.
 pub fn is_attainable(summary: &Summary) -> bool {
     summary.exit != "oracle"
 }

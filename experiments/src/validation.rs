@@ -1,10 +1,10 @@
 //! The simulator against the engine: the same requests under the same policies, metric by metric, repeat by repeat.
 
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 use scheduler::{Batching, KvFill};
 use serde::{Deserialize, Serialize};
 use simulator::Summary;
+
+use crate::bootstrap;
 
 /// One metric of one combination: a line of `validation.csv`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -83,30 +83,6 @@ pub const TPOT: &str = "tpot_mean_ms";
 /// The 99th percentile of end-to-end latency.
 pub const E2E_P99: &str = "e2e_p99_ms";
 
-/// Samples of as many repeats as there are, drawn from them with replacement, for intervals by the percentile bootstrap.
-struct Bootstrap(Vec<Vec<usize>>);
-
-impl Bootstrap {
-    const SAMPLES: usize = 2000;
-
-    fn new(repeats: usize) -> Self {
-        let mut rng = StdRng::seed_from_u64(1);
-        let sample = |_| (0..repeats).map(|_| rng.random_range(0..repeats)).collect();
-        Self((0..Self::SAMPLES).map(sample).collect())
-    }
-
-    /// The interval that 95% of the samples' values are in; none of a single repeat.
-    fn interval(&self, value: impl Fn(&[usize]) -> f64) -> Option<(f64, f64)> {
-        if self.0[0].len() < 2 {
-            return None;
-        }
-        let mut values: Vec<f64> = self.0.iter().map(|sample| value(sample)).collect();
-        values.sort_unstable_by(f64::total_cmp);
-        let tail = Self::SAMPLES / 40;
-        Some((values[tail], values[Self::SAMPLES - 1 - tail]))
-    }
-}
-
 /// The middle value; of an even number, the mean of the middle two.
 pub fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut sorted: Vec<f64> = values.collect();
@@ -131,7 +107,7 @@ impl Comparison {
         };
         let all: Vec<usize> = (0..comparison.repeats.len()).collect();
         comparison.error_pct = comparison.error_of(&all);
-        let interval = Bootstrap::new(all.len()).interval(|sample| comparison.error_of(sample));
+        let interval = bootstrap::interval(all.len(), |sample| comparison.error_of(sample));
         (comparison.error_low_pct, comparison.error_high_pct) = interval.unzip();
         comparison
     }
@@ -215,7 +191,7 @@ pub fn mean_error(comparisons: &[Comparison], metric: &'static str) -> Option<Me
     let mean = |of: &dyn Fn(&Comparison) -> f64| lines.iter().map(|line| of(line)).sum::<f64>() / lines.len() as f64;
     // Signed as the combination's own median, so that the noise of single repeats does not add to the error.
     let of_sample = |sample: &[usize]| mean(&|line| line.error_of(sample) * line.error_pct.signum());
-    let interval = Bootstrap::new(repeats).interval(of_sample);
+    let interval = bootstrap::interval(repeats, of_sample);
     let (mean_abs_error_low_pct, mean_abs_error_high_pct) = interval.unzip();
     Some(MeanError {
         metric,
