@@ -17,7 +17,7 @@ use scheduler::{
     Batching, CustomExit, CustomPolicy, ExitPolicy, ExitRow, KvFill, Memory, Observer, PassRecord, RowKind, Settings,
     SignalRead, Token,
 };
-use simulator::{Draw, ExitModel, Simulation};
+use simulator::{Draw, ExitModel, Outcome, Simulation};
 use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Request};
 
 /// Every row of every pass (slot, first position, tokens, depth), and every token (request, index, depth).
@@ -98,13 +98,38 @@ fn any_profile(num_loops: u8) -> LatencyProfile {
     LatencyProfile::read(folder.path()).unwrap()
 }
 
+/// Requests that all wait at time 0.
+fn queued(count: u32, output_tokens: impl Fn(u32) -> u32) -> Vec<Request> {
+    let request =
+        |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: output_tokens(id) };
+    (0..count).map(request).collect()
+}
+
+/// Settings under which a batch is full and prompts run in chunks.
+fn settings(batching: Batching, exit: ExitPolicy, num_blocks: u32, num_loops: u8) -> Settings {
+    Settings {
+        max_batch: 6,
+        token_budget: 24,
+        prefill_chunk: 10,
+        num_blocks,
+        ..Settings::new(batching, exit, num_loops)
+    }
+}
+
+/// Simulates the requests; returns what ran and what came of it.
+fn simulate(settings: Settings, latency: &LatencyModel, exits: &ExitModel, requests: &[Request]) -> (Log, Outcome) {
+    let mut logs = [Log::default()];
+    let simulation = Simulation::new(settings, latency, exits).unwrap();
+    let outcome = simulation.run(requests.iter().copied(), &mut logs).unwrap();
+    let [log] = logs;
+    (log, outcome)
+}
+
 #[test]
 fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
     let engine = embedded_model();
     let num_loops = engine.model.config().num_loops as u8;
-    let requests: Vec<Request> = (0..24)
-        .map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: 1 + id * 7 % 23 })
-        .collect();
+    let requests = queued(24, |id| 1 + id * 7 % 23);
     let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
     let oracle = Arc::new(oracle_depths(&exits, &requests));
     let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
@@ -120,21 +145,11 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
         if ahead && !exit.is_known_ahead() {
             continue;
         }
-        let settings = Settings {
-            kv_fill,
-            max_batch: 6,
-            token_budget: 24,
-            prefill_chunk: 10,
-            num_blocks,
-            async_scheduling: ahead,
-            ..Settings::new(batching, exit, num_loops)
-        };
+        let settings = Settings { kv_fill, async_scheduling: ahead, ..settings(batching, exit, num_blocks, num_loops) };
         let mut measured = Log::default();
         engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
-        let mut simulated = [Log::default()];
-        let simulation = Simulation::new(settings, &latency, &model).unwrap();
-        let outcome = simulation.run(requests.iter().copied(), &mut simulated).unwrap();
-        assert_eq!(measured, simulated[0], "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+        let (simulated, outcome) = simulate(settings, &latency, &model, &requests);
+        assert_eq!(measured, simulated, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
         assert_eq!(measured.preemptions > 0, num_blocks == 8, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
         if let (KvFill::Reuse, ExitPolicy::Static(depth)) = (kv_fill, exit) {
             // Every token but a request's first is predicted by a generated one, whose exit copies: after a preemption, too.
@@ -162,9 +177,7 @@ fn exit_depths(log: &Log, requests: usize) -> Vec<Vec<u8>> {
 fn the_simulator_runs_the_passes_of_exits_by_signals_where_it_is_told_the_exits() {
     let engine = embedded_model();
     let num_loops = engine.model.config().num_loops as u8;
-    let requests: Vec<Request> = (0..12)
-        .map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: 1 + id * 7 % 23 })
-        .collect();
+    let requests = queued(12, |id| 1 + id * 7 % 23);
     let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
     let policies = [
         "gate:0.9",
@@ -178,23 +191,14 @@ fn the_simulator_runs_the_passes_of_exits_by_signals_where_it_is_told_the_exits(
         if ahead && !exit.is_known_ahead() {
             continue;
         }
-        let settings = Settings {
-            max_batch: 6,
-            token_budget: 24,
-            prefill_chunk: 10,
-            num_blocks,
-            async_scheduling: ahead,
-            ..Settings::new(batching, exit, num_loops)
-        };
+        let settings = Settings { async_scheduling: ahead, ..settings(batching, exit, num_blocks, num_loops) };
         let mut measured = Log::default();
         engine.replay(settings, &requests, None, Idle::Skip, &mut measured).unwrap();
         let depths = exit_depths(&measured, requests.len());
         let model =
             ExitModel::from_depths(&depths, num_loops.into(), engine.model.fingerprint(), Draw::Recorded).unwrap();
-        let mut simulated = [Log::default()];
-        let simulation = Simulation::new(settings, &latency, &model).unwrap();
-        simulation.run(requests.iter().copied(), &mut simulated).unwrap();
-        assert_eq!(measured, simulated[0], "{batching}, {exit}, {num_blocks} blocks, ahead: {ahead}");
+        let (simulated, _) = simulate(settings, &latency, &model, &requests);
+        assert_eq!(measured, simulated, "{batching}, {exit}, {num_blocks} blocks, ahead: {ahead}");
         let distinct = depths.concat().into_iter().collect::<HashSet<u8>>().len();
         assert!(distinct > 1, "{batching}, {exit}: all tokens exit at one depth");
     }
@@ -205,28 +209,18 @@ fn exits_by_the_signals_of_prompts_are_those_that_the_simulator_decides() {
     let engine = embedded_model();
     let num_loops = engine.model.config().num_loops as u8;
     // A prompt runs every depth, so the signals of the first token are those recorded, however other tokens exit.
-    let requests: Vec<Request> = (0..40)
-        .map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: 1 })
-        .collect();
+    let requests = queued(40, |_| 1);
     let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
     let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
     let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
     let run = |batching, exit: &str, ahead| {
         let exit: ExitPolicy = exit.parse().unwrap();
-        let settings = Settings {
-            max_batch: 6,
-            token_budget: 24,
-            prefill_chunk: 10,
-            num_blocks: 1000,
-            async_scheduling: ahead && exit.is_known_ahead(),
-            ..Settings::new(batching, exit, num_loops)
-        };
+        let async_scheduling = ahead && exit.is_known_ahead();
+        let settings = Settings { async_scheduling, ..settings(batching, exit, 1000, num_loops) };
         let mut measured = Log::default();
         engine.replay(settings, &requests, None, Idle::Skip, &mut measured).unwrap();
-        let mut simulated = [Log::default()];
-        let simulation = Simulation::new(settings, &latency, &model).unwrap();
-        simulation.run(requests.iter().copied(), &mut simulated).unwrap();
-        assert_eq!(measured, simulated[0], "{batching}, {exit}, ahead: {ahead}");
+        let (simulated, _) = simulate(settings, &latency, &model, &requests);
+        assert_eq!(measured, simulated, "{batching}, {exit}, ahead: {ahead}");
         exit_depths(&measured, requests.len())
     };
     for (batching, ahead) in iproduct!(Batching::ALL, [false, true]) {
@@ -244,9 +238,7 @@ fn exits_by_the_signals_of_prompts_are_those_that_the_simulator_decides() {
 fn under_a_recorded_threshold_the_simulator_has_the_exits_and_the_agreement_of_service() {
     let engine = embedded_model();
     let num_loops = engine.model.config().num_loops as u8;
-    let requests: Vec<Request> = (0..12)
-        .map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + id * 5 % 31, output_tokens: 9 + id * 7 % 23 })
-        .collect();
+    let requests = queued(12, |id| 9 + id * 7 % 23);
     let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
     let exit: ExitPolicy = "margin:0.05".parse().unwrap();
     for kv_fill in KvFill::ALL {
@@ -260,21 +252,12 @@ fn under_a_recorded_threshold_the_simulator_has_the_exits_and_the_agreement_of_s
         engine.record_each_exiting(&requests, &exiting, push, &mut ()).unwrap();
         let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
         for (batching, num_blocks) in iproduct!(Batching::ALL, [1000, 6]) {
-            let settings = Settings {
-                kv_fill,
-                max_batch: 6,
-                token_budget: 24,
-                prefill_chunk: 10,
-                num_blocks,
-                ..Settings::new(batching, exit, num_loops)
-            };
+            let settings = Settings { kv_fill, ..settings(batching, exit, num_blocks, num_loops) };
             let what = format!("{batching}, {kv_fill}, {num_blocks} blocks");
             let mut measured = Log::default();
             let served = engine.replay(settings, &requests, None, Idle::Skip, &mut measured).unwrap();
-            let mut simulated = [Log::default()];
-            let simulation = Simulation::new(settings, &latency, &model).unwrap();
-            let outcome = simulation.run(requests.iter().copied(), &mut simulated).unwrap();
-            assert_eq!(measured, simulated[0], "{what}");
+            let (simulated, outcome) = simulate(settings, &latency, &model, &requests);
+            assert_eq!(measured, simulated, "{what}");
             assert_eq!(measured.preemptions > 0, num_blocks == 6, "{what}");
             assert!((outcome.token_agreement() - engine.agreement(&served).unwrap()).abs() < 1e-12, "{what}");
         }
