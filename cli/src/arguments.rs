@@ -194,8 +194,8 @@ pub struct ServingArgs {
     pub exit: Vec<ExitChoice>,
     /// What later tokens find at the depths that an exited token did not run: reuse (copies of the keys and values of
     /// its exit depth), first (those of depth 0), skip (nothing), backfill (its own, run later). Separated by commas: adaptive exits run
-    /// under each
-    #[arg(long, value_delimiter = ',', default_value = "reuse", value_name = "FILLS")]
+    /// under each [default: that which the model is made for]
+    #[arg(long, value_delimiter = ',', value_name = "FILLS")]
     pub kv_fill: Vec<KvFill>,
     /// Maximum number of sequences that run at the same time
     #[arg(long, default_value_t = 64, value_name = "SEQUENCES", value_parser = at_most::<MOST_ROWS>)]

@@ -43,7 +43,7 @@ serving:
   token_budget: 64
 systems:
   - {name: 'one, two', profile: profile, exits: exits}
-objectives: {ttft_ms: 50, tpot_ms: 5}
+objectives: {ttft_ms: 20, tpot_ms: 5}
 grid:
   thresholds: {top1: [0.5, 0.7]}
   kv_fill: [reuse, first]
@@ -211,6 +211,21 @@ fn a_summary_without_lines_or_columns_is_named_and_figures_stay() {
 }
 
 #[test]
+fn a_sweep_without_a_kv_fill_has_that_which_the_model_is_made_for() {
+    let scene = Scene::new();
+    scene.write("small.yaml", &small_sweep());
+    scene.succeed(&["sweep", "small.yaml", "--out", "out"]);
+    assert!(column(&lines(&scene.path("out/sweep.csv")), "kv_fill").iter().all(|fill| *fill == "reuse"));
+    let mut profile = profile();
+    profile.meta.kv_fill = Some("first".into());
+    profile.write(scene.path("profile")).unwrap();
+    scene.succeed(&["sweep", "small.yaml", "--out", "shared"]);
+    let fills = lines(&scene.path("shared/sweep.csv"));
+    let fills = column(&fills, "kv_fill");
+    assert!(fills.len() == SMALL_POINTS && fills.iter().all(|fill| *fill == "first"), "{fills:?}");
+}
+
+#[test]
 fn results_of_other_inputs_are_not_mixed() {
     let scene = Scene::new();
     scene.write("sweep.yaml", &small_sweep());
@@ -340,7 +355,7 @@ fn capacity_of_a_sweep_s_policies_comes_with_a_table_and_a_figure() {
     assert!(column(&capacities, "objectives_met").iter().map(number).all(|share| share >= 0.9));
     assert_eq!(lines(&scene.path("out/capacity-summary.csv")).len(), 1 + POINTS / 2 / 3);
     let figure = "out/figures/capacity-kv-fill-first-batch-8.svg";
-    assert!(scene.read(figure).contains("90% of requests meet TTFT 50 ms, TPOT 5 ms"));
+    assert!(scene.read(figure).contains("90% of requests meet TTFT 20 ms, TPOT 5 ms"));
     let before = contents(&scene.path("out"));
     fs::write(
         scene.path("out/capacity.csv"),
@@ -352,7 +367,7 @@ fn capacity_of_a_sweep_s_policies_comes_with_a_table_and_a_figure() {
 
     assert!(scene.fail(&["capacity", "capacity.yaml", "--out", "out"]).contains("of another configuration"));
     assert!(scene.fail(&["capacity", "sweep.yaml"]).contains("grid.rate_per_s: the rate is what is searched for"));
-    scene.write("aimless.yaml", &without_rates.replace("objectives: {ttft_ms: 50, tpot_ms: 5}\n", ""));
+    scene.write("aimless.yaml", &without_rates.replace("objectives: {ttft_ms: 20, tpot_ms: 5}\n", ""));
     assert!(scene.fail(&["capacity", "aimless.yaml"]).contains("no objective"));
     let both = scene.run(&["capacity", "capacity.yaml", "--profile", "profile"]);
     assert!(String::from_utf8_lossy(&both.stderr).contains("cannot be used with '--profile <DIR>'"));

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use scheduler::KvFill;
 use serde::{Deserialize, Serialize};
 
 /// The only `schema_version` that this build reads and writes.
@@ -75,6 +76,11 @@ pub struct ModelConfig {
     /// Width of the gates' hidden layer, `w . silu(W x + b) + c`; 0 for linear gates, `w . x + c`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub gate_hidden: usize,
+    /// The KV fill that the model is served with unless another is asked for. Under [`First`](KvFill::First) it is part
+    /// of the model: at full depth, too, every loop attends to the keys and values of depth 0 (recursive KV sharing,
+    /// arXiv 2507.10524).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub kv_fill: KvFill,
 }
 
 /// Parameters that the loops of a model share.
@@ -317,6 +323,10 @@ fn is_zero(number: &usize) -> bool {
     *number == 0
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 /// Why a model configuration is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -407,6 +417,8 @@ impl ModelConfig {
         let gate_hidden = self.gate_hidden;
         check(gate_hidden <= MAX_SIZE, "gate_hidden", &gate_hidden, &format!("at most {MAX_SIZE}"))?;
         check(self.gate || gate_hidden == 0, "gate_hidden", &gate_hidden, &"0 for a model without gates")?;
+        let has_coda = self.shares_kv() && self.coda_layers > 0;
+        check(!has_coda, "kv_fill", &self.kv_fill, &"another than first for a model with a coda")?;
         if let Some(lora) = &self.lora {
             check(lora.scale.is_finite(), "lora.scale", &lora.scale, &"a finite number")?;
             for (field, rank) in lora.ranks.fields() {
@@ -445,6 +457,16 @@ impl ModelConfig {
     /// Number of layers that a token runs at full depth.
     pub fn num_layers(&self) -> usize {
         self.prelude_layers + self.num_loops * self.block_layers + self.coda_layers
+    }
+
+    /// Whether all loops attend to the keys and values of depth 0.
+    pub fn shares_kv(&self) -> bool {
+        self.kv_fill == KvFill::First
+    }
+
+    /// The KV fill under which tokens that run every depth have exact keys and values.
+    pub fn exact_fill(&self) -> KvFill {
+        if self.shares_kv() { KvFill::First } else { KvFill::Reuse }
     }
 
     /// The layers that a token runs at full depth, in order.
@@ -573,6 +595,7 @@ impl Default for ModelConfig {
             head_lora_rank: 0,
             gate: false,
             gate_hidden: 0,
+            kv_fill: KvFill::default(),
         }
     }
 }

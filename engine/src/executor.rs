@@ -573,11 +573,14 @@ impl EngineExecutor {
         self.arena.reserve(&mut *self.backend, rows)?;
         let mut places = vec![None; rows];
         let last_depth = self.num_loops() - 1;
+        let shares_kv = self.sequences.kv_fill == KvFill::First;
         for (segment, &first_row) in pass.segments.iter().zip(&self.current.first_rows) {
             let in_flight = &mut self.sequences.of_mut(segment).in_flight;
             for (position, place) in positions(segment).zip(&mut places[first_row..]) {
                 let kept = &mut in_flight[position];
-                if usize::from(segment.depth) == last_depth {
+                // Nothing reads deeper states of a prompt where keys and values are those of depth 0.
+                let goes_on = !shares_kv || (segment.predicts && position == last_position(segment));
+                if usize::from(segment.depth) == last_depth || !goes_on {
                     self.arena.free.extend(kept.take());
                 } else {
                     *kept = kept.or_else(|| self.arena.free.pop());
@@ -717,7 +720,12 @@ impl EngineExecutor {
             sequence.generation.tokens.push(verdict.token);
             sequence.generation.exit_depths.push(segment.depth);
             let position = last_position(segment);
-            if segment.kind == RowKind::Decode && kv_fill != KvFill::Backfill {
+            let is_done = match kv_fill {
+                KvFill::First => true,
+                KvFill::Backfill => false,
+                KvFill::Reuse | KvFill::Skip => segment.kind == RowKind::Decode,
+            };
+            if is_done {
                 self.arena.free.extend(sequence.in_flight[position].take());
             }
             if !segment.generated {

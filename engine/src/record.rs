@@ -271,6 +271,7 @@ impl Engine {
             prefill_chunk: UNTIMED_ROWS as u32,
             block_tokens: TILE as u32,
             num_blocks: max_batch * longest.div_ceil(TILE as u32),
+            kv_fill: self.model.config().exact_fill(),
             ..Settings::new(Batching::Sequence, ExitPolicy::None, self.model.config().num_loops as u8)
         }
     }

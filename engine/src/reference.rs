@@ -485,10 +485,17 @@ impl Reference {
     /// # Errors
     /// If `tokens` has another shape or type, is longer than `max_positions`, or is out of the vocabulary.
     pub fn hidden_states(&self, tokens: &Tensor) -> Result<Vec<Tensor>> {
+        let mut states = Vec::with_capacity(self.config.num_loops);
+        if self.config.shares_kv() {
+            let mut run = self.start(tokens, KvFill::First)?;
+            while let Some(LoopStates { hidden, .. }) = run.next_loop()? {
+                states.push(hidden);
+            }
+            return Ok(states);
+        }
         let (batch, seq) = tokens.dims2()?;
         let rotaries = self.rotaries(seq);
         let mut x = self.enter(tokens, &rotaries)?;
-        let mut states = Vec::with_capacity(self.config.num_loops);
         for block in &self.loops {
             x = run(x, block, batch, &rotaries)?;
             states.push(x.clone());

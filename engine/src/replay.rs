@@ -51,6 +51,9 @@ pub enum ReplayError {
     /// An exit policy that reads gates of a model without gates.
     #[error("exit policy {0}: the model has no gates, expected another signal")]
     NoGates(ExitPolicy),
+    /// A KV fill by depth, of a model whose loops share the keys and values of depth 0.
+    #[error("KV fill {0}: the loops of this model share the keys and values of depth 0, expected first")]
+    SharesKv(KvFill),
 }
 
 impl From<ServeError<EngineError>> for ReplayError {
@@ -175,6 +178,9 @@ impl Engine {
         if settings.exit.signal_read() == SignalRead::Signal(ExitSignal::Gate) && !self.model.config().gate {
             return Err(ReplayError::NoGates(settings.exit));
         }
+        if self.model.config().shares_kv() && settings.kv_fill != KvFill::First {
+            return Err(ReplayError::SharesKv(settings.kv_fill));
+        }
         Ok(())
     }
 
@@ -217,7 +223,8 @@ impl Engine {
         let inputs: Vec<u32> = generation.prompt.iter().chain(&generation.tokens).copied().collect();
         let inputs = &inputs[..inputs.len().saturating_sub(1)];
         let num_blocks = inputs.len().div_ceil(TILE) as u32;
-        let mut backend = self.model.clone().backend(KvFill::Reuse, num_blocks, TILE as u32)?;
+        let fill = self.model.config().exact_fill();
+        let mut backend = self.model.clone().backend(fill, num_blocks, TILE as u32)?;
         backend.reserve(UNTIMED_ROWS)?;
         let blocks: Vec<BlockId> = (0..num_blocks).collect();
         let last_depth = self.model.config().num_loops - 1;
@@ -226,7 +233,10 @@ impl Engine {
             let start = index * UNTIMED_ROWS;
             for depth in 0..=last_depth {
                 let mut rows = Rows::default();
-                (start..start + chunk.len()).for_each(|position| rows.push(Row::new(position, depth, &blocks)));
+                let keeps = depth < usize::from(fill.cached_depths(last_depth as u8 + 1));
+                let fills = if keeps { depth..depth + 1 } else { depth..depth };
+                let row = |position| Row { fills: fills.clone(), ..Row::new(position, depth, &blocks) };
+                (start..start + chunk.len()).for_each(|position| rows.push(row(position)));
                 let places = 0..chunk.len() as u32;
                 let last = depth == last_depth;
                 let yielding = (generation.prompt.len() - 1).max(start)..start + chunk.len();

@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 
 use candle_core::Tensor;
+use scheduler::KvFill;
 
-use crate::config::{ModelConfig, Place, Projection, Sharing};
+use crate::config::{InvalidField, ModelConfig, Place, Projection, Sharing};
 use crate::weights::{Weights, WeightsError};
 
 impl ModelConfig {
     /// Whether the model is an ordinary transformer: its loops share nothing, and nothing serves only early exits.
     pub fn is_ordinary(&self) -> bool {
-        let shares = self.num_loops > 1 && self.sharing != Sharing::Nothing;
+        let shares = self.num_loops > 1 && (self.sharing != Sharing::Nothing || self.shares_kv());
         !shares && self.lora.is_none() && self.head_lora_rank == 0 && !self.gate
     }
 
@@ -26,6 +27,7 @@ impl ModelConfig {
             head_lora_rank: 0,
             gate: false,
             gate_hidden: 0,
+            kv_fill: KvFill::default(),
             ..self.clone()
         }
     }
@@ -36,8 +38,13 @@ impl Weights {
     /// to the matrices (`W + scale B A`). Heads' differences and gates, which serve only earlier exits, are left out.
     ///
     /// # Errors
-    /// If a tensor operation fails.
+    /// If the loops share keys and values, as no ordinary transformer does, or a tensor operation fails.
     pub fn unrolled(&self) -> Result<Self, WeightsError> {
+        if self.config().shares_kv() && self.config().num_loops > 1 {
+            let expected =
+                "another: no ordinary transformer attends to keys and values of depth 0 in every loop".into();
+            return Err(InvalidField { field: "kv_fill", found: self.config().kv_fill.to_string(), expected }.into());
+        }
         self.written_out(self.config().unrolled())
     }
 

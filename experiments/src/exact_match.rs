@@ -117,6 +117,7 @@ fn settings(engine: &Engine, depth: u8, requests: &[Request]) -> Settings {
         max_batch,
         token_budget: TOKEN_BUDGET,
         prefill_chunk: TOKEN_BUDGET / u32::from(engine.num_loops()),
+        kv_fill: engine.model.config().kv_fill,
         num_blocks: max_batch * longest.div_ceil(Settings::BLOCK_TOKENS),
         ..Settings::new(Batching::Depth, ExitPolicy::Static(depth), engine.num_loops())
     }

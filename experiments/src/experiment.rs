@@ -221,7 +221,8 @@ mod tests {
         let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
         for name in [
             "quickstart",
-            "chains",
+            "kjv",
+            "full",
             "paper/table",
             "validation/azure-kjv",
             "validation/azure-smollm2",

@@ -44,6 +44,7 @@
 //!     weight_bytes: 0,
 //!     kv_bytes_per_token: 0,
 //!     memory: None,
+//!     kv_fill: None,
 //! };
 //! let folder = tempfile::tempdir()?;
 //! let components = [Component::Block, Component::Embed, Component::Head];

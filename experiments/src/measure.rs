@@ -179,6 +179,7 @@ fn model_memory(model: &dyn ServedModel) -> ModelMemory {
         weight_bytes: model.weight_bytes(),
         kv_bytes_per_token: model.kv_bytes_per_token(KvFill::Reuse),
         figures: MemoryFigures::default(),
+        kv_fill: model.config().kv_fill,
     }
 }
 

@@ -105,6 +105,7 @@ mod tests {
             weight_bytes: 0,
             kv_bytes_per_token: 0,
             memory: None,
+            kv_fill: None,
         };
         LatencyProfile { meta, points: vec![point(1), point(64)], mixed_attention: None }
     }

@@ -26,8 +26,8 @@ pub struct Serving {
     /// `baselines` for all those that read no signal.
     pub exit: Vec<ExitChoice>,
     /// What later tokens find at depths that an exited token did not run: `reuse`, `first`, `skip`, `backfill`. One, or a
-    /// list.
-    #[serde(default = "default_kv_fill", with = "one_or_more")]
+    /// list. If none is given, that which the model is made for, else `reuse`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "one_or_more")]
     pub kv_fill: Vec<KvFill>,
     /// Most sequences that run at once.
     pub max_batch: u32,
@@ -93,10 +93,6 @@ fn default_block_tokens() -> u32 {
     Settings::BLOCK_TOKENS
 }
 
-fn default_kv_fill() -> Vec<KvFill> {
-    vec![KvFill::default()]
-}
-
 /// A list that may be written as its only item.
 mod one_or_more {
     use serde::de::{Error, SeqAccess, Visitor, value};
@@ -131,9 +127,21 @@ mod one_or_more {
             while let Some(item) = list.next_element()? {
                 items.push(item);
             }
-            Ok(items)
+            match items.is_empty() {
+                true => Err(A::Error::invalid_length(0, &"at least one name")),
+                false => Ok(items),
+            }
         }
     }
+}
+
+/// The KV fills under which a policy is worth a run of its own. Under a fixed depth, no row reads what `reuse`, `skip` and
+/// `backfill` leave at deeper depths: the text is the same, so the one with the least work stands for all.
+fn fills_of(exit: ExitPolicy, fills: &[KvFill]) -> impl Iterator<Item = KvFill> + use<'_> {
+    let by_work = [KvFill::Skip, KvFill::Reuse, KvFill::Backfill];
+    let cheapest = by_work.into_iter().find(|fill| fills.contains(fill));
+    let matters = move |fill: &KvFill| !exit.is_fixed_depth() || *fill == KvFill::First || Some(*fill) == cheapest;
+    fills.iter().copied().filter(matters)
 }
 
 /// Reads a number of bytes, such as `16000000000`, `16 GB` or `16GiB`.
@@ -157,7 +165,7 @@ impl Serving {
         Self {
             batching,
             exit: exit.into_iter().map(ExitChoice::Policy).collect(),
-            kv_fill: default_kv_fill(),
+            kv_fill: Vec::new(),
             max_batch,
             token_budget,
             prefill_chunk: None,
@@ -175,7 +183,6 @@ impl Serving {
     pub fn check(&self) -> Result<()> {
         ensure!(!self.batching.is_empty(), "batching is empty: expected at least one policy");
         ensure!(!self.exit.is_empty(), "exit is empty: expected at least one policy");
-        ensure!(!self.kv_fill.is_empty(), "kv_fill is empty: expected at least one of reuse, first, skip, backfill");
         if self.num_blocks.is_some() {
             ensure!(self.device_memory.is_none(), "num_blocks beside device_memory: expected one of the two");
             ensure!(self.memory_utilization.is_none(), "num_blocks beside memory_utilization: expected one of the two");
@@ -195,23 +202,15 @@ impl Serving {
         Self { max_batch, token_budget: self.token_budget.max(max_batch), ..self.clone() }
     }
 
-    /// Every batching policy with every exit policy, and with the KV fills that matter to it, for a model with `num_loops`
-    /// loops.
-    pub fn combinations(&self, num_loops: u32) -> impl Iterator<Item = (Batching, ExitPolicy, KvFill)> {
-        let exits = ExitChoice::expand(&self.exit, num_loops as u8).into_iter();
-        let exits: Vec<_> = exits.flat_map(|exit| self.fills_of(exit).map(move |fill| (exit, fill))).collect();
+    /// Every batching policy with every exit policy, and with the KV fills that matter to it, for a model.
+    pub fn combinations(&self, model: &ModelMemory) -> impl Iterator<Item = (Batching, ExitPolicy, KvFill)> {
+        let of_model = [model.kv_fill];
+        let fills = if self.kv_fill.is_empty() { &of_model } else { &self.kv_fill[..] };
+        let exits = ExitChoice::expand(&self.exit, model.num_loops as u8).into_iter();
+        let exits: Vec<_> = exits.flat_map(|exit| fills_of(exit, fills).map(move |fill| (exit, fill))).collect();
         self.batching
             .iter()
             .flat_map(move |&batching| exits.clone().into_iter().map(move |(exit, fill)| (batching, exit, fill)))
-    }
-
-    /// The KV fills under which a policy is worth a run of its own. Under a fixed depth, no row reads what `reuse`, `skip`
-    /// and `backfill` leave at deeper depths: the text is the same, so the one with the least work stands for all.
-    fn fills_of(&self, exit: ExitPolicy) -> impl Iterator<Item = KvFill> {
-        let by_work = [KvFill::Skip, KvFill::Reuse, KvFill::Backfill];
-        let cheapest = by_work.into_iter().find(|fill| self.kv_fill.contains(fill));
-        let matters = move |fill: &KvFill| !exit.is_fixed_depth() || *fill == KvFill::First || Some(*fill) == cheapest;
-        self.kv_fill.iter().copied().filter(matters)
     }
 
     /// The scheduler's settings for every combination; see [`Self::settings`].
@@ -221,7 +220,7 @@ impl Serving {
     pub fn all_settings(&self, model: &ModelMemory, requests: &[Request]) -> Result<Vec<Settings>> {
         let longest = longest(requests);
         let settings = |(batching, exit, kv_fill)| self.settings(batching, exit, kv_fill, model, longest);
-        self.combinations(model.num_loops).map(settings).collect()
+        self.combinations(model).map(settings).collect()
     }
 
     /// The scheduler's settings for one combination, for requests of up to `longest` tokens.
@@ -245,7 +244,8 @@ impl Serving {
         ] {
             check_at_most(key, found.into(), MOST_ROWS.into())?;
         }
-        let default_chunk = || Settings::prefill_chunk_of(self.token_budget, batching, model.num_loops);
+        let loops = u32::from(kv_fill.cached_depths(model.num_loops as u8));
+        let default_chunk = || Settings::prefill_chunk_of(self.token_budget, batching, loops);
         let mut settings = Settings {
             kv_fill,
             max_batch: self.max_batch,
@@ -289,6 +289,7 @@ mod tests {
         weight_bytes: 1_000,
         kv_bytes_per_token: 10,
         figures: MemoryFigures { device_bytes: Some(10_000), other_bytes: 0, row_bytes: 1, logits_bytes: 0 },
+        kv_fill: KvFill::Reuse,
     };
 
     fn serving(more: &str) -> Serving {
@@ -299,7 +300,15 @@ mod tests {
     fn blocks(more: &str, model: ModelMemory) -> Result<u32> {
         let serving = serving(more);
         serving.check()?;
-        Ok(serving.settings(Batching::Depth, ExitPolicy::None, serving.kv_fill[0], &model, 33)?.num_blocks)
+        Ok(serving
+            .settings(
+                Batching::Depth,
+                ExitPolicy::None,
+                serving.kv_fill.first().copied().unwrap_or_default(),
+                &model,
+                33,
+            )?
+            .num_blocks)
     }
 
     #[test]
@@ -315,6 +324,20 @@ mod tests {
     }
 
     #[test]
+    fn without_a_kv_fill_that_of_the_model_is_used() {
+        let fills = |more: &str, kv_fill| -> Vec<KvFill> {
+            serving(more).combinations(&ModelMemory { kv_fill, ..MODEL }).map(|(.., fill)| fill).collect()
+        };
+        assert_eq!(fills("", KvFill::First), [KvFill::First]);
+        assert_eq!(fills("", KvFill::Reuse), [KvFill::Reuse]);
+        assert_eq!(fills(", kv_fill: skip", KvFill::First), [KvFill::Skip]);
+        let empty = serde_yaml::from_str::<Serving>(
+            "{batching: [depth], exit: [none], kv_fill: [], max_batch: 4, token_budget: 40}",
+        );
+        assert!(empty.unwrap_err().to_string().contains("expected at least one name"));
+    }
+
+    #[test]
     fn adaptive_exits_run_under_every_fill_and_fixed_depths_under_the_cheapest() {
         let combinations = |fills: &str| {
             let text = format!(
@@ -325,7 +348,7 @@ mod tests {
                 serde_yaml::from_str::<Serving>(&serde_yaml::to_string(&serving).unwrap()).unwrap().kv_fill,
                 serving.kv_fill
             );
-            serving.combinations(4).map(|(_, exit, fill)| format!("{} {fill}", exit.kind())).collect::<Vec<_>>()
+            serving.combinations(&MODEL).map(|(_, exit, fill)| format!("{} {fill}", exit.kind())).collect::<Vec<_>>()
         };
         assert_eq!(combinations("reuse"), ["none reuse", "static reuse", "confidence reuse"]);
         assert_eq!(

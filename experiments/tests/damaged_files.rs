@@ -14,6 +14,7 @@ use experiments::results::{MARKER, ResultsFolder};
 use experiments::sweep::{Earlier, sweep};
 use experiments::{Experiment, Quiet, SweepSpec};
 use proptest::prelude::*;
+use scheduler::KvFill;
 use simulator::ModelMemory;
 use traces::MemoryFigures;
 use training::trainer::options::TrainingOptions;
@@ -29,6 +30,7 @@ const MODEL: ModelMemory = ModelMemory {
     weight_bytes: 1,
     kv_bytes_per_token: 1,
     figures: MemoryFigures { device_bytes: None, other_bytes: 0, row_bytes: 0, logits_bytes: 0 },
+    kv_fill: KvFill::Reuse,
 };
 
 const EXPERIMENTS: [&str; 3] = [
@@ -105,7 +107,7 @@ proptest! {
         let (points, allocated) = ALLOCATIONS.largest(|| {
             let spec = SweepSpec::load(&path)?;
             spec.check()?;
-            anyhow::Ok(spec.points(|_| 4).len())
+            anyhow::Ok(spec.points(|_| (4, KvFill::Reuse)).len())
         });
         prop_assert!(allocated <= 4 * MEMORY, "{allocated} bytes at once");
         if let Ok(points) = points {

@@ -176,6 +176,7 @@ impl KernelTables {
                     other_bytes: self.system.misc.other_mem,
                     ..memory_figures(shape)
                 }),
+                kv_fill: None,
             },
             points,
             mixed_attention: None,

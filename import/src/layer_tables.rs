@@ -141,6 +141,7 @@ impl LayerTables {
                 weight_bytes: shape.total_weight_bytes(),
                 kv_bytes_per_token: shape.num_loops * shape.kv_bytes_per_depth(),
                 memory: Some(memory_figures(shape)),
+                kv_fill: None,
             },
             points,
             mixed_attention: Some(MixedAttention {

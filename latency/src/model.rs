@@ -191,6 +191,7 @@ mod tests {
                 weight_bytes: 0,
                 kv_bytes_per_token: 0,
                 memory: None,
+                kv_fill: None,
             },
             points: points.iter().map(point).collect(),
             mixed_attention: None,

@@ -1,33 +1,16 @@
 #!/usr/bin/env bash
-# Writes tasks whose answers take more or fewer steps, a line of twelve chains each:
-#   make-text.sh FOLDER  ->  FOLDER/*.txt to train on, FOLDER/held-out.txt, FOLDER/prompts.jsonl
+# Writes chains of steps, a line of twelve each, to train on and to ask for:
+#   make-text.sh FOLDER  ->  FOLDER/{first-steps,steps,held-out}.txt, FOLDER/prompts.jsonl
 #
-# Steps, such as `0-+^=7`: a digit, some symbols and the digit that they lead to. Each of + - * < > ^ stands for a fixed
-# permutation of the ten digits, a cycle of four of them; symbols apply from left to right. Permutations do not commute.
-# Sums, such as `6317=7`: digits and their sum modulo 10. Only used to train on.
+# A chain such as `^>-7=2` is some symbols, a digit, and the digit that they lead to. Each of + - * < > ^ stands for a fixed
+# permutation of the ten digits, a cycle of four of them. The symbol next to the digit applies first. Permutations do not commute.
 # Digits and symbols are uniform. The random numbers are those of the minimal standard generator (x <- 16807 x mod 2^31 - 1), so
 # the files are the same everywhere.
 set -euo pipefail
 folder=${1:?usage: make-text.sh FOLDER}
 mkdir -p "$folder"
 
-# sums SEED LINES LENGTHS: lines of sums, each with one of the LENGTHS.
-sums() {
-    awk -v seed="$1" -v lines="$2" -v lengths="$3" '
-    function draw(bound) { seed = (16807 * seed) % 2147483647; return int(seed / 2147483647 * bound) }
-    BEGIN {
-        count = split(lengths, sizes)
-        for (line = 0; line < lines; line++) {
-            for (chain = 1; chain <= 12; chain++) {
-                size = sizes[1 + draw(count)]; sum = 0
-                for (i = 0; i < size; i++) { digit = draw(10); printf "%d", digit; sum += digit }
-                printf "=%d%s", sum % 10, chain < 12 ? " " : "\n"
-            }
-        }
-    }'
-}
-
-# steps SEED LINES NUMBERS: lines of steps, each with one of the NUMBERS of symbols. With a fourth argument N: lines of JSON whose
+# steps SEED LINES NUMBERS: lines of chains, each with one of the NUMBERS of symbols. With a fourth argument N: lines of JSON whose
 # prompt ends after the `=` of chain N.
 steps() {
     awk -v seed="$1" -v lines="$2" -v numbers="$3" -v prompts="${4:-0}" '
@@ -49,7 +32,7 @@ steps() {
             text = ""
             for (c = 1; c <= 12; c++) {
                 size = sizes[1 + draw(count)]; state = draw(10); chain = state
-                for (i = 0; i < size; i++) { s = draw(6); chain = chain symbols[s + 1]; state = to[s, state] }
+                for (i = 0; i < size; i++) { s = draw(6); chain = symbols[s + 1] chain; state = to[s, state] }
                 if (c == prompts) {
                     class = size == 1 ? "1 step" : size " steps"
                     printf "{\"prompt\": \"%s%s=\", \"answer\": \"%d\", \"class\": \"%s\"}\n", text, chain, state, class
@@ -62,12 +45,8 @@ steps() {
     }'
 }
 
-sums 1 40000 "1 2 3 4 5 6 7 8" > "$folder/sums-1.txt"
-sums 1 80000 "1 1 2 2 2 2 3 3 3 4 4 5 5 6 7 8" > "$folder/sums-2.txt"
-head -n 15000 "$folder/sums-2.txt" > "$folder/sums-3.txt"
-all="1 1 1 2 2 2 3 3 4 4 5 5 6 6"
 steps 16180339 20000 "0 1 1 1 2 2" > "$folder/first-steps.txt"
-steps 20410672 60000 "$all" > "$folder/steps.txt"
-steps 19990101 1200 "$all" > "$folder/held-out.txt"
-steps 27182818 1600 "$all" 5 > "$folder/prompts.jsonl"
+steps 20410672 30000 "1 2 3 4 5 6" > "$folder/steps.txt"
+steps 19990101 600 "1 2 3 4 5 6" > "$folder/held-out.txt"
+steps 27182818 1600 "1 2 3 4 5 6" 2 > "$folder/prompts.jsonl"
 wc -c "$folder"/* >&2

@@ -36,12 +36,18 @@ pub struct Segment {
     /// Whether the pass yields the next token's distribution: true for decode rows and for the chunk
     /// that ends a prompt, until that token has exited.
     pub predicts: bool,
-    /// Whether the token of the last row was generated, rather than part of the prompt. Prompts run every depth. A
-    /// generated token skips the depths below its exit, also when its context is computed again.
+    /// Whether the token of the last row was generated, rather than part of the prompt. Prompts run every depth, except
+    /// under [`KvFill::First`](crate::KvFill::First). A generated token skips the depths below its exit, also when its context is computed again.
     pub generated: bool,
 }
 
 impl Segment {
+    /// The last row alone.
+    #[inline]
+    pub fn last_row(self) -> Self {
+        Self { start: self.start + self.tokens - 1, tokens: 1, ..self }
+    }
+
     /// Number of depths, in a model with `num_loops` loops, that the last row skips if it exits at this depth.
     #[inline]
     pub fn skipped_depths(&self, num_loops: u8) -> u32 {

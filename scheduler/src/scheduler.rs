@@ -941,6 +941,9 @@ impl Scheduler {
     /// Drops rows that have exited or run their last depth, and moves the rest one depth deeper. It is free of
     /// branches, like [`decide`](Self::decide).
     fn deepen_segments(&mut self) {
+        if self.settings.kv_fill == KvFill::First {
+            self.leave_prompts();
+        }
         let deepest = self.settings.num_loops - 1;
         let mut kept = 0;
         for index in 0..self.segments.len() {
@@ -958,6 +961,18 @@ impl Scheduler {
                 sequence.running && !sequence.is_finished()
             });
         }
+    }
+
+    /// Under [`KvFill::First`], no row reads what a prompt computes below depth 0. Only its last row goes on, until it has
+    /// exited.
+    fn leave_prompts(&mut self) {
+        self.segments.retain_mut(|segment| {
+            let is_prompt = segment.kind == RowKind::Prompt;
+            if is_prompt {
+                *segment = segment.last_row();
+            }
+            !is_prompt || segment.predicts
+        });
     }
 
     /// Ends an iteration: delivers its tokens, oldest sequence first.

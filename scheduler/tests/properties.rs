@@ -222,6 +222,9 @@ impl Executor for Checker {
                 let expected = contents(resident.request, position);
                 assert_eq!(found, Some(&expected), "a predecessor lacks its keys and values");
             }
+            if self.settings.kv_fill == KvFill::First && segment.kind == RowKind::Prompt && segment.depth > 0 {
+                assert!(segment.predicts && segment.tokens == 1, "nothing reads the other rows of a prompt");
+            }
             if segment.kind == RowKind::Decode {
                 assert_eq!(segment.start, resident.prompt_tokens + resident.generated - 1, "not the next token");
                 assert!(segment.predicts && segment.tokens == 1);
@@ -530,7 +533,13 @@ proptest! {
         prop_assert_eq!(logs[0].rows, logs[1].rows);
         let prompts: u64 = requests.iter().map(|request| u64::from(request.prompt_tokens)).sum();
         let decodes: u64 = logs[0].depths.values().flat_map(|depths| &depths[1..]).map(|&depth| u64::from(depth) + 1).sum();
-        prop_assert_eq!(logs[0].rows, prompts * u64::from(settings.num_loops) + decodes);
+        // Where all depths share keys and values, only the row that predicts the first token runs deeper.
+        let first_tokens: u64 = logs[0].depths.values().map(|depths| u64::from(depths[0])).sum();
+        let of_prompts = match settings.kv_fill {
+            KvFill::First => prompts + first_tokens,
+            KvFill::Reuse | KvFill::Skip | KvFill::Backfill => prompts * u64::from(settings.num_loops),
+        };
+        prop_assert_eq!(logs[0].rows, of_prompts + decodes);
     }
 }
 

@@ -112,6 +112,7 @@ fn profile() -> LatencyProfile {
             weight_bytes: 0,
             kv_bytes_per_token: 0,
             memory: None,
+            kv_fill: None,
         },
         points,
         mixed_attention: None,

@@ -14,6 +14,8 @@ pub struct ModelMemory {
     pub kv_bytes_per_token: u64,
     /// Other memory use, and the size of the memory, as far as they are known.
     pub figures: MemoryFigures,
+    /// The KV fill that the model is made for.
+    pub kv_fill: KvFill,
 }
 
 impl From<&ProfileMeta> for ModelMemory {
@@ -23,6 +25,7 @@ impl From<&ProfileMeta> for ModelMemory {
             weight_bytes: meta.weight_bytes,
             kv_bytes_per_token: meta.kv_bytes_per_token,
             figures: meta.memory.unwrap_or_default(),
+            kv_fill: meta.kv_fill.as_deref().and_then(|fill| fill.parse().ok()).unwrap_or_default(),
         }
     }
 }
@@ -142,6 +145,7 @@ mod tests {
             row_bytes: 100_000,
             logits_bytes: 2_000_000,
         },
+        kv_fill: KvFill::Reuse,
     };
     const BUDGET: MemoryBudget = MemoryBudget { device_bytes: 20_000_000_000, utilization: 0.9 };
 

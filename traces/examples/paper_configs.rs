@@ -134,6 +134,7 @@ impl Times {
             // 18 layers, one head of 256 numbers, keys and values, 2 bytes each.
             kv_bytes_per_token: 18 * 256 * 2 * 2,
             memory: None,
+            kv_fill: None,
         };
         Ok(LatencyProfile { meta, points, mixed_attention: None })
     }

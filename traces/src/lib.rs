@@ -57,6 +57,7 @@
 //!         weight_bytes: 1 << 20,
 //!         kv_bytes_per_token: 512,
 //!         memory: None,
+//!         kv_fill: None,
 //!     },
 //!     points: vec![point(Component::Block, 120.0), point(Component::Embed, 1.5), point(Component::Head, 30.0)],
 //!     mixed_attention: None,

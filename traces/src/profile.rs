@@ -186,6 +186,9 @@ pub struct ProfileMeta {
     /// Other memory use, and the size of the memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryFigures>,
+    /// The KV fill that the model is made for, if not `reuse`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_fill: Option<String>,
 }
 
 /// Memory use other than weights, keys and values, in bytes.
@@ -348,9 +351,20 @@ impl ProfileMeta {
             let expected = NOT_NEGATIVE.to_owned();
             return Err(TraceError::Key { path: path.to_owned(), key, found, expected });
         }
-        Ok(())
+        match &self.kv_fill {
+            Some(fill) if !KV_FILLS.contains(&&**fill) => Err(TraceError::Key {
+                path: path.to_owned(),
+                key: "kv_fill",
+                found: fill.clone(),
+                expected: format!("one of {}", KV_FILLS.join(", ")),
+            }),
+            _ => Ok(()),
+        }
     }
 }
+
+/// Names of the KV fills that a model may be made for.
+const KV_FILLS: [&str; 4] = ["reuse", "first", "skip", "backfill"];
 
 fn check_components(path: &Path, points: &[Point]) -> Result<()> {
     match REQUIRED.into_iter().find(|&component| points.iter().all(|point| point.component != component)) {
@@ -468,6 +482,11 @@ mod tests {
             ("schema_version: 1", "schema_version: 2", "profile.yaml: schema_version: found 2, expected 1"),
             ("overhead_us: 1.5", "overhead_us: -1", "overhead_us: found -1, expected microseconds"),
             ("overhead_us: 1.5", "overhead_us: .nan", "overhead_us: found NaN"),
+            (
+                "overhead_us: 1.5",
+                "overhead_us: 1.5\nkv_fill: copy",
+                "kv_fill: found copy, expected one of reuse, first",
+            ),
             (
                 "overhead_us: 1.5",
                 "overhead_us: soon",

@@ -65,8 +65,9 @@ pub struct Args {
     #[arg(long, default_value_t = ExitPolicy::None, value_name = "POLICY")]
     exit: ExitPolicy,
     /// What later tokens find at the depths that an exited token did not run: reuse, first, skip, backfill
-    #[arg(long, default_value_t, value_name = "FILL")]
-    kv_fill: KvFill,
+    /// [default: that which the model is made for]
+    #[arg(long, value_name = "FILL")]
+    kv_fill: Option<KvFill>,
     /// When to colour tokens
     #[arg(long, default_value_t = ColorChoice::Auto, value_name = "WHEN")]
     color: ColorChoice,
@@ -142,7 +143,9 @@ impl Args {
         let max_batch = requests.len() as u32;
         let (batching, exit, token_budget) = (vec![self.batching], vec![self.exit], TOKEN_BUDGET.max(max_batch));
         let serving = Serving::new(batching, exit, max_batch, token_budget);
-        serving.settings(self.batching, self.exit, self.kv_fill, &named.memory(), longest(requests))
+        let memory = named.memory();
+        let kv_fill = self.kv_fill.unwrap_or(memory.kv_fill);
+        serving.settings(self.batching, self.exit, kv_fill, &memory, longest(requests))
     }
 
     fn colors(&self, output: &impl IsTerminal) -> bool {

@@ -27,8 +27,9 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', value_name = "POLICIES")]
     under: Option<Vec<RecordedPolicy>>,
     /// What later tokens find at the depths that an exited token did not run, under --under: reuse, first, skip, backfill
-    #[arg(long, default_value_t, value_name = "FILL", requires = "under")]
-    kv_fill: KvFill,
+    /// [default: that which the model is made for]
+    #[arg(long, value_name = "FILL", requires = "under")]
+    kv_fill: Option<KvFill>,
     /// Folder to write the exit trace to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -44,8 +45,8 @@ pub fn run(args: Args) -> Result<()> {
     let named = args.engine.load()?;
     named.engine.prompts.set_lengths(&mut requests);
     let table = if args.csv { ExitTable::Csv } else { ExitTable::Parquet };
-    let exiting =
-        args.under.map(|policies| Exiting { policies, kv_fill: args.kv_fill, seed: named.engine.sampling.seed });
+    let kv_fill = args.kv_fill.unwrap_or(named.memory().kv_fill);
+    let exiting = args.under.map(|policies| Exiting { policies, kv_fill, seed: named.engine.sampling.seed });
     let Recorded { depths: tally, policies } =
         experiments::record(&named, &requests, exiting.as_ref(), &folder.path()?, table, &mut Terminal::default())?;
     folder.finish()?;

@@ -28,6 +28,7 @@ pub fn profile() -> LatencyProfile {
             weight_bytes: 1_000_000,
             kv_bytes_per_token: 3_000,
             memory: Some(MemoryFigures { device_bytes: None, other_bytes: 0, row_bytes: 100, logits_bytes: 0 }),
+            kv_fill: None,
         },
         points: vec![
             point(Component::Block, 1, 100.0),

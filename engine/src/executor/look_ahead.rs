@@ -6,7 +6,7 @@
 //! row fills the depths that it skips, or leaves their entries out of what later rows attend to. Chunks of a prompt look
 //! ahead one after the other, so that the entries of earlier positions are there when a row starts.
 
-use scheduler::{Pass, Segment};
+use scheduler::{KvFill, Pass, Segment};
 use traces::hash::{mix, uniform};
 
 use super::{EngineError, EngineExecutor, Generation, Oracle, by_depth, positions};
@@ -27,13 +27,21 @@ impl EngineExecutor {
 
     /// Records all depths of the rows that start in a pass and predict.
     pub(super) fn look_ahead(&mut self, pass: &Pass<'_>) -> Result<(), EngineError> {
+        let shares_kv = self.sequences.kv_fill == KvFill::First;
         let mut started: Vec<usize> = (0..pass.segments.len()).collect();
-        started.retain(|&index| pass.segments[index].depth == 0);
+        started.retain(|&index| {
+            let segment = &pass.segments[index];
+            segment.depth == 0 && (segment.predicts || !shares_kv)
+        });
         if started.is_empty() {
             return Ok(());
         }
         let current = std::mem::take(&mut self.current);
-        let mut segments: Vec<Segment> = started.iter().map(|&index| pass.segments[index]).collect();
+        let of_segment = |&index: &usize| {
+            let segment = pass.segments[index];
+            if shares_kv { segment.last_row() } else { segment }
+        };
+        let mut segments: Vec<Segment> = started.iter().map(of_segment).collect();
         self.current.findings = started.iter().map(|&index| current.findings[index]).collect();
         self.record(&Pass { segments: &segments, ..*pass });
 

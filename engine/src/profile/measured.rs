@@ -86,6 +86,9 @@ impl<'a> Measured<'a> {
                 weight_bytes: served.weight_bytes(),
                 kv_bytes_per_token: served.kv_bytes_per_token(KvFill::Reuse),
                 memory: None,
+                kv_fill: Some(served.config().kv_fill)
+                    .filter(|fill| *fill != KvFill::default())
+                    .map(|fill| fill.to_string()),
             },
             points: self.points(),
             mixed_attention: None,

@@ -127,6 +127,7 @@ fn profile() -> LatencyProfile {
             weight_bytes: 0,
             kv_bytes_per_token: 0,
             memory: None,
+            kv_fill: None,
         },
         points: vec![point(1, 201.0), point(2048, 2248.0)],
         mixed_attention: None,

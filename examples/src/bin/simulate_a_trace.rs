@@ -74,6 +74,7 @@ fn profile() -> LatencyProfile {
             weight_bytes: 0,
             kv_bytes_per_token: 0,
             memory: None,
+            kv_fill: None,
         },
         points: [1, 16, 256, 2048].into_iter().flat_map(of_rows).collect(),
         mixed_attention: None,

@@ -67,9 +67,12 @@ impl<'a> Plan<'a> {
         let systems: Vec<System> =
             spec.systems.iter().map(|system| System::read(spec, system, base)).collect::<Result<_>>()?;
         let workloads = Workloads::new(spec, base, reporter)?;
-        let num_loops = |system: usize| systems[system].latency.meta().num_loops as u8;
-        spec.check_size(num_loops)?;
-        let points = spec.points(num_loops);
+        let model = |system: usize| {
+            let memory = ModelMemory::from(systems[system].latency.meta());
+            (memory.num_loops as u8, memory.kv_fill)
+        };
+        spec.check_size(|system| model(system).0)?;
+        let points = spec.points(model);
         let longest = workloads.longest(&points)?;
         let settings = |point: Point| {
             let System { name, latency, .. } = &systems[point.system];

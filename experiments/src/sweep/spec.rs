@@ -223,19 +223,21 @@ impl SweepSpec {
         Ok(())
     }
 
-    /// Every combination, given the number of loops of each system; those that differ in their seed alone follow each other.
-    pub fn points(&self, num_loops: impl Fn(usize) -> u8) -> Vec<Point> {
+    /// Every combination, given the number of loops of each system and the KV fill that its model is made for; those that
+    /// differ in their seed alone follow each other.
+    pub fn points(&self, model: impl Fn(usize) -> (u8, KvFill)) -> Vec<Point> {
         let grid = &self.grid;
         let limits = iproduct!(values(&grid.device_memory), self.kv_fills(), values(&grid.max_batch));
         let loads = iproduct!(0..self.systems.len(), limits, values(&grid.rate_per_s));
-        type Limits = (Option<Bytes>, KvFill, Option<u32>);
+        type Limits = (Option<Bytes>, Option<KvFill>, Option<u32>);
         let points_of = |(system, (device_memory, kv_fill, max_batch), rate_per_s): (usize, Limits, Option<f64>)| {
-            let runs = iproduct!(self.combinations(system, num_loops(system)), values(&grid.seed));
+            let (num_loops, made_for) = model(system);
+            let runs = iproduct!(self.combinations(system, num_loops), values(&grid.seed));
             runs.map(move |((batching, exit), seed)| Point {
                 system,
                 batching,
                 exit,
-                kv_fill,
+                kv_fill: kv_fill.unwrap_or(made_for),
                 max_batch: max_batch.unwrap_or(self.serving.max_batch),
                 device_memory: device_memory.map(|Bytes(bytes)| bytes),
                 rate_per_s,
@@ -245,8 +247,10 @@ impl SweepSpec {
         loads.flat_map(points_of).collect()
     }
 
-    fn kv_fills(&self) -> Vec<KvFill> {
-        self.grid.kv_fill.as_ref().map_or_else(|| self.serving.kv_fill.clone(), |axis| axis.values().to_vec())
+    /// KV fills of the grid, or of `serving`; `None` for that of each system's model.
+    fn kv_fills(&self) -> Vec<Option<KvFill>> {
+        let given = self.grid.kv_fill.as_ref().map_or(&self.serving.kv_fill[..], Axis::values);
+        if given.is_empty() { vec![None] } else { given.iter().copied().map(Some).collect() }
     }
 
     /// Points that differ in their seed alone.

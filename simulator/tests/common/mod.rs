@@ -23,6 +23,7 @@ pub fn profile(num_loops: u32, points: &[(Component, u32, u32, u32, f64)]) -> La
             weight_bytes: 0,
             kv_bytes_per_token: 0,
             memory: None,
+            kv_fill: None,
         },
         points: points
             .iter()

@@ -7,8 +7,8 @@
 //! CE is next-token cross-entropy. The first KL is knowledge distillation from a full-size teacher at temperature T
 //! (arXiv 1503.02531). The second KL is distillation from the last loop, which is detached so that it is not drawn
 //! towards the earlier loops. The coefficients c_i are those of early-exit training (arXiv 2410.20672, sections 2.4 and
-//! 3.7). BCE is the binary cross-entropy of a loop's gate, which predicts whether the most likely token of its loop, or
-//! of the next, is that of the last loop.
+//! 3.7). BCE is the binary cross-entropy of a loop's gate, which predicts whether the token of its loop, or of the
+//! next, is that of the last loop: the most likely one, or the one that is sampled with the same random numbers.
 //!
 //! Under a KV fill, loops run after tokens that exited. The distribution and the tokens of the last loop, as targets,
 //! are then those of the last loop after exact keys and values. The last loop under the fill learns that distribution
@@ -18,8 +18,11 @@ mod fill;
 mod losses;
 mod options;
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Shape, Tensor};
 use engine::reference::Reference;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use rand_distr::Gumbel;
 
 use fill::Served;
 pub use fill::{ExitRule, FillOptions};
@@ -130,6 +133,7 @@ impl Objective {
         let teacher = teacher.map(|(model, options)| Target::of_teacher(model, options, inputs)).transpose()?;
         let of_full = (options.self_distillation > 0.0).then(|| Target::of_full(&full, options.self_distillation));
         let of_full = of_full.transpose()?;
+        let sampler = options.gate.map(|gate| Sampler::new(gate.temperature, full.shape(), seeds)).transpose()?;
 
         let mut losses = Losses::default();
         let last_loss = cross_entropy(loops.logits(last)?, targets)?;
@@ -158,12 +162,13 @@ impl Objective {
                 }
                 total = (total + (loss * coefficient)?)?;
             }
-            if let Some(gate) = options.gate {
+            if let Some((gate, sampler)) = options.gate.zip(sampler.as_ref()) {
                 let judged = match gate.target {
                     GateTarget::Same => depth,
                     GateTarget::Next => depth + 1,
                 };
-                let loss = gate_loss(model, gate, hidden, depth, loops.logits(judged)?, &full)?;
+                let agrees = sampler.tokens(loops.logits(judged)?)?.eq(&sampler.tokens(&full)?)?;
+                let loss = gate_loss(model, gate, hidden, depth, &agrees)?;
                 *losses.gate.get_or_insert(0.0) += scalar(&loss)?;
                 total = (total + (loss * gate.weight)?)?;
             }
@@ -222,18 +227,45 @@ impl Target {
     }
 }
 
-/// Binary cross-entropy of the gate that reads `hidden` at `depth`. The label is whether the most likely token of the
-/// `exit` logits is that of the `full` logits.
-fn gate_loss(
-    model: &Reference,
-    options: GateOptions,
-    hidden: &Tensor,
-    depth: usize,
-    exit: &Tensor,
-    full: &Tensor,
-) -> Result<Tensor> {
-    let token = |logits: &Tensor| logits.detach().argmax(D::Minus1);
-    let agrees = token(exit)?.eq(&token(full)?)?.to_dtype(DType::F32)?;
+/// Chooses the token of each row: the most likely one, or one that is drawn.
+struct Sampler {
+    temperature: f64,
+    /// Standard Gumbel noise, `[rows, vocab]`; none at temperature 0.
+    noise: Option<Tensor>,
+}
+
+impl Sampler {
+    /// A sampler of rows of logits `[rows, vocab]`. What it draws for a window depends only on the window's seed.
+    fn new(temperature: f64, shape: &Shape, seeds: &[u64]) -> Result<Self> {
+        if temperature == 0.0 {
+            return Ok(Self { temperature, noise: None });
+        }
+        let of_window = shape.elem_count() / seeds.len().max(1);
+        let noise: Vec<f32> = seeds
+            .iter()
+            .flat_map(|seed| {
+                // Other numbers than those of the window's exits.
+                let rng = StdRng::seed_from_u64(!seed);
+                rng.sample_iter(Gumbel::new(0.0, 1.0).expect("a positive scale")).take(of_window)
+            })
+            .collect();
+        Ok(Self { temperature, noise: Some(Tensor::from_vec(noise, shape, &Device::Cpu)?) })
+    }
+
+    /// The tokens `[rows]` of `logits` `[rows, vocab]`. Rows of similar distributions get the same token as often as
+    /// the engine's sampling gives them the same (the Gumbel-max trick with common random numbers).
+    fn tokens(&self, logits: &Tensor) -> Result<Tensor> {
+        let logits = logits.detach();
+        let Some(noise) = &self.noise else { return logits.argmax(D::Minus1) };
+        let noise = noise.to_device(logits.device())?;
+        ((logits / self.temperature)? + noise)?.argmax(D::Minus1)
+    }
+}
+
+/// Binary cross-entropy of the gate that reads `hidden` at `depth`. The label is whether the tokens that are compared
+/// `agree`, `[rows]`.
+fn gate_loss(model: &Reference, options: GateOptions, hidden: &Tensor, depth: usize, agree: &Tensor) -> Result<Tensor> {
+    let agrees = agree.to_dtype(DType::F32)?;
     let normed = model.final_norm(hidden)?;
     let normed = if options.through { normed } else { normed.detach() };
     match model.gate_logits(&normed, depth)? {
@@ -247,11 +279,9 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
-    use candle_core::{Device, Shape, Var};
+    use candle_core::Var;
     use engine::Weights;
     use engine::config::{LoraConfig, LoraRanks, ModelConfig, Sharing, SlidingWindow};
-    use rand::SeedableRng;
-    use rand::rngs::StdRng;
     use rand_distr::{Distribution, Normal};
     use scheduler::KvFill;
 
@@ -501,6 +531,37 @@ mod tests {
     }
 
     #[test]
+    fn a_gate_at_a_temperature_learns_whether_sampled_tokens_agree() {
+        let (config, variables) = (relaxed(), variables(&relaxed(), 5));
+        let model = model(&config, &variables);
+        let (inputs, targets) = batch();
+        let logits = model.forward(&inputs).unwrap();
+        let states = model.hidden_states(&inputs).unwrap();
+        let found = |temperature| {
+            let gate = Some(GateOptions { temperature, ..GateOptions::default() });
+            let objective = Objective::new(ObjectiveOptions { gate, ..ObjectiveOptions::default() }, None);
+            objective.of(&model, &inputs, &targets, &SEEDS).unwrap().1.gate.unwrap()
+        };
+        let expected = |temperature| -> f64 {
+            let sampler = Sampler::new(temperature, logits[2].shape(), &SEEDS).unwrap();
+            let tokens = |depth: usize| sampler.tokens(&logits[depth]).unwrap().to_vec1::<u32>().unwrap();
+            let of_gate = |depth| {
+                let scores = model.gate_logits(&model.final_norm(&states[depth]).unwrap(), depth).unwrap().unwrap();
+                let scores = scores.to_vec1::<f32>().unwrap();
+                let of_token = |((score, own), last): ((&f32, u32), u32)| {
+                    (if own == last { -f64::from(*score) } else { f64::from(*score) }).exp().ln_1p()
+                };
+                scores.iter().zip(tokens(depth)).zip(tokens(2)).map(of_token).sum::<f64>() / scores.len() as f64
+            };
+            (0..2).map(of_gate).sum()
+        };
+        assert!((expected(0.0) - expected(3.0)).abs() > 1e-2, "sampled tokens agree elsewhere");
+        for temperature in [0.0, 3.0] {
+            assert!((found(temperature) - expected(temperature)).abs() < 1e-5, "at {temperature}");
+        }
+    }
+
+    #[test]
     fn a_gate_with_the_target_next_learns_whether_the_next_loop_agrees_with_the_last() {
         let (config, variables) = (relaxed(), variables(&relaxed(), 5));
         let model = model(&config, &variables);
@@ -528,6 +589,36 @@ mod tests {
         let (same, next) = (expected([0, 1]), expected([1, 2]));
         assert!((same - next).abs() > 1e-2, "the targets differ: {same} and {next}");
         assert!((found(GateTarget::Same) - same).abs() < 1e-5 && (found(GateTarget::Next) - next).abs() < 1e-5);
+    }
+
+    #[test]
+    fn sampled_tokens_are_those_of_the_distribution_and_differ_only_where_distributions_do() {
+        let rows = 4000;
+        let logits = |values: [f32; 3]| Tensor::new(&values, &Device::Cpu).unwrap().repeat((rows, 1)).unwrap();
+        let p = logits([2.0, 1.0, 0.0]);
+        let close = logits([2.1, 1.0, 0.0]);
+        let far = logits([0.0, 1.0, 2.0]);
+        let tokens = |temperature: f64, seeds: &[u64], logits: &Tensor| {
+            let sampler = Sampler::new(temperature, p.shape(), seeds).unwrap();
+            sampler.tokens(logits).unwrap().to_vec1::<u32>().unwrap()
+        };
+        let share = |of: &dyn Fn(usize) -> bool| (0..rows).filter(|row| of(*row)).count() as f64 / rows as f64;
+        for temperature in [0.5, 1.0] {
+            let drawn = tokens(temperature, &[1, 2], &p);
+            let weights = [2.0, 1.0, 0.0].map(|logit: f64| (logit / temperature).exp());
+            for (token, weight) in weights.iter().enumerate() {
+                let expected = weight / weights.iter().sum::<f64>();
+                let found = share(&|row| drawn[row] as usize == token);
+                assert!((found - expected).abs() < 0.03, "token {token} at {temperature}: {found}, not {expected}");
+            }
+        }
+        let drawn = tokens(1.0, &[1, 2], &p);
+        let differ = |other: Vec<u32>| share(&|row| other[row] != drawn[row]);
+        assert!(differ(tokens(1.0, &[1, 2], &p)) == 0.0, "equal distributions have equal tokens");
+        let (of_close, of_far) = (differ(tokens(1.0, &[1, 2], &close)), differ(tokens(1.0, &[1, 2], &far)));
+        assert!((0.005..0.05).contains(&of_close) && of_far > 0.5, "{of_close} and {of_far}");
+        assert!(differ(tokens(1.0, &[1, 3], &p)) > 0.1, "another seed draws other tokens");
+        assert_eq!(tokens(0.0, &[1, 2], &p), vec![0; rows]);
     }
 
     #[test]

@@ -87,11 +87,15 @@ pub struct GateOptions {
     /// The loop whose token the gate judges.
     #[serde(default)]
     pub target: GateTarget,
+    /// Temperature at which the tokens that are compared are drawn, both with the same random numbers, as when the
+    /// model is served; 0: the most likely tokens.
+    #[serde(default)]
+    pub temperature: f64,
 }
 
 impl Default for GateOptions {
     fn default() -> Self {
-        Self { weight: one(), through: false, target: GateTarget::Same }
+        Self { weight: one(), through: false, target: GateTarget::Same, temperature: 0.0 }
     }
 }
 
@@ -196,10 +200,14 @@ impl ObjectiveOptions {
         }
         if let Some(gate) = &self.gate {
             check_weight("objective.gate.weight", gate.weight)?;
+            check_weight("objective.gate.temperature", gate.temperature)?;
             let gated = config.gate && config.num_loops > 1;
             check(gated, "objective.gate", &"given", &"none for a model without gates (`gate: true` adds them)")?;
         }
         if let Some(FillOptions { fill, exits, prompt }) = &self.kv_fill {
+            let expected =
+                "none for a model whose loops share the keys and values of depth 0: exits change nothing there";
+            check(!config.shares_kv(), "objective.kv_fill", &"given", &expected)?;
             let changes = *fill != KvFill::Backfill;
             check(changes, "objective.kv_fill.fill", fill, &"reuse, first or skip: backfill changes nothing")?;
             let gated = config.gate && config.num_loops > 1;

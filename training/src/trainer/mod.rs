@@ -700,6 +700,13 @@ mod tests {
             "`objective.gate` is given, expected none for a model without gates",
         );
         expect(
+            |options| {
+                options.model.config.insert("kv_fill".into(), "first".into());
+                options.objective.kv_fill = Some(FillOptions::new(KvFill::Reuse));
+            },
+            "`objective.kv_fill` is given, expected none for a model whose loops share the keys and values",
+        );
+        expect(
             |options| options.objective.kv_fill = Some(FillOptions::new(KvFill::Backfill)),
             "`objective.kv_fill.fill` is backfill, expected reuse, first or skip",
         );

@@ -137,6 +137,9 @@ struct ObjectiveArgs {
     /// Loop whose token a gate judges: same, or next for exits that are decided a pass ahead [default: same]
     #[arg(long, requires = "gate_weight", value_name = "LOOP")]
     gate_target: Option<GateTarget>,
+    /// Temperature at which the tokens that gates compare are sampled; 0: the most likely tokens [default: 0]
+    #[arg(long, requires = "gate_weight", value_name = "T")]
+    gate_temperature: Option<f64>,
     /// Let tokens exit, and others find at deeper loops what this KV fill leaves of them: reuse, first or skip
     #[arg(long, value_name = "FILL")]
     kv_fill: Option<KvFill>,
@@ -309,7 +312,8 @@ impl ObjectiveArgs {
         }
         if let Some(weight) = self.gate_weight {
             let target = self.gate_target.unwrap_or_default();
-            objective.gate = Some(GateOptions { weight, through: self.gate_through, target });
+            let temperature = self.gate_temperature.unwrap_or_default();
+            objective.gate = Some(GateOptions { weight, through: self.gate_through, target, temperature });
         }
         if let Some(fill) = self.kv_fill {
             let kv_fill = objective.kv_fill.insert(FillOptions::new(fill));
