@@ -120,7 +120,7 @@ impl<'a> Figures<'a> {
             return Ok(());
         }
         let title = "Throughput against the quality of the served text: baselines and exit policies";
-        Ok(plots::frontier(&self.figure("frontier", title, Origin::Measured), &panels)?)
+        Ok(plots::or_left_out(plots::frontier(&self.figure("frontier", title, Origin::Measured), &panels))?)
     }
 
     fn runs(&self) -> Result<()> {
@@ -132,12 +132,12 @@ impl<'a> Figures<'a> {
         let is_full_depth = |runs: &[&Summary]| runs[0].batching == Batching::Sequence && runs[0].exit == "none";
         if let Some((full_depth, _)) = policies.iter().find(|(_, runs)| is_full_depth(runs)) {
             let figure = self.figure("throughput", "Throughput and speed-up by batching and exit policy", both);
-            plots::speedup(&figure, &throughputs(&self.summaries), full_depth)?;
+            plots::or_left_out(plots::speedup(&figure, &throughputs(&self.summaries), full_depth))?;
         }
         let requests: Vec<RequestLine> = read(&self.results.join("requests.csv"))?;
         let requests: Vec<RequestLine> = requests.into_iter().filter(|line| line.source == self.source).collect();
         let title = "Distributions of time to first token and time per output token";
-        plots::latency_cdfs(&self.figure("latency", title, self.origin()), &latencies(&requests))?;
+        plots::or_left_out(plots::latency_cdfs(&self.figure("latency", title, self.origin()), &latencies(&requests)))?;
         Ok(())
     }
 
@@ -153,7 +153,7 @@ impl<'a> Figures<'a> {
             let of_one_run: Vec<&DepthRowsLine> = shown.iter().copied().filter(is_of_run).collect();
             let title = format!("Rows of each depth in the running pass: {}, {first}", batching_label(batching));
             let figure = self.figure(&format!("rows-by-depth-{batching}"), title, self.origin());
-            plots::rows_by_depth(&figure, &pass_rows(&of_one_run))?;
+            plots::or_left_out(plots::rows_by_depth(&figure, &pass_rows(&of_one_run)))?;
         }
         Ok(())
     }
@@ -165,7 +165,7 @@ impl<'a> Figures<'a> {
         }
         let points: Vec<Prediction> = read::<Comparison>(&path)?.into_iter().filter_map(prediction).collect();
         let figure = self.figure("validation", "Simulated against measured", Origin::MeasuredAndSimulated);
-        Ok(plots::predictions(&figure, &points)?)
+        Ok(plots::or_left_out(plots::predictions(&figure, &points))?)
     }
 
     fn sweeps(&self) -> Result<()> {
@@ -174,15 +174,21 @@ impl<'a> Figures<'a> {
             let lines =
                 policy_lines(&read(&by_batch)?, |summary| (f64::from(summary.max_batch), summary.throughput_tok_s));
             let figure = self.figure("throughput-by-batch", "Throughput against batch limit", Origin::Simulated);
-            plots::throughput_by_batch(&figure, &lines)?;
+            plots::or_left_out(plots::throughput_by_batch(&figure, &lines))?;
         }
         let by_threshold = self.results.join(SWEEP_THRESHOLD);
         if by_threshold.exists() {
             let summaries: Vec<Summary> = read(&by_threshold)?;
             let title = "Throughput and agreement of exits, over exact keys and values, against the threshold";
-            plots::thresholds(&self.figure("thresholds", title, Origin::Simulated), &threshold_lines(&summaries))?;
+            plots::or_left_out(plots::thresholds(
+                &self.figure("thresholds", title, Origin::Simulated),
+                &threshold_lines(&summaries),
+            ))?;
             let title = "Throughput against agreement of exits, over exact keys and values";
-            plots::pareto(&self.figure("pareto", title, Origin::Simulated), &[trade_off(&summaries)])?;
+            plots::or_left_out(plots::pareto(
+                &self.figure("pareto", title, Origin::Simulated),
+                &[trade_off(&summaries)],
+            ))?;
         }
         Ok(())
     }
@@ -194,7 +200,7 @@ impl<'a> Figures<'a> {
         }
         let trace = ExitTrace::read(&folder)?;
         let figure = self.figure("exit-depths", "Where tokens could exit", Origin::Measured);
-        Ok(plots::exit_depths(&figure, &[exit_depths(&trace)])?)
+        Ok(plots::or_left_out(plots::exit_depths(&figure, &[exit_depths(&trace)]))?)
     }
 }
 

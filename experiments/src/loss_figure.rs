@@ -23,7 +23,7 @@ pub fn draw(runs: &[&Path], folder: &Path) -> Result<()> {
         device: engine::device_name(),
         origin: Origin::Measured,
     };
-    Ok(plots::losses(&figure, &curves)?)
+    Ok(plots::or_left_out(plots::losses(&figure, &curves))?)
 }
 
 fn curve(run: &Path) -> Result<LossCurve> {

@@ -94,7 +94,7 @@ pub fn draw_time_by_part(results: &Path, caption: &Caption, runs: &[SystemRun<'_
             origin: Origin::Simulated,
         };
         let bars: Vec<TokenTime> = runs.into_iter().map(SystemRun::bar).collect();
-        plots::token_times(&figure, &names, &bars)?;
+        plots::or_left_out(plots::token_times(&figure, &names, &bars))?;
     }
     Ok(())
 }

@@ -69,3 +69,18 @@ pub enum Error {
         source: std::io::Error,
     },
 }
+
+/// A figure of values that cannot be drawn is left out, with a warning: it is no reason for a command to fail whose results
+/// they are.
+///
+/// # Errors
+/// If the figure could not be drawn or written for another reason.
+pub fn or_left_out(drawn: Result<(), Error>) -> Result<(), Error> {
+    match drawn {
+        Err(error @ (Error::Empty { .. } | Error::Value { .. } | Error::Length { .. } | Error::Baseline { .. })) => {
+            log::warn!("{error}: the figure is left out");
+            Ok(())
+        }
+        drawn => drawn,
+    }
+}

@@ -73,7 +73,7 @@ mod validation;
 pub use axis::Scale;
 pub use capacity::{PolicyCapacity, capacities};
 pub use depths::{ExitDepths, PassRows, exit_depths, rows_by_depth};
-pub use error::Error;
+pub use error::{Error, or_left_out};
 pub use evaluation::{
     CalibratedThreshold, CalibrationLine, CalibrationPoint, ExitCurve, Reliability, calibration, exit_curves,
     reliability,

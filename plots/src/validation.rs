@@ -31,11 +31,11 @@ const BESIDE_PLOT: i32 = 230;
 /// Draws predicted against measured values around the diagonal, with a band of 10 % on either side.
 ///
 /// # Errors
-/// No predictions, or a value that is not positive.
+/// No predictions, or a negative value.
 pub fn predictions(figure: &Figure, points: &[Prediction]) -> Result<(), Error> {
     figure.require("predictions", points)?;
-    figure.check("measured", Kind::Positive, points.iter().map(|p| p.measured))?;
-    figure.check("predicted", Kind::Positive, points.iter().map(|p| p.predicted))?;
+    figure.check("measured", Kind::NonNegative, points.iter().map(|p| p.measured))?;
+    figure.check("predicted", Kind::NonNegative, points.iter().map(|p| p.predicted))?;
     let (mut metrics, mut series) = (Vec::new(), Vec::new());
     for point in points {
         first_seen(&mut metrics, &point.metric);

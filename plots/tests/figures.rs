@@ -290,6 +290,24 @@ fn predictions_are_counted_against_the_tolerance() {
     predictions(&figure(scratch.path()), &[1099.0, 901.0, 899.0].map(point)).expect("a figure");
     let svg = fs::read_to_string(scratch.path().join("figure.svg")).expect("an SVG");
     assert!(svg.contains("2 of 3 within ±10 %"));
+    let zero = Prediction { measured: 0.0, ..point(0.0) };
+    predictions(&figure(scratch.path()), &[point(0.0), zero.clone(), point(950.0)]).expect("a figure");
+    let svg = fs::read_to_string(scratch.path().join("figure.svg")).expect("an SVG");
+    assert!(svg.contains("2 of 3 within ±10 %"));
+    predictions(&figure(scratch.path()), &[zero]).expect("a figure");
+}
+
+#[test]
+fn figures_are_left_out_for_their_values_but_not_for_their_files() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let line = |value| PolicyLine { policy: policy(), points: vec![(1.0, value)] };
+    let draw = |folder: &Path, value| or_left_out(throughput_by_batch(&figure(folder), &[line(value)]));
+    draw(scratch.path(), -1.0).expect("it is left out");
+    or_left_out(throughput_by_batch(&figure(scratch.path()), &[])).expect("it is left out");
+    assert!(files(scratch.path()).is_empty());
+    let file = scratch.path().join("a file");
+    fs::write(&file, "").expect("a file");
+    assert!(matches!(draw(&file, 1.0), Err(Error::Write { .. })));
 }
 
 #[test]

@@ -211,7 +211,7 @@ impl Report<'_> {
             device: self.calibrated_on(),
             origin: Origin::Measured,
         };
-        Ok(plots::calibration(&figure, &self.drawn())?)
+        Ok(plots::or_left_out(plots::calibration(&figure, &self.drawn()))?)
     }
 
     fn drawn(&self) -> CalibratedThreshold {

@@ -223,7 +223,7 @@ impl LoadedModel {
         ];
         let title = "Accuracy by passes, with its standard error";
         let figure = figure(out, "accuracy", title, &format!("{questions} questions"), &self.name);
-        Ok(plots::sweep(&figure, "passes", Scale::Linear, "questions answered right (%)", &lines)?)
+        Ok(plots::or_left_out(plots::sweep(&figure, "passes", Scale::Linear, "questions answered right (%)", &lines))?)
     }
 }
 
@@ -261,7 +261,7 @@ fn draw_loops(figure: &impl Fn(&str, &str) -> Figure, evaluation: &Evaluation) -
     let points = evaluation.loops.iter().map(|figures| (figures.passes, figures.bits_per_byte)).map(point).collect();
     let lines = [SweepLine { name: "bits per byte".to_owned(), points }];
     let figure = figure("bits-per-byte", "Bits per byte by passes");
-    Ok(plots::sweep(&figure, "passes", Scale::Linear, "bits per byte", &lines)?)
+    Ok(plots::or_left_out(plots::sweep(&figure, "passes", Scale::Linear, "bits per byte", &lines))?)
 }
 
 /// What the exit signals of a trace are worth.
@@ -321,7 +321,10 @@ impl Signals {
     }
 
     fn draw(&self, figure: &impl Fn(&str, &str) -> Figure, trace: &ExitTrace) -> Result<()> {
-        plots::exit_depths(&figure("exit-depths", "Where tokens could exit"), &[exit_depths(trace)])?;
+        plots::or_left_out(plots::exit_depths(
+            &figure("exit-depths", "Where tokens could exit"),
+            &[exit_depths(trace)],
+        ))?;
         let curve = |(measure, curve): &(ExitSignal, Vec<CurvePoint>)| ExitCurve {
             signal: measure.to_string(),
             points: curve.iter().map(|point| (point.mean_depth, point.agreement)).collect(),
@@ -329,10 +332,15 @@ impl Signals {
         let curves: Vec<_> = self.curves.iter().map(curve).collect();
         let fixed: Vec<_> = (0..trace.num_loops()).map(|depth| trace.agreement_at(depth)).collect();
         let title = "Agreement of exits, over exact keys and values, against mean depth";
-        plots::exit_curves(&figure("exit-curves", title), &curves, &fixed, trace.mean_oracle_passes())?;
+        plots::or_left_out(plots::exit_curves(
+            &figure("exit-curves", title),
+            &curves,
+            &fixed,
+            trace.mean_oracle_passes(),
+        ))?;
         let signals: Vec<_> = self.curves.iter().map(|&(measure, _)| self.reliability(measure)).collect();
         let title = "How often tokens agree with the last loop where a signal is so sure";
-        Ok(plots::reliability(&figure("reliability", title), &signals)?)
+        Ok(plots::or_left_out(plots::reliability(&figure("reliability", title), &signals))?)
     }
 
     fn reliability(&self, measure: ExitSignal) -> Reliability {
@@ -406,7 +414,7 @@ fn draw_exact_match(out: &Path, model: &str, exact: &[ExactMatch]) -> Result<()>
     let lines: Vec<SweepLine> = exact.chunk_by(|a, b| a.class == b.class).map(line).collect();
     let title = "Exact-match accuracy by passes and class, with 95% confidence intervals";
     let figure = figure(out, "exact-match", title, &format!("{prompts} prompts"), model);
-    Ok(plots::sweep(&figure, "passes", Scale::Linear, "prompts answered right (%)", &lines)?)
+    Ok(plots::or_left_out(plots::sweep(&figure, "passes", Scale::Linear, "prompts answered right (%)", &lines))?)
 }
 
 /// A choice of a question at a loop.

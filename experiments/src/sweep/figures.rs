@@ -81,7 +81,7 @@ pub fn draw_capacity(results: &Path, to: &Path, spec: &SweepSpec, reporter: &mut
         };
         let policies = facet.by_policy(Name::Whole, "system")?.into_iter().map(capacity);
         let figure = facet.figure(to, "capacity", &heading, &spec.title);
-        plots::capacities(&figure, &systems, &policies.collect::<Vec<_>>())?;
+        plots::or_left_out(plots::capacities(&figure, &systems, &policies.collect::<Vec<_>>()))?;
     }
     Ok(())
 }
@@ -227,7 +227,7 @@ impl Facet<'_> {
         let panels: Vec<TradeOff> = panels.iter().filter_map(|&(x, y)| trade_off(policies, x, y)).collect();
         match panels.is_empty() {
             true => Ok(()),
-            false => Ok(plots::pareto(figure, &panels)?),
+            false => Ok(plots::or_left_out(plots::pareto(figure, &panels))?),
         }
     }
 }
