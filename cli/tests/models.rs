@@ -108,13 +108,30 @@ fn loops_that_do_not_divide_the_layers_are_refused_and_so_are_other_loops_than_a
     scene.succeed(&["evaluate", "ordinary", "--loops", "3", "--text", "text.txt"]);
     assert!(refused("ordinary", "2").contains("3 layers, expected a multiple of 2 loops"));
     fs::remove_file(scene.path("plain/tokenizer.json")).unwrap();
-    assert!(refused("plain", "3").contains("plain: the model has no tokenizer: expected a tokenizer.json"));
+    assert!(refused("plain", "3").contains("plain: the model has no tokenizer: expected a tokenizer.json beside"));
     scene.write("plain/tokenizer.model", "");
     let refused = refused("plain", "3");
     assert!(
         refused.contains("plain: the model has no tokenizer: it has one of another format; save it as"),
         "{refused}"
     );
+}
+
+#[test]
+fn every_command_that_needs_a_tokenizer_says_where_it_is_expected() {
+    let scene = scene();
+    fs::remove_file(scene.path("model/tokenizer.json")).unwrap();
+    for command in [
+        "generate model --prompt In",
+        "evaluate model --text text.txt",
+        "record --model model --prompts text.txt --requests requests.csv --out out",
+        "replay --model model --prompts text.txt --requests requests.csv --exit none",
+        "validate --model model --prompts text.txt --requests requests.csv --exit none --out out",
+    ] {
+        let error = scene.fail(&command.split(' ').collect::<Vec<_>>());
+        let expected = "model: the model has no tokenizer: expected a tokenizer.json beside its config.json";
+        assert!(error.contains(expected), "{command}: {error}");
+    }
 }
 
 #[test]

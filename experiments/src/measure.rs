@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use bytesize::ByteSize;
 use engine::{
-    Checkpoint, DeviceName, Engine, Generation, Grid, Idle, Limits, Probe, ProbedClock, Profiler, PromptLine, Prompts,
-    Sampling, ServedModel, Tokenizer, WallClock, WeightType,
+    Checkpoint, CheckpointError, DeviceName, Engine, Generation, Grid, Idle, Limits, Probe, ProbedClock, Profiler,
+    PromptLine, Prompts, Sampling, ServedModel, Tokenizer, WallClock, WeightType,
 };
 use latency::LatencyModel;
 use scheduler::{Clock, KvFill, Lengths, Observer, PassRecorder, Settings, SignalRead};
@@ -113,7 +113,7 @@ impl NamedEngine {
     ) -> Result<(Self, Tokenizer)> {
         let named = Self::load_without_prompts(model, loops, weights, device, sampling)?;
         let tokenizer = named.tokenizer.clone();
-        Ok((named, tokenizer.with_context(|| format!("{}: the model has no tokenizer", model.display()))?))
+        Ok((named, tokenizer.ok_or_else(|| CheckpointError::no_tokenizer(model))?))
     }
 
     /// Opens a model for runs whose prompts do not matter: all of them repeat one token.

@@ -56,7 +56,7 @@ pub struct Checkpoint {
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// Work that needs a tokenizer, on a model without one.
-    #[error("{}: the model has no tokenizer{note}", path.display())]
+    #[error("{}: the model has no tokenizer: {note}", path.display())]
     NoTokenizer {
         /// The model.
         path: PathBuf,
@@ -163,6 +163,23 @@ pub enum CheckpointError {
     },
 }
 
+impl CheckpointError {
+    /// That the model that was opened as `name` has no tokenizer, and what to do about it.
+    pub fn no_tokenizer(name: &Path) -> Self {
+        /// What other libraries write in place of a `tokenizer.json`.
+        const OTHERS: [&str; 4] = ["tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model"];
+        let note = match OTHERS.iter().any(|other| name.join(other).exists()) {
+            true => "it has one of another format; save it as tokenizer.json, by `save_pretrained` of transformers",
+            false if name.is_file() => {
+                "expected the keys `tokenizer.ggml.model` and `tokenizer.ggml.tokens` in the file; take one that was \
+                 converted with its tokenizer"
+            }
+            false => "expected a tokenizer.json beside its config.json",
+        };
+        Self::NoTokenizer { path: name.to_owned(), note }
+    }
+}
+
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 impl Checkpoint {
@@ -191,21 +208,9 @@ impl Checkpoint {
     /// # Errors
     /// If it has no tokenizer.
     pub fn with_tokenizer(self, name: &Path) -> Result<(Weights, Tokenizer)> {
-        /// What other libraries write in place of a `tokenizer.json`.
-        const OTHERS: [&str; 4] = ["tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model"];
         match self.tokenizer {
             Some(tokenizer) => Ok((self.weights, tokenizer)),
-            None => {
-                let note = match OTHERS.iter().any(|other| name.join(other).exists()) {
-                    true => {
-                        ": it has one of another format; save it as tokenizer.json, by `save_pretrained` of \
-                             transformers"
-                    }
-                    false if name.is_dir() => ": expected a tokenizer.json in the folder",
-                    false => "",
-                };
-                Err(CheckpointError::NoTokenizer { path: name.to_owned(), note })
-            }
+            None => Err(CheckpointError::no_tokenizer(name)),
         }
     }
 
