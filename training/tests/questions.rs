@@ -1,4 +1,4 @@
-//! Reading a damaged file of questions gives questions or an error, never a panic.
+//! Reading a damaged file of questions or prompts gives them or an error, never a panic.
 
 #[path = "../../traces/tests/allocations/mod.rs"]
 mod allocations;
@@ -7,6 +7,7 @@ mod damage;
 
 use allocations::Allocations;
 use damage::{cases, damage, damaged};
+use engine::{PromptLine, Tokenizer};
 use proptest::prelude::*;
 use training::evaluation::multiple_choice::read_questions;
 
@@ -30,8 +31,27 @@ const FILES: [&str; 5] = [
      \"gen_args_1\": {\"arg_0\": \"é?\", \"arg_1\": \" yes\"}}}\n",
 ];
 
+const PROMPTS: [&str; 2] = [
+    "{\"prompt\": \"06360=\", \"answer\": \"5\", \"class\": \"5\"}\n\n{\"prompt\": \"In the beginning\"}\n",
+    "\u{feff}{\"prompt\": \"12=\", \"answer\": \"é ☃\", \"class\": null}\r\n{\"prompt\": \"3\", \"answer\": \"4\"}",
+];
+
 proptest! {
     #![proptest_config(cases())]
+
+    #[test]
+    fn damaged_prompts(contents in prop::sample::select(&PROMPTS[..]), damages in prop::collection::vec(damage(), 1..4)) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("prompts.jsonl");
+        std::fs::write(&path, damaged(contents, &damages)).unwrap();
+        let tokenizer = Tokenizer::train("12=3 12=3 12=3 12=3", 258).unwrap();
+        let (found, allocated) = ALLOCATIONS.largest(|| PromptLine::read(&path, &tokenizer).ok());
+        prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
+        for prompt in found.into_iter().flatten() {
+            prop_assert!(!prompt.tokens.is_empty());
+            prop_assert!(prompt.answer.is_none_or(|answer| !answer.text.is_empty() && answer.tokens > 0));
+        }
+    }
 
     #[test]
     fn damaged_questions(contents in prop::sample::select(&FILES[..]), damages in prop::collection::vec(damage(), 1..4)) {
