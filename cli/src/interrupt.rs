@@ -28,7 +28,7 @@ pub fn end() -> Result<()> {
         if ENDS_ITSELF.load(Ordering::Relaxed) && !STOP.swap(true, Ordering::Relaxed) {
             return;
         }
-        experiments::results::remove_unfinished();
+        traces::unfinished::remove_all();
         let last_words = LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner);
         note!("\ninterrupted: {}", last_words.as_deref().unwrap_or("nothing was written"));
         // Not by `exit`, at which libraries come to their end, CUDA's among them, that other threads still call.

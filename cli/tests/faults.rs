@@ -4,11 +4,17 @@
 #![cfg(unix)]
 
 mod common;
+#[path = "../../import/tests/kernels/mod.rs"]
+mod kernels;
+#[cfg(target_os = "linux")]
+#[path = "common/killed.rs"]
+mod killed;
 #[path = "common/made_up.rs"]
 mod made_up;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -18,6 +24,7 @@ use std::time::{Duration, Instant};
 use common::Scene;
 use engine::weights::{Stored, Weights};
 use engine::{ModelConfig, Tokenizer};
+use parquet::basic::Compression;
 use traces::ExitTable;
 
 const MARKER: &str = "depthwise-results.json";
@@ -172,6 +179,8 @@ fn writers(scene: &Scene) -> Vec<Vec<&'static str>> {
     for (file, text) in TABLES {
         scene.write(&format!("tables/{file}"), text);
     }
+    fs::create_dir_all(scene.path("systems")).unwrap();
+    kernels::write_kernels(&scene.path("systems"), Compression::UNCOMPRESSED, usize::MAX, |bytes| bytes);
     scene.write("swept.yaml", &SWEEP.replace("COUNT", "20"));
     scene.succeed(&["sweep", "swept.yaml", "--out", "swept"]);
     let commands = [
@@ -190,6 +199,7 @@ fn writers(scene: &Scene) -> Vec<Vec<&'static str>> {
         "export model --out",
         "train --config train.yaml --steps 2 --out",
         "import layer-tables tables --model tables/config.json --out",
+        "import aiconfigurator systems --gpu g --version 1.0 --model tables/config.json --out",
         "plot swept --out",
     ];
     let split = |command: &'static str| command.split(' ').collect();
@@ -243,6 +253,11 @@ fn file_writers(scene: &Scene) -> [Vec<&'static str>; 2] {
 /// Kills of each command: `DEPTHWISE_FAULTS`, or a few.
 fn kills() -> u32 {
     std::env::var("DEPTHWISE_FAULTS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(2)
+}
+
+/// Whether kills are to be tried that are left out where tests are to be quick.
+fn takes_long() -> bool {
+    std::env::var_os("DEPTHWISE_FAULTS").is_some()
 }
 
 #[test]
@@ -312,8 +327,21 @@ fn every_command_keeps_its_results_where_nothing_can_be_printed() {
 
 /// Whether a folder holds nothing, or results that are whole or say that they are not.
 fn is_sound(folder: &Path) -> bool {
-    let is_empty = || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
-    !folder.exists() || is_empty() || is_whole(folder) || is_incomplete(folder)
+    holds_only(folder, &[]) || is_whole(folder) || is_incomplete(folder)
+}
+
+/// What a kill may leave, for the next run to remove.
+const TEMPORARY: [&str; 2] = [".depthwise-unfinished", "depthwise-results.json.partial"];
+
+/// As [`is_sound`], or a folder has no more than temporary names, which the next run takes for nothing.
+fn is_sound_after_a_kill(folder: &Path) -> bool {
+    is_sound(folder) || holds_only(folder, &TEMPORARY)
+}
+
+/// Whether a folder is not there, or holds nothing of another name.
+fn holds_only(folder: &Path, names: &[&str]) -> bool {
+    let is_one = |entry: io::Result<fs::DirEntry>| names.contains(&entry.unwrap().file_name().to_str().unwrap());
+    !folder.exists() || fs::read_dir(folder).unwrap().all(is_one)
 }
 
 #[test]
@@ -346,13 +374,7 @@ fn every_command_leaves_earlier_results_and_no_temporary_name_where_files_cannot
                     contents(&scene.path(target))
                 );
             }
-            let mut after = contents(&scene.path(&out));
-            if is_incomplete(&scene.path(&out)) {
-                // Results that grow are marked while a run goes on with them.
-                assert!(["sweep", "capacity", "train"].contains(&command[0]), "{command:?}, {bytes} bytes");
-                after.insert(MARKER.into(), before[Path::new(MARKER)].clone());
-            }
-            assert!(after == before, "{command:?}, {bytes} bytes");
+            assert!(contents(&scene.path(&out)) == before, "{command:?}, {bytes} bytes");
             assert_eq!(temporary_names(scene.0.path()), Vec::<PathBuf>::new(), "{command:?}, {bytes} bytes");
         }
         scene.succeed(&[&command[..], &[&new]].concat());
@@ -437,9 +459,7 @@ fn every_command_killed_at_any_time_is_whole_or_absent_and_runs_again() {
             let share = 1.05 - f64::from(kill).powi(2) / f64::from(kills()).powi(2);
             kill_after(&scene, &[&command[..], &[&killed]].concat(), takes.mul_f64(share));
             let folder = scene.path(&killed);
-            let is_unfinished = fs::read_dir(&folder)
-                .is_ok_and(|mut entries| entries.all(|entry| entry.unwrap().file_name() == ".depthwise-unfinished"));
-            assert!(is_sound(&folder) || is_unfinished, "{command:?}, killed after {share}");
+            assert!(is_sound_after_a_kill(&folder), "{command:?}, killed after {share}");
             if ["convert", "export"].contains(&command[0]) && is_whole(&folder) {
                 fs::remove_dir_all(&folder).unwrap();
             }
@@ -467,6 +487,125 @@ fn every_command_killed_at_any_time_is_whole_or_absent_and_runs_again() {
         scene.succeed(&arguments);
         assert_eq!(temporary_names(scene.0.path()), Vec::<PathBuf>::new(), "{command:?}");
     }
+}
+
+/// Kills a command before each of its changes to the file system in turn, where `earlier` has left results in `killed`.
+#[cfg(target_os = "linux")]
+fn check_kills_before_each_change(scene: &Scene, command: &[&str], earlier: &dyn Fn()) {
+    let folder = scene.path("killed");
+    let _ = fs::remove_dir_all(&folder);
+    earlier();
+    if folder.exists() {
+        scene.write("killed/notes.md", "dear to somebody");
+    }
+    let placed = || {
+        let mut files = if folder.exists() { contents(&folder) } else { BTreeMap::new() };
+        files.retain(|file, _| !TEMPORARY.iter().any(|name| file.starts_with(name)));
+        files
+    };
+    // What is written on the way is seen by nobody: kills there take long and are left to a longer run.
+    let is_counted = |path: &str| takes_long() || path.contains("killed") && !path.contains(".depthwise-unfinished/");
+    let before = placed();
+    scene.succeed(command);
+    let after = placed();
+    let mut continued = BTreeSet::new();
+    for change in 1.. {
+        let _ = fs::remove_dir_all(&folder);
+        for (file, bytes) in &before {
+            fs::create_dir_all(folder.join(file).parent().unwrap()).unwrap();
+            fs::write(folder.join(file), bytes).unwrap();
+        }
+        let Some(end) = killed::killed_before(change, is_counted, &mut scene.command(command)) else {
+            eprintln!("skipped: no process can be traced here");
+            return;
+        };
+        let files = placed();
+        let about = || format!("{command:?}, killed before change {change}: {:?}", files.keys());
+        assert!(is_sound_after_a_kill(&folder), "{}", about());
+        if !before.is_empty() {
+            assert_eq!(files[Path::new("notes.md")], before[Path::new("notes.md")], "{}", about());
+            assert!(is_incomplete(&folder) || files == before || files == after, "a mixture: {}", about());
+        }
+        let staged = [".depthwise-unfinished", &format!(".depthwise-unfinished/{MARKER}"), TEMPORARY[1]];
+        let is_there = staged.map(|name| folder.join(name).exists());
+        let is_new = continued.insert((
+            files.keys().cloned().collect::<Vec<_>>(),
+            files.get(Path::new(MARKER)).cloned(),
+            is_there,
+        ));
+        if !is_new && end == killed::End::Killed {
+            continue;
+        }
+        if command[0] == "train" && folder.join("training-state.safetensors").exists() {
+            scene.succeed(&["train", "--resume", "killed"]);
+        } else if !["convert", "export"].contains(&command[0]) || !is_whole(&folder) {
+            scene.succeed(command);
+        }
+        assert!(is_whole(&folder), "{}", about());
+        assert_eq!(placed().into_keys().collect::<Vec<_>>(), after.keys().cloned().collect::<Vec<_>>(), "{}", about());
+        assert_eq!(temporary_names(&folder), Vec::<PathBuf>::new(), "{}", about());
+        if end != killed::End::Killed {
+            assert_eq!(end, killed::End::Exited(0), "{}", about());
+            assert!(change > 5, "{}", about());
+            return;
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn killed_before_any_change_to_the_file_system_new_results_are_whole_or_absent_and_runs_again() {
+    let scene = Scene::new();
+    scene.write("sweep.yaml", &SWEEP.replace("COUNT", "10").replace(", 3, 4, 5, 6, 7, 8]", "]"));
+    let is_checked = |command: &str| takes_long() || command == "train";
+    for command in writers(&scene).into_iter().filter(|command| is_checked(command[0])) {
+        check_kills_before_each_change(&scene, &[&command[..], &["killed"]].concat(), &|| {});
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn killed_before_any_change_to_the_file_system_earlier_results_are_replaced_whole_or_not() {
+    let scene = Scene::new();
+    scene.write("questions.jsonl", "{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": 1}\n");
+    let questions = ["evaluate", "model", "--questions", "questions.jsonl", "--out", "killed"];
+    let text = ["evaluate", "model", "--text", "prompts.txt", "--seq", "32", "--out", "killed"];
+    check_kills_before_each_change(&scene, &questions, &|| drop(scene.succeed(&text)));
+    scene.write("sweep.yaml", &SWEEP.replace("COUNT", "10").replace(", 3, 4, 5, 6, 7, 8]", "]"));
+    let sweep = ["sweep", "sweep.yaml", "--out", "killed"];
+    let restart = [&sweep[..], &["--restart"]].concat();
+    check_kills_before_each_change(&scene, &restart, &|| drop(scene.succeed(&sweep)));
+    if takes_long() {
+        let simulate = [&SIMULATE[..], &["killed"]].concat();
+        let other = [&simulate[..], &["--exit", "none"]].concat();
+        check_kills_before_each_change(&scene, &simulate, &|| drop(scene.succeed(&other)));
+        check_kills_before_each_change(&scene, &["plot", "killed"], &|| drop(scene.succeed(&sweep)));
+    }
+}
+
+#[test]
+fn results_that_cannot_be_put_in_their_place_wait_for_the_next_run() {
+    let scene = Scene::new();
+    let simulate = [&SIMULATE[..], &["sim"]].concat();
+    scene.succeed(&[&simulate[..], &["--exit", "none"]].concat());
+    // A file that something is mounted over can be neither replaced nor removed.
+    let (file, over) = (scene.path("sim/summary.csv"), scene.path("prompts.txt"));
+    let mount = Command::new("mount").arg("--bind").args([&over, &file]).stderr(Stdio::null()).status();
+    if !mount.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: nothing can be mounted here");
+        return;
+    }
+    let mounted = SmallDisk(file.clone());
+    let error = scene.fail(&simulate);
+    assert!(error.contains("sim/.depthwise-unfinished: the next run moves them into place"), "{error}");
+    assert!(is_incomplete(&scene.path("sim")));
+    drop(mounted);
+    let waiting = fs::read(scene.path("sim/.depthwise-unfinished/summary.csv")).unwrap();
+    // It has nothing to draw, but it holds the folder.
+    scene.run(&["plot", "sim"]);
+    assert_eq!(fs::read(&file).unwrap(), waiting);
+    assert!(is_whole(&scene.path("sim")));
+    assert_eq!(temporary_names(&scene.path("sim")), Vec::<PathBuf>::new());
 }
 
 #[test]
@@ -619,28 +758,75 @@ impl Drop for SmallDisk {
 #[test]
 fn on_a_full_disk_earlier_results_stay_and_no_temporary_name_does() {
     let scene = Scene::new();
-    let Some(disk) = SmallDisk::mount(scene.path("disk"), 256) else {
+    let Some(disk) = SmallDisk::mount(scene.path("disk"), 16384) else {
         eprintln!("skipped: no disk can be mounted here");
         return;
     };
-    scene.succeed(&[&SIMULATE[..], &["disk/sim", "--exit", "none"]].concat());
-    let before = contents(&scene.path("disk/sim"));
-    let free = "x".repeat(230 << 10);
-    fs::write(disk.0.join("filler"), &free[..free.len() - before.values().map(Vec::len).sum::<usize>()]).unwrap();
-    scene.write("requests.csv", &requests(4000));
-    for command in [
-        [&SIMULATE[..], &["disk/sim"]].concat(),
-        vec!["run", "tiny.yaml", "--out", "disk/run"],
-        vec!["export", "model", "--out", "disk/model"],
-        vec!["train", "--config", "train.yaml", "--steps", "2", "--out", "disk/train"],
-    ] {
-        let output = scene.run(&command);
-        assert_eq!(output.status.code(), Some(1), "{command:?}: {}", text(&output.stderr));
-        assert!(text(&output.stderr).contains("No space left"), "{command:?}: {}", text(&output.stderr));
-        assert_eq!(contents(&scene.path("disk/sim")), before);
-        assert_eq!(temporary_names(&disk.0), Vec::<PathBuf>::new(), "{command:?}");
+    let (commands, files) = (writers(&scene), file_writers(&scene));
+    for command in [&commands[..], &files].concat() {
+        let _ = fs::remove_dir_all(scene.path("disk/out"));
+        let _ = fs::remove_file(scene.path("disk/out"));
+        scene.succeed(&[&command[..], &["disk/out"]].concat());
+        let is_file = scene.path("disk/out").is_file();
+        let before = if is_file { BTreeMap::new() } else { contents(&scene.path("disk/out")) };
+        let bytes = if is_file { fs::read(scene.path("disk/out")).unwrap() } else { Vec::new() };
+        for target in ["disk/new", "disk/out"] {
+            fill(&disk.0);
+            let output = scene.run(&[&command[..], &[target]].concat());
+            let said = text(&output.stderr);
+            fs::remove_file(disk.0.join("filler")).unwrap();
+            assert_eq!(output.status.code(), Some(1), "{command:?} to {target}: {said}");
+            // These do not write where something is.
+            let is_refused = target == "disk/out" && ["convert", "export", "train"].contains(&command[0]);
+            assert!(is_refused || said.contains("No space left"), "{command:?} to {target}: {said}");
+            assert!(!said.contains("panicked"), "{command:?} to {target}: {said}");
+            assert!(is_sound(&scene.path("disk/new")) || is_file, "{command:?}");
+            assert!(!is_file || !scene.path("disk/new").exists(), "{command:?}");
+            match is_file {
+                true => assert!(fs::read(scene.path("disk/out")).unwrap() == bytes, "{command:?}"),
+                false => assert!(contents(&scene.path("disk/out")) == before, "{command:?}"),
+            }
+            assert_eq!(temporary_names(&disk.0), Vec::<PathBuf>::new(), "{command:?} to {target}");
+        }
+        let _ = fs::remove_dir_all(scene.path("disk/new"));
     }
-    assert!(!scene.path("disk/run").exists() && !scene.path("disk/model").exists());
+}
+
+/// Fills a disk to the last byte, but for names that take none.
+fn fill(disk: &Path) {
+    let mut filler = File::create(disk.join("filler")).unwrap();
+    for bytes in [1 << 16, 1 << 12, 1 << 8, 1] {
+        while filler.write_all(&vec![0; bytes]).is_ok() {}
+    }
+}
+
+#[test]
+fn a_figure_of_values_that_cannot_be_drawn_is_left_out_with_a_warning() {
+    let scene = Scene::new();
+    scene.succeed(&["run", "tiny.yaml", "--out", "run"]);
+    let validation = fs::read_to_string(scene.path("run/validation.csv")).unwrap();
+    let mut lines = validation.lines().map(|line| line.split(',').map(str::to_owned).collect::<Vec<_>>());
+    let header = lines.next().unwrap();
+    let simulated = header.iter().position(|name| name == "simulated").unwrap();
+    let with = |value: &str| {
+        let set = |mut line: Vec<String>| {
+            line[simulated] = value.to_owned();
+            format!("{}\n", line.join(","))
+        };
+        scene.write(
+            "run/validation.csv",
+            &format!("{}\n{}", header.join(","), lines.clone().map(set).collect::<String>()),
+        );
+        fs::remove_dir_all(scene.path("run/figures")).unwrap();
+        let output = scene.run(&["plot", "run"]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert!(scene.path("run/figures/latency.svg").exists());
+        (text(&output.stderr), scene.path("run/figures/validation.svg").exists())
+    };
+    assert_eq!(with("0.0"), (String::new(), true));
+    let (said, is_drawn) = with("-5");
+    assert!(said.contains("warning: figure `validation`: predicted, value 0: found -5, expected"), "{said}");
+    assert!(said.contains("the figure is left out") && !is_drawn, "{said}");
 }
 
 #[test]
@@ -680,9 +866,10 @@ fn killed_at_any_time_a_simulation_is_whole_or_absent() {
         assert_eq!(fs::read_to_string(scene.path("sim/notes.md")).unwrap(), "dear to somebody");
         let fresh = [&SIMULATE[..], &["fresh"]].concat();
         kill_after(&scene, &fresh, takes.mul_f64(share));
-        let fresh = scene.path("fresh");
-        let is_absent = !fresh.join("summary.csv").exists();
-        assert!(is_whole(&fresh) || is_incomplete(&fresh) || is_absent, "killed after {share}");
+        assert!(is_sound_after_a_kill(&scene.path("fresh")), "killed after {share}");
+        scene.succeed(&fresh);
+        assert!(is_whole(&scene.path("fresh")), "killed after {share}");
+        fs::remove_dir_all(scene.path("fresh")).unwrap();
     }
     scene.succeed(&simulate);
     fs::remove_file(scene.path("sim/notes.md")).unwrap();

@@ -11,6 +11,7 @@ use rand::rngs::StdRng;
 use rand_distr::{Distribution, Normal};
 use safetensors::tensor::{Metadata, TensorInfo, View};
 use sha2::{Digest, Sha256};
+use traces::unfinished::Registered;
 
 use crate::config::{ConfigError, InvalidField, ModelConfig, Norm, Place, Projection};
 use crate::differentiable::numbers;
@@ -440,6 +441,7 @@ pub fn write_then_rename<E: From<std::io::Error>>(
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     let part = PathBuf::from(part);
+    let _registered = Registered::file(&part);
     let placed = write(&part).and_then(|()| Ok(std::fs::rename(&part, path)?));
     if placed.is_err() {
         // The error of the writing is the one to report.

@@ -37,7 +37,13 @@ pub fn capacity(
     let open = |target| folder::open(target, spec, &Inputs::new(spec, base, "capacity")?, earlier);
     let mut folder = target.map(open).transpose()?;
     let points = match &mut folder {
-        Some(folder) => Points::open(&folder.grow(CAPACITIES)?, plan.len())?,
+        Some(folder) => {
+            let points = Points::open(&folder.grow(CAPACITIES)?, plan.len())?;
+            if points.done() < plan.len() {
+                folder.mark()?;
+            }
+            points
+        }
         None => Points::in_memory(plan.len()),
     };
     let table = search_all(&plan, &search, points, reporter)?;

@@ -88,6 +88,7 @@ mod request_json;
 pub mod request_spec;
 mod shared_file;
 pub mod table;
+pub mod unfinished;
 pub mod units;
 
 pub use error::TraceError;

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Result, TraceError};
+use crate::unfinished::Registered;
 
 /// A file under a temporary name next to its final path, `NAME.part`, to which it is renamed when it is complete.
 ///
@@ -16,6 +17,7 @@ pub struct SharedFile {
     file: File,
     path: PathBuf,
     part: PathBuf,
+    _registered: Registered,
 }
 
 impl SharedFile {
@@ -30,7 +32,9 @@ impl SharedFile {
         name.push(".part");
         let part = PathBuf::from(name);
         let file = Self::hold(&part).map_err(TraceError::io("write", path))?;
-        Ok(Self { file, path: place, part })
+        // Not while another process holds it.
+        let registered = Registered::file(&part);
+        Ok(Self { file, path: place, part, _registered: registered })
     }
 
     fn hold(part: &Path) -> io::Result<File> {

@@ -11,6 +11,7 @@ use csv::ByteRecord;
 
 use crate::error::{Result, TraceError, quote};
 use crate::input::{Text, ends_with_newline, open_file, open_text, read_text};
+use crate::unfinished::Registered;
 
 /// The origin of a file, which decides how strictly its header is checked.
 #[derive(Clone, Copy, PartialEq)]
@@ -207,6 +208,7 @@ pub struct PartialFile {
     out: BufWriter<File>,
     path: PathBuf,
     partial: PathBuf,
+    _registered: Registered,
 }
 
 impl PartialFile {
@@ -215,11 +217,10 @@ impl PartialFile {
     /// # Errors
     /// If the temporary file cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
-        let mut name = OsString::from(path);
-        name.push(".partial");
-        let partial = PathBuf::from(name);
+        let partial = partial_name(path);
+        let registered = Registered::file(&partial);
         let out = BufWriter::new(File::create(&partial).map_err(TraceError::io("write", path))?);
-        Ok(Self { out, path: path.to_owned(), partial })
+        Ok(Self { out, path: path.to_owned(), partial, _registered: registered })
     }
 
     /// Renames the file to its final path.
@@ -230,6 +231,13 @@ impl PartialFile {
         let placed = self.out.flush().and_then(|()| std::fs::rename(&self.partial, &self.path));
         placed.map_err(TraceError::io("write", &self.path))
     }
+}
+
+/// The temporary name of a file that is not complete.
+pub fn partial_name(path: &Path) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(".partial");
+    PathBuf::from(name)
 }
 
 impl Write for PartialFile {

@@ -13,19 +13,18 @@
 mod file;
 mod lock;
 mod marker;
-mod unfinished;
 
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use traces::table::partial_name;
+use traces::unfinished::{Registered, without_interruption};
 
 pub use file::write_file;
 use lock::Lock;
 pub use marker::{MARKER, Marker};
-pub use unfinished::remove_unfinished;
-use unfinished::{Registered, without_interruption};
 
 /// What a folder of ours mostly holds: the configuration that it came from.
 pub const CONFIG: &str = "config.yaml";
@@ -44,6 +43,8 @@ pub struct ResultsFolder {
     kind: String,
     /// What an earlier run wrote.
     earlier: BTreeSet<String>,
+    /// Whether the folder says that what an earlier run wrote is whole.
+    is_complete: bool,
     /// Whether files of the earlier run stay that are not written anew.
     adds: bool,
     /// Files that grow in their place.
@@ -114,13 +115,14 @@ impl ResultsFolder {
             bail!("{shown} is there already and is not a folder: choose another --out");
         }
         let lock = Lock::hold(target)?;
-        let made = lock.made.then(|| unfinished::folder(target));
+        let made = lock.made.then(|| Registered::folder(target));
         recover(target)?;
         let marker = Marker::read(target)?;
         let folder = Self {
             target: target.to_owned(),
             kind: kind.to_owned(),
             earlier: BTreeSet::new(),
+            is_complete: false,
             adds: false,
             growing: BTreeSet::new(),
             staging: None,
@@ -137,7 +139,7 @@ impl ResultsFolder {
             Some(marker) if marker.kind != self.kind => {
                 bail!("{shown} is there already and holds results of `depthwise {}`: choose another --out", marker.kind)
             }
-            Some(marker) => self.earlier = marker.files,
+            Some(marker) => (self.earlier, self.is_complete) = (marker.files, marker.complete),
             None if is_empty(&self.target)? => {}
             None => bail!(
                 "{shown} is there already, and no {MARKER} in it says that it holds results: choose another --out"
@@ -149,6 +151,8 @@ impl ResultsFolder {
         if staging.exists() && (was_marked || is_our_staging(&staging)?) {
             std::fs::remove_dir_all(&staging).with_context(|| format!("cannot remove {}", staging.display()))?;
         }
+        let partial = partial_name(&self.target.join(MARKER));
+        remove_if_there(&partial).with_context(|| format!("cannot remove {}", partial.display()))?;
         Ok(self)
     }
 
@@ -164,20 +168,24 @@ impl ResultsFolder {
     pub fn path(&mut self) -> Result<PathBuf> {
         let staging = self.target.join(STAGING);
         if self.staging.is_none() {
+            let registered = Registered::tree(&staging);
             std::fs::create_dir(&staging).with_context(|| format!("cannot make {}", staging.display()))?;
-            self.staging = Some(unfinished::folder(&staging));
+            self.staging = Some(registered);
             Marker::new(&self.kind, false, BTreeSet::new()).write(&staging.join(MARKER))?;
         }
         Ok(staging)
     }
 
-    /// The place of a file that is written there from the beginning, and kept whatever ends the run.
+    /// The place of a file that is written there from the beginning, and kept whatever ends the run. Results that are
+    /// whole with this file stay so until [`ResultsFolder::mark`] says that it is to grow.
     ///
     /// # Errors
     /// If a file of the user's has that name, or the folder cannot be written.
     pub fn grow(&mut self, name: &str) -> Result<PathBuf> {
         self.claim(&[name])?;
-        self.mark()?;
+        if !self.is_complete || !self.earlier.contains(name) {
+            self.mark()?;
+        }
         Ok(self.target.join(name))
     }
 
@@ -197,31 +205,40 @@ impl ResultsFolder {
         Ok(())
     }
 
-    /// Says in the folder that it is ours, with the files that were claimed.
+    /// Says in the folder that it is ours, with the files that were claimed, and that its results are not whole.
     ///
     /// # Errors
     /// If the folder cannot be written.
-    pub fn mark(&self) -> Result<()> {
+    pub fn mark(&mut self) -> Result<()> {
+        self.is_complete = false;
         let files = self.earlier.union(&self.growing).cloned().collect();
         Marker::new(&self.kind, false, files).write(&self.target.join(MARKER))
     }
 
-    /// Removes what an earlier run wrote, and nothing else.
+    /// Removes what an earlier run wrote, and nothing else. The folder stays marked as ours.
     ///
     /// # Errors
     /// If it cannot be removed.
     pub fn remove_earlier(&mut self) -> Result<()> {
         let earlier = std::mem::take(&mut self.earlier);
+        if earlier.is_empty() {
+            return Ok(());
+        }
+        self.is_complete = false;
+        let mark = || Marker::new(&self.kind, false, earlier.clone()).write(&self.target.join(MARKER));
+        // A full disk may have room for it only when the files are gone.
+        let marked = mark();
         remove_files(&self.target, &earlier)
-            .and_then(|()| remove_if_there(&self.target.join(MARKER)))
-            .with_context(|| format!("cannot remove the results in {}", self.target.display()))
+            .with_context(|| format!("cannot remove the results in {}", self.target.display()))?;
+        marked.or_else(|_| mark())
     }
 
     /// Puts the results in their place.
     ///
     /// # Errors
     /// If they cannot be moved. Earlier results are left as they were if the disk is full. Where a file of the user's
-    /// has the place of a new one, the new results are kept in a folder beside it.
+    /// has the place of a new one, the new results are kept in a folder beside it. Where only some could be moved, the
+    /// next run moves the others.
     pub fn finish(mut self) -> Result<()> {
         let staging = self.path()?;
         let mut new = BTreeSet::new();
@@ -234,7 +251,7 @@ impl ResultsFolder {
         let cannot = || format!("cannot put the results at {}", self.target.display());
         let complete = Marker::new(&self.kind, true, kept.union(&new).cloned().collect());
         complete.write(&staging.join(MARKER)).with_context(cannot)?;
-        if let Some(taken) = new.iter().find(|file| !self.earlier.contains(*file) && self.is_taken(file)) {
+        if let Some(taken) = new.iter().find(|file| self.is_taken(file)) {
             let aside =
                 (1..).map(|number| self.target.join(format!("{UNPLACED}-{number}"))).find(|path| !path.exists());
             let aside = aside.context("no name is free")?;
@@ -246,37 +263,56 @@ impl ResultsFolder {
             );
         }
         let stale: BTreeSet<String> = self.earlier.difference(&complete.files).cloned().collect();
-        without_interruption(|| self.place(&staging, &new, &stale)).with_context(cannot)?;
-        self.made = None;
-        Ok(())
+        // New results are coming, beside what is there. All that needs room on the disk is written before that is said; a
+        // run that is killed from then on is ended by the next one: see `recover`.
+        let incomplete = staging.join("incomplete");
+        let both = self.earlier.iter().chain(&complete.files).cloned().collect();
+        Marker::new(&self.kind, false, both).write(&incomplete).with_context(cannot)?;
+        let mut is_coming = false;
+        let placed = without_interruption(|| {
+            std::fs::rename(&incomplete, self.target.join(MARKER))?;
+            is_coming = true;
+            place(&staging, &self.target, &new, &stale)
+        });
+        let placed = placed.with_context(|| match is_coming {
+            true => format!("{}: the next run moves them into place", staging.display()),
+            false => cannot(),
+        });
+        if is_coming {
+            // They are not removed where they could not be moved.
+            (self.staging, self.made) = (None, None);
+        }
+        placed
     }
 
     /// Whether something that is not ours has the place of a new file, or of a folder above it.
     fn is_taken(&self, file: &str) -> bool {
         let path = self.target.join(file);
-        let above = path.ancestors().skip(1).take_while(|folder| *folder != self.target);
-        path.symlink_metadata().is_ok() || above.into_iter().any(|folder| folder.exists() && !folder.is_dir())
+        let is_other = path.symlink_metadata().is_ok_and(|there| there.is_dir() || !self.earlier.contains(file));
+        let mut above = path.ancestors().skip(1).take_while(|folder| *folder != self.target);
+        is_other || above.any(|folder| folder.symlink_metadata().is_ok() && !folder.is_dir())
     }
+}
 
-    /// Moves new files into place and removes stale ones. The marker says meanwhile that the results are incomplete, and
-    /// lists both.
-    fn place(&self, staging: &Path, new: &BTreeSet<String>, stale: &BTreeSet<String>) -> io::Result<()> {
-        // What needs room on the disk comes first.
-        let both = self.earlier.iter().chain(&self.growing).chain(new).cloned().collect();
-        let incomplete = staging.join("incomplete");
-        Marker::new(&self.kind, false, both).write(&incomplete).map_err(io::Error::other)?;
-        for folder in new.iter().filter_map(|file| Path::new(file).parent()) {
-            std::fs::create_dir_all(self.target.join(folder))?;
+/// Moves new files into place and removes stale ones, in a folder that says that its results are incomplete and lists
+/// both; then it says that they are complete.
+fn place(staging: &Path, target: &Path, new: &BTreeSet<String>, stale: &BTreeSet<String>) -> io::Result<()> {
+    remove_files(target, stale)?;
+    for file in new {
+        // Else it was moved with its folder, or by a run that was killed.
+        if staging.join(file).exists() {
+            let path = outermost_missing(target, Path::new(file));
+            std::fs::rename(staging.join(path), target.join(path))?;
         }
-        let marker = self.target.join(MARKER);
-        std::fs::rename(&incomplete, &marker)?;
-        remove_files(&self.target, stale)?;
-        for file in new {
-            std::fs::rename(staging.join(file), self.target.join(file))?;
-        }
-        std::fs::rename(staging.join(MARKER), &marker)?;
-        std::fs::remove_dir_all(staging)
     }
+    std::fs::rename(staging.join(MARKER), target.join(MARKER))?;
+    std::fs::remove_dir_all(staging)
+}
+
+/// A file, or the outermost folder above it that is not there: to move a folder needs no room on the disk, to make one does.
+fn outermost_missing<'a>(target: &Path, file: &'a Path) -> &'a Path {
+    let folders = file.ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
+    folders.take_while(|folder| !target.join(folder).exists()).last().unwrap_or(file)
 }
 
 impl Drop for ResultsFolder {
@@ -300,15 +336,8 @@ fn recover(target: &Path) -> Result<()> {
         return Ok(());
     }
     let stale: BTreeSet<String> = there.files.difference(&coming.files).cloned().collect();
-    let place = || -> io::Result<()> {
-        remove_files(target, &stale)?;
-        for file in coming.files.iter().filter(|file| staging.join(file).exists()) {
-            std::fs::rename(staging.join(file), target.join(file))?;
-        }
-        std::fs::rename(staging.join(MARKER), target.join(MARKER))?;
-        std::fs::remove_dir_all(&staging)
-    };
-    place().with_context(|| format!("cannot put the results of an earlier run at {}", target.display()))
+    without_interruption(|| place(&staging, target, &coming.files, &stale))
+        .with_context(|| format!("cannot put the results of an earlier run at {}", target.display()))
 }
 
 /// Whether a folder holds nothing, or only what a killed run of ours left unfinished.
@@ -316,7 +345,11 @@ fn is_empty(folder: &Path) -> Result<bool> {
     let cannot = || format!("cannot read {}", folder.display());
     for entry in std::fs::read_dir(folder).with_context(cannot)? {
         let entry = entry.with_context(cannot)?;
-        if entry.file_name() != STAGING || !is_our_staging(&entry.path())? {
+        let is_ours = match entry.file_name() {
+            name if name == STAGING => is_our_staging(&entry.path())?,
+            name => Path::new(&name) == partial_name(Path::new(MARKER)),
+        };
+        if !is_ours {
             return Ok(false);
         }
     }
@@ -356,7 +389,11 @@ fn list_files(folder: &Path, above: &str, files: &mut BTreeSet<String>) -> Resul
 fn remove_files(target: &Path, files: &BTreeSet<String>) -> io::Result<()> {
     let mut folders = BTreeSet::new();
     for file in files {
-        remove_if_there(&target.join(file))?;
+        let path = target.join(file);
+        // A folder of that name is not ours.
+        if !path.symlink_metadata().is_ok_and(|there| there.is_dir()) {
+            remove_if_there(&path)?;
+        }
         folders.extend(Path::new(file).ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty()));
     }
     for folder in folders.into_iter().rev() {
@@ -476,6 +513,14 @@ mod tests {
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "first");
         assert_eq!(fs::read_to_string(target.join("b")).unwrap(), "dear to somebody");
         assert_eq!(fs::read_to_string(target.join("new-results-1/b")).unwrap(), "second");
+        // A folder in the place of a file that we wrote.
+        fs::remove_file(target.join("a")).unwrap();
+        fs::create_dir(target.join("a")).unwrap();
+        fs::write(target.join("a/mine"), "dear to somebody").unwrap();
+        let error = write(&target, &["a"], "third").unwrap_err().to_string();
+        assert!(error.contains("a is there already") && error.contains("new-results-2"), "{error}");
+        write(&target, &["c"], "fourth").unwrap();
+        assert_eq!(fs::read_to_string(target.join("a/mine")).unwrap(), "dear to somebody");
     }
 
     #[test]
@@ -495,7 +540,26 @@ mod tests {
         assert_eq!(marker.files.iter().collect::<Vec<_>>(), ["lines", "means"]);
         let mut folder = ResultsFolder::open(&target, "test").unwrap();
         folder.remove_earlier().unwrap();
-        assert_eq!(all_files(&target), ["notes.md"]);
+        assert_eq!(all_files(&target), [MARKER, "notes.md"]);
+        assert!(!Marker::read(&target).unwrap().unwrap().complete);
+    }
+
+    #[test]
+    fn results_that_are_whole_stay_so_until_one_of_their_files_is_to_grow() {
+        let (_scratch, target) = scratch();
+        let is_complete = || Marker::read(&target).unwrap().unwrap().complete;
+        let mut folder = ResultsFolder::open(&target, "test").unwrap();
+        fs::write(folder.grow("lines").unwrap(), "1").unwrap();
+        folder.finish().unwrap();
+        let mut folder = ResultsFolder::open(&target, "test").unwrap();
+        folder.grow("lines").unwrap();
+        assert!(is_complete());
+        folder.mark().unwrap();
+        assert!(!is_complete());
+        folder.finish().unwrap();
+        let mut folder = ResultsFolder::open(&target, "test").unwrap();
+        folder.grow("others").unwrap();
+        assert!(!is_complete());
     }
 
     #[cfg(unix)]

@@ -62,6 +62,9 @@ pub fn sweep(
     let mut folder = folder::open(target, spec, &Inputs::new(spec, base, "sweep")?, earlier)?;
     let points = Points::open(&folder.grow(SWEEP)?, plan.len())?;
     let earlier = points.done();
+    if earlier < plan.len() {
+        folder.mark()?;
+    }
     reporter.start(plan.len(), earlier);
     let shared = Shared::new(reporter);
     let table = points.complete(|index| plan.simulate(index), || shared.lock().advance(1))?;

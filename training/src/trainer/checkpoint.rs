@@ -7,10 +7,12 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use engine::weights::{CONFIG_FILE, Stored, TOKENIZER_FILE, Weights, write_safetensors, write_then_rename};
+use engine::weights::{
+    CONFIG_FILE, Stored, TENSORS_FILE, TOKENIZER_FILE, Weights, write_safetensors, write_then_rename,
+};
 use engine::{ModelConfig, Tokenizer};
 
-use super::{LOSS_FILE, LossRow, Trainer};
+use super::{LOSS_FILE, LossRow, OPTIONS_FILE, Trainer};
 use crate::error::TrainingError;
 
 /// Weights and optimizer state of the latest checkpoint.
@@ -34,14 +36,51 @@ pub fn exists(folder: &Path) -> bool {
     folder.join(STATE_FILE).exists()
 }
 
-/// Writes the checkpoint. The state is written last, so that curve and model of a state always exist.
+/// Whether a folder contains what a run leaves that ends before its first checkpoint: it may start again.
+pub fn is_before_first(folder: &Path) -> bool {
+    let is_there = |file| folder.join(file).exists();
+    is_there(OPTIONS_FILE) && !is_there(STATE_FILE) && !is_there(TENSORS_FILE)
+}
+
+/// Writes the checkpoint, whose model is never older than its state. Only the first time the state is there before the
+/// model, so that a folder with a model but no state is not that of a run which ended meanwhile.
 ///
 /// # Errors
 /// If a file cannot be written.
 pub fn save(trainer: &Trainer) -> Result<(), TrainingError> {
-    let folder = &trainer.folder;
+    let is_first = !exists(&trainer.folder);
+    if !is_first {
+        save_model(trainer)?;
+    }
+    save_state(trainer)?;
+    if is_first {
+        save_model(trainer)?;
+    }
+    Ok(())
+}
+
+/// Writes the model that a first checkpoint lacks whose run ended before it was whole.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn ensure_model(trainer: &Trainer) -> Result<(), TrainingError> {
+    match exists(&trainer.folder) && !trainer.folder.join(TENSORS_FILE).exists() {
+        true => save_model(trainer),
+        false => Ok(()),
+    }
+}
+
+fn save_model(trainer: &Trainer) -> Result<(), TrainingError> {
     let stored = if trainer.options.half_precision { Stored::F16 } else { Stored::F32 };
-    trainer.weights.save(folder, stored)?;
+    Ok(trainer.weights.save(&trainer.folder, stored)?)
+}
+
+/// Writes the state after all that it needs.
+fn save_state(trainer: &Trainer) -> Result<(), TrainingError> {
+    let folder = &trainer.folder;
+    let path = folder.join(CONFIG_FILE);
+    write_then_rename(&path, |part| std::fs::write(part, trainer.weights.config().to_json()))
+        .map_err(|e| TrainingError::in_file(&path, e))?;
     trainer.tokenizer.save(&folder.join(TOKENIZER_FILE))?;
     let path = folder.join(LOSS_FILE);
     write_then_rename(&path, |part| -> std::io::Result<()> {

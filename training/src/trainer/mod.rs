@@ -116,11 +116,11 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Starts a run in `folder`, which is created.
+    /// Starts a run in `folder`, which [`run`](Self::run) makes and fills.
     ///
     /// # Errors
     /// If an option is out of range, a text or model cannot be read or is unsuitable, or the folder contains a run or a
-    /// model already or cannot be written.
+    /// model already.
     pub fn start(
         options: TrainingOptions,
         folder: &Path,
@@ -130,17 +130,14 @@ impl Trainer {
             let problem = "a run is here already; resume it or choose another folder".to_owned();
             return Err(TrainingError::Checkpoint { path: folder.to_owned(), problem });
         }
-        if folder.join(CONFIG_FILE).exists() {
+        if folder.join(CONFIG_FILE).exists() && !checkpoint::is_before_first(folder) {
             let problem = "a model is here already; choose another folder".to_owned();
             return Err(TrainingError::Checkpoint { path: folder.to_owned(), problem });
         }
         let (weights, tokenizer) = options.model.start(options.seed)?;
         options.check(weights.config())?;
         let tokenizer = options.model.tokenizer(tokenizer, &options.data, weights.config().vocab_size)?;
-        let trainer = Self::new(options, folder, weights, tokenizer, None, report)?;
-        std::fs::create_dir_all(folder).map_err(|e| TrainingError::in_file(folder, e))?;
-        trainer.options.save(&folder.join(OPTIONS_FILE))?;
-        Ok(trainer)
+        Self::new(options, folder, weights, tokenizer, None, report)
     }
 
     /// Resumes from the latest checkpoint in `folder`, up to the planned end or another number of `steps`. From there
@@ -156,7 +153,6 @@ impl Trainer {
         let (taken, expected) = (state.curve.len(), format!("at least the {} already taken", state.curve.len()));
         check(options.steps >= taken, "steps", &options.steps, &expected)?;
         options.check(state.weights.config())?;
-        options.save(&path)?;
         let (weights, tokenizer, progress) = (state.weights, state.tokenizer, (state.means, state.curve));
         Self::new(options, folder, weights, tokenizer, Some(progress), report)
     }
@@ -212,11 +208,15 @@ impl Trainer {
         })
     }
 
-    /// Trains until the end of the run, or until `stop` is set. Writes checkpoints on the way and at the end.
+    /// Trains until the end of the run, or until `stop` is set. Writes the options at the beginning, and checkpoints on
+    /// the way and at the end.
     ///
     /// # Errors
-    /// If the loss is no longer finite or a checkpoint cannot be written.
+    /// If the loss is no longer finite or the folder cannot be written.
     pub fn run(&mut self, stop: &AtomicBool, report: &mut dyn FnMut(Event)) -> Result<(), TrainingError> {
+        std::fs::create_dir_all(&self.folder).map_err(|e| TrainingError::in_file(&self.folder, e))?;
+        self.options.save(&self.folder.join(OPTIONS_FILE))?;
+        checkpoint::ensure_model(self)?;
         let mut stepping = Duration::ZERO;
         let first = self.curve.len();
         for step in first..self.options.steps {
@@ -540,6 +540,28 @@ mod tests {
         std::fs::remove_file(run.join("training-state.safetensors")).unwrap();
         let refusal = message(start(options(folder.path()), &run));
         assert!(refusal.contains("run: a model is here already"), "{refusal}");
+    }
+
+    #[test]
+    fn a_run_that_was_cut_off_in_its_first_checkpoint_starts_again_or_resumes() {
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
+        trained(options(folder.path()), &whole);
+        let copy = |files: &[&str]| {
+            let _ = std::fs::remove_dir_all(&run);
+            std::fs::create_dir(&run).unwrap();
+            files.iter().for_each(|file| drop(std::fs::copy(whole.join(file), run.join(file)).unwrap()));
+        };
+        let model = || std::fs::read(run.join(TENSORS_FILE)).unwrap();
+        copy(&[OPTIONS_FILE, CONFIG_FILE, TOKENIZER_FILE, LOSS_FILE]);
+        trained(options(folder.path()), &run);
+        assert_eq!(model(), std::fs::read(whole.join(TENSORS_FILE)).unwrap());
+        copy(&[OPTIONS_FILE, CONFIG_FILE, TOKENIZER_FILE, LOSS_FILE, checkpoint::STATE_FILE]);
+        resume(&run, None).unwrap().run(&never(), &mut |_| {}).unwrap();
+        assert_eq!(model(), std::fs::read(whole.join(TENSORS_FILE)).unwrap());
+        copy(&[CONFIG_FILE]);
+        let refusal = message(start(options(folder.path()), &run));
+        assert!(refusal.contains("run: a model is here already"), "not of a run: {refusal}");
     }
 
     /// A tokenizer that begins every sequence with `!`, its token 0, which the text does not contain.
