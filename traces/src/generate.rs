@@ -10,6 +10,7 @@ use serde_yaml::with::singleton_map_recursive;
 
 use crate::error::{Result, TraceError};
 use crate::request::{Request, RequestTrace};
+use crate::request_file::ReadOptions;
 use crate::units::Nanos;
 
 /// When requests arrive. The first arrives at time 0.
@@ -113,6 +114,14 @@ impl Generate {
     /// # Errors
     /// If a parameter is out of range, or the trace of lengths cannot be read.
     pub fn requests(&self, base_dir: &Path) -> Result<Generated> {
+        self.requests_with(base_dir, &ReadOptions::default())
+    }
+
+    /// As [`Self::requests`], with options for the trace of lengths.
+    ///
+    /// # Errors
+    /// As [`Self::requests`].
+    pub fn requests_with(&self, base_dir: &Path, options: &ReadOptions<'_>) -> Result<Generated> {
         if self.count == 0 {
             return Err(TraceError::spec("count", 0, "at least 1"));
         }
@@ -125,21 +134,21 @@ impl Generate {
             ids: 0..self.count,
             arrival_s: 0.0,
             gaps: Gaps::new(self.arrivals)?,
-            lengths: self.lengths(base_dir, &mut warnings)?,
+            lengths: self.lengths(base_dir, options, &mut warnings)?,
             arrival_rng: Xoshiro256PlusPlus::from_rng(&mut seeds),
             length_rng: Xoshiro256PlusPlus::from_rng(&mut seeds),
             warnings,
         })
     }
 
-    fn lengths(&self, base_dir: &Path, warnings: &mut Vec<String>) -> Result<Lengths> {
+    fn lengths(&self, base_dir: &Path, options: &ReadOptions<'_>, warnings: &mut Vec<String>) -> Result<Lengths> {
         match (self.prompt_tokens, self.output_tokens, &self.lengths_from) {
             (Some(prompt), Some(output), None) => Ok(Lengths::Separate {
                 prompt: TokenCount::new("prompt_tokens", prompt)?,
                 output: TokenCount::new("output_tokens", output)?,
             }),
             (None, None, Some(file)) => {
-                let (lengths, found) = RequestTrace::read_lengths(&base_dir.join(file))?;
+                let (lengths, found) = RequestTrace::read_lengths(&base_dir.join(file), options)?;
                 warnings.extend(found);
                 Ok(Lengths::Pairs(lengths))
             }

@@ -70,10 +70,12 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod closed_loop;
 pub mod error;
 pub mod exit_file;
 mod exit_parquet;
 pub mod exit_trace;
+mod formats;
 pub mod generate;
 pub mod hash;
 pub mod input;
@@ -84,13 +86,15 @@ pub mod pass_work;
 pub mod profile;
 pub mod request;
 pub mod request_file;
-mod request_json;
 pub mod request_spec;
+pub mod sessions;
 mod shared_file;
+pub mod statistics;
 pub mod table;
 pub mod unfinished;
 pub mod units;
 
+pub use closed_loop::{ClosedLoop, ThinkTime, Users};
 pub use error::TraceError;
 pub use exit_file::{ExitTable, ExitTraceWriter};
 pub use exit_parquet::catching_damage;
@@ -104,7 +108,9 @@ pub use pass_log::{DepthRows, LoggedPass, PassLog, PassLogMeta, PassOrigin, Pass
 pub use pass_work::{ChunkWork, PassBefore, PassWork};
 pub use profile::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, check_same_model};
 pub use request::{PrefixHashes, Request, RequestTrace};
-pub use request_file::{ReadOptions, RequestFormat, TimeUnit, ZeroTokens};
-pub use request_spec::RequestSpec;
+pub use request_file::{CountTokens, ReadOptions, RequestFormat, TimeUnit, ZeroTokens};
+pub use request_spec::{OpenTokenizer, RequestSpec, SessionUse};
+pub use sessions::{Link, Sessions};
 pub use shared_file::SharedFile;
+pub use statistics::{LengthStatistics, TraceStatistics};
 pub use units::{Nanos, unix_micros};

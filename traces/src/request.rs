@@ -1,6 +1,8 @@
 //! Request traces: arrival, prompt length and output length of each request.
 
 use crate::error::{Result, TraceError};
+use crate::hash::mix;
+use crate::sessions::{Link, Sessions};
 use crate::units::Nanos;
 
 /// One request of a trace.
@@ -37,27 +39,43 @@ pub struct RequestTrace {
     pub requests: Vec<Request>,
     /// Which prompts have common prefixes, where the file contains that.
     pub prefix_hashes: Option<PrefixHashes>,
+    /// Which requests belong together and wait for each other's answers, where the file contains that.
+    pub sessions: Option<Sessions>,
     /// Omissions and assumptions of the reader: one sentence each.
     pub warnings: Vec<String>,
 }
 
 impl RequestTrace {
-    /// A trace of requests in order of arrival, without prefix hashes.
+    /// A trace of requests in order of arrival, without prefix hashes and sessions.
     pub fn new(name: impl Into<String>, requests: Vec<Request>) -> Self {
-        Self { name: name.into(), requests, prefix_hashes: None, warnings: Vec::new() }
+        Self { name: name.into(), requests, prefix_hashes: None, sessions: None, warnings: Vec::new() }
     }
 
-    /// Sorts requests by arrival (requests that arrive together keep their order) and numbers them. Arrivals that are
-    /// dates, as times since 1970, are shifted so that the first is 0.
+    /// A trace of requests in any order; see [`Self::sorted`]. Arrivals that are dates, as times since 1970, are shifted
+    /// so that the first is 0.
     pub(crate) fn from_unsorted(name: String, requests: Vec<Request>, prefix_hashes: Option<PrefixHashes>) -> Self {
-        let mut order: Vec<usize> = (0..requests.len()).collect();
-        order.sort_by_key(|&index| requests[index].arrival);
-        let mut trace = Self { prefix_hashes, ..Self::new(name, requests) }.select(order);
-        let first = trace.first_arrival();
-        if first >= YEAR_2000 {
-            trace.requests.iter_mut().for_each(|request| request.arrival = request.arrival - first);
-        }
-        trace
+        Self { prefix_hashes, ..Self::new(name, requests) }.settled()
+    }
+
+    /// Sorts requests by arrival, and lets dates count from the first of them.
+    pub(crate) fn settled(self) -> Self {
+        let trace = self.sorted();
+        let is_date = trace.first_arrival() >= YEAR_2000;
+        if is_date { trace.counted_from_first() } else { trace }
+    }
+
+    /// Sorts requests by arrival (requests that arrive together keep their order) and numbers them.
+    pub(crate) fn sorted(self) -> Self {
+        let mut order: Vec<usize> = (0..self.requests.len()).collect();
+        order.sort_by_key(|&index| self.requests[index].arrival);
+        self.select(order)
+    }
+
+    /// Shifts arrivals so that the first is 0.
+    pub(crate) fn counted_from_first(mut self) -> Self {
+        let first = self.first_arrival();
+        self.requests.iter_mut().for_each(|request| request.arrival = request.arrival - first);
+        self
     }
 
     /// Arrival of the first request, from which the times of windows count.
@@ -71,10 +89,64 @@ impl RequestTrace {
         self.requests = (0..).zip(moved).map(|(id, request)| Request { id, ..request }).collect();
         self.prefix_hashes = self.prefix_hashes.map(|hashes| {
             let mut selected = PrefixHashes::new(hashes.block_tokens);
-            places.into_iter().for_each(|place| selected.push(hashes.of(place as u32).iter().copied()));
+            places.clone().into_iter().for_each(|place| selected.push(hashes.of(place as u32).iter().copied()));
             selected
         });
+        self.sessions = self.sessions.map(|sessions| sessions.select(places));
         self
+    }
+
+    /// Puts requests whose arrival is not known at the earliest time possible, and sorts all anew.
+    fn at_earliest(mut self) -> Self {
+        let Some(sessions) = self.sessions.as_ref().filter(|sessions| !sessions.is_timed()) else { return self };
+        let mut latest = vec![Nanos::ZERO; sessions.count()];
+        for (request, &Link { session, think, is_timed }) in self.requests.iter_mut().zip(sessions.links()) {
+            let Some(session) = session else { continue };
+            if let Some(think) = think.filter(|_| !is_timed) {
+                request.arrival = (latest[session as usize] + think).min(Request::MAX_ARRIVAL);
+            }
+            latest[session as usize] = request.arrival;
+        }
+        self.sorted()
+    }
+
+    /// All requests of several traces by arrival, each counted from its own time 0. Hashes of different traces are
+    /// different, and so are sessions.
+    ///
+    /// # Errors
+    /// If some traces have prefix hashes and others have none, or blocks of another size.
+    pub fn merge(name: impl Into<String>, traces: Vec<Self>) -> Result<Self> {
+        let blocks: Vec<Option<u32>> =
+            traces.iter().map(|trace| trace.prefix_hashes.as_ref().map(|hashes| hashes.block_tokens)).collect();
+        if let Some(other) = blocks.iter().position(|tokens| *tokens != blocks[0]) {
+            let describe = |place: usize| match blocks[place] {
+                Some(tokens) => format!("{} with prefix hashes of blocks of {tokens} tokens", traces[place].name),
+                None => format!("{} without prefix hashes", traces[place].name),
+            };
+            let found = format!("{} and {}", describe(0), describe(other));
+            return Err(TraceError::spec("merge", found, "prefix hashes of one block size in all traces, or in none"));
+        }
+        let has_sessions = traces.iter().any(|trace| trace.sessions.is_some());
+        let is_one = traces.len() == 1;
+        let mut merged = Self::new(name, Vec::new());
+        let mut hashes = blocks.first().copied().flatten().map(PrefixHashes::new);
+        let (mut links, mut first_session) = (Vec::new(), 0);
+        for (number, trace) in traces.into_iter().enumerate() {
+            let own = |hash: u64| if is_one { hash } else { mix(hash ^ mix(number as u64)) };
+            for request in &trace.requests {
+                if let (Some(hashes), Some(found)) = (&mut hashes, &trace.prefix_hashes) {
+                    hashes.push(found.of(request.id).iter().map(|&hash| own(hash)));
+                }
+                let link = trace.sessions.as_ref().map_or(Link::ALONE, |sessions| sessions.of(request.id));
+                links.push(Link { session: link.session.map(|session| session + first_session), ..link });
+            }
+            first_session += trace.sessions.as_ref().map_or(0, Sessions::count) as u32;
+            merged.requests.extend(trace.requests);
+            merged.warnings.extend(trace.warnings.into_iter().map(|warning| format!("{}: {warning}", trace.name)));
+        }
+        merged.prefix_hashes = hashes;
+        merged.sessions = has_sessions.then(|| Sessions::new(links));
+        Ok(merged.sorted())
     }
 
     /// The first `count` requests.
@@ -103,7 +175,8 @@ impl RequestTrace {
         (span > Nanos::ZERO).then(|| (self.requests.len() - 1) as f64 / span.as_secs_f64())
     }
 
-    /// Makes requests arrive `factor` times as fast, in the same pattern. The first arrival does not change.
+    /// Makes requests arrive `factor` times as fast, in the same pattern. The first arrival does not change, and think
+    /// times do not either.
     ///
     /// # Errors
     /// If the factor is not a positive number, or so small that arrivals exceed [`Request::MAX_ARRIVAL`].
@@ -137,7 +210,7 @@ impl RequestTrace {
                 .then(|| Nanos(first.0 + since.round() as u64))
                 .filter(|&arrival| arrival <= Request::MAX_ARRIVAL)?;
         }
-        Some(self)
+        Some(self.at_earliest())
     }
 
     /// Cuts prompts and outputs to at most these numbers of tokens; at least 1 remains.

@@ -1,87 +1,76 @@
-//! Files of request traces: five formats published by others, and our own.
+//! Files of request traces: formats published by others, and our own.
 
 use std::fmt;
+use std::io::{self, Write};
 use std::path::Path;
 use std::str::FromStr;
 
-use jiff::{Timestamp, civil, tz::TimeZone};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Result, TraceError, quote};
-use crate::request::{Request, RequestTrace};
-use crate::request_json::{Ids, JsonLines, Keys, Lines, unused_warnings};
-use crate::table::{Owner, Row, Table, write_rows};
+use crate::error::{Result, TraceError};
+use crate::formats::{self, Layout};
+use crate::request::RequestTrace;
+use crate::table::write_whole;
 use crate::units::Nanos;
 
-/// How a file holds requests.
+/// How a file holds requests. `docs/reference/files.md` lists the fields of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RequestFormat {
-    /// Our own CSV: `request,arrival_us,prompt_tokens,output_tokens`.
+    /// Our own CSV: `request,arrival_us,prompt_tokens,output_tokens`, perhaps sessions and prefix hashes.
     Depthwise,
     /// Azure LLM inference traces of 2023 to 2025, CSV: `TIMESTAMP,ContextTokens,GeneratedTokens`. The first arrival
     /// becomes 0.
     Azure,
     /// BurstGPT, CSV: `Timestamp` (seconds), `Request tokens`, `Response tokens`.
     BurstGpt,
+    /// Vidur, CSV: `arrived_at` (seconds), `num_prefill_tokens`, `num_decode_tokens`.
+    Vidur,
+    /// TraceV2 of BLIS (inference-sim), its CSV: `arrival_time_us`, `input_tokens`, `output_tokens`, `prefix_group`.
+    Blis,
+    /// Traces that GuideLLM replays, CSV: `timestamp`, `input_length`, `output_length`.
+    GuidellmTrace,
     /// Qwen's Bailian traces, JSON lines: `chat_id`, `timestamp` (seconds), `input_length`, `output_length`, `hash_ids`
     /// of blocks of 16 tokens.
     Bailian,
     /// Mooncake, JSON lines: `timestamp` (ms), `input_length`, `output_length`, `hash_ids` of blocks of 512 tokens; and
-    /// files of that layout with other blocks or units, or without hashes.
+    /// files of that layout with other blocks or units, without hashes, or with sessions and delays, such as those of
+    /// Dynamo and AIPerf.
     Mooncake,
-    /// Workloads of LLMServingSim, JSON lines: `arrival_time_ns`, `input_toks`, `output_toks`, `input_tok_ids`.
+    /// Workloads of LLMServingSim, JSON lines: `arrival_time_ns`, and `input_toks`, `output_toks`, `input_tok_ids` or
+    /// the `sub_requests` of an agent.
     LlmServingSim,
+    /// Results of AIPerf, JSON lines (`profile_export.jsonl`): `metadata` and `metrics` of each request.
+    AiperfResults,
+    /// Result of `vllm bench serve --save-detailed`, JSON: `input_lens`, `output_lens`, `start_times` (seconds).
+    VllmResults,
+    /// Report of GuideLLM, JSON: `benchmarks` with `requests`.
+    GuidellmResults,
+    /// ShareGPT, JSON: a list of `conversations`, whose texts are counted by a tokenizer.
+    ShareGpt,
 }
 
 impl RequestFormat {
     /// Every format.
-    pub const ALL: [Self; 6] =
-        [Self::Depthwise, Self::Azure, Self::BurstGpt, Self::Bailian, Self::Mooncake, Self::LlmServingSim];
+    pub const ALL: [Self; 13] = [
+        Self::Depthwise,
+        Self::Azure,
+        Self::BurstGpt,
+        Self::Vidur,
+        Self::Blis,
+        Self::GuidellmTrace,
+        Self::Bailian,
+        Self::Mooncake,
+        Self::LlmServingSim,
+        Self::AiperfResults,
+        Self::VllmResults,
+        Self::GuidellmResults,
+        Self::ShareGpt,
+    ];
 
     /// The name in configurations and on the command line.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Depthwise => "depthwise",
-            Self::Azure => "azure",
-            Self::BurstGpt => "burst_gpt",
-            Self::Bailian => "bailian",
-            Self::Mooncake => "mooncake",
-            Self::LlmServingSim => "llm_serving_sim",
-        }
-    }
-
-    /// Columns or keys without which a file is not of this format.
-    fn fields(self) -> &'static [&'static str] {
-        match self {
-            Self::Depthwise => &["request", "arrival_us", "prompt_tokens", "output_tokens"],
-            Self::Azure => &["TIMESTAMP", "ContextTokens", "GeneratedTokens"],
-            Self::BurstGpt => &["Timestamp", "Request tokens", "Response tokens"],
-            Self::Bailian => &["chat_id", "timestamp", "input_length", "output_length"],
-            Self::Mooncake => &["timestamp", "input_length", "output_length"],
-            Self::LlmServingSim => &["arrival_time_ns", "input_toks", "output_toks"],
-        }
-    }
-
-    /// The keys of its lines of JSON; none of a table.
-    fn json(self) -> Option<&'static Keys> {
-        match self {
-            Self::Depthwise | Self::Azure | Self::BurstGpt => None,
-            Self::Bailian => Some(&BAILIAN),
-            Self::Mooncake => Some(&MOONCAKE),
-            Self::LlmServingSim => Some(&LLM_SERVING_SIM),
-        }
-    }
-
-    /// Recognizes a format by the first line of a file: a header, or an object.
-    fn of_first_line(line: &str) -> Option<Self> {
-        let is_json = line.starts_with('{');
-        let has = |field: &str| match is_json {
-            true => line.contains(&format!("\"{field}\"")),
-            false => line.split(',').any(|column| column.trim().trim_matches('"') == field),
-        };
-        let mut formats = Self::ALL.into_iter().filter(|format| format.json().is_some() == is_json);
-        formats.find(|format| format.fields().iter().all(|field| has(field)))
+        Layout::of(self).name
     }
 }
 
@@ -147,7 +136,8 @@ impl TimeUnit {
         }
     }
 
-    fn nanos_of(self, time: f64) -> Option<Nanos> {
+    /// As [`Self::nanos`], of a number with a fraction.
+    pub(crate) fn nanos_of(self, time: f64) -> Option<Nanos> {
         let nanos = (time * self.in_nanos() as f64).round();
         (0.0..=u64::MAX as f64).contains(&nanos).then_some(Nanos(nanos as u64))
     }
@@ -198,42 +188,21 @@ impl fmt::Display for ZeroTokens {
     }
 }
 
-/// Rows of a file that are not requests.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct LeftOut {
-    without_prompt: usize,
-    without_output: usize,
-}
-
-impl LeftOut {
-    /// None if a row has tokens; otherwise, it is counted, or the place of the length that makes the file be refused:
-    /// 0 of the prompt, 1 of the output.
-    pub fn without_tokens(&mut self, prompt: u32, output: u32, zero_tokens: ZeroTokens) -> Option<Option<usize>> {
-        let place = [prompt, output].iter().position(|&tokens| tokens == 0)?;
-        match (zero_tokens, place) {
-            (ZeroTokens::Refuse, _) => return Some(Some(place)),
-            (ZeroTokens::Skip, 0) => self.without_prompt += 1,
-            (ZeroTokens::Skip, _) => self.without_output += 1,
-        }
-        Some(None)
-    }
-
-    /// What to say of them.
-    pub fn warnings(self) -> impl Iterator<Item = String> {
-        let Self { without_prompt, without_output } = self;
-        let counted = [(without_prompt, "prompt"), (without_output, "output")].into_iter().filter(|kind| kind.0 > 0);
-        let counted: Vec<String> = counted.map(|(count, kind)| format!("{count} without {kind} tokens")).collect();
-        let counted = (!counted.is_empty()).then(|| counted.join(" and "));
-        counted.into_iter().map(|rows| format!("requests left out: {rows} (`zero_tokens: refuse` refuses the file)"))
-    }
+/// Counts the tokens of texts, for files that hold texts.
+pub trait CountTokens: fmt::Debug {
+    /// Number of tokens of a text, without tokens at its beginning or end.
+    ///
+    /// # Errors
+    /// Why the text cannot be split into tokens.
+    fn count(&self, text: &str) -> Result<usize, String>;
 }
 
 /// How to read a file of requests.
 #[derive(Clone, Copy, Debug)]
-pub struct ReadOptions {
-    /// The format; none to recognize it by the first line.
+pub struct ReadOptions<'a> {
+    /// The format; none to recognize it by the beginning of the file.
     pub format: Option<RequestFormat>,
-    /// Block size in tokens for the prefix hashes of files that hold token ids; at least 1.
+    /// Block size in tokens for the prefix hashes of files that hold token ids or groups of prefixes; at least 1.
     pub prefix_block_tokens: u32,
     /// Tokens of a block of the hashes in the file, where it does not determine them.
     pub hash_block_tokens: Option<u32>,
@@ -241,23 +210,24 @@ pub struct ReadOptions {
     pub time_unit: Option<TimeUnit>,
     /// What to do with rows without prompt or output tokens.
     pub zero_tokens: ZeroTokens,
+    /// Counts the tokens of files that hold texts.
+    pub tokenizer: Option<&'a dyn CountTokens>,
 }
 
-impl ReadOptions {
+impl ReadOptions<'_> {
     /// Block size of prefix hashes that is not set: that of vLLM's cache.
     pub const DEFAULT_PREFIX_BLOCK_TOKENS: u32 = 16;
 
     /// Whether the options have a meaning for a format.
-    fn check(&self, format: RequestFormat) -> Result<()> {
+    fn check(&self, layout: &Layout) -> Result<()> {
         let other = |key, found: String, of: &str| {
-            let expected = format!("it for a trace {of}; this one is of the format {format}");
+            let expected = format!("it for a trace {of}; this one is of the format {}", layout.name);
             Err(TraceError::spec(key, found, expected))
         };
-        let has_blocks = format.json().is_some_and(|keys| matches!(keys.ids_are, Ids::Blocks(_)));
         match (self.time_unit, self.hash_block_tokens) {
             (_, Some(0)) => Err(TraceError::spec("hash_block_tokens", 0, "at least 1")),
-            (_, Some(tokens)) if !has_blocks => other("hash_block_tokens", tokens.to_string(), "with hash_ids"),
-            (Some(unit), _) if !has_blocks && format != RequestFormat::BurstGpt => {
+            (_, Some(tokens)) if !layout.has_blocks => other("hash_block_tokens", tokens.to_string(), "with hash_ids"),
+            (Some(unit), _) if !layout.has_unit => {
                 other("time_unit", unit.to_string(), "whose times have a unit of the file's own")
             }
             _ => Ok(()),
@@ -265,7 +235,7 @@ impl ReadOptions {
     }
 }
 
-impl Default for ReadOptions {
+impl Default for ReadOptions<'_> {
     fn default() -> Self {
         Self {
             format: None,
@@ -273,35 +243,13 @@ impl Default for ReadOptions {
             hash_block_tokens: None,
             time_unit: None,
             zero_tokens: ZeroTokens::default(),
+            tokenizer: None,
         }
     }
 }
 
-const MOONCAKE: Keys = Keys {
-    time: "timestamp",
-    prompt: "input_length",
-    output: "output_length",
-    ids: "hash_ids",
-    silent: &["request_id", "type"],
-    unit: None,
-    ids_are: Ids::Blocks(512),
-};
-
-const BAILIAN: Keys =
-    Keys { silent: &["chat_id", "turn", "type"], unit: Some(TimeUnit::Seconds), ids_are: Ids::Blocks(16), ..MOONCAKE };
-
-const LLM_SERVING_SIM: Keys = Keys {
-    time: "arrival_time_ns",
-    prompt: "input_toks",
-    output: "output_toks",
-    ids: "input_tok_ids",
-    silent: &["request_id", "output_tok_ids"],
-    unit: Some(TimeUnit::Nanoseconds),
-    ids_are: Ids::Tokens,
-};
-
-/// Columns of tables that change nothing of what is replayed.
-const SILENT_COLUMNS: [&str; 5] = ["Elapsed time", "Model", "Total tokens", "Log Type", "Status"];
+/// Prompt and output tokens of requests.
+pub(crate) type Lengths = Vec<(u32, u32)>;
 
 impl RequestTrace {
     /// Reads a file of any known format.
@@ -312,31 +260,24 @@ impl RequestTrace {
     ///
     /// # Errors
     /// If the file cannot be read, is of no known format, has no request, or a value is missing,
-    /// of another type or out of range (no token, more than [`Request::MAX_TOKENS`], a time that is
-    /// negative or beyond [`Request::MAX_ARRIVAL`]).
+    /// of another type or out of range (no token, more than [`Request::MAX_TOKENS`](crate::Request::MAX_TOKENS), a time that is
+    /// negative or beyond [`Request::MAX_ARRIVAL`](crate::Request::MAX_ARRIVAL)).
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         Self::read_with(path, &ReadOptions::default())
     }
 
-    /// Reads a file with a forced format or another block size of prefix hashes; see [`Self::read`].
+    /// Reads a file with a forced format or other options; see [`Self::read`].
     ///
     /// # Errors
     /// As [`Self::read`].
-    pub fn read_with(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Self> {
+    pub fn read_with(path: impl AsRef<Path>, options: &ReadOptions<'_>) -> Result<Self> {
         let path = path.as_ref();
-        let format = match options.format {
-            Some(format) => format,
-            None => detect(path)?,
+        let layout = match options.format {
+            Some(format) => Layout::of(format),
+            None => formats::detect(path)?,
         };
-        options.check(format)?;
-        let trace = match format {
-            RequestFormat::Depthwise => read_depthwise(path),
-            RequestFormat::Azure => read_azure(path, options),
-            RequestFormat::BurstGpt => read_burst_gpt(path, options),
-            RequestFormat::Bailian => JsonLines::read(path, &BAILIAN, options)?.into_trace(),
-            RequestFormat::Mooncake => JsonLines::read(path, &MOONCAKE, options)?.into_trace(),
-            RequestFormat::LlmServingSim => JsonLines::read(path, &LLM_SERVING_SIM, options)?.into_trace(),
-        }?;
+        options.check(layout)?;
+        let trace = layout.read(path, options)?;
         match trace.requests.is_empty() {
             false => Ok(trace),
             true => Err(no_request(path, &trace.warnings)),
@@ -348,177 +289,38 @@ impl RequestTrace {
     ///
     /// # Errors
     /// As [`Self::read`].
-    pub(crate) fn read_lengths(path: &Path) -> Result<(Lengths, Vec<String>)> {
-        let options = ReadOptions::default();
-        let (lengths, warnings) = match detect(path)?.json() {
-            Some(keys) => JsonLines::read(path, keys, &options)?.into_lengths(),
-            None => {
-                let trace = Self::read(path)?;
-                (trace.requests.iter().map(|of| (of.prompt_tokens, of.output_tokens)).collect(), trace.warnings)
-            }
-        };
+    pub(crate) fn read_lengths(path: &Path, options: &ReadOptions<'_>) -> Result<(Lengths, Vec<String>)> {
+        let (lengths, warnings) = formats::detect(path)?.read_lengths(path, options)?;
         match lengths.is_empty() {
             false => Ok((lengths, warnings)),
             true => Err(no_request(path, &warnings)),
         }
     }
 
-    /// Writes our own CSV, whole or not at all; prefix hashes are not part of it.
+    /// Writes our own CSV, whole or not at all, with sessions and prefix hashes if the trace has them.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
-        let rows = self.requests.iter().map(|request| {
-            let Nanos(nanos) = request.arrival;
-            let arrival_us = format!("{}.{:03}", nanos / 1000, nanos % 1000);
-            (request.id, arrival_us, request.prompt_tokens, request.output_tokens)
-        });
-        write_rows(path.as_ref(), RequestFormat::Depthwise.fields(), rows)
+        let path = path.as_ref();
+        write_whole(path, |out| self.write_to(out))
     }
+
+    /// Writes our own CSV; see [`Self::write`].
+    ///
+    /// # Errors
+    /// If the output does not take it.
+    pub fn write_to(&self, out: &mut dyn Write) -> io::Result<()> {
+        formats::depthwise::write(self, out)
+    }
+
+    /// How every file that [`Self::write`] writes begins.
+    pub const BEGINNING: &'static [u8] = b"request,arrival_us,prompt_tokens,output_tokens";
 }
-
-pub(crate) const TOKENS: &str = "a whole number of tokens from 1 to 1073741824";
-pub(crate) const TIME: &str = "a time from 0 to a century";
-
-/// Prompt and output tokens of requests.
-pub(crate) type Lengths = Vec<(u32, u32)>;
 
 fn no_request(path: &Path, warnings: &[String]) -> TraceError {
     let found = [&["no request".to_owned()], warnings].concat().join("; ");
     TraceError::file(path, found, "at least one with prompt and output tokens")
-}
-
-/// The file's name without its ending, `.csv` or `.csv.gz`.
-pub(crate) fn name_of(path: &Path) -> String {
-    let packed = path.extension().is_some_and(|ending| ending == "gz" || ending == "zst");
-    let name = if packed { path.file_stem().map(Path::new).unwrap_or(path) } else { path };
-    name.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
-}
-
-fn detect(path: &Path) -> Result<RequestFormat> {
-    let mut lines = Lines::open(path)?;
-    let expected = || {
-        let known = RequestFormat::ALL.map(|format| format!("{format} ({})", format.fields().join(",")));
-        format!("the fields of a request trace: {}", known.join(", "))
-    };
-    let Some((line, first)) = lines.next_line()? else {
-        return Err(TraceError::file(path, "an empty file", expected()));
-    };
-    let wrong = |expected| TraceError::Line { path: path.to_owned(), line, found: quote(first), expected };
-    if first.starts_with(b"[") {
-        return Err(wrong("an object in each line, not one list: run `jq -c '.[]'`".to_owned()));
-    }
-    let header = String::from_utf8_lossy(first);
-    if let Some(format) = RequestFormat::of_first_line(&header) {
-        return Ok(format);
-    }
-    let is_separated = |by: char| RequestFormat::of_first_line(&header.replace(by, ",")).is_some();
-    Err(wrong(match [';', '\t', '|'].into_iter().any(is_separated) {
-        true => "columns separated by commas".to_owned(),
-        false => expected(),
-    }))
-}
-
-fn tokens(row: &Row<'_>, column: usize) -> Result<u32> {
-    row.number(column, TOKENS, |tokens| (1..=Request::MAX_TOKENS).contains(tokens))
-}
-
-/// Prompt and output tokens of a row of others; none of one that is left out.
-fn lengths(row: &Row<'_>, options: &ReadOptions, left_out: &mut LeftOut) -> Result<Option<(u32, u32)>> {
-    const LENGTHS: [usize; 2] = [1, 2];
-    let tokens = |text: &str| {
-        // Some programs write whole numbers with a fraction of zero.
-        let whole = text.split_once('.').filter(|(_, zeros)| !zeros.is_empty() && zeros.trim_matches('0').is_empty());
-        let tokens: u32 = whole.map_or(text, |(whole, _)| whole).parse().ok()?;
-        (tokens <= Request::MAX_TOKENS).then_some(tokens)
-    };
-    let [prompt, output] = LENGTHS.map(|column| row.get(column, TOKENS, tokens));
-    let (prompt, output) = (prompt?, output?);
-    match left_out.without_tokens(prompt, output, options.zero_tokens) {
-        None => Ok(Some((prompt, output))),
-        Some(None) => Ok(None),
-        Some(Some(place)) => Err(row.error(LENGTHS[place], TOKENS)),
-    }
-}
-
-/// What is to be said of a table of others.
-fn table_warnings(table: &Table, left_out: LeftOut) -> Vec<String> {
-    let unused = table.unused().iter().map(String::as_str).filter(|column| !SILENT_COLUMNS.contains(column));
-    left_out.warnings().chain(unused_warnings(unused)).collect()
-}
-
-fn read_depthwise(path: &Path) -> Result<RequestTrace> {
-    let mut table = Table::open(path, RequestFormat::Depthwise.fields(), Owner::Us)?;
-    let mut requests: Vec<Request> = Vec::new();
-    while let Some(row) = table.next_row()? {
-        let next = u32::try_from(requests.len()).map_err(|_| row.error(0, "fewer requests"))?;
-        let id = row.get(0, "", |text| text.parse().ok().filter(|&id: &u32| id == next));
-        let id = id.map_err(|_| row.error(0, format!("{next}: requests are counted from 0")))?;
-        let arrival = row.get(1, "microseconds from 0 to a century, such as 12.345", parse_micros)?;
-        if requests.last().is_some_and(|last| arrival < last.arrival) {
-            return Err(row.error(1, "an arrival no earlier than the one before it"));
-        }
-        requests.push(Request { id, arrival, prompt_tokens: tokens(&row, 2)?, output_tokens: tokens(&row, 3)? });
-    }
-    Ok(RequestTrace::new(name_of(path), requests))
-}
-
-/// Decimal microseconds to nanoseconds without a detour over floats, so that what was written is read.
-fn parse_micros(text: &str) -> Option<Nanos> {
-    let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
-    if !digits(whole) || !digits(fraction) {
-        return None;
-    }
-    let thousandths: u64 = format!("{fraction:0<3}")[..3].parse().ok()?;
-    let nanos = whole.parse::<u64>().ok()?.checked_mul(1000)?.checked_add(thousandths)?;
-    Some(Nanos(nanos)).filter(|&arrival| arrival <= Request::MAX_ARRIVAL)
-}
-
-fn read_azure(path: &Path, options: &ReadOptions) -> Result<RequestTrace> {
-    let mut table = Table::open(path, RequestFormat::Azure.fields(), Owner::Others)?;
-    let mut times: Vec<i128> = Vec::new();
-    let (mut requests, mut left_out) = (Vec::new(), LeftOut::default());
-    while let Some(row) = table.next_row()? {
-        let time = row.get(0, "a date and time such as `2023-11-16 18:17:03.9799600`", parse_date)?;
-        let Some((prompt_tokens, output_tokens)) = lengths(&row, options, &mut left_out)? else { continue };
-        times.push(time);
-        requests.push(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens, output_tokens });
-    }
-    let first = times.iter().copied().min().unwrap_or(0);
-    let last = times.iter().copied().max().unwrap_or(0);
-    if last - first > i128::from(Request::MAX_ARRIVAL.0) {
-        return Err(TraceError::file(path, "arrivals more than a century apart", TIME));
-    }
-    for (request, time) in requests.iter_mut().zip(&times) {
-        request.arrival = Nanos((time - first) as u64);
-    }
-    let warnings = table_warnings(&table, left_out);
-    Ok(RequestTrace { warnings, ..RequestTrace::from_unsorted(name_of(path), requests, None) })
-}
-
-/// Nanoseconds since 1970; a time without an offset from UTC is taken as UTC.
-fn parse_date(text: &str) -> Option<i128> {
-    let utc = |date: civil::DateTime| date.to_zoned(TimeZone::UTC).ok().map(|zoned| zoned.timestamp());
-    let timestamp = text.parse::<Timestamp>().ok().or_else(|| text.parse().ok().and_then(utc))?;
-    Some(timestamp.as_nanosecond())
-}
-
-fn read_burst_gpt(path: &Path, options: &ReadOptions) -> Result<RequestTrace> {
-    let unit = options.time_unit.unwrap_or(TimeUnit::Seconds);
-    let time = |text: &str| {
-        let arrival = unit.nanos_of(text.parse().ok()?);
-        arrival.filter(|&arrival| arrival <= Request::MAX_ARRIVAL)
-    };
-    let mut table = Table::open(path, RequestFormat::BurstGpt.fields(), Owner::Others)?;
-    let (mut requests, mut left_out) = (Vec::new(), LeftOut::default());
-    while let Some(row) = table.next_row()? {
-        let arrival = row.get(0, TIME, time)?;
-        let Some((prompt_tokens, output_tokens)) = lengths(&row, options, &mut left_out)? else { continue };
-        requests.push(Request { id: 0, arrival, prompt_tokens, output_tokens });
-    }
-    let warnings = table_warnings(&table, left_out);
-    Ok(RequestTrace { warnings, ..RequestTrace::from_unsorted(name_of(path), requests, None) })
 }
 
 #[cfg(test)]
@@ -526,8 +328,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::request::Request;
 
-    fn read_with(contents: &str, options: &ReadOptions) -> Result<RequestTrace> {
+    fn read_with(contents: &str, options: &ReadOptions<'_>) -> Result<RequestTrace> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.any");
         std::fs::write(&path, contents).unwrap();
@@ -559,13 +362,8 @@ mod tests {
         assert_eq!(rows(&read(AZURE).unwrap()), [(0, 4808, 10), (52_000_000, 3180, 8), (1_052_000_500, 110, 27)]);
         let burst = read(BURST_GPT).unwrap();
         assert_eq!(rows(&burst), [(5_000_000_000, 472, 18), (118_000_000_000, 417, 276)]);
-        assert_eq!(
-            burst.warnings,
-            [
-                "requests left out: 1 without output tokens (`zero_tokens: refuse` refuses the file)",
-                "sessions and delays are not replayed (`Session ID`): each request arrives at its own time",
-            ]
-        );
+        let left_out = "requests left out: 1 without output tokens (`zero_tokens: refuse` refuses the file)";
+        assert_eq!(burst.warnings, [left_out]);
         assert_eq!(rows(&read(MOONCAKE).unwrap()), [(0, 1100, 5), (3_500_000_000, 1024, 9)]);
         assert_eq!(rows(&read(SERVING_SIM).unwrap()), [(1_500_000, 5, 7), (2_500_000, 4, 3)]);
         assert_eq!(rows(&read(OURS).unwrap()), [(500, 10, 1), (1_000_000, 20, 2)]);
@@ -651,8 +449,8 @@ mod tests {
                 "trace.any:1: found `TIMESTAMP;ContextTokens;GeneratedTokens`, expected columns separated by commas",
             ),
             (
-                "timestamp,input_length,output_length\n0,10,5\n".into(),
-                "expected the fields of a request trace: depthwise",
+                "time,input_length,output_length\n0,10,5\n".into(),
+                "expected the fields of a request trace: depthwise (request,arrival_us,prompt_tokens,output_tokens), azure",
             ),
             (
                 "{\"TIMESTAMP\": 1, \"ContextTokens\": 1, \"GeneratedTokens\": 1}\n".into(),
@@ -734,8 +532,9 @@ mod tests {
         let hashes = trace.prefix_hashes.unwrap();
         assert_eq!(hashes.block_tokens, 16);
         assert_eq!([hashes.of(0), hashes.of(1), hashes.of(2)], [&[][..], &[5, 8], &[21]]);
-        let warning = "sessions and delays are not replayed (`parent_chat_id`): each request arrives at its own time";
-        assert_eq!(trace.warnings, [warning]);
+        assert!(trace.warnings.is_empty());
+        let sessions = trace.sessions.unwrap();
+        assert_eq!(sessions.links().iter().map(|link| link.session).collect::<Vec<_>>(), [Some(0), Some(0), Some(1)]);
         let bare = read(&without("hash_ids", BAILIAN)).unwrap();
         assert_eq!((rows(&bare), bare.prefix_hashes), (BAILIAN_ROWS.to_vec(), None));
     }
@@ -887,15 +686,14 @@ mod tests {
             )
         };
         let contents = line(0, "")
-            + &line(1, ", \"session_id\": \"a\", \"delay\": 500, \"priority\": 2")
+            + &line(1, ", \"user_id\": \"a\", \"think_time\": 500, \"priority\": 2")
             + &line(2, ", \"priority\": 1");
         let sessions =
-            "sessions and delays are not replayed (`delay`, `session_id`): each request arrives at its own time";
+            "sessions and delays are not replayed (`think_time`, `user_id`): each request arrives at its own time";
         assert_eq!(read(&contents).unwrap().warnings, [sessions, "not used: `priority`"]);
         let follows = line(0, "") + &line(1, ", \"delay\": 500").replace("\"timestamp\": 1, ", "");
         let error = read(&follows).unwrap_err().to_string();
-        let message =
-            "trace.any:2: the object: missing field `timestamp`: a request that follows another one after `delay`";
+        let message = "trace.any:2: the object: missing field `timestamp`: a request that is sent so long after another one (`delay`) needs a `session_id`";
         assert!(error.contains(message), "{error}");
     }
 
@@ -932,12 +730,12 @@ mod tests {
         let path = folder.path().join("trace");
         for contents in [without("hash_ids", MOONCAKE), MOONCAKE.replace("3500", "3500.5"), AZURE.to_owned()] {
             std::fs::write(&path, &contents).unwrap();
-            let (lengths, warnings) = RequestTrace::read_lengths(&path).unwrap();
+            let (lengths, warnings) = RequestTrace::read_lengths(&path, &ReadOptions::default()).unwrap();
             assert!(lengths == [(1100, 5), (1024, 9)] || lengths == [(4808, 10), (3180, 8), (110, 27)], "{lengths:?}");
             assert!(warnings.is_empty());
         }
         std::fs::write(&path, MOONCAKE.replace("1024", "0")).unwrap();
-        assert_eq!(RequestTrace::read_lengths(&path).unwrap().1.len(), 1);
+        assert_eq!(RequestTrace::read_lengths(&path, &ReadOptions::default()).unwrap().1.len(), 1);
     }
 
     proptest! {

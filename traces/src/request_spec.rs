@@ -1,14 +1,53 @@
 //! The `requests` part of an experiment's configuration: a file or a random process, and what is done to it.
 
+use std::fmt;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::closed_loop::{ClosedLoop, ThinkTime, Users};
 use crate::error::{Result, TraceError};
-use crate::generate::Generate;
+use crate::generate::{Arrivals, Generate};
 use crate::request::{Request, RequestTrace};
-use crate::request_file::{ReadOptions, RequestFormat, TimeUnit, ZeroTokens};
+use crate::request_file::{CountTokens, ReadOptions, RequestFormat, TimeUnit, ZeroTokens};
 use crate::units::Nanos;
+
+/// What to do with the sessions of a trace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SessionUse {
+    /// A request that follows another one is sent when the other has been answered.
+    #[default]
+    Follow,
+    /// Every request is sent at its own arrival.
+    Ignore,
+}
+
+impl fmt::Display for SessionUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Follow => "follow",
+            Self::Ignore => "ignore",
+        })
+    }
+}
+
+impl FromStr for SessionUse {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "follow" => Ok(Self::Follow),
+            "ignore" => Ok(Self::Ignore),
+            _ => Err(format!("`{name}`: expected follow or ignore")),
+        }
+    }
+}
+
+/// Opens the tokenizer of a file.
+pub type OpenTokenizer<'a> = &'a dyn Fn(&Path) -> Result<Box<dyn CountTokens>, String>;
 
 /// Where requests come from: exactly one of `file` and `generate`.
 ///
@@ -56,6 +95,19 @@ pub struct RequestSpec {
     /// What to do with rows of the file without prompt or output tokens: `skip`, the default, or `refuse`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zero_tokens: Option<ZeroTokens>,
+    /// Tokenizer that counts the tokens of a file with texts, a `tokenizer.json`; relative to the same folder as `file`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
+    /// What to do with the sessions of the file: `follow`, the default, or `ignore`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sessions: Option<SessionUse>,
+    /// A closed loop of so many users, who each send the next request or session when the last one has been answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub users: Option<NonZeroU32>,
+    /// Time of a user from an answer to the next request, where the file does not say it: seconds, or
+    /// `exponential:MEAN_SECONDS`. 0 if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub think_time_s: Option<ThinkTime>,
     /// Only requests that arrive from the first of these seconds after the first arrival, which is then time 0, until
     /// just before the second.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -87,14 +139,23 @@ impl RequestSpec {
     /// # Errors
     /// If keys contradict each other or are out of range, the file does not read, or no request is left.
     pub fn load(&self, base_dir: &Path) -> Result<RequestTrace> {
+        self.load_with(base_dir, &|_| Err("this program has no tokenizers".to_owned()))
+    }
+
+    /// As [`Self::load`], with tokenizers for files with texts.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and if the tokenizer cannot be opened.
+    pub fn load_with(&self, base_dir: &Path, open: OpenTokenizer<'_>) -> Result<RequestTrace> {
+        let tokenizer = self.open_tokenizer(base_dir, open)?;
         match self.source()? {
-            Source::File(file) => self.load_file(&base_dir.join(file)),
+            Source::File(file) => self.load_file(&base_dir.join(file), tokenizer.as_deref()),
             Source::Generate(generate) => {
                 let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
                 if generate.count > Self::MOST_HELD {
                     return Err(TraceError::spec("count", generate.count, format!("at most {}", Self::MOST_HELD)));
                 }
-                let requests = generate.requests(base_dir)?;
+                let requests = generate.requests_with(base_dir, &self.read_options(tokenizer.as_deref()))?;
                 let warnings = requests.warnings().to_vec();
                 let trace = RequestTrace { warnings, ..RequestTrace::new("generated", requests.collect()) };
                 Ok(trace.clip_lengths(max_prompt_tokens, max_output_tokens))
@@ -109,12 +170,87 @@ impl RequestSpec {
     pub fn stream(&self, base_dir: &Path) -> Result<Box<dyn Iterator<Item = Request> + Send>> {
         let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
         match self.source()? {
-            Source::File(file) => Ok(Box::new(self.load_file(&base_dir.join(file))?.requests.into_iter())),
+            Source::File(_) => Ok(Box::new(self.load(base_dir)?.requests.into_iter())),
             Source::Generate(generate) => Ok(Box::new(generate.requests(base_dir)?.map(move |request| Request {
                 prompt_tokens: request.prompt_tokens.min(max_prompt_tokens),
                 output_tokens: request.output_tokens.min(max_output_tokens),
                 ..request
             }))),
+        }
+    }
+
+    /// Which of the requests are sent when others have been answered; `None` if each is sent at its arrival. Think times
+    /// are drawn with `seed`.
+    ///
+    /// # Errors
+    /// If keys contradict each other, or the trace does not say when its sessions begin.
+    pub fn closed_loop(&self, trace: &RequestTrace, seed: u64) -> Result<Option<ClosedLoop>> {
+        let sessions = trace.sessions.as_ref();
+        let is_ignored = self.sessions == Some(SessionUse::Ignore);
+        if is_ignored && sessions.is_none() {
+            return Err(TraceError::spec(
+                "sessions",
+                "ignore",
+                format!("it for a trace with sessions; {} has none", trace.name),
+            ));
+        }
+        match self.users {
+            None if self.think_time_s.is_some() => {
+                Err(TraceError::spec("think_time_s", "it without `users`", "both, or neither"))
+            }
+            None if is_ignored => match sessions.filter(|sessions| !sessions.is_timed()) {
+                None => Ok(None),
+                Some(sessions) => {
+                    let count = sessions.links().iter().filter(|link| !link.is_timed).count();
+                    let found = format!("ignore, and {count} requests of {} without an arrival time", trace.name);
+                    Err(TraceError::spec("sessions", found, "follow, or a trace with the arrival of each request"))
+                }
+            },
+            None => match sessions.filter(|sessions| sessions.num_following() > 0 || !sessions.is_timed()) {
+                None => Ok(None),
+                Some(sessions) => ClosedLoop::of_sessions(&trace.name, sessions.clone()).map(Some),
+            },
+            Some(number) => {
+                self.check_users()?;
+                let users = Users { number, think: self.think_time_s.unwrap_or(ThinkTime::NONE), seed };
+                let sessions = sessions.filter(|_| !is_ignored).cloned().map(Arc::new);
+                Ok(Some(ClosedLoop { users: Some(users), sessions }))
+            }
+        }
+    }
+
+    /// Whether nothing beside `users` says when requests arrive.
+    fn check_users(&self) -> Result<()> {
+        let is_at_once = |generate: &Generate| generate.arrivals == Arrivals::AllAtOnce;
+        let other = [
+            ("rate_factor", self.rate_factor.is_some()),
+            ("rate_per_s", self.rate_per_s.is_some()),
+            ("generate.arrivals", !self.generate.as_ref().is_none_or(is_at_once)),
+        ];
+        match other.into_iter().find(|(_, is_given)| *is_given) {
+            None => Ok(()),
+            Some((key, _)) => Err(TraceError::spec(
+                "users",
+                format!("it beside `{key}`"),
+                "one of the two: users send requests when they have answers (`arrivals: all_at_once`)",
+            )),
+        }
+    }
+
+    fn open_tokenizer(&self, base_dir: &Path, open: OpenTokenizer<'_>) -> Result<Option<Box<dyn CountTokens>>> {
+        let Some(file) = &self.tokenizer else { return Ok(None) };
+        let opened = open(&base_dir.join(file));
+        opened.map(Some).map_err(|error| TraceError::spec("tokenizer", error, "a tokenizer.json"))
+    }
+
+    fn read_options<'a>(&self, tokenizer: Option<&'a dyn CountTokens>) -> ReadOptions<'a> {
+        ReadOptions {
+            format: self.format,
+            prefix_block_tokens: self.prefix_block_tokens.unwrap_or(ReadOptions::DEFAULT_PREFIX_BLOCK_TOKENS),
+            hash_block_tokens: self.hash_block_tokens,
+            time_unit: self.time_unit,
+            zero_tokens: self.zero_tokens.unwrap_or_default(),
+            tokenizer,
         }
     }
 
@@ -143,6 +279,7 @@ impl RequestSpec {
             ("hash_block_tokens", self.hash_block_tokens.is_some(), none),
             ("time_unit", self.time_unit.is_some(), none),
             ("zero_tokens", self.zero_tokens.is_some(), none),
+            ("sessions", self.sessions.is_some(), none),
             ("window_s", self.window_s.is_some(), count),
             ("first", self.first.is_some(), count),
             ("rate_factor", self.rate_factor.is_some(), rate),
@@ -160,22 +297,13 @@ impl RequestSpec {
         Ok((prompt, limit("max_output_tokens", self.max_output_tokens)?))
     }
 
-    fn load_file(&self, path: &Path) -> Result<RequestTrace> {
-        let prefix_block_tokens = self.prefix_block_tokens.unwrap_or(ReadOptions::DEFAULT_PREFIX_BLOCK_TOKENS);
-        if prefix_block_tokens == 0 {
+    fn load_file(&self, path: &Path, tokenizer: Option<&dyn CountTokens>) -> Result<RequestTrace> {
+        let options = self.read_options(tokenizer);
+        if options.prefix_block_tokens == 0 {
             return Err(TraceError::spec("prefix_block_tokens", 0, "at least 1"));
         }
         let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
-        let mut trace = RequestTrace::read_with(
-            path,
-            &ReadOptions {
-                format: self.format,
-                prefix_block_tokens,
-                hash_block_tokens: self.hash_block_tokens,
-                time_unit: self.time_unit,
-                zero_tokens: self.zero_tokens.unwrap_or_default(),
-            },
-        )?;
+        let mut trace = RequestTrace::read_with(path, &options)?;
         if let Some((from, to)) = self.window_s {
             if !(from >= 0.0 && to > from) {
                 return Err(TraceError::spec("window_s", format!("[{from}, {to}]"), "[from, to] with 0 <= from < to"));

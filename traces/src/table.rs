@@ -80,6 +80,29 @@ impl Table {
         }
     }
 
+    /// The index of a column that a file of others may have; `None` if it has none of that name.
+    ///
+    /// # Errors
+    /// If the header has the column twice.
+    pub fn find(&mut self, name: &'static str) -> Result<Option<usize>> {
+        let header = self.reader.byte_headers().map_err(|error| from_csv(&self.path, error))?;
+        let mut places = (0..header.len()).filter(|&place| header[place].trim_ascii() == name.as_bytes());
+        let Some(place) = places.next() else { return Ok(None) };
+        if places.next().is_some() {
+            let (path, found) = (self.path.clone(), format!("column `{name}` twice"));
+            return Err(TraceError::Line { path, line: 1, found, expected: "it once".to_owned() });
+        }
+        self.unused.retain(|unused| unused != name);
+        self.columns.push(name);
+        self.places.push(place);
+        Ok(Some(self.columns.len() - 1))
+    }
+
+    /// Whether a file of others has a column of a name, read or not.
+    pub fn has_column(&self, name: &str) -> bool {
+        self.columns.contains(&name) || self.unused.iter().any(|unused| unused == name)
+    }
+
     /// Names of the file's columns that nothing is read from.
     pub fn unused(&self) -> &[String] {
         &self.unused
@@ -126,6 +149,15 @@ impl Row<'_> {
     pub fn get<T>(&self, column: usize, expected: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
         let text = std::str::from_utf8(self.bytes(column)).ok();
         text.and_then(|text| parse(text.trim_ascii())).ok_or_else(|| self.error(column, expected))
+    }
+
+    /// The text of a column, without blanks around it.
+    ///
+    /// # Errors
+    /// If it is not UTF-8.
+    pub fn text(&self, column: usize) -> Result<&str> {
+        let text = std::str::from_utf8(self.bytes(column)).map(str::trim_ascii);
+        text.map_err(|_| self.error(column, "UTF-8"))
     }
 
     /// The value of a column, parsed as a number and checked by `valid`.

@@ -11,14 +11,14 @@ use allocations::Allocations;
 use damage::{cases, damage, damaged};
 use proptest::prelude::*;
 use traces::{
-    ChunkWork, Component, DepthRows, ExitTable, ExitTrace, LatencyProfile, LoggedPass, Nanos, PassLog, PassLogMeta,
-    PassOrigin, PassRun, PassWork, Request, RequestSpec, RequestTrace,
+    ChunkWork, Component, CountTokens, DepthRows, ExitTable, ExitTrace, LatencyProfile, LoggedPass, Nanos, PassLog,
+    PassLogMeta, PassOrigin, PassRun, PassWork, ReadOptions, Request, RequestSpec, RequestTrace, TimeUnit, TraceError,
 };
 
 #[global_allocator]
 static ALLOCATIONS: Allocations = Allocations;
 
-const REQUESTS: [&str; 8] = [
+const REQUESTS: [&str; 18] = [
     "request,arrival_us,prompt_tokens,output_tokens\n0,0,10,1\n1,1000.125,20,2\n2,2000,30,3\n",
     "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.0319600,3180,8\n",
     "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n\
@@ -33,7 +33,42 @@ const REQUESTS: [&str; 8] = [
      \"type\": \"text\", \"turn\": 1, \"hash_ids\": [5]}\n{\"chat_id\": 2, \"parent_chat_id\": 1, \"timestamp\": 61.5, \
      \"input_length\": 45, \"output_length\": 20, \"type\": \"text\", \"turn\": 2, \"hash_ids\": [5, 8, 9]}\n",
     "{\"timestamp\": 5, \"input_length\": 64, \"output_length\": 5, \"session_id\": \"a\", \"delay\": 1}\n",
+    "{\"session_id\": \"a\", \"created_time\": 1000, \"input_tokens\": 1024, \"output_tokens\": 10, \"hash_ids\": [1, 2]}\n\
+     {\"session_id\": \"a\", \"delay_ms\": 500, \"input_tokens\": 1200, \"output_tokens\": 30, \"hash_ids\": [1, 2, 4]}\n",
+    "request,arrival_us,prompt_tokens,output_tokens,session,think_time_us,hash_block_tokens,hash_ids\n\
+     0,0.5,10,1,,,4,7 8\n1,1000,20,2,0,,4,7 8 9 10 1\n2,,3,3,0,250.125,4,\n",
+    "arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,374,44\n0.25,396,109\n",
+    "session_id,prefix_group,prefix_length,input_tokens,output_tokens,server_input_tokens,arrival_time_us\n\
+     s,sys,40,10,5,0,0\ns,,0,33,7,48,2000\n",
+    "timestamp,input_length,output_length\n0,512,128\n1.5,256,64\n",
+    "{\"session_id\": \"s\", \"arrival_time_ns\": 20, \"sub_requests\": [{\"input_toks\": 17, \"output_toks\": 2, \
+     \"tool_duration_ns\": 15}, {\"input_toks\": 20, \"output_toks\": 3}]}\n",
+    "{\"metadata\": {\"x_correlation_id\": \"c\", \"turn_index\": 0, \"request_start_ns\": 1760000001000000000, \
+     \"request_end_ns\": 1760000003000000000}, \"metrics\": {\"input_sequence_length\": {\"value\": 55}, \
+     \"output_sequence_length\": {\"value\": 47}}}\n",
+    "{\"input_lens\": [1024, 17], \"output_lens\": [128, 5], \"start_times\": [8123.5, 8124.25], \"request_rate\": \"inf\"}\n",
+    "{\"benchmarks\": [{\"requests\": {\"successful\": [{\"request_start_time\": 1760000010.5, \"prompt_tokens\": 256, \
+     \"output_tokens\": 128}], \"incomplete\": [{}]}}]}\n",
+    "[{\"conversations\": [{\"from\": \"human\", \"value\": \"a b\"}, {\"from\": \"gpt\", \"value\": \"c\"}]}]\n",
 ];
+
+/// A token for each byte.
+#[derive(Debug)]
+struct Bytes;
+
+impl CountTokens for Bytes {
+    fn count(&self, text: &str) -> Result<usize, String> {
+        Ok(text.len())
+    }
+}
+
+/// A file of requests, whatever its unit.
+fn read_requests(path: &Path) -> Result<RequestTrace, TraceError> {
+    let options = ReadOptions { tokenizer: Some(&Bytes), ..ReadOptions::default() };
+    let found = RequestTrace::read_with(path, &options);
+    let in_seconds = ReadOptions { time_unit: Some(TimeUnit::Seconds), ..options };
+    found.or_else(|error| RequestTrace::read_with(path, &in_seconds).map_err(|_| error))
+}
 
 const EXITS_YAML: &str = "schema_version: 1\nmodel: m\nfingerprint: f\nnum_loops: 2\nsource: s\n";
 const EXITS_CSV: &str = "generation,token,depth,prediction,top1,margin,entropy,similarity\n\
@@ -132,7 +167,7 @@ proptest! {
     fn damaged_request_traces(contents in prop::sample::select(&REQUESTS[..]), damages in prop::collection::vec(damage(), 1..4)) {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), "trace", &damaged(contents, &damages));
-        let (trace, allocated) = ALLOCATIONS.largest(|| RequestTrace::read(folder.path().join("trace")));
+        let (trace, allocated) = ALLOCATIONS.largest(|| read_requests(&folder.path().join("trace")));
         prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
         if let Ok(trace) = trace {
             prop_assert!(!trace.requests.is_empty());
@@ -146,6 +181,13 @@ proptest! {
                     prop_assert_eq!(hashes.of(request.id).len() as u32, request.prompt_tokens / hashes.block_tokens);
                 }
             }
+            if let Some(sessions) = &trace.sessions {
+                prop_assert_eq!(sessions.links().len(), trace.requests.len());
+            }
+            // What is read can be written, and reads as the same.
+            let path = folder.path().join("trace.csv");
+            trace.write(&path).unwrap();
+            prop_assert_eq!(RequestTrace::read(path).unwrap().requests, trace.requests);
         }
     }
 
@@ -159,7 +201,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let text = damaged(contents, &in_text);
         write(folder.path(), "trace", &damaged(packed(&text, is_gzip), &in_packed));
-        let (trace, allocated) = ALLOCATIONS.largest(|| RequestTrace::read(folder.path().join("trace")));
+        let (trace, allocated) = ALLOCATIONS.largest(|| read_requests(&folder.path().join("trace")));
         prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
         if let Err(error) = trace {
             let message = error.to_string();
