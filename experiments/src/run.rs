@@ -20,7 +20,7 @@ use crate::serving::Serving;
 use crate::speedup::warn_without_baselines;
 use crate::systems::{OfSystem, simulate_systems};
 use crate::validation::{Comparison, MeanError, TOKEN_AGREEMENT, compare, mean_errors};
-use crate::workload::{Workload, load_requests};
+use crate::workload::{Workload, load_open_loop};
 
 /// What an experiment came to.
 #[derive(Clone, Debug)]
@@ -69,7 +69,7 @@ pub fn run(experiment: &Experiment, base: &Path, target: &Path, reporter: &mut d
             (Report::Measured(loads), drawn)
         }
         None => {
-            let workload = Workload::load(&experiment.requests, base, &experiment.serving, reporter)?;
+            let workload = Workload::load(&experiment.requests, base, &experiment.serving, experiment.seed, reporter)?;
             let (lines, drawn) = simulate_systems(experiment, base, &workload, &folder.path()?, reporter)?;
             (Report::Systems(lines), drawn)
         }
@@ -113,7 +113,7 @@ fn measure_and_simulate(
     folder: &mut ResultsFolder,
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<LoadReport>, Result<()>)> {
-    let mut trace = load_requests(&experiment.requests, base, reporter)?;
+    let mut trace = load_open_loop(&experiment.requests, base, reporter)?;
     let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
     let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
     let engine = NamedEngine::load(&model, spec.loops, spec.weights, spec.device, &prompts, sampling)?;
@@ -160,7 +160,7 @@ fn simulate_load(
     folder: &Path,
     reporter: &mut dyn Reporter,
 ) -> Result<LoadReport> {
-    let workload = Workload { requests: load.requests.clone(), prefixes: None };
+    let workload = Workload::open(load.requests.clone(), None);
     let latency = LatencyModel::new(&measured.profile)?;
     let simulated = simulate_all(settings, &latency, exits, &workload, objectives, reporter)?;
     let runs = || load.runs.iter().chain(&simulated);
@@ -235,7 +235,7 @@ fn simulate_variants(
     results: &Path,
     reporter: &mut dyn Reporter,
 ) -> Result<()> {
-    let (latency, workload) = (LatencyModel::new(&measured.profile)?, Workload { requests, prefixes: None });
+    let (latency, workload) = (LatencyModel::new(&measured.profile)?, Workload::open(requests, None));
     for (file, settings) in [(SWEEP_THRESHOLD, &variants.thresholds), (SWEEP_MAX_BATCH, &variants.max_batch)] {
         if !settings.is_empty() {
             let runs = simulate_all(settings, &latency, exits, &workload, None, reporter)?;

@@ -98,6 +98,10 @@ impl Machines {
             Some(prefixes) => simulation.with_prefixes(prefixes),
             None => simulation,
         };
+        let simulation = match &workload.closed_loop {
+            Some(closed_loop) => simulation.in_closed_loop(closed_loop),
+            None => simulation,
+        };
         Ok(match self.spread {
             Some(seed) => simulation.with_spread(seed),
             None => simulation,

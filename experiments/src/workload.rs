@@ -1,10 +1,11 @@
-//! The requests of a simulation, and which of their prompts begin alike.
+//! The requests of a simulation, which of their prompts begin alike, and which wait for the answers to others.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
-use traces::{PrefixHashes, Request, RequestSpec, RequestTrace};
+use anyhow::{Result, ensure};
+use engine::Tokenizer;
+use traces::{ClosedLoop, CountTokens, PrefixHashes, Request, RequestSpec, RequestTrace};
 
 use crate::reporter::Reporter;
 use crate::serving::Serving;
@@ -16,27 +17,50 @@ pub struct Workload {
     pub requests: Vec<Request>,
     /// Hashes of their prompts; none without prefix caching or where the trace has none.
     pub prefixes: Option<Arc<PrefixHashes>>,
+    /// Which requests are sent when others have been answered; none if each is sent at its arrival.
+    pub closed_loop: Option<ClosedLoop>,
 }
 
 impl Workload {
-    /// Reads or makes requests, hashed for the blocks of `serving` if it caches prefixes.
+    /// Requests that are each sent at their own arrival.
+    pub fn open(requests: Vec<Request>, prefixes: Option<Arc<PrefixHashes>>) -> Self {
+        Self { requests, prefixes, closed_loop: None }
+    }
+
+    /// The same with other random think times.
+    pub fn with_seed(&self, seed: u64) -> Self {
+        let mut other = self.clone();
+        if let Some(users) = other.closed_loop.as_mut().and_then(|closed_loop| closed_loop.users.as_mut()) {
+            users.seed = seed;
+        }
+        other
+    }
+
+    /// Reads or makes requests, hashed for the blocks of `serving` if it caches prefixes. Think times are drawn with
+    /// `seed`.
     ///
     /// # Errors
     /// As [`load_requests`].
-    pub fn load(spec: &RequestSpec, base: &Path, serving: &Serving, reporter: &mut dyn Reporter) -> Result<Self> {
-        if !serving.prefix_caching {
-            return Ok(Self { requests: load_requests(spec, base, reporter)?.requests, prefixes: None });
-        }
-        let of_file = spec.file.is_some().then_some(serving.block_tokens);
+    pub fn load(
+        spec: &RequestSpec,
+        base: &Path,
+        serving: &Serving,
+        seed: u64,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Self> {
+        let of_file = (serving.prefix_caching && spec.file.is_some()).then_some(serving.block_tokens);
         let spec = RequestSpec { prefix_block_tokens: spec.prefix_block_tokens.or(of_file), ..spec.clone() };
-        let RequestTrace { name, requests, prefix_hashes, .. } = load_requests(&spec, base, reporter)?;
-        if prefix_hashes.is_none() {
+        let trace = load_requests(&spec, base, reporter)?;
+        let closed_loop = spec.closed_loop(&trace, seed)?;
+        let RequestTrace { name, requests, prefix_hashes, .. } = trace;
+        if serving.prefix_caching && prefix_hashes.is_none() {
             reporter.warning(&format!(
                 "{name} says nothing of what prompts have in common: with prefix_caching, only preempted requests find \
                  keys and values again"
             ));
         }
-        Ok(Self { requests, prefixes: prefix_hashes.map(Arc::new) })
+        let prefixes = prefix_hashes.filter(|_| serving.prefix_caching).map(Arc::new);
+        Ok(Self { requests, prefixes, closed_loop })
     }
 }
 
@@ -45,9 +69,50 @@ impl Workload {
 /// # Errors
 /// If the file does not read or the specification contradicts itself.
 pub fn load_requests(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporter) -> Result<RequestTrace> {
-    let trace = spec.load(base)?;
+    let trace = spec.load_with(base, &open_tokenizer)?;
     for warning in &trace.warnings {
         reporter.warning(&format!("{}: {warning}", trace.name));
     }
     Ok(trace)
+}
+
+/// Reads or makes requests that are each sent at their own arrival, as the engine serves them.
+///
+/// # Errors
+/// As [`load_requests`], and if there are users, or a request has no arrival of its own.
+pub fn load_open_loop(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporter) -> Result<RequestTrace> {
+    ensure!(spec.users.is_none(), "users: closed loops are simulated only; on the engine, each request has an arrival");
+    let trace = load_requests(spec, base, reporter)?;
+    let Some(sessions) = trace.sessions.as_ref().filter(|sessions| sessions.num_following() > 0) else {
+        return Ok(trace);
+    };
+    ensure!(
+        sessions.is_timed(),
+        "{}: {} requests have no arrival time but follow the answer to another one: closed loops are simulated only",
+        trace.name,
+        sessions.num_following()
+    );
+    reporter.warning(&format!(
+        "{}: sessions are not followed on the engine: each request is sent at its own arrival",
+        trace.name
+    ));
+    Ok(trace)
+}
+
+/// Opens a tokenizer for traces of texts.
+fn open_tokenizer(path: &Path) -> Result<Box<dyn CountTokens>, String> {
+    match Tokenizer::load(path) {
+        Ok(tokenizer) => Ok(Box::new(TextTokens(tokenizer))),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// A tokenizer that counts.
+#[derive(Debug)]
+struct TextTokens(Tokenizer);
+
+impl CountTokens for TextTokens {
+    fn count(&self, text: &str) -> Result<usize, String> {
+        self.0.encode(text).map(|ids| ids.len()).map_err(|error| error.to_string())
+    }
 }

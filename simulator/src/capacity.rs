@@ -51,6 +51,9 @@ pub enum CapacityError {
     /// Requests without a rate, because they all arrive at once.
     #[error("the requests all arrive at once: expected a trace with a rate that can be raised and lowered")]
     NoRate,
+    /// Users who send requests when they have answers.
+    #[error("users send requests when they have answers, at no rate that can be raised: expected requests that arrive")]
+    Users,
     /// Objectives that are met at every rate tried.
     #[error(
         "the objectives are met even at {rate_per_s:.3e} requests per second: expected tighter objectives or a longer trace"
@@ -79,6 +82,9 @@ pub fn capacity(
     mut tried: impl FnMut(f64),
 ) -> Result<Capacity, CapacityError> {
     search.check()?;
+    if simulation.closed_loop().is_some_and(|closed_loop| closed_loop.users.is_some()) {
+        return Err(CapacityError::Users);
+    }
     let own_rate = rate_per_s(requests).ok_or(CapacityError::NoRate)?;
     let mut met_at = |factor: f64| {
         tried(factor * own_rate);

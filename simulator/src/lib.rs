@@ -61,6 +61,7 @@
 pub mod capacity;
 pub mod executor;
 pub mod exits;
+mod load;
 pub mod memory;
 pub mod metrics;
 pub mod objectives;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
 use scheduler::{KvFill, Observer, PrefixUse, ScheduleError, Server, Settings};
-use traces::{LatencyProfile, Nanos, PrefixHashes, Request};
+use traces::{ClosedLoop, LatencyProfile, Nanos, PrefixHashes, Request};
 
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
+use crate::load::{Answered, Arrivals, Closed, Load};
 use crate::memory::ModelMemory;
 use crate::metrics::{Metrics, Source, Summary};
 use crate::pace::Pace;
@@ -99,6 +100,7 @@ pub struct Simulation<'m> {
     spread: Option<u64>,
     prefixes: Option<&'m Arc<PrefixHashes>>,
     pace: Option<&'m Pace>,
+    closed_loop: Option<&'m ClosedLoop>,
 }
 
 impl<'m> Simulation<'m> {
@@ -125,7 +127,16 @@ impl<'m> Simulation<'m> {
         if !exits.answers(settings.exit.signal_read()) {
             return Err(SimulationError::NoGates(settings.exit.to_string()));
         }
-        Ok(Self { settings, latency, exits, routing: Routing::RoundRobin, spread: None, prefixes: None, pace: None })
+        Ok(Self {
+            settings,
+            latency,
+            exits,
+            routing: Routing::RoundRobin,
+            spread: None,
+            prefixes: None,
+            pace: None,
+            closed_loop: None,
+        })
     }
 
     /// Sets the routing rule.
@@ -147,6 +158,17 @@ impl<'m> Simulation<'m> {
     /// receive remain those of the profile.
     pub fn at_pace(self, pace: &'m Pace) -> Self {
         Self { pace: Some(pace), ..self }
+    }
+
+    /// Sends requests when others have been answered. The ids of requests are their places among those of the trace whose
+    /// sessions the loop has; latencies count from when a request is sent.
+    pub fn in_closed_loop(self, closed_loop: &'m ClosedLoop) -> Self {
+        Self { closed_loop: Some(closed_loop), ..self }
+    }
+
+    /// Which requests are sent when others have been answered; `None` if each is sent at its arrival.
+    pub fn closed_loop(&self) -> Option<&'m ClosedLoop> {
+        self.closed_loop
     }
 
     /// The settings of each machine.
@@ -174,7 +196,9 @@ impl<'m> Simulation<'m> {
 
     /// Serves the requests, in order of arrival, on one machine for each observer.
     ///
-    /// Of simultaneous events, arrivals come first, then pass ends by machine, then pass starts.
+    /// Of simultaneous events, arrivals come first, then pass ends by machine, then requests that follow an answer at
+    /// once, then pass starts. In a closed loop without sessions, a request is taken from the iterator when a user is
+    /// free to send it.
     ///
     /// # Errors
     /// At the first request that can never run to its end, is out of order, or is missing from a recorded exit trace.
@@ -183,14 +207,36 @@ impl<'m> Simulation<'m> {
         requests: impl IntoIterator<Item = Request>,
         observers: &mut [O],
     ) -> Result<Outcome, SimulationError> {
+        let Some(closed_loop) = self.closed_loop else {
+            return self.run_load(&mut Arrivals::new(requests), observers, |_, _, _| {});
+        };
+        let mut load = Closed::new(closed_loop, requests);
+        let mut observers: Vec<(&mut O, Answered)> =
+            observers.iter_mut().map(|observer| (observer, Answered::default())).collect();
+        self.run_load(&mut load, &mut observers, |load, now, (_, answered)| {
+            answered.0.drain(..).for_each(|request| load.answered(now, request));
+        })
+    }
+
+    /// Serves a load; `ended` is told of the observer of every machine whose pass has ended.
+    fn run_load<L: Load, O: Observer>(
+        &self,
+        load: &mut L,
+        observers: &mut [O],
+        mut ended: impl FnMut(&mut L, Nanos, &mut O),
+    ) -> Result<Outcome, SimulationError> {
         let mut replicas = Replicas::new(self, observers)?;
         let mut router = Router::new(self.routing);
-        let mut arrivals = Arrivals::new(requests);
-        while let Some(now) = arrivals.next_time().into_iter().chain(replicas.next_end()).min() {
-            while let Some(request) = arrivals.take_until(now)? {
+        let mut submit = |load: &mut L, replicas: &mut Replicas<'_, 'm, O>, now| {
+            while let Some(request) = load.take_until(now)? {
                 replicas.submit(router.route(&request, |index| replicas.load(index), replicas.len()), request)?;
             }
-            replicas.finish_passes(now);
+            Ok::<_, SimulationError>(())
+        };
+        while let Some(now) = load.next_time().into_iter().chain(replicas.next_end()).min() {
+            submit(load, &mut replicas, now)?;
+            replicas.finish_passes(now, |observer| ended(load, now, observer));
+            submit(load, &mut replicas, now)?;
             replicas.start_passes(now)?;
         }
         Ok(replicas.outcome())
@@ -216,33 +262,6 @@ pub fn run_all<O: Observer + Send>(
         })
         .collect();
     runs.into_iter().collect()
-}
-
-/// Requests that have not arrived yet.
-struct Arrivals<I> {
-    requests: I,
-    next: Option<Request>,
-}
-
-impl<I: Iterator<Item = Request>> Arrivals<I> {
-    fn new(requests: impl IntoIterator<IntoIter = I>) -> Self {
-        let mut requests = requests.into_iter();
-        let next = requests.next();
-        Self { requests, next }
-    }
-
-    fn next_time(&self) -> Option<Nanos> {
-        self.next.map(|request| request.arrival)
-    }
-
-    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, SimulationError> {
-        let Some(request) = self.next.filter(|request| request.arrival <= now) else { return Ok(None) };
-        self.next = self.requests.next();
-        match self.next {
-            Some(next) if next.arrival < request.arrival => Err(SimulationError::Unordered { request: next.id }),
-            _ => Ok(Some(request)),
-        }
-    }
 }
 
 /// The machines, and when their passes end.
@@ -296,19 +315,21 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
     }
 
     fn submit(&mut self, index: usize, request: Request) -> Result<(), SimulationError> {
-        if !self.busy[index] && self.load(index) == 0 {
+        if !self.busy[index] && self.load(index) == 0 && !self.startable.contains(&index) {
             self.startable.push(index);
         }
         Ok(self.servers[index].submit(request)?)
     }
 
-    fn finish_passes(&mut self, now: Nanos) {
+    /// Ends the passes that are due, and hands the observer of each to `ended`.
+    fn finish_passes(&mut self, now: Nanos, mut ended: impl FnMut(&mut O)) {
         while let Some(&Reverse((end, index))) = self.ends.peek() {
             if end > now {
                 break;
             }
             self.ends.pop();
             self.servers[index].finish_pass(now, &mut self.observers[index]);
+            ended(&mut self.observers[index]);
             self.busy[index] = false;
             self.startable.push(index);
         }

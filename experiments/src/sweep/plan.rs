@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use latency::{Extrapolations, LatencyModel};
 use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Serialize;
@@ -209,7 +209,7 @@ struct Workloads<'a> {
 
 impl<'a> Workloads<'a> {
     fn new(spec: &'a SweepSpec, base: &'a Path, reporter: &mut dyn Reporter) -> Result<Self> {
-        let read = Workload::load(&spec.requests, base, &spec.serving, reporter)?;
+        let read = Workload::load(&spec.requests, base, &spec.serving, spec.seed, reporter)?;
         Ok(Self { spec, base, file: spec.requests.file.is_some().then_some(read) })
     }
 
@@ -231,11 +231,16 @@ impl<'a> Workloads<'a> {
 
     fn at(&self, point: &Point) -> Result<Cow<'_, Workload>> {
         match (&self.file, point.rate_per_s) {
-            (Some(read), None) => Ok(Cow::Borrowed(read)),
+            (Some(read), None) => Ok(match point.seed {
+                Some(seed) if read.closed_loop.is_some() => Cow::Owned(read.with_seed(seed)),
+                _ => Cow::Borrowed(read),
+            }),
             (Some(read), Some(rate_per_s)) => Ok(Cow::Owned(scaled(read, rate_per_s).context("grid")?)),
             (None, _) => {
-                let requests = load_requests(&self.generated(point)?, self.base, &mut Quiet)?.requests;
-                Ok(Cow::Owned(Workload { requests, prefixes: None }))
+                let (generated, seed) = (self.generated(point)?, point.seed.unwrap_or(self.spec.seed));
+                let trace = load_requests(&generated, self.base, &mut Quiet)?;
+                let closed_loop = generated.closed_loop(&trace, seed)?;
+                Ok(Cow::Owned(Workload { requests: trace.requests, prefixes: None, closed_loop }))
             }
         }
     }
@@ -256,9 +261,11 @@ impl<'a> Workloads<'a> {
 }
 
 /// The same requests at another mean rate.
-fn scaled(Workload { requests, prefixes }: &Workload, rate_per_s: f64) -> Result<Workload> {
-    let trace = RequestTrace::new("", requests.clone());
-    Ok(Workload { requests: trace.scale_to_rate(rate_per_s)?.requests, prefixes: prefixes.clone() })
+fn scaled(workload: &Workload, rate_per_s: f64) -> Result<Workload> {
+    let is_of_users = workload.closed_loop.as_ref().is_some_and(|closed_loop| closed_loop.users.is_some());
+    ensure!(!is_of_users, "rate_per_s: users send requests when they have answers, at no rate");
+    let trace = RequestTrace::new("", workload.requests.clone());
+    Ok(Workload { requests: trace.scale_to_rate(rate_per_s)?.requests, ..workload.clone() })
 }
 
 /// The scheduler's settings at a point, under which the longest request can run.
