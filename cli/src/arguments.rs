@@ -1,5 +1,6 @@
 //! Arguments that several commands share.
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, ensure};
@@ -7,7 +8,7 @@ use engine::{DeviceName, Sampling, WeightType};
 use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Settings};
 use simulator::{ExitModel, Objectives, Routing, Simulation};
-use traces::{RequestFormat, RequestSpec, RequestTrace, TimeUnit, TraceError, ZeroTokens};
+use traces::{RequestFormat, RequestSpec, RequestTrace, SessionUse, ThinkTime, TimeUnit, TraceError, ZeroTokens};
 
 use crate::progress::Terminal;
 use experiments::ExitChoice;
@@ -16,7 +17,7 @@ use experiments::measure::NamedEngine;
 use experiments::runs::{Machines, load_models};
 use experiments::serving::{MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, parse_bytes};
 use experiments::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
-use experiments::workload::{Workload, load_requests};
+use experiments::workload::{Workload, load_open_loop};
 
 /// A number that sizes something, at most `MOST`.
 ///
@@ -30,15 +31,11 @@ pub fn at_most<const MOST: u32>(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Which requests to serve.
+/// How to read request traces, and which part of them.
 #[derive(Debug, clap::Args)]
-pub struct RequestArgs {
-    /// Request trace (Azure, Bailian, BurstGPT, Mooncake, LLMServingSim or own CSV; also .gz or .zst), or a YAML file that
-    /// describes requests
-    #[arg(long, value_name = "FILE")]
-    pub requests: PathBuf,
-    /// Format of the trace, if it is not recognised: depthwise, azure, burst_gpt, bailian, mooncake,
-    /// llm_serving_sim
+pub struct TraceArgs {
+    /// Format of the trace, if it is not recognised: depthwise, azure, burst_gpt, vidur, blis, guidellm_trace, bailian,
+    /// mooncake, llm_serving_sim, aiperf_results, vllm_results, guidellm_results, share_gpt
     #[arg(long, value_name = "FORMAT")]
     pub format: Option<RequestFormat>,
     /// Unit of the times of the trace, if the file does not determine it: s, ms, us, ns
@@ -50,6 +47,9 @@ pub struct RequestArgs {
     /// What to do with rows without prompt or output tokens: skip, refuse [default: skip]
     #[arg(long, value_name = "WHAT")]
     pub zero_tokens: Option<ZeroTokens>,
+    /// Tokenizer that counts the tokens of a trace of texts (ShareGPT): a tokenizer.json
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
     /// Keep only the first N requests
     #[arg(long, value_name = "N")]
     pub first: Option<usize>,
@@ -70,6 +70,81 @@ pub struct RequestArgs {
     pub max_output_tokens: Option<u32>,
 }
 
+impl TraceArgs {
+    /// What a configuration says, where no option says otherwise.
+    pub fn apply(&self, spec: RequestSpec) -> RequestSpec {
+        RequestSpec {
+            format: self.format.or(spec.format),
+            time_unit: self.time_unit.or(spec.time_unit),
+            hash_block_tokens: self.hash_block_tokens.or(spec.hash_block_tokens),
+            zero_tokens: self.zero_tokens.or(spec.zero_tokens),
+            tokenizer: self.tokenizer.clone().or(spec.tokenizer),
+            first: self.first.or(spec.first),
+            window_s: self.window_s.as_deref().map(|window| (window[0], window[1])).or(spec.window_s),
+            rate_factor: self.rate_factor.or(spec.rate_factor),
+            rate_per_s: self.rate_per_s.or(spec.rate_per_s),
+            max_prompt_tokens: self.max_prompt_tokens.or(spec.max_prompt_tokens),
+            max_output_tokens: self.max_output_tokens.or(spec.max_output_tokens),
+            ..spec
+        }
+    }
+
+    /// Whether an option is given for a key.
+    fn is_given(&self, key: &str) -> bool {
+        match key {
+            "format" => self.format.is_some(),
+            "time_unit" => self.time_unit.is_some(),
+            "hash_block_tokens" => self.hash_block_tokens.is_some(),
+            "zero_tokens" => self.zero_tokens.is_some(),
+            "tokenizer" => self.tokenizer.is_some(),
+            "first" => self.first.is_some(),
+            "window_s" => self.window_s.is_some(),
+            "rate_factor" => self.rate_factor.is_some(),
+            "rate_per_s" => self.rate_per_s.is_some(),
+            "max_prompt_tokens" => self.max_prompt_tokens.is_some(),
+            "max_output_tokens" => self.max_output_tokens.is_some(),
+            _ => false,
+        }
+    }
+
+    /// An error about a key that was given as an option names the option.
+    pub fn name_option(&self, error: anyhow::Error) -> anyhow::Error {
+        name_given(error, |key| self.is_given(key))
+    }
+}
+
+/// An error about a key for which an option was given names the option.
+fn name_given(error: anyhow::Error, is_given: impl Fn(&str) -> bool) -> anyhow::Error {
+    match error.downcast_ref() {
+        Some(TraceError::Spec { key, found, expected }) if is_given(key) => {
+            anyhow!("--{}: found {found}, expected {expected}", key.replace('_', "-"))
+        }
+        _ => error,
+    }
+}
+
+/// Which requests to serve.
+#[derive(Debug, clap::Args)]
+pub struct RequestArgs {
+    /// Request trace (Azure, Bailian, BurstGPT, Mooncake, Dynamo, AIPerf, vLLM, GuideLLM, ShareGPT, Vidur, BLIS,
+    /// LLMServingSim or own CSV; also .gz or .zst), or a YAML file that describes requests
+    #[arg(long, value_name = "FILE")]
+    pub requests: PathBuf,
+    #[command(flatten)]
+    pub trace: TraceArgs,
+    /// What to do with the sessions of the trace: follow (a request is sent when the one before it has been answered),
+    /// ignore (each at its own arrival) [default: follow]
+    #[arg(long, value_name = "WHAT")]
+    pub sessions: Option<SessionUse>,
+    /// Closed loop: N users, who each send the next request or session when the last one has been answered
+    #[arg(long, value_name = "N")]
+    pub users: Option<NonZeroU32>,
+    /// With --users, time from an answer to the next request, where the trace does not say it: SECONDS, or
+    /// exponential:MEAN_SECONDS [default: 0]
+    #[arg(long, value_name = "TIME")]
+    pub think_time_s: Option<ThinkTime>,
+}
+
 impl RequestArgs {
     /// The same as an experiment has it, with the folder that its paths are relative to.
     ///
@@ -78,55 +153,44 @@ impl RequestArgs {
     pub fn spec(&self) -> Result<(RequestSpec, PathBuf)> {
         let extension = self.requests.extension().unwrap_or_default();
         let (spec, base) = if extension == "yaml" || extension == "yml" {
-            (read_yaml(&self.requests)?, self.requests.parent().unwrap_or(Path::new("")).to_owned())
+            let mut spec: RequestSpec = read_yaml(&self.requests)?;
+            let base = self.requests.parent().unwrap_or(Path::new("")).to_owned();
+            // An option is relative to the current folder, a key to that of its file.
+            spec.tokenizer = spec.tokenizer.filter(|_| self.trace.tokenizer.is_none());
+            (spec, base)
         } else {
             (RequestSpec { file: Some(self.requests.clone()), ..RequestSpec::default() }, PathBuf::new())
         };
         let spec = RequestSpec {
-            format: self.format.or(spec.format),
-            time_unit: self.time_unit.or(spec.time_unit),
-            hash_block_tokens: self.hash_block_tokens.or(spec.hash_block_tokens),
-            zero_tokens: self.zero_tokens.or(spec.zero_tokens),
-            first: self.first.or(spec.first),
-            window_s: self.window_s.as_deref().map(|window| (window[0], window[1])).or(spec.window_s),
-            rate_factor: self.rate_factor.or(spec.rate_factor),
-            rate_per_s: self.rate_per_s.or(spec.rate_per_s),
-            max_prompt_tokens: self.max_prompt_tokens.or(spec.max_prompt_tokens),
-            max_output_tokens: self.max_output_tokens.or(spec.max_output_tokens),
-            ..spec
+            sessions: self.sessions.or(spec.sessions),
+            users: self.users.or(spec.users),
+            think_time_s: self.think_time_s.or(spec.think_time_s),
+            ..self.trace.apply(spec)
         };
-        Ok((spec, base))
+        let tokenizer = match &self.trace.tokenizer {
+            Some(option) => Some(std::path::absolute(option)?),
+            None => spec.tokenizer,
+        };
+        Ok((RequestSpec { tokenizer, ..spec }, base))
     }
 
-    /// Reads or makes the requests.
+    /// Reads or makes the requests of a run on the engine, which are each sent at their own arrival.
     ///
     /// # Errors
-    /// If the file does not read or the options contradict it.
+    /// If the file does not read, the options contradict it, or a request waits for the answer to another one.
     pub fn load(&self) -> Result<RequestTrace> {
         let (spec, base) = self.spec()?;
-        load_requests(&spec, &base, &mut Terminal::default()).map_err(|error| self.name_option(error))
+        load_open_loop(&spec, &base, &mut Terminal::default()).map_err(|error| self.name_option(error))
     }
 
     /// An error about a key that was given as an option names the option.
     pub fn name_option(&self, error: anyhow::Error) -> anyhow::Error {
-        let Some(TraceError::Spec { key, found, expected }) = error.downcast_ref() else { return error };
-        let given = match *key {
-            "format" => self.format.is_some(),
-            "time_unit" => self.time_unit.is_some(),
-            "hash_block_tokens" => self.hash_block_tokens.is_some(),
-            "zero_tokens" => self.zero_tokens.is_some(),
-            "first" => self.first.is_some(),
-            "window_s" => self.window_s.is_some(),
-            "rate_factor" => self.rate_factor.is_some(),
-            "rate_per_s" => self.rate_per_s.is_some(),
-            "max_prompt_tokens" => self.max_prompt_tokens.is_some(),
-            "max_output_tokens" => self.max_output_tokens.is_some(),
-            _ => false,
-        };
-        match given {
-            true => anyhow!("--{}: found {found}, expected {expected}", key.replace('_', "-")),
-            false => error,
-        }
+        name_given(error, |key| match key {
+            "sessions" => self.sessions.is_some(),
+            "users" => self.users.is_some(),
+            "think_time_s" => self.think_time_s.is_some(),
+            key => self.trace.is_given(key),
+        })
     }
 }
 
@@ -339,7 +403,7 @@ impl SimulationArgs {
     pub fn load(&self) -> Result<SimulationInput> {
         let (spec, base) = self.requests.spec()?;
         let serving = self.serving.serving();
-        let workload = Workload::load(&spec, &base, &serving, &mut Terminal::default())
+        let workload = Workload::load(&spec, &base, &serving, self.seed, &mut Terminal::default())
             .map_err(|error| self.requests.name_option(error))?;
         let (latency, exits) = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
         let settings = serving.all_settings(&latency.meta().into(), &workload.requests)?;
@@ -357,6 +421,7 @@ impl SimulationArgs {
     pub fn spec(&self) -> Result<SweepSpec> {
         let (mut requests, base) = self.requests.spec()?;
         requests.file = requests.file.map(|file| base.join(file));
+        requests.tokenizer = requests.tokenizer.map(|file| base.join(file));
         if let Some(generate) = &mut requests.generate {
             generate.lengths_from = generate.lengths_from.take().map(|file| base.join(file));
         }

@@ -223,7 +223,7 @@ const TABLES: [(&str, &str); 4] = [
 ];
 
 /// Every command that writes a single file, but for the file itself, with what it needs in the scene.
-fn file_writers(scene: &Scene) -> [Vec<&'static str>; 2] {
+fn file_writers(scene: &Scene) -> [Vec<&'static str>; 3] {
     fs::create_dir_all(scene.path("measured")).unwrap();
     for (file, text) in [
         (
@@ -246,6 +246,7 @@ fn file_writers(scene: &Scene) -> [Vec<&'static str>; 2] {
     [
         "timeline --requests requests.csv --profile profile --exit none --batching depth --out",
         "vllm measured --profile one-loop --out",
+        "trace convert requests.csv --out",
     ]
     .map(|command| command.split(' ').collect())
 }

@@ -46,7 +46,7 @@ fn bailian_traces_are_simulated_in_seconds_with_or_without_hashes() {
     for file in ["hashed.jsonl", "bare.jsonl"] {
         let (arrivals, said) = arrivals(&scene, file, &[]);
         assert_eq!(arrivals, ["0.21", "61.5", "3600.25"], "{file}");
-        assert!(said.contains("sessions and delays are not replayed (`parent_chat_id`)"), "{said}");
+        assert!(!said.contains("not replayed"), "{said}");
     }
     let (windowed, _) = arrivals(&scene, "bare.jsonl", &["--window-s", "0", "61.29"]);
     assert_eq!(windowed, ["0.0"], "windows count from the first arrival");
@@ -182,4 +182,113 @@ fn an_evaluation_of_tokens_that_all_agree_is_written_whatever_their_number() {
             assert!(scene.path(&out).join(file).exists(), "{file} of {tokens} tokens");
         }
     }
+}
+
+/// An agent of three requests with two tools, and a request beside it.
+const AGENT: &str = "{\"session_id\": \"a\", \"arrival_time_ns\": 0, \"sub_requests\": [\
+    {\"input_toks\": 64, \"output_toks\": 2, \"tool_duration_ns\": 5000000000}, \
+    {\"input_toks\": 80, \"output_toks\": 2, \"tool_duration_ns\": 1000000000}, {\"input_toks\": 96, \"output_toks\": 3}]}\n\
+    {\"arrival_time_ns\": 500000000, \"input_toks\": 32, \"output_toks\": 4}\n";
+
+/// A column of the requests of the last simulation, as numbers.
+fn column(scene: &Scene, name: &str) -> Vec<f64> {
+    let requests = fs::read_to_string(scene.path("out/requests.csv")).unwrap();
+    let mut lines = requests.lines().map(|line| line.split(',').map(str::to_owned).collect::<Vec<_>>());
+    let place = lines.next().unwrap().iter().position(|column| column == name).unwrap();
+    lines.map(|line| line[place].parse().unwrap()).collect()
+}
+
+#[test]
+fn agents_wait_for_their_tools_unless_sessions_are_ignored() {
+    let scene = scene();
+    scene.write("agent.jsonl", AGENT);
+    arrivals(&scene, "agent.jsonl", &[]);
+    let (begins, ends) = (column(&scene, "arrival_s"), column(&scene, "finished_s"));
+    assert_eq!(begins[..2], [0.0, 0.5]);
+    assert!(
+        (begins[2] - ends[0] - 5.0).abs() < 1e-9 && (begins[3] - ends[2] - 1.0).abs() < 1e-9,
+        "{begins:?} {ends:?}"
+    );
+    let error = scene.fail(&["simulate", "--requests", "agent.jsonl", "--profile", PROFILE, "--sessions", "ignore"]);
+    assert!(error.contains("--sessions: found ignore, and 2 requests of agent without an arrival time"), "{error}");
+    let prompts = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/kjv/prompts.txt");
+    let error =
+        scene.fail(&["record", "--model", MODEL, "--prompts", prompts, "--requests", "agent.jsonl", "--out", "exits"]);
+    assert!(error.contains("2 requests have no arrival time but follow the answer"), "{error}");
+}
+
+#[test]
+fn users_send_requests_when_they_have_answers() {
+    let scene = scene();
+    let lines: String = (0..50).map(|id| format!("{id},{}.0,20,3\n", id * 1000)).collect();
+    scene.write("trace.csv", &format!("request,arrival_us,prompt_tokens,output_tokens\n{lines}"));
+    arrivals(&scene, "trace.csv", &["--users", "3", "--think-time-s", "0.25", "--max-batch", "4"]);
+    let (mut begins, ends) = (column(&scene, "arrival_s"), column(&scene, "finished_s"));
+    assert_eq!(begins[..3], [0.0; 3]);
+    let mut answers: Vec<f64> = ends.iter().map(|end| end + 0.25).collect();
+    answers.sort_by(f64::total_cmp);
+    begins.sort_by(f64::total_cmp);
+    assert!(begins[3..].iter().zip(&answers).all(|(begin, answer)| (begin - answer).abs() < 1e-9), "{begins:?}");
+    let error =
+        scene.fail(&["simulate", "--requests", "trace.csv", "--profile", PROFILE, "--users", "3", "--rate-per-s", "5"]);
+    assert!(error.contains("--users: found it beside `rate_per_s`"), "{error}");
+    let capacity = ["capacity", "--requests", "trace.csv", "--profile", PROFILE, "--exit", "none", "--ttft-ms", "50"];
+    let error = scene.fail(&[&capacity[..], &["--users", "3"]].concat());
+    assert!(error.contains("users send requests when they have answers"), "{error}");
+}
+
+#[test]
+fn a_trace_is_described_converted_cut_and_merged() {
+    let scene = scene();
+    scene.write("agent.jsonl", AGENT);
+    scene.write("bailian.jsonl", BAILIAN);
+    let said = scene.succeed(&["trace", "info", "agent.jsonl", "bailian.jsonl"]);
+    for line in [
+        "agent.jsonl",
+        "  sessions     1 with 3 requests, 3 on average, at most 3",
+        "  think times  of 2 requests: median 1 s, mean 3 s",
+        "  arrivals     2 requests have none of their own and follow an answer",
+        "  requests     3 in 3600 s: 0.0005555 requests/s",
+        "  prefixes     0.0% of 3 blocks of 16 tokens are those of an earlier prompt, 0.0% of all prompt tokens",
+        "  sessions     2 with 3 requests, 1.5 on average, at most 2",
+        "    16-31  1  ########################################",
+    ] {
+        assert!(said.lines().any(|found| found == line), "expected `{line}` in\n{said}");
+    }
+    scene.succeed(&["trace", "convert", "bailian.jsonl", "--out", "bailian.csv"]);
+    let ours = "request,arrival_us,prompt_tokens,output_tokens,session,think_time_us,hash_block_tokens,hash_ids\n\
+        0,210000.000,12,3,0,,16,\n1,61500000.000,45,2,0,,16,5 8\n2,3600250000.000,30,1,1,,16,21\n";
+    assert_eq!(fs::read_to_string(scene.path("bailian.csv")).unwrap(), ours);
+    assert_eq!(arrivals(&scene, "bailian.csv", &[]).0, arrivals(&scene, "bailian.jsonl", &[]).0);
+
+    let merge = ["trace", "convert", "agent.jsonl", "bailian.jsonl", "--out", "both.csv"];
+    let error = scene.fail(&merge);
+    assert!(error.contains("--without-hashes") && error.contains("agent without prefix hashes"), "{error}");
+    scene.succeed(&[&merge[..], &["--without-hashes", "--first", "2"]].concat());
+    let both = "request,arrival_us,prompt_tokens,output_tokens,session,think_time_us\n\
+        0,0.000,64,2,0,\n1,210000.000,12,3,1,\n2,500000.000,32,4,,\n3,61500000.000,45,2,1,\n";
+    assert_eq!(fs::read_to_string(scene.path("both.csv")).unwrap(), both);
+    scene.write("notes.csv", "dear to somebody");
+    let error = scene.fail(&["trace", "convert", "agent.jsonl", "--out", "notes.csv"]);
+    assert!(error.contains("notes.csv is there already and is not such a file of ours"), "{error}");
+}
+
+#[test]
+fn conversations_are_counted_by_the_tokenizer_of_a_model() {
+    let scene = scene();
+    let chat = "[{\"conversations\": [{\"from\": \"human\", \"value\": \"In the beginning God created the heaven\"}, \
+        {\"from\": \"gpt\", \"value\": \"and the earth.\"}]}]";
+    scene.write("chat.json", chat);
+    let error = scene.fail(&["trace", "info", "chat.json"]);
+    assert!(error.contains("chat.json: found conversations as texts, expected the tokenizer"), "{error}");
+    let tokenizer = format!("{MODEL}/tokenizer.json");
+    let said = scene.succeed(&["trace", "info", "chat.json", "--tokenizer", &tokenizer]);
+    let encoder = engine::Tokenizer::load(std::path::Path::new(&tokenizer)).unwrap();
+    let tokens = encoder.encode("In the beginning God created the heaven").unwrap().len();
+    assert!(said.contains(&format!("  prompts      {tokens} tokens, mean {tokens};")), "{said}");
+    let error = scene.fail(&["simulate", "--requests", "chat.json", "--tokenizer", &tokenizer, "--profile", PROFILE]);
+    assert!(error.contains("users: found none, and 1 requests of chat without an arrival time"), "{error}");
+    arrivals(&scene, "chat.json", &["--tokenizer", &tokenizer, "--users", "1"]);
+    let error = scene.fail(&["trace", "info", "chat.json", "--tokenizer", "none.json"]);
+    assert!(error.contains("--tokenizer: found none.json: cannot load the tokenizer"), "{error}");
 }

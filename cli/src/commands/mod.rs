@@ -15,6 +15,7 @@ pub mod run;
 pub mod simulate;
 pub mod sweep;
 pub mod timeline;
+pub mod trace;
 pub mod train;
 pub mod validate;
 pub mod vllm;

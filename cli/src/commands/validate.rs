@@ -37,6 +37,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let (mut requests, base) = args.requests.spec()?;
     requests.file = requests.file.map(|file| base.join(file));
+    requests.tokenizer = requests.tokenizer.map(|file| base.join(file));
     let EngineArgs { model: ModelArgs { model, loops, weights, device }, prompts, temperature, seed } = args.engine;
     let experiment = Experiment {
         schema_version: SCHEMA_VERSION,

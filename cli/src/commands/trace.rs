@@ -1,0 +1,215 @@
+//! `depthwise trace`: what a request trace is like, and any trace as our own CSV.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use experiments::results::write_file;
+use experiments::workload::load_requests;
+use traces::statistics::{LengthStatistics, TraceStatistics};
+use traces::{Nanos, RequestSpec, RequestTrace};
+
+use crate::arguments::TraceArgs;
+use crate::output::say;
+use crate::progress::Terminal;
+
+/// Look at request traces, and write them as our own CSV
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Task {
+    Info(InfoArgs),
+    Convert(ConvertArgs),
+}
+
+/// Say what request traces are like: counts, lengths, rates, burstiness, shared prefixes, sessions
+#[derive(Debug, clap::Args)]
+struct InfoArgs {
+    /// Request traces of any format
+    #[arg(value_name = "FILE", required = true)]
+    files: Vec<PathBuf>,
+    #[command(flatten)]
+    trace: TraceArgs,
+}
+
+/// Write request traces as one file in our own CSV
+///
+/// Each file is cut and scaled by itself; several files are merged by the times since their own beginning. Prefix hashes
+/// and sessions are kept.
+#[derive(Debug, clap::Args)]
+struct ConvertArgs {
+    /// Request traces of any format
+    #[arg(value_name = "FILE", required = true)]
+    files: Vec<PathBuf>,
+    #[command(flatten)]
+    trace: TraceArgs,
+    /// Leave out prefix hashes
+    #[arg(long)]
+    without_hashes: bool,
+    /// CSV file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    match args.task {
+        Task::Info(args) => {
+            for (number, file) in args.files.iter().enumerate() {
+                if number > 0 {
+                    say!("");
+                }
+                print_statistics(file, &load(file, &args.trace)?);
+            }
+            Ok(())
+        }
+        Task::Convert(args) => convert(&args),
+    }
+}
+
+fn convert(args: &ConvertArgs) -> Result<()> {
+    let mut traces = args.files.iter().map(|file| load(file, &args.trace)).collect::<Result<Vec<RequestTrace>>>()?;
+    if args.without_hashes {
+        traces.iter_mut().for_each(|trace| trace.prefix_hashes = None);
+    }
+    let merged =
+        RequestTrace::merge("merged", traces).context("--without-hashes merges files of which some have none")?;
+    ensure!(u32::try_from(merged.requests.len()).is_ok(), "{} requests: expected fewer", merged.requests.len());
+    write_file(&args.out, RequestTrace::BEGINNING, |out| merged.write_to(out))?;
+    say!("{} requests: {}", merged.requests.len(), args.out.display());
+    Ok(())
+}
+
+/// A trace, cut and scaled as the options say, whether or not its sessions have a beginning.
+fn load(file: &Path, options: &TraceArgs) -> Result<RequestTrace> {
+    let spec = options.apply(RequestSpec { file: Some(file.to_owned()), ..RequestSpec::default() });
+    load_requests(&spec, Path::new(""), &mut Terminal::default()).map_err(|error| options.name_option(error))
+}
+
+/// Width of the longest bar.
+const BAR: usize = 40;
+
+fn print_statistics(file: &Path, trace: &RequestTrace) {
+    let TraceStatistics { requests, span, rate_per_s, gap_cv, peaks, prompts, outputs, prefixes, sessions } =
+        trace.statistics();
+    say!("{}", file.display());
+    let rate = rate_per_s.map_or("all at once".to_owned(), |rate| format!("{} requests/s", number(rate)));
+    say!("  requests     {requests} in {} s: {rate}", number(span.as_secs_f64()));
+    if let Some(cv) = gap_cv {
+        let kind = if cv > 1.2 { "bursty" } else { "no more bursty than a Poisson process" };
+        say!("  burstiness   coefficient of variation of the times between arrivals {} ({kind})", number(cv));
+    }
+    for peak in peaks {
+        let times =
+            rate_per_s.map_or(String::new(), |rate| format!(", {} times the mean", number(peak.rate_per_s / rate)));
+        let seconds = peak.window.as_secs_f64();
+        say!("  busiest      {} requests/s in {seconds} s{times}", number(peak.rate_per_s));
+    }
+    print_lengths("prompts", &prompts);
+    print_lengths("outputs", &outputs);
+    if let Some(found) = prefixes {
+        let share = if found.blocks > 0 { 100.0 * found.repeated as f64 / found.blocks as f64 } else { 0.0 };
+        say!(
+            "  prefixes     {share:.1}% of {} blocks of {} tokens are those of an earlier prompt, {:.1}% of all prompt tokens",
+            found.blocks,
+            found.block_tokens,
+            100.0 * found.token_share
+        );
+    }
+    if let Some(found) = sessions {
+        let mean = found.requests as f64 / found.sessions.max(1) as f64;
+        say!(
+            "  sessions     {} with {} requests, {} on average, at most {}",
+            found.sessions,
+            found.requests,
+            number(mean),
+            found.longest
+        );
+        if let Some((median, mean)) = found.think {
+            say!(
+                "  think times  of {} requests: median {} s, mean {} s",
+                found.following,
+                number(median.as_secs_f64()),
+                number(mean.as_secs_f64())
+            );
+        }
+        if found.without_arrival > 0 {
+            say!("  arrivals     {} requests have none of their own and follow an answer", found.without_arrival);
+        }
+    }
+    if span > Nanos::ZERO {
+        const PARTS: usize = 20;
+        say!("  arrivals over time, {} s a line", number(span.as_secs_f64() / PARTS as f64));
+        print_bars(
+            trace
+                .arrivals_by_part(PARTS)
+                .into_iter()
+                .enumerate()
+                .map(|(part, count)| (number(span.as_secs_f64() * part as f64 / PARTS as f64), count)),
+        );
+    }
+    for (name, lengths) in [("prompt", &prompts), ("output", &outputs)] {
+        say!("  requests by {name} tokens");
+        let first = lengths.by_power.iter().position(|&count| count > 0).unwrap_or(0);
+        let bars = lengths.by_power.iter().enumerate().skip(first);
+        print_bars(bars.map(|(power, &count)| (format!("{}-{}", 1_u64 << power, (2_u64 << power) - 1), count)));
+    }
+}
+
+fn print_lengths(name: &str, lengths: &LengthStatistics) {
+    let [least, q25, median, q75, q90, q99, most] = lengths.quantiles;
+    say!(
+        "  {name}      {} tokens, mean {}; least {least}, p25 {q25}, p50 {median}, p75 {q75}, p90 {q90}, p99 {q99}, most {most}",
+        lengths.total,
+        number(lengths.mean)
+    );
+}
+
+/// A line for each count, with a bar as long as its share of the largest.
+fn print_bars(counts: impl Iterator<Item = (String, usize)>) {
+    let counts: Vec<(String, usize)> = counts.collect();
+    let most = counts.iter().map(|(_, count)| *count).max().unwrap_or(0).max(1);
+    let width = counts.iter().map(|(label, _)| label.len()).max().unwrap_or(0);
+    let digits = counts.iter().map(|(_, count)| count.to_string().len()).max().unwrap_or(0);
+    for (label, count) in counts {
+        let bar = "#".repeat((count * BAR).div_ceil(most));
+        let line = format!("    {label:>width$}  {count:>digits$}  {bar}");
+        say!("{}", line.trim_end());
+    }
+}
+
+/// Four significant digits of a number, at least those before its point.
+fn number(value: f64) -> String {
+    if value == 0.0 {
+        return "0".to_owned();
+    }
+    let digits = (3.0 - value.abs().log10().floor()).clamp(0.0, 9.0) as usize;
+    let text = format!("{value:.digits$}");
+    match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_four_digits() {
+        for (value, text) in [
+            (0.0, "0"),
+            (5.0, "5"),
+            (1234.56, "1235"),
+            (123_456.7, "123457"),
+            (0.012_345, "0.01235"),
+            (5.5, "5.5"),
+            (1e-12, "0"),
+        ] {
+            assert_eq!(number(value), text);
+        }
+    }
+}
