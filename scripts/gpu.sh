@@ -3,7 +3,7 @@
 #
 # Says what the machine is and what it lacks; builds with CUDA; runs every GPU test against the CPU's results; profiles
 # SmolLM2-135M, and larger models in the folder DEPTHWISE_MODELS; runs the nine combinations of batching and exit,
-# measured and simulated; validates the simulator at 70% and 95% load. A step that fails is noted, and the next one that
+# measured and simulated; validates the simulator. A step that fails is noted, and the next one that
 # does not need it goes on. About an hour, half of it the build.
 #
 #   FOLDER/machine.csv       the GPU, its driver, clocks and power, before and after

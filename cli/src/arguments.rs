@@ -12,8 +12,8 @@ use traces::{RequestFormat, RequestSpec, RequestTrace, SessionUse, ThinkTime, Ti
 
 use crate::progress::Terminal;
 use experiments::ExitChoice;
+use experiments::NamedEngine;
 use experiments::experiment::{SCHEMA_VERSION, read_yaml};
-use experiments::measure::NamedEngine;
 use experiments::runs::{Machines, load_models};
 use experiments::serving::{MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, parse_bytes};
 use experiments::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
@@ -313,7 +313,7 @@ impl ServingArgs {
 }
 
 /// Keys of an experiment that these options set, as errors of the libraries name them.
-const KEYS: [(&str, &str); 15] = [
+const KEYS: [(&str, &str); 17] = [
     ("max_prompt_tokens", "--max-prompt-tokens"),
     ("max_output_tokens", "--max-output-tokens"),
     ("kv_fill", "--kv-fill"),
@@ -328,7 +328,9 @@ const KEYS: [(&str, &str); 15] = [
     ("async_scheduling", "--async-scheduling"),
     ("engine.repeats", "--repeats"),
     ("engine.temperature", "--temperature"),
-    ("engine.loads", "--loads"),
+    ("engine.rounds", "--rounds"),
+    ("validation.in_flight", "--in-flight"),
+    ("validation.rates", "--rates"),
 ];
 
 /// A message of a command that is described by options alone: what it says of keys, it says of their options.

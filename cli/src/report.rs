@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use bytesize::ByteSize;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, presets};
+use experiments::compare::{Comparison, E2E, E2E_P99, GOODPUT, Kind, THROUGHPUT, TPOT, TTFT};
 use experiments::frontier::{Headline, QualityMeasure, combination, headline};
 use experiments::record::ServedTally;
-use experiments::run::Errors;
 use experiments::speedup::{Ratio, Speedup, speedups};
 use experiments::systems::OfSystem;
-use experiments::validation::{Comparison, E2E_P99, THROUGHPUT, TPOT, TTFT};
+use experiments::validate::{Table, Validation};
 use simulator::Summary;
 use traces::DepthTally;
 use training::evaluation::{Evaluation, LoopFigures};
@@ -180,7 +180,7 @@ pub fn print_loops(evaluation: &Evaluation) {
 
 /// Prints rows under a header; columns of numbers are aligned to the right.
 pub fn print_table(header: &[&str], rows: Vec<Vec<String>>) {
-    let mut table = Table::new();
+    let mut table = comfy_table::Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     let numeric: Vec<bool> = (0..header.len())
         .map(|column| {
@@ -234,43 +234,67 @@ pub fn print_headline(repeats: &[Vec<Summary>]) {
     }
 }
 
-/// The metrics that the simulator is judged by, and what to call them.
-const JUDGED: [(&str, &str); 4] =
-    [(THROUGHPUT, "throughput"), (TTFT, "mean TTFT"), (TPOT, "mean TPOT"), (E2E_P99, "p99 e2e latency")];
+/// Prints what a validation came to: the runs of the closed loop, and how far predictions are off.
+pub fn print_validation(Validation { runs, tables }: &Validation) {
+    say!("\nin a closed loop:");
+    print_summaries(runs);
+    tables.iter().for_each(print_table_of_errors);
+}
 
-/// Prints how far simulations are off, by combination and on average.
-pub fn print_errors(Errors { comparisons, means }: &Errors) {
-    let interval = |low: Option<f64>, high: Option<f64>| match (low, high) {
-        (Some(low), Some(high)) => format!(" [{low:.1}, {high:.1}]"),
-        _ => String::new(),
+/// The metrics that the simulator is judged by, and what to call them.
+const JUDGED: [(&str, &str); 6] = [
+    (THROUGHPUT, "throughput"),
+    (GOODPUT, "goodput"),
+    (TTFT, "mean TTFT"),
+    (TPOT, "mean TPOT"),
+    (E2E, "mean e2e latency"),
+    (E2E_P99, "p99 e2e latency"),
+];
+
+/// Prints how far predictions of one kind are off, by combination and on average.
+pub fn print_table_of_errors(Table { kind, comparisons, means }: &Table) {
+    let of = match kind {
+        Kind::Validation => "",
+        Kind::Speedups => "ratios to sequence-wise batching without exits in alternating slices, ",
+        Kind::Absolute => "values in the closed loop, ",
+        Kind::AtRates => "values at shares of each combination's own capacity, ",
     };
+    say!("\n{of}predicted less measured, in percent of measured, with 95% confidence intervals:");
+    let judged: Vec<(&str, &str)> =
+        JUDGED.into_iter().filter(|(metric, _)| comparisons.iter().any(|line| line.metric == *metric)).collect();
+    let error = |value: String, low: Option<f64>, high: Option<f64>| match (low, high) {
+        (Some(low), Some(high)) => format!("{value} [{low:.1}, {high:.1}]"),
+        _ => value,
+    };
+    let load = |load: Option<f64>| load.map_or(String::new(), |share| format!("{:.0}%", 100.0 * share));
     let several = comparisons.iter().any(|line| line.kv_fill != comparisons[0].kv_fill);
-    let mut rows: Vec<Vec<String>> = Vec::new();
-    for line in comparisons.iter().filter(|line| line.metric == THROUGHPUT) {
-        let of = |(metric, _): (&str, &str)| {
-            let same = |other: &&Comparison| {
-                (other.batching, &other.exit_policy, other.kv_fill) == (line.batching, &line.exit_policy, line.kv_fill)
-            };
-            let found = comparisons.iter().filter(same).find(|other| other.metric == metric);
-            found.map_or("-".into(), |other| {
-                format!("{:+.1}{}", other.error_pct, interval(other.error_low_pct, other.error_high_pct))
-            })
-        };
+    let combination = |line: &Comparison| {
         let fill = if several { format!(", {}", line.kv_fill) } else { String::new() };
-        rows.push(
-            [line.batching.to_string(), format!("{}{fill}", line.exit_policy)]
-                .into_iter()
-                .chain(JUDGED.map(of))
-                .collect(),
-        );
-    }
-    let mean = |(metric, _): (&str, &str)| {
-        let found = means.iter().find(|error| error.metric == metric);
-        found.map_or("-".into(), |error| {
-            let interval = interval(error.mean_abs_error_low_pct, error.mean_abs_error_high_pct);
-            format!("{:.1}{interval}", error.mean_abs_error_pct)
-        })
+        [load(line.load), line.batching.to_string(), format!("{}{fill}", line.exit_policy)]
     };
-    rows.push(["mean absolute".to_owned(), String::new()].into_iter().chain(JUDGED.map(mean)).collect());
-    print_table(&["batching", "exit"].into_iter().chain(JUDGED.map(|judged| judged.1)).collect::<Vec<_>>(), rows);
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    for group in comparisons.chunk_by(|a, b| combination(a) == combination(b)) {
+        let cells = judged.iter().map(|(metric, _)| {
+            let found = group.iter().find(|line| line.metric == *metric);
+            let cell =
+                |line: &Comparison| error(format!("{:+.1}", line.error_pct), line.error_low_pct, line.error_high_pct);
+            found.map_or("-".to_owned(), cell)
+        });
+        rows.push(combination(&group[0]).into_iter().chain(cells).collect());
+    }
+    for group in means.chunk_by(|a, b| a.load == b.load) {
+        let cells = judged.iter().map(|(metric, _)| {
+            let found = group.iter().find(|line| line.metric == *metric);
+            found.map_or("-".to_owned(), |line| {
+                let value = format!("{:.1}", line.mean_abs_error_pct);
+                error(value, line.mean_abs_error_low_pct, line.mean_abs_error_high_pct)
+            })
+        });
+        let name = [load(group[0].load), "mean absolute".to_owned(), String::new()];
+        rows.push(name.into_iter().chain(cells).collect());
+    }
+    print_table(
+        &["load", "batching", "exit"].into_iter().chain(judged.iter().map(|judged| judged.1)).collect::<Vec<_>>(),
+        rows,
+    );
 }

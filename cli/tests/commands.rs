@@ -2,14 +2,17 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use engine::Tokenizer;
 use engine::config::{ModelConfig, Sharing};
 use engine::weights::{Stored, Weights};
+use experiments::results::Marker;
+use experiments::{Experiment, Reporter};
 use traces::{ExitTable, ExitTrace};
 
 use common::Scene;
@@ -131,7 +134,7 @@ serving:
   exit: [none, oracle, 'confidence:top1:0.1']
   max_batch: 4
   token_budget: 16
-engine: {{model: model, prompts: prompts.txt, repeats: 2}}
+engine: {{model: model, prompts: prompts.txt, repeats: 2, rounds: 2}}
 sweeps: {{thresholds: {{top1: [0.05, 0.1], entropy: [1]}}, max_batch: [2, 4]}}
 {more}"
     )
@@ -167,27 +170,33 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
     for ((exit, agreement), depth) in
         column(&summary, "exit").iter().zip(column(&summary, "token_agreement")).zip(column(&summary, "mean_depth"))
     {
-        assert!((0.0..=1.0).contains(&number(agreement)) && (1.0..=3.0).contains(&number(depth)));
+        assert!((1.0..=3.0).contains(&number(depth)));
         assert!(*exit != "none" || (number(agreement), number(depth)) == (1.0, 3.0), "no exit is full depth");
     }
+    for (source, (exit, agreement)) in
+        column(&summary, "source").iter().zip(column(&summary, "exit").iter().zip(column(&summary, "token_agreement")))
+    {
+        // Of exits that are known before by their depths, the simulator knows no tokens.
+        match (*source, *exit) {
+            ("simulated", "oracle" | "confidence") => assert_eq!(agreement, ""),
+            _ => assert!((0.0..=1.0).contains(&number(agreement)), "{agreement}"),
+        }
+    }
     let validation = lines(&results.join("validation.csv"));
-    let of_case = ["batching", "exit", "exit_policy", "kv_fill", "metric"];
-    let columns = ["measured", "simulated", "error_pct", "error_low_pct", "error_high_pct"];
-    assert_eq!(validation[0], [&of_case[..], &columns].concat());
     let repeats = lines(&results.join("repeats.csv"));
-    assert_eq!(repeats[0], [&of_case[..], &["repeat", "measured", "simulated"]].concat());
     assert_eq!(repeats.len() - 1, 2 * (validation.len() - 1), "two repeats of each");
     assert_eq!(column(&validation, "metric").iter().filter(|&&metric| metric == "throughput_tok_s").count(), 9);
     let errors = lines(&results.join("errors.csv"));
-    assert_eq!(column(&errors, "combinations"), ["9"; 9]);
+    assert_eq!(column(&errors, "combinations"), ["9"; 6]);
     let intervals =
         column(&errors, "mean_abs_error_low_pct").into_iter().zip(column(&errors, "mean_abs_error_high_pct"));
-    assert!(intervals.into_iter().all(|(low, high)| number(low) <= number(high)));
-    let taken = lines(&results.join("validation_of_exits_taken.csv"));
-    let depths = taken[1..].iter().filter(|line| line[4] == "mean_depth");
-    let depths: Vec<_> = depths.map(|line| (number(&line[5]), number(&line[6]))).collect();
-    assert!(depths.len() == 9 && depths.iter().all(|(measured, simulated)| measured == simulated), "{depths:?}");
-    assert_eq!(column(&lines(&results.join("errors_of_exits_taken.csv")), "combinations"), ["9"; 8]);
+    assert!(intervals.into_iter().all(|(low, high)| 0.0 <= number(low) && number(low) <= number(high)));
+    assert_eq!(of_metric(&validation, "mean_depth").len(), 9);
+    for (predicted, measured) in of_metric(&validation, "mean_depth") {
+        assert_eq!(predicted, measured, "exits are known before");
+    }
+    let predictions = lines(&results.join("predictions.csv"));
+    assert_eq!(column(&predictions, "predicted"), column(&validation, "predicted"), "what was written is what counts");
     let figures = fs::read_dir(results.join("figures")).unwrap().count();
     assert!(figures >= 2 * 9, "{figures} figures");
     assert!(results.join("figures/frontier.png").exists());
@@ -205,54 +214,158 @@ fn an_experiment_leaves_measured_and_simulated_runs_of_every_combination_with_fi
     assert_eq!(fs::read(results.join("figures/throughput.svg")).unwrap(), earlier);
 }
 
-#[test]
-fn thresholds_are_told_apart_in_every_file_of_a_validation() {
-    let scene = Scene::new();
-    let policies = ["confidence:margin:0.001", "confidence:margin:0.9"];
-    let printed = scene.succeed(
-        &[
-            &["validate", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv", "--out", "out"]
-                [..],
-            &["--batching", "depth", "--max-batch", "4", "--token-budget", "16", "--repeats", "1", "--exit"],
-            &[&policies.join(","), "--kv-fill", "reuse,skip"],
-        ]
-        .concat(),
-    );
-    for file in ["validation", "repeats", "passes", "validation_of_exits_taken", "repeats_of_exits_taken"] {
-        let lines = lines(&scene.path(&format!("out/{file}.csv")));
-        assert!(column(&lines, "exit").iter().all(|kind| *kind == "confidence"), "{file}");
-        let found: Vec<_> = column(&lines, "exit_policy").into_iter().zip(column(&lines, "kv_fill")).collect();
-        for combination in policies.iter().flat_map(|policy| [(*policy, "reuse"), (*policy, "skip")]) {
-            assert!(found.contains(&combination), "{file}: {found:?}");
-        }
-    }
-    let validation = lines(&scene.path("out/validation.csv"));
-    let depths: Vec<_> = validation.iter().filter(|line| line[4] == "mean_depth").map(|line| &line[5]).collect();
-    assert!(depths.len() == 4 && depths[0] != depths[2], "{depths:?}");
-    let errors = printed.split("simulated less measured").nth(1).unwrap();
-    assert!(policies.iter().all(|policy| errors.contains(policy)), "{errors}");
+/// Predicted and measured values of a metric in a table of comparisons.
+fn of_metric<'a>(lines: &'a [Vec<String>], metric: &str) -> Vec<(&'a str, &'a str)> {
+    let values = column(lines, "predicted").into_iter().zip(column(lines, "measured"));
+    let of_metric = column(lines, "metric").into_iter().zip(values).filter(|(found, _)| *found == metric);
+    of_metric.map(|(_, values)| values).collect()
 }
 
 #[test]
-fn a_validation_at_loads_serves_the_same_requests_at_each_share_of_the_capacity() {
+fn a_validation_compares_every_threshold_beside_the_baseline_and_at_rates_of_its_own() {
     let scene = Scene::new();
-    let model = ["--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
-    let policies = ["--batching", "sequence,depth", "--exit", "none", "--max-batch", "4", "--token-budget", "16"];
-    let validate = [&["validate"], &model[..], &policies[..], &["--repeats", "2", "--out", "out"]].concat();
-    let printed = scene.succeed(&[&validate[..], &["--loads", "0.5,0.25"]].concat());
+    let policies = ["confidence:margin:0.001", "confidence:margin:0.9"];
+    let model = ["validate", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
+    let limits = ["--max-batch", "4", "--token-budget", "16", "--repeats", "2", "--rounds", "2"];
+    let exits = format!("none,{}", policies.join(","));
+    let policy = ["--batching", "sequence", "--exit", &exits, "--kv-fill", "reuse,skip"];
+    let rates = ["--rates", "0.5,1.2", "--ttft-ms", "1000000", "--out", "out"];
+    let printed = scene.succeed(&[&model[..], &limits, &policy, &rates].concat());
+    let table = |name: &str| lines(&scene.path(&format!("out/{name}.csv")));
+    for name in
+        ["predictions", "predictions_at_rates", "speedups", "absolute", "at_rates", "repeats", "passes", "summary"]
+    {
+        let lines = table(name);
+        let found: Vec<_> = column(&lines, "exit_policy").into_iter().zip(column(&lines, "kv_fill")).collect();
+        for combination in policies.iter().flat_map(|policy| [(*policy, "reuse"), (*policy, "skip")]) {
+            assert!(found.contains(&combination), "{name}: {found:?}");
+        }
+    }
+    let depths = table("absolute");
+    let depths = of_metric(&depths, "mean_depth");
+    assert!(depths.len() == 5 && depths.iter().all(|(predicted, measured)| predicted == measured), "{depths:?}");
+    let ratios = table("speedups");
+    assert_eq!(of_metric(&ratios, "throughput_tok_s").len(), 5);
+    let of_equals = &of_metric(&ratios, "throughput_tok_s")[0];
+    assert_eq!(of_equals.0, "1.0", "sequence-wise batching without exits beside itself");
+    // Means leave out what is equal to the baseline.
+    let errors = table("errors");
+    let of_errors: Vec<_> = column(&errors, "table").into_iter().zip(column(&errors, "combinations")).collect();
+    assert!(of_errors.contains(&("speedups", "4")) && of_errors.contains(&("absolute", "5")), "{of_errors:?}");
+    let at_rates = table("at_rates");
+    let loads: Vec<_> = column(&at_rates, "load").into_iter().zip(column(&at_rates, "metric")).collect();
+    assert!(loads.contains(&("1.2", "throughput_tok_s")) && !loads.contains(&("0.5", "throughput_tok_s")), "{loads:?}");
+    assert!(loads.contains(&("0.5", "goodput_req_s")), "{loads:?}");
+    for heading in ["ratios to sequence-wise", "values in the closed loop", "own capacity", "mean absolute"] {
+        assert!(printed.contains(heading), "{heading}: {printed}");
+    }
+    for figure in ["speedups", "absolute", "at-rates"] {
+        assert!(scene.path(&format!("out/figures/{figure}.png")).exists(), "{figure}");
+    }
+}
+
+/// Looks at the predictions when a message says that replays are being measured.
+struct Watch {
+    staging: PathBuf,
+    /// What each file of predictions held first.
+    seen: BTreeMap<&'static str, Vec<u8>>,
+    notes: Vec<String>,
+}
+
+impl Reporter for Watch {
+    fn message(&mut self, text: &str) {
+        for (stage, file) in [("closed loop", "predictions.csv"), ("% load", "predictions_at_rates.csv")] {
+            if text.contains(stage) {
+                let found = fs::read(self.staging.join(file)).expect("predictions come before replays");
+                assert_eq!(*self.seen.entry(file).or_insert_with(|| found.clone()), found, "{text}");
+            }
+        }
+    }
+
+    fn note(&mut self, text: &str) {
+        self.notes.push(text.to_owned());
+    }
+}
+
+#[test]
+fn predictions_are_written_before_the_first_replay_and_their_hash_is_kept() {
+    let scene = Scene::new();
+    let text =
+        experiment("validation: {in_flight: 3, rates: [0.8]}", 12).replace("all_at_once", "{poisson: {rate_per_s: 9}}");
+    let text = text.lines().filter(|line| !line.starts_with("sweeps")).collect::<Vec<_>>().join("\n");
+    scene.write("validation.yaml", &text);
+    let experiment = Experiment::load(&scene.path("validation.yaml")).unwrap();
+    let results = scene.path("out");
+    let staging = results.join(".depthwise-unfinished");
+    let mut watch = Watch { staging, seen: BTreeMap::new(), notes: Vec::new() };
+    let report = experiments::run(&experiment, scene.0.path(), &results, &mut watch).unwrap();
+    assert!(matches!(report, experiments::run::Report::Validated(_)));
+    let marker = Marker::read(&results).unwrap().unwrap();
+    assert_eq!(watch.seen.keys().copied().collect::<Vec<_>>(), ["predictions.csv", "predictions_at_rates.csv"]);
+    for (file, seen) in watch.seen {
+        assert_eq!(fs::read(results.join(file)).unwrap(), seen, "{file}");
+        let seal = &marker.sealed[file];
+        assert!(
+            watch.notes.iter().any(|note| note.contains(&seal.sha256) && note.contains(&seal.written_at)),
+            "{file}"
+        );
+    }
+    let summary = lines(&results.join("summary.csv"));
+    assert_eq!(column(&summary, "requests"), ["12"; 18]);
+}
+
+#[test]
+fn an_experiment_at_loads_serves_the_same_requests_at_each_share_of_the_capacity() {
+    let scene = Scene::new();
+    let at = |loads: &str| {
+        format!(
+            "{{schema_version: 1, title: test, requests: {{file: requests.csv}}, \
+             serving: {{batching: [depth], exit: [none, oracle, 'top1:0.1'], max_batch: 4, token_budget: 16}}, \
+             engine: {{model: model, prompts: prompts.txt, repeats: 2, rounds: 1, loads: {loads}}}}}"
+        )
+    };
+    scene.write("loads.yaml", &at("[0.5, 0.25]"));
+    let printed = scene.succeed(&["run", "loads.yaml", "--out", "out"]);
     assert!(printed.contains("at 50% of the capacity") && printed.contains("mean absolute"), "{printed}");
-    assert!(!scene.path("out/load-0.5/validation_of_exits_taken.csv").exists(), "no exits by confidence");
     let span = |load: &str| {
         let requests = lines(&scene.path(&format!("out/load-{load}/requests.csv")));
         let measured = lines(&scene.path(&format!("out/load-{load}/summary.csv")));
-        assert_eq!(measured.len(), 1 + 2 * 2);
+        assert_eq!(measured.len(), 1 + 2 * 3);
         let arrivals = column(&requests, "arrival_s").into_iter().map(|text| text.parse::<f64>().unwrap());
         arrivals.fold(0.0, f64::max)
     };
     // Arrivals are whole nanoseconds.
     assert!((span("0.25") / span("0.5") - 2.0).abs() < 1e-5, "half the rate is twice the time");
-    let error = scene.fail(&[&validate[..], &["--loads", "0"]].concat());
-    assert!(error.contains("--loads: 0 is no positive share of the capacity"), "{error}");
+    let predictions = lines(&scene.path("out/predictions.csv"));
+    assert_eq!(column(&predictions, "load").iter().filter(|load| **load == "0.25").count(), 3 * 6);
+    for (loads, expected) in [("[0]", "engine.loads: 0 is no positive share"), ("[1, 1]", "a share is there twice")] {
+        scene.write("wrong.yaml", &at(loads));
+        let error = scene.fail(&["run", "wrong.yaml", "--out", "wrong"]);
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_validation_of_what_cannot_be_is_refused_by_its_option() {
+    let scene = Scene::new();
+    let validate =
+        ["validate", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv", "--out", "out"];
+    for (more, expected) in [
+        (["--rates", "0"], "--rates: 0 is no positive share of the capacity"),
+        (["--in-flight", "0"], "--in-flight is 0: expected at least 1"),
+        (["--rounds", "0"], "--rounds is 0: expected at least 1"),
+    ] {
+        let error = scene.fail(&[&validate[..], &more].concat());
+        assert!(error.contains(expected), "{error}");
+    }
+    for (more, expected) in [
+        ("validation: {rates: [0.5]}", "sweeps beside validation"),
+        ("validation: {rate: [0.5]}", "unknown field `rate`"),
+    ] {
+        scene.write("wrong.yaml", &experiment(more, 12));
+        let error = scene.fail(&["run", "wrong.yaml", "--out", "out"]);
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]

@@ -136,7 +136,7 @@ fn measure(folder: &Path, requests: &str) {
     let model = root().join("models/kjv").canonicalize().unwrap().display().to_string();
     let prompts = format!("{model}/prompts.txt");
     let serving = "{batching: [depth], exit: [none, \"margin:0.05\"], max_batch: 2, token_budget: 8}";
-    let engine = format!("{{model: {model}, prompts: {prompts}, repeats: 1}}");
+    let engine = format!("{{model: {model}, prompts: {prompts}, repeats: 1, rounds: 1}}");
     let sweeps = "{thresholds: {margin: [0.1]}, max_batch: [1]}";
     let experiment = format!(
         "schema_version: 1\ntitle: t\nrequests: {{{requests}}}\nserving: {serving}\nengine: {engine}\nsweeps: {sweeps}\n"
@@ -144,6 +144,12 @@ fn measure(folder: &Path, requests: &str) {
     fs::write(folder.join("measured.yaml"), experiment).unwrap();
     fs::write(folder.join("text.txt"), &fs::read_to_string(&prompts).unwrap()[..2000]).unwrap();
     succeed(&["run", &file("measured.yaml"), "--out", &file("measured")]);
+    let validation = "{in_flight: 2, rates: [1.2]}\nobjectives: {ttft_ms: 60}";
+    let validated = format!(
+        "schema_version: 1\ntitle: t\nrequests: {{{requests}}}\nserving: {serving}\nengine: {engine}\nvalidation: {validation}\n"
+    );
+    fs::write(folder.join("validated.yaml"), validated).unwrap();
+    succeed(&["run", &file("validated.yaml"), "--out", &file("validated")]);
     succeed(&["evaluate", &model, "--text", &file("text.txt"), "--out", &file("evaluation")]);
     let exits = file("measured/exits");
     let lax = ["--measure", "margin", "--tolerance", "0.9", "--confidence", "0.5"];

@@ -109,7 +109,7 @@ requests:
     prompt_tokens: {fixed: 4}
     output_tokens: {fixed: 4}
 serving: {batching: [depth], exit: [none], max_batch: 4, token_budget: 16}
-engine: {model: model, prompts: prompts.txt, repeats: 1}
+engine: {model: model, prompts: prompts.txt, repeats: 1, rounds: 1}
 ";
 
 const TRAINING: &str = "
@@ -191,7 +191,7 @@ fn writers(scene: &Scene) -> Vec<Vec<&'static str>> {
         "profile --model model --max-batch 2 --token-budget 4 --max-tokens 16 --prefill-chunk 4 --rounds 1 --out",
         "record --model model --prompts prompts.txt --requests requests.csv --first 3 --out",
         "replay --model model --prompts prompts.txt --requests requests.csv --first 3 --exit none --out",
-        "validate --model model --prompts prompts.txt --requests requests.csv --first 3 --exit none --repeats 1 --out",
+        "validate --model model --prompts prompts.txt --requests requests.csv --first 3 --exit none --repeats 1 --rounds 1 --rates 0.5 --out",
         "evaluate model --text prompts.txt --seq 32 --out",
         "evaluate model --questions questions.jsonl --out",
         "calibrate --exits exits --measure top1 --tolerance 0.9 --out",

@@ -76,14 +76,23 @@ fn a_hugging_face_folder_is_profiled_replayed_validated_and_trained() {
     let served = ["--prompts", "text.txt", "--requests", "requests.csv", "--exit", "none,oracle"];
     let plain = ["--model", "plain", "--loops", "3", "--weights", "bf16"];
     scene.succeed(&[&["replay"], &plain[..], &served, &limits, &["--out", "replayed"]].concat());
-    scene.succeed(&[&["validate"], &plain[..], &served, &limits, &["--repeats", "1", "--out", "validated"]].concat());
+    scene.succeed(
+        &[
+            &["validate"],
+            &plain[..],
+            &served,
+            &limits,
+            &["--repeats", "1", "--rounds", "1", "--rates", "0.9", "--out", "validated"],
+        ]
+        .concat(),
+    );
 
     fs::create_dir(scene.path("configs")).unwrap();
     scene.write(
         "configs/run.yaml",
         "{schema_version: 1, title: test, requests: {file: ../requests.csv}, \
          serving: {batching: [depth], exit: [none], max_batch: 2, token_budget: 8}, \
-         engine: {model: ../plain, loops: 3, prompts: ../text.txt, repeats: 1}}",
+         engine: {model: ../plain, loops: 3, prompts: ../text.txt, repeats: 1, rounds: 1}}",
     );
     scene.succeed(&["run", "configs/run.yaml", "--out", "results"]);
     let resolved = fs::read_to_string(scene.path("results/config.yaml")).unwrap();

@@ -14,33 +14,38 @@ pub enum Idle {
     Skip,
 }
 
-/// Time since the start, with skipped idle time added.
+/// Time since the start, without the time in which the clock stood still, and with skipped idle time added.
 #[derive(Clone, Copy, Debug)]
 pub struct WallClock {
     start: Instant,
     skipped: Nanos,
-    paused: Duration,
+    stood: Duration,
+    /// When the clock was stopped; `None` while it runs.
+    stopped: Option<Instant>,
     idle: Idle,
 }
 
 impl WallClock {
-    /// A clock at zero.
+    /// A clock at zero that runs.
     pub fn start(idle: Idle) -> Self {
-        Self { start: Instant::now(), skipped: Nanos::ZERO, paused: Duration::ZERO, idle }
+        Self { start: Instant::now(), skipped: Nanos::ZERO, stood: Duration::ZERO, stopped: None, idle }
     }
 
-    /// Stops the clock during `work`.
-    pub fn pause<R>(&mut self, work: impl FnOnce() -> R) -> R {
-        let start = Instant::now();
-        let result = work();
-        self.paused += start.elapsed();
-        result
+    /// Stops the clock. Does nothing while it stands still.
+    pub fn stop(&mut self) {
+        self.stopped.get_or_insert_with(Instant::now);
+    }
+
+    /// Lets the clock go on. Does nothing while it runs.
+    pub fn resume(&mut self) {
+        self.stood += self.stopped.take().map_or(Duration::ZERO, |stopped| stopped.elapsed());
     }
 }
 
 impl Clock for WallClock {
     fn now(&mut self) -> Nanos {
-        Nanos::from(self.start.elapsed() - self.paused) + self.skipped
+        let until = self.stopped.unwrap_or_else(Instant::now);
+        Nanos::from(until - self.start - self.stood) + self.skipped
     }
 
     fn advance(&mut self, _: Nanos) -> Nanos {
@@ -61,13 +66,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pause_takes_no_time() {
-        let mut clock = WallClock::start(Idle::Sleep);
-        let pause = Duration::from_millis(50);
+    fn a_clock_stands_still_from_stop_to_resume() {
         let begin = Instant::now();
-        clock.pause(|| std::thread::sleep(pause));
+        let mut clock = WallClock::start(Idle::Sleep);
+        let pause = Duration::from_millis(20);
+        clock.stop();
+        let stopped = clock.now();
+        std::thread::sleep(pause);
+        clock.stop();
+        assert_eq!(clock.now(), stopped, "a second stop changes nothing");
+        clock.resume();
+        clock.resume();
         let (now, passed) = (clock.now(), Nanos::from(begin.elapsed()));
-        assert!(now + Nanos::from(pause) <= passed, "{now:?} of {passed:?}");
+        assert!(stopped <= now && now + Nanos::from(pause) <= passed, "{now:?} of {passed:?}");
     }
 
     #[test]

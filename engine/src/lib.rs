@@ -76,10 +76,10 @@ pub use executor::{EngineError, EngineExecutor, ExitDepths, Generation, Sampling
 pub use generate::{CompletedToken, Generated};
 pub use kernels::linear::WeightType;
 pub use model::Model;
-pub use profile::{Grid, Limits, Measured, Probe, ProbedClock, Profiler, device_name};
+pub use profile::{Grid, Limits, Measured, Probe, Profiler, device_name};
 pub use prompt_lines::{Answer, PromptLine};
 pub use prompts::{PromptError, Prompts};
 pub use record::{Exiting, RecordedGeneration, RecordedPolicy};
-pub use replay::{Engine, FullDepth, ReplayError, oracle_depths};
+pub use replay::{Engine, FullDepth, ReplayError, SlicedReplay, oracle_depths};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError};
 pub use weights::{Weights, WeightsError};

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use scheduler::blocks::BlockId;
 use scheduler::{
-    Clock, Executor, ExitPolicy, KvFill, Observer, ScheduleError, ServeError, Server, Settings, SignalRead, serve,
+    Clock, ClosedLoop, Executor, ExitPolicy, KvFill, Observer, ScheduleError, ServeError, Server, Settings, SignalRead,
+    serve,
 };
 use traces::{ExitSignal, ExitTrace, Request, TraceError};
 
@@ -120,6 +122,19 @@ impl Engine {
         Ok(executor.exiting_by(settings.exit))
     }
 
+    /// An executor with the exit depths that the oracle exit policy reads.
+    fn executor_with(
+        &self,
+        settings: &Settings,
+        oracle: Option<Arc<ExitDepths>>,
+    ) -> Result<EngineExecutor, EngineError> {
+        let executor = self.executor(settings)?;
+        Ok(match oracle {
+            Some(exits) => executor.with_oracle(exits),
+            None => executor,
+        })
+    }
+
     /// Serves `requests`, in order of arrival, on the wall clock. The measured times go to `observer`. Returns prompt and
     /// output of each request, by id.
     ///
@@ -157,13 +172,27 @@ impl Engine {
         clock: &mut (impl Clock + Send),
         observer: &mut (impl Observer + Send),
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
-        let executor = self.executor(&settings)?;
-        let executor = match oracle {
-            Some(exits) => executor.with_oracle(exits),
-            None => executor,
-        };
+        let executor = self.executor_with(&settings, oracle)?;
         self.check(&settings, &executor, requests)?;
         Ok(run_to_end(settings, executor, requests, clock, observer)?.into_generations())
+    }
+
+    /// A replay of `requests` in a closed loop with `in_flight` of them at a time, which runs in slices. The oracle exit
+    /// policy needs `oracle`.
+    ///
+    /// # Errors
+    /// If a request does not fit the model or the cache, or has no prompt.
+    pub fn sliced_replay(
+        &self,
+        settings: Settings,
+        requests: &[Request],
+        in_flight: u32,
+        oracle: Option<Arc<ExitDepths>>,
+    ) -> Result<SlicedReplay, ReplayError> {
+        let server = self.server(settings, self.executor_with(&settings, oracle)?, requests)?;
+        let mut clock = WallClock::start(Idle::Skip);
+        clock.stop();
+        Ok(SlicedReplay(ClosedLoop::new(server, clock, requests, in_flight)))
     }
 
     /// Checks that the engine can run under these settings.
@@ -289,6 +318,40 @@ impl Engine {
             total += generation.tokens.len();
         }
         Ok(agreeing as f64 / total as f64)
+    }
+}
+
+/// A replay in a closed loop that runs in slices. Between them its clock stands still, so that two replays can run in
+/// alternation and meet the same moments of the machine.
+pub struct SlicedReplay(ClosedLoop<EngineExecutor, WallClock>);
+
+impl SlicedReplay {
+    /// Runs passes for at least `slice`, and at least one. Returns whether anything is left to run.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn run_for(&mut self, slice: Duration, observer: &mut (impl Observer + Send)) -> Result<bool, ReplayError> {
+        let serving = &mut self.0;
+        in_pool(|| {
+            let start = Instant::now();
+            serving.clock_mut().resume();
+            let mut goes_on = serving.step(observer)?;
+            while goes_on && start.elapsed() < slice {
+                goes_on = serving.step(observer)?;
+            }
+            serving.clock_mut().stop();
+            Ok(goes_on)
+        })
+    }
+
+    /// Share of the requests that have ended, 0 to 1.
+    pub fn progress(&self) -> f64 {
+        self.0.progress()
+    }
+
+    /// Prompt and output of each request, by id, when the replay is over.
+    pub fn into_generations(self) -> HashMap<u32, Generation> {
+        self.0.into_executor().into_generations()
     }
 }
 

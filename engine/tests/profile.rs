@@ -9,7 +9,7 @@ use common::{grouped, weights, with_everything};
 use engine::{Engine, Grid, Limits, Model, ModelConfig, Probe, Profiler, PromptLine, Prompts, Sampling, WeightType};
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Lengths};
-use traces::{Component, Nanos, PassOrigin, PassRun};
+use traces::{ChunkWork, Component, Nanos, PassOrigin, PassRun, PassWork};
 
 fn engine(config: &ModelConfig) -> Engine {
     Engine {
@@ -33,7 +33,7 @@ fn a_profile_covers_every_component_up_to_its_limits() {
     // Other work on the machine may make the halves differ by any factor.
     let disagreement = profiler.disagreement();
     assert!(disagreement.is_some_and(|share| share >= 0.0 && share.is_finite()), "{disagreement:?}");
-    let profile = profiler.profile("test", "a test", std::iter::empty()).unwrap();
+    let profile = profiler.profile(0..2, "test", "a test").unwrap();
     // A value of width 8 is padded to 32.
     assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
     assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
@@ -84,7 +84,7 @@ fn keys_and_values_before_and_after_the_loops_count() {
     profiler.round(|_, _| ()).unwrap();
     // One layer of the prelude and, at each of three depths, two of the block and two of the coda.
     assert_eq!(
-        profiler.profile("test", "a test", std::iter::empty()).unwrap().meta.kv_bytes_per_token,
+        profiler.profile(0..1, "test", "a test").unwrap().meta.kv_bytes_per_token,
         (1 + 3 * (2 + 2)) * 2 * (8 + 32) * 4
     );
 }
@@ -118,7 +118,7 @@ fn probes_serve_a_load_that_never_ends_and_log_its_passes() {
     let between = profiler.probe().unwrap();
     profiler.round(|_, _| ()).unwrap();
     let measured = profiler.measured();
-    let (of_rounds, first_round) = (measured.probes().collect::<Vec<_>>(), profiler.measured_in(0..1));
+    let (of_rounds, first_round) = (measured.probes().collect::<Vec<_>>(), profiler.measured_in([0]));
     let of_first = first_round.probes().count();
     assert!(of_first > 0 && of_rounds.len() == 2 * of_first);
     let (before, after) = of_rounds.split_at(of_first);
@@ -137,28 +137,44 @@ fn probes_serve_a_load_that_never_ends_and_log_its_passes() {
 }
 
 #[test]
-fn over_all_probes_a_profile_takes_what_their_passes_took() {
+fn over_its_probes_a_profile_takes_what_their_passes_took() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
     let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
     profiler.round(|_, _| ()).unwrap();
-    let further = profiler.probe().unwrap();
-    let profile = profiler.profile("test", "a test", std::iter::once(&further)).unwrap();
+    profiler.round(|_, _| ()).unwrap();
+    // Of the second round alone: what the first one measured does not matter.
+    let profile = profiler.profile([1], "test", "a test").unwrap();
     let model = LatencyModel::new(&profile).unwrap();
+    let measured = profiler.measured_in([1]);
+    let took: u64 = measured.probes().map(|probe| probe.in_executor().0).sum();
+    let passes = measured.probes().flat_map(|probe| &probe.passes);
+    let predicted: f64 = passes.map(|pass| model.pass_ns(&pass.work)).sum();
+    assert!((predicted / took as f64 - 1.0).abs() < 1e-3, "{predicted} ns for {took} ns");
+}
 
-    let (mut took, mut predicted, mut paced) = (0.0, 0.0, 0.0);
-    let measured = profiler.measured();
-    for probe in measured.probes().chain([&further]) {
-        let by_profile: f64 = probe.passes.iter().map(|pass| model.pass_ns(&pass.work)).sum();
-        took += probe.in_executor().0 as f64;
-        predicted += by_profile;
-        paced += by_profile * probe.pace(&model);
-    }
-    assert!((predicted / took - 1.0).abs() < 1e-3, "{predicted} ns for {took} ns");
-    assert!((paced / took - 1.0).abs() < 1e-9, "{paced} ns for {took} ns");
-
-    let runs: Vec<PassRun> = profiler.steady_runs(std::iter::once(&further)).collect();
-    assert_eq!(runs.len(), measured.probes().count() + 1);
-    let logged: u64 = runs.iter().flat_map(|run| &run.passes).map(|pass| pass.elapsed.0).sum();
-    assert_eq!(logged as f64, took);
-    assert!(runs.iter().all(|run| run.origin == PassOrigin::Steady && run.passes.iter().all(|pass| pass.wall_us > 0)));
+#[test]
+fn the_log_has_every_shape_and_every_pass_of_the_steady_load() {
+    let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
+    let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
+    profiler.round(|_, _| ()).unwrap();
+    let runs: Vec<PassRun> = profiler.pass_runs().collect();
+    let of = |origin| runs.iter().filter(move |run| run.origin == origin);
+    assert_eq!(
+        (of(PassOrigin::Grid).count(), of(PassOrigin::Steady).count()),
+        (1, profiler.measured().probes().count())
+    );
+    let logged: u64 = of(PassOrigin::Steady).flat_map(|run| &run.passes).map(|pass| pass.elapsed.0).sum();
+    assert_eq!(logged, profiler.measured().probes().map(|probe| probe.in_executor().0).sum::<u64>());
+    let shapes: Vec<_> = of(PassOrigin::Grid).flat_map(|run| &run.passes).collect();
+    assert!(shapes.iter().all(|pass| pass.elapsed > Nanos::ZERO && pass.wall_us > 0 && pass.work.rows > 0));
+    assert!(shapes.windows(2).all(|pair| pair[0].start + pair[0].elapsed <= pair[1].start), "one after the other");
+    let any = |is: &dyn Fn(&PassWork) -> bool| shapes.iter().any(|pass| is(&pass.work));
+    assert!(any(&|work| work.rows == 20 && work.decode_rows == 20 && work.depths == 1));
+    assert!(any(&|work| work.chunks == [ChunkWork { tokens: 12, history: 40 }] && work.decode_rows == 0));
+    assert!(any(&|work| work.chunks.len() == 2 && work.head_rows == 0));
+    assert!(any(&|work| work.depths == 3 && work.embed_rows > 0));
+    assert!(any(&|work| work.exit_head_rows == 5 && work.head_rows == 0), "the head after the pass");
+    assert!(any(&|work| work.filled_depths == 10 && work.head_rows == 5), "copies to two skipped depths");
+    assert!(any(&|work| work.before.rows == 20 && work.rows == 1), "after a pass of more rows");
+    assert!(any(&|work| work.longest_decode_history == 40 && work.decode_history == 5 * 40));
 }

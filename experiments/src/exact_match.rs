@@ -8,7 +8,7 @@ use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Serialize;
 use traces::{Nanos, Request};
 
-use crate::measure::NamedEngine;
+use crate::named_engine::NamedEngine;
 use crate::reporter::Reporter;
 
 /// Rows of a pass, and sequences of a batch. Nothing is timed.

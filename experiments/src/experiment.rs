@@ -12,7 +12,7 @@ use simulator::Objectives;
 use traces::{ExitSignal, RequestSpec};
 
 use crate::exit_choice::ExitChoice;
-use crate::serving::{MOST_REPEATS, Serving, check_at_most};
+use crate::serving::{MOST_REPEATS, MOST_ROWS, Serving, check_at_most};
 
 /// The only `schema_version` this build reads.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -38,6 +38,9 @@ pub struct Experiment {
     /// What to measure on this machine, with the real engine; then the simulator is checked against it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineSpec>,
+    /// How to test the simulator against the engine, instead of measuring what `engine` says as the requests arrive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<ValidationSpec>,
     /// What to simulate from profiles and exit traces at hand.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub systems: Vec<System>,
@@ -65,6 +68,9 @@ pub struct EngineSpec {
     pub prompts: PathBuf,
     /// Times every combination is replayed, in alternation; the median run is reported.
     pub repeats: u32,
+    /// Rounds of the latency profile, which is complete before the first replay.
+    #[serde(default = "default_rounds")]
+    pub rounds: u32,
     /// Softmax temperature of sampling; 0 takes the most likely token.
     #[serde(default)]
     pub temperature: f32,
@@ -72,6 +78,32 @@ pub struct EngineSpec {
     /// the first batching policy with the first exit policy serves the requests when all arrive at once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub loads: Vec<f64>,
+}
+
+/// How to test the simulator against the engine.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ValidationSpec {
+    /// Requests in flight in the closed loop; the batch limit if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_flight: Option<u32>,
+    /// Rates of arrival, each as a share of the capacity that a combination had in the closed loop.
+    pub rates: Vec<f64>,
+}
+
+impl ValidationSpec {
+    /// Rates of arrival if none are given.
+    pub const RATES: [f64; 4] = [0.5, 0.7, 0.9, 1.05];
+}
+
+impl Default for ValidationSpec {
+    fn default() -> Self {
+        Self { in_flight: None, rates: Self::RATES.to_vec() }
+    }
+}
+
+fn default_rounds() -> u32 {
+    EngineSpec::ROUNDS
 }
 
 /// Something to simulate.
@@ -168,14 +200,21 @@ impl Experiment {
                 temperature.is_finite() && temperature >= 0.0,
                 "engine.temperature is {temperature}: expected 0 or more"
             );
-            if let Some(strange) = engine.loads.iter().find(|load| !(load.is_finite() && **load > 0.0)) {
-                bail!("engine.loads: {strange} is no positive share of the capacity");
-            }
-            let distinct = engine.loads.iter().enumerate().all(|(place, load)| !engine.loads[..place].contains(load));
-            ensure!(distinct, "engine.loads: a load is there twice");
+            ensure!(engine.rounds > 0, "engine.rounds is 0: expected at least 1");
+            check_at_most("engine.rounds", engine.rounds.into(), MOST_REPEATS.into())?;
+            check_shares("engine.loads", &engine.loads)?;
             let sweeps = !(self.sweeps.thresholds.is_empty() && self.sweeps.max_batch.is_empty());
             ensure!(!sweeps || engine.loads.is_empty(), "sweeps beside engine.loads: expected one of the two");
+            if let Some(validation) = &self.validation {
+                validation.check()?;
+                ensure!(engine.loads.is_empty(), "engine.loads beside validation: expected validation.rates");
+                ensure!(!sweeps, "sweeps beside validation: expected one of the two");
+            }
         }
+        ensure!(
+            self.validation.is_none() || self.engine.is_some(),
+            "validation without `engine`: expected what to measure on this machine"
+        );
         for system in &self.systems {
             self.baseline_of(system)?;
         }
@@ -190,7 +229,29 @@ impl Experiment {
     }
 }
 
+/// Checks shares of a capacity.
+fn check_shares(name: &str, shares: &[f64]) -> Result<()> {
+    if let Some(strange) = shares.iter().find(|share| !(share.is_finite() && **share > 0.0)) {
+        bail!("{name}: {strange} is no positive share of the capacity");
+    }
+    let distinct = shares.iter().enumerate().all(|(place, share)| !shares[..place].contains(share));
+    ensure!(distinct, "{name}: a share is there twice");
+    Ok(())
+}
+
+impl ValidationSpec {
+    fn check(&self) -> Result<()> {
+        check_shares("validation.rates", &self.rates)?;
+        let Some(in_flight) = self.in_flight else { return Ok(()) };
+        ensure!(in_flight > 0, "validation.in_flight is 0: expected at least 1");
+        check_at_most("validation.in_flight", in_flight.into(), MOST_ROWS.into())
+    }
+}
+
 impl EngineSpec {
+    /// Rounds of the latency profile if their number is not given.
+    pub const ROUNDS: u32 = 4;
+
     /// Where the model is: relative to `base`, or, if nothing is there, on the hub.
     pub fn model_from(&self, base: &Path) -> PathBuf {
         let path = base.join(&self.model);
@@ -235,8 +296,10 @@ mod tests {
         ] {
             Experiment::load(&configs.join(format!("{name}.yaml"))).unwrap().check().unwrap();
         }
-        let generated = Experiment::load(&configs.join("validation/generated-kjv.yaml")).unwrap();
-        generated.check().unwrap();
-        assert_eq!(generated.requests.load(&configs).unwrap().requests.len(), 160);
+        for (name, requests) in [("generated-kjv", 96), ("kjv", 1000), ("chains", 1000)] {
+            let generated = Experiment::load(&configs.join(format!("validation/{name}.yaml"))).unwrap();
+            generated.check().unwrap();
+            assert_eq!(generated.requests.load(&configs).unwrap().requests.len(), requests, "{name}");
+        }
     }
 }

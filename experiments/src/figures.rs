@@ -10,11 +10,11 @@ use serde::de::DeserializeOwned;
 use simulator::{Source, Summary};
 use traces::ExitTrace;
 
+use crate::compare::{E2E, E2E_P99, GOODPUT, THROUGHPUT, TPOT, TTFT};
 use crate::exact_match::ALL_CLASSES;
 use crate::frontier::QualityMeasure;
 use crate::quality::{EXACT_MATCH, QualityLine, TOKEN_AGREEMENT};
 use crate::speedup::{is_attainable, is_baseline};
-use crate::validation::{Comparison, THROUGHPUT};
 
 /// Summaries over batch limits.
 pub const SWEEP_MAX_BATCH: &str = "sweep_max_batch.csv";
@@ -59,6 +59,22 @@ struct DepthRowsLine {
     decode_rows: f64,
     prefill_rows: f64,
     backfill_rows: f64,
+}
+
+/// What a figure needs of a line of `validation.csv`, `speedups.csv`, `absolute.csv` or `at_rates.csv`.
+#[derive(Clone, Debug, Deserialize)]
+struct ComparisonLine {
+    batching: Batching,
+    /// Absent in results of earlier versions, where `exit` names the kind of policy.
+    #[serde(default)]
+    exit_policy: String,
+    #[serde(default)]
+    exit: String,
+    metric: String,
+    measured: f64,
+    /// Called `simulated` in results of earlier versions.
+    #[serde(alias = "simulated")]
+    predicted: f64,
 }
 
 /// Draws all figures that the files in `results` have the data for, into a folder `to`.
@@ -159,13 +175,22 @@ impl<'a> Figures<'a> {
     }
 
     fn validation(&self) -> Result<()> {
-        let path = self.results.join("validation.csv");
-        if !path.exists() {
-            return Ok(());
+        for (table, title, metric) in [
+            ("validation", "Predicted against measured", value_label as fn(&str) -> Option<&'static str>),
+            ("speedups", "Predicted against measured ratios to sequence-wise batching without exits", ratio_label),
+            ("absolute", "Predicted against measured values in a closed loop", value_label),
+            ("at_rates", "Predicted against measured values at shares of the capacity", value_label),
+        ] {
+            let path = self.results.join(format!("{table}.csv"));
+            if !path.exists() {
+                continue;
+            }
+            let lines: Vec<ComparisonLine> = read(&path)?;
+            let points: Vec<Prediction> = lines.iter().filter_map(|line| prediction(line, metric)).collect();
+            let figure = self.figure(&table.replace('_', "-"), title, Origin::MeasuredAndSimulated);
+            plots::or_left_out(plots::predictions(&figure, &points))?;
         }
-        let points: Vec<Prediction> = read::<Comparison>(&path)?.into_iter().filter_map(prediction).collect();
-        let figure = self.figure("validation", "Simulated against measured", Origin::MeasuredAndSimulated);
-        Ok(plots::or_left_out(plots::predictions(&figure, &points))?)
+        Ok(())
     }
 
     fn sweeps(&self) -> Result<()> {
@@ -294,20 +319,35 @@ fn pass_rows(lines: &[&DepthRowsLine]) -> Vec<plots::PassRows> {
     slices
 }
 
-fn prediction(line: Comparison) -> Option<Prediction> {
-    let metric = match line.metric.as_str() {
-        THROUGHPUT => "throughput (tokens/s)",
-        "ttft_mean_ms" => "mean TTFT (ms)",
-        "tpot_mean_ms" => "mean TPOT (ms)",
-        "e2e_p99_ms" => "p99 end-to-end latency (ms)",
-        _ => return None,
-    };
+fn value_label(metric: &str) -> Option<&'static str> {
+    match metric {
+        THROUGHPUT => Some("throughput (tokens/s)"),
+        TTFT => Some("mean TTFT (ms)"),
+        TPOT => Some("mean TPOT (ms)"),
+        E2E_P99 => Some("p99 end-to-end latency (ms)"),
+        GOODPUT => Some("goodput (requests/s)"),
+        _ => None,
+    }
+}
+
+fn ratio_label(metric: &str) -> Option<&'static str> {
+    match metric {
+        THROUGHPUT => Some("ratio of throughput"),
+        TPOT => Some("ratio of mean TPOT"),
+        E2E => Some("ratio of mean end-to-end latency"),
+        E2E_P99 => Some("ratio of p99 end-to-end latency"),
+        _ => None,
+    }
+}
+
+/// A point of a panel that `label` names; `None` if the metric has no panel, or the value no place on it.
+fn prediction(line: &ComparisonLine, label: impl Fn(&str) -> Option<&'static str>) -> Option<Prediction> {
     let exit = if line.exit_policy.is_empty() { &line.exit } else { &line.exit_policy };
-    Some(Prediction {
-        metric: metric.to_owned(),
+    (line.measured > 0.0 && line.predicted > 0.0).then_some(Prediction {
+        metric: label(&line.metric)?.to_owned(),
         series: format!("{}, {}", batching_label(line.batching), exit_label(exit)),
         measured: line.measured,
-        predicted: line.simulated,
+        predicted: line.predicted,
     })
 }
 

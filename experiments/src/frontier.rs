@@ -3,8 +3,8 @@
 use scheduler::Batching;
 use simulator::Summary;
 
+use crate::compare::median;
 use crate::speedup::{Ratio, is_attainable, is_baseline, ratio};
-use crate::validation::median;
 
 /// How far below full depth a text counts as equally good: one point.
 pub const TOLERANCE: f64 = 0.01;

@@ -3,7 +3,7 @@
 //! | to do | call | with |
 //! | --- | --- | --- |
 //! | measure the engine, simulate the same, compare, draw; or simulate systems at hand | [`run()`] | [`Experiment`] |
-//! | only compare simulator and engine | [`validate`] | [`Experiment`] with an [`EngineSpec`](experiment::EngineSpec) |
+//! | test the simulator against the engine | [`validate`] | [`Experiment`] with a [`ValidationSpec`](experiment::ValidationSpec) |
 //! | simulate every combination of lists of values | [`sweep()`] | [`SweepSpec`] |
 //! | find the highest request rate within latency objectives | [`capacity()`] | [`SweepSpec`] |
 //! | measure a latency profile, record exits, replay a trace | [`profile()`], [`record()`], [`replay()`] | [`NamedEngine`] |
@@ -78,6 +78,7 @@
 
 mod bootstrap;
 pub mod capacity;
+pub mod compare;
 pub mod exact_match;
 pub mod exit_choice;
 pub mod experiment;
@@ -85,12 +86,15 @@ pub mod figures;
 pub mod frontier;
 pub mod loss_figure;
 pub mod measure;
+pub mod named_engine;
 pub mod oracle;
 mod parts;
 pub mod passes;
+pub mod predict;
 pub mod profile;
 pub mod quality;
 pub mod record;
+pub mod recording;
 pub mod replay;
 pub mod reporter;
 pub mod results;
@@ -100,14 +104,14 @@ pub mod serving;
 pub mod speedup;
 pub mod sweep;
 pub mod systems;
-pub mod validation;
+pub mod validate;
 pub mod workload;
 
 pub use capacity::capacity;
 pub use exact_match::exact_match;
 pub use exit_choice::ExitChoice;
 pub use experiment::Experiment;
-pub use measure::NamedEngine;
+pub use named_engine::NamedEngine;
 pub use profile::profile;
 pub use record::record;
 pub use replay::replay;

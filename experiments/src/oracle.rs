@@ -7,7 +7,7 @@ use engine::{ExitDepths, oracle_depths};
 use scheduler::{ExitPolicy, KvFill, Settings, SignalRead};
 use traces::{ExitTrace, Request};
 
-use crate::measure::NamedEngine;
+use crate::named_engine::NamedEngine;
 
 /// The oracle's exit depths for replays of some requests.
 #[derive(Default)]

@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Settings};
 use serde::Serialize;
-use simulator::Pace;
-use traces::{Nanos, PassRun};
+use traces::PassRun;
 
 /// Passes of one combination that are alike, in all repeats: a line of `passes.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -27,7 +26,7 @@ pub struct PassClass {
     pub passes: usize,
     /// What the executor took on average, in microseconds.
     pub measured_us: f64,
-    /// What the simulator says of the same passes at the pace of their moments.
+    /// What the simulator says of the same passes.
     pub simulated_us: f64,
     /// Simulated less measured, in percent of measured.
     pub error_pct: f64,
@@ -41,22 +40,21 @@ struct Sums {
     simulated: f64,
 }
 
-/// Compares the passes of one combination; each replay comes with the machine's pace during it.
+/// Compares the passes of replays of one combination with what the latency model says of each.
 pub fn compare_passes<'a>(
     settings: &Settings,
-    replays: impl Iterator<Item = (&'a PassRun, &'a Pace)>,
+    replays: impl IntoIterator<Item = &'a PassRun>,
     model: &LatencyModel,
 ) -> Vec<PassClass> {
     let mut classes: BTreeMap<(bool, u32), Sums> = BTreeMap::new();
-    for (run, pace) in replays {
+    for run in replays {
         for pass in &run.passes {
             let decode_rows = pass.work.decode_rows;
             let up_to = if decode_rows == 0 { 0 } else { decode_rows.next_power_of_two() };
             let sums = classes.entry((!pass.work.chunks.is_empty(), up_to)).or_default();
-            let by_profile = Nanos(model.pass_ns(&pass.work).round() as u64);
             sums.passes += 1;
             sums.measured += pass.elapsed.as_micros_f64();
-            sums.simulated += pace.stretch(pass.start, by_profile).as_micros_f64();
+            sums.simulated += model.pass_ns(&pass.work) * 1e-3;
         }
     }
     let class = |((prompts, decode_rows_up_to), Sums { passes, measured, simulated })| PassClass {
@@ -120,8 +118,10 @@ mod tests {
         for _ in 0..500 {
             server.pass(&mut recorder).unwrap();
         }
-        let slow = Pace::measured_at(&[(Nanos::ZERO, 1.5)]);
-        let classes = compare_passes(load.settings(), [(&recorder.into_run(), &slow)].into_iter(), &model);
+        let mut slower = profile();
+        slower.points.iter_mut().for_each(|point| point.time_us *= 1.5);
+        let slower = LatencyModel::new(&slower).unwrap();
+        let classes = compare_passes(load.settings(), [&recorder.into_run()], &slower);
         assert_eq!(classes.iter().map(|class| class.passes).sum::<usize>(), 500);
         let of = |prompts, rows| {
             let found = classes.iter().find(|class| (class.prompts, class.decode_rows_up_to) == (prompts, rows));

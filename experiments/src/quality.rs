@@ -11,7 +11,7 @@ use traces::{ExitTrace, Request};
 
 use crate::bootstrap;
 use crate::exact_match::{ALL_CLASSES, order_classes};
-use crate::measure::NamedEngine;
+use crate::named_engine::NamedEngine;
 
 /// Share of the served tokens that full depth gives after the same prefix.
 pub const TOKEN_AGREEMENT: &str = "token_agreement";

@@ -6,7 +6,7 @@ use anyhow::Result;
 use engine::{Exiting, RecordedGeneration};
 use traces::{DepthTally, ExitTable, ExitTraceMeta, ExitTraceWriter, Request};
 
-use crate::measure::{NamedEngine, recording_source};
+use crate::named_engine::{NamedEngine, recording_source};
 use crate::reporter::Reporter;
 
 /// What was recorded.

@@ -7,7 +7,8 @@ use engine::{Generation, Idle};
 use scheduler::{ExitPolicy, PassRecorder, Settings};
 use traces::{ExitTrace, PassLog, PassOrigin, Request, unix_micros};
 
-use crate::measure::{self, NamedEngine};
+use crate::measure;
+use crate::named_engine::{NamedEngine, pass_log_meta, record};
 use crate::oracle::Oracle;
 use crate::quality::{FullDepthTexts, Quality};
 use crate::reporter::Reporter;
@@ -32,14 +33,14 @@ pub fn replay(
     warn_without_baselines(settings, reporter);
     let full_depth = settings.iter().position(|settings| settings.exit == ExitPolicy::None);
     let recording = match recorded {
-        None if Oracle::needs_recording(settings) || full_depth.is_none() => Some(measure::record(named, requests)?),
+        None if Oracle::needs_recording(settings) || full_depth.is_none() => Some(record(named, requests)?),
         _ => None,
     };
     let recorded = recorded.or(recording.as_ref());
     let oracle = Oracle::new(named, settings, requests, recorded)?;
     reporter.start(settings.len(), 0);
     let (mut runs, mut generated) = (Vec::new(), Vec::new());
-    let mut passes = PassLog { meta: measure::pass_log_meta(named), runs: Vec::new() };
+    let mut passes = PassLog { meta: pass_log_meta(named), runs: Vec::new() };
     for &settings in settings {
         reporter.message(&format!("{}, {}", settings.batching, settings.exit));
         let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);

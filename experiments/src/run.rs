@@ -3,23 +3,29 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use engine::Sampling;
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Settings};
-use simulator::{Draw, ExitModel, ModelMemory, Objectives, Summary, write_csv};
-use traces::{ExitTable, Request};
+use simulator::{ExitModel, ModelMemory, Summary, write_csv};
+use traces::{ExitTable, PassLog, Request, RequestTrace};
 
+use crate::compare::{Comparison, Kind, Predictions, VALUES};
 use crate::exit_choice::ExitChoice;
 use crate::experiment::{EngineSpec, Experiment};
 use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
-use crate::measure::{Measured, MeasuredLoad, NamedEngine, limits, measure};
+use crate::measure::{Load, MeasuredLoad, capacity, in_turn};
+use crate::named_engine::{NamedEngine, pass_log_meta};
+use crate::passes::compare_passes;
+use crate::predict::{Models, PREDICTIONS, Predictor, predictions};
+use crate::profile::{Profiled, lengths, limits};
+use crate::quality::FullDepthTexts;
+use crate::recording::Recording;
 use crate::reporter::Reporter;
 use crate::results::{CONFIG, PASS_LOG, ResultsFolder};
-use crate::runs::{Machines, Run, run_simulations, simulate_all, write_depth_rows, write_quality, write_requests};
+use crate::runs::{Run, simulate_all, warn_of_extrapolations, write_depth_rows, write_quality, write_requests};
 use crate::serving::Serving;
 use crate::speedup::warn_without_baselines;
 use crate::systems::{OfSystem, simulate_systems};
-use crate::validation::{Comparison, MeanError, TOKEN_AGREEMENT, compare, mean_errors};
+use crate::validate::{Table, Validation, validate_into, write_tables};
 use crate::workload::{Workload, load_open_loop};
 
 /// What an experiment came to.
@@ -27,6 +33,8 @@ use crate::workload::{Workload, load_open_loop};
 pub enum Report {
     /// Of what was measured on this machine, load by load.
     Measured(Vec<LoadReport>),
+    /// Of a validation.
+    Validated(Validation),
     /// Of systems that were simulated, a line for each run.
     Systems(Vec<(OfSystem, Summary)>),
 }
@@ -36,23 +44,12 @@ pub enum Report {
 pub struct LoadReport {
     /// Share of the capacity at which they arrive; none if they arrive as the trace says.
     pub load: Option<f64>,
-    /// Every measured run, then every simulated one.
+    /// Every measured run, then every predicted one.
     pub runs: Vec<Summary>,
     /// By repeat, what was measured of each combination.
     pub repeats: Vec<Vec<Summary>>,
-    /// How far simulations are off, by the exits recorded at full depth.
-    pub errors: Errors,
-    /// How far they are off by the exits that the replays took; none where no policy reads a signal.
-    pub errors_of_exits_taken: Option<Errors>,
-}
-
-/// How far simulations are off.
-#[derive(Clone, Debug)]
-pub struct Errors {
-    /// By combination and metric.
-    pub comparisons: Vec<Comparison>,
-    /// By metric.
-    pub means: Vec<MeanError>,
+    /// How far the predictions are off.
+    pub validation: Table,
 }
 
 /// Does an experiment whose paths are relative to `base`, and leaves its results at `target`.
@@ -63,12 +60,16 @@ pub struct Errors {
 pub fn run(experiment: &Experiment, base: &Path, target: &Path, reporter: &mut dyn Reporter) -> Result<Report> {
     experiment.check()?;
     let mut folder = ResultsFolder::create(target, "run")?;
-    let (report, drawn) = match &experiment.engine {
-        Some(spec) => {
+    let (report, drawn) = match (&experiment.engine, &experiment.validation) {
+        (Some(spec), Some(validation)) => {
+            let (report, drawn) = validate_into(experiment, spec, validation, base, &mut folder, reporter)?;
+            (Report::Validated(report), drawn)
+        }
+        (Some(spec), None) => {
             let (loads, drawn) = measure_and_simulate(experiment, spec, base, &mut folder, reporter)?;
             (Report::Measured(loads), drawn)
         }
-        None => {
+        (None, _) => {
             let workload = Workload::load(&experiment.requests, base, &experiment.serving, experiment.seed, reporter)?;
             let (lines, drawn) = simulate_systems(experiment, base, &workload, &folder.path()?, reporter)?;
             (Report::Systems(lines), drawn)
@@ -86,26 +87,27 @@ fn finish(mut folder: ResultsFolder, experiment: &Experiment, drawn: Result<()>)
     drawn.context(without_figures)
 }
 
-/// Replays requests on the engine and in the simulator, and compares: as [`run`] does it, of an experiment that measures.
+/// Tests the simulator against the engine: as [`run`] does it, of an experiment with a validation.
 ///
 /// # Errors
-/// As for [`run`], and if the experiment has no engine.
+/// As for [`run`], and if the experiment has no engine or no validation.
 pub fn validate(
     experiment: &Experiment,
     base: &Path,
     target: &Path,
     reporter: &mut dyn Reporter,
-) -> Result<Vec<LoadReport>> {
+) -> Result<Validation> {
     experiment.check()?;
     let spec = experiment.engine.as_ref().context("expected `engine`, to measure on this machine")?;
+    let validation = experiment.validation.as_ref().context("expected `validation`")?;
     let mut folder = ResultsFolder::create(target, "validate")?;
-    let (loads, drawn) = measure_and_simulate(experiment, spec, base, &mut folder, reporter)?;
+    let (report, drawn) = validate_into(experiment, spec, validation, base, &mut folder, reporter)?;
     finish(folder, experiment, drawn)?;
-    Ok(loads)
+    Ok(report)
 }
 
-/// Measures the engine, simulates the same and more from what was measured, and compares; the second value says whether
-/// the figures were drawn.
+/// Predicts from a profile and a recording, then measures the same, and compares; the second value says whether the
+/// figures were drawn.
 fn measure_and_simulate(
     experiment: &Experiment,
     spec: &EngineSpec,
@@ -114,27 +116,51 @@ fn measure_and_simulate(
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<LoadReport>, Result<()>)> {
     let mut trace = load_open_loop(&experiment.requests, base, reporter)?;
-    let sampling = Sampling { temperature: spec.temperature, seed: experiment.seed };
-    let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
-    let engine = NamedEngine::load(&model, spec.loops, spec.weights, spec.device, &prompts, sampling)?;
+    let engine = NamedEngine::of_spec(spec, base, experiment.seed)?;
     engine.engine.prompts.set_lengths(&mut trace.requests);
     let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
+    settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
     warn_without_baselines(&settings, reporter);
     let variants = Variants::new(experiment, &engine.memory(), &trace.requests)?;
+    reporter.message("recording exits");
+    let recording = Recording::new(&engine, &settings, &trace.requests)?;
     let limits = limits(settings.iter().chain(variants.all()), &trace.requests);
-    let measured = measure(&engine, &settings, &trace, spec, experiment.objectives, limits, reporter)?;
-    let results = &folder.path()?;
-    measured.profile.write(results.join("profile"))?;
-    measured.exits.write(results.join("exits"), ExitTable::Parquet)?;
-    measured.passes.write(results.join(PASS_LOG))?;
+    let profiled = Profiled::measure(&engine, limits, lengths(&trace.requests), spec.rounds as usize, reporter)?;
+    let results = folder.path()?;
+    let profile = profiled.profile(&format!("{} rounds before the replays", spec.rounds))?;
+    profile.write(results.join("profile"))?;
+    recording.trace.write(results.join("exits"), ExitTable::Parquet)?;
 
-    let exits = ExitModel::new(&measured.exits, Draw::Recorded)?;
-    simulate_variants(&variants, &measured, &exits, trace.requests, results, reporter)?;
-    let caption = Caption { setting: experiment.title.clone(), device: measured.profile.meta.device.clone() };
+    let loads = loads(&engine, spec, settings[0], &trace, &recording, reporter)?;
+    let models =
+        Predictions { first: LatencyModel::new(&profile)?, without_a_round: profiled.without_a_round()?, repeat: None };
+    let predictor = Predictor { settings: &settings, recording: &recording, objectives: experiment.objectives };
+    let mut predicted = Vec::new();
+    for load in &loads {
+        let (runs, beyond) = predictor.at_arrivals(&models.first, &load.requests)?;
+        warn_of_extrapolations(&beyond, reporter);
+        predicted.push(runs);
+    }
+    let of_load = |(load, runs): (&Load, &Vec<Run>)| {
+        let lines = runs.iter().flat_map(|run| predictions(&run.summary, load.share, &VALUES, None));
+        lines.collect::<Vec<_>>()
+    };
+    let seal = folder.seal(PREDICTIONS, loads.iter().zip(&predicted).flat_map(of_load))?;
+    reporter.note(&format!("predictions before the replays that are compared: {seal}"));
+    simulate_variants(&variants, &models.first, recording.full_depth(), &trace.requests, &results, reporter)?;
+
+    let own = FullDepthTexts::of_recording(&engine.engine, &recording.trace, &trace.requests)?;
+    let graded = (&recording.oracle, &own);
+    let measured = in_turn(&engine, &settings, &loads, spec.repeats, graded, experiment.objectives, reporter)?;
+    let runs =
+        measured.iter().flat_map(|load| load.passes.iter().flatten().cloned()).chain(profiled.passes()).collect();
+    PassLog { meta: pass_log_meta(&engine), runs }.write(results.join(PASS_LOG))?;
+
+    let caption = Caption { setting: experiment.title.clone(), device: profile.meta.device.clone() };
     let (mut reports, mut captions) = (Vec::new(), Vec::new());
-    for load in &measured.loads {
-        let (folder, caption) = match load.load {
-            None => (results.to_owned(), caption.clone()),
+    for ((load, measured), predicted) in loads.iter().zip(measured).zip(predicted) {
+        let (folder, caption) = match load.share {
+            None => (results.clone(), caption.clone()),
             Some(share) => {
                 let folder = results.join(format!("load-{share}"));
                 std::fs::create_dir(&folder)?;
@@ -142,7 +168,7 @@ fn measure_and_simulate(
                 (folder, Caption { setting, ..caption.clone() })
             }
         };
-        reports.push(simulate_load(experiment.objectives, &settings, &measured, &exits, load, &folder, reporter)?);
+        reports.push(compare_load(&predictor, &models, load, measured, &predicted, &folder)?);
         captions.push((folder, caption));
     }
     let draw = |(folder, caption): &(PathBuf, Caption)| figures::draw(folder, &folder.join("figures"), caption);
@@ -150,95 +176,76 @@ fn measure_and_simulate(
     Ok((reports, drawn))
 }
 
-/// Simulates what was measured at one load, and writes both into a folder.
-fn simulate_load(
-    objectives: Option<Objectives>,
-    settings: &[Settings],
-    measured: &Measured,
-    exits: &ExitModel,
-    load: &MeasuredLoad,
+/// The requests, as the trace says, or at shares of the capacity that the first combination has when all arrive at once.
+fn loads(
+    engine: &NamedEngine,
+    spec: &EngineSpec,
+    first: Settings,
+    trace: &RequestTrace,
+    recording: &Recording,
+    reporter: &mut dyn Reporter,
+) -> Result<Vec<Load>> {
+    if spec.loads.is_empty() {
+        return Ok(vec![Load { share: None, requests: trace.requests.clone() }]);
+    }
+    let capacity = capacity(&engine.engine, first, &trace.requests, &recording.oracle)?;
+    reporter.note(&format!("capacity: {capacity:.3} requests/s under {} batching", first.batching));
+    let scaled = |&share: &f64| {
+        Ok::<_, anyhow::Error>(Load {
+            share: Some(share),
+            requests: trace.clone().scale_to_rate(share * capacity)?.requests,
+        })
+    };
+    spec.loads.iter().map(scaled).collect()
+}
+
+/// Compares what was predicted and measured at one load, and writes both into a folder.
+fn compare_load(
+    predictor: &Predictor<'_>,
+    models: &Models,
+    load: &Load,
+    measured: MeasuredLoad,
+    predicted: &[Run],
     folder: &Path,
-    reporter: &mut dyn Reporter,
 ) -> Result<LoadReport> {
-    let workload = Workload::open(load.requests.clone(), None);
-    let latency = LatencyModel::new(&measured.profile)?;
-    let simulated = simulate_all(settings, &latency, exits, &workload, objectives, reporter)?;
-    let runs = || load.runs.iter().chain(&simulated);
-    write_csv(&folder.join("summary.csv"), summaries(runs()))?;
-    write_requests(folder, runs())?;
-    write_depth_rows(folder, runs())?;
-    write_quality(folder, runs())?;
+    let MeasuredLoad { runs, repeats, passes } = measured;
+    let all = || runs.iter().chain(predicted);
+    write_csv(&folder.join("summary.csv"), summaries(all()))?;
+    write_requests(folder, all())?;
+    write_depth_rows(folder, all())?;
+    write_quality(folder, all())?;
+    let classes = predictor.settings.iter().enumerate().flat_map(|(place, settings)| {
+        compare_passes(settings, passes.iter().map(|repeat| &repeat[place]), &models.first)
+    });
+    write_csv(&folder.join("passes.csv"), classes)?;
 
-    write_csv(&folder.join("passes.csv"), &load.passes)?;
-    let recorded = vec![exits; settings.len()];
-    let simulated = simulate_repeats(settings, measured, &recorded, load, &workload, reporter)?;
-    let errors = write_errors(compare(&load.repeats, &simulated), folder, "")?;
-    let mut report = LoadReport {
-        load: load.load,
-        runs: summaries(runs()).cloned().collect(),
-        repeats: load.repeats.clone(),
-        errors,
-        errors_of_exits_taken: None,
-    };
-    if load.exits.iter().all(Option::is_none) {
-        return Ok(report);
-    }
-    let scripted = |depths: &Vec<Vec<u8>>| {
-        ExitModel::from_depths(depths, exits.num_loops().into(), exits.fingerprint(), Draw::Recorded)
-    };
-    let taken = load.exits.iter().map(|depths| depths.as_ref().map(scripted).transpose());
-    let taken = taken.collect::<Result<Vec<_>, _>>()?;
-    let taken: Vec<&ExitModel> = taken.iter().map(|taken| taken.as_ref().unwrap_or(exits)).collect();
-    let simulated = simulate_repeats(settings, measured, &taken, load, &workload, reporter)?;
-    let mut comparisons = compare(&load.repeats, &simulated);
-    // Exit depths hold no tokens.
-    comparisons.retain(|line| line.metric != TOKEN_AGREEMENT);
-    report.errors_of_exits_taken = Some(write_errors(comparisons, folder, "_of_exits_taken")?);
-    Ok(report)
-}
-
-/// Writes how far simulations of one load are off.
-fn write_errors(comparisons: Vec<Comparison>, folder: &Path, suffix: &str) -> Result<Errors> {
-    let means = mean_errors(&comparisons);
-    write_csv(&folder.join(format!("validation{suffix}.csv")), &comparisons)?;
-    write_csv(&folder.join(format!("repeats{suffix}.csv")), comparisons.iter().flat_map(Comparison::repeats))?;
-    write_csv(&folder.join(format!("errors{suffix}.csv")), &means)?;
-    Ok(Errors { comparisons, means })
-}
-
-/// Simulates every replay at the pace that the machine had during it; `exits` are those of each of the settings.
-fn simulate_repeats(
-    settings: &[Settings],
-    measured: &Measured,
-    exits: &[&ExitModel],
-    load: &MeasuredLoad,
-    workload: &Workload,
-    reporter: &mut dyn Reporter,
-) -> Result<Vec<Vec<Summary>>> {
-    let model = LatencyModel::new(&measured.profile)?;
-    let mut simulations = Vec::new();
-    for paces in &load.paces {
-        for ((&settings, exits), pace) in settings.iter().zip(exits).zip(paces) {
-            simulations.push(Machines::ONE.simulation(settings, &model, exits, workload)?.at_pace(pace));
-        }
-    }
-    let runs = run_simulations(&simulations, 1, None, &workload.requests, reporter)?;
-    Ok(runs.chunks(settings.len()).map(|runs| summaries(runs).cloned().collect()).collect())
+    let predicted = models.try_map(|model| {
+        let (runs, _) = predictor.at_arrivals(model, &load.requests)?;
+        Ok::<_, anyhow::Error>(summaries(&runs).cloned().collect::<Vec<_>>())
+    })?;
+    let places = (0..predictor.settings.len()).flat_map(|place| VALUES.map(|metric| (place, metric)));
+    let lines = places.filter_map(|(place, (metric, value))| {
+        let measured = repeats.iter().map(|repeat| value(&repeat[place]));
+        Comparison::new(&repeats[0][place], None, metric, &predicted.map(|runs| value(&runs[place])), measured)
+    });
+    let validation = Table::new(Kind::Validation, lines.collect());
+    write_tables(folder, std::slice::from_ref(&validation))?;
+    Ok(LoadReport { load: load.share, runs: summaries(all()).cloned().collect(), repeats, validation })
 }
 
 /// Simulates what the experiment varies.
 fn simulate_variants(
     variants: &Variants,
-    measured: &Measured,
+    latency: &LatencyModel,
     exits: &ExitModel,
-    requests: Vec<Request>,
+    requests: &[Request],
     results: &Path,
     reporter: &mut dyn Reporter,
 ) -> Result<()> {
-    let (latency, workload) = (LatencyModel::new(&measured.profile)?, Workload::open(requests, None));
+    let workload = Workload::open(requests.to_vec(), None);
     for (file, settings) in [(SWEEP_THRESHOLD, &variants.thresholds), (SWEEP_MAX_BATCH, &variants.max_batch)] {
         if !settings.is_empty() {
-            let runs = simulate_all(settings, &latency, exits, &workload, None, reporter)?;
+            let runs = simulate_all(settings, latency, exits, &workload, None, reporter)?;
             write_csv(&results.join(file), summaries(&runs))?;
         }
     }

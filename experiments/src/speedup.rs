@@ -8,7 +8,7 @@ use simulator::Summary;
 
 use crate::reporter::Reporter;
 
-use crate::validation::median;
+use crate::compare::median;
 
 /// How fast a combination with an adaptive exit policy ran.
 #[derive(Clone, Debug, PartialEq)]

@@ -40,6 +40,7 @@
 mod ahead;
 mod backfill;
 pub mod blocks;
+pub mod closed_loop;
 pub mod custom;
 mod decide;
 pub mod executor;
@@ -55,6 +56,7 @@ pub mod steady;
 mod work;
 
 pub use blocks::{BlockId, BlockTables};
+pub use closed_loop::ClosedLoop;
 pub use custom::{CustomExit, CustomPolicy, ExitRow, Memory};
 pub use executor::Executor;
 pub use mix::DepthMix;
@@ -65,3 +67,4 @@ pub use policy::{Batching, ExitPolicy, KvFill, LoadThreshold, SignalRead, Signal
 pub use scheduler::{PrefixUse, ScheduleError, Scheduler, Settings};
 pub use serve::{Clock, ServeError, Server, VirtualClock, serve};
 pub use steady::{Lengths, SteadyLoad, SteadyServer};
+pub use work::pass_work;

@@ -66,6 +66,21 @@ impl WorkMeter {
     }
 }
 
+/// The work of a pass that no scheduler composed, such as a profiler's, where every row attends to all tokens before it
+/// and exits copy their keys and values. `exiting` are the indices of the segments whose last rows exit.
+pub fn pass_work(
+    segments: &[Segment],
+    exiting: &[u32],
+    reads: SignalReads,
+    num_loops: u8,
+    before: PassBefore,
+) -> PassWork {
+    let mut meter = WorkMeter::new(KvFill::Reuse, num_loops, 0);
+    derive_work(&mut meter.work, segments, reads, before, |segment| segment.start);
+    meter.exit(segments, exiting, reads);
+    meter.work
+}
+
 /// Derives the work of a pass whose exits are not decided yet. `history` returns the number of tokens that a segment
 /// attends to before its own.
 ///

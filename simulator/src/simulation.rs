@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
-use scheduler::{KvFill, Observer, PrefixUse, ScheduleError, Server, Settings};
+use scheduler::{KvFill, Observer, PrefixUse, ScheduleError, ServeError, Server, Settings, VirtualClock};
 use traces::{ClosedLoop, LatencyProfile, Nanos, PrefixHashes, Request};
 
 use crate::executor::ProfileExecutor;
@@ -14,7 +14,6 @@ use crate::exits::{ExitError, ExitModel, hash};
 use crate::load::{Answered, Arrivals, Closed, Load};
 use crate::memory::ModelMemory;
 use crate::metrics::{Metrics, Source, Summary};
-use crate::pace::Pace;
 use crate::routing::{Router, Routing};
 
 /// Why a simulation stopped.
@@ -99,7 +98,6 @@ pub struct Simulation<'m> {
     routing: Routing,
     spread: Option<u64>,
     prefixes: Option<&'m Arc<PrefixHashes>>,
-    pace: Option<&'m Pace>,
     closed_loop: Option<&'m ClosedLoop>,
 }
 
@@ -134,7 +132,6 @@ impl<'m> Simulation<'m> {
             routing: Routing::RoundRobin,
             spread: None,
             prefixes: None,
-            pace: None,
             closed_loop: None,
         })
     }
@@ -152,12 +149,6 @@ impl<'m> Simulation<'m> {
     /// Sets the prefix hashes, for settings with prefix caching.
     pub fn with_prefixes(self, prefixes: &'m Arc<PrefixHashes>) -> Self {
         Self { prefixes: Some(prefixes), ..self }
-    }
-
-    /// Sets how fast the machines are over time. Token times follow the pace; the times of single passes that observers
-    /// receive remain those of the profile.
-    pub fn at_pace(self, pace: &'m Pace) -> Self {
-        Self { pace: Some(pace), ..self }
     }
 
     /// Sends requests when others have been answered. The ids of requests are their places among those of the trace whose
@@ -239,8 +230,64 @@ impl<'m> Simulation<'m> {
             submit(load, &mut replicas, now)?;
             replicas.start_passes(now)?;
         }
-        Ok(replicas.outcome())
+        Ok(outcome(replicas.servers))
     }
+
+    /// Serves the requests in a closed loop on one machine, with `in_flight` of them at a time: the next one arrives when
+    /// another ends. Their own arrivals do not count.
+    ///
+    /// # Errors
+    /// At the first request that can never run to its end, or is missing from a recorded exit trace.
+    pub fn run_closed_loop<O: Observer>(
+        &self,
+        requests: &[Request],
+        in_flight: u32,
+        observer: &mut O,
+    ) -> Result<Outcome, SimulationError> {
+        let mut serving = scheduler::ClosedLoop::new(self.server(0)?, VirtualClock::default(), requests, in_flight);
+        let failed = |error| match error {
+            ServeError::Schedule(error) => SimulationError::Schedule(error),
+            ServeError::Executor(error) => SimulationError::Exits(error),
+        };
+        while serving.step(observer).map_err(failed)? {}
+        Ok(outcome(vec![serving.into_server()]))
+    }
+
+    /// An idle machine of this system.
+    fn server(&self, machine: u64) -> Result<Server<ProfileExecutor<'m>>, ScheduleError> {
+        let executor = ProfileExecutor::new(self.latency, self.exits, &self.settings);
+        let executor = match self.spread {
+            Some(seed) => executor.with_spread(hash(seed, machine)),
+            None => executor,
+        };
+        let mut server = Server::new(self.settings, executor)?;
+        if let Some(prefixes) = self.prefixes {
+            server.share_prefixes(Arc::clone(prefixes))?;
+        }
+        Ok(server)
+    }
+}
+
+/// What only the executors of a run know, when it is over.
+fn outcome(servers: Vec<Server<ProfileExecutor<'_>>>) -> Outcome {
+    let mut outcome = Outcome {
+        tokens: 0,
+        agreeing_tokens: 0,
+        prefix_use: PrefixUse::default(),
+        extrapolations: Extrapolations::default(),
+        time: TimeByComponent::default(),
+    };
+    for server in servers {
+        let PrefixUse { looked_up, found } = server.scheduler().prefix_use();
+        outcome.prefix_use.looked_up += looked_up;
+        outcome.prefix_use.found += found;
+        let executor = server.into_executor();
+        outcome.tokens += executor.tokens();
+        outcome.agreeing_tokens += executor.agreeing_tokens();
+        outcome.extrapolations.merge(&executor.account().extrapolations);
+        outcome.time.merge(&executor.account().time);
+    }
+    outcome
 }
 
 /// Runs all `simulations` over the same requests, in parallel. `observers` creates the observers of each simulation,
@@ -273,31 +320,17 @@ struct Replicas<'a, 'm, O> {
     busy: Vec<bool>,
     /// Machines that may start a pass, because one has just ended or a request arrived while they were idle.
     startable: Vec<usize>,
-    pace: Option<&'m Pace>,
 }
 
 impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
     fn new(simulation: &Simulation<'m>, observers: &'a mut [O]) -> Result<Self, SimulationError> {
-        let Simulation { settings, latency, exits, .. } = *simulation;
         if observers.is_empty() {
             return Err(SimulationError::NoReplicas);
         }
-        let server = |machine| {
-            let executor = ProfileExecutor::new(latency, exits, &settings);
-            let executor = match simulation.spread {
-                Some(seed) => executor.with_spread(hash(seed, machine)),
-                None => executor,
-            };
-            let mut server = Server::new(settings, executor)?;
-            if let Some(prefixes) = simulation.prefixes {
-                server.share_prefixes(Arc::clone(prefixes))?;
-            }
-            Ok::<_, ScheduleError>(server)
-        };
-        let servers: Result<Vec<_>, _> = (0..observers.len() as u64).map(server).collect();
+        let servers: Result<Vec<_>, _> =
+            (0..observers.len() as u64).map(|machine| simulation.server(machine)).collect();
         let busy = vec![false; observers.len()];
-        let pace = simulation.pace;
-        Ok(Self { servers: servers?, observers, ends: BinaryHeap::new(), busy, startable: Vec::new(), pace })
+        Ok(Self { servers: servers?, observers, ends: BinaryHeap::new(), busy, startable: Vec::new() })
     }
 
     fn len(&self) -> usize {
@@ -338,32 +371,10 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
     fn start_passes(&mut self, now: Nanos) -> Result<(), SimulationError> {
         for index in self.startable.drain(..) {
             if let Some(elapsed) = self.servers[index].start_pass(now, &mut self.observers[index])? {
-                let elapsed = self.pace.map_or(elapsed, |pace| pace.stretch(now, elapsed));
                 self.ends.push(Reverse((now + elapsed, index)));
                 self.busy[index] = true;
             }
         }
         Ok(())
-    }
-
-    fn outcome(self) -> Outcome {
-        let mut outcome = Outcome {
-            tokens: 0,
-            agreeing_tokens: 0,
-            prefix_use: PrefixUse::default(),
-            extrapolations: Extrapolations::default(),
-            time: TimeByComponent::default(),
-        };
-        for server in self.servers {
-            let PrefixUse { looked_up, found } = server.scheduler().prefix_use();
-            outcome.prefix_use.looked_up += looked_up;
-            outcome.prefix_use.found += found;
-            let executor = server.into_executor();
-            outcome.tokens += executor.tokens();
-            outcome.agreeing_tokens += executor.agreeing_tokens();
-            outcome.extrapolations.merge(&executor.account().extrapolations);
-            outcome.time.merge(&executor.account().time);
-        }
-        outcome
     }
 }

@@ -55,6 +55,26 @@ fn full_depth_wise_batch_yields_batch_over_mean_depth_times_pass_time() {
 }
 
 #[test]
+fn in_a_closed_loop_requests_run_at_once_and_none_waits() {
+    let (latency, exits) = (constant_latency(4), drawn_exits(&[0.0, 0.0, 0.0, 1.0], 1, 1, 1));
+    let (in_flight, tokens) = (5, 100);
+    for batching in [Batching::Sequence, Batching::Depth] {
+        let settings = settings(batching, "none", 4, 16);
+        let simulation = Simulation::new(settings, &latency, &exits).unwrap();
+        let mut metrics = Metrics::new(&settings);
+        // Arrivals of their own do not count.
+        let requests: Vec<Request> = poisson(200, 1e-3, 1, tokens, 42).collect();
+        let outcome = simulation.run_closed_loop(&requests, in_flight, &mut metrics).unwrap();
+        let summary = simulation.summary(&metrics, &outcome);
+        let of_token = 4.0 * PASS.as_secs_f64();
+        assert_close(summary.makespan_s, 200.0 / f64::from(in_flight) * f64::from(tokens) * of_token, 1e-9);
+        assert_close(summary.mean_running, f64::from(in_flight), 1e-9);
+        assert_close(summary.ttft_p99_ms, 1e3 * of_token, 1e-9);
+        assert_close(summary.tpot_mean_ms, 1e3 * of_token, 1e-9);
+    }
+}
+
+#[test]
 fn only_signals_that_read_the_vocabulary_pay_for_the_head() {
     use Component::{Block, Head};
     let (block_us, head_us, tokens) = (100.0, 7.0, 20);

@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use engine::{
     Engine, Exiting, Idle, Model, Prompts, RecordedGeneration, RecordedPolicy, Sampling, Tokenizer, WeightType,
@@ -161,6 +162,58 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
         }
         let backfills = kv_fill == KvFill::Backfill && exit != ExitPolicy::None;
         assert_eq!(measured.backfill > 0, backfills, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+    }
+}
+
+#[test]
+fn in_a_closed_loop_that_runs_in_slices_the_passes_are_the_same_too() {
+    let engine = embedded_model();
+    let num_loops = engine.model.config().num_loops as u8;
+    let requests = queued(24, |id| 1 + id * 7 % 23);
+    let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
+    let oracle = Arc::new(oracle_depths(&exits, &requests));
+    let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
+    let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
+    let exit = ExitPolicy::Oracle { charged: false, recorded: true };
+    for (batching, in_flight, num_blocks) in iproduct!(Batching::ALL, [2, 6, 9], [1000, 8]) {
+        let settings = settings(batching, exit, num_blocks, num_loops);
+        let (mut measured, mut simulated) = (Running::default(), Running::default());
+        let mut replay = engine.sliced_replay(settings, &requests, in_flight, Some(oracle.clone())).unwrap();
+        let mut progress = vec![replay.progress()];
+        // A pass in each slice.
+        while replay.run_for(Duration::ZERO, &mut measured).unwrap() {
+            progress.push(replay.progress());
+        }
+        assert!(progress.is_sorted() && progress[0] == 0.0 && replay.progress() == 1.0, "{progress:?}");
+        let whole = engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut ()).unwrap();
+        assert_eq!(replay.into_generations(), whole);
+        let simulation = Simulation::new(settings, &latency, &model).unwrap();
+        let outcome = simulation.run_closed_loop(&requests, in_flight, &mut simulated).unwrap();
+        assert_eq!(outcome.tokens, requests.iter().map(|request| u64::from(request.output_tokens)).sum::<u64>());
+        assert_eq!(measured, simulated, "{batching}, {in_flight} in flight, {num_blocks} blocks");
+        assert_eq!(measured.most, in_flight, "{batching}, {num_blocks} blocks");
+    }
+}
+
+/// A log, and the most requests that ran or waited during a pass.
+#[derive(Debug, Default, PartialEq)]
+struct Running {
+    log: Log,
+    most: u32,
+}
+
+impl Observer for Running {
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.most = self.most.max(record.running + record.waiting);
+        self.log.pass(record);
+    }
+
+    fn token(&mut self, now: Nanos, request: &Request, token: Token) {
+        self.log.token(now, request, token);
+    }
+
+    fn preempted(&mut self, now: Nanos, request: &Request) {
+        self.log.preempted(now, request);
     }
 }
 

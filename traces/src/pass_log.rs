@@ -74,7 +74,7 @@ pub struct PassLogMeta {
 }
 
 /// Passes of one run under one configuration, in order.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PassRun {
     /// Why the passes ran.
     pub origin: PassOrigin,
@@ -100,15 +100,18 @@ pub enum PassOrigin {
     Replay,
     /// The profiler's steady load.
     Steady,
+    /// The profiler's grid of shapes.
+    Grid,
 }
 
 impl PassOrigin {
-    const ALL: [Self; 2] = [Self::Replay, Self::Steady];
+    const ALL: [Self; 3] = [Self::Replay, Self::Steady, Self::Grid];
 
     fn name(self) -> &'static str {
         match self {
             Self::Replay => "replay",
             Self::Steady => "steady",
+            Self::Grid => "grid",
         }
     }
 }
@@ -123,7 +126,7 @@ impl FromStr for PassOrigin {
     type Err = String;
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|origin| origin.name() == name);
-        found.ok_or_else(|| format!("`{name}`, expected replay or steady"))
+        found.ok_or_else(|| format!("`{name}`, expected replay, steady or grid"))
     }
 }
 
@@ -754,7 +757,7 @@ mod tests {
             run(PassOrigin::Replay, Some(0.7), 0),
             run(PassOrigin::Replay, Some(0.7), 1),
             run(PassOrigin::Steady, None, 0),
-            run(PassOrigin::Steady, None, 0),
+            run(PassOrigin::Grid, None, 0),
         ];
         PassLog { meta: PassLogMeta::new("kjv", "5f0c", 2, "a CPU"), runs }
     }

@@ -17,7 +17,7 @@ use traces::{Nanos, Request};
 
 use crate::interrupt::{self, Interrupted};
 use crate::output::{note, stream};
-use experiments::measure::NamedEngine;
+use experiments::NamedEngine;
 use experiments::serving::{MOST_ROWS, Serving, longest};
 
 /// Rows of a pass: a prompt of usual length is read in one or a few.

@@ -29,6 +29,7 @@ pub fn run(args: Args) -> Result<()> {
     let report = experiments::run(&experiment, base, &target, &mut Terminal::default());
     match report.with_context(|| args.config.display().to_string())? {
         Report::Measured(loads) => loads.iter().for_each(print_load),
+        Report::Validated(report) => report::print_validation(&report),
         Report::Systems(lines) => {
             report::print_systems(&lines);
             report::print_memory(lines.iter().map(|(_, summary)| summary));
@@ -39,17 +40,12 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// Prints what was measured and simulated at one load.
-pub fn print_load(load: &LoadReport) {
+fn print_load(load: &LoadReport) {
     if let Some(share) = load.load {
         say!("\nat {:.0}% of the capacity:", 100.0 * share);
     }
     report::print_summaries(&load.runs);
     report::print_speedup(&load.repeats);
     report::print_headline(&load.repeats);
-    say!("\nsimulated less measured, in percent of measured, with 95% confidence intervals:");
-    report::print_errors(&load.errors);
-    if let Some(errors) = &load.errors_of_exits_taken {
-        say!("\nthe same, given the exits that the replays took instead of those recorded at full depth:");
-        report::print_errors(errors);
-    }
+    report::print_table_of_errors(&load.validation);
 }

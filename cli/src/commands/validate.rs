@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::arguments::{EngineArgs, ModelArgs, RequestArgs, ServingArgs, at_most};
-use crate::commands::run::print_load;
+use crate::arguments::{EngineArgs, ModelArgs, ObjectiveArgs, RequestArgs, ServingArgs, at_most};
 use crate::output::say;
 use crate::progress::Terminal;
-use experiments::experiment::{EngineSpec, Experiment, SCHEMA_VERSION, Sweeps};
-use experiments::serving::MOST_REPEATS;
+use crate::report::print_validation;
+use experiments::experiment::{EngineSpec, Experiment, SCHEMA_VERSION, Sweeps, ValidationSpec};
+use experiments::serving::{MOST_REPEATS, MOST_ROWS};
 
-/// Serve requests with the engine in alternation with profiling, simulate the same, and compare
+/// Predict from a profile, write the predictions, then serve the same requests with the engine, and compare
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -20,14 +20,23 @@ pub struct Args {
     requests: RequestArgs,
     #[command(flatten)]
     serving: ServingArgs,
-    /// Number of replays of every combination
+    #[command(flatten)]
+    objectives: ObjectiveArgs,
+    /// Number of replays of every combination, in the closed loop and at every rate
     #[arg(long, default_value_t = 3, value_parser = at_most::<MOST_REPEATS>)]
     repeats: u32,
-    /// Shares of the capacity to scale arrivals to, separated by commas; each is replayed separately. The capacity is
-    /// the rate at which the first batching policy with the first exit policy serves the requests when all arrive at
-    /// the same time
-    #[arg(long, value_delimiter = ',', value_name = "SHARES")]
-    loads: Vec<f64>,
+    /// Rounds of the latency profile
+    #[arg(long, default_value_t = EngineSpec::ROUNDS, value_parser = at_most::<MOST_REPEATS>)]
+    rounds: u32,
+    /// Requests in flight in the closed loop [default: --max-batch]
+    #[arg(long, value_name = "REQUESTS", value_parser = at_most::<MOST_ROWS>)]
+    in_flight: Option<u32>,
+    /// Rates of arrival, separated by commas, each as a share of the capacity that a combination has in the closed loop
+    #[arg(long, value_delimiter = ',', value_name = "SHARES", default_values_t = ValidationSpec::RATES)]
+    rates: Vec<f64>,
+    /// Compare in the closed loop only, at no rate of arrival
+    #[arg(long, conflicts_with = "rates")]
+    no_rates: bool,
     /// Folder of results
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -52,15 +61,20 @@ pub fn run(args: Args) -> Result<()> {
             device,
             prompts,
             repeats: args.repeats,
+            rounds: args.rounds,
             temperature,
-            loads: args.loads,
+            loads: Vec::new(),
+        }),
+        validation: Some(ValidationSpec {
+            in_flight: args.in_flight,
+            rates: if args.no_rates { Vec::new() } else { args.rates },
         }),
         systems: Vec::new(),
-        objectives: None,
+        objectives: args.objectives.objectives()?,
         sweeps: Sweeps::default(),
     };
-    let loads = experiments::validate(&experiment, "".as_ref(), &args.out, &mut Terminal::default())?;
-    loads.iter().for_each(print_load);
+    let report = experiments::validate(&experiment, "".as_ref(), &args.out, &mut Terminal::default())?;
+    print_validation(&report);
     say!("\nResults are in {}", args.out.display());
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use scheduler::KvFill;
-use traces::{Component, LatencyProfile, Point, ProfileMeta};
+use traces::{Component, LatencyProfile, PassRun, Point, ProfileMeta};
 
 use super::Profiler;
 use super::grid::{SHORT, Shape};
@@ -18,6 +18,7 @@ pub(super) type Counted = (Shape, bool);
 pub(super) struct Round {
     pub visits: Vec<Visit>,
     pub probes: Vec<Probe>,
+    pub shapes: PassRun,
 }
 
 /// Times of every shape at one visit, in microseconds.

@@ -11,18 +11,17 @@ mod measured;
 mod probe;
 mod statistics;
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use latency::{LatencyError, LatencyModel, SteadyFactors};
 use scheduler::blocks::BlockTables;
 use scheduler::{
-    Executor, KvFill, Lengths, Pass, PassRecorder, RowKind, Segment, SignalRead, SignalReads, Slot, SteadyLoad,
-    SteadyServer,
+    Executor, KvFill, Lengths, Observer, Pass, PassRecord, PassRecorder, RowKind, Segment, SignalRead, SignalReads,
+    Slot, SteadyLoad, SteadyServer, pass_work,
 };
 use traces::hash::mix;
-use traces::{ExitSignal, LatencyProfile, Nanos, PassOrigin, PassRun, PassWork, Request, unix_micros};
+use traces::{ExitSignal, LatencyProfile, Nanos, PassBefore, PassOrigin, PassRun, Request, unix_micros};
 
 use grid::{PROMPTS, SHORT, Shape, key, shapes};
 use measured::{Counted, Round, Visit};
@@ -35,7 +34,7 @@ pub use grid::{Grid, Limits};
 pub use machine::device_name;
 pub(crate) use machine::machine_state;
 pub use measured::Measured;
-pub use probe::{Probe, ProbedClock};
+pub use probe::Probe;
 
 /// Minimum duration of a probe. Work before a probe leaves the caches cold: passes under steady load take 14% longer at
 /// first, and 2% after 18 ms.
@@ -45,13 +44,14 @@ const PASSES_OF_PROBE: usize = 4;
 /// Number of ways to serve the load, which probes take in turn: sequence-wise at full depth, depth-wise with exits, and
 /// depth-wise at full depth. They give passes of one depth, of a few and of all, and consecutive passes with the head.
 const WAYS: usize = 3;
+/// Number of probes of a round: twice each way.
+const PROBES: usize = 2 * WAYS;
 /// Number of visits to each shape in a round, so that its times are from several moments.
 const VISITS: usize = 2;
 /// Mean time of a pass above which no cache can contain the model, so that earlier passes do not matter.
 const CACHED: Duration = Duration::from_millis(10);
 
-/// Measures a latency profile in rounds. A round measures every shape, so an experiment can alternate rounds and
-/// replays. Probes measure how fast the machine is under steady load at any moment of a replay.
+/// Measures a latency profile in rounds. A round measures every shape, and serves the steady load in probes.
 pub struct Profiler {
     engine: Engine,
     executor: EngineExecutor,
@@ -70,6 +70,33 @@ pub struct Profiler {
     next_way: usize,
     /// Number of times that rows got sequences.
     occupied: u64,
+    /// The last pass of the shapes' processor.
+    last: LastPass,
+    /// Log of the current round's shapes, on a clock that started with the profiler.
+    log: PassRecorder,
+    started: Instant,
+}
+
+/// Whether a pass goes into the log.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Logging {
+    On,
+    Off,
+}
+
+/// Remembers what the next pass depends on.
+#[derive(Default)]
+struct LastPass(PassBefore);
+
+impl Observer for LastPass {
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.0 = record.pass.work.as_before();
+    }
+}
+
+/// A log of a round's shapes. They run among passes of a load, whose settings it names.
+fn log_of_shapes(load: SteadyLoad) -> PassRecorder {
+    PassRecorder::new(load.settings(), PassOrigin::Grid, unix_micros)
 }
 
 impl Profiler {
@@ -129,6 +156,9 @@ impl Profiler {
             depth_wise: [serve(load(decodes).with_exits())?, serve(load(decodes).depth_wise())?],
             next_way: 0,
             occupied: 0,
+            last: LastPass::default(),
+            log: log_of_shapes(load(decodes)),
+            started: Instant::now(),
         };
         // The first passes touch new memory.
         for _ in 0..WAYS {
@@ -170,10 +200,12 @@ impl Profiler {
                 }
                 round.visits.push(visit);
             }
-            round.probes = (0..WAYS).map(|_| self.probe()).collect::<Result<_, _>>()?;
+            round.probes = (0..PROBES).map(|_| self.probe()).collect::<Result<_, _>>()?;
             Ok::<_, ReplayError>(round)
         })?;
-        self.rounds.push(round);
+        let next = log_of_shapes(self.loads()[0]);
+        let log = std::mem::replace(&mut self.log, next);
+        self.rounds.push(Round { shapes: log.into_run(), ..round });
         Ok(())
     }
 
@@ -204,14 +236,15 @@ impl Profiler {
         [self.services.last().expect("there is always one").load(), with_exits, full_depth]
     }
 
-    /// The passes of the steady load in the probes of all rounds and `further` ones, as runs of a pass log.
-    pub fn steady_runs<'p>(&'p self, further: impl Iterator<Item = &'p Probe>) -> impl Iterator<Item = PassRun> {
+    /// All logged passes as runs of a pass log: the shapes of each round, and the steady load of each probe.
+    pub fn pass_runs(&self) -> impl Iterator<Item = PassRun> {
         let loads = self.loads();
-        let probes = self.rounds.iter().flat_map(|round| &round.probes).chain(further);
-        probes.zip(0..).map(move |(probe, number)| probe.clone().into_run(loads[probe.way].settings(), number))
+        let shapes = self.rounds.iter().zip(0..).map(|(round, repeat)| PassRun { repeat, ..round.shapes.clone() });
+        let probes = self.rounds.iter().flat_map(|round| &round.probes).zip(0..);
+        shapes.chain(probes.map(move |(probe, number)| probe.clone().into_run(loads[probe.way].settings(), number)))
     }
 
-    /// The profile: components scaled to the passes of the steady load, in the probes of all rounds and `further` ones.
+    /// The profile of some rounds, counted from 0: components scaled to the passes of the steady load in their probes.
     /// `model` is the model's name, and `source` describes how the profile was made. The load of the machine, and the
     /// difference between passes under load and the sum of components, are added to it.
     ///
@@ -219,16 +252,16 @@ impl Profiler {
     /// If the profile cannot be interpolated.
     ///
     /// # Panics
-    /// Without a round.
-    pub fn profile<'p>(
-        &'p self,
+    /// Without a round, or if a round does not exist.
+    pub fn profile(
+        &self,
+        rounds: impl IntoIterator<Item = usize>,
         model: &str,
         source: &str,
-        further: impl Iterator<Item = &'p Probe>,
     ) -> Result<LatencyProfile, LatencyError> {
-        let measured = self.measured();
+        let measured = self.measured_in(rounds);
         let components = measured.profile(model, source);
-        let passes = measured.probes().chain(further).flat_map(|probe| &probe.passes);
+        let passes = measured.probes().flat_map(|probe| &probe.passes);
         let timed: Vec<_> = passes.map(|pass| (&pass.work, pass.elapsed)).collect();
         let factors = SteadyFactors::new(&components, &timed)?;
         let mut profile = factors.apply(&components);
@@ -256,8 +289,8 @@ impl Profiler {
     ///
     /// # Panics
     /// If a round does not exist.
-    pub fn measured_in(&self, rounds: Range<usize>) -> Measured<'_> {
-        let rounds = &self.rounds[rounds];
+    pub fn measured_in(&self, rounds: impl IntoIterator<Item = usize>) -> Measured<'_> {
+        let rounds: Vec<&Round> = rounds.into_iter().map(|round| &self.rounds[round]).collect();
         assert!(!rounds.is_empty(), "a profile takes at least one round");
         Measured {
             profiler: self,
@@ -294,14 +327,14 @@ impl Profiler {
         let first_before = if matches!(shape, Shape::Head { again: true, .. }) { 0 } else { num_loops - 1 };
         if let Some(service) = service {
             while self.services[service].passes() % num_loops != first_before {
-                self.services[service].pass(&mut ())?;
+                self.services[service].pass(&mut self.last)?;
             }
         }
         let mut counted = Vec::new();
         // In the first turn, keys and values are not in the caches.
         for turn in 0..2 * num_loops {
             if let Some(service) = service {
-                self.services[service].pass(&mut ())?;
+                self.services[service].pass(&mut self.last)?;
             }
             let before = match shape {
                 Shape::AfterMore { before, history, .. } => Some(Shape::Decode { rows: before, history }),
@@ -310,9 +343,10 @@ impl Profiler {
                 _ => None,
             };
             if let Some(before) = before {
-                self.time(before, turn + num_loops - 1)?;
+                self.time(before, turn + num_loops - 1, Logging::Off)?;
             }
-            let time = self.time(shape, turn)?.as_micros_f64();
+            let logging = if turn < num_loops { Logging::Off } else { Logging::On };
+            let time = self.time(shape, turn, logging)?.as_micros_f64();
             if turn < num_loops {
                 continue;
             }
@@ -374,8 +408,9 @@ impl Profiler {
         }
     }
 
-    /// Runs and times one pass of a shape, at the depth given by `turn`.
-    fn time(&mut self, shape: Shape, turn: usize) -> Result<Nanos, ReplayError> {
+    /// Runs and times one pass of a shape, at the depth given by `turn`. Where the pass runs exits, only their time is
+    /// returned; a log gets the time of all.
+    fn time(&mut self, shape: Shape, turn: usize, logging: Logging) -> Result<Nanos, ReplayError> {
         let segments = self.segments(shape, turn);
         let reads = match shape {
             // The exits of these rows are not known before the pass, so the head does not run within it.
@@ -385,15 +420,24 @@ impl Profiler {
                 SignalReads { signal, below: u8::MAX, delay: 0, head_from: 0 }
             }
         };
-        let pass = Pass { segments: &segments, reads, tables: &self.tables, work: &PassWork::default() };
+        let exiting: Vec<u32> = if segments[0].predicts { (0..segments.len() as u32).collect() } else { Vec::new() };
+        let work = pass_work(&segments, &exiting, reads, self.num_loops() as u8, self.last.0);
+        let pass = Pass { segments: &segments, reads, tables: &self.tables, work: &work };
         let mut signals = vec![0.0; segments.len()];
+        let start = self.started.elapsed().into();
         let ran = self.executor.run(&pass, &mut signals)?;
-        if !segments[0].predicts {
+        let exits = if exiting.is_empty() { Nanos::ZERO } else { self.executor.emit(&pass, &exiting)? };
+        let (elapsed, running) = (ran + exits, segments.len() as u32);
+        let record = PassRecord { start, elapsed, pass, exiting: &exiting, running, waiting: 0 };
+        self.last.pass(&record);
+        if logging == Logging::On {
+            self.log.pass(&record);
+        }
+        if exiting.is_empty() {
             return Ok(ran);
         }
-        let left = self.executor.emit(&pass, &(0..segments.len() as u32).collect::<Vec<_>>())?;
         self.occupy(shape);
-        Ok(left)
+        Ok(exits)
     }
 
     fn segments(&self, shape: Shape, turn: usize) -> Vec<Segment> {

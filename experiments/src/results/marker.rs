@@ -1,12 +1,14 @@
 //! Whose a folder is: the file that says that we wrote it, and what in it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Component, Path};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use traces::table::write_whole;
+
+use super::seal::Seal;
 
 /// File in a folder of results that says who wrote it.
 pub const MARKER: &str = "depthwise-results.json";
@@ -24,12 +26,19 @@ pub struct Marker {
     pub complete: bool,
     /// The files that we wrote, relative to the folder, with `/` between names. All others are the user's.
     pub files: BTreeSet<String>,
+    /// Files that were written before what they are about was measured, with the time and the hash of each.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sealed: BTreeMap<String, Seal>,
 }
 
 impl Marker {
     pub(super) fn new(kind: &str, complete: bool, files: BTreeSet<String>) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Self { program: PROGRAM.to_owned(), version, kind: kind.to_owned(), complete, files }
+        Self { program: PROGRAM.to_owned(), version, kind: kind.to_owned(), complete, files, sealed: BTreeMap::new() }
+    }
+
+    pub(super) fn with_sealed(self, sealed: BTreeMap<String, Seal>) -> Self {
+        Self { sealed, ..self }
     }
 
     /// Reads the marker of a folder; none if it has none.

@@ -13,18 +13,21 @@
 mod file;
 mod lock;
 mod marker;
+mod seal;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use traces::table::partial_name;
+use serde::Serialize;
+use traces::table::{partial_name, write_whole};
 use traces::unfinished::{Registered, without_interruption};
 
 pub use file::write_file;
 use lock::Lock;
 pub use marker::{MARKER, Marker};
+pub use seal::Seal;
 
 /// What a folder of ours mostly holds: the configuration that it came from.
 pub const CONFIG: &str = "config.yaml";
@@ -49,6 +52,8 @@ pub struct ResultsFolder {
     adds: bool,
     /// Files that grow in their place.
     growing: BTreeSet<String>,
+    /// Files that may not change any more.
+    sealed: BTreeMap<String, Seal>,
     staging: Option<Registered>,
     /// If the folder was made, it is removed again where it stays empty.
     made: Option<Registered>,
@@ -125,6 +130,7 @@ impl ResultsFolder {
             is_complete: false,
             adds: false,
             growing: BTreeSet::new(),
+            sealed: BTreeMap::new(),
             staging: None,
             made,
             _lock: lock,
@@ -174,6 +180,22 @@ impl ResultsFolder {
             Marker::new(&self.kind, false, BTreeSet::new()).write(&staging.join(MARKER))?;
         }
         Ok(staging)
+    }
+
+    /// Writes a table now, whole or not at all, that may not change any more: the results' marker keeps the time and the
+    /// hash.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn seal(&mut self, name: &str, lines: impl IntoIterator<Item = impl Serialize>) -> Result<Seal> {
+        let path = self.path()?.join(name);
+        let mut table = csv::Writer::from_writer(Vec::new());
+        lines.into_iter().try_for_each(|line| table.serialize(line))?;
+        let table = table.into_inner()?;
+        write_whole(&path, |out| io::Write::write_all(out, &table))?;
+        let seal = Seal::now(&table)?;
+        self.sealed.insert(name.to_owned(), seal.clone());
+        Ok(seal)
     }
 
     /// The place of a file that is written there from the beginning, and kept whatever ends the run. Results that are
@@ -236,7 +258,7 @@ impl ResultsFolder {
     /// Puts the results in their place.
     ///
     /// # Errors
-    /// If they cannot be moved. Earlier results are left as they were if the disk is full. Where a file of the user's
+    /// If a sealed file has changed, or they cannot be moved. Earlier results are left as they were if the disk is full. Where a file of the user's
     /// has the place of a new one, the new results are kept in a folder beside it. Where only some could be moved, the
     /// next run moves the others.
     pub fn finish(mut self) -> Result<()> {
@@ -249,7 +271,9 @@ impl ResultsFolder {
             false => self.growing.clone(),
         };
         let cannot = || format!("cannot put the results at {}", self.target.display());
-        let complete = Marker::new(&self.kind, true, kept.union(&new).cloned().collect());
+        self.sealed.iter().try_for_each(|(name, seal)| seal.check(&staging.join(name)))?;
+        let files = kept.union(&new).cloned().collect();
+        let complete = Marker::new(&self.kind, true, files).with_sealed(self.sealed.clone());
         complete.write(&staging.join(MARKER)).with_context(cannot)?;
         if let Some(taken) = new.iter().find(|file| self.is_taken(file)) {
             let aside =
@@ -608,6 +632,26 @@ mod tests {
         assert_eq!(all_files(&target), ["a", "b", MARKER]);
         assert_eq!(fs::read_to_string(target.join("b")).unwrap(), "second");
         assert!(Marker::read(&target).unwrap().unwrap().complete);
+    }
+
+    #[test]
+    fn a_sealed_file_is_kept_with_its_hash_and_may_not_change() {
+        let (_scratch, target) = scratch();
+        let mut folder = ResultsFolder::create(&target, "test").unwrap();
+        let seal = folder.seal("a.csv", [("x", 1)]).unwrap();
+        folder.finish().unwrap();
+        assert_eq!(fs::read_to_string(target.join("a.csv")).unwrap(), "x,1\n");
+        // As `printf 'x,1\n' | sha256sum` says.
+        assert_eq!(seal.sha256, "c70aa381191a9a81846a5180b91f09043fb10307d68f7b76483439b8cafa9000");
+        assert!(seal.written_at.ends_with('Z'), "{seal}");
+        assert_eq!(Marker::read(&target).unwrap().unwrap().sealed["a.csv"], seal);
+
+        let mut folder = ResultsFolder::create(&target, "test").unwrap();
+        folder.seal("a.csv", [("x", 2)]).unwrap();
+        fs::write(folder.path().unwrap().join("a.csv"), "x,3\n").unwrap();
+        let error = folder.finish().unwrap_err().to_string();
+        assert!(error.contains("a.csv: SHA-256 is") && error.contains("was changed after"), "{error}");
+        assert_eq!(fs::read_to_string(target.join("a.csv")).unwrap(), "x,1\n");
     }
 
     #[test]
