@@ -1,8 +1,8 @@
 //! Two latency models on the same logged passes: the sum of components, and a fit.
 //!
-//!     cargo run --release -p latency --example fit_or_parts -- [FOLDER ...]
+//!     cargo run --release -p latency --example fit_or_parts -- FOLDER ...
 //!
-//! A folder has a latency profile in `profile/` and the pass log `passes.parquet` of the run that it was measured for.
+//! A folder of results has a latency profile in `profile/` and the pass log `passes.parquet` of the run that it was measured for.
 //! Both models know the grid and the steady load of the profiler. They are judged on the replays, which neither has seen.
 //! The host may have been faster or slower during the replays than before: each model gets one factor for that, from the
 //! replays of all other combinations. An error of a combination is that of the time of all its passes; an error by class
@@ -20,16 +20,15 @@ use traces::{Component, LatencyProfile, LoggedPass, PassLog, PassOrigin, PassRun
 
 use fitted::{Features, Fitted};
 
-/// The logs that come with the repository.
-const LOGS: [&str; 2] = ["kjv", "chains"];
-
 /// Time of a pass from its work, in nanoseconds.
 type PassTime = Box<dyn Fn(&PassWork) -> f64>;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let given: Vec<String> = std::env::args().skip(1).collect();
-    let own = LOGS.map(|log| format!("{}/data/{log}", env!("CARGO_MANIFEST_DIR")));
-    for folder in if given.is_empty() { &own[..] } else { &given[..] } {
+    let folders: Vec<String> = std::env::args().skip(1).collect();
+    if folders.is_empty() {
+        return Err("no folder: expected results of `depthwise validate`".into());
+    }
+    for folder in &folders {
         compare(Path::new(folder))?;
     }
     Ok(())
