@@ -76,6 +76,7 @@ fn config(shape: Shape, positions: usize) -> ModelConfig {
         head_lora_rank: 0,
         gate: false,
         gate_hidden: 0,
+        kv_fill: scheduler::KvFill::Reuse,
     }
 }
 

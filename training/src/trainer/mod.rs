@@ -550,7 +550,9 @@ mod tests {
         let copy = |files: &[&str]| {
             let _ = std::fs::remove_dir_all(&run);
             std::fs::create_dir(&run).unwrap();
-            files.iter().for_each(|file| drop(std::fs::copy(whole.join(file), run.join(file)).unwrap()));
+            for file in files {
+                std::fs::copy(whole.join(file), run.join(file)).unwrap();
+            }
         };
         let model = || std::fs::read(run.join(TENSORS_FILE)).unwrap();
         copy(&[OPTIONS_FILE, CONFIG_FILE, TOKENIZER_FILE, LOSS_FILE]);
