@@ -808,10 +808,10 @@ fn a_figure_of_values_that_cannot_be_drawn_is_left_out_with_a_warning() {
     let validation = fs::read_to_string(scene.path("run/validation.csv")).unwrap();
     let mut lines = validation.lines().map(|line| line.split(',').map(str::to_owned).collect::<Vec<_>>());
     let header = lines.next().unwrap();
-    let simulated = header.iter().position(|name| name == "simulated").unwrap();
+    let predicted = header.iter().position(|name| name == "predicted").unwrap();
     let with = |value: &str| {
         let set = |mut line: Vec<String>| {
-            line[simulated] = value.to_owned();
+            line[predicted] = value.to_owned();
             format!("{}\n", line.join(","))
         };
         scene.write(

@@ -56,7 +56,8 @@ pub fn in_turn(
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<MeasuredLoad>> {
     reporter.start(repeats as usize * settings.len() * loads.len(), 0);
-    let mut measured: Vec<(Vec<Vec<Run>>, Vec<Vec<PassRun>>)> = loads.iter().map(|_| Default::default()).collect();
+    type Repeats<T> = Vec<Vec<T>>;
+    let mut measured: Vec<(Repeats<Run>, Repeats<PassRun>)> = loads.iter().map(|_| Default::default()).collect();
     for repeat in 0..repeats {
         for (load, (runs, passes)) in loads.iter().zip(&mut measured) {
             let (mut runs_of_repeat, mut passes_of_repeat) = (Vec::new(), Vec::new());

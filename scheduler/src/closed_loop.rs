@@ -22,7 +22,7 @@ impl<E: Executor, C: Clock> ClosedLoop<E, C> {
     /// A closed loop on an idle machine. Requests are taken in their order; their own arrivals do not count.
     pub fn new(server: Server<E>, clock: C, requests: &[Request], in_flight: u32) -> Self {
         let total = requests.len();
-        Self { server, clock, requests: requests.to_vec().into_iter(), in_flight, total }
+        Self { server, clock, requests: Vec::from(requests).into_iter(), in_flight, total }
     }
 
     /// Submits requests up to the number in flight and runs one pass. Returns whether there was anything to run.

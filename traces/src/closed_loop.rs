@@ -83,7 +83,7 @@ impl ThinkTime {
         let seconds = match self {
             Self::Fixed(seconds) => seconds,
             Self::Exponential(mean) => {
-                -mean * (1.0 - uniform(mix(mix(seed ^ 0x7468_696e_6b) ^ u64::from(request)))).ln()
+                -mean * (1.0 - uniform(mix(mix(seed ^ 0x0074_6869_6e6b) ^ u64::from(request)))).ln()
             }
         };
         Nanos::from_secs_f64(seconds).min(Request::MAX_ARRIVAL)

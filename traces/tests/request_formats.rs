@@ -562,7 +562,7 @@ fn any_trace() -> impl Strategy<Value = RequestTrace> {
             let think = think.map(Nanos).filter(|_| before.is_some());
             // An arrival that is not known is exactly the earliest possible, if it comes in order.
             let earliest = before.zip(think).map(|(before, think)| before + think);
-            let is_timed = !earliest.is_some_and(|earliest| earliest >= arrival);
+            let is_timed = earliest.is_none_or(|earliest| earliest < arrival);
             arrival = earliest.filter(|_| !is_timed).unwrap_or(arrival);
             if let Some(session) = session {
                 latest[session as usize] = Some(arrival);

@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn compare(folder: &Path) -> Result<(), Box<dyn Error>> {
     let profile = LatencyProfile::read(folder.join("profile"))?;
-    let log = PassLog::read(&folder.join("passes.parquet"))?;
+    let log = PassLog::read(folder.join("passes.parquet"))?;
     let of = |origin: PassOrigin| log.runs.iter().filter(move |run| run.origin == origin);
     let passes = |origin: PassOrigin| of(origin).flat_map(|run| &run.passes);
     let replays = combinations(of(PassOrigin::Replay));
