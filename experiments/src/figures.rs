@@ -343,7 +343,7 @@ fn ratio_label(metric: &str) -> Option<&'static str> {
 /// A point of a panel that `label` names; `None` if the metric has no panel, or the value no place on it.
 fn prediction(line: &ComparisonLine, label: impl Fn(&str) -> Option<&'static str>) -> Option<Prediction> {
     let exit = if line.exit_policy.is_empty() { &line.exit } else { &line.exit_policy };
-    (line.measured > 0.0 && line.predicted > 0.0).then_some(Prediction {
+    Some(Prediction {
         metric: label(&line.metric)?.to_owned(),
         series: format!("{}, {}", batching_label(line.batching), exit_label(exit)),
         measured: line.measured,
