@@ -254,6 +254,12 @@ fn agents_wait_for_their_tools_and_flat_lines_stand_beside_them() {
     let none = "{\"arrival_time_ns\": 1, \"sub_requests\": []}\n";
     let error = read(none, &options()).unwrap_err().to_string();
     assert!(error.contains("trace.any:1: sub_requests: found none, expected at least one request"), "{error}");
+    let agent = AGENTS.lines().next().unwrap();
+    let error = read(&format!("{agent}\n{agent}\n"), &options()).unwrap_err().to_string();
+    assert!(
+        error.contains("trace.any:2: session_id: found `swe-1` again, expected an agent of another name"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -52,6 +52,11 @@ impl Drafts {
         Self { path, time_key, drafts: Vec::new(), names, carried, begun: HashSet::new() }
     }
 
+    /// Whether a session of this name has been seen.
+    pub fn knows(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
     /// The number of the session of a name.
     pub fn session(&mut self, name: &str) -> u32 {
         if let Some(&number) = self.names.get(name) {

@@ -456,6 +456,11 @@ impl<'a> JsonLines<'a> {
 
     fn push_line(&mut self, row: JsonRow<'_>, text: &[u8]) -> Result<()> {
         let line = row.parse(text, LineSeed { keys: self.keys, others: &mut self.others })?;
+        let agent = line.session.as_ref().filter(|_| line.sub_requests.is_some());
+        if let Some(name) = agent.filter(|name| self.drafts.knows(name)) {
+            let message = format!("found `{name}` again, expected an agent of another name");
+            return Err(row.json_error("session_id", &message));
+        }
         let session = self.session(&line, row.line);
         let Line { time, prompt, output, ids, delay, sub_requests, .. } = line;
         let Some(sub_requests) = sub_requests else {
