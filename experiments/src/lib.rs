@@ -3,7 +3,7 @@
 //! | to do | call | with |
 //! | --- | --- | --- |
 //! | measure the engine, simulate the same, compare, draw; or simulate systems at hand | [`run()`] | [`Experiment`] |
-//! | test the simulator against the engine | [`validate`] | [`Experiment`] with a [`ValidationSpec`](experiment::ValidationSpec) |
+//! | test the simulator against the engine | [`validate()`] | [`Experiment`] with a [`ValidationSpec`](experiment::ValidationSpec) |
 //! | simulate every combination of lists of values | [`sweep()`] | [`SweepSpec`] |
 //! | find the highest request rate within latency objectives | [`capacity()`] | [`SweepSpec`] |
 //! | measure a latency profile, record exits, replay a trace | [`profile()`], [`record()`], [`replay()`] | [`NamedEngine`] |
