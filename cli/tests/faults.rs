@@ -504,7 +504,7 @@ fn check_kills_before_each_change(scene: &Scene, command: &[&str], earlier: &dyn
         files.retain(|file, _| !TEMPORARY.iter().any(|name| file.starts_with(name)));
         files
     };
-    // What is written on the way is seen by nobody: kills there take long and are left to a longer run.
+    // Nobody sees the files that are written in between. Kills there take long, so only a longer run tries them.
     let is_counted = |path: &str| takes_long() || path.contains("killed") && !path.contains(".depthwise-unfinished/");
     let before = placed();
     scene.succeed(command);

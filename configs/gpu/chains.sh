@@ -7,14 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DEPTHWISE=${DEPTHWISE:-target/release/depthwise}
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-
-if [ -z "${TABLES:-}" ]; then
-    pip download --quiet --no-deps --dest "$scratch" "aiconfigurator-core==0.12.0"
-    python3 -m zipfile -e "$scratch"/*.whl "$scratch"
-    TABLES=$scratch/aiconfigurator_core/systems
-fi
+. configs/gpu/tables.sh
 # GPU, its name in the tables, and the version of vLLM whose kernels were measured on it.
 while read -r gpu table vllm; do
     for model in gemma-2b qwen3-8b; do

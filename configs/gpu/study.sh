@@ -7,16 +7,8 @@
 #   DOCUMENT  what is filled (docs/notebook/gpu-study.md)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-version=0.12.0
 OUT=${OUT:-results/gpu} DEPTHWISE=${DEPTHWISE:-target/release/depthwise} DOCUMENT=${DOCUMENT:-docs/notebook/gpu-study.md}
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-
-if [ -z "${TABLES:-}" ]; then
-    pip download --quiet --no-deps --dest "$scratch" "aiconfigurator-core==$version"
-    python3 -m zipfile -e "$scratch"/*.whl "$scratch"
-    TABLES=$scratch/aiconfigurator_core/systems
-fi
+. configs/gpu/tables.sh
 
 # GPU, its name in the tables, and the version of vLLM whose kernels were measured on it.
 gpus="h100 h100_sxm 0.24.0

@@ -233,8 +233,7 @@ impl Engine {
         observer: &mut (impl Observer + Send),
     ) -> Result<(), ReplayError> {
         self.check(&settings, &executor, requests)?;
-        let at_once: Vec<Request> =
-            requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
+        let at_once = Request::at_once(requests);
         let recorder = Recorder { executor, requests, generation };
         let mut recorder = run_to_end(settings, recorder, &at_once, &mut WallClock::start(Idle::Skip), observer)?;
         recorder.hand_over()

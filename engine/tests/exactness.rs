@@ -491,7 +491,7 @@ proptest! {
     ) {
         let config = ModelConfig { num_loops: 4, ..with_everything() };
         let setup = Setup::new(&config, WeightType::F32, seed, 0.8);
-        let requests: Vec<Request> = requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
+        let requests = Request::at_once(&requests);
         let settings = Settings {
             kv_fill, max_batch, prefill_chunk, num_blocks,
             token_budget: max_batch + spare_budget,

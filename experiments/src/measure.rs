@@ -7,7 +7,7 @@ use anyhow::Result;
 use engine::{Engine, Generation, Idle, SlicedReplay, WallClock};
 use scheduler::{Observer, PassRecorder, Settings};
 use simulator::{Metrics, Objectives, Source, Summary};
-use traces::{Nanos, PassOrigin, PassRun, Request, unix_micros};
+use traces::{PassOrigin, PassRun, Request, unix_micros};
 
 use crate::named_engine::NamedEngine;
 use crate::oracle::Oracle;
@@ -98,7 +98,7 @@ impl MeasuredLoad {
 /// # Errors
 /// If the engine cannot serve the requests.
 pub fn capacity(engine: &Engine, settings: Settings, requests: &[Request], oracle: &Oracle) -> Result<f64> {
-    let at_once: Vec<Request> = requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
+    let at_once = Request::at_once(requests);
     let run = || replay(engine, settings, &at_once, oracle, Idle::Skip, &mut ());
     let runs = (0..CAPACITY_REPLAYS).map(|_| Ok(run()?.0)).collect::<Result<Vec<Run>>>()?;
     Ok(requests.len() as f64 / median_run(runs).summary.makespan_s)

@@ -103,7 +103,8 @@ impl NamedEngine {
         self.check_memory(u64::from(settings.num_blocks) * u64::from(settings.block_tokens))
     }
 
-    /// Whether keys and values of so many positions fit into the memory of this machine, where the model runs in it.
+    /// Whether the keys and values of this number of positions fit into the memory of this machine. Only checked for a
+    /// model that runs on the CPU.
     ///
     /// # Errors
     /// If they do not.

@@ -133,6 +133,6 @@ impl Predictor<'_> {
 enum Arrivals<'r> {
     /// At their times.
     OfTrace(&'r [Request]),
-    /// When another ends, with so many in flight.
+    /// When another one ends, with this number of requests in flight.
     ClosedLoop(&'r [Request], u32),
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use engine::{ExitDepths, Generation, Idle};
 use scheduler::{Settings, SignalRead};
 use simulator::{Draw, ExitModel};
-use traces::{ExitTrace, Nanos, Request};
+use traces::{ExitTrace, Request};
 
 use crate::named_engine::{NamedEngine, record};
 use crate::oracle::{Oracle, is_live};
@@ -78,7 +78,7 @@ fn live_exits(
     if !reads_signal || settings.exit.depends_on_load() {
         return Ok(None);
     }
-    let at_once: Vec<Request> = requests.iter().map(|&request| Request { arrival: Nanos::ZERO, ..request }).collect();
+    let at_once = Request::at_once(requests);
     let served: HashMap<u32, Generation> = named.engine.replay(*settings, &at_once, None, Idle::Skip, &mut ())?;
     Ok(Some(by_request(&|id| served[&id].exit_depths.clone())))
 }

@@ -19,7 +19,7 @@ fn users(number: u32, think: ThinkTime) -> ClosedLoop {
     ClosedLoop { users: Some(users), sessions: None }
 }
 
-/// A request of a session that is sent so many nanoseconds after the answer before.
+/// The link of a request that is sent this number of nanoseconds after the previous answer of its session.
 fn link(session: u32, think: Option<u64>) -> Link {
     Link { session: Some(session), think: think.map(Nanos), is_timed: think.is_none() }
 }

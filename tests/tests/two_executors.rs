@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{
-    Engine, Exiting, Idle, Model, Prompts, RecordedGeneration, RecordedPolicy, Sampling, Tokenizer, WeightType,
-    Weights, oracle_depths,
+    Engine, ExitDepths, Exiting, Idle, Model, Prompts, RecordedGeneration, RecordedPolicy, Sampling, Tokenizer,
+    WeightType, Weights, oracle_depths,
 };
 use itertools::iproduct;
 use latency::LatencyModel;
@@ -117,6 +117,30 @@ fn settings(batching: Batching, exit: ExitPolicy, num_blocks: u32, num_loops: u8
     }
 }
 
+/// Requests with their exits at full depth, for the engine and for the simulator.
+struct Recorded {
+    engine: Engine,
+    requests: Vec<Request>,
+    oracle: Arc<ExitDepths>,
+    latency: LatencyModel,
+    model: ExitModel,
+}
+
+impl Recorded {
+    fn new() -> Self {
+        let engine = embedded_model();
+        let requests = queued(24, |id| 1 + id * 7 % 23);
+        let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
+        Self {
+            oracle: Arc::new(oracle_depths(&exits, &requests)),
+            latency: LatencyModel::new(&any_profile(engine.num_loops())).unwrap(),
+            model: ExitModel::new(&exits, Draw::Recorded).unwrap(),
+            engine,
+            requests,
+        }
+    }
+}
+
 /// Simulates the requests; returns what ran and what came of it.
 fn simulate(settings: Settings, latency: &LatencyModel, exits: &ExitModel, requests: &[Request]) -> (Log, Outcome) {
     let mut logs = [Log::default()];
@@ -128,13 +152,8 @@ fn simulate(settings: Settings, latency: &LatencyModel, exits: &ExitModel, reque
 
 #[test]
 fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
-    let engine = embedded_model();
-    let num_loops = engine.model.config().num_loops as u8;
-    let requests = queued(24, |id| 1 + id * 7 % 23);
-    let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
-    let oracle = Arc::new(oracle_depths(&exits, &requests));
-    let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
-    let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
+    let Recorded { engine, requests, oracle, latency, model } = Recorded::new();
+    let num_loops = engine.num_loops();
 
     let custom = ExitPolicy::Custom(CustomPolicy::new(&LateAtFirst));
     let mix: ExitPolicy = "mix:0:2:0.5".parse().unwrap();
@@ -167,13 +186,8 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
 
 #[test]
 fn in_a_closed_loop_that_runs_in_slices_the_passes_are_the_same_too() {
-    let engine = embedded_model();
-    let num_loops = engine.model.config().num_loops as u8;
-    let requests = queued(24, |id| 1 + id * 7 % 23);
-    let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
-    let oracle = Arc::new(oracle_depths(&exits, &requests));
-    let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
-    let model = ExitModel::new(&exits, Draw::Recorded).unwrap();
+    let Recorded { engine, requests, oracle, latency, model } = Recorded::new();
+    let num_loops = engine.num_loops();
     let exit = ExitPolicy::Oracle { charged: false, recorded: true };
     for (batching, in_flight, num_blocks) in iproduct!(Batching::ALL, [2, 6, 9], [1000, 8]) {
         let settings = settings(batching, exit, num_blocks, num_loops);

@@ -93,7 +93,7 @@ impl ThinkTime {
 /// Users who send one request after the other, and wait for the answer to each.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Users {
-    /// How many users there are: as many requests are in flight or thought about at any time.
+    /// Number of users. Each of them either waits for an answer or thinks about the next request.
     pub number: NonZeroU32,
     /// Time before each request but the first of a user, where the trace does not say it.
     pub think: ThinkTime,

@@ -28,6 +28,11 @@ impl Request {
     pub fn context_tokens(&self) -> u32 {
         self.prompt_tokens + self.output_tokens - 1
     }
+
+    /// The same requests, all of which arrive at time 0.
+    pub fn at_once(requests: &[Self]) -> Vec<Self> {
+        requests.iter().map(|&request| Self { arrival: Nanos::ZERO, ..request }).collect()
+    }
 }
 
 /// Requests in order of arrival.

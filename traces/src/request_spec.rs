@@ -101,7 +101,8 @@ pub struct RequestSpec {
     /// What to do with the sessions of the file: `follow`, the default, or `ignore`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sessions: Option<SessionUse>,
-    /// A closed loop of so many users, who each send the next request or session when the last one has been answered.
+    /// Number of users of a closed loop. Each sends the next request, or begins the next session, when the previous one
+    /// has been answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub users: Option<NonZeroU32>,
     /// Time of a user from an answer to the next request, where the file does not say it: seconds, or
