@@ -290,6 +290,10 @@ pub struct ServingArgs {
     /// Compose the next pass when this one starts (exit policies none, static, mix and delayed only)
     #[arg(long)]
     pub async_scheduling: bool,
+    /// Most passes that a token which exits waits for the exit head, so that one read of its weights serves several
+    /// passes. Signals that need the head leave nothing to wait for
+    #[arg(long, default_value_t = 0, value_name = "PASSES")]
+    pub exit_wait: u32,
 }
 
 impl ServingArgs {
@@ -308,12 +312,13 @@ impl ServingArgs {
             memory_utilization: self.memory_utilization,
             prefix_caching: self.prefix_caching,
             async_scheduling: self.async_scheduling,
+            exit_wait: self.exit_wait,
         }
     }
 }
 
 /// Keys of an experiment that these options set, as errors of the libraries name them.
-const KEYS: [(&str, &str); 17] = [
+const KEYS: [(&str, &str); 18] = [
     ("max_prompt_tokens", "--max-prompt-tokens"),
     ("max_output_tokens", "--max-output-tokens"),
     ("kv_fill", "--kv-fill"),
@@ -326,6 +331,7 @@ const KEYS: [(&str, &str); 17] = [
     ("memory_utilization", "--memory-utilization"),
     ("prefix_caching", "--prefix-caching"),
     ("async_scheduling", "--async-scheduling"),
+    ("exit_wait", "--exit-wait"),
     ("engine.repeats", "--repeats"),
     ("engine.temperature", "--temperature"),
     ("engine.rounds", "--rounds"),

@@ -471,6 +471,8 @@ fn prompts_that_begin_alike_are_found_again() {
     assert!(
         scene.fail(&scene.simulate(&["--exit", "oracle", "--async-scheduling"])).contains("--async-scheduling with")
     );
+    let both = scene.simulate(&["--exit", "none", "--async-scheduling", "--exit-wait", "2"]);
+    assert!(scene.fail(&both).contains("--exit-wait is 2 with --async-scheduling"));
 }
 
 /// A profile of one loop that comes with the repository, and an exit trace of as many.

@@ -98,6 +98,7 @@ fn a_sweep_leaves_a_line_for_every_combination_and_seed_and_their_means() {
         ("exit_policy", vec!["none", "oracle", "confidence:top1:0.5", "confidence:top1:0.7"]),
         ("kv_fill", vec!["reuse", "first"]),
         ("max_batch", vec!["4", "8"]),
+        ("exit_wait", vec!["0"]),
         ("device_memory", vec!["3000000"]),
         ("rate_per_s", vec!["200.0", "400.0"]),
         ("seed", vec!["1", "2", "3"]),
@@ -120,7 +121,7 @@ fn a_sweep_leaves_a_line_for_every_combination_and_seed_and_their_means() {
     assert_eq!(
         of_run.join(" "),
         "system device rate_per_s device_memory memory_utilization source batching exit threshold exit_policy kv_fill \
-         max_batch token_budget prefill_chunk block_tokens prefix_caching async_scheduling replicas weight_bytes \
+         max_batch token_budget prefill_chunk block_tokens prefix_caching async_scheduling exit_wait replicas weight_bytes \
          kv_bytes_per_token"
     );
     let number = |text: &str| text.parse::<f64>().unwrap();
@@ -305,7 +306,7 @@ fn bad_sweeps_get_one_error_that_names_key_and_line_before_anything_runs() {
         (
             absurd,
             "the grid has 6400000 points (8 of systems and policies x 2 of kv_fill x 2 of max_batch x 1 of \
-                  device_memory x 200 of rate_per_s x 1000 of seed): expected at most 100000",
+                  exit_wait x 1 of device_memory x 200 of rate_per_s x 1000 of seed): expected at most 100000",
         ),
     ] {
         scene.write("bad.yaml", &text);

@@ -100,6 +100,12 @@ pub trait Backend: Debug + Send {
     /// As [`run`](Self::run).
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>>;
 
+    /// As [`read_head`](Self::read_head), of rows in flight, whose indices are in `heads`. The model must have no coda.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    fn read_head_of_kept(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>>;
+
     /// Natural logarithms of the probabilities that the head gives to tokens at temperature 1, for rows of the last pass.
     /// Entry `i` of `picks` (as [`Heads::rows`]) and of `tokens` belongs to row `i` of `rows`. NaN if a logit is not finite.
     ///
@@ -235,6 +241,18 @@ impl Cpu {
         Ok(())
     }
 
+    /// Runs the head for some rows of `states`.
+    fn verdicts(&mut self, states: &Tensor, picks: &[usize], rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
+        if picks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let start = Instant::now();
+        let exits = picked(states, picks)?;
+        let verdicts = self.model.verdicts(&exits, rows, &self.cache, heads.temperature, &heads.keys)?;
+        self.head_time += start.elapsed();
+        Ok(verdicts)
+    }
+
     /// Gate scores of some rows.
     fn gates(&self, hidden: &Tensor, work: &Work<'_>) -> Result<Vec<f32>> {
         if work.gates.is_empty() {
@@ -285,15 +303,12 @@ impl Backend for Cpu {
     }
 
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
-        if heads.rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        let start = Instant::now();
         let of_exits: Vec<usize> = heads.rows.iter().map(|&row| row - self.first_exit).collect();
-        let exits = picked(&self.exits, &of_exits)?;
-        let verdicts = self.model.verdicts(&exits, rows, &self.cache, heads.temperature, &heads.keys)?;
-        self.head_time += start.elapsed();
-        Ok(verdicts)
+        self.verdicts(&self.exits.clone(), &of_exits, rows, heads)
+    }
+
+    fn read_head_of_kept(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
+        self.verdicts(&self.in_flight.clone(), &heads.rows, rows, heads)
     }
 
     fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {

@@ -57,6 +57,9 @@ pub enum EngineError {
         /// Index of the token.
         token: usize,
     },
+    /// Exits that wait for the head, in a model with a coda.
+    #[error("exit_wait with a model that has a coda: expected 0")]
+    WaitBehindCoda,
     /// A result of the model is not a number.
     #[error("the logits of request {request}, token {token} at depth {depth} are not finite")]
     NotFinite {
@@ -220,7 +223,7 @@ impl Sequences {
     /// The last rows of segments, which are sorted by depth.
     fn last_rows<'a>(&'a self, pass: &Pass<'a>, segments: &[usize]) -> Rows<'a> {
         let mut rows = Rows::default();
-        for segment in segments.iter().map(|&index| &pass.segments[index]) {
+        for segment in segments.iter().map(|&index| pass.exited(index)) {
             rows.push(self.row(pass, segment, last_position(segment)));
         }
         rows
@@ -307,6 +310,8 @@ pub struct EngineExecutor {
     exit_depths: Range<usize>,
     /// Decides which rows certainly exit, so that their head runs within the pass.
     exit: ExitPolicy,
+    /// Whether exits may wait for the head: [`Settings::exit_wait`](scheduler::Settings::exit_wait).
+    exits_wait: bool,
     arena: Arena,
     sequences: Sequences,
     current: Current,
@@ -340,6 +345,7 @@ impl EngineExecutor {
             looking_ahead: false,
             exit_depths: 0..num_loops,
             exit: ExitPolicy::None,
+            exits_wait: false,
             arena: Arena::default(),
             sequences: Sequences { by_slot: Vec::new(), kv_fill, num_loops },
             current: Current::default(),
@@ -373,6 +379,18 @@ impl EngineExecutor {
             self.exit_depths.start = 0;
         }
         self
+    }
+
+    /// Keeps the states of rows that exit until the head has run for them, which may be after later passes.
+    ///
+    /// # Errors
+    /// If the model has a coda: what it makes of a row is not kept from pass to pass.
+    pub fn with_exits_that_wait(mut self) -> Result<Self, EngineError> {
+        if self.model.config().coda_layers > 0 {
+            return Err(EngineError::WaitBehindCoda);
+        }
+        self.exits_wait = true;
+        Ok(self)
     }
 
     /// Keeps the signals and predictions of every generated token at every depth that it runs.
@@ -536,10 +554,11 @@ impl EngineExecutor {
             Some((index, self.sequences.of(segment).in_flight[last_position(segment)]?))
         };
         let known = exiting.unwrap_or_default();
-        let all_heads = exiting.is_none() && matches!(pass.reads.signal, SignalRead::Signal(_)) && {
-            let predicting = pass.segments.iter().filter(|segment| segment.predicts);
-            self.backend.reads_heads_ahead(predicting.count())
-        };
+        let all_heads =
+            exiting.is_none() && !self.exits_wait && matches!(pass.reads.signal, SignalRead::Signal(_)) && {
+                let predicting = pass.segments.iter().filter(|segment| segment.predicts);
+                self.backend.reads_heads_ahead(predicting.count())
+            };
         Questions {
             heads: indices(&|index| {
                 let segment = &pass.segments[index];
@@ -563,7 +582,7 @@ impl EngineExecutor {
             // Where exits are not known yet, the head runs for all of these rows together, afterwards.
             SignalRead::Signal(_) => false,
         };
-        segment.predicts && exits
+        segment.predicts && exits && !self.exits_wait
     }
 
     /// Takes arena rows for the hidden states of rows that may continue to the next depth, and frees those of the
@@ -578,9 +597,10 @@ impl EngineExecutor {
             let in_flight = &mut self.sequences.of_mut(segment).in_flight;
             for (position, place) in positions(segment).zip(&mut places[first_row..]) {
                 let kept = &mut in_flight[position];
+                let predicts = segment.predicts && position == last_position(segment);
                 // Nothing reads deeper states of a prompt where keys and values are those of depth 0.
-                let goes_on = !shares_kv || (segment.predicts && position == last_position(segment));
-                if usize::from(segment.depth) == last_depth || !goes_on {
+                let goes_on = usize::from(segment.depth) < last_depth && (!shares_kv || predicts);
+                if !goes_on && !(self.exits_wait && predicts) {
                     self.arena.free.extend(kept.take());
                 } else {
                     *kept = kept.or_else(|| self.arena.free.pop());
@@ -593,12 +613,25 @@ impl EngineExecutor {
 
     /// Rows of the head: the last rows of `segments`, which are sorted by depth.
     fn heads(&self, pass: &Pass<'_>, segments: &[usize]) -> Heads {
+        self.heads_of(pass, segments, |segment| self.current.last_row(pass, segment))
+    }
+
+    /// As [`heads`](Self::heads), as rows in flight.
+    fn kept_heads(&self, pass: &Pass<'_>, segments: &[usize]) -> Heads {
+        self.heads_of(pass, segments, |segment| {
+            let segment = pass.exited(segment);
+            let kept = self.sequences.of(segment).in_flight[last_position(segment)];
+            kept.expect("a row is kept until its head has run") as usize
+        })
+    }
+
+    fn heads_of(&self, pass: &Pass<'_>, segments: &[usize], row: impl Fn(usize) -> usize) -> Heads {
         let key = |&segment: &usize| {
-            let sequence = self.sequences.of(&pass.segments[segment]);
+            let sequence = self.sequences.of(pass.exited(segment));
             self.sampling.key(sequence.request, sequence.generation.tokens.len())
         };
         Heads {
-            rows: segments.iter().map(|&segment| self.current.last_row(pass, segment)).collect(),
+            rows: segments.iter().map(|&segment| row(segment)).collect(),
             keys: segments.iter().map(key).collect(),
             temperature: self.sampling.temperature,
         }
@@ -621,7 +654,7 @@ impl EngineExecutor {
         verdicts: Vec<Verdict>,
     ) -> Result<(), EngineError> {
         for (&index, verdict) in segments.iter().zip(verdicts) {
-            let segment = &pass.segments[index];
+            let segment = pass.exited(index);
             if !verdict.top1.is_finite() {
                 let Sequence { request, generation, .. } = self.sequences.of(segment);
                 let (request, token, depth) = (*request, generation.tokens.len(), segment.depth);
@@ -696,6 +729,7 @@ impl EngineExecutor {
 
     /// Runs the head for exiting rows that have not run it.
     fn read_unread(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<(), EngineError> {
+        self.current.findings.resize(pass.segments.len() + pass.late.len(), Finding::NOTHING);
         let exiting = exiting.iter().map(|&index| index as usize);
         let unread = exiting.filter(|&index| self.current.findings[index].verdict.is_none()).collect();
         let unread = by_depth(pass, unread);
@@ -703,17 +737,19 @@ impl EngineExecutor {
             return Ok(());
         }
         let rows = self.sequences.last_rows(pass, &unread);
-        let heads = self.heads(pass, &unread);
-        let verdicts = self.backend.read_head(&rows, &heads)?;
+        let verdicts = match pass.late {
+            [] => self.backend.read_head(&rows, &self.heads(pass, &unread))?,
+            _ => self.backend.read_head_of_kept(&rows, &self.kept_heads(pass, &unread))?,
+        };
         self.take_verdicts(pass, &unread, verdicts)
     }
 
     fn emit_tokens(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<(), EngineError> {
         self.read_unread(pass, exiting)?;
         let mut fills = Vec::new();
-        let kv_fill = self.sequences.kv_fill;
+        let (kv_fill, num_loops) = (self.sequences.kv_fill, self.num_loops());
         for &index in exiting {
-            let segment = &pass.segments[index as usize];
+            let segment = pass.exited(index as usize);
             let depth = usize::from(segment.depth);
             let verdict = self.current.findings[index as usize].verdict.expect("the head was read above");
             let sequence = self.sequences.of_mut(segment);
@@ -725,7 +761,7 @@ impl EngineExecutor {
                 KvFill::Backfill => false,
                 KvFill::Reuse | KvFill::Skip => segment.kind == RowKind::Decode,
             };
-            if is_done {
+            if is_done || depth + 1 == num_loops {
                 self.arena.free.extend(sequence.in_flight[position].take());
             }
             if !segment.generated {
@@ -816,6 +852,6 @@ fn last_position(segment: &Segment) -> usize {
 
 /// `segments`, indices into those of the pass, sorted by depth.
 fn by_depth(pass: &Pass<'_>, mut segments: Vec<usize>) -> Vec<usize> {
-    segments.sort_by_key(|&index| pass.segments[index].depth);
+    segments.sort_by_key(|&index| pass.exited(index).depth);
     segments
 }

@@ -78,7 +78,9 @@ impl Setup {
 
     fn executor_of(&self, model: Arc<dyn ServedModel>, settings: &Settings) -> EngineExecutor {
         let &Settings { kv_fill, num_blocks, block_tokens, .. } = settings;
-        EngineExecutor::new(model, self.prompts.clone(), self.sampling, kv_fill, num_blocks, block_tokens).unwrap()
+        let (prompts, sampling) = (self.prompts.clone(), self.sampling);
+        let executor = EngineExecutor::new(model, prompts, sampling, kv_fill, num_blocks, block_tokens).unwrap();
+        if settings.exit_wait > 0 { executor.with_exits_that_wait().unwrap() } else { executor }
     }
 
     /// Serves requests; returns what each generated, and the number of preemptions.
@@ -192,7 +194,7 @@ proptest! {
         batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
         max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)], weight_type in prop::sample::select(WeightType::ON_CPU.to_vec()),
-        ahead in any::<bool>(),
+        ahead in any::<bool>(), exit_wait in 0_u32..4,
     ) {
         let reads_gates = exit.signal_read() == SignalRead::Signal(ExitSignal::Gate);
         let config = ModelConfig { gate: config.gate || reads_gates, ..config };
@@ -201,6 +203,7 @@ proptest! {
             kv_fill, max_batch, prefill_chunk, num_blocks,
             token_budget: max_batch + spare_budget,
             async_scheduling: ahead && exit.is_known_ahead(),
+            exit_wait: if config.coda_layers > 0 || ahead && exit.is_known_ahead() { 0 } else { exit_wait },
             ..Settings::new(batching, exit, config.num_loops as u8)
         };
         assert_batched_as_alone(&setup, settings, &requests);
@@ -389,6 +392,7 @@ fn batched_requests_on(device: Device, cases: u32) {
             prefill_chunk: 13,
             num_blocks: 12,
             async_scheduling: exit.is_known_ahead(),
+            exit_wait: if config.coda_layers > 0 || exit.is_known_ahead() { 0 } else { case.get() as u32 % 3 },
             ..Settings::new(Batching::ALL[case.get() % Batching::ALL.len()], exit, config.num_loops as u8)
         };
         assert_batched_as_alone(&setup, settings, &requests);
@@ -400,6 +404,13 @@ fn batched_requests_on(device: Device, cases: u32) {
 #[test]
 fn batched_requests_by_cuda_kernels_generate_what_they_generate_alone() {
     batched_requests_on(Device::Cuda, 12);
+}
+
+#[test]
+fn exits_do_not_wait_behind_a_coda() {
+    let setup = Setup::new(&with_everything(), WeightType::F32, 1, 0.0);
+    let refused = setup.executor(&Settings::new(Batching::Depth, ExitPolicy::None, 3)).with_exits_that_wait();
+    assert_eq!(refused.unwrap_err().to_string(), "exit_wait with a model that has a coda: expected 0");
 }
 
 /// The engine's executor, except that each pass is planned after the one before.

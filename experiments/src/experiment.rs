@@ -131,6 +131,9 @@ pub struct System {
     /// Instead of `serving.kv_fill`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_fill: Option<KvFill>,
+    /// Instead of `serving.exit_wait`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_wait: Option<u32>,
     /// Name of the system that its speed-up is over, if not the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compared_with: Option<String>,
@@ -268,6 +271,7 @@ impl System {
             kv_fill: self.kv_fill.map_or_else(|| common.kv_fill.clone(), |kv_fill| vec![kv_fill]),
             max_batch: self.max_batch.unwrap_or(common.max_batch),
             token_budget: self.token_budget.unwrap_or(common.token_budget),
+            exit_wait: self.exit_wait.unwrap_or(common.exit_wait),
             ..common.clone()
         }
     }

@@ -55,6 +55,9 @@ pub struct Serving {
     /// Whether the next pass is composed when this one starts.
     #[serde(default)]
     pub async_scheduling: bool,
+    /// Most passes that a token which exits waits for the exit head.
+    #[serde(default)]
+    pub exit_wait: u32,
 }
 
 /// The most of what sizes a batch: sequences, and prompt tokens and rows of a pass. More are a slip of the hand.
@@ -175,6 +178,7 @@ impl Serving {
             memory_utilization: None,
             prefix_caching: false,
             async_scheduling: false,
+            exit_wait: 0,
         }
     }
 
@@ -255,6 +259,7 @@ impl Serving {
             num_blocks: 0,
             prefix_caching: self.prefix_caching,
             async_scheduling: self.async_scheduling,
+            exit_wait: self.exit_wait,
             ..Settings::new(batching, exit, model.num_loops as u8)
         };
         settings.num_blocks = match (self.num_blocks, self.device_memory.or(model.figures.device_bytes)) {

@@ -79,12 +79,12 @@ struct Composed {
 
 impl Composed {
     fn of(scheduler: &Scheduler) -> Self {
-        let Pass { segments, reads, tables, work } = scheduler.pass();
+        let Pass { segments, reads, tables, work, .. } = scheduler.pass();
         Self { segments: segments.to_vec(), reads, tables: tables.clone(), work: work.clone() }
     }
 
     fn pass(&self) -> Pass<'_> {
-        Pass { segments: &self.segments, reads: self.reads, tables: &self.tables, work: &self.work }
+        Pass { segments: &self.segments, late: &[], reads: self.reads, tables: &self.tables, work: &self.work }
     }
 }
 

@@ -55,7 +55,8 @@ pub trait Executor {
         Ok(elapsed)
     }
 
-    /// Samples the sequence's next token from the last row of each segment in `exiting` (indices into the pass that has
-    /// just run). Returns the time that took, including the exit head for rows that [had not run it](Pass::runs_head).
+    /// Samples the sequence's next token from the last row of each segment in `exiting` (as in
+    /// [`Pass::exited`]: rows that waited for the head are included). Returns the time that took, including the exit
+    /// head for rows that [had not run it](Pass::runs_head).
     fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error>;
 }

@@ -44,6 +44,7 @@ pub mod closed_loop;
 pub mod custom;
 mod decide;
 pub mod executor;
+mod exit_wait;
 mod mix;
 pub mod observe;
 pub mod pass;

@@ -55,11 +55,23 @@ impl Segment {
     }
 }
 
+/// See [`Pass::exited`].
+#[inline]
+pub(crate) fn exited<'a>(segments: &'a [Segment], late: &'a [Segment], index: usize) -> &'a Segment {
+    match segments.get(index) {
+        Some(segment) => segment,
+        None => &late[index - segments.len()],
+    }
+}
+
 /// The rows that an executor runs together.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass<'a> {
     /// The segments, in no particular order of depth.
     pub segments: &'a [Segment],
+    /// Decode rows of earlier passes that have exited and have waited for the exit head, which runs for them after this
+    /// pass; see [`Settings::exit_wait`](crate::Settings::exit_wait). Known once the exits are decided.
+    pub late: &'a [Segment],
     /// What to report of rows that predict a token.
     pub reads: SignalReads,
     /// The KV blocks of each slot.
@@ -85,6 +97,13 @@ impl<'a> Pass<'a> {
     #[inline]
     pub fn runs_head(&self, segment: &Segment) -> bool {
         self.reads.run_head(segment)
+    }
+
+    /// The segment of an entry of a list of exiting rows: one of this pass, or, by indices above those, one of
+    /// [`late`](Self::late).
+    #[inline]
+    pub fn exited(&self, index: usize) -> &'a Segment {
+        exited(self.segments, self.late, index)
     }
 
     /// Number of rows of all segments.

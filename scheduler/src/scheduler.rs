@@ -15,8 +15,9 @@ use traces::{Nanos, PrefixHashes, Request, SignalBound};
 use crate::backfill::Backlog;
 use crate::blocks::{BlockId, BlockTables, Contents};
 use crate::decide::Decision;
+use crate::exit_wait::ExitWait;
 use crate::observe::{Observer, Token};
-use crate::pass::{Pass, RowKind, Segment, Slot};
+use crate::pass::{Pass, RowKind, Segment, Slot, exited};
 use crate::policy::{Batching, ExitPolicy, KvFill, SignalReads};
 use crate::work::WorkMeter;
 
@@ -52,6 +53,12 @@ pub struct Settings {
     /// waits for the scheduler, but arriving requests, and the slots of finished ones, are seen one pass later.
     #[serde(default)]
     pub async_scheduling: bool,
+    /// Most passes that a decode row which exits waits for the exit head, so that one read of the head's weights serves
+    /// the exits of several passes. 0: the head runs after every pass that a row exits from. A waiting row keeps its slot.
+    /// Rows whose head runs within the pass, and last rows of prompts, never wait; the others then go with them. In
+    /// lockstep batching nothing waits longer than its iteration.
+    #[serde(default)]
+    pub exit_wait: u32,
 }
 
 /// Settings or a request that cannot be served.
@@ -104,6 +111,12 @@ pub enum ScheduleError {
     AsyncExit {
         /// The given policy.
         exit: String,
+    },
+    /// Exits that wait for the head, with asynchronous scheduling.
+    #[error("exit_wait is {exit_wait} with async_scheduling: expected one of the two")]
+    AsyncWait {
+        /// The given wait.
+        exit_wait: u32,
     },
     /// Prefix hashes that do not cover whole blocks.
     #[error("prefix hashes are of {hashed} tokens each, expected a multiple of block_tokens, {block_tokens}")]
@@ -159,7 +172,7 @@ impl Settings {
     /// | `prefill_chunk` | [as follows from the budget](Self::prefill_chunk_of) |
     /// | `block_tokens` | [`BLOCK_TOKENS`](Self::BLOCK_TOKENS), 16 positions |
     /// | `num_blocks` | 4,096: the KV entries of 65,536 tokens |
-    /// | `prefix_caching`, `async_scheduling` | off |
+    /// | `prefix_caching`, `async_scheduling`, `exit_wait` | off |
     ///
     /// A new setting gets its default here, and no other caller changes.
     pub fn new(batching: Batching, exit: ExitPolicy, num_loops: u8) -> Self {
@@ -176,6 +189,17 @@ impl Settings {
             num_blocks: 4096,
             prefix_caching: false,
             async_scheduling: false,
+            exit_wait: 0,
+        }
+    }
+
+    /// What is read of rows that predict. Where exits wait for the head, it runs within the pass only for rows whose signal
+    /// needs it.
+    pub fn signal_reads(&self) -> SignalReads {
+        let reads = self.exit.signal_reads(self.num_loops);
+        match self.exit_wait > 0 && !self.exit.read_needs_head() {
+            true => SignalReads { head_from: u8::MAX, ..reads },
+            false => reads,
         }
     }
 
@@ -224,6 +248,9 @@ impl Settings {
             }
             exit @ ExitPolicy::Cumulative { min_loops, .. } if min_loops > self.num_loops => {
                 Err(ScheduleError::MinLoops { exit: exit.to_string(), min_loops, num_loops: self.num_loops })
+            }
+            _ if self.async_scheduling && self.exit_wait > 0 => {
+                Err(ScheduleError::AsyncWait { exit_wait: self.exit_wait })
             }
             exit if self.async_scheduling && !exit.is_known_ahead() => {
                 Err(ScheduleError::AsyncExit { exit: exit.to_string() })
@@ -382,8 +409,10 @@ pub struct Scheduler {
     stalled: Vec<Segment>,
     /// Outstanding work of [`KvFill::Backfill`]; `None` under other fills.
     backlog: Option<Backlog>,
-    /// Indices of the segments whose last row exits after the pass.
+    /// Indices of the segments whose last row exits after the pass; those of rows that waited follow.
     exiting: Vec<u32>,
+    /// Rows that have exited and wait for the head.
+    exit_wait: ExitWait,
     held: Vec<Held>,
     admitted: Vec<Slot>,
     released: Vec<Slot>,
@@ -404,7 +433,7 @@ impl Scheduler {
         let idle = Sequence::new(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 });
         Ok(Self {
             settings,
-            reads: settings.exit.signal_reads(settings.num_loops),
+            reads: settings.signal_reads(),
             bound: settings.exit.bound(),
             certain_from: *settings.exit.exit_depths(settings.num_loops).end(),
             decision: Decision::new(&settings),
@@ -429,6 +458,7 @@ impl Scheduler {
             backlog: (settings.kv_fill == KvFill::Backfill)
                 .then(|| Backlog::new(settings.num_loops, settings.max_batch)),
             exiting: Vec::new(),
+            exit_wait: ExitWait::new(&settings),
             held: Vec::new(),
             admitted: Vec::new(),
             released: Vec::new(),
@@ -474,10 +504,11 @@ impl Scheduler {
 
     /// The pass that [`plan`](Self::plan) composed.
     pub fn pass(&self) -> Pass<'_> {
-        Pass { segments: &self.segments, reads: self.reads, tables: &self.tables, work: self.meter.work() }
+        let (segments, late) = (&self.segments, self.exit_wait.late());
+        Pass { segments, late, reads: self.reads, tables: &self.tables, work: self.meter.work() }
     }
 
-    /// Indices of the segments whose last row exits, as decided by [`decide`](Self::decide).
+    /// Indices of the segments whose last row exits, as decided by [`decide`](Self::decide), for [`Pass::exited`].
     pub fn exiting(&self) -> &[u32] {
         &self.exiting
     }
@@ -544,6 +575,7 @@ impl Scheduler {
     fn compose(&mut self, start_rows: impl FnOnce(&mut Self)) -> bool {
         self.admitted.clear();
         self.released.clear();
+        self.exit_wait.forget_late();
         let mid_iteration = self.settings.batching.is_lockstep() && self.any_in_flight();
         self.join_awaited_backfill();
         if !mid_iteration {
@@ -594,6 +626,13 @@ impl Scheduler {
             if allowance > 0 {
                 allowance -= self.start_chunk(slot, allowance);
             }
+        }
+        if preempted && self.segments.is_empty() && self.exit_wait.any() {
+            // Without a pass, waiting rows would never meet the head.
+            while self.exit_wait.any() {
+                self.preempt_newest(now, observer);
+            }
+            self.start_rows(now, observer);
         }
     }
 
@@ -828,6 +867,7 @@ impl Scheduler {
         }
         debug_assert!(self.stalled.is_empty(), "a row stalls where the budget is spent, and then nothing starts");
         self.segments.retain(|segment| segment.slot != slot);
+        self.exit_wait.preempt(slot);
         self.prefilling.retain(|&other| other != slot);
         self.ready.retain(|&other| other != slot);
         sequence.running = false;
@@ -883,7 +923,15 @@ impl Scheduler {
                 exiting.extend((0..).zip(decided).filter_map(|(index, exits)| exits.then_some(index)));
             }
         }
-        self.meter.exit(&self.segments, &self.exiting, self.reads);
+        if self.settings.exit_wait > 0 {
+            self.exit_wait.decide(&self.segments, &mut self.exiting, !self.stalled.is_empty(), self.reads);
+        }
+        self.meter_exits();
+    }
+
+    fn meter_exits(&mut self) {
+        let (segments, late) = (&self.segments, self.exit_wait.late());
+        self.meter.exit(self.exiting.iter().map(|&index| exited(segments, late, index as usize)), self.reads);
     }
 
     /// Decides which rows of the pass exit before it runs, under a policy whose
@@ -902,7 +950,7 @@ impl Scheduler {
             }
             _ => select(exiting, segments, std::iter::repeat(f32::NAN), *bound, *certain_from),
         }
-        self.meter.exit(&self.segments, &self.exiting, self.reads);
+        self.meter_exits();
     }
 
     /// Keeps what a pass of these segments has read, for the exits of the next pass.
@@ -923,15 +971,18 @@ impl Scheduler {
             self.publish_filled();
         }
         for index in 0..self.exiting.len() {
-            let segment = &mut self.segments[self.exiting[index] as usize];
-            segment.predicts = false;
+            let segment = exited(&self.segments, self.exit_wait.late(), self.exiting[index] as usize);
             let held = Held { slot: segment.slot, depth: segment.depth };
+            if let Some(segment) = self.segments.get_mut(self.exiting[index] as usize) {
+                segment.predicts = false;
+            }
             if lockstep {
                 self.held.push(held);
             } else {
                 self.deliver(held, now, observer);
             }
         }
+        self.exit_wait.stop(&mut self.segments);
         self.deepen_segments();
         if lockstep && !self.any_in_flight() {
             self.deliver_held(now, observer);

@@ -51,17 +51,17 @@ impl WorkMeter {
         }
     }
 
-    /// Adds the work of the pass's exits. `exiting` are the indices of the segments whose last rows exit.
-    pub fn exit(&mut self, segments: &[Segment], exiting: &[u32], reads: SignalReads) {
+    /// Adds the work of the pass's exits: of the segments whose last rows exit.
+    pub fn exit<'a>(&mut self, exited: impl Iterator<Item = &'a Segment> + Clone, reads: SignalReads) {
         let (mut head_rows, mut filled_depths) = (0, 0);
-        for segment in exiting.iter().map(|&index| &segments[index as usize]) {
+        for segment in exited.clone() {
             head_rows += u32::from(!reads.run_head(segment));
             filled_depths += segment.skipped_depths(self.num_loops);
         }
         self.work.exit_head_rows = head_rows;
         self.work.filled_depths = if self.copies { filled_depths } else { 0 };
         if let Some(reach) = &mut self.reach {
-            exiting.iter().for_each(|&index| reach.exit(&segments[index as usize]));
+            exited.for_each(|segment| reach.exit(segment));
         }
     }
 }
@@ -77,7 +77,7 @@ pub fn pass_work(
 ) -> PassWork {
     let mut meter = WorkMeter::new(KvFill::Reuse, num_loops, 0);
     derive_work(&mut meter.work, segments, reads, before, |segment| segment.start);
-    meter.exit(segments, exiting, reads);
+    meter.exit(exiting.iter().map(|&index| &segments[index as usize]), reads);
     meter.work
 }
 

@@ -60,6 +60,10 @@ struct Checker {
     ran: HashSet<(Slot, u32, u8)>,
     /// Positions that were found in the cache and never run.
     found: u64,
+    /// Number of passes so far.
+    passes: u32,
+    /// The last pass of each slot's decode row.
+    last_pass: HashMap<Slot, u32>,
 }
 
 impl Checker {
@@ -72,6 +76,8 @@ impl Checker {
             cache: HashMap::new(),
             ran: HashSet::new(),
             found: 0,
+            passes: 0,
+            last_pass: HashMap::new(),
         }
     }
 
@@ -204,8 +210,12 @@ impl Executor for Checker {
                 }
             }
         }
+        self.passes += 1;
         let mut written = HashSet::new();
         for segment in pass.segments {
+            if segment.kind == RowKind::Decode {
+                self.last_pass.insert(segment.slot, self.passes);
+            }
             for position in segment.start..segment.start + segment.tokens {
                 assert!(self.ran.insert((segment.slot, position, segment.depth)), "a row runs twice");
                 if self.is_kept(segment.slot, segment.depth, position) {
@@ -240,8 +250,16 @@ impl Executor for Checker {
     }
 
     fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error> {
+        for late in pass.late {
+            assert_eq!(late.kind, RowKind::Decode, "prompts never wait");
+            let waited = self.passes - self.last_pass[&late.slot];
+            assert!((1..=self.settings.exit_wait).contains(&waited), "a row waited {waited} passes for the head");
+        }
+        let all = (pass.segments.len() + pass.late.len()) as u32;
+        let late: Vec<u32> = exiting.iter().copied().filter(|&index| index >= pass.segments.len() as u32).collect();
+        assert_eq!(late, (pass.segments.len() as u32..all).collect::<Vec<_>>(), "all that waited exit");
         for &index in exiting {
-            let segment = pass.segments[index as usize];
+            let segment = pass.exited(index as usize);
             let resident = self.residents.get_mut(&segment.slot).unwrap();
             resident.generated += 1;
             self.exits.entry(resident.request).or_default().push(segment.depth);
@@ -444,13 +462,15 @@ prop_compose! {
     fn settings()(
         exit in exits(), num_loops in 2u8..5, max_batch in 1u32..9, slack in 0u32..40,
         prefill_chunk in 1u32..50, block_tokens in 1u32..9, spare_blocks in 0u32..40,
-        prefix_caching in any::<bool>(), ahead in any::<bool>(), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        prefix_caching in any::<bool>(), ahead in any::<bool>(), exit_wait in 0u32..5,
+        kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
     ) -> Settings {
         let longest = 40 + 20;
         let async_scheduling = ahead && exit.is_known_ahead();
         Settings {
             kv_fill, max_batch, token_budget: max_batch + slack, prefill_chunk, block_tokens,
             num_blocks: longest / block_tokens + 1 + spare_blocks, prefix_caching, async_scheduling,
+            exit_wait: if async_scheduling { 0 } else { exit_wait },
             ..Settings::new(Batching::Depth, exit, num_loops)
         }
     }
@@ -507,7 +527,7 @@ proptest! {
         ]),
     ) {
         for batching in Batching::ALL {
-            let settings = Settings { batching, exit: exit.parse().unwrap(), async_scheduling: true, ..settings };
+            let settings = Settings { batching, exit: exit.parse().unwrap(), async_scheduling: true, exit_wait: 0, ..settings };
             let after = events(settings, Checker::new(settings), &requests);
             let beside = events(settings, Beside(Checker::new(settings)), &requests);
             prop_assert_eq!(after, beside);
@@ -700,6 +720,44 @@ fn a_first_token_that_exits_early_is_followed_before_its_prompt_has_run_every_de
     assert_eq!(depths.0, [vec![0], vec![1, 0], vec![2, 0], vec![3, 0], vec![0], vec![0]]);
 }
 
+/// What each pass ran: its deepest depth, whether it had rows of prompts, and rows of the head after it.
+#[derive(Default)]
+struct HeadReads(Vec<(u8, bool, u32)>);
+
+impl Observer for HeadReads {
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        let segments = record.pass.segments;
+        let deepest = segments.iter().map(|segment| segment.depth).max().unwrap();
+        let prompts = segments.iter().any(|segment| segment.kind == RowKind::Prompt);
+        self.0.push((deepest, prompts, record.pass.work.exit_head_rows));
+    }
+}
+
+#[test]
+fn exits_that_wait_share_reads_of_the_head() {
+    let requests: Vec<Request> =
+        (0..6).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 4, output_tokens: 20 + id }).collect();
+    let run = |batching, exit_wait| {
+        let exit = "gate:0.9".parse().unwrap();
+        let settings = Settings { max_batch: 6, token_budget: 64, exit_wait, ..Settings::new(batching, exit, 4) };
+        let mut server = Server::new(settings, Checker::new(settings)).unwrap();
+        let mut reads = HeadReads::default();
+        serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut reads).unwrap();
+        let rows: u32 = reads.0.iter().map(|(.., rows)| rows).sum();
+        assert_eq!(rows, requests.iter().map(|request| request.output_tokens).sum::<u32>(), "a row for each token");
+        reads.0
+    };
+    let reads = |passes: &[(u8, bool, u32)]| passes.iter().filter(|(.., rows)| *rows > 0).count();
+    let at_once = run(Batching::Depth, 0);
+    assert!(reads(&run(Batching::Depth, 1)) < reads(&at_once));
+    assert!(3 * reads(&run(Batching::Depth, 3)) < 2 * reads(&at_once));
+    let lockstep = run(Batching::Sequence, 3);
+    assert_eq!(lockstep.len(), run(Batching::Sequence, 0).len(), "no pass is added");
+    for pair in lockstep.windows(2).filter(|pair| !pair[0].1) {
+        assert_eq!(pair[0].2 > 0, pair[1].0 == 0, "one read at the end of an iteration");
+    }
+}
+
 #[test]
 fn impossible_settings_and_requests_are_refused() {
     let settings = Settings {
@@ -722,6 +780,8 @@ fn impossible_settings_and_requests_are_refused() {
     assert!(refused(Settings { exit: custom, async_scheduling: true, ..settings }).contains("with exit policy sure"));
     let refused_exit =
         |exit: &str, async_scheduling| refused(Settings { exit: exit.parse().unwrap(), async_scheduling, ..settings });
+    let both = Settings { async_scheduling: true, exit_wait: 2, ..settings };
+    assert_eq!(refused(both), "exit_wait is 2 with async_scheduling: expected one of the two");
     assert!(refused_exit("load-adaptive:gate:0.9..0.5:1..9", true).contains("expected none, static:DEPTH or delayed"));
     assert!(refused_exit("cumulative:gate:0.9:3", false).contains("at least 3 loops: the model has 2"));
 

@@ -159,13 +159,14 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
     let mix: ExitPolicy = "mix:0:2:0.5".parse().unwrap();
     let policies =
         [ExitPolicy::None, ExitPolicy::Static(1), mix, ExitPolicy::Oracle { charged: false, recorded: true }, custom];
-    for (batching, kv_fill, exit, num_blocks, ahead) in
-        iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8], [false, true])
+    for (batching, kv_fill, exit, num_blocks, (ahead, exit_wait)) in
+        iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8], [(false, 0), (true, 0), (false, 2)])
     {
         if ahead && !exit.is_known_ahead() {
             continue;
         }
-        let settings = Settings { kv_fill, async_scheduling: ahead, ..settings(batching, exit, num_blocks, num_loops) };
+        let of_case = settings(batching, exit, num_blocks, num_loops);
+        let settings = Settings { kv_fill, async_scheduling: ahead, exit_wait, ..of_case };
         let mut measured = Log::default();
         engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
         let (simulated, outcome) = simulate(settings, &latency, &model, &requests);

@@ -402,7 +402,7 @@ impl<D: Device> CudaBackend<D> {
                 bail!("a row is at position {}, its sequence has room for {reach}", row.position);
             }
         }
-        let in_flight = self.memory.in_flight.as_ref().map_or(0, |held| held.view.len()) / self.width();
+        let in_flight = self.in_flight().len() / self.width();
         let kept = work.places.iter().flatten().map(|&row| Source::Second(row));
         let compared = work.similarities.iter().map(|&(_, row)| Source::Second(row));
         for source in work.sources.iter().copied().chain(kept).chain(compared) {
@@ -618,10 +618,45 @@ impl<D: Device> CudaBackend<D> {
         }
     }
 
-    /// Runs the head for the rows of a section.
+    /// Inputs of the head from the last pass.
+    fn exits(&self) -> View<f32> {
+        let views = self.row_views();
+        if self.model.coda.is_empty() { views.hidden } else { views.exits }
+    }
+
+    /// Rows in flight, `[capacity, hidden]`.
+    fn in_flight(&self) -> View<f32> {
+        self.memory.in_flight.as_ref().map_or(View::new(0, 0), |held| held.view)
+    }
+
+    /// Runs the head in a trip of its own, for some rows of `states`.
+    fn read_head_of(
+        &mut self,
+        states: impl Fn(&Self) -> View<f32>,
+        picks: &[usize],
+        rows: &Rows<'_>,
+        heads: &Heads,
+    ) -> Result<Vec<Verdict>> {
+        let mut plan = Plan { keys: heads.keys.clone(), ..Plan::default() };
+        plan.push(Layers::Head, rows.rows(), self.window(), picks.iter().copied());
+        let (sections, keys) = self.lay_out(&plan);
+        let [section] = &sections[..] else { return Ok(Vec::new()) };
+        self.fit(&sections)?;
+        let padded = [section.rows.rows.len(), 0, 0];
+        let answers = self.fit_answers(padded)?;
+        let indices = self.upload()?;
+        let states = states(self);
+        self.run_head(&section.moved(indices), states, keys.moved(indices), heads.temperature, answers.verdicts)?;
+        let mut answers = self.finish(padded)?;
+        answers.verdicts.truncate(picks.len());
+        Ok(answers.verdicts)
+    }
+
+    /// Runs the head for the rows of a section, which it gathers from `exits`.
     fn run_head(
         &mut self,
         section: &Section,
+        exits: View<f32>,
         keys: View<u64>,
         temperature: f32,
         verdicts: View<kernels::Verdict>,
@@ -629,7 +664,6 @@ impl<D: Device> CudaBackend<D> {
         let model = self.model.clone();
         let (views, head) = (self.row_views(), self.head_views());
         model.device.record(&self.heads.start)?;
-        let exits = if model.coda.is_empty() { views.hidden } else { views.exits };
         self.gather(exits, section.gather.expect("heads are gathered"), head.hidden)?;
         self.perform(section, temperature.to_bits(), |backend| {
             backend.run_layers(section, head.hidden)?;
@@ -686,7 +720,7 @@ fn page_numbers(layout: &PageLayout) -> usize {
 impl<D: Device + 'static> Backend for CudaBackend<D> {
     fn reserve(&mut self, rows: usize) -> Result<()> {
         let width = self.width();
-        let there = self.memory.in_flight.as_ref().map_or(0, |held| held.view.len()) / width;
+        let there = self.in_flight().len() / width;
         if rows <= there {
             return Ok(());
         }
@@ -749,8 +783,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let indices = self.upload()?;
         let sections: Vec<Section> = sections.iter().map(|section| section.moved(indices)).collect();
 
-        let (views, in_flight) =
-            (self.row_views(), self.memory.in_flight.as_ref().map_or(View::new(0, 0), |held| held.view));
+        let (views, in_flight) = (self.row_views(), self.in_flight());
         let (width, factor) = (self.width(), self.model.config.architecture.embedding_scale);
         self.kernels().enter_rows(
             self.model.embedding.view,
@@ -766,7 +799,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             }
         }
         if let Some(section) = sections.iter().find(|section| section.layers == Layers::Head) {
-            self.run_head(section, keys.moved(indices), work.heads.temperature, answers.verdicts)?;
+            let exits = self.exits();
+            self.run_head(section, exits, keys.moved(indices), work.heads.temperature, answers.verdicts)?;
         }
         let whole = sections.iter().find(|section| section.layers == Layers::Block).expect("every pass has rows");
         if gates.len() > 0 {
@@ -790,19 +824,12 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
     }
 
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
-        let mut plan = Plan { keys: heads.keys.clone(), ..Plan::default() };
-        let of_exits = heads.rows.iter().map(|&row| row - self.first_exit);
-        plan.push(Layers::Head, rows.rows(), self.window(), of_exits);
-        let (sections, keys) = self.lay_out(&plan);
-        let [section] = &sections[..] else { return Ok(Vec::new()) };
-        self.fit(&sections)?;
-        let padded = [section.rows.rows.len(), 0, 0];
-        let answers = self.fit_answers(padded)?;
-        let indices = self.upload()?;
-        self.run_head(&section.moved(indices), keys.moved(indices), heads.temperature, answers.verdicts)?;
-        let mut answers = self.finish(padded)?;
-        answers.verdicts.truncate(heads.rows.len());
-        Ok(answers.verdicts)
+        let of_exits: Vec<usize> = heads.rows.iter().map(|&row| row - self.first_exit).collect();
+        self.read_head_of(Self::exits, &of_exits, rows, heads)
+    }
+
+    fn read_head_of_kept(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
+        self.read_head_of(Self::in_flight, &heads.rows, rows, heads)
     }
 
     fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {

@@ -107,6 +107,24 @@ impl Value for KvFill {
     }
 }
 
+/// A number of passes, which may be 0.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Passes(pub u32);
+
+impl fmt::Display for Passes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Value for Passes {
+    const EXPECTED: &str = "a whole number";
+    fn is_sound(self) -> bool {
+        true
+    }
+}
+
 /// An amount of memory: bytes, with or without a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(transparent)]

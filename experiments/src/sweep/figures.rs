@@ -20,7 +20,7 @@ pub const CAPACITY_SUMMARY: &str = "capacity-summary.csv";
 pub const CAPACITY: &str = "capacity_req_s";
 
 /// Columns of settings beside the policies: each combination has figures of its own.
-const FACETS: [&str; 5] = ["system", "device_memory", "kv_fill", "max_batch", RATE.1];
+const FACETS: [&str; 6] = ["system", "device_memory", "kv_fill", "max_batch", "exit_wait", RATE.1];
 /// Combinations that are drawn at most.
 const MOST_FACETS: usize = 12;
 /// Policies whose lines can still be told apart.
@@ -51,7 +51,7 @@ pub fn draw_sweep(results: &Path, to: &Path, title: &str, reporter: &mut dyn Rep
         draw("pareto-latency", "Throughput against latency", &[(THROUGHPUT, TTFT), (THROUGHPUT, TPOT)])?;
     }
     if varies(&lines, RATE.1) {
-        for facet in facets(&lines, &FACETS[..4], reporter) {
+        for facet in facets(&lines, &FACETS[..5], reporter) {
             let mut policies = facet.by_policy(Name::Whole, RATE.1)?;
             policies.truncate(MOST_LINES);
             let figure = facet.figure(to, "latency-by-rate", "Latency against the request rate", title);
@@ -142,6 +142,7 @@ impl Line {
             ("device_memory", Some(bytes)) => ByteSize(bytes as u64).display().iec().to_string(),
             ("kv_fill", _) => format!("KV fill {text}"),
             ("max_batch", Some(batch)) => format!("batch {batch}"),
+            ("exit_wait", Some(passes)) => format!("exit wait {passes}"),
             ("rate_per_s", Some(rate)) => format!("{rate} requests/s"),
             _ => text.to_owned(),
         }

@@ -273,6 +273,7 @@ fn settings(spec: &SweepSpec, point: &Point, model: &ModelMemory, longest: &Requ
     let (serving, replicas) = (&spec.serving, spec.replicas);
     let serving = Serving {
         max_batch: point.max_batch,
+        exit_wait: point.exit_wait,
         device_memory: point.device_memory.or(serving.device_memory),
         ..serving.clone()
     };

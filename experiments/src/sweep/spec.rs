@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use simulator::{Objectives, Routing};
 use traces::{ExitSignal, RequestSpec};
 
-use super::axis::{Axis, Bytes, Value};
+use super::axis::{Axis, Bytes, Passes, Value};
 use crate::exit_choice::ExitChoice;
 use crate::experiment::{SCHEMA_VERSION, read_yaml};
 use crate::serving::Serving;
@@ -104,6 +104,9 @@ pub struct Grid {
     /// Instead of `serving.max_batch`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_batch: Option<Axis<u32>>,
+    /// Instead of `serving.exit_wait`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_wait: Option<Axis<Passes>>,
     /// Instead of `serving.device_memory`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_memory: Option<Axis<Bytes>>,
@@ -136,6 +139,8 @@ pub struct Point {
     pub kv_fill: KvFill,
     /// Most sequences that run at once.
     pub max_batch: u32,
+    /// Most passes that a token which exits waits for the exit head.
+    pub exit_wait: u32,
     /// The device's memory in bytes, where it varies.
     pub device_memory: Option<u64>,
     /// Mean requests per second, where they vary.
@@ -209,6 +214,7 @@ impl SweepSpec {
             ("systems and policies", (0..self.systems.len()).map(policies).sum()),
             ("kv_fill", self.kv_fills().len() as u128),
             ("max_batch", size(&grid.max_batch)),
+            ("exit_wait", size(&grid.exit_wait)),
             ("device_memory", size(&grid.device_memory)),
             ("rate_per_s", size(&grid.rate_per_s)),
             ("seed", size(&grid.seed)),
@@ -227,10 +233,12 @@ impl SweepSpec {
     /// differ in their seed alone follow each other.
     pub fn points(&self, model: impl Fn(usize) -> (u8, KvFill)) -> Vec<Point> {
         let grid = &self.grid;
-        let limits = iproduct!(values(&grid.device_memory), self.kv_fills(), values(&grid.max_batch));
+        let limits =
+            iproduct!(values(&grid.device_memory), self.kv_fills(), values(&grid.max_batch), values(&grid.exit_wait));
         let loads = iproduct!(0..self.systems.len(), limits, values(&grid.rate_per_s));
-        type Limits = (Option<Bytes>, Option<KvFill>, Option<u32>);
-        let points_of = |(system, (device_memory, kv_fill, max_batch), rate_per_s): (usize, Limits, Option<f64>)| {
+        type Limits = (Option<Bytes>, Option<KvFill>, Option<u32>, Option<Passes>);
+        let points_of = |(system, limits, rate_per_s): (usize, Limits, Option<f64>)| {
+            let (device_memory, kv_fill, max_batch, exit_wait) = limits;
             let (num_loops, made_for) = model(system);
             let runs = iproduct!(self.combinations(system, num_loops), values(&grid.seed));
             runs.map(move |((batching, exit), seed)| Point {
@@ -239,6 +247,7 @@ impl SweepSpec {
                 exit,
                 kv_fill: kv_fill.unwrap_or(made_for),
                 max_batch: max_batch.unwrap_or(self.serving.max_batch),
+                exit_wait: exit_wait.map_or(self.serving.exit_wait, |Passes(passes)| passes),
                 device_memory: device_memory.map(|Bytes(bytes)| bytes),
                 rate_per_s,
                 seed,

@@ -57,6 +57,8 @@ pub struct Summary {
     pub prefix_caching: bool,
     /// Whether passes were composed while the previous one ran.
     pub async_scheduling: bool,
+    /// Most passes that a row which exits waited for the exit head.
+    pub exit_wait: u32,
     /// Number of machines.
     pub replicas: u32,
     /// Bytes of all weights.
@@ -181,6 +183,7 @@ impl Metrics {
             kv_blocks: settings.num_blocks,
             prefix_caching: settings.prefix_caching,
             async_scheduling: settings.async_scheduling,
+            exit_wait: settings.exit_wait,
             replicas: self.machines,
             weight_bytes: None,
             kv_bytes_per_token: None,
