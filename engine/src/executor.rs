@@ -359,6 +359,12 @@ impl EngineExecutor {
         self
     }
 
+    /// Makes the oracle answer by chance: at each depth before the last, a token exits with this probability.
+    pub(crate) fn with_chance(mut self, seed: u64, probability: f64) -> Self {
+        self.oracle = Some(Oracle::Chance { seed, probability });
+        self
+    }
+
     /// Makes histories that were never run behave like others: see [`Backend::fill_with_numbers`].
     ///
     /// # Errors

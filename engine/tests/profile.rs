@@ -47,7 +47,7 @@ fn a_profile_covers_every_component_up_to_its_limits() {
             Component::DepthMix => (20, 0),
             // After a pass with the most rows.
             Component::AfterMore => (5, 20),
-            Component::Head | Component::HeadAgain => (5, 0),
+            Component::Head | Component::HeadAgain | Component::ExitDecision => (5, 0),
             // Every row that exits at the first of three depths skips two.
             Component::KvFill => (10, 0),
             Component::DecodeAttention => (5, 40),
@@ -109,11 +109,13 @@ fn a_grid_beyond_the_models_positions_is_refused() {
 fn probes_serve_a_load_that_never_ends_and_log_its_passes() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
     let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
-    let [load, with_exits, depth_wise] = profiler.loads();
+    let [load, with_exits, depth_wise, adaptive] = profiler.loads();
     // Two prompts of 10 tokens fit a pass of 20 rows.
     assert_eq!((load.settings().max_batch, load.settings().token_budget, load.settings().prefill_chunk), (5, 20, 20));
     assert_eq!((load.settings().batching, load.settings().exit), (Batching::Sequence, ExitPolicy::None));
     assert_eq!((with_exits, depth_wise), (load.with_exits(), load.depth_wise()));
+    // The model has no gates.
+    assert_eq!(adaptive, load.with_exits_by(ExitPolicy::Oracle { charged: false, recorded: false }));
     profiler.round(|_, _| ()).unwrap();
     let between = profiler.probe().unwrap();
     profiler.round(|_, _| ()).unwrap();
@@ -123,8 +125,8 @@ fn probes_serve_a_load_that_never_ends_and_log_its_passes() {
     assert!(of_first > 0 && of_rounds.len() == 2 * of_first);
     let (before, after) = of_rounds.split_at(of_first);
     let in_order: Vec<_> = before.iter().copied().chain([&between]).chain(after.iter().copied()).collect();
-    assert!(in_order.windows(2).all(|pair| (pair[0].way + 1) % 3 == pair[1].way), "every way in turn");
-    for way in 0..3 {
+    assert!(in_order.windows(2).all(|pair| (pair[0].way + 1) % 4 == pair[1].way), "every way in turn");
+    for way in 0..4 {
         let alike: Vec<_> = in_order.iter().filter(|probe| probe.way == way).collect();
         let follows = |pair: &[&&Probe]| pair[0].passes.last().unwrap().start < pair[1].passes[0].start;
         assert!(alike.windows(2).all(follows), "{alike:?}");

@@ -25,6 +25,7 @@ pub(crate) struct Components {
     head: Table,
     /// `None` where it was not measured.
     head_again: Option<Table>,
+    exit_decision: Table,
     kv_fill: Table,
 }
 
@@ -51,6 +52,7 @@ impl Components {
             embed: by_rows(Component::Embed)?,
             head: by_rows(Component::Head)?,
             head_again: if_measured(Component::HeadAgain).map(by_rows).transpose()?,
+            exit_decision: by_rows(Component::ExitDecision)?,
             kv_fill: by_rows(Component::KvFill)?,
         })
     }
@@ -84,9 +86,10 @@ impl Components {
     }
 
     /// Time of the components that run once the exits of a pass are decided, in nanoseconds.
-    pub(crate) fn exit(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 2] {
+    pub(crate) fn exit(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 3] {
         [
             (Component::Head, self.head(work.exit_head_rows, work.head_is_warm(), beyond)),
+            (Component::ExitDecision, self.exit_decision.at(work.exit_head_rows, Component::ExitDecision, beyond)),
             (Component::KvFill, self.kv_fill.at(work.filled_depths, Component::KvFill, beyond)),
         ]
     }

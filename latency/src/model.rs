@@ -125,7 +125,7 @@ impl LatencyModel {
     }
 
     /// Time of the exits of a pass once they are decided, in nanoseconds: the exit head for rows that had not run it,
-    /// and copies of keys and values to skipped depths.
+    /// the decision, and copies of keys and values to skipped depths.
     pub fn exit_ns(&self, work: &PassWork, account: &mut PassAccount) -> f64 {
         let components = self.times.exit(work, &mut account.extrapolations);
         components.into_iter().for_each(|(component, ns)| account.time.add(component, ns));
@@ -203,7 +203,8 @@ mod tests {
     }
 
     use Component::{
-        AfterMore, Block, DecodeAttention, DepthMix, Embed, Head, HeadAgain, KvFill, PrefillAgain, PrefillAttention,
+        AfterMore, Block, DecodeAttention, DepthMix, Embed, ExitDecision, Head, HeadAgain, KvFill, PrefillAgain,
+        PrefillAttention,
     };
 
     /// Time of a pass until its exits are decided, without the overhead of 250 ns, and its extrapolations.
@@ -252,6 +253,7 @@ mod tests {
             (DepthMix, 5, 0, 3, 5.0),
             (Embed, 1, 0, 1, 0.5),
             (Head, 2, 0, 1, 3.0),
+            (ExitDecision, 2, 0, 1, 0.75),
             (KvFill, 4, 0, 1, 1.0),
         ]);
         let work = PassWork {
@@ -271,11 +273,12 @@ mod tests {
         let until_decided = 0.25 + 25.0 + 6.0 + 2.0 + 0.5 + 3.0 + 7.0;
         let mut account = PassAccount::default();
         assert!((model.run_ns(&work, &mut account) - 1e3 * until_decided).abs() < 1e-6);
-        assert_eq!(model.exit_ns(&work, &mut account), 4e3);
-        assert!((model.pass_ns(&work) - 1e3 * (until_decided - 0.25 + 4.0)).abs() < 1e-6);
+        // Head, decision, copies.
+        assert_eq!(model.exit_ns(&work, &mut account), 4.75e3);
+        assert!((model.pass_ns(&work) - 1e3 * (until_decided - 0.25 + 4.75)).abs() < 1e-6);
         assert!(account.extrapolations.is_empty(), "{}", account.extrapolations);
         let by_component: f64 = Component::ALL.map(|component| account.time.of(component)).iter().sum();
-        assert!((by_component + account.time.overhead_s() - 1e-6 * (until_decided + 4.0)).abs() < 1e-12);
+        assert!((by_component + account.time.overhead_s() - 1e-6 * (until_decided + 4.75)).abs() < 1e-12);
         assert_eq!(account.time.of(Head), 6e-6);
         assert_eq!(run(&model, &PassWork { depths: 1, ..PassWork::default() }).0, 0.0);
     }

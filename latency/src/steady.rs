@@ -3,7 +3,7 @@
 //! The times of single shapes do not quite add up to those of the passes of a run, because caches and the processor's
 //! clock depend on earlier passes. The difference varies with the number of rows. One factor for each number of rows
 //! therefore scales all times to passes of one depth under steady load. `depth_mix` gets the remaining time of passes
-//! with several depths.
+//! with several depths, `exit_decision` that of passes whose exits are decided after them.
 
 use std::collections::BTreeSet;
 
@@ -28,6 +28,9 @@ pub struct SteadyFactors {
     /// Extra time of mixed depths, in microseconds, at the numbers of rows at which the profile has points of
     /// `depth_mix`.
     mixing_us: ByRows,
+    /// Extra time of exits that are decided after the pass, in microseconds, at the numbers of exiting rows at which the
+    /// profile has points of `exit_decision`.
+    deciding_us: ByRows,
 }
 
 impl SteadyFactors {
@@ -38,19 +41,30 @@ impl SteadyFactors {
     /// If the profile cannot be interpolated.
     pub fn new(profile: &LatencyProfile, passes: &[TimedPass<'_>]) -> Result<Self, LatencyError> {
         let by_rows = ByRows::at_rows_of(profile, Component::Block, 1.0);
-        let mut factors = Self { by_rows, mixing_us: ByRows::at_rows_of(profile, Component::DepthMix, 0.0) };
-        let (mixed, alone): (Vec<_>, Vec<_>) = passes.iter().partition(|(work, _)| work.depths > 1);
+        let added = |component| ByRows::at_rows_of(profile, component, 0.0);
+        let (mixing_us, deciding_us) = (added(Component::DepthMix), added(Component::ExitDecision));
+        let mut factors = Self { by_rows, mixing_us, deciding_us };
+        // The profile may have no component for what is special about a pass; then the factors take it in.
+        let decided = |work: &PassWork| !factors.deciding_us.0.is_empty() && work.exit_head_rows > 0;
+        let (decided, known): (Vec<_>, Vec<_>) = passes.iter().partition(|(work, _)| decided(work));
+        let (mixed, alone): (Vec<_>, Vec<_>) = known.into_iter().partition(|(work, _)| work.depths > 1);
         for _ in 0..STEPS {
-            let seen = factors.by_rows.seen(&factors.model(profile)?, &alone);
+            let seen = factors.by_rows.seen(&factors.model(profile)?, &alone, rows);
             factors.by_rows.step(&seen, |factor, seen| factor * seen.ratio());
         }
         let mixing_steps = if factors.mixing_us.0.is_empty() { 0 } else { STEPS };
         for _ in 0..mixing_steps {
-            let seen = factors.mixing_us.seen(&factors.model(profile)?, &mixed);
+            let seen = factors.mixing_us.seen(&factors.model(profile)?, &mixed, rows);
             factors.mixing_us.step(&seen, |added, seen| added + seen.missing_us());
         }
-        let of_all = Seen::all(&factors.by_rows.seen(&factors.model(profile)?, passes)).ratio();
-        for (_, value) in factors.by_rows.0.iter_mut().chain(&mut factors.mixing_us.0) {
+        let deciding_steps = if decided.is_empty() { 0 } else { STEPS };
+        for _ in 0..deciding_steps {
+            let seen = factors.deciding_us.seen(&factors.model(profile)?, &decided, |work| work.exit_head_rows);
+            factors.deciding_us.step(&seen, |added, seen| added + seen.missing_us());
+        }
+        let of_all = Seen::all(&factors.by_rows.seen(&factors.model(profile)?, passes, rows)).ratio();
+        for (_, value) in factors.by_rows.0.iter_mut().chain(&mut factors.mixing_us.0).chain(&mut factors.deciding_us.0)
+        {
             *value *= of_all;
         }
         Ok(factors)
@@ -63,9 +77,12 @@ impl SteadyFactors {
             let factor = self.by_rows.at(point.rows);
             point.time_us *= factor;
             point.spread_us *= factor;
-            if point.component == Component::DepthMix {
-                point.time_us = (point.time_us + self.mixing_us.at(point.rows)).max(0.0);
-            }
+            let added = match point.component {
+                Component::DepthMix => &self.mixing_us,
+                Component::ExitDecision => &self.deciding_us,
+                _ => continue,
+            };
+            point.time_us += added.at(point.rows);
         }
         scaled
     }
@@ -80,9 +97,19 @@ impl SteadyFactors {
         (!self.mixing_us.0.is_empty()).then(|| self.mixing_us.range())
     }
 
+    /// The smallest and the largest extra time of exits that are decided after the pass, in microseconds; `None` where
+    /// it was not measured.
+    pub fn deciding_range_us(&self) -> Option<(f64, f64)> {
+        (!self.deciding_us.0.is_empty()).then(|| self.deciding_us.range())
+    }
+
     fn model(&self, profile: &LatencyProfile) -> Result<LatencyModel, LatencyError> {
         LatencyModel::new(&self.apply(profile))
     }
+}
+
+fn rows(work: &PassWork) -> u32 {
+    work.rows
 }
 
 /// Values at some numbers of rows: linear between them, constant beyond the ends.
@@ -116,12 +143,12 @@ impl ByRows {
         (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max))
     }
 
-    /// Measured and modelled times of passes, by number of rows.
-    fn seen(&self, model: &LatencyModel, passes: &[TimedPass<'_>]) -> Vec<Seen> {
+    /// Measured and modelled times of passes, by the rows that count here.
+    fn seen(&self, model: &LatencyModel, passes: &[TimedPass<'_>], rows: fn(&PassWork) -> u32) -> Vec<Seen> {
         let mut seen = vec![Seen::default(); self.0.len()];
         for (work, took) in passes {
             let said = model.pass_ns(work);
-            for (place, share) in self.around(work.rows) {
+            for (place, share) in self.around(rows(work)) {
                 let seen = &mut seen[place];
                 seen.passes += share;
                 seen.took += share * took.0 as f64;

@@ -4,7 +4,7 @@ use traces::{Nanos, Request};
 
 use crate::executor::Executor;
 use crate::observe::Observer;
-use crate::policy::{Batching, ExitPolicy};
+use crate::policy::{Batching, ExitPolicy, KvFill};
 use crate::scheduler::Settings;
 use crate::serve::{ServeError, Server};
 
@@ -64,9 +64,18 @@ impl SteadyLoad {
 
     /// The requests of this load, batched depth-wise, where every token exits at the middle depth.
     pub fn with_exits(self) -> Self {
-        let exit = ExitPolicy::Static(self.settings.num_loops.saturating_sub(1) / 2);
+        self.with_exits_by(ExitPolicy::Static(self.settings.num_loops.saturating_sub(1) / 2))
+    }
+
+    /// The requests of this load, batched depth-wise, where an exit policy decides after each pass which rows exit.
+    pub fn with_exits_by(self, exit: ExitPolicy) -> Self {
         let load = self.depth_wise();
         Self { settings: Settings { exit, ..load.settings }, ..load }
+    }
+
+    /// The same load under a KV fill.
+    pub fn under(self, kv_fill: KvFill) -> Self {
+        Self { settings: Settings { kv_fill, ..self.settings }, ..self }
     }
 
     /// The settings of the load.

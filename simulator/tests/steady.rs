@@ -10,7 +10,9 @@ use scheduler::{Batching, Lengths, PassRecorder, Server, Settings, SteadyLoad, S
 use simulator::{ExitModel, ProfileExecutor};
 use traces::{Component, LatencyProfile, Nanos, PassOrigin, PassWork};
 
-use Component::{AfterMore, Block, DecodeAttention, DepthMix, Embed, Head, HeadAgain, KvFill, PrefillAttention};
+use Component::{
+    AfterMore, Block, DecodeAttention, DepthMix, Embed, ExitDecision, Head, HeadAgain, KvFill, PrefillAttention,
+};
 
 const LENGTHS: Lengths = Lengths { prompt: 8, output: 8, longest: 32 };
 
@@ -21,7 +23,11 @@ fn load() -> SteadyLoad {
 /// The first passes of a load.
 fn steady_passes(load: SteadyLoad, latency: &LatencyModel, count: usize) -> Vec<PassWork> {
     let exits = ExitModel::full_depth(latency.num_loops().into(), &latency.meta().fingerprint).unwrap();
-    let mut server = SteadyServer::new(load, ProfileExecutor::new(latency, &exits, load.settings())).unwrap();
+    steady_passes_with(load, latency, &exits, count)
+}
+
+fn steady_passes_with(load: SteadyLoad, latency: &LatencyModel, exits: &ExitModel, count: usize) -> Vec<PassWork> {
+    let mut server = SteadyServer::new(load, ProfileExecutor::new(latency, exits, load.settings())).unwrap();
     let mut recorder = PassRecorder::new(load.settings(), PassOrigin::Steady, || 0);
     (0..count).for_each(|_| {
         server.pass(&mut recorder).unwrap();
@@ -132,9 +138,42 @@ fn passes_of_several_depths_that_take_longer_in_service_come_out_so_and_others_d
     }
 }
 
+#[test]
+fn exits_that_are_decided_after_the_pass_take_what_they_take_in_service_and_others_do_not() {
+    let mut apart = apart();
+    apart.meta.num_loops = 3;
+    let added = [(DepthMix, 2, 0, 2, 0.5), (DepthMix, 32, 0, 2, 4.0), (ExitDecision, 1, 0, 1, 0.0)];
+    let more = [2, 4, 8].map(|rows| (ExitDecision, rows, 0, 1, 0.0));
+    apart.points.extend(profile(3, &[&added[..], &more].concat()).points);
+    let model = LatencyModel::new(&apart).unwrap();
+    let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS);
+    let adaptive = load.with_exits_by("oracle".parse().unwrap());
+    let mut works = [load, load.with_exits(), load.depth_wise()].map(|load| steady_passes(load, &model, 4000)).concat();
+    works.extend(steady_passes_with(adaptive, &model, &drawn_exits(&[0.5, 0.3, 0.2], 400, 12, 1), 4000));
+    let took = |work: &PassWork| {
+        let deciding = if work.exit_head_rows > 0 { 2e3 + 700.0 * f64::from(work.exit_head_rows) } else { 0.0 };
+        Nanos((1.2 * model.pass_ns(work) + deciding).round() as u64)
+    };
+    let took: Vec<Nanos> = works.iter().map(took).collect();
+    let factors = factors(&apart, &works, &took);
+    let service = LatencyModel::new(&factors.apply(&apart)).unwrap();
+    for exiting in [0..=0, 1..=1, 2..=4, 5..=8] {
+        let (mut said, mut all, mut passes) = (0.0, 0.0, 0);
+        for (work, took) in works.iter().zip(&took).filter(|(work, _)| exiting.contains(&work.exit_head_rows)) {
+            said += service.pass_ns(work);
+            all += took.0 as f64;
+            passes += 1;
+        }
+        let ratio = said / all;
+        assert!(passes > 300 && (ratio - 1.0).abs() < 0.01, "{passes} passes with {exiting:?} exits: {ratio}");
+    }
+    let (least, most) = factors.deciding_range_us().unwrap();
+    assert!((2.5..3.0).contains(&least) && (7.0..8.5).contains(&most), "{least} to {most}");
+}
+
 /// A profile of three loops in which every component of a pass takes its own time.
 fn every_component() -> LatencyProfile {
-    let by_rows = [(Block, 100.0), (Embed, 3.0), (Head, 20.0), (HeadAgain, 13.0), (KvFill, 7.0)];
+    let by_rows = [(Block, 100.0), (Embed, 3.0), (Head, 20.0), (HeadAgain, 13.0), (ExitDecision, 2.0), (KvFill, 7.0)];
     let rows = by_rows.map(|(component, time)| [(component, 1, 0, 1, time), (component, 32, 0, 1, 3.0 * time)]);
     let mut points = rows.concat();
     for depths in [2, 3] {

@@ -53,7 +53,7 @@ pub enum Component {
     /// Extra time for attention of a further chunk, in a pass with a chunk of at least as many keys. Where it is not
     /// measured, [`Component::PrefillAttention`] applies.
     PrefillAgain,
-    /// Extra time of `depths` distinct depths in one pass over a pass at one depth, by `rows`.
+    /// Extra time of `depths` distinct depths in one pass over a pass at one depth, by `rows`. May be negative.
     DepthMix,
     /// Embedding lookup, by `rows`.
     Embed,
@@ -62,6 +62,9 @@ pub enum Component {
     /// The exit head in a pass after one that also ran it, when its weights may still be in a cache, by `rows`. Where
     /// it is not measured, [`Component::Head`] applies.
     HeadAgain,
+    /// Extra time of exits that are decided after the pass: reading the signal, deciding, and starting the head anew; by
+    /// `rows`, the rows that exit. Fitted to passes under steady load; may be negative.
+    ExitDecision,
     /// Copies of keys and values to the depths that exiting rows skip. `rows` counts one for each row and skipped
     /// depth.
     KvFill,
@@ -69,7 +72,7 @@ pub enum Component {
 
 impl Component {
     /// Every component, in the order of files.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Block,
         Self::Elementwise,
         Self::Lora,
@@ -81,6 +84,7 @@ impl Component {
         Self::Embed,
         Self::Head,
         Self::HeadAgain,
+        Self::ExitDecision,
         Self::KvFill,
     ];
 
@@ -98,6 +102,7 @@ impl Component {
             Self::Embed => "embed",
             Self::Head => "head",
             Self::HeadAgain => "head_again",
+            Self::ExitDecision => "exit_decision",
             Self::KvFill => "kv_fill",
         }
     }
@@ -107,9 +112,10 @@ impl Component {
         matches!(self, Self::DecodeAttention | Self::PrefillAttention | Self::PrefillAgain | Self::AfterMore)
     }
 
-    /// Whether the time may be negative: prompt chunks are measured against an equal number of decode rows.
+    /// Whether the time may be negative: prompt chunks are measured against an equal number of decode rows, and what is
+    /// special about passes under steady load may save time as well.
     fn may_save(self) -> bool {
-        matches!(self, Self::PrefillAttention | Self::PrefillAgain)
+        matches!(self, Self::PrefillAttention | Self::PrefillAgain | Self::DepthMix | Self::ExitDecision)
     }
 
     /// Whether the component can take this time, in microseconds.
@@ -436,11 +442,12 @@ mod tests {
     }
 
     #[test]
-    fn only_prompt_chunks_may_take_less_than_what_they_are_compared_with() {
+    fn only_what_is_compared_with_other_passes_may_save_time() {
         let chunk = |component: Component| format!("{CSV}{component},8,0,1,-1.5,0.5,5\n");
         for component in Component::ALL {
             let found = read(YAML, &chunk(component));
-            let may = matches!(component, Component::PrefillAttention | Component::PrefillAgain);
+            use Component::{DepthMix, ExitDecision, PrefillAgain, PrefillAttention};
+            let may = matches!(component, PrefillAttention | PrefillAgain | DepthMix | ExitDecision);
             assert_eq!(found.is_ok(), may, "{component}");
             let nan = read(YAML, &chunk(component).replace("-1.5", "NaN")).unwrap_err().to_string();
             assert!(nan.ends_with(if may { "expected microseconds, a finite number" } else { "at least 0" }), "{nan}");

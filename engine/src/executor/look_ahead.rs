@@ -22,7 +22,7 @@ impl EngineExecutor {
     /// As [`looking_ahead`](Self::looking_ahead), but what the oracle answers is drawn: at each depth before the last, a
     /// token exits with this probability.
     pub(crate) fn exiting_by_chance(self, seed: u64, probability: f64) -> Self {
-        Self { oracle: Some(Oracle::Chance { seed, probability }), ..self.looking_ahead() }
+        self.looking_ahead().with_chance(seed, probability)
     }
 
     /// Records all depths of the rows that start in a pass and predict.

@@ -69,7 +69,7 @@ impl<'a> Measured<'a> {
     }
 
     /// The measured components before scaling to steady load: means of the middle halves. Components that are
-    /// differences are at least zero, except those of prompt chunks.
+    /// differences are at least zero, except those that [may save time](Component::can_take).
     pub(super) fn profile(&self, model: &str, source: &str) -> LatencyProfile {
         let served = &self.profiler.engine.model;
         let disagreement = self.profiler.disagreement();
@@ -149,6 +149,10 @@ impl<'a> Measured<'a> {
                 Shape::AfterMore { rows, before, .. } => add(Component::AfterMore, rows, before, 1, part),
                 Shape::Head { rows, again, .. } => {
                     add(if again { Component::HeadAgain } else { Component::Head }, rows, 0, 1, part);
+                    if !again {
+                        // Found in passes under steady load.
+                        add(Component::ExitDecision, rows, 0, 1, Summary { middle: 0.0, spread: 0.0, ..part });
+                    }
                 }
                 Shape::Mix { rows, depths, .. } => {
                     // Each row was at the first depth once per turn.

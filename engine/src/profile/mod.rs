@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use latency::{LatencyError, LatencyModel, SteadyFactors};
 use scheduler::blocks::BlockTables;
 use scheduler::{
-    Executor, KvFill, Lengths, Observer, Pass, PassRecord, PassRecorder, RowKind, Segment, SignalRead, SignalReads,
-    Slot, SteadyLoad, SteadyServer, pass_work,
+    Executor, ExitPolicy, KvFill, Lengths, Observer, Pass, PassRecord, PassRecorder, RowKind, Segment, SignalRead,
+    SignalReads, Slot, SteadyLoad, SteadyServer, pass_work,
 };
 use traces::hash::mix;
 use traces::{ExitSignal, LatencyProfile, Nanos, PassBefore, PassOrigin, PassRun, Request, unix_micros};
@@ -41,9 +41,14 @@ pub use probe::Probe;
 const PROBE_TIME: Duration = Duration::from_millis(60);
 /// Minimum number of passes of a probe, for models with long passes.
 const PASSES_OF_PROBE: usize = 4;
-/// Number of ways to serve the load, which probes take in turn: sequence-wise at full depth, depth-wise with exits, and
-/// depth-wise at full depth. They give passes of one depth, of a few and of all, and consecutive passes with the head.
-const WAYS: usize = 3;
+/// Number of ways to serve the load, which probes take in turn: sequence-wise at full depth, depth-wise with exits,
+/// depth-wise at full depth, and depth-wise with exits that are decided after each pass. They give passes of one depth, of
+/// a few and of all, consecutive passes with the head, and heads that run in a step of their own.
+const WAYS: usize = 4;
+/// The exit policy of the last way, where the model has gates. Gates that were not trained are about as large.
+const ADAPTIVE: ExitPolicy = ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold: 0.5 };
+/// Probability of an exit at each depth in the last way, where the model has no gates.
+const CHANCE: f64 = 0.5;
 /// Number of probes of a round: twice each way.
 const PROBES: usize = 2 * WAYS;
 /// Number of visits to each shape in a round, so that its times are from several moments.
@@ -64,7 +69,8 @@ pub struct Profiler {
     services: Vec<SteadyServer<EngineExecutor>>,
     /// Whether shapes run between the passes of these machines.
     runs_among: bool,
-    /// Machines under steady load with the largest batch, depth-wise: with exits, and at full depth.
+    /// Machines under steady load with the largest batch, depth-wise: with exits, at full depth, and with exits that are
+    /// decided after each pass.
     depth_wise: [SteadyServer<EngineExecutor>; WAYS - 1],
     /// Index of the next probe's way to serve the load.
     next_way: usize,
@@ -141,9 +147,22 @@ impl Profiler {
         let shapes = shapes(&grid, num_loops as u32);
         // Several prompts share a pass, as in replays; chunks of the shapes are at most `chunk` long.
         let prompt_rows = if lengths.prompt <= chunk { rows } else { chunk };
-        let load = |batch: u32| SteadyLoad::new(num_loops as u8, batch, rows, prompt_rows, block_tokens, lengths);
-        let serve =
-            |load: SteadyLoad| Ok::<_, ReplayError>(SteadyServer::new(load, engine.executor(load.settings())?)?);
+        // Keys and values that all loops share are part of the model; other fills differ in what exits copy.
+        let kv_fill = match engine.model.config().kv_fill {
+            KvFill::First => KvFill::First,
+            KvFill::Reuse | KvFill::Skip | KvFill::Backfill => KvFill::Reuse,
+        };
+        let load = |batch: u32| {
+            SteadyLoad::new(num_loops as u8, batch, rows, prompt_rows, block_tokens, lengths).under(kv_fill)
+        };
+        let serve = |load: SteadyLoad| {
+            let executor = engine.executor(load.settings())?.with_chance(0, CHANCE);
+            Ok::<_, ReplayError>(SteadyServer::new(load, executor)?)
+        };
+        let adaptive = match engine.model.config().gate && num_loops > 1 {
+            true => ADAPTIVE,
+            false => ExitPolicy::Oracle { charged: false, recorded: false },
+        };
         let mut profiler = Self {
             engine: engine.clone(),
             executor,
@@ -153,7 +172,11 @@ impl Profiler {
             grid,
             services: vec![serve(load(decodes))?],
             runs_among: false,
-            depth_wise: [serve(load(decodes).with_exits())?, serve(load(decodes).depth_wise())?],
+            depth_wise: [
+                serve(load(decodes).with_exits())?,
+                serve(load(decodes).depth_wise())?,
+                serve(load(decodes).with_exits_by(adaptive))?,
+            ],
             next_way: 0,
             occupied: 0,
             last: LastPass::default(),
@@ -232,8 +255,8 @@ impl Profiler {
 
     /// Loads of the probes, by way.
     pub fn loads(&self) -> [SteadyLoad; WAYS] {
-        let [with_exits, full_depth] = self.depth_wise.each_ref().map(SteadyServer::load);
-        [self.services.last().expect("there is always one").load(), with_exits, full_depth]
+        let [with_exits, full_depth, adaptive] = self.depth_wise.each_ref().map(SteadyServer::load);
+        [self.services.last().expect("there is always one").load(), with_exits, full_depth, adaptive]
     }
 
     /// All logged passes as runs of a pass log: the shapes of each round, and the steady load of each probe.
@@ -269,8 +292,12 @@ impl Profiler {
         let mixing = factors.mixing_range_us().map_or(String::new(), |(least, most)| {
             format!(", and {least:+.1} to {most:+.1} us where depths are mixed")
         });
+        let deciding = factors.deciding_range_us().map_or(String::new(), |(least, most)| {
+            format!(", and {least:+.1} to {most:+.1} us where exits are decided after the pass")
+        });
         profile.meta.source = format!(
-            "{}; scaled by {least:.3} to {most:.3}, by rows: passes under steady load over the sum of components{mixing}",
+            "{}; scaled by {least:.3} to {most:.3}, by rows: passes under steady load over the sum of \
+             components{mixing}{deciding}",
             profile.meta.source
         );
         LatencyModel::new(&profile)?;

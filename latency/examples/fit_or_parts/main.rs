@@ -53,14 +53,15 @@ fn compare(folder: &Path) -> Result<(), Box<dyn Error>> {
     let (all, used) = fitted.sizes();
     println!("fit: {used} of {all} coefficients are above 0");
 
-    use Component::{AfterMore, HeadAgain, PrefillAgain};
+    use Component::{AfterMore, ExitDecision, HeadAgain, PrefillAgain};
     let mut models: Vec<(&str, PassTime)> = Vec::new();
     for (name, without) in [
         ("parts", &[][..]),
         ("parts without after_more", &[AfterMore]),
         ("parts without head_again", &[HeadAgain]),
         ("parts without prefill_again", &[PrefillAgain]),
-        ("parts without all three", &[AfterMore, HeadAgain, PrefillAgain]),
+        ("parts without exit_decision", &[ExitDecision]),
+        ("parts without all four", &[AfterMore, HeadAgain, PrefillAgain, ExitDecision]),
     ] {
         models.push((name, parts(&profile, without)?));
     }
