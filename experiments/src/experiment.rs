@@ -301,7 +301,7 @@ mod tests {
             Experiment::load(&configs.join(format!("{name}.yaml"))).unwrap().check().unwrap();
         }
         for (name, requests) in
-            [("generated-kjv", 96), ("kjv", 1000), ("chains", 1000), ("unseen-chains", 1000), ("unseen-kjv", 300)]
+            [("generated-kjv", 96), ("kjv", 1000), ("chains", 1000), ("unseen-chains", 1000), ("unseen-kjv", 200)]
         {
             let generated = Experiment::load(&configs.join(format!("validation/{name}.yaml"))).unwrap();
             generated.check().unwrap();
