@@ -12,6 +12,7 @@ use std::time::Duration;
 use common::Scene;
 use made_up::{exits, profile};
 use traces::ExitTable;
+use traces::hash::mix;
 
 /// The folder holds a profile, an exit trace and a sweep.
 impl Scene {
@@ -195,6 +196,45 @@ fn an_interrupted_sweep_keeps_what_has_finished() {
     assert!((10..=SMALL_POINTS).contains(&kept()), "{} lines", kept());
     scene.succeed(&["sweep", "long.yaml", "--out", "stopped"]);
     assert!(contents(&scene.path("stopped")) == contents(&scene.path("whole")));
+}
+
+#[test]
+fn a_damaged_file_of_finished_points_is_refused_by_name_or_completed() {
+    let scene = Scene::new();
+    scene.write("small.yaml", &small_sweep());
+    let sweep = ["sweep", "small.yaml", "--out", "out"];
+    scene.succeed(&sweep);
+    let (path, points) = (scene.path("out/sweep.csv"), column(&lines(&scene.path("out/sweep.csv")), "point").len());
+    let whole = fs::read(&path).unwrap();
+    let (mut refused, mut completed) = (0, 0);
+    for seed in 0..32 {
+        let mut bytes = whole.clone();
+        let at = (mix(seed) % whole.len() as u64) as usize;
+        match seed % 4 {
+            0 => bytes.truncate(at),
+            1 => bytes[at] ^= 1 << (mix(seed + 100) % 8),
+            2 => drop(bytes.splice(at..at, *b"\xff\n")),
+            _ => drop(bytes.drain(at..whole.len().min(at + 40))),
+        }
+        fs::write(&path, &bytes).unwrap();
+        let output = scene.run(&sweep);
+        let error = String::from_utf8_lossy(&output.stderr);
+        match output.status.code() {
+            Some(0) => {
+                let found = lines(&path);
+                let expected: Vec<String> = (0..points).map(|point| point.to_string()).collect();
+                assert_eq!(column(&found, "point"), expected, "damage {seed}");
+                completed += 1;
+            }
+            Some(1) => {
+                assert!(error.contains("sweep.csv"), "damage {seed}: {error}");
+                assert_eq!(fs::read(&path).unwrap(), bytes, "damage {seed}: what was there is kept");
+                refused += 1;
+            }
+            other => panic!("damage {seed}: {other:?}, {error}"),
+        }
+    }
+    assert!(refused > 0 && completed > 0, "{refused} refused, {completed} completed");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A file that several processes may write at once: it appears complete, and each process waits for the one before.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -31,23 +31,20 @@ impl SharedFile {
         let mut name = OsString::from(&place);
         name.push(".part");
         let part = PathBuf::from(name);
-        let file = Self::hold(&part).map_err(TraceError::io("write", path))?;
-        // Not while another process holds it.
-        let registered = Registered::file(&part);
+        let (file, registered) = Self::hold(&part).map_err(TraceError::io("write", path))?;
         Ok(Self { file, path: place, part, _registered: registered })
     }
 
-    fn hold(part: &Path) -> io::Result<File> {
+    fn hold(part: &Path) -> io::Result<(File, Registered)> {
         loop {
-            let file = OpenOptions::new().write(true).create(true).truncate(false).open(part)?;
-            match file.lock() {
-                // A file system without locks: nothing is held.
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-                locked => locked?,
+            if let Some(held) = Registered::made(part, || try_hold(part))? {
+                return Ok(held);
             }
-            if is_at(&file, part)? {
-                file.set_len(0)?;
-                return Ok(file);
+            // Another process writes it: wait until it has ended or renamed the file.
+            match OpenOptions::new().write(true).open(part) {
+                Ok(of_other) => of_other.lock()?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
             }
         }
     }
@@ -64,6 +61,23 @@ impl SharedFile {
     pub fn place(self) -> Result<()> {
         std::fs::rename(&self.part, &self.path).map_err(TraceError::io("write", &self.path))
     }
+}
+
+/// Makes and locks the file, unless another process holds it.
+fn try_hold(part: &Path) -> io::Result<Option<File>> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(part)?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        // A file system without locks: nothing is held.
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
+        Err(TryLockError::Error(error)) => return Err(error),
+        Ok(()) => {}
+    }
+    if !is_at(&file, part)? {
+        return Ok(None);
+    }
+    file.set_len(0)?;
+    Ok(Some(file))
 }
 
 /// Whether a file was not renamed or removed while its lock was waited for.

@@ -1,5 +1,6 @@
 //! What is being written, so that a program that is interrupted can remove it.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -56,6 +57,18 @@ impl Registered {
     /// A file that is about to be made and not finished until this is dropped.
     pub fn file(path: &Path) -> Self {
         Self::new(path, Kind::File)
+    }
+
+    /// A file that `make` makes. No interruption comes between that and its registration. Where the file belongs to
+    /// somebody else, `make` returns `None`, and nothing is registered.
+    ///
+    /// # Errors
+    /// As `make`.
+    pub fn made<T>(path: &Path, make: impl FnOnce() -> io::Result<Option<T>>) -> io::Result<Option<(T, Self)>> {
+        let mut unfinished = all();
+        let Some(made) = make()? else { return Ok(None) };
+        unfinished.push((path.to_owned(), Kind::File));
+        Ok(Some((made, Self(path.to_owned()))))
     }
 
     /// A folder that is only removed if it is empty.
