@@ -230,3 +230,16 @@ fn mean_and_error(values: &[f64]) -> (f64, f64) {
     let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (count - 1.0);
     (mean, (variance / count).sqrt())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_logs_of_this_repository_can_be_compared() {
+        for name in ["chains", "kjv"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/fit_or_parts/logs").join(name);
+            compare(&folder).unwrap();
+        }
+    }
+}
