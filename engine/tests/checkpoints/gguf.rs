@@ -15,15 +15,15 @@ use super::plain;
 use super::tokens::model_of;
 use super::warnings::with_warnings;
 
-fn uint(value: usize) -> GgufValue {
+pub fn uint(value: usize) -> GgufValue {
     GgufValue::U32(value as u32)
 }
 
-fn text(value: &str) -> GgufValue {
+pub fn text(value: &str) -> GgufValue {
     GgufValue::String(value.to_owned())
 }
 
-fn texts(values: &[&str]) -> GgufValue {
+pub fn texts(values: &[&str]) -> GgufValue {
     GgufValue::Array(values.iter().map(|value| text(value)).collect())
 }
 
@@ -71,16 +71,16 @@ pub fn write_gguf(model: &Model, path: &Path, extra: &[(&str, GgufValue)], more:
     write_file(path, &values, &tensors);
 }
 
-fn write_file(path: &Path, values: &[(String, GgufValue)], tensors: &[(String, QTensor)]) {
+pub fn write_file(path: &Path, values: &[(String, GgufValue)], tensors: &[(String, QTensor)]) {
     let values: Vec<(&str, &GgufValue)> = values.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     write(&mut std::fs::File::create(path).unwrap(), &values, &tensors).unwrap();
 }
 
 /// Contents of such a file.
-type Contents = (Vec<(String, GgufValue)>, Vec<(String, QTensor)>);
+pub type Contents = (Vec<(String, GgufValue)>, Vec<(String, QTensor)>);
 
-fn contents(model: &Model, extra: &[(&str, GgufValue)], more: &[(&str, Tensor)]) -> Contents {
+pub fn contents(model: &Model, extra: &[(&str, GgufValue)], more: &[(&str, Tensor)]) -> Contents {
     let config = &model.config;
     let gemma3 = config["model_type"] == "gemma3_text";
     let (name, width) = (if gemma3 { "gemma3" } else { "llama" }, head_dim(config));
@@ -136,7 +136,7 @@ pub fn write_split(model: &Model, folder: &Path, parts: usize) -> PathBuf {
     part_path(folder, 0, parts)
 }
 
-fn part_path(folder: &Path, part: usize, parts: usize) -> PathBuf {
+pub fn part_path(folder: &Path, part: usize, parts: usize) -> PathBuf {
     folder.join(format!("model-of-x-{:05}-of-{parts:05}.gguf", part + 1))
 }
 
@@ -297,7 +297,7 @@ proptest! {
     }
 }
 
-fn small_llama() -> Model {
+pub fn small_llama() -> Model {
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 17, "hidden_size": 16,
         "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,

@@ -10,7 +10,7 @@ use super::plain;
 use super::warnings::with_warnings;
 
 /// A small model of a family.
-fn config_of(model_type: &str) -> Value {
+pub fn config_of(model_type: &str) -> Value {
     let mut config = json!({
         "model_type": model_type, "vocab_size": 19, "hidden_size": 16, "intermediate_size": 6, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 64,
@@ -30,7 +30,7 @@ fn config_of(model_type: &str) -> Value {
 }
 
 /// The configuration that is read from these keys, and the warnings.
-fn read(model_type: &str, keys: &Value) -> (Result<ModelConfig, String>, Vec<String>) {
+pub fn read(model_type: &str, keys: &Value) -> (Result<ModelConfig, String>, Vec<String>) {
     let folder = tempfile::tempdir().unwrap();
     let mut model = Model::random(config_of(model_type), 1);
     model.config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());

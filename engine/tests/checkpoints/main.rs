@@ -1,6 +1,7 @@
 //! Checkpoints of other programs: read as those programs read them, rejected when damaged, and written so that they
 //! read back.
 
+mod assumed;
 mod damaged;
 mod equality;
 mod folders;
