@@ -606,7 +606,8 @@ impl EngineExecutor {
                 let predicts = segment.predicts && position == last_position(segment);
                 // Nothing reads deeper states of a prompt where keys and values are those of depth 0.
                 let goes_on = usize::from(segment.depth) < last_depth && (!shares_kv || predicts);
-                if !goes_on && !(self.exits_wait && predicts) {
+                let is_kept = goes_on || self.exits_wait && predicts;
+                if !is_kept {
                     self.arena.free.extend(kept.take());
                 } else {
                     *kept = kept.or_else(|| self.arena.free.pop());
