@@ -504,7 +504,8 @@ fn check_kills_before_each_change(scene: &Scene, command: &[&str], earlier: &dyn
         files.retain(|file, _| !TEMPORARY.iter().any(|name| file.starts_with(name)));
         files
     };
-    // Nobody sees the files that are written in between. Kills there take long, so only a longer run tries them.
+    // Files below `.depthwise-unfinished` are not results yet. To kill the command before each change of them takes long,
+    // so only a longer run does it.
     let is_counted = |path: &str| takes_long() || path.contains("killed") && !path.contains(".depthwise-unfinished/");
     let before = placed();
     scene.succeed(command);

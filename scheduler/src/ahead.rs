@@ -84,7 +84,7 @@ impl Composed {
     }
 
     fn pass(&self) -> Pass<'_> {
-        Pass { segments: &self.segments, late: &[], reads: self.reads, tables: &self.tables, work: &self.work }
+        Pass::new(&self.segments, self.reads, &self.tables, &self.work)
     }
 }
 

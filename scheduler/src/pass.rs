@@ -82,6 +82,11 @@ pub struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
+    /// A pass whose exits are not decided yet.
+    pub fn new(segments: &'a [Segment], reads: SignalReads, tables: &'a BlockTables, work: &'a PassWork) -> Self {
+        Self { segments, late: &[], reads, tables, work }
+    }
+
     /// The blocks of a sequence, in order of position. A block holds its positions at every depth.
     pub fn blocks(&self, slot: Slot) -> &'a [BlockId] {
         self.tables.blocks(slot)

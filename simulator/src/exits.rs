@@ -534,7 +534,8 @@ mod tests {
         let kind = RowKind::Decode;
         let segments = [Segment { slot: 0, start: 1, tokens: 1, depth: 1, kind, predicts: true, generated: true }];
         let (tables, reads) = (BlockTables::new(1, 1, 1), ExitPolicy::None.signal_reads(2));
-        let pass = Pass { segments: &segments, late: &[], reads, tables: &tables, work: &PassWork::default() };
+        let work = PassWork::default();
+        let pass = Pass::new(&segments, reads, &tables, &work);
         model.exit(&pass, &[0], std::slice::from_mut(cursor))
     }
 
@@ -609,7 +610,7 @@ mod tests {
             let token = cursor.row as u32 / 2;
             let kind = RowKind::Decode;
             let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
-            let pass = Pass { segments: &segments, late: &[], reads, tables: &tables, work: &work };
+            let pass = Pass::new(&segments, reads, &tables, &work);
             agreeing += model.exit(&pass, &[0], std::slice::from_mut(&mut cursor));
             trace.starts.partition_point(|&start| start <= token) - 1
         };
@@ -675,7 +676,7 @@ mod tests {
             let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
             let mut signals = [f32::NAN];
             let reads = SignalReads { signal: SignalRead::Oracle, below: 1, delay: 0, head_from: 0 };
-            let pass = Pass { segments: &segments, late: &[], reads, tables: &tables, work: &work };
+            let pass = Pass::new(&segments, reads, &tables, &work);
             model.read_signals(&pass, &[cursor], &mut signals);
             signals[0]
         };
@@ -704,7 +705,7 @@ mod tests {
             let read = |signal| {
                 let mut signals = [f32::NAN];
                 let reads = SignalReads { signal, below: 1, delay: 0, head_from: 0 };
-                let pass = Pass { segments: &segments, late: &[], reads, tables: &tables, work: &work };
+                let pass = Pass::new(&segments, reads, &tables, &work);
                 model.read_signals(&pass, &[cursor], &mut signals);
                 signals[0]
             };
@@ -738,13 +739,7 @@ mod tests {
                     generated: true,
                 }];
                 let mut signals = [f32::NAN];
-                let pass = Pass {
-                    segments: &segments,
-                    late: &[],
-                    reads: policy.signal_reads(3),
-                    tables: &tables,
-                    work: &work,
-                };
+                let pass = Pass::new(&segments, policy.signal_reads(3), &tables, &work);
                 model.read_signals(&pass, &[cursor], &mut signals);
                 policy.bound().is_reached(signals[0])
             };
@@ -770,13 +765,7 @@ mod tests {
             let kind = RowKind::Decode;
             let is_sure = |&depth: &u8| {
                 let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
-                let pass = Pass {
-                    segments: &segments,
-                    late: &[],
-                    reads: policy.signal_reads(4),
-                    tables: &tables,
-                    work: &work,
-                };
+                let pass = Pass::new(&segments, policy.signal_reads(4), &tables, &work);
                 let mut signals = [f32::NAN];
                 model.read_signals(&pass, &[cursor], &mut signals);
                 policy.bound().is_reached(signals[0])

@@ -244,13 +244,7 @@ mod tests {
             })
             .collect();
         let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
-        let pass = Pass {
-            segments: &segments,
-            late: &[],
-            reads: ExitPolicy::None.signal_reads(2),
-            tables: &tables,
-            work: &work,
-        };
+        let pass = Pass::new(&segments, ExitPolicy::None.signal_reads(2), &tables, &work);
         let (start, elapsed) = (Nanos(from * MICRO), Nanos((to - from) * MICRO));
         timeline.pass(&PassRecord { start, elapsed, pass, exiting: &[], running: 1, waiting: 0 });
     }

@@ -449,7 +449,7 @@ impl Profiler {
         };
         let exiting: Vec<u32> = if segments[0].predicts { (0..segments.len() as u32).collect() } else { Vec::new() };
         let work = pass_work(&segments, &exiting, reads, self.num_loops() as u8, self.last.0);
-        let pass = Pass { segments: &segments, late: &[], reads, tables: &self.tables, work: &work };
+        let pass = Pass::new(&segments, reads, &self.tables, &work);
         let mut signals = vec![0.0; segments.len()];
         let start = self.started.elapsed().into();
         let ran = self.executor.run(&pass, &mut signals)?;

@@ -80,7 +80,8 @@ fn a_gguf_file_that_contradicts_itself_is_refused() {
     assert!(message.contains("its name must end in -00001-of-00003.gguf"), "part 4 of 3: {message}");
 }
 
-/// The tokenizer of a GGUF file with these values, and a model of as many tokens.
+/// The tokenizer that is read from a GGUF file with these tokens and metadata values. Its model has one embedding row per
+/// token.
 fn tokenizer(tokens: &[&str], more: &[(&str, GgufValue)]) -> Result<Option<Tokenizer>, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
@@ -96,25 +97,25 @@ fn numbers<T>(value: fn(T) -> GgufValue, values: impl IntoIterator<Item = T>) ->
 #[test]
 fn a_gguf_tokenizer_is_read_as_llama_cpp_reads_it_where_it_says_little() {
     let byte_level = |tokens: &[&str], pre: &str, merges: &[&str]| {
-        let values =
-            [("tokenizer.ggml.model", text("gpt2")), ("tokenizer.ggml.pre", text(pre)), (MERGES, texts(merges))];
+        let values = [
+            ("tokenizer.ggml.model", text("gpt2")),
+            ("tokenizer.ggml.pre", text(pre)),
+            ("tokenizer.ggml.merges", texts(merges)),
+        ];
         tokenizer(tokens, &values)
     };
-    const MERGES: &str = "tokenizer.ggml.merges";
-    // A whole word that is a token is one, although no merges lead to it; other splitters merge.
-    let tokens: Vec<String> =
-        (0..12).map(|id| if id == 11 { "<|begin|>".to_owned() } else { format!("<{id}>") }).collect();
-    let tokens: Vec<&str> = ["a", "b", "c", "abc"].into_iter().chain(tokens[4..].iter().map(String::as_str)).collect();
-    let whole = byte_level(&tokens, "llama-bpe", &["a b"]);
-    assert!(whole.is_err(), "a merge of tokens that are none");
+    // Token 11 is the one that Llama 3 begins with.
+    let tokens = ["a", "b", "c", "abc", "<4>", "<5>", "<6>", "<7>", "<8>", "<9>", "<10>", "<|begin|>"];
+    assert!(byte_level(&tokens, "llama-bpe", &["a b"]).is_err(), "`ab` is no token");
+    // Llama 3 takes a word that is a token as that token. Others join pairs, and there are no merges here.
     let encoded = |pre| byte_level(&tokens, pre, &[]).unwrap().unwrap().encode("abc").unwrap();
     assert_eq!((encoded("llama-bpe"), encoded("gpt-2")), (vec![3], vec![0, 1, 2]));
-    // An empty name is none: the default is taken.
+    // An empty name of a pre-tokenizer counts as missing.
     assert_eq!(byte_level(&tokens, "", &[]).unwrap().unwrap().encode("abc").unwrap(), [0, 1, 2]);
-    // Llama 3 begins with token 11, which this vocabulary lacks.
+    // This vocabulary lacks token 11.
     let message = byte_level(&tokens[..4], "llama-bpe", &[]).map(drop).unwrap_err();
     assert!(message.contains("`tokenizer.ggml.bos_token_id`"), "{message}");
-    // Tokens without a text are different ones.
+    // Two tokens with an empty text are different tokens.
     assert!(byte_level(&["a", "", ""], "gpt-2", &[]).is_ok());
     for none in ["none", "no_vocab"] {
         assert!(tokenizer(&["a"], &[("tokenizer.ggml.model", text(none))]).unwrap().is_none());
@@ -137,16 +138,13 @@ fn of_equal_scores_the_first_pair_is_joined_and_the_unknown_token_is_special() {
 
 #[test]
 fn a_gemma_folder_has_the_defaults_of_transformers() {
-    let wide = |model_type: &str, without: &str| {
-        let mut config = config_of(model_type);
-        config["head_dim"] = json!(256);
-        let mut model = Model::random(config, 1);
-        model.config.as_object_mut().unwrap().remove(without);
-        let folder = tempfile::tempdir().unwrap();
-        model.write(folder.path());
-        Checkpoint::read(folder.path(), 1).unwrap().weights.config().clone()
-    };
-    assert_eq!(wide("gemma", "head_dim").head_dim, 256);
+    let mut config = config_of("gemma");
+    config["head_dim"] = json!(256);
+    let mut model = Model::random(config, 1);
+    model.config.as_object_mut().unwrap().remove("head_dim");
+    let folder = tempfile::tempdir().unwrap();
+    model.write(folder.path());
+    assert_eq!(Checkpoint::read(folder.path(), 1).unwrap().weights.config().head_dim, 256);
     let keys = |keys| read("gemma3_text", &keys).0;
     assert_eq!(keys(json!({})).unwrap().architecture.attention_scale, Some(1.0 / 16.0), "256 to the power of -1/2");
     assert_eq!(keys(json!({"sliding_window_pattern": 2})).unwrap().architecture.sliding_window.unwrap().tokens, 4096);

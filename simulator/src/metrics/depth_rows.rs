@@ -183,13 +183,7 @@ mod tests {
             })
             .collect();
         let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
-        let pass = Pass {
-            segments: &segments,
-            late: &[],
-            reads: ExitPolicy::None.signal_reads(2),
-            tables: &tables,
-            work: &work,
-        };
+        let pass = Pass::new(&segments, ExitPolicy::None.signal_reads(2), &tables, &work);
         rows.record(&PassRecord {
             start: Nanos(start),
             elapsed: Nanos(elapsed),
