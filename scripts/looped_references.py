@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Writes small random models of three public looped families with what their reference code computes: the cases in
-engine/tests/checkpoints/looped, to which a test holds the engine.
+engine/tests/checkpoints/stored, to which a test holds the engine.
 
     python3 -m venv VENV && VENV/bin/pip install torch==2.7.1 transformers==4.54.1
     VENV/bin/python scripts/looped_references.py --ouro modeling_ouro.py --raven raven_modeling_minimal.py \\
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import transformers
 
-CASES = Path(__file__).resolve().parent.parent / "engine/tests/checkpoints/looped"
+CASES = Path(__file__).resolve().parent.parent / "engine/tests/checkpoints/stored"
 POSITIONS, PROMPT, GENERATED = 10, 5, 12
 THRESHOLDS = [0.5, 0.8, 0.95]
 # A choice between two numbers closer than this could come out otherwise in other arithmetic.

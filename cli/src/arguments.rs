@@ -201,7 +201,7 @@ pub struct ModelArgs {
     /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
     #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
-    /// Split the layers of an ordinary transformer into N blocks, one for each depth
+    /// Split the layers of an ordinary transformer into N blocks, one for each depth; or run a looped model N times
     #[arg(long, value_name = "N")]
     pub loops: Option<usize>,
     /// Number type of the weights: f32, bf16, q8_0 or q4k on a CPU; f32, f16 or bf16 on a GPU

@@ -12,13 +12,13 @@ mod common;
 
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Device;
 use common::{Arguments, machine, median};
 use engine::cache::KvCache;
 use engine::config::{LoraConfig, LoraRanks, ModelConfig};
 use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
-use engine::model::{Model, Rows};
+use engine::model::{InFlight, Model, Rows};
 use engine::{WeightType, Weights, in_pool};
 use scheduler::KvFill;
 
@@ -51,9 +51,9 @@ fn times(model: &Model, cache: &KvCache, count: usize, depths: usize) -> (f64, f
         (0..count).map(|row| (0..BLOCKS).map(|block| (row * BLOCKS + block) as u32).collect()).collect();
     let mut rows = Rows::default();
     (0..count).for_each(|row| rows.push(Row::new(HISTORY, row * depths / count, &blocks[row])));
-    let nothing = Tensor::zeros((1, model.config().hidden_size), DType::F32, &Device::Cpu).unwrap();
+    let nothing = InFlight::new(model.config()).unwrap();
     let sources: Vec<Source> = (0..count).map(|row| Source::First(row as u32)).collect();
-    let hidden = model.embed(&nothing, &sources, &rows, cache).unwrap();
+    let hidden = model.embed(&nothing, &sources, &rows, cache).unwrap().hidden;
     let millis = |start: Instant| start.elapsed().as_secs_f64() * 1e3;
     in_pool(|| {
         let start = Instant::now();

@@ -6,7 +6,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use engine::cache::KvCache;
 use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
-use engine::model::{Model, Rows};
+use engine::model::{InFlight, Model, Rows};
 use engine::{ModelConfig, WeightType, Weights, in_pool};
 use scheduler::KvFill;
 
@@ -42,11 +42,11 @@ fn block(criterion: &mut Criterion, name: &str, model: &Model, history: usize, c
         (KvCache::new(model.config(), KvFill::Reuse, most as u32 * 16, 16, &Device::Cpu).unwrap(), blocks(most));
     let mut group = criterion.benchmark_group(name);
     for &count in counts {
-        let nothing = Tensor::zeros((1, model.config().hidden_size), DType::F32, &Device::Cpu).unwrap();
+        let nothing = InFlight::new(model.config()).unwrap();
         let sources: Vec<Source> = (0..count).map(|row| Source::First(row as u32)).collect();
         let mut rows = Rows::default();
         (0..count).for_each(|row| rows.push(Row::new(history, 1, &blocks[row])));
-        let hidden = model.embed(&nothing, &sources, &rows, &cache).unwrap();
+        let hidden = model.embed(&nothing, &sources, &rows, &cache).unwrap().hidden;
         group.throughput(Throughput::Elements(count as u64));
         group.bench_function(count.to_string(), |bencher| {
             in_pool(|| {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use scheduler::KvFill;
 use scheduler::blocks::BlockId;
 
@@ -14,9 +14,9 @@ use crate::cache::{KvCache, TILE, bytes_per_token};
 use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, fill_deeper};
-use crate::kernels::rows::{Source, cosines, gather, scatter};
+use crate::kernels::rows::{Source, cosines, gather};
 use crate::kernels::signals::{Verdict, log_probability};
-use crate::model::{Model, Rows};
+use crate::model::{InFlight, Model, Rows};
 use crate::profile;
 
 /// A model on a device.
@@ -207,9 +207,9 @@ impl ServedModel for Model {
         block_tokens: u32,
     ) -> std::result::Result<Box<dyn Backend>, EngineError> {
         let cache = KvCache::new(self.config(), kv_fill, num_blocks, block_tokens, &Device::Cpu)?;
-        let in_flight = Tensor::zeros((1, self.config().hidden_size), DType::F32, &Device::Cpu)?;
-        let hidden = in_flight.clone();
-        Ok(Box::new(Cpu { model: self, cache, in_flight, exits: hidden, first_exit: 0, head_time: Duration::ZERO }))
+        let in_flight = InFlight::new(self.config())?;
+        let exits = in_flight.states.clone();
+        Ok(Box::new(Cpu { model: self, cache, in_flight, exits, first_exit: 0, head_time: Duration::ZERO }))
     }
 }
 
@@ -218,8 +218,7 @@ impl ServedModel for Model {
 struct Cpu {
     model: Arc<Model>,
     cache: KvCache,
-    /// `[capacity, hidden]`
-    in_flight: Tensor,
+    in_flight: InFlight,
     /// Inputs of the head from the last pass: the rows from `first_exit` on, after the coda.
     exits: Tensor,
     first_exit: usize,
@@ -268,7 +267,7 @@ impl Cpu {
             return Ok(Vec::new());
         }
         let (after, before): (Vec<usize>, Vec<usize>) = pairs.iter().map(|&(row, kept)| (row, kept as usize)).unzip();
-        cosines(&picked(&self.in_flight, &before)?, &picked(hidden, &after)?)?.to_vec1()
+        cosines(&picked(&self.in_flight.states, &before)?, &picked(hidden, &after)?)?.to_vec1()
     }
 }
 
@@ -280,24 +279,20 @@ fn picked(rows: &Tensor, places: &[usize]) -> Result<Tensor> {
 
 impl Backend for Cpu {
     fn reserve(&mut self, rows: usize) -> Result<()> {
-        let (capacity, width) = self.in_flight.dims2()?;
-        if rows > capacity {
-            let zeros = Tensor::zeros((rows - capacity, width), DType::F32, &Device::Cpu)?;
-            self.in_flight = Tensor::cat(&[&self.in_flight, &zeros], 0)?;
-        }
-        Ok(())
+        self.in_flight.reserve(rows)
     }
 
     fn run_beside(&mut self, work: &Work<'_>, meanwhile: &mut dyn FnMut()) -> Result<Answers> {
-        let hidden = self.model.embed(&self.in_flight, &work.sources, &work.rows, &self.cache)?;
-        self.model.forward_block(&hidden, &work.rows, &self.cache)?;
-        self.run_coda(&hidden, work)?;
+        let entering = self.model.embed(&self.in_flight, &work.sources, &work.rows, &self.cache)?;
+        let hidden = &entering.hidden;
+        self.model.forward_block(hidden, &work.rows, &self.cache)?;
+        self.run_coda(hidden, work)?;
         let answers = Answers {
             verdicts: self.read_head(&work.rows.pick(work.heads.rows.iter().copied()), &work.heads)?,
-            gates: self.gates(&hidden, work)?,
-            similarities: self.similarities(&hidden, &work.similarities)?,
+            gates: self.gates(hidden, work)?,
+            similarities: self.similarities(hidden, &work.similarities)?,
         };
-        scatter(&self.in_flight, &hidden, &work.places)?;
+        self.in_flight.keep(&entering, &work.places)?;
         meanwhile();
         Ok(answers)
     }
@@ -308,7 +303,7 @@ impl Backend for Cpu {
     }
 
     fn read_head_of_kept(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
-        self.verdicts(&self.in_flight.clone(), &heads.rows, rows, heads)
+        self.verdicts(&self.in_flight.states.clone(), &heads.rows, rows, heads)
     }
 
     fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {

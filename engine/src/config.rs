@@ -24,6 +24,9 @@ pub const MAX_LAYERS: usize = 1 << 12;
 ///                               |                   |
 ///                               +--> coda -> norm -> head: an exit
 /// ```
+///
+/// In models that were trained as looped ones, more may happen between the loops: see
+/// [`norm_between_loops`](Self::norm_between_loops) and [`injection`](Self::injection).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
@@ -56,6 +59,15 @@ pub struct ModelConfig {
     /// Number of unshared layers between a loop and the head.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub coda_layers: usize,
+    /// Whether each loop after the first reads the output of the loop before through the final norm (Ouro, Nanbeige).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub norm_between_loops: bool,
+    /// Whether the coda reads the output of a loop through the final norm, which also follows the coda (Huginn).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub norm_before_coda: bool,
+    /// What each loop reads beside the output of the loop before (Huginn); without it, nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub injection: Option<Injection>,
     /// Whether the head is the embedding transposed.
     pub tie_embeddings: bool,
     /// Maximum length of a sequence in tokens.
@@ -71,8 +83,11 @@ pub struct ModelConfig {
     pub head_lora_rank: usize,
     /// Whether each loop but the last has a learned gate on the normed hidden state. Its sigmoid is the probability that
     /// the token agrees with that of the last loop.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub gate: bool,
+    /// Whether all loops have the same gate (Ouro).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub shared_gate: bool,
     /// Width of the gates' hidden layer, `w . silu(W x + b) + c`; 0 for linear gates, `w . x + c`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub gate_hidden: usize,
@@ -82,6 +97,34 @@ pub struct ModelConfig {
     #[serde(default, skip_serializing_if = "is_default")]
     pub kv_fill: KvFill,
 }
+
+/// Input injection (arXiv 2502.05171): a loop's block reads `adapter [s, e]`, where `s` is the state, the output of the
+/// loop before, and `e` is the residual stream after the prelude. The loops share the adapter, a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Injection {
+    /// The state before the first loop.
+    pub initial_state: InitialState,
+}
+
+/// The state before the first loop of a model with [`Injection`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
+pub enum InitialState {
+    /// Zeros.
+    Zeros,
+    /// Normal numbers without those beyond three deviations. They depend on the seed and on the token's position modulo
+    /// [`INITIAL_STATES`], so that they are the same in every batch.
+    Normal {
+        /// Standard deviation, before numbers are left out.
+        deviation: f32,
+        /// Seed.
+        seed: u64,
+    },
+}
+
+/// Number of different initial states of a model whose initial states are random.
+pub const INITIAL_STATES: usize = 4096;
 
 /// Parameters that the loops of a model share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,6 +207,9 @@ pub struct Architecture {
     pub norm_eps: f32,
     /// Whether a norm also follows attention and MLP, before the residual is added (Gemma 3).
     pub post_norms: bool,
+    /// Whether those norms norm the sum with the residual, which they replace: `x = norm(x + attention)` (Huginn).
+    #[serde(skip_serializing_if = "is_false")]
+    pub norm_after_addition: bool,
     /// Whether each head of queries and keys is normed before rotation (Gemma 3).
     pub qk_norm: bool,
     /// Activation function of the MLP.
@@ -186,6 +232,9 @@ pub struct Architecture {
     /// Scaling of rotary frequencies for longer sequences.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
+    /// Layers without rotary embedding (SmolLM3): indices as in [`ModelConfig::layer_index`].
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unrotated_layers: Vec<usize>,
     /// Layers with a sliding window (Gemma 3).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sliding_window: Option<SlidingWindow>,
@@ -202,6 +251,7 @@ impl Default for Architecture {
             norm: Norm::Rms,
             norm_eps: 1e-5,
             post_norms: false,
+            norm_after_addition: false,
             qk_norm: false,
             activation: Activation::Silu,
             gated_mlp: true,
@@ -212,6 +262,7 @@ impl Default for Architecture {
             rope_theta: 10_000.0,
             rotary_dims: None,
             rope_scaling: None,
+            unrotated_layers: Vec::new(),
             sliding_window: None,
             attention_scale: None,
             embedding_scale: 1.0,
@@ -323,6 +374,10 @@ fn is_zero(number: &usize) -> bool {
     *number == 0
 }
 
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
@@ -417,6 +472,9 @@ impl ModelConfig {
         let gate_hidden = self.gate_hidden;
         check(gate_hidden <= MAX_SIZE, "gate_hidden", &gate_hidden, &format!("at most {MAX_SIZE}"))?;
         check(self.gate || gate_hidden == 0, "gate_hidden", &gate_hidden, &"0 for a model without gates")?;
+        check(self.gate || !self.shared_gate, "shared_gate", &true, &"false for a model without gates")?;
+        check(!self.shared_gate || gate_hidden == 0, "gate_hidden", &gate_hidden, &"0 for a gate of all loops")?;
+        self.validate_loops()?;
         let has_coda = self.shares_kv() && self.coda_layers > 0;
         check(!has_coda, "kv_fill", &self.kv_fill, &"another than first for a model with a coda")?;
         if let Some(lora) = &self.lora {
@@ -426,6 +484,22 @@ impl ModelConfig {
             }
             let gate = lora.ranks.gate;
             check(self.architecture.gated_mlp || gate == 0, "lora.ranks.gate", &gate, &"0 without a gated MLP")?;
+        }
+        Ok(())
+    }
+
+    /// Checks what happens between loops, and between a loop and the coda.
+    fn validate_loops(&self) -> Result<(), InvalidField> {
+        let before_coda = !self.norm_before_coda || self.coda_layers > 0;
+        check(before_coda, "norm_before_coda", &true, &"false for a model without a coda")?;
+        if let Some(Injection { initial_state }) = self.injection {
+            let normed = self.norm_between_loops;
+            check(!normed, "norm_between_loops", &normed, &"false for a model with input injection")?;
+            if let InitialState::Normal { deviation, .. } = initial_state {
+                let field = "injection.initial_state.deviation";
+                let positive = deviation.is_finite() && deviation > 0.0;
+                check(positive, field, &deviation, &"a finite number above 0; the kind zeros for 0")?;
+            }
         }
         Ok(())
     }
@@ -500,6 +574,9 @@ impl ModelConfig {
             _ => (*rope_theta, rope_scaling.as_ref()),
         };
         let frequencies = self.architecture.unscaled_frequencies(self.head_dim, theta);
+        if self.architecture.unrotated_layers.contains(&self.layer_index(place)) {
+            return frequencies.map(|_| 0.0).collect();
+        }
         frequencies.map(|frequency| scaling.map_or(frequency, |scaling| scaling.stretch(frequency))).collect()
     }
 
@@ -588,12 +665,16 @@ impl Default for ModelConfig {
             sharing: Sharing::Block,
             prelude_layers: 0,
             coda_layers: 0,
+            norm_between_loops: false,
+            norm_before_coda: false,
+            injection: None,
             tie_embeddings: true,
             max_positions: 1024,
             architecture: Architecture::default(),
             lora: None,
             head_lora_rank: 0,
             gate: false,
+            shared_gate: false,
             gate_hidden: 0,
             kv_fill: KvFill::default(),
         }
@@ -630,6 +711,12 @@ impl Architecture {
             Some(_) => ("architecture.rotary_dims", format!("an even number from 2 to `head_dim` ({head_dim})")),
         };
         check(rotated.is_multiple_of(2) && (2..=head_dim).contains(&rotated), field, &rotated, &expected)?;
+        let (after, expected) = (self.norm_after_addition, "false without `post_norms` or with `parallel_residual`");
+        let possible = !after || self.post_norms && !self.parallel_residual;
+        check(possible, "architecture.norm_after_addition", &after, &expected)?;
+        let beyond = self.unrotated_layers.iter().find(|layer| **layer >= num_layers);
+        let (found, expected) = (beyond.copied().unwrap_or(0), format!("below the number of layers, {num_layers}"));
+        check(beyond.is_none(), "architecture.unrotated_layers", &found, &expected)?;
         let mut positive = vec![
             ("architecture.rope_theta", self.rope_theta),
             ("architecture.norm_eps", self.norm_eps),

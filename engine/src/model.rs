@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Tensor, bail};
+use candle_core::{DType, Device, Tensor, bail};
 
 use crate::cache::KvCache;
 use crate::config::{Activation, ModelConfig};
@@ -13,10 +13,12 @@ use crate::kernels::adapters::Adapters;
 use crate::kernels::attention::{Heads, Row, attend, keep};
 use crate::kernels::linear::{Linear, WeightType};
 use crate::kernels::norm::{HeadNorm, Norm};
-use crate::kernels::rows::{Source, add_bias, gather, probe_rows, scale, silu_rows};
+use crate::kernels::rows::{Source, add_bias, gather, probe_rows, scale, scatter, silu_rows};
 use crate::kernels::signals::{Reader, Verdict};
-use crate::parameters::{GateParameters, LayerParameters, Loops, ModelParameters, Projections, head_name, in_tensor};
-use crate::weights::{Weights, WeightsError};
+use crate::parameters::{
+    GateParameters, InjectionParameters, LayerParameters, Loops, ModelParameters, Projections, head_name, in_tensor,
+};
+use crate::weights::{ADAPTER, Weights, WeightsError};
 
 /// Tokens per part of the vocabulary, so that the head's logits of a batch fit in the caches.
 const HEAD_PART: usize = 1 << 13;
@@ -111,15 +113,14 @@ impl Projection {
         Ok(y)
     }
 
-    /// Adds the projection of `x` to `y`, normed first if there is a norm.
-    fn add_to(&self, y: &Tensor, x: &Tensor, norm: Option<&Norm>, depths: &DepthRanges) -> candle_core::Result<()> {
-        match norm {
-            Some(norm) => norm.add_to(y, &self.forward(x, depths)?, depths),
-            None => {
-                self.weight.add_to(y, x)?;
-                self.add_differences(y, x, depths)
-            }
+    /// Adds the projection of `x` to `y`. If there is a norm, either the projection or the sum is normed.
+    fn add_to(&self, y: &Tensor, x: &Tensor, norm: Option<&PostNorm>, depths: &DepthRanges) -> candle_core::Result<()> {
+        if let Some(PostNorm { norm, after_addition: false }) = norm {
+            return norm.add_to(y, &self.forward(x, depths)?, depths);
         }
+        self.weight.add_to(y, x)?;
+        self.add_differences(y, x, depths)?;
+        norm.map_or(Ok(()), |sum| sum.norm.apply(y, depths))
     }
 
     fn add_differences(&self, y: &Tensor, x: &Tensor, depths: &DepthRanges) -> candle_core::Result<()> {
@@ -133,13 +134,21 @@ impl Projection {
     }
 }
 
+/// The norm that follows attention or MLP.
+#[derive(Debug)]
+struct PostNorm {
+    norm: Norm,
+    /// Whether it norms the sum with the residual, or what is added.
+    after_addition: bool,
+}
+
 /// Grouped-query attention with rotary embedding.
 #[derive(Debug)]
 struct Attention {
     qkv_proj: Projection,
     head_norm: Option<HeadNorm>,
     o_proj: Projection,
-    post_norm: Option<Norm>,
+    post_norm: Option<PostNorm>,
     heads: Heads,
 }
 
@@ -174,7 +183,7 @@ struct Mlp {
     activation: Activation,
     gated: bool,
     down_proj: Projection,
-    post_norm: Option<Norm>,
+    post_norm: Option<PostNorm>,
 }
 
 impl Mlp {
@@ -208,13 +217,15 @@ impl Layer {
             HeadNorm::new(vectors, architecture.norm, architecture.norm_eps, head_dim, num_heads, num_kv_heads)
         };
         let projection = |parameters| Projection::new(parameters, weight_type);
+        let after_addition = architecture.norm_after_addition;
+        let post_norm = |vectors| PostNorm { norm: norm(vectors), after_addition };
         Ok(Self {
             input_norm: norm(parameters.input_norm),
             attention: Attention {
                 qkv_proj: projection(parameters.qkv)?,
                 head_norm: parameters.head_norm.map(head_norm),
                 o_proj: projection(parameters.o)?,
-                post_norm: parameters.attention_post_norm.map(norm),
+                post_norm: parameters.attention_post_norm.map(post_norm),
                 heads: parameters.heads,
             },
             mlp_norm: norm(parameters.mlp_norm),
@@ -223,7 +234,7 @@ impl Layer {
                 activation: architecture.activation,
                 gated: architecture.gated_mlp,
                 down_proj: projection(parameters.down)?,
-                post_norm: parameters.mlp_post_norm.map(norm),
+                post_norm: parameters.mlp_post_norm.map(post_norm),
             },
             parallel: architecture.parallel_residual,
         })
@@ -250,6 +261,87 @@ impl Layer {
     }
 }
 
+/// Input injection.
+#[derive(Debug)]
+struct Adapter {
+    /// From `[rows, 2 hidden]` to `[rows, hidden]`.
+    weight: Linear,
+    /// `[states, hidden]`
+    initial_states: Tensor,
+}
+
+impl Adapter {
+    fn new(parameters: InjectionParameters<'_>, weight_type: WeightType) -> Result<Self, WeightsError> {
+        let weight = Linear::new(parameters.adapter, weight_type).map_err(in_tensor(ADAPTER))?;
+        Ok(Self { weight, initial_states: parameters.initial_states })
+    }
+}
+
+/// Rows that enter a loop.
+#[derive(Debug)]
+pub struct Entering {
+    /// What the block reads, `[rows, hidden]`.
+    pub hidden: Tensor,
+    /// With input injection: the residual streams after the prelude, `[rows, hidden]`, which later loops read again.
+    pub injected: Option<Tensor>,
+}
+
+/// States of rows between two loops.
+#[derive(Clone, Debug)]
+pub struct InFlight {
+    /// Outputs of the loop before, `[capacity, hidden]`.
+    pub states: Tensor,
+    /// [`Entering::injected`] of the rows.
+    pub injected: Option<Tensor>,
+}
+
+impl InFlight {
+    /// Room for one row.
+    ///
+    /// # Errors
+    /// If memory cannot be allocated.
+    pub fn new(config: &ModelConfig) -> candle_core::Result<Self> {
+        let states = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu)?;
+        let injected = config.injection.map(|_| states.copy()).transpose()?;
+        Ok(Self { states, injected })
+    }
+
+    /// Makes room for `rows` rows. Existing rows keep their contents.
+    ///
+    /// # Errors
+    /// If memory cannot be allocated.
+    pub fn reserve(&mut self, rows: usize) -> candle_core::Result<()> {
+        let (capacity, width) = self.states.dims2()?;
+        if rows <= capacity {
+            return Ok(());
+        }
+        let zeros = Tensor::zeros((rows - capacity, width), DType::F32, &Device::Cpu)?;
+        for tensor in std::iter::once(&mut self.states).chain(&mut self.injected) {
+            *tensor = Tensor::cat(&[&*tensor, &zeros], 0)?;
+        }
+        Ok(())
+    }
+
+    /// Copies rows to their places; rows without a place are not copied.
+    ///
+    /// # Errors
+    /// If a place does not exist.
+    pub fn keep(&self, entering: &Entering, places: &[Option<u32>]) -> candle_core::Result<()> {
+        scatter(&self.states, &entering.hidden, places)?;
+        match (&self.injected, &entering.injected) {
+            (Some(kept), Some(injected)) => scatter(kept, injected, places),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl From<Entering> for InFlight {
+    /// The rows after the block, each in the place of its index.
+    fn from(Entering { hidden, injected }: Entering) -> Self {
+        Self { states: hidden, injected }
+    }
+}
+
 /// The whole model.
 #[derive(Debug)]
 pub struct Model {
@@ -259,6 +351,7 @@ pub struct Model {
     loops: Loops<Layer>,
     coda: Vec<Layer>,
     norm: Norm,
+    adapter: Option<Adapter>,
     /// By parts of the vocabulary, so that not all logits are in memory at once.
     lm_head: Vec<Linear>,
     /// Low-rank difference that each depth but the last adds to the head; empty without any.
@@ -294,6 +387,7 @@ impl Model {
             loops: parameters.loops.try_map(layer)?,
             coda: parameters.coda.into_iter().map(layer).collect::<Result<_, _>>()?,
             norm: new_norm(&config, parameters.norm),
+            adapter: parameters.injection.map(|injection| Adapter::new(injection, weight_type)).transpose()?,
             lm_head: head_part(parameters.head, weight_type)?,
             head_adapters: parameters
                 .head_adapters
@@ -314,28 +408,58 @@ impl Model {
         self.weight_type
     }
 
-    /// The residual stream `[sources, hidden]` of rows that enter the block: rows in flight (`Second`) unchanged, and
-    /// embeddings of tokens (`First`) after the prelude. Row `i` comes from source `i`; rows at depth 0 are embedded.
+    /// Rows that enter a loop: rows in flight (`Second`), and tokens at depth 0 (`First`), which are embedded and run the
+    /// prelude. Row `i` comes from source `i`.
     ///
     /// # Errors
     /// If a token is not in the vocabulary, a row in flight does not exist, or a position is beyond `max_positions` or
     /// its blocks.
     pub fn embed(
         &self,
-        in_flight: &Tensor,
+        in_flight: &InFlight,
         sources: &[Source],
         rows: &Rows<'_>,
         cache: &KvCache,
-    ) -> candle_core::Result<Tensor> {
-        let hidden = gather(&self.embed_tokens, in_flight, sources)?;
+    ) -> candle_core::Result<Entering> {
+        let entered = |in_flight: &Tensor| {
+            let hidden = gather(&self.embed_tokens, in_flight, sources)?;
+            self.run_prelude(&hidden, rows, cache)?;
+            Ok::<_, candle_core::Error>(hidden)
+        };
+        let (Some(adapter), Some(injected)) = (&self.adapter, &in_flight.injected) else {
+            let hidden = entered(&in_flight.states)?;
+            let later = rows.range(1..self.config.num_loops);
+            if self.config.norm_between_loops && !later.is_empty() {
+                let normed = hidden.narrow(0, later.start, later.len())?;
+                self.norm.apply(&normed, &rows.part(later).depths)?;
+            }
+            return Ok(Entering { hidden, injected: None });
+        };
+        let injected = entered(injected)?;
+        let initial = adapter.initial_states.dim(0)?;
+        let states: Vec<Source> = sources
+            .iter()
+            .zip(rows.rows())
+            .map(|(&source, row)| match source {
+                Source::First(_) => Source::First((row.position % initial) as u32),
+                in_flight => in_flight,
+            })
+            .collect();
+        let states = gather(&adapter.initial_states, &in_flight.states, &states)?;
+        let hidden = adapter.weight.forward(&Tensor::cat(&[&states, &injected], 1)?)?;
+        Ok(Entering { hidden, injected: Some(injected) })
+    }
+
+    /// Scales the embeddings of the rows at depth 0, the first of `hidden`, and runs them through the prelude.
+    fn run_prelude(&self, hidden: &Tensor, rows: &Rows<'_>, cache: &KvCache) -> candle_core::Result<()> {
         let embedded = rows.range(0..1);
         let factor = self.config.architecture.embedding_scale;
-        if !embedded.is_empty() && (factor != 1.0 || !self.prelude.is_empty()) {
-            let (entering, rows) = (hidden.narrow(0, 0, embedded.len())?, rows.part(embedded));
-            scale(&entering, factor)?;
-            self.prelude.iter().try_for_each(|layer| layer.forward(&entering, &self.rotary, cache, &rows))?;
+        if embedded.is_empty() || (factor == 1.0 && self.prelude.is_empty()) {
+            return Ok(());
         }
-        Ok(hidden)
+        let (entering, rows) = (hidden.narrow(0, 0, embedded.len())?, rows.part(embedded));
+        scale(&entering, factor)?;
+        self.prelude.iter().try_for_each(|layer| layer.forward(&entering, &self.rotary, cache, &rows))
     }
 
     /// Runs `hidden` `[rows, hidden]` once through the block, in place, each row at its own depth.
@@ -366,6 +490,9 @@ impl Model {
     pub fn forward_coda(&self, hidden: &Tensor, rows: &Rows<'_>, cache: &KvCache) -> candle_core::Result<Tensor> {
         let Some((last, before)) = self.coda.split_last() else { return Ok(hidden.clone()) };
         let hidden = hidden.copy()?;
+        if self.config.norm_before_coda {
+            self.norm.apply(&hidden, &rows.depths)?;
+        }
         before.iter().try_for_each(|layer| layer.forward(&hidden, &self.rotary, cache, rows))?;
         last.keep(&hidden, &self.rotary, cache, rows)?;
         Ok(hidden)
@@ -477,7 +604,7 @@ fn fingerprint(weights: &Weights, weight_type: WeightType) -> Result<String, Wei
 /// Bytes of all weights, with projections and head rounded; tied tables count once, as the head.
 fn weight_bytes(weights: &Weights, weight_type: WeightType) -> u64 {
     let config = weights.config();
-    let rounded = |name: &str| name == head_name(config) || name.ends_with("_proj.weight");
+    let rounded = |name: &str| name == head_name(config) || name == ADAPTER || name.ends_with("_proj.weight");
     let bits = |name: &str| if rounded(name) { weight_type.bits() } else { WeightType::F32.bits() };
     let bytes = weights.tensors().iter().map(|(name, tensor)| tensor.elem_count() as f64 * bits(name) / 8.0);
     bytes.sum::<f64>() as u64

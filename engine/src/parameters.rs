@@ -2,14 +2,17 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand_distr::{Distribution, Normal};
 
 use crate::cache::Kept;
-use crate::config::{self, ModelConfig, Norm, Place, ProjectionKind, Sharing};
+use crate::config::{self, INITIAL_STATES, InitialState, Injection, ModelConfig, Place, ProjectionKind, Sharing};
 use crate::kernels::adapters::Adapter;
 use crate::kernels::attention::{Heads, Sight};
 use crate::kernels::rotary;
-use crate::weights::{Weights, WeightsError};
+use crate::weights::{ADAPTER, Weights, WeightsError};
 
 /// The tensors of a whole model.
 pub(crate) struct ModelParameters<'w> {
@@ -26,6 +29,7 @@ pub(crate) struct ModelParameters<'w> {
     /// without any.
     pub head_adapters: Vec<(&'w Tensor, &'w Tensor)>,
     pub gates: Option<GateParameters>,
+    pub injection: Option<InjectionParameters<'w>>,
     /// [`rotary::tables`]
     pub rotary: Tensor,
 }
@@ -65,6 +69,7 @@ impl<'w> ModelParameters<'w> {
             head: weights.get(head_name(config))?,
             head_adapters: head_adapters(weights)?,
             gates: gates(weights)?,
+            injection: InjectionParameters::new(weights)?,
             rotary: rotary::tables(&rotaries, config.max_positions).map_err(in_tensor("rotary tables"))?,
         })
     }
@@ -78,6 +83,38 @@ pub(crate) struct GateParameters {
     pub hidden: Option<Tensor>,
     /// Weights and bias of the score, `[num_loops - 1, inputs + 1]`, the bias last.
     pub score: Tensor,
+}
+
+/// The tensors of input injection.
+pub(crate) struct InjectionParameters<'w> {
+    /// `[hidden, 2 hidden]`
+    pub adapter: &'w Tensor,
+    /// States before the first loop, `[states, hidden]`, by position modulo their number.
+    pub initial_states: Tensor,
+}
+
+impl<'w> InjectionParameters<'w> {
+    fn new(weights: &'w Weights) -> Result<Option<Self>, WeightsError> {
+        let Some(injection) = weights.config().injection else { return Ok(None) };
+        let adapter = weights.get(ADAPTER)?;
+        let initial_states = initial_states(weights.config(), injection).map_err(in_tensor("initial states"))?;
+        Ok(Some(Self { adapter, initial_states }))
+    }
+}
+
+/// States before the first loop, `[states, hidden]`, by position modulo their number.
+pub(crate) fn initial_states(config: &ModelConfig, injection: Injection) -> candle_core::Result<Tensor> {
+    /// Deviations beyond which numbers are left out.
+    const MOST_DEVIATIONS: f32 = 3.0;
+    let width = config.hidden_size;
+    let InitialState::Normal { deviation, seed } = injection.initial_state else {
+        return Tensor::zeros((1, width), DType::F32, &Device::Cpu);
+    };
+    let states = config.max_positions.min(INITIAL_STATES);
+    let normal = Normal::new(0.0, deviation).map_err(candle_core::Error::wrap)?;
+    let numbers = normal.sample_iter(StdRng::seed_from_u64(seed));
+    let within = numbers.filter(|number: &f32| number.abs() <= MOST_DEVIATIONS * deviation);
+    Tensor::from_iter(within.take(states * width), &Device::Cpu)?.reshape((states, width))
 }
 
 /// The layers that each loop runs.
@@ -247,7 +284,7 @@ pub(crate) fn head_name(config: &ModelConfig) -> &'static str {
 /// Names of the tensors of a norm, in the order of a set.
 fn norm_tensors(config: &ModelConfig, name: &str) -> Vec<String> {
     let mut names = vec![format!("{name}.weight")];
-    if config.architecture.norm == Norm::Layer {
+    if config.architecture.norm == config::Norm::Layer {
         names.push(format!("{name}.bias"));
     }
     names
@@ -267,7 +304,7 @@ fn head_adapters(weights: &Weights) -> Result<Vec<(&Tensor, &Tensor)>, WeightsEr
 }
 
 fn gates(weights: &Weights) -> Result<Option<GateParameters>, WeightsError> {
-    let &ModelConfig { gate, gate_hidden, num_loops, .. } = weights.config();
+    let &ModelConfig { gate, shared_gate, gate_hidden, num_loops, .. } = weights.config();
     if !gate || num_loops == 1 {
         return Ok(None);
     }
@@ -275,7 +312,10 @@ fn gates(weights: &Weights) -> Result<Option<GateParameters>, WeightsError> {
         let parts = (0..num_loops - 1).map(part).collect::<Result<Vec<_>, _>>()?;
         Tensor::stack(&parts, 0).map_err(in_tensor("gate"))
     };
-    let of = |depth, part| weights.get(&format!("gate.{depth}.{part}"));
+    let of = |depth, part| match shared_gate {
+        true => weights.get(&format!("gate.{part}")),
+        false => weights.get(&format!("gate.{depth}.{part}")),
+    };
     let hidden = |depth| {
         let bias = of(depth, "hidden.bias")?.unsqueeze(1).map_err(in_tensor("gate"))?;
         Tensor::cat(&[of(depth, "hidden.weight")?, &bias], 1).map_err(in_tensor("gate"))

@@ -11,9 +11,10 @@ use std::collections::HashMap;
 use candle_core::{D, Device, Tensor};
 use scheduler::KvFill;
 
-use crate::config::{self, Activation, ModelConfig, Place, ProjectionKind};
+use crate::config::{self, Activation, Injection, ModelConfig, Place, ProjectionKind};
 use crate::differentiable::{self, Turns};
-use crate::weights::{Weights, WeightsError};
+use crate::parameters::{in_tensor, initial_states};
+use crate::weights::{ADAPTER, Weights, WeightsError};
 
 type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
 
@@ -337,17 +338,29 @@ impl Mlp {
     }
 }
 
-/// Attention or MLP after a norm, and before another one in Gemma 3; its output is added to the residual stream.
+/// Attention or MLP after a norm, whose output is added to the residual stream. Another norm may follow, before the
+/// addition (Gemma 3) or after it (Huginn).
 struct Branch<T> {
     norm: Norm,
     inner: T,
     post_norm: Option<Norm>,
+    norm_after_addition: bool,
 }
 
 impl<T> Branch<T> {
-    fn forward(&self, x: &Tensor, inner: impl FnOnce(&T, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    /// `residual` with the branch of `x` added to it.
+    fn add_to(
+        &self,
+        residual: &Tensor,
+        x: &Tensor,
+        inner: impl FnOnce(&T, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let y = inner(&self.inner, &self.norm.forward(x)?)?;
-        self.post_norm.as_ref().map_or(Ok(y.clone()), |norm| norm.forward(&y))
+        match &self.post_norm {
+            None => residual + y,
+            Some(norm) if self.norm_after_addition => norm.forward(&(residual + y)?),
+            Some(norm) => residual + norm.forward(&y)?,
+        }
     }
 }
 
@@ -371,17 +384,17 @@ impl Layer {
             }
         };
         let (norm, inner) = (loader.norm(place, "input_layernorm")?, Attention::load(loader, place)?);
-        let attention = Branch { norm, inner, post_norm: attention_post };
+        let norm_after_addition = architecture.norm_after_addition;
+        let attention = Branch { norm, inner, post_norm: attention_post, norm_after_addition };
         let (norm, inner) = (loader.norm(place, mlp_norm)?, Mlp::load(loader, place)?);
-        let mlp = Branch { norm, inner, post_norm: mlp_post };
+        let mlp = Branch { norm, inner, post_norm: mlp_post, norm_after_addition };
         Ok(Self { attention, mlp, parallel: architecture.parallel_residual })
     }
 
     fn forward(&self, x: &Tensor, batch: usize, rotaries: &[Turns], exits: Option<LayerExits>) -> Result<Tensor> {
-        let attended = self.attention.forward(x, |attention, x| attention.forward(x, batch, rotaries, exits))?;
-        let after = (x + attended)?;
+        let after = self.attention.add_to(x, x, |attention, x| attention.forward(x, batch, rotaries, exits))?;
         let mlp_input = if self.parallel { x } else { &after };
-        &after + self.mlp.forward(mlp_input, Mlp::forward)?
+        self.mlp.add_to(&after, mlp_input, Mlp::forward)
     }
 }
 
@@ -403,10 +416,14 @@ impl Gate {
                 loader.get(&format!("gate.{depth}.hidden.bias"))?,
             )),
         };
-        let name = format!("gate.{depth}.weight");
+        let prefix = match loader.weights.config().shared_gate {
+            true => "gate".to_owned(),
+            false => format!("gate.{depth}"),
+        };
+        let name = format!("{prefix}.weight");
         let weight = loader.get(&name)?.unsqueeze(1);
         let weight = weight.map_err(|source| WeightsError::Tensor { name, source })?;
-        Ok(Self { hidden, weight, bias: loader.get(&format!("gate.{depth}.bias"))? })
+        Ok(Self { hidden, weight, bias: loader.get(&format!("{prefix}.bias"))? })
     }
 
     /// Logits `[rows]` of rows `[rows, hidden]`.
@@ -419,6 +436,35 @@ impl Gate {
     }
 }
 
+/// Input injection.
+struct Adapter {
+    /// `[2 hidden, hidden]`
+    weight: Tensor,
+    /// `[states, hidden]`
+    initial_states: Tensor,
+}
+
+impl Adapter {
+    fn load(loader: &mut Loader, injection: Injection) -> Result<Self, WeightsError> {
+        let states = initial_states(loader.weights.config(), injection);
+        let weight = loader.transposed(ADAPTER)?;
+        let states = states.and_then(|states| states.to_device(weight.device()));
+        Ok(Self { weight, initial_states: states.map_err(in_tensor("initial states"))? })
+    }
+
+    /// The states of `batch` sequences of `seq` tokens before the first loop, `[batch * seq, hidden]`.
+    fn initial(&self, batch: usize, seq: usize) -> Result<Tensor> {
+        let states = self.initial_states.dim(0)?;
+        let by_position = (0..batch * seq).map(|row| (row % seq % states) as u32);
+        self.initial_states.index_select(&Tensor::from_iter(by_position, self.weight.device())?, 0)
+    }
+
+    /// What the block reads for states and residual streams after the prelude, all `[rows, hidden]`.
+    fn forward(&self, states: &Tensor, entered: &Tensor) -> Result<Tensor> {
+        Tensor::cat(&[states, entered], 1)?.matmul(&self.weight)
+    }
+}
+
 /// The whole model.
 pub struct Reference {
     embed_tokens: Tensor,
@@ -427,6 +473,7 @@ pub struct Reference {
     loops: Vec<Vec<Layer>>,
     coda: Vec<Layer>,
     norm: Norm,
+    adapter: Option<Adapter>,
     /// `[hidden, vocab]`
     head: Tensor,
     /// Low-rank difference that each loop but the last adds to the head; empty without any.
@@ -466,8 +513,10 @@ impl Reference {
             false => Vec::new(),
             true => earlier.map(|depth| Gate::load(&mut loader, depth)).collect::<Result<_, _>>()?,
         };
+        let adapter = config.injection.map(|injection| Adapter::load(&mut loader, injection)).transpose()?;
         Ok(Self {
             embed_tokens: loader.get("embed_tokens.weight")?,
+            adapter,
             prelude,
             loops,
             coda,
@@ -495,12 +544,24 @@ impl Reference {
         }
         let (batch, seq) = tokens.dims2()?;
         let rotaries = self.rotaries(seq);
-        let mut x = self.enter(tokens, &rotaries)?;
+        let entered = self.enter(tokens, &rotaries)?;
         for block in &self.loops {
-            x = run(x, block, batch, &rotaries)?;
-            states.push(x.clone());
+            let input = self.loop_input(states.last(), &entered, batch)?;
+            states.push(run(input, block, batch, &rotaries)?);
         }
         Ok(states)
+    }
+
+    /// What a loop reads, `[batch * seq, hidden]`: `before` is the output of the loop before, `None` for the first, and
+    /// `entered` the residual stream after the prelude.
+    fn loop_input(&self, before: Option<&Tensor>, entered: &Tensor, batch: usize) -> Result<Tensor> {
+        match (&self.adapter, before) {
+            (Some(adapter), None) => adapter.forward(&adapter.initial(batch, entered.dim(0)? / batch)?, entered),
+            (Some(adapter), Some(before)) => adapter.forward(before, entered),
+            (None, None) => Ok(entered.clone()),
+            (None, Some(before)) if self.config.norm_between_loops => self.norm.forward(before),
+            (None, Some(before)) => Ok(before.clone()),
+        }
     }
 
     /// Begins to run `tokens` `[batch, seq]` of type `u32` loop by loop, as when tokens exit and a KV fill decides what
@@ -515,7 +576,8 @@ impl Reference {
         Ok(RunWithExits {
             model: self,
             shape: (batch, seq),
-            hidden: self.enter(tokens, &rotaries)?,
+            entered: self.enter(tokens, &rotaries)?,
+            hidden: None,
             rotaries,
             depth: 0,
             has_exited: vec![false; batch * seq],
@@ -525,7 +587,7 @@ impl Reference {
         })
     }
 
-    /// The residual stream before the first loop.
+    /// The residual stream after the prelude.
     fn enter(&self, tokens: &Tensor, rotaries: &[Turns]) -> Result<Tensor> {
         let (batch, seq) = tokens.dims2()?;
         let max_positions = self.config.max_positions;
@@ -544,7 +606,12 @@ impl Reference {
     /// If `hidden` has another shape.
     pub fn exit(&self, hidden: &Tensor, batch: usize) -> Result<Tensor> {
         let rotaries = self.rotaries(hidden.dim(0)? / batch);
-        self.norm.forward(&run(hidden.clone(), &self.coda, batch, &rotaries)?)
+        self.norm.forward(&run(self.coda_input(hidden)?, &self.coda, batch, &rotaries)?)
+    }
+
+    /// What the coda reads of the output of a loop.
+    fn coda_input(&self, hidden: &Tensor) -> Result<Tensor> {
+        if self.config.norm_before_coda { self.norm.forward(hidden) } else { Ok(hidden.clone()) }
     }
 
     /// Logits `[rows, vocab]` of rows `[rows, hidden]` from [`Reference::exit`], which exit after the loop at `depth`.
@@ -620,7 +687,10 @@ pub struct RunWithExits<'m> {
     /// Number of sequences, and their length.
     shape: (usize, usize),
     rotaries: Vec<Turns>,
-    hidden: Tensor,
+    /// The residual stream after the prelude.
+    entered: Tensor,
+    /// The output of the last loop.
+    hidden: Option<Tensor>,
     /// Depth of the next loop.
     depth: usize,
     /// By token.
@@ -654,9 +724,12 @@ impl RunWithExits<'_> {
                 layer.forward(&x, batch, rotaries, Some(LayerExits { exits, kept }))
             })
         };
-        self.hidden = run(&self.hidden, block, &mut self.block)?;
-        let exited = self.model.norm.forward(&run(&self.hidden, &self.model.coda, &mut self.coda)?)?;
-        Ok(Some(LoopStates { hidden: self.hidden.clone(), exited }))
+        let input = self.model.loop_input(self.hidden.as_ref(), &self.entered, batch)?;
+        let hidden = run(&input, block, &mut self.block)?;
+        let coda_input = self.model.coda_input(&hidden)?;
+        let exited = self.model.norm.forward(&run(&coda_input, &self.model.coda, &mut self.coda)?)?;
+        self.hidden = Some(hidden.clone());
+        Ok(Some(LoopStates { hidden, exited }))
     }
 
     /// Lets tokens exit at the depth that has just run: those whose entry of `exits`, by sequence and position, is

@@ -101,6 +101,20 @@ pub(crate) enum Layout {
     Same,
     /// Less one: Gemma multiplies by `1 + weight`.
     LessOne,
+    /// A vector as a matrix of one row: Ouro's gate.
+    OneRow,
+    /// The rows of one after those of the other: Huginn's gate and up projections.
+    Stacked,
+    /// Query, key and value, the rows of one after those of the other, with the rotated pairs of a head adjacent: Huginn.
+    AdjacentQkv {
+        /// Numbers of heads of queries and of keys.
+        heads: [usize; 2],
+    },
+    /// Biases `[2, 1, heads, head_dim]` of queries and keys, with the rotated pairs adjacent, and none of values: Huginn.
+    AdjacentQkBias {
+        /// Number of heads, for queries and keys alike.
+        heads: usize,
+    },
     /// Query, key and value in one tensor, with the rows of a head together: GPT-NeoX.
     HeadwiseQkv {
         /// Number of heads.
@@ -112,15 +126,45 @@ impl Entry {
     /// The shape of the tensor in the file.
     fn shape(&self, expected: &BTreeMap<String, Vec<usize>>) -> Vec<usize> {
         let mut shape = expected[&self.ours[0]].clone();
+        match self.layout {
+            Layout::OneRow => return vec![1, shape[0]],
+            Layout::AdjacentQkBias { heads } => return vec![2, 1, heads, shape[0] / heads],
+            _ => {}
+        }
         shape[0] = self.ours.iter().map(|name| expected[name][0]).sum();
         shape
     }
 
-    /// The tensors of [`Weights`] in a tensor of the file.
-    fn split(&self, theirs: Tensor) -> candle_core::Result<Vec<Tensor>> {
+    /// The tensors of [`Weights`], of these shapes, in a tensor of the file.
+    fn split(&self, theirs: Tensor, shapes: &BTreeMap<String, Vec<usize>>) -> candle_core::Result<Vec<Tensor>> {
+        let stacked = || {
+            let mut start = 0;
+            let part = |name: &String| {
+                let rows = shapes[name][0];
+                start += rows;
+                theirs.narrow(0, start - rows, rows)?.contiguous()
+            };
+            self.ours.iter().map(part).collect::<candle_core::Result<Vec<Tensor>>>()
+        };
         match self.layout {
             Layout::Same => Ok(vec![theirs]),
             Layout::LessOne => Ok(vec![(theirs + 1.0)?]),
+            Layout::OneRow => Ok(vec![theirs.squeeze(0)?]),
+            Layout::Stacked => stacked(),
+            Layout::AdjacentQkv { heads } => {
+                let mut parts = stacked()?;
+                for (part, heads) in parts.iter_mut().zip(heads) {
+                    *part = halves_of_pairs(part, heads)?;
+                }
+                Ok(parts)
+            }
+            Layout::AdjacentQkBias { heads } => {
+                let both = theirs.flatten_all()?.chunk(2, 0)?;
+                let halves = both.iter().map(|bias| halves_of_pairs(bias, heads));
+                let mut biases = halves.collect::<candle_core::Result<Vec<Tensor>>>()?;
+                biases.push(biases[1].zeros_like()?);
+                Ok(biases)
+            }
             Layout::HeadwiseQkv { heads } => {
                 let mut dims = theirs.dims().to_vec();
                 let rows = dims[0] / self.ours.len();
@@ -140,6 +184,19 @@ impl Entry {
         match self.layout {
             Layout::Same => Ok(ours[0].clone()),
             Layout::LessOne => ours[0] - 1.0,
+            Layout::OneRow => ours[0].unsqueeze(0),
+            Layout::Stacked => Tensor::cat(ours, 0),
+            Layout::AdjacentQkv { heads } => {
+                let [queries, keys] = [0, 1].map(|part| pairs_of_halves(ours[part], heads[part]));
+                Tensor::cat(&[&queries?, &keys?, ours[2]], 0)
+            }
+            Layout::AdjacentQkBias { heads } => {
+                if ours[2].sqr()?.sum_all()?.to_scalar::<f32>()? > 0.0 {
+                    candle_core::bail!("a bias of values, for which this family has no place");
+                }
+                let [queries, keys] = [0, 1].map(|part| pairs_of_halves(ours[part], heads));
+                Tensor::stack(&[queries?, keys?], 0)?.reshape((2, 1, heads, ours[0].elem_count() / heads))
+            }
             Layout::HeadwiseQkv { heads } => {
                 let by_head = |tensor: &&Tensor| {
                     let mut dims = tensor.dims().to_vec();
@@ -151,6 +208,26 @@ impl Entry {
             }
         }
     }
+}
+
+/// The rows of projected heads with the two dimensions that rotate together half a head apart, as our kernels rotate
+/// them, from rows in which they are adjacent. The products of queries and keys are the same.
+fn halves_of_pairs(rows: &Tensor, heads: usize) -> candle_core::Result<Tensor> {
+    let width = rows.dim(0)? / heads;
+    swapped(rows, &[heads, width / 2, 2])
+}
+
+/// The inverse of [`halves_of_pairs`].
+fn pairs_of_halves(rows: &Tensor, heads: usize) -> candle_core::Result<Tensor> {
+    let width = rows.dim(0)? / heads;
+    swapped(rows, &[heads, 2, width / 2])
+}
+
+/// Rows of index `[a, b, c]`, in the order of index `[a, c, b]`.
+fn swapped(rows: &Tensor, index: &[usize; 3]) -> candle_core::Result<Tensor> {
+    let mut dims = rows.dims().to_vec();
+    dims.splice(0..1, *index);
+    rows.reshape(dims)?.transpose(1, 2)?.contiguous()?.reshape(rows.dims())
 }
 
 /// Reads the weights of `config` from a file that contains them as given by `entries`. Tensors for which `ignored`
@@ -166,9 +243,9 @@ pub(crate) fn read_weights(
     ignored: impl Fn(&str) -> bool,
 ) -> Result<Weights, WeightsError> {
     check_shapes(file, &config, entries, ignored)?;
-    let mut tensors = HashMap::new();
+    let (mut tensors, shapes) = (HashMap::new(), expected_tensors(&config));
     for entry in entries {
-        let parts = file.read(&entry.theirs).and_then(|theirs| entry.split(theirs));
+        let parts = file.read(&entry.theirs).and_then(|theirs| entry.split(theirs, &shapes));
         let name = || format!("{}` of `{}", entry.theirs, file.origin());
         let parts = parts.map_err(|source| WeightsError::Tensor { name: name(), source })?;
         tensors.extend(entry.ours.iter().cloned().zip(parts));

@@ -12,7 +12,18 @@ impl ModelConfig {
     /// Whether the model is an ordinary transformer: its loops share nothing, and nothing serves only early exits.
     pub fn is_ordinary(&self) -> bool {
         let shares = self.num_loops > 1 && (self.sharing != Sharing::Nothing || self.shares_kv());
-        !shares && self.lora.is_none() && self.head_lora_rank == 0 && !self.gate
+        !shares && self.unlike_ordinary().is_none() && self.lora.is_none() && self.head_lora_rank == 0 && !self.gate
+    }
+
+    /// What happens between the layers that does not in an ordinary transformer.
+    pub(crate) fn unlike_ordinary(&self) -> Option<&'static str> {
+        let norms = self.norm_between_loops && self.num_loops > 1;
+        let parts = [
+            (norms, "norm_between_loops"),
+            (self.norm_before_coda, "norm_before_coda"),
+            (self.injection.is_some(), "injection"),
+        ];
+        parts.into_iter().find_map(|(there, name)| there.then_some(name))
     }
 
     /// The ordinary transformer with the layers that a token runs at full depth.
@@ -23,9 +34,11 @@ impl ModelConfig {
             sharing: Sharing::Nothing,
             prelude_layers: 0,
             coda_layers: 0,
+            norm_between_loops: false,
             lora: None,
             head_lora_rank: 0,
             gate: false,
+            shared_gate: false,
             gate_hidden: 0,
             kv_fill: KvFill::default(),
             ..self.clone()
@@ -38,8 +51,13 @@ impl Weights {
     /// to the matrices (`W + scale B A`). Heads' differences and gates, which serve only earlier exits, are left out.
     ///
     /// # Errors
-    /// If the loops share keys and values, as no ordinary transformer does, or a tensor operation fails.
+    /// If the loops share keys and values, or more than layers lies between embedding and head, as in no ordinary
+    /// transformer; or a tensor operation fails.
     pub fn unrolled(&self) -> Result<Self, WeightsError> {
+        if let Some(field) = self.config().unlike_ordinary() {
+            let expected = "none: no ordinary transformer has it".to_owned();
+            return Err(InvalidField { field, found: "given".to_owned(), expected }.into());
+        }
         if self.config().shares_kv() && self.config().num_loops > 1 {
             let expected =
                 "another: no ordinary transformer attends to keys and values of depth 0 in every loop".into();

@@ -24,6 +24,10 @@ pub const TENSORS_FILE: &str = "model.safetensors";
 /// Name of the tokenizer file in a model folder.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
+/// Name of the adapter of a model with input injection, `[hidden, 2 hidden]`: the columns of the state, then those of the
+/// residual stream after the prelude.
+pub const ADAPTER: &str = "adapter.weight";
+
 /// A configuration with all its tensors, each `f32`, of the right shape and finite.
 #[derive(Clone, Debug)]
 pub struct Weights {
@@ -143,12 +147,18 @@ pub fn expected_tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     for place in config.places() {
         expect_layer(config, place, &mut shapes);
     }
+    if config.injection.is_some() {
+        shapes.insert(ADAPTER.to_owned(), vec![hidden, 2 * hidden]);
+    }
     for depth in 0..config.num_loops - 1 {
         if config.head_lora_rank > 0 {
             shapes.insert(format!("head_lora.{depth}.a"), vec![config.head_lora_rank, hidden]);
             shapes.insert(format!("head_lora.{depth}.b"), vec![config.vocab_size, config.head_lora_rank]);
         }
-        if config.gate {
+        if config.shared_gate {
+            shapes.insert("gate.weight".to_owned(), vec![hidden]);
+            shapes.insert("gate.bias".to_owned(), vec![1]);
+        } else if config.gate {
             let inputs = if config.gate_hidden > 0 { config.gate_hidden } else { hidden };
             if config.gate_hidden > 0 {
                 shapes.insert(format!("gate.{depth}.hidden.weight"), vec![config.gate_hidden, hidden]);

@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use common::devices::Device;
 use common::{configs, configs_of_one_head_size, grouped, weights, with_everything};
@@ -17,7 +17,7 @@ use engine::cache::KvCache;
 use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
 use engine::kernels::signals::{Verdict, read};
-use engine::model::{Model, Rows};
+use engine::model::{InFlight, Model, Rows};
 use engine::reference::Reference;
 use engine::{
     EngineError, EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType, Weights,
@@ -686,13 +686,13 @@ fn recorded_by_hand(
     let config = model.config();
     let cache = KvCache::new(config, kv_fill, 1, 128, &candle_core::Device::Cpu).unwrap();
     let Generation { prompt, tokens, exit_depths, .. } = generation;
-    let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &candle_core::Device::Cpu).unwrap();
     let mut skipped = vec![Vec::<u32>::new(); config.num_loops];
     let mut recorded = Vec::new();
     for (index, &left) in exit_depths.iter().enumerate() {
         let positions = if index == 0 { 0..prompt.len() } else { prompt.len() + index - 1..prompt.len() + index };
         let inputs = if index == 0 { &prompt[..] } else { &tokens[index - 1..index] };
-        let sources: Vec<Source> = inputs.iter().map(|&token| Source::First(token)).collect();
+        let mut sources: Vec<Source> = inputs.iter().map(|&token| Source::First(token)).collect();
+        let mut in_flight = InFlight::new(config).unwrap();
         let (left, is_prompt) = (usize::from(left), index == 0);
         let rows = |depth: usize, fills: Range<usize>| {
             let mut rows = Rows::default();
@@ -704,7 +704,6 @@ fn recorded_by_hand(
         };
         let mut verdicts = Vec::new();
         let first_only = |depth: usize| kv_fill == KvFill::First && depth > 0;
-        let hidden = model.embed(&nothing, &sources, &rows(0, 0..1), &cache).unwrap();
         let deepest = if is_prompt || kv_fill == KvFill::Backfill { config.num_loops - 1 } else { left };
         for depth in 0..=deepest {
             let fills = match kv_fill {
@@ -713,14 +712,17 @@ fn recorded_by_hand(
                 _ => depth..depth + 1,
             };
             let rows = rows(depth, fills);
-            model.forward_block(&hidden, &rows, &cache).unwrap();
-            let exits = model.forward_coda(&hidden, &rows, &cache).unwrap();
+            let entering = model.embed(&in_flight, &sources, &rows, &cache).unwrap();
+            model.forward_block(&entering.hidden, &rows, &cache).unwrap();
+            let exits = model.forward_coda(&entering.hidden, &rows, &cache).unwrap();
             let last = rows.len() - 1;
             let (exit, row) = (exits.narrow(0, last, 1).unwrap(), rows.part(last..last + 1));
             if depth <= left {
                 let keys = [sampling.key(0, index)];
                 verdicts.extend(model.verdicts(&exit, &row, &cache, sampling.temperature, &keys).unwrap());
             }
+            in_flight = entering.into();
+            sources = (0..inputs.len() as u32).map(Source::Second).collect();
         }
         if !is_prompt {
             skipped[left + 1..].iter_mut().for_each(|skipped| skipped.push(positions.start as u32));

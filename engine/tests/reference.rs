@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use common::devices::Device;
 use common::emulator;
 use common::{configs, configs_of_one_head_size, weights, with_everything};
@@ -15,7 +15,7 @@ use engine::cuda::source::Scalar;
 use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
 use engine::kernels::signals::read;
-use engine::model::{Model, Rows};
+use engine::model::{InFlight, Model, Rows};
 use engine::reference::Reference;
 use engine::{ModelConfig, WeightType, Weights};
 use proptest::prelude::*;
@@ -33,28 +33,31 @@ struct Answers {
 fn answers_in_chunks(model: &Model, tokens: &[u32], chunk: usize) -> Answers {
     let config = model.config();
     let cache = KvCache::new(config, KvFill::Reuse, 8, 16, &candle_core::Device::Cpu).unwrap();
-    let nothing = Tensor::zeros((1, config.hidden_size), DType::F32, &candle_core::Device::Cpu).unwrap();
     // Blocks out of order, as a scheduler may assign them.
     let blocks = [3, 0, 7, 1, 2, 6, 5, 4];
     let gated = if config.gate { config.num_loops - 1 } else { 0 };
     let mut answers = Answers { logits: vec![Vec::new(); config.num_loops], gates: vec![Vec::new(); gated] };
     for (index, part) in tokens.chunks(chunk).enumerate() {
-        let sources: Vec<Source> = part.iter().map(|&token| Source::First(token)).collect();
+        let mut sources: Vec<Source> = part.iter().map(|&token| Source::First(token)).collect();
+        let mut in_flight = InFlight::new(config).unwrap();
         let rows = |depth| {
             let mut rows = Rows::default();
             let positions = index * chunk..index * chunk + part.len();
             positions.for_each(|position| rows.push(Row::new(position, depth, &blocks)));
             rows
         };
-        let hidden = model.embed(&nothing, &sources, &rows(0), &cache).unwrap();
         for depth in 0..config.num_loops {
             let rows = rows(depth);
-            model.forward_block(&hidden, &rows, &cache).unwrap();
-            let exits = model.forward_coda(&hidden, &rows, &cache).unwrap();
+            let entering = model.embed(&in_flight, &sources, &rows, &cache).unwrap();
+            let hidden = &entering.hidden;
+            model.forward_block(hidden, &rows, &cache).unwrap();
+            let exits = model.forward_coda(hidden, &rows, &cache).unwrap();
             answers.logits[depth].extend(model.logits(&exits, &rows, &cache).unwrap().to_vec2::<f32>().unwrap());
             if let Some(gates) = answers.gates.get_mut(depth) {
-                gates.extend(model.gate_scores(&hidden, &rows).unwrap().to_vec1::<f32>().unwrap());
+                gates.extend(model.gate_scores(hidden, &rows).unwrap().to_vec1::<f32>().unwrap());
             }
+            in_flight = entering.into();
+            sources = (0..part.len() as u32).map(Source::Second).collect();
         }
     }
     answers

@@ -55,7 +55,7 @@ pub struct Experiment {
 pub struct EngineSpec {
     /// A folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub.
     pub model: PathBuf,
-    /// Split the layers of an ordinary transformer into so many blocks, a depth each.
+    /// Split the layers of an ordinary transformer into so many blocks, a depth each; or run a looped model so many times.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loops: Option<usize>,
     /// How the numbers of its weights are stored.

@@ -39,7 +39,7 @@ pub struct Args {
     /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
     #[arg(required_unless_present = "exits")]
     model: Option<PathBuf>,
-    /// Split the layers of an ordinary transformer into N blocks, one for each depth
+    /// Split the layers of an ordinary transformer into N blocks, one for each depth; or run a looped model N times
     #[arg(long, value_name = "N", requires = "model")]
     loops: Option<usize>,
     /// Device: cpu, cuda or cuda:N

@@ -39,7 +39,7 @@ pub struct Args {
     /// Text to continue; repeat the option to serve several prompts in one batch
     #[arg(long, value_name = "TEXT", required = true)]
     prompt: Vec<String>,
-    /// Split the layers of an ordinary transformer into N blocks, one for each depth
+    /// Split the layers of an ordinary transformer into N blocks, one for each depth; or run a looped model N times
     #[arg(long, value_name = "N")]
     loops: Option<usize>,
     /// Number type of the weights: f32, bf16, q8_0 or q4k on a CPU; f32, f16 or bf16 on a GPU

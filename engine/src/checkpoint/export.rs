@@ -16,8 +16,8 @@ use crate::weights::{
 };
 
 /// Writes a model as a Hugging Face folder that other programs can load: `config.json`, `model.safetensors` and, if
-/// there is a tokenizer, `tokenizer.json`. A recursive model is written unrolled, as by [`Weights::unrolled`]. Nothing
-/// is written if any part of it cannot be.
+/// there is a tokenizer, `tokenizer.json`. A recursive model whose loops no family has is written unrolled, as by
+/// [`Weights::unrolled`]. Nothing is written if any part of it cannot be.
 ///
 /// # Errors
 /// If no family of [`super`] computes what the model's layers do, or a file cannot be written.
@@ -27,9 +27,15 @@ pub fn write_hugging_face(
     folder: &Path,
     stored: Stored,
 ) -> Result<()> {
-    let weights = weights.unrolled()?;
-    let (family, json) = family_of(weights.config())?;
-    let tensors = in_family(&weights, family, stored)?;
+    let unrolled;
+    let (weights, (family, json)) = match family_of(weights.config()) {
+        Ok(family) => (weights, family),
+        Err(_) => {
+            unrolled = weights.unrolled()?;
+            (&unrolled, family_of(unrolled.config())?)
+        }
+    };
+    let tensors = in_family(weights, family, stored)?;
     let fail = |path: &Path, error: String| CheckpointError::Write { path: path.to_owned(), message: error };
     std::fs::create_dir_all(folder).map_err(|error| fail(folder, error.to_string()))?;
     let write = |name: &str, write: &dyn Fn(&Path) -> std::io::Result<()>| {
@@ -45,7 +51,7 @@ pub fn write_hugging_face(
     write(CONFIG_FILE, &|part| std::fs::write(part, format!("{:#}", Value::Object(json.clone()))))
 }
 
-/// The tensors of an ordinary transformer as a family stores them.
+/// The tensors of a model as a family stores them.
 fn in_family(weights: &Weights, family: Family, stored: Stored) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
     for entry in family.naming().entries(weights.config()) {

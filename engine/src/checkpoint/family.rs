@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::keys::{Keys, Kind};
+use super::looped;
 use super::names::{self, Naming};
 use super::{Result, num_layers, rules};
 use crate::config::{Activation, Architecture, ModelConfig, Norm, RopeScaling, Sharing, SlidingWindow};
@@ -18,13 +19,32 @@ const SLIDING_ATTENTION: &str = "sliding_attention";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
     Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+    SmolLm3,
     Gemma,
     Gemma3,
     GptNeoX,
+    Ouro,
+    Nanbeige,
+    Raven,
 }
 
 impl Family {
-    pub const ALL: [Self; 4] = [Self::Llama, Self::Gemma, Self::Gemma3, Self::GptNeoX];
+    pub const ALL: [Self; 11] = [
+        Self::Llama,
+        Self::Mistral,
+        Self::Qwen2,
+        Self::Qwen3,
+        Self::SmolLm3,
+        Self::Gemma,
+        Self::Gemma3,
+        Self::GptNeoX,
+        Self::Ouro,
+        Self::Nanbeige,
+        Self::Raven,
+    ];
 
     /// The family of a `config.json`, by its architecture or else its model type, which must agree: transformers goes
     /// by the model type, others by the architecture.
@@ -52,9 +72,16 @@ impl Family {
     fn architecture(self) -> &'static str {
         match self {
             Self::Llama => "LlamaForCausalLM",
+            Self::Mistral => "MistralForCausalLM",
+            Self::Qwen2 => "Qwen2ForCausalLM",
+            Self::Qwen3 => "Qwen3ForCausalLM",
+            Self::SmolLm3 => "SmolLM3ForCausalLM",
             Self::Gemma => "GemmaForCausalLM",
             Self::Gemma3 => "Gemma3ForCausalLM",
             Self::GptNeoX => "GPTNeoXForCausalLM",
+            Self::Ouro => "OuroForCausalLM",
+            Self::Nanbeige => "NanbeigeForCausalLM",
+            Self::Raven => "RavenForCausalLM",
         }
     }
 
@@ -62,48 +89,80 @@ impl Family {
     pub const fn model_type(self) -> &'static str {
         match self {
             Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::SmolLm3 => "smollm3",
             Self::Gemma => "gemma",
             Self::Gemma3 => "gemma3_text",
             Self::GptNeoX => "gpt_neox",
+            Self::Ouro => "ouro",
+            Self::Nanbeige => "nanbeige",
+            Self::Raven => "huginn_raven",
         }
     }
 
     /// What the family calls its tensors.
     pub fn naming(self) -> &'static Naming {
         match self {
-            Self::Llama => &names::LLAMA,
+            Self::Llama | Self::Mistral | Self::Qwen2 | Self::Qwen3 | Self::SmolLm3 | Self::Nanbeige => &names::LLAMA,
+            Self::Ouro => &names::OURO,
+            Self::Raven => &names::RAVEN,
             Self::Gemma | Self::Gemma3 => &names::GEMMA,
             Self::GptNeoX => &names::GPT_NEOX,
         }
     }
 
-    /// Reads a `config.json` of the family: all layers in one block, run once.
+    /// Whether the family's models have loops of their own.
+    pub fn is_looped(self) -> bool {
+        matches!(self, Self::Ouro | Self::Nanbeige | Self::Raven)
+    }
+
+    /// The key that counts the layers, or most of them.
+    pub fn layers_key(self) -> &'static str {
+        if self == Self::Raven { "n_layers_in_recurrent_block" } else { "num_hidden_layers" }
+    }
+
+    /// Reads a `config.json` of the family: the loops of a looped model, or all layers in one block that runs once.
     pub fn config(self, keys: &Keys) -> Result<ModelConfig> {
         rules::check(keys, self.model_type())?;
         match self {
             Self::Llama => llama(keys),
+            Self::Mistral => mistral(keys),
+            Self::Qwen2 => qwen2(keys),
+            Self::Qwen3 => qwen3(keys),
+            Self::SmolLm3 => smollm3(keys),
             Self::Gemma => gemma(keys),
             Self::Gemma3 => gemma3(keys),
             Self::GptNeoX => gpt_neox(keys),
+            Self::Ouro => looped::ouro(keys),
+            Self::Nanbeige => looped::nanbeige(keys),
+            Self::Raven => looped::raven(keys),
         }
     }
 
-    /// The `config.json` of an ordinary transformer, as far as the family can say what it does.
+    /// The `config.json` of a model, as far as the family can say what it does. Of a model with loops, only families with
+    /// loops can.
     pub fn to_json(self, config: &ModelConfig) -> Map<String, Value> {
         let architecture = &config.architecture;
         let own = match self {
             Self::Llama => llama_json(config),
+            Self::Mistral => mistral_json(config),
+            Self::Qwen2 => beside(llama_json(config), json!({"attention_bias": null, "mlp_bias": false})),
+            Self::Qwen3 => beside(llama_json(config), json!({"mlp_bias": false})),
+            Self::SmolLm3 => smollm3_json(config),
+            Self::Ouro => looped::ouro_json(config),
+            Self::Nanbeige => looped::nanbeige_json(config),
+            Self::Raven => return self.object([looped::raven_json(config)]),
             Self::Gemma => Value::Object(gemma_like_json(config, "hidden_act")),
             Self::Gemma3 => gemma3_json(config),
             Self::GptNeoX => gpt_neox_json(config),
         };
         let common = json!({
-            "architectures": [self.architecture()],
-            "model_type": self.model_type(),
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers(),
+            "num_hidden_layers": if self.is_looped() { config.block_layers } else { config.num_layers() },
             "num_attention_heads": config.num_heads,
             "max_position_embeddings": config.max_positions,
             "tie_word_embeddings": config.tie_embeddings,
@@ -112,7 +171,13 @@ impl Family {
             "bos_token_id": null,
             "eos_token_id": null,
         });
-        let objects = [common, own].into_iter().filter_map(|object| match object {
+        self.object([common, own])
+    }
+
+    /// The keys of several objects, and those that name the family.
+    fn object<const N: usize>(self, objects: [Value; N]) -> Map<String, Value> {
+        let named = json!({"architectures": [self.architecture()], "model_type": self.model_type()});
+        let objects = objects.into_iter().chain([named]).filter_map(|object| match object {
             Value::Object(object) => Some(object),
             _ => None,
         });
@@ -121,7 +186,7 @@ impl Family {
 }
 
 /// What all families say in the same words. `tie` is what the family takes for granted.
-fn common(keys: &Keys, tie: bool, architecture: Architecture) -> Result<ModelConfig> {
+pub(super) fn common(keys: &Keys, tie: bool, architecture: Architecture) -> Result<ModelConfig> {
     let num_heads = keys.required("num_attention_heads")?;
     let hidden_size: usize = keys.required("hidden_size")?;
     Ok(ModelConfig {
@@ -141,8 +206,9 @@ fn common(keys: &Keys, tie: bool, architecture: Architecture) -> Result<ModelCon
     })
 }
 
-fn llama(keys: &Keys) -> Result<ModelConfig> {
-    let (rope_theta, rope_scaling) = rope(keys)?;
+/// A Llama, and what differs from one in its relatives.
+pub(super) fn llama(keys: &Keys) -> Result<ModelConfig> {
+    let (rope_theta, rope_scaling) = rope(keys, 10_000.0)?;
     let attention_bias = keys.optional("attention_bias")?.unwrap_or(false);
     let architecture = Architecture {
         norm_eps: keys.optional("rms_norm_eps")?.unwrap_or(1e-6),
@@ -162,7 +228,91 @@ fn llama(keys: &Keys) -> Result<ModelConfig> {
     })
 }
 
-fn llama_json(config: &ModelConfig) -> Value {
+/// Mistral: all layers see the latest tokens only, if there is a window.
+fn mistral(keys: &Keys) -> Result<ModelConfig> {
+    let mut config = llama(keys)?;
+    config.num_kv_heads = keys.optional("num_key_value_heads")?.unwrap_or(8);
+    let tokens = match keys.has("sliding_window") {
+        true => keys.optional("sliding_window")?,
+        false => Some(4096),
+    };
+    if let Some(tokens) = tokens.filter(|tokens| *tokens < config.max_positions) {
+        if config.architecture.rope_scaling.is_some() {
+            return Err(
+                keys.refuse("rope_scaling", "null beside `sliding_window`: this engine scales no sliding layers")
+            );
+        }
+        let (rope_theta, layers) = (config.architecture.rope_theta, (0..config.block_layers).collect());
+        config.architecture.sliding_window = Some(SlidingWindow { tokens, rope_theta, layers });
+    }
+    Ok(config)
+}
+
+fn mistral_json(config: &ModelConfig) -> Value {
+    let window = config.architecture.sliding_window.as_ref().map(|window| window.tokens);
+    beside(llama_json(config), json!({"sliding_window": window, "attention_bias": false}))
+}
+
+/// Qwen2: a Llama with biases on queries, keys and values.
+fn qwen2(keys: &Keys) -> Result<ModelConfig> {
+    let mut config = llama(keys)?;
+    config.num_kv_heads = keys.optional("num_key_value_heads")?.unwrap_or(32);
+    (config.architecture.qkv_bias, config.architecture.output_bias) = (true, false);
+    Ok(config)
+}
+
+/// Qwen3: a Llama with norms of the heads of queries and keys.
+fn qwen3(keys: &Keys) -> Result<ModelConfig> {
+    let mut config = llama(keys)?;
+    config.num_kv_heads = keys.optional("num_key_value_heads")?.unwrap_or(32);
+    config.head_dim = keys.optional("head_dim")?.unwrap_or(128);
+    config.architecture.qk_norm = true;
+    Ok(config)
+}
+
+/// SmolLM3: a Llama in which every fourth layer has no rotary embedding.
+fn smollm3(keys: &Keys) -> Result<ModelConfig> {
+    const LAYERS: &str = "no_rope_layers";
+    let mut config = llama(keys)?;
+    config.num_kv_heads = keys.optional("num_key_value_heads")?.unwrap_or(4);
+    config.tie_embeddings = keys.optional("tie_word_embeddings")?.unwrap_or(true);
+    (config.architecture.rope_theta, config.architecture.rope_scaling) = rope(keys, 2_000_000.0)?;
+    let layers = config.block_layers;
+    let rotated: Vec<bool> = match keys.value(LAYERS) {
+        // The key counts the layers that do rotate.
+        Some(list) => {
+            let flag = |layer: &Value| layer.as_u64().or(layer.as_bool().map(u64::from)).filter(|flag| *flag <= 1);
+            let flags = list.as_array().filter(|list| list.len() == layers);
+            let flags = flags.and_then(|list| list.iter().map(|layer| flag(layer).map(|flag| flag == 1)).collect());
+            flags.ok_or_else(|| keys.refuse(LAYERS, &format!("{layers} of 0 and 1")))?
+        }
+        None => {
+            let interval = keys.optional("no_rope_layer_interval")?.unwrap_or(4);
+            (1..=layers).map(|layer| interval == 0 || !layer.is_multiple_of(interval)).collect()
+        }
+    };
+    config.architecture.unrotated_layers = (0..layers).filter(|layer| !rotated[*layer]).collect();
+    Ok(config)
+}
+
+fn smollm3_json(config: &ModelConfig) -> Value {
+    let unrotated = &config.architecture.unrotated_layers;
+    let rotated: Vec<u8> = (0..config.num_layers()).map(|layer| u8::from(!unrotated.contains(&layer))).collect();
+    beside(llama_json(config), json!({"no_rope_layers": rotated}))
+}
+
+/// An object with the keys of another, which come first.
+pub(super) fn beside(object: Value, other: Value) -> Value {
+    match (object, other) {
+        (Value::Object(mut object), Value::Object(other)) => {
+            object.extend(other);
+            Value::Object(object)
+        }
+        (object, _) => object,
+    }
+}
+
+pub(super) fn llama_json(config: &ModelConfig) -> Value {
     let Architecture { norm_eps, activation, mlp_bias, rope_theta, .. } = config.architecture;
     json!({
         "num_key_value_heads": config.num_kv_heads,
@@ -204,7 +354,7 @@ fn gemma_like_json(config: &ModelConfig, activation_key: &str) -> Map<String, Va
 }
 
 fn gemma(keys: &Keys) -> Result<ModelConfig> {
-    let (rope_theta, rope_scaling) = rope(keys)?;
+    let (rope_theta, rope_scaling) = rope(keys, 10_000.0)?;
     let activation_used = match activation(keys, "hidden_act")? {
         // The first Gemmas were published with `hidden_act` "gelu" but trained with its approximation, which is what
         // transformers takes it for.
@@ -376,17 +526,18 @@ fn gpt_neox_json(config: &ModelConfig) -> Value {
     })
 }
 
-/// Rotary base and scaling of a family whose heads rotate whole. A base within the object comes before one beside it.
-fn rope(keys: &Keys) -> Result<(f32, Option<RopeScaling>)> {
+/// Rotary base and scaling of a family whose heads rotate whole. A base within the object comes before one beside it, and
+/// both before the one that is `usual` in the family.
+pub(super) fn rope(keys: &Keys, usual: f32) -> Result<(f32, Option<RopeScaling>)> {
     const PARTIAL: &str = "partial_rotary_factor";
     let beside = keys.optional("rope_theta")?;
     let Some(parameters) = rope_object(keys)? else {
-        return Ok((beside.unwrap_or(10_000.0), None));
+        return Ok((beside.unwrap_or(usual), None));
     };
     if parameters.optional(PARTIAL)?.is_some_and(|share: f64| share != 1.0) {
         return Err(parameters.refuse(PARTIAL, "null or 1: this engine computes nothing else"));
     }
-    let theta = within(Some(&parameters), "rope_theta", keys, "rope_theta")?.unwrap_or(10_000.0);
+    let theta = within(Some(&parameters), "rope_theta", keys, "rope_theta")?.unwrap_or(usual);
     Ok((theta, scaling(&parameters, keys)?))
 }
 
@@ -463,7 +614,7 @@ fn scaling_json(scaling: RopeScaling) -> Value {
     }
 }
 
-fn activation(keys: &Keys, key: &str) -> Result<Option<Activation>> {
+pub(super) fn activation(keys: &Keys, key: &str) -> Result<Option<Activation>> {
     let name: Option<String> = keys.optional(key)?;
     let known = |name: String| match name.as_str() {
         "silu" | "swish" => Ok(Activation::Silu),
@@ -474,7 +625,7 @@ fn activation(keys: &Keys, key: &str) -> Result<Option<Activation>> {
     name.map(known).transpose()
 }
 
-fn activation_name(activation: Activation) -> &'static str {
+pub(super) fn activation_name(activation: Activation) -> &'static str {
     match activation {
         Activation::Silu => "silu",
         Activation::Gelu => "gelu",
@@ -488,7 +639,7 @@ pub(super) fn embedding_scale(hidden_size: usize) -> f32 {
 }
 
 /// A number as its shortest decimal, rather than that of the `f64` it widens to.
-fn decimal(number: f32) -> Value {
+pub(super) fn decimal(number: f32) -> Value {
     json!(number.to_string().parse::<f64>().unwrap_or(f64::from(number)))
 }
 

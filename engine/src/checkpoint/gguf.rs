@@ -12,7 +12,7 @@ use super::gguf_header::{Header, TensorInfo};
 use super::gguf_tokenizer::tokenizer;
 use super::keys::{Keys, Kind};
 use super::names::{GGUF_GEMMA3, GGUF_LLAMA};
-use super::{Checkpoint, CheckpointError, Result, contents, in_loops, layers_within, num_layers, rules};
+use super::{Checkpoint, CheckpointError, Result, contents, in_loops, layers_within, num_layers, rules, with_loops};
 use crate::config::{Activation, Architecture, ModelConfig, RopeScaling, Sharing, SlidingWindow};
 use crate::tensor_file::{TensorFile, read_weights};
 
@@ -22,7 +22,7 @@ const ROPE_FACTORS: &str = "rope_freqs.weight";
 const ARCHITECTURE: &str = "general.architecture";
 
 /// Reads a GGUF file, or all parts of a split one of which `path` is one.
-pub(super) fn read(path: &Path, num_loops: usize) -> Result<Checkpoint> {
+pub(super) fn read(path: &Path, num_loops: Option<usize>) -> Result<Checkpoint> {
     let first = map(path)?;
     let header = header_of(path, &first)?;
     let paths = parts(path, &header)?;
@@ -40,17 +40,25 @@ pub(super) fn read(path: &Path, num_loops: usize) -> Result<Checkpoint> {
     let (naming, config) = match architecture.as_str() {
         rules::GGUF_LLAMA => {
             rules::check_gguf(&keys, rules::GGUF_LLAMA)?;
-            let config = llama(&keys, &file)?;
-            file.interleaved = Some((config.num_heads, config.num_kv_heads));
-            (&GGUF_LLAMA, config)
+            (&GGUF_LLAMA, llama(&keys, rules::GGUF_LLAMA, &file)?)
+        }
+        rules::GGUF_NANBEIGE => {
+            rules::check_gguf(&keys, rules::GGUF_NANBEIGE)?;
+            (&GGUF_LLAMA, nanbeige(&keys, &file)?)
         }
         rules::GGUF_GEMMA3 => {
             rules::check_gguf(&keys, rules::GGUF_GEMMA3)?;
             (&GGUF_GEMMA3, gemma3(&keys, &file)?)
         }
-        _ => return Err(keys.refuse(ARCHITECTURE, "one of llama, gemma3")),
+        _ => return Err(keys.refuse(ARCHITECTURE, "one of llama, gemma3, nanbeige")),
     };
-    let config = in_loops(config, num_loops, origin)?;
+    if architecture != rules::GGUF_GEMMA3 {
+        file.interleaved = Some((config.num_heads, config.num_kv_heads));
+    }
+    let config = match architecture == rules::GGUF_NANBEIGE {
+        true => with_loops(config, num_loops, origin)?,
+        false => in_loops(config, num_loops.unwrap_or(1), origin)?,
+    };
     let weights = read_weights(&file, config.clone(), &naming.entries(&config), |name| naming.ignores(name, &config))?;
     let tokenizer = tokenizer(&headers[0], &keys)?;
     let tokenizer = tokenizer.map(|tokenizer| tokenizer.for_model(origin, config.vocab_size)).transpose()?;
@@ -273,14 +281,25 @@ impl Architectural<'_> {
     }
 }
 
-fn llama(keys: &Keys, file: &Gguf) -> Result<ModelConfig> {
-    let keys = Architectural { keys, name: "llama" };
+fn llama(keys: &Keys, name: &'static str, file: &Gguf) -> Result<ModelConfig> {
+    let keys = Architectural { keys, name };
     let rope_theta = keys.optional("rope.freq_base")?.unwrap_or(10_000.0);
     let mut config = keys.config(file, Architecture { rope_theta, ..Architecture::default() })?;
     if file.shape(ROPE_FACTORS).is_some() {
         config.architecture.rope_scaling = Some(llama3_scaling(&config, file)?);
     }
     Ok(config)
+}
+
+/// A Llama whose layers, counted once, run several times.
+fn nanbeige(keys: &Keys, file: &Gguf) -> Result<ModelConfig> {
+    let own = Architectural { keys, name: rules::GGUF_NANBEIGE };
+    Ok(ModelConfig {
+        num_loops: own.required("num_loops")?,
+        sharing: Sharing::Block,
+        norm_between_loops: !own.optional("skip_loop_final_norm")?.unwrap_or(false),
+        ..llama(keys, rules::GGUF_NANBEIGE, file)?
+    })
 }
 
 /// Rope scaling with Llama 3.1's parameters, of which the file keeps only the factors that follow from them.

@@ -1,19 +1,27 @@
-//! Models from wherever they lie: folders of ours, and ordinary transformers as others publish them, which are Hugging
-//! Face folders and GGUF files, local or from the Hugging Face hub. Those are read into [`Weights`] whose loops share
-//! nothing; all are written back as Hugging Face folders.
+//! Models from wherever they lie: folders of ours, and models as others publish them, which are Hugging Face folders and
+//! GGUF files, local or from the Hugging Face hub. Ordinary transformers are read into [`Weights`] whose loops share
+//! nothing, looped models with the loops that they have. All are written back as Hugging Face folders; a recursive model
+//! that no family has is unrolled.
 //!
 //! ```text
 //! a folder of ours ─────────────┐
 //! config.json + *.safetensors ──┤                                       ┌── config.json + model.safetensors
-//! *.gguf ───────────────────────┴─► Weights ─────────────── unrolled ───┘
+//! *.gguf ───────────────────────┴─► Weights ─────────── (unrolled) ─────┘
 //! ```
 //!
 //! | family | Hugging Face | GGUF |
 //! | --- | --- | --- |
 //! | Llama | `LlamaForCausalLM` | `llama` |
+//! | Mistral | `MistralForCausalLM` | |
+//! | Qwen 2, dense | `Qwen2ForCausalLM` | |
+//! | Qwen 3, dense | `Qwen3ForCausalLM` | |
+//! | SmolLM3 | `SmolLM3ForCausalLM` | |
 //! | Gemma | `GemmaForCausalLM` | |
 //! | Gemma 3, text | `Gemma3ForCausalLM` | `gemma3` |
 //! | GPT-NeoX, Pythia | `GPTNeoXForCausalLM` | |
+//! | Ouro, looped | `OuroForCausalLM` | |
+//! | Nanbeige 4.2, looped | `NanbeigeForCausalLM` | `nanbeige` |
+//! | Huginn, looped | `RavenForCausalLM` | |
 //!
 //! What a family has and [`ModelConfig`] cannot say is refused with the key that asks for it.
 
@@ -25,6 +33,7 @@ mod gguf_header;
 mod gguf_tokenizer;
 mod hub;
 mod keys;
+mod looped;
 mod names;
 mod pre_tokenizers;
 mod rules;
@@ -34,13 +43,15 @@ use std::path::{Path, PathBuf};
 
 use keys::Keys;
 
-use crate::config::{ConfigError, MAX_LAYERS, MODEL_TYPE, ModelConfig};
+use crate::config::{ConfigError, MAX_LAYERS, MODEL_TYPE, ModelConfig, Sharing};
 use crate::tensor_file::{Safetensors, TensorFile, read_weights};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, Weights, WeightsError};
 
 pub use export::write_hugging_face;
 
+/// Most loops of a looped model.
+const MAX_LOOPS: usize = 64;
 /// The file that says in which file each tensor is, where there are several.
 const INDEX_FILE: &str = "model.safetensors.index.json";
 
@@ -118,6 +129,14 @@ pub enum CheckpointError {
         /// Loops asked for.
         num_loops: usize,
     },
+    /// A looped model is asked for more loops than it can have, or for none.
+    #[error("{}: {num_loops} loops, expected 1 to {MAX_LOOPS}", path.display())]
+    LoopCount {
+        /// The file.
+        path: PathBuf,
+        /// Loops asked for.
+        num_loops: usize,
+    },
     /// A recursive model is asked for other loops than its own.
     #[error("{}: a recursive model of {found} loops: only an ordinary transformer is split into other loops", path.display())]
     Recursive {
@@ -186,7 +205,8 @@ impl Checkpoint {
     /// Opens a model: a folder of ours, a Hugging Face folder, a GGUF file or, where `name` is none of them, a model on
     /// the Hugging Face hub, `owner/model` or `owner/model/file.gguf`. The hub's files are kept in its usual cache
     /// (`HF_HOME`), which is asked first. The layers of an ordinary transformer become `num_loops` blocks in a row that
-    /// share nothing; if none is given, one block, or those that a folder of ours says.
+    /// share nothing; if none is given, one block, or those that a folder of ours says. A looped model of another program
+    /// runs `num_loops` loops, or those that it says.
     ///
     /// # Errors
     /// If nothing is found under the name, a file is damaged, the model is of a family or has an option that is not
@@ -199,7 +219,7 @@ impl Checkpoint {
         };
         match is_ours(&path) {
             true => read_ours(&path, num_loops),
-            false => Self::read(&path, num_loops.unwrap_or(1)),
+            false => Self::read(&path, num_loops),
         }
     }
 
@@ -214,11 +234,13 @@ impl Checkpoint {
         }
     }
 
-    /// Reads an ordinary transformer, a Hugging Face folder or a GGUF file, as `num_loops` blocks.
+    /// Reads a model of another program, a Hugging Face folder or a GGUF file, with `num_loops` as for
+    /// [`open`](Self::open).
     ///
     /// # Errors
-    /// As for [`Checkpoint::open`].
-    pub fn read(path: &Path, num_loops: usize) -> Result<Self> {
+    /// As for [`open`](Self::open).
+    pub fn read(path: &Path, num_loops: impl Into<Option<usize>>) -> Result<Self> {
+        let num_loops = num_loops.into();
         if path.is_dir() {
             return read_folder(path, num_loops);
         }
@@ -251,14 +273,22 @@ fn read_ours(folder: &Path, num_loops: Option<usize>) -> Result<Checkpoint> {
     Ok(Checkpoint { weights, tokenizer })
 }
 
-fn read_folder(folder: &Path, num_loops: usize) -> Result<Checkpoint> {
+fn read_folder(folder: &Path, num_loops: Option<usize>) -> Result<Checkpoint> {
     is_model(folder)?;
     let keys = Keys::read(&folder.join(CONFIG_FILE))?;
     let family = family::Family::of(&keys)?;
-    let mut config = in_loops(family.config(&keys)?, num_loops, keys.path())?;
+    let config = family.config(&keys)?;
+    let mut config = match family.is_looped() {
+        true => with_loops(config, num_loops, keys.path())?,
+        false => in_loops(config, num_loops.unwrap_or(1), keys.path())?,
+    };
     let (files, origin) = tensor_files(folder)?;
     let file = Safetensors::open(&files, &origin)?;
-    layers_within(&file, config.num_layers(), &keys, "num_hidden_layers")?;
+    let stored = match config.sharing {
+        Sharing::Nothing => config.num_layers(),
+        Sharing::Block | Sharing::Matrices => config.prelude_layers + config.block_layers + config.coda_layers,
+    };
+    layers_within(&file, stored, &keys, family.layers_key())?;
     let [embedding, head] = family.naming().ends();
     let both = file.shape(&embedding).is_some() && file.shape(&head).is_some();
     if config.tie_embeddings && both && !file.are_equal(&embedding, &head) {
@@ -340,6 +370,16 @@ fn in_loops(mut config: ModelConfig, num_loops: usize, path: &Path) -> Result<Mo
         return Err(CheckpointError::Loops { path: path.to_owned(), layers, num_loops });
     }
     (config.num_loops, config.block_layers) = (num_loops, layers / num_loops);
+    config.validate().map_err(|invalid| ConfigError::Invalid { path: path.to_owned(), invalid })?;
+    Ok(config)
+}
+
+/// A looped model with `num_loops` loops, or as many as it says.
+fn with_loops(mut config: ModelConfig, num_loops: Option<usize>, path: &Path) -> Result<ModelConfig> {
+    config.num_loops = num_loops.unwrap_or(config.num_loops);
+    if !(1..=MAX_LOOPS).contains(&config.num_loops) {
+        return Err(CheckpointError::LoopCount { path: path.to_owned(), num_loops: config.num_loops });
+    }
     config.validate().map_err(|invalid| ConfigError::Invalid { path: path.to_owned(), invalid })?;
     Ok(config)
 }

@@ -38,7 +38,20 @@ const LLAMA: &str = Family::Llama.model_type();
 const GEMMA: &str = Family::Gemma.model_type();
 const GEMMA3: &str = Family::Gemma3.model_type();
 const GPT_NEOX: &str = Family::GptNeoX.model_type();
-const ALL: &[&str] = &[LLAMA, GEMMA, GEMMA3, GPT_NEOX];
+const MISTRAL: &str = Family::Mistral.model_type();
+const QWEN2: &str = Family::Qwen2.model_type();
+const QWEN3: &str = Family::Qwen3.model_type();
+const SMOLLM3: &str = Family::SmolLm3.model_type();
+const OURO: &str = Family::Ouro.model_type();
+const NANBEIGE: &str = Family::Nanbeige.model_type();
+const RAVEN: &str = Family::Raven.model_type();
+const ALL: &[&str] = &[LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA, GEMMA3, GPT_NEOX, OURO, NANBEIGE, RAVEN];
+/// The families whose keys are those of Hugging Face's own.
+const USUAL: &[&str] = &[LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA, GEMMA3, GPT_NEOX, OURO, NANBEIGE];
+const ALL_BUT_GEMMA3: &[&str] = &[LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA, GPT_NEOX, OURO, NANBEIGE, RAVEN];
+const ALL_BUT_SMOLLM3: &[&str] = &[LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA3, GPT_NEOX, OURO, NANBEIGE, RAVEN];
+/// Llama and its relatives.
+const LLAMAS: &[&str] = &[LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OURO, NANBEIGE];
 
 const fn used(of: &'static [&'static str], keys: &'static [&'static str]) -> Rule {
     Rule { of, keys, decision: Decision::Used }
@@ -120,6 +133,26 @@ fn is_width_of_a_head(value: &Value, keys: &Keys) -> bool {
     value.as_u64() == width
 }
 
+/// The heads of a Huginn, which has two names for them.
+fn raven_heads(keys: &Keys) -> Option<u64> {
+    keys.value("n_heads").or(keys.value("num_attention_heads"))?.as_u64()
+}
+
+fn is_raven_heads(value: &Value, keys: &Keys) -> bool {
+    value.as_u64() == raven_heads(keys)
+}
+
+fn is_share_of_n_embd(value: &Value, keys: &Keys) -> bool {
+    let width = keys.value("n_embd").and_then(Value::as_u64);
+    value.as_u64() == width.zip(raven_heads(keys)).and_then(|(width, heads)| width.checked_div(heads))
+}
+
+/// Whether there is a weight for the loss of each loop but the last: the family's code counts its loops by them.
+fn is_a_weight_for_each_loop(value: &Value, keys: &Keys) -> bool {
+    let loops = keys.value("num_loops").and_then(Value::as_u64).unwrap_or(1);
+    value.as_array().is_some_and(|weights| weights.is_empty() || weights.len() as u64 + 1 == loops)
+}
+
 fn equals_rotary_base(value: &Value, keys: &Keys) -> bool {
     value.as_f64() == keys.value("rotary_emb_base").map_or(Some(10_000.0), Value::as_f64)
 }
@@ -130,27 +163,27 @@ fn equals_rotary_share(value: &Value, keys: &Keys) -> bool {
 
 /// The keys of `config.json`, as transformers 5 writes them and older versions did.
 pub(super) const HUGGING_FACE: &[Rule] = &[
+    used(ALL, &["architectures", "intermediate_size", "model_type", "vocab_size"]),
     used(
-        ALL,
+        USUAL,
         &[
-            "architectures",
-            "attention_bias",
             "hidden_size",
-            "intermediate_size",
             "max_position_embeddings",
-            "model_type",
             "num_attention_heads",
             "num_hidden_layers",
             "rope_parameters",
             "rope_scaling",
             "tie_word_embeddings",
-            "vocab_size",
         ],
     ),
-    used(&[LLAMA, GEMMA, GEMMA3], &["head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta"]),
-    used(&[LLAMA, GEMMA, GPT_NEOX], &["hidden_act"]),
-    used(&[LLAMA], &["mlp_bias"]),
+    used(&[LLAMA, QWEN3, SMOLLM3, GEMMA, GEMMA3, GPT_NEOX, NANBEIGE], &["attention_bias"]),
+    used(LLAMAS, &["head_dim", "hidden_act", "num_key_value_heads", "rms_norm_eps", "rope_theta"]),
+    used(&[GEMMA, GEMMA3], &["head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta"]),
+    used(&[GEMMA, GPT_NEOX], &["hidden_act"]),
+    used(&[LLAMA, SMOLLM3, NANBEIGE], &["mlp_bias"]),
     used(&[GEMMA, GEMMA3], &["hidden_activation"]),
+    used(&[MISTRAL], &["sliding_window"]),
+    used(&[SMOLLM3], &["no_rope_layer_interval", "no_rope_layers"]),
     used(
         &[GEMMA3],
         &[
@@ -163,6 +196,26 @@ pub(super) const HUGGING_FACE: &[Rule] = &[
         ],
     ),
     used(&[GPT_NEOX], &["layer_norm_eps", "rotary_emb_base", "rotary_pct", "use_parallel_residual"]),
+    used(&[OURO], &["early_exit_threshold", "total_ut_steps"]),
+    used(&[NANBEIGE], &["num_loops", "skip_loop_final_norm"]),
+    used(
+        &[RAVEN],
+        &[
+            "block_size",
+            "init_values",
+            "mean_recurrence",
+            "n_embd",
+            "n_heads",
+            "num_attention_heads",
+            "n_layers_in_coda",
+            "n_layers_in_prelude",
+            "n_layers_in_recurrent_block",
+            "norm_eps",
+            "qk_bias",
+            "rope_base",
+            "tie_embeddings",
+        ],
+    ),
     // What changes the result, and this engine does not have or the family's own code does not use.
     refused(ALL, &["quantization", "quantization_config", "compression_config"], "null", never),
     refused(
@@ -173,27 +226,29 @@ pub(super) const HUGGING_FACE: &[Rule] = &[
     ),
     refused(ALL, &["attention_multiplier"], "null", never),
     refused(ALL, &["attn_logit_softcapping", "final_logit_softcapping", "logit_softcap"], "null", never),
-    refused(&[LLAMA, GEMMA, GPT_NEOX], &["query_pre_attn_scalar", "rope_local_base_freq"], "null", never),
-    refused(&[LLAMA, GPT_NEOX], &["hidden_activation"], "null", never),
+    refused(LLAMAS, &["query_pre_attn_scalar", "rope_local_base_freq", "hidden_activation"], "null", never),
+    refused(&[GEMMA, GPT_NEOX, RAVEN], &["query_pre_attn_scalar", "rope_local_base_freq"], "null", never),
+    refused(&[GPT_NEOX, RAVEN], &["hidden_activation"], "null", never),
     refused(&[GEMMA3], &["hidden_act"], "null or `hidden_activation`", equals_hidden_activation),
     refused(
-        &[LLAMA, GEMMA, GPT_NEOX],
+        &[LLAMA, QWEN2, QWEN3, SMOLLM3, GEMMA, GPT_NEOX, OURO, NANBEIGE, RAVEN],
         &["sliding_window"],
         "null, at least `max_position_embeddings`, or `use_sliding_window` false",
         window_holds_all,
     ),
-    refused(&[LLAMA, GEMMA, GPT_NEOX], &["use_sliding_window"], "null or false", is_false),
+    refused(ALL_BUT_GEMMA3, &["use_sliding_window"], "null or false", is_false),
     refused(
-        &[LLAMA, GEMMA, GPT_NEOX],
+        ALL_BUT_GEMMA3,
         &["sliding_window_pattern", "_sliding_window_pattern", "attention_chunk_size"],
         "null",
         never,
     ),
-    refused(&[LLAMA, GEMMA, GPT_NEOX], &["layer_types"], "null or `full_attention` for all", all_see_everything),
-    refused(ALL, &["no_rope_layers"], "null, or 1 for all layers", all_rotate),
-    refused(ALL, &["no_rope_layer_interval"], "null or 0", is_zero),
+    refused(ALL_BUT_GEMMA3, &["layer_types"], "null or `full_attention` for all", all_see_everything),
+    refused(ALL_BUT_SMOLLM3, &["no_rope_layers"], "null, or 1 for all layers", all_rotate),
+    refused(ALL_BUT_SMOLLM3, &["no_rope_layer_interval"], "null or 0", is_zero),
     refused(ALL, &["rope_interleaved", "rope_interleave"], "null or false", is_false),
-    refused(&[LLAMA, GEMMA, GEMMA3], &["partial_rotary_factor", "rotary_pct"], "null or 1", is_one),
+    refused(LLAMAS, &["partial_rotary_factor", "rotary_pct"], "null or 1", is_one),
+    refused(&[GEMMA, GEMMA3, RAVEN], &["partial_rotary_factor", "rotary_pct"], "null or 1", is_one),
     refused(&[GPT_NEOX], &["partial_rotary_factor"], "null or `rotary_pct`", equals_rotary_share),
     refused(&[GPT_NEOX], &["rope_theta"], "null or `rotary_emb_base`", equals_rotary_base),
     refused(&[GPT_NEOX], &["num_key_value_heads"], "null or `num_attention_heads`", equals_heads),
@@ -202,8 +257,11 @@ pub(super) const HUGGING_FACE: &[Rule] = &[
     refused(ALL, &["position_embedding_type"], "null, rope or rotary", is_rotary),
     refused(ALL, &["alibi", "use_alibi"], "null or false", is_false),
     refused(ALL, &["qk_layernorm", "use_qk_norm", "qk_norm", "attn_temperature_tuning"], "null or false", is_false),
-    refused(&[LLAMA, GEMMA, GEMMA3], &["use_parallel_residual", "parallel_attn"], "null or false", is_false),
-    refused(&[GEMMA, GEMMA3], &["mlp_bias"], "null or false", is_false),
+    refused(LLAMAS, &["use_parallel_residual", "parallel_attn"], "null or false", is_false),
+    refused(&[GEMMA, GEMMA3, RAVEN], &["use_parallel_residual", "parallel_attn"], "null or false", is_false),
+    refused(&[MISTRAL, OURO, RAVEN], &["attention_bias"], "null or false", is_false),
+    refused(&[QWEN2], &["attention_bias"], "null or true", is_true),
+    refused(&[MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA3, OURO, RAVEN], &["mlp_bias"], "null or false", is_false),
     refused(&[GPT_NEOX], &["mlp_bias"], "null or true", is_true),
     refused(ALL, &["use_bidirectional_attention"], "null or false", is_false),
     refused(ALL, &["is_causal"], "null or true", is_true),
@@ -212,7 +270,93 @@ pub(super) const HUGGING_FACE: &[Rule] = &[
     refused(ALL, &["clip_qkv"], "null", never),
     refused(ALL, &["pruned_heads"], "null or empty", is_empty),
     refused(ALL, &["text_config", "vision_config", "audio_config"], "null: this engine reads text models", never),
+    // The options of looped models.
+    refused(&[OURO], &["early_exit_step"], "null: exits are by the exit policy, such as static:1", never),
+    refused(&[NANBEIGE], &["loop_loss_weights"], "null, or one less than `num_loops`", is_a_weight_for_each_loop),
+    refused(
+        &[NANBEIGE],
+        &[
+            "enable_depth_attention",
+            "enable_double_loop_split",
+            "enable_h_res_identity",
+            "enable_hyper_connection",
+            "enable_mhc",
+            "loop_share_kv",
+            "mhc_diff_for_loop",
+            "mhc_identity_nohresparam",
+            "ngram_insert_all_layers",
+        ],
+        "null or false",
+        is_false,
+    ),
+    refused(
+        &[NANBEIGE],
+        &[
+            "emb_neighbor_num",
+            "emb_split_num",
+            "loop_middle_layers",
+            "loop_middle_repeats",
+            "mhc_double_stream_position_for_loop",
+            "ngram_embedding_hidden_size",
+            "ngram_vocab_size_ratio",
+        ],
+        "null",
+        never,
+    ),
+    refused(&[NANBEIGE], &["insert_ngram_layer_idx"], "null or empty", is_empty),
+    refused(&[RAVEN], &["bias"], "null or false", is_false),
+    refused(&[RAVEN], &["block_class_name"], "null or SandwichBlock", |value, _| value == "SandwichBlock"),
+    refused(&[RAVEN], &["injection_type"], "null or linear", |value, _| value == "linear"),
+    refused(&[RAVEN], &["mlp_class_name"], "null or GatedMLP", |value, _| value == "GatedMLP"),
+    refused(&[RAVEN], &["nonlin_name"], "null or SiLU", |value, _| value == "SiLU"),
+    refused(&[RAVEN], &["norm_class_name"], "null or RMSNorm_llama", |value, _| value == "RMSNorm_llama"),
+    refused(&[RAVEN], &["state_init"], "null or like-init", |value, _| value == "like-init"),
+    refused(&[RAVEN], &["test_time_noise"], "null or 0", is_zero),
+    refused(&[RAVEN], &["rope_parameters", "rope_scaling", "rope_theta"], "null", never),
+    refused(&[RAVEN], &["hidden_size"], "null or `n_embd`", |value, keys| Some(value) == keys.value("n_embd")),
+    refused(&[RAVEN], &["num_key_value_heads"], "null or `n_heads`", is_raven_heads),
+    refused(&[RAVEN], &["padded_vocab_size"], "null or `vocab_size`", |value, keys| {
+        Some(value) == keys.value("vocab_size")
+    }),
+    refused(&[RAVEN], &["tie_word_embeddings"], "null or `tie_embeddings`", |value, keys| {
+        keys.value("tie_embeddings").map_or(value == true, |tied| tied == value)
+    }),
+    refused(&[RAVEN], &["head_dim"], "null or `n_embd` / `n_heads`", is_share_of_n_embd),
     // What changes nothing here.
+    no_effect(&[OURO], &["chunk_size"]),
+    no_effect(
+        &[NANBEIGE],
+        &[
+            "depth_attention_recent_window",
+            "depth_attention_static_anchor_once",
+            "depth_attention_stride",
+            "emb_tp_num",
+            "kv_channels",
+            "mhc_init_gating_factor",
+            "mhc_sinkhorn_iterations",
+            "ngram_compressed_tokenizer",
+            "ngram_fused_mode",
+            "ngram_layer_downproject_size",
+            "ngram_mod_force_prime",
+            "num_residual_streams",
+            "skip_ngram_for_input",
+        ],
+    ),
+    no_effect(
+        &[RAVEN],
+        &[
+            "activation_checkpoint_impl",
+            "architecture_class_name",
+            "effective_expected_depth",
+            "init_orthogonal",
+            "init_strategy",
+            "mean_backprop_depth",
+            "n_layers",
+            "padding_multiple",
+            "sampling_scheme",
+            "test_time_noise_type",
+        ],
+    ),
     no_effect(
         ALL,
         &[
@@ -300,7 +444,9 @@ pub(super) const HUGGING_FACE: &[Rule] = &[
 pub(super) const GGUF_LLAMA: &str = "llama";
 /// GGUF's `gemma3`.
 pub(super) const GGUF_GEMMA3: &str = "gemma3";
-const GGUF_ALL: &[&str] = &[GGUF_LLAMA, GGUF_GEMMA3];
+/// GGUF's `nanbeige`.
+pub(super) const GGUF_NANBEIGE: &str = "nanbeige";
+const GGUF_ALL: &[&str] = &[GGUF_LLAMA, GGUF_GEMMA3, GGUF_NANBEIGE];
 
 /// The metadata keys of GGUF that begin with the architecture, without it.
 pub(super) const GGUF: &[Rule] = &[
@@ -324,8 +470,20 @@ pub(super) const GGUF: &[Rule] = &[
         ],
     ),
     used(&[GGUF_GEMMA3], &["attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"]),
-    refused(&[GGUF_LLAMA], &["attention.sliding_window"], "missing, 0 or at least the context length", gguf_window),
-    refused(&[GGUF_LLAMA], &["attention.sliding_window_pattern", "rope.freq_base_swa"], "missing", never),
+    used(&[GGUF_NANBEIGE], &["num_loops", "skip_loop_final_norm"]),
+    refused(&[GGUF_NANBEIGE], &["loop_count"], "missing: `num_loops`, with the layers of one loop", never),
+    refused(
+        &[GGUF_LLAMA, GGUF_NANBEIGE],
+        &["attention.sliding_window"],
+        "missing, 0 or at least the context length",
+        gguf_window,
+    ),
+    refused(
+        &[GGUF_LLAMA, GGUF_NANBEIGE],
+        &["attention.sliding_window_pattern", "rope.freq_base_swa"],
+        "missing",
+        never,
+    ),
     refused(GGUF_ALL, &["attention.scale"], "missing, 0 or 1 / sqrt(`attention.key_length`)", gguf_attention_scale),
     refused(GGUF_ALL, &["logit_scale", "residual_scale", "embedding_scale"], "missing, 0 or 1", is_zero_or_one),
     refused(
@@ -358,6 +516,7 @@ pub(super) const GGUF: &[Rule] = &[
     no_effect(
         GGUF_ALL,
         &[
+            "attention.head_dim",
             "pooling_type",
             "rope.scaling.finetuned",
             "rope.scaling.original_context_length",
@@ -371,7 +530,7 @@ pub(super) const GGUF: &[Rule] = &[
 ];
 
 fn gguf_window(value: &Value, keys: &Keys) -> bool {
-    let positions = keys.value("llama.context_length").and_then(Value::as_u64);
+    let positions = GGUF_ALL.iter().find_map(|name| keys.value(&format!("{name}.context_length"))?.as_u64());
     value.as_u64().is_some_and(|window| window == 0 || positions.is_some_and(|positions| window >= positions))
 }
 
@@ -489,8 +648,19 @@ mod tests {
 
     const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/checkpoint-keys.md");
 
+    /// Where a rule holds, among all families or architectures.
+    fn holds_for(of: &[&str], all: &[&str]) -> String {
+        let code = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        let others: Vec<&str> = all.iter().filter(|name| !of.contains(name)).copied().collect();
+        match others.len() {
+            0 => "all".to_owned(),
+            1..4 if of.len() > others.len() => format!("all but {}", code(&others)),
+            _ => code(of),
+        }
+    }
+
     /// Rows of a table: keys, where the rule holds, what is done.
-    fn rows(rules: &[Rule]) -> String {
+    fn rows(rules: &[Rule], all: &[&str]) -> String {
         let code = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         let row = |rule: &Rule| {
             let done = match rule.decision {
@@ -498,13 +668,14 @@ mod tests {
                 Decision::NoEffect => "no effect here".to_owned(),
                 Decision::Refused { unless, .. } => format!("refused unless {unless}"),
             };
-            format!("| {} | {} | {done} |\n", code(rule.keys), code(rule.of))
+            format!("| {} | {} | {done} |\n", code(rule.keys), holds_for(rule.of, all))
         };
         rules.iter().map(row).collect()
     }
 
     fn page() -> String {
-        let table = |rules, of| format!("| key | {of} | what is done |\n| --- | --- | --- |\n{}", rows(rules));
+        let table =
+            |rules, all, of| format!("| key | {of} | what is done |\n| --- | --- | --- |\n{}", rows(rules, all));
         let yes_or_no = |yes| if yes { "yes" } else { "no" };
         let splitters: String = PRE_TOKENIZERS
             .iter()
@@ -525,9 +696,9 @@ mod tests {
              ## `tokenizer.ggml.pre`\n\n\
              | name | a piece that is a token is not split | begins with the first token, where `add_bos_token` is \
              missing |\n| --- | --- | --- |\n{splitters}",
-            table(HUGGING_FACE, "`model_type`"),
-            table(GGUF, "architecture"),
-            table(GGUF_COMMON, "architecture"),
+            table(HUGGING_FACE, ALL, "`model_type`"),
+            table(GGUF, GGUF_ALL, "architecture"),
+            table(GGUF_COMMON, GGUF_ALL, "architecture"),
         )
     }
 

@@ -150,6 +150,10 @@ impl Carver {
 struct RowMemory {
     /// residual stream of all rows,
     hidden: View<f32>,
+    /// with input injection: the residual stream of all rows after the prelude,
+    injected: View<f32>,
+    /// and the input of the adapter,
+    adapted: View<Stored>,
     /// residual stream of the rows of a smaller section,
     part: View<f32>,
     /// residual stream of the rows after the coda.
@@ -169,7 +173,9 @@ impl RowMemory {
         });
         let residual = |carver: &mut Carver| carver.take(rows * hidden_size, size_of::<f32>());
         let (hidden, part, exits) = (residual(carver), residual(carver), residual(carver));
+        let injected = config.injection.map_or(View::new(0, 0), |_| residual(carver));
         let mut stored = |width| carver.take(rows * width, scalar_bytes);
+        let adapted = config.injection.map_or(View::new(0, 0), |_| stored(2 * hidden_size));
         let scratch = Scratch {
             normed: stored(hidden_size),
             mlp_normed: stored(hidden_size),
@@ -181,7 +187,7 @@ impl RowMemory {
             shrunk: carver.take(rows * ranks.max(config.head_lora_rank), size_of::<f32>()),
             partial: View::new(0, 0),
         };
-        Self { hidden, part, exits, scratch }
+        Self { hidden, injected, adapted, part, exits, scratch }
     }
 }
 
@@ -239,8 +245,10 @@ pub(super) struct Memory<D: Device> {
     module: D::Module,
     layout: PageLayout,
     pages: Held<D, Stored>,
-    /// `[capacity, hidden]`
+    /// States of rows in flight, `[capacity, hidden]`.
     in_flight: Option<Held<D, f32>>,
+    /// With input injection: their residual streams after the prelude, `[capacity, hidden]`.
+    injected_in_flight: Option<Held<D, f32>>,
     indices: Growing<D>,
     row_memory: Growing<D>,
     head_memory: Growing<D>,
@@ -275,6 +283,7 @@ impl<D: Device> Memory<D> {
             layout,
             pages,
             in_flight: None,
+            injected_in_flight: None,
             indices: Growing(None),
             row_memory: Growing(None),
             head_memory: Growing(None),
@@ -443,13 +452,13 @@ impl<D: Device> CudaBackend<D> {
         plan
     }
 
-    /// The sections of a pass before the head, in order.
+    /// The sections of a pass between the prelude and the head, in order.
     fn order(&self) -> Vec<Layers> {
         let block = match &self.model.loops {
             Loops::Shared(_) => vec![Layers::Block],
             Loops::Own(loops) => (0..loops.len()).map(Layers::Loop).collect(),
         };
-        [vec![Layers::Prelude], block, vec![Layers::Coda]].concat()
+        [block, vec![Layers::Coda]].concat()
     }
 
     fn window(&self) -> Option<usize> {
@@ -559,17 +568,38 @@ impl<D: Device> CudaBackend<D> {
         Ok(AnswerMemory::carve(&mut self.memory.answers.carve(), sizes))
     }
 
+    /// What the prelude reads and writes, of all rows of a pass.
+    fn entered(&self, views: &RowMemory) -> View<f32> {
+        if self.model.adapter.is_some() { views.injected } else { views.hidden }
+    }
+
+    /// Computes what the block reads from the rows' states and what is injected, or norms the outputs of loops.
+    fn enter_loop(&self, rows: OnDevice, sources: View<i32>) -> Result<()> {
+        let (views, run) = (self.row_views(), self.run_of(rows));
+        if let Some(adapter) = &self.model.adapter {
+            let (states, width) = ((self.in_flight(), sources), self.width());
+            let initial = adapter.initial_states.view;
+            run.kernels.inject_rows(states, rows.rows, initial, views.injected, width, views.adapted)?;
+            run.kernels.product(views.adapted, sources.len(), adapter.matrix, Target::F32(views.hidden))?;
+        }
+        match self.model.config.norm_between_loops {
+            true => self.model.norm.apply(&run, views.hidden, 1),
+            false => Ok(()),
+        }
+    }
+
     /// Runs a section's rows through its layers.
     fn run_section(&mut self, section: &Section) -> Result<()> {
         let views = self.row_views();
+        let whole = if section.layers == Layers::Prelude { self.entered(&views) } else { views.hidden };
         let residual = if section.layers == Layers::Coda { views.exits } else { views.part };
         let residual = if section.layers == Layers::Block { views.hidden } else { residual };
         if let Some(gather) = section.gather {
-            self.gather(views.hidden, gather, residual)?;
+            self.gather(whole, gather, residual)?;
         }
         self.perform(section, 0, |backend| backend.run_layers(section, residual))?;
         match section.scatter {
-            Some(scatter) => self.kernels().keep_rows(residual, scatter, self.width(), views.hidden),
+            Some(scatter) => self.kernels().keep_rows(residual, scatter, self.width(), whole),
             None => Ok(()),
         }
     }
@@ -606,6 +636,9 @@ impl<D: Device> CudaBackend<D> {
             (Layers::Loop(depth), Loops::Own(loops)) => forward(&loops[depth]),
             (Layers::Coda, _) => match self.model.coda.split_last() {
                 Some((last, before)) => {
+                    if self.model.config.norm_before_coda {
+                        self.model.norm.apply(&run, residual, 0)?;
+                    }
                     forward(before)?;
                     last.keep(&run, residual).map(drop)
                 }
@@ -725,17 +758,24 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             return Ok(());
         }
         let device = self.model.device.clone();
-        let larger = match self.filled {
-            true => Held::of(&*device, &any_numbers(rows * width))?,
-            false => Held::room(&*device, rows * width, size_of::<f32>())?,
+        let grown = |smaller: Option<&Held<D, f32>>| {
+            let larger = match self.filled {
+                true => Held::of(&*device, &any_numbers(rows * width))?,
+                false => Held::room(&*device, rows * width, size_of::<f32>())?,
+            };
+            if let Some(smaller) = smaller {
+                let places = Held::of(&*device, &(0..there as i32).collect::<Vec<_>>())?;
+                self.kernels().keep_rows(smaller.view, places.view, width, larger.view)?;
+                // The source of a copy must not be freed before the copy is done.
+                device.download(larger.memory(), &mut [])?;
+            }
+            Ok::<_, candle_core::Error>(larger)
         };
-        if let Some(smaller) = &self.memory.in_flight {
-            let places = Held::of(&*device, &(0..there as i32).collect::<Vec<_>>())?;
-            self.kernels().keep_rows(smaller.view, places.view, width, larger.view)?;
-            // The source of a copy must not be freed before the copy is done.
-            device.download(larger.memory(), &mut [])?;
+        let states = grown(self.memory.in_flight.as_ref())?;
+        if self.model.adapter.is_some() {
+            self.memory.injected_in_flight = Some(grown(self.memory.injected_in_flight.as_ref())?);
         }
-        self.memory.in_flight = Some(larger);
+        self.memory.in_flight = Some(states);
         Ok(())
     }
 
@@ -785,24 +825,22 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
 
         let (views, in_flight) = (self.row_views(), self.in_flight());
         let (width, factor) = (self.width(), self.model.config.architecture.embedding_scale);
-        self.kernels().enter_rows(
-            self.model.embedding.view,
-            in_flight,
-            sources.moved(indices),
-            width,
-            factor,
-            views.hidden,
-        )?;
-        for layers in self.order() {
-            if let Some(section) = sections.iter().find(|section| section.layers == layers) {
-                self.run_section(section)?;
-            }
+        let (sources, entered) = (sources.moved(indices), self.entered(&views));
+        let kept = self.memory.injected_in_flight.as_ref().map_or(in_flight, |held| held.view);
+        self.kernels().enter_rows(self.model.embedding.view, kept, sources, width, factor, entered)?;
+        let whole = *sections.iter().find(|section| section.layers == Layers::Block).expect("every pass has rows");
+        let section_of = |layers| sections.iter().find(|section| section.layers == layers);
+        if let Some(prelude) = section_of(Layers::Prelude) {
+            self.run_section(prelude)?;
+        }
+        self.enter_loop(whole.rows, sources)?;
+        for section in self.order().into_iter().filter_map(section_of) {
+            self.run_section(section)?;
         }
         if let Some(section) = sections.iter().find(|section| section.layers == Layers::Head) {
             let exits = self.exits();
             self.run_head(section, exits, keys.moved(indices), work.heads.temperature, answers.verdicts)?;
         }
-        let whole = sections.iter().find(|section| section.layers == Layers::Block).expect("every pass has rows");
         if gates.len() > 0 {
             self.run_gates(whole.rows, gates.moved(indices), answers.gates)?;
         }
@@ -810,7 +848,11 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             let (ours, theirs) = (compared.moved(indices), before.moved(indices));
             self.kernels().cosines((views.hidden, ours), (in_flight, theirs), width, answers.similarities)?;
         }
-        self.kernels().keep_rows(views.hidden, places.moved(indices), width, in_flight)?;
+        let places = places.moved(indices);
+        self.kernels().keep_rows(views.hidden, places, width, in_flight)?;
+        if let Some(injected) = &self.memory.injected_in_flight {
+            self.kernels().keep_rows(views.injected, places, width, injected.view)?;
+        }
         meanwhile();
         let mut answers = self.finish(padded)?;
         answers.verdicts.truncate(work.heads.rows.len());

@@ -433,6 +433,26 @@ impl<D: Device> Kernels<'_, D> {
         unsafe { self.launch("add_normed", [rows.len, 1, 1], arguments) }
     }
 
+    /// Norms the rows of `x` `[rows, width]` at `first_depth` and below in place.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn norm_in_place(
+        &self,
+        x: View<f32>,
+        rows: View<Row>,
+        vectors: View<f32>,
+        formula: Formula,
+        first_depth: usize,
+    ) -> Result<()> {
+        require!("rows to norm", x, rows.len * formula.width as usize);
+        require!("a norm's vectors", vectors, formula.sets as usize * formula.numbers());
+        let first_depth = first_depth as i32;
+        let arguments = arguments![x.address, rows.address, vectors.address, formula, first_depth];
+        // SAFETY: the kernel's arguments, with checked sizes.
+        unsafe { self.launch("norm_in_place", [rows.len, 1, 1], arguments) }
+    }
+
     /// Norms each head of queries and keys of `qkv` in place. A set of `vectors` has those for queries, then those for
     /// keys.
     ///
@@ -487,6 +507,39 @@ impl<D: Device> Kernels<'_, D> {
         let arguments = arguments![rows.address, places.address, width, target.address];
         // SAFETY: the kernel's arguments; all places exist.
         unsafe { self.launch("keep_rows", [places.len, 1, 1], arguments) }
+    }
+
+    /// Inputs of the adapter, `out` `[rows, 2 width]`: the state of each row, in flight or, for tokens, the initial state
+    /// `[states, width]` of its position; then its residual stream after the prelude, `injected` `[rows, width]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn inject_rows(
+        &self,
+        (in_flight, sources): (View<f32>, View<i32>),
+        rows: View<Row>,
+        initial: View<f32>,
+        injected: View<f32>,
+        width: usize,
+        out: View<Stored>,
+    ) -> Result<()> {
+        require!("rows of the pass", rows, sources.len);
+        require!("an initial state", initial, width);
+        require!("the residual streams after the prelude", injected, sources.len * width);
+        require!("the adapter's input", out, sources.len * 2 * width);
+        let (states, width) = ((initial.len / width) as i32, width as i32);
+        let arguments = arguments![
+            in_flight.address,
+            sources.address,
+            rows.address,
+            initial.address,
+            states,
+            injected.address,
+            width,
+            out.address
+        ];
+        // SAFETY: the kernel's arguments; all rows in flight exist.
+        unsafe { self.launch("inject_rows", [sources.len, 1, 1], arguments) }
     }
 
     /// Adds a bias to each row of `x` `[rows, width]`; `biases` has shape `[sets, width]`.

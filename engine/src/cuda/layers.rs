@@ -120,6 +120,7 @@ impl<D: Device> Loading<'_, D> {
     fn try_layer(&self, parameters: LayerParameters<'_>) -> Result<Layer<D>> {
         let &ModelConfig { hidden_size, head_dim, intermediate_size, ref architecture, .. } = self.config;
         let norm = |vectors: Option<&Tensor>, width| vectors.map(|vectors| self.norm(vectors, width)).transpose();
+        let post_norm = |norm| PostNorm { norm, after_addition: architecture.norm_after_addition };
         let sight = |sight: &crate::kernels::attention::Sight| Sight {
             windowed: i32::from(sight.window.is_some()),
             rotary: sight.rotary as i32,
@@ -129,14 +130,14 @@ impl<D: Device> Loading<'_, D> {
             qkv: self.projection(&parameters.qkv)?,
             head_norm: norm(parameters.head_norm.as_ref(), head_dim)?,
             o: self.projection(&parameters.o)?,
-            attention_post_norm: norm(parameters.attention_post_norm.as_ref(), hidden_size)?,
+            attention_post_norm: norm(parameters.attention_post_norm.as_ref(), hidden_size)?.map(post_norm),
             mlp_norm: self.norm(&parameters.mlp_norm, hidden_size)?,
             gate_up: self.projection(&parameters.gate_up)?,
             activation: architecture.activation,
             gated: architecture.gated_mlp,
             inner: intermediate_size,
             down: self.projection(&parameters.down)?,
-            mlp_post_norm: norm(parameters.mlp_post_norm.as_ref(), hidden_size)?,
+            mlp_post_norm: norm(parameters.mlp_post_norm.as_ref(), hidden_size)?.map(post_norm),
             parallel: architecture.parallel_residual,
             sights: self.plain(&parameters.heads.sights.iter().map(sight).collect::<Vec<_>>())?,
             heads: parameters.heads,
@@ -151,10 +152,22 @@ pub(super) struct Norm<D: Device> {
 }
 
 impl<D: Device> Norm<D> {
+    /// Norms rows of the residual stream at `first_depth` and below in place.
+    pub fn apply(&self, run: &Run<'_, D>, x: View<f32>, first_depth: usize) -> Result<()> {
+        run.kernels.norm_in_place(x, run.rows.rows, self.vectors.view, self.formula, first_depth)
+    }
+
     /// Norms rows of the residual stream: those in `picks`, or all.
     pub fn of_rows(&self, run: &Run<'_, D>, x: View<f32>, picks: Option<View<i32>>, out: View<Stored>) -> Result<()> {
         run.kernels.norm_rows(x, picks, run.rows.rows, self.vectors.view, self.formula, out)
     }
+}
+
+/// The norm that follows attention or MLP.
+struct PostNorm<D: Device> {
+    norm: Norm<D>,
+    /// Whether it norms the sum with the residual, or what is added.
+    after_addition: bool,
 }
 
 /// Low-rank differences by depth.
@@ -196,9 +209,9 @@ impl<D: Device> Projection<D> {
         self.lora.as_ref().map_or(Ok(()), |lora| lora.add_to_stored(run, x, y))
     }
 
-    /// Adds the projection of `x` to the residual stream, normed first if there is a norm.
-    fn add_to(&self, run: &Run<'_, D>, x: View<Stored>, norm: Option<&Norm<D>>, residual: View<f32>) -> Result<()> {
-        if let Some(Norm { vectors, formula }) = norm {
+    /// Adds the projection of `x` to the residual stream. If there is a norm, either the projection or the sum is normed.
+    fn add_to(&self, run: &Run<'_, D>, x: View<Stored>, norm: Option<&PostNorm<D>>, residual: View<f32>) -> Result<()> {
+        if let Some(PostNorm { norm: Norm { vectors, formula }, after_addition: false }) = norm {
             let projected = run.scratch.projected;
             self.forward(run, x, projected)?;
             return run.kernels.add_normed(projected, run.rows.rows, vectors.view, *formula, residual);
@@ -207,7 +220,8 @@ impl<D: Device> Projection<D> {
         if let Some((biases, sets)) = &self.biases {
             run.kernels.add_bias_to_residual(residual, run.rows.rows, biases.view, *sets, self.matrix.outputs)?;
         }
-        self.lora.as_ref().map_or(Ok(()), |lora| lora.add_to(run, x, residual))
+        self.lora.as_ref().map_or(Ok(()), |lora| lora.add_to(run, x, residual))?;
+        norm.map_or(Ok(()), |sum| sum.norm.apply(run, residual, 0))
     }
 }
 
@@ -217,14 +231,14 @@ pub(super) struct Layer<D: Device> {
     qkv: Projection<D>,
     head_norm: Option<Norm<D>>,
     o: Projection<D>,
-    attention_post_norm: Option<Norm<D>>,
+    attention_post_norm: Option<PostNorm<D>>,
     mlp_norm: Norm<D>,
     gate_up: Projection<D>,
     activation: Activation,
     gated: bool,
     inner: usize,
     down: Projection<D>,
-    mlp_post_norm: Option<Norm<D>>,
+    mlp_post_norm: Option<PostNorm<D>>,
     parallel: bool,
     heads: Heads,
     sights: Held<D, Sight>,

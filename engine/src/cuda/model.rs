@@ -15,9 +15,9 @@ use crate::backend::{Backend, ServedModel};
 use crate::cache::{PageLayout, TILE};
 use crate::config::ModelConfig;
 use crate::executor::EngineError;
-use crate::kernels::adapters::Adapter;
-use crate::parameters::{Loops, ModelParameters, head_name, in_tensor};
-use crate::weights::{Weights, WeightsError};
+use crate::kernels;
+use crate::parameters::{InjectionParameters, Loops, ModelParameters, head_name, in_tensor};
+use crate::weights::{ADAPTER, Weights, WeightsError};
 
 /// A model on a device. Weights have one storage type; norms, biases, gates and rotary tables are `f32`.
 pub struct CudaModel<D: Device> {
@@ -29,6 +29,7 @@ pub struct CudaModel<D: Device> {
     pub(super) loops: Loops<Layer<D>>,
     pub(super) coda: Vec<Layer<D>>,
     pub(super) norm: Norm<D>,
+    pub(super) adapter: Option<Adapter<D>>,
     pub(super) head: Matrix,
     /// The head's numbers, unless the embedding is shared.
     _head: Option<Held<D, Stored>>,
@@ -41,6 +42,23 @@ pub struct CudaModel<D: Device> {
     weight_bytes: u64,
     /// Memory of the last backend.
     left: Mutex<Option<Memory<D>>>,
+}
+
+/// Input injection.
+pub(super) struct Adapter<D: Device> {
+    pub matrix: Matrix,
+    _weight: Held<D, Stored>,
+    /// `[states, hidden]`
+    pub initial_states: Held<D, f32>,
+}
+
+impl<D: Device> Adapter<D> {
+    fn new(loading: &Loading<'_, D>, parameters: &InjectionParameters<'_>) -> candle_core::Result<Self> {
+        let (outputs, inputs) = parameters.adapter.dims2()?;
+        let weight = loading.stored(&[parameters.adapter])?;
+        let initial_states = loading.exact(&parameters.initial_states)?;
+        Ok(Self { matrix: Matrix { numbers: weight.view, outputs, inputs }, _weight: weight, initial_states })
+    }
 }
 
 impl<D: Device> Debug for CudaModel<D> {
@@ -69,14 +87,17 @@ impl<D: Device> CudaModel<D> {
         let embedding = loading.stored(&[parameters.embedding]).map_err(in_tensor("embed_tokens.weight"))?;
         let own_head = || loading.stored(&[parameters.head]).map_err(in_tensor(head_name(config)));
         let head = if config.tie_embeddings { None } else { Some(own_head()?) };
-        let adapter = |&(down, up)| Adapter { parts: vec![(config.vocab_size, Some((down, up)))], scale: 1.0 };
-        let head_adapters: Vec<Adapter<'_>> = parameters.head_adapters.iter().map(adapter).collect();
+        let head_adapter =
+            |&(down, up)| kernels::adapters::Adapter { parts: vec![(config.vocab_size, Some((down, up)))], scale: 1.0 };
+        let head_adapters: Vec<_> = parameters.head_adapters.iter().map(head_adapter).collect();
+        let adapter = parameters.injection.as_ref().map(|injection| Adapter::new(&loading, injection)).transpose();
         let gates = parameters.gates.as_ref().map(|gates| loading.exact(&gates.score)).transpose();
         Ok(Self {
             prelude: parameters.prelude.into_iter().map(layer).collect::<Result<_, _>>()?,
             loops: parameters.loops.try_map(layer)?,
             coda: parameters.coda.into_iter().map(layer).collect::<Result<_, _>>()?,
             norm: loading.norm(&parameters.norm, config.hidden_size).map_err(in_tensor("norm"))?,
+            adapter: adapter.map_err(in_tensor(ADAPTER))?,
             head: Matrix {
                 numbers: head.as_ref().map_or(embedding.view, |head| head.view),
                 outputs: config.vocab_size,

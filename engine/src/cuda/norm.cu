@@ -77,6 +77,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_normed(
     }
 }
 
+// Norms rows of the residual stream at `first_depth` and below in place. Grid [rows].
+extern "C" __global__ void __launch_bounds__(THREADS) norm_in_place(
+    float* x, const Row* rows, const float* vectors, Formula formula, int first_depth) {
+    __shared__ float means[WARPS], squares[WARPS];
+    const Row row = rows[blockIdx.x];
+    if (row.position < 0 || row.depth < first_depth) {
+        return;
+    }
+    x += (long long)blockIdx.x * formula.width;
+    vectors += set_of(formula.sets, row.depth) * formula.numbers();
+    const Moments moments = block_moments(x, formula, means, squares);
+    for (int at = threadIdx.x; at < formula.width; at += THREADS) {
+        x[at] = normed(x[at], moments, formula, vectors, at);
+    }
+}
+
 // Norms each head of queries and keys in place. Grid [rows], a warp per head. A set of `vectors` has those for queries,
 // then those for keys; the width is a head's.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_heads(

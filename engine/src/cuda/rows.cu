@@ -28,6 +28,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) keep_rows(
     }
 }
 
+// Inputs of the adapter for rows that enter the block, `out` [rows, 2 width]: a row's state, then its residual stream
+// after the prelude, from `injected` [rows, width]. The state of source `s < 0` is row `-1 - s` of those in flight, that
+// of a token is the initial state of its position, from `initial` [states, width]. Grid [rows].
+extern "C" __global__ void __launch_bounds__(THREADS) inject_rows(
+    const float* __restrict__ in_flight, const int* __restrict__ sources, const Row* __restrict__ rows,
+    const float* __restrict__ initial, int states, const float* __restrict__ injected, int width,
+    scalar* __restrict__ out) {
+    const int source = sources[blockIdx.x];
+    const float* state = source < 0 ? in_flight + (long long)(-1 - source) * width
+                                    : initial + (long long)(rows[blockIdx.x].position % states) * width;
+    injected += (long long)blockIdx.x * width;
+    out += (long long)blockIdx.x * 2 * width;
+#pragma unroll 4
+    for (int at = threadIdx.x; at < width; at += THREADS) {
+        store(out + at, state[at]);
+        store(out + width + at, injected[at]);
+    }
+}
+
 template <class T> __device__ inline void add_bias(T* x, const Row* rows, const float* biases, int sets, int width) {
     const Row row = rows[blockIdx.x];
     if (row.position < 0) {

@@ -129,7 +129,7 @@ const FILES: [(&str, &str); 6] = [
 ];
 
 /// Every kernel.
-pub const KERNELS: [&str; 20] = [
+pub const KERNELS: [&str; 22] = [
     "store_kv",
     "fill_deeper",
     "attend_splits",
@@ -137,9 +137,11 @@ pub const KERNELS: [&str; 20] = [
     "attend_tiles",
     "norm_rows",
     "add_normed",
+    "norm_in_place",
     "norm_heads",
     "enter_rows",
     "keep_rows",
+    "inject_rows",
     "add_bias_to_rows",
     "add_bias_to_residual",
     "activate",

@@ -58,6 +58,14 @@ impl Norm {
         x.apply_op2_no_bwd(&self.vectors, &Normed { formula: self.formula, depths })
     }
 
+    /// Norms the rows of `x`, `[rows, width]`, in place.
+    ///
+    /// # Errors
+    /// If `x` has another width.
+    pub fn apply(&self, x: &Tensor, depths: &DepthRanges) -> Result<()> {
+        x.inplace_op2(&self.vectors, &Normed { formula: self.formula, depths })
+    }
+
     /// Adds the normed rows of `x` to those of `y`, both `[rows, width]`.
     ///
     /// # Errors
@@ -100,6 +108,27 @@ impl CustomOp2 for Normed<'_> {
         let mut normed = vec![0.0; x.len()];
         self.run(x, slice(w, w_l)?, &mut normed, false)?;
         Ok((CpuStorage::F32(normed), x_l.shape().clone()))
+    }
+}
+
+impl InplaceOp2 for Normed<'_> {
+    fn name(&self) -> &'static str {
+        "norm-in-place"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Result<()> {
+        let (x, vectors) = (slice_mut(x, x_l)?, slice(w, w_l)?);
+        let (width, numbers) = (self.formula.width, self.formula.numbers());
+        if !x.len().is_multiple_of(width) {
+            bail!("the norm is {width} wide, its input holds {} numbers", x.len());
+        }
+        let chunk = PARALLEL_NUMBERS.div_ceil(width) * width;
+        for (set, rows) in by_set(self.formula.sets(vectors.len())?, x.len() / width, self.depths) {
+            let vectors = &vectors[set * numbers..][..numbers];
+            let rows = &mut x[rows.start * width..rows.end * width];
+            each_chunk_mut(rows, chunk, |rows| norm_in_place(rows, vectors, self.formula));
+        }
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::equality::{assert_close, engine_logits, tokens};
 use super::folders::{Model, gemma3, head_dim, llama, size};
 use super::plain;
+use super::stored;
 use super::tokens::model_of;
 use super::warnings::with_warnings;
 
@@ -83,7 +84,11 @@ pub type Contents = (Vec<(String, GgufValue)>, Vec<(String, QTensor)>);
 pub fn contents(model: &Model, extra: &[(&str, GgufValue)], more: &[(&str, Tensor)]) -> Contents {
     let config = &model.config;
     let gemma3 = config["model_type"] == "gemma3_text";
-    let (name, width) = (if gemma3 { "gemma3" } else { "llama" }, head_dim(config));
+    let (name, width) = match config["model_type"].as_str() {
+        Some("gemma3_text") => ("gemma3", head_dim(config)),
+        Some("nanbeige") => ("nanbeige", head_dim(config)),
+        _ => ("llama", head_dim(config)),
+    };
     let mut values = vec![("general.architecture".to_owned(), text(name))];
     let mut add = |key: &str, value| values.push((format!("{name}.{key}"), value));
     add("block_count", uint(size(config, "num_hidden_layers")));
@@ -304,6 +309,35 @@ pub fn small_llama() -> Model {
         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": false,
     });
     Model::random(config, 4)
+}
+
+#[test]
+fn a_nanbeige_file_is_the_model_of_its_folder() {
+    for name in ["nanbeige", "nanbeige_skip_norm"] {
+        let model = stored::model(name);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        let loops = ("nanbeige.num_loops", uint(size(&model.config, "num_loops")));
+        let skips = model.config["skip_loop_final_norm"].as_bool().unwrap();
+        let skips = ("nanbeige.skip_loop_final_norm", GgufValue::Bool(skips));
+        write_gguf(&model, &path, &[loops.clone(), skips], &[]);
+        let (of_file, of_folder) = (
+            Checkpoint::read(&path, None).unwrap().weights,
+            Checkpoint::read(&stored::folder(name), None).unwrap().weights,
+        );
+        assert_eq!(of_file.config(), of_folder.config());
+        assert_eq!(of_file.fingerprint().unwrap(), of_folder.fingerprint().unwrap());
+        assert_eq!(Checkpoint::read(&path, Some(5)).unwrap().weights.config().num_loops, 5);
+
+        let refusal = |extra: &[(&str, GgufValue)]| {
+            write_gguf(&model, &path, extra, &[]);
+            Checkpoint::read(&path, None).err().expect("it is refused").to_string()
+        };
+        let missing = refusal(&[]);
+        assert!(missing.contains("model.gguf: `nanbeige.num_loops` is missing, expected a whole number"), "{missing}");
+        let unrolled = refusal(&[loops, ("nanbeige.loop_count", uint(2))]);
+        assert!(unrolled.contains("model.gguf: `nanbeige.loop_count` is 2, expected missing"), "{unrolled}");
+    }
 }
 
 #[test]

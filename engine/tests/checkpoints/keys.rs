@@ -240,8 +240,8 @@ fn a_model_type_that_is_not_that_of_the_architecture_is_refused() {
     let mistral = message(json!({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}));
     let expected = "config.json: `model_type` is \"mistral\", expected \"llama\", which goes with LlamaForCausalLM";
     assert!(mistral.contains(expected), "{mistral}");
-    let unknown = message(json!({"architectures": ["MistralForCausalLM"]}));
-    assert!(unknown.contains("`architectures` is [\"MistralForCausalLM\"], expected one of LlamaFor"), "{unknown}");
+    let unknown = message(json!({"architectures": ["OlmoForCausalLM"]}));
+    assert!(unknown.contains("`architectures` is [\"OlmoForCausalLM\"], expected one of LlamaFor"), "{unknown}");
     let none = message(json!({"model_type": null}));
     assert!(none.contains("`model_type` is null, expected a string"), "{none}");
 }

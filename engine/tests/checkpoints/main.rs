@@ -10,6 +10,7 @@ mod hardening;
 mod keys;
 mod plain;
 mod real;
+mod stored;
 mod tokens;
 mod warnings;
 mod written;

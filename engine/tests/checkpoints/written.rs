@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use engine::config::{Activation, Architecture, LoraConfig, LoraRanks, ModelConfig, Sharing};
+use engine::config::{Activation, Architecture, InitialState, Injection, LoraConfig, LoraRanks, ModelConfig, Sharing};
 use engine::reference::Reference;
 use engine::weights::{Stored, Weights};
 use engine::{Checkpoint, CheckpointError, Tokenizer, write_hugging_face};
@@ -115,11 +115,17 @@ fn candle_transformers_reads_a_written_recursive_model_and_finds_the_last_loops_
 
 #[test]
 fn a_model_of_no_family_is_refused_and_nothing_is_written() {
-    let mixed = Architecture { qk_norm: true, ..Architecture::default() };
+    let mixed = Architecture { post_norms: true, ..Architecture::default() };
     let folder = tempfile::tempdir().unwrap();
     let written = write_hugging_face(&noisy(recursive(mixed)), None, &folder.path().join("out"), Stored::F32);
     let message = written.unwrap_err().to_string();
-    assert!(message.contains("no Hugging Face architecture") && message.contains("\"qk_norm\":true"), "{message}");
+    assert!(message.contains("no Hugging Face architecture") && message.contains("\"post_norms\":true"), "{message}");
+    assert!(!folder.path().join("out").exists());
+    let injected = Injection { initial_state: InitialState::Zeros };
+    let injected = ModelConfig { injection: Some(injected), ..recursive(Architecture::default()) };
+    let written = write_hugging_face(&noisy(injected), None, &folder.path().join("out"), Stored::F32);
+    let message = written.unwrap_err().to_string();
+    assert!(message.contains("`injection` is given, expected none: no ordinary transformer has it"), "{message}");
     assert!(!folder.path().join("out").exists());
 }
 

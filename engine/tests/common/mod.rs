@@ -15,7 +15,8 @@ use std::collections::HashMap;
 use candle_core::{Device, Tensor};
 use engine::Weights;
 use engine::config::{
-    Activation, Architecture, LoraConfig, LoraRanks, ModelConfig, Norm, RopeScaling, Sharing, SlidingWindow,
+    Activation, Architecture, InitialState, Injection, LoraConfig, LoraRanks, ModelConfig, Norm, RopeScaling, Sharing,
+    SlidingWindow,
 };
 use proptest::prelude::*;
 use traces::hash::mix;
@@ -24,16 +25,23 @@ use traces::hash::mix;
 pub fn configs() -> impl Strategy<Value = ModelConfig> {
     let own_layers = (0_usize..3, 0_usize..3);
     let exits = (any::<bool>(), prop_oneof![Just(0_usize), 1_usize..4], prop_oneof![Just(0_usize), 1_usize..6]);
-    (llamas(), architectures(), windows(), sharings(), own_layers, exits).prop_map(
+    let (masks, between) = ((windows(), prop_oneof![Just(0), any::<u32>()]), between_loops());
+    (llamas(), architectures(), masks, sharings(), own_layers, exits, between).prop_map(
         |(
             llama,
             architecture,
-            window,
+            (window, unrotated),
             (sharing, lora),
             (prelude_layers, coda_layers),
             (gate, head_lora_rank, gate_hidden),
+            (norm_between_loops, injection, norm_before_coda, shared_gate),
         )| {
+            let shared_gate = gate && shared_gate;
             let mut config = ModelConfig {
+                norm_between_loops,
+                norm_before_coda: norm_before_coda && coda_layers > 0,
+                injection,
+                shared_gate,
                 architecture,
                 sharing,
                 prelude_layers,
@@ -41,7 +49,7 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
                 lora: lora.filter(|_| sharing != Sharing::Nothing),
                 head_lora_rank,
                 gate,
-                gate_hidden: if gate { gate_hidden } else { 0 },
+                gate_hidden: if gate && !shared_gate { gate_hidden } else { 0 },
                 ..llama
             };
             let architecture = &mut config.architecture;
@@ -52,6 +60,7 @@ pub fn configs() -> impl Strategy<Value = ModelConfig> {
             config.head_dim += architecture.rotary_dims.map_or(0, |_| config.vocab_size % 2);
             architecture.rotary_dims = architecture.rotary_dims.map(|dims| dims.min(config.head_dim / 2 * 2));
             let layers = config.num_layers();
+            config.architecture.unrotated_layers = (0..layers).filter(|layer| unrotated >> layer & 1 == 1).collect();
             config.architecture.sliding_window = window.map(|(tokens, mask)| SlidingWindow {
                 tokens,
                 rope_theta: 500.0,
@@ -100,13 +109,14 @@ fn architectures() -> impl Strategy<Value = Architecture> {
         RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_positions: 64 };
     let scaling = prop::sample::select(vec![None, Some(RopeScaling::Linear { factor: 3.0 }), Some(llama3)]);
     let activation = prop::sample::select(vec![Activation::Silu, Activation::Gelu, Activation::GeluTanh]);
-    let flags = prop::collection::vec(any::<bool>(), 8);
+    let flags = prop::collection::vec(any::<bool>(), 9);
     let rotary_dims = prop::sample::select(vec![None, Some(2), Some(4)]);
     let scale = prop::sample::select(vec![None, Some(0.3_f32)]);
     (flags, activation, scaling, rotary_dims, scale, prop::sample::select(vec![1.0_f32, 3.5])).prop_map(
         |(flags, activation, rope_scaling, rotary_dims, attention_scale, embedding_scale)| Architecture {
             norm: if flags[0] { Norm::Layer } else { Norm::Rms },
             post_norms: flags[1],
+            norm_after_addition: flags[1] && !flags[4] && flags[8],
             qk_norm: flags[2],
             activation,
             gated_mlp: flags[3],
@@ -121,6 +131,20 @@ fn architectures() -> impl Strategy<Value = Architecture> {
             ..Architecture::default()
         },
     )
+}
+
+/// A norm between loops or input injection, a norm before the coda, and a gate of all loops.
+fn between_loops() -> impl Strategy<Value = (bool, Option<Injection>, bool, bool)> {
+    let injection = |initial_state| Some(Injection { initial_state });
+    let normal = InitialState::Normal { deviation: 0.6, seed: 5 };
+    let between = prop_oneof![
+        Just((false, None)),
+        Just((true, None)),
+        Just((false, injection(InitialState::Zeros))),
+        Just((false, injection(normal))),
+    ];
+    let flags = (any::<bool>(), any::<bool>());
+    (between, flags).prop_map(|((normed, injection), (before_coda, shared))| (normed, injection, before_coda, shared))
 }
 
 /// Length of a window, and a bit for each layer that has one.

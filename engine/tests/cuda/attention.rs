@@ -2,7 +2,7 @@
 
 use candle_core::{Device as CandleDevice, Tensor};
 use engine::cache::{Kept, KvCache, TILE};
-use engine::config::{Architecture, ModelConfig, Sharing};
+use engine::config::{ModelConfig, Sharing};
 use engine::cuda::device::Stored;
 use engine::cuda::kernels::{AttentionInputs, Fill, Geometry, Sight};
 use engine::cuda::pass::PassRows;
@@ -56,8 +56,6 @@ pub struct Case {
 
 fn config(shape: Shape, positions: usize) -> ModelConfig {
     ModelConfig {
-        schema_version: engine::config::SCHEMA_VERSION,
-        model_type: engine::config::MODEL_TYPE.into(),
         vocab_size: 16,
         hidden_size: 16,
         intermediate_size: 16,
@@ -71,12 +69,7 @@ fn config(shape: Shape, positions: usize) -> ModelConfig {
         coda_layers: 0,
         tie_embeddings: true,
         max_positions: positions,
-        architecture: Architecture::default(),
-        lora: None,
-        head_lora_rank: 0,
-        gate: false,
-        gate_hidden: 0,
-        kv_fill: scheduler::KvFill::Reuse,
+        ..ModelConfig::default()
     }
 }
 

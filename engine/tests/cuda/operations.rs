@@ -83,6 +83,16 @@ fn norms_are_those_of_the_cpu() {
         let sum = matrix(&x, width);
         cpu.add_to(&sum, &matrix(&y, width), &depths).unwrap();
         assert_close(&what, &bench.get(&residual), &numbers(&sum), tolerance(Scalar::F32));
+
+        let (in_place, first_depth) = (bench.put(&x), dice.below(DEPTHS + 1));
+        kernels.norm_in_place(in_place.view, rows.views.rows, on_device.view, formula, first_depth).unwrap();
+        let normed = numbers(&cpu.forward(&matrix(&x, width), &depths).unwrap());
+        let of_depth = |depth: usize, row: usize| if depth < first_depth { x[row] } else { normed[row] };
+        let expected: Vec<f32> = depths
+            .iter()
+            .flat_map(|(depth, rows)| (rows.start * width..rows.end * width).map(|number| of_depth(*depth, number)))
+            .collect();
+        assert_close(&what, &bench.get(&in_place), &expected, tolerance(Scalar::F32));
     });
 }
 
@@ -138,6 +148,39 @@ fn rows_enter_and_are_kept_as_on_the_cpu() {
         let places: Vec<Option<u32>> = places.into_iter().map(|place| u32::try_from(place).ok()).collect();
         scatter(&target, &entered, &places).unwrap();
         assert_eq!(bench.get(&in_flight), numbers(&target));
+    });
+}
+
+#[test]
+fn the_adapter_reads_the_state_of_a_row_and_what_is_injected() {
+    for_each_size(|bench, dice, count| {
+        let (width, capacity, states) = (dice.pick(&[1, 30, 576]), count + 3, dice.pick(&[1, 2, 7]));
+        let positions: Vec<usize> = (0..count).map(|_| dice.below(99)).collect();
+        let blocks: Vec<[u32; 1]> = (0..count as u32).map(|block| [block]).collect();
+        let placed: Vec<Row<'_>> =
+            positions.iter().zip(&blocks).map(|(&position, blocks)| Row::new(position, 0, blocks)).collect();
+        let rows = bench.upload(&PassRows::new(&placed, None));
+        let sources: Vec<i32> = (0..count).map(|_| dice.below(5 + capacity) as i32 - capacity as i32).collect();
+        let (arena, initial) = (bench.random(dice, capacity * width), bench.random(dice, states * width));
+        let injected = bench.random(dice, count * width);
+        let on_device = (bench.put(&arena), bench.put(&sources), bench.put(&initial), bench.put(&injected));
+        let out = bench.empty_stored(count * 2 * width);
+        let in_flight = (on_device.0.view, on_device.1.view);
+        let (initial_view, injected_view) = (on_device.2.view, on_device.3.view);
+        bench.kernels().inject_rows(in_flight, rows.views.rows, initial_view, injected_view, width, out.view).unwrap();
+        let expected: Vec<f32> = sources
+            .iter()
+            .zip(&positions)
+            .enumerate()
+            .flat_map(|(row, (&source, position))| {
+                let state = match source {
+                    0.. => &initial[position % states * width..][..width],
+                    _ => &arena[(-1 - source) as usize * width..][..width],
+                };
+                [state, &injected[row * width..][..width]].concat()
+            })
+            .collect();
+        assert_eq!(bench.stored(&out), expected);
     });
 }
 
