@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig
+from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, MistralConfig,
+                          Qwen2Config, Qwen3Config, SmolLM3Config)
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPTHWISE = os.environ.get("DEPTHWISE", ROOT / "target/release/depthwise")
@@ -59,6 +60,26 @@ FAMILIES = [
         "gelu_new": dict(hidden_act="gelu_new"),
         "eps": dict(rms_norm_eps=0.3),
     }),
+    ("mistral", MistralConfig, LLAMA, {
+        "full": dict(sliding_window=None),
+        "sliding": dict(sliding_window=9, head_dim=16),
+        "tied, rope linear": dict(sliding_window=None, tie_word_embeddings=True, rope_parameters=rope("linear", factor=4.0)),
+    }),
+    ("qwen2", Qwen2Config, LLAMA, {
+        "grouped-query": {},
+        "tied, rope theta": dict(tie_word_embeddings=True, rope_parameters=rope(theta=5e5)),
+    }),
+    ("qwen3", Qwen3Config, LLAMA, {
+        "narrow heads": dict(head_dim=6),
+        "usual heads": {},
+        "tied, attention bias": dict(tie_word_embeddings=True, attention_bias=True, head_dim=16),
+    }),
+    ("smollm3", SmolLM3Config, LLAMA, {
+        "tied": {},
+        "untied, biases": dict(tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+        "other layers": dict(no_rope_layers=[0, 1, 1, 0], rope_parameters=rope(theta=1e3)),
+        "every second": dict(no_rope_layer_interval=2),
+    }),
     ("gemma", GemmaConfig, GEMMA, {
         "grouped-query": {},
         "multi-query": dict(num_key_value_heads=1, head_dim=16),
@@ -95,6 +116,8 @@ UNSUPPORTED = [
     ("llama rope yarn", LlamaConfig, LLAMA | dict(rope_parameters=rope("yarn", factor=4.0)), "rope_type"),
     ("llama partly rotated", LlamaConfig, LLAMA | dict(rope_parameters=rope(partial_rotary_factor=0.5)),
      "partial_rotary_factor"),
+    ("qwen2 sliding", Qwen2Config, LLAMA | dict(use_sliding_window=True, sliding_window=9, max_window_layers=1),
+     "sliding_window"),
     ("gemma bidirectional", GemmaConfig, GEMMA | dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
     ("gemma3 softcapping", Gemma3TextConfig, GEMMA3 | dict(attn_logit_softcapping=20.0), "attn_logit_softcapping"),
     ("gemma3 final softcapping", Gemma3TextConfig, GEMMA3 | dict(final_logit_softcapping=3.0), "final_logit_softcapping"),

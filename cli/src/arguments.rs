@@ -294,6 +294,9 @@ pub struct ServingArgs {
     /// passes. Signals that need the head leave nothing to wait for
     #[arg(long, default_value_t = 0, value_name = "PASSES")]
     pub exit_wait: u32,
+    /// Tokens that wait at which the exit head runs before the wait is over; 0 for no such number
+    #[arg(long, default_value_t = 0, value_name = "TOKENS")]
+    pub exit_batch: u32,
 }
 
 impl ServingArgs {
@@ -313,12 +316,13 @@ impl ServingArgs {
             prefix_caching: self.prefix_caching,
             async_scheduling: self.async_scheduling,
             exit_wait: self.exit_wait,
+            exit_batch: self.exit_batch,
         }
     }
 }
 
 /// Keys of an experiment that these options set, as errors of the libraries name them.
-const KEYS: [(&str, &str); 18] = [
+const KEYS: [(&str, &str); 19] = [
     ("max_prompt_tokens", "--max-prompt-tokens"),
     ("max_output_tokens", "--max-output-tokens"),
     ("kv_fill", "--kv-fill"),
@@ -332,6 +336,7 @@ const KEYS: [(&str, &str); 18] = [
     ("prefix_caching", "--prefix-caching"),
     ("async_scheduling", "--async-scheduling"),
     ("exit_wait", "--exit-wait"),
+    ("exit_batch", "--exit-batch"),
     ("engine.repeats", "--repeats"),
     ("engine.temperature", "--temperature"),
     ("engine.rounds", "--rounds"),

@@ -100,7 +100,15 @@ pub trait Backend: Debug + Send {
     /// As [`run`](Self::run).
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>>;
 
-    /// As [`read_head`](Self::read_head), of rows in flight, whose indices are in `heads`. The model must have no coda.
+    /// Keeps from now on also what the coda makes of rows that are kept in flight, if the model has a coda, so that the head
+    /// can run for them after later passes.
+    ///
+    /// # Errors
+    /// If there is not enough memory.
+    fn keep_exits(&mut self) -> Result<()>;
+
+    /// As [`read_head`](Self::read_head), of rows in flight, whose indices are in `heads`. If the model has a coda, what it
+    /// makes of them must [be kept](Self::keep_exits).
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -287,6 +295,9 @@ impl Backend for Cpu {
         let hidden = &entering.hidden;
         self.model.forward_block(hidden, &work.rows, &self.cache)?;
         self.run_coda(hidden, work)?;
+        if !work.coda.is_empty() {
+            self.in_flight.keep_exits(&self.exits, &work.places[work.coda.clone()])?;
+        }
         let answers = Answers {
             verdicts: self.read_head(&work.rows.pick(work.heads.rows.iter().copied()), &work.heads)?,
             gates: self.gates(hidden, work)?,
@@ -302,8 +313,17 @@ impl Backend for Cpu {
         self.verdicts(&self.exits.clone(), &of_exits, rows, heads)
     }
 
+    fn keep_exits(&mut self) -> Result<()> {
+        if self.model.config().coda_layers > 0 {
+            self.in_flight.exits = Some(self.in_flight.states.zeros_like()?);
+        }
+        Ok(())
+    }
+
     fn read_head_of_kept(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
-        self.verdicts(&self.in_flight.states.clone(), &heads.rows, rows, heads)
+        let InFlight { states, exits, .. } = &self.in_flight;
+        let states = exits.as_ref().unwrap_or(states).clone();
+        self.verdicts(&states, &heads.rows, rows, heads)
     }
 
     fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {

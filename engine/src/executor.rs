@@ -57,9 +57,6 @@ pub enum EngineError {
         /// Index of the token.
         token: usize,
     },
-    /// Exits that wait for the head, in a model with a coda.
-    #[error("exit_wait with a model that has a coda: expected 0")]
-    WaitBehindCoda,
     /// A result of the model is not a number.
     #[error("the logits of request {request}, token {token} at depth {depth} are not finite")]
     NotFinite {
@@ -390,11 +387,9 @@ impl EngineExecutor {
     /// Keeps the states of rows that exit until the head has run for them, which may be after later passes.
     ///
     /// # Errors
-    /// If the model has a coda: what it makes of a row is not kept from pass to pass.
+    /// If memory cannot be allocated.
     pub fn with_exits_that_wait(mut self) -> Result<Self, EngineError> {
-        if self.model.config().coda_layers > 0 {
-            return Err(EngineError::WaitBehindCoda);
-        }
+        self.backend.keep_exits()?;
         self.exits_wait = true;
         Ok(self)
     }

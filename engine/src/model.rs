@@ -293,6 +293,8 @@ pub struct InFlight {
     pub states: Tensor,
     /// [`Entering::injected`] of the rows.
     pub injected: Option<Tensor>,
+    /// Results of [`Model::forward_coda`] for the rows, where they are kept.
+    pub exits: Option<Tensor>,
 }
 
 impl InFlight {
@@ -303,7 +305,7 @@ impl InFlight {
     pub fn new(config: &ModelConfig) -> candle_core::Result<Self> {
         let states = Tensor::zeros((1, config.hidden_size), DType::F32, &Device::Cpu)?;
         let injected = config.injection.map(|_| states.copy()).transpose()?;
-        Ok(Self { states, injected })
+        Ok(Self { states, injected, exits: None })
     }
 
     /// Makes room for `rows` rows. Existing rows keep their contents.
@@ -316,7 +318,7 @@ impl InFlight {
             return Ok(());
         }
         let zeros = Tensor::zeros((rows - capacity, width), DType::F32, &Device::Cpu)?;
-        for tensor in std::iter::once(&mut self.states).chain(&mut self.injected) {
+        for tensor in std::iter::once(&mut self.states).chain(&mut self.injected).chain(&mut self.exits) {
             *tensor = Tensor::cat(&[&*tensor, &zeros], 0)?;
         }
         Ok(())
@@ -333,12 +335,20 @@ impl InFlight {
             _ => Ok(()),
         }
     }
+
+    /// Copies results of [`Model::forward_coda`] to their places, if they are kept.
+    ///
+    /// # Errors
+    /// If a place does not exist.
+    pub fn keep_exits(&self, exits: &Tensor, places: &[Option<u32>]) -> candle_core::Result<()> {
+        self.exits.as_ref().map_or(Ok(()), |kept| scatter(kept, exits, places))
+    }
 }
 
 impl From<Entering> for InFlight {
     /// The rows after the block, each in the place of its index.
     fn from(Entering { hidden, injected }: Entering) -> Self {
-        Self { states: hidden, injected }
+        Self { states: hidden, injected, exits: None }
     }
 }
 

@@ -203,7 +203,8 @@ proptest! {
             kv_fill, max_batch, prefill_chunk, num_blocks,
             token_budget: max_batch + spare_budget,
             async_scheduling: ahead && exit.is_known_ahead(),
-            exit_wait: if config.coda_layers > 0 || ahead && exit.is_known_ahead() { 0 } else { exit_wait },
+            exit_wait: if ahead && exit.is_known_ahead() { 0 } else { exit_wait },
+            exit_batch: if ahead && exit.is_known_ahead() || exit_wait == 0 { 0 } else { prefill_chunk % 4 },
             ..Settings::new(batching, exit, config.num_loops as u8)
         };
         assert_batched_as_alone(&setup, settings, &requests);
@@ -392,7 +393,7 @@ fn batched_requests_on(device: Device, cases: u32) {
             prefill_chunk: 13,
             num_blocks: 12,
             async_scheduling: exit.is_known_ahead(),
-            exit_wait: if config.coda_layers > 0 || exit.is_known_ahead() { 0 } else { case.get() as u32 % 3 },
+            exit_wait: if exit.is_known_ahead() { 0 } else { case.get() as u32 % 3 },
             ..Settings::new(Batching::ALL[case.get() % Batching::ALL.len()], exit, config.num_loops as u8)
         };
         assert_batched_as_alone(&setup, settings, &requests);
@@ -404,13 +405,6 @@ fn batched_requests_on(device: Device, cases: u32) {
 #[test]
 fn batched_requests_by_cuda_kernels_generate_what_they_generate_alone() {
     batched_requests_on(Device::Cuda, 12);
-}
-
-#[test]
-fn exits_do_not_wait_behind_a_coda() {
-    let setup = Setup::new(&with_everything(), WeightType::F32, 1, 0.0);
-    let refused = setup.executor(&Settings::new(Batching::Depth, ExitPolicy::None, 3)).with_exits_that_wait();
-    assert_eq!(refused.unwrap_err().to_string(), "exit_wait with a model that has a coda: expected 0");
 }
 
 /// The engine's executor, except that each pass is planned after the one before.

@@ -58,6 +58,9 @@ pub struct Serving {
     /// Most passes that a token which exits waits for the exit head.
     #[serde(default)]
     pub exit_wait: u32,
+    /// Waiting tokens at which the exit head runs before the wait is over; 0 for no such number.
+    #[serde(default)]
+    pub exit_batch: u32,
 }
 
 /// The most of what sizes a batch: sequences, and prompt tokens and rows of a pass. More are a slip of the hand.
@@ -179,6 +182,7 @@ impl Serving {
             prefix_caching: false,
             async_scheduling: false,
             exit_wait: 0,
+            exit_batch: 0,
         }
     }
 
@@ -260,6 +264,7 @@ impl Serving {
             prefix_caching: self.prefix_caching,
             async_scheduling: self.async_scheduling,
             exit_wait: self.exit_wait,
+            exit_batch: self.exit_batch,
             ..Settings::new(batching, exit, model.num_loops as u8)
         };
         settings.num_blocks = match (self.num_blocks, self.device_memory.or(model.figures.device_bytes)) {

@@ -22,6 +22,8 @@ struct Waiting {
 #[derive(Clone, Debug)]
 pub(crate) struct ExitWait {
     most_passes: u32,
+    /// Waiting rows for which the head runs.
+    batch: usize,
     deepest: u8,
     /// Whether rows of prompts go on below depth 0, whatever reads them.
     prompts_go_on: bool,
@@ -31,9 +33,10 @@ pub(crate) struct ExitWait {
 }
 
 impl ExitWait {
-    pub fn new(&Settings { exit_wait, num_loops, kv_fill, .. }: &Settings) -> Self {
+    pub fn new(&Settings { exit_wait, exit_batch, num_loops, kv_fill, .. }: &Settings) -> Self {
         Self {
             most_passes: exit_wait,
+            batch: if exit_batch > 0 { exit_batch as usize } else { usize::MAX },
             deepest: num_loops - 1,
             prompts_go_on: kv_fill != KvFill::First,
             waiting: Vec::new(),
@@ -64,12 +67,13 @@ impl ExitWait {
     /// Decides whether the head runs after this pass. If so, the rows that wait become [`late`](Self::late), and their
     /// indices follow those of the exits of the pass. If not, the exits of the pass wait as well.
     ///
-    /// The head runs if a row has waited for the most passes, if it runs for a row that does not wait, or if no row goes on:
-    /// the next pass may be far away.
+    /// The head runs if a row has waited for the most passes, if enough rows wait, if it runs for a row that does not wait, or
+    /// if no row goes on: the next pass may be far away.
     pub fn decide(&mut self, segments: &[Segment], exiting: &mut Vec<u32>, any_stalled: bool, reads: SignalReads) {
         self.waiting.iter_mut().for_each(|waiting| waiting.passes += 1);
         let of_pass = exiting.iter().map(|&index| &segments[index as usize]);
         let runs_head = self.waiting.iter().any(|waiting| waiting.passes >= self.most_passes)
+            || self.waiting.len() + exiting.len() >= self.batch
             || of_pass.clone().any(|segment| segment.kind == RowKind::Prompt || reads.run_head(segment))
             || !(any_stalled || self.any_goes_on(segments, exiting));
         if runs_head {
@@ -135,6 +139,19 @@ mod tests {
         assert_eq!(served(&mut exits, &mut [row(1, 2), row(3, 1), row(4, 0)], vec![0, 1]), [1, 3, 2]);
         assert!(!exits.0.any());
         assert!(served(&mut exits, &mut [row(1, 0), row(5, 0)], vec![0]).is_empty(), "the count begins anew");
+    }
+
+    #[test]
+    fn the_head_runs_for_a_whole_batch_before_the_wait_is_over() {
+        let mut exits = exit_wait(9);
+        exits.0.batch = 3;
+        let go_on = [row(8, 0), row(9, 0)];
+        assert!(served(&mut exits, &mut [&go_on[..], &[row(1, 0), row(2, 0)]].concat(), vec![2, 3]).is_empty());
+        assert_eq!(served(&mut exits, &mut [&go_on[..], &[row(3, 0)]].concat(), vec![2]), [3, 1, 2]);
+        assert!(served(&mut exits, &mut [&go_on[..], &[row(1, 0)]].concat(), vec![2]).is_empty());
+        let all = [&go_on[..], &[row(2, 0), row(3, 0), row(4, 0)]].concat();
+        assert_eq!(served(&mut exits, &mut all.clone(), vec![2, 3, 4]), [2, 3, 4, 1]);
+        assert_eq!(served(&mut exits, &mut all.clone(), vec![2, 3, 4]), [2, 3, 4], "a batch that exits at once");
     }
 
     #[test]

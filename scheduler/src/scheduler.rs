@@ -59,6 +59,10 @@ pub struct Settings {
     /// lockstep batching nothing waits longer than its iteration.
     #[serde(default)]
     pub exit_wait: u32,
+    /// Number of waiting rows for which the head runs, before the wait is over; 0 for no such number. Only with
+    /// [`exit_wait`](Self::exit_wait).
+    #[serde(default)]
+    pub exit_batch: u32,
 }
 
 /// Settings or a request that cannot be served.
@@ -118,6 +122,12 @@ pub enum ScheduleError {
         /// The given wait.
         exit_wait: u32,
     },
+    /// A batch of exits without a wait in which it could gather.
+    #[error("exit_batch is {exit_batch} with an exit_wait of 0: expected 0, or an exit_wait of at least 1")]
+    BatchWithoutWait {
+        /// The given batch.
+        exit_batch: u32,
+    },
     /// Prefix hashes that do not cover whole blocks.
     #[error("prefix hashes are of {hashed} tokens each, expected a multiple of block_tokens, {block_tokens}")]
     PrefixBlocks {
@@ -172,7 +182,7 @@ impl Settings {
     /// | `prefill_chunk` | [as follows from the budget](Self::prefill_chunk_of) |
     /// | `block_tokens` | [`BLOCK_TOKENS`](Self::BLOCK_TOKENS), 16 positions |
     /// | `num_blocks` | 4,096: the KV entries of 65,536 tokens |
-    /// | `prefix_caching`, `async_scheduling`, `exit_wait` | off |
+    /// | `prefix_caching`, `async_scheduling`, `exit_wait`, `exit_batch` | off |
     ///
     /// A new setting gets its default here, and no other caller changes.
     pub fn new(batching: Batching, exit: ExitPolicy, num_loops: u8) -> Self {
@@ -190,6 +200,7 @@ impl Settings {
             prefix_caching: false,
             async_scheduling: false,
             exit_wait: 0,
+            exit_batch: 0,
         }
     }
 
@@ -251,6 +262,9 @@ impl Settings {
             }
             _ if self.async_scheduling && self.exit_wait > 0 => {
                 Err(ScheduleError::AsyncWait { exit_wait: self.exit_wait })
+            }
+            _ if self.exit_batch > 0 && self.exit_wait == 0 => {
+                Err(ScheduleError::BatchWithoutWait { exit_batch: self.exit_batch })
             }
             exit if self.async_scheduling && !exit.is_known_ahead() => {
                 Err(ScheduleError::AsyncExit { exit: exit.to_string() })

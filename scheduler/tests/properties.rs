@@ -471,6 +471,7 @@ prop_compose! {
             kv_fill, max_batch, token_budget: max_batch + slack, prefill_chunk, block_tokens,
             num_blocks: longest / block_tokens + 1 + spare_blocks, prefix_caching, async_scheduling,
             exit_wait: if async_scheduling { 0 } else { exit_wait },
+            exit_batch: if async_scheduling || exit_wait == 0 { 0 } else { slack % 4 },
             ..Settings::new(Batching::Depth, exit, num_loops)
         }
     }
@@ -527,7 +528,7 @@ proptest! {
         ]),
     ) {
         for batching in Batching::ALL {
-            let settings = Settings { batching, exit: exit.parse().unwrap(), async_scheduling: true, exit_wait: 0, ..settings };
+            let settings = Settings { batching, exit: exit.parse().unwrap(), async_scheduling: true, exit_wait: 0, exit_batch: 0, ..settings };
             let after = events(settings, Checker::new(settings), &requests);
             let beside = events(settings, Beside(Checker::new(settings)), &requests);
             prop_assert_eq!(after, beside);
@@ -782,6 +783,8 @@ fn impossible_settings_and_requests_are_refused() {
         |exit: &str, async_scheduling| refused(Settings { exit: exit.parse().unwrap(), async_scheduling, ..settings });
     let both = Settings { async_scheduling: true, exit_wait: 2, ..settings };
     assert_eq!(refused(both), "exit_wait is 2 with async_scheduling: expected one of the two");
+    let batch = Settings { exit_batch: 3, ..settings };
+    assert_eq!(refused(batch), "exit_batch is 3 with an exit_wait of 0: expected 0, or an exit_wait of at least 1");
     assert!(refused_exit("load-adaptive:gate:0.9..0.5:1..9", true).contains("expected none, static:DEPTH or delayed"));
     assert!(refused_exit("cumulative:gate:0.9:3", false).contains("at least 3 loops: the model has 2"));
 

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{
-    Engine, ExitDepths, Exiting, Idle, Model, Prompts, RecordedGeneration, RecordedPolicy, Sampling, Tokenizer,
-    WeightType, Weights, oracle_depths,
+    Checkpoint, Engine, ExitDepths, Exiting, Idle, Model, Prompts, RecordedGeneration, RecordedPolicy, Sampling,
+    Tokenizer, WeightType, Weights, oracle_depths,
 };
 use itertools::iproduct;
 use latency::LatencyModel;
@@ -59,6 +59,18 @@ fn embedded_model() -> Engine {
     Engine {
         model: Arc::new(Model::load(&Weights::load(&folder).unwrap(), WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text(tokens)),
+        sampling: Sampling::default(),
+    }
+}
+
+/// A small model of a looped family that others trained.
+fn looped_model(name: &str) -> Engine {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/checkpoints/stored").join(name);
+    let weights = Checkpoint::read(&folder, None).unwrap().weights;
+    let vocab = weights.config().vocab_size as u32;
+    Engine {
+        model: Arc::new(Model::load(&weights, WeightType::F32).unwrap()),
+        prompts: Arc::new(Prompts::Text((0..100).map(|index| index * index % vocab).collect())),
         sampling: Sampling::default(),
     }
 }
@@ -128,8 +140,10 @@ struct Recorded {
 
 impl Recorded {
     fn new() -> Self {
-        let engine = embedded_model();
-        let requests = queued(24, |id| 1 + id * 7 % 23);
+        Self::of(embedded_model(), queued(24, |id| 1 + id * 7 % 23))
+    }
+
+    fn of(engine: Engine, requests: Vec<Request>) -> Self {
         let exits = engine.record(&requests, "kjv", "test", &mut ()).unwrap();
         Self {
             oracle: Arc::new(oracle_depths(&exits, &requests)),
@@ -182,6 +196,40 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
         }
         let backfills = kv_fill == KvFill::Backfill && exit != ExitPolicy::None;
         assert_eq!(measured.backfill > 0, backfills, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+    }
+}
+
+#[test]
+fn looped_models_of_others_run_the_passes_that_are_simulated() {
+    for name in ["ouro", "raven", "nanbeige_skip_norm"] {
+        let short = |request: Request| Request { prompt_tokens: 1 + request.prompt_tokens % 14, ..request };
+        let requests = queued(18, |id| 1 + id * 7 % 15).into_iter().map(short).collect();
+        let Recorded { engine, requests, oracle, latency, model } = Recorded::of(looped_model(name), requests);
+        let num_loops = engine.num_loops();
+        let gate: ExitPolicy = if name == "ouro" { "cumulative:gate:0.6:1" } else { "static:1" }.parse().unwrap();
+        let policies = [ExitPolicy::None, gate, ExitPolicy::Oracle { charged: false, recorded: true }];
+        let fills = [KvFill::Reuse, KvFill::Skip, KvFill::Backfill];
+        for (batching, kv_fill, exit, num_blocks, exit_wait) in
+            iproduct!(Batching::ALL, fills, policies, [1000, 4], [0, 2])
+        {
+            let settings = Settings { kv_fill, exit_wait, ..settings(batching, exit, num_blocks, num_loops) };
+            let mut measured = Log::default();
+            let served = engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
+            let case = format!("{name}, {batching}, {kv_fill}, {exit}, {num_blocks} blocks, wait {exit_wait}");
+            assert_eq!(measured.preemptions > 0, num_blocks == 4, "{case}");
+            if matches!(exit.signal_read(), SignalRead::Signal(_)) {
+                // The exits depend on the text that is served, which is the same under every batching.
+                let alone = Settings { max_batch: 1, ..self::settings(Batching::Sequence, exit, 1000, num_loops) };
+                let alone = engine.replay(Settings { kv_fill, ..alone }, &requests, None, Idle::Skip, &mut ()).unwrap();
+                assert_eq!(served, alone, "{case}");
+                let mut depths: Vec<u8> = served.values().flat_map(|text| text.exit_depths.clone()).collect();
+                depths.sort_unstable();
+                assert!(depths[0] < depths[depths.len() - 1], "{case}: all exit at {}", depths[0]);
+                continue;
+            }
+            let (simulated, _) = simulate(settings, &latency, &model, &requests);
+            assert_eq!(measured, simulated, "{case}");
+        }
     }
 }
 

@@ -249,6 +249,8 @@ pub(super) struct Memory<D: Device> {
     in_flight: Option<Held<D, f32>>,
     /// With input injection: their residual streams after the prelude, `[capacity, hidden]`.
     injected_in_flight: Option<Held<D, f32>>,
+    /// What the coda made of them, where it is kept, `[capacity, hidden]`.
+    exits_in_flight: Option<Held<D, f32>>,
     indices: Growing<D>,
     row_memory: Growing<D>,
     head_memory: Growing<D>,
@@ -284,6 +286,7 @@ impl<D: Device> Memory<D> {
             pages,
             in_flight: None,
             injected_in_flight: None,
+            exits_in_flight: None,
             indices: Growing(None),
             row_memory: Growing(None),
             head_memory: Growing(None),
@@ -307,6 +310,8 @@ pub(super) struct CudaBackend<D: Device> {
     memory: ManuallyDrop<Memory<D>>,
     /// Whether unwritten memory reads as ordinary numbers.
     filled: bool,
+    /// Whether what the coda makes of rows in flight is kept.
+    keeps_exits: bool,
     /// Data that is uploaded for a pass, with its layout.
     arrays: Arrays,
     /// The first row of the last pass that ran the coda.
@@ -359,6 +364,7 @@ impl<D: Device> CudaBackend<D> {
             specialization,
             memory: ManuallyDrop::new(memory),
             filled: false,
+            keeps_exits: false,
             arrays: Arrays::default(),
             first_exit: 0,
             heads,
@@ -662,6 +668,12 @@ impl<D: Device> CudaBackend<D> {
         self.memory.in_flight.as_ref().map_or(View::new(0, 0), |held| held.view)
     }
 
+    /// Inputs of the head for rows in flight, `[capacity, hidden]`.
+    fn kept_exits(&self) -> View<f32> {
+        let kept = self.memory.exits_in_flight.as_ref().filter(|_| self.keeps_exits);
+        kept.map_or_else(|| self.in_flight(), |held| held.view)
+    }
+
     /// Runs the head in a trip of its own, for some rows of `states`.
     fn read_head_of(
         &mut self,
@@ -775,6 +787,9 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         if self.model.adapter.is_some() {
             self.memory.injected_in_flight = Some(grown(self.memory.injected_in_flight.as_ref())?);
         }
+        if self.keeps_exits {
+            self.memory.exits_in_flight = Some(grown(self.memory.exits_in_flight.as_ref())?);
+        }
         self.memory.in_flight = Some(states);
         Ok(())
     }
@@ -853,6 +868,10 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         if let Some(injected) = &self.memory.injected_in_flight {
             self.kernels().keep_rows(views.injected, places, width, injected.view)?;
         }
+        if let Some(exits) = self.memory.exits_in_flight.as_ref().filter(|_| self.keeps_exits) {
+            let of_coda = View::new(places.address() + (work.coda.start * size_of::<i32>()) as u64, work.coda.len());
+            self.kernels().keep_rows(views.exits, of_coda, width, exits.view)?;
+        }
         meanwhile();
         let mut answers = self.finish(padded)?;
         answers.verdicts.truncate(work.heads.rows.len());
@@ -870,8 +889,18 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         self.read_head_of(Self::exits, &of_exits, rows, heads)
     }
 
+    fn keep_exits(&mut self) -> Result<()> {
+        self.keeps_exits = !self.model.coda.is_empty();
+        let rows = self.in_flight().len() / self.width();
+        if self.keeps_exits && rows > 0 {
+            let device = self.model.device.clone();
+            self.memory.exits_in_flight = Some(Held::room(&*device, rows * self.width(), size_of::<f32>())?);
+        }
+        Ok(())
+    }
+
     fn read_head_of_kept(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {
-        self.read_head_of(Self::in_flight, &heads.rows, rows, heads)
+        self.read_head_of(Self::kept_exits, &heads.rows, rows, heads)
     }
 
     fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {

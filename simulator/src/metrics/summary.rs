@@ -59,6 +59,8 @@ pub struct Summary {
     pub async_scheduling: bool,
     /// Most passes that a row which exits waited for the exit head.
     pub exit_wait: u32,
+    /// Waiting rows for which the exit head ran before the wait was over; 0 for no such number.
+    pub exit_batch: u32,
     /// Number of machines.
     pub replicas: u32,
     /// Bytes of all weights.
@@ -184,6 +186,7 @@ impl Metrics {
             prefix_caching: settings.prefix_caching,
             async_scheduling: settings.async_scheduling,
             exit_wait: settings.exit_wait,
+            exit_batch: settings.exit_batch,
             replicas: self.machines,
             weight_bytes: None,
             kv_bytes_per_token: None,
