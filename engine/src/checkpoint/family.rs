@@ -170,6 +170,7 @@ impl Family {
             "rope_scaling": architecture.rope_scaling.map(scaling_json),
             "bos_token_id": null,
             "eos_token_id": null,
+            "pad_token_id": null,
         });
         self.object([common, own])
     }

@@ -784,13 +784,12 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             Ok::<_, candle_core::Error>(larger)
         };
         let states = grown(self.memory.in_flight.as_ref())?;
-        if self.model.adapter.is_some() {
-            self.memory.injected_in_flight = Some(grown(self.memory.injected_in_flight.as_ref())?);
-        }
-        if self.keeps_exits {
-            self.memory.exits_in_flight = Some(grown(self.memory.exits_in_flight.as_ref())?);
-        }
+        let injected =
+            self.model.adapter.as_ref().map(|_| grown(self.memory.injected_in_flight.as_ref())).transpose()?;
+        let exits = self.keeps_exits.then(|| grown(self.memory.exits_in_flight.as_ref())).transpose()?;
         self.memory.in_flight = Some(states);
+        self.memory.injected_in_flight = injected;
+        self.memory.exits_in_flight = exits;
         Ok(())
     }
 
