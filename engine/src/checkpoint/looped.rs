@@ -67,7 +67,8 @@ pub(super) fn raven(keys: &Keys) -> Result<ModelConfig> {
         embedding_scale: embedding_scale(hidden_size),
         ..Architecture::default()
     };
-    let layers = |key| if keys.value(key) == Some(&json!(0)) { Ok(0) } else { num_layers(keys, key) };
+    let prelude = "n_layers_in_prelude";
+    let has_prelude = keys.value(prelude) != Some(&json!(0));
     Ok(ModelConfig {
         vocab_size: keys.required("vocab_size")?,
         hidden_size,
@@ -75,9 +76,9 @@ pub(super) fn raven(keys: &Keys) -> Result<ModelConfig> {
         num_heads,
         num_kv_heads: num_heads,
         head_dim: hidden_size.checked_div(num_heads).unwrap_or(0),
-        prelude_layers: layers("n_layers_in_prelude")?,
-        block_layers: layers("n_layers_in_recurrent_block")?,
-        coda_layers: layers("n_layers_in_coda")?,
+        prelude_layers: if has_prelude { num_layers(keys, prelude)? } else { 0 },
+        block_layers: num_layers(keys, "n_layers_in_recurrent_block")?,
+        coda_layers: num_layers(keys, "n_layers_in_coda")?,
         num_loops: keys.optional("mean_recurrence")?.unwrap_or(RAVEN_LOOPS),
         sharing: Sharing::Block,
         norm_before_coda: true,
@@ -92,6 +93,9 @@ pub(super) fn raven(keys: &Keys) -> Result<ModelConfig> {
 /// The state before the first loop, which the reference draws anew for every run. Its deviation is that of the initial
 /// weights, times the factor of the embeddings.
 fn raven_state(keys: &Keys, hidden_size: usize) -> Result<InitialState> {
+    if keys.value("state_init") == Some(&json!("zero")) {
+        return Ok(InitialState::Zeros);
+    }
     let values = keys.object("init_values")?;
     let said: Option<f64> = values.map_or(Ok(None), |values| values.optional("std"))?;
     let deviation = said.unwrap_or_else(|| initial_deviation(hidden_size)) * (hidden_size as f64).sqrt();

@@ -310,7 +310,7 @@ pub(super) const HUGGING_FACE: &[Rule] = &[
     refused(&[RAVEN], &["mlp_class_name"], "null or GatedMLP", |value, _| value == "GatedMLP"),
     refused(&[RAVEN], &["nonlin_name"], "null or SiLU", |value, _| value == "SiLU"),
     refused(&[RAVEN], &["norm_class_name"], "null or RMSNorm_llama", |value, _| value == "RMSNorm_llama"),
-    refused(&[RAVEN], &["state_init"], "null or like-init", |value, _| value == "like-init"),
+    refused(&[RAVEN], &["state_init"], "null, like-init or zero", |value, _| value == "like-init" || value == "zero"),
     refused(&[RAVEN], &["test_time_noise"], "null or 0", is_zero),
     refused(&[RAVEN], &["rope_parameters", "rope_scaling", "rope_theta"], "null", never),
     refused(&[RAVEN], &["hidden_size"], "null or `n_embd`", |value, keys| Some(value) == keys.value("n_embd")),

@@ -14,6 +14,7 @@ use engine::{Checkpoint, EngineExecutor, Generation, Prompts, Sampling, WeightTy
 use scheduler::{Batching, ExitPolicy, KvFill, Server, Settings, VirtualClock, serve};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use traces::{Nanos, Request};
 
 use super::folders::Model as Folder;
@@ -215,19 +216,24 @@ fn a_looped_model_runs_as_many_loops_as_it_is_asked_for() {
     }
 }
 
-/// The error of a stored model with other keys.
-fn refusal(name: &str, keys: &Value) -> Option<String> {
+/// A stored model with other keys.
+fn changed(name: &str, keys: &Value) -> TempDir {
     let copy = tempfile::tempdir().unwrap();
     std::fs::copy(folder(name).join("model.safetensors"), copy.path().join("model.safetensors")).unwrap();
     let mut config: Value = serde_json::from_slice(&std::fs::read(folder(name).join("config.json")).unwrap()).unwrap();
     config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
     std::fs::write(copy.path().join("config.json"), config.to_string()).unwrap();
-    Checkpoint::read(copy.path(), None).err().map(|error| error.to_string())
+    copy
+}
+
+/// The error of a stored model with other keys.
+fn refusal(name: &str, keys: &Value) -> Option<String> {
+    Checkpoint::read(changed(name, keys).path(), None).err().map(|error| error.to_string())
 }
 
 #[test]
 fn an_option_that_is_not_computed_is_refused_by_its_key() {
-    let cases: [(&str, &str, Value); 32] = [
+    let cases: [(&str, &str, Value); 33] = [
         ("ouro", "early_exit_step", json!(1)),
         ("ouro", "attention_bias", json!(true)),
         ("ouro", "use_sliding_window", json!(true)),
@@ -251,6 +257,7 @@ fn an_option_that_is_not_computed_is_refused_by_its_key() {
         ("raven", "mlp_class_name", json!("BaseMLP")),
         ("raven", "nonlin_name", json!("GELU")),
         ("raven", "state_init", json!("embed")),
+        ("raven", "n_layers_in_coda", json!(0)),
         ("raven", "test_time_noise", json!(0.1)),
         ("raven", "num_key_value_heads", json!(1)),
         ("raven", "padded_vocab_size", json!(64)),
@@ -303,6 +310,11 @@ fn random_initial_states_depend_on_the_position_and_the_seed_only() {
         panic!("{:?}", weights.config().injection)
     };
     assert!((deviation - 0.4_f32.sqrt()).abs() < 1e-6, "{deviation}");
+    let config = |keys: Value| Checkpoint::read(changed("raven", &keys).path(), None).unwrap().weights.config().clone();
+    let zeros = Some(Injection { initial_state: InitialState::Zeros });
+    assert_eq!(config(json!({"state_init": "zero"})).injection, zeros);
+    assert_eq!(config(json!({"init_values": {"std": 0.0}})).injection, zeros);
+    assert_eq!(config(json!({"init_values": null})).injection, weights.config().injection);
     let logits = |weights: &Weights, tokens: &[u32]| -> Vec<Vec<f32>> {
         let tokens = Tensor::new(tokens, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
         Reference::new(weights).unwrap().forward(&tokens).unwrap()[0].to_vec2().unwrap()
