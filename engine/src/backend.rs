@@ -14,7 +14,7 @@ use crate::cache::{KvCache, TILE, bytes_per_token};
 use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, fill_deeper};
-use crate::kernels::rows::{Source, cosines, gather};
+use crate::kernels::rows::{Change, Source, compare, gather};
 use crate::kernels::signals::{Verdict, log_probability};
 use crate::model::{InFlight, Model, Rows};
 use crate::profile;
@@ -153,8 +153,8 @@ pub struct Work<'a> {
     pub heads: Heads,
     /// Rows whose gate is read, by depth; the last depth has none.
     pub gates: Vec<usize>,
-    /// Rows whose similarity is read, each with the row in flight that it was before the pass.
-    pub similarities: Vec<(usize, u32)>,
+    /// Rows whose states before and after the pass are compared, each with the row in flight that it was before.
+    pub compared: Vec<(usize, u32)>,
 }
 
 /// Rows that run the head, and how their tokens are sampled.
@@ -175,8 +175,8 @@ pub struct Answers {
     pub verdicts: Vec<Verdict>,
     /// Gate scores, 0 to 1.
     pub gates: Vec<f32>,
-    /// Cosine similarities.
-    pub similarities: Vec<f32>,
+    /// Changes of states.
+    pub changes: Vec<Change>,
 }
 
 impl ServedModel for Model {
@@ -269,13 +269,14 @@ impl Cpu {
         self.model.gate_scores(&picked(hidden, &work.gates)?, &rows)?.to_vec1()
     }
 
-    /// Cosine similarities of some rows with their states before the pass.
-    fn similarities(&self, hidden: &Tensor, pairs: &[(usize, u32)]) -> Result<Vec<f32>> {
+    /// Changes of some rows from their states before the pass.
+    fn changes(&self, hidden: &Tensor, pairs: &[(usize, u32)]) -> Result<Vec<Change>> {
         if pairs.is_empty() {
             return Ok(Vec::new());
         }
         let (after, before): (Vec<usize>, Vec<usize>) = pairs.iter().map(|&(row, kept)| (row, kept as usize)).unzip();
-        cosines(&picked(&self.in_flight.states, &before)?, &picked(hidden, &after)?)?.to_vec1()
+        let changes = compare(&picked(&self.in_flight.states, &before)?, &picked(hidden, &after)?)?;
+        Ok(Change::of(&changes.flatten_all()?.to_vec1::<f32>()?))
     }
 }
 
@@ -301,7 +302,7 @@ impl Backend for Cpu {
         let answers = Answers {
             verdicts: self.read_head(&work.rows.pick(work.heads.rows.iter().copied()), &work.heads)?,
             gates: self.gates(hidden, work)?,
-            similarities: self.similarities(hidden, &work.similarities)?,
+            changes: self.changes(hidden, &work.compared)?,
         };
         self.in_flight.keep(&entering, &work.places)?;
         meanwhile();

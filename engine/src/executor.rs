@@ -15,7 +15,7 @@ use traces::{ExitSignal, Nanos, Request, Signals};
 use crate::backend::{Answers, Backend, Heads, ServedModel, Work};
 use crate::cache::CacheError;
 use crate::kernels::attention::{Fill, Row};
-use crate::kernels::rows::Source;
+use crate::kernels::rows::{Change, Source};
 use crate::kernels::signals::Verdict;
 use crate::model::Rows;
 use crate::prompts::{PromptError, Prompts};
@@ -145,6 +145,8 @@ struct Sequence {
     in_flight: Vec<Option<u32>>,
     /// Under [`KvFill::Skip`], by depth: positions without keys and values.
     skipped: Vec<Vec<u32>>,
+    /// What was last predicted, where the exit policy compares predictions.
+    predicted: Option<u32>,
 }
 
 impl Sequence {
@@ -253,7 +255,7 @@ struct Questions {
     heads: Vec<usize>,
     gates: Vec<usize>,
     /// Each with the row in flight that its last row was before the pass.
-    similarities: Vec<(usize, u32)>,
+    compared: Vec<(usize, u32)>,
 }
 
 /// State of the current pass.
@@ -272,12 +274,12 @@ struct Finding {
     verdict: Option<Verdict>,
     /// Score of the gate; 1 at the last depth, which has no gate.
     gate: f32,
-    /// Similarity of the row to its state one depth earlier; 0 at depth 0.
-    similarity: f32,
+    /// How the row differs from its state one depth earlier.
+    change: Change,
 }
 
 impl Finding {
-    const NOTHING: Self = Self { verdict: None, gate: 1.0, similarity: 0.0 };
+    const NOTHING: Self = Self { verdict: None, gate: 1.0, change: Change::FROM_ZERO };
 }
 
 impl Current {
@@ -377,7 +379,7 @@ impl EngineExecutor {
         self.exit = exit;
         let depths = exit.exit_depths(self.num_loops() as u8);
         self.exit_depths = usize::from(*depths.start())..usize::from(*depths.end()) + 1;
-        let reads_signal = matches!(exit.signal_read(), SignalRead::Signal(_));
+        let reads_signal = matches!(exit.signal_read(), SignalRead::Signal(_) | SignalRead::Repeats);
         if reads_signal || self.sequences.kv_fill == KvFill::First {
             self.exit_depths.start = 0;
         }
@@ -448,7 +450,7 @@ impl EngineExecutor {
         }
         let in_flight = vec![None; context_tokens as usize];
         let skipped = sequences.skipped_positions(&generation);
-        let sequence = Sequence { request, generation, in_flight, skipped };
+        let sequence = Sequence { request, generation, in_flight, skipped, predicted: None };
         let before = std::mem::replace(&mut sequences.by_slot[slot], sequence);
         self.arena.free.extend(before.in_flight.into_iter().flatten());
     }
@@ -504,7 +506,7 @@ impl EngineExecutor {
             places,
             heads: self.heads(pass, &questions.heads),
             gates: questions.gates.iter().map(last_row).collect(),
-            similarities: questions.similarities.iter().map(|(segment, kept)| (last_row(segment), *kept)).collect(),
+            compared: questions.compared.iter().map(|(segment, kept)| (last_row(segment), *kept)).collect(),
             rows,
         };
         let answers = self.backend.run_beside(&work, meanwhile)?;
@@ -549,7 +551,10 @@ impl EngineExecutor {
             let is_read = reads_for(ExitSignal::Gate)(segment) || (recorded(segment) && self.model.config().gate);
             is_read && usize::from(segment.depth) + 1 < self.num_loops()
         };
-        let compared = segments(&|segment| reads_for(ExitSignal::Similarity)(segment) || recorded(segment));
+        let compares = |segment: &Segment| {
+            [ExitSignal::Similarity, ExitSignal::Difference].into_iter().any(|signal| reads_for(signal)(segment))
+        };
+        let compared = segments(&|segment| compares(segment) || recorded(segment));
         let kept = |index: usize| {
             let segment = &pass.segments[index];
             Some((index, self.sequences.of(segment).in_flight[last_position(segment)]?))
@@ -567,7 +572,7 @@ impl EngineExecutor {
                 pass.runs_head(segment) || recorded(segment) || exits() || (all_heads && segment.predicts)
             }),
             gates: segments(&gate),
-            similarities: compared.into_iter().filter_map(kept).collect(),
+            compared: compared.into_iter().filter_map(kept).collect(),
         }
     }
 
@@ -581,7 +586,7 @@ impl EngineExecutor {
             }
             SignalRead::Oracle => self.oracle_exits(segment).unwrap_or(false),
             // Where exits are not known yet, the head runs for all of these rows together, afterwards.
-            SignalRead::Signal(_) => false,
+            SignalRead::Signal(_) | SignalRead::Repeats => false,
         };
         segment.predicts && exits && !self.exits_wait
     }
@@ -643,8 +648,8 @@ impl EngineExecutor {
         self.take_verdicts(pass, &asked.heads, answers.verdicts)?;
         let findings = &mut self.current.findings;
         asked.gates.iter().zip(answers.gates).for_each(|(&segment, gate)| findings[segment].gate = gate);
-        for (&(segment, _), similarity) in asked.similarities.iter().zip(answers.similarities) {
-            findings[segment].similarity = similarity;
+        for (&(segment, _), change) in asked.compared.iter().zip(answers.changes) {
+            findings[segment].change = change;
         }
         Ok(())
     }
@@ -668,16 +673,22 @@ impl EngineExecutor {
     }
 
     /// Sets the exit signals that the pass reads.
-    fn read_signals(&self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
+    fn read_signals(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
         for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| pass.reads_signal(segment)) {
-            let Finding { verdict, gate, similarity } = self.current.findings[index];
+            let Finding { verdict, gate, change } = self.current.findings[index];
             signals[index] = match pass.reads.signal {
                 SignalRead::None => continue,
                 SignalRead::Oracle => f32::from(u8::from(self.oracle_exits(segment)?)),
-                SignalRead::Signal(ExitSignal::Similarity) => similarity,
+                SignalRead::Signal(ExitSignal::Similarity) => change.similarity,
+                SignalRead::Signal(ExitSignal::Difference) => change.difference,
                 SignalRead::Signal(ExitSignal::Gate) => gate,
                 SignalRead::Signal(signal @ (ExitSignal::Top1 | ExitSignal::Margin | ExitSignal::Entropy)) => {
                     verdict.expect("signals that need the head ask for it").signals().get(signal)
+                }
+                SignalRead::Repeats => {
+                    let token = verdict.expect("predictions that are compared need the head").token;
+                    let before = self.sequences.of_mut(segment).predicted.replace(token);
+                    f32::from(u8::from(segment.depth > 0 && before == Some(token)))
                 }
             };
         }
@@ -703,13 +714,15 @@ impl EngineExecutor {
     fn record(&mut self, pass: &Pass<'_>) {
         let (num_loops, has_gates) = (self.num_loops(), self.model.config().gate);
         let segments = pass.segments.iter().zip(&self.current.findings);
-        for (segment, &Finding { verdict, gate, similarity }) in segments.filter(|(segment, _)| segment.predicts) {
+        for (segment, &Finding { verdict, gate, change }) in segments.filter(|(segment, _)| segment.predicts) {
             let verdict = verdict.expect("a recording executor reads the head of all that predict");
             let generation = &mut self.sequences.of_mut(segment).generation;
             let entry = generation.tokens.len() * num_loops + usize::from(segment.depth);
             generation.recorded.resize(entry, (Signals::default(), 0));
             let gate = if has_gates { gate } else { 0.0 };
-            generation.recorded.push((Signals { similarity, gate, ..verdict.signals() }, verdict.token));
+            let Change { similarity, difference } = change;
+            let signals = Signals { similarity, difference, gate, ..verdict.signals() };
+            generation.recorded.push((signals, verdict.token));
         }
     }
 

@@ -7,7 +7,9 @@ use std::str::FromStr;
 
 use scheduler::{Batching, Executor, ExitPolicy, KvFill, Observer, Pass, ServeError, Settings, SignalRead, Slot};
 use traces::hash::mix;
-use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Nanos, Recording, Request, ServedToken, Signals, TraceError};
+use traces::{
+    ExitSignal, ExitTrace, ExitTraceMeta, Nanos, Recording, Request, ServedToken, SignalSet, Signals, TraceError,
+};
 
 use crate::cache::TILE;
 use crate::clock::{Idle, WallClock};
@@ -107,6 +109,11 @@ impl Engine {
             source: source.to_owned(),
             recording: None,
         }
+    }
+
+    /// The exit signals that recordings of this model have.
+    pub fn recorded_signals(&self) -> SignalSet {
+        SignalSet::of_model(self.model.config().gate)
     }
 
     /// Runs `requests` at full depth and calls `generation` with the signals and predictions of each, in order and as
@@ -251,7 +258,7 @@ impl Engine {
         observer: &mut (impl Observer + Send),
     ) -> Result<ExitTrace, ReplayError> {
         let mut trace = ExitTrace::new(self.exit_trace_meta(model, source));
-        trace.has_gates = self.model.config().gate;
+        trace.recorded = self.recorded_signals();
         let push = |rows: &[_]| {
             trace.push_generation(rows);
             Ok(())

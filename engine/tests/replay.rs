@@ -14,7 +14,7 @@ use engine::{
     Sampling, WeightType, Weights, oracle_depths,
 };
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
-use traces::{Nanos, Request};
+use traces::{Nanos, Request, SignalSet};
 
 fn engine(config: &ModelConfig, temperature: f32) -> Engine {
     Engine {
@@ -70,6 +70,8 @@ fn a_recording_holds_what_a_replay_at_full_depth_generates() {
             assert!(signals.top1 > 0.0 && signals.top1 <= 1.0 && signals.margin <= signals.top1);
             assert!(signals.entropy >= 0.0 && signals.entropy <= 40_f32.ln() + 1e-5);
             assert_eq!(signals.similarity == 0.0, depth == 0);
+            assert_eq!(signals.difference == 1.0, depth == 0);
+            assert!(signals.difference > 0.0 && signals.difference < 10.0);
         }
     }
 }
@@ -78,7 +80,7 @@ fn a_recording_holds_what_a_replay_at_full_depth_generates() {
 fn gates_are_recorded_and_let_tokens_exit() {
     let engine = engine(&with_everything(), 1.0);
     let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
-    assert!(trace.has_gates);
+    assert_eq!(trace.recorded, SignalSet::ALL);
     let by_gate = settings("gate:0.5".parse().unwrap());
     let replayed = engine.replay(by_gate, &requests(), None, Idle::Skip, &mut ()).unwrap();
     let mut exits = Vec::new();
@@ -91,6 +93,37 @@ fn gates_are_recorded_and_let_tokens_exit() {
         exits.push(exit);
     }
     assert!(exits.contains(&0) && exits.iter().any(|&exit| exit > 0), "{exits:?}");
+}
+
+#[test]
+fn policies_that_compare_depths_exit_where_the_recorded_depths_say() {
+    let engine = engine(&with_everything(), 1.0);
+    let trace = engine.record(&requests(), "test", "a test", &mut ()).unwrap();
+    let starts: Vec<usize> = (0..trace.num_generations()).map(|index| trace.generation(index).start).collect();
+    let signals = |token, depth| *trace.signals_at(token, depth);
+    let change = |token| (signals(token, 1).entropy - signals(token, 0).entropy).abs();
+    let difference = |token| signals(token, 1).difference;
+    // Thresholds that about half of the first tokens reach at depth 1.
+    let median = |value: &dyn Fn(usize) -> f32| {
+        let mut values: Vec<f32> = starts.iter().map(|&token| value(token)).collect();
+        values.sort_by(f32::total_cmp);
+        values[values.len() / 2]
+    };
+    let (by_difference, by_entropy) = (median(&difference), median(&change));
+    let reaches_difference = |token| usize::from(difference(token) > by_difference) + 1;
+    let cases: [(String, &dyn Fn(usize) -> usize); 4] = [
+        (format!("difference:{by_difference}"), &reaches_difference),
+        (format!("delayed:difference:{by_difference}"), &|_| 2),
+        (format!("entropy-change:{by_entropy}"), &|token| usize::from(change(token) > by_entropy) + 1),
+        ("stable:2".to_owned(), &|token| usize::from(!trace.repeats(token, 1)) + 1),
+    ];
+    for (exit, expected) in cases {
+        let settings = settings(exit.parse().unwrap());
+        let replayed = engine.replay(settings, &requests(), None, Idle::Skip, &mut ()).unwrap();
+        // Only the first token of a request has the same context as in the recording.
+        let found: Vec<usize> = requests().iter().map(|request| replayed[&request.id].exit_depths[0].into()).collect();
+        assert_eq!(found, starts.iter().map(|&token| expected(token)).collect::<Vec<_>>(), "{exit}");
+    }
 }
 
 #[test]

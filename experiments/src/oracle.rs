@@ -51,7 +51,7 @@ impl Oracle {
         match settings.exit.signal_read() {
             SignalRead::Oracle if settings.exit.follows_recording() => self.recorded.clone(),
             SignalRead::Oracle => self.live_depths(settings),
-            SignalRead::None | SignalRead::Signal(_) => None,
+            SignalRead::None | SignalRead::Signal(_) | SignalRead::Repeats => None,
         }
     }
 

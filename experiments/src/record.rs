@@ -79,7 +79,7 @@ pub fn record(
     let named_policies = meta.recording.iter().flat_map(|recording| recording.policies.clone());
     let mut policies: Vec<ServedTally> =
         named_policies.map(|policy| ServedTally { policy, ..ServedTally::default() }).collect();
-    let mut writer = ExitTraceWriter::create(folder, meta, engine.model.config().gate, table)?;
+    let mut writer = ExitTraceWriter::create(folder, meta, engine.recorded_signals(), table)?;
     reporter.start(requests.len(), 0);
     match exiting {
         None => {

@@ -74,7 +74,7 @@ fn live_exits(
         let depths = oracle.depths(settings);
         return Ok(depths.map(|depths: std::sync::Arc<ExitDepths>| by_request(&|id| depths[&id].clone())));
     }
-    let reads_signal = matches!(settings.exit.signal_read(), SignalRead::Signal(_));
+    let reads_signal = matches!(settings.exit.signal_read(), SignalRead::Signal(_) | SignalRead::Repeats);
     if !reads_signal || settings.exit.depends_on_load() {
         return Ok(None);
     }

@@ -182,10 +182,10 @@ impl CustomDecisions {
             SignalRead::None => 0.0,
             // An executor may know the oracle depth only, or only whether the prediction of this very depth is right.
             SignalRead::Oracle => signals[..depth].last().map_or(read, |&before| read.max(before)),
-            SignalRead::Signal(_) => read,
+            SignalRead::Signal(_) | SignalRead::Repeats => read,
         };
         match self.reads {
-            SignalRead::Signal(signal) if read.is_infinite() => signal.sureness(read) > 0.0,
+            SignalRead::Signal(_) | SignalRead::Repeats if read.is_infinite() => read == self.reads.certain(true),
             _ => {
                 let row = ExitRow {
                     signals,

@@ -23,6 +23,10 @@ pub(crate) enum Decision {
     Cumulative(CumulativeGate),
     /// The signal that was read one depth earlier.
     Delayed(DelayedSignal),
+    /// How much the entropy differs from that of the depth before.
+    EntropyChange(EntropyChange),
+    /// For how many depths the prediction has stayed the same.
+    Stable(StablePrediction),
     /// The depths drawn for the requests.
     Mixed(MixedDepths),
     /// A policy that is not built in.
@@ -39,6 +43,8 @@ impl Decision {
             ExitPolicy::LoadAdaptive(threshold) => Self::ByLoad(LoadFollower::new(threshold)),
             ExitPolicy::Cumulative { min_loops, .. } => Self::Cumulative(CumulativeGate::new(min_loops, max_batch)),
             ExitPolicy::Delayed { .. } => Self::Delayed(DelayedSignal::new(max_batch)),
+            ExitPolicy::EntropyChange { .. } => Self::EntropyChange(EntropyChange::new(max_batch)),
+            ExitPolicy::Stable { .. } => Self::Stable(StablePrediction::new(max_batch)),
             ExitPolicy::Custom(policy) => Self::Custom(Box::new(CustomDecisions::new(policy, num_loops, max_batch))),
         }
     }
@@ -48,7 +54,12 @@ impl Decision {
         match self {
             Self::Custom(custom) => custom.admit(slot, request),
             Self::Mixed(mixed) => mixed.admit(slot, request),
-            Self::Fixed | Self::ByLoad(_) | Self::Cumulative(_) | Self::Delayed(_) => {}
+            Self::Fixed
+            | Self::ByLoad(_)
+            | Self::Cumulative(_)
+            | Self::Delayed(_)
+            | Self::EntropyChange(_)
+            | Self::Stable(_) => {}
         }
     }
 
@@ -111,6 +122,54 @@ impl CumulativeGate {
     }
 }
 
+/// The last entropy of each token in the making.
+#[derive(Clone, Debug)]
+pub(crate) struct EntropyChange {
+    /// By slot.
+    before: Vec<f32>,
+}
+
+impl EntropyChange {
+    fn new(max_batch: u32) -> Self {
+        Self { before: vec![f32::NAN; max_batch as usize] }
+    }
+
+    /// The difference, without its sign, between the entropy at a segment's depth and that of its token one depth
+    /// earlier; NaN at depth 0. An entropy without bound decides by itself, as a [gate](CumulativeGate::exited) does.
+    pub fn of(&mut self, segment: &Segment, entropy: f32) -> f32 {
+        if !segment.predicts || entropy.is_infinite() {
+            return entropy;
+        }
+        let before = std::mem::replace(&mut self.before[segment.slot as usize], entropy);
+        if segment.depth == 0 { f32::NAN } else { (entropy - before).abs() }
+    }
+}
+
+/// For how many depths the prediction of each token in the making has stayed the same.
+#[derive(Clone, Debug)]
+pub(crate) struct StablePrediction {
+    /// By slot.
+    depths: Vec<u8>,
+}
+
+impl StablePrediction {
+    fn new(max_batch: u32) -> Self {
+        Self { depths: vec![0; max_batch as usize] }
+    }
+
+    /// Number of depths, up to that of a segment, at which its token has had the same prediction. What an executor
+    /// reports of [repetitions](crate::SignalRead::Repeats) decides by itself if it has no bound, as a
+    /// [gate](CumulativeGate::exited) does.
+    pub fn depths(&mut self, segment: &Segment, repeats: f32) -> f32 {
+        if !segment.predicts || repeats.is_infinite() {
+            return repeats;
+        }
+        let depths = &mut self.depths[segment.slot as usize];
+        *depths = if segment.depth > 0 && repeats > 0.0 { *depths + 1 } else { 1 };
+        f32::from(*depths)
+    }
+}
+
 /// The last signal of each token in the making.
 #[derive(Clone, Debug)]
 pub(crate) struct DelayedSignal {
@@ -169,6 +228,28 @@ mod tests {
         exited(1, 0, 0.0);
         assert_eq!(exited(1, 1, 0.5), 0.5, "a token does not count for the next");
         assert_eq!(exited(1, 2, f32::INFINITY), f32::INFINITY, "what is certain needs no product");
+    }
+
+    #[test]
+    fn an_entropy_is_compared_with_that_of_the_depth_before() {
+        let mut change = EntropyChange::new(3);
+        let mut of = |slot, depth, entropy| change.of(&row(slot, depth), entropy);
+        assert!(of(1, 0, 2.0).is_nan() && of(2, 0, 5.0).is_nan(), "nothing to compare with");
+        assert_eq!((of(1, 1, 1.5), of(2, 1, 5.25)), (0.5, 0.25), "slots are apart, and a rise is a difference");
+        assert_eq!(of(1, 2, 1.5), 0.0);
+        assert!(of(1, 0, 1.5).is_nan(), "a token does not count for the next");
+        assert_eq!(of(1, 1, f32::NEG_INFINITY), f32::NEG_INFINITY, "what is certain needs no difference");
+    }
+
+    #[test]
+    fn a_prediction_is_stable_for_the_depths_since_it_last_changed() {
+        let mut stable = StablePrediction::new(3);
+        let mut depths = |slot, depth, repeats| stable.depths(&row(slot, depth), repeats);
+        assert_eq!((depths(1, 0, 0.0), depths(2, 0, 1.0)), (1.0, 1.0), "depth 0 repeats nothing");
+        assert_eq!((depths(1, 1, 1.0), depths(2, 1, 0.0)), (2.0, 1.0), "slots are apart");
+        assert_eq!((depths(1, 2, 1.0), depths(1, 3, 0.0), depths(1, 4, 1.0)), (3.0, 1.0, 2.0));
+        assert_eq!(depths(1, 0, 0.0), 1.0, "a token does not count for the next");
+        assert_eq!(depths(1, 1, f32::INFINITY), f32::INFINITY, "what is certain needs no count");
     }
 
     #[test]

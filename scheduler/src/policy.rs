@@ -100,6 +100,18 @@ pub enum ExitPolicy {
         /// Threshold, in the signal's own unit.
         threshold: f32,
     },
+    /// At the earliest depth whose entropy differs by at most `threshold` from that of the depth before (criterion
+    /// `entropy-diff` of Huginn, arXiv 2502.05171).
+    EntropyChange {
+        /// Difference in nats, without its sign.
+        threshold: f32,
+    },
+    /// At the earliest depth whose prediction is that of the `depths - 1` depths before as well (criterion
+    /// `argmax-stability` of Huginn, arXiv 2502.05171, which counts the repetitions and so is one lower).
+    Stable {
+        /// Depths in a row with the same prediction, at least 2.
+        depths: u8,
+    },
     /// By a rule that is not built in.
     Custom(CustomPolicy),
 }
@@ -156,6 +168,8 @@ pub enum SignalRead {
     Oracle,
     /// The value of an exit signal.
     Signal(ExitSignal),
+    /// 1 if the head predicts at this depth what it predicted one depth earlier, else 0; 0 at depth 0.
+    Repeats,
 }
 
 impl SignalRead {
@@ -164,6 +178,21 @@ impl SignalRead {
         match self {
             Self::None | Self::Oracle => false,
             Self::Signal(signal) => signal.needs_head(),
+            Self::Repeats => true,
+        }
+    }
+
+    /// A value that decides by itself, whatever a policy makes of others: with it a row exits, or does not.
+    pub fn certain(self, exits: bool) -> f32 {
+        match self {
+            Self::Signal(signal) => signal.certain(exits),
+            Self::None | Self::Oracle | Self::Repeats => {
+                if exits {
+                    f32::INFINITY
+                } else {
+                    f32::NEG_INFINITY
+                }
+            }
         }
     }
 }
@@ -206,6 +235,8 @@ impl ExitPolicy {
             | Self::Delayed { signal, .. }
             | Self::LoadAdaptive(LoadThreshold { signal, .. }) => SignalRead::Signal(signal),
             Self::Cumulative { .. } => SignalRead::Signal(ExitSignal::Gate),
+            Self::EntropyChange { .. } => SignalRead::Signal(ExitSignal::Entropy),
+            Self::Stable { .. } => SignalRead::Repeats,
             Self::Custom(policy) => policy.reads(),
         }
     }
@@ -239,7 +270,8 @@ impl ExitPolicy {
             Self::Mix(mix) => mix.shallowest().min(last)..=mix.deepest().min(last),
             Self::Oracle { .. } | Self::Confidence { .. } | Self::LoadAdaptive(_) | Self::Custom(_) => 0..=last,
             Self::Cumulative { min_loops, .. } => (min_loops - 1).min(last)..=last,
-            Self::Delayed { .. } => 1.min(last)..=last,
+            Self::Stable { depths } => (depths - 1).min(last)..=last,
+            Self::Delayed { .. } | Self::EntropyChange { .. } => 1.min(last)..=last,
         }
     }
 
@@ -268,6 +300,8 @@ impl ExitPolicy {
             Self::Confidence { signal, threshold } | Self::Delayed { signal, threshold } => signal.bound(threshold),
             Self::LoadAdaptive(by_load) => by_load.signal.bound(by_load.calm),
             Self::Cumulative { share, .. } => SignalBound::at_least(share),
+            Self::EntropyChange { threshold } => ExitSignal::Entropy.bound(threshold),
+            Self::Stable { depths } => SignalBound::at_least(f32::from(depths)),
         }
     }
 
@@ -283,7 +317,7 @@ impl ExitPolicy {
     }
 
     /// The kind of policy, without its parameters: `none`, `static`, `mix`, `oracle`, `confidence`, `load-adaptive`,
-    /// `cumulative`, `delayed`, or the name of a custom one.
+    /// `cumulative`, `delayed`, `entropy-change`, `stable`, or the name of a custom one.
     pub fn kind(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -294,6 +328,8 @@ impl ExitPolicy {
             Self::LoadAdaptive(_) => "load-adaptive",
             Self::Cumulative { .. } => "cumulative",
             Self::Delayed { .. } => "delayed",
+            Self::EntropyChange { .. } => "entropy-change",
+            Self::Stable { .. } => "stable",
             Self::Custom(policy) => policy.name(),
         }
     }
@@ -306,7 +342,10 @@ impl ExitPolicy {
     /// The threshold of a policy that has one.
     pub fn threshold(self) -> Option<f32> {
         match self {
-            Self::Confidence { threshold, .. } | Self::Delayed { threshold, .. } => Some(threshold),
+            Self::Confidence { threshold, .. }
+            | Self::Delayed { threshold, .. }
+            | Self::EntropyChange { threshold } => Some(threshold),
+            Self::Stable { depths } => Some(depths.into()),
             Self::Cumulative { share, .. } => Some(share),
             _ => None,
         }
@@ -328,6 +367,8 @@ impl fmt::Display for ExitPolicy {
             Self::LoadAdaptive(by_load) => write!(f, "load-adaptive:{by_load}"),
             Self::Cumulative { share, min_loops } => write!(f, "cumulative:gate:{share}:{min_loops}"),
             Self::Delayed { signal, threshold } => write!(f, "delayed:{signal}:{threshold}"),
+            Self::EntropyChange { threshold } => write!(f, "entropy-change:{threshold}"),
+            Self::Stable { depths } => write!(f, "stable:{depths}"),
             Self::Custom(policy) => f.write_str(policy.name()),
         }
     }
@@ -339,7 +380,7 @@ impl FromStr for ExitPolicy {
     /// Parses `none`, `static:DEPTH`, `mix:DEPTH:DEPTH:SHARE` or `mix:DEPTH:DEPTH:SHARE:SEED`, `oracle`, `oracle:charged`, `oracle:recorded`,
     /// `oracle:recorded:charged`, `confidence:THRESHOLD` (of the top-1 probability),
     /// `confidence:MEASURE:THRESHOLD` or its short form `MEASURE:THRESHOLD`, `delayed:MEASURE:THRESHOLD`,
-    /// `cumulative:gate:SHARE` or `cumulative:gate:SHARE:LOOPS`, and `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH` or
+    /// `cumulative:gate:SHARE` or `cumulative:gate:SHARE:LOOPS`, `entropy-change:THRESHOLD`, `stable:DEPTHS`, and `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH` or
     /// `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`.
     fn from_str(text: &str) -> Result<Self, PolicyError> {
         Self::built_in(text).or_else(|error| CustomPolicy::registered(text).map(Self::Custom).ok_or(error))
@@ -382,6 +423,11 @@ impl ExitPolicy {
             }),
             ["cumulative", "gate", share] => Self::cumulative(text, threshold(share)?, "1"),
             ["cumulative", "gate", share, min_loops] => Self::cumulative(text, threshold(share)?, min_loops),
+            ["entropy-change", number] => Ok(Self::EntropyChange { threshold: threshold(number)? }),
+            ["stable", depths] => match depths.parse() {
+                Ok(depths) if depths > 1 => Ok(Self::Stable { depths }),
+                _ => Err(PolicyError::Stable(text.to_owned())),
+            },
             ["load-adaptive", signal, thresholds, loads, ref band @ ..] if band.len() < 2 => {
                 let signal: ExitSignal = signal.parse().map_err(PolicyError::ExitSignal)?;
                 let (calm, busy) = thresholds.split_once("..").ok_or_else(unknown)?;
@@ -479,7 +525,8 @@ pub enum PolicyError {
     #[error(
         "unknown exit policy `{0}`: expected none, static:DEPTH, mix:DEPTH:DEPTH:SHARE, oracle, oracle:charged, oracle:recorded, \
          confidence:THRESHOLD, confidence:SIGNAL:THRESHOLD, SIGNAL:THRESHOLD, delayed:SIGNAL:THRESHOLD, \
-         cumulative:gate:SHARE[:LOOPS], load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH[:BAND] or the name of a registered policy"
+         cumulative:gate:SHARE[:LOOPS], entropy-change:THRESHOLD, stable:DEPTHS, \
+         load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH[:BAND] or the name of a registered policy"
     )]
     Exit(String),
     /// Not a signal.
@@ -494,6 +541,9 @@ pub enum PolicyError {
     /// Not a share, or no loops.
     #[error("exit policy `{0}`: expected cumulative:gate:SHARE:LOOPS, a share from 0 to 1 and at least 1 loop")]
     Cumulative(String),
+    /// Not a number of depths that could differ.
+    #[error("exit policy `{0}`: expected stable:DEPTHS, at least 2")]
+    Stable(String),
     /// Not two numbers of requests.
     #[error(
         "exit policy `{0}`: expected load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH:BAND with whole numbers of requests, LOW below HIGH"
@@ -545,7 +595,10 @@ mod tests {
             "oracle:recorded:charged",
             "confidence:margin:0.25",
             "delayed:entropy:0.5",
+            "delayed:difference:0.03",
             "cumulative:gate:0.75:2",
+            "entropy-change:0.001",
+            "stable:6",
             "load-adaptive:top1:1..0.5:4..20:3",
         ];
         for text in printed {
@@ -585,6 +638,11 @@ mod tests {
             "cumulative:top1:0.9",
             "cumulative:gate:1.5",
             "cumulative:gate:0.5:0",
+            "entropy-change:NaN",
+            "entropy-change:entropy:0.5",
+            "stable:1",
+            "stable:256",
+            "stable:1.5",
             "load-adaptive:top1:0.9:4..20",
             "load-adaptive:top1:0.9..0.5:20..4",
             "load-adaptive:top1:0.9..0.5:4..4",
@@ -613,10 +671,20 @@ mod tests {
             "oracle:charged",
             "oracle:recorded:charged",
             "load-adaptive:top1:1..0:0..1",
+            "entropy-change:0.001",
+            "stable:2",
         ];
         assert!(need.into_iter().all(needs_head));
-        let need_not =
-            ["none", "static:0", "oracle", "oracle:recorded", "similarity:0.9", "gate:0.9", "cumulative:gate:0.9"];
+        let need_not = [
+            "none",
+            "static:0",
+            "oracle",
+            "oracle:recorded",
+            "similarity:0.9",
+            "difference:0.03",
+            "gate:0.9",
+            "cumulative:gate:0.9",
+        ];
         assert!(!need_not.into_iter().any(needs_head));
     }
 
@@ -649,6 +717,17 @@ mod tests {
         assert_eq!(reads("mix:0:2:0.5"), (2, 2));
         assert_eq!((reads("confidence:0.9"), reads("oracle:charged")), ((3, 0), (3, 0)));
         assert_eq!((reads("confidence:similarity:0.9"), reads("oracle")), ((3, u8::MAX), (3, u8::MAX)));
+        assert_eq!(
+            (reads("entropy-change:0.1"), reads("stable:3")),
+            ((3, 0), (3, 0)),
+            "both compare with earlier depths"
+        );
+    }
+
+    #[test]
+    fn what_compares_depths_exits_only_where_there_are_depths_to_compare() {
+        let depths = |text: &str| text.parse::<ExitPolicy>().unwrap().exit_depths(4);
+        assert_eq!((depths("entropy-change:0.1"), depths("stable:2"), depths("stable:4")), (1..=3, 1..=3, 3..=3));
     }
 
     #[test]
@@ -657,6 +736,7 @@ mod tests {
         let exits = |text, signal| exit(text).bound().is_reached(signal);
         assert!(exits("confidence:0.9", 0.9) && !exits("confidence:0.9", 0.89));
         assert!(exits("confidence:entropy:0.5", 0.5) && !exits("confidence:entropy:0.5", 0.51));
+        assert!(exits("difference:0.03", 0.03) && !exits("difference:0.03", 0.031));
         assert!(exits("oracle", 1.0) && !exits("oracle", 0.0));
         assert!(!exits("none", f32::MAX) && !exits("confidence:0.9", f32::NAN));
     }

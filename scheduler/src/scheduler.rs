@@ -257,7 +257,9 @@ impl Settings {
             ExitPolicy::Mix(mix) if mix.deepest() >= self.num_loops => {
                 Err(ScheduleError::StaticDepth { depth: mix.deepest(), num_loops: self.num_loops })
             }
-            exit @ ExitPolicy::Cumulative { min_loops, .. } if min_loops > self.num_loops => {
+            exit @ (ExitPolicy::Cumulative { min_loops, .. } | ExitPolicy::Stable { depths: min_loops })
+                if min_loops > self.num_loops =>
+            {
                 Err(ScheduleError::MinLoops { exit: exit.to_string(), min_loops, num_loops: self.num_loops })
             }
             _ if self.async_scheduling && self.exit_wait > 0 => {
@@ -921,6 +923,14 @@ impl Scheduler {
                 let before = segments.iter().map(|segment| delayed.before(segment));
                 select(exiting, segments, before, self.bound, *certain_from);
                 delayed.keep(segments, signals);
+            }
+            Decision::EntropyChange(change) => {
+                let changes = segments.iter().zip(values).map(|(segment, entropy)| change.of(segment, entropy));
+                select(exiting, segments, changes, self.bound, *certain_from);
+            }
+            Decision::Stable(stable) => {
+                let depths = segments.iter().zip(values).map(|(segment, repeats)| stable.depths(segment, repeats));
+                select(exiting, segments, depths, self.bound, *certain_from);
             }
             Decision::Mixed(mixed) => {
                 let exits = segments.iter().map(|segment| mixed.exits(segment));

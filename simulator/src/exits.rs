@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use scheduler::{KvFill, Pass, SignalRead};
 use traces::hash::mix;
-use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Request, Signals};
+use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Request, SignalSet, Signals};
 
 /// Which generations of the trace a request takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ pub struct ExitModel {
     num_loops: u8,
     fingerprint: String,
     draw: Draw,
-    has_gates: bool,
+    recorded: SignalSet,
     /// Whether tokens exit where they agree with the last depth, whichever signal is read.
     is_scripted: bool,
     /// Whether generations are recorded ones, whose lengths mean something.
@@ -72,7 +72,10 @@ pub struct ExitModel {
     starts: Arc<[u32]>,
     /// A bit for each token and depth: whether the prediction equals that of full depth.
     agreement: Arc<[u64]>,
-    /// The values of each signal by token and depth, in the order of [`ExitSignal::ALL`].
+    /// A bit for each token and depth: whether the prediction equals that of the depth before.
+    repeats: Arc<[u64]>,
+    /// The values of each signal by token and depth, in the order of [`ExitSignal::ALL`]; none of a signal that the
+    /// trace lacks.
     signals: [Arc<[f32]>; ExitSignal::ALL.len()],
     /// How much of their history tokens had skipped; none of a trace at full depth.
     history: Option<Arc<History>>,
@@ -185,12 +188,16 @@ impl ExitModel {
             num_loops: trace.meta.num_loops as u8,
             fingerprint: trace.meta.fingerprint.clone(),
             draw,
-            has_gates: trace.has_gates,
+            recorded: trace.recorded,
             is_scripted: false,
             is_recorded: true,
             starts: trace.starts.as_slice().into(),
             agreement: bits(rows().map(|(token, depth)| trace.agrees(token, depth))).into(),
-            signals: ExitSignal::ALL.map(|signal| trace.signals.iter().map(|signals| signals.get(signal)).collect()),
+            repeats: bits(rows().map(|(token, depth)| trace.repeats(token, depth))).into(),
+            signals: ExitSignal::ALL.map(|signal| match trace.recorded.contains(signal) {
+                true => trace.signals.iter().map(|signals| signals.get(signal)).collect(),
+                false => [].into(),
+            }),
             history: History::new(trace)?.map(Arc::new),
         })
     }
@@ -264,9 +271,9 @@ impl ExitModel {
         &self.fingerprint
     }
 
-    /// Whether the trace contains the signal that an exit policy reads.
-    pub fn answers(&self, read: SignalRead) -> bool {
-        read != SignalRead::Signal(ExitSignal::Gate) || self.has_gates || self.is_scripted
+    /// Whether an exit policy can read a signal. Which predictions equal each other is known in any case.
+    pub fn has(&self, signal: ExitSignal) -> bool {
+        self.recorded.contains(signal) || self.is_scripted
     }
 
     /// Position of a request's token number `generated`.
@@ -299,7 +306,7 @@ impl ExitModel {
         let num_loops = usize::from(self.num_loops);
         let signals: &[f32] = match pass.reads.signal {
             SignalRead::Signal(signal) => &self.signals[signal as usize],
-            SignalRead::None | SignalRead::Oracle => &[],
+            SignalRead::None | SignalRead::Oracle | SignalRead::Repeats => &[],
         };
         let mut agreeing = 0;
         for &index in exiting {
@@ -369,7 +376,7 @@ impl ExitModel {
     /// too, which spares the loop a branch that would be mispredicted.
     pub fn read_signals(&self, pass: &Pass<'_>, cursors: &[Cursor], signals: &mut [f32]) {
         let segments = pass.segments.iter().zip(signals);
-        if let SignalRead::Signal(read) = pass.reads.signal
+        if let read @ (SignalRead::Signal(_) | SignalRead::Repeats) = pass.reads.signal
             && self.is_scripted
         {
             let certain = [false, true].map(|exits| read.certain(exits));
@@ -385,6 +392,9 @@ impl ExitModel {
             SignalRead::Oracle => {
                 let finals = self.history.as_ref().map_or(&*self.agreement, |history| &*history.finals);
                 rows.for_each(|(row, signal)| *signal = f32::from(u8::from(is_set(finals, row))));
+            }
+            SignalRead::Repeats => {
+                rows.for_each(|(row, signal)| *signal = f32::from(u8::from(is_set(&self.repeats, row))));
             }
             SignalRead::Signal(read) => {
                 let values = &self.signals[read as usize];
@@ -710,9 +720,13 @@ mod tests {
                 signals[0]
             };
             let signals = trace.signals_at(token, depth.into());
-            for signal in ExitSignal::ALL {
+            for signal in trace.recorded.iter() {
                 assert_eq!(read(SignalRead::Signal(signal)), signals.get(signal));
             }
+            assert_eq!(
+                read(SignalRead::Repeats) == 1.0,
+                depth == 1 && trace.predictions[2 * token] == trace.predictions[2 * token + 1]
+            );
             assert_eq!(model.agrees(cursor.at(depth)), trace.agrees(token, depth.into()));
             assert_eq!(read(SignalRead::Oracle) == 1.0, trace.agrees(token, depth.into()));
         }
@@ -723,11 +737,19 @@ mod tests {
         let depths = [vec![2, 0, 1], vec![0, 2]];
         let model = ExitModel::from_depths(&depths, 3, "test", Draw::Recorded).unwrap();
         let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
-        let policies =
-            ["oracle", "confidence:0.9", "entropy:0.5", "entropy:0", "similarity:1", "gate:0.3", "margin:-1"];
+        let policies = [
+            "oracle",
+            "confidence:0.9",
+            "entropy:0.5",
+            "entropy:0",
+            "similarity:1",
+            "gate:0.3",
+            "margin:-1",
+            "difference:0",
+        ];
         for policy in policies {
             let policy: ExitPolicy = policy.parse().unwrap();
-            assert!(model.answers(policy.signal_read()), "{policy}");
+            assert!(ExitSignal::ALL.into_iter().all(|signal| model.has(signal)));
             let exits = |cursor: Cursor, depth| {
                 let segments = [Segment {
                     slot: 0,

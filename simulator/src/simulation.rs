@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
-use scheduler::{KvFill, Observer, PrefixUse, ScheduleError, ServeError, Server, Settings, VirtualClock};
-use traces::{ClosedLoop, LatencyProfile, Nanos, PrefixHashes, Request};
+use scheduler::{KvFill, Observer, PrefixUse, ScheduleError, ServeError, Server, Settings, SignalRead, VirtualClock};
+use traces::{ClosedLoop, ExitSignal, LatencyProfile, Nanos, PrefixHashes, Request};
 
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
@@ -40,8 +40,16 @@ pub enum SimulationError {
         exits: u8,
     },
     /// An exit policy that reads a signal which was not recorded.
-    #[error("exit policy {0}: the exit trace has no column `gate`, expected one of a model with gates")]
-    NoGates(String),
+    #[error(
+        "exit policy {exit}: the exit trace has no column `{signal}`, expected one {}",
+        if *signal == ExitSignal::Gate { "of a model with gates" } else { "that is recorded anew" }
+    )]
+    NoSignal {
+        /// The policy.
+        exit: String,
+        /// What it reads.
+        signal: ExitSignal,
+    },
     /// An exit trace that was recorded under another KV fill.
     #[error("the exit trace was recorded under KV fill {recorded}, the settings have {settings}: expected the same")]
     KvFill {
@@ -122,8 +130,10 @@ impl<'m> Simulation<'m> {
         if let Some(recorded) = exits.kv_fill().filter(|&recorded| recorded != settings.kv_fill) {
             return Err(SimulationError::KvFill { recorded, settings: settings.kv_fill });
         }
-        if !exits.answers(settings.exit.signal_read()) {
-            return Err(SimulationError::NoGates(settings.exit.to_string()));
+        if let SignalRead::Signal(signal) = settings.exit.signal_read()
+            && !exits.has(signal)
+        {
+            return Err(SimulationError::NoSignal { exit: settings.exit.to_string(), signal });
         }
         Ok(Self {
             settings,

@@ -81,9 +81,17 @@ fn only_signals_that_read_the_vocabulary_pay_for_the_head() {
     let latency = LatencyModel::new(&profile(3, &[(Block, 1, 0, 1, block_us), (Head, 1, 0, 1, head_us)])).unwrap();
     let exits = ExitModel::new(&exit_trace(3, &[vec![2; tokens as usize]]), Draw::Recorded).unwrap();
     // The signal of every token is read twice before the token exits at the last depth.
-    for (exit, heads) in
-        [("none", 1.0), ("top1:0.5", 3.0), ("margin:0.5", 3.0), ("similarity:0.5", 1.0), ("gate:0.5", 1.0)]
-    {
+    for (exit, heads) in [
+        ("none", 1.0),
+        ("top1:0.5", 3.0),
+        ("margin:0.5", 3.0),
+        ("similarity:0.5", 1.0),
+        ("difference:0.5", 1.0),
+        ("gate:0.5", 1.0),
+        // What compares depths reads the head at every depth as well.
+        ("stable:3", 3.0),
+        ("entropy-change:-1", 3.0),
+    ] {
         let summary = simulate(settings(Batching::Sequence, exit, 3, 1), &latency, &exits, queued(1, 1, tokens));
         let expected_us = f64::from(tokens) * (3.0 * block_us + heads * head_us);
         assert_close(summary.e2e_mean_ms * 1e3, expected_us, 1e-9);

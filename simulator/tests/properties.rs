@@ -9,7 +9,7 @@ use latency::LatencyModel;
 use proptest::prelude::*;
 use scheduler::{Batching, ExitPolicy, KvFill, Server, Settings, VirtualClock, serve};
 use simulator::{Draw, ExitModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all};
-use traces::{Nanos, PrefixHashes, Request};
+use traces::{Nanos, PrefixHashes, Request, SignalSet, Signals};
 
 const LOOPS: u8 = 3;
 
@@ -22,6 +22,8 @@ fn any_settings() -> impl Strategy<Value = Settings> {
         "confidence:0.5",
         "load-adaptive:top1:0.5..0.2:2..9",
         "delayed:top1:0.5",
+        "difference:0.5",
+        "delayed:difference:0.5",
     ]);
     let fill = prop::sample::select(KvFill::ALL.to_vec());
     let sizes = (1u32..6, 1u32..20, 10u32..40);
@@ -60,7 +62,64 @@ fn recorded(requests: &[(Request, Vec<u8>)]) -> ExitModel {
     ExitModel::new(&exit_trace(LOOPS, &generations), Draw::Recorded).unwrap()
 }
 
+/// Under a policy that compares a token's depths, the depth at which it exits, from its entropies, differences of states
+/// and predictions by depth.
+fn compared_depth(exit: &str, rows: &[(Signals, u32)]) -> usize {
+    let last = rows.len() - 1;
+    let change = |depth: usize| (rows[depth].0.entropy - rows[depth - 1].0.entropy).abs();
+    let is_stable = |depth: usize, depths: usize| {
+        depth + 1 >= depths && rows[depth + 1 - depths..=depth].iter().all(|row| row.1 == rows[depth].1)
+    };
+    let first = |exits: &dyn Fn(usize) -> bool| (0..last).find(|&depth| exits(depth)).unwrap_or(last);
+    match exit {
+        "entropy-change:0.25" => first(&|depth| depth > 0 && change(depth) <= 0.25),
+        "stable:2" => first(&|depth| is_stable(depth, 2)),
+        "stable:3" => first(&|depth| is_stable(depth, 3)),
+        "difference:0.25" => first(&|depth| rows[depth].0.difference <= 0.25),
+        "delayed:difference:0.25" => first(&|depth| depth > 0 && rows[depth - 1].0.difference <= 0.25),
+        _ => unreachable!("{exit}"),
+    }
+}
+
+/// Tokens of five loops with few values, so that neighbours are often alike.
+fn compared_tokens() -> impl Strategy<Value = Vec<(Signals, u32)>> {
+    let row = (0..4_u8, 0..3_u32, 0..4_u8).prop_map(|(entropy, prediction, difference)| {
+        let [entropy, difference] = [entropy, difference].map(|quarters| f32::from(quarters) / 4.0 + 0.125);
+        (Signals { entropy, difference, ..Signals::default() }, prediction)
+    });
+    prop::collection::vec(prop::collection::vec(row, 5), 1..20).prop_map(|tokens| {
+        let mut rows = tokens.concat();
+        rows.iter_mut().step_by(5).for_each(|row| row.0.difference = 1.0);
+        rows
+    })
+}
+
 proptest! {
+    #[test]
+    fn policies_that_compare_depths_exit_where_the_recorded_depths_say(
+        requests in prop::collection::vec(compared_tokens(), 1..10),
+        exit in prop::sample::select(vec![
+            "entropy-change:0.25", "stable:2", "stable:3", "difference:0.25", "delayed:difference:0.25",
+        ]),
+        batching in prop::sample::select(Batching::ALL.to_vec()),
+    ) {
+        let mut trace = exit_trace(5, &[]);
+        requests.iter().for_each(|rows| trace.push_generation(rows));
+        let (latency, exits) = (varied_latency(5), ExitModel::new(&trace, Draw::Recorded).unwrap());
+        // Few blocks, so that sequences are preempted in the middle of a token.
+        let settings = Settings { block_tokens: 4, num_blocks: 12, ..settings(batching, exit, 5, 4) };
+        let arrivals = (0..).zip(&requests).map(|(id, rows)| {
+            let output_tokens = rows.len() as u32 / 5;
+            Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 * (id + 1), output_tokens }
+        });
+        let mut metrics = [Metrics::new(&settings).with_requests()];
+        Simulation::new(settings, &latency, &exits).unwrap().run(arrivals, &mut metrics).unwrap();
+        for (row, rows) in metrics[0].requests().zip(&requests) {
+            let passes = rows.chunks(5).map(|token| compared_depth(exit, token) as u64 + 1);
+            prop_assert_eq!(row.passes, passes.sum::<u64>(), "{}, request {}", exit, row.id);
+        }
+    }
+
     #[test]
     fn depth_and_agreement_are_those_of_the_exit_trace(settings in any_settings(), requests in any_requests()) {
         let (latency, exits) = (varied_latency(LOOPS.into()), recorded(&requests));
@@ -243,13 +302,20 @@ fn what_does_not_fit_together_is_refused() {
     let error = Simulation::new(fit, &latency, &other_loops).unwrap_err();
     assert_eq!(error, SimulationError::Loops { settings: 3, profile: 3, exits: 2 });
 
-    let mut without_gates = exit_trace(3, &[vec![0]]);
-    without_gates.has_gates = false;
-    let without_gates = ExitModel::new(&without_gates, Draw::Recorded).unwrap();
+    let mut early = exit_trace(3, &[vec![0]]);
+    early.recorded = SignalSet::ALWAYS;
+    let without_gates = ExitModel::new(&early, Draw::Recorded).unwrap();
     let by_gate = settings(Batching::Depth, "gate:0.5", 3, 4);
     assert!(Simulation::new(by_gate, &latency, &exits).is_ok());
     let error = Simulation::new(by_gate, &latency, &without_gates).unwrap_err().to_string();
     assert!(error.contains("exit policy confidence:gate:0.5: the exit trace has no column `gate`"), "{error}");
+    let by_difference = settings(Batching::Depth, "delayed:difference:0.03", 3, 4);
+    assert!(Simulation::new(by_difference, &latency, &exits).is_ok());
+    let error = Simulation::new(by_difference, &latency, &without_gates).unwrap_err().to_string();
+    assert!(error.contains("no column `difference`, expected one that is recorded anew"), "{error}");
+    for known in ["stable:2", "entropy-change:0.1"] {
+        assert!(Simulation::new(settings(Batching::Depth, known, 3, 4), &latency, &without_gates).is_ok(), "{known}");
+    }
 
     let mut profile = common::profile(3, &[(traces::Component::Block, 1, 0, 1, 1.0)]);
     profile.meta.fingerprint = "another".into();

@@ -14,7 +14,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use traces::{ExitSignal, ExitTable, ExitTrace, ExitTraceMeta, Signals};
+use traces::{ExitSignal, ExitTable, ExitTrace, ExitTraceMeta, SignalSet, Signals};
 
 /// Folder, loops, and how many of 13 tokens become right after each loop. The first loop has 9, as in the paper's
 /// relaxed models with two loops (`docs/notebook/paper.md`). The split of the rest at three loops is an assumption.
@@ -55,7 +55,7 @@ fn exits(name: &str, becoming_right: &[usize], recorded: &ExitTrace) -> ExitTrac
         ),
         recording: None,
     };
-    let mut trace = ExitTrace { has_gates: true, ..ExitTrace::new(meta) };
+    let mut trace = ExitTrace { recorded: SignalSet::ALWAYS.with(ExitSignal::Gate), ..ExitTrace::new(meta) };
     for _ in 0..ROUNDS {
         let mut rows = Vec::new();
         for token in 0..13 {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Result, TraceError};
 use crate::exit_parquet::{ParquetRows, ParquetWriter};
-use crate::exit_trace::{ExitSignal, ExitTrace, ExitTraceMeta, ServedToken, Signals};
+use crate::exit_trace::{ExitSignal, ExitTrace, ExitTraceMeta, ServedToken, SignalSet, Signals};
 use crate::profile::check_num_loops;
 use crate::table::{Owner, PartialFile, Row, Table, check_version, read_yaml, write_yaml};
 
@@ -55,58 +55,33 @@ const EXIT_DEPTH: usize = 4;
 const FULL_DEPTH: usize = 5;
 const POLICY: usize = 6;
 
-const AT_FULL_DEPTH: [&str; EXIT_DEPTH + ExitSignal::ALL.len()] = columns(EXIT_DEPTH);
-const UNDER_POLICIES: [&str; INTEGERS.len() + ExitSignal::ALL.len()] = columns(INTEGERS.len());
-
-/// The first `integers` integer columns, and one for each signal.
-const fn columns<const N: usize>(integers: usize) -> [&'static str; N] {
-    let mut columns = [""; N];
-    let mut place = 0;
-    while place < N {
-        columns[place] = match place < integers {
-            true => INTEGERS[place],
-            false => ExitSignal::ALL[place - integers].name(),
-        };
-        place += 1;
-    }
-    columns
-}
-
 /// The columns of a table: integers, then the signals in the order of [`ExitSignal::ALL`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Columns {
-    /// Of a recording at full depth.
-    AtFullDepth,
-    /// Of a recording under exit policies.
-    UnderPolicies,
+pub(crate) struct Columns {
+    /// Number of integer columns: more in a recording under exit policies.
+    pub integers: usize,
+    /// The signals.
+    pub signals: SignalSet,
 }
 
 impl Columns {
-    fn of(meta: &ExitTraceMeta) -> Self {
-        if meta.recording.is_some() { Self::UnderPolicies } else { Self::AtFullDepth }
+    pub fn new(meta: &ExitTraceMeta, signals: SignalSet) -> Self {
+        Self { integers: if meta.recording.is_some() { INTEGERS.len() } else { EXIT_DEPTH }, signals }
     }
 
     /// Their names.
-    pub fn names(self) -> &'static [&'static str] {
-        match self {
-            Self::AtFullDepth => &AT_FULL_DEPTH,
-            Self::UnderPolicies => &UNDER_POLICIES,
-        }
+    pub fn names(self) -> Vec<&'static str> {
+        INTEGERS[..self.integers].iter().copied().chain(self.signals.iter().map(ExitSignal::name)).collect()
     }
 
-    /// Their names in a table that may lack the gate column.
-    pub fn names_with(self, has_gates: bool) -> &'static [&'static str] {
-        if has_gates { self.names() } else { &self.names()[..self.gate()] }
+    /// The signal of a column.
+    fn signal(self, column: usize) -> Option<ExitSignal> {
+        self.signals.iter().nth(column.checked_sub(self.integers)?)
     }
 
-    /// Index of the first signal column.
-    pub fn first_signal(self) -> usize {
-        self.names().len() - ExitSignal::ALL.len()
-    }
-
-    /// Index of the gate column, which is missing where the model has no gates.
-    pub fn gate(self) -> usize {
-        self.names().len() - 1
+    /// The column of a signal, one of the table's.
+    fn place(self, signal: ExitSignal) -> usize {
+        self.integers + self.signals.iter().take_while(|&other| other != signal).count()
     }
 }
 
@@ -171,7 +146,7 @@ impl ExitTrace {
     /// # Errors
     /// If a file cannot be written, or [`Self::read`] would reject the trace.
     pub fn write(&self, folder: impl AsRef<Path>, table: ExitTable) -> Result<()> {
-        let mut writer = ExitTraceWriter::create(folder, self.meta.clone(), self.has_gates, table)?;
+        let mut writer = ExitTraceWriter::create(folder, self.meta.clone(), self.recorded, table)?;
         for generation in 0..self.num_generations() {
             let tokens = self.generation(generation);
             let rows = tokens.start * self.num_loops()..tokens.end * self.num_loops();
@@ -197,34 +172,35 @@ fn check_meta(path: &Path, meta: &ExitTraceMeta) -> Result<()> {
 }
 
 fn read_csv(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
-    let columns = Columns::of(&meta);
-    let mut table = Table::open_optional(path, columns.names(), columns.gate(), Owner::Us)?;
-    let mut collector = Collector::new(meta, table.has(columns.gate()));
+    let always = Columns::new(&meta, SignalSet::ALWAYS).names().len();
+    let mut table = Table::open_optional(path, &Columns::new(&meta, SignalSet::ALL).names(), always, Owner::Us)?;
+    let has = |signal: &ExitSignal| table.has_column(signal.name());
+    let signals = ExitSignal::ALL.into_iter().filter(has).fold(SignalSet::ALWAYS, SignalSet::with);
+    let columns = Columns::new(&meta, signals);
+    let mut collector = Collector::new(meta, columns);
     while let Some(row) = table.next_row()? {
-        let values = read_csv_row(&row, columns, collector.trace.has_gates)?;
+        let values = read_csv_row(&row, columns)?;
         collector.push(&values).map_err(|fault| row.error(fault.column, fault.expected))?;
     }
     collector.finish(path)
 }
 
-fn read_csv_row(row: &Row<'_>, columns: Columns, has_gates: bool) -> Result<ExitRow> {
+fn read_csv_row(row: &Row<'_>, columns: Columns) -> Result<ExitRow> {
     let mut integers = [0; INTEGERS.len()];
-    for (column, value) in integers.iter_mut().enumerate().take(columns.first_signal()) {
+    for (column, value) in integers.iter_mut().enumerate().take(columns.integers) {
         let expected = if [PREDICTION, FULL_DEPTH].contains(&column) { "a token id" } else { "a whole number" };
         *value = row.number(column, expected, |_: &u32| true)?;
     }
     let mut signals = [0.0; ExitSignal::ALL.len()];
-    for (column, (signal, value)) in (columns.first_signal()..).zip(ExitSignal::ALL.into_iter().zip(&mut signals)) {
-        if column != columns.gate() || has_gates {
-            *value = row.number(column, signal.range().2, |_: &f32| true)?;
-        }
+    for (column, signal) in (columns.integers..).zip(columns.signals.iter()) {
+        signals[signal as usize] = row.number(column, signal.range().2, |_: &f32| true)?;
     }
     Ok(ExitRow::new(integers, signals.into()))
 }
 
 fn read_parquet(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
-    let rows = ParquetRows::open(path, Columns::of(&meta))?;
-    let mut collector = Collector::new(meta, rows.has_gates());
+    let rows = ParquetRows::open(path, &meta)?;
+    let mut collector = Collector::new(meta, rows.columns());
     rows.for_each(|row| collector.push(row))?;
     collector.finish(path)
 }
@@ -232,6 +208,7 @@ fn read_parquet(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
 /// Collects the rows of a table one by one and checks that none is missing, out of place or out of range.
 struct Collector {
     trace: ExitTrace,
+    columns: Columns,
     /// Position of the last row.
     generation: u32,
     token: u32,
@@ -240,14 +217,14 @@ struct Collector {
 }
 
 impl Collector {
-    fn new(meta: ExitTraceMeta, has_gates: bool) -> Self {
-        let trace = ExitTrace { has_gates, ..ExitTrace::new(meta) };
-        Self { trace, generation: 0, token: 0, depths: 0 }
+    fn new(meta: ExitTraceMeta, columns: Columns) -> Self {
+        let trace = ExitTrace { recorded: columns.signals, ..ExitTrace::new(meta) };
+        Self { trace, columns, generation: 0, token: 0, depths: 0 }
     }
 
     fn push(&mut self, row: &ExitRow) -> Result<(), Fault> {
         let ends_generation = self.advance(row)?;
-        check_signals(&row.signals, Columns::of(&self.trace.meta))?;
+        check_signals(&row.signals, self.columns)?;
         if ends_generation {
             self.end_generation().map_err(|expected| Fault { column: TOKEN, expected })?;
         }
@@ -337,10 +314,10 @@ impl Collector {
 }
 
 fn check_signals(signals: &Signals, columns: Columns) -> Result<(), Fault> {
-    for (column, signal) in (columns.first_signal()..).zip(ExitSignal::ALL) {
+    for signal in columns.signals.iter() {
         let (low, high, expected) = signal.range();
         if !(low - SLACK..=high + SLACK).contains(&signals.get(signal)) {
-            return Err(Fault { column, expected: expected.to_owned() });
+            return Err(Fault { column: columns.place(signal), expected: expected.to_owned() });
         }
     }
     Ok(())
@@ -350,6 +327,7 @@ fn check_signals(signals: &Signals, columns: Columns) -> Result<(), Fault> {
 /// before [`finish`](Self::finish) does not change the folder.
 pub struct ExitTraceWriter {
     meta: ExitTraceMeta,
+    columns: Columns,
     folder: PathBuf,
     table: ExitTable,
     rows: Sink,
@@ -358,31 +336,31 @@ pub struct ExitTraceWriter {
 
 enum Sink {
     Parquet(Box<ParquetWriter>),
-    Csv { writer: Box<csv::Writer<PartialFile>>, has_gates: bool },
+    Csv(Box<csv::Writer<PartialFile>>),
 }
 
 impl ExitTraceWriter {
-    /// Starts the files of a folder, which is created. The files of an earlier trace remain until
-    /// [`finish`](Self::finish).
+    /// Starts the files of a folder, which is created, with the columns of these signals. The files of an earlier trace
+    /// remain until [`finish`](Self::finish).
     ///
     /// # Errors
     /// If a file cannot be written, or [`ExitTrace::read`] would reject `meta`.
-    pub fn create(folder: impl AsRef<Path>, meta: ExitTraceMeta, has_gates: bool, table: ExitTable) -> Result<Self> {
+    pub fn create(folder: impl AsRef<Path>, meta: ExitTraceMeta, signals: SignalSet, table: ExitTable) -> Result<Self> {
         let folder = folder.as_ref().to_owned();
         check_meta(&folder.join(YAML), &meta)?;
         std::fs::create_dir_all(&folder).map_err(TraceError::io("create", &folder))?;
         let path = folder.join(table.file_name());
         let file = PartialFile::create(&path)?;
-        let columns = Columns::of(&meta);
+        let columns = Columns::new(&meta, signals);
         let rows = match table {
-            ExitTable::Parquet => Sink::Parquet(Box::new(ParquetWriter::new(path, file, columns, has_gates)?)),
+            ExitTable::Parquet => Sink::Parquet(Box::new(ParquetWriter::new(path, file, columns)?)),
             ExitTable::Csv => {
                 let mut writer = Box::new(csv::WriterBuilder::new().has_headers(false).from_writer(file));
-                writer.write_record(columns.names_with(has_gates)).map_err(from_csv(&path))?;
-                Sink::Csv { writer, has_gates }
+                writer.write_record(columns.names()).map_err(from_csv(&path))?;
+                Sink::Csv(writer)
             }
         };
-        Ok(Self { meta, folder, table, rows, generations: 0 })
+        Ok(Self { meta, columns, folder, table, rows, generations: 0 })
     }
 
     /// Writes a generation: `rows[t * num_loops + d]` is token `t` at depth `d`.
@@ -412,7 +390,7 @@ impl ExitTraceWriter {
     }
 
     fn push(&mut self, rows: &[(Signals, u32)], tokens: &[ServedToken], policy: u32) -> Result<()> {
-        let (num_loops, columns) = (self.meta.num_loops, Columns::of(&self.meta));
+        let (num_loops, columns) = (self.meta.num_loops, self.columns);
         let path = self.folder.join(self.table.file_name());
         if rows.is_empty() || !rows.len().is_multiple_of(num_loops as usize) {
             let found = format!("{} rows of generation {}", rows.len(), self.generations);
@@ -422,8 +400,8 @@ impl ExitTraceWriter {
             let (generation, token, depth) = (self.generations, index / num_loops, index % num_loops);
             let place = || format!("generation {generation}, token {token}, depth {depth}");
             check_signals(&signals, columns).map_err(|Fault { column, expected }| {
-                let value = signals.get(ExitSignal::ALL[column - columns.first_signal()]);
-                TraceError::file(&path, format!("{} {value} at {}", columns.names()[column], place()), expected)
+                let signal = columns.signal(column).expect("the column of a signal");
+                TraceError::file(&path, format!("{signal} {} at {}", signals.get(signal), place()), expected)
             })?;
             let (exit_depth, full_depth) =
                 tokens.get(token as usize).map_or((0, 0), |token| (token.exit_depth, token.full_depth));
@@ -439,13 +417,12 @@ impl ExitTraceWriter {
     }
 
     fn write_row(&mut self, path: &Path, row: &ExitRow) -> Result<()> {
-        let columns = Columns::of(&self.meta);
+        let Columns { integers, signals } = self.columns;
         match &mut self.rows {
             Sink::Parquet(writer) => writer.push(row),
-            Sink::Csv { writer, has_gates } => {
-                let values = ExitSignal::ALL.map(|signal| row.signals.get(signal));
-                let values = if *has_gates { &values[..] } else { &values[..ExitSignal::ALL.len() - 1] };
-                writer.serialize((&row.integers()[..columns.first_signal()], values)).map_err(from_csv(path))
+            Sink::Csv(writer) => {
+                let values: Vec<f32> = signals.iter().map(|signal| row.signals.get(signal)).collect();
+                writer.serialize((&row.integers()[..integers], values)).map_err(from_csv(path))
             }
         }
     }
@@ -461,7 +438,7 @@ impl ExitTraceWriter {
         }
         match self.rows {
             Sink::Parquet(writer) => writer.finish()?,
-            Sink::Csv { writer, .. } => {
+            Sink::Csv(writer) => {
                 writer.into_inner().map_err(|error| TraceError::io("write", &path)(error.into_error()))?.finish()?;
             }
         }
@@ -522,17 +499,44 @@ mod tests {
     #[test]
     fn gates_are_a_column_where_the_model_has_them() {
         let without = read(CSV, &meta(2)).unwrap();
-        assert!(!without.has_gates && without.signals.iter().all(|signals| signals.gate == 0.0));
+        assert_eq!(without.recorded, SignalSet::ALWAYS);
+        assert!(without.signals.iter().all(|signals| signals.gate == 0.0));
         let csv =
             CSV.replace("similarity\n", "similarity,gate\n").replace(",0\n", ",0,0.25\n").replace("0.9\n", "0.9,1\n");
         let with = read(&csv, &meta(2)).unwrap();
-        assert!(with.has_gates);
-        assert_eq!((without.recorded_signals().count(), with.recorded_signals().count()), (4, 5));
+        assert_eq!(with.recorded, SignalSet::ALWAYS.with(ExitSignal::Gate));
+        assert_eq!((without.recorded.iter().count(), with.recorded.iter().count()), (4, 5));
         assert_eq!((with.signals_at(2, 0).gate, with.signals_at(2, 1).get(ExitSignal::Gate)), (0.25, 1.0));
         let error = read(&csv.replace(",0.25\n", ",1.25\n"), &meta(2)).unwrap_err().to_string();
         assert!(error.contains("exits.csv:2: gate: found `1.25`, expected a probability from 0 to 1"), "{error}");
         let error = read(&csv.replace("similarity,gate", "gate,similarity"), &meta(2)).unwrap_err().to_string();
         assert!(error.contains("exits.csv:1: found columns"), "{error}");
+    }
+
+    #[test]
+    fn a_difference_of_states_is_a_column_with_or_without_gates() {
+        let csv = CSV
+            .replace("similarity\n", "similarity,difference\n")
+            .replace(",0\n", ",0,1\n")
+            .replace("0.9\n", "0.9,0.03125\n");
+        let found = read(&csv, &meta(2)).unwrap();
+        assert_eq!(found.recorded, SignalSet::of_model(false));
+        assert_eq!((found.signals_at(2, 0).difference, found.signals_at(2, 1).difference), (1.0, 0.03125));
+        assert_eq!(found.confident_depth(2, ExitSignal::Difference, 0.03125), 1, "low values are confident");
+        let gated =
+            csv.replace("difference\n", "difference,gate\n").replace("1\n", "1,0.25\n").replace("125\n", "125,1\n");
+        let gated = read(&gated, &meta(2)).unwrap();
+        assert_eq!(gated.recorded, SignalSet::ALL);
+        assert_eq!((gated.signals_at(2, 1).difference, gated.signals_at(2, 1).gate), (0.03125, 1.0));
+        for trace in [found, gated] {
+            for table in [ExitTable::Csv, ExitTable::Parquet] {
+                let folder = tempfile::tempdir().unwrap();
+                trace.write(folder.path(), table).unwrap();
+                assert_eq!(ExitTrace::read(folder.path()).unwrap(), trace, "{table}");
+            }
+        }
+        let error = read(&csv.replace(",1\n", ",-1\n"), &meta(2)).unwrap_err().to_string();
+        assert!(error.contains("difference: found `-1`, expected a relative difference, at least 0"), "{error}");
     }
 
     #[test]
@@ -600,7 +604,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let trace = read(CSV, &meta(2)).unwrap();
         trace.write(folder.path(), ExitTable::Csv).unwrap();
-        let mut writer = ExitTraceWriter::create(folder.path(), meta(2), false, ExitTable::Parquet).unwrap();
+        let mut writer =
+            ExitTraceWriter::create(folder.path(), meta(2), SignalSet::ALWAYS, ExitTable::Parquet).unwrap();
         writer.push_generation(&[(trace.signals[0], 1), (trace.signals[1], 1)]).unwrap();
         let uneven = writer.push_generation(&[(trace.signals[0], 1)]).unwrap_err().to_string();
         assert!(uneven.contains("found 1 rows of generation 1, expected 2 rows for each token"), "{uneven}");
@@ -654,8 +659,8 @@ mod tests {
     fn parquet_error(rows: &[ExitRow]) -> String {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("exits.parquet");
-        let mut writer =
-            ParquetWriter::new(path.clone(), PartialFile::create(&path).unwrap(), Columns::AtFullDepth, false).unwrap();
+        let columns = Columns::new(&meta(2), SignalSet::ALWAYS);
+        let mut writer = ParquetWriter::new(path.clone(), PartialFile::create(&path).unwrap(), columns).unwrap();
         rows.iter().for_each(|row| writer.push(row).unwrap());
         writer.finish().unwrap();
         write_yaml(&folder.path().join(YAML), &meta(2)).unwrap();
@@ -777,17 +782,16 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_reads_back_to_the_bit(
-            num_loops in 1..4_u32, has_gates: bool, parquet: bool,
+            num_loops in 1..4_u32, optional in [any::<bool>(), any::<bool>()], parquet: bool,
             lengths in prop::collection::vec(1..5_usize, 1..5),
-            rows in prop::collection::vec(
-                ((0.0..=1.0_f32, 0.0..=1.0_f32, 0.0..20.0_f32, -1.0..=1.0_f32, 0.0..=1.0_f32), any::<u32>()),
-                48,
-            ),
+            rows in prop::collection::vec(([0.0..=1.0_f32, 0.0..=1.0_f32, 0.0..=20.0_f32, -1.0..=1.0_f32, 0.0..=9.0_f32, 0.0..=1.0_f32], any::<u32>()), 48),
         ) {
-            let mut trace = ExitTrace { has_gates, ..ExitTrace::new(meta(num_loops)) };
-            let row = |&((top1, margin, entropy, similarity, gate), prediction): &((f32, f32, f32, f32, f32), u32)| {
-                let gate = if has_gates { gate } else { 0.0 };
-                (Signals { top1, margin, entropy, similarity, gate }, prediction)
+            let optional = [ExitSignal::Difference, ExitSignal::Gate].into_iter().zip(optional);
+            let recorded = optional.filter(|(_, is_in)| *is_in).fold(SignalSet::ALWAYS, |set, (signal, _)| set.with(signal));
+            let mut trace = ExitTrace { recorded, ..ExitTrace::new(meta(num_loops)) };
+            let row = |(values, prediction): &([f32; 6], u32)| {
+                let of = |signal| if recorded.contains(signal) { values[signal as usize] } else { 0.0 };
+                (Signals::from(ExitSignal::ALL.map(of)), *prediction)
             };
             for (start, length) in lengths.into_iter().enumerate() {
                 let rows = rows.iter().skip(start).take(length * num_loops as usize);

@@ -19,7 +19,7 @@ use parquet::schema::types::ColumnPath;
 
 use crate::error::{Result, TraceError};
 use crate::exit_file::{Columns, ExitRow, Fault};
-use crate::exit_trace::ExitSignal;
+use crate::exit_trace::{ExitSignal, ExitTraceMeta, SignalSet};
 use crate::input::check_no_pointer;
 use crate::panics::catch_panic;
 use crate::table::PartialFile;
@@ -35,13 +35,12 @@ pub(crate) struct ParquetWriter {
     writer: SerializedFileWriter<PartialFile>,
     rows: Vec<ExitRow>,
     columns: Columns,
-    has_gates: bool,
 }
 
 impl ParquetWriter {
-    pub fn new(path: PathBuf, file: PartialFile, columns: Columns, has_gates: bool) -> Result<Self> {
-        let schema = parse_message_type(&schema(columns, has_gates)).expect("the schema is well formed");
-        let properties = columns.names()[..columns.first_signal()].iter().fold(
+    pub fn new(path: PathBuf, file: PartialFile, columns: Columns) -> Result<Self> {
+        let schema = parse_message_type(&schema(columns)).expect("the schema is well formed");
+        let properties = columns.names()[..columns.integers].iter().fold(
             WriterProperties::builder()
                 .set_compression(Compression::UNCOMPRESSED)
                 .set_statistics_enabled(EnabledStatistics::None)
@@ -51,7 +50,7 @@ impl ParquetWriter {
             },
         );
         let writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::new(properties.build()));
-        Ok(Self { writer: writer.map_err(unwritten(&path))?, path, rows: Vec::new(), columns, has_gates })
+        Ok(Self { writer: writer.map_err(unwritten(&path))?, path, rows: Vec::new(), columns })
     }
 
     pub fn push(&mut self, row: &ExitRow) -> Result<()> {
@@ -67,33 +66,31 @@ impl ParquetWriter {
     }
 
     fn write_group(&mut self) -> Result<()> {
-        write_group(&mut self.writer, &self.rows, self.columns, self.has_gates).map_err(unwritten(&self.path))?;
+        write_group(&mut self.writer, &self.rows, self.columns).map_err(unwritten(&self.path))?;
         self.rows.clear();
         Ok(())
     }
 }
 
-fn schema(columns: Columns, has_gates: bool) -> String {
-    let column = |(place, name): (usize, &&str)| match place < columns.first_signal() {
+fn schema(columns: Columns) -> String {
+    let column = |(place, name): (usize, &str)| match place < columns.integers {
         true => format!("REQUIRED INT32 {name} (INTEGER(32,false));"),
         false => format!("REQUIRED FLOAT {name};"),
     };
-    let names = columns.names_with(has_gates).iter();
-    format!("message exits {{ {} }}", names.enumerate().map(column).collect::<String>())
+    format!("message exits {{ {} }}", columns.names().into_iter().enumerate().map(column).collect::<String>())
 }
 
 fn write_group(
     writer: &mut SerializedFileWriter<PartialFile>,
     rows: &[ExitRow],
     columns: Columns,
-    has_gates: bool,
 ) -> Result<(), ParquetError> {
     let mut group = writer.next_row_group()?;
-    for column in 0..columns.first_signal() {
+    for column in 0..columns.integers {
         let values = rows.iter().map(|row| row.integers()[column] as i32).collect();
         write_column::<Int32Type>(&mut group, values, None, None)?;
     }
-    for signal in ExitSignal::ALL.into_iter().filter(|&signal| has_gates || signal != ExitSignal::Gate) {
+    for signal in columns.signals.iter() {
         write_column::<FloatType>(&mut group, rows.iter().map(|row| row.signals.get(signal)).collect(), None, None)?;
     }
     group.close()?;
@@ -117,30 +114,32 @@ pub(crate) struct ParquetRows {
     path: PathBuf,
     reader: SerializedFileReader<File>,
     columns: Columns,
-    /// Position in the file of each of the columns, without a missing gate column.
+    /// Position in the file of each of the columns.
     places: Vec<usize>,
 }
 
 impl ParquetRows {
     /// # Errors
     /// If the file cannot be read, or has other columns.
-    pub fn open(path: &Path, columns: Columns) -> Result<Self> {
+    pub fn open(path: &Path, meta: &ExitTraceMeta) -> Result<Self> {
         check_no_pointer(path)?;
         let file = File::open(path).map_err(TraceError::io("read", path))?;
         let reader = SerializedFileReader::new(file).map_err(unread(path))?;
         let schema = reader.metadata().file_metadata().schema_descr();
         let name = |column: usize| schema.column(column).path().string();
+        let place_of = |wanted: &str| (0..schema.num_columns()).find(|&place| name(place) == wanted);
+        let has = |signal: &ExitSignal| place_of(signal.name()).is_some();
+        let signals = ExitSignal::ALL.into_iter().filter(has).fold(SignalSet::ALWAYS, SignalSet::with);
+        let columns = Columns::new(meta, signals);
         let mut places = Vec::new();
-        for (column, &wanted) in columns.names().iter().enumerate() {
-            let Some(place) = (0..schema.num_columns()).find(|&place| name(place) == wanted) else {
-                if column == columns.gate() {
-                    break;
-                }
+        for (column, wanted) in columns.names().into_iter().enumerate() {
+            let Some(place) = place_of(wanted) else {
                 let found = format!("columns `{}`", (0..schema.num_columns()).map(name).collect::<Vec<_>>().join(","));
-                return Err(TraceError::file(path, found, format!("columns `{}`", columns.names().join(","))));
+                let all = Columns::new(meta, SignalSet::ALL).names().join(",");
+                return Err(TraceError::file(path, found, format!("columns `{all}`")));
             };
             let of = schema.column(place);
-            let expected = if column < columns.first_signal() { Type::INT32 } else { Type::FLOAT };
+            let expected = if column < columns.integers { Type::INT32 } else { Type::FLOAT };
             if (of.physical_type(), of.max_rep_level()) != (expected, 0) {
                 let found = format!("column `{wanted}` of {} values", of.physical_type());
                 return Err(TraceError::file(path, found, format!("one {expected} in each row")));
@@ -150,8 +149,8 @@ impl ParquetRows {
         Ok(Self { path: path.to_owned(), reader, columns, places })
     }
 
-    pub fn has_gates(&self) -> bool {
-        self.places.len() > self.columns.gate()
+    pub fn columns(&self) -> Columns {
+        self.columns
     }
 
     /// Calls `each` with every row.
@@ -184,6 +183,7 @@ impl ParquetRows {
 
 /// The columns of a group of rows, with the chunk that was read last.
 struct ReadColumns {
+    columns: Columns,
     integer_readers: Vec<ColumnReaderImpl<Int32Type>>,
     signal_readers: Vec<ColumnReaderImpl<FloatType>>,
     integers: Vec<Vec<i32>>,
@@ -192,10 +192,11 @@ struct ReadColumns {
 
 impl ReadColumns {
     fn open(group: &dyn RowGroupReader, columns: Columns, places: &[usize]) -> Result<Self, ParquetError> {
-        let (integers, signals) = places.split_at(columns.first_signal());
+        let (integers, signals) = places.split_at(columns.integers);
         let integer_readers: Vec<_> = typed_readers(group, integers)?;
         let signal_readers: Vec<_> = typed_readers(group, signals)?;
         Ok(Self {
+            columns,
             integers: vec![Vec::new(); integer_readers.len()],
             signals: vec![Vec::new(); signal_readers.len()],
             integer_readers,
@@ -227,11 +228,11 @@ impl ReadColumns {
 
     fn row(&self, index: usize) -> ExitRow {
         let integer = |column: usize| self.integers.get(column).map_or(0, |column: &Vec<i32>| column[index] as u32);
-        let signal = |column: usize| self.signals.get(column).map_or(0.0, |column: &Vec<f32>| column[index]);
-        ExitRow::new(
-            std::array::from_fn(integer),
-            std::array::from_fn::<_, { ExitSignal::ALL.len() }, _>(signal).into(),
-        )
+        let mut signals = [0.0; ExitSignal::ALL.len()];
+        for (signal, column) in self.columns.signals.iter().zip(&self.signals) {
+            signals[signal as usize] = column[index];
+        }
+        ExitRow::new(std::array::from_fn(integer), signals.into())
     }
 
     fn quote(&self, column: usize, index: usize) -> String {

@@ -18,6 +18,9 @@ pub enum ExitSignal {
     Entropy,
     /// Cosine of the hidden states after this and the previous depth; undefined (0) at depth 0. Does not need the head.
     Similarity,
+    /// Relative difference of the hidden states after this and the previous depth, `|h_d - h_(d-1)| / |h_d|`; low values
+    /// are confident. Undefined at depth 0, where it has the value 1 of a difference to zero. Does not need the head.
+    Difference,
     /// A learned gate's probability that the token is that of the last depth, 0 to 1. Does not need the head.
     Gate,
 }
@@ -29,6 +32,8 @@ pub enum SignalUnit {
     Share,
     /// Nats: 0 means certain.
     Nats,
+    /// A difference relative to a length: 0 means certain.
+    Ratio,
 }
 
 /// All that is known of a signal beside its values.
@@ -39,23 +44,29 @@ struct Traits {
     unit: SignalUnit,
     /// The lowest and the highest value, and what to call those between them.
     range: (f32, f32, &'static str),
+    /// Whether exit traces may lack it.
+    is_optional: bool,
 }
 
 impl ExitSignal {
-    /// Every signal, in the order of the columns of an exit trace. The gate is the last: models without gates lack it.
-    pub const ALL: [Self; 5] = [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity, Self::Gate];
+    /// Every signal, in the order of the columns of an exit trace. Those that a trace may lack are the last: models
+    /// without gates have none, and earlier traces have no difference.
+    pub const ALL: [Self; 6] =
+        [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity, Self::Difference, Self::Gate];
 
     #[rustfmt::skip]
     const fn traits(self) -> Traits {
-        use SignalUnit::{Nats, Share};
+        use SignalUnit::{Nats, Ratio, Share};
         let (name, needs_head, first_depth, unit, range) = match self {
             Self::Top1 => ("top1", true, 0, Share, (0.0, 1.0, "a probability from 0 to 1")),
             Self::Margin => ("margin", true, 0, Share, (0.0, 1.0, "a difference of probabilities from 0 to 1")),
             Self::Entropy => ("entropy", true, 0, Nats, (0.0, f32::MAX, "nats, at least 0")),
             Self::Similarity => ("similarity", false, 1, Share, (-1.0, 1.0, "a cosine from -1 to 1")),
+            Self::Difference => ("difference", false, 1, Ratio, (0.0, f32::MAX, "a relative difference, at least 0")),
             Self::Gate => ("gate", false, 0, Share, (0.0, 1.0, "a probability from 0 to 1")),
         };
-        Traits { name, needs_head, first_depth, unit, range }
+        let is_optional = matches!(self, Self::Difference | Self::Gate);
+        Traits { name, needs_head, first_depth, unit, range, is_optional }
     }
 
     /// The name in files and on the command line.
@@ -83,10 +94,15 @@ impl ExitSignal {
         self.traits().range
     }
 
+    /// Whether exit traces may lack it.
+    pub const fn is_optional(self) -> bool {
+        self.traits().is_optional
+    }
+
     /// The value with its sign adjusted: greater is more confident.
     pub fn sureness(self, value: f32) -> f32 {
         match self.unit() {
-            SignalUnit::Nats => -value,
+            SignalUnit::Nats | SignalUnit::Ratio => -value,
             SignalUnit::Share => value,
         }
     }
@@ -157,6 +173,8 @@ pub struct Signals {
     pub entropy: f32,
     /// See [`ExitSignal::Similarity`].
     pub similarity: f32,
+    /// See [`ExitSignal::Difference`]; 0 in a trace that lacks it.
+    pub difference: f32,
     /// See [`ExitSignal::Gate`]; 0 if the model has no gates.
     pub gate: f32,
 }
@@ -169,6 +187,7 @@ impl Signals {
             ExitSignal::Margin => self.margin,
             ExitSignal::Entropy => self.entropy,
             ExitSignal::Similarity => self.similarity,
+            ExitSignal::Difference => self.difference,
             ExitSignal::Gate => self.gate,
         }
     }
@@ -176,8 +195,53 @@ impl Signals {
 
 /// Values in the order of [`ExitSignal::ALL`].
 impl From<[f32; ExitSignal::ALL.len()]> for Signals {
-    fn from([top1, margin, entropy, similarity, gate]: [f32; ExitSignal::ALL.len()]) -> Self {
-        Self { top1, margin, entropy, similarity, gate }
+    fn from([top1, margin, entropy, similarity, difference, gate]: [f32; ExitSignal::ALL.len()]) -> Self {
+        Self { top1, margin, entropy, similarity, difference, gate }
+    }
+}
+
+/// The exit signals of a trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SignalSet {
+    /// By [`ExitSignal`] as a number.
+    bits: u8,
+}
+
+impl SignalSet {
+    /// Every signal.
+    pub const ALL: Self = Self { bits: (1 << ExitSignal::ALL.len()) - 1 };
+
+    /// The signals that every trace has.
+    pub const ALWAYS: Self = {
+        let (mut set, mut place) = (Self::ALL, 0);
+        while place < ExitSignal::ALL.len() {
+            if ExitSignal::ALL[place].is_optional() {
+                set.bits &= !(1 << place);
+            }
+            place += 1;
+        }
+        set
+    };
+
+    /// The signals of a recorded model, with or without gates.
+    pub const fn of_model(has_gates: bool) -> Self {
+        let gate = 1 << ExitSignal::Gate as u8;
+        Self { bits: if has_gates { Self::ALL.bits } else { Self::ALL.bits & !gate } }
+    }
+
+    /// The set with one signal more.
+    pub fn with(self, signal: ExitSignal) -> Self {
+        Self { bits: self.bits | 1 << signal as u8 }
+    }
+
+    /// Whether it has a signal.
+    pub fn contains(self, signal: ExitSignal) -> bool {
+        self.bits & (1 << signal as u8) != 0
+    }
+
+    /// Its signals, in the order of [`ExitSignal::ALL`].
+    pub fn iter(self) -> impl Iterator<Item = ExitSignal> {
+        ExitSignal::ALL.into_iter().filter(move |&signal| self.contains(signal))
     }
 }
 
@@ -239,8 +303,8 @@ pub struct Served {
 pub struct ExitTrace {
     /// Origin of the trace.
     pub meta: ExitTraceMeta,
-    /// Whether the model has gates.
-    pub has_gates: bool,
+    /// The signals that were recorded.
+    pub recorded: SignalSet,
     /// Generation `g` is tokens `starts[g]..starts[g + 1]`; the last entry is the number of tokens.
     pub starts: Vec<u32>,
     /// The signals, by token and depth.
@@ -256,10 +320,17 @@ impl ExitTrace {
     /// Version of the files that this crate reads and writes.
     pub const SCHEMA_VERSION: u32 = 1;
 
-    /// A trace without generations, of a model without gates.
+    /// A trace without generations, of the signals that [every trace has](SignalSet::ALWAYS).
     pub fn new(meta: ExitTraceMeta) -> Self {
         let served = meta.recording.is_some().then(Served::default);
-        Self { meta, has_gates: false, starts: vec![0], signals: Vec::new(), predictions: Vec::new(), served }
+        Self {
+            meta,
+            recorded: SignalSet::ALWAYS,
+            starts: vec![0],
+            signals: Vec::new(),
+            predictions: Vec::new(),
+            served,
+        }
     }
 
     /// Number of loops of the model.
@@ -305,12 +376,6 @@ impl ExitTrace {
         self.push_generation(rows);
     }
 
-    /// The recorded signals.
-    pub fn recorded_signals(&self) -> impl Iterator<Item = ExitSignal> + use<> {
-        let has_gates = self.has_gates;
-        ExitSignal::ALL.into_iter().filter(move |&signal| signal != ExitSignal::Gate || has_gates)
-    }
-
     /// The signals of a token at a depth.
     pub fn signals_at(&self, token: usize, depth: usize) -> &Signals {
         &self.signals[token * self.num_loops() + depth]
@@ -334,6 +399,12 @@ impl ExitTrace {
     /// Whether the token predicted at a depth equals that of the last depth over the same keys and values.
     pub fn agrees_with_last(&self, token: usize, depth: usize) -> bool {
         self.predictions_of(token)[depth] == self.predictions_of(token)[self.num_loops() - 1]
+    }
+
+    /// Whether the token predicted at a depth equals that of the depth before. At depth 0 there is none before.
+    pub fn repeats(&self, token: usize, depth: usize) -> bool {
+        let predictions = self.predictions_of(token);
+        depth > 0 && predictions[depth] == predictions[depth - 1]
     }
 
     /// The earliest depth whose token equals that of the last depth over the same keys and values.

@@ -34,7 +34,7 @@
 //!     source: "a tour".into(),
 //!     recording: None,
 //! });
-//! let at = |top1| Signals { top1, margin: top1 - 0.1, entropy: 0.5, similarity: 0.9, gate: 0.0 };
+//! let at = |top1| Signals { top1, margin: top1 - 0.1, entropy: 0.5, similarity: 0.9, ..Signals::default() };
 //! exits.push_generation(&[(at(0.7), 42), (at(0.95), 42)]);
 //! exits.write(folder.join("exits"), ExitTable::Parquet)?;
 //! let exits = ExitTrace::read(folder.join("exits"))?;
@@ -99,7 +99,8 @@ pub use error::TraceError;
 pub use exit_file::{ExitTable, ExitTraceWriter};
 pub use exit_parquet::catching_damage;
 pub use exit_trace::{
-    DepthTally, ExitSignal, ExitTrace, ExitTraceMeta, Recording, Served, ServedToken, SignalBound, SignalUnit, Signals,
+    DepthTally, ExitSignal, ExitTrace, ExitTraceMeta, Recording, Served, ServedToken, SignalBound, SignalSet,
+    SignalUnit, Signals,
 };
 pub use generate::{Arrivals, Generate, Length};
 pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};

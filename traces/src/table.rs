@@ -43,7 +43,8 @@ impl Table {
         Self::open_optional(path, columns, columns.len(), owner)
     }
 
-    /// As [`open`](Self::open), but the columns from index `optional` on may be missing: see [`has`](Self::has).
+    /// As [`open`](Self::open), but each of the columns from index `optional` on may be missing
+    /// ([`has_column`](Self::has_column)). Indices are those among the columns that the file has.
     ///
     /// # Errors
     /// As for [`open`](Self::open).
@@ -56,7 +57,8 @@ impl Table {
         let header = reader.byte_headers().map_err(|error| from_csv(path, error))?.clone();
         let names: Vec<&[u8]> = header.iter().map(<[u8]>::trim_ascii).collect();
         let all = columns;
-        let columns = &all[..header.len().clamp(optional, all.len())];
+        let is_there = |&(place, name): &(usize, &&str)| place < optional || names.contains(&name.as_bytes());
+        let columns: Vec<&'static str> = all.iter().enumerate().filter(is_there).map(|(_, &name)| name).collect();
         let places = columns.iter().map(|name| names.iter().position(|found| *found == name.as_bytes()));
         let places: Option<Vec<usize>> = places.collect();
         let wrong =
@@ -70,8 +72,7 @@ impl Table {
             Some(places) if exact || owner == Owner::Others => {
                 let others = names.iter().enumerate().filter(|(place, _)| !places.contains(place));
                 let unused = others.map(|(_, name)| String::from_utf8_lossy(name).into_owned()).collect();
-                let (path, columns) = (path.to_owned(), columns.to_vec());
-                Ok(Self { path, columns, places, unused, reader, record: ByteRecord::new() })
+                Ok(Self { path: path.to_owned(), columns, places, unused, reader, record: ByteRecord::new() })
             }
             _ => Err(wrong(
                 format!("columns {}", quote(&header.iter().collect::<Vec<_>>().join(&b','))),
@@ -98,7 +99,7 @@ impl Table {
         Ok(Some(self.columns.len() - 1))
     }
 
-    /// Whether a file of others has a column of a name, read or not.
+    /// Whether the file has a column of a name, read or not.
     pub fn has_column(&self, name: &str) -> bool {
         self.columns.contains(&name) || self.unused.iter().any(|unused| unused == name)
     }
@@ -106,11 +107,6 @@ impl Table {
     /// Names of the file's columns that nothing is read from.
     pub fn unused(&self) -> &[String] {
         &self.unused
-    }
-
-    /// Whether the file has a column.
-    pub fn has(&self, column: usize) -> bool {
-        column < self.columns.len()
     }
 
     /// The next row; `None` after the last.

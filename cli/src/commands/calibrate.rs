@@ -28,7 +28,7 @@ pub struct Args {
     /// Another exit trace of the same model, to check the threshold on
     #[arg(long, value_name = "DIR")]
     held_out: Option<PathBuf>,
-    /// Exit signal: top1, margin, entropy, similarity, gate
+    /// Exit signal: top1, margin, entropy, similarity, difference, gate
     #[arg(long)]
     measure: ExitSignal,
     /// Share of generated tokens that may differ from the full-depth token after the same prefix
@@ -53,12 +53,10 @@ pub fn run(args: Args) -> Result<()> {
     }
     let trace = ExitTrace::read(&args.exits)?;
     ensure!(trace.num_loops() > 1, "{}: the model has one loop, no token can exit early", args.exits.display());
-    ensure!(
-        trace.recorded_signals().any(|measure| measure == args.measure),
-        "{}: the model has no gates, expected some for --measure gate",
-        args.exits.display()
-    );
     let held_out = args.held_out.as_deref().map(|folder| read_held_out(folder, &trace)).transpose()?;
+    for (folder, trace) in std::iter::once((&args.exits, &trace)).chain(args.held_out.iter().zip(&held_out)) {
+        check_measure(args.measure, folder, trace)?;
+    }
     let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "calibrate")).transpose()?;
     let thresholds = thresholds_of(&trace, args.measure);
     ensure!(
@@ -97,6 +95,16 @@ pub fn run(args: Args) -> Result<()> {
         }
         None => bail!("{}", report.why_none(fewest_trials(&target))),
     }
+}
+
+/// Checks that a trace has a signal.
+fn check_measure(measure: ExitSignal, folder: &Path, trace: &ExitTrace) -> Result<()> {
+    let (folder, is_there) = (folder.display(), trace.recorded.contains(measure));
+    match measure {
+        ExitSignal::Gate => ensure!(is_there, "{folder}: the model has no gates, expected some for --measure gate"),
+        _ => ensure!(is_there, "{folder}: no column `{measure}`, expected one, as `record` writes it now"),
+    }
+    Ok(())
 }
 
 /// Reads another trace of the same model.

@@ -9,7 +9,7 @@ use engine::{Checkpoint, DeviceName, ModelConfig, PromptLine, Sampling, Tokenize
 use plots::{ExitCurve, Figure, Origin, Reliability, Scale, SweepLine, SweepPoint};
 use serde::Serialize;
 use simulator::write_csv;
-use traces::{ExitSignal, ExitTrace, ExitTraceMeta};
+use traces::{ExitSignal, ExitTrace, ExitTraceMeta, SignalSet};
 use training::corpus::Corpus;
 use training::evaluation::exits::{CurvePoint, exit_curve, shallowest};
 use training::evaluation::multiple_choice::{
@@ -181,7 +181,7 @@ impl LoadedModel {
         let corpus = Corpus::new(&text, &self.tokenizer, 1, "evaluation")?;
         let begin = &self.tokenizer.begin()?;
         ensure!(2 * begin.len() < seq, "--seq {seq}: expected more than twice the {} that begin a window", begin.len());
-        let &ModelConfig { num_loops, gate: has_gates, .. } = self.reference.config();
+        let &ModelConfig { num_loops, gate, .. } = self.reference.config();
         let exits = ExitTrace::new(ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
             model: self.name.clone(),
@@ -190,7 +190,7 @@ impl LoadedModel {
             source: format!("{} in windows of {seq} tokens", file_name(path)),
             recording: None,
         });
-        let mut exits = ExitTrace { has_gates, ..exits };
+        let mut exits = ExitTrace { recorded: SignalSet::of_model(gate), ..exits };
         let bar = progress(corpus.tokens().len());
         let evaluation = evaluate_and_record(&self.reference, &corpus, Windows { seq, begin }, |rows| {
             exits.push_generation(rows);
@@ -276,10 +276,10 @@ struct Signals {
 
 impl Signals {
     fn of(trace: &ExitTrace) -> Self {
-        let curves = trace.recorded_signals().map(|measure| (measure, exit_curve(trace, measure)));
+        let curves = trace.recorded.iter().map(|measure| (measure, exit_curve(trace, measure)));
         let depths =
             |measure: ExitSignal| (measure.first_depth()..trace.num_loops() - 1).map(move |depth| (measure, depth));
-        let read = || trace.recorded_signals().flat_map(depths);
+        let read = || trace.recorded.iter().flat_map(depths);
         Self {
             curves: curves.filter(|(_, curve)| !curve.is_empty()).collect(),
             bins: read().flat_map(|(measure, depth)| reliability(trace, measure, depth)).collect(),

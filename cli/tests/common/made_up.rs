@@ -55,7 +55,7 @@ pub fn exits() -> ExitTrace {
             let (token, depth) = (index / LOOPS, index % LOOPS);
             let difficulty = (generation * 7 + token * token * 3 + token * 11) % 10;
             let top1 = 0.3 + 0.06 * (10 - difficulty) as f32 * (depth + 1) as f32 / LOOPS as f32;
-            let signals = Signals { top1, margin: top1 / 2.0, entropy: 1.0 - top1, similarity: 0.0, gate: 0.0 };
+            let signals = Signals { top1, margin: top1 / 2.0, entropy: 1.0 - top1, ..Signals::default() };
             (signals, u32::from(depth * 4 < difficulty))
         };
         trace.push_generation(&(0..40 * LOOPS).map(row).collect::<Vec<_>>());

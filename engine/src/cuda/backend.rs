@@ -26,7 +26,7 @@ use crate::cache::{CacheError, PageLayout, check_block_tokens};
 use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, Row};
-use crate::kernels::rows::Source;
+use crate::kernels::rows::{Change, Source};
 use crate::kernels::signals::{Verdict, log_probability};
 use crate::model::Rows;
 use crate::parameters::Loops;
@@ -214,15 +214,16 @@ impl HeadMemory {
 struct AnswerMemory {
     verdicts: View<kernels::Verdict>,
     gates: View<f32>,
-    similarities: View<f32>,
+    /// Two numbers of each row.
+    changes: View<f32>,
 }
 
 impl AnswerMemory {
-    fn carve(carver: &mut Carver, [verdicts, gates, similarities]: [usize; 3]) -> Self {
+    fn carve(carver: &mut Carver, [verdicts, gates, compared]: [usize; 3]) -> Self {
         Self {
             verdicts: carver.take(verdicts, size_of::<kernels::Verdict>()),
             gates: carver.take(gates, size_of::<f32>()),
-            similarities: carver.take(similarities, size_of::<f32>()),
+            changes: carver.take(2 * compared, size_of::<f32>()),
         }
     }
 }
@@ -419,7 +420,7 @@ impl<D: Device> CudaBackend<D> {
         }
         let in_flight = self.in_flight().len() / self.width();
         let kept = work.places.iter().flatten().map(|&row| Source::Second(row));
-        let compared = work.similarities.iter().map(|&(_, row)| Source::Second(row));
+        let compared = work.compared.iter().map(|&(_, row)| Source::Second(row));
         for source in work.sources.iter().copied().chain(kept).chain(compared) {
             let (row, rows) = match source {
                 Source::First(token) => (token as usize, vocab_size),
@@ -744,16 +745,17 @@ impl<D: Device> CudaBackend<D> {
             self.head_time += device.elapsed(&self.heads.start, &self.heads.end)?;
         }
         let mut verdicts = vec![kernels::Verdict::default(); sizes[0]];
-        let (mut gates, mut similarities) = (vec![0.0_f32; sizes[1]], vec![0.0_f32; sizes[2]]);
+        let (mut gates, mut changes) = (vec![0.0_f32; sizes[1]], vec![0.0_f32; 2 * sizes[2]]);
         let at = |address: u64, bytes: &mut [u8]| bytes.copy_from_slice(&found[address as usize..][..bytes.len()]);
         at(places.verdicts.address(), bytes_of_mut(&mut verdicts));
         at(places.gates.address(), bytes_of_mut(&mut gates));
-        at(places.similarities.address(), bytes_of_mut(&mut similarities));
+        at(places.changes.address(), bytes_of_mut(&mut changes));
         let verdict = |verdict: kernels::Verdict| {
             let kernels::Verdict { top1, margin, entropy, token, .. } = verdict;
             Verdict { top1, margin, entropy, token: token as u32 }
         };
-        Ok(Answers { verdicts: verdicts.into_iter().map(verdict).collect(), gates, similarities })
+        let verdicts = verdicts.into_iter().map(verdict).collect();
+        Ok(Answers { verdicts, gates, changes: Change::of(&changes) })
     }
 }
 
@@ -828,8 +830,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let sources = push(work.sources.iter().map(|&source| source_number(source)).collect());
         let places = push(work.places.iter().map(|place| place.map_or(-1, |place| place as i32)).collect());
         let gates = push(work.gates.iter().map(|&row| row as i32).collect());
-        let compared = push(work.similarities.iter().map(|&(row, _)| row as i32).collect());
-        let before = push(work.similarities.iter().map(|&(_, row)| row as i32).collect());
+        let compared = push(work.compared.iter().map(|&(row, _)| row as i32).collect());
+        let before = push(work.compared.iter().map(|&(_, row)| row as i32).collect());
         self.fit(&sections)?;
         let head = sections.iter().find(|section| section.layers == Layers::Head);
         let padded = [head.map_or(0, |head| head.rows.rows.len()), gates.len(), compared.len()];
@@ -859,8 +861,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             self.run_gates(whole.rows, gates.moved(indices), answers.gates)?;
         }
         if compared.len() > 0 {
-            let (ours, theirs) = (compared.moved(indices), before.moved(indices));
-            self.kernels().cosines((views.hidden, ours), (in_flight, theirs), width, answers.similarities)?;
+            let (after, before) = (compared.moved(indices), before.moved(indices));
+            self.kernels().compare((in_flight, before), (views.hidden, after), width, answers.changes)?;
         }
         let places = places.moved(indices);
         self.kernels().keep_rows(views.hidden, places, width, in_flight)?;

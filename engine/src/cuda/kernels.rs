@@ -618,23 +618,24 @@ impl<D: Device> Kernels<'_, D> {
         unsafe { self.launch("activate", [rows, parts, 1], arguments) }
     }
 
-    /// The cosine of row `ours[i]` of `a` and row `theirs[i]` of `b`, both `[_, width]`; 0 where a row is zero.
+    /// Compares row `froms[i]` of `before` and row `tos[i]` of `after`, both `[_, width]`: two numbers each, as
+    /// [`compare`](crate::kernels::rows::compare).
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
-    pub fn cosines(
+    pub fn compare(
         &self,
-        (a, ours): (View<f32>, View<i32>),
-        (b, theirs): (View<f32>, View<i32>),
+        (before, froms): (View<f32>, View<i32>),
+        (after, tos): (View<f32>, View<i32>),
         width: usize,
         out: View<f32>,
     ) -> Result<()> {
-        require!("rows to compare with", theirs, ours.len);
-        require!("cosines", out, ours.len);
+        require!("rows to compare with", froms, tos.len);
+        require!("comparisons", out, 2 * tos.len);
         let width = width as i32;
-        let arguments = arguments![a.address, b.address, ours.address, theirs.address, width, out.address];
+        let arguments = arguments![before.address, after.address, froms.address, tos.address, width, out.address];
         // SAFETY: the kernel's arguments; the rows exist.
-        unsafe { self.launch("cosines", [ours.len, 1, 1], arguments) }
+        unsafe { self.launch("compare", [tos.len, 1, 1], arguments) }
     }
 
     /// Scores of the learned gates of normed rows `x` `[picks, width]`; row `i` is row `picks[i]` of the pass. `probes`

@@ -1,4 +1,4 @@
-// Operations on separate rows: gathering and scattering, biases, activation functions, cosines and gates.
+// Operations on separate rows: gathering and scattering, biases, activation functions, comparisons and gates.
 
 // The residual stream of rows that enter the block, `out` [rows, width]: source `s >= 0` is token `s` of the embedding
 // times `factor`, `s < 0` is row `-1 - s` of those in flight. Grid [rows].
@@ -106,28 +106,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) activate(
     }
 }
 
-// The cosine of row `ours[i]` of `a` and row `theirs[i]` of `b`, both [_, width]; 0 where a row is zero. Grid [pairs].
-extern "C" __global__ void __launch_bounds__(THREADS) cosines(
-    const float* a, const float* b, const int* ours, const int* theirs, int width, float* out) {
-    __shared__ float of_a[WARPS], of_b[WARPS], of_both[WARPS];
-    const int mine = ours[blockIdx.x];
-    if (mine < 0) {
+// Row `froms[i]` of `before` and row `tos[i]` of `after`, both [_, width]: their cosine, 0 where a row is zero, and the
+// length of their difference relative to that of the second, 1 where that is zero. `out` [pairs, 2]. Grid [pairs].
+extern "C" __global__ void __launch_bounds__(THREADS) compare(
+    const float* before, const float* after, const int* froms, const int* tos, int width, float* out) {
+    __shared__ float of_before[WARPS], of_after[WARPS], of_both[WARPS], of_difference[WARPS];
+    const int to = tos[blockIdx.x];
+    if (to < 0) {
         return;
     }
-    const float* x = a + (long long)mine * width;
-    const float* y = b + (long long)theirs[blockIdx.x] * width;
-    float xx = 0, yy = 0, xy = 0;
+    const float* x = before + (long long)froms[blockIdx.x] * width;
+    const float* y = after + (long long)to * width;
+    float xx = 0, yy = 0, xy = 0, dd = 0;
     for (int at = threadIdx.x; at < width; at += THREADS) {
+        const float difference = y[at] - x[at];
         xx += x[at] * x[at];
         yy += y[at] * y[at];
         xy += x[at] * y[at];
+        dd += difference * difference;
     }
-    xx = block_sum(xx, of_a);
-    yy = block_sum(yy, of_b);
+    xx = block_sum(xx, of_before);
+    yy = block_sum(yy, of_after);
     xy = block_sum(xy, of_both);
+    dd = block_sum(dd, of_difference);
     const float norms = sqrtf(xx * yy);
     if (threadIdx.x == 0) {
-        out[blockIdx.x] = norms > 0 ? xy / norms : 0.0f;
+        out[2 * blockIdx.x] = norms > 0 ? xy / norms : 0.0f;
+        out[2 * blockIdx.x + 1] = yy > 0 ? sqrtf(dd / yy) : 1.0f;
     }
 }
 

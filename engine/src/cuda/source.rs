@@ -145,7 +145,7 @@ pub const KERNELS: [&str; 22] = [
     "add_bias_to_rows",
     "add_bias_to_residual",
     "activate",
-    "cosines",
+    "compare",
     "gates",
     "lora_shrink",
     "lora_expand",

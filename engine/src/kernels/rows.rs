@@ -1,8 +1,8 @@
-//! Operations on separate rows: gathering and scattering, scaling, biases, cosines and probes.
+//! Operations on separate rows: gathering and scattering, scaling, biases, comparisons and probes.
 
 use candle_core::{CpuStorage, CustomOp2, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 
-use super::simd::{dot, exp, multiversion};
+use super::simd::{dot, exp, multiversion, squared_distance};
 use super::{DepthRanges, by_set, slice, slice_mut};
 
 /// Source of a row.
@@ -149,35 +149,58 @@ multiversion! {
         }
     }
 
-    /// The cosine of two rows, 0 if one is zero.
-    fn cosine(a: &[f32], b: &[f32]) -> f32 {
-        let norms = (dot(a, a) * dot(b, b)).sqrt();
-        if norms > 0.0 { dot(a, b) / norms } else { 0.0 }
+    /// The cosine of two rows, 0 if one is zero, and the length of their difference relative to that of the second, 1 if
+    /// that is zero.
+    fn compared(before: &[f32], after: &[f32]) -> [f32; 2] {
+        let length = dot(after, after);
+        let norms = (dot(before, before) * length).sqrt();
+        let similarity = if norms > 0.0 { dot(before, after) / norms } else { 0.0 };
+        let difference = if length > 0.0 { (squared_distance(before, after) / length).sqrt() } else { 1.0 };
+        [similarity, difference]
     }
 }
 
-/// The cosine of row `i` of `a` and row `i` of `b`, both `[rows, width]`: `[rows]`; 0 where a row is zero.
+/// How a row's state changes from one depth to the next.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Change {
+    /// Cosine of the two states; 0 if one is zero.
+    pub similarity: f32,
+    /// Length of their difference, relative to that of the later state; 1 if that is zero.
+    pub difference: f32,
+}
+
+impl Change {
+    /// The change at depth 0, as from a state of zeros.
+    pub const FROM_ZERO: Self = Self { similarity: 0.0, difference: 1.0 };
+
+    /// Changes from the numbers that [`compare`] gives.
+    pub fn of(numbers: &[f32]) -> Vec<Self> {
+        numbers.chunks_exact(2).map(|pair| Self { similarity: pair[0], difference: pair[1] }).collect()
+    }
+}
+
+/// Compares row `i` of `before` and row `i` of `after`, both `[rows, width]`: `[rows, 2]`, each row a [`Change`].
 ///
 /// # Errors
 /// If the shapes differ.
-pub fn cosines(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    a.apply_op2_no_bwd(b, &Cosines)
+pub fn compare(before: &Tensor, after: &Tensor) -> Result<Tensor> {
+    before.apply_op2_no_bwd(after, &Compare)
 }
 
-struct Cosines;
+struct Compare;
 
-impl CustomOp2 for Cosines {
+impl CustomOp2 for Compare {
     fn name(&self) -> &'static str {
-        "cosines"
+        "compare"
     }
 
     fn cpu_fwd(&self, a: &CpuStorage, a_l: &Layout, b: &CpuStorage, b_l: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, width) = a_l.shape().dims2()?;
         if a_l.shape() != b_l.shape() {
-            bail!("cosines of {:?} and {:?}: other shapes", a_l.shape(), b_l.shape());
+            bail!("rows of {:?} and {:?} to compare: other shapes", a_l.shape(), b_l.shape());
         }
         let pairs = slice(a, a_l)?.chunks_exact(width).zip(slice(b, b_l)?.chunks_exact(width));
-        Ok((CpuStorage::F32(pairs.map(|(a, b)| cosine(a, b)).collect()), rows.into()))
+        Ok((CpuStorage::F32(pairs.flat_map(|(before, after)| compared(before, after)).collect()), (rows, 2).into()))
     }
 }
 
@@ -252,5 +275,34 @@ impl CustomOp2 for SiluRows<'_> {
             }
         }
         Ok((CpuStorage::F32(out), (rows, inner).into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn a_change_is_the_cosine_and_the_difference_relative_to_the_later_state() {
+        let rows = |numbers: &[f32]| Tensor::from_slice(numbers, (numbers.len() / 2, 2), &Device::Cpu).unwrap();
+        let before = rows(&[3.0, 4.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]);
+        let after = rows(&[6.0, 8.0, 1.0, 2.0, 0.0, 0.0, 0.0, 1.0]);
+        let found = compare(&before, &after).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let change = |similarity, difference| Change { similarity, difference };
+        let expected = [change(1.0, 0.5), Change::FROM_ZERO, change(0.0, 1.0), change(0.0, 2.0_f32.sqrt())];
+        assert_eq!(Change::of(&found), expected);
+        assert!(compare(&before, &rows(&[1.0, 2.0])).is_err());
+    }
+
+    #[test]
+    fn a_small_difference_of_wide_states_keeps_its_digits() {
+        // 1,000 numbers of 1, of which every tenth grows by 2^-10.
+        let state =
+            |step: f32| -> Vec<f32> { (0..1000).map(|at| if at % 10 == 0 { 1.0 + step } else { 1.0 }).collect() };
+        let step = 2.0_f32.powi(-10);
+        let [_, difference] = compared(&state(0.0), &state(step));
+        let expected = (100.0 * f64::from(step).powi(2) / (900.0 + 100.0 * (1.0 + f64::from(step)).powi(2))).sqrt();
+        assert!((f64::from(difference) / expected - 1.0).abs() < 1e-6, "{difference}, expected {expected}");
     }
 }

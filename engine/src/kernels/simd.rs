@@ -146,6 +146,16 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.zip(b).fold(Lanes::ZERO, |sum, (a, b)| sum.zip(product(a, b), |sum, ab| sum + ab)).reduce(|a, b| a + b) + rest
 }
 
+/// The sum of squared differences, in a fixed order.
+#[inline(always)]
+pub fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
+    let squared = |a: f32, b: f32| (a - b) * (a - b);
+    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(&a, &b)| squared(a, b)).sum();
+    let squares = |a, b| Lanes::load(a).zip(Lanes::load(b), squared);
+    a.zip(b).fold(Lanes::ZERO, |sum, (a, b)| sum.zip(squares(a, b), |sum, ab| sum + ab)).reduce(|a, b| a + b) + rest
+}
+
 /// The greater of two numbers, `b` if `a` is NaN: one instruction, unlike `f32::max`.
 #[inline(always)]
 pub fn greater(a: f32, b: f32) -> f32 {

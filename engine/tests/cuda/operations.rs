@@ -12,7 +12,7 @@ use engine::kernels::activation::activate;
 use engine::kernels::adapters::{Adapter, Adapters};
 use engine::kernels::attention::Row;
 use engine::kernels::norm::{self, HeadNorm};
-use engine::kernels::rows::{Source, add_bias, cosines, gather, probe_rows, scale, scatter};
+use engine::kernels::rows::{Source, add_bias, compare, gather, probe_rows, scale, scatter};
 use engine::kernels::signals::read;
 
 use crate::bench::{Bench, Dice, Held, Rows, assert_close, matrix, numbers, rounded, tolerance};
@@ -219,20 +219,22 @@ fn activations_are_those_of_the_cpu() {
 }
 
 #[test]
-fn cosines_are_those_of_the_cpu() {
+fn comparisons_of_rows_are_those_of_the_cpu() {
     for_each_size(|bench, dice, count| {
         let width = dice.pick(&[1, 100, 576]);
-        let (mut a, b) = (dice.numbers(count * width), dice.numbers(count * width));
-        a[..width].fill(0.0);
-        let ours: Vec<i32> = (0..count as i32).collect();
-        let theirs: Vec<i32> = ours.iter().map(|_| dice.below(count) as i32).collect();
-        let (x, y, out) = (bench.put(&a), bench.put(&b), bench.empty::<f32>(count));
-        let (ours, picked) = (bench.put(&ours), bench.put(&theirs));
-        bench.kernels().cosines((x.view, ours.view), (y.view, picked.view), width, out.view).unwrap();
-        let rows: Vec<Source> = theirs.iter().map(|&row| Source::First(row as u32)).collect();
-        let b = matrix(&b, width);
-        let expected = cosines(&matrix(&a, width), &gather(&b, &b, &rows).unwrap()).unwrap();
-        assert_close("cosines", &bench.get(&out), &numbers(&expected), 2e-6);
+        let (before, mut after) = (dice.numbers(count * width), dice.numbers(count * width));
+        after[..width].fill(0.0);
+        let tos: Vec<i32> = (0..count as i32).collect();
+        let froms: Vec<i32> = tos.iter().map(|_| dice.below(count) as i32).collect();
+        let (x, y, out) = (bench.put(&before), bench.put(&after), bench.empty::<f32>(2 * count));
+        let (tos, picked) = (bench.put(&tos), bench.put(&froms));
+        bench.kernels().compare((x.view, picked.view), (y.view, tos.view), width, out.view).unwrap();
+        let rows: Vec<Source> = froms.iter().map(|&row| Source::First(row as u32)).collect();
+        let before = matrix(&before, width);
+        let expected = compare(&gather(&before, &before, &rows).unwrap(), &matrix(&after, width)).unwrap();
+        let (found, expected) = (bench.get(&out), numbers(&expected));
+        assert_eq!(found[..2], [0.0, 1.0], "a state of zeros");
+        assert_close("comparisons", &found, &expected, 4e-6);
     });
 }
 

@@ -101,7 +101,7 @@ impl Pair {
             work.heads.rows.push(place);
             work.heads.keys.push(key + place as u64);
             if depth > 0 {
-                work.similarities.push((place, place as u32));
+                work.compared.push((place, place as u32));
             }
             if self.config.gate && depth + 1 < self.config.num_loops {
                 work.gates.push(place);
@@ -132,7 +132,10 @@ fn assert_same_answers(found: &Answers, expected: &Answers) {
     };
     assert_close("verdicts", &numbers(found), &numbers(expected), 1e-4);
     assert_close("gates", &found.gates, &expected.gates, 1e-4);
-    assert_close("similarities", &found.similarities, &expected.similarities, 1e-4);
+    let changes = |answers: &Answers| -> Vec<f32> {
+        answers.changes.iter().flat_map(|change| [change.similarity, change.difference]).collect()
+    };
+    assert_close("changes", &changes(found), &changes(expected), 1e-4);
 }
 
 /// Models whose passes have every kind of section.
@@ -241,7 +244,7 @@ fn rows_that_pad_a_pass_change_no_bit() {
         let mut alone = without_places(pair.decode(&sequences[row..row + 1], &depths[row..row + 1], 5 + row as u64));
         if depths[row] > 0 {
             alone.sources[0] = Source::Second(row as u32);
-            alone.similarities[0].1 = row as u32;
+            alone.compared[0].1 = row as u32;
         }
         // Close to the CPU's, as is this row in the padded pass.
         let alone = pair.run(&alone);

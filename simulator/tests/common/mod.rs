@@ -4,7 +4,9 @@
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Observer, Settings, Token};
 use simulator::{Draw, ExitModel};
-use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, Signals};
+use traces::{
+    Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Point, ProfileMeta, Request, SignalSet, Signals,
+};
 
 /// Time of every pass of [`constant_latency`].
 pub const PASS: Nanos = Nanos(1_000_000);
@@ -78,7 +80,9 @@ pub fn sure_from(exit: u8, num_loops: u8) -> Vec<(Signals, u32)> {
         .map(|depth| {
             let sure = depth >= exit;
             let value = if sure { 0.9 } else { 0.1 };
-            (Signals { top1: value, margin: value, similarity: value, gate: value, entropy: 0.0 }, u32::from(!sure))
+            let (difference, entropy) = (1.0 - value, 0.0);
+            let signals = Signals { top1: value, margin: value, entropy, similarity: value, difference, gate: value };
+            (signals, u32::from(!sure))
         })
         .collect()
 }
@@ -93,7 +97,7 @@ pub fn exit_trace(num_loops: u8, generations: &[Vec<u8>]) -> ExitTrace {
         source: "made up".into(),
         recording: None,
     });
-    trace.has_gates = true;
+    trace.recorded = SignalSet::ALL;
     for exits in generations {
         let rows: Vec<_> = exits.iter().flat_map(|&exit| sure_from(exit, num_loops)).collect();
         trace.push_generation(&rows);

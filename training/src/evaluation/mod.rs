@@ -8,7 +8,7 @@ pub(crate) mod samples;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use engine::kernels::rows::cosines;
+use engine::kernels::rows::{Change, compare};
 use engine::kernels::signals;
 use engine::reference::Reference;
 use traces::Signals;
@@ -167,15 +167,16 @@ fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<Loo
         };
         let hidden = hidden.to_device(&Device::Cpu)?;
         let mean: f32 = cross_entropy(&logits, &targets)?.to_scalar()?;
-        let similarities = match &before {
-            Some(before) => cosines(before, &hidden)?.to_vec1()?,
-            None => vec![0.0; rows],
+        let changes = match &before {
+            Some(before) => Change::of(&compare(before, &hidden)?.flatten_all()?.to_vec1::<f32>()?),
+            None => vec![Change::FROM_ZERO; rows],
         };
         let verdicts = signals::read(&logits.to_device(&Device::Cpu)?, 0.0, &vec![0; rows])?;
-        let row = |((verdict, similarity), gate): ((&signals::Verdict, f32), f32)| {
-            (Signals { similarity, gate, ..verdict.signals() }, verdict.token)
+        let row = |((verdict, change), gate): ((&signals::Verdict, Change), f32)| {
+            let Change { similarity, difference } = change;
+            (Signals { similarity, difference, gate, ..verdict.signals() }, verdict.token)
         };
-        let rows_read = verdicts.iter().zip(similarities).zip(gates).map(row).collect();
+        let rows_read = verdicts.iter().zip(changes).zip(gates).map(row).collect();
         loops.push(LoopReading { nats: f64::from(mean) * rows as f64, rows: rows_read });
         before = Some(hidden);
     }

@@ -39,11 +39,13 @@ pub struct SignalQuality {
 }
 
 /// A value of a measure as the probability that the token is that of the last loop. An entropy `H` gives `exp(-H)`, the
-/// probability of each of `exp(H)` equally likely tokens. Other values are limited to 0 to 1.
+/// probability of each of `exp(H)` equally likely tokens, a relative difference `d` gives `1 - d`. Values are limited to 0
+/// to 1.
 pub fn confidence(measure: ExitSignal, value: f32) -> f64 {
     match measure.unit() {
         SignalUnit::Nats => f64::from(-value).exp().min(1.0),
         SignalUnit::Share => f64::from(value).clamp(0.0, 1.0),
+        SignalUnit::Ratio => (1.0 - f64::from(value)).clamp(0.0, 1.0),
     }
 }
 
@@ -154,5 +156,6 @@ mod tests {
     fn entropy_reads_as_the_probability_of_equally_likely_tokens() {
         assert!((confidence(ExitSignal::Entropy, 4.0_f32.ln()) - 0.25).abs() < 1e-6);
         assert_eq!(confidence(ExitSignal::Similarity, -0.2), 0.0);
+        assert_eq!([0.25, 1.5].map(|value| confidence(ExitSignal::Difference, value)), [0.75, 0.0]);
     }
 }
