@@ -5,7 +5,7 @@ use crate::canvas::{self, Canvas, DrawResult, WIDTH};
 use crate::figure::Kind;
 use crate::legend::{Entry, Sample};
 use crate::panel::Panel;
-use crate::style::{self, Fill, ordered_colour};
+use crate::style::{self, Fill, named_classes, ordered_colour};
 use crate::{Error, Figure};
 
 /// One pass and its rows, or several consecutive passes and their mean.
@@ -54,7 +54,7 @@ pub fn rows_by_depth(figure: &Figure, passes: &[PassRows]) -> Result<(), Error> 
         let sample = Sample::Fill(ordered_colour(depth, depths), Fill::Solid);
         Entry::new(format!("depth {depth}"), sample)
     };
-    let legend: Vec<Entry> = (0..depths).map(entry).collect();
+    let legend: Vec<Entry> = named_classes(depths).map(entry).collect();
     canvas::draw(figure, (WIDTH, 900), &legend, |area| {
         let panel = Panel::new(area, &x, &y)?;
         (0..depths).try_for_each(|depth| binned.draw_layer(&panel, depth, depths))

@@ -41,7 +41,7 @@ pub fn reliability(figure: &Figure, signals: &[Reliability]) -> Result<(), Error
     }
     let depths = signals.iter().flat_map(|signal| &signal.curves).map(|curve| curve.0 + 1).max().unwrap_or(1);
     let entry = |depth| Entry::new(format!("depth {depth}"), Sample::MarkedLine(Look::ordered(depth, depths)));
-    let mut legend: Vec<Entry> = (0..depths).map(entry).collect();
+    let mut legend: Vec<Entry> = style::named_classes(depths).map(entry).collect();
     legend.push(Entry::new("as often right as sure", Sample::Stroke(MUTED, Dash::Dashed)));
     let agreements = signals.iter().flat_map(|signal| &signal.curves).flat_map(|curve| &curve.1);
     let y = Axis::linear(AGREEMENT, agreements.map(|point| 100.0 * point.1)).at_most(HIGHEST_SHARE);

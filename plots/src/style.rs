@@ -38,6 +38,9 @@ const MARKER_RADIUS: f64 = 10.0;
 const RING_RADIUS: i32 = 18;
 const HATCH_SPACING: i32 = 14;
 
+/// Ordered classes that fit a legend.
+const MOST_NAMES: usize = 12;
+
 pub(crate) fn colour(index: usize) -> RGBColor {
     OKABE_ITO[index % OKABE_ITO.len()]
 }
@@ -47,6 +50,12 @@ pub(crate) fn ordered_colour(index: usize, count: usize) -> RGBColor {
     let share = (index as f32 + 0.5) / count as f32;
     let RGBColor(r, g, b) = ViridisRGB.get_color_normalized(1.0 - share, 0.0, 1.0);
     RGBColor(r, g, b)
+}
+
+/// Those of `count` ordered classes that a legend names: all of a few, else evenly spaced ones, between which colours are
+/// interpolated.
+pub(crate) fn named_classes(count: usize) -> impl Iterator<Item = usize> {
+    (0..count).step_by(count.div_ceil(MOST_NAMES).max(1))
 }
 
 /// A marker's shape.
@@ -320,6 +329,14 @@ mod tests {
         let batchings = ["vanilla", "sequence-wise", "depth-wise"];
         let exits = ["none", "oracle", "confidence 0.9"];
         batchings.iter().flat_map(|b| exits.map(|e| Policy::new(*b, e))).collect()
+    }
+
+    #[test]
+    fn a_legend_names_few_of_many_ordered_classes() {
+        let named = |count| named_classes(count).collect::<Vec<_>>();
+        assert_eq!((named(0).len(), named(1), named(12)), (0, vec![0], (0..12).collect()));
+        assert_eq!(named(64), (0..64).step_by(6).collect::<Vec<_>>());
+        assert!((1..=255).all(|count| named(count).len() <= 12));
     }
 
     #[test]
