@@ -257,7 +257,8 @@ pub struct ServingArgs {
     #[arg(long, value_delimiter = ',', default_value = "baselines,oracle,confidence:0.9", value_name = "POLICIES")]
     pub exit: Vec<ExitChoice>,
     /// What later tokens find at the depths that an exited token did not run: reuse (copies of the keys and values of
-    /// its exit depth), first (those of depth 0), skip (nothing), backfill (its own, run later). Separated by commas: adaptive exits run
+    /// its exit depth), first (those of depth 0), skip (nothing), backfill (its own, run later), last and
+    /// cycle:SLOTS (those of the last depth that it ran, in slots that the depths share). Separated by commas: adaptive exits run
     /// under each [default: that which the model is made for]
     #[arg(long, value_delimiter = ',', value_name = "FILLS")]
     pub kv_fill: Vec<KvFill>,

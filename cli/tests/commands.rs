@@ -812,7 +812,10 @@ fn bad_experiments_get_one_clear_error_and_leave_nothing() {
             "simulations alone",
         ),
         (experiment("", 12).replace("count: 12", "count: -3"), "-3"),
-        (experiment("", 12).replace("max_batch: 4", "kv_fill: copy\n  max_batch: 4"), "reuse, first, skip or backfill"),
+        (
+            experiment("", 12).replace("max_batch: 4", "kv_fill: copy\n  max_batch: 4"),
+            "reuse, first, skip, backfill, last, or cycle:SLOTS",
+        ),
         (experiment("", 12).replace("model: model", "model: nowhere"), "nowhere"),
         (experiment("", 12).replace("repeats: 2", "repeats: 0"), "engine.repeats is 0"),
         (longer, "the cache holds 16"),

@@ -326,7 +326,7 @@ fn bad_sweeps_get_one_error_that_names_key_and_line_before_anything_runs() {
             "grid.thresholds.top1: found NaN, expected a finite number at line 18",
         ),
         (SWEEP.replace("top1:", "top9:"), "grid.thresholds: unknown variant `top9`"),
-        (SWEEP.replace("[reuse, first]", "[reuse, last]"), "reuse, first, skip or backfill at line 19"),
+        (SWEEP.replace("[reuse, first]", "[reuse, latest]"), "cycle:SLOTS with at least 2 slots at line 19"),
         (SWEEP.replace("[3MB]", "[3 parrots]"), "grid.device_memory"),
         (SWEEP.replace("[3MB]", "[1MB]"), "sequence, none: not one KV block fits"),
         (SWEEP.replace("  seed:", "  seeds:"), "grid: unknown field `seeds`"),

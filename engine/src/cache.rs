@@ -49,7 +49,7 @@ pub enum Kept {
 pub struct PageLayout {
     /// Number of layers of the prelude.
     pub prelude_layers: usize,
-    /// Number of depths with their own keys and values: the model's `num_loops`, or 1 shared by all depths.
+    /// Number of depths with their own keys and values: the model's `num_loops`, or fewer that the depths share in turn.
     pub depths: usize,
     /// Number of layers at each depth: those of the block and of the coda.
     pub depth_layers: usize,
@@ -104,7 +104,7 @@ impl PageLayout {
     pub fn pages(&self, kept: Kept, depth: usize) -> usize {
         let layer = match kept {
             Kept::Once(layer) => layer,
-            Kept::AtEachDepth(layer) => self.prelude_layers + depth.min(self.depths - 1) * self.depth_layers + layer,
+            Kept::AtEachDepth(layer) => self.prelude_layers + depth % self.depths * self.depth_layers + layer,
         };
         layer * self.blocks * self.page_numbers()
     }
@@ -194,4 +194,28 @@ pub(crate) fn check_block_tokens(block_tokens: u32) -> Result<(), CacheError> {
 /// Bytes of keys and values of one token in the cache, over all layers and the depths that a KV fill keeps.
 pub fn bytes_per_token(config: &ModelConfig, kv_fill: KvFill) -> u64 {
     (PageLayout::new(config, kv_fill, 1, TILE as u32).numbers() * size_of::<f32>() / TILE) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depths_take_the_slots_of_the_cache_in_turn() {
+        let config = ModelConfig { num_loops: 5, prelude_layers: 1, ..ModelConfig::default() };
+        let slots = |kv_fill: KvFill| {
+            let layout = PageLayout::new(&config, kv_fill, 3, 16);
+            let first = layout.pages(Kept::AtEachDepth(0), 0);
+            let slot = layout.depth_layers * layout.blocks * layout.page_numbers();
+            (0..5).map(|depth| (layout.pages(Kept::AtEachDepth(0), depth) - first) / slot).collect::<Vec<_>>()
+        };
+        assert_eq!(slots(KvFill::Reuse), [0, 1, 2, 3, 4]);
+        assert_eq!(slots(KvFill::Cycle(2)), [0, 1, 0, 1, 0]);
+        assert_eq!(slots(KvFill::Cycle(3)), [0, 1, 2, 0, 1]);
+        assert_eq!(slots(KvFill::Cycle(9)), slots(KvFill::Reuse));
+        assert_eq!((slots(KvFill::Last), slots(KvFill::First)), (vec![0; 5], vec![0; 5]));
+        let bytes = |kv_fill| bytes_per_token(&config, kv_fill);
+        let depth = (bytes(KvFill::Reuse) - bytes(KvFill::Last)) / 4;
+        assert_eq!(bytes(KvFill::Cycle(3)), bytes(KvFill::Last) + 2 * depth);
+    }
 }

@@ -191,10 +191,20 @@ impl Sequences {
         match (self.kv_fill, generation.left(position).map(usize::from)) {
             (KvFill::First, _) if depth > 0 => none,
             (KvFill::First | KvFill::Backfill, _) | (_, None) => own,
-            (KvFill::Reuse | KvFill::Skip, Some(left)) if left < depth => none,
-            (KvFill::Reuse, Some(left)) if left == depth => depth..self.num_loops,
-            (KvFill::Reuse | KvFill::Skip, Some(_)) => own,
+            (_, Some(left)) if left < depth => none,
+            (_, Some(left)) if left == depth => depth..self.copied_depths().max(depth + 1),
+            (_, Some(_)) => own,
         }
+    }
+
+    /// Depths at which an exit leaves copies of its entries where it has none.
+    fn copied_depths(&self) -> usize {
+        self.kv_fill.copied_depths(self.num_loops as u8).into()
+    }
+
+    /// Whether rows overwrite entries of lower depths: see [`KvFill::overwrites`].
+    fn overwrites(&self) -> bool {
+        self.kv_fill.overwrites(self.num_loops as u8)
     }
 
     /// By depth: positions without keys and values.
@@ -382,6 +392,10 @@ impl EngineExecutor {
         let reads_signal = matches!(exit.signal_read(), SignalRead::Signal(_) | SignalRead::Repeats);
         if reads_signal || self.sequences.kv_fill == KvFill::First {
             self.exit_depths.start = 0;
+        }
+        if self.sequences.overwrites() {
+            // The coda's entries are then the same whatever the policy.
+            self.exit_depths = 0..self.num_loops();
         }
         self
     }
@@ -763,6 +777,7 @@ impl EngineExecutor {
         self.read_unread(pass, exiting)?;
         let mut fills = Vec::new();
         let (kv_fill, num_loops) = (self.sequences.kv_fill, self.num_loops());
+        let copied_depths = self.sequences.copied_depths();
         for &index in exiting {
             let segment = pass.exited(index as usize);
             let depth = usize::from(segment.depth);
@@ -774,7 +789,7 @@ impl EngineExecutor {
             let is_done = match kv_fill {
                 KvFill::First => true,
                 KvFill::Backfill => false,
-                KvFill::Reuse | KvFill::Skip => segment.kind == RowKind::Decode,
+                KvFill::Reuse | KvFill::Skip | KvFill::Last | KvFill::Cycle(_) => segment.kind == RowKind::Decode,
             };
             if is_done || depth + 1 == num_loops {
                 self.arena.free.extend(sequence.in_flight[position].take());
@@ -783,7 +798,7 @@ impl EngineExecutor {
                 continue;
             }
             match kv_fill {
-                KvFill::Reuse => {
+                KvFill::Reuse | KvFill::Cycle(_) if depth + 1 < copied_depths => {
                     let block_tokens = self.block_tokens;
                     let block = pass.blocks(segment.slot)[position / block_tokens];
                     fills.push(Fill { block, offset: position % block_tokens, depth });
@@ -791,7 +806,7 @@ impl EngineExecutor {
                 KvFill::Skip => {
                     sequence.skipped[depth + 1..].iter_mut().for_each(|of_depth| of_depth.push(position as u32))
                 }
-                KvFill::First | KvFill::Backfill => {}
+                _ => {}
             }
         }
         Ok(self.backend.fill_deeper(&fills)?)

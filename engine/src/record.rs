@@ -187,7 +187,13 @@ impl Engine {
             RecordedPolicy::Policy(exit) => exit,
             RecordedPolicy::Random(_) => ExitPolicy::Oracle { charged: false, recorded: false },
         };
-        let settings = Settings { exit, kv_fill: exiting.kv_fill, ..self.recording_settings(requests) };
+        let mut settings = Settings { exit, kv_fill: exiting.kv_fill, ..self.recording_settings(requests) };
+        if settings.kv_fill.overwrites(settings.num_loops) {
+            // Each prompt starts as a whole, beside the decode rows of the other sequences.
+            let longest = requests.iter().map(|request| request.prompt_tokens).max().unwrap_or(1);
+            settings.prefill_chunk = settings.prefill_chunk.max(longest);
+            settings.token_budget = settings.prefill_chunk + settings.max_batch;
+        }
         let executor = self.executor(&settings)?;
         let executor = match policy {
             RecordedPolicy::Policy(_) => executor.looking_ahead(),

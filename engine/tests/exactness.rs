@@ -201,7 +201,7 @@ proptest! {
     #[test]
     fn batched_requests_generate_what_they_generate_alone(
         config in configs(), seed in 0_u64..1000, requests in requests(), exit in exits(),
-        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()),
         max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)], weight_type in prop::sample::select(WeightType::ON_CPU.to_vec()),
         ahead in any::<bool>(), exit_wait in 0_u32..4,
@@ -262,7 +262,7 @@ proptest! {
     #[test]
     fn the_reference_with_exits_under_a_kv_fill_has_the_signals_that_are_served(
         config in configs(), seed in 0_u64..1000, prompt_tokens in 1_u32..40, output_tokens in 2_u32..25,
-        kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()),
     ) {
         let exits = (0..u64::from(output_tokens)).map(|token| (mix(token << 20 ^ seed) % config.num_loops as u64) as u8);
         let setup = Setup::new(&config, WeightType::F32, seed, 1.0);
@@ -302,7 +302,7 @@ proptest! {
     #[test]
     fn looking_ahead_finds_what_a_token_would_predict_if_it_ran_on_and_changes_nothing(
         config in configs(), seed in 0_u64..1000, exit in exits(), num_blocks in 4_u32..16, prefill_chunk in 1_u32..30,
-        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()),
         temperature in prop_oneof![Just(0.0_f32), Just(0.8)],
     ) {
         let exit = that_fits(exit, &config);
@@ -319,9 +319,65 @@ proptest! {
     }
 }
 
+/// KV fills under which deeper depths overwrite entries, in a model with three loops.
+const OVERWRITING: [KvFill; 2] = [KvFill::Last, KvFill::Cycle(2)];
+
+#[test]
+fn overwritten_entries_give_the_same_text_under_any_batching() {
+    overwritten_entries_on(Device::Cpu);
+}
+
+#[test]
+fn overwritten_entries_by_cuda_kernels_give_the_same_text_under_any_batching() {
+    overwritten_entries_on(Device::Cuda);
+}
+
+fn overwritten_entries_on(device: Device) {
+    let policies = ["static:1", "mix:0:2:0.5", "difference:0.6", "delayed:similarity:0.8"];
+    for (kv_fill, config) in
+        OVERWRITING.into_iter().flat_map(|fill| models(device).into_iter().map(move |of| (fill, of)))
+    {
+        let Some(setup) = Setup::on(device, &config, 11, 0.0) else { return };
+        let request =
+            |id| Request { id, arrival: Nanos(u64::from(id) * 300), prompt_tokens: 2 + 7 * id, output_tokens: 9 };
+        let requests: Vec<Request> = (0..4).map(request).collect();
+        let generate = |settings: Settings| {
+            let executor = setup.executor(&settings).exiting_by(settings.exit);
+            let (generations, preemptions) = setup.run(settings, &requests, executor);
+            assert_eq!(preemptions, 0);
+            requests.iter().map(|request| generations[&request.id].tokens.clone()).collect::<Vec<_>>()
+        };
+        for exit in policies {
+            let exit: ExitPolicy = exit.parse().unwrap();
+            // Few blocks and a short budget, so that prompts and sequences wait for each other.
+            let settings = |batching| Settings {
+                kv_fill,
+                max_batch: 3,
+                token_budget: 25,
+                prefill_chunk: 23,
+                num_blocks: 5,
+                ..Settings::new(batching, exit, config.num_loops as u8)
+            };
+            let [vanilla, sequence, depth] = Batching::ALL.map(|batching| generate(settings(batching)));
+            assert_eq!(vanilla, sequence, "{kv_fill}, {exit}");
+            assert_eq!(sequence, depth, "{kv_fill}, {exit}");
+            assert_batched_as_alone(&setup, settings(Batching::Depth), &requests);
+        }
+        let settings = Settings {
+            kv_fill,
+            max_batch: 3,
+            num_blocks: 9,
+            ..Settings::new(Batching::Depth, "top1:0.3".parse().unwrap(), config.num_loops as u8)
+        };
+        assert_ahead_as_run_on(&setup, settings, 5);
+    }
+}
+
 #[test]
 fn looking_ahead_survives_preemption() {
-    for (batching, kv_fill) in Batching::ALL.into_iter().flat_map(|batching| KvFill::ALL.map(|fill| (batching, fill))) {
+    for (batching, kv_fill) in
+        Batching::ALL.into_iter().flat_map(|batching| KvFill::KEEPING.map(|fill| (batching, fill)))
+    {
         let setup = Setup::new(&with_everything(), WeightType::F32, 7, 1.5);
         let exit = ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 };
         let settings = Settings {
@@ -339,7 +395,7 @@ fn looking_ahead_survives_preemption() {
 
 #[test]
 fn looking_ahead_by_cuda_kernels_finds_what_a_token_would_predict_if_it_ran_on() {
-    for kv_fill in KvFill::ALL {
+    for kv_fill in KvFill::KEEPING {
         let Some(setup) = Setup::on(Device::Cuda, &with_everything(), 7, 0.8) else { return };
         let exit = ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 };
         let settings = Settings {
@@ -382,7 +438,7 @@ fn assert_ahead_as_run_on(setup: &Setup, settings: Settings, output_tokens: u32)
 
 /// Batched requests on a device, in fewer and smaller mixes: emulation is slow.
 fn batched_requests_on(device: Device, cases: u32) {
-    let strategy = (configs_of_one_head_size(), 0_u64..1000, exits(), prop::sample::select(KvFill::ALL.to_vec()));
+    let strategy = (configs_of_one_head_size(), 0_u64..1000, exits(), prop::sample::select(KvFill::KEEPING.to_vec()));
     let mut runner =
         TestRunner::new_with_rng(ProptestConfig::with_cases(cases), TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let case = Cell::new(0);
@@ -504,7 +560,7 @@ proptest! {
         (signal, threshold) in prop_oneof![
             (Just(ExitSignal::Top1), 0.05_f32..0.9), (Just(ExitSignal::Gate), 0.2_f32..0.8), (Just(ExitSignal::Similarity), 0.5_f32..1.0),
         ],
-        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()),
         max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
     ) {
         let config = ModelConfig { num_loops: 4, ..with_everything() };
@@ -576,7 +632,7 @@ fn models(device: Device) -> Vec<ModelConfig> {
 }
 
 fn preempted_requests_on(device: Device, seeds: u64) {
-    for (config, kv_fill) in models(device).iter().flat_map(|config| KvFill::ALL.map(|fill| (config, fill))) {
+    for (config, kv_fill) in models(device).iter().flat_map(|config| KvFill::KEEPING.map(|fill| (config, fill))) {
         for seed in 0..seeds {
             let Some(setup) = Setup::on(device, config, seed, 1.5) else { return };
             let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
@@ -716,6 +772,7 @@ fn recorded_by_hand(
             let fills = match kv_fill {
                 _ if first_only(depth) => depth..depth,
                 KvFill::Reuse if depth == left && !is_prompt => depth..config.num_loops,
+                KvFill::Cycle(slots) if depth == left && !is_prompt => depth..usize::from(slots).max(depth + 1),
                 _ => depth..depth + 1,
             };
             let rows = rows(depth, fills);
@@ -751,7 +808,10 @@ fn each_kv_fill_by_cuda_kernels_keeps_the_entries_that_it_is_defined_to_keep() {
 
 fn each_kv_fill_on(device: Device) {
     let exits: Vec<u8> = (0..25).map(|token| (mix(token) % 3) as u8).collect();
-    for (config, kv_fill) in models(device).iter().flat_map(|config| KvFill::ALL.map(|kv_fill| (config, kv_fill))) {
+    let fills = KvFill::KEEPING.into_iter().chain(OVERWRITING);
+    let cases: Vec<_> = fills.flat_map(|fill| models(device).into_iter().map(move |config| (config, fill))).collect();
+    for (config, kv_fill) in &cases {
+        let kv_fill = *kv_fill;
         let Some(setup) = Setup::on(device, config, 4, 1.0) else { return };
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 20, output_tokens: 25 };
         let found = setup.run_alone_on(setup.model.clone(), request, kv_fill, exits.clone());

@@ -197,7 +197,7 @@ fn the_live_oracle_exits_where_the_text_that_it_serves_has_its_last_token_under_
     let engine = engine(&grouped(), 1.0);
     let oracle = ExitPolicy::Oracle { charged: false, recorded: false };
     let of_recording = oracle_depths(&engine.record(&requests(), "test", "a test", &mut ()).unwrap(), &requests());
-    for kv_fill in KvFill::ALL {
+    for kv_fill in KvFill::KEEPING {
         let settings = |batching| Settings { kv_fill, batching, ..settings(oracle) };
         let depths = engine.oracle_exits(&settings(Batching::Depth), &requests()).unwrap();
         assert_eq!(depths == of_recording, kv_fill == KvFill::Backfill, "{kv_fill}: exits change what follows");
@@ -218,7 +218,7 @@ fn a_recording_under_policies_holds_what_each_of_them_serves() {
     let engine = engine(&grouped(), 1.0);
     let requests: Vec<Request> = (0..12).map(|id| Request { output_tokens: 8, ..requests()[id % 6] }).collect();
     let requests: Vec<Request> = (0..).zip(requests).map(|(id, request)| Request { id, ..request }).collect();
-    for kv_fill in KvFill::ALL {
+    for kv_fill in KvFill::KEEPING.into_iter().chain([KvFill::Last, KvFill::Cycle(2)]) {
         let policies: Vec<ExitPolicy> = ["static:0", "top1:0.3"].map(|text| text.parse().unwrap()).to_vec();
         let recorded = policies.iter().map(|&policy| RecordedPolicy::Policy(policy)).collect();
         let exiting = Exiting { policies: recorded, kv_fill, seed: 1 };
@@ -234,7 +234,9 @@ fn a_recording_under_policies_holds_what_each_of_them_serves() {
             let policy = exiting.policy_of(request.id);
             assert_eq!(found.policy as usize, policy);
             under[policy] += 1;
-            let settings = Settings { kv_fill, ..settings(policies[policy]) };
+            // Chunks of prompts, except where a prompt starts as a whole.
+            let prefill_chunk = if kv_fill.overwrites(3) { request.prompt_tokens } else { 16 };
+            let settings = Settings { kv_fill, prefill_chunk, token_budget: 80, ..settings(policies[policy]) };
             let served =
                 engine.replay(settings, &[*request], None, Idle::Skip, &mut ()).unwrap().remove(&request.id).unwrap();
             let full_depth = engine.full_depth(request.id, &served).unwrap().tokens;
@@ -247,6 +249,21 @@ fn a_recording_under_policies_holds_what_each_of_them_serves() {
         }
         assert!(under.iter().all(|&requests| requests > 2), "both policies are drawn: {under:?}");
     }
+}
+
+#[test]
+fn a_recording_takes_long_prompts_where_they_start_as_a_whole() {
+    let engine = engine(&ModelConfig { max_positions: 400, ..grouped() }, 0.0);
+    let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 290, output_tokens: 2 };
+    let policies = vec![RecordedPolicy::Policy(ExitPolicy::Static(0))];
+    let exiting = Exiting { policies, kv_fill: KvFill::Last, seed: 1 };
+    let mut recorded = 0;
+    let count = |_: &RecordedGeneration| {
+        recorded += 1;
+        Ok(())
+    };
+    engine.record_each_exiting(&[0, 1, 2].map(request), &exiting, count, &mut ()).unwrap();
+    assert_eq!(recorded, 3);
 }
 
 #[test]

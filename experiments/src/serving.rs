@@ -146,7 +146,7 @@ mod one_or_more {
 fn fills_of(exit: ExitPolicy, fills: &[KvFill]) -> impl Iterator<Item = KvFill> + use<'_> {
     let by_work = [KvFill::Skip, KvFill::Reuse, KvFill::Backfill];
     let cheapest = by_work.into_iter().find(|fill| fills.contains(fill));
-    let matters = move |fill: &KvFill| !exit.is_fixed_depth() || *fill == KvFill::First || Some(*fill) == cheapest;
+    let matters = move |fill: &KvFill| !exit.is_fixed_depth() || !by_work.contains(fill) || Some(*fill) == cheapest;
     fills.iter().copied().filter(matters)
 }
 

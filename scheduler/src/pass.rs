@@ -48,10 +48,10 @@ impl Segment {
         Self { start: self.start + self.tokens - 1, tokens: 1, ..self }
     }
 
-    /// Number of depths, in a model with `num_loops` loops, that the last row skips if it exits at this depth.
+    /// Number of the first `depths` depths that the last row skips if it exits at this depth.
     #[inline]
-    pub fn skipped_depths(&self, num_loops: u8) -> u32 {
-        if self.generated { u32::from(num_loops - 1 - self.depth) } else { 0 }
+    pub fn skipped_depths(&self, depths: u8) -> u32 {
+        if self.generated { u32::from(depths.saturating_sub(self.depth + 1)) } else { 0 }
     }
 }
 

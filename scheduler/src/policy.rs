@@ -473,42 +473,82 @@ pub enum KvFill {
     Skip,
     /// Exact ones: skipped depths run later as rows of low priority, before any row attends to them.
     Backfill,
+    /// The entries of the last depth that the token ran: all depths share one slot, and each overwrites the one before
+    /// (lookup strategy `latest-m4-compress-s4` of Huginn, whose block has four layers).
+    Last,
+    /// As [`Last`](Self::Last), with this many slots: depth `d` writes and reads slot `d` modulo their number, at least 2.
+    /// Slots that an exited token has not written get copies of the entries of its exit depth. With as many slots as
+    /// loops, this is [`Reuse`](Self::Reuse).
+    Cycle(u8),
 }
 
 impl KvFill {
-    /// Every KV fill.
-    pub const ALL: [Self; 4] = [Self::Reuse, Self::First, Self::Skip, Self::Backfill];
+    /// The KV fills that keep what a row has written. [`Last`](Self::Last) and [`Cycle`](Self::Cycle) overwrite it.
+    pub const KEEPING: [Self; 4] = [Self::Reuse, Self::First, Self::Skip, Self::Backfill];
 
     /// Number of depths whose keys and values are kept, in a model with `num_loops` loops. A token takes this many
     /// times the cache of one depth.
     pub fn cached_depths(self, num_loops: u8) -> u8 {
         match self {
-            Self::First => 1,
+            Self::First | Self::Last => 1,
+            Self::Cycle(slots) => slots.min(num_loops),
             Self::Reuse | Self::Skip | Self::Backfill => num_loops,
         }
     }
 
-    /// The name in files and on the command line.
-    pub fn name(self) -> &'static str {
+    /// Whether rows overwrite what their positions wrote at lower depths, in a model with `num_loops` loops.
+    ///
+    /// What a row finds then depends on how far the positions before it have got. It is defined as follows, and
+    /// independent of batching, since the scheduler starts a prompt as a whole, lets the next token wait until its prompt
+    /// has run every depth, and reserves blocks for the whole sequence, so that nothing is preempted:
+    ///
+    /// - A row of a prompt attends to the positions of the prompt at its own depth.
+    /// - The row of a generated token at depth `d` attends, at each position before it, to the entry of the deepest depth
+    ///   that the position ran among those equal to `d` modulo the number of slots.
+    pub fn overwrites(self, num_loops: u8) -> bool {
+        matches!(self, Self::Last | Self::Cycle(_)) && self.cached_depths(num_loops) < num_loops
+    }
+
+    /// Number of depths, from 0, at which a token that exits at one of them leaves copies of its entries below, in a model
+    /// with `num_loops` loops.
+    pub fn copied_depths(self, num_loops: u8) -> u8 {
         match self {
-            Self::Reuse => "reuse",
-            Self::First => "first",
-            Self::Skip => "skip",
-            Self::Backfill => "backfill",
+            Self::Reuse | Self::Cycle(_) => self.cached_depths(num_loops),
+            Self::First | Self::Skip | Self::Backfill | Self::Last => 0,
         }
     }
 }
 
 impl fmt::Display for KvFill {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        match self {
+            Self::Reuse => f.write_str("reuse"),
+            Self::First => f.write_str("first"),
+            Self::Skip => f.write_str("skip"),
+            Self::Backfill => f.write_str("backfill"),
+            Self::Last => f.write_str("last"),
+            Self::Cycle(slots) => write!(f, "cycle:{slots}"),
+        }
     }
 }
 
 impl FromStr for KvFill {
     type Err = PolicyError;
+
+    /// Parses `reuse`, `first`, `skip`, `backfill`, `last`, and `cycle:SLOTS` with at least 2 slots.
     fn from_str(text: &str) -> Result<Self, PolicyError> {
-        Self::ALL.into_iter().find(|fill| fill.name() == text).ok_or_else(|| PolicyError::KvFill(text.to_owned()))
+        match text {
+            "reuse" => Ok(Self::Reuse),
+            "first" => Ok(Self::First),
+            "skip" => Ok(Self::Skip),
+            "backfill" => Ok(Self::Backfill),
+            "last" => Ok(Self::Last),
+            _ => {
+                let slots = text.strip_prefix("cycle:").and_then(|slots| slots.parse().ok());
+                let slots = slots.filter(|&slots| slots > 1);
+                slots.map(Self::Cycle).ok_or_else(|| PolicyError::KvFill(text.to_owned()))
+            }
+        }
     }
 }
 
@@ -519,7 +559,7 @@ pub enum PolicyError {
     #[error("unknown batching policy `{0}`: expected vanilla, sequence or depth")]
     Batching(String),
     /// Not a KV fill.
-    #[error("unknown KV fill `{0}`: expected reuse, first, skip or backfill")]
+    #[error("unknown KV fill `{0}`: expected reuse, first, skip, backfill, last, or cycle:SLOTS with at least 2 slots")]
     KvFill(String),
     /// Not an exit policy.
     #[error(
@@ -612,9 +652,22 @@ mod tests {
         for batching in Batching::ALL {
             assert_eq!(batching.name().parse(), Ok(batching));
         }
-        for fill in KvFill::ALL {
-            assert_eq!(fill.name().parse(), Ok(fill));
+        for fill in ["reuse", "first", "skip", "backfill", "last", "cycle:2", "cycle:255"] {
+            assert_eq!(fill.parse::<KvFill>().unwrap().to_string(), fill);
         }
+    }
+
+    #[test]
+    fn shared_slots_are_as_many_as_the_fill_has_or_the_model_has_loops() {
+        let fill = |text: &str| text.parse::<KvFill>().unwrap();
+        let of = |text: &str| {
+            let fill = fill(text);
+            (fill.cached_depths(4), fill.overwrites(4), fill.copied_depths(4))
+        };
+        assert_eq!((of("first"), of("last")), ((1, false, 0), (1, true, 0)));
+        assert_eq!((of("cycle:2"), of("cycle:3")), ((2, true, 2), (3, true, 3)));
+        assert_eq!((of("cycle:4"), of("cycle:9"), of("reuse")), ((4, false, 4), (4, false, 4), (4, false, 4)));
+        assert!(!fill("last").overwrites(1), "one loop overwrites nothing");
     }
 
     #[test]
@@ -658,7 +711,10 @@ mod tests {
             assert!(error.contains("stricter than the calm one"), "{error}");
         }
         assert!("depthwise".parse::<Batching>().unwrap_err().to_string().contains("vanilla, sequence or depth"));
-        assert!("copy".parse::<KvFill>().unwrap_err().to_string().contains("reuse, first, skip or backfill"));
+        for unreadable in ["copy", "cycle", "cycle:1", "cycle:0", "cycle:256", "last:2"] {
+            let error = unreadable.parse::<KvFill>().unwrap_err().to_string();
+            assert!(error.contains("reuse, first, skip, backfill, last, or cycle:SLOTS"), "{error}");
+        }
     }
 
     #[test]

@@ -128,6 +128,30 @@ pub enum ScheduleError {
         /// The given batch.
         exit_batch: u32,
     },
+    /// Prefix caching with a KV fill that overwrites what was computed.
+    #[error(
+        "prefix_caching with kv_fill {kv_fill}: a cached prefix has the entries of its last loops, a prompt needs those of \
+         each; expected one of the two"
+    )]
+    OverwrittenPrefix {
+        /// The given fill.
+        kv_fill: KvFill,
+    },
+    /// A prompt that would run in parts, under a KV fill that overwrites the parts before.
+    #[error(
+        "request {request} has {prompt_tokens} prompt tokens: under kv_fill {kv_fill} a prompt starts as a whole, and \
+         prefill_chunk and token_budget less max_batch - 1 allow {most}"
+    )]
+    PromptInParts {
+        /// Id of the request.
+        request: u32,
+        /// Its prompt.
+        prompt_tokens: u32,
+        /// The given fill.
+        kv_fill: KvFill,
+        /// Most tokens of a prompt that can always start in one pass.
+        most: u32,
+    },
     /// Prefix hashes that do not cover whole blocks.
     #[error("prefix hashes are of {hashed} tokens each, expected a multiple of block_tokens, {block_tokens}")]
     PrefixBlocks {
@@ -221,6 +245,8 @@ impl Settings {
         (token_budget / depths).max(1)
     }
 
+    /// Maximum number of loops of a model.
+    pub const MOST_LOOPS: u32 = 64;
     /// Maximum number of sequences that may run at once.
     pub const MOST_SEQUENCES: u32 = 1 << 20;
     /// Maximum number of KV blocks.
@@ -242,8 +268,11 @@ impl Settings {
         if let Some((name, _)) = counts.into_iter().find(|&(_, count)| count == 0) {
             return Err(ScheduleError::Zero(name));
         }
-        let limits =
-            [("max_batch", self.max_batch, Self::MOST_SEQUENCES), ("num_blocks", self.num_blocks, Self::MOST_BLOCKS)];
+        let limits = [
+            ("num_loops", self.num_loops.into(), Self::MOST_LOOPS),
+            ("max_batch", self.max_batch, Self::MOST_SEQUENCES),
+            ("num_blocks", self.num_blocks, Self::MOST_BLOCKS),
+        ];
         if let Some((name, count, most)) = limits.into_iter().find(|&(_, count, most)| count > most) {
             return Err(ScheduleError::TooMany { name, count, most });
         }
@@ -262,6 +291,9 @@ impl Settings {
             {
                 Err(ScheduleError::MinLoops { exit: exit.to_string(), min_loops, num_loops: self.num_loops })
             }
+            _ if self.prefix_caching && self.overwrites() => {
+                Err(ScheduleError::OverwrittenPrefix { kv_fill: self.kv_fill })
+            }
             _ if self.async_scheduling && self.exit_wait > 0 => {
                 Err(ScheduleError::AsyncWait { exit_wait: self.exit_wait })
             }
@@ -275,10 +307,15 @@ impl Settings {
         }
     }
 
+    /// Whether rows overwrite entries of lower depths: see [`KvFill::overwrites`].
+    fn overwrites(&self) -> bool {
+        self.kv_fill.overwrites(self.num_loops)
+    }
+
     /// Checks that a request can run to its end with the whole cache to itself.
     ///
     /// # Errors
-    /// If the request is empty, or does not fit in the cache.
+    /// If the request is empty, or does not fit in the cache, or its prompt would run in parts where it must not.
     pub fn check_request(&self, request: &Request) -> Result<(), ScheduleError> {
         let &Request { id, prompt_tokens, output_tokens, .. } = request;
         if prompt_tokens == 0 || output_tokens == 0 {
@@ -294,6 +331,11 @@ impl Settings {
                 num_blocks: self.num_blocks,
                 block_tokens: self.block_tokens,
             });
+        }
+        // Beside the decode rows of all other sequences.
+        let most = self.prefill_chunk.min(self.token_budget - (self.max_batch - 1));
+        if self.overwrites() && prompt_tokens > most {
+            return Err(ScheduleError::PromptInParts { request: id, prompt_tokens, kv_fill: self.kv_fill, most });
         }
         Ok(())
     }
@@ -630,17 +672,22 @@ impl Scheduler {
         let mut budget = self.free_budget();
         let mut preempted = self.start_decodes(&mut budget, now, observer);
         let mut allowance = budget.min(self.settings.prefill_chunk);
-        while let Some(&slot) = self.prefilling.front().filter(|_| allowance > 0) {
+        while let Some(&slot) = self.prefilling.front().filter(|&&slot| self.can_start_chunk(slot, allowance)) {
             preempted |= self.make_room(slot, self.sequences[slot as usize].chunk_end(allowance), now, observer);
             if self.sequences[slot as usize].running {
                 allowance -= self.start_chunk(slot, allowance);
             }
         }
+        if !self.prefilling.is_empty() {
+            // Prompts start in the order of their admission.
+            allowance = 0;
+        }
         let whole_batch = self.settings.batching == Batching::Vanilla;
         while form_batch && !preempted && (allowance > 0 || whole_batch) {
             let Some(slot) = self.admit_next(now, observer) else { break };
-            if allowance > 0 {
-                allowance -= self.start_chunk(slot, allowance);
+            match self.can_start_chunk(slot, allowance) {
+                true => allowance -= self.start_chunk(slot, allowance),
+                false => allowance = 0,
             }
         }
         if preempted && self.segments.is_empty() && self.exit_wait.any() {
@@ -720,6 +767,7 @@ impl Scheduler {
     fn start_decodes(&mut self, budget: &mut u32, now: Nanos, observer: &mut impl Observer) -> bool {
         let mut preempted = false;
         let mut ready = std::mem::take(&mut self.ready);
+        let behind_prompts = self.behind_prompts(&mut ready);
         loop {
             let affordable = ready.len().min(*budget as usize);
             let started = self.start_decodes_with_room(&ready[..affordable]);
@@ -735,7 +783,19 @@ impl Scheduler {
             *budget = self.free_budget();
         }
         self.ready = ready;
+        self.ready.extend(behind_prompts);
         preempted
+    }
+
+    /// Takes out the sequences whose next token must wait until their prompts, which are in flight, have overwritten what
+    /// they write.
+    fn behind_prompts(&self, ready: &mut Vec<Slot>) -> Vec<Slot> {
+        if !self.settings.overwrites() || ready.is_empty() {
+            return Vec::new();
+        }
+        let prompts = self.segments.iter().filter(|segment| segment.kind == RowKind::Prompt);
+        let prompts: Vec<Slot> = prompts.map(|segment| segment.slot).collect();
+        ready.extract_if(.., |slot| prompts.contains(slot)).collect()
     }
 
     /// Starts the next token of sequences until one finds no free block; returns how many were started.
@@ -766,6 +826,12 @@ impl Scheduler {
         preempted
     }
 
+    /// Whether some of a prompt may start within an `allowance` of rows; all of it, where entries are overwritten.
+    fn can_start_chunk(&self, slot: Slot, allowance: u32) -> bool {
+        let sequence = &self.sequences[slot as usize];
+        allowance > 0 && (!self.settings.overwrites() || sequence.chunk_end(allowance) == sequence.context)
+    }
+
     /// Starts up to `allowance` tokens of a prompt, as far as blocks are available, and returns how many.
     fn start_chunk(&mut self, slot: Slot, allowance: u32) -> u32 {
         let sequence = &mut self.sequences[slot as usize];
@@ -793,14 +859,16 @@ impl Scheduler {
         let slot = *self.free_slots.last()?;
         let &Sequence { request, context, .. } = self.waiting.front()?;
         self.find_prefix(request.id, context);
-        if !self.tables.fits(context, &self.found) {
+        // A sequence that lost its blocks could not compute again what its depths have overwritten.
+        let reserved = if self.settings.overwrites() { request.context_tokens() } else { context };
+        if !self.tables.fits(reserved, &self.found) {
             return None;
         }
         let mut sequence = self.waiting.pop_front()?;
         self.free_slots.pop();
         self.tables.adopt(slot, &self.found);
-        if self.settings.batching == Batching::Vanilla {
-            let room = self.tables.grow(slot, context);
+        if self.settings.batching == Batching::Vanilla || self.settings.overwrites() {
+            let room = self.tables.grow(slot, reserved);
             debug_assert!(room, "what fits can be held");
         }
         sequence.started = self.found.len() as u32 * self.settings.block_tokens;

@@ -15,9 +15,8 @@ pub(crate) fn is_chunk(segment: &Segment) -> bool {
 /// Derives and keeps the work of the current pass.
 #[derive(Clone, Debug)]
 pub(crate) struct WorkMeter {
-    num_loops: u8,
-    /// Whether exiting rows copy their keys and values to the depths they skip.
-    copies: bool,
+    /// Depths to which exiting rows copy their keys and values where they skip them; see [`KvFill::copied_depths`].
+    copied_depths: u8,
     /// What rows attend to; `None` where that is every token before them.
     reach: Option<Reach>,
     work: PassWork,
@@ -26,8 +25,7 @@ pub(crate) struct WorkMeter {
 impl WorkMeter {
     pub fn new(kv_fill: KvFill, num_loops: u8, max_batch: u32) -> Self {
         Self {
-            num_loops,
-            copies: kv_fill == KvFill::Reuse,
+            copied_depths: kv_fill.copied_depths(num_loops),
             reach: (kv_fill == KvFill::Skip).then(|| Reach::new(num_loops, max_batch)),
             work: PassWork::default(),
         }
@@ -56,10 +54,10 @@ impl WorkMeter {
         let (mut head_rows, mut filled_depths) = (0, 0);
         for segment in exited.clone() {
             head_rows += u32::from(!reads.run_head(segment));
-            filled_depths += segment.skipped_depths(self.num_loops);
+            filled_depths += segment.skipped_depths(self.copied_depths);
         }
         self.work.exit_head_rows = head_rows;
-        self.work.filled_depths = if self.copies { filled_depths } else { 0 };
+        self.work.filled_depths = filled_depths;
         if let Some(reach) = &mut self.reach {
             exited.for_each(|segment| reach.exit(segment));
         }

@@ -119,6 +119,7 @@ impl Checker {
             KvFill::First => depth == 0,
             KvFill::Skip => self.is_attended(slot, depth, position),
             KvFill::Reuse | KvFill::Backfill => true,
+            KvFill::Last | KvFill::Cycle(_) => unreachable!("checked by `Slots`"),
         }
     }
 
@@ -463,7 +464,7 @@ prop_compose! {
         exit in exits(), num_loops in 2u8..5, max_batch in 1u32..9, slack in 0u32..40,
         prefill_chunk in 1u32..50, block_tokens in 1u32..9, spare_blocks in 0u32..40,
         prefix_caching in any::<bool>(), ahead in any::<bool>(), exit_wait in 0u32..5,
-        kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()),
     ) -> Settings {
         let longest = 40 + 20;
         let async_scheduling = ahead && exit.is_known_ahead();
@@ -475,6 +476,99 @@ prop_compose! {
             ..Settings::new(Batching::Depth, exit, num_loops)
         }
     }
+}
+
+/// What a row attends to at each position before it and at its own: the depth whose entry it finds there.
+type Attended = Vec<u8>;
+
+/// An executor that keeps track of the entries under KV fills that overwrite them.
+struct Slots {
+    settings: Settings,
+    /// By slot: request, prompt tokens, and the exit depth of each generated token.
+    residents: HashMap<Slot, (u32, u32, Vec<u8>)>,
+    /// By block, offset and slot of the fill: the depth whose entry is there.
+    entries: HashMap<(u32, u32, u8), u8>,
+    /// By request, position and depth of each row.
+    attended: HashMap<(u32, u32, u8), Attended>,
+    exits: HashMap<u32, Vec<u8>>,
+}
+
+impl Slots {
+    fn new(settings: Settings) -> Self {
+        let (residents, entries) = (HashMap::new(), HashMap::new());
+        Self { settings, residents, entries, attended: HashMap::new(), exits: HashMap::new() }
+    }
+
+    fn place(&self, pass: &Pass<'_>, slot: Slot, position: u32, depth: u8) -> (u32, u32, u8) {
+        let Settings { block_tokens, kv_fill, num_loops, .. } = self.settings;
+        let block = pass.blocks(slot)[(position / block_tokens) as usize];
+        (block, position % block_tokens, depth % kv_fill.cached_depths(num_loops))
+    }
+}
+
+impl Executor for Slots {
+    type Error = std::convert::Infallible;
+
+    fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error> {
+        assert_eq!(generated, 0, "nothing is preempted");
+        self.residents.insert(slot, (request.id, request.prompt_tokens, Vec::new()));
+        Ok(())
+    }
+
+    fn release(&mut self, slot: Slot) {
+        let (request, _, exits) = self.residents.remove(&slot).unwrap();
+        assert!(self.exits.insert(request, exits).is_none(), "nothing is preempted");
+    }
+
+    fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error> {
+        for segment in pass.segments {
+            for position in segment.start..segment.start + segment.tokens {
+                self.entries.insert(self.place(pass, segment.slot, position, segment.depth), segment.depth);
+            }
+        }
+        for (segment, signal) in pass.segments.iter().zip(signals) {
+            let &Segment { slot, depth, .. } = segment;
+            let (request, _, exits) = &self.residents[&slot];
+            for position in segment.start..segment.start + segment.tokens {
+                let found = (0..=position).map(|at| self.entries[&self.place(pass, slot, at, depth)]).collect();
+                assert!(self.attended.insert((*request, position, depth), found).is_none(), "a row runs twice");
+            }
+            let sure = sure_depth(*request, exits.len() as u32, self.settings.num_loops);
+            *signal = f32::from(u8::from(depth >= sure));
+        }
+        Ok(Nanos(100))
+    }
+
+    fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error> {
+        for &index in exiting {
+            let segment = pass.exited(index as usize);
+            self.residents.get_mut(&segment.slot).unwrap().2.push(segment.depth);
+            if segment.generated {
+                let copied = self.settings.kv_fill.copied_depths(self.settings.num_loops);
+                for deeper in segment.depth + 1..copied.max(segment.depth + 1) {
+                    self.entries.insert(self.place(pass, segment.slot, segment.start, deeper), segment.depth);
+                }
+            }
+        }
+        Ok(Nanos(10))
+    }
+}
+
+/// What a row attends to by definition: see [`KvFill::overwrites`].
+fn attended_by_definition(settings: &Settings, prompt: u32, exits: &[u8], position: u32, depth: u8) -> Attended {
+    let slots = settings.kv_fill.cached_depths(settings.num_loops);
+    let deepest = |at: u32| match at.checked_sub(prompt) {
+        None => settings.num_loops - 1,
+        Some(generated) => exits[generated as usize + 1],
+    };
+    let found = |at: u32| match () {
+        () if at == position || position < prompt => depth,
+        () => {
+            let alike = (0..=deepest(at)).rev().find(|other| other % slots == depth % slots);
+            alike.unwrap_or_else(|| deepest(at))
+        }
+    };
+    (0..=position).map(found).collect()
 }
 
 /// The rule of `confidence:0.9`. It checks that its memory stays with the sequence.
@@ -502,6 +596,34 @@ impl CustomExit for Sure {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_rows_find_in_overwritten_entries_is_as_defined_under_any_batching(
+        settings in settings(), requests in requests(), slots in 1u8..5, batching in prop::sample::select(Batching::ALL.to_vec()),
+    ) {
+        let kv_fill = if slots == 1 { KvFill::Last } else { KvFill::Cycle(slots) };
+        let Settings { max_batch, prefill_chunk, token_budget, .. } = settings;
+        let settings = Settings {
+            kv_fill, batching,
+            // Every prompt fits, with nothing to spare at the least.
+            prefill_chunk: 39 + prefill_chunk, token_budget: token_budget.max(39 + max_batch - 1),
+            prefix_caching: false,
+            ..settings
+        };
+        prop_assume!(kv_fill.overwrites(settings.num_loops));
+        let mut server = Server::new(settings, Slots::new(settings)).unwrap();
+        let mut log = Log::default();
+        serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut log).unwrap();
+        prop_assert_eq!(log.preemptions, 0);
+        let Slots { attended, exits, .. } = server.executor();
+        let rows: u32 = requests.iter().map(|request| request.context_tokens()).sum();
+        prop_assert!(attended.len() as u32 >= rows, "every position ran");
+        for (&(request, position, depth), found) in attended {
+            let (prompt, exits) = (requests[request as usize].prompt_tokens, &exits[&request]);
+            let expected = attended_by_definition(&settings, prompt, exits, position, depth);
+            prop_assert_eq!(found, &expected, "request {}, {} at {}", request, position, depth);
+        }
+    }
 
     #[test]
     fn every_run_is_legal_and_exits_do_not_depend_on_batching(settings in settings(), requests in requests()) {
@@ -558,7 +680,7 @@ proptest! {
         let first_tokens: u64 = logs[0].depths.values().map(|depths| u64::from(depths[0])).sum();
         let of_prompts = match settings.kv_fill {
             KvFill::First => prompts + first_tokens,
-            KvFill::Reuse | KvFill::Skip | KvFill::Backfill => prompts * u64::from(settings.num_loops),
+            _ => prompts * u64::from(settings.num_loops),
         };
         prop_assert_eq!(logs[0].rows, of_prompts + decodes);
     }
@@ -617,7 +739,7 @@ fn cumulative_gates_exit_where_their_product_says_whatever_is_preempted() {
         let exited = |depth: u8| 1.0 - (0..=depth).map(|depth| 1.0 - gate(request, token, depth)).product::<f32>();
         (min_loops - 1..num_loops - 1).find(|&depth| exited(depth) >= share).unwrap_or(num_loops - 1)
     };
-    for (batching, kv_fill) in Batching::ALL.iter().flat_map(|batching| KvFill::ALL.map(|fill| (*batching, fill))) {
+    for (batching, kv_fill) in Batching::ALL.iter().flat_map(|batching| KvFill::KEEPING.map(|fill| (*batching, fill))) {
         let settings = Settings { batching, kv_fill, ..settings };
         let mut server = Server::new(settings, Gates(Checker::new(settings))).unwrap();
         let mut log = Log::default();
@@ -787,11 +909,28 @@ fn impossible_settings_and_requests_are_refused() {
     assert_eq!(refused(batch), "exit_batch is 3 with an exit_wait of 0: expected 0, or an exit_wait of at least 1");
     assert!(refused_exit("load-adaptive:gate:0.9..0.5:1..9", true).contains("expected none, static:DEPTH or delayed"));
     assert!(refused_exit("cumulative:gate:0.9:3", false).contains("at least 3 loops: the model has 2"));
+    assert!(refused_exit("stable:3", false).contains("stable:3 has tokens run at least 3 loops: the model has 2"));
+    assert!(refused(Settings { num_loops: 65, ..settings }).contains("num_loops is 65: expected at most 64"));
+    let last = Settings { kv_fill: KvFill::Last, ..settings };
+    let found = refused(Settings { prefix_caching: true, ..last });
+    assert!(found.starts_with("prefix_caching with kv_fill last"), "{found}");
+    let whole = Settings { prefix_caching: true, kv_fill: KvFill::Cycle(2), ..settings };
+    assert!(Server::new(whole, Checker::new(whole)).is_ok(), "as many slots as loops overwrite nothing");
 
     let request = Request { id: 7, arrival: Nanos::ZERO, prompt_tokens: 10, output_tokens: 7 };
     assert!(settings.check_request(&request).is_ok(), "16 positions fit 16");
     let longer = Request { output_tokens: 8, ..request };
     assert!(settings.check_request(&longer).unwrap_err().to_string().contains("request 7 needs"));
+    let fits = Request { prompt_tokens: 5, ..request };
+    assert!(last.check_request(&fits).is_ok(), "a budget of 8 rows, of which 3 are other sequences'");
+    let found = last.check_request(&Request { prompt_tokens: 6, ..request }).unwrap_err().to_string();
+    assert!(
+        found.contains("request 7 has 6 prompt tokens: under kv_fill last") && found.ends_with("allow 5"),
+        "{found}"
+    );
+    let found = Settings { prefill_chunk: 4, ..last }.check_request(&fits).unwrap_err().to_string();
+    assert!(found.ends_with("allow 4"), "{found}");
+    assert!(whole.check_request(&request).is_ok());
     let empty = Request { prompt_tokens: 0, ..request };
     assert!(settings.check_request(&empty).unwrap_err().to_string().contains("request 7 has 0 prompt"));
 }

@@ -52,7 +52,9 @@ pub enum ExitError {
         recorded: u32,
     },
     /// A KV fill that the trace was recorded under, and that is none.
-    #[error("the exit trace was recorded under KV fill `{0}`: expected reuse, first, skip or backfill")]
+    #[error(
+        "the exit trace was recorded under KV fill `{0}`: expected reuse, first, skip, backfill, last, or cycle:SLOTS"
+    )]
     KvFill(String),
 }
 

@@ -173,6 +173,9 @@ mod tests {
     fn a_cache_shared_by_all_depths_fits_num_loops_times_the_tokens() {
         let blocks = |kv_fill| MODEL.plan(BUDGET, &Settings { kv_fill, ..settings(8, 64) }).unwrap().num_blocks;
         assert_eq!(blocks(KvFill::First) / blocks(KvFill::Reuse), 3);
+        assert_eq!(blocks(KvFill::Last), blocks(KvFill::First));
+        assert!((2 * blocks(KvFill::Cycle(2))).abs_diff(3 * blocks(KvFill::Reuse)) <= 3, "two of three loops");
+        assert_eq!(blocks(KvFill::Cycle(3)), blocks(KvFill::Reuse));
         assert_eq!(blocks(KvFill::Backfill), blocks(KvFill::Reuse));
     }
 

@@ -113,6 +113,30 @@ fn rows_that_exit_early_pay_for_the_depths_they_skip_where_keys_and_values_are_c
     let copied = e2e_us(KvFill::Reuse) - e2e_us(KvFill::Skip);
     assert_close(copied, f64::from(tokens - 1) * 3.0, 1e-9);
     assert_close(e2e_us(KvFill::Skip) - e2e_us(KvFill::First), 2.0 * 100.0, 1e-9);
+    // One slot needs no copies, two need them at one depth, three are those of `reuse`.
+    assert_close(e2e_us(KvFill::Last), e2e_us(KvFill::Skip), 1e-9);
+    assert_close(e2e_us(KvFill::Cycle(2)) - e2e_us(KvFill::Last), f64::from(tokens - 1) * 0.5, 1e-9);
+    assert_close(e2e_us(KvFill::Cycle(3)), e2e_us(KvFill::Reuse), 1e-9);
+}
+
+#[test]
+fn the_token_after_a_prompt_waits_where_the_prompt_still_overwrites_its_entries() {
+    let (loops, tokens) = (5_u8, 20);
+    let exits = ExitModel::new(&exit_trace(loops, &[vec![0; tokens as usize]]), Draw::Recorded).unwrap();
+    let passes = |batching, kv_fill| {
+        let settings = Settings { kv_fill, ..settings(batching, "static:0", loops, 1) };
+        simulate(settings, &constant_latency(loops.into()), &exits, queued(1, 7, tokens)).passes
+    };
+    for kv_fill in [KvFill::Last, KvFill::Cycle(4)] {
+        for batching in Batching::ALL {
+            assert_eq!(passes(batching, kv_fill), u64::from(loops) + u64::from(tokens) - 1, "{batching}, {kv_fill}");
+        }
+    }
+    assert_eq!(
+        passes(Batching::Depth, KvFill::Cycle(5)),
+        u64::from(tokens),
+        "beside the prompt, where it overwrites nothing"
+    );
 }
 
 #[test]

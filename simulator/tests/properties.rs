@@ -25,7 +25,7 @@ fn any_settings() -> impl Strategy<Value = Settings> {
         "difference:0.5",
         "delayed:difference:0.5",
     ]);
-    let fill = prop::sample::select(KvFill::ALL.to_vec());
+    let fill = prop::sample::select(KvFill::KEEPING.to_vec());
     let sizes = (1u32..6, 1u32..20, 10u32..40);
     (prop::sample::select(Batching::ALL.to_vec()), exit, fill, sizes, any::<bool>(), any::<bool>()).prop_map(
         |(batching, exit, kv_fill, (max_batch, prefill_chunk, num_blocks), prefix_caching, async_scheduling)| {

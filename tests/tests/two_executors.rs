@@ -174,7 +174,7 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
     let policies =
         [ExitPolicy::None, ExitPolicy::Static(1), mix, ExitPolicy::Oracle { charged: false, recorded: true }, custom];
     for (batching, kv_fill, exit, num_blocks, (ahead, exit_wait)) in
-        iproduct!(Batching::ALL, KvFill::ALL, policies, [1000, 8], [(false, 0), (true, 0), (false, 2)])
+        iproduct!(Batching::ALL, KvFill::KEEPING, policies, [1000, 8], [(false, 0), (true, 0), (false, 2)])
     {
         if ahead && !exit.is_known_ahead() {
             continue;
@@ -232,6 +232,28 @@ fn looped_models_of_others_run_the_passes_that_are_simulated() {
             assert_eq!(measured, simulated, "{case}");
         }
         assert!(preempted[0] == 0 && preempted[1] > 0, "{name}: {preempted:?}");
+    }
+}
+
+#[test]
+fn where_depths_share_slots_the_passes_are_the_same_too_and_nothing_is_preempted() {
+    let Recorded { engine, requests, oracle, latency, model } = Recorded::new();
+    let policies = [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false, recorded: true }];
+    for (batching, kv_fill, exit, (ahead, exit_wait)) in
+        iproduct!(Batching::ALL, [KvFill::Last, KvFill::Cycle(3)], policies, [(false, 0), (true, 0), (false, 2)])
+    {
+        if ahead && !exit.is_known_ahead() {
+            continue;
+        }
+        // Few blocks, so that requests wait for them, and a budget in which each prompt fits.
+        let of_case = settings(batching, exit, 12, engine.num_loops());
+        let settings =
+            Settings { kv_fill, async_scheduling: ahead, exit_wait, token_budget: 48, prefill_chunk: 40, ..of_case };
+        let mut measured = Log::default();
+        engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
+        let (simulated, _) = simulate(settings, &latency, &model, &requests);
+        assert_eq!(measured, simulated, "{batching}, {kv_fill}, {exit}, {ahead}, {exit_wait}");
+        assert_eq!(measured.preemptions, 0, "{batching}, {kv_fill}, {exit}");
     }
 }
 
@@ -363,7 +385,7 @@ fn under_a_recorded_threshold_the_simulator_has_the_exits_and_the_agreement_of_s
     let requests = queued(12, |id| 9 + id * 7 % 23);
     let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
     let exit: ExitPolicy = "margin:0.05".parse().unwrap();
-    for kv_fill in KvFill::ALL {
+    for kv_fill in KvFill::KEEPING {
         let exiting = Exiting { policies: vec![RecordedPolicy::Policy(exit)], kv_fill, seed: 1 };
         let meta = ExitTraceMeta { recording: Some(exiting.meta()), ..engine.exit_trace_meta("kjv", "test") };
         let mut exits = ExitTrace::new(meta);
@@ -383,7 +405,7 @@ fn under_a_recorded_threshold_the_simulator_has_the_exits_and_the_agreement_of_s
             assert_eq!(measured.preemptions > 0, num_blocks == 6, "{what}");
             assert!((outcome.token_agreement() - engine.agreement(&served).unwrap()).abs() < 1e-12, "{what}");
         }
-        let other = KvFill::ALL.into_iter().find(|&fill| fill != kv_fill).unwrap();
+        let other = KvFill::KEEPING.into_iter().find(|&fill| fill != kv_fill).unwrap();
         let settings = Settings { kv_fill: other, ..Settings::new(Batching::Depth, exit, num_loops) };
         let error = Simulation::new(settings, &latency, &model).unwrap_err().to_string();
         assert!(error.contains(&format!("recorded under KV fill {kv_fill}, the settings have {other}")), "{error}");

@@ -64,8 +64,8 @@ pub struct Args {
     /// difference, gate), delayed:MEASURE:THRESHOLD, cumulative:gate:SHARE[:LOOPS], entropy-change:THRESHOLD, stable:DEPTHS
     #[arg(long, default_value_t = ExitPolicy::None, value_name = "POLICY")]
     exit: ExitPolicy,
-    /// What later tokens find at the depths that an exited token did not run: reuse, first, skip, backfill
-    /// [default: that which the model is made for]
+    /// What later tokens find at the depths that an exited token did not run: reuse, first, skip, backfill, last,
+    /// cycle:SLOTS [default: that which the model is made for]
     #[arg(long, value_name = "FILL")]
     kv_fill: Option<KvFill>,
     /// When to colour tokens

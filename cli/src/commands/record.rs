@@ -26,7 +26,8 @@ pub struct Args {
     /// depth after their exit, but leave no keys and values there [default: every token runs every depth]
     #[arg(long, value_delimiter = ',', value_name = "POLICIES")]
     under: Option<Vec<RecordedPolicy>>,
-    /// What later tokens find at the depths that an exited token did not run, under --under: reuse, first, skip, backfill
+    /// What later tokens find at the depths that an exited token did not run, under --under: reuse, first, skip, backfill,
+    /// last, cycle:SLOTS
     /// [default: that which the model is made for]
     #[arg(long, value_name = "FILL", requires = "under")]
     kv_fill: Option<KvFill>,

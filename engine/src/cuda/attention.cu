@@ -15,7 +15,7 @@ struct Geometry {
     int heads, kv_heads;
     // KV blocks of the cache.
     int blocks;
-    // The layer at depth d is first_layer + d * layer_stride, up to the last depth with its own pages.
+    // The layer at depth d is first_layer + (d modulo depths) * layer_stride.
     int first_layer, layer_stride, depths;
     // Whether the layer belongs to the prelude, where every row writes one entry, independent of depths.
     int once;
@@ -52,7 +52,7 @@ struct Fill {
 __device__ inline long long page_numbers(const Geometry& g) { return 2LL * g.kv_heads * BLOCK_TOKENS * HEAD_DIM; }
 
 __device__ inline long long page_at(const Geometry& g, int depth, int block) {
-    const int layer = g.first_layer + min(depth, g.depths - 1) * g.layer_stride;
+    const int layer = g.first_layer + depth % g.depths * g.layer_stride;
     return ((long long)layer * g.blocks + block) * page_numbers(g);
 }
 

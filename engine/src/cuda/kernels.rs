@@ -45,7 +45,7 @@ pub struct Geometry {
     pub first_layer: i32,
     /// Layers between one depth and the next.
     pub layer_stride: i32,
-    /// Number of depths with their own pages; deeper ones share the last one's.
+    /// Number of depths with their own pages, which deeper ones share in turn.
     pub depths: i32,
     /// 1 for a layer of the prelude, where every row writes one entry; 0 for others.
     pub once: i32,

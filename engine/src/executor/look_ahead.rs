@@ -3,7 +3,8 @@
 //! All depths' signals of a token are then known over the history that service leaves to it, before the scheduler decides
 //! where the token exits. A look-ahead writes keys and values at the positions of its own rows only, at deeper depths.
 //! Nothing reads them before they are replaced: a row that goes on writes the same again, bit for bit, and the exit of a
-//! row fills the depths that it skips, or leaves their entries out of what later rows attend to. Chunks of a prompt look
+//! row fills the depths that it skips, or leaves their entries out of what later rows attend to. Where depths share entries,
+//! a look-ahead overwrites those of depth 0, which the row may be the last to write: it runs depth 0 again at the end. Chunks of a prompt look
 //! ahead one after the other, so that the entries of earlier positions are there when a row starts.
 
 use scheduler::{KvFill, Pass, Segment};
@@ -57,6 +58,11 @@ impl EngineExecutor {
                 in_service = self.replace_in_flight(&segments, ahead.iter().copied().map(Some));
             }
             self.record(&pass);
+        }
+        if self.sequences.overwrites() {
+            self.replace_in_flight(&segments, std::iter::repeat(None));
+            segments.iter_mut().for_each(|segment| segment.depth = 0);
+            self.run_ahead(&Pass { segments: &segments, ..*pass }, &ahead)?;
         }
         if self.num_loops() > 1 {
             self.replace_in_flight(&segments, in_service.into_iter());

@@ -150,7 +150,7 @@ impl Profiler {
         // Keys and values that all loops share are part of the model; other fills differ in what exits copy.
         let kv_fill = match engine.model.config().kv_fill {
             KvFill::First => KvFill::First,
-            KvFill::Reuse | KvFill::Skip | KvFill::Backfill => KvFill::Reuse,
+            KvFill::Reuse | KvFill::Skip | KvFill::Backfill | KvFill::Last | KvFill::Cycle(_) => KvFill::Reuse,
         };
         let load = |batch: u32| {
             SteadyLoad::new(num_loops as u8, batch, rows, prompt_rows, block_tokens, lengths).under(kv_fill)

@@ -101,7 +101,7 @@ impl Value for f64 {
 }
 
 impl Value for KvFill {
-    const EXPECTED: &str = "reuse, first, skip or backfill";
+    const EXPECTED: &str = "reuse, first, skip, backfill, last, or cycle:SLOTS";
     fn is_sound(self) -> bool {
         true
     }

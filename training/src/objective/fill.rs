@@ -39,7 +39,7 @@ mod by_name {
     use super::{Deserialize, KvFill};
 
     pub fn serialize<S: serde::Serializer>(fill: &KvFill, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(fill.name())
+        serializer.collect_str(fill)
     }
 
     pub fn deserialize<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<KvFill, D::Error> {

@@ -208,8 +208,9 @@ impl ObjectiveOptions {
             let expected =
                 "none for a model whose loops share the keys and values of depth 0: exits change nothing there";
             check(!config.shares_kv(), "objective.kv_fill", &"given", &expected)?;
-            let changes = *fill != KvFill::Backfill;
-            check(changes, "objective.kv_fill.fill", fill, &"reuse, first or skip: backfill changes nothing")?;
+            let is_known = matches!(fill, KvFill::Reuse | KvFill::First | KvFill::Skip);
+            let expected = "reuse, first or skip: backfill changes nothing, and the others are not trained for";
+            check(is_known, "objective.kv_fill.fill", fill, &expected)?;
             let gated = config.gate && config.num_loops > 1;
             let needs = matches!(exits, ExitRule::Signal(ExitSignal::Gate, ..));
             check(gated || !needs, "objective.kv_fill.exits", exits, &"another signal for a model without gates")?;
