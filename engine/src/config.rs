@@ -13,6 +13,8 @@ pub const MODEL_TYPE: &str = "depthwise-recursive";
 pub const MAX_SIZE: usize = 1 << 24;
 /// Maximum number of positions of a model, each of which has an entry in the rotary table.
 pub const MAX_POSITIONS: usize = 1 << 20;
+/// Maximum number of loops.
+pub const MAX_LOOPS: usize = 64;
 /// Maximum number of layers of a configuration. Models have a hundred; a damaged file may contain 10^15.
 pub const MAX_LAYERS: usize = 1 << 12;
 
@@ -461,6 +463,8 @@ impl ModelConfig {
         let block = self.num_loops * self.block_layers;
         let num_layers = block.saturating_add(self.prelude_layers).saturating_add(self.coda_layers);
         check(num_layers <= MAX_LAYERS, "number of layers", &num_layers, &format!("at most {MAX_LAYERS}"))?;
+        let most = format!("at most {MAX_LOOPS}");
+        check(self.num_loops <= MAX_LOOPS, "num_loops", &self.num_loops, &most)?;
         let kv_heads = self.num_kv_heads;
         let divides = format!("a divisor of `num_heads` ({})", self.num_heads);
         check(self.num_heads.is_multiple_of(kv_heads), "num_kv_heads", &kv_heads, &divides)?;
@@ -840,6 +844,7 @@ pub(crate) mod tests {
         assert_eq!(refused(&|config| config.vocab_size = usize::MAX), "vocab_size");
         assert_eq!(refused(&|config| (config.num_heads, config.head_dim) = (1 << 20, 1 << 20)), "num_heads x head_dim");
         assert_eq!(refused(&|config| config.num_loops = MAX_SIZE), "number of layers");
+        assert_eq!(refused(&|config| config.num_loops = MAX_LOOPS + 1), "num_loops");
         assert_eq!(refused(&|config| config.coda_layers = usize::MAX), "number of layers");
         assert_eq!(refused(&|config| config.max_positions = usize::MAX), "max_positions");
         assert_eq!(refused(&|config| config.head_lora_rank = usize::MAX), "head_lora_rank");

@@ -568,8 +568,12 @@ impl Reference {
     /// other tokens find of them.
     ///
     /// # Errors
-    /// As for [`Reference::hidden_states`].
+    /// As for [`Reference::hidden_states`]; or if the depths share slots under the fill, so that what a token finds depends
+    /// on which loops have run.
     pub fn start(&self, tokens: &Tensor, kv_fill: KvFill) -> Result<RunWithExits<'_>> {
+        if matches!(kv_fill, KvFill::Last | KvFill::Cycle(_)) {
+            candle_core::bail!("a run of whole sequences under kv_fill {kv_fill}: expected one that keeps every depth");
+        }
         let (batch, seq) = tokens.dims2()?;
         let rotaries = self.rotaries(seq);
         let kept = |layers: usize| (0..layers).map(|_| None).collect();

@@ -43,15 +43,13 @@ use std::path::{Path, PathBuf};
 
 use keys::Keys;
 
-use crate::config::{ConfigError, MAX_LAYERS, MODEL_TYPE, ModelConfig, Sharing};
+use crate::config::{ConfigError, MAX_LAYERS, MAX_LOOPS, MODEL_TYPE, ModelConfig, Sharing};
 use crate::tensor_file::{Safetensors, TensorFile, read_weights};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{CONFIG_FILE, TENSORS_FILE, TOKENIZER_FILE, Weights, WeightsError};
 
 pub use export::write_hugging_face;
 
-/// Most loops of a looped model.
-const MAX_LOOPS: usize = 64;
 /// The file that says in which file each tensor is, where there are several.
 const INDEX_FILE: &str = "model.safetensors.index.json";
 
