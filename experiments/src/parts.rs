@@ -15,7 +15,10 @@ use crate::systems::SystemRun;
 const PARTS: [(&str, &[Component]); 6] = [
     ("linear layers", &[Component::Block, Component::AfterMore]),
     ("norms and activations", &[Component::Elementwise]),
-    ("attention", &[Component::DecodeAttention, Component::PrefillAttention, Component::KvFill]),
+    (
+        "attention",
+        &[Component::DecodeAttention, Component::PrefillAttention, Component::KvFill, Component::ExitAttention],
+    ),
     ("LoRA", &[Component::Lora, Component::DepthMix]),
     ("exit head", &[Component::Head]),
     ("embedding", &[Component::Embed]),

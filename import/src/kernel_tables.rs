@@ -6,14 +6,19 @@
 //!
 //! | component of the profile | from |
 //! | --- | --- |
-//! | block | the four linear layers of each of its layers |
-//! | elementwise | norms, activation and rotary embedding: roofline, no table holds them |
+//! | block | the four linear layers of each of its layers; Huginn's product at the start of a loop |
+//! | elementwise | norms, activation, rotary embedding, gate: roofline, no table holds them |
 //! | lora | two more products for each linear layer |
 //! | decode attention | measured at batch and length |
 //! | prefill attention | measured for whole prompts; a chunk after a history is the prompt of both less that of the history |
 //! | depth mix | the low-rank weights of the other depths, read by one grouped kernel: roofline |
-//! | embed | roofline |
-//! | head | the product with the vocabulary: computed where that has more words than any product measured |
+//! | embed | roofline; the layers before the first loop, without their attention |
+//! | head | the product with the vocabulary: computed where that has more words than any product measured; the layers after the last loop, without their attention |
+//! | exit attention | decode attention of the layers before and after the loops |
+//! | KV fill | of models made with loops: roofline |
+//!
+//! Rows of a prompt run the layers around the loops as well, and only the last of them exits. Their share is part of
+//! prefill attention, which is charged in every loop: one `num_loops`-th of it in each.
 //!
 //! Times are linear between measured sizes. Beyond the largest size, products grow in proportion to inputs and outputs,
 //! and other times continue with the last slope. Attention of a head shape without a table is a roofline. Points that
@@ -131,14 +136,25 @@ impl KernelTables {
             let pair = |&(inputs, outputs): &(u64, u64)| full.us(rows, (inputs, rank)) + full.us(rows, (rank, outputs));
             [qkv, out, up, down].iter().map(pair).sum()
         };
-        let head = |rows: u32| full.us(rows, (shape.hidden, shape.vocab));
+        let outside = shape.outside_block();
+        let adapter = |rows: u32| shape.adapter().map_or(0.0, |sizes| full.us(rows, sizes));
+        // A layer without its attention.
+        let layer = |rows: u32| linears(rows) + self.elementwise_us(shape, rows);
+        let head = |rows: u32| {
+            full.us(rows, (shape.hidden, shape.vocab))
+                + outside.coda_layers as f64 * layer(rows)
+                + self.norms_us(shape, rows, outside.exit_norms)
+        };
         let mut points = Vec::new();
         let mut by_rows = |component, repeats, time_us: &dyn Fn(u32) -> f64| {
             points.extend(rows.iter().map(|&rows| point(component, rows, 0, time_us(rows), repeats)));
         };
-        let block = [qkv, out, up, down].iter().all(|&sizes| quantized.holds(sizes));
-        by_rows(Component::Block, u32::from(block), &|rows| layers * linears(rows));
-        by_rows(Component::Elementwise, 0, &|rows| layers * self.elementwise_us(shape, rows));
+        let block = [qkv, out, up, down].iter().all(|&sizes| quantized.holds(sizes))
+            && shape.adapter().is_none_or(|sizes| full.holds(sizes));
+        by_rows(Component::Block, u32::from(block), &|rows| layers * linears(rows) + adapter(rows));
+        by_rows(Component::Elementwise, 0, &|rows| {
+            layers * self.elementwise_us(shape, rows) + self.between_loops_us(shape, rows)
+        });
         if rank > 0 {
             let held = |&(inputs, outputs): &(u64, u64)| full.holds((inputs, rank)) && full.holds((rank, outputs));
             let lora = [qkv, out, up, down].iter().all(held);
@@ -146,12 +162,21 @@ impl KernelTables {
         }
         by_rows(Component::Embed, 0, &|rows| {
             2.0 * self.streamed_us(2 * u64::from(rows) * shape.hidden * shape.weight_bytes)
+                + outside.prelude_layers as f64 * layer(rows)
         });
-        by_rows(Component::Head, u32::from(full.holds((shape.hidden, shape.vocab))), &head);
+        let head_is_measured = full.holds((shape.hidden, shape.vocab)) && outside.coda_layers == 0;
+        by_rows(Component::Head, u32::from(head_is_measured), &head);
         points.extend(
             lora::points(shape, &self.rates(), &rows).into_iter().filter(|p| p.component == Component::DepthMix),
         );
-        points.extend(self.attention(shape));
+        points.extend(self.attention(shape, &layer));
+        if shape.outside.is_some() {
+            let copied = |depths: u32| {
+                let time_us = self.streamed_us(2 * u64::from(depths) * shape.kv_bytes_per_depth());
+                point(Component::KvFill, depths, 0, time_us, 0)
+            };
+            points.extend([1, 1 << 16].map(copied));
+        }
         let mut source = format!(
             "{}; overhead as given; repeats 0: roofline at the rates of {}.yaml, products beyond the tables in proportion",
             self.source, self.gpu
@@ -170,7 +195,7 @@ impl KernelTables {
                 source,
                 overhead_us,
                 weight_bytes: shape.total_weight_bytes(),
-                kv_bytes_per_token: shape.num_loops * shape.kv_bytes_per_depth(),
+                kv_bytes_per_token: shape.kv_bytes_per_token(),
                 memory: Some(MemoryFigures {
                     device_bytes: Some(self.system.gpu.mem_capacity),
                     other_bytes: self.system.misc.other_mem,
@@ -219,36 +244,66 @@ impl KernelTables {
     fn elementwise_us(&self, shape: &ModelShape, rows: u32) -> f64 {
         let bytes = u64::from(rows) * shape.weight_bytes;
         let rotary = 2 * (shape.heads + shape.kv_heads) * shape.head_dim;
-        shape.norms_per_layer() as f64 * self.streamed_us(4 * bytes * shape.hidden)
+        shape.norms_per_layer as f64 * self.streamed_us(4 * bytes * shape.hidden)
             + self.streamed_us(3 * bytes * shape.intermediate)
             + self.streamed_us(bytes * rotary)
     }
 
-    fn attention(&self, shape: &ModelShape) -> Vec<Point> {
+    /// Norms of the hidden state alone, without a residual.
+    fn norms_us(&self, shape: &ModelShape, rows: u32, norms: u64) -> f64 {
+        norms as f64 * self.streamed_us(2 * u64::from(rows) * shape.hidden * shape.weight_bytes)
+    }
+
+    /// Norms and gate of a loop, and the joining of the hidden state and the prelude's output for its product.
+    fn between_loops_us(&self, shape: &ModelShape, rows: u32) -> f64 {
+        let outside = shape.outside_block();
+        let hidden = u64::from(rows) * shape.hidden * shape.weight_bytes;
+        let gate = if outside.gate { self.streamed_us(hidden) } else { 0.0 };
+        let joined = if outside.adapter { self.streamed_us(4 * hidden) } else { 0.0 };
+        self.norms_us(shape, rows, outside.loop_norms) + gate + joined
+    }
+
+    /// `layer_us` is the time of a layer without its attention, by rows.
+    fn attention(&self, shape: &ModelShape, layer_us: &dyn Fn(u32) -> f64) -> Vec<Point> {
         let heads = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
-        let layers = shape.block_layers() as f64;
-        let mut points = match self.decode.get(&heads) {
+        let (layers, outside_layers) = (shape.block_layers() as f64, shape.outside_layers() as f64);
+        // Of a prompt chunk in one loop: attention of the block, and a share of all that it runs around the loops.
+        let coda = shape.outside_block().coda_layers as f64;
+        let chunk_us = |tokens: u32, attention_us: f64| {
+            let around = outside_layers * attention_us + if coda > 0.0 { coda * layer_us(tokens) } else { 0.0 };
+            layers * attention_us + around / shape.num_loops as f64
+        };
+        let mut points: Vec<Point> = match self.decode.get(&heads) {
             Some(batches) => {
                 let batch = |(&rows, curve): (&u32, &Curve)| -> Vec<Point> {
-                    let at = |(&history, &time)| point(Component::DecodeAttention, rows, history, layers * time, 1);
+                    let at = |(&history, &time)| point(Component::DecodeAttention, rows, history, time, 1);
                     curve.iter().map(at).collect()
                 };
                 batches.iter().flat_map(batch).collect()
             }
             None => self.roofline(|rows, history| {
                 let time = self.attention_us(shape, rows, f64::from(history), 1);
-                point(Component::DecodeAttention, rows, history, layers * time, 0)
+                point(Component::DecodeAttention, rows, history, time, 0)
             }),
         };
+        // The points above are of one layer.
+        let of = |layers: f64, component, at: &Point| Point { component, time_us: layers * at.time_us, ..*at };
+        let exits: Vec<Point> = match shape.outside_layers() {
+            0 => Vec::new(),
+            _ => points.iter().map(|at| of(outside_layers, Component::ExitAttention, at)).collect(),
+        };
+        points.iter_mut().for_each(|at| *at = of(layers, Component::DecodeAttention, at));
+        points.extend(exits);
         points.extend(match self.prefill.get(&heads) {
             Some(prompts) => chunks(prompts)
                 .map(|(tokens, history, time)| {
-                    point(Component::PrefillAttention, tokens, history, layers * time, u32::from(history == 0))
+                    let measured = u32::from(history == 0 && coda == 0.0);
+                    point(Component::PrefillAttention, tokens, history, chunk_us(tokens, time), measured)
                 })
                 .collect(),
             None => self.roofline(|tokens, history| {
                 let time = self.attention_us(shape, 1, f64::from(history) + f64::from(tokens) / 2.0, tokens);
-                point(Component::PrefillAttention, tokens, history, layers * time, 0)
+                point(Component::PrefillAttention, tokens, history, chunk_us(tokens, time), 0)
             }),
         });
         points
@@ -512,7 +567,7 @@ mod tests {
     use parquet::schema::parser::parse_message_type;
 
     use super::*;
-    use crate::model::tests::{GEMMA, shape};
+    use crate::model::tests::{GEMMA, HUGINN, OURO, shape};
 
     /// Writes rows of texts, sizes and milliseconds.
     fn write(path: &Path, texts: &[&str], sizes: &[&str], rows: &[(Vec<&str>, Vec<i64>, f64)]) {
@@ -639,6 +694,86 @@ mod tests {
         assert!(at(&profile, Component::Lora, 1, 0).repeats == 1);
         assert!(profile.points_of(Component::DepthMix).all(|point| point.repeats == 0 && point.depths > 1));
         assert!(profile.points_of(Component::DepthMix).count() > 0);
+    }
+
+    /// Time of a product in the tables of [`systems`], in microseconds: a microsecond plus a femtosecond for each
+    /// multiplication, proportional above 65,536 outputs.
+    fn product_us(rows: f64, inputs: f64, outputs: f64) -> f64 {
+        1.0 + rows * inputs * outputs * 1e-9
+    }
+
+    fn profile_of(config: &str, num_loops: Option<u64>) -> LatencyProfile {
+        let systems = systems(8);
+        let tables = KernelTables::read(systems.path(), "g", "vllm", "1.0").unwrap();
+        tables.profile(&shape(config, num_loops, 0).unwrap(), 0.0).unwrap()
+    }
+
+    /// Microseconds of a kernel that moves this many bytes: 3, and a terabyte per second at 80%.
+    fn streamed_us(bytes: f64) -> f64 {
+        3.0 + bytes / 0.8e6
+    }
+
+    #[test]
+    fn a_loop_of_ouro_is_every_layer_with_four_norms_then_a_norm_and_the_gate() {
+        let profile = profile_of(OURO, None);
+        let rows = 64.0;
+        let products: f64 = [(2048.0, 6144.0), (2048.0, 2048.0), (2048.0, 11264.0), (5632.0, 2048.0)]
+            .iter()
+            .map(|&(inputs, outputs)| product_us(rows, inputs, outputs))
+            .sum();
+        let block = at(&profile, Component::Block, 64, 0);
+        assert!((block.time_us - 24.0 * products).abs() < 1e-6, "{block:?}");
+        let hidden = rows * 2048.0 * 2.0;
+        let layer = 4.0 * streamed_us(4.0 * hidden)
+            + streamed_us(3.0 * rows * 5632.0 * 2.0)
+            + streamed_us(rows * 2.0 * 32.0 * 128.0 * 2.0);
+        let elementwise = at(&profile, Component::Elementwise, 64, 0);
+        let expected = 24.0 * layer + streamed_us(2.0 * hidden) + streamed_us(hidden);
+        assert!((elementwise.time_us - expected).abs() < 1e-6, "{elementwise:?}");
+        assert_eq!(profile.meta.num_loops, 4);
+        assert_eq!(profile.points_of(Component::ExitAttention).count(), 0);
+        // Keys and values of a row at one depth are read and written.
+        let copied = at(&profile, Component::KvFill, 1, 0);
+        assert!((copied.time_us - streamed_us(2.0 * 24.0 * 2.0 * 2048.0 * 2.0)).abs() < 1e-9, "{copied:?}");
+    }
+
+    #[test]
+    fn layers_around_the_loops_are_charged_where_a_token_runs_them_once() {
+        let huginn = profile_of(HUGINN, Some(16));
+        let (rows, width, inner) = (64.0, 5280.0, 17920.0);
+        let linears = product_us(rows, width, 3.0 * width)
+            + product_us(rows, width, width)
+            + product_us(rows, width, 2.0 * inner)
+            + product_us(rows, inner, width);
+        let hidden = rows * width * 2.0;
+        let elementwise = 4.0 * streamed_us(4.0 * hidden)
+            + streamed_us(3.0 * rows * inner * 2.0)
+            + streamed_us(rows * 2.0 * 2.0 * width * 2.0);
+        let time = |component| at(&huginn, component, 64, 0).time_us;
+        let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-9, "{found} {expected}");
+        near(time(Component::Block), 4.0 * linears + product_us(rows, 2.0 * width, width));
+        near(time(Component::Elementwise), 4.0 * elementwise + streamed_us(4.0 * hidden));
+        near(time(Component::Embed), 2.0 * streamed_us(2.0 * hidden) + 2.0 * (linears + elementwise));
+        let vocabulary = product_us(rows, width, 65_536.0);
+        near(time(Component::Head), vocabulary + 2.0 * (linears + elementwise) + 2.0 * streamed_us(2.0 * hidden));
+        assert_eq!(at(&huginn, Component::Head, 64, 0).repeats, 0, "its coda is in part computed");
+        // Attention in the tables is of another head shape, so it is a roofline: of 4 layers in the block, 4 around it.
+        let decode = at(&huginn, Component::DecodeAttention, 8, 1024);
+        near(decode.time_us, at(&huginn, Component::ExitAttention, 8, 1024).time_us);
+    }
+
+    #[test]
+    fn a_prompt_runs_the_layers_around_the_loops_once_at_full_depth() {
+        let of = |loops: u64| at(&profile_of(HUGINN, Some(loops)), Component::PrefillAttention, 64, 0).time_us;
+        // In each loop: attention of 4 layers, and a share of that of 4 more and of two coda layers' products.
+        let [one, two, four] = [1, 2, 4].map(|loops| of(loops));
+        let around = 2.0 * (one - two);
+        assert!((four - (one - 0.75 * around)).abs() < 1e-6, "{one} {two} {four}");
+        let head = at(&profile_of(HUGINN, Some(1)), Component::Head, 64, 0).time_us;
+        let norms = 2.0 * streamed_us(2.0 * 64.0 * 5280.0 * 2.0);
+        let coda = head - product_us(64.0, 5280.0, 65_536.0) - norms;
+        let attention_of_block = one - around;
+        assert!((around - (attention_of_block + coda)).abs() < 1e-6, "{around} {attention_of_block} {coda}");
     }
 
     #[test]

@@ -157,7 +157,7 @@ impl LayerTables {
         let of_layer = self.dense.keys().map(String::as_str).filter(|name| !EMBED.contains(name));
         let named_norms =
             of_layer.clone().filter(|name| name.contains("norm") && *name != NORM && !QUERY_NORMS.contains(name));
-        let norms = shape.norms_per_layer().saturating_sub(named_norms.count() as u64).max(1) as f64;
+        let norms = shape.norms_per_layer.saturating_sub(named_norms.count() as u64).max(1) as f64;
         of_layer.map(|name| (name, if name == NORM { norms } else { 1.0 })).collect()
     }
 

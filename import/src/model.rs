@@ -1,12 +1,13 @@
-//! Shape of a dense decoder-only model, from its Hugging Face `config.json`.
+//! Shape of a dense decoder-only model, vanilla or looped, from its Hugging Face `config.json`.
 
 use std::path::Path;
 
 use serde::Deserialize;
 
 use crate::error::{ImportError, read_text};
+use crate::looped::{OutsideBlock, read_loops};
 
-/// Sizes of a Llama- or Gemma-style model, and its division into loops.
+/// Sizes of a Llama- or Gemma-style model and its loops.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
     /// Architecture, as in `model_type`.
@@ -15,7 +16,7 @@ pub struct ModelShape {
     pub hidden: u64,
     /// Width of the MLP.
     pub intermediate: u64,
-    /// Layers that a token runs at full depth, over all loops.
+    /// Layers of the block that a token runs at full depth, over all loops.
     pub layers: u64,
     /// Query heads.
     pub heads: u64,
@@ -37,6 +38,10 @@ pub struct ModelShape {
     pub num_loops: u64,
     /// Rank of each loop's low-rank weights on every linear layer; 0 for none.
     pub lora_rank: u64,
+    /// Norms of a layer.
+    pub norms_per_layer: u64,
+    /// What a token runs besides the block's layers, if the model was made with loops.
+    pub outside: Option<OutsideBlock>,
 }
 
 /// Linear layers in 8-bit floats; head, embedding and low-rank weights are not quantized.
@@ -106,30 +111,45 @@ const WITHOUT_GATE: [&str; 9] = ["gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt
 const MOST_RANK: u64 = 1 << 16;
 
 impl ModelShape {
-    /// Reads `config.json` of a vanilla model and divides its layers into `num_loops` loops of one block.
+    /// Reads `config.json`. The layers of a vanilla model are divided into `num_loops` loops of one block, by default 1.
+    /// A model that was made with loops runs all its layers in each, `num_loops` times, by default as often as the file
+    /// says.
     ///
     /// # Errors
-    /// If the file cannot be read, the model is not a dense transformer with a gated MLP, or its layers do not form
-    /// `num_loops` equal blocks.
-    pub fn read(path: impl AsRef<Path>, num_loops: u64, lora_rank: u64) -> Result<Self, ImportError> {
+    /// If the file cannot be read, the model is not a dense transformer with a gated MLP, its layers do not form
+    /// `num_loops` equal blocks, or it would run more than 64 loops.
+    pub fn read(
+        path: impl AsRef<Path>,
+        num_loops: impl Into<Option<u64>>,
+        lora_rank: u64,
+    ) -> Result<Self, ImportError> {
         let path = path.as_ref();
         let malformed = |error| ImportError::malformed(path, error);
         let keys: serde_json::Value = serde_json::from_str(&read_text(path)?).map_err(malformed)?;
-        let keys = keys.get("text_config").filter(|text| text.is_object()).unwrap_or(&keys);
+        let mut keys = keys.get("text_config").filter(|text| text.is_object()).unwrap_or(&keys).clone();
+        let looped = keys.as_object_mut().map(|keys| read_loops(path, keys)).transpose()?.flatten();
+        let num_loops = num_loops.into().or(looped.map(|loops| loops.count)).unwrap_or(1);
         let some = |key: &str| keys.get(key).and_then(serde_json::Value::as_u64).is_some_and(|number| number > 0);
         if let Some((_, kind)) = OTHER_MODELS.into_iter().find(|(key, _)| some(key)) {
             return Err(ImportError::unusable(path, format!("a model with {kind}"), "a dense transformer"));
         }
-        let config = Config::deserialize(keys).map_err(malformed)?;
+        let config = Config::deserialize(&keys).map_err(malformed)?;
         if WITHOUT_GATE.contains(&config.model_type.as_str()) {
             let found = format!("model_type {}, whose MLP has no gate", config.model_type);
             return Err(ImportError::unusable(path, found, "a model with a gated MLP, as Llama, Qwen or Gemma"));
         }
-        if num_loops == 0 || num_loops > 64 || !config.num_hidden_layers.is_multiple_of(num_loops) {
-            let found = format!("{} layers", config.num_hidden_layers);
-            return Err(ImportError::unusable(path, found, format!("layers that make {num_loops} equal loops")));
-        }
         config.check_sizes(path)?;
+        let layers = match looped {
+            Some(_) if (1..=64).contains(&num_loops) => config.num_hidden_layers * num_loops,
+            Some(_) => return Err(ImportError::unusable(path, format!("{num_loops} loops"), "1 to 64 loops")),
+            None if num_loops > 0 && num_loops <= 64 && config.num_hidden_layers.is_multiple_of(num_loops) => {
+                config.num_hidden_layers
+            }
+            None => {
+                let found = format!("{} layers", config.num_hidden_layers);
+                return Err(ImportError::unusable(path, found, format!("layers that make {num_loops} equal loops")));
+            }
+        };
         if lora_rank > MOST_RANK {
             return Err(ImportError::unusable(
                 path,
@@ -150,10 +170,12 @@ impl ModelShape {
         };
         Ok(Self {
             tied: config.tie_word_embeddings.unwrap_or(config.model_type.starts_with("gemma")),
+            norms_per_layer: looped.map_or(vanilla_norms(&config.model_type), |loops| loops.norms_per_layer),
+            outside: looped.map(|loops| loops.outside),
             kind: config.model_type,
             hidden: config.hidden_size,
             intermediate: config.intermediate_size,
-            layers: config.num_hidden_layers,
+            layers,
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads.unwrap_or(config.num_attention_heads),
             head_dim: config.head_dim.unwrap_or(config.hidden_size / config.num_attention_heads).max(1),
@@ -171,9 +193,20 @@ impl ModelShape {
         self.layers / self.num_loops
     }
 
-    /// Number of norms of a layer: two, and two more after the outputs in Gemma 2 and 3.
-    pub fn norms_per_layer(&self) -> u64 {
-        if self.kind.starts_with("gemma2") || self.kind.starts_with("gemma3") { 4 } else { 2 }
+    /// What a token runs besides the block's layers: nothing in a vanilla model.
+    pub fn outside_block(&self) -> OutsideBlock {
+        self.outside.unwrap_or_default()
+    }
+
+    /// Layers before the first loop and after the last.
+    pub fn outside_layers(&self) -> u64 {
+        let outside = self.outside_block();
+        outside.prelude_layers + outside.coda_layers
+    }
+
+    /// The product that begins each loop, (inputs, outputs), if there is one.
+    pub fn adapter(&self) -> Option<(u64, u64)> {
+        self.outside_block().adapter.then_some((2 * self.hidden, self.hidden))
     }
 
     /// The linear layers of a layer as they run, (inputs, outputs) of each: queries, keys and values together;
@@ -199,23 +232,46 @@ impl ModelShape {
         self.block_layers() * widths * self.lora_rank * self.weight_bytes
     }
 
-    /// Bytes of all weights: the block once, low-rank weights for each loop.
+    /// Bytes of all weights: the block and what is around it once, low-rank weights for each loop.
     pub fn total_weight_bytes(&self) -> u64 {
-        let linears: u64 = self.linears().into_iter().map(|(inputs, outputs)| inputs * outputs).sum();
-        let norms = self.norms_per_layer() * self.hidden;
+        let size = |(inputs, outputs): (u64, u64)| inputs * outputs;
+        let outside = self.outside_block();
+        let linears: u64 = self.linears().into_iter().map(size).sum();
+        let vectors = self.norms_per_layer * self.hidden + outside.layer_biases;
+        let layer = linears * self.linear_bytes() + vectors * self.weight_bytes;
         let embeddings = self.vocab * self.hidden * if self.tied { 1 } else { 2 };
-        let layer = linears * self.linear_bytes() + norms * self.weight_bytes;
-        let outside = (embeddings + self.hidden) * self.weight_bytes;
-        outside + self.block_layers() * layer + self.num_loops * self.lora_bytes_per_loop()
+        let gate = if outside.gate { self.hidden + 1 } else { 0 };
+        let rest = embeddings + self.hidden + self.adapter().map_or(0, size) + gate;
+        rest * self.weight_bytes
+            + (self.block_layers() + self.outside_layers()) * layer
+            + self.num_loops * self.lora_bytes_per_loop()
+    }
+
+    /// Bytes of keys and values of one token in one layer.
+    fn kv_bytes_per_layer(&self) -> u64 {
+        2 * self.kv_heads * self.head_dim * self.weight_bytes
     }
 
     /// Bytes of keys and values of one token at one depth.
     pub fn kv_bytes_per_depth(&self) -> u64 {
-        self.block_layers() * 2 * self.kv_heads * self.head_dim * self.weight_bytes
+        self.block_layers() * self.kv_bytes_per_layer()
+    }
+
+    /// Bytes of keys and values of one token, at all depths and in the layers around the loops.
+    pub fn kv_bytes_per_token(&self) -> u64 {
+        self.num_loops * self.kv_bytes_per_depth() + self.outside_layers() * self.kv_bytes_per_layer()
     }
 
     /// Name for readers: the architecture and its conversion.
     pub fn describe(&self) -> String {
+        if let Some(outside) = &self.outside {
+            let around = match (outside.prelude_layers, outside.coda_layers) {
+                (0, 0) => String::new(),
+                (prelude, coda) => format!(", {prelude} before and {coda} after them"),
+            };
+            let rank = if self.lora_rank > 0 { format!(", LoRA rank {}", self.lora_rank) } else { String::new() };
+            return format!("{}, {} loops of {} layers{around}{rank}", self.kind, self.num_loops, self.block_layers());
+        }
         match self.num_loops {
             1 => format!("{}, {} layers", self.kind, self.layers),
             loops => {
@@ -223,6 +279,11 @@ impl ModelShape {
             }
         }
     }
+}
+
+/// Norms of a layer of a vanilla model: two, and two more after the outputs in Gemma 2 and 3.
+fn vanilla_norms(kind: &str) -> u64 {
+    if kind.starts_with("gemma2") || kind.starts_with("gemma3") { 4 } else { 2 }
 }
 
 impl Config {
@@ -257,7 +318,11 @@ pub(crate) mod tests {
         "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
         "vocab_size": 256000, "torch_dtype": "bfloat16"}"#;
 
-    pub(crate) fn shape(config: &str, num_loops: u64, lora_rank: u64) -> Result<ModelShape, ImportError> {
+    pub(crate) fn shape(
+        config: &str,
+        num_loops: impl Into<Option<u64>>,
+        lora_rank: u64,
+    ) -> Result<ModelShape, ImportError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("config.json");
         std::fs::write(&path, config).unwrap();
@@ -300,9 +365,77 @@ pub(crate) mod tests {
         let gemma3 =
             format!("{{\"model_type\": \"gemma3\", \"text_config\": {}}}", GEMMA.replace("gemma", "gemma3_text"));
         let gemma3 = shape(&gemma3, 1, 0).unwrap();
-        assert_eq!((gemma3.kind.as_str(), gemma3.norms_per_layer()), ("gemma3_text", 4));
+        assert_eq!((gemma3.kind.as_str(), gemma3.norms_per_layer), ("gemma3_text", 4));
         let without = LLAMA.replace("\"num_key_value_heads\": 8, ", "");
         assert_eq!(shape(&without, 1, 0).unwrap().kv_heads, 32);
+    }
+
+    pub(crate) const OURO: &str = r#"{"model_type": "ouro", "hidden_size": 2048, "intermediate_size": 5632,
+        "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128,
+        "vocab_size": 49152, "tie_word_embeddings": false, "total_ut_steps": 4, "torch_dtype": "bfloat16"}"#;
+    pub(crate) const NANBEIGE: &str = r#"{"model_type": "nanbeige", "hidden_size": 3072, "intermediate_size": 10752,
+        "num_hidden_layers": 22, "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 166144, "tie_word_embeddings": false, "num_loops": 2, "skip_loop_final_norm": false,
+        "enable_mhc": false, "torch_dtype": "bfloat16"}"#;
+    pub(crate) const HUGINN: &str = r#"{"model_type": "huginn_raven", "n_embd": 5280, "n_heads": 55, "n_layers": 8,
+        "n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 4, "n_layers_in_coda": 2, "mean_recurrence": 32,
+        "intermediate_size": 17920, "vocab_size": 65500, "padded_vocab_size": 65536, "tie_embeddings": true,
+        "injection_type": "linear", "qk_bias": true, "torch_dtype": "bfloat16"}"#;
+
+    #[test]
+    fn looped_models_run_all_their_layers_in_every_loop() {
+        let ouro = shape(OURO, None, 0).unwrap();
+        assert_eq!((ouro.num_loops, ouro.layers, ouro.block_layers(), ouro.norms_per_layer), (4, 96, 24, 4));
+        // Two embeddings of 49,152 words; 24 layers of 4 x 2048 x 2048 + 3 x 2048 x 5632 and 4 norms; final norm; gate.
+        let layer = 16_777_216 + 34_603_008 + 8192;
+        assert_eq!(ouro.total_weight_bytes() / 2, 201_326_592 + 24 * layer + 2048 + 2049);
+        assert_eq!(ouro.kv_bytes_per_token(), 4 * 24 * 2 * 16 * 128 * 2);
+        assert_eq!(ouro.describe(), "ouro, 4 loops of 24 layers");
+        let twice = shape(&OURO.replace("_layers\": 24", "_layers\": 48"), None, 0).unwrap();
+        assert_eq!(twice.total_weight_bytes() / 2, 201_326_592 + 48 * layer + 2048 + 2049);
+        assert_eq!(shape(OURO, 8, 0).unwrap().kv_bytes_per_token(), 2 * ouro.kv_bytes_per_token());
+
+        let nanbeige = shape(NANBEIGE, None, 0).unwrap();
+        // The heads are 48 x 128 = 6144 wide together, twice the hidden state.
+        let layer = 3072 * (6144 + 2 * 1024) + 6144 * 3072 + 3 * 3072 * 10_752 + 2 * 3072;
+        assert_eq!(nanbeige.total_weight_bytes() / 2, 2 * 166_144 * 3072 + 22 * layer + 3072);
+        assert_eq!(nanbeige.kv_bytes_per_token(), 2 * 22 * 2 * 8 * 128 * 2);
+        let norms = |config: &str| shape(config, None, 0).unwrap().outside_block();
+        assert_eq!((norms(NANBEIGE).loop_norms, norms(NANBEIGE).exit_norms), (1, 0));
+        let skips = NANBEIGE.replace("final_norm\": false", "final_norm\": true");
+        assert_eq!((norms(&skips).loop_norms, norms(&skips).exit_norms), (0, 1));
+    }
+
+    #[test]
+    fn huginn_has_layers_before_and_after_its_loops_and_a_product_in_each() {
+        let huginn = shape(HUGINN, None, 0).unwrap();
+        assert_eq!((huginn.num_loops, huginn.layers, huginn.outside_layers()), (32, 128, 4));
+        assert_eq!((huginn.vocab, huginn.tied, huginn.head_dim), (65_536, true, 96));
+        // Eight layers of 4 x 5280 x 5280 + 3 x 5280 x 17920, 4 norms and the biases of queries and keys.
+        let layer = 111_513_600 + 283_852_800 + 4 * 5280 + 2 * 5280;
+        let adapter = 2 * 5280 * 5280;
+        assert_eq!(huginn.total_weight_bytes() / 2, 65_536 * 5280 + 8 * layer + adapter + 5280);
+        let kv_layer = 2 * 5280 * 2;
+        assert_eq!(huginn.kv_bytes_per_depth(), 4 * kv_layer);
+        assert_eq!(huginn.kv_bytes_per_token(), (32 * 4 + 4) * kv_layer);
+        let fewer = shape(HUGINN, 16, 0).unwrap();
+        assert_eq!(fewer.kv_bytes_per_token(), (16 * 4 + 4) * kv_layer);
+        assert_eq!(fewer.total_weight_bytes(), huginn.total_weight_bytes());
+        assert_eq!(fewer.describe(), "huginn_raven, 16 loops of 4 layers, 2 before and 2 after them");
+        assert_eq!(shape(HUGINN, 64, 0).unwrap().num_loops, 64);
+    }
+
+    #[test]
+    fn what_loops_do_not_have_is_refused_by_its_key() {
+        let error = |config: &str, loops: Option<u64>| shape(config, loops, 0).unwrap_err().to_string();
+        assert!(error(HUGINN, Some(65)).contains("found 65 loops, expected 1 to 64 loops"));
+        assert!(error(&OURO.replace("ut_steps\": 4", "ut_steps\": 0"), None).contains("found 0 loops"));
+        assert!(error(&OURO.replace("total_ut_steps", "loops"), None).contains("no total_ut_steps"));
+        let mhc = error(&NANBEIGE.replace("mhc\": false", "mhc\": true"), None);
+        assert!(mhc.contains("found enable_mhc true, expected a model without it"), "{mhc}");
+        assert!(error(&HUGINN.replace("\"linear\"", "\"add\""), None).contains("injection_type \"add\""));
+        assert!(error(&HUGINN.replace("n_layers\": 8", "n_layers\": 9"), None).contains("the 9 of n_layers"));
+        assert!(error(&HUGINN.replace("n_layers_in_coda", "coda"), None).contains("n_layers_in_coda"));
     }
 
     #[test]

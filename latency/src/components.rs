@@ -27,6 +27,7 @@ pub(crate) struct Components {
     head_again: Option<Table>,
     exit_decision: Table,
     kv_fill: Table,
+    exit_attention: Surface,
 }
 
 impl Components {
@@ -54,6 +55,7 @@ impl Components {
             head_again: if_measured(Component::HeadAgain).map(by_rows).transpose()?,
             exit_decision: by_rows(Component::ExitDecision)?,
             kv_fill: by_rows(Component::KvFill)?,
+            exit_attention: Surface::new(curves_by_rows(Component::ExitAttention)?),
         })
     }
 
@@ -65,8 +67,13 @@ impl Components {
         }
     }
 
+    #[inline]
+    fn exit_attention(&self, rows: u32, history: f64, beyond: &mut Extrapolations) -> f64 {
+        self.exit_attention.at(rows, history, Component::ExitAttention, beyond)
+    }
+
     /// Time of the components until the exits are decided, in nanoseconds, without the attention of chunks.
-    pub(crate) fn run(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 8] {
+    pub(crate) fn run(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 9] {
         let &PassWork { rows, decode_rows, depths, embed_rows, head_rows, before, .. } = work;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
         let history = work.mean_decode_history();
@@ -82,15 +89,17 @@ impl Components {
             (Component::DepthMix, mix.at(rows, Component::DepthMix, beyond)),
             (Component::Embed, self.embed.at(embed_rows, Component::Embed, beyond)),
             (Component::Head, self.head(head_rows, before.head, beyond)),
+            (Component::ExitAttention, self.exit_attention(head_rows, history, beyond)),
         ]
     }
 
     /// Time of the components that run once the exits of a pass are decided, in nanoseconds.
-    pub(crate) fn exit(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 3] {
+    pub(crate) fn exit(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 4] {
         [
             (Component::Head, self.head(work.exit_head_rows, work.head_is_warm(), beyond)),
             (Component::ExitDecision, self.exit_decision.at(work.exit_head_rows, Component::ExitDecision, beyond)),
             (Component::KvFill, self.kv_fill.at(work.filled_depths, Component::KvFill, beyond)),
+            (Component::ExitAttention, self.exit_attention(work.exit_head_rows, work.mean_decode_history(), beyond)),
         ]
     }
 

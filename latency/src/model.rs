@@ -203,8 +203,8 @@ mod tests {
     }
 
     use Component::{
-        AfterMore, Block, DecodeAttention, DepthMix, Embed, ExitDecision, Head, HeadAgain, KvFill, PrefillAgain,
-        PrefillAttention,
+        AfterMore, Block, DecodeAttention, DepthMix, Embed, ExitAttention, ExitDecision, Head, HeadAgain, KvFill,
+        PrefillAgain, PrefillAttention,
     };
 
     /// Time of a pass until its exits are decided, without the overhead of 250 ns, and its extrapolations.
@@ -281,6 +281,22 @@ mod tests {
         assert!((by_component + account.time.overhead_s() - 1e-6 * (until_decided + 4.75)).abs() < 1e-12);
         assert_eq!(account.time.of(Head), 6e-6);
         assert_eq!(run(&model, &PassWork { depths: 1, ..PassWork::default() }).0, 0.0);
+    }
+
+    #[test]
+    fn layers_around_the_loops_attend_once_for_each_token_that_exits() {
+        let surface = [(1, 100, 1.0), (1, 300, 3.0), (3, 100, 3.0), (3, 300, 9.0)];
+        let points = surface.map(|(rows, history, time)| (ExitAttention, rows, history, 1, time));
+        let model = model(&[&[(Block, 1, 0, 1, 10.0), (Block, 8, 0, 1, 10.0)], &points[..]].concat());
+        // Eight rows of 200 tokens before; two run the head for its signal, one more exits without it.
+        let rows = PassWork { rows: 8, decode_rows: 8, decode_history: 1600, ..PassWork::default() };
+        let mut account = PassAccount::default();
+        assert_eq!(model.run_ns(&rows, &mut account) - 250.0, 10e3, "no row reads the head");
+        let work = PassWork { head_rows: 2, exit_head_rows: 1, ..rows };
+        assert_eq!(model.run_ns(&work, &mut account) - 250.0, 10e3 + 4e3);
+        assert_eq!(model.exit_ns(&work, &mut account), 2e3);
+        assert_eq!(account.time.of(ExitAttention), 6e-6);
+        assert!(account.extrapolations.is_empty(), "{}", account.extrapolations);
     }
 
     #[test]

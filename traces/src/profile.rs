@@ -14,6 +14,7 @@
 //! + depth_mix(rows, depths)                  extra time of several distinct depths in one pass
 //! + embed(rows at depth 0)
 //! + head(rows whose signal needs it or that exit)
+//! + exit_attention(the same rows, history)   layers before and after the loops, at the mean history of decode rows
 //! + kv_fill(depths that exiting rows skip)   under the KV fill `reuse`
 //! ```
 //!
@@ -68,11 +69,15 @@ pub enum Component {
     /// Copies of keys and values to the depths that exiting rows skip. `rows` counts one for each row and skipped
     /// depth.
     KvFill,
+    /// Attention in the layers before the first loop and after the last (prelude and coda), once for each token, by
+    /// `rows` (those that run the exit head) and `kv_tokens` (history of each). The linear layers of the prelude are
+    /// part of [`Component::Embed`], those of the coda part of [`Component::Head`].
+    ExitAttention,
 }
 
 impl Component {
     /// Every component, in the order of files.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Block,
         Self::Elementwise,
         Self::Lora,
@@ -86,6 +91,7 @@ impl Component {
         Self::HeadAgain,
         Self::ExitDecision,
         Self::KvFill,
+        Self::ExitAttention,
     ];
 
     /// The name in files.
@@ -104,12 +110,14 @@ impl Component {
             Self::HeadAgain => "head_again",
             Self::ExitDecision => "exit_decision",
             Self::KvFill => "kv_fill",
+            Self::ExitAttention => "exit_attention",
         }
     }
 
     /// Whether the component depends on `kv_tokens`.
     pub fn has_history(self) -> bool {
-        matches!(self, Self::DecodeAttention | Self::PrefillAttention | Self::PrefillAgain | Self::AfterMore)
+        use Component::{AfterMore, DecodeAttention, ExitAttention, PrefillAgain, PrefillAttention};
+        matches!(self, DecodeAttention | PrefillAttention | PrefillAgain | AfterMore | ExitAttention)
     }
 
     /// Whether the time may be negative: prompt chunks are measured against an equal number of decode rows, and what is

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use bytesize::ByteSize;
 use import::{KernelTables, LayerTables, ModelShape, memory_figures};
 use traces::{LatencyProfile, MemoryFigures};
@@ -78,9 +78,10 @@ struct CommonArgs {
     /// Hugging Face config.json of the model
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
-    /// Number of loops that the layers are divided into; 1 leaves the model as it is
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=255))]
-    num_loops: u64,
+    /// Number of loops. The layers of a vanilla model are divided into them [default: 1]. A model made with loops runs
+    /// all its layers in each [default: as many as its config says]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=64))]
+    num_loops: Option<u64>,
     /// Rank of the low-rank weights of each loop; 0 for none
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=65_536))]
     lora_rank: u64,
@@ -95,6 +96,13 @@ pub fn run(args: Args) -> Result<()> {
         Tables::LayerTables(args) => {
             let common = &args.common;
             let shape = common.shape()?;
+            if shape.outside.is_some() {
+                bail!(
+                    "{}: found model_type {}, expected a vanilla model: layer tables lack what loops add to its layers",
+                    common.model.display(),
+                    shape.kind
+                );
+            }
             let tables = LayerTables::read(&args.tables)?;
             let device = args.device.as_deref().or(tables.device()).unwrap_or("as measured");
             let mut profile = tables.profile(&shape, device);
