@@ -72,6 +72,7 @@
 
 pub mod closed_loop;
 pub mod error;
+pub mod exit_depths;
 pub mod exit_file;
 mod exit_parquet;
 pub mod exit_trace;
