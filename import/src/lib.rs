@@ -5,6 +5,7 @@
 //! kernels by size (kernel_tables) ──────────┼─► latency profile ─► simulator ─┐
 //! model (HF config.json) ───────────────────┘                                 ├─► Comparison
 //! measured vLLM run ──────── settings, requests ──────────────────────────────┘
+//! exits of vllm-rlt or CDB (exits) ─► exit trace ─► simulator
 //! ```
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -12,6 +13,7 @@
 pub mod comparison;
 mod curve;
 pub mod error;
+pub mod exits;
 pub mod kernel_tables;
 pub mod layer_tables;
 pub mod looped;
@@ -23,6 +25,7 @@ pub mod vllm;
 
 pub use comparison::Comparison;
 pub use error::ImportError;
+pub use exits::{DepthsByRequest, ImportedExits};
 pub use kernel_tables::KernelTables;
 pub use layer_tables::LayerTables;
 pub use looped::OutsideBlock;

@@ -1,18 +1,18 @@
-//! `depthwise import`: latency profiles from kernels that others measured.
+//! `depthwise import`: latency profiles from kernels that others measured, and exits that they recorded.
 
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use bytesize::ByteSize;
-use import::{KernelTables, LayerTables, ModelShape, memory_figures};
-use traces::{LatencyProfile, MemoryFigures};
+use import::{ImportedExits, KernelTables, LayerTables, ModelShape, memory_figures};
+use traces::{ExitTable, LatencyProfile, MemoryFigures};
 
 use experiments::ResultsFolder;
 use experiments::serving::parse_bytes;
 
 use crate::output::say;
 
-/// Make a latency profile from published tables of measured kernels
+/// Make a latency profile from published tables of measured kernels, or an exit trace from the exits of another engine
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -23,6 +23,24 @@ pub struct Args {
 enum Tables {
     LayerTables(LayerArgs),
     Aiconfigurator(AiconfiguratorArgs),
+    Exits(ExitsArgs),
+}
+
+/// Import exits that vllm-rlt or CDB recorded
+///
+/// A JSON file with depths_by_request of vllm-rlt, or a workload of CDB (looped_cdb), a JSON file with an .npz file beside
+/// it. None of them has predictions: agreement with full depth and quality of such a trace mean nothing.
+#[derive(Debug, clap::Args)]
+struct ExitsArgs {
+    /// JSON file
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Number of loops at full depth [default: that in the file, or the most that a token ran]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    num_loops: Option<u32>,
+    /// Folder to write the exit trace to, and requests.csv if the file has the lengths of requests
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
 }
 
 /// Import tables by kind of layer, as the profiler of LLMServingSim writes them
@@ -116,7 +134,24 @@ pub fn run(args: Args) -> Result<()> {
             let tables = KernelTables::read(&args.systems, &args.gpu, &args.framework, &args.version)?;
             common.write(&tables.profile(&shape, args.overhead_us)?)
         }
+        Tables::Exits(args) => import_exits(&args),
     }
+}
+
+fn import_exits(args: &ExitsArgs) -> Result<()> {
+    let ImportedExits { exits, requests } = ImportedExits::read(&args.file, args.num_loops)?;
+    let mut folder = ResultsFolder::create(&args.out, "import")?;
+    exits.write(folder.path()?, ExitTable::Parquet)?;
+    if let Some(requests) = &requests {
+        requests.write(folder.path()?.join("requests.csv"))?;
+    }
+    folder.finish()?;
+    let (generations, tokens) = (exits.num_generations(), exits.num_tokens());
+    say!("{generations} requests, {tokens} tokens, {} loops: {}", exits.num_loops(), args.out.display());
+    if requests.is_some() {
+        say!("requests.csv: the same requests, all at once");
+    }
+    Ok(())
 }
 
 impl CommonArgs {

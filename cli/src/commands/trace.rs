@@ -1,18 +1,20 @@
-//! `depthwise trace`: what a request trace is like, and any trace as our own CSV.
+//! `depthwise trace`: what a request trace is like, any trace as our own CSV, and exit depths for other engines.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use experiments::results::write_file;
 use experiments::workload::load_requests;
+use import::DepthsByRequest;
+use scheduler::ExitPolicy;
 use traces::statistics::{LengthStatistics, TraceStatistics};
-use traces::{Nanos, RequestSpec, RequestTrace};
+use traces::{ExitTrace, Nanos, RequestSpec, RequestTrace};
 
 use crate::arguments::TraceArgs;
 use crate::output::say;
 use crate::progress::Terminal;
 
-/// Look at request traces, and write them as our own CSV
+/// Look at request traces, and write them as our own CSV; write exit depths for other engines
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -23,6 +25,24 @@ pub struct Args {
 enum Task {
     Info(InfoArgs),
     Convert(ConvertArgs),
+    Depths(DepthsArgs),
+}
+
+/// Write the exit depths of a trace as depths_by_request, which vllm-rlt replays
+///
+/// For each request, the loops of each generated token. The first token of a request is that of its prompt, which vllm-rlt
+/// runs at full depth.
+#[derive(Debug, clap::Args)]
+struct DepthsArgs {
+    /// Folder of an exit trace
+    #[arg(value_name = "EXITS")]
+    exits: PathBuf,
+    /// Exit policy that decides the depths; not load-adaptive
+    #[arg(long, value_name = "POLICY")]
+    exit: ExitPolicy,
+    /// JSON file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
 }
 
 /// Say what request traces are like: counts, lengths, rates, burstiness, shared prefixes, sessions
@@ -67,7 +87,18 @@ pub fn run(args: Args) -> Result<()> {
             Ok(())
         }
         Task::Convert(args) => convert(&args),
+        Task::Depths(args) => write_depths(&args),
     }
+}
+
+fn write_depths(args: &DepthsArgs) -> Result<()> {
+    let exits = ExitTrace::read(&args.exits)?;
+    let depths = DepthsByRequest::new(&exits, args.exit);
+    let depths =
+        depths.with_context(|| format!("exits of {} depend on the load, not on the trace alone", args.exit))?;
+    write_file(&args.out, DepthsByRequest::BEGINNING, |out| depths.write_to(out))?;
+    say!("{} requests: {}", depths.depths_by_request.len(), args.out.display());
+    Ok(())
 }
 
 fn convert(args: &ConvertArgs) -> Result<()> {
