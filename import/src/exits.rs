@@ -76,7 +76,7 @@ fn meta(num_loops: u32, path: &Path, of: &str) -> ExitTraceMeta {
 fn from_loops(path: &Path, loops: &[Vec<u32>], num_loops: Option<u32>, of: &str) -> Result<ExitTrace, ImportError> {
     let most = loops.iter().flatten().copied().max().unwrap_or(0);
     let num_loops = checked_loops(path, num_loops.unwrap_or(most))?;
-    if let Some(request) = loops.iter().position(|tokens| tokens.is_empty()) {
+    if let Some(request) = loops.iter().position(Vec::is_empty) {
         return Err(ImportError::unusable(path, format!("no token of request {request}"), "at least one"));
     }
     let wrong = loops.iter().flatten().find(|&&count| count == 0 || count > num_loops);

@@ -766,7 +766,7 @@ mod tests {
     fn a_prompt_runs_the_layers_around_the_loops_once_at_full_depth() {
         let of = |loops: u64| at(&profile_of(HUGINN, Some(loops)), Component::PrefillAttention, 64, 0).time_us;
         // In each loop: attention of 4 layers, and a share of that of 4 more and of two coda layers' products.
-        let [one, two, four] = [1, 2, 4].map(|loops| of(loops));
+        let [one, two, four] = [1, 2, 4].map(of);
         let around = 2.0 * (one - two);
         assert!((four - (one - 0.75 * around)).abs() < 1e-6, "{one} {two} {four}");
         let head = at(&profile_of(HUGINN, Some(1)), Component::Head, 64, 0).time_us;
