@@ -6,7 +6,7 @@
 //! | JSON with `exit_pdf_file`, and an `.npz` beside it | CDB's workloads (arXiv 2608.09444, package `looped_cdb`) | lengths of requests, and one of the next three | |
 //! | `exit_depths` | | loops of each token | [`ExitTrace::from_depths`] |
 //! | `exit_pdf` | | probability that a token exits after each loop | gates: `cumulative:gate:SHARE:LOOPS` exits where CDB does at the threshold `SHARE` |
-//! | `exit_values` | | a measure of convergence after each loop, which falls | similarity, 1 less the measure: `similarity:1-T` exits where CDB does at the threshold `T` |
+//! | `exit_values` | | a measure of convergence after each loop, which falls | difference: `difference:T` exits where CDB does at the threshold `T` |
 //!
 //! None of them has predictions. Where depths are known, the predictions of a trace agree with the last depth from there on;
 //! otherwise only the last depth agrees with itself. Agreement and quality of such traces mean nothing.
@@ -20,7 +20,7 @@ use half::f16;
 use scheduler::ExitPolicy;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Nanos, Request, RequestTrace, Signals};
+use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Nanos, Request, RequestTrace, SignalSet, Signals};
 use zip::ZipArchive;
 
 use crate::error::{ImportError, read_text};
@@ -190,8 +190,8 @@ impl Bundle {
             let loops: Vec<Vec<u32>> = self.requests.iter().map(of).collect();
             return from_loops(path, &loops, num_loops.or(self.meta.total_steps), "exit_depths");
         }
-        let by_loop = [("exit_pdf", true), ("exit_values", false)];
-        for (name, is_pdf) in by_loop {
+        let by_loop = [("exit_pdf", ExitSignal::Gate), ("exit_values", ExitSignal::Difference)];
+        for (name, signal) in by_loop {
             let Some(found) = arrays.read(name)? else { continue };
             let &[rows, steps] = &found.shape[..] else {
                 return Err(arrays.unusable(format!("{name} of {:?}", found.shape), "tokens and loops"));
@@ -201,9 +201,10 @@ impl Bundle {
                 let found = format!("{name} of {rows} tokens, or without a value");
                 return Err(arrays.unusable(found, format!("{tokens} tokens")));
             }
-            let mut trace = ExitTrace { has_gates: is_pdf, ..ExitTrace::new(meta(num_loops, path, name)) };
+            let mut trace =
+                ExitTrace { recorded: SignalSet::ALWAYS.with(signal), ..ExitTrace::new(meta(num_loops, path, name)) };
             let mut tokens = found.values.chunks_exact(steps);
-            let of_token = |values: &[f64]| if is_pdf { gates(values) } else { similarities(values) };
+            let of_token = if signal == ExitSignal::Gate { gates } else { differences };
             for request in &self.requests {
                 let rows = tokens.by_ref().take(request.output_len as usize).flat_map(of_token);
                 trace.push_generation(&rows.collect::<Vec<_>>());
@@ -216,7 +217,7 @@ impl Bundle {
 
 /// Signals that no policy exits at, and a prediction that agrees with the last depth's only there.
 fn unsure(depth: usize, loops: usize) -> (Signals, u32) {
-    (Signals { entropy: 1.0, ..Signals::default() }, u32::from(depth + 1 == loops))
+    (Signals { entropy: 1.0, difference: 1.0, ..Signals::default() }, u32::from(depth + 1 == loops))
 }
 
 /// Rows of a token with these probabilities of exits. The gate is the probability of an exit at a depth if there was none
@@ -233,12 +234,12 @@ fn gates(pdf: &[f64]) -> Vec<(Signals, u32)> {
     pdf.iter().enumerate().map(gate).collect()
 }
 
-/// Rows of a token with these measures of convergence. A similarity is not read at depth 0.
-fn similarities(values: &[f64]) -> Vec<(Signals, u32)> {
+/// Rows of a token with these measures of convergence. A difference is not read at depth 0.
+fn differences(values: &[f64]) -> Vec<(Signals, u32)> {
     let row = |(depth, &value): (usize, &f64)| {
         let (signals, prediction) = unsure(depth, values.len());
-        let similarity = if depth == 0 { 0.0 } else { (1.0 - value).clamp(-1.0, 1.0) as f32 };
-        (Signals { similarity, ..signals }, prediction)
+        let difference = if depth == 0 { 1.0 } else { value.max(0.0) as f32 };
+        (Signals { difference, ..signals }, prediction)
     };
     values.iter().enumerate().map(row).collect()
 }
@@ -379,6 +380,19 @@ fn exit_depth(exits: &ExitTrace, policy: ExitPolicy, request: u32, token: usize)
             };
             Some((0..last).find(exits_at).unwrap_or(last))
         }
+        ExitPolicy::EntropyChange { threshold } => {
+            let entropy = |depth| exits.signals_at(token, depth).entropy;
+            let settles = |&depth: &usize| (entropy(depth) - entropy(depth - 1)).abs() <= threshold;
+            Some((1..last).find(settles).unwrap_or(last))
+        }
+        ExitPolicy::Stable { depths } => {
+            let mut same = 0;
+            let is_stable = |&depth: &usize| {
+                same = if exits.repeats(token, depth) { same + 1 } else { 1 };
+                same >= depths
+            };
+            Some((0..last).find(is_stable).unwrap_or(last))
+        }
         ExitPolicy::LoadAdaptive(_) | ExitPolicy::Custom(_) => None,
     }
 }
@@ -493,9 +507,9 @@ mod tests {
     fn values_of_cdb_exit_where_they_fall_below_the_threshold() {
         let values = [[9.0, 0.75, 0.5, 0.125], [9.0, 0.25, 0.125, 0.125], [9.0, 3.0, 3.0, 3.0]];
         let imported = bundle("exit_values", npy("<f2", "(3, 4)", &halves(values.as_flattened()))).unwrap();
-        assert!(!imported.exits.has_gates);
+        assert_eq!(imported.exits.recorded, SignalSet::ALWAYS.with(ExitSignal::Difference));
         // The threshold 0.6 of CDB.
-        let policy = "similarity:0.4".parse().unwrap();
+        let policy = "difference:0.6".parse().unwrap();
         let depths: Vec<_> = (0..3).map(|token| exit_depth(&imported.exits, policy, 0, token).unwrap()).collect();
         assert_eq!(depths, [2, 1, 3]);
     }

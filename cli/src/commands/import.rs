@@ -16,11 +16,11 @@ use crate::output::say;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
-    tables: Tables,
+    source: Source,
 }
 
 #[derive(Debug, clap::Subcommand)]
-enum Tables {
+enum Source {
     LayerTables(LayerArgs),
     Aiconfigurator(AiconfiguratorArgs),
     Exits(ExitsArgs),
@@ -110,8 +110,8 @@ struct CommonArgs {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    match args.tables {
-        Tables::LayerTables(args) => {
+    match args.source {
+        Source::LayerTables(args) => {
             let common = &args.common;
             let shape = common.shape()?;
             if shape.outside.is_some() {
@@ -128,13 +128,13 @@ pub fn run(args: Args) -> Result<()> {
             profile.meta.memory = Some(MemoryFigures { device_bytes, other_bytes, ..memory_figures(&shape) });
             common.write(&profile)
         }
-        Tables::Aiconfigurator(args) => {
+        Source::Aiconfigurator(args) => {
             let common = &args.common;
             let shape = common.shape()?;
             let tables = KernelTables::read(&args.systems, &args.gpu, &args.framework, &args.version)?;
             common.write(&tables.profile(&shape, args.overhead_us)?)
         }
-        Tables::Exits(args) => import_exits(&args),
+        Source::Exits(args) => import_exits(&args),
     }
 }
 
