@@ -292,3 +292,38 @@ fn conversations_are_counted_by_the_tokenizer_of_a_model() {
     let error = scene.fail(&["trace", "info", "chat.json", "--tokenizer", "none.json"]);
     assert!(error.contains("--tokenizer: found none.json: cannot load the tokenizer"), "{error}");
 }
+
+#[test]
+fn exits_of_other_engines_are_imported_and_written_again() {
+    let scene = scene();
+    let depths = r#"{"depths_by_request":{"0":[4,2,3],"1":[4,1]}}"#;
+    scene.write("depths.json", depths);
+    let said = scene.succeed(&["import", "exits", "depths.json", "--out", "exits"]);
+    assert_eq!(said, "2 requests, 5 tokens, 4 loops: exits\n");
+    let written = |exits: &str, policy: &str| {
+        scene.succeed(&["trace", "depths", exits, "--exit", policy, "--out", "again.json"]);
+        fs::read_to_string(scene.path("again.json")).unwrap()
+    };
+    assert_eq!(written("exits", "margin:0.5").trim_end(), depths);
+    assert_eq!(written("exits", "entropy:0.5").trim_end(), depths);
+    // What compares depths is not read at depth 0.
+    assert_eq!(written("exits", "difference:0.5").trim_end(), r#"{"depths_by_request":{"0":[4,2,3],"1":[4,2]}}"#);
+    // The first token, of the prompt, runs all loops there.
+    assert_eq!(written("exits", "static:0").trim_end(), r#"{"depths_by_request":{"0":[4,1,1],"1":[4,1]}}"#);
+
+    let too_deep = scene.fail(&["import", "exits", "depths.json", "--num-loops", "3", "--out", "other"]);
+    assert!(too_deep.contains("depths.json: ") && too_deep.contains('4'), "{too_deep}");
+    assert!(!scene.path("other").exists());
+    let by_load = "load-adaptive:margin:0.5:0.1:4:16";
+    let refused = scene.fail(&["trace", "depths", "exits", "--exit", by_load, "--out", "load.json"]);
+    assert!(refused.contains("depend on the load, not on the trace alone"), "{refused}");
+    assert!(!scene.path("load.json").exists());
+}
+
+#[test]
+fn layer_tables_refuse_a_looped_model() {
+    let scene = scene();
+    let ouro = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/looped/ouro-1.4b.json");
+    let refused = scene.fail(&["import", "layer-tables", "tables", "--model", ouro, "--out", "profile"]);
+    assert!(refused.contains("ouro-1.4b.json: found model_type ouro, expected a vanilla model"), "{refused}");
+}

@@ -654,6 +654,52 @@ fn preempted_requests_on(device: Device, seeds: u64) {
     }
 }
 
+#[test]
+fn exits_that_wait_behind_a_coda_generate_what_they_generate_alone() {
+    exits_that_wait_on(Device::Cpu);
+}
+
+#[test]
+fn exits_that_wait_behind_a_coda_of_cuda_kernels_generate_what_they_generate_alone() {
+    exits_that_wait_on(Device::Cuda);
+}
+
+fn exits_that_wait_on(device: Device) {
+    let plain = ModelConfig { coda_layers: 1, gate: true, ..grouped() };
+    for (seed, config) in (0..).zip([with_everything(), plain]) {
+        let Some(setup) = Setup::on(device, &config, seed, 0.8) else { return };
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 5 + id, output_tokens: 12 };
+        let requests: Vec<Request> = (0..6).map(request).collect();
+        for (batching, exit_batch) in [(Batching::Depth, 0), (Batching::Depth, 3), (Batching::Sequence, 0)] {
+            let settings = Settings {
+                max_batch: 5,
+                token_budget: 30,
+                prefill_chunk: 7,
+                num_blocks: 40,
+                exit_wait: 3,
+                exit_batch,
+                ..Settings::new(batching, "gate:0.5".parse().unwrap(), 3)
+            };
+            assert_batched_as_alone(&setup, settings, &requests);
+            let mut late = Late::default();
+            let executor = setup.executor(&settings).exiting_by(settings.exit);
+            let mut server = Server::new(settings, executor).unwrap();
+            serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut late).unwrap();
+            assert!(late.0.len() > 1, "{batching}: rows wait at several depths: {:?}", late.0);
+        }
+    }
+}
+
+/// The depths of rows whose head ran after a later pass.
+#[derive(Default)]
+struct Late(HashSet<u8>);
+
+impl Observer for Late {
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.0.extend(record.pass.late.iter().map(|segment| segment.depth));
+    }
+}
+
 /// The blocks of each slot, for sequences that share none.
 #[derive(Default)]
 struct Blocks(HashMap<u32, Vec<u32>>);
