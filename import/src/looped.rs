@@ -55,12 +55,18 @@ const NANBEIGE: &str = "nanbeige";
 const HUGINN: &str = "huginn_raven";
 
 /// Optional parts of Nanbeige that change what a loop computes.
-const NANBEIGE_OPTIONS: [&str; 6] = [
+const NANBEIGE_OPTIONS: [&str; 12] = [
+    "emb_neighbor_num",
+    "enable_depth_attention",
     "enable_double_loop_split",
-    "loop_share_kv",
     "enable_hyper_connection",
     "enable_mhc",
-    "enable_depth_attention",
+    "insert_ngram_layer_idx",
+    "loop_middle_layers",
+    "loop_share_kv",
+    "ngram_embedding_hidden_size",
+    "ngram_insert_all_layers",
+    "ngram_vocab_size_ratio",
     "qk_layernorm",
 ];
 
@@ -108,9 +114,12 @@ pub(crate) fn read_loops(path: &Path, keys: &mut Map<String, Value>) -> Result<O
             Ok(Some(Loops { count: count(path, keys, "total_ut_steps")?, norms_per_layer: 4, outside }))
         }
         NANBEIGE => {
-            let is_on = |value: &Value| !matches!(value, Value::Null | Value::Bool(false)) && value.as_u64() != Some(0);
-            let refused =
-                |key: &str| NANBEIGE_OPTIONS.contains(&key) || key.contains("ngram") || key.contains("n_gram");
+            let is_on = |value: &Value| match value {
+                Value::Null | Value::Bool(false) => false,
+                Value::Array(items) => !items.is_empty(),
+                other => other.as_u64() != Some(0),
+            };
+            let refused = |key: &str| NANBEIGE_OPTIONS.contains(&key);
             if let Some((key, value)) = keys.iter().find(|(key, value)| refused(key) && is_on(value)) {
                 return unusable(key, value, "a model without it");
             }

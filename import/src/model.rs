@@ -426,6 +426,23 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn configurations_as_the_reference_code_writes_them_are_read() {
+        let stored = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/checkpoints/stored");
+        for (name, loops, layers) in [
+            ("ouro", 4, 8),
+            ("nanbeige", 2, 4),
+            ("nanbeige_skip_norm", 3, 6),
+            ("raven", 4, 12),
+            ("raven_no_qk_bias", 5, 10),
+        ] {
+            let read = ModelShape::read(format!("{stored}/{name}/config.json"), None, 0).unwrap();
+            assert_eq!((read.num_loops, read.layers), (loops, layers), "{name}");
+        }
+        let published = shape(&HUGINN.replace("n_heads", "num_attention_heads"), None, 0).unwrap();
+        assert_eq!(published, shape(HUGINN, None, 0).unwrap(), "as Huginn is published");
+    }
+
+    #[test]
     fn what_loops_do_not_have_is_refused_by_its_key() {
         let error = |config: &str, loops: Option<u64>| shape(config, loops, 0).unwrap_err().to_string();
         assert!(error(HUGINN, Some(65)).contains("found 65 loops, expected 1 to 64 loops"));
