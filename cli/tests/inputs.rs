@@ -314,7 +314,7 @@ fn exits_of_other_engines_are_imported_and_written_again() {
     let too_deep = scene.fail(&["import", "exits", "depths.json", "--num-loops", "3", "--out", "other"]);
     assert!(too_deep.contains("depths.json: ") && too_deep.contains('4'), "{too_deep}");
     assert!(!scene.path("other").exists());
-    let by_load = "load-adaptive:margin:0.5:0.1:4:16";
+    let by_load = "load-adaptive:margin:0.5..0.1:4..16";
     let refused = scene.fail(&["trace", "depths", "exits", "--exit", by_load, "--out", "load.json"]);
     assert!(refused.contains("depend on the load, not on the trace alone"), "{refused}");
     assert!(!scene.path("load.json").exists());

@@ -16,8 +16,8 @@ use crate::weights::{
 };
 
 /// Writes a model as a Hugging Face folder that other programs can load: `config.json`, `model.safetensors` and, if
-/// there is a tokenizer, `tokenizer.json`. A recursive model whose loops no family has is written unrolled, as by
-/// [`Weights::unrolled`]. Nothing is written if any part of it cannot be.
+/// there is a tokenizer, `tokenizer.json`. A recursive model is written unrolled, as by [`Weights::unrolled`]; one that is
+/// no ordinary transformer even so, as the looped family that it is. Nothing is written if any part of it cannot be.
 ///
 /// # Errors
 /// If no family of [`super`] computes what the model's layers do, or a file cannot be written.
@@ -27,10 +27,11 @@ pub fn write_hugging_face(
     folder: &Path,
     stored: Stored,
 ) -> Result<()> {
+    let looped = weights.config().unlike_ordinary().and_then(|_| family_of(weights.config()).ok());
     let unrolled;
-    let (weights, (family, json)) = match family_of(weights.config()) {
-        Ok(family) => (weights, family),
-        Err(_) => {
+    let (weights, (family, json)) = match looped {
+        Some(family) => (weights, family),
+        None => {
             unrolled = weights.unrolled()?;
             (&unrolled, family_of(unrolled.config())?)
         }

@@ -177,10 +177,17 @@ fn ouro_exits_where_its_reference_code_does_and_predicts_what_that_predicts() {
 
 #[test]
 fn a_looped_model_is_written_as_its_family_stores_it() {
+    // Without a norm between its loops, a Nanbeige unrolls into a Llama.
+    let unrolls = "nanbeige_skip_norm";
     for name in LOOPED.into_iter().chain(ORDINARY) {
         let read = Checkpoint::read(&folder(name), None).unwrap().weights;
         let written = tempfile::tempdir().unwrap();
         write_hugging_face(&read, None, written.path(), Stored::F32).unwrap();
+        if name == unrolls {
+            let again = Checkpoint::read(written.path(), None).unwrap().weights;
+            assert_eq!(again.fingerprint().unwrap(), read.unrolled().unwrap().fingerprint().unwrap());
+            continue;
+        }
         let again = Checkpoint::read(written.path(), None).unwrap().weights;
         assert_eq!(again.config(), read.config(), "{name}");
         assert_eq!(again.fingerprint().unwrap(), read.fingerprint().unwrap(), "{name}");
