@@ -251,7 +251,7 @@ pub struct ServingArgs {
     pub batching: Vec<Batching>,
     /// Exit policies, separated by commas: none, static:DEPTH, mix:DEPTH:DEPTH:SHARE (a share of the requests at one
     /// depth, the others at another), baselines (none, every static depth, and even mixes of neighbours), oracle,
-    /// oracle:charged, oracle:recorded, confidence:THRESHOLD, MEASURE:THRESHOLD (top1, margin, entropy, similarity, difference, gate),
+    /// oracle:charged, oracle:recorded, confidence:THRESHOLD, MEASURE:THRESHOLD (top1, margin, entropy, similarity, difference, kl, gate),
     /// delayed:MEASURE:THRESHOLD, cumulative:gate:SHARE[:LOOPS], entropy-change:THRESHOLD, stable:DEPTHS, load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH[:BAND] (a
     /// threshold that follows the number of requests)
     #[arg(long, value_delimiter = ',', default_value = "baselines,oracle,confidence:0.9", value_name = "POLICIES")]

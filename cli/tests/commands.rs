@@ -609,9 +609,10 @@ fn an_evaluation_leaves_figures_of_text_signals_and_questions_by_loop() {
     assert_eq!(column(&table("loops.csv"), "passes"), ["1", "2", "3"]);
     assert_eq!(column(&table("loops.csv"), "agreement_with_last")[2], "1.0");
     let signals = table("signals.csv");
-    assert_eq!(column(&signals, "measure"), ["top1", "top1", "margin", "margin", "entropy", "entropy", "similarity"]);
-    assert_eq!(column(&signals, "depth"), ["0", "1", "0", "1", "0", "1", "1"]);
-    assert_eq!(table("reliability.csv").len(), 1 + 7 * 15);
+    let of_depths = ["top1", "top1", "margin", "margin", "entropy", "entropy", "similarity", "difference", "kl", "kl"];
+    assert_eq!(column(&signals, "measure"), of_depths);
+    assert_eq!(column(&signals, "depth"), ["0", "1", "0", "1", "0", "1", "1", "1", "0", "1"]);
+    assert_eq!(table("reliability.csv").len(), 1 + of_depths.len() * 15);
     let measures = table("exit_curves.csv");
     assert!(["top1", "margin", "entropy", "similarity"].iter().all(|name| column(&measures, "measure").contains(name)));
     assert_eq!(column(&table("accuracy.csv"), "questions"), ["2"; 3]);

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Result, Tensor};
+use rayon::prelude::*;
 use scheduler::KvFill;
 use scheduler::blocks::BlockId;
 
@@ -15,7 +16,7 @@ use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, fill_deeper};
 use crate::kernels::rows::{Change, Source, compare, gather};
-use crate::kernels::signals::{Verdict, log_probability};
+use crate::kernels::signals::{Verdict, divergence, log_probability};
 use crate::model::{InFlight, Model, Rows};
 use crate::profile;
 
@@ -155,6 +156,19 @@ pub struct Work<'a> {
     pub gates: Vec<usize>,
     /// Rows whose states before and after the pass are compared, each with the row in flight that it was before.
     pub compared: Vec<(usize, u32)>,
+    /// Rows whose distribution is compared with an earlier one.
+    pub diverging: Vec<Diverging>,
+}
+
+/// A row whose next-token distribution is compared with that of an earlier pass, and kept for a later one.
+#[derive(Clone, Copy, Debug)]
+pub struct Diverging {
+    /// Its index among the rows of the head.
+    pub head: usize,
+    /// The place of the earlier distribution; `None` for the uniform one.
+    pub before: Option<u32>,
+    /// The place in which this one is kept. Places of a pass differ.
+    pub place: u32,
 }
 
 /// Rows that run the head, and how their tokens are sampled.
@@ -177,6 +191,8 @@ pub struct Answers {
     pub gates: Vec<f32>,
     /// Changes of states.
     pub changes: Vec<Change>,
+    /// Divergences of the distributions before from those after, as [`divergence`].
+    pub divergences: Vec<f32>,
 }
 
 impl ServedModel for Model {
@@ -217,7 +233,8 @@ impl ServedModel for Model {
         let cache = KvCache::new(self.config(), kv_fill, num_blocks, block_tokens, &Device::Cpu)?;
         let in_flight = InFlight::new(self.config())?;
         let exits = in_flight.states.clone();
-        Ok(Box::new(Cpu { model: self, cache, in_flight, exits, first_exit: 0, head_time: Duration::ZERO }))
+        let (head_time, distributions) = (Duration::ZERO, Vec::new());
+        Ok(Box::new(Cpu { model: self, cache, in_flight, exits, first_exit: 0, head_time, distributions }))
     }
 }
 
@@ -231,9 +248,40 @@ struct Cpu {
     exits: Tensor,
     first_exit: usize,
     head_time: Duration,
+    /// Logits of kept distributions, by place.
+    distributions: Vec<Vec<f32>>,
 }
 
 impl Cpu {
+    /// Runs the head of a pass; returns its results, and the divergences that are asked for.
+    fn read_heads_of(&mut self, work: &Work<'_>) -> Result<(Vec<Verdict>, Vec<f32>)> {
+        let (heads, rows) = (&work.heads, work.rows.pick(work.heads.rows.iter().copied()));
+        if work.diverging.is_empty() {
+            return Ok((self.read_head(&rows, heads)?, Vec::new()));
+        }
+        let start = Instant::now();
+        let of_exits: Vec<usize> = heads.rows.iter().map(|&row| row - self.first_exit).collect();
+        let exits = picked(&self.exits, &of_exits)?;
+        let (temperature, keys) = (heads.temperature, &heads.keys);
+        let (verdicts, logits) = self.model.verdicts_with_logits(&exits, &rows, &self.cache, temperature, keys)?;
+        let mut logits = logits.to_vec2::<f32>()?;
+        let compare = |&Diverging { head, before, .. }: &Diverging| {
+            let of_place = |place: u32| match self.distributions.get(place as usize) {
+                Some(kept) if kept.len() == logits[head].len() => Ok(kept.as_slice()),
+                _ => candle_core::bail!("the distribution of place {place} was asked for, it is not kept"),
+            };
+            Ok(divergence(before.map(of_place).transpose()?, &logits[head]))
+        };
+        let divergences = work.diverging.par_iter().map(compare).collect::<Result<_>>()?;
+        for &Diverging { head, place, .. } in &work.diverging {
+            let place = place as usize;
+            self.distributions.resize(self.distributions.len().max(place + 1), Vec::new());
+            self.distributions[place] = std::mem::take(&mut logits[head]);
+        }
+        self.head_time += start.elapsed();
+        Ok((verdicts, divergences))
+    }
+
     /// Runs the coda for the rows of a pass that may exit.
     fn run_coda(&mut self, hidden: &Tensor, work: &Work<'_>) -> Result<()> {
         let whole = self.model.config().coda_layers == 0;
@@ -299,8 +347,10 @@ impl Backend for Cpu {
         if !work.coda.is_empty() {
             self.in_flight.keep_exits(&self.exits, &work.places[work.coda.clone()])?;
         }
+        let (verdicts, divergences) = self.read_heads_of(work)?;
         let answers = Answers {
-            verdicts: self.read_head(&work.rows.pick(work.heads.rows.iter().copied()), &work.heads)?,
+            verdicts,
+            divergences,
             gates: self.gates(hidden, work)?,
             changes: self.changes(hidden, &work.compared)?,
         };

@@ -12,7 +12,7 @@ use scheduler::{Executor, ExitPolicy, KvFill, Pass, RowKind, Segment, SignalRead
 use traces::hash::mix;
 use traces::{ExitSignal, Nanos, Request, Signals};
 
-use crate::backend::{Answers, Backend, Heads, ServedModel, Work};
+use crate::backend::{Answers, Backend, Diverging, Heads, ServedModel, Work};
 use crate::cache::CacheError;
 use crate::kernels::attention::{Fill, Row};
 use crate::kernels::rows::{Change, Source};
@@ -266,6 +266,8 @@ struct Questions {
     gates: Vec<usize>,
     /// Each with the row in flight that its last row was before the pass.
     compared: Vec<(usize, u32)>,
+    /// Those whose distributions are compared with the ones before.
+    diverging: Vec<usize>,
 }
 
 /// State of the current pass.
@@ -275,6 +277,8 @@ struct Current {
     first_rows: Vec<usize>,
     /// By segment: results of its last row.
     findings: Vec<Finding>,
+    /// Whether the pass looks ahead of what is served.
+    is_ahead: bool,
 }
 
 /// Results of a row.
@@ -286,10 +290,12 @@ struct Finding {
     gate: f32,
     /// How the row differs from its state one depth earlier.
     change: Change,
+    /// Divergence of its distribution one depth earlier from its own.
+    kl: f32,
 }
 
 impl Finding {
-    const NOTHING: Self = Self { verdict: None, gate: 1.0, change: Change::FROM_ZERO };
+    const NOTHING: Self = Self { verdict: None, gate: 1.0, change: Change::FROM_ZERO, kl: f32::INFINITY };
 }
 
 impl Current {
@@ -521,10 +527,31 @@ impl EngineExecutor {
             heads: self.heads(pass, &questions.heads),
             gates: questions.gates.iter().map(last_row).collect(),
             compared: questions.compared.iter().map(|(segment, kept)| (last_row(segment), *kept)).collect(),
+            diverging: self.diverging(pass, questions),
             rows,
         };
         let answers = self.backend.run_beside(&work, meanwhile)?;
         self.take_answers(pass, questions, answers)
+    }
+
+    /// The distributions to compare. A slot has two places: what is served of its sequence, and what is looked ahead.
+    fn diverging(&self, pass: &Pass<'_>, questions: &Questions) -> Vec<Diverging> {
+        let of_segment = |&index: &usize| {
+            let segment = &pass.segments[index];
+            let served = 2 * segment.slot;
+            let ahead = served + u32::from(self.current.is_ahead);
+            let head = questions.heads.iter().position(|&head| head == index);
+            Diverging {
+                head: head.expect("distributions that are compared need the head"),
+                before: match segment.depth {
+                    0 => None,
+                    1 => Some(served),
+                    _ => Some(ahead),
+                },
+                place: ahead,
+            }
+        };
+        questions.diverging.iter().map(of_segment).collect()
     }
 
     /// Sets the index of each segment's rows among those of the pass.
@@ -587,6 +614,7 @@ impl EngineExecutor {
             }),
             gates: segments(&gate),
             compared: compared.into_iter().filter_map(kept).collect(),
+            diverging: segments(&|segment| reads_for(ExitSignal::Kl)(segment) || recorded(segment)),
         }
     }
 
@@ -665,6 +693,7 @@ impl EngineExecutor {
         for (&(segment, _), change) in asked.compared.iter().zip(answers.changes) {
             findings[segment].change = change;
         }
+        asked.diverging.iter().zip(answers.divergences).for_each(|(&segment, kl)| findings[segment].kl = kl);
         Ok(())
     }
 
@@ -689,13 +718,14 @@ impl EngineExecutor {
     /// Sets the exit signals that the pass reads.
     fn read_signals(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
         for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| pass.reads_signal(segment)) {
-            let Finding { verdict, gate, change } = self.current.findings[index];
+            let Finding { verdict, gate, change, kl } = self.current.findings[index];
             signals[index] = match pass.reads.signal {
                 SignalRead::None => continue,
                 SignalRead::Oracle => f32::from(u8::from(self.oracle_exits(segment)?)),
                 SignalRead::Signal(ExitSignal::Similarity) => change.similarity,
                 SignalRead::Signal(ExitSignal::Difference) => change.difference,
                 SignalRead::Signal(ExitSignal::Gate) => gate,
+                SignalRead::Signal(ExitSignal::Kl) => kl,
                 SignalRead::Signal(signal @ (ExitSignal::Top1 | ExitSignal::Margin | ExitSignal::Entropy)) => {
                     verdict.expect("signals that need the head ask for it").signals().get(signal)
                 }
@@ -728,14 +758,14 @@ impl EngineExecutor {
     fn record(&mut self, pass: &Pass<'_>) {
         let (num_loops, has_gates) = (self.num_loops(), self.model.config().gate);
         let segments = pass.segments.iter().zip(&self.current.findings);
-        for (segment, &Finding { verdict, gate, change }) in segments.filter(|(segment, _)| segment.predicts) {
+        for (segment, &Finding { verdict, gate, change, kl }) in segments.filter(|(segment, _)| segment.predicts) {
             let verdict = verdict.expect("a recording executor reads the head of all that predict");
             let generation = &mut self.sequences.of_mut(segment).generation;
             let entry = generation.tokens.len() * num_loops + usize::from(segment.depth);
             generation.recorded.resize(entry, (Signals::default(), 0));
             let gate = if has_gates { gate } else { 0.0 };
             let Change { similarity, difference } = change;
-            let signals = Signals { similarity, difference, gate, ..verdict.signals() };
+            let signals = Signals { similarity, difference, kl, gate, ..verdict.signals() };
             generation.recorded.push((signals, verdict.token));
         }
     }

@@ -540,6 +540,27 @@ impl Model {
         Ok(reader.verdicts())
     }
 
+    /// The same with the logits, `[rows, vocab]`.
+    ///
+    /// # Errors
+    /// As for [`logits`](Self::logits).
+    pub fn verdicts_with_logits(
+        &self,
+        hidden: &Tensor,
+        rows: &Rows<'_>,
+        cache: &KvCache,
+        temperature: f32,
+        keys: &[u64],
+    ) -> candle_core::Result<(Vec<Verdict>, Tensor)> {
+        let (mut reader, mut parts) = (Reader::new(temperature, keys), Vec::new());
+        self.each_logits(hidden, rows, cache, |logits| {
+            reader.read(&logits)?;
+            parts.push(logits);
+            Ok(())
+        })?;
+        Ok((reader.verdicts(), Tensor::cat(&parts, 1)?))
+    }
+
     /// Passes on the logits of each part of the vocabulary.
     fn each_logits(
         &self,

@@ -16,7 +16,7 @@ use common::{configs, configs_of_one_head_size, grouped, weights, with_everythin
 use engine::cache::KvCache;
 use engine::kernels::attention::Row;
 use engine::kernels::rows::Source;
-use engine::kernels::signals::{Verdict, read};
+use engine::kernels::signals::{Verdict, divergence, read};
 use engine::model::{InFlight, Model, Rows};
 use engine::reference::Reference;
 use engine::{
@@ -236,10 +236,12 @@ fn signals_of_the_reference(weights: &Weights, kv_fill: KvFill, served: &Generat
     let inputs = Tensor::from_slice(&context, (1, context.len()), &candle_core::Device::Cpu).unwrap();
     let mut run = reference.start(&inputs, kv_fill).unwrap();
     let mut signals = vec![Vec::new(); tokens.len()];
+    let mut before: Option<Vec<Vec<f32>>> = None;
     let mut depth = 0;
     while let Some(states) = run.next_loop().unwrap() {
         let logits = reference.logits(&states.exited, depth).unwrap();
         let verdicts = read(&logits, 0.0, &vec![0; context.len()]).unwrap();
+        let of_tokens = logits.to_vec2::<f32>().unwrap();
         let gates = reference.gate_logits(&reference.final_norm(&states.hidden).unwrap(), depth).unwrap();
         let gates = gates.map(|gates| gates.to_vec1::<f32>().unwrap());
         for (index, signals) in signals.iter_mut().enumerate() {
@@ -247,8 +249,10 @@ fn signals_of_the_reference(weights: &Weights, kv_fill: KvFill, served: &Generat
             // After the last loop, an engine with gates reports certainty.
             let certain = f32::from(u8::from(reference.config().gate));
             let gate = gates.as_ref().map_or(certain, |gates| (1.0 + (-gates[position]).exp()).recip());
-            signals.push(Signals { gate, ..verdicts[position].signals() });
+            let kl = divergence(before.as_ref().map(|before| &before[position][..]), &of_tokens[position]);
+            signals.push(Signals { kl, gate, ..verdicts[position].signals() });
         }
+        before = Some(of_tokens);
         let exits: Vec<bool> = (0..context.len()).map(|position| exits_at(position) <= depth).collect();
         run.exit(&exits).unwrap();
         depth += 1;
@@ -272,7 +276,8 @@ proptest! {
         for (index, (expected, exit)) in expected.iter().zip(&served.exit_depths).enumerate() {
             for (depth, expected) in expected[..=usize::from(*exit)].iter().enumerate() {
                 let (found, _) = served.recorded[index * config.num_loops + depth];
-                for signal in [ExitSignal::Top1, ExitSignal::Margin, ExitSignal::Entropy, ExitSignal::Gate] {
+                use ExitSignal::{Entropy, Gate, Kl, Margin, Top1};
+                for signal in [Top1, Margin, Entropy, Kl, Gate] {
                     let (found, expected) = (found.get(signal), expected.get(signal));
                     prop_assert!(
                         (found - expected).abs() < 2e-3 * (1.0 + expected.abs()),

@@ -217,7 +217,7 @@ impl Bundle {
 
 /// Signals that no policy exits at, and a prediction that agrees with the last depth's only there.
 fn unsure(depth: usize, loops: usize) -> (Signals, u32) {
-    (Signals { entropy: 1.0, difference: 1.0, ..Signals::default() }, u32::from(depth + 1 == loops))
+    (Signals { entropy: 1.0, difference: 1.0, kl: 1.0, ..Signals::default() }, u32::from(depth + 1 == loops))
 }
 
 /// Rows of a token with these probabilities of exits. The gate is the probability of an exit at a depth if there was none

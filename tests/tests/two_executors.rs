@@ -326,6 +326,7 @@ fn the_simulator_runs_the_passes_of_exits_by_signals_where_it_is_told_the_exits(
         "delayed:gate:0.85",
         "delayed:margin:0.1",
         "difference:0.3",
+        "kl:0.02",
         "entropy-change:0.25",
         "stable:2",
     ];
@@ -371,7 +372,7 @@ fn exits_by_the_signals_of_prompts_are_those_that_the_simulator_decides() {
             .map(|exit| run(batching, exit, ahead));
         assert!(adaptive != calm && adaptive != busy, "{batching}: the threshold stays at one end");
         let others = ["cumulative:gate:0.97:2", "delayed:gate:0.85", "delayed:margin:0.3", "delayed:difference:0.3"];
-        for exit in others.into_iter().chain(["difference:0.3", "entropy-change:0.25", "stable:2"]) {
+        for exit in others.into_iter().chain(["difference:0.3", "kl:0.02", "entropy-change:0.25", "stable:2"]) {
             let distinct = run(batching, exit, ahead).concat().into_iter().collect::<HashSet<u8>>().len();
             assert!(distinct > 1, "{batching}, {exit}: all tokens exit at one depth");
         }

@@ -6,7 +6,7 @@ impl ExitTrace {
     /// A trace of tokens that exit at known depths: `depths` by generation, then by token; depths beyond the last
     /// count as the last.
     ///
-    /// Every signal is sure from the exit depth on and unsure before: 1 and 0, entropy and difference 0 and 1. Any measure
+    /// Every signal is sure from the exit depth on and unsure before: 1 and 0, entropy, difference and divergence 0 and 1. Any measure
     /// at a threshold of 0.5 therefore exits there, and costs what reading it costs. (Similarity and difference are not read
     /// at depth 0.)
     /// The prediction of the exit depth and of every deeper one is that of the last depth, so the oracle exits there
@@ -20,8 +20,8 @@ impl ExitTrace {
                 let exits = depth >= exit;
                 let sure = f32::from(u8::from(exits));
                 let (top1, margin, similarity, gate) = (sure, sure, sure, sure);
-                let (entropy, difference) = (1.0 - sure, 1.0 - sure);
-                let signals = Signals { top1, margin, entropy, similarity, difference, gate };
+                let (entropy, difference, kl) = (1.0 - sure, 1.0 - sure, 1.0 - sure);
+                let signals = Signals { top1, margin, entropy, similarity, difference, kl, gate };
                 (signals, u32::from(exits))
             })
         };

@@ -520,13 +520,14 @@ mod tests {
             .replace(",0\n", ",0,1\n")
             .replace("0.9\n", "0.9,0.03125\n");
         let found = read(&csv, &meta(2)).unwrap();
-        assert_eq!(found.recorded, SignalSet::of_model(false));
+        let with_difference = SignalSet::ALWAYS.with(ExitSignal::Difference);
+        assert_eq!(found.recorded, with_difference);
         assert_eq!((found.signals_at(2, 0).difference, found.signals_at(2, 1).difference), (1.0, 0.03125));
         assert_eq!(found.confident_depth(2, ExitSignal::Difference, 0.03125), 1, "low values are confident");
         let gated =
             csv.replace("difference\n", "difference,gate\n").replace("1\n", "1,0.25\n").replace("125\n", "125,1\n");
         let gated = read(&gated, &meta(2)).unwrap();
-        assert_eq!(gated.recorded, SignalSet::ALL);
+        assert_eq!(gated.recorded, with_difference.with(ExitSignal::Gate));
         assert_eq!((gated.signals_at(2, 1).difference, gated.signals_at(2, 1).gate), (0.03125, 1.0));
         for trace in [found, gated] {
             for table in [ExitTable::Csv, ExitTable::Parquet] {
@@ -782,14 +783,14 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_reads_back_to_the_bit(
-            num_loops in 1..4_u32, optional in [any::<bool>(), any::<bool>()], parquet: bool,
+            num_loops in 1..4_u32, optional in any::<[bool; 3]>(), parquet: bool,
             lengths in prop::collection::vec(1..5_usize, 1..5),
-            rows in prop::collection::vec(([0.0..=1.0_f32, 0.0..=1.0_f32, 0.0..=20.0_f32, -1.0..=1.0_f32, 0.0..=9.0_f32, 0.0..=1.0_f32], any::<u32>()), 48),
+            rows in prop::collection::vec(([0.0..=1.0_f32, 0.0..=1.0_f32, 0.0..=20.0_f32, -1.0..=1.0_f32, 0.0..=9.0_f32, 0.0..=9.0_f32, 0.0..=1.0_f32], any::<u32>()), 48),
         ) {
-            let optional = [ExitSignal::Difference, ExitSignal::Gate].into_iter().zip(optional);
+            let optional = [ExitSignal::Difference, ExitSignal::Kl, ExitSignal::Gate].into_iter().zip(optional);
             let recorded = optional.filter(|(_, is_in)| *is_in).fold(SignalSet::ALWAYS, |set, (signal, _)| set.with(signal));
             let mut trace = ExitTrace { recorded, ..ExitTrace::new(meta(num_loops)) };
-            let row = |(values, prediction): &([f32; 6], u32)| {
+            let row = |(values, prediction): &([f32; 7], u32)| {
                 let of = |signal| if recorded.contains(signal) { values[signal as usize] } else { 0.0 };
                 (Signals::from(ExitSignal::ALL.map(of)), *prediction)
             };

@@ -21,6 +21,9 @@ pub enum ExitSignal {
     /// Relative difference of the hidden states after this and the previous depth, `|h_d - h_(d-1)| / |h_d|`; low values
     /// are confident. Undefined at depth 0, where it has the value 1 of a difference to zero. Does not need the head.
     Difference,
+    /// Divergence of the next-token distribution at the previous depth from that at this one, `KL(before, this)` in nats;
+    /// low values are confident. At depth 0, the one before is uniform. Needs the exit head.
+    Kl,
     /// A learned gate's probability that the token is that of the last depth, 0 to 1. Does not need the head.
     Gate,
 }
@@ -50,9 +53,9 @@ struct Traits {
 
 impl ExitSignal {
     /// Every signal, in the order of the columns of an exit trace. Those that a trace may lack are the last: models
-    /// without gates have none, and earlier traces have no difference.
-    pub const ALL: [Self; 6] =
-        [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity, Self::Difference, Self::Gate];
+    /// without gates have none, and earlier traces have neither differences nor divergences.
+    pub const ALL: [Self; 7] =
+        [Self::Top1, Self::Margin, Self::Entropy, Self::Similarity, Self::Difference, Self::Kl, Self::Gate];
 
     #[rustfmt::skip]
     const fn traits(self) -> Traits {
@@ -63,9 +66,10 @@ impl ExitSignal {
             Self::Entropy => ("entropy", true, 0, Nats, (0.0, f32::MAX, "nats, at least 0")),
             Self::Similarity => ("similarity", false, 1, Share, (-1.0, 1.0, "a cosine from -1 to 1")),
             Self::Difference => ("difference", false, 1, Ratio, (0.0, f32::MAX, "a relative difference, at least 0")),
+            Self::Kl => ("kl", true, 0, Nats, (0.0, f32::MAX, "nats, at least 0")),
             Self::Gate => ("gate", false, 0, Share, (0.0, 1.0, "a probability from 0 to 1")),
         };
-        let is_optional = matches!(self, Self::Difference | Self::Gate);
+        let is_optional = matches!(self, Self::Difference | Self::Kl | Self::Gate);
         Traits { name, needs_head, first_depth, unit, range, is_optional }
     }
 
@@ -175,6 +179,8 @@ pub struct Signals {
     pub similarity: f32,
     /// See [`ExitSignal::Difference`]; 0 in a trace that lacks it.
     pub difference: f32,
+    /// See [`ExitSignal::Kl`]; 0 in a trace that lacks it.
+    pub kl: f32,
     /// See [`ExitSignal::Gate`]; 0 if the model has no gates.
     pub gate: f32,
 }
@@ -188,6 +194,7 @@ impl Signals {
             ExitSignal::Entropy => self.entropy,
             ExitSignal::Similarity => self.similarity,
             ExitSignal::Difference => self.difference,
+            ExitSignal::Kl => self.kl,
             ExitSignal::Gate => self.gate,
         }
     }
@@ -195,8 +202,8 @@ impl Signals {
 
 /// Values in the order of [`ExitSignal::ALL`].
 impl From<[f32; ExitSignal::ALL.len()]> for Signals {
-    fn from([top1, margin, entropy, similarity, difference, gate]: [f32; ExitSignal::ALL.len()]) -> Self {
-        Self { top1, margin, entropy, similarity, difference, gate }
+    fn from([top1, margin, entropy, similarity, difference, kl, gate]: [f32; ExitSignal::ALL.len()]) -> Self {
+        Self { top1, margin, entropy, similarity, difference, kl, gate }
     }
 }
 

@@ -28,7 +28,7 @@ pub struct Args {
     /// Another exit trace of the same model, to check the threshold on
     #[arg(long, value_name = "DIR")]
     held_out: Option<PathBuf>,
-    /// Exit signal: top1, margin, entropy, similarity, difference, gate
+    /// Exit signal: top1, margin, entropy, similarity, difference, kl, gate
     #[arg(long)]
     measure: ExitSignal,
     /// Share of generated tokens that may differ from the full-depth token after the same prefix

@@ -61,7 +61,7 @@ pub struct Args {
     #[arg(long, default_value_t = Batching::Depth, value_name = "POLICY")]
     batching: Batching,
     /// Exit policy: none, static:DEPTH, confidence:THRESHOLD, MEASURE:THRESHOLD (top1, margin, entropy, similarity,
-    /// difference, gate), delayed:MEASURE:THRESHOLD, cumulative:gate:SHARE[:LOOPS], entropy-change:THRESHOLD, stable:DEPTHS
+    /// difference, kl, gate), delayed:MEASURE:THRESHOLD, cumulative:gate:SHARE[:LOOPS], entropy-change:THRESHOLD, stable:DEPTHS
     #[arg(long, default_value_t = ExitPolicy::None, value_name = "POLICY")]
     exit: ExitPolicy,
     /// What later tokens find at the depths that an exited token did not run: reuse, first, skip, backfill, last,

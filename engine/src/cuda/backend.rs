@@ -216,17 +216,22 @@ struct AnswerMemory {
     gates: View<f32>,
     /// Two numbers of each row.
     changes: View<f32>,
+    divergences: View<f32>,
 }
 
 impl AnswerMemory {
-    fn carve(carver: &mut Carver, [verdicts, gates, compared]: [usize; 3]) -> Self {
+    fn carve(carver: &mut Carver, [verdicts, gates, compared, diverging]: AnswerSizes) -> Self {
         Self {
             verdicts: carver.take(verdicts, size_of::<kernels::Verdict>()),
             gates: carver.take(gates, size_of::<f32>()),
             changes: carver.take(2 * compared, size_of::<f32>()),
+            divergences: carver.take(diverging, size_of::<f32>()),
         }
     }
 }
+
+/// Numbers of verdicts, gate scores, comparisons of states and divergences.
+type AnswerSizes = [usize; 4];
 
 /// Events before and after a piece of work.
 struct Span<D: Device> {
@@ -252,6 +257,8 @@ pub(super) struct Memory<D: Device> {
     injected_in_flight: Option<Held<D, f32>>,
     /// What the coda made of them, where it is kept, `[capacity, hidden]`.
     exits_in_flight: Option<Held<D, f32>>,
+    /// Logits of kept distributions, `[places, vocab]`.
+    distributions: Option<Held<D, f32>>,
     indices: Growing<D>,
     row_memory: Growing<D>,
     head_memory: Growing<D>,
@@ -288,6 +295,7 @@ impl<D: Device> Memory<D> {
             in_flight: None,
             injected_in_flight: None,
             exits_in_flight: None,
+            distributions: None,
             indices: Growing(None),
             row_memory: Growing(None),
             head_memory: Growing(None),
@@ -430,6 +438,12 @@ impl<D: Device> CudaBackend<D> {
                 bail!("row {row} was asked for, there are {rows}");
             }
         }
+        let distributions = self.memory.distributions.as_ref().map_or(0, |held| held.view.len() / vocab_size);
+        for row in &work.diverging {
+            if row.head >= work.heads.rows.len() || row.before.is_some_and(|place| place as usize >= distributions) {
+                bail!("the distribution of {row:?} was asked for, {distributions} are kept");
+            }
+        }
         match work.gates.is_empty() || self.model.gates.is_some() {
             true => Ok(()),
             false => bail!("the model has no gates"),
@@ -566,7 +580,7 @@ impl<D: Device> CudaBackend<D> {
     }
 
     /// Makes room for results, and drops graphs that write theirs elsewhere.
-    fn fit_answers(&mut self, sizes: [usize; 3]) -> Result<AnswerMemory> {
+    fn fit_answers(&mut self, sizes: AnswerSizes) -> Result<AnswerMemory> {
         let mut carver = Carver(0);
         AnswerMemory::carve(&mut carver, sizes);
         if self.memory.answers.fit(&self.model.device, carver.0 as usize)? {
@@ -593,6 +607,25 @@ impl<D: Device> CudaBackend<D> {
             true => self.model.norm.apply(&run, views.hidden, 1),
             false => Ok(()),
         }
+    }
+
+    /// Makes room for the distributions that a pass keeps. Earlier ones are kept.
+    fn fit_distributions(&mut self, work: &Work<'_>) -> Result<()> {
+        let (device, vocab) = (self.model.device.clone(), self.model.config.vocab_size);
+        let there = self.memory.distributions.as_ref().map_or(0, |held| held.view.len() / vocab);
+        let places = work.diverging.iter().map(|row| row.place as usize + 1).max().unwrap_or(0);
+        if places <= there {
+            return Ok(());
+        }
+        let larger = Held::room(&*device, places.next_power_of_two() * vocab, size_of::<f32>())?;
+        if let Some(smaller) = &self.memory.distributions {
+            let places = Held::of(&*device, &(0..there as i32).collect::<Vec<_>>())?;
+            self.kernels().keep_rows(smaller.view, places.view, vocab, larger.view)?;
+            // The source of a copy must not be freed before the copy is done.
+            device.download(larger.memory(), &mut [])?;
+        }
+        self.memory.distributions = Some(larger);
+        Ok(())
     }
 
     /// Runs a section's rows through its layers.
@@ -688,7 +721,7 @@ impl<D: Device> CudaBackend<D> {
         let (sections, keys) = self.lay_out(&plan);
         let [section] = &sections[..] else { return Ok(Vec::new()) };
         self.fit(&sections)?;
-        let padded = [section.rows.rows.len(), 0, 0];
+        let padded = [section.rows.rows.len(), 0, 0, 0];
         let answers = self.fit_answers(padded)?;
         let indices = self.upload()?;
         let states = states(self);
@@ -735,7 +768,7 @@ impl<D: Device> CudaBackend<D> {
     }
 
     /// Waits for the pass and downloads its results.
-    fn finish(&mut self, sizes: [usize; 3]) -> Result<Answers> {
+    fn finish(&mut self, sizes: AnswerSizes) -> Result<Answers> {
         let device = self.model.device.clone();
         let mut bytes = Carver(0);
         let places = AnswerMemory::carve(&mut bytes, sizes);
@@ -746,16 +779,18 @@ impl<D: Device> CudaBackend<D> {
         }
         let mut verdicts = vec![kernels::Verdict::default(); sizes[0]];
         let (mut gates, mut changes) = (vec![0.0_f32; sizes[1]], vec![0.0_f32; 2 * sizes[2]]);
+        let mut divergences = vec![0.0_f32; sizes[3]];
         let at = |address: u64, bytes: &mut [u8]| bytes.copy_from_slice(&found[address as usize..][..bytes.len()]);
         at(places.verdicts.address(), bytes_of_mut(&mut verdicts));
         at(places.gates.address(), bytes_of_mut(&mut gates));
         at(places.changes.address(), bytes_of_mut(&mut changes));
+        at(places.divergences.address(), bytes_of_mut(&mut divergences));
         let verdict = |verdict: kernels::Verdict| {
             let kernels::Verdict { top1, margin, entropy, token, .. } = verdict;
             Verdict { top1, margin, entropy, token: token as u32 }
         };
         let verdicts = verdicts.into_iter().map(verdict).collect();
-        Ok(Answers { verdicts, gates, changes: Change::of(&changes) })
+        Ok(Answers { verdicts, gates, changes: Change::of(&changes), divergences })
     }
 }
 
@@ -832,9 +867,16 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let gates = push(work.gates.iter().map(|&row| row as i32).collect());
         let compared = push(work.compared.iter().map(|&(row, _)| row as i32).collect());
         let before = push(work.compared.iter().map(|&(_, row)| row as i32).collect());
+        let diverging = push(work.diverging.iter().map(|row| row.head as i32).collect());
+        let diverging_from =
+            push(work.diverging.iter().map(|row| row.before.map_or(-1, |place| place as i32)).collect());
+        let mut kept_heads = vec![-1; if work.diverging.is_empty() { 0 } else { work.heads.rows.len() }];
+        work.diverging.iter().for_each(|row| kept_heads[row.head] = row.place as i32);
+        let kept_heads = push(kept_heads);
         self.fit(&sections)?;
         let head = sections.iter().find(|section| section.layers == Layers::Head);
-        let padded = [head.map_or(0, |head| head.rows.rows.len()), gates.len(), compared.len()];
+        let padded = [head.map_or(0, |head| head.rows.rows.len()), gates.len(), compared.len(), diverging.len()];
+        self.fit_distributions(work)?;
         let answers = self.fit_answers(padded)?;
         let indices = self.upload()?;
         let sections: Vec<Section> = sections.iter().map(|section| section.moved(indices)).collect();
@@ -856,6 +898,12 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         if let Some(section) = sections.iter().find(|section| section.layers == Layers::Head) {
             let exits = self.exits();
             self.run_head(section, exits, keys.moved(indices), work.heads.temperature, answers.verdicts)?;
+        }
+        if let Some(kept) = self.memory.distributions.as_ref().filter(|_| diverging.len() > 0) {
+            let (logits, vocab) = (self.head_views().logits, self.model.config.vocab_size);
+            let (from, to) = (diverging_from.moved(indices), diverging.moved(indices));
+            self.kernels().diverge((kept.view, from), (logits, to), vocab, answers.divergences)?;
+            self.kernels().keep_rows(logits, kept_heads.moved(indices), vocab, kept.view)?;
         }
         if gates.len() > 0 {
             self.run_gates(whole.rows, gates.moved(indices), answers.gates)?;

@@ -638,6 +638,26 @@ impl<D: Device> Kernels<'_, D> {
         unsafe { self.launch("compare", [tos.len, 1, 1], arguments) }
     }
 
+    /// Divergences of distributions: of row `froms[i]` of logits `before`, or if that is negative of the uniform one, from
+    /// row `tos[i]` of `after`, both `[_, vocab]`. `out` has shape `[pairs]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn diverge(
+        &self,
+        (before, froms): (View<f32>, View<i32>),
+        (after, tos): (View<f32>, View<i32>),
+        vocab: usize,
+        out: View<f32>,
+    ) -> Result<()> {
+        require!("rows to diverge from", froms, tos.len);
+        require!("divergences", out, tos.len);
+        let vocab = vocab as i32;
+        let arguments = arguments![before.address, after.address, froms.address, tos.address, vocab, out.address];
+        // SAFETY: the kernel's arguments; the rows exist.
+        unsafe { self.launch("diverge", [tos.len, 1, 1], arguments) }
+    }
+
     /// Scores of the learned gates of normed rows `x` `[picks, width]`; row `i` is row `picks[i]` of the pass. `probes`
     /// has shape `[depths, width + 1]`, biases last.
     ///

@@ -115,6 +115,19 @@ __device__ inline float block_sum(float x, float (&sums)[WARPS]) {
     return sum;
 }
 
+// The greatest number of the threads of a block, in each of them. `greatest` is separate shared memory.
+__device__ inline float block_max(float x, float (&greatest)[WARPS]) {
+    x = warp_max(x);
+    if (threadIdx.x % WARP == 0) {
+        greatest[threadIdx.x / WARP] = x;
+    }
+    __syncthreads();
+    for (int warp = 0; warp < WARPS; warp++) {
+        x = fmaxf(x, greatest[warp]);
+    }
+    return x;
+}
+
 // A row of the pass, as the kernels need it; a row that pads a batch has position -1.
 struct Row {
     int position;

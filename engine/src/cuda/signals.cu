@@ -110,6 +110,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep_logits(
     }
 }
 
+// The divergence KL(before, after) of the distributions of two rows of logits: row `froms[i]` of `before`, or the uniform
+// distribution if that is negative, and row `tos[i]` of `after`, both [_, vocab]. Grid [pairs].
+extern "C" __global__ void __launch_bounds__(THREADS) diverge(
+    const float* before, const float* after, const int* froms, const int* tos, int vocab, float* out) {
+    __shared__ float top_before[WARPS], top_after[WARPS], sum_before[WARPS], sum_after[WARPS], of_both[WARPS];
+    const int from = froms[blockIdx.x];
+    const float* q = before + (long long)max(from, 0) * vocab;
+    const float* p = after + (long long)tos[blockIdx.x] * vocab;
+    float top_q = from < 0 ? 0.0f : NEGATIVE_INFINITY, top_p = NEGATIVE_INFINITY;
+    for (int token = threadIdx.x; token < vocab; token += THREADS) {
+        top_p = fmaxf(top_p, p[token]);
+        top_q = from < 0 ? top_q : fmaxf(top_q, q[token]);
+    }
+    top_q = block_max(top_q, top_before);
+    top_p = block_max(top_p, top_after);
+    float sum_q = 0, sum_p = 0, both = 0;
+    for (int token = threadIdx.x; token < vocab; token += THREADS) {
+        const float of_q = from < 0 ? 0.0f : q[token] - top_q, of_p = p[token] - top_p, weight = expf(of_q);
+        sum_q += weight;
+        sum_p += expf(of_p);
+        both += weight * (of_q - of_p);
+    }
+    sum_q = block_sum(sum_q, sum_before);
+    sum_p = block_sum(sum_p, sum_after);
+    both = block_sum(both, of_both);
+    if (threadIdx.x == 0) {
+        out[blockIdx.x] = fmaxf(both / sum_q + logf(sum_p) - logf(sum_q), 0.0f);
+    }
+}
+
 // Joins the slices of each row. Grid [rows].
 extern "C" __global__ void __launch_bounds__(THREADS) judge_rows(const Sweep* partial, int slices, Verdict* out) {
     __shared__ Sweep of_warps[WARPS];

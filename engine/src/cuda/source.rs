@@ -129,7 +129,7 @@ const FILES: [(&str, &str); 6] = [
 ];
 
 /// Every kernel.
-pub const KERNELS: [&str; 22] = [
+pub const KERNELS: [&str; 23] = [
     "store_kv",
     "fill_deeper",
     "attend_splits",
@@ -152,4 +152,5 @@ pub const KERNELS: [&str; 22] = [
     "lora_expand_f32",
     "sweep_logits",
     "judge_rows",
+    "diverge",
 ];

@@ -10,7 +10,7 @@
 use scheduler::{KvFill, Pass, Segment};
 use traces::hash::{mix, uniform};
 
-use super::{EngineError, EngineExecutor, Generation, Oracle, by_depth, positions};
+use super::{Current, EngineError, EngineExecutor, Generation, Oracle, by_depth, positions};
 
 impl EngineExecutor {
     /// Keeps the signals and predictions of every generated token at every depth, also at depths that the token skips.
@@ -37,7 +37,7 @@ impl EngineExecutor {
         if started.is_empty() {
             return Ok(());
         }
-        let current = std::mem::take(&mut self.current);
+        let current = std::mem::replace(&mut self.current, Current { is_ahead: true, ..Current::default() });
         let of_segment = |&index: &usize| {
             let segment = pass.segments[index];
             if shares_kv { segment.last_row() } else { segment }

@@ -235,6 +235,29 @@ fn two_greatest(numbers: &[f32]) -> (f32, f32) {
     (best, next)
 }
 
+/// The divergence `KL(before, after)` in nats, at least 0, of the distributions of two rows of logits; `None` is the uniform
+/// distribution. NaN if a logit is not finite.
+pub fn divergence(before: Option<&[f32]>, after: &[f32]) -> f32 {
+    let log_sum = |logits: &[f32]| {
+        let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        f64::from(greatest) + logits.iter().map(|logit| f64::from(logit - greatest).exp()).sum::<f64>().ln()
+    };
+    let (vocab, after_sum) = (after.len() as f64, log_sum(after));
+    let divergence = match before {
+        None => after_sum - vocab.ln() - after.iter().map(|&logit| f64::from(logit)).sum::<f64>() / vocab,
+        Some(before) => {
+            let before_sum = log_sum(before);
+            let term = |(&before, &after): (&f32, &f32)| {
+                let log = f64::from(before) - before_sum;
+                log.exp() * (log - (f64::from(after) - after_sum))
+            };
+            before.iter().zip(after).map(term).sum()
+        }
+    };
+    // Rounding may leave less than nothing; NaN stays.
+    if divergence < 0.0 { 0.0 } else { divergence as f32 }
+}
+
 /// Natural logarithm of the probability of a token under the softmax of a row of logits; NaN if a logit is not finite.
 pub fn log_probability(logits: &[f32], token: usize) -> f64 {
     let greatest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
@@ -313,6 +336,19 @@ mod tests {
         let found = verdict(&[0.0, 2.0, 2.0, 1.0]);
         assert_eq!((found.token, found.margin), (1, 0.0));
         assert_eq!(verdict(&[3.0]), Verdict { top1: 1.0, margin: 1.0, entropy: 0.0, token: 0 });
+    }
+
+    #[test]
+    fn the_divergence_is_that_of_the_distribution_before_from_the_one_after() {
+        // Probabilities 1/2, 1/4, 1/4, and 1/8, 1/8, 3/4; logits are not normalized.
+        let before = [5.0 + 2_f32.ln(), 5.0, 5.0];
+        let after = [-3.0, -3.0, -3.0 + 6_f32.ln()];
+        let expected = 0.5 * 4_f64.ln() + 0.25 * 2_f64.ln() + 0.25 * (1.0_f64 / 3.0).ln();
+        assert!((f64::from(divergence(Some(&before), &after)) - expected).abs() < 1e-6);
+        let from_uniform = (8.0_f64 / 3.0).ln() * 2.0 / 3.0 + (4.0_f64 / 9.0).ln() / 3.0;
+        assert!((f64::from(divergence(None, &after)) - from_uniform).abs() < 1e-6);
+        assert!(divergence(Some(&before), &before) < 1e-7 && divergence(None, &[7.0; 9]) < 1e-6);
+        assert!(divergence(Some(&before), &[f32::NAN, 0.0, 0.0]).is_nan());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use engine::kernels::adapters::{Adapter, Adapters};
 use engine::kernels::attention::Row;
 use engine::kernels::norm::{self, HeadNorm};
 use engine::kernels::rows::{Source, add_bias, compare, gather, probe_rows, scale, scatter};
-use engine::kernels::signals::read;
+use engine::kernels::signals::{divergence, read};
 
 use crate::bench::{Bench, Dice, Held, Rows, assert_close, matrix, numbers, rounded, tolerance};
 
@@ -235,6 +235,27 @@ fn comparisons_of_rows_are_those_of_the_cpu() {
         let (found, expected) = (bench.get(&out), numbers(&expected));
         assert_eq!(found[..2], [0.0, 1.0], "a state of zeros");
         assert_close("comparisons", &found, &expected, 4e-6);
+    });
+}
+
+#[test]
+fn divergences_are_those_of_the_cpu() {
+    for_each_size(|bench, dice, count| {
+        let vocab = dice.pick(&[1, 100, 576]);
+        let [before, after] =
+            [(); 2].map(|()| dice.numbers(count * vocab).iter().map(|x| 9.0 * x).collect::<Vec<f32>>());
+        let tos: Vec<i32> = (0..count as i32).rev().collect();
+        let froms: Vec<i32> = tos.iter().map(|_| dice.below(count + 1) as i32 - 1).collect();
+        let (x, y, out) = (bench.put(&before), bench.put(&after), bench.empty::<f32>(count));
+        let (on_device, picked) = (bench.put(&tos), bench.put(&froms));
+        bench.kernels().diverge((x.view, picked.view), (y.view, on_device.view), vocab, out.view).unwrap();
+        let row = |numbers: &[f32], row: i32| numbers[row as usize * vocab..][..vocab].to_vec();
+        let expected: Vec<f32> = froms
+            .iter()
+            .zip(&tos)
+            .map(|(&from, &to)| divergence((from >= 0).then(|| row(&before, from)).as_deref(), &row(&after, to)))
+            .collect();
+        assert_close("divergences", &bench.get(&out), &expected, 1e-5);
     });
 }
 

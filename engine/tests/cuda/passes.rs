@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use engine::backend::{Answers, Backend, Heads, ServedModel, Work};
+use engine::backend::{Answers, Backend, Diverging, Heads, ServedModel, Work};
 use engine::config::{ModelConfig, Sharing};
 use engine::cuda::CudaModel;
 use engine::cuda::source::Scalar;
@@ -103,6 +103,7 @@ impl Pair {
             if depth > 0 {
                 work.compared.push((place, place as u32));
             }
+            work.diverging.push(Diverging { head: place, before: None, place: place as u32 });
             if self.config.gate && depth + 1 < self.config.num_loops {
                 work.gates.push(place);
             }
@@ -136,6 +137,7 @@ fn assert_same_answers(found: &Answers, expected: &Answers) {
         answers.changes.iter().flat_map(|change| [change.similarity, change.difference]).collect()
     };
     assert_close("changes", &changes(found), &changes(expected), 1e-4);
+    assert_close("divergences", &found.divergences, &expected.divergences, 1e-4);
 }
 
 /// Models whose passes have every kind of section.

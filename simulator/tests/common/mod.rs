@@ -80,8 +80,9 @@ pub fn sure_from(exit: u8, num_loops: u8) -> Vec<(Signals, u32)> {
         .map(|depth| {
             let sure = depth >= exit;
             let value = if sure { 0.9 } else { 0.1 };
-            let (difference, entropy) = (1.0 - value, 0.0);
-            let signals = Signals { top1: value, margin: value, entropy, similarity: value, difference, gate: value };
+            let (difference, kl, entropy) = (1.0 - value, 1.0 - value, 0.0);
+            let signals =
+                Signals { top1: value, margin: value, entropy, similarity: value, difference, kl, gate: value };
             (signals, u32::from(!sure))
         })
         .collect()

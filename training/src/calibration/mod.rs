@@ -161,7 +161,7 @@ impl Calibration {
     }
 }
 
-/// Thresholds per unit for probabilities, cosines and relative differences, of the last up to 1.
+/// Thresholds per unit for probabilities, cosines, relative differences and divergences, of the last two up to 1.
 const STEPS_PER_ONE: u16 = 1000;
 /// Thresholds per nat for entropies, up to the entropy of half a million equally likely tokens.
 const STEPS_PER_NAT: u16 = 100;
@@ -171,6 +171,10 @@ const MOST_NATS: u16 = 13;
 pub fn thresholds(measure: ExitSignal) -> Vec<f32> {
     let part = |steps: u16, per_unit: u16| f32::from(steps) / f32::from(per_unit);
     match measure.unit() {
+        // Depths that have settled differ by thousandths of a nat.
+        SignalUnit::Nats if measure == ExitSignal::Kl => {
+            (0..=STEPS_PER_ONE).map(|steps| part(steps, STEPS_PER_ONE)).collect()
+        }
         SignalUnit::Nats => (0..=MOST_NATS * STEPS_PER_NAT).map(|steps| part(steps, STEPS_PER_NAT)).collect(),
         SignalUnit::Ratio => (0..=STEPS_PER_ONE).map(|steps| part(steps, STEPS_PER_ONE)).collect(),
         SignalUnit::Share => (1..=STEPS_PER_ONE).rev().map(|steps| part(steps, STEPS_PER_ONE)).collect(),

@@ -156,6 +156,7 @@ fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<Loo
     let rows = targets.elem_count() - skip;
     let targets = targets.narrow(0, skip, rows)?;
     let mut before: Option<Tensor> = None;
+    let mut logits_before = Vec::new();
     let mut loops = Vec::new();
     for (depth, hidden) in model.hidden_states(&inputs)?.iter().enumerate() {
         let logits = model.logits(&model.exit(hidden, 1)?.narrow(0, skip, rows)?, depth)?;
@@ -171,12 +172,16 @@ fn read_window(model: &Reference, window: &[u32], skip: usize) -> Result<Vec<Loo
             Some(before) => Change::of(&compare(before, &hidden)?.flatten_all()?.to_vec1::<f32>()?),
             None => vec![Change::FROM_ZERO; rows],
         };
-        let verdicts = signals::read(&logits.to_device(&Device::Cpu)?, 0.0, &vec![0; rows])?;
-        let row = |((verdict, change), gate): ((&signals::Verdict, Change), f32)| {
+        let logits = logits.to_device(&Device::Cpu)?;
+        let verdicts = signals::read(&logits, 0.0, &vec![0; rows])?;
+        let logits = logits.to_vec2::<f32>()?;
+        let row = |(index, ((verdict, change), gate)): (usize, ((&signals::Verdict, Change), f32))| {
             let Change { similarity, difference } = change;
-            (Signals { similarity, difference, gate, ..verdict.signals() }, verdict.token)
+            let kl = signals::divergence(logits_before.get(index).map(Vec::as_slice), &logits[index]);
+            (Signals { similarity, difference, kl, gate, ..verdict.signals() }, verdict.token)
         };
-        let rows_read = verdicts.iter().zip(changes).zip(gates).map(row).collect();
+        let rows_read = verdicts.iter().zip(changes).zip(gates).enumerate().map(row).collect();
+        logits_before = logits;
         loops.push(LoopReading { nats: f64::from(mean) * rows as f64, rows: rows_read });
         before = Some(hidden);
     }

@@ -262,7 +262,9 @@ fn signals(
             let others = (&p * p.broadcast_lt(&top)?.to_dtype(DType::F32)?)?;
             (top.squeeze(D::Minus1)? - others.max(D::Minus1)?)?
         }
-        ExitSignal::Similarity | ExitSignal::Difference => candle_core::bail!("training does not compare depths"),
+        ExitSignal::Similarity | ExitSignal::Difference | ExitSignal::Kl => {
+            candle_core::bail!("training does not compare depths")
+        }
     };
     values.detach().to_vec1()
 }
