@@ -156,6 +156,8 @@ fn exits() -> impl Strategy<Value = ExitPolicy> {
         (0.2_f32..0.9).prop_map(|share| ExitPolicy::Cumulative { share, min_loops: 1 }),
         (0.05_f32..1.0).prop_map(move |threshold| confidence(ExitSignal::Difference, threshold)),
         (0.05_f32..1.0).prop_map(|threshold| ExitPolicy::Delayed { signal: ExitSignal::Difference, threshold }),
+        (0.01_f32..3.0).prop_map(move |threshold| confidence(ExitSignal::Kl, threshold)),
+        (0.01_f32..3.0).prop_map(|threshold| ExitPolicy::Delayed { signal: ExitSignal::Kl, threshold }),
         (0.001_f32..0.5).prop_map(|threshold| ExitPolicy::EntropyChange { threshold }),
         Just(ExitPolicy::Stable { depths: 2 }),
     ]

@@ -20,7 +20,7 @@ use scheduler::{Batching, ExitPolicy, KvFill, Observer, PassRecord, Settings};
 use traces::{Nanos, Request};
 
 fn sharing(config: ModelConfig) -> ModelConfig {
-    let mut config = ModelConfig { kv_fill: KvFill::First, coda_layers: 0, ..config };
+    let mut config = ModelConfig { kv_fill: KvFill::First, coda_layers: 0, norm_before_coda: false, ..config };
     let layers = config.num_layers();
     if let Some(window) = &mut config.architecture.sliding_window {
         window.layers.retain(|layer| *layer < layers);

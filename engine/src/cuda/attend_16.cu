@@ -45,7 +45,7 @@ __device__ inline unsigned pair_of(float a, float b) {
 // those from `first_of[o]` to `end_of[o]`, as in lanes 4 g .. 4 g + 3. `queries` are rotated but not scaled.
 template <int OCTETS>
 __device__ inline void see(const scalar (*queries)[QUERY_STRIDE], const scalar* pages, const Geometry& g,
-                           const int* blocks, int depth, int kv_head, int first, int end, const int (&first_of)[OCTETS],
+                           const int* blocks, int slot, int kv_head, int first, int end, const int (&first_of)[OCTETS],
                            const int (&end_of)[OCTETS], Seen<OCTETS>& seen) {
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, quarter = threadIdx.x % 4;
 #pragma unroll
@@ -60,7 +60,7 @@ __device__ inline void see(const scalar (*queries)[QUERY_STRIDE], const scalar* 
     int tile = (first / KEYS_OF_TILE + warp) * KEYS_OF_TILE;
     int block = tile < end ? blocks[tile / BLOCK_TOKENS] : 0;
     while (tile < end) {
-        const scalar* keys = pages + page_at(g, depth, block) + key_at(kv_head, tile % BLOCK_TOKENS);
+        const scalar* keys = pages + page_at(g, slot, block) + key_at(kv_head, tile % BLOCK_TOKENS);
         const scalar* values = keys + values_at(g);
         const int here = tile;
         tile += KEYS_OF_STEP;
@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     __syncthreads();
 
     Seen<1> seen;
-    see<1>(queries, pages, g, block_table + row.first_block, row.depth, kv_head, first, end, {first}, {end}, seen);
+    see<1>(queries, pages, g, block_table + row.first_block, row.slot, kv_head, first, end, {first}, {end}, seen);
     join_warps(seen, warps);
 
     const bool whole = start / SPLIT == (row.end - 1) / SPLIT;
@@ -293,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_tiles(
     }
     const int first = first_seen(sight, row), end = rows[tile.first_row + tile.rows - 1].end;
     Seen<2> seen;
-    see<2>(queries, pages, g, block_table + row.first_block, row.depth, kv_head, first, end, first_of, end_of, seen);
+    see<2>(queries, pages, g, block_table + row.first_block, row.slot, kv_head, first, end, first_of, end_of, seen);
     join_warps(seen, warps);
 
     for (int i = threadIdx.x; i < tile.rows * HEAD_DIM; i += THREADS) {

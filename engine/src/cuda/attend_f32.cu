@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
             const int entry = step + (key * WARPS + warp) * KEYS_OF_WARP + key_of_warp;
             visible[key] = entry >= first && entry < end;
             const int block = visible[key] ? block_table[row.first_block + entry / BLOCK_TOKENS] : 0;
-            const scalar* from = pages + page_at(g, row.depth, block) + key_at(kv_head, entry % BLOCK_TOKENS);
+            const scalar* from = pages + page_at(g, row.slot, block) + key_at(kv_head, entry % BLOCK_TOKENS);
 #pragma unroll
             for (int n = 0; n < PACKS_OF_LANE; n++) {
                 const int pack = part + n * LANES;
@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
             const int entry = step + key;
             const bool there = entry >= first && entry < end;
             const int block = there ? block_table[row.first_block + entry / BLOCK_TOKENS] : 0;
-            const scalar* from = pages + page_at(g, row.depth, block) + key_at(kv_head, entry % BLOCK_TOKENS) + at;
+            const scalar* from = pages + page_at(g, row.slot, block) + key_at(kv_head, entry % BLOCK_TOKENS) + at;
             store_pack(&keys[key][at], there ? load_pack(from) : zero_pack<scalar>());
             store_pack(&values[key][at], there ? load_pack(from + values_at(g)) : zero_pack<scalar>());
         }

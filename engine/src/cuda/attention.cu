@@ -51,8 +51,9 @@ struct Fill {
 
 __device__ inline long long page_numbers(const Geometry& g) { return 2LL * g.kv_heads * BLOCK_TOKENS * HEAD_DIM; }
 
-__device__ inline long long page_at(const Geometry& g, int depth, int block) {
-    const int layer = g.first_layer + depth % g.depths * g.layer_stride;
+// A page of a slot: that of depth d is d modulo the number of slots. Rows have theirs with them.
+__device__ inline long long page_at(const Geometry& g, int slot, int block) {
+    const int layer = g.first_layer + slot * g.layer_stride;
     return ((long long)layer * g.blocks + block) * page_numbers(g);
 }
 
@@ -102,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) store_kv(
     for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
         const float turned = rotated(key, turn, g.rotary_dims, i);
         for (int depth = first; depth < end; depth++) {
-            scalar* page = pages + page_at(g, depth, block);
+            scalar* page = pages + page_at(g, depth % g.depths, block);
             store(page + at + i, turned);
             page[values_at(g) + at + i] = value[i];
         }
@@ -120,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fill_deeper(
         const int kv_head = i / PACKS % g.kv_heads;
         const long long half = i / PACKS < g.kv_heads ? 0 : values_at(g);
         const long long at = half + key_at(kv_head, fill.offset) + i % PACKS * Pack<scalar>::SIZE;
-        const Pack<scalar> pack = load_pack(pages + page_at(g, fill.depth, fill.block) + at);
+        const Pack<scalar> pack = load_pack(pages + page_at(g, fill.depth % g.depths, fill.block) + at);
         for (int depth = fill.depth + 1; depth < g.depths; depth++) {
             store_pack(pages + page_at(g, depth, fill.block) + at, pack);
         }

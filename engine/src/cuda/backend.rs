@@ -89,6 +89,15 @@ impl Section {
     }
 }
 
+/// What rows read of the cache.
+#[derive(Clone, Copy)]
+struct RowsInCache {
+    /// Window of layers that have one.
+    window: Option<usize>,
+    /// Number of depths with their own pages.
+    slots: usize,
+}
+
 /// The sections of a pass, before they are laid out for an upload.
 #[derive(Default)]
 struct Plan {
@@ -99,10 +108,11 @@ struct Plan {
 }
 
 impl Plan {
-    fn push(&mut self, layers: Layers, rows: &[Row<'_>], window: Option<usize>, places: impl Iterator<Item = usize>) {
+    fn push(&mut self, layers: Layers, rows: &[Row<'_>], cache: RowsInCache, places: impl Iterator<Item = usize>) {
+        let RowsInCache { window, slots } = cache;
         if !rows.is_empty() {
             let places = places.map(|place| place as i32).collect();
-            self.sections.insert(layers, (PassRows::new(rows, window), places));
+            self.sections.insert(layers, (PassRows::new(rows, window, slots), places));
         }
     }
 
@@ -452,11 +462,11 @@ impl<D: Device> CudaBackend<D> {
 
     /// The sections of a pass.
     fn plan(&self, work: &Work<'_>) -> Plan {
-        let window = self.window();
+        let cache = self.rows_in_cache();
         let rows = work.rows.rows();
         let mut plan = Plan::default();
-        plan.push(Layers::Block, rows, window, 0..rows.len());
-        let mut part = |layers, range: Range<usize>| plan.push(layers, &rows[range.clone()], window, range);
+        plan.push(Layers::Block, rows, cache, 0..rows.len());
+        let mut part = |layers, range: Range<usize>| plan.push(layers, &rows[range.clone()], cache, range);
         if !self.model.prelude.is_empty() {
             part(Layers::Prelude, work.rows.range(0..1));
         }
@@ -468,7 +478,7 @@ impl<D: Device> CudaBackend<D> {
         }
         let first_exit = if self.model.coda.is_empty() { 0 } else { work.coda.start };
         let of_exits = work.heads.rows.iter().map(|&row| row - first_exit);
-        plan.push(Layers::Head, work.rows.pick(work.heads.rows.iter().copied()).rows(), window, of_exits);
+        plan.push(Layers::Head, work.rows.pick(work.heads.rows.iter().copied()).rows(), cache, of_exits);
         plan.keys = work.heads.keys.clone();
         plan
     }
@@ -482,8 +492,9 @@ impl<D: Device> CudaBackend<D> {
         [block, vec![Layers::Coda]].concat()
     }
 
-    fn window(&self) -> Option<usize> {
-        self.model.config.architecture.sliding_window.as_ref().map(|window| window.tokens)
+    fn rows_in_cache(&self) -> RowsInCache {
+        let window = self.model.config.architecture.sliding_window.as_ref().map(|window| window.tokens);
+        RowsInCache { window, slots: self.memory.layout.depths }
     }
 
     /// The size to which rows are padded if they run as a graph.
@@ -717,7 +728,7 @@ impl<D: Device> CudaBackend<D> {
         heads: &Heads,
     ) -> Result<Vec<Verdict>> {
         let mut plan = Plan { keys: heads.keys.clone(), ..Plan::default() };
-        plan.push(Layers::Head, rows.rows(), self.window(), picks.iter().copied());
+        plan.push(Layers::Head, rows.rows(), self.rows_in_cache(), picks.iter().copied());
         let (sections, keys) = self.lay_out(&plan);
         let [section] = &sections[..] else { return Ok(Vec::new()) };
         self.fit(&sections)?;

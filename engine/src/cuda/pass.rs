@@ -16,6 +16,7 @@ pub const GROUP_ROWS: usize = 8;
 pub struct Row {
     position: i32,
     depth: i32,
+    slot: i32,
     first_fill: i32,
     end_fill: i32,
     entry: i32,
@@ -29,6 +30,7 @@ impl Row {
     const PADDING: Self = Self {
         position: -1,
         depth: 0,
+        slot: 0,
         first_fill: 0,
         end_fill: 0,
         entry: 0,
@@ -92,11 +94,11 @@ pub struct PassRows {
 
 impl PassRows {
     /// Data of rows sorted by depth. Consecutive rows of one sequence at one depth form a prompt chunk. `window` is the
-    /// window of layers that have one.
-    pub fn new(rows: &[attention::Row<'_>], window: Option<usize>) -> Self {
+    /// window of layers that have one, `slots` the number of depths with their own pages.
+    pub fn new(rows: &[attention::Row<'_>], window: Option<usize>, slots: usize) -> Self {
         let mut pass = Self::default();
         for chunk in rows.chunk_by(follows) {
-            pass.push_chunk(chunk, window);
+            pass.push_chunk(chunk, window, slots);
         }
         for of_depth in pass.rows.chunk_by(|a, b| a.depth == b.depth) {
             let start = pass.groups.last().map_or(0, |last| last.first_row + last.rows);
@@ -109,12 +111,13 @@ impl PassRows {
         pass
     }
 
-    fn push_chunk(&mut self, chunk: &[attention::Row<'_>], window: Option<usize>) {
+    fn push_chunk(&mut self, chunk: &[attention::Row<'_>], window: Option<usize>, slots: usize) {
         let (first_row, first_block) = (self.rows.len(), self.block_table.len() as i32);
         let first_item = self.items.len() as i32;
         self.rows.extend(chunk.iter().map(|row| Row {
             position: row.position as i32,
             depth: row.depth as i32,
+            slot: (row.depth % slots) as i32,
             first_fill: row.fills.start as i32,
             end_fill: row.fills.end as i32,
             entry: row.entries_before(row.position) as i32,

@@ -132,6 +132,8 @@ __device__ inline float block_max(float x, float (&greatest)[WARPS]) {
 struct Row {
     int position;
     int depth;
+    // Slot of its depth in the cache.
+    int slot;
     // The depths at which it writes its key and value.
     int first_fill, end_fill;
     // The entries of a sequence at a depth are stored without gaps. The row's own entry; and the end of those that it

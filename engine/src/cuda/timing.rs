@@ -246,9 +246,9 @@ impl<'d, D: Device> Bench<'d, D> {
         self.uploaded(&bytes)
     }
 
-    /// The rows of a pass, and the memory that they are in.
-    fn rows(&self, rows: &[Row<'_>]) -> Result<(OnDevice, D::Memory)> {
-        let (pass, mut arrays) = (PassRows::new(rows, None), Arrays::default());
+    /// The rows of a pass over a cache with so many slots, and the memory that they are in.
+    fn rows(&self, rows: &[Row<'_>], slots: usize) -> Result<(OnDevice, D::Memory)> {
+        let (pass, mut arrays) = (PassRows::new(rows, None, slots), Arrays::default());
         let views = pass.append(&mut arrays, pass.room());
         let held = self.uploaded(arrays.bytes())?;
         Ok((views.moved(self.device.address(&held)), held))
@@ -322,8 +322,8 @@ impl<'a, D: Device> Inputs<'a, D> {
             adapters.max(sizes.inputs(of) * sizes.outputs(of))
         });
         let weight = bench.numbers(scalar, weight)?;
-        let (decode, decode_held) = bench.rows(&decode)?;
-        let (chunk, chunk_held) = bench.rows(&chunk)?;
+        let (decode, decode_held) = bench.rows(&decode, config.num_loops)?;
+        let (chunk, chunk_held) = bench.rows(&chunk, config.num_loops)?;
         let partial = bench.kernels().partial_numbers(&decode, config.num_heads);
         let fill = |row: usize| Fill { block: (row * of_row) as i32, offset: 0, depth: 0 };
         Ok(Self {

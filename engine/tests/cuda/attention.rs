@@ -249,7 +249,7 @@ impl Case {
     /// Runs the kernels; returns attention and pages.
     pub fn on_device(&self) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
         let bench = &self.bench;
-        let uploaded = bench.upload(&PassRows::new(&self.rows(), Some(self.window)));
+        let uploaded = bench.upload(&PassRows::new(&self.rows(), Some(self.window), self.cache.layout().depths));
         let rows = uploaded.views;
         let pages: Held<Stored> = bench.store(&self.pages);
         let (qkv, rotary) = (bench.store(&self.qkv), bench.put(&numbers(&self.rotary)));

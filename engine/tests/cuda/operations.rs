@@ -32,7 +32,7 @@ fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (Rows, Vec<(us
         start += of_depth.len();
         (of_depth[0], start - of_depth.len()..start)
     });
-    (bench.upload(&PassRows::new(&rows, None)), ranges.collect())
+    (bench.upload(&PassRows::new(&rows, None, DEPTHS)), ranges.collect())
 }
 
 /// Runs a test for every storage type and count of rows.
@@ -159,7 +159,7 @@ fn the_adapter_reads_the_state_of_a_row_and_what_is_injected() {
         let blocks: Vec<[u32; 1]> = (0..count as u32).map(|block| [block]).collect();
         let placed: Vec<Row<'_>> =
             positions.iter().zip(&blocks).map(|(&position, blocks)| Row::new(position, 0, blocks)).collect();
-        let rows = bench.upload(&PassRows::new(&placed, None));
+        let rows = bench.upload(&PassRows::new(&placed, None, DEPTHS));
         let sources: Vec<i32> = (0..count).map(|_| dice.below(5 + capacity) as i32 - capacity as i32).collect();
         let (arena, initial) = (bench.random(dice, capacity * width), bench.random(dice, states * width));
         let injected = bench.random(dice, count * width);

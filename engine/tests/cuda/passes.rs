@@ -262,7 +262,7 @@ fn heads_read_after_a_pass_and_fills_are_those_of_the_cpu() {
         let mut dice = Dice::new(13);
         let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
         let sequences = pair.sequences(&mut dice, &[20; 3]);
-        let work = Work { heads: Heads::default(), ..pair.decode(&sequences, &[0; 3], 0) };
+        let work = Work { heads: Heads::default(), diverging: Vec::new(), ..pair.decode(&sequences, &[0; 3], 0) };
         pair.run(&work);
         let heads = Heads { rows: vec![0, 2], keys: vec![3, 4], temperature: 0.0 };
         let rows = work.rows.pick([0, 2]);
