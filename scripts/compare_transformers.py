@@ -117,7 +117,7 @@ UNSUPPORTED = [
     ("llama partly rotated", LlamaConfig, LLAMA | dict(rope_parameters=rope(partial_rotary_factor=0.5)),
      "partial_rotary_factor"),
     ("qwen2 sliding", Qwen2Config, LLAMA | dict(use_sliding_window=True, sliding_window=9, max_window_layers=1),
-     "sliding_window"),
+     "layer_types"),
     ("gemma bidirectional", GemmaConfig, GEMMA | dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
     ("gemma3 softcapping", Gemma3TextConfig, GEMMA3 | dict(attn_logit_softcapping=20.0), "attn_logit_softcapping"),
     ("gemma3 final softcapping", Gemma3TextConfig, GEMMA3 | dict(final_logit_softcapping=3.0), "final_logit_softcapping"),
