@@ -25,6 +25,7 @@ fn sharing(config: ModelConfig) -> ModelConfig {
     if let Some(window) = &mut config.architecture.sliding_window {
         window.layers.retain(|layer| *layer < layers);
     }
+    config.architecture.unrotated_layers.retain(|layer| *layer < layers);
     config
 }
 
