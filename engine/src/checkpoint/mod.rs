@@ -55,7 +55,7 @@ const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// A model and its tokenizer.
 pub struct Checkpoint {
-    /// The weights; those of an ordinary transformer are of [`Sharing::Nothing`](crate::config::Sharing::Nothing).
+    /// The weights; those of an ordinary transformer are of [`Sharing::Nothing`].
     pub weights: Weights,
     /// The tokenizer; none if the folder has no `tokenizer.json`.
     pub tokenizer: Option<Tokenizer>,
