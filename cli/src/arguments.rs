@@ -17,7 +17,7 @@ use experiments::experiment::{SCHEMA_VERSION, read_yaml};
 use experiments::runs::{Machines, load_models};
 use experiments::serving::{MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, parse_bytes};
 use experiments::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
-use experiments::workload::{Workload, load_open_loop};
+use experiments::workload::{Workload, load_requests};
 
 /// A number that sizes something, at most `MOST`.
 ///
@@ -174,13 +174,23 @@ impl RequestArgs {
         Ok((RequestSpec { tokenizer, ..spec }, base))
     }
 
-    /// Reads or makes the requests of a run on the engine, which are each sent at their own arrival.
+    /// Reads or makes requests, whenever they are sent.
     ///
     /// # Errors
-    /// If the file does not read, the options contradict it, or a request waits for the answer to another one.
+    /// If the file does not read, or the options contradict it.
     pub fn load(&self) -> Result<RequestTrace> {
         let (spec, base) = self.spec()?;
-        load_open_loop(&spec, &base, &mut Terminal::default()).map_err(|error| self.name_option(error))
+        load_requests(&spec, &base, &mut Terminal::default()).map_err(|error| self.name_option(error))
+    }
+
+    /// Reads or makes requests, and what they are sent by. Think times are drawn with `seed`.
+    ///
+    /// # Errors
+    /// If the file does not read, the options contradict it, or the trace does not say when its sessions begin.
+    pub fn workload(&self, seed: u64) -> Result<Workload> {
+        let (spec, base) = self.spec()?;
+        let load = || Workload::of_trace(&load_requests(&spec, &base, &mut Terminal::default())?, &spec, seed);
+        load().map_err(|error| self.name_option(error))
     }
 
     /// An error about a key that was given as an option names the option.

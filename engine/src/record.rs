@@ -310,6 +310,7 @@ impl From<ServeError<RecordError>> for ReplayError {
     fn from(error: ServeError<RecordError>) -> Self {
         match error {
             ServeError::Schedule(error) => error.into(),
+            ServeError::Unordered(error) => error.into(),
             ServeError::Executor(RecordError::Engine(error)) => error.into(),
             ServeError::Executor(RecordError::HandOver(error)) => error,
         }

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use scheduler::blocks::BlockId;
 use scheduler::{
-    Clock, ClosedLoop, Executor, ExitPolicy, KvFill, Observer, ScheduleError, ServeError, Server, Settings, SignalRead,
-    serve,
+    Clock, ClosedLoad, Executor, ExitPolicy, KvFill, Observer, ScheduleError, ServeError, Server, Serving, Settings,
+    SignalRead, Unordered, serve,
 };
-use traces::{ExitSignal, ExitTrace, Request, TraceError};
+use traces::{ClosedLoop, ExitSignal, ExitTrace, Request, TraceError};
 
 use crate::backend::{Heads, ServedModel, Work};
 use crate::cache::TILE;
@@ -30,6 +30,9 @@ pub enum ReplayError {
     /// Settings or a request that cannot be served.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
+    /// Requests that are not in order of arrival.
+    #[error(transparent)]
+    Unordered(#[from] Unordered),
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -62,6 +65,7 @@ impl From<ServeError<EngineError>> for ReplayError {
     fn from(error: ServeError<EngineError>) -> Self {
         match error {
             ServeError::Schedule(error) => Self::Schedule(error),
+            ServeError::Unordered(error) => Self::Unordered(error),
             ServeError::Executor(error) => Self::Engine(error),
         }
     }
@@ -158,10 +162,11 @@ impl Engine {
             None if looks_ahead => Some(Arc::new(self.oracle_exits(&settings, requests)?)),
             given => given,
         };
-        self.replay_by(settings, requests, oracle, &mut WallClock::start(idle), observer)
+        self.replay_by(settings, requests, None, oracle, &mut WallClock::start(idle), observer)
     }
 
-    /// Serves `requests` as [`replay`](Self::replay), on another clock. The oracle exit policy needs `oracle`.
+    /// Serves `requests` as [`replay`](Self::replay), on another clock; with a closed loop, each is sent when that says.
+    /// The oracle exit policy needs `oracle`.
     ///
     /// # Errors
     /// As [`replay`](Self::replay).
@@ -169,17 +174,25 @@ impl Engine {
         &self,
         settings: Settings,
         requests: &[Request],
+        closed_loop: Option<&ClosedLoop>,
         oracle: Option<Arc<ExitDepths>>,
         clock: &mut (impl Clock + Send),
         observer: &mut (impl Observer + Send),
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
         let executor = self.executor_with(&settings, oracle)?;
-        self.check(&settings, &executor, requests)?;
-        Ok(run_to_end(settings, executor, requests, clock, observer)?.into_generations())
+        let Some(closed_loop) = closed_loop else {
+            self.check(&settings, &executor, requests)?;
+            return Ok(run_to_end(settings, executor, requests, clock, observer)?.into_generations());
+        };
+        let load = ClosedLoad::new(closed_loop.clone(), requests.iter().copied());
+        let mut serving = Serving::new(self.server(settings, executor, requests)?, clock, load);
+        in_pool(|| {
+            while serving.step(observer)? {}
+            Ok(serving.into_server().into_executor().into_generations())
+        })
     }
 
-    /// A replay of `requests` in a closed loop with `in_flight` of them at a time, which runs in slices. The oracle exit
-    /// policy needs `oracle`.
+    /// A replay of `requests` in a closed loop, which runs in slices. The oracle exit policy needs `oracle`.
     ///
     /// # Errors
     /// If a request does not fit the model or the cache, or has no prompt.
@@ -187,13 +200,14 @@ impl Engine {
         &self,
         settings: Settings,
         requests: &[Request],
-        in_flight: u32,
+        closed_loop: &ClosedLoop,
         oracle: Option<Arc<ExitDepths>>,
     ) -> Result<SlicedReplay, ReplayError> {
         let server = self.server(settings, self.executor_with(&settings, oracle)?, requests)?;
         let mut clock = WallClock::start(Idle::Skip);
         clock.stop();
-        Ok(SlicedReplay(ClosedLoop::new(server, clock, requests, in_flight)))
+        let load = ClosedLoad::new(closed_loop.clone(), Vec::from(requests));
+        Ok(SlicedReplay { serving: Serving::new(server, clock, load), total: requests.len() })
     }
 
     /// Checks that the engine can run under these settings.
@@ -324,7 +338,10 @@ impl Engine {
 
 /// A replay in a closed loop that runs in slices. Between them its clock stands still, so that two replays can run in
 /// alternation and meet the same moments of the machine.
-pub struct SlicedReplay(ClosedLoop<EngineExecutor, WallClock>);
+pub struct SlicedReplay {
+    serving: Serving<EngineExecutor, WallClock, ClosedLoad<std::vec::IntoIter<Request>>>,
+    total: usize,
+}
 
 impl SlicedReplay {
     /// Runs passes for at least `slice`, and at least one. Returns whether anything is left to run.
@@ -332,7 +349,7 @@ impl SlicedReplay {
     /// # Errors
     /// If the engine fails.
     pub fn run_for(&mut self, slice: Duration, observer: &mut (impl Observer + Send)) -> Result<bool, ReplayError> {
-        let serving = &mut self.0;
+        let serving = &mut self.serving;
         in_pool(|| {
             let start = Instant::now();
             serving.clock_mut().resume();
@@ -345,14 +362,14 @@ impl SlicedReplay {
         })
     }
 
-    /// Share of the requests that have ended, 0 to 1.
+    /// Share of the requests that have ended, 0 to 1; 1 without requests.
     pub fn progress(&self) -> f64 {
-        self.0.progress()
+        if self.total == 0 { 1.0 } else { self.serving.num_ended() as f64 / self.total as f64 }
     }
 
     /// Prompt and output of each request, by id, when the replay is over.
     pub fn into_generations(self) -> HashMap<u32, Generation> {
-        self.0.into_executor().into_generations()
+        self.serving.into_server().into_executor().into_generations()
     }
 }
 

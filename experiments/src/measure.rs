@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use engine::{Engine, Generation, Idle, SlicedReplay, WallClock};
 use scheduler::{Observer, PassRecorder, Settings};
 use simulator::{Metrics, Objectives, Source, Summary};
@@ -14,6 +14,7 @@ use crate::oracle::Oracle;
 use crate::quality::{FullDepthTexts, Quality};
 use crate::reporter::Reporter;
 use crate::runs::Run;
+use crate::workload::Workload;
 
 /// Replays that the capacity is the median of.
 const CAPACITY_REPLAYS: usize = 3;
@@ -28,7 +29,7 @@ pub struct Load {
     /// The rate as a share of the capacity; `None` if they arrive as the trace says.
     pub share: Option<f64>,
     /// The requests.
-    pub requests: Vec<Request>,
+    pub workload: Workload,
 }
 
 /// What was measured of requests that arrive at one rate.
@@ -67,7 +68,7 @@ pub fn in_turn(
                 let metrics = metrics_of(settings, objectives);
                 let mut recorder = PassRecorder::new(settings, PassOrigin::Replay, unix_micros);
                 let (run, generations) =
-                    replay_into(metrics, &named.engine, &load.requests, oracle, Idle::Skip, &mut recorder)?;
+                    replay_into(metrics, &named.engine, &load.workload, oracle, Idle::Skip, &mut recorder)?;
                 // Tokens and exits do not change from repeat to repeat, unless they depend on the load.
                 let first = runs.first().filter(|_| !exit.depends_on_load());
                 let quality = match first.and_then(|runs: &Vec<Run>| runs[place].quality.clone()) {
@@ -98,7 +99,7 @@ impl MeasuredLoad {
 /// # Errors
 /// If the engine cannot serve the requests.
 pub fn capacity(engine: &Engine, settings: Settings, requests: &[Request], oracle: &Oracle) -> Result<f64> {
-    let at_once = Request::at_once(requests);
+    let at_once = Workload::open(Request::at_once(requests), None);
     let run = || replay(engine, settings, &at_once, oracle, Idle::Skip, &mut ());
     let runs = (0..CAPACITY_REPLAYS).map(|_| Ok(run()?.0)).collect::<Result<Vec<Run>>>()?;
     Ok(requests.len() as f64 / median_run(runs).summary.makespan_s)
@@ -112,23 +113,24 @@ pub struct Looped {
     pub passes: PassRun,
 }
 
-/// Replays the requests in a closed loop under both settings, in alternating slices, so that both meet the same moments
+/// Replays a workload in a closed loop under both settings, in alternating slices, so that both meet the same moments
 /// of the machine. The replay that is behind, by the share of its requests that have ended, gets the next slice: both
 /// end at about the same time. `shortest_s` is what the shorter replay takes at least, about, in seconds.
 ///
 /// # Errors
-/// If the engine cannot serve the requests.
+/// If the engine cannot serve the requests, or the workload is no closed loop.
 pub fn alternating(
     named: &NamedEngine,
     settings: [Settings; 2],
-    requests: &[Request],
-    in_flight: u32,
+    workload: &Workload,
     oracle: &Oracle,
     shortest_s: f64,
 ) -> Result<[Looped; 2]> {
     let slice = LONGEST_SLICE.min(Duration::from_secs_f64(shortest_s / SLICES));
+    let closed_loop = workload.closed_loop.as_ref().context("slices of a workload that is no closed loop")?;
     let begin = |settings: Settings| {
-        let replay = named.engine.sliced_replay(settings, requests, in_flight, oracle.depths(&settings))?;
+        let depths = oracle.depths(&settings);
+        let replay = named.engine.sliced_replay(settings, &workload.requests, closed_loop, depths)?;
         let recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);
         Ok::<_, anyhow::Error>((replay, (metrics_of(&settings, None), recorder)))
     };
@@ -160,19 +162,19 @@ fn behind(progress: &[f64; 2], goes_on: [bool; 2], last: usize) -> usize {
     }
 }
 
-/// Serves the requests once, at the times at which they arrive; idle time is skipped.
+/// Serves a workload once; idle time is skipped.
 ///
 /// # Errors
 /// If the engine cannot serve the requests.
-pub fn at_arrivals(
+pub fn once(
     named: &NamedEngine,
     settings: &Settings,
-    requests: &[Request],
+    workload: &Workload,
     oracle: &Oracle,
     objectives: Option<Objectives>,
 ) -> Result<Summary> {
     let metrics = metrics_of(settings, objectives);
-    Ok(replay_into(metrics, &named.engine, requests, oracle, Idle::Skip, &mut ())?.0.summary)
+    Ok(replay_into(metrics, &named.engine, workload, oracle, Idle::Skip, &mut ())?.0.summary)
 }
 
 /// Serves the requests once: the run, whose quality is not measured, and what was generated.
@@ -182,19 +184,19 @@ pub fn at_arrivals(
 pub fn replay(
     engine: &Engine,
     settings: Settings,
-    requests: &[Request],
+    workload: &Workload,
     oracle: &Oracle,
     idle: Idle,
     observer: &mut (impl Observer + Send),
 ) -> Result<(Run, HashMap<u32, Generation>)> {
-    replay_into(metrics_of(&settings, None), engine, requests, oracle, idle, observer)
+    replay_into(metrics_of(&settings, None), engine, workload, oracle, idle, observer)
 }
 
-/// Serves the requests once, into metrics of a run that has not started.
+/// Serves a workload once, into metrics of a run that has not started.
 fn replay_into(
     metrics: Metrics,
     engine: &Engine,
-    requests: &[Request],
+    workload: &Workload,
     oracle: &Oracle,
     idle: Idle,
     observer: &mut (impl Observer + Send),
@@ -202,7 +204,9 @@ fn replay_into(
     let settings = *metrics.settings();
     let mut observers = (metrics, observer);
     let clock = &mut WallClock::start(idle);
-    let generations = engine.replay_by(settings, requests, oracle.depths(&settings), clock, &mut observers)?;
+    let Workload { requests, closed_loop, .. } = workload;
+    let depths = oracle.depths(&settings);
+    let generations = engine.replay_by(settings, requests, closed_loop.as_ref(), depths, clock, &mut observers)?;
     Ok((measured_run(engine, observers.0), generations))
 }
 

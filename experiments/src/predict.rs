@@ -4,13 +4,13 @@ use anyhow::Result;
 use latency::{Extrapolations, LatencyModel};
 use scheduler::{Batching, KvFill, Settings};
 use serde::Serialize;
-use simulator::{Objectives, Simulation, Summary};
-use traces::Request;
+use simulator::{Objectives, Summary};
 
 use crate::compare::{Metric, Predictions};
 use crate::measure::metrics_of;
 use crate::recording::Recording;
-use crate::runs::Run;
+use crate::runs::{Machines, Run};
+use crate::workload::Workload;
 
 /// Predictions that were written before the first replay.
 pub const PREDICTIONS: &str = "predictions.csv";
@@ -72,67 +72,36 @@ pub struct Predictor<'a> {
 }
 
 impl Predictor<'_> {
-    /// A run of every combination in a closed loop, and what was extrapolated.
+    /// A run of every combination, and what was extrapolated.
     ///
     /// # Errors
     /// If a request cannot be served.
-    pub fn closed_loop(
-        &self,
-        model: &LatencyModel,
-        requests: &[Request],
-        in_flight: u32,
-    ) -> Result<(Vec<Run>, Extrapolations)> {
-        self.all(|place| self.run(model, place, Arrivals::ClosedLoop(requests, in_flight)))
-    }
-
-    /// A run of every combination over requests that arrive at their times, and what was extrapolated.
-    ///
-    /// # Errors
-    /// If a request cannot be served.
-    pub fn at_arrivals(&self, model: &LatencyModel, requests: &[Request]) -> Result<(Vec<Run>, Extrapolations)> {
-        self.all(|place| self.run(model, place, Arrivals::OfTrace(requests)))
-    }
-
-    /// A run of one combination over requests that arrive at their times.
-    ///
-    /// # Errors
-    /// If a request cannot be served.
-    pub fn one_at_arrivals(&self, model: &LatencyModel, place: usize, requests: &[Request]) -> Result<Summary> {
-        Ok(self.run(model, place, Arrivals::OfTrace(requests))?.0.summary)
-    }
-
-    fn all(&self, run: impl Fn(usize) -> Result<(Run, Extrapolations)>) -> Result<(Vec<Run>, Extrapolations)> {
+    pub fn runs(&self, model: &LatencyModel, workload: &Workload) -> Result<(Vec<Run>, Extrapolations)> {
         let (mut runs, mut beyond) = (Vec::new(), Extrapolations::default());
         for place in 0..self.settings.len() {
-            let (run, of_run) = run(place)?;
+            let (run, of_run) = self.run(model, place, workload)?;
             runs.push(run);
             beyond.merge(&of_run);
         }
         Ok((runs, beyond))
     }
 
-    fn run(&self, model: &LatencyModel, place: usize, arrivals: Arrivals<'_>) -> Result<(Run, Extrapolations)> {
+    /// A run of one combination.
+    ///
+    /// # Errors
+    /// If a request cannot be served.
+    pub fn one(&self, model: &LatencyModel, place: usize, workload: &Workload) -> Result<Summary> {
+        Ok(self.run(model, place, workload)?.0.summary)
+    }
+
+    fn run(&self, model: &LatencyModel, place: usize, workload: &Workload) -> Result<(Run, Extrapolations)> {
         let settings = self.settings[place];
-        let simulation = Simulation::new(settings, model, self.recording.exits(place))?;
+        let simulation = Machines::ONE.simulation(settings, model, self.recording.exits(place), workload)?;
         let mut metrics = [metrics_of(&settings, self.objectives)];
-        let outcome = match arrivals {
-            Arrivals::OfTrace(requests) => simulation.run(requests.iter().copied(), &mut metrics)?,
-            Arrivals::ClosedLoop(requests, in_flight) => {
-                simulation.run_closed_loop(requests, in_flight, &mut metrics[0])?
-            }
-        };
+        let outcome = simulation.run(workload.requests.iter().copied(), &mut metrics)?;
         let [metrics] = metrics;
         let mut summary = simulation.summary(&metrics, &outcome);
         summary.token_agreement = summary.token_agreement.filter(|_| self.recording.has_predictions(place));
         Ok((Run { summary, metrics, time: Some(outcome.time), quality: None }, outcome.extrapolations))
     }
-}
-
-/// When requests arrive.
-#[derive(Clone, Copy)]
-enum Arrivals<'r> {
-    /// At their times.
-    OfTrace(&'r [Request]),
-    /// When another one ends, with this number of requests in flight.
-    ClosedLoop(&'r [Request], u32),
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use anyhow::Result;
 use engine::{Generation, Idle};
 use scheduler::{ExitPolicy, PassRecorder, Settings};
-use traces::{ExitTrace, PassLog, PassOrigin, Request, unix_micros};
+use traces::{ExitTrace, PassLog, PassOrigin, unix_micros};
 
 use crate::measure;
 use crate::named_engine::{NamedEngine, pass_log_meta, record};
@@ -14,8 +14,9 @@ use crate::quality::{FullDepthTexts, Quality};
 use crate::reporter::Reporter;
 use crate::runs::Run;
 use crate::speedup::warn_without_baselines;
+use crate::workload::Workload;
 
-/// Replays the requests under every one of `settings`: the runs, and all their passes. The exits of
+/// Replays a workload under every one of `settings`: the runs, and all their passes. The exits of
 /// `oracle:recorded` are read from `recorded`, an exit trace of these requests; without one, they are recorded first. Those of
 /// the live oracle are found by looking ahead before the replays.
 ///
@@ -24,11 +25,12 @@ use crate::speedup::warn_without_baselines;
 pub fn replay(
     named: &NamedEngine,
     settings: &[Settings],
-    requests: &[Request],
+    workload: &Workload,
     recorded: Option<&ExitTrace>,
     idle: Idle,
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<Run>, PassLog)> {
+    let requests = &workload.requests[..];
     settings.iter().try_for_each(|settings| named.check_settings(settings))?;
     warn_without_baselines(settings, reporter);
     let full_depth = settings.iter().position(|settings| settings.exit == ExitPolicy::None);
@@ -44,7 +46,7 @@ pub fn replay(
     for &settings in settings {
         reporter.message(&format!("{}, {}", settings.batching, settings.exit));
         let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, unix_micros);
-        let (run, generations) = measure::replay(&named.engine, settings, requests, &oracle, idle, &mut recorder)?;
+        let (run, generations) = measure::replay(&named.engine, settings, workload, &oracle, idle, &mut recorder)?;
         runs.push(run);
         generated.push(generations);
         passes.runs.push(recorder.into_run());

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Settings};
 use simulator::{ExitModel, ModelMemory, Summary, write_csv};
@@ -26,7 +26,7 @@ use crate::serving::Serving;
 use crate::speedup::warn_without_baselines;
 use crate::systems::{OfSystem, simulate_systems};
 use crate::validate::{Table, Validation, validate_into, write_tables};
-use crate::workload::{Workload, load_open_loop};
+use crate::workload::{Workload, load_requests};
 
 /// What an experiment came to.
 #[derive(Clone, Debug)]
@@ -115,7 +115,7 @@ fn measure_and_simulate(
     folder: &mut ResultsFolder,
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<LoadReport>, Result<()>)> {
-    let mut trace = load_open_loop(&experiment.requests, base, reporter)?;
+    let mut trace = load_requests(&experiment.requests, base, reporter)?;
     let engine = NamedEngine::of_spec(spec, base, experiment.seed)?;
     engine.engine.prompts.set_lengths(&mut trace.requests);
     let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
@@ -131,13 +131,13 @@ fn measure_and_simulate(
     profile.write(results.join("profile"))?;
     recording.trace.write(results.join("exits"), ExitTable::Parquet)?;
 
-    let loads = loads(&engine, spec, settings[0], &trace, &recording, reporter)?;
+    let loads = loads(&engine, experiment, spec, settings[0], &trace, &recording, reporter)?;
     let models =
         Predictions { first: LatencyModel::new(&profile)?, without_a_round: profiled.without_a_round()?, repeat: None };
     let predictor = Predictor { settings: &settings, recording: &recording, objectives: experiment.objectives };
     let mut predicted = Vec::new();
     for load in &loads {
-        let (runs, beyond) = predictor.at_arrivals(&models.first, &load.requests)?;
+        let (runs, beyond) = predictor.runs(&models.first, &load.workload)?;
         warn_of_extrapolations(&beyond, reporter);
         predicted.push(runs);
     }
@@ -179,22 +179,23 @@ fn measure_and_simulate(
 /// The requests, as the trace says, or at shares of the capacity that the first combination has when all arrive at once.
 fn loads(
     engine: &NamedEngine,
+    experiment: &Experiment,
     spec: &EngineSpec,
     first: Settings,
     trace: &RequestTrace,
     recording: &Recording,
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Load>> {
+    let workload = Workload::of_trace(trace, &experiment.requests, experiment.seed)?;
     if spec.loads.is_empty() {
-        return Ok(vec![Load { share: None, requests: trace.requests.clone() }]);
+        return Ok(vec![Load { share: None, workload }]);
     }
+    ensure!(!workload.has_users(), "engine.loads: users send requests when they have answers, at no rate");
     let capacity = capacity(&engine.engine, first, &trace.requests, &recording.oracle)?;
     reporter.note(&format!("capacity: {capacity:.3} requests/s under {} batching", first.batching));
     let scaled = |&share: &f64| {
-        Ok::<_, anyhow::Error>(Load {
-            share: Some(share),
-            requests: trace.clone().scale_to_rate(share * capacity)?.requests,
-        })
+        let requests = trace.clone().scale_to_rate(share * capacity)?.requests;
+        Ok::<_, anyhow::Error>(Load { share: Some(share), workload: Workload { requests, ..workload.clone() } })
     };
     spec.loads.iter().map(scaled).collect()
 }
@@ -220,7 +221,7 @@ fn compare_load(
     write_csv(&folder.join("passes.csv"), classes)?;
 
     let predicted = models.try_map(|model| {
-        let (runs, _) = predictor.at_arrivals(model, &load.requests)?;
+        let (runs, _) = predictor.runs(model, &load.workload)?;
         Ok::<_, anyhow::Error>(summaries(&runs).cloned().collect::<Vec<_>>())
     })?;
     let places = (0..predictor.settings.len()).flat_map(|place| VALUES.map(|metric| (place, metric)));

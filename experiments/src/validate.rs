@@ -8,20 +8,21 @@
 //! Predictions use the profile and the recording only. The closed loop gives the rates of arrival, and nothing else, to the
 //! predictions at rates.
 
+use std::num::NonZeroU32;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, Settings};
 use simulator::{Objectives, Summary, write_csv};
-use traces::{ExitTable, PassLog, Request, RequestTrace};
+use traces::{ExitTable, PassLog, RequestTrace};
 
 use crate::compare::{
     BELOW_CAPACITY, Comparison, Kind, MeanError, Metric, Predictions, RATIOS, VALUES, mean_errors, median,
 };
 use crate::experiment::{EngineSpec, Experiment, ValidationSpec};
 use crate::figures::{self, Caption};
-use crate::measure::{Looped, alternating, at_arrivals, median_runs};
+use crate::measure::{Looped, alternating, median_runs, once};
 use crate::named_engine::{NamedEngine, pass_log_meta};
 use crate::passes::compare_passes;
 use crate::predict::{Models, PREDICTIONS, PREDICTIONS_AT_RATES, Predictor, predictions};
@@ -30,7 +31,7 @@ use crate::recording::Recording;
 use crate::reporter::Reporter;
 use crate::results::{PASS_LOG, ResultsFolder};
 use crate::runs::{Run, warn_of_extrapolations, write_depth_rows, write_requests};
-use crate::workload::load_open_loop;
+use crate::workload::{Workload, load_open_loop};
 
 /// What a validation came to.
 #[derive(Clone, Debug)]
@@ -78,7 +79,8 @@ struct Subject {
     trace: RequestTrace,
     /// Every combination, and last the baseline: sequence-wise batching without exits.
     settings: Vec<Settings>,
-    in_flight: u32,
+    /// The requests in a closed loop.
+    looped: Workload,
     repeats: u32,
     objectives: Option<Objectives>,
 }
@@ -109,7 +111,7 @@ pub(crate) fn validate_into(
         Predictions { first: LatencyModel::new(&profile)?, without_a_round: profiled.without_a_round()?, repeat: None };
 
     let predictor = Predictor { settings, recording: &recording, objectives: None };
-    let (predicted, beyond) = predictor.closed_loop(&models.first, &trace.requests, subject.in_flight)?;
+    let (predicted, beyond) = predictor.runs(&models.first, &subject.looped)?;
     warn_of_extrapolations(&beyond, reporter);
     let baseline = &predicted[subject.combinations()].summary;
     let lines = predicted[..subject.combinations()].iter();
@@ -125,8 +127,8 @@ pub(crate) fn validate_into(
     }
     let predictor = Predictor { objectives: subject.objectives, ..predictor };
     if !rated.is_empty() {
-        let lines = rated.iter().map(|(place, rate, requests)| {
-            let run = predictor.one_at_arrivals(&models.first, place, requests)?;
+        let lines = rated.iter().map(|(place, rate, workload)| {
+            let run = predictor.one(&models.first, place, workload)?;
             Ok::<_, anyhow::Error>(predictions(&run, Some(rate), metrics_at(rate), None).collect::<Vec<_>>())
         });
         let lines: Vec<_> = lines.collect::<Result<_>>()?;
@@ -169,7 +171,9 @@ impl Subject {
         settings.push(baseline);
         settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
         let in_flight = validation.in_flight.unwrap_or(serving.max_batch);
-        Ok(Self { engine, trace, settings, in_flight, repeats: spec.repeats, objectives: experiment.objectives })
+        let in_flight = NonZeroU32::new(in_flight).context("no requests in flight: expected at least 1")?;
+        let looped = Workload::in_flight(trace.requests.clone(), in_flight);
+        Ok(Self { engine, trace, settings, looped, repeats: spec.repeats, objectives: experiment.objectives })
     }
 
     fn combinations(&self) -> usize {
@@ -195,8 +199,7 @@ impl Subject {
             ));
             let pair = [self.settings[place], self.settings[combinations]];
             let shortest_s = makespan(place).min(makespan(combinations));
-            let requests = &self.trace.requests;
-            let looped = alternating(&self.engine, pair, requests, self.in_flight, &recording.oracle, shortest_s)?;
+            let looped = alternating(&self.engine, pair, &self.looped, &recording.oracle, shortest_s)?;
             reporter.advance(1);
             Ok::<_, anyhow::Error>(looped)
         };
@@ -223,7 +226,7 @@ impl Subject {
         measured: &[Vec<[Looped; 2]>],
     ) -> Result<Vec<Table>> {
         let predicted = models.try_map(|model| {
-            let (runs, _) = predictor.closed_loop(model, &self.trace.requests, self.in_flight)?;
+            let (runs, _) = predictor.runs(model, &self.looped)?;
             Ok::<_, anyhow::Error>(runs.into_iter().map(|run| run.summary).collect::<Vec<Summary>>())
         })?;
         let baseline = self.combinations();
@@ -286,7 +289,7 @@ impl Subject {
 }
 
 /// Requests at shares of every combination's own capacity.
-struct Rated(Vec<(usize, f64, Vec<Request>)>);
+struct Rated(Vec<(usize, f64, Workload)>);
 
 /// What is compared at a rate: throughput only above the capacity, below which the arrivals decide it.
 fn metrics_at(rate: f64) -> &'static [Metric] {
@@ -304,7 +307,7 @@ impl Rated {
             for &rate in rates {
                 for (place, capacity) in capacities.iter().enumerate() {
                     let requests = subject.trace.clone().scale_to_rate(rate * capacity)?.requests;
-                    rated.push((place, rate, requests));
+                    rated.push((place, rate, Workload::open(requests, None)));
                 }
             }
         }
@@ -316,8 +319,8 @@ impl Rated {
     }
 
     /// Combination, rate and requests of each case.
-    fn iter(&self) -> impl Iterator<Item = (usize, f64, &[Request])> {
-        self.0.iter().map(|(place, rate, requests)| (*place, *rate, &requests[..]))
+    fn iter(&self) -> impl Iterator<Item = (usize, f64, &Workload)> {
+        self.0.iter().map(|(place, rate, workload)| (*place, *rate, workload))
     }
 
     /// By case, what was measured in each repeat.
@@ -331,11 +334,11 @@ impl Rated {
         reporter.start(*repeats as usize * self.0.len(), 0);
         let mut measured = vec![Vec::new(); self.0.len()];
         for repeat in 1..=*repeats {
-            for ((place, rate, requests), measured) in self.iter().zip(&mut measured) {
+            for ((place, rate, workload), measured) in self.iter().zip(&mut measured) {
                 let Settings { batching, exit, kv_fill, .. } = settings[place];
                 let share = 100.0 * rate;
                 reporter.message(&format!("{share:.0}% load: {batching}, {exit}, {kv_fill}, {repeat} of {repeats}"));
-                measured.push(at_arrivals(engine, &settings[place], requests, &recording.oracle, *objectives)?);
+                measured.push(once(engine, &settings[place], workload, &recording.oracle, *objectives)?);
                 reporter.advance(1);
             }
         }
@@ -350,8 +353,8 @@ impl Rated {
         measured: &[Vec<Summary>],
     ) -> Result<Vec<Comparison>> {
         let mut comparisons = Vec::new();
-        for ((place, rate, requests), measured) in self.iter().zip(measured) {
-            let predicted = models.try_map(|model| predictor.one_at_arrivals(model, place, requests))?;
+        for ((place, rate, workload), measured) in self.iter().zip(measured) {
+            let predicted = models.try_map(|model| predictor.one(model, place, workload))?;
             let compare = |&(metric, value): &Metric| {
                 let measured_values = measured.iter().map(value);
                 Comparison::new(&measured[0], Some(rate), metric, &predicted.map(value), measured_values)

@@ -1,11 +1,12 @@
 //! The requests of a simulation, which of their prompts begin alike, and which wait for the answers to others.
 
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use engine::Tokenizer;
-use traces::{ClosedLoop, CountTokens, PrefixHashes, Request, RequestSpec, RequestTrace};
+use traces::{ClosedLoop, CountTokens, PrefixHashes, Request, RequestSpec, RequestTrace, TraceError};
 
 use crate::reporter::Reporter;
 use crate::serving::Serving;
@@ -22,6 +23,25 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// The requests of a trace, without their prefixes. Think times are drawn with `seed`.
+    ///
+    /// # Errors
+    /// If keys of `spec` contradict each other, or the trace does not say when its sessions begin.
+    pub fn of_trace(trace: &RequestTrace, spec: &RequestSpec, seed: u64) -> Result<Self> {
+        let closed_loop = spec.closed_loop(trace, seed)?;
+        Ok(Self { requests: trace.requests.clone(), prefixes: None, closed_loop })
+    }
+
+    /// The requests with this number of them in flight: the next one is sent when another one has been answered.
+    pub fn in_flight(requests: Vec<Request>, number: NonZeroU32) -> Self {
+        Self { requests, prefixes: None, closed_loop: Some(ClosedLoop::in_flight(number)) }
+    }
+
+    /// Whether requests are sent by users, at no rate of their own.
+    pub fn has_users(&self) -> bool {
+        self.closed_loop.as_ref().is_some_and(|closed_loop| closed_loop.users.is_some())
+    }
+
     /// Requests that are each sent at their own arrival.
     pub fn open(requests: Vec<Request>, prefixes: Option<Arc<PrefixHashes>>) -> Self {
         Self { requests, prefixes, closed_loop: None }
@@ -76,24 +96,27 @@ pub fn load_requests(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporte
     Ok(trace)
 }
 
-/// Reads or makes requests that are each sent at their own arrival, as the engine serves them.
+/// Reads or makes requests that are each sent at their own arrival, for validations.
 ///
 /// # Errors
 /// As [`load_requests`], and if there are users, or a request has no arrival of its own.
 pub fn load_open_loop(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporter) -> Result<RequestTrace> {
-    ensure!(spec.users.is_none(), "users: closed loops are simulated only; on the engine, each request has an arrival");
+    if spec.users.is_some() {
+        let expected = "validation.in_flight (--in-flight), the requests in flight in its closed loop".to_owned();
+        return Err(TraceError::Spec { key: "users".into(), found: "it in a validation".to_owned(), expected }.into());
+    }
     let trace = load_requests(spec, base, reporter)?;
     let Some(sessions) = trace.sessions.as_ref().filter(|sessions| sessions.num_following() > 0) else {
         return Ok(trace);
     };
     ensure!(
         sessions.is_timed(),
-        "{}: {} requests have no arrival time but follow the answer to another one: closed loops are simulated only",
+        "{}: {} requests have no arrival time but follow the answer to another one: expected arrivals, for a validation",
         trace.name,
         sessions.num_following()
     );
     reporter.warning(&format!(
-        "{}: sessions are not followed on the engine: each request is sent at its own arrival",
+        "{}: sessions are not followed in a validation: each request is sent at its own arrival",
         trace.name
     ));
     Ok(trace)

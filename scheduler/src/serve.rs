@@ -6,6 +6,7 @@ use traces::{Nanos, PrefixHashes, Request};
 
 use crate::ahead::Ahead;
 use crate::executor::Executor;
+use crate::load::{Answered, Load, OpenLoad, Unordered};
 use crate::observe::{Observer, PassRecord};
 use crate::scheduler::{ScheduleError, Scheduler, Settings};
 
@@ -15,6 +16,9 @@ pub enum ServeError<E: std::error::Error + 'static> {
     /// Settings or a request that cannot be served.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
+    /// Requests that are not in order of arrival.
+    #[error(transparent)]
+    Unordered(#[from] Unordered),
     /// The executor failed.
     #[error("{0}")]
     Executor(#[source] E),
@@ -136,6 +140,21 @@ pub trait Clock {
     fn wait_until(&mut self, time: Nanos);
 }
 
+/// Borrows a clock.
+impl<C: Clock> Clock for &mut C {
+    fn now(&mut self) -> Nanos {
+        C::now(self)
+    }
+
+    fn advance(&mut self, elapsed: Nanos) -> Nanos {
+        C::advance(self, elapsed)
+    }
+
+    fn wait_until(&mut self, time: Nanos) {
+        C::wait_until(self, time);
+    }
+}
+
 /// A clock that advances only by passes and waits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct VirtualClock(Nanos);
@@ -158,25 +177,96 @@ impl Clock for VirtualClock {
 /// Serves requests, in order of arrival, until every token is delivered.
 ///
 /// # Errors
-/// At the first request that can never run to its end, or when the executor fails.
+/// At the first request that can never run to its end or arrives before the one ahead of it, or when the executor fails.
 pub fn serve<E: Executor>(
     server: &mut Server<E>,
     requests: impl IntoIterator<Item = Request>,
     clock: &mut impl Clock,
     observer: &mut impl Observer,
 ) -> Result<(), ServeError<E::Error>> {
-    let mut arrivals = requests.into_iter().peekable();
-    loop {
-        let now = clock.now();
-        while let Some(request) = arrivals.next_if(|request| request.arrival <= now) {
-            server.submit(request)?;
-        }
-        match server.start_pass(now, observer).map_err(ServeError::Executor)? {
-            Some(elapsed) => server.finish_pass(clock.advance(elapsed), observer),
-            None => match arrivals.peek() {
-                Some(next) => clock.wait_until(next.arrival),
-                None => return Ok(()),
-            },
-        }
+    let (mut load, mut answered) = (OpenLoad::new(requests), Answered::default());
+    while step(server, clock, &mut load, &mut answered, observer)? {
+        answered.0.clear();
+    }
+    Ok(())
+}
+
+/// Runs one pass, or waits for the next request if there is nothing to run. Returns whether there was anything to run or
+/// to wait for; `answered` gets the requests that ended.
+///
+/// Requests that arrive at the end of a pass are ahead of those that follow an answer at once.
+fn step<E: Executor>(
+    server: &mut Server<E>,
+    clock: &mut impl Clock,
+    load: &mut impl Load,
+    answered: &mut Answered,
+    observer: &mut impl Observer,
+) -> Result<bool, ServeError<E::Error>> {
+    let now = clock.now();
+    submit_until(server, load, now)?;
+    let Some(elapsed) = server.start_pass(now, observer).map_err(ServeError::Executor)? else {
+        let next = load.next_time();
+        next.into_iter().for_each(|time| clock.wait_until(time));
+        return Ok(next.is_some());
+    };
+    let end = clock.advance(elapsed);
+    server.finish_pass(end, &mut (observer, &mut *answered));
+    submit_until(server, load, end)?;
+    answered.0.iter().for_each(|&request| load.answered(end, request));
+    Ok(true)
+}
+
+/// Submits what is sent at `now` or before.
+fn submit_until<E: Executor>(
+    server: &mut Server<E>,
+    load: &mut impl Load,
+    now: Nanos,
+) -> Result<(), ServeError<E::Error>> {
+    while let Some(request) = load.take_until(now)? {
+        server.submit(request)?;
+    }
+    Ok(())
+}
+
+/// A machine that serves a load on a clock, one pass at a time.
+pub struct Serving<E, C, L> {
+    server: Server<E>,
+    clock: C,
+    load: L,
+    answered: Answered,
+    ended: usize,
+}
+
+impl<E: Executor, C: Clock, L: Load> Serving<E, C, L> {
+    /// An idle machine and its load.
+    pub fn new(server: Server<E>, clock: C, load: L) -> Self {
+        Self { server, clock, load, answered: Answered::default(), ended: 0 }
+    }
+
+    /// Runs one pass, or waits for the next request if there is nothing to run. Returns whether there was anything to run
+    /// or to wait for.
+    ///
+    /// # Errors
+    /// If a request can never run to its end or is out of order, or the executor fails.
+    pub fn step(&mut self, observer: &mut impl Observer) -> Result<bool, ServeError<E::Error>> {
+        self.answered.0.clear();
+        let goes_on = step(&mut self.server, &mut self.clock, &mut self.load, &mut self.answered, observer)?;
+        self.ended += self.answered.0.len();
+        Ok(goes_on)
+    }
+
+    /// Number of requests that have ended.
+    pub fn num_ended(&self) -> usize {
+        self.ended
+    }
+
+    /// The clock.
+    pub fn clock_mut(&mut self) -> &mut C {
+        &mut self.clock
+    }
+
+    /// The server, when the run is over.
+    pub fn into_server(self) -> Server<E> {
+        self.server
     }
 }

@@ -61,7 +61,6 @@
 pub mod capacity;
 pub mod executor;
 pub mod exits;
-mod load;
 pub mod memory;
 pub mod metrics;
 pub mod objectives;

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
-use scheduler::{KvFill, Observer, PrefixUse, ScheduleError, ServeError, Server, Settings, SignalRead, VirtualClock};
-use traces::{ClosedLoop, ExitSignal, LatencyProfile, Nanos, PrefixHashes, Request};
+use scheduler::{
+    Answered, ClosedLoad, KvFill, Load, Observer, OpenLoad, PrefixUse, ScheduleError, Server, Settings, SignalRead,
+    Unordered,
+};
+use traces::{ClosedLoop, ExitSignal, Nanos, PrefixHashes, Request, is_same_model};
 
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
-use crate::load::{Answered, Arrivals, Closed, Load};
 use crate::memory::ModelMemory;
 use crate::metrics::{Metrics, Source, Summary};
 use crate::routing::{Router, Routing};
@@ -62,11 +64,8 @@ pub enum SimulationError {
     #[error("no replicas: expected at least 1")]
     NoReplicas,
     /// Requests that are not in order of arrival.
-    #[error("request {request} arrives before the one ahead of it in the trace: expected arrivals in order")]
-    Unordered {
-        /// Id of the request.
-        request: u32,
-    },
+    #[error(transparent)]
+    Unordered(#[from] Unordered),
     /// Settings or a request that cannot be served.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
@@ -117,7 +116,7 @@ impl<'m> Simulation<'m> {
     /// and the trace has none.
     pub fn new(settings: Settings, latency: &'m LatencyModel, exits: &'m ExitModel) -> Result<Self, SimulationError> {
         let (profile, recorded) = (latency.meta().fingerprint.as_str(), exits.fingerprint());
-        if profile != LatencyProfile::ANY_MODEL && profile != recorded {
+        if !is_same_model(profile, recorded) {
             return Err(SimulationError::OtherModel { profile: profile.to_owned(), exits: recorded.to_owned() });
         }
         if settings.num_loops != latency.num_loops() || settings.num_loops != exits.num_loops() {
@@ -209,9 +208,9 @@ impl<'m> Simulation<'m> {
         observers: &mut [O],
     ) -> Result<Outcome, SimulationError> {
         let Some(closed_loop) = self.closed_loop else {
-            return self.run_load(&mut Arrivals::new(requests), observers, |_, _, _| {});
+            return self.run_load(&mut OpenLoad::new(requests), observers, |_, _, _| {});
         };
-        let mut load = Closed::new(closed_loop, requests);
+        let mut load = ClosedLoad::new(closed_loop.clone(), requests);
         let mut observers: Vec<(&mut O, Answered)> =
             observers.iter_mut().map(|observer| (observer, Answered::default())).collect();
         self.run_load(&mut load, &mut observers, |load, now, (_, answered)| {
@@ -241,26 +240,6 @@ impl<'m> Simulation<'m> {
             replicas.start_passes(now)?;
         }
         Ok(outcome(replicas.servers))
-    }
-
-    /// Serves the requests in a closed loop on one machine, with `in_flight` of them at a time: the next one arrives when
-    /// another ends. Their own arrivals do not count.
-    ///
-    /// # Errors
-    /// At the first request that can never run to its end, or is missing from a recorded exit trace.
-    pub fn run_closed_loop<O: Observer>(
-        &self,
-        requests: &[Request],
-        in_flight: u32,
-        observer: &mut O,
-    ) -> Result<Outcome, SimulationError> {
-        let mut serving = scheduler::ClosedLoop::new(self.server(0)?, VirtualClock::default(), requests, in_flight);
-        let failed = |error| match error {
-            ServeError::Schedule(error) => SimulationError::Schedule(error),
-            ServeError::Executor(error) => SimulationError::Exits(error),
-        };
-        while serving.step(observer).map_err(failed)? {}
-        Ok(outcome(vec![serving.into_server()]))
     }
 
     /// An idle machine of this system.

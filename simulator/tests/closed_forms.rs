@@ -2,11 +2,13 @@
 
 mod common;
 
+use std::num::NonZeroU32;
+
 use common::{PASS, constant_latency, drawn_exits, exit_trace, poisson, profile, queued, settings, varied_latency};
 use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Observer, PassRecord, Settings};
 use simulator::{Draw, ExitModel, Metrics, Simulation, Summary};
-use traces::{Component, Nanos, Request};
+use traces::{ClosedLoop, Component, Nanos, Request};
 
 fn simulate(
     settings: Settings,
@@ -60,11 +62,12 @@ fn in_a_closed_loop_requests_run_at_once_and_none_waits() {
     let (in_flight, tokens) = (5, 100);
     for batching in [Batching::Sequence, Batching::Depth] {
         let settings = settings(batching, "none", 4, 16);
-        let simulation = Simulation::new(settings, &latency, &exits).unwrap();
+        let closed_loop = ClosedLoop::in_flight(NonZeroU32::new(in_flight).unwrap());
+        let simulation = Simulation::new(settings, &latency, &exits).unwrap().in_closed_loop(&closed_loop);
         let mut metrics = Metrics::new(&settings);
         // Arrivals of their own do not count.
-        let requests: Vec<Request> = poisson(200, 1e-3, 1, tokens, 42).collect();
-        let outcome = simulation.run_closed_loop(&requests, in_flight, &mut metrics).unwrap();
+        let requests = poisson(200, 1e-3, 1, tokens, 42);
+        let outcome = simulation.run(requests, std::slice::from_mut(&mut metrics)).unwrap();
         let summary = simulation.summary(&metrics, &outcome);
         let of_token = 4.0 * PASS.as_secs_f64();
         assert_close(summary.makespan_s, 200.0 / f64::from(in_flight) * f64::from(tokens) * of_token, 1e-9);

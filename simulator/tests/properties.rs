@@ -7,7 +7,7 @@ use std::sync::Arc;
 use common::{Log, constant_latency, drawn_exits, exit_trace, poisson, queued, settings, varied_latency};
 use latency::LatencyModel;
 use proptest::prelude::*;
-use scheduler::{Batching, ExitPolicy, KvFill, Server, Settings, VirtualClock, serve};
+use scheduler::{Batching, ExitPolicy, KvFill, Server, Settings, Unordered, VirtualClock, serve};
 use simulator::{Draw, ExitModel, Metrics, ProfileExecutor, Routing, Simulation, SimulationError, Source, run_all};
 use traces::{Nanos, PrefixHashes, Request, SignalSet, Signals};
 
@@ -326,7 +326,7 @@ fn what_does_not_fit_together_is_refused() {
     let simulation = Simulation::new(fit, &latency, &exits).unwrap();
     assert_eq!(simulation.run(queued(1, 1, 1), &mut [] as &mut [()]), Err(SimulationError::NoReplicas));
     let backwards = [5, 3].map(|at| Request { id: at as u32, arrival: Nanos(at), prompt_tokens: 1, output_tokens: 1 });
-    assert_eq!(simulation.run(backwards, &mut [()]), Err(SimulationError::Unordered { request: 3 }));
+    assert_eq!(simulation.run(backwards, &mut [()]), Err(SimulationError::Unordered(Unordered { request: 3 })));
     let endless = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1 << 21, output_tokens: 1 };
     assert!(matches!(simulation.run([endless], &mut [()]), Err(SimulationError::Schedule(_))));
 

@@ -3,7 +3,8 @@
 //! With all requests queued at once no decision depends on how long passes take. So the passes of a simulated run
 //! are those of the measured run, row by row, although one executor runs a model and the other looks things up.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,11 +16,13 @@ use engine::{
 use itertools::iproduct;
 use latency::LatencyModel;
 use scheduler::{
-    Batching, CustomExit, CustomPolicy, ExitPolicy, ExitRow, KvFill, Memory, Observer, PassRecord, RowKind, Settings,
-    SignalRead, Token,
+    Batching, Clock, CustomExit, CustomPolicy, ExitPolicy, ExitRow, KvFill, Memory, Observer, PassRecord, RowKind,
+    Settings, SignalRead, Token,
 };
 use simulator::{Draw, ExitModel, Outcome, Simulation};
-use traces::{Component, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Request};
+use traces::{
+    ClosedLoop, Component, ExitTrace, ExitTraceMeta, LatencyProfile, Link, Nanos, Request, Sessions, ThinkTime, Users,
+};
 
 /// Every row of every pass (slot, first position, tokens, depth), and every token (request, index, depth).
 #[derive(Debug, Default, PartialEq)]
@@ -96,6 +99,19 @@ impl CustomExit for LateAtFirst {
 
 /// A profile with made-up times: schedules of queued requests do not depend on them.
 fn any_profile(num_loops: u8) -> LatencyProfile {
+    // A copy to one depth takes a microsecond.
+    let components = "block,1,0,1,5.0,0.0,1\nblock,64,0,1,80.0,0.0,1\nembed,1,0,1,1.0,0.0,1\nhead,1,0,1,2.0,0.0,1\n\
+                      kv_fill,1,0,1,1.0,0.0,1\nkv_fill,64,0,1,64.0,0.0,1\n";
+    profile_of(num_loops, components)
+}
+
+/// A profile under which every pass takes a microsecond.
+fn constant_profile(num_loops: u8) -> LatencyProfile {
+    profile_of(num_loops, "block,1,0,1,0.0,0.0,1\nembed,1,0,1,0.0,0.0,1\nhead,1,0,1,0.0,0.0,1\n")
+}
+
+/// A profile of these components and of a microsecond beside them in every pass.
+fn profile_of(num_loops: u8, components: &str) -> LatencyProfile {
     let folder = tempfile::tempdir().unwrap();
     let meta = format!(
         "schema_version: {}\nmodel: kjv\nfingerprint: any\nnum_loops: {num_loops}\ndevice: none\nsoftware: none\n\
@@ -103,9 +119,6 @@ fn any_profile(num_loops: u8) -> LatencyProfile {
         LatencyProfile::SCHEMA_VERSION
     );
     std::fs::write(folder.path().join("profile.yaml"), meta).unwrap();
-    // A copy to one depth takes a microsecond.
-    let components = "block,1,0,1,5.0,0.0,1\nblock,64,0,1,80.0,0.0,1\nembed,1,0,1,1.0,0.0,1\nhead,1,0,1,2.0,0.0,1\n\
-                      kv_fill,1,0,1,1.0,0.0,1\nkv_fill,64,0,1,64.0,0.0,1\n";
     let table = format!("component,rows,kv_tokens,depths,time_us,spread_us,repeats\n{components}");
     std::fs::write(folder.path().join("latency.csv"), table).unwrap();
     LatencyProfile::read(folder.path()).unwrap()
@@ -265,7 +278,8 @@ fn in_a_closed_loop_that_runs_in_slices_the_passes_are_the_same_too() {
     for (batching, in_flight, num_blocks) in iproduct!(Batching::ALL, [2, 6, 9], [1000, 8]) {
         let settings = settings(batching, exit, num_blocks, num_loops);
         let (mut measured, mut simulated) = (Running::default(), Running::default());
-        let mut replay = engine.sliced_replay(settings, &requests, in_flight, Some(oracle.clone())).unwrap();
+        let closed_loop = ClosedLoop::in_flight(NonZeroU32::new(in_flight).unwrap());
+        let mut replay = engine.sliced_replay(settings, &requests, &closed_loop, Some(oracle.clone())).unwrap();
         let mut progress = vec![replay.progress()];
         // A pass in each slice.
         while replay.run_for(Duration::ZERO, &mut measured).unwrap() {
@@ -274,11 +288,96 @@ fn in_a_closed_loop_that_runs_in_slices_the_passes_are_the_same_too() {
         assert!(progress.is_sorted() && progress[0] == 0.0 && replay.progress() == 1.0, "{progress:?}");
         let whole = engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut ()).unwrap();
         assert_eq!(replay.into_generations(), whole);
-        let simulation = Simulation::new(settings, &latency, &model).unwrap();
-        let outcome = simulation.run_closed_loop(&requests, in_flight, &mut simulated).unwrap();
+        let simulation = Simulation::new(settings, &latency, &model).unwrap().in_closed_loop(&closed_loop);
+        let outcome = simulation.run(requests.iter().copied(), std::slice::from_mut(&mut simulated)).unwrap();
         assert_eq!(outcome.tokens, requests.iter().map(|request| u64::from(request.output_tokens)).sum::<u64>());
         assert_eq!(measured, simulated, "{batching}, {in_flight} in flight, {num_blocks} blocks");
         assert_eq!(measured.most, in_flight, "{batching}, {num_blocks} blocks");
+    }
+}
+
+/// A clock on which every pass takes a microsecond, as in [`constant_profile`].
+struct Microseconds(Nanos);
+
+impl Clock for Microseconds {
+    fn now(&mut self) -> Nanos {
+        self.0
+    }
+
+    fn advance(&mut self, _: Nanos) -> Nanos {
+        self.0 += Nanos(1000);
+        self.0
+    }
+
+    fn wait_until(&mut self, time: Nanos) {
+        self.0 = self.0.max(time);
+    }
+}
+
+#[test]
+fn users_and_sessions_run_the_same_passes() {
+    let Recorded { engine, requests, model, .. } = Recorded::new();
+    let latency = LatencyModel::new(&constant_profile(engine.num_loops())).unwrap();
+    // Sessions of three requests, in which the second is sent a while after the first answer, and the third after the
+    // second.
+    let link = |id: usize| Link {
+        session: Some(id as u32 / 3),
+        think: (id % 3 > 0).then_some(Nanos(700 * id as u64)),
+        is_timed: id.is_multiple_of(3),
+    };
+    let sessions = Some(Arc::new(Sessions::new((0..requests.len()).map(link))));
+    let users = |number, think| Some(Users { number: NonZeroU32::new(number).unwrap(), think, seed: 3 });
+    let loops = [
+        ClosedLoop { users: None, sessions: sessions.clone() },
+        ClosedLoop { users: users(2, ThinkTime::Exponential(7e-6)), sessions },
+        ClosedLoop { users: users(3, ThinkTime::Exponential(2e-5)), sessions: None },
+        ClosedLoop { users: users(40, ThinkTime::Fixed(1e-6)), sessions: None },
+    ];
+    let mut texts = None;
+    for (batching, ahead, closed_loop) in iproduct!(Batching::ALL, [false, true], &loops) {
+        let of_case = settings(batching, ExitPolicy::None, 12, engine.num_loops());
+        let settings = Settings { async_scheduling: ahead, ..of_case };
+        let (mut measured, mut simulated) = (Sent::default(), Sent::default());
+        let clock = &mut Microseconds(Nanos::ZERO);
+        let served = engine.replay_by(settings, &requests, Some(closed_loop), None, clock, &mut measured).unwrap();
+        let simulation = Simulation::new(settings, &latency, &model).unwrap().in_closed_loop(closed_loop);
+        simulation.run(requests.iter().copied(), std::slice::from_mut(&mut simulated)).unwrap();
+        assert_eq!(measured.finished, simulated.finished, "{batching}, {closed_loop:?}, {ahead}");
+        assert_eq!(measured.log, simulated.log, "{batching}, {closed_loop:?}, {ahead}");
+        assert_eq!(measured.finished.len(), requests.len());
+        if closed_loop.sessions.is_some() {
+            let times: HashMap<u32, (Nanos, Nanos)> =
+                measured.finished.iter().map(|&(end, id, sent)| (id, (sent, end))).collect();
+            for id in (0..requests.len() as u32).filter(|id| id % 3 > 0) {
+                assert_eq!(times[&id].0, times[&(id - 1)].1 + Nanos(700 * u64::from(id)), "{batching}, request {id}");
+            }
+        }
+        assert_eq!(served, *texts.get_or_insert_with(|| served.clone()), "{batching}, {closed_loop:?}");
+    }
+}
+
+/// A log, and when each request ended, by id, and when it was sent.
+#[derive(Debug, Default, PartialEq)]
+struct Sent {
+    log: Log,
+    finished: Vec<(Nanos, u32, Nanos)>,
+}
+
+impl Observer for Sent {
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.log.pass(record);
+    }
+
+    fn token(&mut self, now: Nanos, request: &Request, token: Token) {
+        self.log.token(now, request, token);
+    }
+
+    fn preempted(&mut self, now: Nanos, request: &Request) {
+        self.log.preempted(now, request);
+    }
+
+    fn finished(&mut self, now: Nanos, request: &Request, _: Nanos) {
+        self.finished.push((now, request.id, request.arrival));
     }
 }
 

@@ -115,6 +115,14 @@ pub struct ClosedLoop {
 }
 
 impl ClosedLoop {
+    /// A fixed number of requests in flight: the next one is sent when another one has been answered.
+    ///
+    /// A slow moment of the machine delays what is sent too. It stretches a run but does not make a queue grow, so two
+    /// runs that share such moments can be compared by their ratio.
+    pub fn in_flight(number: NonZeroU32) -> Self {
+        Self { users: Some(Users { number, think: ThinkTime::NONE, seed: 0 }), sessions: None }
+    }
+
     /// Sessions that begin at their own times.
     ///
     /// # Errors

@@ -38,14 +38,14 @@ pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "replay")).transpose()?;
     let serving = args.serving.serving();
     serving.check_for_engine()?;
-    let mut requests = args.requests.load()?.requests;
+    let mut workload = args.requests.workload(args.engine.seed)?;
     let named = args.engine.load()?;
-    named.engine.prompts.set_lengths(&mut requests);
-    let settings = serving.all_settings(&named.memory(), &requests)?;
-    let exits = args.exits.as_deref().map(|folder| exits(folder, &named, &requests)).transpose()?;
+    named.engine.prompts.set_lengths(&mut workload.requests);
+    let settings = serving.all_settings(&named.memory(), &workload.requests)?;
+    let exits = args.exits.as_deref().map(|folder| exits(folder, &named, &workload.requests)).transpose()?;
     let idle = if args.real_time { Idle::Sleep } else { Idle::Skip };
     let (runs, passes) =
-        experiments::replay(&named, &settings, &requests, exits.as_ref(), idle, &mut Terminal::default())?;
+        experiments::replay(&named, &settings, &workload, exits.as_ref(), idle, &mut Terminal::default())?;
     if let Some(mut folder) = folder {
         passes.write(folder.path()?.join(PASS_LOG))?;
         write_results(folder, "replay", &args, &runs)?;

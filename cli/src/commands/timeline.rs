@@ -37,8 +37,12 @@ pub fn run(args: Args) -> Result<()> {
         "--keep-s {from} {to}: expected FROM and TO with 0 <= FROM < TO <= {MOST_SECONDS}"
     );
     // Users begin at time 0, whatever the arrivals of the trace.
-    let has_users = input.workload.closed_loop.as_ref().is_some_and(|closed_loop| closed_loop.users.is_some());
-    let first = input.workload.requests.first().filter(|_| !has_users).map_or(Nanos::ZERO, |request| request.arrival);
+    let first = input
+        .workload
+        .requests
+        .first()
+        .filter(|_| !input.workload.has_users())
+        .map_or(Nanos::ZERO, |request| request.arrival);
     let window = first + Nanos::from_secs_f64(from)..first + Nanos::from_secs_f64(to);
     let mut watched: Vec<Timeline> =
         (0..input.machines.replicas as u32).map(|machine| Timeline::new(machine, window.clone())).collect();

@@ -73,7 +73,8 @@ pub fn run(args: Args) -> Result<()> {
         objectives: args.objectives.objectives()?,
         sweeps: Sweeps::default(),
     };
-    let report = experiments::validate(&experiment, "".as_ref(), &args.out, &mut Terminal::default())?;
+    let report = experiments::validate(&experiment, "".as_ref(), &args.out, &mut Terminal::default())
+        .map_err(|error| args.requests.name_option(error))?;
     print_validation(&report);
     say!("\nResults are in {}", args.out.display());
     Ok(())

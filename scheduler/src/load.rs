@@ -3,27 +3,42 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use scheduler::Observer;
 use traces::{ClosedLoop, Nanos, Request};
 
-use crate::simulation::SimulationError;
+use crate::observe::Observer;
+
+/// A request that arrives before the one ahead of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("request {request} arrives before the one ahead of it in the trace: expected arrivals in order")]
+pub struct Unordered {
+    /// Id of the request.
+    pub request: u32,
+}
 
 /// Requests on their way to the machines.
-pub(crate) trait Load {
+pub trait Load {
     /// When the next request is sent, as far as is known.
     fn next_time(&self) -> Option<Nanos>;
 
     /// The next request that is sent at `now` or before.
-    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, SimulationError>;
+    ///
+    /// # Errors
+    /// If arrivals are out of order.
+    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, Unordered>;
+
+    /// The last token of a request was delivered at `now`.
+    fn answered(&mut self, now: Nanos, request: u32);
 }
 
 /// Requests that are each sent at their own arrival, in this order.
-pub(crate) struct Arrivals<I> {
+#[derive(Clone, Debug)]
+pub struct OpenLoad<I> {
     requests: I,
     next: Option<Request>,
 }
 
-impl<I: Iterator<Item = Request>> Arrivals<I> {
+impl<I: Iterator<Item = Request>> OpenLoad<I> {
+    /// Requests in order of arrival.
     pub fn new(requests: impl IntoIterator<IntoIter = I>) -> Self {
         let mut requests = requests.into_iter();
         let next = requests.next();
@@ -31,33 +46,37 @@ impl<I: Iterator<Item = Request>> Arrivals<I> {
     }
 }
 
-impl<I: Iterator<Item = Request>> Load for Arrivals<I> {
+impl<I: Iterator<Item = Request>> Load for OpenLoad<I> {
     fn next_time(&self) -> Option<Nanos> {
         self.next.map(|request| request.arrival)
     }
 
-    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, SimulationError> {
+    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, Unordered> {
         let Some(request) = self.next.filter(|request| request.arrival <= now) else { return Ok(None) };
         self.next = self.requests.next();
         match self.next {
-            Some(next) if next.arrival < request.arrival => Err(SimulationError::Unordered { request: next.id }),
+            Some(next) if next.arrival < request.arrival => Err(Unordered { request: next.id }),
             _ => Ok(Some(request)),
         }
     }
+
+    fn answered(&mut self, _: Nanos, _: u32) {}
 }
 
 /// Requests that are sent when others have been answered. Of those that are sent at the same time, the one with the
 /// lowest id comes first.
 ///
 /// Without sessions, requests are taken from their source when a user is free: memory does not grow with their number.
-pub(crate) struct Closed<'c, I> {
-    closed_loop: &'c ClosedLoop,
+#[derive(Clone, Debug)]
+pub struct ClosedLoad<I> {
+    closed_loop: ClosedLoop,
     source: Source<I>,
     /// Requests whose time is known: when, id, prompt and output tokens.
     due: BinaryHeap<Reverse<(Nanos, u32, u32, u32)>>,
 }
 
 /// What has not been sent.
+#[derive(Clone, Debug)]
 enum Source<I> {
     /// One request after the other.
     Requests(I),
@@ -72,8 +91,9 @@ enum Source<I> {
     },
 }
 
-impl<'c, I: Iterator<Item = Request>> Closed<'c, I> {
-    pub fn new(closed_loop: &'c ClosedLoop, requests: impl IntoIterator<IntoIter = I>) -> Self {
+impl<I: Iterator<Item = Request>> ClosedLoad<I> {
+    /// The requests of a closed loop. Their ids are their places in the trace whose sessions it has.
+    pub fn new(closed_loop: ClosedLoop, requests: impl IntoIterator<IntoIter = I>) -> Self {
         let requests = requests.into_iter();
         let source = match &closed_loop.sessions {
             None => Source::Requests(requests),
@@ -82,7 +102,7 @@ impl<'c, I: Iterator<Item = Request>> Closed<'c, I> {
             }
         };
         let mut load = Self { closed_loop, source, due: BinaryHeap::new() };
-        match &closed_loop.users {
+        match load.closed_loop.users {
             Some(users) => {
                 // Of fewer requests than users, some users have nothing to do.
                 let _ = (0..users.number.get()).try_for_each(|_| load.begin(Nanos::ZERO));
@@ -132,9 +152,28 @@ impl<'c, I: Iterator<Item = Request>> Closed<'c, I> {
     fn send(&mut self, request: Request, time: Nanos) {
         self.due.push(Reverse((time, request.id, request.prompt_tokens, request.output_tokens)));
     }
+}
 
-    /// A request was answered: the next one of its session follows, or its user turns to something else.
-    pub fn answered(&mut self, now: Nanos, id: u32) {
+impl<I: Iterator<Item = Request>> Load for ClosedLoad<I> {
+    fn next_time(&self) -> Option<Nanos> {
+        self.due.peek().map(|Reverse((time, ..))| *time)
+    }
+
+    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, Unordered> {
+        if self.next_time().is_none_or(|time| time > now) {
+            return Ok(None);
+        }
+        let request = self.due.pop().map(|Reverse((arrival, id, prompt_tokens, output_tokens))| Request {
+            id,
+            arrival,
+            prompt_tokens,
+            output_tokens,
+        });
+        Ok(request)
+    }
+
+    /// The next request of the session follows, or the user turns to something else.
+    fn answered(&mut self, now: Nanos, id: u32) {
         if let Source::Sessions { requests, followers, .. } = &self.source {
             let next = followers.get(id as usize).copied().flatten();
             if let Some(&next) = next.and_then(|next| requests.get(next as usize)) {
@@ -151,28 +190,9 @@ impl<'c, I: Iterator<Item = Request>> Closed<'c, I> {
     }
 }
 
-impl<I: Iterator<Item = Request>> Load for Closed<'_, I> {
-    fn next_time(&self) -> Option<Nanos> {
-        self.due.peek().map(|Reverse((time, ..))| *time)
-    }
-
-    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, SimulationError> {
-        if self.next_time().is_none_or(|time| time > now) {
-            return Ok(None);
-        }
-        let request = self.due.pop().map(|Reverse((arrival, id, prompt_tokens, output_tokens))| Request {
-            id,
-            arrival,
-            prompt_tokens,
-            output_tokens,
-        });
-        Ok(request)
-    }
-}
-
 /// Collects the requests that were answered in a pass.
-#[derive(Default)]
-pub(crate) struct Answered(pub Vec<u32>);
+#[derive(Clone, Debug, Default)]
+pub struct Answered(pub Vec<u32>);
 
 impl Observer for Answered {
     fn finished(&mut self, _now: Nanos, request: &Request, _first_token: Nanos) {
