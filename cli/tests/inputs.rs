@@ -10,6 +10,7 @@ use common::Scene;
 /// A profile of one loop that comes with the repository, and a small model.
 const PROFILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/paper/profiles/gemma-vanilla");
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/kjv");
+const PROMPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/kjv/prompts.txt");
 
 const BAILIAN: &str = r#"{"chat_id": 11, "parent_chat_id": -1, "timestamp": 0.21, "input_length": 12, "output_length": 3, "type": "text", "turn": 1, "hash_ids": [5]}
 {"chat_id": 12, "parent_chat_id": 11, "timestamp": 61.5, "input_length": 45, "output_length": 2, "type": "text", "turn": 2, "hash_ids": [5, 8, 9]}
@@ -192,7 +193,11 @@ const AGENT: &str = "{\"session_id\": \"a\", \"arrival_time_ns\": 0, \"sub_reque
 
 /// A column of the requests of the last simulation, as numbers.
 fn column(scene: &Scene, name: &str) -> Vec<f64> {
-    let requests = fs::read_to_string(scene.path("out/requests.csv")).unwrap();
+    column_of(scene, "out", name)
+}
+
+fn column_of(scene: &Scene, folder: &str, name: &str) -> Vec<f64> {
+    let requests = fs::read_to_string(scene.path(folder).join("requests.csv")).unwrap();
     let mut lines = requests.lines().map(|line| line.split(',').map(str::to_owned).collect::<Vec<_>>());
     let place = lines.next().unwrap().iter().position(|column| column == name).unwrap();
     lines.map(|line| line[place].parse().unwrap()).collect()
@@ -211,10 +216,28 @@ fn agents_wait_for_their_tools_unless_sessions_are_ignored() {
     );
     let error = scene.fail(&["simulate", "--requests", "agent.jsonl", "--profile", PROFILE, "--sessions", "ignore"]);
     assert!(error.contains("--sessions: found ignore, and 2 requests of agent without an arrival time"), "{error}");
-    let prompts = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/kjv/prompts.txt");
-    let error =
-        scene.fail(&["record", "--model", MODEL, "--prompts", prompts, "--requests", "agent.jsonl", "--out", "exits"]);
+    // The engine follows them too, on the wall clock with idle time skipped.
+    let model = ["--model", MODEL, "--prompts", PROMPTS, "--requests", "agent.jsonl"];
+    scene.succeed(&[&["replay"], &model[..], &["--batching", "depth", "--exit", "none", "--out", "served"]].concat());
+    let (begins, ends) = (column_of(&scene, "served", "arrival_s"), column_of(&scene, "served", "finished_s"));
+    assert_eq!(begins[..2], [0.0, 0.5]);
+    assert!(
+        (begins[2] - ends[0] - 5.0).abs() < 1e-6 && (begins[3] - ends[2] - 1.0).abs() < 1e-6,
+        "{begins:?} {ends:?}"
+    );
+    scene.succeed(&[&["record"], &model[..], &["--out", "exits"]].concat());
+    let error = scene.fail(&[&["validate"], &model[..], &["--exit", "none", "--out", "validated"]].concat());
     assert!(error.contains("2 requests have no arrival time but follow the answer"), "{error}");
+}
+
+/// Three users: three requests at 0, and the others each this long after an answer.
+fn sent_after_answers(scene: &Scene, folder: &str, think_s: f64) {
+    let (mut begins, ends) = (column_of(scene, folder, "arrival_s"), column_of(scene, folder, "finished_s"));
+    let mut answers: Vec<f64> = ends.iter().map(|end| end + think_s).collect();
+    answers.sort_by(f64::total_cmp);
+    begins.sort_by(f64::total_cmp);
+    assert_eq!(begins[..3], [0.0; 3]);
+    assert!(begins[3..].iter().zip(&answers).all(|(begin, answer)| (begin - answer).abs() < 1e-6), "{begins:?}");
 }
 
 #[test]
@@ -223,12 +246,13 @@ fn users_send_requests_when_they_have_answers() {
     let lines: String = (0..50).map(|id| format!("{id},{}.0,20,3\n", id * 1000)).collect();
     scene.write("trace.csv", &format!("request,arrival_us,prompt_tokens,output_tokens\n{lines}"));
     arrivals(&scene, "trace.csv", &["--users", "3", "--think-time-s", "0.25", "--max-batch", "4"]);
-    let (mut begins, ends) = (column(&scene, "arrival_s"), column(&scene, "finished_s"));
-    assert_eq!(begins[..3], [0.0; 3]);
-    let mut answers: Vec<f64> = ends.iter().map(|end| end + 0.25).collect();
-    answers.sort_by(f64::total_cmp);
-    begins.sort_by(f64::total_cmp);
-    assert!(begins[3..].iter().zip(&answers).all(|(begin, answer)| (begin - answer).abs() < 1e-9), "{begins:?}");
+    sent_after_answers(&scene, "out", 0.25);
+    let model = ["--model", MODEL, "--prompts", PROMPTS, "--requests", "trace.csv", "--exit", "none"];
+    let users = ["--batching", "sequence", "--users", "3", "--think-time-s", "0.25", "--out", "served"];
+    scene.succeed(&[&["replay"], &model[..], &users].concat());
+    sent_after_answers(&scene, "served", 0.25);
+    let error = scene.fail(&[&["validate"], &model[..], &["--users", "3", "--out", "validated"]].concat());
+    assert!(error.contains("--users: found it in a validation"), "{error}");
     let error =
         scene.fail(&["simulate", "--requests", "trace.csv", "--profile", PROFILE, "--users", "3", "--rate-per-s", "5"]);
     assert!(error.contains("--users: found it beside `rate_per_s`"), "{error}");
@@ -318,6 +342,42 @@ fn exits_of_other_engines_are_imported_and_written_again() {
     let refused = scene.fail(&["trace", "depths", "exits", "--exit", by_load, "--out", "load.json"]);
     assert!(refused.contains("depend on the load, not on the trace alone"), "{refused}");
     assert!(!scene.path("load.json").exists());
+}
+
+#[test]
+fn exits_are_drawn_with_a_mean_or_with_shares_and_go_with_any_profile() {
+    let scene = scene();
+    let draw = |more: &[&str]| scene.run(&[&["trace", "draw-exits", "--out", "exits"], more].concat());
+    let drawn = |more: &[&str]| {
+        let output = draw(more);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        traces::ExitTrace::read(&scene.path("exits")).unwrap()
+    };
+    let of_mean = drawn(&["--loops", "4", "--mean", "2.5"]);
+    assert!((of_mean.mean_oracle_passes() - 2.5).abs() < 0.03, "{}", of_mean.mean_oracle_passes());
+    let narrow = drawn(&["--shares", "0,1,1,0", "--generations", "20", "--tokens", "50", "--seed", "4"]);
+    assert_eq!((narrow.num_generations(), narrow.num_tokens()), (20, 1000));
+    assert!((0..1000).all(|token| [1, 2].contains(&narrow.oracle_depth(token))));
+    drawn(&["--shares", "3,1"]);
+    let two_loops = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/paper/profiles/gemma-2-loops-rank-0");
+    scene.write("trace.csv", "request,arrival_us,prompt_tokens,output_tokens\n0,0.0,20,300\n");
+    let simulate =
+        ["simulate", "--requests", "trace.csv", "--profile", two_loops, "--exits", "exits", "--exit", "gate:0.5"];
+    let said = scene.succeed(&[&simulate[..], &["--batching", "depth"]].concat());
+    assert!(said.contains("gate:0.5"), "{said}");
+    for (more, expected) in [
+        (&["--loops", "4", "--mean", "4.5"][..], "--mean: found 4.5, expected 1 to 4 loops"),
+        (&["--loops", "4", "--mean", "2", "--fewest", "5"], "--fewest: found 5 of 4"),
+        (&["--shares", "0,0"], "--shares: found [0.0, 0.0]"),
+        (&["--shares", "1,1", "--mean", "1.5", "--loops", "2"], "cannot be used with"),
+        (&["--mean", "1.5"], "--loops <N>"),
+        (&["--loops", "2"], "--mean <LOOPS>"),
+        (&["--shares", "1", "--generations", "1000000", "--tokens", "1000000"], "expected at most 20000000"),
+    ] {
+        let output = draw(more);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(expected), "expected `{expected}` in {said}");
+    }
 }
 
 #[test]

@@ -318,6 +318,10 @@ fn bad_sweeps_get_one_error_that_names_key_and_line_before_anything_runs() {
             "grid.max_batch: 80 is more than serving.token_budget, 64",
         ),
         (
+            SWEEP.replace("seed: [1, 2, 3]", "token_budget: [64, 6]"),
+            "grid.max_batch: 8 is more than grid.token_budget, 6",
+        ),
+        (
             SWEEP.replace("rate_per_s: [200, 400]", "rate_per_s: [-1]"),
             "grid.rate_per_s: found -1, expected a number above 0 at line 22",
         ),
@@ -346,7 +350,7 @@ fn bad_sweeps_get_one_error_that_names_key_and_line_before_anything_runs() {
         (
             absurd,
             "the grid has 6400000 points (8 of systems and policies x 2 of kv_fill x 2 of max_batch x 1 of \
-                  exit_wait x 1 of device_memory x 200 of rate_per_s x 1000 of seed): expected at most 100000",
+                  token_budget x 1 of prefill_chunk x 1 of exit_wait x 1 of device_memory x 200 of rate_per_s x 1000 of seed): expected at most 100000",
         ),
     ] {
         scene.write("bad.yaml", &text);
@@ -354,6 +358,35 @@ fn bad_sweeps_get_one_error_that_names_key_and_line_before_anything_runs() {
         assert!(error.contains(expected) && error.contains("bad.yaml"), "expected `{expected}` in: {error}");
         assert!(!scene.path("results").exists(), "something was left by: {error}");
     }
+}
+
+/// Names of the figures of a sweep.
+fn figures(scene: &Scene) -> Vec<String> {
+    let files = contents(&scene.path("results/sweep/figures"));
+    files.into_iter().map(|(name, _)| name.to_string_lossy().into_owned()).collect()
+}
+
+#[test]
+fn budgets_and_chunks_vary_and_get_figures_of_their_own() {
+    let scene = Scene::new();
+    let grid = "  token_budget: [32, 64]\n  prefill_chunk: [8, 16]\n";
+    let sweep = small_sweep().replace("  seed: [1, 2, 3]\n", grid);
+    scene.write("sweep.yaml", &sweep);
+    scene.succeed(&["sweep", "sweep.yaml"]);
+    let summary = lines(&scene.path("results/sweep/sweep-summary.csv"));
+    let pairs: Vec<_> = column(&summary, "token_budget").into_iter().zip(column(&summary, "prefill_chunk")).collect();
+    for (budget, chunk) in [("32", "8"), ("32", "16"), ("64", "8"), ("64", "16")] {
+        let of_pair = pairs.iter().filter(|pair| **pair == (budget, chunk)).count();
+        assert_eq!(of_pair, pairs.len() / 4, "{budget}, {chunk}");
+        let name = format!("-token-budget-{budget}-chunk-{chunk}.png");
+        let drawn = figures(&scene);
+        assert!(drawn.iter().any(|file| file.ends_with(&name)), "{name} in {drawn:?}");
+    }
+    // A chunk that only follows from the policy is no setting of its own.
+    scene.write("sweep.yaml", &sweep.replace("  prefill_chunk: [8, 16]\n", ""));
+    scene.succeed(&["sweep", "sweep.yaml", "--restart"]);
+    let drawn = figures(&scene);
+    assert!(!drawn.is_empty() && !drawn.iter().any(|file| file.contains("chunk")), "{drawn:?}");
 }
 
 #[test]

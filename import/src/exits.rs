@@ -20,7 +20,7 @@ use half::f16;
 use scheduler::ExitPolicy;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use traces::{ExitSignal, ExitTrace, ExitTraceMeta, Nanos, Request, RequestTrace, SignalSet, Signals};
+use traces::{ExitSignal, ExitTrace, ExitTraceMeta, LatencyProfile, Nanos, Request, RequestTrace, SignalSet, Signals};
 use zip::ZipArchive;
 
 use crate::error::{ImportError, read_text};
@@ -33,9 +33,6 @@ pub struct ImportedExits {
     /// The requests, all at once, if the file has their lengths.
     pub requests: Option<RequestTrace>,
 }
-
-/// Fingerprint of imported exits: they are of a model whose weights are not known here.
-const FINGERPRINT: &str = "imported";
 
 impl ImportedExits {
     /// Reads a file of vllm-rlt or CDB. `num_loops` is the number of loops at full depth; by default the file's, or the
@@ -65,7 +62,7 @@ fn meta(num_loops: u32, path: &Path, of: &str) -> ExitTraceMeta {
     ExitTraceMeta {
         schema_version: ExitTrace::SCHEMA_VERSION,
         model: "not known".to_owned(),
-        fingerprint: FINGERPRINT.to_owned(),
+        fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
         num_loops,
         source: format!("{of} of {file}; without predictions, so agreement means nothing"),
         recording: None,

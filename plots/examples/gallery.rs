@@ -258,5 +258,19 @@ fn draw_training(folder: &Path, random: &mut StdRng) -> Result<(), Error> {
     };
     let lines: Vec<_> = [("oracle", 0.9), ("confidence 0.9", 0.6), ("gate", 0.45)].into_iter().map(line).collect();
     let title = "Speed-up against the number of loops, mean and range of five seeds";
-    sweep(&figure(folder, "sweep", title), "loops", Scale::Linear, "speed-up (×)", &lines)
+    sweep(&figure(folder, "sweep", title), "loops", Scale::Linear, "speed-up (×)", &lines)?;
+
+    let batches = [1, 4, 16, 64, 256];
+    let histories = [256, 1024, 4096, 16_384];
+    let gain = |history: u32, batch: u32| {
+        let rows = f64::from(batch) * (1.0 + f64::from(history) / 1024.0);
+        (batch * history < 1_000_000).then_some(1.0 + 0.6 / (1.0 + rows / 60.0) - 0.05)
+    };
+    let map = HeatMap {
+        columns: ("batch limit".into(), batches.iter().map(u32::to_string).collect()),
+        rows: ("history (tokens)".into(), histories.iter().map(u32::to_string).collect()),
+        cells: histories.iter().map(|&history| batches.iter().map(|&batch| gain(history, batch)).collect()).collect(),
+        pays: 1.05,
+    };
+    heat_map(&figure(folder, "heat_map", "Throughput of depth-wise over sequence-wise batching"), &map)
 }

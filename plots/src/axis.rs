@@ -113,6 +113,13 @@ impl Axis {
         Self { label: String::new(), scale: Scale::Linear, low, high, ticks, has_grid: false }
     }
 
+    /// Names from left to right, at 0, 1, 2 and so on.
+    pub(crate) fn columns<'a>(label: &str, names: impl IntoIterator<Item = &'a str>) -> Self {
+        let ticks: Vec<_> = names.into_iter().enumerate().map(|(at, name)| (at as f64, name.into())).collect();
+        let (low, high) = (-0.5, ticks.len() as f64 - 0.5);
+        Self { label: label.into(), scale: Scale::Linear, low, high, ticks, has_grid: false }
+    }
+
     /// Position of a name on an axis of [`Self::names`].
     pub(crate) fn name_at(place: usize) -> f64 {
         -(place as f64)

@@ -20,6 +20,7 @@
 //! | does the simulator predict what was measured? | [`predictions`] |
 //! | did training converge? | [`losses`] |
 //! | how does any quantity depend on another? | [`sweep`] |
+//! | how does a speed-up depend on two settings? | [`heat_map`] |
 //!
 //! ```
 //! use plots::{Figure, Origin, Policy, PolicyLine};
@@ -57,6 +58,7 @@ mod depths;
 mod error;
 mod evaluation;
 mod figure;
+mod heat_map;
 mod latency;
 mod legend;
 mod page;
@@ -79,6 +81,7 @@ pub use evaluation::{
     reliability,
 };
 pub use figure::{Figure, Origin, Policy, PolicyLine};
+pub use heat_map::{HeatMap, heat_map};
 pub use latency::{PolicyLatencies, latency_cdfs};
 pub use pareto::{Estimate, Quantity, TradeLine, TradeOff, TradePoint, frontier, pareto};
 pub use parts::{TokenTime, token_times};

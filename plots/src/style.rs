@@ -28,6 +28,7 @@ const OKABE_ITO: [RGBColor; 7] = [
 
 /// Anchors of text centred above or below its point.
 pub(crate) const ABOVE: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Bottom };
+pub(crate) const CENTRE: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Center };
 pub(crate) const BELOW: Pos = Pos { h_pos: HPos::Center, v_pos: VPos::Top };
 
 /// Anchor of text that starts beside its point.

@@ -87,6 +87,12 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
     let draw_losses = |figure: &Figure, v: &[f64]| {
         losses(figure, &[LossCurve { name: "series".into(), train: indexed(v), validation: Vec::new() }])
     };
+    let draw_heat_map = |figure: &Figure, v: &[f64]| {
+        let columns = ("batch limit".into(), v.iter().map(f64::to_string).collect());
+        let row = |value: fn(&f64) -> Option<f64>| v.iter().map(value).collect();
+        let rows = ("history".into(), vec!["series".into(), "other".into()]);
+        heat_map(figure, &HeatMap { columns, rows, cells: vec![row(|v| Some(*v)), row(|_| None)], pays: 1.05 })
+    };
     let draw_sweep = |figure: &Figure, v: &[f64]| {
         let point = |(x, y): (f64, f64)| SweepPoint { x, y, low: y, high: y };
         let line = SweepLine { name: "series".into(), points: indexed(v).into_iter().map(point).collect() };
@@ -119,6 +125,7 @@ fn every_figure() -> Vec<(&'static str, Draw)> {
         ("predictions", Box::new(draw_predictions)),
         ("losses", Box::new(draw_losses)),
         ("sweep", Box::new(draw_sweep)),
+        ("heat_map", Box::new(draw_heat_map)),
         ("reliability", Box::new(draw_reliability)),
         ("exit_curves", Box::new(draw_exit_curves)),
         ("calibration", Box::new(draw_calibration)),

@@ -11,9 +11,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use rand::rngs::Xoshiro256PlusPlus;
-use rand::{RngExt, SeedableRng};
-use traces::{ExitTable, ExitTrace, ExitTraceMeta};
+use traces::{ExitTable, ExitTrace, ExitTraceMeta, LoopShares, TraceError};
 
 /// Generations and tokens of each trace.
 const GENERATIONS: usize = 64;
@@ -66,8 +64,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [out] = &arguments[..] else { return Err("expected a folder".into()) };
     for (seed, (name, loops, known, source)) in DISTRIBUTIONS.into_iter().enumerate() {
-        let shares = shares(&known, loops);
-        let mean: f64 = shares.iter().zip(1..).map(|(share, loops)| share * f64::from(loops)).sum();
+        let shares = shares(&known, loops)?;
+        let mean = shares.mean();
         let meta = ExitTraceMeta {
             schema_version: ExitTrace::SCHEMA_VERSION,
             model: format!("exit depths, {name}"),
@@ -76,46 +74,19 @@ fn main() -> Result<(), Box<dyn Error>> {
             source: format!("drawn, not recorded: {source}; {mean:.3} loops of {loops}"),
             recording: None,
         };
-        let trace = ExitTrace::from_depths(meta, &draw(&shares, seed as u64));
+        let trace = ExitTrace::from_depths(meta, &shares.draw(GENERATIONS, TOKENS, seed as u64));
         trace.write(Path::new(out).join(name), ExitTable::Parquet)?;
         println!("{name}: mean {mean:.3} of {loops} loops, drawn {:.3}", trace.mean_oracle_passes());
     }
     Ok(())
 }
 
-/// Shares of tokens that run 1, 2, ... loops.
-fn shares(known: &Known, loops: u8) -> Vec<f64> {
-    let of_mean = |fewest: u8, mean: f64| {
-        let at = |ratio: f64| -> Vec<f64> {
-            let weights = (1..=loops).map(|k| if k < fewest { 0.0 } else { ratio.powi(i32::from(k)) });
-            let weights: Vec<f64> = weights.collect();
-            let sum: f64 = weights.iter().sum();
-            weights.into_iter().map(|weight| weight / sum).collect()
-        };
-        let mean_at = |ratio| at(ratio).iter().zip(1..).map(|(share, k)| share * f64::from(k)).sum::<f64>();
-        let (mut low, mut high) = (1e-3, 1e3);
-        for _ in 0..200 {
-            let middle = f64::sqrt(low * high);
-            if mean_at(middle) < mean { low = middle } else { high = middle }
-        }
-        at(low)
-    };
+fn shares(known: &Known, loops: u8) -> Result<LoopShares, TraceError> {
     match *known {
-        Known::Shares(shares) => shares.to_vec(),
-        Known::Mean(fewest, mean) => of_mean(fewest, mean),
-        Known::Bound { fewest, speedup, outside } => of_mean(fewest, (outside + f64::from(loops)) / speedup - outside),
+        Known::Shares(shares) => LoopShares::new(shares),
+        Known::Mean(fewest, mean) => LoopShares::of_mean(loops, fewest, mean),
+        Known::Bound { fewest, speedup, outside } => {
+            LoopShares::of_mean(loops, fewest, (outside + f64::from(loops)) / speedup - outside)
+        }
     }
-}
-
-fn draw(shares: &[f64], seed: u64) -> Vec<Vec<u8>> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
-    let mut depth = || {
-        let mut left: f64 = rng.random();
-        let found = shares.iter().position(|share| {
-            left -= share;
-            left < 0.0
-        });
-        found.unwrap_or(shares.len() - 1) as u8
-    };
-    (0..GENERATIONS).map(|_| (0..TOKENS).map(|_| depth()).collect()).collect()
 }

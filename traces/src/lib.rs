@@ -97,6 +97,7 @@ pub mod units;
 
 pub use closed_loop::{ClosedLoop, ThinkTime, Users};
 pub use error::TraceError;
+pub use exit_depths::LoopShares;
 pub use exit_file::{ExitTable, ExitTraceWriter};
 pub use exit_parquet::catching_damage;
 pub use exit_trace::{
@@ -108,7 +109,7 @@ pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};
 pub use panics::catch_panic;
 pub use pass_log::{DepthRows, LoggedPass, PassLog, PassLogMeta, PassOrigin, PassRun};
 pub use pass_work::{ChunkWork, PassBefore, PassWork};
-pub use profile::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, check_same_model};
+pub use profile::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, check_same_model, is_same_model};
 pub use request::{PrefixHashes, Request, RequestTrace};
 pub use request_file::{CountTokens, ReadOptions, RequestFormat, TimeUnit, ZeroTokens};
 pub use request_spec::{OpenTokenizer, RequestSpec, SessionUse};

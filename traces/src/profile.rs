@@ -234,7 +234,7 @@ pub struct LatencyProfile {
 impl LatencyProfile {
     /// Version of the files that this crate reads and writes.
     pub const SCHEMA_VERSION: u32 = 1;
-    /// Fingerprint of a profile that belongs to no particular weights.
+    /// Fingerprint of a profile or an exit trace that belongs to no particular weights.
     pub const ANY_MODEL: &str = "any";
 
     /// Components with times that were computed rather than measured.
@@ -401,6 +401,11 @@ pub(crate) fn check_num_loops(path: &Path, num_loops: u32) -> Result<()> {
     }
 }
 
+/// Whether two fingerprints are of the same model, or one of them is of [any](LatencyProfile::ANY_MODEL).
+pub fn is_same_model(one: &str, other: &str) -> bool {
+    one == other || [one, other].contains(&LatencyProfile::ANY_MODEL)
+}
+
 /// Checks that a profile and an exit trace belong to the same model, or that the profile belongs to no particular
 /// weights.
 ///
@@ -408,8 +413,7 @@ pub(crate) fn check_num_loops(path: &Path, num_loops: u32) -> Result<()> {
 /// If loops or fingerprints differ.
 pub fn check_same_model(profile: &LatencyProfile, exits: &ExitTrace) -> Result<()> {
     let (of, needed) = (&profile.meta, &exits.meta);
-    let same_weights = of.fingerprint == LatencyProfile::ANY_MODEL || of.fingerprint == needed.fingerprint;
-    if same_weights && of.num_loops == needed.num_loops {
+    if is_same_model(&of.fingerprint, &needed.fingerprint) && of.num_loops == needed.num_loops {
         return Ok(());
     }
     Err(TraceError::OtherModel {
@@ -550,6 +554,8 @@ mod tests {
             "{error}"
         );
         assert!(check_same_model(&profile, &ExitTrace::new(meta("f", 2))).is_err());
+        assert!(check_same_model(&profile, &ExitTrace::new(meta("any", 3))).is_ok());
+        assert!(check_same_model(&profile, &ExitTrace::new(meta("any", 2))).is_err());
         profile.meta.fingerprint = text(LatencyProfile::ANY_MODEL);
         assert!(check_same_model(&profile, &ExitTrace::new(meta("g", 3))).is_ok());
         assert!(check_same_model(&profile, &ExitTrace::new(meta("g", 2))).is_err());

@@ -1,20 +1,24 @@
-//! `depthwise trace`: what a request trace is like, any trace as our own CSV, and exit depths for other engines.
+//! `depthwise trace`: what a request trace is like, any trace as our own CSV, exit depths for other engines, and exit
+//! traces that are drawn.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use experiments::results::write_file;
+use experiments::serving::check_at_most;
 use experiments::workload::load_requests;
 use import::DepthsByRequest;
 use scheduler::ExitPolicy;
 use traces::statistics::{LengthStatistics, TraceStatistics};
-use traces::{ExitTrace, Nanos, RequestSpec, RequestTrace};
+use traces::{
+    ExitTable, ExitTrace, ExitTraceMeta, LatencyProfile, LoopShares, Nanos, RequestSpec, RequestTrace, TraceError,
+};
 
 use crate::arguments::TraceArgs;
 use crate::output::say;
 use crate::progress::Terminal;
 
-/// Look at request traces, and write them as our own CSV; write exit depths for other engines
+/// Look at request traces, and write them as our own CSV; write exit depths for other engines; draw exit traces
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -26,6 +30,40 @@ enum Task {
     Info(InfoArgs),
     Convert(ConvertArgs),
     Depths(DepthsArgs),
+    DrawExits(DrawExitsArgs),
+}
+
+/// Draw an exit trace at random, of a model of whose exits only the shares or the mean are known
+///
+/// Every exit signal is 0 before the depth of the exit and 1 from it on, or the reverse, so any exit policy at a threshold of 0.5
+/// exits there, and so does the oracle. Tokens are independent. What such tokens say is not known: agreement and quality
+/// of the trace mean nothing.
+#[derive(Debug, clap::Args)]
+struct DrawExitsArgs {
+    /// Mean loops of a token; of the distributions with this mean, the one of greatest entropy
+    #[arg(long, value_name = "LOOPS", required_unless_present = "shares", requires = "loops")]
+    mean: Option<f64>,
+    /// With --mean, loops of the model
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    loops: Option<u8>,
+    /// With --mean, fewest loops of a token
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    fewest: u8,
+    /// Shares of tokens that run 1, 2, ... loops, separated by commas
+    #[arg(long, value_name = "SHARES", value_delimiter = ',', conflicts_with_all = ["mean", "loops", "fewest"])]
+    shares: Vec<f64>,
+    /// Generations of the trace
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    generations: u32,
+    /// Tokens of each generation
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    tokens: u32,
+    /// Seed of the draw
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Folder of the exit trace
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
 }
 
 /// Write the exit depths of a trace as depths_by_request, which vllm-rlt replays
@@ -88,6 +126,7 @@ pub fn run(args: Args) -> Result<()> {
         }
         Task::Convert(args) => convert(&args),
         Task::Depths(args) => write_depths(&args),
+        Task::DrawExits(args) => draw_exits(&args),
     }
 }
 
@@ -98,6 +137,40 @@ fn write_depths(args: &DepthsArgs) -> Result<()> {
         depths.with_context(|| format!("exits of {} depend on the load, not on the trace alone", args.exit))?;
     write_file(&args.out, DepthsByRequest::BEGINNING, |out| depths.write_to(out))?;
     say!("{} requests: {}", depths.depths_by_request.len(), args.out.display());
+    Ok(())
+}
+
+/// The most tokens of a drawn exit trace.
+const MOST_DRAWN: u64 = 20_000_000;
+
+fn draw_exits(args: &DrawExitsArgs) -> Result<()> {
+    let &DrawExitsArgs { generations, tokens, seed, .. } = args;
+    check_at_most("--generations x --tokens", u64::from(generations) * u64::from(tokens), MOST_DRAWN)?;
+    let (shares, known) = match (args.mean, args.loops) {
+        (Some(mean), Some(loops)) => (LoopShares::of_mean(loops, args.fewest, mean), format!("a mean of {mean} loops")),
+        _ => (LoopShares::new(&args.shares), format!("shares {:?}", args.shares)),
+    };
+    let shares = shares.map_err(|error| match error {
+        TraceError::Spec { key, found, expected } => anyhow!("--{key}: found {found}, expected {expected}"),
+        other => other.into(),
+    })?;
+    let meta = ExitTraceMeta {
+        schema_version: ExitTrace::SCHEMA_VERSION,
+        model: format!("exits drawn with {known}"),
+        fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
+        num_loops: shares.num_loops(),
+        source: format!("drawn, not recorded: {known}, seed {seed}"),
+        recording: None,
+    };
+    let trace = ExitTrace::from_depths(meta, &shares.draw(generations as usize, tokens as usize, seed));
+    trace.write(&args.out, ExitTable::Parquet)?;
+    say!(
+        "{} tokens of {generations} generations, {:.3} of {} loops on average: {}",
+        trace.num_tokens(),
+        trace.mean_oracle_passes(),
+        shares.num_loops(),
+        args.out.display()
+    );
     Ok(())
 }
 

@@ -20,7 +20,9 @@ pub const CAPACITY_SUMMARY: &str = "capacity-summary.csv";
 pub const CAPACITY: &str = "capacity_req_s";
 
 /// Columns of settings beside the policies: each combination has figures of its own.
-const FACETS: [&str; 6] = ["system", "device_memory", "kv_fill", "max_batch", "exit_wait", RATE.1];
+const FACETS: [&str; 7] = ["system", "device_memory", "kv_fill", "max_batch", "token_budget", "exit_wait", RATE.1];
+/// The same for the chunk, whose default differs by policy.
+const CHUNK: &str = "prefill_chunk";
 /// Combinations that are drawn at most.
 const MOST_FACETS: usize = 12;
 /// Policies whose lines can still be told apart.
@@ -42,7 +44,7 @@ const TPOT: Metric = (Quantity::Latency("p99 time per output token"), "tpot_p99_
 /// If the summary does not read or a figure cannot be written.
 pub fn draw_sweep(results: &Path, to: &Path, title: &str, reporter: &mut dyn Reporter) -> Result<()> {
     let lines = read_lines(&results.join(SWEEP_SUMMARY))?;
-    for facet in facets(&lines, &FACETS, reporter) {
+    for facet in facets(&lines, &[], reporter) {
         let policies = facet.by_policy(Name::WithoutThreshold, "threshold")?;
         let draw = |name, heading, panels: &[(Metric, Metric)]| {
             facet.draw_trade_offs(&facet.figure(to, name, heading, title), &policies, panels)
@@ -51,7 +53,7 @@ pub fn draw_sweep(results: &Path, to: &Path, title: &str, reporter: &mut dyn Rep
         draw("pareto-latency", "Throughput against latency", &[(THROUGHPUT, TTFT), (THROUGHPUT, TPOT)])?;
     }
     if varies(&lines, RATE.1) {
-        for facet in facets(&lines, &FACETS[..5], reporter) {
+        for facet in facets(&lines, &[RATE.1], reporter) {
             let mut policies = facet.by_policy(Name::Whole, RATE.1)?;
             policies.truncate(MOST_LINES);
             let figure = facet.figure(to, "latency-by-rate", "Latency against the request rate", title);
@@ -70,7 +72,7 @@ pub fn draw_capacity(results: &Path, to: &Path, spec: &SweepSpec, reporter: &mut
     let objectives = spec.objectives.map_or(String::new(), |objectives| describe_objectives(&objectives));
     let share = 100.0 * spec.capacity.share;
     let heading = format!("Highest request rate at which {share}% of requests meet {objectives}");
-    for facet in facets(&lines, &FACETS[1..], reporter) {
+    for facet in facets(&lines, &["system"], reporter) {
         let mut systems: Vec<String> = facet.lines.iter().map(|line| line.text("system").to_owned()).collect();
         systems.dedup();
         let capacity = |(policy, members): (Policy, Vec<&Line>)| {
@@ -142,6 +144,8 @@ impl Line {
             ("device_memory", Some(bytes)) => ByteSize(bytes as u64).display().iec().to_string(),
             ("kv_fill", _) => format!("KV fill {text}"),
             ("max_batch", Some(batch)) => format!("batch {batch}"),
+            ("token_budget", Some(rows)) => format!("token budget {rows}"),
+            ("prefill_chunk", Some(tokens)) => format!("chunk {tokens}"),
             ("exit_wait", Some(passes)) => format!("exit wait {passes}"),
             ("rate_per_s", Some(rate)) => format!("{rate} requests/s"),
             _ => text.to_owned(),
@@ -167,9 +171,18 @@ fn varies(lines: &[Line], column: &str) -> bool {
     lines.iter().any(|line| line.text(column) != lines[0].text(column))
 }
 
-/// Lines with the same cells in these columns, in the order in which they first come.
-fn facets<'l>(lines: &'l [Line], columns: &[&str], reporter: &mut dyn Reporter) -> Vec<Facet<'l>> {
-    let varying: Vec<&str> = columns.iter().filter(|column| varies(lines, column)).copied().collect();
+/// Whether one policy of one system ran with several chunks.
+fn chunk_varies(lines: &[Line]) -> bool {
+    let policy =
+        |line: &Line| ["system", "batching", "kv_fill", "token_budget"].map(|column| line.text(column).to_owned());
+    let mut chunks: HashMap<[String; 4], &str> = HashMap::new();
+    lines.iter().any(|line| *chunks.entry(policy(line)).or_insert(line.text(CHUNK)) != line.text(CHUNK))
+}
+
+/// Lines with the same cells in the columns of settings, except these, in the order in which they first come.
+fn facets<'l>(lines: &'l [Line], except: &[&str], reporter: &mut dyn Reporter) -> Vec<Facet<'l>> {
+    let columns = FACETS.into_iter().filter(|column| !except.contains(column) && varies(lines, column));
+    let varying: Vec<&str> = columns.chain(chunk_varies(lines).then_some(CHUNK)).collect();
     let mut facets: Vec<Facet<'l>> = Vec::new();
     for line in lines {
         let description: Vec<String> = varying.iter().map(|column| line.describe(column)).collect();

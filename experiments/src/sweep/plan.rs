@@ -262,8 +262,7 @@ impl<'a> Workloads<'a> {
 
 /// The same requests at another mean rate.
 fn scaled(workload: &Workload, rate_per_s: f64) -> Result<Workload> {
-    let is_of_users = workload.closed_loop.as_ref().is_some_and(|closed_loop| closed_loop.users.is_some());
-    ensure!(!is_of_users, "rate_per_s: users send requests when they have answers, at no rate");
+    ensure!(!workload.has_users(), "rate_per_s: users send requests when they have answers, at no rate");
     let trace = RequestTrace::new("", workload.requests.clone());
     Ok(Workload { requests: trace.scale_to_rate(rate_per_s)?.requests, ..workload.clone() })
 }
@@ -273,6 +272,8 @@ fn settings(spec: &SweepSpec, point: &Point, model: &ModelMemory, longest: &Requ
     let (serving, replicas) = (&spec.serving, spec.replicas);
     let serving = Serving {
         max_batch: point.max_batch,
+        token_budget: point.token_budget,
+        prefill_chunk: point.prefill_chunk,
         exit_wait: point.exit_wait,
         device_memory: point.device_memory.or(serving.device_memory),
         ..serving.clone()

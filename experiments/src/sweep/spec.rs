@@ -104,6 +104,12 @@ pub struct Grid {
     /// Instead of `serving.max_batch`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_batch: Option<Axis<u32>>,
+    /// Instead of `serving.token_budget`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_budget: Option<Axis<u32>>,
+    /// Instead of `serving.prefill_chunk`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill_chunk: Option<Axis<u32>>,
     /// Instead of `serving.exit_wait`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_wait: Option<Axis<Passes>>,
@@ -139,6 +145,10 @@ pub struct Point {
     pub kv_fill: KvFill,
     /// Most sequences that run at once.
     pub max_batch: u32,
+    /// Most rows of a pass or of an iteration.
+    pub token_budget: u32,
+    /// Most prompt tokens that start in a pass or an iteration; `None` for what follows from the budget.
+    pub prefill_chunk: Option<u32>,
     /// Most passes that a token which exits waits for the exit head.
     pub exit_wait: u32,
     /// The device's memory in bytes, where it varies.
@@ -177,13 +187,13 @@ impl SweepSpec {
             system.check().with_context(|| format!("systems: {:?}", system.name))?;
         }
         let grid = &self.grid;
-        if let Some(max_batch) = &grid.max_batch {
-            let (most, budget) = (max_batch.values().iter().max(), self.serving.token_budget);
-            ensure!(
-                most <= Some(&budget),
-                "grid.max_batch: {} is more than serving.token_budget, {budget}: every sequence needs a row",
-                most.copied().unwrap_or_default()
-            );
+        let (most, least) = (self.serving.max_batch, self.serving.token_budget);
+        let most = grid.max_batch.iter().flat_map(Axis::values).max().copied().unwrap_or(most);
+        let least = grid.token_budget.iter().flat_map(Axis::values).min().copied().unwrap_or(least);
+        if grid.max_batch.is_some() || grid.token_budget.is_some() {
+            let budget = if grid.token_budget.is_some() { "grid.token_budget" } else { "serving.token_budget" };
+            let batch = if grid.max_batch.is_some() { "grid.max_batch" } else { "serving.max_batch" };
+            ensure!(most <= least, "{batch}: {most} is more than {budget}, {least}: every sequence needs a row");
         }
         if grid.device_memory.is_some() {
             let serving = &self.serving;
@@ -214,6 +224,8 @@ impl SweepSpec {
             ("systems and policies", (0..self.systems.len()).map(policies).sum()),
             ("kv_fill", self.kv_fills().len() as u128),
             ("max_batch", size(&grid.max_batch)),
+            ("token_budget", size(&grid.token_budget)),
+            ("prefill_chunk", size(&grid.prefill_chunk)),
             ("exit_wait", size(&grid.exit_wait)),
             ("device_memory", size(&grid.device_memory)),
             ("rate_per_s", size(&grid.rate_per_s)),
@@ -233,12 +245,18 @@ impl SweepSpec {
     /// differ in their seed alone follow each other.
     pub fn points(&self, model: impl Fn(usize) -> (u8, KvFill)) -> Vec<Point> {
         let grid = &self.grid;
-        let limits =
-            iproduct!(values(&grid.device_memory), self.kv_fills(), values(&grid.max_batch), values(&grid.exit_wait));
+        let limits = iproduct!(
+            values(&grid.device_memory),
+            self.kv_fills(),
+            values(&grid.max_batch),
+            values(&grid.token_budget),
+            values(&grid.prefill_chunk),
+            values(&grid.exit_wait)
+        );
         let loads = iproduct!(0..self.systems.len(), limits, values(&grid.rate_per_s));
-        type Limits = (Option<Bytes>, Option<KvFill>, Option<u32>, Option<Passes>);
+        type Limits = (Option<Bytes>, Option<KvFill>, Option<u32>, Option<u32>, Option<u32>, Option<Passes>);
         let points_of = |(system, limits, rate_per_s): (usize, Limits, Option<f64>)| {
-            let (device_memory, kv_fill, max_batch, exit_wait) = limits;
+            let (device_memory, kv_fill, max_batch, token_budget, prefill_chunk, exit_wait) = limits;
             let (num_loops, made_for) = model(system);
             let runs = iproduct!(self.combinations(system, num_loops), values(&grid.seed));
             runs.map(move |((batching, exit), seed)| Point {
@@ -247,6 +265,8 @@ impl SweepSpec {
                 exit,
                 kv_fill: kv_fill.unwrap_or(made_for),
                 max_batch: max_batch.unwrap_or(self.serving.max_batch),
+                token_budget: token_budget.unwrap_or(self.serving.token_budget),
+                prefill_chunk: prefill_chunk.or(self.serving.prefill_chunk),
                 exit_wait: exit_wait.map_or(self.serving.exit_wait, |Passes(passes)| passes),
                 device_memory: device_memory.map(|Bytes(bytes)| bytes),
                 rate_per_s,
