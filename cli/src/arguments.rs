@@ -278,8 +278,7 @@ pub struct ServingArgs {
     /// Maximum number of rows of a pass (depth-wise) or of an iteration (vanilla, sequence-wise)
     #[arg(long, default_value_t = 512, value_name = "ROWS", value_parser = at_most::<MOST_ROWS>)]
     pub token_budget: u32,
-    /// Maximum number of prompt tokens that start in a pass or an iteration [default: the token budget; under
-    /// depth-wise batching divided by the number of loops]
+    /// Maximum number of prompt tokens that start in a pass or an iteration [default: the token budget]
     #[arg(long, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     pub prefill_chunk: Option<u32>,
     /// Positions per KV block

@@ -33,8 +33,7 @@ pub struct Serving {
     pub max_batch: u32,
     /// Most rows of a pass (depth-wise) or of an iteration (lockstep).
     pub token_budget: u32,
-    /// Most prompt tokens that start in a pass or an iteration. If not set, `token_budget`, divided by the
-    /// number of loops under depth-wise batching.
+    /// Most prompt tokens that start in a pass or an iteration; `token_budget` if not set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefill_chunk: Option<u32>,
     /// Positions per KV block.
@@ -252,13 +251,11 @@ impl Serving {
         ] {
             check_at_most(key, found.into(), MOST_ROWS.into())?;
         }
-        let loops = u32::from(kv_fill.cached_depths(model.num_loops as u8));
-        let default_chunk = || Settings::prefill_chunk_of(self.token_budget, batching, loops);
         let mut settings = Settings {
             kv_fill,
             max_batch: self.max_batch,
             token_budget: self.token_budget,
-            prefill_chunk: self.prefill_chunk.unwrap_or_else(default_chunk),
+            prefill_chunk: self.prefill_chunk.unwrap_or(self.token_budget),
             block_tokens: self.block_tokens,
             num_blocks: 0,
             prefix_caching: self.prefix_caching,

@@ -203,7 +203,7 @@ impl Settings {
     /// | `kv_fill` | [`KvFill::Reuse`] |
     /// | `max_batch` | 64 sequences |
     /// | `token_budget` | 2,048 rows |
-    /// | `prefill_chunk` | [as follows from the budget](Self::prefill_chunk_of) |
+    /// | `prefill_chunk` | `token_budget` |
     /// | `block_tokens` | [`BLOCK_TOKENS`](Self::BLOCK_TOKENS), 16 positions |
     /// | `num_blocks` | 4,096: the KV entries of 65,536 tokens |
     /// | `prefix_caching`, `async_scheduling`, `exit_wait`, `exit_batch` | off |
@@ -218,7 +218,7 @@ impl Settings {
             num_loops,
             max_batch: 64,
             token_budget,
-            prefill_chunk: Self::prefill_chunk_of(token_budget, batching, num_loops.into()),
+            prefill_chunk: token_budget,
             block_tokens: Self::BLOCK_TOKENS,
             num_blocks: 4096,
             prefix_caching: false,
@@ -236,13 +236,6 @@ impl Settings {
             true => SignalReads { head_from: u8::MAX, ..reads },
             false => reads,
         }
-    }
-
-    /// The largest prompt chunk that keeps a steady stream of prompts within a token budget. A chunk occupies its rows at
-    /// every depth: in lockstep one depth after the other, depth-wise all depths of successive chunks at once.
-    pub fn prefill_chunk_of(token_budget: u32, batching: Batching, num_loops: u32) -> u32 {
-        let depths = if batching.is_lockstep() { 1 } else { num_loops.max(1) };
-        (token_budget / depths).max(1)
     }
 
     /// Maximum number of loops of a model.
