@@ -281,6 +281,10 @@ pub struct ServingArgs {
     /// Maximum number of prompt tokens that start in a pass or an iteration [default: the token budget]
     #[arg(long, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     pub prefill_chunk: Option<u32>,
+    /// Last depth, from 0, that tokens of prompts run; deeper, later tokens find copies of its keys and values. Other
+    /// depths than that at which all tokens exit need the KV fill reuse [default: as deep as tokens can exit]
+    #[arg(long, value_name = "DEPTH")]
+    pub prefill_depth: Option<u8>,
     /// Positions per KV block
     #[arg(long, default_value_t = Settings::BLOCK_TOKENS, value_name = "TOKENS", value_parser = at_most::<MOST_ROWS>)]
     pub block_tokens: u32,
@@ -319,6 +323,7 @@ impl ServingArgs {
             max_batch: self.max_batch,
             token_budget: self.token_budget,
             prefill_chunk: self.prefill_chunk,
+            prefill_depth: self.prefill_depth,
             block_tokens: self.block_tokens,
             num_blocks: self.num_blocks,
             device_memory: self.device_memory,
@@ -332,13 +337,14 @@ impl ServingArgs {
 }
 
 /// Keys of an experiment that these options set, as errors of the libraries name them.
-const KEYS: [(&str, &str); 19] = [
+const KEYS: [(&str, &str); 20] = [
     ("max_prompt_tokens", "--max-prompt-tokens"),
     ("max_output_tokens", "--max-output-tokens"),
     ("kv_fill", "--kv-fill"),
     ("max_batch", "--max-batch"),
     ("token_budget", "--token-budget"),
     ("prefill_chunk", "--prefill-chunk"),
+    ("prefill_depth", "--prefill-depth"),
     ("block_tokens", "--block-tokens"),
     ("num_blocks", "--num-blocks"),
     ("device_memory", "--device-memory"),

@@ -2,13 +2,14 @@
 
 mod look_ahead;
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use scheduler::blocks::BlockId;
-use scheduler::{Executor, ExitPolicy, KvFill, Pass, RowKind, Segment, SignalRead, Slot};
+use scheduler::{Executor, ExitPolicy, KvFill, Pass, RowKind, Segment, Settings, SignalRead, Slot};
 use traces::hash::mix;
 use traces::{ExitSignal, Nanos, Request, Signals};
 
@@ -147,6 +148,10 @@ struct Sequence {
     skipped: Vec<Vec<u32>>,
     /// What was last predicted, where the exit policy compares predictions.
     predicted: Option<u32>,
+    /// The last depth of its prompt.
+    prompt_depth: usize,
+    /// Whether the last token of the prompt and later ones run deeper again, as they did before a preemption.
+    runs_again: bool,
 }
 
 impl Sequence {
@@ -160,6 +165,8 @@ impl Sequence {
 struct Sequences {
     by_slot: Vec<Sequence>,
     kv_fill: KvFill,
+    /// Tells how deep prompts run: if none does, all depths that the fill keeps.
+    settings: Option<Settings>,
     num_loops: usize,
 }
 
@@ -178,7 +185,7 @@ impl Sequences {
         Row {
             position,
             depth,
-            fills: self.fills(&sequence.generation, position, depth),
+            fills: self.fills(sequence, position, depth),
             skipped: sequence.skipped(depth),
             blocks: pass.blocks(segment.slot),
         }
@@ -186,15 +193,49 @@ impl Sequences {
 
     /// The depths at which a row writes its keys and values. A generated token that runs again after a preemption gets
     /// the KV fill that it had. Below its exit depth, the fill is exact only under [`KvFill::Backfill`].
-    fn fills(&self, generation: &Generation, position: usize, depth: usize) -> Range<usize> {
+    fn fills(&self, sequence: &Sequence, position: usize, depth: usize) -> Range<usize> {
         let (own, none) = (depth..depth + 1, depth..depth);
-        match (self.kv_fill, generation.left(position).map(usize::from)) {
+        match (self.kv_fill, self.left(sequence, position)) {
             (KvFill::First, _) if depth > 0 => none,
             (KvFill::First | KvFill::Backfill, _) | (_, None) => own,
             (_, Some(left)) if left < depth => none,
             (_, Some(left)) if left == depth => depth..self.copied_depths().max(depth + 1),
             (_, Some(_)) => own,
         }
+    }
+
+    /// The deepest depth at which a row writes entries of its own; `None` if that is the last one, or not known yet.
+    fn left(&self, sequence: &Sequence, position: usize) -> Option<usize> {
+        let &Sequence { ref generation, prompt_depth, .. } = sequence;
+        match (position + 1).cmp(&generation.prompt.len()) {
+            Ordering::Greater => generation.left(position).map(usize::from),
+            _ if !self.fills_prompts() => None,
+            Ordering::Less => Some(prompt_depth),
+            Ordering::Equal => generation.exit_depths.first().map(|&exit| prompt_depth.max(exit.into())),
+        }
+    }
+
+    /// Whether tokens of prompts leave copies of their entries at depths that they do not run.
+    fn fills_prompts(&self) -> bool {
+        self.settings.is_some_and(|settings| settings.prefill_depth.is_some())
+    }
+
+    /// The last depth of a request's prompt.
+    fn prompt_depth(&self, request: u32) -> usize {
+        match &self.settings {
+            Some(settings) => settings.prompt_depth(request).into(),
+            None if self.kv_fill == KvFill::First => 0,
+            None => self.num_loops - 1,
+        }
+    }
+
+    /// Whether a row runs the next depth, if its model has one.
+    fn goes_on(&self, segment: &Segment, position: usize) -> bool {
+        let &Sequence { ref generation, prompt_depth, runs_again, .. } = self.of(segment);
+        segment.kind != RowKind::Prompt
+            || usize::from(segment.depth) < prompt_depth
+            || segment.predicts && position == last_position(segment)
+            || runs_again && position + 1 >= generation.prompt.len()
     }
 
     /// Depths at which an exit leaves copies of its entries where it has none.
@@ -362,10 +403,24 @@ impl EngineExecutor {
             exit: ExitPolicy::None,
             exits_wait: false,
             arena: Arena::default(),
-            sequences: Sequences { by_slot: Vec::new(), kv_fill, num_loops },
+            sequences: Sequences { by_slot: Vec::new(), kv_fill, settings: None, num_loops },
             current: Current::default(),
             generations: HashMap::new(),
         })
+    }
+
+    /// Lets prompts run as deep as [`Settings::prompt_depth`] says.
+    pub fn with_prompts_of(mut self, settings: &Settings) -> Self {
+        self.sequences.settings = Some(*settings);
+        self.with_codas_of_prompts()
+    }
+
+    /// The coda runs where prompts leave copies, since later tokens attend to its keys and values as well.
+    fn with_codas_of_prompts(mut self) -> Self {
+        if let Some(depth) = self.sequences.settings.and_then(|settings| settings.prefill_depth) {
+            self.exit_depths.start = self.exit_depths.start.min(depth.into());
+        }
+        self
     }
 
     /// Sets the exit depths of the oracle.
@@ -403,7 +458,7 @@ impl EngineExecutor {
             // The coda's entries are then the same whatever the policy.
             self.exit_depths = 0..self.num_loops();
         }
-        self
+        self.with_codas_of_prompts()
     }
 
     /// Keeps the states of rows that exit until the head has run for them, which may be after later passes.
@@ -470,7 +525,15 @@ impl EngineExecutor {
         }
         let in_flight = vec![None; context_tokens as usize];
         let skipped = sequences.skipped_positions(&generation);
-        let sequence = Sequence { request, generation, in_flight, skipped, predicted: None };
+        let sequence = Sequence {
+            request,
+            prompt_depth: sequences.prompt_depth(request),
+            runs_again: sequences.fills_prompts() && !generation.tokens.is_empty(),
+            generation,
+            in_flight,
+            skipped,
+            predicted: None,
+        };
         let before = std::mem::replace(&mut sequences.by_slot[slot], sequence);
         self.arena.free.extend(before.in_flight.into_iter().flatten());
     }
@@ -640,15 +703,12 @@ impl EngineExecutor {
         self.arena.reserve(&mut *self.backend, rows)?;
         let mut places = vec![None; rows];
         let last_depth = self.num_loops() - 1;
-        let shares_kv = self.sequences.kv_fill == KvFill::First;
         for (segment, &first_row) in pass.segments.iter().zip(&self.current.first_rows) {
-            let in_flight = &mut self.sequences.of_mut(segment).in_flight;
             for (position, place) in positions(segment).zip(&mut places[first_row..]) {
-                let kept = &mut in_flight[position];
                 let predicts = segment.predicts && position == last_position(segment);
-                // Nothing reads deeper states of a prompt where keys and values are those of depth 0.
-                let goes_on = usize::from(segment.depth) < last_depth && (!shares_kv || predicts);
+                let goes_on = usize::from(segment.depth) < last_depth && self.sequences.goes_on(segment, position);
                 let is_kept = goes_on || self.exits_wait && predicts;
+                let kept = &mut self.sequences.of_mut(segment).in_flight[position];
                 if !is_kept {
                     self.arena.free.extend(kept.take());
                 } else {
@@ -806,7 +866,10 @@ impl EngineExecutor {
     fn emit_tokens(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<(), EngineError> {
         self.read_unread(pass, exiting)?;
         let mut fills = Vec::new();
-        let (kv_fill, num_loops) = (self.sequences.kv_fill, self.num_loops());
+        let Sequences { kv_fill, num_loops, .. } = self.sequences;
+        let in_service = self.sequences.settings.is_none_or(|settings| settings.fills_deeper());
+        let fills_deeper = self.looking_ahead || in_service;
+        let fills_prompts = self.sequences.fills_prompts();
         let copied_depths = self.sequences.copied_depths();
         for &index in exiting {
             let segment = pass.exited(index as usize);
@@ -818,17 +881,23 @@ impl EngineExecutor {
             let position = last_position(segment);
             let is_done = match kv_fill {
                 KvFill::First => true,
-                KvFill::Backfill => false,
-                KvFill::Reuse | KvFill::Skip | KvFill::Last | KvFill::Cycle(_) => segment.kind == RowKind::Decode,
+                KvFill::Backfill => !fills_deeper,
+                KvFill::Reuse | KvFill::Skip | KvFill::Last | KvFill::Cycle(_) => {
+                    segment.kind == RowKind::Decode || depth >= sequence.prompt_depth && !sequence.runs_again
+                }
             };
             if is_done || depth + 1 == num_loops {
                 self.arena.free.extend(sequence.in_flight[position].take());
             }
-            if !segment.generated {
-                continue;
-            }
+            let depth = match segment.generated {
+                true => depth,
+                false if fills_prompts && depth >= sequence.prompt_depth => depth,
+                // The row will run on to there, but what is looked ahead of now finds its entries already.
+                false if fills_prompts && self.looking_ahead => sequence.prompt_depth,
+                false => continue,
+            };
             match kv_fill {
-                KvFill::Reuse | KvFill::Cycle(_) if depth + 1 < copied_depths => {
+                KvFill::Reuse | KvFill::Cycle(_) if fills_deeper && depth + 1 < copied_depths => {
                     let block_tokens = self.block_tokens;
                     let block = pass.blocks(segment.slot)[position / block_tokens];
                     fills.push(Fill { block, offset: position % block_tokens, depth });

@@ -67,6 +67,8 @@ pub struct Exiting {
     pub policies: Vec<RecordedPolicy>,
     /// What exited tokens leave to later ones.
     pub kv_fill: KvFill,
+    /// The last depth that tokens of prompts run, if not all.
+    pub prefill_depth: Option<u8>,
     /// Seed of policies and of random exits.
     pub seed: u64,
 }
@@ -82,6 +84,7 @@ impl Exiting {
         Recording {
             policies: self.policies.iter().map(ToString::to_string).collect(),
             kv_fill: self.kv_fill.to_string(),
+            prefill_depth: self.prefill_depth,
             seed: self.seed,
         }
     }
@@ -187,7 +190,11 @@ impl Engine {
             RecordedPolicy::Policy(exit) => exit,
             RecordedPolicy::Random(_) => ExitPolicy::Oracle { charged: false, recorded: false },
         };
-        let mut settings = Settings { exit, kv_fill: exiting.kv_fill, ..self.recording_settings(requests) };
+        let &Exiting { kv_fill, prefill_depth, .. } = exiting;
+        // Every depth is recorded, also those that no row reads in service.
+        let last = self.num_loops() - 1;
+        let prefill_depth = if kv_fill == KvFill::First { prefill_depth } else { prefill_depth.or(Some(last)) };
+        let mut settings = Settings { exit, kv_fill, prefill_depth, ..self.recording_settings(requests) };
         if settings.kv_fill.overwrites(settings.num_loops) {
             // Each prompt starts as a whole, beside the decode rows of the other sequences.
             let longest = requests.iter().map(|request| request.prompt_tokens).max().unwrap_or(1);
@@ -220,7 +227,8 @@ impl Engine {
         }
         let num_loops = self.model.config().num_loops;
         let policies = vec![RecordedPolicy::Policy(settings.exit)];
-        let exiting = Exiting { policies, kv_fill: settings.kv_fill, seed: 0 };
+        let &Settings { kv_fill, prefill_depth, .. } = settings;
+        let exiting = Exiting { policies, kv_fill, prefill_depth, seed: 0 };
         let mut exits = ExitDepths::new();
         let mut ids = requests.iter().map(|request| request.id);
         let depth = |rows: &[(Signals, u32)]| {

@@ -123,7 +123,7 @@ impl Engine {
         let &Settings { kv_fill, num_blocks, block_tokens, .. } = settings;
         let (model, prompts) = (self.model.clone(), self.prompts.clone());
         let executor = EngineExecutor::new(model, prompts, self.sampling, kv_fill, num_blocks, block_tokens)?;
-        let executor = executor.exiting_by(settings.exit);
+        let executor = executor.exiting_by(settings.exit).with_prompts_of(settings);
         if settings.exit_wait > 0 { executor.with_exits_that_wait() } else { Ok(executor) }
     }
 

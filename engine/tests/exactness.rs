@@ -48,6 +48,8 @@ struct Setup {
     on_cpu: Arc<Model>,
     prompts: Arc<Prompts>,
     sampling: Sampling,
+    /// How deep prompts run.
+    prefill_depth: Option<u8>,
 }
 
 impl Setup {
@@ -60,6 +62,7 @@ impl Setup {
             on_cpu: model,
             prompts: Arc::new(Prompts::Text(text)),
             sampling: Sampling { temperature, seed },
+            prefill_depth: None,
         }
     }
 
@@ -80,6 +83,7 @@ impl Setup {
         let &Settings { kv_fill, num_blocks, block_tokens, .. } = settings;
         let (prompts, sampling) = (self.prompts.clone(), self.sampling);
         let executor = EngineExecutor::new(model, prompts, sampling, kv_fill, num_blocks, block_tokens).unwrap();
+        let executor = executor.with_prompts_of(settings);
         if settings.exit_wait > 0 { executor.with_exits_that_wait().unwrap() } else { executor }
     }
 
@@ -111,6 +115,7 @@ impl Setup {
         let exits = Arc::new(HashMap::from([(request.id, exits)]));
         let settings = Settings {
             kv_fill,
+            prefill_depth: self.prefill_depth,
             max_batch: 1,
             token_budget: 1000,
             prefill_chunk: 1000,
@@ -226,14 +231,21 @@ proptest! {
 
 /// Exit signals of the reference model, by token of the output and depth, for a request that was served with these
 /// tokens and exit depths.
-fn signals_of_the_reference(weights: &Weights, kv_fill: KvFill, served: &Generation) -> Vec<Vec<Signals>> {
+fn signals_of_the_reference(
+    weights: &Weights,
+    kv_fill: KvFill,
+    prefill_depth: Option<u8>,
+    served: &Generation,
+) -> Vec<Vec<Signals>> {
     let Generation { prompt, tokens, exit_depths, .. } = served;
     let reference = Reference::new(weights).unwrap();
     let context = [&prompt[..], &tokens[..tokens.len() - 1]].concat();
-    // The tokens of the prompt run every depth. The first output token is the prediction of the prompt's last.
-    let exits_at = |position: usize| match position.checked_sub(prompt.len()) {
-        None => usize::MAX,
-        Some(index) => exit_depths[index + 1].into(),
+    let prompt_depth = prefill_depth.map_or(usize::MAX, usize::from);
+    // The first output token is the prediction of the prompt's last, which runs as deep as that needs.
+    let exits_at = |position: usize| match (position + 1).checked_sub(prompt.len()) {
+        None => prompt_depth,
+        Some(0) => prompt_depth.max(exit_depths[0].into()),
+        Some(token) => exit_depths[token].into(),
     };
     let inputs = Tensor::from_slice(&context, (1, context.len()), &candle_core::Device::Cpu).unwrap();
     let mut run = reference.start(&inputs, kv_fill).unwrap();
@@ -268,13 +280,15 @@ proptest! {
     #[test]
     fn the_reference_with_exits_under_a_kv_fill_has_the_signals_that_are_served(
         config in configs(), seed in 0_u64..1000, prompt_tokens in 1_u32..40, output_tokens in 2_u32..25,
-        kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()),
+        kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()), prefill_depth in 0_u8..4,
     ) {
+        let ends_early = kv_fill == KvFill::Reuse && usize::from(prefill_depth) < config.num_loops;
+        let prefill_depth = ends_early.then_some(prefill_depth);
         let exits = (0..u64::from(output_tokens)).map(|token| (mix(token << 20 ^ seed) % config.num_loops as u64) as u8);
-        let setup = Setup::new(&config, WeightType::F32, seed, 1.0);
+        let setup = Setup { prefill_depth, ..Setup::new(&config, WeightType::F32, seed, 1.0) };
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens, output_tokens };
         let served = setup.run_alone(request, kv_fill, exits.collect());
-        let expected = signals_of_the_reference(&weights(&config, seed), kv_fill, &served);
+        let expected = signals_of_the_reference(&weights(&config, seed), kv_fill, prefill_depth, &served);
         for (index, (expected, exit)) in expected.iter().zip(&served.exit_depths).enumerate() {
             for (depth, expected) in expected[..=usize::from(*exit)].iter().enumerate() {
                 let (found, _) = served.recorded[index * config.num_loops + depth];
@@ -283,7 +297,8 @@ proptest! {
                     let (found, expected) = (found.get(signal), expected.get(signal));
                     prop_assert!(
                         (found - expected).abs() < 2e-3 * (1.0 + expected.abs()),
-                        "{kv_fill}: {signal} of token {index} at depth {depth} is {found}, the reference's {expected}"
+                        "{kv_fill}, prompts up to {prefill_depth:?}: {signal} of token {index} at depth {depth} is {found}, \
+                         the reference's {expected}"
                     );
                 }
             }
@@ -323,6 +338,64 @@ proptest! {
             ..Settings::new(batching, exit, config.num_loops as u8)
         };
         assert_ahead_as_run_on(&setup, settings, 9);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn prompts_that_run_some_depths_give_the_same_text_in_a_batch_and_looking_ahead(
+        config in configs(), seed in 0_u64..1000, exit in exits(), num_blocks in 4_u32..16, prefill_chunk in 1_u32..30,
+        batching in prop::sample::select(Batching::ALL.to_vec()), prefill_depth in 0_u8..4, exit_wait in 0_u32..3,
+    ) {
+        let exit = that_fits(exit, &config);
+        let config = ModelConfig { gate: true, ..config };
+        let prefill_depth = Some(prefill_depth.min(config.num_loops as u8 - 1));
+        let setup = Setup { prefill_depth, ..Setup::new(&config, WeightType::F32, seed, 0.8) };
+        let settings = Settings {
+            prefill_depth, prefill_chunk, num_blocks,
+            max_batch: 3,
+            token_budget: 23,
+            ..Settings::new(batching, exit, config.num_loops as u8)
+        };
+        assert_ahead_as_run_on(&setup, settings, 9);
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + 9 * id, output_tokens: 6 };
+        let requests: Vec<Request> = (0..3).map(request).collect();
+        assert_batched_as_alone(&setup, Settings { exit_wait, ..settings }, &requests);
+    }
+}
+
+#[test]
+fn preempted_requests_whose_prompts_run_some_depths_generate_what_they_generate_alone() {
+    prompts_of_some_depths_on(Device::Cpu, 0..3);
+}
+
+#[test]
+fn prompts_of_some_depths_by_cuda_kernels_give_the_text_of_the_cpu() {
+    prompts_of_some_depths_on(Device::Cuda, 1..2);
+}
+
+fn prompts_of_some_depths_on(device: Device, depths: Range<u8>) {
+    for (prefill_depth, config) in
+        depths.flat_map(|depth| models(device).into_iter().map(move |config| (depth, config)))
+    {
+        let Some(setup) = Setup::on(device, &config, 5, 1.5) else { return };
+        let prefill_depth = Some(prefill_depth);
+        let setup = Setup { prefill_depth, ..setup };
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
+        let requests: Vec<Request> = (0..5).map(request).collect();
+        let settings = Settings {
+            prefill_depth,
+            max_batch: 5,
+            token_budget: 30,
+            prefill_chunk: 7,
+            num_blocks: 7,
+            ..Settings::new(Batching::Depth, ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 }, 3)
+        };
+        let (generations, preemptions) = setup.run(settings, &requests, setup.executor(&settings).recording());
+        assert!(preemptions > 3, "{preemptions}");
+        assert_all_as_alone(&setup, settings.kv_fill, &requests, &generations);
     }
 }
 
@@ -423,6 +496,9 @@ fn assert_ahead_as_run_on(setup: &Setup, settings: Settings, output_tokens: u32)
     let num_loops = usize::from(settings.num_loops);
     let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + 9 * id, output_tokens };
     let requests: Vec<Request> = (0..3).map(request).collect();
+    // As in recordings: what is looked ahead of reads every depth of prompts.
+    let runs_all = (settings.kv_fill != KvFill::First).then_some(settings.num_loops - 1);
+    let settings = Settings { prefill_depth: settings.prefill_depth.or(runs_all), ..settings };
     let (plain, _) = setup.run(settings, &requests, setup.executor(&settings).exiting_by(settings.exit));
     let (ahead, preemptions) = setup.run(settings, &requests, setup.executor(&settings).looking_ahead());
     for request in requests {

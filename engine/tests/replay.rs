@@ -221,7 +221,7 @@ fn a_recording_under_policies_holds_what_each_of_them_serves() {
     for kv_fill in KvFill::KEEPING.into_iter().chain([KvFill::Last, KvFill::Cycle(2)]) {
         let policies: Vec<ExitPolicy> = ["static:0", "top1:0.3"].map(|text| text.parse().unwrap()).to_vec();
         let recorded = policies.iter().map(|&policy| RecordedPolicy::Policy(policy)).collect();
-        let exiting = Exiting { policies: recorded, kv_fill, seed: 1 };
+        let exiting = Exiting { policies: recorded, kv_fill, prefill_depth: None, seed: 1 };
         let mut generations = Vec::new();
         let keep = |recorded: &RecordedGeneration| {
             generations.push(recorded.clone());
@@ -256,7 +256,7 @@ fn a_recording_takes_long_prompts_where_they_start_as_a_whole() {
     let engine = engine(&ModelConfig { max_positions: 400, ..grouped() }, 0.0);
     let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 290, output_tokens: 2 };
     let policies = vec![RecordedPolicy::Policy(ExitPolicy::Static(0))];
-    let exiting = Exiting { policies, kv_fill: KvFill::Last, seed: 1 };
+    let exiting = Exiting { policies, kv_fill: KvFill::Last, prefill_depth: None, seed: 1 };
     let mut recorded = 0;
     let count = |_: &RecordedGeneration| {
         recorded += 1;
@@ -271,7 +271,8 @@ fn random_exits_come_as_often_as_their_probability_says() {
     let engine = engine(&grouped(), 0.0);
     let requests: Vec<Request> =
         (0..40).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 5, output_tokens: 50 }).collect();
-    let exiting = Exiting { policies: vec!["random:0.25".parse().unwrap()], kv_fill: KvFill::Skip, seed: 3 };
+    let exiting =
+        Exiting { policies: vec!["random:0.25".parse().unwrap()], kv_fill: KvFill::Skip, prefill_depth: None, seed: 3 };
     let mut exits = [0_u32; 3];
     let count = |recorded: &RecordedGeneration| {
         recorded.tokens.iter().for_each(|token| exits[token.exit_depth as usize] += 1);

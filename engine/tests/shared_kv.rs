@@ -125,7 +125,7 @@ fn recordings_under_exits_have_the_signals_of_full_depth() {
     let weights = weights(&sharing(with_everything()), 1);
     let engine = engine(&weights);
     let policies = vec![RecordedPolicy::Policy(ExitPolicy::Static(0))];
-    let exiting = Exiting { policies, kv_fill: KvFill::First, seed: 1 };
+    let exiting = Exiting { policies, kv_fill: KvFill::First, prefill_depth: None, seed: 1 };
     let reference = Reference::new(&weights).unwrap();
     let num_loops = usize::from(engine.num_loops());
     let mut recorded = Vec::new();

@@ -36,6 +36,9 @@ pub struct Serving {
     /// Most prompt tokens that start in a pass or an iteration; `token_budget` if not set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefill_chunk: Option<u32>,
+    /// Last depth that tokens of prompts run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill_depth: Option<u8>,
     /// Positions per KV block.
     #[serde(default = "default_block_tokens")]
     pub block_tokens: u32,
@@ -174,6 +177,7 @@ impl Serving {
             max_batch,
             token_budget,
             prefill_chunk: None,
+            prefill_depth: None,
             block_tokens: Settings::BLOCK_TOKENS,
             num_blocks: None,
             device_memory: None,
@@ -256,6 +260,7 @@ impl Serving {
             max_batch: self.max_batch,
             token_budget: self.token_budget,
             prefill_chunk: self.prefill_chunk.unwrap_or(self.token_budget),
+            prefill_depth: self.prefill_depth,
             block_tokens: self.block_tokens,
             num_blocks: 0,
             prefix_caching: self.prefix_caching,

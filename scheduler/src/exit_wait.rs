@@ -5,7 +5,7 @@
 //! ```
 
 use crate::pass::{RowKind, Segment, Slot};
-use crate::policy::{KvFill, SignalReads};
+use crate::policy::SignalReads;
 use crate::scheduler::Settings;
 
 /// A decode row that has exited and waits for the head.
@@ -25,20 +25,18 @@ pub(crate) struct ExitWait {
     /// Waiting rows for which the head runs.
     batch: usize,
     deepest: u8,
-    /// Whether rows of prompts go on below depth 0, whatever reads them.
-    prompts_go_on: bool,
     waiting: Vec<Waiting>,
     /// Rows that the head serves after this pass.
     late: Vec<Segment>,
 }
 
 impl ExitWait {
-    pub fn new(&Settings { exit_wait, exit_batch, num_loops, kv_fill, .. }: &Settings) -> Self {
+    pub fn new(settings: &Settings) -> Self {
+        let &Settings { exit_wait, exit_batch, num_loops, .. } = settings;
         Self {
             most_passes: exit_wait,
             batch: if exit_batch > 0 { exit_batch as usize } else { usize::MAX },
             deepest: num_loops - 1,
-            prompts_go_on: kv_fill != KvFill::First,
             waiting: Vec::new(),
             late: Vec::new(),
         }
@@ -69,13 +67,21 @@ impl ExitWait {
     ///
     /// The head runs if a row has waited for the most passes, if enough rows wait, if it runs for a row that does not wait, or
     /// if no row goes on: the next pass may be far away.
-    pub fn decide(&mut self, segments: &[Segment], exiting: &mut Vec<u32>, any_stalled: bool, reads: SignalReads) {
+    /// `ends` says of a segment of a prompt that it runs its last depth.
+    pub fn decide(
+        &mut self,
+        segments: &[Segment],
+        exiting: &mut Vec<u32>,
+        any_stalled: bool,
+        reads: SignalReads,
+        ends: impl Fn(&Segment) -> bool,
+    ) {
         self.waiting.iter_mut().for_each(|waiting| waiting.passes += 1);
         let of_pass = exiting.iter().map(|&index| &segments[index as usize]);
         let runs_head = self.waiting.iter().any(|waiting| waiting.passes >= self.most_passes)
             || self.waiting.len() + exiting.len() >= self.batch
             || of_pass.clone().any(|segment| segment.kind == RowKind::Prompt || reads.run_head(segment))
-            || !(any_stalled || self.any_goes_on(segments, exiting));
+            || !(any_stalled || self.any_goes_on(segments, exiting, ends));
         if runs_head {
             let first = segments.len() as u32;
             self.late.extend(self.waiting.drain(..).map(|waiting| waiting.row));
@@ -87,11 +93,11 @@ impl ExitWait {
     }
 
     /// Whether a row runs its next depth after this pass. `exiting` is in ascending order.
-    fn any_goes_on(&self, segments: &[Segment], exiting: &[u32]) -> bool {
+    fn any_goes_on(&self, segments: &[Segment], exiting: &[u32], ends: impl Fn(&Segment) -> bool) -> bool {
         let mut exits = exiting.iter().peekable();
         (0..).zip(segments).any(|(index, segment)| {
             let predicts = segment.predicts && exits.next_if_eq(&&index).is_none();
-            let is_prompt = self.prompts_go_on && segment.kind == RowKind::Prompt;
+            let is_prompt = segment.kind == RowKind::Prompt && !ends(segment);
             segment.depth < self.deepest && (predicts || is_prompt)
         })
     }
@@ -122,7 +128,7 @@ mod tests {
     fn served(exits: &mut (ExitWait, SignalReads), segments: &mut [Segment], mut exiting: Vec<u32>) -> Vec<Slot> {
         let (exits, reads) = exits;
         exits.forget_late();
-        exits.decide(segments, &mut exiting, false, *reads);
+        exits.decide(segments, &mut exiting, false, *reads, |_| false);
         let of = |&index: &u32| crate::pass::exited(segments, exits.late(), index as usize).slot;
         let slots = exiting.iter().map(of).collect();
         exits.stop(segments);

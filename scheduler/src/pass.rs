@@ -36,8 +36,9 @@ pub struct Segment {
     /// Whether the pass yields the next token's distribution: true for decode rows and for the chunk
     /// that ends a prompt, until that token has exited.
     pub predicts: bool,
-    /// Whether the token of the last row was generated, rather than part of the prompt. Prompts run every depth, except
-    /// under [`KvFill::First`](crate::KvFill::First). A generated token skips the depths below its exit, also when its context is computed again.
+    /// Whether the token of the last row was generated, rather than part of the prompt. A generated token skips the depths
+    /// below its exit, also when its context is computed again; a token of a prompt skips those below
+    /// its [prompt depth](crate::Settings::prompt_depth).
     pub generated: bool,
 }
 
@@ -48,10 +49,12 @@ impl Segment {
         Self { start: self.start + self.tokens - 1, tokens: 1, ..self }
     }
 
-    /// Number of the first `depths` depths that the last row skips if it exits at this depth.
+    /// Number of the first `depths` depths that the last row skips if it exits at this depth. `prompts_end` says whether
+    /// it also skips them as the last of a prompt.
     #[inline]
-    pub fn skipped_depths(&self, depths: u8) -> u32 {
-        if self.generated { u32::from(depths.saturating_sub(self.depth + 1)) } else { 0 }
+    pub(crate) fn skipped_depths(&self, depths: u8, prompts_end: bool) -> u32 {
+        let skips = self.generated | prompts_end;
+        if skips { u32::from(depths.saturating_sub(self.depth + 1)) } else { 0 }
     }
 }
 
@@ -109,6 +112,13 @@ impl<'a> Pass<'a> {
     #[inline]
     pub fn exited(&self, index: usize) -> &'a Segment {
         exited(self.segments, self.late, index)
+    }
+
+    /// Whether rows leave copies of their keys and values at deeper depths: those that exit, and prompts that
+    /// [end early](crate::Settings::prefill_depth). Known once the exits are decided.
+    #[inline]
+    pub fn leaves_copies(&self) -> bool {
+        self.work.filled_depths > 0
     }
 
     /// Number of rows of all segments.

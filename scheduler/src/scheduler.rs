@@ -41,6 +41,11 @@ pub struct Settings {
     /// occupies its rows at every depth. Under depth-wise batching, `token_budget / num_loops` therefore keeps a steady
     /// stream of prompts within the budget.
     pub prefill_chunk: u32,
+    /// The last depth that tokens of a prompt run; the row that predicts the first token goes on until it exits. Deeper,
+    /// later tokens find copies of its entries, as after an exit. By default the deepest depth at which a token of the
+    /// request can exit, which changes no text. A shallower one needs [`KvFill::Reuse`].
+    #[serde(default)]
+    pub prefill_depth: Option<u8>,
     /// Positions per KV block.
     pub block_tokens: u32,
     /// KV blocks that the device holds.
@@ -96,6 +101,22 @@ pub enum ScheduleError {
         depth: u8,
         /// Number of loops of the model.
         num_loops: u8,
+    },
+    /// Prompts that would end at a depth that the model does not have.
+    #[error("prefill_depth {depth} is outside the model's depths 0 to {}", num_loops - 1)]
+    PrefillDepth {
+        /// The given depth.
+        depth: u8,
+        /// Number of loops of the model.
+        num_loops: u8,
+    },
+    /// Prompts that do not run every depth, with a KV fill or prefix caching that needs their entries.
+    #[error("prefill_depth {depth} with {setting}: expected kv_fill reuse, without prefix_caching")]
+    ShallowPrompts {
+        /// The given depth.
+        depth: u8,
+        /// What contradicts it.
+        setting: String,
     },
     /// More loops for every token than the model has.
     #[error("exit policy {exit} has tokens run at least {min_loops} loops: the model has {num_loops}")]
@@ -204,6 +225,7 @@ impl Settings {
     /// | `max_batch` | 64 sequences |
     /// | `token_budget` | 2,048 rows |
     /// | `prefill_chunk` | `token_budget` |
+    /// | `prefill_depth` | as deep as tokens can exit |
     /// | `block_tokens` | [`BLOCK_TOKENS`](Self::BLOCK_TOKENS), 16 positions |
     /// | `num_blocks` | 4,096: the KV entries of 65,536 tokens |
     /// | `prefix_caching`, `async_scheduling`, `exit_wait`, `exit_batch` | off |
@@ -219,6 +241,7 @@ impl Settings {
             max_batch: 64,
             token_budget,
             prefill_chunk: token_budget,
+            prefill_depth: None,
             block_tokens: Self::BLOCK_TOKENS,
             num_blocks: 4096,
             prefix_caching: false,
@@ -236,6 +259,51 @@ impl Settings {
             true => SignalReads { head_from: u8::MAX, ..reads },
             false => reads,
         }
+    }
+
+    /// The last depth that the tokens of a request's prompt run, except the one that predicts.
+    pub fn prompt_depth(&self, request: u32) -> u8 {
+        match self.kv_fill {
+            KvFill::First => 0,
+            _ => self.prefill_depth.unwrap_or_else(|| self.deepest_exit(request)),
+        }
+    }
+
+    /// The deepest depth whose keys and values a row of a request may read.
+    fn deepest_exit(&self, request: u32) -> u8 {
+        self.fixed_exit(request).filter(|_| !self.overwrites()).unwrap_or(self.num_loops - 1)
+    }
+
+    /// The one depth at which all tokens exit whose rows may read the blocks of a request.
+    fn fixed_exit(&self, request: u32) -> Option<u8> {
+        let is_shared = self.prefix_caching && matches!(self.exit, ExitPolicy::Mix(_));
+        self.exit.known_depth(request, self.num_loops).filter(|_| !is_shared)
+    }
+
+    /// Whether tokens that exit leave keys and values at the depths that they skip, if the KV fill does. Not where all
+    /// tokens of a request exit at one depth: no row reads deeper.
+    pub fn fills_deeper(&self) -> bool {
+        self.fixed_exit(0).is_none()
+    }
+
+    /// Depths, from 0, at which a token that exits at one of them leaves copies of its entries below.
+    pub(crate) fn copied_depths(&self) -> u8 {
+        if self.fills_deeper() { self.kv_fill.copied_depths(self.num_loops) } else { 0 }
+    }
+
+    /// Whether the prompt of some request may run fewer depths than the model has.
+    fn prompts_end_early(&self) -> bool {
+        let shallowest = match self.exit {
+            ExitPolicy::Mix(mix) if self.prefill_depth.is_none() => mix.shallowest(),
+            _ => self.prompt_depth(0),
+        };
+        shallowest < self.num_loops - 1
+    }
+
+    /// Depths at which a token of a request's prompt leaves copies of its entries.
+    fn prompt_copies(&self, request: u32) -> u32 {
+        let depths = self.kv_fill.copied_depths(self.num_loops).min(self.deepest_exit(request) + 1);
+        u32::from(depths.saturating_sub(self.prompt_depth(request) + 1))
     }
 
     /// Maximum number of loops of a model.
@@ -272,6 +340,9 @@ impl Settings {
         if self.token_budget < self.max_batch {
             return Err(ScheduleError::BudgetBelowBatch { token_budget: self.token_budget, max_batch: self.max_batch });
         }
+        if let Some(depth) = self.prefill_depth {
+            self.check_prefill_depth(depth)?;
+        }
         match self.exit {
             ExitPolicy::Static(depth) if depth >= self.num_loops => {
                 Err(ScheduleError::StaticDepth { depth, num_loops: self.num_loops })
@@ -298,6 +369,19 @@ impl Settings {
             }
             _ => Ok(()),
         }
+    }
+
+    fn check_prefill_depth(&self, depth: u8) -> Result<(), ScheduleError> {
+        if depth >= self.num_loops {
+            return Err(ScheduleError::PrefillDepth { depth, num_loops: self.num_loops });
+        }
+        let setting = match self.kv_fill {
+            _ if depth == self.num_loops - 1 => return Ok(()),
+            KvFill::Reuse if self.prefix_caching => "prefix_caching".to_owned(),
+            KvFill::Reuse => return Ok(()),
+            kv_fill => format!("kv_fill {kv_fill}"),
+        };
+        Err(ScheduleError::ShallowPrompts { depth, setting })
     }
 
     /// Whether rows overwrite entries of lower depths: see [`KvFill::overwrites`].
@@ -346,6 +430,8 @@ struct Sequence {
     started: u32,
     /// Tokens of the context whose keys and values are complete, or were found. Maintained with prefix caching only.
     filled: u32,
+    /// The last depth of the prompt: [`Settings::prompt_depth`].
+    prompt_depth: u8,
     /// Order of admission: larger is newer.
     admission: u64,
     first_token: Nanos,
@@ -355,13 +441,14 @@ struct Sequence {
 }
 
 impl Sequence {
-    fn new(request: Request) -> Self {
+    fn new(request: Request, prompt_depth: u8) -> Self {
         Self {
             request,
             generated: 0,
             context: request.prompt_tokens,
             started: 0,
             filled: 0,
+            prompt_depth,
             admission: 0,
             first_token: Nanos::ZERO,
             last_token: Nanos::ZERO,
@@ -432,6 +519,8 @@ pub struct Scheduler {
     bound: SignalBound,
     /// From this depth on, every row that predicts exits.
     certain_from: u8,
+    /// Whether prompts may run fewer depths than the model has.
+    prompts_end_early: bool,
     /// What decides which rows exit, beside the bound.
     decision: Decision,
     publishing: Publishing,
@@ -481,12 +570,13 @@ impl Scheduler {
     /// If the settings contradict each other.
     pub fn new(settings: Settings) -> Result<Self, ScheduleError> {
         settings.check()?;
-        let idle = Sequence::new(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 });
+        let idle = Sequence::new(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 }, 0);
         Ok(Self {
             settings,
             reads: settings.signal_reads(),
             bound: settings.exit.bound(),
             certain_from: *settings.exit.exit_depths(settings.num_loops).end(),
+            prompts_end_early: settings.prompts_end_early(),
             decision: Decision::new(&settings),
             publishing: Publishing::new(&settings),
             prefixes: None,
@@ -506,7 +596,7 @@ impl Scheduler {
             },
             segments: Vec::new(),
             stalled: Vec::new(),
-            backlog: (settings.kv_fill == KvFill::Backfill)
+            backlog: (settings.kv_fill == KvFill::Backfill && settings.fills_deeper())
                 .then(|| Backlog::new(settings.num_loops, settings.max_batch)),
             exiting: Vec::new(),
             exit_wait: ExitWait::new(&settings),
@@ -515,7 +605,7 @@ impl Scheduler {
             released: Vec::new(),
             found: Vec::new(),
             prefix_use: PrefixUse::default(),
-            meter: WorkMeter::new(settings.kv_fill, settings.num_loops, settings.max_batch),
+            meter: WorkMeter::new(&settings),
         })
     }
 
@@ -589,7 +679,7 @@ impl Scheduler {
     pub fn submit(&mut self, request: Request) -> Result<(), ScheduleError> {
         self.settings.check_request(&request)?;
         let line = if self.settings.async_scheduling { &mut self.unseen } else { &mut self.waiting };
-        line.push_back(Sequence::new(request));
+        line.push_back(Sequence::new(request, self.settings.prompt_depth(request.id)));
         Ok(())
     }
 
@@ -636,8 +726,37 @@ impl Scheduler {
         self.busy = !self.segments.is_empty();
         if self.busy {
             self.meter.start(&self.segments, self.reads);
+            self.meter.fill_prompts(self.copies_of_prompts());
         }
         self.busy
+    }
+
+    /// Copies that prompts leave at deeper depths when this pass is their last.
+    fn copies_of_prompts(&self) -> u32 {
+        if self.settings.prefill_depth.is_none() {
+            return 0;
+        }
+        let ends = |segment: &&Segment| {
+            let sequence = &self.sequences[segment.slot as usize];
+            segment.kind == RowKind::Prompt && segment.depth == sequence.prompt_depth
+        };
+        let copies = |segment: &Segment| {
+            let request = self.sequences[segment.slot as usize].request.id;
+            (segment.tokens - self.rows_that_go_on(segment)) * self.settings.prompt_copies(request)
+        };
+        self.segments.iter().filter(ends).map(copies).sum()
+    }
+
+    /// Rows at the end of a chunk at the last depth of prompts that go on to deeper ones.
+    fn rows_that_go_on(&self, segment: &Segment) -> u32 {
+        let Sequence { request, context, .. } = &self.sequences[segment.slot as usize];
+        let is_run_again = *context > request.prompt_tokens;
+        if is_run_again && self.settings.prefill_depth.is_some() {
+            // The last token of the prompt and the generated ones ran up to where they exited.
+            (segment.start + segment.tokens).saturating_sub(request.prompt_tokens - 1).min(segment.tokens)
+        } else {
+            u32::from(segment.predicts)
+        }
     }
 
     /// Starts rows as if this were the start of the pass that has just ended. If there is nothing to run, the scheduler
@@ -910,10 +1029,9 @@ impl Scheduler {
 
     /// Makes the blocks of prompt rows with complete keys and values available to other requests.
     fn publish_filled(&mut self) {
-        let deepest = self.settings.kv_fill.cached_depths(self.settings.num_loops) - 1;
         for index in 0..self.segments.len() {
             let Segment { slot, start, tokens, depth, kind, .. } = self.segments[index];
-            if depth == deepest && kind == RowKind::Prompt {
+            if depth == self.sequences[slot as usize].prompt_depth && kind == RowKind::Prompt {
                 self.sequences[slot as usize].filled = start + tokens;
                 self.publish(slot, self.filled_positions(slot));
             }
@@ -1009,7 +1127,9 @@ impl Scheduler {
             }
         }
         if self.settings.exit_wait > 0 {
-            self.exit_wait.decide(&self.segments, &mut self.exiting, !self.stalled.is_empty(), self.reads);
+            let Self { segments, exiting, stalled, sequences, .. } = self;
+            let ends = |segment: &Segment| segment.depth >= sequences[segment.slot as usize].prompt_depth;
+            self.exit_wait.decide(segments, exiting, !stalled.is_empty(), self.reads, ends);
         }
         self.meter_exits();
     }
@@ -1077,8 +1197,8 @@ impl Scheduler {
     /// Drops rows that have exited or run their last depth, and moves the rest one depth deeper. It is free of
     /// branches, like [`decide`](Self::decide).
     fn deepen_segments(&mut self) {
-        if self.settings.kv_fill == KvFill::First {
-            self.leave_prompts();
+        if self.prompts_end_early {
+            self.end_prompts();
         }
         let deepest = self.settings.num_loops - 1;
         let mut kept = 0;
@@ -1099,16 +1219,20 @@ impl Scheduler {
         }
     }
 
-    /// Under [`KvFill::First`], no row reads what a prompt computes below depth 0. Only its last row goes on, until it has
-    /// exited.
-    fn leave_prompts(&mut self) {
-        self.segments.retain_mut(|segment| {
-            let is_prompt = segment.kind == RowKind::Prompt;
-            if is_prompt {
-                *segment = segment.last_row();
+    /// Drops the rows of prompts that have run their last depth.
+    fn end_prompts(&mut self) {
+        let mut segments = std::mem::take(&mut self.segments);
+        segments.retain_mut(|segment| {
+            let prompt_depth = self.sequences[segment.slot as usize].prompt_depth;
+            if segment.kind != RowKind::Prompt || segment.depth < prompt_depth {
+                return true;
             }
-            !is_prompt || segment.predicts
+            let tokens = self.rows_that_go_on(segment);
+            segment.start += segment.tokens - tokens;
+            segment.tokens = tokens;
+            tokens > 0
         });
+        self.segments = segments;
     }
 
     /// Ends an iteration: delivers its tokens, oldest sequence first.

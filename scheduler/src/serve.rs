@@ -98,8 +98,9 @@ impl<E: Executor> Server<E> {
         self.signals.resize(pass.segments.len(), 0.0);
         let mut elapsed = self.executor.run(&pass, &mut self.signals)?;
         self.scheduler.decide(&self.signals);
-        if !self.scheduler.exiting().is_empty() {
-            elapsed += self.executor.emit(&self.scheduler.pass(), self.scheduler.exiting())?;
+        let (pass, exiting) = (self.scheduler.pass(), self.scheduler.exiting());
+        if !exiting.is_empty() || pass.leaves_copies() {
+            elapsed += self.executor.emit(&pass, exiting)?;
         }
         self.pass = (now, elapsed);
         Ok(Some(elapsed))

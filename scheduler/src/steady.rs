@@ -62,9 +62,12 @@ impl SteadyLoad {
         Self { settings: Settings { batching: Batching::Depth, ..self.settings }, ..self }
     }
 
-    /// The requests of this load, batched depth-wise, where every token exits at the middle depth.
+    /// The requests of this load, batched depth-wise, where every token exits at the middle depth. Prompts run every depth,
+    /// as under policies that do not know where tokens will exit.
     pub fn with_exits(self) -> Self {
-        self.with_exits_by(ExitPolicy::Static(self.settings.num_loops.saturating_sub(1) / 2))
+        let last = self.settings.num_loops.saturating_sub(1);
+        let load = self.with_exits_by(ExitPolicy::Static(last / 2));
+        Self { settings: Settings { prefill_depth: Some(last), ..load.settings }, ..load }
     }
 
     /// The requests of this load, batched depth-wise, where an exit policy decides after each pass which rows exit.

@@ -3,8 +3,9 @@
 use traces::{ChunkWork, PassBefore, PassWork};
 
 use crate::pass::{RowKind, Segment};
-use crate::policy::{KvFill, SignalReads};
+use crate::policy::{Batching, ExitPolicy, KvFill, SignalReads};
 use crate::reach::Reach;
+use crate::scheduler::Settings;
 
 /// Whether attention processes the rows of a segment together, as for a prompt chunk, rather than as a decode row.
 #[inline]
@@ -17,15 +18,22 @@ pub(crate) fn is_chunk(segment: &Segment) -> bool {
 pub(crate) struct WorkMeter {
     /// Depths to which exiting rows copy their keys and values where they skip them; see [`KvFill::copied_depths`].
     copied_depths: u8,
+    /// The depth from which the last row of a prompt goes on alone.
+    prefill_depth: u8,
+    /// Copies that prompts leave in this pass, whether or not rows exit.
+    prompt_fills: u32,
     /// What rows attend to; `None` where that is every token before them.
     reach: Option<Reach>,
     work: PassWork,
 }
 
 impl WorkMeter {
-    pub fn new(kv_fill: KvFill, num_loops: u8, max_batch: u32) -> Self {
+    pub fn new(settings: &Settings) -> Self {
+        let &Settings { kv_fill, num_loops, max_batch, prefill_depth, .. } = settings;
         Self {
-            copied_depths: kv_fill.copied_depths(num_loops),
+            copied_depths: settings.copied_depths(),
+            prefill_depth: prefill_depth.unwrap_or(num_loops),
+            prompt_fills: 0,
             reach: (kv_fill == KvFill::Skip).then(|| Reach::new(num_loops, max_batch)),
             work: PassWork::default(),
         }
@@ -49,12 +57,17 @@ impl WorkMeter {
         }
     }
 
+    /// Adds the copies that prompts leave at the end of their last depth.
+    pub fn fill_prompts(&mut self, copies: u32) {
+        self.prompt_fills = copies;
+    }
+
     /// Adds the work of the pass's exits: of the segments whose last rows exit.
     pub fn exit<'a>(&mut self, exited: impl Iterator<Item = &'a Segment> + Clone, reads: SignalReads) {
-        let (mut head_rows, mut filled_depths) = (0, 0);
+        let (mut head_rows, mut filled_depths) = (0, self.prompt_fills);
         for segment in exited.clone() {
             head_rows += u32::from(!reads.run_head(segment));
-            filled_depths += segment.skipped_depths(self.copied_depths);
+            filled_depths += segment.skipped_depths(self.copied_depths, segment.depth >= self.prefill_depth);
         }
         self.work.exit_head_rows = head_rows;
         self.work.filled_depths = filled_depths;
@@ -73,7 +86,8 @@ pub fn pass_work(
     num_loops: u8,
     before: PassBefore,
 ) -> PassWork {
-    let mut meter = WorkMeter::new(KvFill::Reuse, num_loops, 0);
+    let oracle = ExitPolicy::Oracle { charged: false, recorded: false };
+    let mut meter = WorkMeter::new(&Settings::new(Batching::Depth, oracle, num_loops));
     derive_work(&mut meter.work, segments, reads, before, |segment| segment.start);
     meter.exit(exiting.iter().map(|&index| &segments[index as usize]), reads);
     meter.work

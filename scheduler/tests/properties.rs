@@ -147,6 +147,23 @@ impl Checker {
         assert!(idle == 0 || fits, "{decodes} decode rows and {backfill} of backfill");
     }
 
+    /// Whether a row of a prompt leaves copies of its entries, since it runs no deeper.
+    fn ends_prompt(&self, segment: &Segment, position: u32) -> bool {
+        let Resident { request, prompt_tokens, .. } = self.residents[&segment.slot];
+        let exited = || self.exits.get(&request).is_some_and(|exits| exits[0] <= segment.depth);
+        let is_last = position + 1 == prompt_tokens;
+        segment.kind == RowKind::Prompt
+            && self.settings.prefill_depth == Some(segment.depth)
+            && (position + 1 < prompt_tokens || is_last && exited())
+    }
+
+    /// Writes the keys and values of a position at the depths below one, as copies.
+    fn fill_deeper(&mut self, pass: &Pass<'_>, slot: Slot, depth: u8, position: u32) {
+        for deeper in depth + 1..self.settings.num_loops {
+            self.write(pass, slot, deeper, position);
+        }
+    }
+
     /// Writes the keys and values of one position and depth. Other holders of the block must expect them there.
     fn write(&mut self, pass: &Pass<'_>, slot: Slot, depth: u8, position: u32) {
         let place = self.place(pass, slot, depth, position);
@@ -224,6 +241,9 @@ impl Executor for Checker {
                     assert!(written.insert(place), "a place is written twice in a pass");
                     self.write(pass, segment.slot, segment.depth, position);
                 }
+                if self.ends_prompt(segment, position) {
+                    self.fill_deeper(pass, segment.slot, segment.depth, position);
+                }
             }
         }
         for (segment, signal) in pass.segments.iter().zip(signals) {
@@ -233,8 +253,11 @@ impl Executor for Checker {
                 let expected = contents(resident.request, position);
                 assert_eq!(found, Some(&expected), "a predecessor lacks its keys and values");
             }
-            if self.settings.kv_fill == KvFill::First && segment.kind == RowKind::Prompt && segment.depth > 0 {
-                assert!(segment.predicts && segment.tokens == 1, "nothing reads the other rows of a prompt");
+            if segment.kind == RowKind::Prompt && segment.depth > self.settings.prompt_depth(resident.request) {
+                let last = segment.predicts && segment.tokens == 1;
+                let runs_again = self.settings.prefill_depth.is_some() && resident.generated > 0;
+                let after_prompt = runs_again && segment.start + 1 >= resident.prompt_tokens;
+                assert!(last || after_prompt, "nothing reads the other rows of a prompt");
             }
             if segment.kind == RowKind::Decode {
                 assert_eq!(segment.start, resident.prompt_tokens + resident.generated - 1, "not the next token");
@@ -264,10 +287,9 @@ impl Executor for Checker {
             let resident = self.residents.get_mut(&segment.slot).unwrap();
             resident.generated += 1;
             self.exits.entry(resident.request).or_default().push(segment.depth);
-            if segment.kind == RowKind::Decode && self.settings.kv_fill == KvFill::Reuse {
-                for deeper in segment.depth + 1..self.settings.num_loops {
-                    self.write(pass, segment.slot, deeper, segment.start);
-                }
+            let ends_prompt = self.settings.prefill_depth.is_some_and(|depth| segment.depth >= depth);
+            if self.settings.kv_fill == KvFill::Reuse && (segment.kind == RowKind::Decode || ends_prompt) {
+                self.fill_deeper(pass, segment.slot, segment.depth, segment.start + segment.tokens - 1);
             }
         }
         Ok(Nanos(10))
@@ -464,12 +486,15 @@ prop_compose! {
         exit in exits(), num_loops in 2u8..5, max_batch in 1u32..9, slack in 0u32..40,
         prefill_chunk in 1u32..50, block_tokens in 1u32..9, spare_blocks in 0u32..40,
         prefix_caching in any::<bool>(), ahead in any::<bool>(), exit_wait in 0u32..5,
-        kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()),
+        kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()), prefill_depth in prop::option::of(0u8..4),
     ) -> Settings {
         let longest = 40 + 20;
         let async_scheduling = ahead && exit.is_known_ahead();
         Settings {
             kv_fill, max_batch, token_budget: max_batch + slack, prefill_chunk, block_tokens,
+            prefill_depth: prefill_depth
+                .filter(|_| kv_fill == KvFill::Reuse && !prefix_caching)
+                .map(|depth| depth.min(num_loops - 1)),
             num_blocks: longest / block_tokens + 1 + spare_blocks, prefix_caching, async_scheduling,
             exit_wait: if async_scheduling { 0 } else { exit_wait },
             exit_batch: if async_scheduling || exit_wait == 0 { 0 } else { slack % 4 },
@@ -608,6 +633,7 @@ proptest! {
             // Every prompt fits, with nothing to spare at the least.
             prefill_chunk: 39 + prefill_chunk, token_budget: token_budget.max(39 + max_batch - 1),
             prefix_caching: false,
+            prefill_depth: None,
             ..settings
         };
         prop_assume!(kv_fill.overwrites(settings.num_loops));
@@ -678,8 +704,16 @@ proptest! {
         let decodes: u64 = logs[0].depths.values().flat_map(|depths| &depths[1..]).map(|&depth| u64::from(depth) + 1).sum();
         // Where all depths share keys and values, only the row that predicts the first token runs deeper.
         let first_tokens: u64 = logs[0].depths.values().map(|depths| u64::from(depths[0])).sum();
-        let of_prompts = match settings.kv_fill {
-            KvFill::First => prompts + first_tokens,
+        let deeper = |depth: u8| logs[0].depths.values().map(move |depths| u64::from(depths[0].saturating_sub(depth)));
+        let of_prompts = match (settings.kv_fill, settings.exit) {
+            (KvFill::First, _) => prompts + first_tokens,
+            _ if let Some(depth) = settings.prefill_depth => prompts * (u64::from(depth) + 1) + deeper(depth).sum::<u64>(),
+            // Nothing reads what a prompt computes deeper than its request's tokens exit.
+            (_, ExitPolicy::Static(depth)) => prompts * (u64::from(depth) + 1),
+            (_, ExitPolicy::Mix(mix)) => {
+                let rows = |request: &Request| u64::from(request.prompt_tokens) * (u64::from(mix.depth(request.id)) + 1);
+                requests.iter().map(rows).sum()
+            }
             _ => prompts * u64::from(settings.num_loops),
         };
         prop_assert_eq!(logs[0].rows, of_prompts + decodes);
@@ -827,7 +861,7 @@ fn a_first_token_that_exits_early_is_followed_before_its_prompt_has_run_every_de
         prefill_chunk: 16,
         block_tokens: 4,
         num_blocks: 8,
-        ..Settings::new(Batching::Depth, ExitPolicy::Static(0), 4)
+        ..Settings::new(Batching::Depth, "gate:0.0".parse().unwrap(), 4)
     };
     #[derive(Default)]
     struct Depths(Vec<Vec<u8>>);

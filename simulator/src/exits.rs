@@ -92,6 +92,7 @@ pub struct ExitModel {
 #[derive(Debug)]
 struct History {
     kv_fill: KvFill,
+    prefill_depth: Option<u8>,
     /// A bit for each token and depth: whether the prediction equals that of the last depth over the same history.
     finals: Vec<u64>,
     /// By token: depths that the earlier tokens of its generation skipped.
@@ -129,7 +130,7 @@ impl History {
         alike.iter_mut().for_each(|tokens| tokens.sort_by_key(|&token| skipped[token as usize]));
         let rows = (0..trace.num_tokens()).flat_map(|token| (0..trace.num_loops()).map(move |depth| (token, depth)));
         let finals = bits(rows.map(|(token, depth)| trace.agrees_with_last(token, depth)));
-        Ok(Some(Self { kv_fill, finals, skipped, positions, alike }))
+        Ok(Some(Self { kv_fill, prefill_depth: recording.prefill_depth, finals, skipped, positions, alike }))
     }
 
     /// Whether a request that has skipped `skipped` depths in `position` tokens has a history like that of a token.
@@ -207,6 +208,11 @@ impl ExitModel {
     /// The KV fill that the trace was recorded under; none if its tokens ran every depth, which no fill changes.
     pub fn kv_fill(&self) -> Option<KvFill> {
         self.history.as_ref().map(|history| history.kv_fill)
+    }
+
+    /// The last depth that tokens of prompts ran when the exits were recorded, if not all.
+    pub fn prefill_depth(&self) -> Option<u8> {
+        self.history.as_ref().and_then(|history| history.prefill_depth)
     }
 
     /// How many requests are longer than the generation that they begin with, and therefore go on with another one.
@@ -602,7 +608,8 @@ mod tests {
     /// Two loops. `generations` is the exit depth of each token; all tokens of generation `g` have a top-1 probability of
     /// `g` at depth 0. Full depth gives what depth 0 predicts, the last depth something else.
     fn served(generations: &[&[u32]]) -> ExitTrace {
-        let recording = Recording { policies: vec!["none".to_owned()], kv_fill: "skip".to_owned(), seed: 1 };
+        let recording =
+            Recording { policies: vec!["none".to_owned()], kv_fill: "skip".to_owned(), prefill_depth: None, seed: 1 };
         let mut trace = ExitTrace::new(ExitTraceMeta { recording: Some(recording), ..trace(0).meta });
         for (generation, depths) in generations.iter().enumerate() {
             let at = |top1| Signals { top1, ..Signals::default() };

@@ -52,6 +52,16 @@ pub enum SimulationError {
         /// What it reads.
         signal: ExitSignal,
     },
+    /// An exit trace whose prompts ran other depths.
+    #[error(
+        "the exit trace was recorded with prompts that run {recorded}, the settings have {settings}: expected the same"
+    )]
+    PrefillDepth {
+        /// Of the trace.
+        recorded: String,
+        /// Of the settings.
+        settings: String,
+    },
     /// An exit trace that was recorded under another KV fill.
     #[error("the exit trace was recorded under KV fill {recorded}, the settings have {settings}: expected the same")]
     KvFill {
@@ -128,6 +138,12 @@ impl<'m> Simulation<'m> {
         }
         if let Some(recorded) = exits.kv_fill().filter(|&recorded| recorded != settings.kv_fill) {
             return Err(SimulationError::KvFill { recorded, settings: settings.kv_fill });
+        }
+        let (recorded, simulated) = (exits.prefill_depth(), settings.prefill_depth);
+        if exits.kv_fill().is_some() && recorded != simulated {
+            let name =
+                |depth: Option<u8>| depth.map_or("every depth".to_owned(), |depth| format!("up to depth {depth}"));
+            return Err(SimulationError::PrefillDepth { recorded: name(recorded), settings: name(simulated) });
         }
         if let SignalRead::Signal(signal) = settings.exit.signal_read()
             && !exits.has(signal)

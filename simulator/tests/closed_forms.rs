@@ -109,7 +109,7 @@ fn rows_that_exit_early_pay_for_the_depths_they_skip_where_keys_and_values_are_c
     let latency = LatencyModel::new(&profile(3, &points)).unwrap();
     let exits = ExitModel::new(&exit_trace(3, &[vec![0; tokens as usize]]), Draw::Recorded).unwrap();
     let e2e_us = |kv_fill| {
-        let settings = Settings { kv_fill, ..settings(Batching::Sequence, "static:0", 3, 1) };
+        let settings = Settings { kv_fill, ..settings(Batching::Sequence, "oracle", 3, 1) };
         simulate(settings, &latency, &exits, queued(1, 1, tokens)).e2e_mean_ms * 1e3
     };
     // The first token is the prompt's, which runs every depth, except where all depths share the entries of the first.
@@ -120,6 +120,31 @@ fn rows_that_exit_early_pay_for_the_depths_they_skip_where_keys_and_values_are_c
     assert_close(e2e_us(KvFill::Last), e2e_us(KvFill::Skip), 1e-9);
     assert_close(e2e_us(KvFill::Cycle(2)) - e2e_us(KvFill::Last), f64::from(tokens - 1) * 0.5, 1e-9);
     assert_close(e2e_us(KvFill::Cycle(3)), e2e_us(KvFill::Reuse), 1e-9);
+}
+
+#[test]
+fn prompts_run_as_deep_as_tokens_can_exit_or_as_they_are_told() {
+    use Component::{Block, KvFill as Copies};
+    let (prompt, tokens) = (7, 20);
+    let points = [(Block, 1, 0, 1, 100.0), (Block, 7, 0, 1, 100.0), (Copies, 1, 0, 1, 1.0), (Copies, 99, 0, 1, 99.0)];
+    let latency = LatencyModel::new(&profile(4, &points)).unwrap();
+    let exits = ExitModel::new(&exit_trace(4, &[vec![1; tokens as usize]]), Draw::Recorded).unwrap();
+    let e2e_us = |exit, prefill_depth| {
+        let settings = Settings { prefill_depth, ..settings(Batching::Sequence, exit, 4, 1) };
+        simulate(settings, &latency, &exits, queued(1, prompt, tokens)).e2e_mean_ms * 1e3
+    };
+    let (passes, generated) = (100.0, f64::from(tokens - 1));
+    assert_close(e2e_us("static:1", None), 2.0 * passes * f64::from(tokens), 1e-9);
+    assert_close(e2e_us("static:1", Some(3)), (4.0 + 2.0 * generated) * passes, 1e-9);
+    assert_close(e2e_us("mix:1:0:1", None), 2.0 * passes * f64::from(tokens), 1e-9);
+    // Exits by a signal: prompts run every depth unless they are told otherwise, and a skipped depth takes a copy.
+    let decoding = generated * (2.0 * passes + 2.0);
+    assert_close(e2e_us("oracle", None), 4.0 * passes + decoding, 1e-9);
+    assert_close(e2e_us("oracle", Some(2)), 3.0 * passes + f64::from(prompt) + decoding, 1e-9);
+    assert_close(e2e_us("oracle", Some(1)), 2.0 * passes + 2.0 * f64::from(prompt) + decoding, 1e-9);
+    // The row that predicts goes on alone, and leaves copies only at the depths below its exit.
+    let copies = 3.0 * f64::from(prompt - 1) + 2.0;
+    assert_close(e2e_us("oracle", Some(0)), 2.0 * passes + copies + decoding, 1e-9);
 }
 
 #[test]

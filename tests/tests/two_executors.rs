@@ -199,16 +199,37 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
         let (simulated, outcome) = simulate(settings, &latency, &model, &requests);
         assert_eq!(measured, simulated, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
         assert_eq!(measured.preemptions > 0, num_blocks == 8, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
-        if let (KvFill::Reuse, ExitPolicy::Static(depth)) = (kv_fill, exit) {
+        if let (KvFill::Reuse, ExitPolicy::Oracle { .. }) = (kv_fill, exit) {
             // Every token but a request's first is predicted by a generated one, whose exit copies: after a preemption, too.
-            let exits: u32 = requests.iter().map(|request| request.output_tokens - 1).sum();
-            let copied = exits * u32::from(num_loops - 1 - depth);
+            let exits = oracle.values().flat_map(|depths| &depths[1..]);
+            let copied = exits.map(|depth| u32::from(num_loops - 1 - depth)).sum::<u32>();
             assert_eq!(measured.copied_depths, copied, "{batching}, {num_blocks} blocks");
             let copying_us = 1e6 * outcome.time.of(Component::KvFill);
             assert!((copying_us - f64::from(copied)).abs() < 1e-6, "{batching}, {num_blocks} blocks: {copying_us} us");
         }
-        let backfills = kv_fill == KvFill::Backfill && exit != ExitPolicy::None;
+        if exit.known_depth(0, num_loops).is_some() {
+            assert_eq!(measured.copied_depths, 0, "no row reads deeper: {kv_fill}, {exit}");
+        }
+        let backfills = kv_fill == KvFill::Backfill && exit.known_depth(0, num_loops).is_none();
         assert_eq!(measured.backfill > 0, backfills, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+    }
+}
+
+#[test]
+fn prompts_of_some_depths_run_the_passes_that_are_simulated() {
+    let Recorded { engine, requests, oracle, latency, model } = Recorded::new();
+    let num_loops = engine.num_loops();
+    let policies = [ExitPolicy::None, ExitPolicy::Static(1), ExitPolicy::Oracle { charged: false, recorded: true }];
+    for (batching, exit, num_blocks, depth, exit_wait) in
+        iproduct!(Batching::ALL, policies, [1000, 8], 0..num_loops, [0, 2])
+    {
+        let of_case = settings(batching, exit, num_blocks, num_loops);
+        let settings = Settings { prefill_depth: Some(depth), exit_wait, ..of_case };
+        let mut measured = Log::default();
+        engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
+        let (simulated, _) = simulate(settings, &latency, &model, &requests);
+        assert_eq!(measured, simulated, "{batching}, {exit}, prompts up to {depth}, {num_blocks} blocks");
+        assert_eq!(measured.preemptions > 0, num_blocks == 8);
     }
 }
 
@@ -486,7 +507,7 @@ fn under_a_recorded_threshold_the_simulator_has_the_exits_and_the_agreement_of_s
     let latency = LatencyModel::new(&any_profile(num_loops)).unwrap();
     let exit: ExitPolicy = "margin:0.05".parse().unwrap();
     for kv_fill in KvFill::KEEPING {
-        let exiting = Exiting { policies: vec![RecordedPolicy::Policy(exit)], kv_fill, seed: 1 };
+        let exiting = Exiting { policies: vec![RecordedPolicy::Policy(exit)], kv_fill, prefill_depth: None, seed: 1 };
         let meta = ExitTraceMeta { recording: Some(exiting.meta()), ..engine.exit_trace_meta("kjv", "test") };
         let mut exits = ExitTrace::new(meta);
         let push = |recorded: &RecordedGeneration| {

@@ -727,7 +727,10 @@ mod tests {
 
     fn served_meta() -> ExitTraceMeta {
         let policies = vec!["static:0".to_owned(), "confidence:top1:0.5".to_owned()];
-        ExitTraceMeta { recording: Some(Recording { policies, kv_fill: "skip".to_owned(), seed: 4 }), ..meta(2) }
+        ExitTraceMeta {
+            recording: Some(Recording { policies, kv_fill: "skip".to_owned(), prefill_depth: None, seed: 4 }),
+            ..meta(2)
+        }
     }
 
     #[test]

@@ -280,6 +280,9 @@ pub struct Recording {
     pub policies: Vec<String>,
     /// The KV fill.
     pub kv_fill: String,
+    /// The last depth that tokens of prompts ran, if not all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill_depth: Option<u8>,
     /// Seed of the draw of policies, and of exits by chance.
     pub seed: u64,
 }

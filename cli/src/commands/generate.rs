@@ -68,6 +68,10 @@ pub struct Args {
     /// cycle:SLOTS [default: that which the model is made for]
     #[arg(long, value_name = "FILL")]
     kv_fill: Option<KvFill>,
+    /// Last depth, from 0, that tokens of prompts run; others than that at which all tokens exit need the KV fill reuse
+    /// [default: as deep as tokens can exit]
+    #[arg(long, value_name = "DEPTH")]
+    prefill_depth: Option<u8>,
     /// When to colour tokens
     #[arg(long, default_value_t = ColorChoice::Auto, value_name = "WHEN")]
     color: ColorChoice,
@@ -142,7 +146,8 @@ impl Args {
     fn settings(&self, named: &NamedEngine, requests: &[Request]) -> Result<Settings> {
         let max_batch = requests.len() as u32;
         let (batching, exit, token_budget) = (vec![self.batching], vec![self.exit], TOKEN_BUDGET.max(max_batch));
-        let serving = Serving::new(batching, exit, max_batch, token_budget);
+        let serving =
+            Serving { prefill_depth: self.prefill_depth, ..Serving::new(batching, exit, max_batch, token_budget) };
         let memory = named.memory();
         let kv_fill = self.kv_fill.unwrap_or(memory.kv_fill);
         serving.settings(self.batching, self.exit, kv_fill, &memory, longest(requests))

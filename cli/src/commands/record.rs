@@ -31,6 +31,9 @@ pub struct Args {
     /// [default: that which the model is made for]
     #[arg(long, value_name = "FILL", requires = "under")]
     kv_fill: Option<KvFill>,
+    /// Last depth, from 0, that tokens of prompts run, under --under [default: every depth]
+    #[arg(long, value_name = "DEPTH", requires = "under")]
+    prefill_depth: Option<u8>,
     /// Folder to write the exit trace to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -47,7 +50,8 @@ pub fn run(args: Args) -> Result<()> {
     named.engine.prompts.set_lengths(&mut requests);
     let table = if args.csv { ExitTable::Csv } else { ExitTable::Parquet };
     let kv_fill = args.kv_fill.unwrap_or(named.memory().kv_fill);
-    let exiting = args.under.map(|policies| Exiting { policies, kv_fill, seed: named.engine.sampling.seed });
+    let (prefill_depth, seed) = (args.prefill_depth, named.engine.sampling.seed);
+    let exiting = args.under.map(|policies| Exiting { policies, kv_fill, prefill_depth, seed });
     let Recorded { depths: tally, policies } =
         experiments::record(&named, &requests, exiting.as_ref(), &folder.path()?, table, &mut Terminal::default())?;
     folder.finish()?;

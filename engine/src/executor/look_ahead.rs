@@ -7,7 +7,7 @@
 //! a look-ahead overwrites those of depth 0, which the row may be the last to write: it runs depth 0 again at the end. Chunks of a prompt look
 //! ahead one after the other, so that the entries of earlier positions are there when a row starts.
 
-use scheduler::{KvFill, Pass, Segment};
+use scheduler::{Pass, Segment};
 use traces::hash::{mix, uniform};
 
 use super::{Current, EngineError, EngineExecutor, Generation, Oracle, by_depth, positions};
@@ -15,7 +15,8 @@ use super::{Current, EngineError, EngineExecutor, Generation, Oracle, by_depth, 
 impl EngineExecutor {
     /// Keeps the signals and predictions of every generated token at every depth, also at depths that the token skips.
     /// Under an exit policy that reads the oracle, a token exits at the earliest depth that predicts what the last one
-    /// predicts. Passes take several times as long.
+    /// predicts. Passes take several times as long. The [settings](EngineExecutor::with_prompts_of) must say how deep
+    /// prompts run: where exits are known, rows deeper than in service read what prompts compute there.
     pub fn looking_ahead(self) -> Self {
         Self { looking_ahead: true, oracle: Some(Oracle::Ahead), ..self.recording() }
     }
@@ -28,48 +29,54 @@ impl EngineExecutor {
 
     /// Records all depths of the rows that start in a pass and predict.
     pub(super) fn look_ahead(&mut self, pass: &Pass<'_>) -> Result<(), EngineError> {
-        let shares_kv = self.sequences.kv_fill == KvFill::First;
-        let mut started: Vec<usize> = (0..pass.segments.len()).collect();
-        started.retain(|&index| {
-            let segment = &pass.segments[index];
-            segment.depth == 0 && (segment.predicts || !shares_kv)
-        });
+        let started: Vec<usize> = (0..pass.segments.len()).filter(|&index| pass.segments[index].depth == 0).collect();
         if started.is_empty() {
             return Ok(());
         }
         let current = std::mem::replace(&mut self.current, Current { is_ahead: true, ..Current::default() });
-        let of_segment = |&index: &usize| {
-            let segment = pass.segments[index];
-            if shares_kv { segment.last_row() } else { segment }
-        };
-        let mut segments: Vec<Segment> = started.iter().map(of_segment).collect();
+        let mut segments: Vec<Segment> = started.iter().map(|&index| pass.segments[index]).collect();
         self.current.findings = started.iter().map(|&index| current.findings[index]).collect();
         self.record(&Pass { segments: &segments, ..*pass });
 
         let rows: usize = segments.iter().map(|segment| segment.tokens as usize).sum();
         self.arena.reserve(&mut *self.backend, rows)?;
         let ahead = self.arena.free.split_off(self.arena.free.len() - rows);
-        let mut in_service = Vec::new();
+        let mut places = ahead.clone();
+        let mut replaced = (Vec::new(), Vec::new());
         for depth in 1..self.num_loops() {
+            self.end_prompts(&mut segments, &mut places);
             segments.iter_mut().for_each(|segment| segment.depth = depth as u8);
             let pass = Pass { segments: &segments, ..*pass };
-            self.run_ahead(&pass, &ahead)?;
+            self.run_ahead(&pass, &places)?;
             if depth == 1 {
-                in_service = self.replace_in_flight(&segments, ahead.iter().copied().map(Some));
+                let in_service = self.replace_in_flight(&segments, places.iter().copied().map(Some));
+                replaced = (segments.clone(), in_service);
             }
             self.record(&pass);
         }
         if self.sequences.overwrites() {
             self.replace_in_flight(&segments, std::iter::repeat(None));
             segments.iter_mut().for_each(|segment| segment.depth = 0);
-            self.run_ahead(&Pass { segments: &segments, ..*pass }, &ahead)?;
+            self.run_ahead(&Pass { segments: &segments, ..*pass }, &places)?;
         }
-        if self.num_loops() > 1 {
-            self.replace_in_flight(&segments, in_service.into_iter());
-        }
+        let (segments, in_service) = replaced;
+        self.replace_in_flight(&segments, in_service.into_iter());
         self.arena.free.extend(ahead);
         self.current = current;
         Ok(())
+    }
+
+    /// Drops the rows that have run the last depth of prompts, and their places.
+    fn end_prompts(&self, segments: &mut Vec<Segment>, places: &mut Vec<u32>) {
+        let mut of_rows = std::mem::take(places).into_iter();
+        segments.retain_mut(|segment| {
+            let before = positions(segment).filter(|&position| !self.sequences.goes_on(segment, position)).count();
+            let of_segment = of_rows.by_ref().take(segment.tokens as usize);
+            places.extend(of_segment.skip(before));
+            segment.start += before as u32;
+            segment.tokens -= before as u32;
+            segment.tokens > 0
+        });
     }
 
     /// Runs the rows of a pass from their states in flight; they are kept in the arena rows `ahead`.

@@ -49,6 +49,8 @@ pub struct Summary {
     pub token_budget: u32,
     /// Maximum prompt tokens that start in a pass or an iteration.
     pub prefill_chunk: u32,
+    /// The last depth that tokens of prompts run, if it was given.
+    pub prefill_depth: Option<u8>,
     /// Positions per KV block.
     pub block_tokens: u32,
     /// KV blocks of each machine.
@@ -181,6 +183,7 @@ impl Metrics {
             max_batch: settings.max_batch,
             token_budget: settings.token_budget,
             prefill_chunk: settings.prefill_chunk,
+            prefill_depth: settings.prefill_depth,
             block_tokens: settings.block_tokens,
             kv_blocks: settings.num_blocks,
             prefix_caching: settings.prefix_caching,

@@ -292,7 +292,7 @@ mod tests {
     fn thresholds_of_a_recording_under_policies_are_tested_on_the_requests_that_were_served_under_them() {
         let policies = ["confidence:top1:0.5", "static:1", "confidence:top1:0.9", "confidence:margin:0.1"];
         let policies = policies.map(str::to_owned).to_vec();
-        let recording = Recording { policies, kv_fill: "reuse".to_owned(), seed: 1 };
+        let recording = Recording { policies, kv_fill: "reuse".to_owned(), prefill_depth: None, seed: 1 };
         let mut trace = ExitTrace::new(ExitTraceMeta { recording: Some(recording), ..empty(2).meta });
         // Both signals pass both thresholds. Under 0.9 the served token is that of full depth, under 0.5 it is not, although
         // the last depth says the same there.
