@@ -538,6 +538,51 @@ fn simulations_and_replays_take_any_kv_fill() {
 }
 
 #[test]
+fn prompts_that_run_some_depths_are_judged_by_full_depth_and_go_with_their_recordings() {
+    let scene = Scene::new();
+    scene.measured();
+    let replay = ["replay", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
+    let limits = ["--batching", "sequence,depth", "--exit", "none", "--max-batch", "4", "--token-budget", "16"];
+    let quality = |more: &[&'static str]| {
+        scene.succeed(&[&replay[..], &limits, more, &["--out", "served"]].concat());
+        let summary = lines(&scene.path("served/summary.csv"));
+        let of = |name| column(&summary, name).into_iter().map(str::to_owned).collect::<Vec<_>>();
+        (of("prefill_depth"), of("token_agreement"), of("equal_share"), of("nats_per_token_full_depth"))
+    };
+    let (given, agreement, equal, nats) = quality(&[]);
+    assert_eq!(
+        (given, agreement, equal),
+        (vec![String::new(); 2], vec!["1.0".to_owned(); 2], vec!["1.0".to_owned(); 2])
+    );
+    let (given, agreement, equal, of_full_depth) = quality(&["--prefill-depth", "0"]);
+    assert_eq!(given, ["0"; 2]);
+    assert_eq!(nats, of_full_depth, "what it is compared with is full depth");
+    for share in [&agreement, &equal] {
+        assert!(share[0] == share[1] && share[0].parse::<f64>().unwrap() < 1.0, "{agreement:?}, {equal:?}");
+    }
+
+    let record = ["record", "--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
+    let under = ["--under", "margin:0.1", "--prefill-depth", "0", "--out", "recorded"];
+    scene.succeed(&[&record[..], &under].concat());
+    let simulate = |more: &[&'static str]| {
+        let common = ["simulate", "--requests", "requests.csv", "--profile", "profile", "--exits", "recorded"];
+        let serving = ["--batching", "depth", "--exit", "margin:0.1", "--max-batch", "4", "--token-budget", "16"];
+        [&common[..], &serving, more, &["--out", "out"]].concat()
+    };
+    scene.succeed(&simulate(&["--prefill-depth", "0"]));
+    let error = scene.fail(&simulate(&[]));
+    assert!(error.contains("recorded with prompts that run up to depth 0, the settings have every depth"), "{error}");
+    for (more, found) in [
+        (&["--prefill-depth", "3"], "prefill_depth 3 is outside the model's depths 0 to 2"),
+        (&["--prefill-depth=1", "--kv-fill=skip"], "--prefill-depth 1 with kv_fill skip: expected kv_fill reuse"),
+    ] as [(&[&str], &str); 2]
+    {
+        let error = scene.fail(&[&replay[..], &limits, more, &["--out", "refused"]].concat());
+        assert!(error.contains(found) || error.contains(&found.replace("prefill_depth", "--prefill-depth")), "{error}");
+    }
+}
+
+#[test]
 fn capacity_is_the_highest_rate_within_the_objectives() {
     let scene = Scene::new();
     scene.measured();

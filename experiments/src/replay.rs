@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 use engine::{Generation, Idle};
-use scheduler::{ExitPolicy, PassRecorder, Settings};
+use scheduler::{PassRecorder, Settings};
 use traces::{ExitTrace, PassLog, PassOrigin, unix_micros};
 
 use crate::measure;
@@ -33,7 +33,7 @@ pub fn replay(
     let requests = &workload.requests[..];
     settings.iter().try_for_each(|settings| named.check_settings(settings))?;
     warn_without_baselines(settings, reporter);
-    let full_depth = settings.iter().position(|settings| settings.exit == ExitPolicy::None);
+    let full_depth = settings.iter().position(Settings::is_full_depth);
     let recording = match recorded {
         None if Oracle::needs_recording(settings) || full_depth.is_none() => Some(record(named, requests)?),
         _ => None,

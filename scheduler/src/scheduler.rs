@@ -261,6 +261,13 @@ impl Settings {
         }
     }
 
+    /// Whether every row runs every depth and finds the entries of each: what is served is then the text of full depth.
+    pub fn is_full_depth(&self) -> bool {
+        self.exit == ExitPolicy::None
+            && !self.overwrites()
+            && !self.prefill_depth.is_some_and(|depth| depth + 1 < self.num_loops)
+    }
+
     /// The last depth that the tokens of a request's prompt run, except the one that predicts.
     pub fn prompt_depth(&self, request: u32) -> u8 {
         match self.kv_fill {
