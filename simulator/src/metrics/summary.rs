@@ -13,7 +13,7 @@ use super::{Distribution, Metrics};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
-    /// The engine ran it.
+    /// The engine or a server ran it.
     Measured,
     /// The simulator ran it.
     Simulated,
