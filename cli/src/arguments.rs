@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Result, anyhow, ensure};
 use engine::{DeviceName, Sampling, WeightType};
@@ -188,8 +189,20 @@ impl RequestArgs {
     /// # Errors
     /// If the file does not read, the options contradict it, or the trace does not say when its sessions begin.
     pub fn workload(&self, seed: u64) -> Result<Workload> {
+        Ok(Workload { prefixes: None, ..self.workload_with_prefixes(seed)? })
+    }
+
+    /// As [`Self::workload`], with the prefix hashes of the trace.
+    ///
+    /// # Errors
+    /// As [`Self::workload`].
+    pub fn workload_with_prefixes(&self, seed: u64) -> Result<Workload> {
         let (spec, base) = self.spec()?;
-        let load = || Workload::of_trace(&load_requests(&spec, &base, &mut Terminal::default())?, &spec, seed);
+        let load = || {
+            let trace = load_requests(&spec, &base, &mut Terminal::default())?;
+            let workload = Workload::of_trace(&trace, &spec, seed)?;
+            Ok(Workload { prefixes: trace.prefix_hashes.map(Arc::new), ..workload })
+        };
         load().map_err(|error| self.name_option(error))
     }
 

@@ -37,6 +37,7 @@ enum Command {
     Import(commands::import::Args),
     Record(commands::record::Args),
     Replay(commands::replay::Args),
+    Bench(commands::bench::Args),
     Validate(commands::validate::Args),
     Vllm(commands::vllm::Args),
     Sweep(commands::sweep::Args),
@@ -55,7 +56,8 @@ impl Command {
     /// Whether options describe how to serve requests, not a YAML file.
     fn is_of_options(&self) -> bool {
         match self {
-            Self::Simulate(_) | Self::Record(_) | Self::Replay(_) | Self::Validate(_) | Self::Timeline(_) => true,
+            Self::Simulate(_) | Self::Record(_) | Self::Replay(_) | Self::Bench(_) | Self::Validate(_) => true,
+            Self::Timeline(_) => true,
             Self::Capacity(args) => args.is_of_options(),
             _ => false,
         }
@@ -95,6 +97,7 @@ fn run(command: Command) -> Result<()> {
         Command::Import(args) => commands::import::run(args),
         Command::Record(args) => commands::record::run(args),
         Command::Replay(args) => commands::replay::run(args),
+        Command::Bench(args) => commands::bench::run(args),
         Command::Validate(args) => commands::validate::run(args),
         Command::Vllm(args) => commands::vllm::run(args),
         Command::Sweep(args) => commands::sweep::run(args),

@@ -51,6 +51,30 @@ pub fn print_summaries<'a>(summaries: impl IntoIterator<Item = &'a Summary>) {
     print_computed(&summaries);
 }
 
+/// Prints the latencies of a run with their percentiles, a line for each, and what it delivered.
+pub fn print_latencies(summary: &Summary) {
+    let s = summary;
+    let latencies = [
+        ("TTFT ms", [s.ttft_mean_ms, s.ttft_p50_ms, s.ttft_p90_ms, s.ttft_p99_ms]),
+        ("TPOT ms", [s.tpot_mean_ms, s.tpot_p50_ms, s.tpot_p90_ms, s.tpot_p99_ms]),
+        ("ITL ms", [s.itl_mean_ms, s.itl_p50_ms, s.itl_p90_ms, s.itl_p99_ms]),
+        ("e2e ms", [s.e2e_mean_ms, s.e2e_p50_ms, s.e2e_p90_ms, s.e2e_p99_ms]),
+    ];
+    let number = |value: f64| if value.is_nan() { "-".to_owned() } else { format!("{value:.2}") };
+    let line = |(name, values): (&str, [f64; 4])| [vec![name.to_owned()], values.map(number).to_vec()].concat();
+    say!(
+        "{} requests, {} output tokens in {:.3} s: {:.1} tok/s",
+        s.requests,
+        s.output_tokens,
+        s.makespan_s,
+        s.throughput_tok_s
+    );
+    if let (Some(share), Some(goodput)) = (s.objectives_met, s.goodput_req_s) {
+        say!("goodput {goodput:.3} req/s: {:.1}% of the requests met the objectives", 100.0 * share);
+    }
+    print_table(&["", "mean", "p50", "p90", "p99"], latencies.map(line).to_vec());
+}
+
 type Column = (&'static str, fn(&Summary) -> Option<f64>);
 
 /// What a run says of the quality of its text, beside the agreement.

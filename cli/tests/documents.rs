@@ -3,11 +3,16 @@
 //!
 //! `UPDATE_DOCUMENTS=1 cargo test --release -p depthwise --test documents` rewrites the reference of the command line.
 
+#[path = "../../client/tests/common/mod.rs"]
+mod server;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use clap::Parser as _;
 use clap::error::ErrorKind;
@@ -15,6 +20,7 @@ use depthwise::Cli;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
 use serde_yaml::Value;
+use server::Server;
 use shlex::Shlex;
 use traces::Component;
 use training::trainer::options::TrainingOptions;
@@ -98,6 +104,7 @@ fn every_column_and_key_that_is_written_is_documented() {
     succeed(&["sweep", &file("sweep.yaml"), "--out", &file("sweep")]);
     succeed(&["capacity", &file("sweep.yaml"), "--out", &file("capacity")]);
     measure(scratch.path(), requests);
+    bench(scratch.path(), &file("requests.yaml"));
 
     let (mut files, mut folders) = (Vec::new(), vec![scratch.path().to_owned(), profile.into(), exits.into()]);
     while let Some(folder) = folders.pop() {
@@ -161,6 +168,18 @@ fn measure(folder: &Path, requests: &str) {
     let (text, out, cache) = (file("text.txt"), file("training"), file("tokens"));
     let train = ["train", "--text", &prompts, "--held-out", &text, "--out", &out, "--cache", &cache];
     succeed(&[&train[..], &sizes, &steps].concat());
+}
+
+/// Runs a bench of a server that fails one request.
+fn bench(folder: &Path, requests: &str) {
+    let file = |name: &str| folder.join(name).display().to_string();
+    let served = AtomicUsize::new(0);
+    let server = Server::start(move |body| match served.fetch_add(1, Ordering::Relaxed) {
+        0 => Vec::new(),
+        _ => server::answer(body, Duration::ZERO),
+    });
+    let bench = ["bench", "--url", &server.url(), "--requests", requests, "--allow-failures"];
+    succeed(&[&bench[..], &["--out", &file("bench")]].concat());
 }
 
 /// Letters of columns and keys.
