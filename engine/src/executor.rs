@@ -217,7 +217,7 @@ impl Sequences {
 
     /// Whether tokens of prompts leave copies of their entries at depths that they do not run.
     fn fills_prompts(&self) -> bool {
-        self.settings.is_some_and(|settings| settings.prefill_depth.is_some())
+        self.settings.is_some_and(|settings| settings.fills_prompts())
     }
 
     /// The last depth of a request's prompt.
@@ -417,7 +417,8 @@ impl EngineExecutor {
 
     /// The coda runs where prompts leave copies, since later tokens attend to its keys and values as well.
     fn with_codas_of_prompts(mut self) -> Self {
-        if let Some(depth) = self.sequences.settings.and_then(|settings| settings.prefill_depth) {
+        let settings = self.sequences.settings.filter(Settings::fills_prompts);
+        if let Some(depth) = settings.and_then(|settings| settings.prefill_depth) {
             self.exit_depths.start = self.exit_depths.start.min(depth.into());
         }
         self

@@ -342,7 +342,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
+    #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
     fn prompts_that_run_some_depths_give_the_same_text_in_a_batch_and_looking_ahead(

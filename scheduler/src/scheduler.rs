@@ -307,6 +307,11 @@ impl Settings {
         shallowest < self.num_loops - 1
     }
 
+    /// Whether tokens of prompts leave copies of their entries at the depths that they do not run.
+    pub fn fills_prompts(&self) -> bool {
+        self.kv_fill != KvFill::First && self.prefill_depth.is_some()
+    }
+
     /// Depths at which a token of a request's prompt leaves copies of its entries.
     fn prompt_copies(&self, request: u32) -> u32 {
         let depths = self.kv_fill.copied_depths(self.num_loops).min(self.deepest_exit(request) + 1);
@@ -740,7 +745,7 @@ impl Scheduler {
 
     /// Copies that prompts leave at deeper depths when this pass is their last.
     fn copies_of_prompts(&self) -> u32 {
-        if self.settings.prefill_depth.is_none() {
+        if !self.settings.fills_prompts() {
             return 0;
         }
         let ends = |segment: &&Segment| {
@@ -758,7 +763,7 @@ impl Scheduler {
     fn rows_that_go_on(&self, segment: &Segment) -> u32 {
         let Sequence { request, context, .. } = &self.sequences[segment.slot as usize];
         let is_run_again = *context > request.prompt_tokens;
-        if is_run_again && self.settings.prefill_depth.is_some() {
+        if is_run_again && self.settings.fills_prompts() {
             // The last token of the prompt and the generated ones ran up to where they exited.
             (segment.start + segment.tokens).saturating_sub(request.prompt_tokens - 1).min(segment.tokens)
         } else {

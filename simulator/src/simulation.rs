@@ -139,7 +139,8 @@ impl<'m> Simulation<'m> {
         if let Some(recorded) = exits.kv_fill().filter(|&recorded| recorded != settings.kv_fill) {
             return Err(SimulationError::KvFill { recorded, settings: settings.kv_fill });
         }
-        let (recorded, simulated) = (exits.prefill_depth(), settings.prefill_depth);
+        let shallow = |given: Option<u8>| given.filter(|depth| depth + 1 < settings.num_loops);
+        let (recorded, simulated) = (shallow(exits.prefill_depth()), shallow(settings.prefill_depth));
         if exits.kv_fill().is_some() && recorded != simulated {
             let name =
                 |depth: Option<u8>| depth.map_or("every depth".to_owned(), |depth| format!("up to depth {depth}"));
