@@ -143,8 +143,8 @@ pub(crate) struct CustomDecisions {
     signals: Vec<f32>,
     /// By slot.
     memories: Vec<Memory>,
-    /// By request that was preempted.
-    preempted: HashMap<u32, Memory>,
+    /// By request that was preempted, or comes from another machine.
+    remembered: HashMap<u32, Memory>,
 }
 
 impl CustomDecisions {
@@ -156,18 +156,23 @@ impl CustomDecisions {
             num_loops,
             signals: vec![0.0; slots * usize::from(num_loops)],
             memories: vec![Memory::default(); slots],
-            preempted: HashMap::new(),
+            remembered: HashMap::new(),
         }
     }
 
     /// A request takes a slot, for the first time or again.
     pub fn admit(&mut self, slot: Slot, request: u32) {
-        self.memories[slot as usize] = self.preempted.remove(&request).unwrap_or_default();
+        self.memories[slot as usize] = self.remembered.remove(&request).unwrap_or_default();
     }
 
-    /// A request loses its slot before its last token.
-    pub fn preempt(&mut self, slot: Slot, request: u32) {
-        self.preempted.insert(request, self.memories[slot as usize]);
+    /// What the policy remembers of the request in a slot.
+    pub fn memory(&self, slot: Slot) -> Memory {
+        self.memories[slot as usize]
+    }
+
+    /// Keeps what the policy is to remember of a request when that is admitted.
+    pub fn remember(&mut self, request: u32, memory: Memory) {
+        self.remembered.insert(request, memory);
     }
 
     /// Whether the last row of a segment exits, which predicts a token of this index in the output.

@@ -6,7 +6,7 @@
 
 use traces::SignalBound;
 
-use crate::custom::CustomDecisions;
+use crate::custom::{CustomDecisions, Memory};
 use crate::mix::MixedDepths;
 use crate::pass::{Segment, Slot};
 use crate::policy::{ExitPolicy, LoadThreshold};
@@ -65,8 +65,21 @@ impl Decision {
 
     /// A request loses its slot before its last token.
     pub fn preempt(&mut self, slot: Slot, request: u32) {
+        self.remember(request, self.memory(slot));
+    }
+
+    /// What a custom policy remembers of the request in a slot.
+    pub fn memory(&self, slot: Slot) -> Memory {
+        match self {
+            Self::Custom(custom) => custom.memory(slot),
+            _ => Memory::default(),
+        }
+    }
+
+    /// Gives a custom policy what it is to remember of a request when that is admitted.
+    pub fn remember(&mut self, request: u32, memory: Memory) {
         if let Self::Custom(custom) = self {
-            custom.preempt(slot, request);
+            custom.remember(request, memory);
         }
     }
 }

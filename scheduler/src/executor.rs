@@ -21,7 +21,8 @@ pub trait Executor {
     type Error: std::error::Error + Send + Sync + 'static;
 
     /// A sequence takes a slot. `generated` is above 0 if the sequence was preempted after that many tokens: its prompt
-    /// and its generated tokens then run again as one prompt.
+    /// and its generated tokens then run again as one prompt. It is 1 as well if the keys and values of the prompt come from
+    /// another machine, which has generated the first token.
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), Self::Error>;
 
     /// A sequence gives up its slot, because it has finished or was preempted. Its rows in flight are discarded.

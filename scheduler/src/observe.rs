@@ -34,7 +34,7 @@ pub struct PassRecord<'a> {
 
 /// Observes a run. Every method has an empty default.
 pub trait Observer {
-    /// A request got a slot, for the first time or again after preemption.
+    /// A request got a slot: for the first time, again after preemption, or on the machine that it was handed over to.
     fn admitted(&mut self, _now: Nanos, _request: &Request) {}
     /// A request lost its slot and its keys and values; it is now first in the queue.
     fn preempted(&mut self, _now: Nanos, _request: &Request) {}

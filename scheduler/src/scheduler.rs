@@ -21,6 +21,11 @@ use crate::pass::{Pass, RowKind, Segment, Slot, exited};
 use crate::policy::{Batching, ExitPolicy, KvFill, SignalReads};
 use crate::work::WorkMeter;
 
+mod handover;
+
+use handover::Handovers;
+pub use handover::{Handover, Reservation};
+
 /// How a run is scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
@@ -410,6 +415,21 @@ impl Settings {
         if prompt_tokens == 0 || output_tokens == 0 {
             return Err(ScheduleError::EmptyRequest { request: id, prompt_tokens, output_tokens });
         }
+        self.check_positions(request)?;
+        // Beside the decode rows of all other sequences.
+        let most = self.prefill_chunk.min(self.token_budget - (self.max_batch - 1));
+        if self.overwrites() && prompt_tokens > most {
+            return Err(ScheduleError::PromptInParts { request: id, prompt_tokens, kv_fill: self.kv_fill, most });
+        }
+        Ok(())
+    }
+
+    /// Checks that the keys and values of a request fit in the cache.
+    ///
+    /// # Errors
+    /// If they do not.
+    pub fn check_positions(&self, request: &Request) -> Result<(), ScheduleError> {
+        let &Request { id, prompt_tokens, output_tokens, .. } = request;
         let tokens = u64::from(prompt_tokens) + u64::from(output_tokens) - 1;
         let capacity = u64::from(self.num_blocks) * u64::from(self.block_tokens);
         if tokens > capacity {
@@ -420,11 +440,6 @@ impl Settings {
                 num_blocks: self.num_blocks,
                 block_tokens: self.block_tokens,
             });
-        }
-        // Beside the decode rows of all other sequences.
-        let most = self.prefill_chunk.min(self.token_budget - (self.max_batch - 1));
-        if self.overwrites() && prompt_tokens > most {
-            return Err(ScheduleError::PromptInParts { request: id, prompt_tokens, kv_fill: self.kv_fill, most });
         }
         Ok(())
     }
@@ -450,6 +465,10 @@ struct Sequence {
     last_token: Nanos,
     /// Whether the sequence holds its slot.
     running: bool,
+    /// Whether its keys and values go to another machine or come from one: it cannot be preempted.
+    pinned: bool,
+    /// Depth at which its first token exited on the machine that its keys and values still have to come from.
+    arriving: Option<u8>,
 }
 
 impl Sequence {
@@ -465,6 +484,8 @@ impl Sequence {
             first_token: Nanos::ZERO,
             last_token: Nanos::ZERO,
             running: false,
+            pinned: false,
+            arriving: None,
         }
     }
 
@@ -571,6 +592,8 @@ pub struct Scheduler {
     /// Blocks found for the first request in the queue.
     found: Vec<BlockId>,
     prefix_use: PrefixUse,
+    /// Sequences that change machines.
+    handovers: Handovers,
     /// Derives the work of the pass.
     meter: WorkMeter,
 }
@@ -617,6 +640,7 @@ impl Scheduler {
             released: Vec::new(),
             found: Vec::new(),
             prefix_use: PrefixUse::default(),
+            handovers: Handovers::default(),
             meter: WorkMeter::new(&settings),
         })
     }
@@ -655,6 +679,13 @@ impl Scheduler {
         self.prefix_use
     }
 
+    /// Number of tokens at the beginning of a request's prompt whose keys and values the prefix cache has now.
+    pub fn cached_tokens(&self, request: &Request) -> u32 {
+        let mut found = Vec::new();
+        self.find_prefix_of(request.id, request.prompt_tokens, &mut found);
+        found.len() as u32 * self.settings.block_tokens
+    }
+
     /// The pass that [`plan`](Self::plan) composed.
     pub fn pass(&self) -> Pass<'_> {
         let (segments, late) = (&self.segments, self.exit_wait.late());
@@ -689,10 +720,15 @@ impl Scheduler {
     /// # Errors
     /// If the request can never run to its end.
     pub fn submit(&mut self, request: Request) -> Result<(), ScheduleError> {
-        self.settings.check_request(&request)?;
-        let line = if self.settings.async_scheduling { &mut self.unseen } else { &mut self.waiting };
-        line.push_back(Sequence::new(request, self.settings.prompt_depth(request.id)));
+        self.settings.check_request(&self.share_of(&request))?;
+        let sequence = Sequence::new(request, self.settings.prompt_depth(request.id));
+        self.line().push_back(sequence);
         Ok(())
+    }
+
+    /// Where requests queue when they come.
+    fn line(&mut self) -> &mut VecDeque<Sequence> {
+        if self.settings.async_scheduling { &mut self.unseen } else { &mut self.waiting }
     }
 
     /// Composes the next pass; returns `false` if there is nothing to run.
@@ -728,6 +764,7 @@ impl Scheduler {
     fn compose(&mut self, start_rows: impl FnOnce(&mut Self)) -> bool {
         self.admitted.clear();
         self.released.clear();
+        self.forget_reserved();
         self.exit_wait.forget_late();
         let mid_iteration = self.settings.batching.is_lockstep() && self.any_in_flight();
         self.join_awaited_backfill();
@@ -786,6 +823,7 @@ impl Scheduler {
     /// Sees what has arrived or finished since the last plan.
     fn see(&mut self) {
         self.waiting.append(&mut self.unseen);
+        self.see_received();
         while let Some(slot) = self.finished.pop() {
             self.release(slot);
         }
@@ -807,9 +845,10 @@ impl Scheduler {
             allowance = 0;
         }
         let whole_batch = self.settings.batching == Batching::Vanilla;
-        while form_batch && !preempted && (allowance > 0 || whole_batch) {
+        while form_batch && !preempted && (allowance > 0 || whole_batch || self.next_arrives()) {
             let Some(slot) = self.admit_next(now, observer) else { break };
             match self.can_start_chunk(slot, allowance) {
+                _ if self.sequences[slot as usize].arriving.is_some() => {}
                 true => allowance -= self.start_chunk(slot, allowance),
                 false => allowance = 0,
             }
@@ -981,24 +1020,26 @@ impl Scheduler {
     /// batching all chunks run before any decode row, so the request takes all blocks at once.
     fn admit_next(&mut self, now: Nanos, observer: &mut impl Observer) -> Option<Slot> {
         let slot = *self.free_slots.last()?;
-        let &Sequence { request, context, .. } = self.waiting.front()?;
+        let &Sequence { request, context, arriving, .. } = self.waiting.front()?;
         self.find_prefix(request.id, context);
         // A sequence that lost its blocks could not compute again what its depths have overwritten.
-        let reserved = if self.settings.overwrites() { request.context_tokens() } else { context };
+        let reserved = if self.settings.overwrites() { self.share_of(&request).context_tokens() } else { context };
         if !self.tables.fits(reserved, &self.found) {
             return None;
         }
         let mut sequence = self.waiting.pop_front()?;
         self.free_slots.pop();
         self.tables.adopt(slot, &self.found);
-        if self.settings.batching == Batching::Vanilla || self.settings.overwrites() {
+        if self.settings.batching == Batching::Vanilla || self.settings.overwrites() || arriving.is_some() {
             let room = self.tables.grow(slot, reserved);
             debug_assert!(room, "what fits can be held");
         }
         sequence.started = self.found.len() as u32 * self.settings.block_tokens;
         sequence.filled = sequence.started;
-        self.prefix_use.looked_up += u64::from(context);
-        self.prefix_use.found += u64::from(sequence.started);
+        if arriving.is_none() {
+            self.prefix_use.looked_up += u64::from(context);
+            self.prefix_use.found += u64::from(sequence.started);
+        }
         sequence.admission = self.admissions;
         sequence.running = true;
         self.admissions += 1;
@@ -1011,17 +1052,27 @@ impl Scheduler {
             reach.admit(slot, request.id, request.prompt_tokens);
         }
         self.sequences[slot as usize] = sequence;
-        self.prefilling.push_back(slot);
+        match arriving {
+            Some(_) => self.reserve(slot),
+            None => self.prefilling.push_back(slot),
+        }
         self.admitted.push(slot);
         Some(slot)
     }
 
-    /// Finds blocks with the beginning of a context. The last token must run in any case, since it predicts.
+    /// Finds blocks with the beginning of a context.
     fn find_prefix(&mut self, request: u32, context: u32) {
+        let mut found = std::mem::take(&mut self.found);
+        self.find_prefix_of(request, context, &mut found);
+        self.found = found;
+    }
+
+    /// Finds blocks with the beginning of a context. The last token must run in any case, since it predicts.
+    fn find_prefix_of(&self, request: u32, context: u32, found: &mut Vec<BlockId>) {
         let block_tokens = self.settings.block_tokens;
         let prefixes = self.prefixes.as_deref();
-        let whole = 0..(context - 1) / block_tokens;
-        self.tables.find(whole.map(|block| contents(prefixes, request, block, block_tokens)), &mut self.found);
+        let whole = 0..context.saturating_sub(1) / block_tokens;
+        self.tables.find(whole.map(|block| contents(prefixes, request, block, block_tokens)), found);
     }
 
     /// Makes the slot's blocks within its first `positions` available to other requests.
@@ -1063,7 +1114,7 @@ impl Scheduler {
     /// Takes slot and blocks from the sequence admitted last. It becomes first in the queue and computes its keys and
     /// values again, unless it is finished and only waits for its release.
     fn preempt_newest(&mut self, now: Nanos, observer: &mut impl Observer) {
-        let running = self.sequences.iter().zip(0..).filter(|(sequence, _)| sequence.running);
+        let running = self.sequences.iter().zip(0..).filter(|(sequence, _)| sequence.running && !sequence.pinned);
         let (_, slot) =
             running.max_by_key(|(sequence, _)| sequence.admission).expect("a sequence that wants a block runs");
         let mut sequence = self.sequences[slot as usize];
@@ -1204,6 +1255,7 @@ impl Scheduler {
         if lockstep && !self.any_in_flight() {
             self.deliver_held(now, observer);
         }
+        self.complete_handovers();
     }
 
     /// Drops rows that have exited or run their last depth, and moves the rest one depth deeper. It is free of
@@ -1259,6 +1311,10 @@ impl Scheduler {
 
     #[inline(always)]
     fn deliver(&mut self, Held { slot, depth }: Held, now: Nanos, observer: &mut impl Observer) {
+        let sequence = &self.sequences[slot as usize];
+        if self.leaves(&sequence.request) {
+            return self.hold_for_handover(slot, depth);
+        }
         let sequence = &mut self.sequences[slot as usize];
         let index = sequence.generated;
         let previous = (index > 0).then_some(sequence.last_token);

@@ -8,7 +8,8 @@ use crate::ahead::Ahead;
 use crate::executor::Executor;
 use crate::load::{Answered, Load, OpenLoad, Unordered};
 use crate::observe::{Observer, PassRecord};
-use crate::scheduler::{ScheduleError, Scheduler, Settings};
+use crate::pass::Slot;
+use crate::scheduler::{Handover, ScheduleError, Scheduler, Settings};
 
 /// Why a run stopped.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +65,11 @@ impl<E: Executor> Server<E> {
         &self.executor
     }
 
+    /// The executor, to tell it of what the scheduler does not know.
+    pub fn executor_mut(&mut self) -> &mut E {
+        &mut self.executor
+    }
+
     /// The executor, when the run is over.
     pub fn into_executor(self) -> E {
         self.executor
@@ -75,6 +81,40 @@ impl<E: Executor> Server<E> {
     /// If the request can never run to its end.
     pub fn submit(&mut self, request: Request) -> Result<(), ScheduleError> {
         self.scheduler.submit(request)
+    }
+
+    /// From now on, ends sequences at their first token and hands them over to other machines; see
+    /// [`Scheduler::hand_over_after_prompts`]. Not for executors that run
+    /// [beside the host](Executor::RUNS_BESIDE) under asynchronous scheduling.
+    pub fn hand_over_after_prompts(&mut self) {
+        debug_assert!(self.ahead.is_none(), "handovers are known when their pass has ended");
+        self.scheduler.hand_over_after_prompts();
+    }
+
+    /// Sequences whose prompts have been completed since the last call; see [`Scheduler::take_handed_over`].
+    pub fn take_handed_over(&mut self) -> Vec<Handover> {
+        self.scheduler.take_handed_over()
+    }
+
+    /// Releases slot and blocks of a sequence whose keys and values have been transferred.
+    pub fn release_handed_over(&mut self, slot: Slot) {
+        self.scheduler.release_handed_over(slot);
+        if !self.scheduler.settings().async_scheduling {
+            self.executor.release(slot);
+        }
+    }
+
+    /// Appends a sequence of another machine to the queue; see [`Scheduler::submit_handed_over`].
+    ///
+    /// # Errors
+    /// If the request can never run to its end here.
+    pub fn submit_handed_over(&mut self, handover: &Handover) -> Result<(), ScheduleError> {
+        self.scheduler.submit_handed_over(handover)
+    }
+
+    /// Goes on with a sequence whose keys and values are there; see [`Scheduler::receive`].
+    pub fn receive(&mut self, slot: Slot, now: Nanos, observer: &mut impl Observer) {
+        self.scheduler.receive(slot, now, observer);
     }
 
     /// Composes the next pass and runs it. Returns its duration, or `None` if there is nothing to run.
