@@ -4,19 +4,20 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use engine::{DeviceName, Sampling, WeightType};
 use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Settings};
-use simulator::{ExitModel, Objectives, Routing, Simulation};
+use simulator::{ExitModel, MachineGroup, Objectives, Routing, Simulation};
 use traces::{RequestFormat, RequestSpec, RequestTrace, SessionUse, ThinkTime, TimeUnit, TraceError, ZeroTokens};
 
 use crate::progress::Terminal;
 use experiments::ExitChoice;
 use experiments::NamedEngine;
 use experiments::experiment::{SCHEMA_VERSION, read_yaml};
+use experiments::machines::{Groups, MachinesFile, check_specs};
 use experiments::runs::{Machines, load_models};
-use experiments::serving::{MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, parse_bytes};
+use experiments::serving::{MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, longest, parse_bytes};
 use experiments::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
 use experiments::workload::{Workload, load_requests};
 
@@ -345,6 +346,8 @@ impl ServingArgs {
             async_scheduling: self.async_scheduling,
             exit_wait: self.exit_wait,
             exit_batch: self.exit_batch,
+            machines: Vec::new(),
+            transfer: None,
         }
     }
 }
@@ -401,8 +404,12 @@ pub struct SimulationArgs {
     /// Number of machines, each with its own batch and cache
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = at_most::<{ MOST_REPLICAS as u32 }>)]
     replicas: u32,
+    /// YAML file of groups of machines with roles (prompt, decode, both) and the link between them, instead of --replicas
+    #[arg(long, value_name = "FILE", conflicts_with = "replicas")]
+    machines: Option<PathBuf>,
     /// How requests are routed to machines: round-robin, random, random:SEED, least-loaded, two-choices,
-    /// two-choices:SEED
+    /// two-choices:SEED, prefix, prefix:MORE (the machine that has most of the prompt in its prefix cache, unless it has
+    /// over MORE requests more than the least loaded)
     #[arg(long, default_value = "round-robin", value_name = "RULE")]
     routing: Routing,
     /// Draw the time of each pass from its measured spread
@@ -421,37 +428,64 @@ pub struct SimulationInput {
     pub latency: LatencyModel,
     /// Of the model.
     pub exits: ExitModel,
-    /// One for each combination of policies.
-    pub settings: Vec<Settings>,
+    /// For each combination of policies, those of each group of machines.
+    pub settings: Vec<Vec<Settings>>,
     /// What runs them.
     pub machines: Machines,
+    /// Their roles.
+    pub groups: Groups,
 }
 
 impl SimulationInput {
-    /// A simulation for each combination of policies.
+    /// The groups of machines for each combination of policies.
+    pub fn groups(&self) -> Vec<Vec<MachineGroup<'_>>> {
+        let of_combination =
+            |settings: &Vec<Settings>| self.groups.machines(settings, self.machines.replicas, &self.latency);
+        self.settings.iter().map(of_combination).collect()
+    }
+
+    /// A simulation for each combination of policies, on these [groups](Self::groups).
     ///
     /// # Errors
-    /// If the settings are of another model.
-    pub fn simulations(&self) -> Result<Vec<Simulation<'_>>> {
-        Ok(self.machines.simulations(&self.settings, &self.latency, &self.exits, &self.workload)?)
+    /// If the settings are of another model, or the groups make no system.
+    pub fn simulations<'m>(&'m self, groups: &'m [Vec<MachineGroup<'m>>]) -> Result<Vec<Simulation<'m>>> {
+        let simulation = |groups: &'m Vec<MachineGroup<'m>>| {
+            Ok(self.machines.simulation_of_groups(groups, self.groups.link(), &self.exits, &self.workload)?)
+        };
+        groups.iter().map(simulation).collect()
     }
 }
 
 impl SimulationArgs {
+    /// Whether options describe how to serve requests, not a YAML file of machines.
+    pub fn is_of_options(&self) -> bool {
+        self.machines.is_none()
+    }
+
     /// Reads requests, profile and exit trace.
     ///
     /// # Errors
     /// If one does not read, profile and exit trace are of different models, or the device's memory is too small.
     pub fn load(&self) -> Result<SimulationInput> {
         let (spec, base) = self.requests.spec()?;
-        let serving = self.serving.serving();
+        let serving = self.serving()?;
+        let groups = Groups::read(&serving.machines, serving.transfer, Path::new(""))?;
         let workload = Workload::load(&spec, &base, &serving, self.seed, &mut Terminal::default())
             .map_err(|error| self.requests.name_option(error))?;
         let (latency, exits) = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
-        let settings = serving.all_settings(&latency.meta().into(), &workload.requests)?;
+        let settings = groups.all_settings(&serving, &latency, longest(&workload.requests))?;
         let spread = self.spread.then_some(self.seed);
         let machines = Machines { replicas: self.replicas as usize, routing: self.routing, spread };
-        Ok(SimulationInput { workload, latency, exits, settings, machines })
+        Ok(SimulationInput { workload, latency, exits, settings, machines, groups })
+    }
+
+    /// How requests are scheduled, and on what machines; paths are relative to nothing else.
+    fn serving(&self) -> Result<Serving> {
+        let serving = self.serving.serving();
+        let Some(file) = &self.machines else { return Ok(serving) };
+        let MachinesFile { machines, transfer } = MachinesFile::load(file)?;
+        check_specs(&machines, transfer).with_context(|| file.display().to_string())?;
+        Ok(Serving { machines, transfer, ..serving })
     }
 }
 
@@ -468,13 +502,21 @@ impl SimulationArgs {
             generate.lengths_from = generate.lengths_from.take().map(|file| base.join(file));
         }
         let (profile, exits) = (self.profile.clone(), self.exits.clone());
-        let system = SweptSystem { name: profile.display().to_string(), profile, exits, batching: None, exit: None };
+        let system = SweptSystem {
+            name: profile.display().to_string(),
+            profile,
+            exits,
+            batching: None,
+            exit: None,
+            machines: None,
+            transfer: None,
+        };
         Ok(SweepSpec {
             schema_version: SCHEMA_VERSION,
             title: self.requests.requests.display().to_string(),
             seed: self.seed,
             requests,
-            serving: self.serving.serving(),
+            serving: self.serving()?,
             systems: vec![system],
             replicas: self.replicas as usize,
             routing: self.routing,

@@ -56,8 +56,9 @@ impl Command {
     /// Whether options describe how to serve requests, not a YAML file.
     fn is_of_options(&self) -> bool {
         match self {
-            Self::Simulate(_) | Self::Record(_) | Self::Replay(_) | Self::Bench(_) | Self::Validate(_) => true,
-            Self::Timeline(_) => true,
+            Self::Record(_) | Self::Replay(_) | Self::Bench(_) | Self::Validate(_) => true,
+            Self::Simulate(args) => args.is_of_options(),
+            Self::Timeline(args) => args.is_of_options(),
             Self::Capacity(args) => args.is_of_options(),
             _ => false,
         }

@@ -7,10 +7,11 @@ use comfy_table::{CellAlignment, presets};
 use experiments::compare::{Comparison, E2E, E2E_P99, GOODPUT, Kind, THROUGHPUT, TPOT, TTFT};
 use experiments::frontier::{Headline, QualityMeasure, combination, headline};
 use experiments::record::ServedTally;
+use experiments::runs::Run;
 use experiments::speedup::{Ratio, Speedup, speedups};
 use experiments::systems::OfSystem;
 use experiments::validate::{Table, Validation};
-use simulator::Summary;
+use simulator::{GroupSummary, Summary};
 use traces::DepthTally;
 use training::evaluation::{Evaluation, LoopFigures};
 
@@ -73,6 +74,66 @@ pub fn print_latencies(summary: &Summary) {
         say!("goodput {goodput:.3} req/s: {:.1}% of the requests met the objectives", 100.0 * share);
     }
     print_table(&["", "mean", "p50", "p90", "p99"], latencies.map(line).to_vec());
+}
+
+/// Prints how each group of machines was used, of runs of machines with roles.
+pub fn print_groups(runs: &[Run]) {
+    let header = [
+        "batching",
+        "exit",
+        "machines",
+        "role",
+        "batching",
+        "busy",
+        "rows",
+        "running",
+        "waiting",
+        "KV blocks",
+        "KV used",
+        "KV peak",
+        "preempted",
+    ];
+    let line = |summary: &Summary, group: &GroupSummary| {
+        vec![
+            summary.batching.to_string(),
+            summary.exit_policy.clone(),
+            group.replicas.to_string(),
+            group.role.to_string(),
+            group.group_batching.to_string(),
+            format!("{:.3}", group.busy),
+            format!("{:.1}", group.mean_rows),
+            format!("{:.1}", group.mean_running),
+            format!("{:.1}", group.mean_waiting),
+            group.kv_blocks.to_string(),
+            format!("{:.3}", group.kv_usage),
+            format!("{:.3}", group.kv_usage_peak),
+            group.preemptions.to_string(),
+        ]
+    };
+    let lines = |run: &Run| run.groups.iter().map(|group| line(&run.summary, group)).collect::<Vec<_>>();
+    let lines: Vec<_> = runs.iter().flat_map(lines).collect();
+    if lines.is_empty() {
+        return;
+    }
+    say!("\nmachines:");
+    print_table(&header, lines);
+    for run in runs {
+        if let Some(line) = transfer_line(&run.summary) {
+            say!("{line}");
+        }
+    }
+}
+
+fn transfer_line(summary: &Summary) -> Option<String> {
+    Some(format!(
+        "{}, {}: {} transfers of {} in all, {:.3} ms each, after {:.3} ms of waiting",
+        summary.machines,
+        summary.exit_policy,
+        summary.transfers?,
+        ByteSize(summary.transfer_bytes?).display().iec(),
+        summary.transfer_mean_ms?,
+        summary.transfer_wait_mean_ms?,
+    ))
 }
 
 type Column = (&'static str, fn(&Summary) -> Option<f64>);

@@ -100,6 +100,10 @@ fn every_column_and_key_that_is_written_is_documented() {
     let file = |name: &str| place(name).display().to_string();
     let simulate = ["--requests", &file("requests.yaml"), "--profile", &profile, "--exits", &exits, "--ttft-ms", "9"];
     succeed(&[&["simulate", "--out", &file("simulated")], &simulate[..]].concat());
+    let machines = "machines: [{role: prompt}, {role: decode}]\ntransfer: {gigabytes_per_s: 50, latency_us: 20}\n";
+    fs::write(place("machines.yaml"), machines).unwrap();
+    let with_roles = ["--batching", "depth", "--machines", &file("machines.yaml"), "--out", &file("with-roles")];
+    succeed(&[&["simulate"], &simulate[..], &with_roles].concat());
     succeed(&["run", &file("run.yaml"), "--out", &file("run")]);
     succeed(&["sweep", &file("sweep.yaml"), "--out", &file("sweep")]);
     succeed(&["capacity", &file("sweep.yaml"), "--out", &file("capacity")]);

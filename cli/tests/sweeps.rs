@@ -122,8 +122,8 @@ fn a_sweep_leaves_a_line_for_every_combination_and_seed_and_their_means() {
     assert_eq!(
         of_run.join(" "),
         "system device rate_per_s device_memory memory_utilization source batching exit threshold exit_policy kv_fill \
-         max_batch token_budget prefill_chunk prefill_depth block_tokens prefix_caching async_scheduling exit_wait exit_batch replicas \
-         weight_bytes kv_bytes_per_token"
+         max_batch token_budget prefill_chunk prefill_depth block_tokens prefix_caching async_scheduling exit_wait exit_batch \
+         replicas machines weight_bytes kv_bytes_per_token"
     );
     let number = |text: &str| text.parse::<f64>().unwrap();
     let throughputs: Vec<f64> = column(&sweep, "throughput_tok_s").into_iter().map(number).collect();

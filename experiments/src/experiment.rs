@@ -8,10 +8,11 @@ use engine::{DeviceName, WeightType};
 use scheduler::{Batching, KvFill};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use simulator::Objectives;
+use simulator::{Link, Objectives};
 use traces::{ExitSignal, RequestSpec};
 
 use crate::exit_choice::ExitChoice;
+use crate::machines::{MachineSpec, check_specs, link_of};
 use crate::serving::{MOST_REPEATS, MOST_ROWS, Serving, check_at_most};
 
 /// The only `schema_version` this build reads.
@@ -134,6 +135,12 @@ pub struct System {
     /// Instead of `serving.exit_wait`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_wait: Option<u32>,
+    /// Instead of `serving.machines`; empty for one machine of both roles.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machines: Option<Vec<MachineSpec>>,
+    /// Instead of `serving.transfer`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Link>,
     /// Name of the system that its speed-up is over, if not the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compared_with: Option<String>,
@@ -220,7 +227,14 @@ impl Experiment {
         );
         for system in &self.systems {
             self.baseline_of(system)?;
+            check_specs(system.machines.as_deref().unwrap_or_default(), system.transfer)
+                .with_context(|| format!("system `{}`", system.name))?;
         }
+        ensure!(
+            self.serving.transfer.is_none()
+                || self.systems.iter().any(|system| !system.machines_or(&self.serving).is_empty()),
+            "serving.transfer without machines: expected the roles of the machines (serving.machines)"
+        );
         ensure!(
             self.systems.is_empty() || self.sweeps.thresholds.is_empty(),
             "sweeps.thresholds beside systems: expected the thresholds in the systems' `exit`"
@@ -265,6 +279,7 @@ impl EngineSpec {
 impl System {
     /// How it is scheduled, where it differs from the experiment's other systems.
     pub fn serving(&self, common: &Serving) -> Serving {
+        let machines = self.machines_or(common).to_vec();
         Serving {
             batching: self.batching.clone().unwrap_or_else(|| common.batching.clone()),
             exit: self.exit.clone().unwrap_or_else(|| common.exit.clone()),
@@ -272,8 +287,15 @@ impl System {
             max_batch: self.max_batch.unwrap_or(common.max_batch),
             token_budget: self.token_budget.unwrap_or(common.token_budget),
             exit_wait: self.exit_wait.unwrap_or(common.exit_wait),
+            transfer: link_of(&machines, self.transfer, common.transfer),
+            machines,
             ..common.clone()
         }
+    }
+
+    /// The groups of machines of this system.
+    fn machines_or<'s>(&'s self, common: &'s Serving) -> &'s [MachineSpec] {
+        self.machines.as_ref().unwrap_or(&common.machines)
     }
 }
 

@@ -85,6 +85,7 @@ pub mod experiment;
 pub mod figures;
 pub mod frontier;
 pub mod loss_figure;
+pub mod machines;
 pub mod measure;
 pub mod named_engine;
 pub mod oracle;

@@ -225,7 +225,7 @@ fn measured_run(engine: &Engine, metrics: Metrics) -> Run {
         kv_bytes_per_token: Some(engine.model.kv_bytes_per_token(metrics.settings().kv_fill)),
         ..metrics.summary(Source::Measured, None)
     };
-    Run { summary, metrics, time: None, quality: None }
+    Run { summary, metrics, time: None, quality: None, groups: Vec::new() }
 }
 
 /// For each of the settings, the median run of repeats, which are given by repeat.

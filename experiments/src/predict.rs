@@ -102,6 +102,9 @@ impl Predictor<'_> {
         let [metrics] = metrics;
         let mut summary = simulation.summary(&metrics, &outcome);
         summary.token_agreement = summary.token_agreement.filter(|_| self.recording.has_predictions(place));
-        Ok((Run { summary, metrics, time: Some(outcome.time), quality: None }, outcome.extrapolations))
+        Ok((
+            Run { summary, metrics, time: Some(outcome.time), quality: None, groups: Vec::new() },
+            outcome.extrapolations,
+        ))
     }
 }

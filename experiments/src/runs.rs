@@ -8,8 +8,8 @@ use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use scheduler::{ExitPolicy, KvFill, Settings};
 use serde::Serialize;
 use simulator::{
-    Draw, ExitModel, Metrics, Objectives, Outcome, Routing, Simulation, SimulationError, Source, Summary, run_all,
-    write_csv,
+    Draw, ExitModel, GroupSummary, Link, MachineGroup, Metrics, Objectives, Outcome, Routing, Simulation,
+    SimulationError, Source, Summary, SystemSummary, run_all, write_csv,
 };
 use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
 
@@ -34,6 +34,8 @@ pub struct Run {
     pub time: Option<TimeByComponent>,
     /// How good the served text is, of a run whose text was compared with full depth.
     pub quality: Option<Quality>,
+    /// How each group of machines was used, of a simulation of machines with roles.
+    pub groups: Vec<GroupSummary>,
 }
 
 impl Run {
@@ -93,7 +95,26 @@ impl Machines {
         exits: &'m ExitModel,
         workload: &'m Workload,
     ) -> Result<Simulation<'m>, SimulationError> {
-        let simulation = Simulation::new(settings, latency, exits)?.with_routing(self.routing);
+        Ok(self.serve(Simulation::new(settings, latency, exits)?, workload))
+    }
+
+    /// A simulation of the workload on groups of machines, whatever the number of replicas.
+    ///
+    /// # Errors
+    /// If profiles, exit trace and settings do not belong together, or the groups make no system.
+    pub fn simulation_of_groups<'m>(
+        &self,
+        groups: &'m [MachineGroup<'m>],
+        link: Option<Link>,
+        exits: &'m ExitModel,
+        workload: &'m Workload,
+    ) -> Result<Simulation<'m>, SimulationError> {
+        Ok(self.serve(Simulation::of_groups(groups, link, exits)?, workload))
+    }
+
+    /// Lets machines serve a workload.
+    fn serve<'m>(&self, simulation: Simulation<'m>, workload: &'m Workload) -> Simulation<'m> {
+        let simulation = simulation.with_routing(self.routing);
         let simulation = match &workload.prefixes {
             Some(prefixes) => simulation.with_prefixes(prefixes),
             None => simulation,
@@ -102,10 +123,10 @@ impl Machines {
             Some(closed_loop) => simulation.in_closed_loop(closed_loop),
             None => simulation,
         };
-        Ok(match self.spread {
+        match self.spread {
             Some(seed) => simulation.with_spread(seed),
             None => simulation,
-        })
+        }
     }
 
     /// A simulation for every one of `settings`.
@@ -151,24 +172,31 @@ pub fn run_simulations(
     requests: &[Request],
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
-    simulations.iter().try_for_each(|simulation| check_machines(replicas, simulation.settings()))?;
-    let kept = requests.len() as u128 * replicas as u128 * simulations.len() as u128;
+    for simulation in simulations {
+        check_machines(simulation.settings_of_groups(replicas))?;
+    }
+    let number = |simulation: &Simulation<'_>| simulation.settings_of_groups(replicas).map(|(number, _)| number).sum();
+    let machines: usize = simulations.first().map_or(replicas, number);
+    let kept = requests.len() as u128 * machines as u128 * simulations.len() as u128;
     ensure!(
         kept <= MOST_REQUESTS_KEPT,
-        "{} requests x {replicas} replicas x {} combinations of policies are {kept}: expected at most \
+        "{} requests x {machines} replicas x {} combinations of policies are {kept}: expected at most \
          {MOST_REQUESTS_KEPT}, since the times of every request are kept (`depthwise sweep` keeps means only)",
         requests.len(),
         simulations.len()
     );
-    let outcomes = run_all(simulations, requests, |settings| {
-        let metrics = Metrics::new(settings).with_requests();
-        vec![objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives)); replicas]
+    let outcomes = run_all(simulations, requests, |simulation| {
+        let of_machine = |settings| {
+            let metrics = Metrics::new(settings).with_requests();
+            objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives))
+        };
+        simulation.settings_of_machines(replicas).map(of_machine).collect()
     })?;
     let mut beyond = Extrapolations::default();
     let run = |(simulation, (metrics, outcome)): (&Simulation<'_>, (Vec<Metrics>, Outcome))| {
         beyond.merge(&outcome.extrapolations);
-        let metrics = Metrics::merged(metrics).ok_or(SimulationError::NoReplicas)?;
-        Ok(Run { summary: simulation.summary(&metrics, &outcome), metrics, time: Some(outcome.time), quality: None })
+        let SystemSummary { metrics, summary, groups } = simulation.summarize(metrics, &outcome)?;
+        Ok(Run { summary, metrics, time: Some(outcome.time), quality: None, groups })
     };
     let runs = simulations.iter().zip(outcomes).map(run).collect();
     warn_of_extrapolations(&beyond, reporter);
@@ -211,6 +239,7 @@ pub fn write_results(mut folder: ResultsFolder, command: &str, args: &impl Debug
     write_csv(&results.join("summary.csv"), runs.iter().map(|run| &run.summary))?;
     write_requests(&results, runs)?;
     write_quality(&results, runs)?;
+    write_groups(&results, runs)?;
     folder.finish()
 }
 
@@ -254,6 +283,16 @@ pub fn write_quality<'a>(folder: &Path, runs: impl IntoIterator<Item = &'a Run>)
     let of_run = |run: &'a Run| run.quality.iter().flat_map(|quality| quality::lines(&run.summary, quality));
     let lines: Vec<_> = runs.into_iter().flat_map(of_run).collect();
     if lines.is_empty() { Ok(()) } else { Ok(write_csv(&folder.join("quality.csv"), lines)?) }
+}
+
+/// Writes `machines.csv`, if a run was of machines with roles.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_groups<'a>(folder: &Path, runs: impl IntoIterator<Item = &'a Run>) -> Result<()> {
+    let of_run = |run: &'a Run| run.groups.iter().map(|group| (OfRun::new(&run.summary), group));
+    let lines: Vec<_> = runs.into_iter().flat_map(of_run).collect();
+    if lines.is_empty() { Ok(()) } else { Ok(write_csv(&folder.join("machines.csv"), lines)?) }
 }
 
 /// Writes `depth_rows.csv`: rows by depth over time, of every run.

@@ -7,10 +7,11 @@ use anyhow::{Result, bail, ensure};
 use bytesize::ByteSize;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use serde::{Deserialize, Deserializer, Serialize};
-use simulator::{MemoryBudget, ModelMemory};
+use simulator::{Link, MemoryBudget, ModelMemory};
 use traces::Request;
 
 use crate::exit_choice::ExitChoice;
+use crate::machines::{MachineSpec, check_specs};
 
 /// How requests are scheduled: every batching policy with every exit policy, and adaptive exits with every KV fill.
 ///
@@ -63,6 +64,12 @@ pub struct Serving {
     /// Waiting tokens at which the exit head runs before the wait is over; 0 for no such number.
     #[serde(default)]
     pub exit_batch: u32,
+    /// Groups of machines with roles, in simulations; empty for machines that are all the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub machines: Vec<MachineSpec>,
+    /// Link between prompt and decode machines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Link>,
 }
 
 /// The most of what sizes a batch: sequences, and prompt tokens and rows of a pass. More are a slip of the hand.
@@ -85,14 +92,19 @@ pub fn check_at_most(name: &str, found: u64, most: u64) -> Result<()> {
     Ok(())
 }
 
-/// Refuses machines that would take the memory of this one.
+/// Refuses machines, given as numbers and settings of each, that would take the memory of this one.
 ///
 /// # Errors
 /// If there are too many, or they have too many sequences or KV blocks.
-pub fn check_machines(replicas: usize, settings: &Settings) -> Result<()> {
-    check_at_most("replicas", replicas as u64, MOST_REPLICAS as u64)?;
-    for (name, of_each) in [("max_batch", settings.max_batch), ("num_blocks", settings.num_blocks)] {
-        check_at_most(&format!("replicas x {name}"), replicas as u64 * u64::from(of_each), MOST_OF_ALL)?;
+pub fn check_machines<'s>(machines: impl IntoIterator<Item = (usize, &'s Settings)>) -> Result<()> {
+    let (mut replicas, mut max_batch, mut num_blocks) = (0, 0, 0);
+    for (number, settings) in machines {
+        replicas += number as u64;
+        check_at_most("replicas", replicas, MOST_REPLICAS as u64)?;
+        max_batch += number as u64 * u64::from(settings.max_batch);
+        num_blocks += number as u64 * u64::from(settings.num_blocks);
+        check_at_most("replicas x max_batch", max_batch, MOST_OF_ALL)?;
+        check_at_most("replicas x num_blocks", num_blocks, MOST_OF_ALL)?;
     }
     Ok(())
 }
@@ -163,7 +175,7 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     }
 }
 
-fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+pub(crate) fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     Ok(Option::<ByteSize>::deserialize(deserializer)?.map(|size| size.as_u64()))
 }
 
@@ -186,6 +198,8 @@ impl Serving {
             async_scheduling: false,
             exit_wait: 0,
             exit_batch: 0,
+            machines: Vec::new(),
+            transfer: None,
         }
     }
 
@@ -198,13 +212,18 @@ impl Serving {
             ensure!(self.device_memory.is_none(), "num_blocks beside device_memory: expected one of the two");
             ensure!(self.memory_utilization.is_none(), "num_blocks beside memory_utilization: expected one of the two");
         }
-        Ok(())
+        check_specs(&self.machines, self.transfer)
     }
 
     /// # Errors
     /// If it asks for what only a simulation does.
     pub fn check_for_engine(&self) -> Result<()> {
         ensure!(!self.prefix_caching, "prefix_caching is for simulations alone: the engine computes every prompt");
+        ensure!(
+            self.machines.is_empty(),
+            "machines are for simulations alone: the engine is one machine of both roles"
+        );
+        ensure!(self.transfer.is_none(), "transfer is for simulations alone: the engine is one machine of both roles");
         Ok(())
     }
 
@@ -412,10 +431,15 @@ mod tests {
             assert!(refused.contains(expected), "{refused}");
         }
         let settings = serving("").settings(Batching::Depth, ExitPolicy::None, KvFill::Reuse, &unknown, 33).unwrap();
-        assert!(check_machines(65_536, &settings).is_ok());
-        assert!(check_machines(65_537, &settings).unwrap_err().to_string().contains("replicas is 65537"));
+        assert!(check_machines([(65_536, &settings)]).is_ok());
+        assert!(check_machines([(65_537, &settings)]).unwrap_err().to_string().contains("replicas is 65537"));
         let large = Settings { num_blocks: 1 << 24, ..settings };
-        assert!(check_machines(5, &large).unwrap_err().to_string().contains("replicas x num_blocks is 83886080"));
+        assert!(
+            check_machines([(2, &large), (3, &large)])
+                .unwrap_err()
+                .to_string()
+                .contains("replicas x num_blocks is 83886080")
+        );
         assert!(parse_bytes("plenty").unwrap_err().contains("16GiB"));
     }
 }

@@ -5,14 +5,15 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use latency::TimeByComponent;
 use serde::Serialize;
-use simulator::{Summary, write_csv};
+use simulator::{Simulation, Summary, write_csv};
 
 use crate::experiment::{Experiment, System};
 use crate::figures::Caption;
+use crate::machines::Groups;
 use crate::parts::{draw_time_by_part, write_time_by_part};
 use crate::reporter::Reporter;
-use crate::runs::{Run, load_models, simulate_all};
-use crate::serving::Serving;
+use crate::runs::{Machines, Run, load_models, run_simulations};
+use crate::serving::{Serving, longest};
 use crate::workload::Workload;
 
 /// What a line of `summary.csv` is of, where there are several systems.
@@ -92,7 +93,8 @@ fn simulate_system<'a>(
         sizes.push(serving);
     }
     for (size, serving) in sizes.iter().enumerate() {
-        let settings = serving.all_settings(&latency.meta().into(), &workload.requests)?;
+        let groups = Groups::read(&serving.machines, serving.transfer, base)?;
+        let settings = groups.all_settings(serving, &latency, longest(&workload.requests))?;
         let run = |run: Run| SystemRun {
             system,
             size,
@@ -100,7 +102,11 @@ fn simulate_system<'a>(
             time: run.time.unwrap_or_default(),
             speedup: f64::NAN,
         };
-        let simulated = simulate_all(&settings, &latency, &exits, workload, experiment.objectives, reporter)?;
+        let of_groups: Vec<_> = settings.iter().map(|settings| groups.machines(settings, 1, &latency)).collect();
+        let simulation = |of_groups| Machines::ONE.simulation_of_groups(of_groups, groups.link(), &exits, workload);
+        let simulations: Vec<Simulation<'_>> =
+            of_groups.iter().map(|groups| simulation(groups)).collect::<Result<_, _>>()?;
+        let simulated = run_simulations(&simulations, 1, experiment.objectives, &workload.requests, reporter)?;
         runs.extend(simulated.into_iter().map(run));
     }
     Ok(latency.meta().device.clone())

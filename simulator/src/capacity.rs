@@ -18,7 +18,7 @@ pub struct CapacitySearch {
     pub objectives: Objectives,
     /// Share of requests that must meet them, above 0 and up to 1.
     pub share: f64,
-    /// Number of machines behind the router.
+    /// Number of identical machines behind the router; groups of machines have their own numbers.
     pub replicas: usize,
     /// Relative width of the final interval of rates; above 0.
     pub tolerance: f64,
@@ -88,7 +88,8 @@ pub fn capacity(
     let own_rate = rate_per_s(requests).ok_or(CapacityError::NoRate)?;
     let mut met_at = |factor: f64| {
         tried(factor * own_rate);
-        let mut watched = vec![Attainment::new(search.objectives); search.replicas];
+        let machines = simulation.settings_of_machines(search.replicas);
+        let mut watched: Vec<_> = machines.map(|_| Attainment::new(search.objectives)).collect();
         simulation.run(at_factor(requests, factor), &mut watched)?;
         Ok::<bool, SimulationError>(Attainment::share(&watched) >= search.share)
     };
@@ -145,10 +146,11 @@ fn run_at(
     search: &CapacitySearch,
     factor: f64,
 ) -> Result<(Summary, Extrapolations), SimulationError> {
-    let mut metrics = vec![Metrics::new(simulation.settings()).with_objectives(search.objectives); search.replicas];
+    let machines = simulation.settings_of_machines(search.replicas);
+    let mut metrics: Vec<_> =
+        machines.map(|settings| Metrics::new(settings).with_objectives(search.objectives)).collect();
     let outcome = simulation.run(at_factor(requests, factor), &mut metrics)?;
-    let merged = Metrics::merged(metrics).ok_or(SimulationError::NoReplicas)?;
-    Ok((simulation.summary(&merged, &outcome), outcome.extrapolations))
+    Ok((simulation.summarize(metrics, &outcome)?.summary, outcome.extrapolations))
 }
 
 /// Mean arrivals per second between the first and the last; `None` if all arrive at once.

@@ -16,8 +16,8 @@ pub struct ProfileExecutor<'m> {
     exits: &'m ExitModel,
     /// By slot.
     cursors: Vec<Cursor>,
-    /// Positions of requests that lost their slots, where they depend on earlier exits.
-    preempted: HashMap<u32, Cursor>,
+    /// Positions of requests that lost their slots, where they depend on earlier exits, or that come from other machines.
+    known: HashMap<u32, Cursor>,
     /// By slot: output tokens of its request.
     outputs: Vec<u32>,
     /// `None` where every time is the median of the profile.
@@ -34,7 +34,7 @@ impl<'m> ProfileExecutor<'m> {
             latency,
             exits,
             cursors: vec![Cursor::default(); settings.max_batch as usize],
-            preempted: HashMap::new(),
+            known: HashMap::new(),
             outputs: vec![0; settings.max_batch as usize],
             spread: None,
             tokens: 0,
@@ -63,6 +63,18 @@ impl<'m> ProfileExecutor<'m> {
         &self.account
     }
 
+    /// The position of a request that another machine goes on with.
+    pub(crate) fn hand_over(&mut self, slot: Slot) -> Cursor {
+        // The slot is released before the last token, but not to be taken again.
+        self.outputs[slot as usize] = 0;
+        self.cursors[slot as usize]
+    }
+
+    /// Goes on from a position when its request is admitted.
+    pub(crate) fn resume(&mut self, cursor: Cursor) {
+        self.known.insert(cursor.progress().0, cursor);
+    }
+
     /// A time, drawn from its spread if the executor has one.
     fn drawn(&mut self, ns: f64, squared_spread: impl FnOnce(&LatencyModel) -> f64) -> Nanos {
         match &mut self.spread {
@@ -77,7 +89,7 @@ impl Executor for ProfileExecutor<'_> {
 
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), ExitError> {
         self.outputs[slot as usize] = request.output_tokens;
-        let known = self.preempted.remove(&request.id).filter(|cursor| cursor.progress() == (request.id, generated));
+        let known = self.known.remove(&request.id).filter(|cursor| cursor.progress() == (request.id, generated));
         self.cursors[slot as usize] = match known {
             Some(cursor) => cursor,
             None => self.exits.cursor(request, generated)?,
@@ -90,7 +102,7 @@ impl Executor for ProfileExecutor<'_> {
             let cursor = self.cursors[slot as usize];
             let (request, generated) = cursor.progress();
             if generated < self.outputs[slot as usize] {
-                self.preempted.insert(request, cursor);
+                self.known.insert(request, cursor);
             }
         }
     }

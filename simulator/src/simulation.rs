@@ -1,4 +1,4 @@
-//! The event loop: arrivals and pass ends of one or more machines on one clock.
+//! The event loop: arrivals, pass ends and ends of transfers, of one or more machines on one clock.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -7,16 +7,18 @@ use std::sync::Arc;
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
 use scheduler::{
-    Answered, ClosedLoad, KvFill, Load, Observer, OpenLoad, PrefixUse, ScheduleError, Server, Settings, SignalRead,
-    Unordered,
+    Answered, ClosedLoad, Handover, KvFill, Load, Observer, OpenLoad, PrefixUse, ScheduleError, Server, Settings,
+    SignalRead, Unordered,
 };
 use traces::{ClosedLoop, ExitSignal, Nanos, PrefixHashes, Request, is_same_model};
 
 use crate::executor::ProfileExecutor;
 use crate::exits::{ExitError, ExitModel, hash};
 use crate::memory::ModelMemory;
-use crate::metrics::{Metrics, Source, Summary};
+use crate::metrics::{GroupSummary, Metrics, Source, Summary};
+use crate::roles::{self, Link, MachineGroup, Role, RoleError};
 use crate::routing::{Router, Routing};
+use crate::transfers::{Arrival, Place, TransferTotals, Transfers};
 
 /// Why a simulation stopped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -73,6 +75,9 @@ pub enum SimulationError {
     /// No machines.
     #[error("no replicas: expected at least 1")]
     NoReplicas,
+    /// Machines of several roles that make no system.
+    #[error(transparent)]
+    Roles(#[from] RoleError),
     /// Requests that are not in order of arrival.
     #[error(transparent)]
     Unordered(#[from] Unordered),
@@ -97,6 +102,8 @@ pub struct Outcome {
     pub extrapolations: Extrapolations,
     /// Time of passes by component, on all machines.
     pub time: TimeByComponent,
+    /// Transfers of keys and values between machines.
+    pub transfers: TransferTotals,
 }
 
 impl Outcome {
@@ -106,11 +113,27 @@ impl Outcome {
     }
 }
 
-/// A serving system to simulate: identical machines, and the rule that routes requests to them.
+/// A run of all machines of a system.
+#[derive(Clone, Debug)]
+pub struct SystemSummary {
+    /// Metrics of all machines.
+    pub metrics: Metrics,
+    /// The system.
+    pub summary: Summary,
+    /// Each group of machines; none if all machines are identical.
+    pub groups: Vec<GroupSummary>,
+}
+
+/// A serving system to simulate: identical machines, or groups of machines with roles, and the rule that routes requests to
+/// them.
 #[derive(Clone, Copy, Debug)]
 pub struct Simulation<'m> {
+    /// Settings and times of machines that generate: of all machines if they are identical.
     settings: Settings,
     latency: &'m LatencyModel,
+    /// Empty if all machines are identical.
+    groups: &'m [MachineGroup<'m>],
+    link: Option<Link>,
     exits: &'m ExitModel,
     routing: Routing,
     spread: Option<u64>,
@@ -125,6 +148,41 @@ impl<'m> Simulation<'m> {
     /// If the profile, the exit trace and the settings belong to different models, or if the exit policy reads gates
     /// and the trace has none.
     pub fn new(settings: Settings, latency: &'m LatencyModel, exits: &'m ExitModel) -> Result<Self, SimulationError> {
+        Self::check(&settings, latency, exits)?;
+        Ok(Self {
+            settings,
+            latency,
+            groups: &[],
+            link: None,
+            exits,
+            routing: Routing::RoundRobin,
+            spread: None,
+            prefixes: None,
+            closed_loop: None,
+        })
+    }
+
+    /// A system of groups of machines with [roles](Role), and the link over which prompt machines send keys and values to
+    /// decode machines. Routing chooses among machines that run prompts; decode machines are chosen by load.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), for each group; and if the groups and the link make no system.
+    pub fn of_groups(
+        groups: &'m [MachineGroup<'m>],
+        link: Option<Link>,
+        exits: &'m ExitModel,
+    ) -> Result<Self, SimulationError> {
+        if groups.iter().all(|group| group.replicas == 0) {
+            return Err(SimulationError::NoReplicas);
+        }
+        roles::check(groups, link)?;
+        groups.iter().try_for_each(|group| Self::check(&group.settings, group.latency, exits))?;
+        let generates = groups.iter().find(|group| group.role != Role::Prompt).ok_or(SimulationError::NoReplicas)?;
+        Ok(Self { groups, link, ..Self::new(generates.settings, generates.latency, exits)? })
+    }
+
+    /// Checks that settings, profile and exit trace belong together.
+    fn check(settings: &Settings, latency: &LatencyModel, exits: &ExitModel) -> Result<(), SimulationError> {
         let (profile, recorded) = (latency.meta().fingerprint.as_str(), exits.fingerprint());
         if !is_same_model(profile, recorded) {
             return Err(SimulationError::OtherModel { profile: profile.to_owned(), exits: recorded.to_owned() });
@@ -151,15 +209,7 @@ impl<'m> Simulation<'m> {
         {
             return Err(SimulationError::NoSignal { exit: settings.exit.to_string(), signal });
         }
-        Ok(Self {
-            settings,
-            latency,
-            exits,
-            routing: Routing::RoundRobin,
-            spread: None,
-            prefixes: None,
-            closed_loop: None,
-        })
+        Ok(())
     }
 
     /// Sets the routing rule.
@@ -188,9 +238,21 @@ impl<'m> Simulation<'m> {
         self.closed_loop
     }
 
-    /// The settings of each machine.
+    /// The settings of each machine; of groups, those of the first group that generates.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Number of machines and settings of each group, where `replicas` is the number of identical machines. Groups have
+    /// their own numbers.
+    pub fn settings_of_groups(&self, replicas: usize) -> impl Iterator<Item = (usize, &Settings)> {
+        let identical = self.groups.is_empty().then_some((replicas, &self.settings));
+        identical.into_iter().chain(self.groups.iter().map(|group| (group.replicas, &group.settings)))
+    }
+
+    /// The settings of each machine in order, where `replicas` is the number of identical machines.
+    pub fn settings_of_machines(&self, replicas: usize) -> impl Iterator<Item = &Settings> {
+        self.settings_of_groups(replicas).flat_map(|(number, settings)| std::iter::repeat_n(settings, number))
     }
 
     /// Where exits are taken from.
@@ -202,19 +264,74 @@ impl<'m> Simulation<'m> {
     pub fn summary(&self, metrics: &Metrics, outcome: &Outcome) -> Summary {
         let memory = ModelMemory::from(self.latency.meta());
         let PrefixUse { looked_up, found } = outcome.prefix_use;
+        let caches = self.settings_of_machines(1).any(|settings| settings.prefix_caching);
         Summary {
             weight_bytes: Some(memory.weight_bytes),
             kv_bytes_per_token: Some(memory.kv_bytes(self.settings.kv_fill)),
-            prefix_hit_rate: self.settings.prefix_caching.then(|| found as f64 / looked_up as f64),
-            computed_components: self.latency.computed().iter().map(|part| part.name()).collect::<Vec<_>>().join(" "),
+            prefix_hit_rate: caches.then(|| found as f64 / looked_up as f64),
+            computed_components: self.computed_components(),
             ..metrics.summary(Source::Simulated, Some(outcome.token_agreement()))
         }
     }
 
+    /// Summarizes a run of several machines. Columns that describe one machine (settings, occupancy, rows, running
+    /// sequences, KV blocks) are of those that generate.
+    ///
+    /// # Errors
+    /// If there is no machine.
+    pub fn summarize(&self, machines: Vec<Metrics>, outcome: &Outcome) -> Result<SystemSummary, SimulationError> {
+        let merged = |machines: Vec<Metrics>| Metrics::merged(machines).ok_or(SimulationError::NoReplicas);
+        if self.groups.len() <= 1 {
+            let metrics = merged(machines)?;
+            let summary = self.summary(&metrics, outcome);
+            return Ok(SystemSummary { metrics, summary, groups: Vec::new() });
+        }
+        let mut machines = machines.into_iter();
+        let mut of_groups = Vec::new();
+        for group in self.groups {
+            of_groups.push((group, merged(machines.by_ref().take(group.replicas).collect())?));
+        }
+        let of = |generates: bool| {
+            let chosen = of_groups.iter().filter(move |(group, _)| (group.role != Role::Prompt) == generates);
+            chosen.map(|(_, metrics)| metrics.clone())
+        };
+        let generating = merged(of(true).collect())?;
+        let metrics = merged(of(true).chain(of(false)).collect())?;
+        let Summary { occupancy, mean_rows, mean_running, kv_usage, .. } = self.summary(&generating, outcome);
+        let TransferTotals { count, bytes, time, wait } = outcome.transfers;
+        let summary = Summary {
+            machines: roles::label(self.groups),
+            occupancy,
+            mean_rows,
+            mean_running,
+            kv_usage,
+            transfers: Some(count),
+            transfer_bytes: Some(bytes),
+            transfer_mean_ms: Some(time.as_millis_f64() / count as f64),
+            transfer_wait_mean_ms: Some(wait.as_millis_f64() / count as f64),
+            ..self.summary(&metrics, outcome)
+        };
+        let makespan = metrics.makespan();
+        let groups = of_groups.iter().map(|(group, metrics)| metrics.of_group(group.role, makespan)).collect();
+        Ok(SystemSummary { metrics, summary, groups })
+    }
+
+    /// Names of components with computed times, of all machines.
+    fn computed_components(&self) -> String {
+        let latencies = std::iter::once(self.latency).chain(self.groups.iter().map(|group| group.latency));
+        let mut names: Vec<&str> = Vec::new();
+        for part in latencies.flat_map(LatencyModel::computed) {
+            if !names.contains(&part.name()) {
+                names.push(part.name());
+            }
+        }
+        names.join(" ")
+    }
+
     /// Serves the requests, in order of arrival, on one machine for each observer.
     ///
-    /// Of simultaneous events, arrivals come first, then pass ends by machine, then requests that follow an answer at
-    /// once, then pass starts. In a closed loop without sessions, a request is taken from the iterator when a user is
+    /// Of simultaneous events, arrivals come first, then pass ends by machine, then ends of transfers, then requests that
+    /// follow an answer at once, then pass starts. In a closed loop without sessions, a request is taken from the iterator when a user is
     /// free to send it.
     ///
     /// # Errors
@@ -246,54 +363,54 @@ impl<'m> Simulation<'m> {
         let mut router = Router::new(self.routing);
         let mut submit = |load: &mut L, replicas: &mut Replicas<'_, 'm, O>, now| {
             while let Some(request) = load.take_until(now)? {
-                replicas.submit(router.route(&request, |index| replicas.load(index), replicas.len()), request)?;
+                replicas.submit(&mut router, request)?;
             }
             Ok::<_, SimulationError>(())
         };
         while let Some(now) = load.next_time().into_iter().chain(replicas.next_end()).min() {
             submit(load, &mut replicas, now)?;
-            replicas.finish_passes(now, |observer| ended(load, now, observer));
+            replicas.finish_passes(now, |observer| ended(load, now, observer))?;
+            replicas.finish_transfers(now);
             submit(load, &mut replicas, now)?;
             replicas.start_passes(now)?;
         }
-        Ok(outcome(replicas.servers))
+        Ok(replicas.outcome())
+    }
+
+    /// Role, settings and times of each of this number of machines.
+    fn machines(&self, number: usize) -> Result<Vec<MachineGroup<'m>>, SimulationError> {
+        if self.groups.is_empty() {
+            let Self { settings, latency, .. } = *self;
+            return Ok(vec![MachineGroup { role: Role::Both, replicas: 1, settings, latency }; number]);
+        }
+        let of_groups = self.groups.iter().flat_map(|&group| std::iter::repeat_n(group, group.replicas));
+        let machines: Vec<_> = of_groups.collect();
+        match machines.len() {
+            found if found == number => Ok(machines),
+            found => Err(RoleError::Observers { observers: number, machines: found }.into()),
+        }
     }
 
     /// An idle machine of this system.
-    fn server(&self, machine: u64) -> Result<Server<ProfileExecutor<'m>>, ScheduleError> {
-        let executor = ProfileExecutor::new(self.latency, self.exits, &self.settings);
+    fn server(
+        &self,
+        machine: u64,
+        &MachineGroup { role, settings, latency, .. }: &MachineGroup<'m>,
+    ) -> Result<Server<ProfileExecutor<'m>>, ScheduleError> {
+        let executor = ProfileExecutor::new(latency, self.exits, &settings);
         let executor = match self.spread {
             Some(seed) => executor.with_spread(hash(seed, machine)),
             None => executor,
         };
-        let mut server = Server::new(self.settings, executor)?;
+        let mut server = Server::new(settings, executor)?;
         if let Some(prefixes) = self.prefixes {
             server.share_prefixes(Arc::clone(prefixes))?;
         }
+        if role == Role::Prompt {
+            server.hand_over_after_prompts();
+        }
         Ok(server)
     }
-}
-
-/// What only the executors of a run know, when it is over.
-fn outcome(servers: Vec<Server<ProfileExecutor<'_>>>) -> Outcome {
-    let mut outcome = Outcome {
-        tokens: 0,
-        agreeing_tokens: 0,
-        prefix_use: PrefixUse::default(),
-        extrapolations: Extrapolations::default(),
-        time: TimeByComponent::default(),
-    };
-    for server in servers {
-        let PrefixUse { looked_up, found } = server.scheduler().prefix_use();
-        outcome.prefix_use.looked_up += looked_up;
-        outcome.prefix_use.found += found;
-        let executor = server.into_executor();
-        outcome.tokens += executor.tokens();
-        outcome.agreeing_tokens += executor.agreeing_tokens();
-        outcome.extrapolations.merge(&executor.account().extrapolations);
-        outcome.time.merge(&executor.account().time);
-    }
-    outcome
 }
 
 /// Runs all `simulations` over the same requests, in parallel. `observers` creates the observers of each simulation,
@@ -304,12 +421,12 @@ fn outcome(servers: Vec<Server<ProfileExecutor<'_>>>) -> Outcome {
 pub fn run_all<O: Observer + Send>(
     simulations: &[Simulation<'_>],
     requests: &[Request],
-    observers: impl Fn(&Settings) -> Vec<O> + Sync,
+    observers: impl Fn(&Simulation<'_>) -> Vec<O> + Sync,
 ) -> Result<Vec<(Vec<O>, Outcome)>, SimulationError> {
     let runs: Vec<_> = simulations
         .par_iter()
         .map(|simulation| {
-            let mut observers = observers(simulation.settings());
+            let mut observers = observers(simulation);
             let outcome = simulation.run(requests.iter().copied(), &mut observers)?;
             Ok((observers, outcome))
         })
@@ -317,30 +434,44 @@ pub fn run_all<O: Observer + Send>(
     runs.into_iter().collect()
 }
 
-/// The machines, and when their passes end.
+/// The machines, and when their passes and the transfers between them end.
 struct Replicas<'a, 'm, O> {
     servers: Vec<Server<ProfileExecutor<'m>>>,
     observers: &'a mut [O],
     ends: BinaryHeap<Reverse<(Nanos, usize)>>,
     /// Whether a pass runs, by machine.
     busy: Vec<bool>,
-    /// Machines that may start a pass, because one has just ended or a request arrived while they were idle.
+    /// Machines that may start a pass, because one has just ended, or a request or transfer came while they were idle.
     startable: Vec<usize>,
+    /// Whether a machine is among them.
+    is_startable: Vec<bool>,
+    /// Machines to which requests are routed.
+    entries: Vec<usize>,
+    /// Machines to which sequences are handed over.
+    decoders: Vec<usize>,
+    /// `None` where no machine hands sequences over.
+    transfers: Option<Transfers>,
 }
 
 impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
     fn new(simulation: &Simulation<'m>, observers: &'a mut [O]) -> Result<Self, SimulationError> {
-        if observers.is_empty() {
-            return Err(SimulationError::NoReplicas);
-        }
+        let number = observers.len();
+        let machines = simulation.machines(number)?;
+        let first = machines.first().ok_or(SimulationError::NoReplicas)?;
         let servers: Result<Vec<_>, _> =
-            (0..observers.len() as u64).map(|machine| simulation.server(machine)).collect();
-        let busy = vec![false; observers.len()];
-        Ok(Self { servers: servers?, observers, ends: BinaryHeap::new(), busy, startable: Vec::new() })
-    }
-
-    fn len(&self) -> usize {
-        self.servers.len()
+            (0..).zip(&machines).map(|(index, machine)| simulation.server(index, machine)).collect();
+        let having = |has: fn(Role) -> bool| (0..number).filter(|&index| has(machines[index].role)).collect::<Vec<_>>();
+        Ok(Self {
+            servers: servers?,
+            observers,
+            ends: BinaryHeap::new(),
+            busy: vec![false; number],
+            startable: Vec::new(),
+            is_startable: vec![false; number],
+            entries: having(|role| role != Role::Decode),
+            decoders: having(|role| role == Role::Decode),
+            transfers: simulation.link.map(|link| Transfers::new(link, first.kv_bytes(), number)),
+        })
     }
 
     /// Number of requests that wait or run on a machine.
@@ -349,19 +480,34 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
         u64::from(scheduler.num_waiting()) + u64::from(scheduler.num_running())
     }
 
+    /// When the next pass or transfer ends.
     fn next_end(&self) -> Option<Nanos> {
-        self.ends.peek().map(|Reverse((end, _))| *end)
+        let pass = self.ends.peek().map(|Reverse((end, _))| *end);
+        let transfer = self.transfers.as_ref().and_then(Transfers::next_end);
+        pass.into_iter().chain(transfer).min()
     }
 
-    fn submit(&mut self, index: usize, request: Request) -> Result<(), SimulationError> {
-        if !self.busy[index] && self.load(index) == 0 && !self.startable.contains(&index) {
+    /// Lets an idle machine start a pass.
+    fn wake(&mut self, index: usize) {
+        if !self.busy[index] && !self.is_startable[index] {
+            self.is_startable[index] = true;
             self.startable.push(index);
         }
+    }
+
+    fn submit(&mut self, router: &mut Router, request: Request) -> Result<(), SimulationError> {
+        let load = |entry: usize| self.load(self.entries[entry]);
+        let cached = |entry: usize| self.servers[self.entries[entry]].scheduler().cached_tokens(&request);
+        let chosen = router.route(&request, load, cached, self.entries.len());
+        let index = self.entries[chosen];
+        self.wake(index);
         Ok(self.servers[index].submit(request)?)
     }
 
-    /// Ends the passes that are due, and hands the observer of each to `ended`.
-    fn finish_passes(&mut self, now: Nanos, mut ended: impl FnMut(&mut O)) {
+    /// Ends the passes that are due, and hands the observer of each to `ended`. Sequences with complete prompts then go to
+    /// decode machines.
+    fn finish_passes(&mut self, now: Nanos, mut ended: impl FnMut(&mut O)) -> Result<(), SimulationError> {
+        let mut handed_over = Vec::new();
         while let Some(&Reverse((end, index))) = self.ends.peek() {
             if end > now {
                 break;
@@ -370,17 +516,73 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
             self.servers[index].finish_pass(now, &mut self.observers[index]);
             ended(&mut self.observers[index]);
             self.busy[index] = false;
-            self.startable.push(index);
+            self.wake(index);
+            if self.transfers.is_some() {
+                let complete = self.servers[index].take_handed_over();
+                handed_over.extend(complete.into_iter().map(|handover| (index, handover)));
+            }
+        }
+        handed_over.into_iter().try_for_each(|(from, handover)| self.hand_over(from, &handover, now))
+    }
+
+    /// Queues a sequence on the decode machine with the least load.
+    fn hand_over(&mut self, from: usize, handover: &Handover, now: Nanos) -> Result<(), SimulationError> {
+        let least = self.decoders.iter().copied().min_by_key(|&index| self.load(index));
+        let (Some(to), Some(transfers)) = (least, &mut self.transfers) else { return Ok(()) };
+        let &Handover { request, slot, .. } = handover;
+        transfers.wait(request.id, Place { machine: from, slot }, now);
+        let cursor = self.servers[from].executor_mut().hand_over(slot);
+        self.servers[to].executor_mut().resume(cursor);
+        self.servers[to].submit_handed_over(handover)?;
+        self.wake(to);
+        Ok(())
+    }
+
+    /// Ends the transfers that are due: the decode machine goes on, and the prompt machine has its blocks again.
+    fn finish_transfers(&mut self, now: Nanos) {
+        while let Some(Arrival { from, to }) = self.transfers.as_mut().and_then(|transfers| transfers.take_until(now)) {
+            self.servers[to.machine].receive(to.slot, now, &mut self.observers[to.machine]);
+            self.wake(to.machine);
+            self.servers[from.machine].release_handed_over(from.slot);
+            self.wake(from.machine);
         }
     }
 
     fn start_passes(&mut self, now: Nanos) -> Result<(), SimulationError> {
         for index in self.startable.drain(..) {
+            self.is_startable[index] = false;
             if let Some(elapsed) = self.servers[index].start_pass(now, &mut self.observers[index])? {
                 self.ends.push(Reverse((now + elapsed, index)));
                 self.busy[index] = true;
             }
+            if let Some(transfers) = &mut self.transfers {
+                let reserved = self.servers[index].scheduler().reserved();
+                reserved.for_each(|reservation| transfers.start(index, reservation, now));
+            }
         }
         Ok(())
+    }
+
+    /// What only the executors of a run know, when it is over.
+    fn outcome(self) -> Outcome {
+        let mut outcome = Outcome {
+            tokens: 0,
+            agreeing_tokens: 0,
+            prefix_use: PrefixUse::default(),
+            extrapolations: Extrapolations::default(),
+            time: TimeByComponent::default(),
+            transfers: self.transfers.map(|transfers| transfers.totals()).unwrap_or_default(),
+        };
+        for server in self.servers {
+            let PrefixUse { looked_up, found } = server.scheduler().prefix_use();
+            outcome.prefix_use.looked_up += looked_up;
+            outcome.prefix_use.found += found;
+            let executor = server.into_executor();
+            outcome.tokens += executor.tokens();
+            outcome.agreeing_tokens += executor.agreeing_tokens();
+            outcome.extrapolations.merge(&executor.account().extrapolations);
+            outcome.time.merge(&executor.account().time);
+        }
+        outcome
     }
 }

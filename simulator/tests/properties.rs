@@ -179,7 +179,7 @@ proptest! {
     fn every_routing_serves_every_request_once(
         settings in any_settings(),
         requests in any_requests(),
-        routing in prop::sample::select(vec!["round-robin", "random:3", "least-loaded", "two-choices:3"]),
+        routing in prop::sample::select(vec!["round-robin", "random:3", "least-loaded", "two-choices:3", "prefix:2"]),
         machines in 1usize..5,
     ) {
         let (latency, exits) = (varied_latency(LOOPS.into()), recorded(&requests));
@@ -212,7 +212,9 @@ fn results_do_not_depend_on_the_number_of_threads() {
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let runs = pool.install(|| {
-            run_all(&simulations, &requests, |settings| vec![Metrics::new(settings).with_requests().with_passes(); 2])
+            run_all(&simulations, &requests, |simulation| {
+                vec![Metrics::new(simulation.settings()).with_requests().with_passes(); 2]
+            })
         });
         format!("{:?}", runs.unwrap())
     };

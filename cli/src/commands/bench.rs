@@ -139,7 +139,7 @@ pub fn run(args: Args) -> Result<()> {
         bail!("no request was answered: {}, the first: {first}", failures(&measurement));
     }
     let summary = measurement.summary();
-    let run = Run { summary, metrics: measurement.metrics().clone(), time: None, quality: None };
+    let run = Run { summary, metrics: measurement.metrics().clone(), time: None, quality: None, groups: Vec::new() };
     if let Some(mut folder) = folder.filter(|_| account.answered > 0) {
         let path = folder.path()?;
         write_csv(&path.join("client.csv"), [account])?;

@@ -29,7 +29,7 @@ pub struct Args {
     simulation: UnlessConfig,
     /// YAML file of a sweep, instead of the options that describe the simulation
     #[arg(conflicts_with_all = [
-        "RequestArgs", "ServingArgs", "profile", "exits", "replicas", "routing", "spread", "seed",
+        "RequestArgs", "ServingArgs", "profile", "exits", "replicas", "machines", "routing", "spread", "seed",
     ])]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -51,7 +51,7 @@ pub struct Args {
 impl Args {
     /// Whether options describe the simulation, not a YAML file.
     pub fn is_of_options(&self) -> bool {
-        self.config.is_none()
+        self.simulation.0.as_ref().is_some_and(SimulationArgs::is_of_options)
     }
 }
 

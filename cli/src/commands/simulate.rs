@@ -22,11 +22,19 @@ pub struct Args {
     out: Option<PathBuf>,
 }
 
+impl Args {
+    /// See [`SimulationArgs::is_of_options`].
+    pub fn is_of_options(&self) -> bool {
+        self.simulation.is_of_options()
+    }
+}
+
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "simulate")).transpose()?;
     let input = args.simulation.load()?;
-    let (simulations, replicas) = (input.simulations()?, input.machines.replicas);
+    let groups = input.groups();
+    let (simulations, replicas) = (input.simulations(&groups)?, input.machines.replicas);
     let runs = run_simulations(
         &simulations,
         replicas,
@@ -38,5 +46,6 @@ pub fn run(args: Args) -> Result<()> {
         write_results(folder, "simulate", &args, &runs)?;
     }
     report::print_summaries(runs.iter().map(|run| &run.summary));
+    report::print_groups(&runs);
     Ok(())
 }

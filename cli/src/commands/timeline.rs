@@ -26,6 +26,13 @@ pub struct Args {
     keep_s: Vec<f64>,
 }
 
+impl Args {
+    /// See [`SimulationArgs::is_of_options`].
+    pub fn is_of_options(&self) -> bool {
+        self.simulation.is_of_options()
+    }
+}
+
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     let input = args.simulation.load()?;
@@ -44,9 +51,11 @@ pub fn run(args: Args) -> Result<()> {
         .filter(|_| !input.workload.has_users())
         .map_or(Nanos::ZERO, |request| request.arrival);
     let window = first + Nanos::from_secs_f64(from)..first + Nanos::from_secs_f64(to);
-    let mut watched: Vec<Timeline> =
-        (0..input.machines.replicas as u32).map(|machine| Timeline::new(machine, window.clone())).collect();
-    input.simulations()?[0].run(input.workload.requests.iter().copied(), &mut watched)?;
+    let groups = input.groups();
+    let simulation = input.simulations(&groups)?[0];
+    let machines = (0..).zip(simulation.settings_of_machines(input.machines.replicas));
+    let mut watched: Vec<Timeline> = machines.map(|(machine, _)| Timeline::new(machine, window.clone())).collect();
+    simulation.run(input.workload.requests.iter().copied(), &mut watched)?;
     write_file(&args.out, TIMELINE_BEGINNING, |out| write_timeline(out, &watched))?;
     say!("{}: open it in Perfetto or chrome://tracing", args.out.display());
     Ok(())

@@ -41,8 +41,11 @@ impl Inputs {
         let asked = format!("{task}\n{}", serde_yaml::to_string(&untitled)?);
         let lengths = spec.requests.generate.as_ref().and_then(|generate| generate.lengths_from.clone());
         let mut paths: Vec<PathBuf> = spec.requests.file.iter().cloned().chain(lengths).collect();
-        for folder in spec.systems.iter().flat_map(|system| iter::once(&system.profile).chain(&system.exits)) {
-            paths.extend(files_in(base, folder)?);
+        for system in &spec.systems {
+            let of_machines = spec.machines_of(system).iter().filter_map(|machine| machine.profile.as_ref());
+            for folder in iter::once(&system.profile).chain(&system.exits).chain(of_machines) {
+                paths.extend(files_in(base, folder)?);
+            }
         }
         let hashed = |path: PathBuf| {
             let bytes = std::fs::read(base.join(&path))

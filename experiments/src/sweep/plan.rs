@@ -10,15 +10,15 @@ use latency::{Extrapolations, LatencyModel};
 use scheduler::{Batching, ExitPolicy, Settings};
 use serde::Serialize;
 use simulator::{
-    Capacity, CapacitySearch, Draw, ExitModel, Metrics, ModelMemory, Simulation, SimulationError, Summary, capacity,
-    columns,
+    Capacity, CapacitySearch, Draw, ExitModel, Metrics, ModelMemory, Simulation, Summary, capacity, columns,
 };
 use traces::{Generate, Request, RequestSpec, RequestTrace};
 
 use super::spec::{Point, SweepSpec, SweptSystem};
+use crate::machines::{Groups, check_groups};
 use crate::reporter::{Quiet, Reporter};
 use crate::runs::{Machines, load_models};
-use crate::serving::{Serving, check_machines};
+use crate::serving::Serving;
 use crate::workload::{Workload, load_requests};
 
 /// The first columns of a line: what [`Summary`] does not say.
@@ -45,7 +45,8 @@ pub struct Plan<'a> {
     spec: &'a SweepSpec,
     systems: Vec<System>,
     workloads: Workloads<'a>,
-    points: Vec<(Point, Settings)>,
+    /// Each with the settings of its groups of machines, or of all machines if they are the same.
+    points: Vec<(Point, Vec<Settings>)>,
     /// Where runs left the measured grids.
     beyond: Mutex<Extrapolations>,
 }
@@ -55,6 +56,7 @@ struct System {
     device: String,
     latency: LatencyModel,
     exits: ExitModel,
+    groups: Groups,
 }
 
 impl<'a> Plan<'a> {
@@ -75,9 +77,9 @@ impl<'a> Plan<'a> {
         let points = spec.points(model);
         let longest = workloads.longest(&points)?;
         let settings = |point: Point| {
-            let System { name, latency, .. } = &systems[point.system];
-            let settings = settings(spec, &point, &latency.meta().into(), &longest[&point.seed])
-                .with_context(|| format!("{name}, {}, {}", point.batching, point.exit))?;
+            let system = &systems[point.system];
+            let settings = settings(spec, &point, system, &longest[&point.seed])
+                .with_context(|| format!("{}, {}, {}", system.name, point.batching, point.exit))?;
             Ok((point, settings))
         };
         let points = points.into_iter().map(settings).collect::<Result<_>>()?;
@@ -90,7 +92,10 @@ impl<'a> Plan<'a> {
     fn check_models(&self) -> Result<()> {
         for system in 0..self.systems.len() {
             if let Some(index) = self.points.iter().position(|(point, _)| point.system == system) {
-                let run = |simulation: &Simulation<'_>, _: &[Request]| Ok(simulation.run([], &mut [()])?);
+                let run = |simulation: &Simulation<'_>, _: &[Request]| {
+                    let mut observers: Vec<()> = simulation.settings_of_machines(1).map(|_| ()).collect();
+                    Ok(simulation.run([], &mut observers)?)
+                };
                 self.with_simulation(index, run).with_context(|| self.describe(index))?;
             }
         }
@@ -125,16 +130,18 @@ impl<'a> Plan<'a> {
     /// If it cannot be simulated after all.
     pub fn simulate(&self, index: usize) -> Result<(OfPoint, Summary)> {
         self.with_simulation(index, |simulation, requests| {
-            let metrics = Metrics::new(simulation.settings());
-            let metrics = match self.spec.objectives {
-                Some(objectives) => metrics.with_objectives(objectives),
-                None => metrics,
+            let of_machine = |settings| {
+                let metrics = Metrics::new(settings);
+                match self.spec.objectives {
+                    Some(objectives) => metrics.with_objectives(objectives),
+                    None => metrics,
+                }
             };
-            let mut machines = vec![metrics; self.spec.replicas];
+            let mut machines: Vec<Metrics> =
+                simulation.settings_of_machines(self.spec.replicas).map(of_machine).collect();
             let outcome = simulation.run(requests.iter().copied(), &mut machines)?;
-            let metrics = Metrics::merged(machines).ok_or(SimulationError::NoReplicas)?;
             self.note(&outcome.extrapolations);
-            Ok((self.of_point(index), simulation.summary(&metrics, &outcome)))
+            Ok((self.of_point(index), simulation.summarize(machines, &outcome)?.summary))
         })
     }
 
@@ -162,13 +169,15 @@ impl<'a> Plan<'a> {
         run: impl FnOnce(&Simulation<'_>, &[Request]) -> Result<T>,
     ) -> Result<T> {
         let (point, settings) = &self.points[index];
-        let System { latency, exits, .. } = &self.systems[point.system];
+        let System { latency, exits, groups, .. } = &self.systems[point.system];
         let seed = point.seed.unwrap_or(self.spec.seed);
         let exits = exits.with_draw(Draw::Seeded(seed));
         let workload = self.workloads.at(point)?;
         let SweepSpec { replicas, routing, spread, .. } = *self.spec;
         let machines = Machines { replicas, routing, spread: spread.then_some(seed) };
-        run(&machines.simulation(*settings, latency, &exits, &workload)?, &workload.requests)
+        let of_groups = groups.machines(settings, replicas, latency);
+        let simulation = machines.simulation_of_groups(&of_groups, groups.link(), &exits, &workload)?;
+        run(&simulation, &workload.requests)
     }
 
     fn note(&self, beyond: &Extrapolations) {
@@ -195,7 +204,9 @@ impl System {
         let exits = system.exits.as_ref().map(|exits| base.join(exits));
         let (latency, exits) = load_models(&base.join(&system.profile), exits.as_deref(), 0, &spec.exits_of(system))
             .with_context(|| format!("systems: {:?}", system.name))?;
-        Ok(Self { name: system.name.clone(), device: latency.meta().device.clone(), latency, exits })
+        let groups = Groups::read(spec.machines_of(system), spec.link_of(system), base)
+            .with_context(|| format!("systems: {:?}", system.name))?;
+        Ok(Self { name: system.name.clone(), device: latency.meta().device.clone(), latency, exits, groups })
     }
 }
 
@@ -267,9 +278,10 @@ fn scaled(workload: &Workload, rate_per_s: f64) -> Result<Workload> {
     Ok(Workload { requests: trace.scale_to_rate(rate_per_s)?.requests, ..workload.clone() })
 }
 
-/// The scheduler's settings at a point, under which the longest request can run.
-fn settings(spec: &SweepSpec, point: &Point, model: &ModelMemory, longest: &Request) -> Result<Settings> {
-    let (serving, replicas) = (&spec.serving, spec.replicas);
+/// The scheduler's settings of each group of machines at a point, under which the longest request can run.
+fn settings(spec: &SweepSpec, point: &Point, system: &System, longest: &Request) -> Result<Vec<Settings>> {
+    let System { latency, exits, groups, .. } = system;
+    let serving = &spec.serving;
     let serving = Serving {
         max_batch: point.max_batch,
         token_budget: point.token_budget,
@@ -278,9 +290,10 @@ fn settings(spec: &SweepSpec, point: &Point, model: &ModelMemory, longest: &Requ
         device_memory: point.device_memory.or(serving.device_memory),
         ..serving.clone()
     };
-    let settings = serving.settings(point.batching, point.exit, point.kv_fill, model, longest.context_tokens())?;
-    settings.check()?;
-    check_machines(replicas, &settings)?;
-    settings.check_request(longest)?;
+    let combination = (point.batching, point.exit, point.kv_fill);
+    let settings = groups.settings(&serving, combination, latency, longest.context_tokens())?;
+    let of_groups = groups.machines(&settings, spec.replicas, latency);
+    check_groups(&of_groups, longest)?;
+    Simulation::of_groups(&of_groups, groups.link(), exits)?;
     Ok(settings)
 }

@@ -8,12 +8,13 @@ use anyhow::{Context, Result, bail, ensure};
 use itertools::iproduct;
 use scheduler::{Batching, ExitPolicy, KvFill};
 use serde::{Deserialize, Serialize};
-use simulator::{Objectives, Routing};
+use simulator::{Link, Objectives, Routing};
 use traces::{ExitSignal, RequestSpec};
 
 use super::axis::{Axis, Bytes, Passes, Value};
 use crate::exit_choice::ExitChoice;
 use crate::experiment::{SCHEMA_VERSION, read_yaml};
+use crate::machines::{MachineSpec, check_specs, link_of, own_or_common};
 use crate::serving::Serving;
 
 /// Points that a sweep has at most: more are a mistake, or a day's work.
@@ -90,6 +91,12 @@ pub struct SweptSystem {
     /// Instead of `serving.exit` and `grid.thresholds`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit: Option<Vec<ExitChoice>>,
+    /// Instead of `serving.machines`; empty for `replicas` machines of both roles.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machines: Option<Vec<MachineSpec>>,
+    /// Instead of `serving.transfer`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Link>,
 }
 
 /// Lists of values, of which every combination runs.
@@ -186,6 +193,10 @@ impl SweepSpec {
         for system in &self.systems {
             system.check().with_context(|| format!("systems: {:?}", system.name))?;
         }
+        ensure!(
+            self.serving.transfer.is_none() || self.systems.iter().any(|system| !self.machines_of(system).is_empty()),
+            "serving.transfer without machines: expected the roles of the machines (serving.machines)"
+        );
         let grid = &self.grid;
         let (most, least) = (self.serving.max_batch, self.serving.token_budget);
         let most = grid.max_batch.iter().flat_map(Axis::values).max().copied().unwrap_or(most);
@@ -299,8 +310,19 @@ impl SweepSpec {
 
     fn combinations(&self, system: usize, num_loops: u8) -> Vec<(Batching, ExitPolicy)> {
         let system = &self.systems[system];
-        let batching = system.batching.clone().unwrap_or_else(|| self.serving.batching.clone());
+        let batching = system.batching.as_ref().unwrap_or(&self.serving.batching);
+        let batching = own_or_common(self.machines_of(system), batching).iter().copied();
         iproduct!(batching, ExitChoice::expand(&self.exits_of(system), num_loops)).collect()
+    }
+
+    /// The groups of machines of a system; none if all machines are the same.
+    pub fn machines_of<'s>(&'s self, system: &'s SweptSystem) -> &'s [MachineSpec] {
+        system.machines.as_ref().unwrap_or(&self.serving.machines)
+    }
+
+    /// The link between the machines of a system.
+    pub fn link_of(&self, system: &SweptSystem) -> Option<Link> {
+        link_of(self.machines_of(system), system.transfer, self.serving.transfer)
     }
 
     /// The exit policies of a system.
@@ -321,6 +343,7 @@ impl SweptSystem {
         ] {
             ensure!(!is_empty, "{key} is empty: expected at least one policy");
         }
+        check_specs(self.machines.as_deref().unwrap_or_default(), self.transfer)?;
         check_distinct("batching", self.batching.as_deref().unwrap_or_default())?;
         check_distinct("exit", self.exit.as_deref().unwrap_or_default())
     }

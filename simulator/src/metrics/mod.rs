@@ -6,11 +6,13 @@
 
 mod depth_rows;
 mod distribution;
+mod groups;
 mod records;
 mod summary;
 
 pub use depth_rows::{DepthRows, DepthRowsRecord};
 pub use distribution::Distribution;
+pub use groups::GroupSummary;
 pub(crate) use records::RequestLatencies;
 pub use records::{PassRow, RequestRow};
 pub use summary::{Source, Summary, write_csv};
@@ -57,6 +59,10 @@ struct Totals {
     decode_row_time: u128,
     running_time: u128,
     block_time: u128,
+    /// Requests that wait for a slot, weighted as well.
+    waiting_time: u128,
+    /// Most KV blocks in use in a pass.
+    peak_blocks: u32,
     /// KV blocks of finished requests at their last token: total, and largest.
     final_blocks: u64,
     longest_blocks: u32,
@@ -194,6 +200,8 @@ impl Totals {
         self.decode_row_time += other.decode_row_time;
         self.running_time += other.running_time;
         self.block_time += other.block_time;
+        self.waiting_time += other.waiting_time;
+        self.peak_blocks = self.peak_blocks.max(other.peak_blocks);
         self.final_blocks += other.final_blocks;
         self.longest_blocks = self.longest_blocks.max(other.longest_blocks);
         self.first_arrival = self.first_arrival.into_iter().chain(other.first_arrival).min();
@@ -228,8 +236,10 @@ impl Observer for Metrics {
         totals.row_time += u128::from(rows.total()) * elapsed;
         totals.decode_row_time += u128::from(rows.decode) * elapsed;
         totals.running_time += u128::from(record.running) * elapsed;
-        let tables = record.pass.tables;
-        totals.block_time += u128::from(tables.num_blocks() - tables.num_free()) * elapsed;
+        totals.waiting_time += u128::from(record.waiting) * elapsed;
+        let blocks = record.pass.tables.num_blocks() - record.pass.tables.num_free();
+        totals.block_time += u128::from(blocks) * elapsed;
+        totals.peak_blocks = totals.peak_blocks.max(blocks);
         if let Some(passes) = &mut self.passes {
             passes.push(PassRow::new(record, rows));
         }

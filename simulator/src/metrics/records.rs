@@ -75,14 +75,17 @@ pub(super) fn row_of<'a>(rows: &'a mut Vec<RequestRow>, request: &Request) -> &'
     row
 }
 
-/// Adds the requests that another machine served.
+/// Adds the requests that another machine served, or whose prompts it ran.
 pub(super) fn merge_requests(rows: &mut Vec<RequestRow>, others: Vec<RequestRow>) {
     for other in others.into_iter().filter(|row| row.output_tokens > 0) {
         let index = other.id as usize;
         while rows.len() <= index {
             rows.push(RequestRow::unseen(rows.len() as u32));
         }
-        rows[index] = other;
+        match rows[index].output_tokens {
+            0 => rows[index] = other,
+            _ => rows[index].merge(&other),
+        }
     }
 }
 
@@ -101,6 +104,17 @@ impl RequestRow {
             ttft_ms: f64::NAN,
             tpot_ms: f64::NAN,
             e2e_ms: f64::NAN,
+        }
+    }
+
+    /// Adds what another machine did of the request.
+    fn merge(&mut self, other: &Self) {
+        self.preemptions += other.preemptions;
+        self.passes += other.passes;
+        self.admitted_s = self.admitted_s.min(other.admitted_s);
+        if other.is_finished() {
+            let Self { first_token_s, finished_s, ttft_ms, tpot_ms, e2e_ms, .. } = *other;
+            *self = Self { first_token_s, finished_s, ttft_ms, tpot_ms, e2e_ms, ..*self };
         }
     }
 

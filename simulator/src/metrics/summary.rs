@@ -65,6 +65,10 @@ pub struct Summary {
     pub exit_batch: u32,
     /// Number of machines.
     pub replicas: u32,
+    /// Number, role and batching of each group of machines, such as `1 prompt sequence + 2 decode depth`; empty if all
+    /// machines are identical.
+    #[serde(default)]
+    pub machines: String,
     /// Bytes of all weights.
     pub weight_bytes: Option<u64>,
     /// Bytes of keys and values of one token.
@@ -146,6 +150,19 @@ pub struct Summary {
     /// Share of context tokens (of prompts, and of tokens that preempted requests had generated) that prefix caching
     /// found; empty without it.
     pub prefix_hit_rate: Option<f64>,
+    /// Number of transfers of keys and values from prompt machines to decode machines; empty without such machines.
+    #[serde(default)]
+    pub transfers: Option<u64>,
+    /// Bytes of keys and values that were transferred.
+    #[serde(default)]
+    pub transfer_bytes: Option<u64>,
+    /// Mean time of a transfer in milliseconds, from its start to the arrival of the last byte.
+    #[serde(default)]
+    pub transfer_mean_ms: Option<f64>,
+    /// Mean time in milliseconds from the end of a prompt to the start of its transfer: waiting for the next pass, a slot and
+    /// blocks of the decode machine, and for the links.
+    #[serde(default)]
+    pub transfer_wait_mean_ms: Option<f64>,
     /// Components of the latency profile with times that were computed rather than measured, by a roofline for example;
     /// separated by spaces, empty for a measured run.
     pub computed_components: String,
@@ -157,8 +174,8 @@ pub struct Summary {
 
 impl Summary {
     /// Columns that say what a run is of, beside those that are named after a field of [`Settings`](scheduler::Settings).
-    pub const OF_RUN: [&str; 6] =
-        ["source", "threshold", "exit_policy", "replicas", "weight_bytes", "kv_bytes_per_token"];
+    pub const OF_RUN: [&str; 7] =
+        ["source", "threshold", "exit_policy", "replicas", "machines", "weight_bytes", "kv_bytes_per_token"];
 }
 
 impl Metrics {
@@ -191,6 +208,7 @@ impl Metrics {
             exit_wait: settings.exit_wait,
             exit_batch: settings.exit_batch,
             replicas: self.machines,
+            machines: String::new(),
             weight_bytes: None,
             kv_bytes_per_token: None,
             kv_tokens: u64::from(settings.num_blocks) * u64::from(settings.block_tokens),
@@ -231,6 +249,10 @@ impl Metrics {
             backfill_rows: totals.backfill_rows,
             preemptions: totals.preemptions,
             prefix_hit_rate: None,
+            transfers: None,
+            transfer_bytes: None,
+            transfer_mean_ms: None,
+            transfer_wait_mean_ms: None,
             computed_components: String::new(),
             objectives_met: self.objectives.map(|_| totals.met as f64 / totals.requests as f64),
             goodput_req_s: self.objectives.map(|_| totals.met as f64 / makespan_s),
