@@ -81,7 +81,7 @@ mod tests {
         events.map(|data| String::from_utf8(data).unwrap()).collect()
     }
 
-    const STREAM: &str = "\u{feff}data: {\"a\": \"ä\"}\n\n: comment\r\n\r\nevent: x\rdata:two\rdata: lines\r\rid: 7\n\n\
+    const STREAM: &str = "\u{feff}data: {\"a\": \"ä\"}\n\n: comment\r\n\r\nevent: x\rdata:two\r\ndata: lines\r\rid: 7\n\n\
                           data\n\ndata: [DONE]\r\n\r\ndata: cut off\n";
 
     #[test]
