@@ -351,7 +351,7 @@ fn exits_are_drawn_with_a_mean_or_with_shares_and_go_with_any_profile() {
     let drawn = |more: &[&str]| {
         let output = draw(more);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        traces::ExitTrace::read(&scene.path("exits")).unwrap()
+        traces::ExitTrace::read(scene.path("exits")).unwrap()
     };
     let of_mean = drawn(&["--loops", "4", "--mean", "2.5"]);
     assert!((of_mean.mean_oracle_passes() - 2.5).abs() < 0.03, "{}", of_mean.mean_oracle_passes());

@@ -103,7 +103,7 @@ pub fn load_requests(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporte
 pub fn load_open_loop(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporter) -> Result<RequestTrace> {
     if spec.users.is_some() {
         let expected = "validation.in_flight (--in-flight), the requests in flight in its closed loop".to_owned();
-        return Err(TraceError::Spec { key: "users".into(), found: "it in a validation".to_owned(), expected }.into());
+        return Err(TraceError::Spec { key: "users", found: "it in a validation".to_owned(), expected }.into());
     }
     let trace = load_requests(spec, base, reporter)?;
     let Some(sessions) = trace.sessions.as_ref().filter(|sessions| sessions.num_following() > 0) else {

@@ -270,7 +270,7 @@ impl Settings {
     pub fn is_full_depth(&self) -> bool {
         self.exit == ExitPolicy::None
             && !self.overwrites()
-            && !self.prefill_depth.is_some_and(|depth| depth + 1 < self.num_loops)
+            && self.prefill_depth.is_none_or(|depth| depth + 1 >= self.num_loops)
     }
 
     /// The last depth that the tokens of a request's prompt run, except the one that predicts.

@@ -341,7 +341,7 @@ fn users_and_sessions_run_the_same_passes() {
     // second.
     let link = |id: usize| Link {
         session: Some(id as u32 / 3),
-        think: (id % 3 > 0).then_some(Nanos(700 * id as u64)),
+        think: (!id.is_multiple_of(3)).then_some(Nanos(700 * id as u64)),
         is_timed: id.is_multiple_of(3),
     };
     let sessions = Some(Arc::new(Sessions::new((0..requests.len()).map(link))));
