@@ -158,7 +158,16 @@ pub fn simulate_all(
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
     let simulations = Machines::ONE.simulations(settings, latency, exits, workload)?;
-    run_simulations(&simulations, 1, objectives, &workload.requests, reporter)
+    run_simulations(&simulations, 1, objectives, &workload.requests, RequestTimes::Kept, reporter)
+}
+
+/// What is kept of each request of a simulation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestTimes {
+    /// Its times, 80 bytes, for `requests.csv`.
+    Kept,
+    /// Nothing: memory does not grow with the length of the run.
+    Dropped,
 }
 
 /// Runs simulations over the same requests, on all cores; warns of times that had to be extrapolated.
@@ -170,6 +179,7 @@ pub fn run_simulations(
     replicas: usize,
     objectives: Option<Objectives>,
     requests: &[Request],
+    times: RequestTimes,
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
     for simulation in simulations {
@@ -179,7 +189,7 @@ pub fn run_simulations(
     let machines: usize = simulations.first().map_or(replicas, number);
     let kept = requests.len() as u128 * machines as u128 * simulations.len() as u128;
     ensure!(
-        kept <= MOST_REQUESTS_KEPT,
+        times == RequestTimes::Dropped || kept <= MOST_REQUESTS_KEPT,
         "{} requests x {machines} replicas x {} combinations of policies are {kept}: expected at most \
          {MOST_REQUESTS_KEPT}, since the times of every request are kept (`depthwise sweep` keeps means only)",
         requests.len(),
@@ -187,7 +197,8 @@ pub fn run_simulations(
     );
     let outcomes = run_all(simulations, requests, |simulation| {
         let of_machine = |settings| {
-            let metrics = Metrics::new(settings).with_requests();
+            let metrics = Metrics::new(settings);
+            let metrics = if times == RequestTimes::Kept { metrics.with_requests() } else { metrics };
             objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives))
         };
         simulation.settings_of_machines(replicas).map(of_machine).collect()

@@ -12,7 +12,7 @@ use crate::figures::Caption;
 use crate::machines::Groups;
 use crate::parts::{draw_time_by_part, write_time_by_part};
 use crate::reporter::Reporter;
-use crate::runs::{Machines, Run, load_models, run_simulations};
+use crate::runs::{Machines, RequestTimes, Run, load_models, run_simulations};
 use crate::serving::{Serving, longest};
 use crate::workload::Workload;
 
@@ -106,7 +106,8 @@ fn simulate_system<'a>(
         let simulation = |of_groups| Machines::ONE.simulation_of_groups(of_groups, groups.link(), &exits, workload);
         let simulations: Vec<Simulation<'_>> =
             of_groups.iter().map(|groups| simulation(groups)).collect::<Result<_, _>>()?;
-        let simulated = run_simulations(&simulations, 1, experiment.objectives, &workload.requests, reporter)?;
+        let (objectives, requests) = (experiment.objectives, &workload.requests);
+        let simulated = run_simulations(&simulations, 1, objectives, requests, RequestTimes::Kept, reporter)?;
         runs.extend(simulated.into_iter().map(run));
     }
     Ok(latency.meta().device.clone())

@@ -324,7 +324,8 @@ impl Executor for Beside {
     ) -> Result<Nanos, Self::Error> {
         meanwhile();
         let elapsed = self.0.run(pass, signals)?;
-        Ok(if exiting.is_empty() { elapsed } else { elapsed + self.0.emit(pass, exiting)? })
+        let emits = !exiting.is_empty() || pass.leaves_copies();
+        Ok(if emits { elapsed + self.0.emit(pass, exiting)? } else { elapsed })
     }
 
     fn emit(&mut self, _: &Pass<'_>, _: &[u32]) -> Result<Nanos, Self::Error> {

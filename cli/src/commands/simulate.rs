@@ -8,7 +8,7 @@ use crate::arguments::{ObjectiveArgs, SimulationArgs};
 use crate::progress::Terminal;
 use crate::report;
 use experiments::results::ResultsFolder;
-use experiments::runs::{run_simulations, write_results};
+use experiments::runs::{RequestTimes, run_simulations, write_results};
 
 /// Simulate a request trace under every given combination of batching and exit policies
 #[derive(Debug, clap::Args)]
@@ -40,6 +40,7 @@ pub fn run(args: Args) -> Result<()> {
         replicas,
         args.objectives.objectives()?,
         &input.workload.requests,
+        if folder.is_some() { RequestTimes::Kept } else { RequestTimes::Dropped },
         &mut Terminal::default(),
     )?;
     if let Some(folder) = folder {
