@@ -22,7 +22,7 @@ use crate::pass::Slot;
 pub struct Handover {
     /// The request. Its first token has exited and is not delivered yet.
     pub request: Request,
-    /// The slot that holds its keys and values until [`Scheduler::release_handed_over`].
+    /// The slot that holds its keys and values until [`Server::release_handed_over`](crate::Server::release_handed_over).
     pub slot: Slot,
     /// Depth at which its first token exited.
     pub depth: u8,
@@ -64,8 +64,8 @@ impl Scheduler {
     }
 
     /// The sequences whose prompts have been completed since the last call. Each keeps its slot and its blocks, and is not
-    /// preempted, until [`release_handed_over`](Self::release_handed_over). Its first token is not delivered: that is for
-    /// the machine that [receives](Self::receive) it.
+    /// preempted, until [`Server::release_handed_over`](crate::Server::release_handed_over). Its first token is not
+    /// delivered: that is for the machine that [receives](Self::receive) it.
     pub fn take_handed_over(&mut self) -> Vec<Handover> {
         std::mem::take(&mut self.handovers.complete)
     }
