@@ -994,7 +994,8 @@ fn numbers_that_size_something_are_refused_at_once_by_option_and_key() {
     let said = refused(&["sweep", "large.yaml"]);
     assert!(said.contains("grid.seed: found more than 10000 values"), "{said}");
     scene.write("many.csv", &requests(1000));
-    let machines = ["--replicas", "65536", "--max-batch", "8", "--batching", "depth", "--num-blocks", "100"];
+    let machines =
+        ["--replicas", "65536", "--max-batch", "8", "--batching", "depth", "--num-blocks", "100", "--out", "kept"];
     let many = ["simulate", "--requests", "many.csv", "--profile", "profile", "--exit", "none"];
     let said = refused(&[&many[..], &machines].concat());
     assert!(
