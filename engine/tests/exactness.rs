@@ -366,39 +366,6 @@ proptest! {
     }
 }
 
-#[test]
-fn preempted_requests_whose_prompts_run_some_depths_generate_what_they_generate_alone() {
-    prompts_of_some_depths_on(Device::Cpu, 0..3);
-}
-
-#[test]
-fn prompts_of_some_depths_by_cuda_kernels_give_the_text_of_the_cpu() {
-    prompts_of_some_depths_on(Device::Cuda, 1..2);
-}
-
-fn prompts_of_some_depths_on(device: Device, depths: Range<u8>) {
-    for (prefill_depth, config) in
-        depths.flat_map(|depth| models(device).into_iter().map(move |config| (depth, config)))
-    {
-        let Some(setup) = Setup::on(device, &config, 5, 1.5) else { return };
-        let prefill_depth = Some(prefill_depth);
-        let setup = Setup { prefill_depth, ..setup };
-        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
-        let requests: Vec<Request> = (0..5).map(request).collect();
-        let settings = Settings {
-            prefill_depth,
-            max_batch: 5,
-            token_budget: 30,
-            prefill_chunk: 7,
-            num_blocks: 7,
-            ..Settings::new(Batching::Depth, ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.6 }, 3)
-        };
-        let (generations, preemptions) = setup.run(settings, &requests, setup.executor(&settings).recording());
-        assert!(preemptions > 3, "{preemptions}");
-        assert_all_as_alone(&setup, settings.kv_fill, &requests, &generations);
-    }
-}
-
 /// KV fills under which deeper depths overwrite entries, in a model with three loops.
 const OVERWRITING: [KvFill; 2] = [KvFill::Last, KvFill::Cycle(2)];
 
@@ -698,12 +665,22 @@ fn delayed_exits_by_cuda_kernels_are_those_planned_after_each_pass() {
 
 #[test]
 fn preempted_requests_generate_what_they_generate_alone() {
-    preempted_requests_on(Device::Cpu, 2);
+    preempted_requests_on(Device::Cpu, 2, KvFill::KEEPING.map(|fill| (fill, None)));
 }
 
 #[test]
 fn preempted_requests_by_cuda_kernels_generate_what_they_generate_alone() {
-    preempted_requests_on(Device::Cuda, 1);
+    preempted_requests_on(Device::Cuda, 1, KvFill::KEEPING.map(|fill| (fill, None)));
+}
+
+#[test]
+fn preempted_requests_whose_prompts_run_some_depths_generate_what_they_generate_alone() {
+    preempted_requests_on(Device::Cpu, 2, [0, 1, 2].map(|depth| (KvFill::Reuse, Some(depth))));
+}
+
+#[test]
+fn preempted_requests_whose_prompts_run_some_depths_by_cuda_kernels_generate_what_they_generate_alone() {
+    preempted_requests_on(Device::Cuda, 1, [(KvFill::Reuse, Some(1))]);
 }
 
 /// Models to test on a device; where passes are slow, only the one with every feature.
@@ -714,14 +691,19 @@ fn models(device: Device) -> Vec<ModelConfig> {
     }
 }
 
-fn preempted_requests_on(device: Device, seeds: u64) {
-    for (config, kv_fill) in models(device).iter().flat_map(|config| KvFill::KEEPING.map(|fill| (config, fill))) {
+/// `served` are KV fills, each with the last depth of prompts.
+fn preempted_requests_on<const N: usize>(device: Device, seeds: u64, served: [(KvFill, Option<u8>); N]) {
+    for (config, (kv_fill, prefill_depth)) in
+        models(device).iter().flat_map(|config| served.map(|served| (config, served)))
+    {
         for seed in 0..seeds {
             let Some(setup) = Setup::on(device, config, seed, 1.5) else { return };
+            let setup = Setup { prefill_depth, ..setup };
             let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 10 + id, output_tokens: 40 };
             let requests: Vec<Request> = (0..5).map(request).collect();
             let settings = Settings {
                 kv_fill,
+                prefill_depth,
                 max_batch: 5,
                 token_budget: 30,
                 prefill_chunk: 7,
