@@ -98,6 +98,18 @@ struct Running {
     waiting: u32,
 }
 
+/// Tells the executor which slots were released; returns whether any was.
+fn release<E: Executor>(scheduler: &mut Scheduler, executor: &mut E) -> bool {
+    let released = scheduler.take_released();
+    released.iter().for_each(|&slot| executor.release(slot));
+    !released.is_empty()
+}
+
+/// Tells the executor which slots were assigned.
+fn admit<E: Executor>(scheduler: &Scheduler, executor: &mut E) -> Result<(), E::Error> {
+    scheduler.admitted().try_for_each(|(slot, request, generated)| executor.admit(slot, request, generated))
+}
+
 /// The passes of one machine, each of which is planned while the previous one runs.
 #[derive(Default)]
 pub(crate) struct Ahead {
@@ -105,6 +117,8 @@ pub(crate) struct Ahead {
     next: Option<Composed>,
     running: Option<Running>,
     deferred: Deferred,
+    /// Whether a request has ended whose rows the composed pass has.
+    any_ended: bool,
     /// End of each pass, by number.
     ends: Vec<Nanos>,
 }
@@ -119,27 +133,22 @@ impl Ahead {
         observer: &mut impl Observer,
     ) -> Result<Option<Nanos>, E::Error> {
         let label = Nanos(self.ends.len() as u64);
-        let mut release = |scheduler: &mut Scheduler| {
-            let released = scheduler.take_released();
-            released.iter().for_each(|&slot| executor.release(slot));
-            !released.is_empty()
-        };
-        release(scheduler);
-        let composed = match self.next.take() {
-            Some(composed) => {
-                scheduler.see_what_came();
-                Some(if release(scheduler) { Composed::of(scheduler) } else { composed })
+        release(scheduler, executor);
+        let mut composed = self.next.take().map(|composed| {
+            scheduler.see_what_came();
+            if release(scheduler, executor) || self.any_ended { Composed::of(scheduler) } else { composed }
+        });
+        self.any_ended = false;
+        if composed.as_ref().is_none_or(|composed| composed.segments.is_empty()) {
+            if composed.is_some() {
+                admit(scheduler, executor)?;
             }
-            None => {
-                let any = scheduler.plan(label, &mut self.deferred);
-                release(scheduler);
-                self.deferred.tell(now, &self.ends, observer);
-                any.then(|| Composed::of(scheduler))
-            }
-        };
-        for (slot, request, generated) in scheduler.admitted() {
-            executor.admit(slot, request, generated)?;
+            let any = scheduler.plan(label, &mut self.deferred);
+            release(scheduler, executor);
+            self.deferred.tell(now, &self.ends, observer);
+            composed = any.then(|| Composed::of(scheduler));
         }
+        admit(scheduler, executor)?;
         let Some(mut composed) = composed else { return Ok(None) };
         let (running, waiting) = (scheduler.num_running(), scheduler.num_waiting());
         scheduler.decide_ahead();
@@ -154,6 +163,11 @@ impl Ahead {
         scheduler.keep_signals(&composed.segments, &signals);
         self.running = Some(Running { composed, exiting, start: now, elapsed, running, waiting });
         Ok(Some(elapsed))
+    }
+
+    /// A request has ended, whose rows may be in the pass that is composed.
+    pub fn end(&mut self) {
+        self.any_ended = true;
     }
 
     /// See [`Server::finish_pass`](crate::Server::finish_pass).

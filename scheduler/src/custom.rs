@@ -175,6 +175,11 @@ impl CustomDecisions {
         self.remembered.insert(request, memory);
     }
 
+    /// A request that was preempted has ended.
+    pub fn forget(&mut self, request: u32) {
+        self.remembered.remove(&request);
+    }
+
     /// Whether the last row of a segment exits, which predicts a token of this index in the output.
     ///
     /// A signal without bound decides by itself: so an executor says that it knows the outcome

@@ -82,6 +82,13 @@ impl Decision {
             custom.remember(request, memory);
         }
     }
+
+    /// A request that was preempted has ended.
+    pub fn forget(&mut self, request: u32) {
+        if let Self::Custom(custom) = self {
+            custom.forget(request);
+        }
+    }
 }
 
 /// A bound that follows the load.

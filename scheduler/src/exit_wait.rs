@@ -58,7 +58,7 @@ impl ExitWait {
     }
 
     /// A request loses its slot.
-    pub fn preempt(&mut self, slot: Slot) {
+    pub fn withdraw(&mut self, slot: Slot) {
         self.waiting.retain(|waiting| waiting.row.slot != slot);
     }
 
@@ -191,7 +191,7 @@ mod tests {
     fn a_preempted_request_waits_no_longer() {
         let mut exits = exit_wait(1);
         assert!(served(&mut exits, &mut [row(1, 0), row(2, 0), row(3, 0)], vec![0, 1]).is_empty());
-        exits.0.preempt(1);
+        exits.0.withdraw(1);
         assert_eq!(served(&mut exits, &mut [row(3, 1)], vec![]), [2]);
     }
 }

@@ -65,7 +65,7 @@ pub use observe::{Observer, PassRecord, Token};
 pub use pass::{Pass, RowKind, Segment, Slot};
 pub use pass_log::PassRecorder;
 pub use policy::{Batching, ExitPolicy, KvFill, LoadThreshold, SignalRead, SignalReads};
-pub use scheduler::{Handover, PrefixUse, Reservation, ScheduleError, Scheduler, Settings};
+pub use scheduler::{Handover, PrefixUse, Reservation, ScheduleError, Scheduler, Settings, Terms};
 pub use serve::{Clock, ServeError, Server, Serving, VirtualClock, serve};
 pub use steady::{Lengths, SteadyLoad, SteadyServer};
 pub use work::pass_work;

@@ -6,6 +6,7 @@ use std::collections::BinaryHeap;
 use traces::{ClosedLoop, Nanos, Request};
 
 use crate::observe::Observer;
+use crate::scheduler::Terms;
 
 /// A request that arrives before the one ahead of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,8 +27,18 @@ pub trait Load {
     /// If arrivals are out of order.
     fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, Unordered>;
 
-    /// The last token of a request was delivered at `now`.
+    /// The last token of a request was delivered at `now`. Not told of requests that were cancelled.
     fn answered(&mut self, now: Nanos, request: u32);
+
+    /// What a request asks for beside its lengths. Asked once, when the request is sent.
+    fn terms(&mut self, _request: u32) -> Terms {
+        Terms::default()
+    }
+
+    /// The next request that was sent and must end before its last token; see [`Server::end`](crate::Server::end).
+    fn take_cancelled(&mut self) -> Option<u32> {
+        None
+    }
 }
 
 /// Requests that are each sent at their own arrival, in this order.

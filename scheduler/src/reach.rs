@@ -42,6 +42,11 @@ impl Reach {
         self.preempted.insert(request, counts);
     }
 
+    /// A request that was preempted has ended.
+    pub fn forget(&mut self, request: u32) {
+        self.preempted.remove(&request);
+    }
+
     /// The last row of a segment exits: a generated token ran the depths up to its own, a prompt's last token runs all.
     pub fn exit(&mut self, segment: &Segment) {
         if segment.generated {

@@ -18,7 +18,7 @@ use crate::decide::Decision;
 use crate::exit_wait::ExitWait;
 use crate::observe::{Observer, Token};
 use crate::pass::{Pass, RowKind, Segment, Slot, exited};
-use crate::policy::{Batching, ExitPolicy, KvFill, SignalReads};
+use crate::policy::{Batching, ExitPolicy, KvFill, SignalRead, SignalReads};
 use crate::work::WorkMeter;
 
 mod handover;
@@ -185,6 +185,19 @@ pub enum ScheduleError {
         hashed: u32,
         /// The configured block size.
         block_tokens: u32,
+    },
+    /// An exit policy of one request that reads what the executor does not report.
+    #[error(
+        "request {request} asks for exit policy {exit}, the machine runs {served}: expected none, static:DEPTH or a \
+         threshold on the signal that the machine's policy reads in the same pass"
+    )]
+    OwnExit {
+        /// Id of the request.
+        request: u32,
+        /// The policy that it asks for.
+        exit: String,
+        /// The policy of the machine.
+        served: String,
     },
     /// A request without a prompt or without output.
     #[error(
@@ -443,12 +456,43 @@ impl Settings {
         }
         Ok(())
     }
+
+    /// Checks that a request can have what it asks for beside its lengths.
+    ///
+    /// An exit policy of its own is possible where the machine's policy reads a signal in the pass that it decides. The
+    /// request may then have none, a fixed depth, or another threshold on that signal.
+    ///
+    /// # Errors
+    /// If the request asks for another exit policy.
+    pub fn check_terms(&self, request: u32, terms: &Terms) -> Result<(), ScheduleError> {
+        let Some(exit) = terms.exit.filter(|&exit| exit != self.exit) else { return Ok(()) };
+        let read = self.exit.signal_read();
+        let is_read = matches!(read, SignalRead::Signal(_) | SignalRead::Repeats) && !self.exit.is_known_ahead();
+        let is_simple =
+            exit.is_fixed_depth() || matches!(exit, ExitPolicy::Confidence { .. }) && exit.signal_read() == read;
+        if !(is_read && is_simple) {
+            let (exit, served) = (exit.to_string(), self.exit.to_string());
+            return Err(ScheduleError::OwnExit { request, exit, served });
+        }
+        Self { exit, ..*self }.check()
+    }
+}
+
+/// What a request asks for beside its lengths.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Terms {
+    /// Its own exit policy; `None` for that of the machine. See [`Settings::check_terms`].
+    pub exit: Option<ExitPolicy>,
+    /// Place in the queue: a request waits behind those of its priority or a higher one. Requests that run, or were
+    /// preempted, keep their place.
+    pub priority: i32,
 }
 
 /// A request and its progress.
 #[derive(Clone, Copy, Debug)]
 struct Sequence {
     request: Request,
+    terms: Terms,
     /// Tokens delivered.
     generated: u32,
     /// Tokens that run as a prompt: the prompt, and the tokens generated before a preemption.
@@ -459,7 +503,7 @@ struct Sequence {
     filled: u32,
     /// The last depth of the prompt: [`Settings::prompt_depth`].
     prompt_depth: u8,
-    /// Order of admission: larger is newer.
+    /// Order of admission, from 1: larger is newer. 0 before the first.
     admission: u64,
     first_token: Nanos,
     last_token: Nanos,
@@ -472,9 +516,10 @@ struct Sequence {
 }
 
 impl Sequence {
-    fn new(request: Request, prompt_depth: u8) -> Self {
+    fn new(request: Request, terms: Terms, prompt_depth: u8) -> Self {
         Self {
             request,
+            terms,
             generated: 0,
             context: request.prompt_tokens,
             started: 0,
@@ -497,6 +542,11 @@ impl Sequence {
     /// End of the next chunk of the context, of up to `allowance` tokens.
     fn chunk_end(&self, allowance: u32) -> u32 {
         self.context.min(self.started + allowance)
+    }
+
+    /// Whether it has held a slot before.
+    fn was_preempted(&self) -> bool {
+        self.admission > 0
     }
 
     /// Whether all its tokens are delivered. It may still hold its slot.
@@ -570,6 +620,12 @@ pub struct Scheduler {
     /// By slot.
     sequences: Vec<Sequence>,
     free_slots: Vec<Slot>,
+    /// Number of running sequences with an exit policy of their own.
+    own_exits: u32,
+    /// Signals of a pass in which such sequences run; see [`Self::decide`].
+    own_signals: Vec<f32>,
+    /// Requests that end when the iteration does.
+    ending: Vec<u32>,
     admissions: u64,
     /// Running sequences whose prompt has not started completely, oldest first.
     prefilling: VecDeque<Slot>,
@@ -605,7 +661,8 @@ impl Scheduler {
     /// If the settings contradict each other.
     pub fn new(settings: Settings) -> Result<Self, ScheduleError> {
         settings.check()?;
-        let idle = Sequence::new(Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 }, 0);
+        let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 1, output_tokens: 1 };
+        let idle = Sequence::new(request, Terms::default(), 0);
         Ok(Self {
             settings,
             reads: settings.signal_reads(),
@@ -622,6 +679,9 @@ impl Scheduler {
             unseeing: false,
             sequences: vec![idle; settings.max_batch as usize],
             free_slots: (0..settings.max_batch).rev().collect(),
+            own_exits: 0,
+            own_signals: Vec::new(),
+            ending: Vec::new(),
             admissions: 0,
             prefilling: VecDeque::new(),
             ready: Vec::new(),
@@ -720,15 +780,80 @@ impl Scheduler {
     /// # Errors
     /// If the request can never run to its end.
     pub fn submit(&mut self, request: Request) -> Result<(), ScheduleError> {
+        self.submit_under(request, Terms::default())
+    }
+
+    /// Adds a request to the queue, behind those of its priority.
+    ///
+    /// # Errors
+    /// If the request can never run to its end, or cannot have what it asks for.
+    pub fn submit_under(&mut self, request: Request, terms: Terms) -> Result<(), ScheduleError> {
         self.settings.check_request(&self.share_of(&request))?;
-        let sequence = Sequence::new(request, self.settings.prompt_depth(request.id));
-        self.line().push_back(sequence);
+        self.settings.check_terms(request.id, &terms)?;
+        self.enter(Sequence::new(request, terms, self.settings.prompt_depth(request.id)));
         Ok(())
     }
 
-    /// Where requests queue when they come.
-    fn line(&mut self) -> &mut VecDeque<Sequence> {
-        if self.settings.async_scheduling { &mut self.unseen } else { &mut self.waiting }
+    /// A sequence comes, to be seen at once or one pass later.
+    fn enter(&mut self, sequence: Sequence) {
+        match self.settings.async_scheduling {
+            true => self.unseen.push_back(sequence),
+            false => self.enqueue(sequence),
+        }
+    }
+
+    fn enqueue(&mut self, sequence: Sequence) {
+        let is_ahead = |other: &Sequence| other.was_preempted() || other.terms.priority >= sequence.terms.priority;
+        let place = self.waiting.iter().rposition(is_ahead).map_or(0, |last| last + 1);
+        self.waiting.insert(place, sequence);
+    }
+
+    /// Ends a request before its last token, between two passes, wherever it is: in the queue, in its prompt, or in
+    /// flight at any depth. Its rows leave the next pass, and its slot and blocks are free at once. Only in lockstep
+    /// batching with prefix caching, where others may read blocks that it is filling, it runs to the end of the
+    /// iteration. Returns `false` if no such request waits or runs, or it is on its way to another machine or from one.
+    pub(crate) fn end(&mut self, request: u32) -> bool {
+        let is_request = |sequence: &Sequence| sequence.request.id == request;
+        let leave = |line: &mut VecDeque<Sequence>| {
+            let place = line.iter().position(is_request);
+            place.and_then(|place| line.remove(place)).is_some()
+        };
+        let waited = leave(&mut self.waiting) || leave(&mut self.unseen);
+        if waited {
+            self.forget(request);
+            return true;
+        }
+        let runs = |sequence: &Sequence| {
+            is_request(sequence) && sequence.running && !sequence.pinned && !sequence.is_finished()
+        };
+        let Some(slot) = self.sequences.iter().position(runs) else { return false };
+        match self.publishing == Publishing::Started && self.any_in_flight() {
+            true => self.ending.push(request),
+            false => self.end_running(slot as Slot),
+        }
+        true
+    }
+
+    fn end_running(&mut self, slot: Slot) {
+        self.withdraw(slot);
+        self.held.retain(|held| held.slot != slot);
+        self.stalled.retain(|segment| segment.slot != slot);
+        if self.settings.async_scheduling {
+            // The pass is composed already. The executor has not heard of a slot that was assigned in it.
+            self.meter.restart(&self.segments, self.reads);
+            if self.admitted.contains(&slot) {
+                self.admitted.retain(|&other| other != slot);
+                self.released.retain(|&other| other != slot);
+            }
+        }
+    }
+
+    /// Forgets what is kept of a request that was preempted.
+    fn forget(&mut self, request: u32) {
+        self.decision.forget(request);
+        if let Some(reach) = self.meter.reach_mut() {
+            reach.forget(request);
+        }
     }
 
     /// Composes the next pass; returns `false` if there is nothing to run.
@@ -822,7 +947,9 @@ impl Scheduler {
 
     /// Sees what has arrived or finished since the last plan.
     fn see(&mut self) {
-        self.waiting.append(&mut self.unseen);
+        while let Some(sequence) = self.unseen.pop_front() {
+            self.enqueue(sequence);
+        }
         self.see_received();
         while let Some(slot) = self.finished.pop() {
             self.release(slot);
@@ -830,6 +957,13 @@ impl Scheduler {
     }
 
     fn start_rows(&mut self, now: Nanos, observer: &mut impl Observer) {
+        for request in std::mem::take(&mut self.ending) {
+            self.end(request);
+        }
+        if !self.held.is_empty() {
+            // The last rows in flight of the iteration were those of requests that ended.
+            self.deliver_held(now, observer);
+        }
         let form_batch = self.settings.batching != Batching::Vanilla || self.num_running() == 0;
         let mut budget = self.free_budget();
         let mut preempted = self.start_decodes(&mut budget, now, observer);
@@ -853,7 +987,7 @@ impl Scheduler {
                 false => allowance = 0,
             }
         }
-        if preempted && self.segments.is_empty() && self.exit_wait.any() {
+        if self.segments.is_empty() && self.exit_wait.any() {
             // Without a pass, waiting rows would never meet the head.
             while self.exit_wait.any() {
                 self.preempt_newest(now, observer);
@@ -1040,9 +1174,10 @@ impl Scheduler {
             self.prefix_use.looked_up += u64::from(context);
             self.prefix_use.found += u64::from(sequence.started);
         }
+        self.admissions += 1;
         sequence.admission = self.admissions;
         sequence.running = true;
-        self.admissions += 1;
+        self.own_exits += u32::from(sequence.terms.exit.is_some());
         observer.admitted(now, &sequence.request);
         if let Some(backlog) = &mut self.backlog {
             backlog.admit(slot, context);
@@ -1118,16 +1253,13 @@ impl Scheduler {
         let (_, slot) =
             running.max_by_key(|(sequence, _)| sequence.admission).expect("a sequence that wants a block runs");
         let mut sequence = self.sequences[slot as usize];
-        self.release(slot);
         if sequence.is_finished() {
+            self.release(slot);
             self.finished.retain(|&other| other != slot);
             return;
         }
         debug_assert!(self.stalled.is_empty(), "a row stalls where the budget is spent, and then nothing starts");
-        self.segments.retain(|segment| segment.slot != slot);
-        self.exit_wait.preempt(slot);
-        self.prefilling.retain(|&other| other != slot);
-        self.ready.retain(|&other| other != slot);
+        self.withdraw(slot);
         sequence.running = false;
         sequence.started = 0;
         sequence.context = sequence.decode_positions();
@@ -1139,15 +1271,48 @@ impl Scheduler {
         self.waiting.push_front(sequence);
     }
 
+    /// Takes slot and blocks from a sequence that has not finished, and its rows out of the next pass.
+    fn withdraw(&mut self, slot: Slot) {
+        self.release(slot);
+        self.segments.retain(|segment| segment.slot != slot);
+        self.exit_wait.withdraw(slot);
+        self.prefilling.retain(|&other| other != slot);
+        self.ready.retain(|&other| other != slot);
+    }
+
     fn release(&mut self, slot: Slot) {
-        self.sequences[slot as usize].running = false;
+        let sequence = &mut self.sequences[slot as usize];
+        sequence.running = false;
+        self.own_exits -= u32::from(sequence.terms.exit.is_some());
         self.tables.release(slot);
         self.free_slots.push(slot);
         self.released.push(slot);
     }
 
     /// Decides from the signals of the pass which rows exit.
+    ///
+    /// Where a request has an exit policy of its own, that decides, and a signal without bound in place of the row's says
+    /// so to the policy of the machine.
     pub fn decide(&mut self, signals: &[f32]) {
+        if self.own_exits == 0 {
+            return self.decide_by(signals);
+        }
+        let mut own_signals = std::mem::take(&mut self.own_signals);
+        own_signals.clear();
+        let decided = |(segment, &signal): (&Segment, &f32)| {
+            let Sequence { request, terms, .. } = &self.sequences[segment.slot as usize];
+            let exits = |exit: ExitPolicy| match exit.known_depth(request.id, self.settings.num_loops) {
+                Some(depth) => segment.depth >= depth,
+                None => exit.bound().is_reached(signal),
+            };
+            terms.exit.map_or(signal, |exit| self.reads.signal.certain(exits(exit)))
+        };
+        own_signals.extend(self.segments.iter().zip(signals).map(decided));
+        self.decide_by(&own_signals);
+        self.own_signals = own_signals;
+    }
+
+    fn decide_by(&mut self, signals: &[f32]) {
         let (running, waiting) = (self.num_running(), self.num_waiting());
         let Self { segments, exiting, sequences, certain_from, .. } = self;
         let values = signals.iter().copied();

@@ -9,7 +9,7 @@ use crate::executor::Executor;
 use crate::load::{Answered, Load, OpenLoad, Unordered};
 use crate::observe::{Observer, PassRecord};
 use crate::pass::Slot;
-use crate::scheduler::{Handover, ScheduleError, Scheduler, Settings};
+use crate::scheduler::{Handover, ScheduleError, Scheduler, Settings, Terms};
 
 /// Why a run stopped.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +115,35 @@ impl<E: Executor> Server<E> {
     /// Goes on with a sequence whose keys and values are there; see [`Scheduler::receive`].
     pub fn receive(&mut self, slot: Slot, now: Nanos, observer: &mut impl Observer) {
         self.scheduler.receive(slot, now, observer);
+    }
+
+    /// Adds a request to the queue, behind those of its priority.
+    ///
+    /// # Errors
+    /// If the request can never run to its end, or cannot have what it asks for.
+    pub fn submit_under(&mut self, request: Request, terms: Terms) -> Result<(), ScheduleError> {
+        self.scheduler.submit_under(request, terms)
+    }
+
+    /// Ends a request before its last token, between two passes: because its text is complete, or it was cancelled. Its
+    /// rows in flight are discarded, and its slot and blocks are free at once. Only in lockstep batching with prefix
+    /// caching, where other requests may read blocks that it is filling, it runs to the end of the iteration.
+    ///
+    /// Returns `false` if no such request waits or runs.
+    pub fn end(&mut self, request: u32) -> bool {
+        match &mut self.ahead {
+            // The executor hears of it when the next pass starts.
+            Some(ahead) => {
+                ahead.end();
+                self.scheduler.end(request)
+            }
+            None => {
+                let _forwarded = self.scheduler.take_released();
+                let ended = self.scheduler.end(request);
+                self.forward_releases();
+                ended
+            }
+        }
     }
 
     /// Composes the next pass and runs it. Returns its duration, or `None` if there is nothing to run.
@@ -233,7 +262,7 @@ pub fn serve<E: Executor>(
 }
 
 /// Runs one pass, or waits for the next request if there is nothing to run. Returns whether there was anything to run or
-/// to wait for; `answered` gets the requests that ended.
+/// to wait for; `answered` gets the requests that ended. Requests that the load cancels end before the pass.
 ///
 /// Requests that arrive at the end of a pass are ahead of those that follow an answer at once.
 fn step<E: Executor>(
@@ -244,6 +273,9 @@ fn step<E: Executor>(
     observer: &mut impl Observer,
 ) -> Result<bool, ServeError<E::Error>> {
     let now = clock.now();
+    while let Some(request) = load.take_cancelled() {
+        server.end(request);
+    }
     submit_until(server, load, now)?;
     let Some(elapsed) = server.start_pass(now, observer).map_err(ServeError::Executor)? else {
         let next = load.next_time();
@@ -264,7 +296,7 @@ fn submit_until<E: Executor>(
     now: Nanos,
 ) -> Result<(), ServeError<E::Error>> {
     while let Some(request) = load.take_until(now)? {
-        server.submit(request)?;
+        server.submit_under(request, load.terms(request.id))?;
     }
     Ok(())
 }
@@ -304,6 +336,21 @@ impl<E: Executor, C: Clock, L: Load> Serving<E, C, L> {
     /// The clock.
     pub fn clock_mut(&mut self) -> &mut C {
         &mut self.clock
+    }
+
+    /// The load, to which requests may be added between two steps.
+    pub fn load_mut(&mut self) -> &mut L {
+        &mut self.load
+    }
+
+    /// The server.
+    pub fn server(&self) -> &Server<E> {
+        &self.server
+    }
+
+    /// The server, to tell its executor of requests between two steps.
+    pub fn server_mut(&mut self) -> &mut Server<E> {
+        &mut self.server
     }
 
     /// The server, when the run is over.

@@ -50,7 +50,15 @@ impl WorkMeter {
 
     /// Replaces the previous pass by the one that is about to run.
     pub fn start(&mut self, segments: &[Segment], reads: SignalReads) {
-        let before = self.work.as_before();
+        self.derive(segments, reads, self.work.as_before());
+    }
+
+    /// Replaces the pass that is about to run by one of other rows.
+    pub fn restart(&mut self, segments: &[Segment], reads: SignalReads) {
+        self.derive(segments, reads, self.work.before);
+    }
+
+    fn derive(&mut self, segments: &[Segment], reads: SignalReads, before: PassBefore) {
         match &self.reach {
             None => derive_work(&mut self.work, segments, reads, before, |segment| segment.start),
             Some(reach) => derive_work(&mut self.work, segments, reads, before, |segment| reach.history(segment)),

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use scheduler::{
-    Batching, CustomExit, CustomPolicy, Executor, ExitPolicy, ExitRow, KvFill, Memory, Observer, Pass, PassRecord,
-    RowKind, Segment, Server, Settings, SignalRead, Slot, Token, VirtualClock, serve,
+    Batching, CustomExit, CustomPolicy, Executor, ExitPolicy, ExitRow, KvFill, Load, Memory, Observer, OpenLoad, Pass,
+    PassRecord, RowKind, Segment, Server, Serving, Settings, SignalRead, Slot, Terms, Token, Unordered, VirtualClock,
+    serve,
 };
 use traces::{ExitSignal, Nanos, PrefixHashes, Request};
 
@@ -443,6 +444,74 @@ fn run(settings: Settings, requests: &[Request]) -> Log {
     log
 }
 
+/// Requests of which some are cancelled before given steps, and some have exit policies of their own.
+struct Impatient {
+    requests: OpenLoad<std::vec::IntoIter<Request>>,
+    /// Step and request.
+    cancellations: Vec<(u32, u32)>,
+    step: u32,
+    /// By request modulo their number.
+    exits: Vec<Option<ExitPolicy>>,
+}
+
+impl Load for Impatient {
+    fn next_time(&self) -> Option<Nanos> {
+        self.requests.next_time()
+    }
+
+    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, Unordered> {
+        self.requests.take_until(now)
+    }
+
+    fn answered(&mut self, now: Nanos, request: u32) {
+        self.requests.answered(now, request);
+    }
+
+    fn terms(&mut self, request: u32) -> Terms {
+        Terms { exit: self.exits[request as usize % self.exits.len()], ..Terms::default() }
+    }
+
+    fn take_cancelled(&mut self) -> Option<u32> {
+        let due = self.cancellations.iter().position(|&(step, _)| step <= self.step);
+        self.step += u32::from(due.is_none());
+        due.map(|place| self.cancellations.swap_remove(place).1)
+    }
+}
+
+/// Serves requests of which some are cancelled.
+fn run_impatient<E: Executor<Error = std::convert::Infallible>>(
+    settings: Settings,
+    executor: E,
+    requests: &[Request],
+    cancellations: &[(u32, u32)],
+    exits: &[Option<ExitPolicy>],
+) -> Log {
+    let mut server = Server::new(settings, executor).unwrap();
+    server.share_prefixes(Arc::new(prefix_hashes(requests, settings.block_tokens))).unwrap();
+    let load = Impatient {
+        requests: OpenLoad::new(requests.to_vec()),
+        cancellations: cancellations.to_vec(),
+        step: 0,
+        exits: exits.to_vec(),
+    };
+    let mut serving = Serving::new(server, VirtualClock::default(), load);
+    let mut log = Log::default();
+    loop {
+        let step = serving.load_mut().step;
+        let cancelled = cancellations.iter().filter(|(before, _)| *before <= step);
+        cancelled.for_each(|(_, request)| {
+            log.displaced.remove(request);
+        });
+        if !serving.step(&mut log).unwrap() {
+            break;
+        }
+    }
+    let scheduler = serving.server().scheduler();
+    assert_eq!(scheduler.num_running() + scheduler.num_waiting(), 0, "a request is still there at the end");
+    assert_eq!(scheduler.pass().tables.num_free(), settings.num_blocks, "blocks are still held at the end");
+    log
+}
+
 fn requests() -> impl Strategy<Value = Vec<Request>> {
     prop::collection::vec((0u64..3000, 1u32..40, 1u32..20), 1..24).prop_map(|lengths| {
         let mut arrival = Nanos::ZERO;
@@ -670,6 +739,38 @@ proptest! {
     }
 
     #[test]
+    fn requests_that_are_cancelled_at_any_time_free_what_they_hold_and_change_no_other(
+        settings in settings(), requests in requests(),
+        cancellations in prop::collection::vec((0u32..60, 0u32..24), 0..24),
+        own in prop::sample::select(vec!["none", "static:0", "static:1", "confidence:0.5"]),
+    ) {
+        let own: ExitPolicy = own.parse().unwrap();
+        let exits = match settings.check_terms(0, &Terms { exit: Some(own), ..Terms::default() }) {
+            Ok(()) => vec![None, Some(own)],
+            Err(_) => vec![None],
+        };
+        for batching in Batching::ALL {
+            let settings = Settings { batching, ..settings };
+            let log = match settings.async_scheduling {
+                true => run_impatient(settings, Beside(Checker::new(settings)), &requests, &cancellations, &exits),
+                false => run_impatient(settings, Checker::new(settings), &requests, &cancellations, &exits),
+            };
+            for request in &requests {
+                let is_cancelled = cancellations.iter().any(|(_, cancelled)| *cancelled == request.id);
+                prop_assert!(is_cancelled || log.finished.contains(&request.id));
+                let exit = exits[request.id as usize % exits.len()].unwrap_or(settings.exit);
+                for (&depth, token) in log.depths.get(&request.id).into_iter().flatten().zip(0..) {
+                    let sure = match exit {
+                        ExitPolicy::Mix(mix) => mix.depth(request.id),
+                        _ => sure_depth(request.id, token, settings.num_loops),
+                    };
+                    prop_assert_eq!(depth, exit_depth(exit, sure, settings.num_loops));
+                }
+            }
+        }
+    }
+
+    #[test]
     fn passes_planned_while_others_run_are_those_planned_after_them(
         settings in settings(), requests in requests(),
         exit in prop::sample::select(vec![
@@ -787,6 +888,48 @@ fn cumulative_gates_exit_where_their_product_says_whatever_is_preempted() {
         let found: HashSet<u8> = log.depths.values().flatten().copied().collect();
         assert_eq!(found, HashSet::from([1, 2, 3, 4]), "tokens exit at every depth that may be one");
     }
+}
+
+#[test]
+fn a_request_waits_behind_those_of_its_priority_and_a_cancelled_one_for_nothing() {
+    let settings = Settings { max_batch: 1, ..Settings::new(Batching::Depth, "top1:0.5".parse().unwrap(), 3) };
+    let mut server = Server::new(settings, Checker::new(settings)).unwrap();
+    for (id, priority) in [(0, 0), (1, -1), (2, 0), (3, 5), (4, 5), (5, 0)] {
+        let request = Request { id, arrival: Nanos::ZERO, prompt_tokens: 4, output_tokens: 2 };
+        server.submit_under(request, Terms { priority, ..Terms::default() }).unwrap();
+    }
+    assert!(server.end(4) && !server.end(4) && !server.end(99));
+    let mut now = Nanos::ZERO;
+    while let Some(elapsed) = server.start_pass(now, &mut ()).unwrap() {
+        now += elapsed;
+        server.finish_pass(now, &mut ());
+    }
+    assert_eq!(server.executor().admitted, [3, 0, 2, 5, 1]);
+}
+
+#[test]
+fn an_exit_policy_of_one_request_that_reads_what_is_not_reported_is_refused() {
+    let terms = |exit: &str| Terms { exit: Some(exit.parse().unwrap()), ..Terms::default() };
+    let check = |served: &str, asked: &str| {
+        Settings::new(Batching::Depth, served.parse().unwrap(), 3)
+            .check_terms(7, &terms(asked))
+            .map_err(|e| e.to_string())
+    };
+    for (served, asked) in
+        [("margin:0.5", "margin:0.1"), ("margin:0.5", "none"), ("stable:2", "static:1"), ("none", "none")]
+    {
+        check(served, asked).unwrap();
+    }
+    for (served, asked) in
+        [("margin:0.5", "gate:0.1"), ("none", "static:1"), ("delayed:gate:0.5", "static:1"), ("margin:0.5", "oracle")]
+    {
+        let message = check(served, asked).unwrap_err();
+        assert!(
+            message.starts_with(&format!("request 7 asks for exit policy {}", asked.parse::<ExitPolicy>().unwrap())),
+            "{message}"
+        );
+    }
+    assert!(check("margin:0.5", "static:3").unwrap_err().contains("outside the model's depths"));
 }
 
 #[test]

@@ -12,7 +12,7 @@
 
 use traces::{Nanos, Request};
 
-use super::{ScheduleError, Scheduler, Sequence};
+use super::{ScheduleError, Scheduler, Sequence, Terms};
 use crate::custom::Memory;
 use crate::observe::{Observer, Token};
 use crate::pass::Slot;
@@ -91,9 +91,9 @@ impl Scheduler {
         let Handover { request, depth, memory, .. } = *handover;
         self.settings.check_positions(&request)?;
         self.decision.remember(request.id, memory);
-        let sequence = Sequence::new(request, self.settings.prompt_depth(request.id));
+        let sequence = Sequence::new(request, Terms::default(), self.settings.prompt_depth(request.id));
         let sequence = Sequence { generated: 1, arriving: Some(depth), ..sequence };
-        self.line().push_back(sequence);
+        self.enter(sequence);
         Ok(())
     }
 
