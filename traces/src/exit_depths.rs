@@ -10,9 +10,8 @@ impl ExitTrace {
     /// A trace of tokens that exit at known depths: `depths` by generation, then by token; depths beyond the last
     /// count as the last.
     ///
-    /// Every signal is sure from the exit depth on and unsure before: 1 and 0, entropy, difference and divergence 0 and 1. Any measure
-    /// at a threshold of 0.5 therefore exits there, and costs what reading it costs. (Similarity and difference are not read
-    /// at depth 0.)
+    /// Every signal is [sure](Signals::certain) from the exit depth on and unsure before. Any measure at a threshold of 0.5
+    /// therefore exits there, and costs what reading it costs. (Similarity and difference are not read at depth 0.)
     /// The prediction of the exit depth and of every deeper one is that of the last depth, so the oracle exits there
     /// too. What the model would have predicted is not known: agreement and quality of such a trace mean nothing.
     pub fn from_depths(meta: ExitTraceMeta, depths: &[Vec<u8>]) -> Self {
@@ -22,11 +21,7 @@ impl ExitTrace {
             let exit = u32::from(exit).min(num_loops - 1);
             (0..num_loops).map(move |depth| {
                 let exits = depth >= exit;
-                let sure = f32::from(u8::from(exits));
-                let (top1, margin, similarity, gate) = (sure, sure, sure, sure);
-                let (entropy, difference, kl) = (1.0 - sure, 1.0 - sure, 1.0 - sure);
-                let signals = Signals { top1, margin, entropy, similarity, difference, kl, gate };
-                (signals, u32::from(exits))
+                (Signals::certain(exits), u32::from(exits))
             })
         };
         for generation in depths {

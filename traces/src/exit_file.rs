@@ -122,7 +122,8 @@ pub(crate) struct Fault {
 }
 
 impl ExitTrace {
-    /// Reads a folder with `exits.yaml` and one of `exits.parquet` and `exits.csv`.
+    /// Reads a folder with `exits.yaml` and one of `exits.parquet` and `exits.csv`, or the parts of a trace that grows:
+    /// `exits-000000.parquet` and so on.
     ///
     /// # Errors
     /// If a file cannot be read, has another version, has no rows, lacks a depth of a token, lists rows out of order,
@@ -133,11 +134,18 @@ impl ExitTrace {
         let meta: ExitTraceMeta = read_yaml(&yaml)?;
         check_meta(&yaml, &meta)?;
         let (parquet, csv) = (folder.join(ExitTable::Parquet.file_name()), folder.join(ExitTable::Csv.file_name()));
-        match (parquet.exists(), csv.exists()) {
-            (true, true) => Err(TraceError::file(folder, "exits.parquet beside exits.csv", "one of the two")),
-            (false, true) => read_csv(&csv, meta),
-            (true, false) => read_parquet(&parquet, meta),
-            (false, false) => Err(TraceError::file(folder, "neither exits.parquet nor exits.csv", "one of the two")),
+        let parts: Vec<PathBuf> = (0..).map(|part| part_path(folder, part)).take_while(|path| path.exists()).collect();
+        match (parquet.exists(), csv.exists(), parts.is_empty()) {
+            (true, true, _) => Err(TraceError::file(folder, "exits.parquet beside exits.csv", "one of the two")),
+            (true, _, false) | (_, true, false) => {
+                Err(TraceError::file(folder, "parts of an exit trace beside a whole one", "one of the two"))
+            }
+            (false, true, true) => read_csv(&csv, meta),
+            (true, false, true) => read_parquet(&[parquet], meta),
+            (false, false, false) => read_parquet(&parts, meta),
+            (false, false, true) => {
+                Err(TraceError::file(folder, "neither exits.parquet nor exits.csv", "one of the two"))
+            }
         }
     }
 
@@ -198,11 +206,30 @@ fn read_csv_row(row: &Row<'_>, columns: Columns) -> Result<ExitRow> {
     Ok(ExitRow::new(integers, signals.into()))
 }
 
-fn read_parquet(path: &Path, meta: ExitTraceMeta) -> Result<ExitTrace> {
-    let rows = ParquetRows::open(path, &meta)?;
-    let mut collector = Collector::new(meta, rows.columns());
-    rows.for_each(|row| collector.push(row))?;
-    collector.finish(path)
+/// Reads the parts of a table, of which there is at least one.
+fn read_parquet(paths: &[PathBuf], meta: ExitTraceMeta) -> Result<ExitTrace> {
+    let first = ParquetRows::open(&paths[0], &meta)?;
+    let columns = first.columns();
+    let mut collector = Collector::new(meta, columns);
+    first.for_each(|row| collector.push(row))?;
+    for path in &paths[1..] {
+        let rows = ParquetRows::open(path, &collector.trace.meta)?;
+        if rows.columns() != columns {
+            let list = |columns: Columns| format!("columns `{}`", columns.names().join(","));
+            return Err(TraceError::file(
+                path,
+                list(rows.columns()),
+                format!("{}, as in the first part", list(columns)),
+            ));
+        }
+        rows.for_each(|row| collector.push(row))?;
+    }
+    collector.finish(&paths[paths.len() - 1])
+}
+
+/// Path of a part of a trace that grows.
+fn part_path(folder: &Path, part: u32) -> PathBuf {
+    folder.join(format!("exits-{part:06}.parquet"))
 }
 
 /// Collects the rows of a table one by one and checks that none is missing, out of place or out of range.
@@ -329,8 +356,11 @@ pub struct ExitTraceWriter {
     meta: ExitTraceMeta,
     columns: Columns,
     folder: PathBuf,
-    table: ExitTable,
+    path: PathBuf,
+    /// The file of an earlier trace that this one replaces.
+    earlier: Option<PathBuf>,
     rows: Sink,
+    first_generation: u32,
     generations: u32,
 }
 
@@ -360,7 +390,30 @@ impl ExitTraceWriter {
                 Sink::Csv(writer)
             }
         };
-        Ok(Self { meta, columns, folder, table, rows, generations: 0 })
+        let path = folder.join(table.file_name());
+        let earlier = Some(folder.join(table.other().file_name()));
+        Ok(Self { meta, columns, folder, path, earlier, rows, first_generation: 0, generations: 0 })
+    }
+
+    /// Starts a part of a trace that grows, which will replace an earlier version of that part. Parts are counted from 0,
+    /// and follow each other without a gap; `first_generation` is the number of generations before this one.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn create_part(
+        folder: impl AsRef<Path>,
+        meta: ExitTraceMeta,
+        signals: SignalSet,
+        part: u32,
+        first_generation: u32,
+    ) -> Result<Self> {
+        let folder = folder.as_ref().to_owned();
+        check_meta(&folder.join(YAML), &meta)?;
+        std::fs::create_dir_all(&folder).map_err(TraceError::io("create", &folder))?;
+        let (path, columns) = (part_path(&folder, part), Columns::new(&meta, signals));
+        let file = PartialFile::create(&path)?;
+        let rows = Sink::Parquet(Box::new(ParquetWriter::new(path.clone(), file, columns)?));
+        Ok(Self { meta, columns, folder, path, earlier: None, rows, first_generation, generations: 0 })
     }
 
     /// Writes a generation: `rows[t * num_loops + d]` is token `t` at depth `d`.
@@ -391,13 +444,14 @@ impl ExitTraceWriter {
 
     fn push(&mut self, rows: &[(Signals, u32)], tokens: &[ServedToken], policy: u32) -> Result<()> {
         let (num_loops, columns) = (self.meta.num_loops, self.columns);
-        let path = self.folder.join(self.table.file_name());
+        let path = self.path.clone();
         if rows.is_empty() || !rows.len().is_multiple_of(num_loops as usize) {
             let found = format!("{} rows of generation {}", rows.len(), self.generations);
             return Err(TraceError::file(&path, found, format!("{num_loops} rows for each token")));
         }
         for (index, &(signals, prediction)) in (0u32..).zip(rows) {
-            let (generation, token, depth) = (self.generations, index / num_loops, index % num_loops);
+            let generation = self.first_generation + self.generations;
+            let (token, depth) = (index / num_loops, index % num_loops);
             let place = || format!("generation {generation}, token {token}, depth {depth}");
             check_signals(&signals, columns).map_err(|Fault { column, expected }| {
                 let signal = columns.signal(column).expect("the column of a signal");
@@ -432,7 +486,7 @@ impl ExitTraceWriter {
     /// # Errors
     /// If renaming fails, or there is no generation.
     pub fn finish(self) -> Result<()> {
-        let path = self.folder.join(self.table.file_name());
+        let path = self.path;
         if self.generations == 0 {
             return Err(TraceError::file(&path, "no generation", "at least one"));
         }
@@ -442,8 +496,7 @@ impl ExitTraceWriter {
                 writer.into_inner().map_err(|error| TraceError::io("write", &path)(error.into_error()))?.finish()?;
             }
         }
-        let earlier = self.folder.join(self.table.other().file_name());
-        if earlier.exists() {
+        if let Some(earlier) = self.earlier.filter(|earlier| earlier.exists()) {
             std::fs::remove_file(&earlier).map_err(TraceError::io("remove", &earlier))?;
         }
         write_yaml(&self.folder.join(YAML), &self.meta)
@@ -460,6 +513,34 @@ mod tests {
 
     use super::*;
     use crate::exit_trace::Recording;
+
+    #[test]
+    fn parts_of_a_trace_that_grows_read_as_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows =
+            |tokens: u32| -> Vec<_> { (0..2 * tokens).map(|row| (Signals::certain(row % 2 == 1), row)).collect() };
+        let mut whole = ExitTrace::new(meta(2));
+        for (part, generations) in [vec![3, 1], vec![2], vec![1, 1, 4]].into_iter().enumerate() {
+            // The last version of a part counts.
+            for version in [&generations[..1], &generations] {
+                let first = whole.num_generations() as u32;
+                let mut writer =
+                    ExitTraceWriter::create_part(folder.path(), meta(2), SignalSet::ALWAYS, part as u32, first)
+                        .unwrap();
+                version.iter().for_each(|&tokens| writer.push_generation(&rows(tokens)).unwrap());
+                writer.finish().unwrap();
+            }
+            generations.iter().for_each(|&tokens| whole.push_generation(&rows(tokens)));
+            let read = ExitTrace::read(folder.path()).unwrap();
+            assert_eq!((&read.starts, &read.predictions), (&whole.starts, &whole.predictions));
+        }
+        std::fs::remove_file(part_path(folder.path(), 0)).unwrap();
+        std::fs::rename(part_path(folder.path(), 1), part_path(folder.path(), 0)).unwrap();
+        let message = ExitTrace::read(folder.path()).unwrap_err().to_string();
+        assert!(message.contains("generation"), "{message}");
+        whole.write(folder.path(), ExitTable::Csv).unwrap();
+        assert!(ExitTrace::read(folder.path()).unwrap_err().to_string().contains("beside a whole one"));
+    }
 
     fn meta(num_loops: u32) -> ExitTraceMeta {
         let text = |text: &str| text.to_owned();

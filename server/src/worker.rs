@@ -1,0 +1,336 @@
+//! The thread that runs passes. It takes requests from a channel, and sends each request's tokens to its own.
+//!
+//! ```text
+//! handlers ──Command──► Inbox (a Load) ──► Serving ──pass──► EngineExecutor
+//!    ▲                                        │
+//!    └──────────────── Event ◄────────────────┘ Observer
+//! ```
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::Duration;
+
+use engine::{Asked, Chosen, Decoding, Engine, EngineExecutor, Idle, ReplayError, Tokenizer, WallClock, in_pool};
+use scheduler::{Clock, Load, Observer, PassRecord, Server, Serving, Settings, Terms, Token, Unordered};
+use tokio::sync::mpsc::UnboundedSender;
+use traces::{Nanos, Request};
+
+use crate::metrics::Metrics;
+use crate::record::Recorder;
+
+/// From one look at a silent channel to the next.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// A request for the worker.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// Identifies it.
+    pub id: u32,
+    pub prompt: Vec<u32>,
+    /// Most tokens to generate.
+    pub output_tokens: u32,
+    pub terms: Terms,
+    pub decoding: Decoding,
+    /// Whether a special token of the tokenizer ends it.
+    pub ends_at_special: bool,
+    /// Other tokens that end it.
+    pub stop_tokens: Vec<u32>,
+    /// Its session, if its client named one.
+    pub session: Option<String>,
+    /// Where its tokens go. A request whose receiver is gone is cancelled.
+    pub events: UnboundedSender<Event>,
+}
+
+/// What handlers tell the worker.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Serve a request.
+    Start(Box<Job>),
+    /// Nobody waits for a request any more.
+    Cancel(u32),
+    /// End now: what still runs is aborted.
+    Stop,
+}
+
+/// What the worker tells the handler of a request.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// The next token.
+    Token(Generated),
+    /// No token follows.
+    End(Finish),
+}
+
+/// A token of a request's output.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Generated {
+    pub token: u32,
+    /// The depth at which it exited, from 0.
+    pub depth: u8,
+    /// The exit signal at that depth; `None` where none was read.
+    pub signal: Option<f32>,
+    /// Its log-probability and those of others, if the request keeps them.
+    pub chosen: Option<Chosen>,
+    /// Whether it is part of the text, rather than what ends it.
+    pub is_text: bool,
+}
+
+/// Why a request has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Finish {
+    /// A token or a text at which it ends.
+    Stop,
+    /// It has its most tokens.
+    Length,
+    /// Its client has gone, or the server ends.
+    Abort,
+    /// The engine has failed.
+    Error,
+}
+
+impl Finish {
+    /// The name in answers and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// Requests that have arrived and have not been taken, and cancellations.
+#[derive(Debug, Default)]
+struct Inbox {
+    arrived: VecDeque<(Request, Terms)>,
+    /// Of the request that was taken last.
+    terms: Terms,
+    cancelled: Vec<u32>,
+}
+
+impl Inbox {
+    fn cancel(&mut self, request: u32) {
+        match self.arrived.iter().position(|(arrived, _)| arrived.id == request) {
+            Some(place) => {
+                self.arrived.remove(place);
+            }
+            None => self.cancelled.push(request),
+        }
+    }
+}
+
+impl Load for Inbox {
+    fn next_time(&self) -> Option<Nanos> {
+        self.arrived.front().map(|(request, _)| request.arrival)
+    }
+
+    fn take_until(&mut self, now: Nanos) -> Result<Option<Request>, Unordered> {
+        if self.next_time().is_none_or(|time| time > now) {
+            return Ok(None);
+        }
+        let taken = self.arrived.pop_front();
+        self.terms = taken.map_or_else(Terms::default, |(_, terms)| terms);
+        Ok(taken.map(|(request, _)| request))
+    }
+
+    fn answered(&mut self, _: Nanos, _: u32) {}
+
+    fn terms(&mut self, _: u32) -> Terms {
+        self.terms
+    }
+
+    fn take_cancelled(&mut self) -> Option<u32> {
+        self.cancelled.pop()
+    }
+}
+
+/// What a pass delivers.
+struct Delivered<'a> {
+    tokens: Vec<(u32, Token)>,
+    metrics: &'a Metrics,
+    recorder: Option<&'a Recorder>,
+}
+
+impl Observer for Delivered<'_> {
+    fn admitted(&mut self, now: Nanos, request: &Request) {
+        self.metrics.admitted(now, request);
+    }
+
+    fn preempted(&mut self, _: Nanos, _: &Request) {
+        self.metrics.preempted();
+    }
+
+    fn pass(&mut self, record: &PassRecord<'_>) {
+        self.metrics.pass(record);
+        self.recorder.inspect(|recorder| recorder.pass(record));
+    }
+
+    fn token(&mut self, now: Nanos, request: &Request, token: Token) {
+        self.metrics.token(now, request, token);
+        self.tokens.push((request.id, token));
+    }
+}
+
+/// The state of the thread.
+pub(crate) struct Worker {
+    serving: Serving<EngineExecutor, WallClock, Inbox>,
+    tokenizer: Arc<Tokenizer>,
+    commands: Receiver<Command>,
+    jobs: HashMap<u32, Job>,
+    metrics: Arc<Metrics>,
+    recorder: Option<Recorder>,
+    num_loops: usize,
+    stopping: bool,
+}
+
+impl Worker {
+    /// # Errors
+    /// If the engine cannot run under these settings.
+    pub fn new(
+        engine: &Engine,
+        settings: Settings,
+        tokenizer: Arc<Tokenizer>,
+        commands: Receiver<Command>,
+        metrics: Arc<Metrics>,
+        recorder: Option<Recorder>,
+    ) -> Result<Self, ReplayError> {
+        engine.check_settings(&settings)?;
+        let executor = engine.executor(&settings)?;
+        let executor = match &recorder {
+            None => executor,
+            Some(recorder) if recorder.looks_ahead() => executor.looking_ahead(),
+            Some(_) => executor.recording(),
+        };
+        let server = Server::new(settings, executor)?;
+        Ok(Self {
+            serving: Serving::new(server, WallClock::start(Idle::Sleep), Inbox::default()),
+            tokenizer,
+            commands,
+            jobs: HashMap::new(),
+            metrics,
+            recorder,
+            num_loops: settings.num_loops.into(),
+            stopping: false,
+        })
+    }
+
+    /// Serves until it is told to stop.
+    ///
+    /// # Errors
+    /// If the engine or the recording fails. Every request is then answered with that.
+    pub fn run(mut self) -> Result<(), ReplayError> {
+        let done = loop {
+            match in_pool(|| self.run_passes()) {
+                Ok(()) if self.stopping => break Ok(()),
+                Ok(()) => {}
+                Err(error) => break Err(error),
+            }
+            match self.commands.recv_timeout(IDLE) {
+                Ok(command) => self.obey(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break Ok(()),
+            }
+        };
+        let finish = if done.is_ok() { Finish::Abort } else { Finish::Error };
+        for id in self.jobs.keys().copied().collect::<Vec<_>>() {
+            self.end(id, finish);
+        }
+        done
+    }
+
+    /// Runs passes until nothing is left to run.
+    fn run_passes(&mut self) -> Result<(), ReplayError> {
+        loop {
+            loop {
+                match self.commands.try_recv() {
+                    Ok(command) => self.obey(command),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => {
+                        self.stopping = true;
+                        break;
+                    }
+                }
+            }
+            if self.stopping {
+                return Ok(());
+            }
+            let mut delivered =
+                Delivered { tokens: Vec::new(), metrics: &self.metrics, recorder: self.recorder.as_ref() };
+            let goes_on = self.serving.step(&mut delivered)?;
+            for (id, token) in delivered.tokens {
+                self.deliver(id, token);
+            }
+            let scheduler = self.serving.server().scheduler();
+            self.metrics.occupancy(scheduler);
+            if !goes_on {
+                return Ok(());
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Start(job) => self.start(*job),
+            Command::Cancel(id) if self.jobs.contains_key(&id) => {
+                self.serving.load_mut().cancel(id);
+                self.end(id, Finish::Abort);
+            }
+            Command::Cancel(_) => {}
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn start(&mut self, mut job: Job) {
+        let arrival = self.serving.clock_mut().now();
+        let (id, prompt_tokens, output_tokens) = (job.id, job.prompt.len() as u32, job.output_tokens);
+        let request = Request { id, arrival, prompt_tokens, output_tokens };
+        self.metrics.arrived(&request);
+        self.recorder.inspect(|recorder| recorder.arrived(&request, &job.prompt, job.session.take()));
+        let asked = Asked { prompt: std::mem::take(&mut job.prompt), decoding: job.decoding.clone() };
+        self.serving.server_mut().executor_mut().ask(id, asked);
+        self.serving.load_mut().arrived.push_back((request, job.terms));
+        self.jobs.insert(id, job);
+    }
+
+    /// Sends a token to its request, and ends the request if the token does.
+    fn deliver(&mut self, id: u32, Token { index, depth, .. }: Token) {
+        // A request may end with the pass that yields its next token.
+        let Some(job) = self.jobs.get(&id) else { return };
+        let executor = self.serving.server().executor();
+        let generation = executor.generation(id).expect("it has generated a token");
+        let token = generation.tokens[index as usize];
+        if let Some(recorder) = &self.recorder {
+            let rows = generation.recorded.chunks(self.num_loops).nth(index as usize).unwrap_or_default();
+            recorder.token(id, token, depth, rows.to_vec());
+        }
+        let is_stop = job.ends_at_special && self.tokenizer.is_special(token) || job.stop_tokens.contains(&token);
+        let is_text = !is_stop && !self.tokenizer.is_special(token);
+        let signal = generation.exit_signals.get(index as usize).copied().flatten();
+        let chosen = generation.chosen.get(index as usize).cloned();
+        let event = Event::Token(Generated { token, depth, signal, chosen, is_text });
+        // If nobody listens, a cancellation is on its way.
+        let _ = job.events.send(event);
+        let is_last = index + 1 == job.output_tokens;
+        if is_stop {
+            if !is_last {
+                self.serving.load_mut().cancel(id);
+            }
+            self.end(id, Finish::Stop);
+        } else if is_last {
+            self.end(id, Finish::Length);
+        }
+    }
+
+    /// Tells a request's handler that no token follows, and forgets the request.
+    fn end(&mut self, id: u32, finish: Finish) {
+        let now = self.serving.clock_mut().now();
+        self.serving.server_mut().executor_mut().forget(id);
+        self.recorder.inspect(|recorder| recorder.ended(id, now));
+        if let Some(job) = self.jobs.remove(&id) {
+            self.metrics.ended(finish, now, id);
+            let _ = job.events.send(Event::End(finish));
+        }
+    }
+}
