@@ -18,16 +18,7 @@ impl PassRecorder {
     /// A recorder without passes, of a run under `settings`. `wall_us` returns the wall-clock time in microseconds
     /// since 1970: the scheduler has no clock of its own.
     pub fn new(settings: &Settings, origin: PassOrigin, wall_us: fn() -> u64) -> Self {
-        let run = PassRun {
-            origin,
-            batching: settings.batching.to_string(),
-            exit: settings.exit.to_string(),
-            kv_fill: settings.kv_fill.to_string(),
-            load: None,
-            repeat: 0,
-            passes: Vec::new(),
-        };
-        Self { run, num_loops: settings.num_loops, wall_us }
+        Self { run: settings.pass_run(origin), num_loops: settings.num_loops, wall_us }
     }
 
     /// The passes so far, in order.
@@ -43,8 +34,30 @@ impl PassRecorder {
 
 impl Observer for PassRecorder {
     fn pass(&mut self, record: &PassRecord<'_>) {
-        let mut rows_by_depth = vec![DepthRows::default(); usize::from(self.num_loops)];
-        for segment in record.pass.segments {
+        self.run.passes.push(record.logged(self.num_loops, (self.wall_us)()));
+    }
+}
+
+impl Settings {
+    /// A run under these settings, without passes.
+    pub fn pass_run(&self, origin: PassOrigin) -> PassRun {
+        PassRun {
+            origin,
+            batching: self.batching.to_string(),
+            exit: self.exit.to_string(),
+            kv_fill: self.kv_fill.to_string(),
+            load: None,
+            repeat: 0,
+            passes: Vec::new(),
+        }
+    }
+}
+
+impl PassRecord<'_> {
+    /// The pass as a pass log has it, in a model with `num_loops` loops, with the wall-clock time at its end.
+    pub fn logged(&self, num_loops: u8, wall_us: u64) -> LoggedPass {
+        let mut rows_by_depth = vec![DepthRows::default(); usize::from(num_loops)];
+        for segment in self.pass.segments {
             let rows = &mut rows_by_depth[usize::from(segment.depth)];
             let of_kind = match segment.kind {
                 RowKind::Decode => &mut rows.decode,
@@ -53,8 +66,7 @@ impl Observer for PassRecorder {
             };
             *of_kind += segment.tokens;
         }
-        let PassRecord { start, elapsed, pass, .. } = *record;
-        let work = pass.work.clone();
-        self.run.passes.push(LoggedPass { start, elapsed, wall_us: (self.wall_us)(), work, rows_by_depth });
+        let Self { start, elapsed, pass, .. } = *self;
+        LoggedPass { start, elapsed, wall_us, work: pass.work.clone(), rows_by_depth }
     }
 }
