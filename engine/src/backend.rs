@@ -115,12 +115,22 @@ pub trait Backend: Debug + Send {
     /// As [`run`](Self::run).
     fn read_head_of_kept(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>>;
 
-    /// Natural logarithms of the probabilities that the head gives to tokens at temperature 1, for rows of the last pass.
-    /// Entry `i` of `picks` (as [`Heads::rows`]) and of `tokens` belongs to row `i` of `rows`. NaN if a logit is not finite.
+    /// Logits of the head for rows of the last pass, each over the whole vocabulary. Entry `i` of `picks` (as
+    /// [`Heads::rows`]) belongs to row `i` of `rows`.
     ///
     /// # Errors
     /// As [`run`](Self::run).
-    fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>>;
+    fn logits(&mut self, rows: &Rows<'_>, picks: &[usize]) -> Result<Vec<Vec<f32>>>;
+
+    /// Natural logarithms of the probabilities that the head gives to tokens at temperature 1, for rows as of
+    /// [`logits`](Self::logits). NaN if a logit is not finite.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {
+        let logits = self.logits(rows, picks)?;
+        Ok(logits.iter().zip(tokens).map(|(logits, &token)| log_probability(logits, token as usize)).collect())
+    }
 
     /// Copies keys and values to the depths below those at which they were written, for KV fill by reuse. The copy may
     /// run until the end of the next pass, or until something else waits for the device.
@@ -377,10 +387,12 @@ impl Backend for Cpu {
         self.verdicts(&states, &heads.rows, rows, heads)
     }
 
-    fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {
+    fn logits(&mut self, rows: &Rows<'_>, picks: &[usize]) -> Result<Vec<Vec<f32>>> {
+        if picks.is_empty() {
+            return Ok(Vec::new());
+        }
         let of_exits: Vec<usize> = picks.iter().map(|&row| row - self.first_exit).collect();
-        let logits = self.model.logits(&picked(&self.exits, &of_exits)?, rows, &self.cache)?.to_vec2::<f32>()?;
-        Ok(logits.iter().zip(tokens).map(|(logits, &token)| log_probability(logits, token as usize)).collect())
+        self.model.logits(&picked(&self.exits, &of_exits)?, rows, &self.cache)?.to_vec2()
     }
 
     fn fill_deeper(&mut self, fills: &[Fill]) -> Result<()> {

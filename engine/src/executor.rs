@@ -20,6 +20,7 @@ use crate::kernels::rows::{Change, Source};
 use crate::kernels::signals::Verdict;
 use crate::model::Rows;
 use crate::prompts::{PromptError, Prompts};
+use crate::sampling::{Chosen, Decoding};
 
 /// Why the engine cannot continue.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +97,10 @@ pub struct Generation {
     pub tokens: Vec<u32>,
     /// Exit depth of each generated token.
     pub exit_depths: Vec<u8>,
+    /// The signal that each token exited by; `None` where none was read at its exit depth.
+    pub exit_signals: Vec<Option<f32>>,
+    /// What a request with a [`Decoding`] keeps of the distributions of its tokens; empty if it keeps nothing.
+    pub chosen: Vec<Chosen>,
     /// Exit signals and predictions of a recording executor: entry `token * num_loops + depth`, zero at depths that a
     /// token skipped, unless the executor [looks ahead](EngineExecutor::looking_ahead).
     pub recorded: Vec<(Signals, u32)>,
@@ -152,6 +157,21 @@ struct Sequence {
     prompt_depth: usize,
     /// Whether the last token of the prompt and later ones run deeper again, as they did before a preemption.
     runs_again: bool,
+    /// How its tokens are chosen, if not as those of all others.
+    decoding: Option<Decoding>,
+    /// The signal that was read of its row at the depth that the row ran last.
+    signal: Option<f32>,
+    /// Whether its output is dropped with its slot.
+    is_forgotten: bool,
+}
+
+/// A request with a prompt of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Asked {
+    /// Token ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// How its tokens are chosen.
+    pub decoding: Decoding,
 }
 
 impl Sequence {
@@ -371,6 +391,8 @@ pub struct EngineExecutor {
     arena: Arena,
     sequences: Sequences,
     current: Current,
+    /// Requests with prompts of their own, until they are forgotten.
+    asked: HashMap<u32, Asked>,
     generations: HashMap<u32, Generation>,
 }
 
@@ -405,6 +427,7 @@ impl EngineExecutor {
             arena: Arena::default(),
             sequences: Sequences { by_slot: Vec::new(), kv_fill, settings: None, num_loops },
             current: Current::default(),
+            asked: HashMap::new(),
             generations: HashMap::new(),
         })
     }
@@ -479,6 +502,23 @@ impl EngineExecutor {
         self
     }
 
+    /// Tells the executor of a request with a prompt of its own, before the request is submitted. Its tokens cannot
+    /// be chosen from logits where exits [wait](Self::with_exits_that_wait).
+    pub fn ask(&mut self, request: u32, asked: Asked) {
+        self.asked.insert(request, asked);
+    }
+
+    /// Forgets a request that has ended, with its prompt and output; at the latest when it gives up its slot.
+    pub fn forget(&mut self, request: u32) {
+        self.asked.remove(&request);
+        self.generations.remove(&request);
+        let holds_slot =
+            |sequence: &&mut Sequence| sequence.request == request && !sequence.generation.prompt.is_empty();
+        if let Some(sequence) = self.sequences.by_slot.iter_mut().find(holds_slot) {
+            sequence.is_forgotten = true;
+        }
+    }
+
     /// Prompt and output of each request, by id. A request with a slot has only what it had when it last lost one.
     pub fn generations(&self) -> &HashMap<u32, Generation> {
         &self.generations
@@ -533,7 +573,8 @@ impl EngineExecutor {
             generation,
             in_flight,
             skipped,
-            predicted: None,
+            decoding: self.asked.get(&request).map(|asked| asked.decoding.clone()),
+            ..Sequence::default()
         };
         let before = std::mem::replace(&mut sequences.by_slot[slot], sequence);
         self.arena.free.extend(before.in_flight.into_iter().flatten());
@@ -541,6 +582,13 @@ impl EngineExecutor {
 
     fn num_loops(&self) -> usize {
         self.sequences.num_loops
+    }
+
+    fn prompt(&self, request: &Request) -> Result<Vec<u32>, PromptError> {
+        match self.asked.get(&request.id) {
+            Some(asked) => Ok(asked.prompt.clone()),
+            None => self.prompts.get(request),
+        }
     }
 
     /// Checks that a request fits the model's positions and the cache.
@@ -778,7 +826,11 @@ impl EngineExecutor {
 
     /// Sets the exit signals that the pass reads.
     fn read_signals(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
-        for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| pass.reads_signal(segment)) {
+        for (index, segment) in pass.segments.iter().enumerate().filter(|(_, segment)| segment.predicts) {
+            self.sequences.of_mut(segment).signal = None;
+            if !pass.reads_signal(segment) {
+                continue;
+            }
             let Finding { verdict, gate, change, kl } = self.current.findings[index];
             signals[index] = match pass.reads.signal {
                 SignalRead::None => continue,
@@ -796,6 +848,7 @@ impl EngineExecutor {
                     f32::from(u8::from(segment.depth > 0 && before == Some(token)))
                 }
             };
+            self.sequences.of_mut(segment).signal = Some(signals[index]);
         }
         Ok(())
     }
@@ -864,8 +917,35 @@ impl EngineExecutor {
         self.take_verdicts(pass, &unread, verdicts)
     }
 
+    /// Chooses the tokens of exiting rows whose requests choose by rules of their own: from the logits of those rows.
+    fn choose_tokens(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<(), EngineError> {
+        let reads_logits = |&index: &usize| {
+            let Sequence { generation, decoding, .. } = self.sequences.of(pass.exited(index));
+            decoding.as_ref().is_some_and(|decoding| decoding.reads_logits(generation.tokens.len()))
+        };
+        let choosing = by_depth(pass, exiting.iter().map(|&index| index as usize).filter(reads_logits).collect());
+        if choosing.is_empty() {
+            return Ok(());
+        }
+        let rows = self.sequences.last_rows(pass, &choosing);
+        let picks: Vec<usize> = choosing.iter().map(|&segment| self.current.last_row(pass, segment)).collect();
+        let logits = self.backend.logits(&rows, &picks)?;
+        for (&index, logits) in choosing.iter().zip(logits) {
+            let Sequence { generation, decoding, .. } = self.sequences.of_mut(pass.exited(index));
+            let Some(decoding) = decoding else { continue };
+            let chosen = decoding.choose(&logits, generation.tokens.len());
+            let verdict = self.current.findings[index].verdict.as_mut().expect("the head was read before");
+            verdict.token = chosen.token;
+            if decoding.alternatives.is_some() {
+                generation.chosen.push(chosen);
+            }
+        }
+        Ok(())
+    }
+
     fn emit_tokens(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<(), EngineError> {
         self.read_unread(pass, exiting)?;
+        self.choose_tokens(pass, exiting)?;
         let mut fills = Vec::new();
         let Sequences { kv_fill, num_loops, .. } = self.sequences;
         let in_service = self.sequences.settings.is_none_or(|settings| settings.fills_deeper());
@@ -879,6 +959,7 @@ impl EngineExecutor {
             let sequence = self.sequences.of_mut(segment);
             sequence.generation.tokens.push(verdict.token);
             sequence.generation.exit_depths.push(segment.depth);
+            sequence.generation.exit_signals.push(sequence.signal.take());
             let position = last_position(segment);
             let is_done = match kv_fill {
                 KvFill::First => true,
@@ -920,7 +1001,7 @@ impl Executor for EngineExecutor {
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), EngineError> {
         self.check_request(request)?;
         let mut generation = match generated {
-            0 => Generation { prompt: self.prompts.get(request)?, ..Generation::default() },
+            0 => Generation { prompt: self.prompt(request)?, ..Generation::default() },
             _ => self.generations.remove(&request.id).unwrap_or_default(),
         };
         assert_eq!(generation.tokens.len(), generated as usize, "a preempted request goes on where it was");
@@ -932,7 +1013,9 @@ impl Executor for EngineExecutor {
     fn release(&mut self, slot: Slot) {
         let sequence = std::mem::take(&mut self.sequences.by_slot[slot as usize]);
         self.arena.free.extend(sequence.in_flight.into_iter().flatten());
-        self.generations.insert(sequence.request, sequence.generation);
+        if !sequence.is_forgotten {
+            self.generations.insert(sequence.request, sequence.generation);
+        }
     }
 
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, EngineError> {

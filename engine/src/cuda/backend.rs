@@ -27,7 +27,7 @@ use crate::config::ModelConfig;
 use crate::executor::EngineError;
 use crate::kernels::attention::{Fill, Row};
 use crate::kernels::rows::{Change, Source};
-use crate::kernels::signals::{Verdict, log_probability};
+use crate::kernels::signals::Verdict;
 use crate::model::Rows;
 use crate::parameters::Loops;
 
@@ -963,7 +963,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         self.read_head_of(Self::kept_exits, &heads.rows, rows, heads)
     }
 
-    fn log_likelihoods(&mut self, rows: &Rows<'_>, picks: &[usize], tokens: &[u32]) -> Result<Vec<f64>> {
+    fn logits(&mut self, rows: &Rows<'_>, picks: &[usize]) -> Result<Vec<Vec<f32>>> {
         if picks.is_empty() {
             return Ok(Vec::new());
         }
@@ -974,8 +974,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let first = (logits.address() - device.address(memory)) as usize / size_of::<f32>();
         let mut numbers = vec![0.0_f32; first + picks.len() * vocab];
         device.download(memory, bytes_of_mut(&mut numbers))?;
-        let rows = numbers[first..].chunks_exact(vocab).zip(tokens);
-        Ok(rows.map(|(logits, &token)| log_probability(logits, token as usize)).collect())
+        Ok(numbers[first..].chunks_exact(vocab).map(<[f32]>::to_vec).collect())
     }
 
     fn fill_deeper(&mut self, fills: &[Fill]) -> Result<()> {

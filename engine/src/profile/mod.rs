@@ -429,7 +429,7 @@ impl Profiler {
                 prompt: (0..u64::from(prompt_tokens)).map(token).collect(),
                 tokens: vec![token(u64::from(slot))],
                 exit_depths: vec![last_depth],
-                recorded: Vec::new(),
+                ..Generation::default()
             };
             self.executor.occupy(slot, slot, generation, prompt_tokens + 1);
         }
