@@ -48,6 +48,7 @@ enum Command {
     Export(commands::export::Args),
     Train(Box<commands::train::Args>),
     Generate(commands::generate::Args),
+    Serve(Box<commands::serve::Args>),
     Evaluate(commands::evaluate::Args),
     Calibrate(commands::calibrate::Args),
 }
@@ -56,7 +57,7 @@ impl Command {
     /// Whether options describe how to serve requests, not a YAML file.
     fn is_of_options(&self) -> bool {
         match self {
-            Self::Record(_) | Self::Replay(_) | Self::Bench(_) | Self::Validate(_) => true,
+            Self::Record(_) | Self::Replay(_) | Self::Bench(_) | Self::Validate(_) | Self::Serve(_) => true,
             Self::Simulate(args) => args.is_of_options(),
             Self::Timeline(args) => args.is_of_options(),
             Self::Capacity(args) => args.is_of_options(),
@@ -109,6 +110,7 @@ fn run(command: Command) -> Result<()> {
         Command::Export(args) => commands::export::run(args),
         Command::Train(args) => commands::train::run(*args),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Serve(args) => commands::serve::run(*args),
         Command::Evaluate(args) => commands::evaluate::run(args),
         Command::Calibrate(args) => commands::calibrate::run(args),
     }

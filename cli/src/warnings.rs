@@ -7,7 +7,7 @@ use crate::output::note;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 /// The crates whose warnings concern a user: what dependencies log is their own affair.
-const CRATES: [&str; 4] = ["engine", "plots", "training", "traces"];
+const CRATES: [&str; 5] = ["engine", "plots", "server", "training", "traces"];
 
 struct Warnings(Mutex<Option<HashSet<String>>>);
 

@@ -841,6 +841,7 @@ impl Scheduler {
         if self.settings.async_scheduling {
             // The pass is composed already. The executor has not heard of a slot that was assigned in it.
             self.meter.restart(&self.segments, self.reads);
+            self.meter.fill_prompts(self.copies_of_prompts());
             if self.admitted.contains(&slot) {
                 self.admitted.retain(|&other| other != slot);
                 self.released.retain(|&other| other != slot);

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use minijinja::{Environment, ErrorKind, context};
-use serde_json::Value;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, ErrorKind};
+use serde_json::{Value, json};
 
 use crate::api::error::ApiError;
 use crate::api::fields::shown;
@@ -83,8 +85,8 @@ impl ChatTemplate {
     fn new(path: &Path, source: String, config: &Value) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
         // As transformers does it.
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        environment
+            .set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().expect("it is Jinja"));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -105,10 +107,12 @@ impl ChatTemplate {
     pub(crate) fn render(&self, messages: &[Value]) -> Result<String, ApiError> {
         let messages = messages.iter().enumerate().map(|(place, message)| of_texts(place, message));
         let messages: Vec<Value> = messages.collect::<Result<_, _>>()?;
-        let (bos_token, eos_token) = (&self.bos, &self.eos);
         let template = self.environment.get_template(NAME).expect("it was added");
+        let context = json!({
+            "messages": messages, "bos_token": self.bos, "eos_token": self.eos, "add_generation_prompt": true,
+        });
         template
-            .render(context! { messages, bos_token, eos_token, add_generation_prompt => true })
+            .render(Serde(&context))
             .map_err(|error| ApiError::invalid(format!("messages: the model's chat template refuses them: {error}")))
     }
 }
@@ -145,7 +149,6 @@ fn of_texts(place: usize, message: &Value) -> Result<Value, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn template(source: &str) -> ChatTemplate {
         let config = json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": source});

@@ -35,7 +35,7 @@ const MOST_BODY: usize = 8 << 20;
 const LARGE_BODY: usize = 16 << 10;
 /// Longest wait for a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-/// Chunks of a stream that wait for a slow reader.
+/// Pieces of a stream that wait for a slow reader.
 const CHUNKS: usize = 16;
 /// Tokens to generate for a completion by default, as at OpenAI.
 const DEFAULT_TOKENS: u32 = 16;
@@ -86,7 +86,7 @@ struct Running {
     wishes: Arc<Wishes>,
     /// What the text begins with.
     echo: Option<String>,
-    _place: Place,
+    place: Place,
 }
 
 impl App {
@@ -162,7 +162,7 @@ impl App {
                 let (events, received) = unbounded_channel();
                 self.send(place.id, request.output_tokens, &prompt, &wishes, choice, events)?;
                 let (prompt, wishes, echo) = (prompt.clone(), wishes.clone(), echo.clone());
-                running.push(Running { events: received, prompt, wishes, echo, _place: place });
+                running.push(Running { events: received, prompt, wishes, echo, place });
             }
         }
         Ok(running)
@@ -264,44 +264,50 @@ impl App {
 }
 
 impl Running {
-    /// Hands the choice on, part by part, each with the tokens that came together. Ends early if `each` returns `false`.
+    /// Hands the choice on, token by token: those that came together at once. Ends early if `each` returns `false`.
     ///
     /// # Errors
     /// If the tokenizer or the engine fails.
     async fn follow<F: Future<Output = bool>>(
         mut self,
         tokenizer: &Tokenizer,
-        mut each: impl FnMut(Part) -> F,
+        mut each: impl FnMut(Vec<Part>) -> F,
     ) -> Result<(), ApiError> {
         let refused = |error: engine::TokenizerError| ApiError::failed(error.to_string());
         let mut text = Text::after(&self.prompt, tokenizer, &self.wishes.stops).map_err(refused)?;
         let min_tokens = self.wishes.decoding.min_tokens as usize;
         let (mut tokens, mut offset) = (0, 0);
-        let mut part = Part { text: self.echo.take().unwrap_or_default(), ..Part::default() };
-        while let Some(event) = self.events.recv().await {
-            let mut next = Some(event);
-            while let (Some(event), None) = (next, part.finish) {
+        let mut begin = self.echo.take().unwrap_or_default();
+        while let Some(first) = self.events.recv().await {
+            let (mut parts, mut next): (Vec<Part>, _) = (Vec::new(), Some(first));
+            let is_over = |parts: &[Part]| parts.last().is_some_and(|part| part.finish.is_some());
+            while let Some(event) = next.take_if(|_| !is_over(&parts)) {
                 match event {
                     Event::Token(token) => {
                         tokens += 1;
                         let gain = add(&mut text, &token, tokens >= min_tokens).map_err(refused)?;
-                        part.tokens.push(token);
-                        part.text += &gain.text;
-                        part.finish = gain.stopped.then_some(Finish::Stop);
+                        let text = std::mem::take(&mut begin) + &gain.text;
+                        let finish = gain.stopped.then_some(Finish::Stop);
+                        let length = text.chars().count();
+                        parts.push(Part { text, tokens: vec![token], offset, finish });
+                        offset += length;
                     }
                     Event::End(Finish::Error) => return Err(ApiError::failed("the engine has failed")),
                     Event::End(finish) => {
-                        part.text += &text.finish().text;
-                        part.finish = Some(finish);
+                        if parts.is_empty() {
+                            let text = std::mem::take(&mut begin);
+                            parts.push(Part { text, offset, ..Part::default() });
+                        }
+                        if let Some(last) = parts.last_mut() {
+                            last.text += &text.finish().text;
+                            last.finish = Some(finish);
+                        }
                     }
                 }
                 next = self.events.try_recv().ok();
             }
-            let is_last = part.finish.is_some();
-            let length = part.text.chars().count();
-            let whole = std::mem::replace(&mut part, Part { offset: offset + length, ..Part::default() });
-            offset += length;
-            if !each(whole).await || is_last {
+            let is_last = is_over(&parts);
+            if !each(parts).await || is_last {
                 return Ok(());
             }
         }
@@ -311,8 +317,8 @@ impl Running {
     /// The whole choice.
     async fn finish(self, tokenizer: &Tokenizer) -> Result<Part, ApiError> {
         let mut whole = Part::default();
-        self.follow(tokenizer, |part| {
-            whole.append(part);
+        self.follow(tokenizer, |parts| {
+            parts.into_iter().for_each(|part| whole.append(part));
             std::future::ready(true)
         })
         .await?;
@@ -457,7 +463,7 @@ async fn answer(
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
     let (streams, includes_usage) = (wishes.streams, wishes.includes_usage);
     let running = app.start(prompts, wishes, default_tokens, echoes)?;
-    let number = running.first().map_or(0, |first| first._place.id.into());
+    let number = running.first().map_or(0, |first| first.place.id.into());
     let heading = Heading::new(kind, number, &app.name);
     if streams {
         return Ok(stream(app, heading, running, includes_usage.then_some(prompt_tokens)));
@@ -510,10 +516,12 @@ async fn stream_choice(
     {
         return 0;
     }
-    let followed = running.follow(&app.tokenizer, |part| {
-        tokens += part.tokens.len();
-        let chunk = event(&heading.chunk(index, &part, &app.tokenizer));
-        async move { sender.send(chunk).await.is_ok() }
+    let followed = running.follow(&app.tokenizer, |parts| {
+        tokens += parts.iter().map(|part| part.tokens.len()).sum::<usize>();
+        let chunks = parts.iter().map(|part| event(&heading.chunk(index, part, &app.tokenizer)));
+        // One piece for the connection, however many chunks.
+        let chunks = Bytes::from(chunks.collect::<Vec<_>>().concat());
+        async move { sender.send(chunks).await.is_ok() }
     });
     let error = tokio::select! {
         followed = followed => followed.err(),

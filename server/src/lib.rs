@@ -54,10 +54,9 @@ use engine::{Engine, ReplayError, Tokenizer};
 use scheduler::{Settings, SignalRead};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
-use traces::TraceError;
 
 pub use chat::{ChatTemplate, TemplateError};
-pub use record::Recording;
+pub use record::{RecordError, Recording};
 
 use crate::handlers::{App, router};
 use crate::metrics::Metrics;
@@ -112,7 +111,7 @@ pub enum ServerError {
     Engine(#[from] ReplayError),
     /// The recording cannot begin.
     #[error(transparent)]
-    Record(#[from] TraceError),
+    Record(#[from] RecordError),
     /// A setting that a server does not have.
     #[error("{setting}: expected none, since {reason}")]
     Setting {
@@ -157,6 +156,7 @@ pub fn serve(
 ) -> Result<(), ServerError> {
     check(&settings)?;
     settings.check().map_err(ReplayError::from)?;
+    model.engine.check_settings(&settings)?;
     let runtime = runtime().map_err(ServerError::Listen)?;
     let metrics = Arc::new(Metrics::new(&model.name, settings.num_loops));
     let (commands, received) = channel();
@@ -164,7 +164,7 @@ pub fn serve(
     let app = Arc::new(App::new(model, settings, limits, metrics.clone(), commands.clone()));
     let recorder = recording.map(|recording| Recorder::start(recording, &settings)).transpose()?;
     let worker = Worker::new(&engine, settings, app.tokenizer.clone(), received, metrics, recorder)?;
-    let (failing, worker) = (app.clone(), worker);
+    let failing = app.clone();
     let worker = std::thread::spawn(move || {
         let done = worker.run();
         failing.has_failed.store(done.is_err(), Ordering::Relaxed);

@@ -24,7 +24,7 @@ pub(crate) async fn accept(listener: TcpListener, router: Router, mut ending: wa
                 }
                 Err(_) => tokio::time::sleep(RETRY).await,
             },
-            _ = ending.wait_for(|ends| *ends) => return,
+            () = ended(&mut ending) => return,
         }
     }
 }
@@ -42,7 +42,13 @@ async fn serve(stream: TcpStream, router: Router, mut ending: watch::Receiver<bo
     tokio::select! {
         // What a client breaks concerns that client only.
         _ = connection.as_mut() => return,
-        _ = ending.wait_for(|ends| *ends) => connection.as_mut().graceful_shutdown(),
+        () = ended(&mut ending) => connection.as_mut().graceful_shutdown(),
     }
     let _ = connection.await;
+}
+
+/// Waits until the server ends.
+async fn ended(ending: &mut watch::Receiver<bool>) {
+    // A sender that is gone ends it too.
+    let _ = ending.wait_for(|ends| *ends).await;
 }

@@ -159,7 +159,11 @@ impl Metrics {
             None => self.ttft.observe((now - request.arrival).as_secs_f64()),
             Some(previous) => self.inter_token.observe((now - previous).as_secs_f64()),
         }
-        self.with_times(|all| all.get_mut(&request.id).map(|times| times.tokens += 1));
+        self.with_times(|all| {
+            if let Some(times) = all.get_mut(&request.id) {
+                times.tokens += 1;
+            }
+        });
     }
 
     pub fn ended(&self, finish: Finish, now: Nanos, request: u32) {

@@ -31,10 +31,36 @@ const INTERVAL: Duration = Duration::from_millis(500);
 const PART: usize = 64;
 /// Passes of a part of the pass log.
 const PART_PASSES: usize = 1 << 14;
+/// The columns of the request trace.
+const HEADER: &str =
+    "request,arrival_us,prompt_tokens,output_tokens,session,think_time_us,hash_block_tokens,hash_ids\n";
 /// Bytes that are written at once or not at all.
 const PAGE: usize = 4096;
 /// Digits of an output length, so that a longer one takes the place of a shorter one.
 const DIGITS: usize = 10;
+
+/// Why nothing can be recorded.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The folder belongs to something else.
+    #[error("{}: found a folder that is not empty, expected a new or an empty one", .0.display())]
+    NotEmpty(PathBuf),
+    /// A file cannot be made or written.
+    #[error("{}: cannot write: {source}", path.display())]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A trace cannot be written.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+}
+
+fn unwritten(path: &Path) -> impl Fn(std::io::Error) -> RecordError {
+    move |source| RecordError::Write { path: path.to_owned(), source }
+}
 
 /// Where and as what a server is recorded.
 #[derive(Clone, Debug)]
@@ -76,7 +102,7 @@ impl Recorder {
     ///
     /// # Errors
     /// If the folder is there and not empty, or cannot be written.
-    pub fn start(recording: Recording, settings: &Settings) -> Result<Self, TraceError> {
+    pub fn start(recording: Recording, settings: &Settings) -> Result<Self, RecordError> {
         let all_depths = recording.all_depths;
         let mut files = Files::create(recording, *settings)?;
         let (messages, received) = channel();
@@ -183,26 +209,23 @@ struct Files {
 }
 
 impl Files {
-    fn create(recording: Recording, settings: Settings) -> Result<Self, TraceError> {
+    fn create(recording: Recording, settings: Settings) -> Result<Self, RecordError> {
         let folder = &recording.folder;
-        let io = |what| TraceError::io(what, folder);
-        std::fs::create_dir_all(folder).map_err(io("create"))?;
-        if std::fs::read_dir(folder).map_err(io("read"))?.next().is_some() {
-            return Err(TraceError::file(folder, "a folder that is not empty", "a new or an empty one"));
+        std::fs::create_dir_all(folder).map_err(unwritten(folder))?;
+        if std::fs::read_dir(folder).map_err(unwritten(folder))?.next().is_some() {
+            return Err(RecordError::NotEmpty(folder.clone()));
         }
         write_yaml(&folder.join("exits.yaml"), &recording.exits)?;
         let path = folder.join("requests.csv");
-        let mut requests = File::create_new(&path).map_err(TraceError::io("write", &path))?;
-        let header =
-            "request,arrival_us,prompt_tokens,output_tokens,session,think_time_us,hash_block_tokens,hash_ids\n";
-        requests.write_all(header.as_bytes()).map_err(TraceError::io("write", &path))?;
+        let mut requests = File::create_new(&path).map_err(unwritten(&path))?;
+        requests.write_all(HEADER.as_bytes()).map_err(unwritten(&path))?;
         let passes = PassLog { meta: recording.passes.clone(), runs: vec![settings.pass_run(PassOrigin::Replay)] };
         Ok(Self {
             recording,
             settings,
             requests,
             lines: Vec::new(),
-            length: header.len() as u64,
+            length: HEADER.len() as u64,
             open: HashMap::new(),
             num_requests: 0,
             sessions: HashMap::new(),
@@ -214,7 +237,7 @@ impl Files {
     }
 
     /// Writes what happens until nothing more can.
-    fn follow(&mut self, messages: &Receiver<Message>) -> Result<(), TraceError> {
+    fn follow(&mut self, messages: &Receiver<Message>) -> Result<(), RecordError> {
         let mut next = Instant::now() + INTERVAL;
         loop {
             match messages.recv_timeout(next.saturating_duration_since(Instant::now())) {
@@ -229,7 +252,7 @@ impl Files {
         }
     }
 
-    fn take(&mut self, message: Message) -> Result<(), TraceError> {
+    fn take(&mut self, message: Message) -> Result<(), RecordError> {
         match message {
             Message::Arrived { request, hashes, session } => self.arrived(&request, &hashes, session),
             Message::Token { request, token, depth, rows } => self.token(request, token, depth, rows),
@@ -305,21 +328,21 @@ impl Files {
         }
     }
 
-    fn write(&mut self) -> Result<(), TraceError> {
+    fn write(&mut self) -> Result<(), RecordError> {
         let folder = self.recording.folder.clone();
         // The exit trace has the generation of every request that the request trace has.
         let parts = std::mem::take(&mut self.parts);
         for (&number, part) in parts.iter().filter(|(_, part)| part.has_changed) {
             self.write_part(&folder, number, part)?;
         }
-        self.write_requests(&parts).map_err(TraceError::io("write", &folder.join("requests.csv")))?;
+        self.write_requests(&parts).map_err(unwritten(&folder.join("requests.csv")))?;
         let is_done = |part: &Part| part.open == 0 && part.requests.len() == PART;
         self.parts = parts.into_iter().filter(|(_, part)| !is_done(part)).collect();
         self.parts.values_mut().for_each(|part| part.has_changed = false);
         if self.has_passes { self.write_passes() } else { Ok(()) }
     }
 
-    fn write_part(&self, folder: &Path, number: usize, part: &Part) -> Result<(), TraceError> {
+    fn write_part(&self, folder: &Path, number: usize, part: &Part) -> Result<(), RecordError> {
         let Recording { exits, signals, .. } = &self.recording;
         let first = (number * PART) as u32;
         let mut writer = ExitTraceWriter::create_part(folder, exits.clone(), *signals, number as u32, first)?;
@@ -329,7 +352,7 @@ impl Files {
         for Recorded { rows, .. } in &part.requests {
             writer.push_generation(if rows.is_empty() { &none } else { rows })?;
         }
-        writer.finish()
+        Ok(writer.finish()?)
     }
 
     fn write_requests(&mut self, parts: &BTreeMap<usize, Part>) -> std::io::Result<()> {
@@ -346,9 +369,10 @@ impl Files {
         Ok(())
     }
 
-    fn write_passes(&mut self) -> Result<(), TraceError> {
+    fn write_passes(&mut self) -> Result<(), RecordError> {
         self.has_passes = false;
-        self.passes.write(self.recording.folder.join(format!("passes-{:06}.parquet", self.num_pass_parts)))
+        let name = format!("passes-{:06}.parquet", self.num_pass_parts);
+        Ok(self.passes.write(self.recording.folder.join(name))?)
     }
 }
 

@@ -164,7 +164,7 @@ impl Observer for Delivered<'_> {
 
     fn pass(&mut self, record: &PassRecord<'_>) {
         self.metrics.pass(record);
-        self.recorder.inspect(|recorder| recorder.pass(record));
+        self.recorder.iter().for_each(|recorder| recorder.pass(record));
     }
 
     fn token(&mut self, now: Nanos, request: &Request, token: Token) {
@@ -287,7 +287,7 @@ impl Worker {
         let (id, prompt_tokens, output_tokens) = (job.id, job.prompt.len() as u32, job.output_tokens);
         let request = Request { id, arrival, prompt_tokens, output_tokens };
         self.metrics.arrived(&request);
-        self.recorder.inspect(|recorder| recorder.arrived(&request, &job.prompt, job.session.take()));
+        self.recorder.iter().for_each(|recorder| recorder.arrived(&request, &job.prompt, job.session.take()));
         let asked = Asked { prompt: std::mem::take(&mut job.prompt), decoding: job.decoding.clone() };
         self.serving.server_mut().executor_mut().ask(id, asked);
         self.serving.load_mut().arrived.push_back((request, job.terms));
@@ -327,7 +327,7 @@ impl Worker {
     fn end(&mut self, id: u32, finish: Finish) {
         let now = self.serving.clock_mut().now();
         self.serving.server_mut().executor_mut().forget(id);
-        self.recorder.inspect(|recorder| recorder.ended(id, now));
+        self.recorder.iter().for_each(|recorder| recorder.ended(id, now));
         if let Some(job) = self.jobs.remove(&id) {
             self.metrics.ended(finish, now, id);
             let _ = job.events.send(Event::End(finish));

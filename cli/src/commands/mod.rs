@@ -13,6 +13,7 @@ pub mod profile;
 pub mod record;
 pub mod replay;
 pub mod run;
+pub mod serve;
 pub mod simulate;
 pub mod sweep;
 pub mod timeline;

@@ -27,7 +27,11 @@ impl ApiError {
 
     /// A key with a value that is not served.
     pub fn key(name: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Self {
-        let message = format!("{name}: found {found}, expected {expected}");
+        Self::of_key(name, format!("{name}: found {found}, expected {expected}"))
+    }
+
+    /// A key that is wrong, as the message says.
+    pub fn of_key(name: &str, message: impl Into<String>) -> Self {
         Self { param: Some(name.to_owned()), ..Self::invalid(message) }
     }
 

@@ -1,5 +1,6 @@
 //! The keys of a request, taken one by one, so that an error names the key, what was found and what was expected.
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
@@ -75,7 +76,7 @@ impl Fields {
     ) -> Result<Option<T>, ApiError> {
         match self.map.remove(name) {
             None | Some(Value::Null) => Ok(None),
-            Some(value) => match T::deserialize(&value) {
+            Some(value) => match <T as Deserialize>::deserialize(&value) {
                 Ok(read) if is_valid(&read) => Ok(Some(read)),
                 _ => Err(ApiError::key(&self.path(name), shown(&value), expected)),
             },

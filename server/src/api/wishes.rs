@@ -81,7 +81,7 @@ impl Completion {
         let prompt = prompt.ok_or_else(|| ApiError::key("prompt", "nothing", "a prompt"))?;
         let echoes = fields.take("echo", "true or false")?.unwrap_or(false);
         let expected = format!("a whole number from 0 to {MOST_ALTERNATIVES}");
-        let alternatives = fields.take_if("logprobs", &expected, |number| *number <= MOST_ALTERNATIVES)?;
+        let alternatives = fields.take_if("logprobs", &expected, |number: &u8| *number <= MOST_ALTERNATIVES)?;
         fields.take_neutral("best_of", &[json!(1)])?;
         fields.take_neutral("suffix", &[json!("")])?;
         let wishes = Wishes::take(fields, model, temperature, alternatives)?;
@@ -109,7 +109,7 @@ impl Chat {
         let keeps = fields.take("logprobs", "true or false")?.unwrap_or(false);
         let expected = format!("a whole number from 0 to {MOST_ALTERNATIVES}");
         let alternatives: Option<u8> =
-            fields.take_if("top_logprobs", &expected, |number| *number <= MOST_ALTERNATIVES)?;
+            fields.take_if("top_logprobs", &expected, |number: &u8| *number <= MOST_ALTERNATIVES)?;
         if alternatives.is_some() && !keeps {
             return Err(ApiError::key("top_logprobs", "a number without logprobs", "\"logprobs\": true"));
         }
@@ -131,13 +131,14 @@ impl Wishes {
             return Err(ApiError::new(axum::http::StatusCode::NOT_FOUND, message));
         }
         let positive = |number: &u32| *number > 0;
-        let n = fields.take_if("n", "a whole number from 1 to 128", |n| (1..=MOST_CHOICES as u32).contains(n))?;
+        let n = fields.take_if("n", "a whole number from 1 to 128", |n: &u32| (1..=MOST_CHOICES as u32).contains(n))?;
         let most = fields.take_if("max_tokens", "a whole number of at least 1", positive)?;
         let most_of_chat = fields.take_if("max_completion_tokens", "a whole number of at least 1", positive)?;
         let temperature = fields
-            .take_if("temperature", "a number from 0 to 100", |t| (0.0..=100.0).contains(t))?
+            .take_if("temperature", "a number from 0 to 100", |t: &f32| (0.0..=100.0).contains(t))?
             .unwrap_or(temperature);
-        let top_p = fields.take_if("top_p", "a share above 0 and at most 1", |share| *share > 0.0 && *share <= 1.0)?;
+        let top_p =
+            fields.take_if("top_p", "a share above 0 and at most 1", |share: &f32| *share > 0.0 && *share <= 1.0)?;
         let seed: Option<i64> = fields.take("seed", "a whole number of 64 bits")?;
         let seed = seed.map_or_else(|| RandomState::new().build_hasher().finish(), |seed| seed as u64);
         let (min_tokens, stop_tokens) =
@@ -188,7 +189,7 @@ impl Wishes {
 }
 
 fn parse_exit(text: &str) -> Result<ExitPolicy, ApiError> {
-    text.parse().map_err(|error| ApiError::key("depthwise.exit", format!("\"{text}\""), error))
+    text.parse().map_err(|error| ApiError::of_key("depthwise.exit", format!("depthwise.exit: {error}")))
 }
 
 /// Takes the texts at which a completion ends.
@@ -254,7 +255,7 @@ mod tests {
             (r#", "logit_bias": {"5": 1}"#, "logit_bias: found {\"5\":1}, expected {}"),
             (r#", "best_of": 2"#, "best_of: found 2, expected 1"),
             (r#", "model": "gpt""#, "model: found \"gpt\", expected \"kjv\""),
-            (r#", "depthwise": {"exit": "sometimes"}"#, "depthwise.exit: found \"sometimes\", expected"),
+            (r#", "depthwise": {"exit": "sometimes"}"#, "depthwise.exit: "),
             (r#", "depthwise": {"depth": 1}"#, "depthwise.depth: found a key"),
             (r#", "promt": 1"#, "promt: found a key"),
         ] {
