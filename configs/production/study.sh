@@ -106,4 +106,26 @@ for prompt in 64 512 4096 16384; do
         sweep "lengths-$prompt-$output" lengths "$scratch/system" "PROMPT=$prompt" "OUTPUT=$output" "COUNT=400" "BATCHES=64"
     done
 done
+# Four GPUs that serve whole requests, or of which some run prompts only.
+of="profile: $PWD/$here/profiles/h100/qwen3-8b-4, exits: $PWD/$OUT/exits/4-2.5, exit: [none, \"gate:0.5\", \"mix:1:2:0.5\"]"
+{
+    echo "  - {name: 4 whole, $of}"
+    for prompts in 1 2 3; do
+        echo "  - {name: $prompts prompt + $((4 - prompts)) decode, $of, machines: [{role: prompt, replicas: $prompts," \
+            "batching: sequence}, {role: decode, replicas: $((4 - prompts))}]}"
+    done
+} >"$scratch/machines"
+while read -r name file first; do
+    for batching in sequence depth; do
+        config=$OUT/configs/machines-$name-$batching.yaml
+        { sed -e "s|BATCHING|$batching|" -e "s|WAIT|$(wait_of "$batching")|" -e "s|FILE|$TRACES/$file|" -e "s|FIRST|$first|" \
+            -e "s|TITLE|$name|" "$here/machines.yaml.in" && echo systems: && cat "$scratch/machines"; } >"$config"
+        for tpot in 50 15; do
+            "$DEPTHWISE" capacity "$config" --ttft-ms 5000 --tpot-ms "$tpot" \
+                --out "$OUT/machines-$tpot-ms-$name-$batching" --restart
+        done
+    done
+done <<<"azure-conversation azure-2023-conv.csv 8000
+azure-code azure-2023-code.csv 8000
+reasoning servegen-reason.csv 3000"
 cargo run --quiet --release -p experiments --example production -- "$OUT" "$TRACES" docs/notebook/production.md docs/figures

@@ -49,6 +49,7 @@ fn main() -> Result<()> {
         ("chunks", chunks(results)?),
         ("prompts", study.prompts(results)?),
         ("capacity", capacity(results)?),
+        ("machines", machines(results)?),
         ("rule", rule),
         ("extremes", extremes(&checks)),
     ] {
@@ -537,6 +538,50 @@ fn capacity(results: &Path) -> Result<String> {
     Ok(table)
 }
 
+/// Traffic of the comparison of machines with roles, as `study.sh` names it.
+const ON_FOUR: [&str; 3] = ["azure-conversation", "azure-code", "reasoning"];
+
+/// Requests per second within the objectives, of four GPUs that serve whole requests, and of the best split into prompt and
+/// decode machines.
+fn machines(results: &Path) -> Result<String> {
+    let mut table = "| traffic | TPOT at most | whole requests: full depth | two static depths | exits, depth-wise | \
+        prompts apart: full depth | two static depths | exits, depth-wise |\n\
+        | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        .to_owned();
+    for name in ON_FOUR {
+        for tpot in [50, 15] {
+            // By system and exit policy.
+            let rates = |batching: &str| -> Result<BTreeMap<(String, usize), f64>> {
+                let folder = results.join(format!("machines-{tpot}-ms-{name}-{batching}"));
+                let path = folder.join("capacity-summary.csv");
+                let mut reader =
+                    csv::Reader::from_path(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+                let mut rates = BTreeMap::new();
+                for line in reader.deserialize::<BTreeMap<String, String>>() {
+                    let line = line?;
+                    let rate = line["capacity_req_s"].parse().unwrap_or(0.0);
+                    rates.insert((line["system"].clone(), exit_of(&line["exit_policy"])), rate);
+                }
+                Ok(rates)
+            };
+            let (lockstep, depthwise) = (rates("sequence")?, rates("depth")?);
+            let served = [(&lockstep, NONE), (&lockstep, MIX), (&depthwise, EXITS)];
+            let cell = |rate: f64| if rate > 0.0 { format!("{rate:.1}") } else { "none".to_owned() };
+            let whole = served.map(|(rates, exit)| cell(rates[&("4 whole".to_owned(), exit)]));
+            let apart = served.map(|(rates, exit)| {
+                let splits = rates.iter().filter(|((system, of), _)| *of == exit && system.contains("prompt"));
+                let best = splits.max_by(|a, b| a.1.total_cmp(b.1));
+                best.map_or(String::new(), |((system, _), rate)| {
+                    let split = system.replace(" prompt", "").replace(" decode", "");
+                    format!("{} ({split})", cell(*rate))
+                })
+            });
+            writeln!(table, "| {name} | {tpot} ms | {} | {} |", whole.join(" | "), apart.join(" | "))?;
+        }
+    }
+    Ok(table)
+}
+
 /// The points furthest from the rule, on both sides.
 fn extremes(checks: &[Check<'_>]) -> String {
     let error = |check: &Check<'_>| check.short.total / check.point.total() - 1.0;
@@ -625,7 +670,8 @@ fn draw(results: &Path, study: &Study, figures: &Path) -> Result<()> {
             pays: PAYS,
         },
     )?;
-    let parts: [(&str, &str, fn(&Point) -> f64); 2] = [
+    type Part = (&'static str, &'static str, fn(&Point) -> f64);
+    let parts: [Part; 2] = [
         ("production-exits", "The exits' part: sequence-wise exits over full depth", Point::exits),
         ("production-batching", "The batching's part: depth-wise over sequence-wise exits", Point::batching),
     ];
