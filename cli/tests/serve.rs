@@ -2,6 +2,7 @@
 
 mod common;
 #[path = "common/made_up.rs"]
+#[expect(dead_code, reason = "made-up exits are for other tests")]
 mod made_up;
 
 use std::io::{BufRead, BufReader, Read, Write};

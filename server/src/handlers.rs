@@ -377,7 +377,7 @@ async fn models(State(app): State<Arc<App>>) -> Response {
     let settings = &app.settings;
     let list = json!({"object": "list", "data": [{
         "id": app.name, "object": "model", "created": app.created, "owned_by": "depthwise",
-        "max_model_len": config.max_positions,
+        "max_model_len": config.max_positions, "meta": {"n_vocab": config.vocab_size},
         "depthwise": {
             "num_loops": config.num_loops, "batching": settings.batching.name(), "exit": settings.exit.to_string(),
             "kv_fill": settings.kv_fill.to_string(), "max_batch": settings.max_batch,

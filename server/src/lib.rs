@@ -108,10 +108,10 @@ pub enum ServerError {
     Listen(#[source] std::io::Error),
     /// The engine cannot run under the settings, or has failed.
     #[error(transparent)]
-    Engine(#[from] ReplayError),
+    Engine(Box<ReplayError>),
     /// The recording cannot begin.
     #[error(transparent)]
-    Record(#[from] RecordError),
+    Record(Box<RecordError>),
     /// A setting that a server does not have.
     #[error("{setting}: expected none, since {reason}")]
     Setting {
@@ -123,6 +123,18 @@ pub enum ServerError {
     /// The thread that runs passes has panicked.
     #[error("the thread that runs passes has panicked")]
     Panicked,
+}
+
+impl From<ReplayError> for ServerError {
+    fn from(error: ReplayError) -> Self {
+        Self::Engine(Box::new(error))
+    }
+}
+
+impl From<RecordError> for ServerError {
+    fn from(error: RecordError) -> Self {
+        Self::Record(Box::new(error))
+    }
 }
 
 /// Checks that a server can run under these settings.

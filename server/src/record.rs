@@ -140,7 +140,9 @@ impl Recorder {
 
     fn send(&self, message: Message) {
         // A thread that could not write has said so.
-        let _ = self.messages.as_ref().map(|messages| messages.send(message));
+        if let Some(messages) = &self.messages {
+            let _ = messages.send(message);
+        }
     }
 }
 
