@@ -188,7 +188,9 @@ fn assert_all_as_alone(setup: &Setup, kv_fill: KvFill, requests: &[Request], gen
 /// Checks that two generations have equal tokens and predictions, and equal signals up to the device's tolerance.
 fn assert_same(device: Device, what: &str, found: &Generation, expected: &Generation) {
     if device == Device::Cpu {
-        assert_eq!(found, expected, "{what}");
+        // Which signal was read depends on the exit policy; the recorded ones are compared.
+        let without_read = |generation: &Generation| Generation { exit_signals: Vec::new(), ..generation.clone() };
+        assert_eq!(without_read(found), without_read(expected), "{what}");
     }
     assert_eq!(found.tokens, expected.tokens, "{what} on {device:?}");
     assert_eq!(found.recorded.len(), expected.recorded.len(), "{what} on {device:?}");
