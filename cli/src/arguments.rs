@@ -506,6 +506,7 @@ impl SimulationArgs {
             name: profile.display().to_string(),
             profile,
             exits,
+            price_per_hour: None,
             batching: None,
             exit: None,
             machines: None,

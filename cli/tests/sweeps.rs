@@ -267,6 +267,27 @@ fn a_sweep_without_a_kv_fill_has_that_which_the_model_is_made_for() {
 }
 
 #[test]
+fn machines_with_a_price_give_the_price_of_tokens() {
+    let scene = Scene::new();
+    let priced = small_sweep().replace("exits: exits}", "exits: exits, price_per_hour: 4.5}");
+    scene.write("priced.yaml", &priced.replace("objectives:", "replicas: 3\nobjectives:"));
+    scene.succeed(&["sweep", "priced.yaml", "--out", "out"]);
+    let found = lines(&scene.path("out/sweep.csv"));
+    let number = |name| column(&found, name).into_iter().map(|text| text.parse::<f64>().unwrap());
+    for (throughput, price) in number("throughput_tok_s").zip(number("price_per_million_tokens")) {
+        let hours = 1e6 / throughput / 3600.0;
+        assert!((price / (3.0 * 4.5 * hours) - 1.0).abs() < 1e-9, "{price} at {throughput} tokens/s");
+    }
+    scene.write("free.yaml", &priced.replace("4.5", "0"));
+    let error = scene.fail(&["sweep", "free.yaml", "--out", "free"]);
+    assert!(error.contains("price_per_hour is 0: expected a number above 0"), "{error}");
+    scene.write("unpriced.yaml", &small_sweep());
+    scene.succeed(&["sweep", "unpriced.yaml", "--out", "unpriced"]);
+    let found = lines(&scene.path("unpriced/sweep.csv"));
+    assert!(column(&found, "price_per_million_tokens").iter().all(|price| price.is_empty()));
+}
+
+#[test]
 fn results_of_other_inputs_are_not_mixed() {
     let scene = Scene::new();
     scene.write("sweep.yaml", &small_sweep());

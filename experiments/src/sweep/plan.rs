@@ -141,7 +141,7 @@ impl<'a> Plan<'a> {
                 simulation.settings_of_machines(self.spec.replicas).map(of_machine).collect();
             let outcome = simulation.run(requests.iter().copied(), &mut machines)?;
             self.note(&outcome.extrapolations);
-            Ok((self.of_point(index), simulation.summarize(machines, &outcome)?.summary))
+            Ok((self.of_point(index), self.priced(index, simulation.summarize(machines, &outcome)?.summary)))
         })
     }
 
@@ -159,7 +159,7 @@ impl<'a> Plan<'a> {
             let Capacity { rate_per_s, summary, extrapolations } =
                 capacity(simulation, requests, search, tried).with_context(|| self.describe(index))?;
             self.note(&extrapolations);
-            Ok((self.of_point(index), Found { capacity_req_s: rate_per_s }, summary))
+            Ok((self.of_point(index), Found { capacity_req_s: rate_per_s }, self.priced(index, summary)))
         })
     }
 
@@ -178,6 +178,11 @@ impl<'a> Plan<'a> {
         let of_groups = groups.machines(settings, replicas, latency);
         let simulation = machines.simulation_of_groups(&of_groups, groups.link(), &exits, &workload)?;
         run(&simulation, &workload.requests)
+    }
+
+    fn priced(&self, index: usize, summary: Summary) -> Summary {
+        let price = self.spec.systems[self.points[index].0.system].price_per_hour;
+        price.map_or(summary.clone(), |price| summary.priced(price))
     }
 
     fn note(&self, beyond: &Extrapolations) {

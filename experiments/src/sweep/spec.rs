@@ -85,6 +85,9 @@ pub struct SweptSystem {
     /// Folder of an exit trace; without one, every token runs every depth (exit policy `none`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exits: Option<PathBuf>,
+    /// Price of each machine for an hour, in any currency.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub price_per_hour: Option<f64>,
     /// Instead of `serving.batching`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batching: Option<Vec<Batching>>,
@@ -342,6 +345,9 @@ impl SweptSystem {
             ("exit", self.exit.as_ref().is_some_and(Vec::is_empty)),
         ] {
             ensure!(!is_empty, "{key} is empty: expected at least one policy");
+        }
+        if let Some(price) = self.price_per_hour {
+            ensure!(price.is_finite() && price > 0.0, "price_per_hour is {price}: expected a number above 0");
         }
         check_specs(self.machines.as_deref().unwrap_or_default(), self.transfer)?;
         check_distinct("batching", self.batching.as_deref().unwrap_or_default())?;

@@ -170,9 +170,17 @@ pub struct Summary {
     pub objectives_met: Option<f64>,
     /// Requests per second of makespan that met the objectives; empty without objectives.
     pub goodput_req_s: Option<f64>,
+    /// Price of a million generated tokens on all machines, in the unit of the machines' price; empty without one.
+    pub price_per_million_tokens: Option<f64>,
 }
 
 impl Summary {
+    /// The same with the price of the machines: that of each, for an hour.
+    pub fn priced(self, price_per_hour: f64) -> Self {
+        let per_second = price_per_hour * f64::from(self.replicas) / 3600.0;
+        Self { price_per_million_tokens: Some(1e6 * per_second / self.throughput_tok_s), ..self }
+    }
+
     /// Columns that say what a run is of, beside those that are named after a field of [`Settings`](scheduler::Settings).
     pub const OF_RUN: [&str; 7] =
         ["source", "threshold", "exit_policy", "replicas", "machines", "weight_bytes", "kv_bytes_per_token"];
@@ -256,6 +264,7 @@ impl Metrics {
             computed_components: String::new(),
             objectives_met: self.objectives.map(|_| totals.met as f64 / totals.requests as f64),
             goodput_req_s: self.objectives.map(|_| totals.met as f64 / makespan_s),
+            price_per_million_tokens: None,
         }
     }
 }
