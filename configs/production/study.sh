@@ -69,15 +69,24 @@ grep ' 4 2.5' "$scratch/few" >"$scratch/four-loops"
 # Sequence-wise, exits wait for the head to the end of an iteration, which is faster there; depth-wise they do not.
 wait_of() { [ "$1" = sequence ] && echo 3 || echo 0; }
 
-# Fills a template, and runs it under both batching policies.
+# Fills a template for a batching policy, and says which file that is.
+fill() { # NAME BATCHING TEMPLATE SYSTEMS KEY=VALUE...
+    mkdir -p "$OUT/configs"
+    local file=$OUT/configs/$1-$2.yaml values=(-e "s|BATCHING|$2|" -e "s|WAIT|$(wait_of "$2")|") value
+    for value in "${@:5}"; do values+=(-e "s|${value%%=*}|${value#*=}|"); done
+    { sed "${values[@]}" "$here/$3.yaml.in" && echo systems: && cat "$4"; } >"$file"
+    echo "$file"
+}
+# Sweeps a template under both batching policies.
 sweep() { # NAME TEMPLATE SYSTEMS KEY=VALUE...
     for batching in sequence depth; do
-        mkdir -p "$OUT/configs"
-        file=$OUT/configs/$1-$batching.yaml
-        values=(-e "s|BATCHING|$batching|" -e "s|WAIT|$(wait_of "$batching")|")
-        for value in "${@:4}"; do values+=(-e "s|${value%%=*}|${value#*=}|"); done
-        { sed "${values[@]}" "$here/$2.yaml.in" && echo systems: && cat "$3"; } >"$file"
-        "$DEPTHWISE" sweep "$file" --out "$OUT/$1-$batching" --restart
+        "$DEPTHWISE" sweep "$(fill "$1" "$batching" "${@:2}")" --out "$OUT/$1-$batching" --restart
+    done
+}
+# Searches for the capacity under both, with this TPOT at most, in milliseconds.
+capacity() { # NAME CONFIG TPOT TEMPLATE SYSTEMS KEY=VALUE...
+    for batching in sequence depth; do
+        "$DEPTHWISE" capacity "$(fill "$2" "$batching" "${@:4}")" --ttft-ms 5000 --tpot-ms "$3" --out "$OUT/$1-$batching" --restart
     done
 }
 while read -r name file first caching; do
@@ -88,13 +97,8 @@ while read -r name file first caching; do
     [ "$caching" = true ] && continue
     sweep "prompts-$name" traffic "$scratch/four-loops" "${traffic[@]}" "CHUNKS=2048" "PREFILL=1"
     for prefill in "" 1; do
-        for batching in sequence depth; do
-            file=$OUT/configs/capacity${prefill:+-prompts}-$name-$batching.yaml
-            values=(-e "s|BATCHING|$batching|" -e "s|WAIT|$(wait_of "$batching")|" -e "s|PREFILL|$prefill|")
-            for value in "${traffic[@]}"; do values+=(-e "s|${value%%=*}|${value#*=}|"); done
-            { sed "${values[@]}" "$here/capacity.yaml.in" && echo systems: && cat "$scratch/system"; } >"$file"
-            "$DEPTHWISE" capacity "$file" --ttft-ms 5000 --tpot-ms 50 --out "$OUT/$(basename "$file" .yaml)" --restart
-        done
+        to=capacity${prefill:+-prompts}-$name
+        capacity "$to" "$to" 50 capacity "$scratch/system" "${traffic[@]}" "PREFILL=$prefill"
     done
 done <"$here/traffic.txt"
 for history in "256 1024" "1024 512" "4096 160" "16384 48"; do
@@ -116,14 +120,9 @@ of="profile: $PWD/$here/profiles/h100/qwen3-8b-4, exits: $PWD/$OUT/exits/4-2.5, 
     done
 } >"$scratch/machines"
 while read -r name file first; do
-    for batching in sequence depth; do
-        config=$OUT/configs/machines-$name-$batching.yaml
-        { sed -e "s|BATCHING|$batching|" -e "s|WAIT|$(wait_of "$batching")|" -e "s|FILE|$TRACES/$file|" -e "s|FIRST|$first|" \
-            -e "s|TITLE|$name|" "$here/machines.yaml.in" && echo systems: && cat "$scratch/machines"; } >"$config"
-        for tpot in 50 15; do
-            "$DEPTHWISE" capacity "$config" --ttft-ms 5000 --tpot-ms "$tpot" \
-                --out "$OUT/machines-$tpot-ms-$name-$batching" --restart
-        done
+    for tpot in 50 15; do
+        capacity "machines-$tpot-ms-$name" "machines-$name" "$tpot" machines "$scratch/machines" \
+            "FILE=$TRACES/$file" "FIRST=$first" "TITLE=$name"
     done
 done <<<"azure-conversation azure-2023-conv.csv 8000
 azure-code azure-2023-code.csv 8000

@@ -113,6 +113,12 @@ impl Point {
     }
 }
 
+/// The lines of a CSV file, by the names of their columns.
+fn lines(path: &Path) -> Result<Vec<BTreeMap<String, String>>> {
+    let mut reader = csv::Reader::from_path(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(reader.deserialize().collect::<std::result::Result<_, _>>()?)
+}
+
 /// The points of a pair of sweeps, one sequence-wise and one depth-wise: by system and batch limit.
 #[derive(Default)]
 struct Sweep(BTreeMap<(String, u32), Point>);
@@ -122,9 +128,7 @@ impl Sweep {
         let mut points: BTreeMap<(String, u32), Point> = BTreeMap::new();
         for batching in ["sequence", "depth"] {
             let path = results.join(format!("{name}-{batching}")).join("sweep-summary.csv");
-            let mut reader = csv::Reader::from_path(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-            for line in reader.deserialize::<BTreeMap<String, String>>() {
-                let line = line?;
+            for line in lines(&path)? {
                 let number = |column: &str| line[column].parse().unwrap_or(f64::NAN);
                 let point = points.entry((line["system"].clone(), number("max_batch") as u32)).or_default();
                 let exit = exit_of(&line["exit_policy"]);
@@ -478,9 +482,7 @@ fn chunks(results: &Path) -> Result<String> {
     let mut values: BTreeMap<(Key, u32), (f64, f64)> = BTreeMap::new();
     for name in TRAFFIC.lines().filter_map(|line| line.split(' ').next()) {
         let path = results.join(format!("chunks-{name}-depth")).join("sweep-summary.csv");
-        let mut reader = csv::Reader::from_path(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        for line in reader.deserialize::<BTreeMap<String, String>>() {
-            let line = line?;
+        for line in lines(&path)? {
             let key = (name.to_owned(), line["system"].clone(), line["exit_policy"].clone(), line["max_batch"].clone());
             let number = |column: &str| line[column].parse::<f64>();
             values.insert((key, line["prefill_chunk"].parse()?), (number("throughput_tok_s")?, number("itl_p99_ms")?));
@@ -516,10 +518,8 @@ fn chunks(results: &Path) -> Result<String> {
 fn capacity(results: &Path) -> Result<String> {
     let rates = |name: &str, batching: &str| -> Result<[Option<f64>; 3]> {
         let path = results.join(format!("{name}-{batching}")).join("capacity-summary.csv");
-        let mut reader = csv::Reader::from_path(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         let mut rates = [None; 3];
-        for line in reader.deserialize::<BTreeMap<String, String>>() {
-            let line = line?;
+        for line in lines(&path)? {
             rates[exit_of(&line["exit_policy"])] = line["capacity_req_s"].parse().ok();
         }
         Ok(rates)
@@ -554,11 +554,8 @@ fn machines(results: &Path) -> Result<String> {
             let rates = |batching: &str| -> Result<BTreeMap<(String, usize), f64>> {
                 let folder = results.join(format!("machines-{tpot}-ms-{name}-{batching}"));
                 let path = folder.join("capacity-summary.csv");
-                let mut reader =
-                    csv::Reader::from_path(&path).map_err(|error| format!("{}: {error}", path.display()))?;
                 let mut rates = BTreeMap::new();
-                for line in reader.deserialize::<BTreeMap<String, String>>() {
-                    let line = line?;
+                for line in lines(&path)? {
                     let rate = line["capacity_req_s"].parse().unwrap_or(0.0);
                     rates.insert((line["system"].clone(), exit_of(&line["exit_policy"])), rate);
                 }
