@@ -49,7 +49,7 @@ pub trait Executor {
         meanwhile: &mut (dyn FnMut() + Send),
     ) -> Result<Nanos, Self::Error> {
         let mut elapsed = self.run(pass, signals)?;
-        if !exiting.is_empty() || pass.leaves_copies() {
+        if pass.emits(exiting) {
             elapsed += self.emit(pass, exiting)?;
         }
         meanwhile();
@@ -58,6 +58,6 @@ pub trait Executor {
 
     /// Samples the sequence's next token from the last row of each segment in `exiting` (as in
     /// [`Pass::exited`]: rows that waited for the head are included). Returns the time that took, including the exit
-    /// head for rows that [had not run it](Pass::runs_head), and for [copies](Pass::leaves_copies) of keys and values.
+    /// head for rows that [had not run it](Pass::runs_head), and for copies of keys and values.
     fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error>;
 }

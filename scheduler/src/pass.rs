@@ -114,11 +114,11 @@ impl<'a> Pass<'a> {
         exited(self.segments, self.late, index)
     }
 
-    /// Whether rows leave copies of their keys and values at deeper depths: those that exit, and prompts that
-    /// [end early](crate::Settings::prefill_depth). Known once the exits are decided.
+    /// Whether anything is left to do after the pass, of which the segments in `exiting` exit: tokens to sample, or keys and
+    /// values to copy, also those of prompts that [end early](crate::Settings::prefill_depth).
     #[inline]
-    pub fn leaves_copies(&self) -> bool {
-        self.work.filled_depths > 0
+    pub fn emits(&self, exiting: &[u32]) -> bool {
+        !exiting.is_empty() || self.work.filled_depths > 0
     }
 
     /// Number of rows of all segments.

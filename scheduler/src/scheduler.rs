@@ -281,9 +281,7 @@ impl Settings {
 
     /// Whether every row runs every depth and finds the entries of each: what is served is then the text of full depth.
     pub fn is_full_depth(&self) -> bool {
-        self.exit == ExitPolicy::None
-            && !self.overwrites()
-            && self.prefill_depth.is_none_or(|depth| depth + 1 >= self.num_loops)
+        self.exit == ExitPolicy::None && !self.overwrites() && !self.fills_prompts()
     }
 
     /// The last depth that the tokens of a request's prompt run, except the one that predicts.
@@ -327,7 +325,7 @@ impl Settings {
 
     /// Whether tokens of prompts leave copies of their entries at the depths that they do not run.
     pub fn fills_prompts(&self) -> bool {
-        self.kv_fill != KvFill::First && self.prefill_depth.is_some()
+        self.kv_fill != KvFill::First && self.prefill_depth.is_some_and(|depth| depth + 1 < self.num_loops)
     }
 
     /// Depths at which a token of a request's prompt leaves copies of its entries.

@@ -168,7 +168,7 @@ impl<E: Executor> Server<E> {
         let mut elapsed = self.executor.run(&pass, &mut self.signals)?;
         self.scheduler.decide(&self.signals);
         let (pass, exiting) = (self.scheduler.pass(), self.scheduler.exiting());
-        if !exiting.is_empty() || pass.leaves_copies() {
+        if pass.emits(exiting) {
             elapsed += self.executor.emit(&pass, exiting)?;
         }
         self.pass = (now, elapsed);

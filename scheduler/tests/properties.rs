@@ -325,8 +325,7 @@ impl Executor for Beside {
     ) -> Result<Nanos, Self::Error> {
         meanwhile();
         let elapsed = self.0.run(pass, signals)?;
-        let emits = !exiting.is_empty() || pass.leaves_copies();
-        Ok(if emits { elapsed + self.0.emit(pass, exiting)? } else { elapsed })
+        Ok(if pass.emits(exiting) { elapsed + self.0.emit(pass, exiting)? } else { elapsed })
     }
 
     fn emit(&mut self, _: &Pass<'_>, _: &[u32]) -> Result<Nanos, Self::Error> {

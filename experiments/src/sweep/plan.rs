@@ -182,7 +182,10 @@ impl<'a> Plan<'a> {
 
     fn priced(&self, index: usize, summary: Summary) -> Summary {
         let price = self.spec.systems[self.points[index].0.system].price_per_hour;
-        price.map_or(summary.clone(), |price| summary.priced(price))
+        match price {
+            Some(price) => summary.priced(price),
+            None => summary,
+        }
     }
 
     fn note(&self, beyond: &Extrapolations) {
