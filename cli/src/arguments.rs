@@ -225,6 +225,13 @@ pub struct ModelArgs {
     /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
     #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
+    #[command(flatten)]
+    pub load: LoadArgs,
+}
+
+/// How to load a model.
+#[derive(Debug, clap::Args)]
+pub struct LoadArgs {
     /// Split the layers of an ordinary transformer into N blocks, one for each depth; or run a looped model N times
     #[arg(long, value_name = "N")]
     pub loops: Option<usize>,
@@ -234,6 +241,15 @@ pub struct ModelArgs {
     /// Device: cpu, cuda or cuda:N
     #[arg(long, default_value_t)]
     pub device: DeviceName,
+}
+
+/// Checks `--temperature`.
+///
+/// # Errors
+/// If it is not a number of at least 0.
+pub fn check_temperature(temperature: f32) -> Result<()> {
+    ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
+    Ok(())
 }
 
 /// Which model to run, and on what text.
@@ -259,10 +275,9 @@ impl EngineArgs {
     /// # Errors
     /// If the model or the text does not read, or the temperature is none.
     pub fn load(&self) -> Result<NamedEngine> {
-        let temperature = self.temperature;
-        ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
-        let ModelArgs { model, loops, weights, device } = &self.model;
-        let sampling = Sampling { temperature, seed: self.seed };
+        check_temperature(self.temperature)?;
+        let ModelArgs { model, load: LoadArgs { loops, weights, device } } = &self.model;
+        let sampling = Sampling { temperature: self.temperature, seed: self.seed };
         NamedEngine::load(model, *loops, *weights, *device, &self.prompts, sampling)
     }
 }

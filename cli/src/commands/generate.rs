@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use clap::ColorChoice;
 use clap::builder::styling::{Ansi256Color, Style};
-use engine::{DeviceName, Generated, Prompts, Sampling, TextStream, Tokenizer, WeightType};
+use engine::{Generated, Prompts, Sampling, TextStream, Tokenizer};
 use scheduler::{Batching, ExitPolicy, KvFill, Settings, SignalRead};
 use traces::{Nanos, Request};
 
+use crate::arguments::{LoadArgs, check_temperature};
 use crate::interrupt::{self, Interrupted};
 use crate::output::{note, stream};
 use experiments::NamedEngine;
@@ -39,15 +40,8 @@ pub struct Args {
     /// Text to continue; repeat the option to serve several prompts in one batch
     #[arg(long, value_name = "TEXT", required = true)]
     prompt: Vec<String>,
-    /// Split the layers of an ordinary transformer into N blocks, one for each depth; or run a looped model N times
-    #[arg(long, value_name = "N")]
-    loops: Option<usize>,
-    /// Number type of the weights: f32, bf16, q8_0 or q4k on a CPU; f32, f16 or bf16 on a GPU
-    #[arg(long, default_value_t, value_name = "TYPE")]
-    weights: WeightType,
-    /// Device: cpu, cuda or cuda:N
-    #[arg(long, default_value_t)]
-    device: DeviceName,
+    #[command(flatten)]
+    load: LoadArgs,
     /// Maximum number of tokens to generate for each prompt
     #[arg(long, default_value_t = 128, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=MOST_ROWS.into()))]
     max_tokens: u32,
@@ -80,15 +74,15 @@ pub struct Args {
 /// Generates, printing each token when it is there.
 pub fn run(args: Args) -> Result<()> {
     let temperature = args.temperature;
-    ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
+    check_temperature(temperature)?;
     ensure!(
         args.exit.signal_read() != SignalRead::Oracle,
         "--exit {}: the oracle needs runs of the requests beforehand, expected another policy",
         args.exit
     );
     let sampling = Sampling { temperature, seed: args.seed };
-    let (mut named, tokenizer) =
-        NamedEngine::with_tokenizer(&args.model, args.loops, args.weights, args.device, sampling)?;
+    let LoadArgs { loops, weights, device } = args.load;
+    let (mut named, tokenizer) = NamedEngine::with_tokenizer(&args.model, loops, weights, device, sampling)?;
     let requests = args.ask(&mut named, &tokenizer)?;
     let settings = args.settings(&named, &requests)?;
 

@@ -7,7 +7,7 @@ use engine::cuda::floors::Load;
 use engine::{Limits, Sampling};
 use simulator::write_csv;
 
-use crate::arguments::{ModelArgs, at_most};
+use crate::arguments::{LoadArgs, ModelArgs, at_most};
 use crate::output::say;
 use crate::progress::Terminal;
 use experiments::results::PASS_LOG;
@@ -51,7 +51,7 @@ pub fn run(args: Args) -> Result<()> {
         ensure!(given > 0, "{option} 0: expected at least 1");
     }
     let mut folder = ResultsFolder::create(&args.out, "profile")?;
-    let ModelArgs { model, loops, weights, device } = &args.model;
+    let ModelArgs { model, load: LoadArgs { loops, weights, device } } = &args.model;
     let named = NamedEngine::load_without_prompts(model, *loops, *weights, *device, Sampling::default())?;
     let Args { max_batch, token_budget, max_tokens, prefill_chunk, .. } = args;
     let limits = Limits { rows: token_budget, decodes: max_batch, history: max_tokens, chunk: prefill_chunk };

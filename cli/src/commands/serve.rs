@@ -4,12 +4,12 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use engine::{DeviceName, Sampling, WeightType};
+use anyhow::{Context, Result};
+use engine::Sampling;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use server::{ChatTemplate, Limits, Model, Recording};
 
-use crate::arguments::at_most;
+use crate::arguments::{LoadArgs, at_most, check_temperature};
 use crate::interrupt;
 use crate::output::note;
 use experiments::NamedEngine;
@@ -34,15 +34,8 @@ pub struct Args {
     /// Port to listen at; 0 for any that is free
     #[arg(long, default_value_t = 8000, value_name = "PORT")]
     port: u16,
-    /// Split the layers of an ordinary transformer into N blocks, one for each depth; or run a looped model N times
-    #[arg(long, value_name = "N")]
-    loops: Option<usize>,
-    /// Number type of the weights: f32, bf16, q8_0 or q4k on a CPU; f32, f16 or bf16 on a GPU
-    #[arg(long, default_value_t, value_name = "TYPE")]
-    weights: WeightType,
-    /// Device: cpu, cuda or cuda:N
-    #[arg(long, default_value_t)]
-    device: DeviceName,
+    #[command(flatten)]
+    load: LoadArgs,
     /// Batching policy: vanilla, sequence, depth
     #[arg(long, default_value_t = Batching::Depth, value_name = "POLICY")]
     batching: Batching,
@@ -101,10 +94,10 @@ pub struct Args {
 /// Serves until it is asked to end.
 pub fn run(args: Args) -> Result<()> {
     let temperature = args.temperature;
-    ensure!(temperature.is_finite() && temperature >= 0.0, "--temperature {temperature}: expected 0 or more");
+    check_temperature(temperature)?;
     let address = SocketAddr::new(args.host, args.port);
-    let (named, tokenizer) =
-        NamedEngine::with_tokenizer(&args.model, args.loops, args.weights, args.device, Sampling::default())?;
+    let LoadArgs { loops, weights, device } = args.load;
+    let (named, tokenizer) = NamedEngine::with_tokenizer(&args.model, loops, weights, device, Sampling::default())?;
     let settings = args.settings(&named)?;
     let chat_template = match &args.chat_template {
         Some(file) => Some(ChatTemplate::read(file, &args.model)?),

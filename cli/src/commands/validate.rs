@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::arguments::{EngineArgs, ModelArgs, ObjectiveArgs, RequestArgs, ServingArgs, at_most};
+use crate::arguments::{EngineArgs, LoadArgs, ModelArgs, ObjectiveArgs, RequestArgs, ServingArgs, at_most};
 use crate::output::say;
 use crate::progress::Terminal;
 use crate::report::print_validation;
@@ -47,7 +47,8 @@ pub fn run(args: Args) -> Result<()> {
     let (mut requests, base) = args.requests.spec()?;
     requests.file = requests.file.map(|file| base.join(file));
     requests.tokenizer = requests.tokenizer.map(|file| base.join(file));
-    let EngineArgs { model: ModelArgs { model, loops, weights, device }, prompts, temperature, seed } = args.engine;
+    let EngineArgs { model: ModelArgs { model, load }, prompts, temperature, seed } = args.engine;
+    let LoadArgs { loops, weights, device } = load;
     let experiment = Experiment {
         schema_version: SCHEMA_VERSION,
         title: format!("{}, {}", model.display(), args.requests.requests.display()),
