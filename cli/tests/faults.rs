@@ -297,7 +297,7 @@ fn every_command_keeps_its_results_where_nothing_can_be_printed() {
     let scene = Scene::new();
     let full = File::options().write(true).open("/dev/full").ok();
     let check = |command: &[&str], is_kept: &dyn Fn() -> bool| {
-        // Nobody reads from the beginning, however fast the command is.
+        // The reader is closed before the command starts, so that the command cannot finish first.
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let child = scene.command(command).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();

@@ -44,7 +44,7 @@ impl Client {
     /// Finds the server and its model.
     ///
     /// # Errors
-    /// If the address is none, nobody listens there, or no model is named and the server lists none.
+    /// If the address is not valid, no server answers there, or no model is named and the server lists none.
     pub fn connect(options: ApiOptions) -> Result<Self, ApiError> {
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build();
         let runtime = runtime.map_err(|error| ApiError::System(error.to_string()))?;

@@ -974,7 +974,7 @@ impl EngineExecutor {
             let depth = match segment.generated {
                 true => depth,
                 false if fills_prompts && depth >= sequence.prompt_depth => depth,
-                // The row will run on to there, but what is looked ahead of now finds its entries already.
+                // The row still runs on to that depth. The look-ahead of the next token reads these entries before it does.
                 false if fills_prompts && self.looking_ahead => sequence.prompt_depth,
                 false => continue,
             };

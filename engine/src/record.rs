@@ -191,7 +191,7 @@ impl Engine {
             RecordedPolicy::Random(_) => ExitPolicy::Oracle { charged: false, recorded: false },
         };
         let &Exiting { kv_fill, prefill_depth, .. } = exiting;
-        // Every depth is recorded, also those that no row reads in service.
+        // Signals of every depth are recorded, so prompts run every depth, even where no served row reads their entries.
         let last = self.num_loops() - 1;
         let prefill_depth = if kv_fill == KvFill::First { prefill_depth } else { prefill_depth.or(Some(last)) };
         let mut settings = Settings { exit, kv_fill, prefill_depth, ..self.recording_settings(requests) };

@@ -41,7 +41,7 @@ pub struct Chosen {
     pub token: u32,
     /// Its log-probability; NaN where none is kept.
     pub log_probability: f32,
-    /// The most likely tokens, the most likely one first; as many as the request keeps.
+    /// As many of the most likely tokens as the request keeps, in order of falling probability.
     pub alternatives: Vec<(u32, f32)>,
 }
 

@@ -30,7 +30,7 @@ pub struct Served {
     pub received: Instant,
     /// When each piece was about to be sent, in order.
     pub sent: Vec<Instant>,
-    /// Requests in service when this one came, itself included.
+    /// Number of requests in service when this one arrived, itself included.
     pub in_service: usize,
     /// Whether every step was done.
     pub is_over: bool,

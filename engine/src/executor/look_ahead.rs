@@ -16,7 +16,7 @@ impl EngineExecutor {
     /// Keeps the signals and predictions of every generated token at every depth, also at depths that the token skips.
     /// Under an exit policy that reads the oracle, a token exits at the earliest depth that predicts what the last one
     /// predicts. Passes take several times as long. The [settings](EngineExecutor::with_prompts_of) must say how deep
-    /// prompts run: where exits are known, rows deeper than in service read what prompts compute there.
+    /// prompts run. Where exits are known, prompts end early in service, but a look-ahead reads their deeper entries.
     pub fn looking_ahead(self) -> Self {
         Self { looking_ahead: true, oracle: Some(Oracle::Ahead), ..self.recording() }
     }
