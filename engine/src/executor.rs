@@ -1,5 +1,6 @@
 //! The scheduler's executor that runs the model and measures time.
 
+mod drafts;
 mod look_ahead;
 
 use std::cmp::Ordering;
@@ -161,6 +162,8 @@ struct Sequence {
     decoding: Option<Decoding>,
     /// The signal that was read of its row at the depth that the row ran last.
     signal: Option<f32>,
+    /// Tokens of its output that are no drafts.
+    certain: usize,
     /// Whether its output is dropped with its slot.
     is_forgotten: bool,
 }
@@ -329,6 +332,8 @@ struct Questions {
     compared: Vec<(usize, u32)>,
     /// Those whose distributions are compared with the ones before.
     diverging: Vec<usize>,
+    /// Those whose rows have left drafts, of which the head of every row decides.
+    verified: Vec<usize>,
 }
 
 /// State of the current pass.
@@ -338,6 +343,8 @@ struct Current {
     first_rows: Vec<usize>,
     /// By segment: results of its last row.
     findings: Vec<Finding>,
+    /// Results of the rows that have left drafts.
+    verified: Vec<Verdict>,
     /// Whether the pass looks ahead of what is served.
     is_ahead: bool,
 }
@@ -566,6 +573,7 @@ impl EngineExecutor {
         }
         let in_flight = vec![None; context_tokens as usize];
         let skipped = sequences.skipped_positions(&generation);
+        let certain = generation.tokens.len();
         let sequence = Sequence {
             request,
             prompt_depth: sequences.prompt_depth(request),
@@ -574,6 +582,7 @@ impl EngineExecutor {
             in_flight,
             skipped,
             decoding: self.asked.get(&request).map(|asked| asked.decoding.clone()),
+            certain,
             ..Sequence::default()
         };
         let before = std::mem::replace(&mut sequences.by_slot[slot], sequence);
@@ -632,11 +641,13 @@ impl EngineExecutor {
     ) -> Result<(), EngineError> {
         let last_row = |&segment: &usize| self.current.last_row(pass, segment);
         let rows = self.sequences.rows(pass, order);
+        let mut heads = self.heads(pass, &questions.heads);
+        self.add_verified(pass, &questions.verified, &mut heads);
         let work = Work {
             sources,
             coda: rows.range(self.exit_depths.clone()),
             places,
-            heads: self.heads(pass, &questions.heads),
+            heads,
             gates: questions.gates.iter().map(last_row).collect(),
             compared: questions.compared.iter().map(|(segment, kept)| (last_row(segment), *kept)).collect(),
             diverging: self.diverging(pass, questions),
@@ -727,6 +738,7 @@ impl EngineExecutor {
             gates: segments(&gate),
             compared: compared.into_iter().filter_map(kept).collect(),
             diverging: segments(&|segment| reads_for(ExitSignal::Kl)(segment) || recorded(segment)),
+            verified: self.verified(pass),
         }
     }
 
@@ -795,7 +807,8 @@ impl EngineExecutor {
         }
     }
 
-    fn take_answers(&mut self, pass: &Pass<'_>, asked: &Questions, answers: Answers) -> Result<(), EngineError> {
+    fn take_answers(&mut self, pass: &Pass<'_>, asked: &Questions, mut answers: Answers) -> Result<(), EngineError> {
+        self.current.verified = answers.verdicts.split_off(asked.heads.len());
         self.take_verdicts(pass, &asked.heads, answers.verdicts)?;
         let findings = &mut self.current.findings;
         asked.gates.iter().zip(answers.gates).for_each(|(&segment, gate)| findings[segment].gate = gate);
@@ -897,6 +910,7 @@ impl EngineExecutor {
         } else if self.recording {
             self.record(pass);
         }
+        self.verify(pass, signals)?;
         self.read_signals(pass, signals)
     }
 
@@ -956,13 +970,17 @@ impl EngineExecutor {
             let segment = pass.exited(index as usize);
             let depth = usize::from(segment.depth);
             let verdict = self.current.findings[index as usize].verdict.expect("the head was read above");
+            let leaves_draft = self.leaves_draft(segment);
             let sequence = self.sequences.of_mut(segment);
             sequence.generation.tokens.push(verdict.token);
             sequence.generation.exit_depths.push(segment.depth);
             sequence.generation.exit_signals.push(sequence.signal.take());
+            if !leaves_draft {
+                sequence.certain = sequence.generation.tokens.len();
+            }
             let position = last_position(segment);
             let is_done = match kv_fill {
-                KvFill::First => true,
+                KvFill::First => !leaves_draft,
                 KvFill::Backfill => !fills_deeper,
                 KvFill::Reuse | KvFill::Skip | KvFill::Last | KvFill::Cycle(_) => {
                     segment.kind == RowKind::Decode || depth >= sequence.prompt_depth && !sequence.runs_again
@@ -1011,7 +1029,10 @@ impl Executor for EngineExecutor {
     }
 
     fn release(&mut self, slot: Slot) {
-        let sequence = std::mem::take(&mut self.sequences.by_slot[slot as usize]);
+        let mut sequence = std::mem::take(&mut self.sequences.by_slot[slot as usize]);
+        if self.exit.speculates() {
+            sequence.generation.take_back(sequence.certain);
+        }
         self.arena.free.extend(sequence.in_flight.into_iter().flatten());
         if !sequence.is_forgotten {
             self.generations.insert(sequence.request, sequence.generation);

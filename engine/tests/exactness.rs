@@ -20,13 +20,14 @@ use engine::kernels::signals::{Verdict, divergence, read};
 use engine::model::{InFlight, Model, Rows};
 use engine::reference::Reference;
 use engine::{
-    EngineError, EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType, Weights,
+    Asked, Decoding, EngineError, EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType,
+    Weights,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use scheduler::{
     Batching, Executor, ExitPolicy, KvFill, Observer, Pass, PassRecord, Segment, Server, Settings, SignalRead, Slot,
-    VirtualClock, serve,
+    Verified, VirtualClock, serve,
 };
 use traces::hash::mix;
 use traces::{ExitSignal, Nanos, Request, Signals};
@@ -782,6 +783,16 @@ impl Observer for Blocks {
 /// Serves requests whose tokens exit at any depth, except for the last token, which runs every depth, so that all
 /// earlier ones are complete.
 fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Vec<u32>, Vec<f32>)> {
+    run_with_cache(setup, kv_fill, batching, ExitPolicy::Oracle { charged: false, recorded: true })
+}
+
+/// Serves requests; returns for each the tokens of which keys and values are kept, and those.
+fn run_with_cache(
+    setup: &Setup,
+    kv_fill: KvFill,
+    batching: Batching,
+    exit_policy: ExitPolicy,
+) -> Vec<(Vec<u32>, Vec<f32>)> {
     let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 5 + 7 * id, output_tokens: 30 };
     let requests: Vec<Request> = (0..4).map(request).collect();
     let exit =
@@ -793,9 +804,9 @@ fn run_with_exits(setup: &Setup, kv_fill: KvFill, batching: Batching) -> Vec<(Ve
         token_budget: 9,
         prefill_chunk: 4,
         num_blocks: 20,
-        ..Settings::new(batching, ExitPolicy::Oracle { charged: false, recorded: true }, 3)
+        ..Settings::new(batching, exit_policy, 3)
     };
-    let executor = setup.executor(&settings).with_oracle(Arc::new(exits.collect()));
+    let executor = setup.executor(&settings).with_oracle(Arc::new(exits.collect())).exiting_by(exit_policy);
     let mut server = Server::new(settings, executor).unwrap();
     let mut blocks = Blocks::default();
     serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut blocks).unwrap();
@@ -824,30 +835,154 @@ fn backfill_on(device: Device) {
     {
         let Some(setup) = Setup::on(device, config, 3, 1.0) else { return };
         for (context, found) in run_with_exits(&setup, KvFill::Backfill, batching) {
-            // As the prompt of a request, these tokens run every depth.
-            let tokens = context.len() as u32;
-            let prompts = Arc::new(Prompts::Given(HashMap::from([(0, context)])));
-            let setup = Setup { model: setup.model.clone(), on_cpu: setup.on_cpu.clone(), prompts, ..setup };
-            let settings = Settings {
-                kv_fill: KvFill::Backfill,
-                max_batch: 1,
-                token_budget: 1000,
-                prefill_chunk: 1000,
-                block_tokens: 128,
-                num_blocks: 1,
-                ..Settings::new(Batching::Sequence, ExitPolicy::None, 3)
-            };
-            let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: tokens, output_tokens: 1 };
-            let mut server = Server::new(settings, setup.executor(&settings)).unwrap();
-            serve(&mut server, [request], &mut VirtualClock::default(), &mut ()).unwrap();
-            let expected = server.executor().cached(&[0], tokens as usize).unwrap();
-            assert_eq!(found.len(), expected.len());
-            let what = format!("{batching}: keys and values of {tokens} tokens");
-            found.iter().zip(expected).for_each(|(&found, expected)| device.assert_close(&what, found, expected));
+            assert_cache_of_full_depth(&setup, batching, context, &found);
         }
         let reused = run_with_exits(&setup, KvFill::Reuse, batching);
         let backfilled = run_with_exits(&setup, KvFill::Backfill, batching);
         assert!(reused[0].1 != backfilled[0].1, "early exits change the context under other fills");
+    }
+}
+
+/// Checks that keys and values are those of tokens that run every depth.
+fn assert_cache_of_full_depth(setup: &Setup, batching: Batching, context: Vec<u32>, found: &[f32]) {
+    // As the prompt of a request, these tokens run every depth.
+    let tokens = context.len() as u32;
+    let prompts = Arc::new(Prompts::Given(HashMap::from([(0, context)])));
+    let setup = Setup { model: setup.model.clone(), on_cpu: setup.on_cpu.clone(), prompts, ..*setup };
+    let settings = Settings {
+        kv_fill: KvFill::Backfill,
+        max_batch: 1,
+        token_budget: 1000,
+        prefill_chunk: 1000,
+        block_tokens: 128,
+        num_blocks: 1,
+        ..Settings::new(Batching::Sequence, ExitPolicy::None, 3)
+    };
+    let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: tokens, output_tokens: 1 };
+    let mut server = Server::new(settings, setup.executor(&settings)).unwrap();
+    serve(&mut server, [request], &mut VirtualClock::default(), &mut ()).unwrap();
+    let expected = server.executor().cached(&[0], tokens as usize).unwrap();
+    assert_eq!(found.len(), expected.len());
+    let what = format!("{batching}: keys and values of {tokens} tokens");
+    found.iter().zip(expected).for_each(|(&found, expected)| setup.device.assert_close(&what, found, expected));
+}
+
+/// Policies whose early exits are drafts, in a model with at least two loops.
+const SPECULATING: [&str; 8] = [
+    "speculate:static:0:1",
+    "speculate:static:0:5",
+    "speculate:static:1:2",
+    "speculate:margin:0.1:3",
+    "speculate:top1:0.2:1",
+    "speculate:gate:0.4:4",
+    "speculate:similarity:0.7:3",
+    "speculate:kl:0.5:4..1:1..4",
+];
+
+/// Counts what full depth says of drafts.
+#[derive(Default)]
+struct Drafts(Verified);
+
+impl Observer for Drafts {
+    fn verified(&mut self, _: Nanos, _: &Request, verified: Verified) {
+        self.0.accepted += verified.accepted;
+        self.0.rejected += verified.rejected;
+    }
+}
+
+/// Checks that requests get the text of full depth, however their tokens are chosen. Returns what became of the drafts.
+fn assert_text_of_full_depth(
+    setup: &Setup,
+    settings: Settings,
+    requests: &[Request],
+    decodings: &[Decoding],
+) -> Verified {
+    let run = |settings: Settings| {
+        let mut executor = setup.executor(&settings).exiting_by(settings.exit);
+        for (request, decoding) in requests.iter().zip(decodings) {
+            let prompt = setup.prompts.get(request).unwrap();
+            executor.ask(request.id, Asked { prompt, decoding: decoding.clone() });
+        }
+        let mut server = Server::new(settings, executor).unwrap();
+        let mut drafts = Drafts::default();
+        serve(&mut server, requests.iter().copied(), &mut VirtualClock::default(), &mut drafts).unwrap();
+        (server.into_executor().into_generations(), drafts.0)
+    };
+    let (found, drafts) = run(settings);
+    let (expected, _) = run(Settings { exit: ExitPolicy::None, ..settings });
+    for request in requests {
+        let (found, expected) = (&found[&request.id], &expected[&request.id]);
+        let what = format!("request {} under {}, {}", request.id, settings.exit, settings.kv_fill);
+        assert_eq!(found.tokens, expected.tokens, "{what} on {:?}", setup.device);
+        assert_eq!(found.exit_depths.len(), found.tokens.len(), "{what}");
+        if setup.device == Device::Cpu {
+            assert_eq!(found.chosen, expected.chosen, "{what}");
+        }
+    }
+    drafts
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(80))]
+
+    #[test]
+    fn drafts_leave_the_text_of_full_depth(
+        config in configs(), seed in 0_u64..1000, requests in requests(),
+        exit in prop::sample::select(SPECULATING.to_vec()), kv_fill in prop::sample::select(vec![KvFill::Backfill, KvFill::First]),
+        batching in prop::sample::select(Batching::ALL.to_vec()), weight_type in prop::sample::select(WeightType::ON_CPU.to_vec()),
+        max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
+        temperature in prop_oneof![Just(0.0_f32), Just(0.8)], own in any::<bool>(),
+    ) {
+        let config = ModelConfig { gate: true, num_loops: config.num_loops.max(2), ..config };
+        let setup = Setup::new(&config, weight_type, seed, temperature);
+        let settings = Settings {
+            kv_fill, max_batch, prefill_chunk, num_blocks,
+            token_budget: max_batch + spare_budget,
+            ..Settings::new(batching, exit.parse().unwrap(), config.num_loops as u8)
+        };
+        let own_rules = [
+            Decoding { temperature: 1.2, seed: 3, alternatives: Some(2), ..Decoding::default() },
+            Decoding { temperature: 0.7, top_p: 0.9, seed: 4, ..Decoding::default() },
+            Decoding { min_tokens: 6, withheld: [1, 2, 3].into(), ..Decoding::default() },
+        ];
+        let decodings: Vec<Decoding> = own_rules.into_iter().cycle().take(if own { requests.len() } else { 0 }).collect();
+        assert_text_of_full_depth(&setup, settings, &requests, &decodings);
+    }
+}
+
+#[test]
+fn verified_drafts_leave_the_very_cache_of_full_depth() {
+    speculation_on(Device::Cpu);
+}
+
+#[test]
+fn drafts_verified_by_cuda_kernels_leave_text_and_cache_of_full_depth() {
+    speculation_on(Device::Cuda);
+}
+
+fn speculation_on(device: Device) {
+    let policies = ["speculate:static:0:3", "speculate:margin:0.05:4"];
+    for (config, (batching, exit)) in models(device)
+        .iter()
+        .flat_map(|config| Batching::ALL.into_iter().zip(policies.into_iter().cycle()).map(move |by| (config, by)))
+    {
+        let Some(setup) = Setup::on(device, config, 3, 1.0) else { return };
+        let exit: ExitPolicy = exit.parse().unwrap();
+        for (context, found) in run_with_cache(&setup, KvFill::Backfill, batching, exit) {
+            assert_cache_of_full_depth(&setup, batching, context, &found);
+        }
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 5 + 3 * id, output_tokens: 14 };
+        let requests: Vec<Request> = (0..4).map(request).collect();
+        // Few blocks, so that sequences with drafts are preempted.
+        let settings = Settings {
+            kv_fill: KvFill::Backfill,
+            max_batch: 3,
+            token_budget: 25,
+            num_blocks: 4,
+            ..Settings::new(batching, exit, 3)
+        };
+        let Verified { accepted, rejected, .. } = assert_text_of_full_depth(&setup, settings, &requests, &[]);
+        assert!(accepted > 0 && rejected > 0, "{exit}: {accepted} drafts are right, {rejected} are wrong");
     }
 }
 

@@ -156,11 +156,13 @@ mod one_or_more {
 }
 
 /// The KV fills under which a policy is worth a run of its own. Under a fixed depth, no row reads what `reuse`, `skip` and
-/// `backfill` leave at deeper depths: the text is the same, so the one with the least work stands for all.
+/// `backfill` leave at deeper depths: the text is the same, so the one with the least work stands for all. Under a policy that
+/// speculates, they are [one](ExitPolicy::served_fill).
 fn fills_of(exit: ExitPolicy, fills: &[KvFill]) -> impl Iterator<Item = KvFill> + use<'_> {
     let by_work = [KvFill::Skip, KvFill::Reuse, KvFill::Backfill];
     let cheapest = by_work.into_iter().find(|fill| fills.contains(fill));
-    let matters = move |fill: &KvFill| !exit.is_fixed_depth() || !by_work.contains(fill) || Some(*fill) == cheapest;
+    let are_alike = exit.is_fixed_depth() || exit.speculates();
+    let matters = move |fill: &KvFill| !are_alike || !by_work.contains(fill) || Some(*fill) == cheapest;
     fills.iter().copied().filter(matters)
 }
 
@@ -275,7 +277,7 @@ impl Serving {
             check_at_most(key, found.into(), MOST_ROWS.into())?;
         }
         let mut settings = Settings {
-            kv_fill,
+            kv_fill: exit.served_fill(kv_fill),
             max_batch: self.max_batch,
             token_budget: self.token_budget,
             prefill_chunk: self.prefill_chunk.unwrap_or(self.token_budget),

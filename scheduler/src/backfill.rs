@@ -66,6 +66,18 @@ impl Backlog {
         }
     }
 
+    /// Forgets what has run at positions from `kept` on. Returns how many rows that were, over all depths.
+    pub fn take_back(&mut self, slot: Slot, kept: u32) -> u32 {
+        let places = self.place(slot, 0)..self.place(slot + 1, 0);
+        let mut forgotten = 0;
+        for place in places {
+            forgotten += self.done[place].saturating_sub(kept);
+            self.done[place] = self.done[place].min(kept);
+            self.taken[place] = self.done[place];
+        }
+        forgotten
+    }
+
     /// Number of positions from 0 that have run every depth.
     pub fn complete(&self, slot: Slot) -> u32 {
         self.done[self.place(slot + 1, 0) - 1]
@@ -103,6 +115,19 @@ mod tests {
         backlog.ran(&[deeper]);
         assert_eq!(backlog.complete(1), 5);
         assert!(backlog.take(1, 2, 6, 9).is_none());
+    }
+
+    #[test]
+    fn what_is_taken_back_must_run_again() {
+        let mut backlog = Backlog::new(3, 2);
+        backlog.admit(1, 4);
+        (4..7).for_each(|position| backlog.ran(&[decode(position, 0)]));
+        let chunk = backlog.take(1, 1, 6, 9).unwrap();
+        backlog.ran(&[chunk]);
+        assert_eq!(backlog.take_back(1, 5), 3, "positions 5 and 6 at depth 0, and 5 at depth 1");
+        assert_eq!((backlog.complete(1), backlog.undone(1, 2, 9), backlog.undone(1, 1, 9)), (4, 4..5, 5..5));
+        backlog.ran(&[decode(5, 0)]);
+        assert_eq!(backlog.undone(1, 1, 9), 5..6);
     }
 
     #[test]

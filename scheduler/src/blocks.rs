@@ -120,6 +120,21 @@ impl BlockTables {
         true
     }
 
+    /// Releases the blocks of a slot behind its first `tokens` positions, none of which other slots can find.
+    pub fn shrink(&mut self, slot: Slot, tokens: u32) {
+        let kept = self.blocks_for(tokens) as usize;
+        let held = &mut self.held[slot as usize];
+        for block in held.drain(kept.min(held.len())..).rev() {
+            if self.cache.as_mut().is_none_or(|cache| cache.let_go(block)) {
+                self.free.add(block);
+            }
+        }
+        self.room[slot as usize] = held.len() as u32 * self.block_tokens;
+        if let Some(cache) = &self.cache {
+            debug_assert!(cache.published[slot as usize] as usize <= kept, "published blocks are complete");
+        }
+    }
+
     /// Releases all blocks of a slot, the last one first: a prefix is more useful to other requests than what follows
     /// it. A block becomes free when no other slot holds it.
     pub fn release(&mut self, slot: Slot) {

@@ -11,6 +11,7 @@ use crate::mix::MixedDepths;
 use crate::pass::{Segment, Slot};
 use crate::policy::{ExitPolicy, LoadThreshold};
 use crate::scheduler::Settings;
+use crate::speculation::Speculation;
 
 /// What decides which rows exit.
 #[derive(Clone, Debug)]
@@ -29,6 +30,8 @@ pub(crate) enum Decision {
     Stable(StablePrediction),
     /// The depths drawn for the requests.
     Mixed(MixedDepths),
+    /// The signal of the pass, or the depth, for rows that may exit with drafts.
+    Drafted(Speculation),
     /// A policy that is not built in.
     Custom(Box<CustomDecisions>),
 }
@@ -45,6 +48,7 @@ impl Decision {
             ExitPolicy::Delayed { .. } => Self::Delayed(DelayedSignal::new(max_batch)),
             ExitPolicy::EntropyChange { .. } => Self::EntropyChange(EntropyChange::new(max_batch)),
             ExitPolicy::Stable { .. } => Self::Stable(StablePrediction::new(max_batch)),
+            ExitPolicy::Speculate(speculation) => Self::Drafted(speculation),
             ExitPolicy::Custom(policy) => Self::Custom(Box::new(CustomDecisions::new(policy, num_loops, max_batch))),
         }
     }
@@ -59,7 +63,8 @@ impl Decision {
             | Self::Cumulative(_)
             | Self::Delayed(_)
             | Self::EntropyChange(_)
-            | Self::Stable(_) => {}
+            | Self::Stable(_)
+            | Self::Drafted(_) => {}
         }
     }
 

@@ -30,8 +30,11 @@ pub trait Executor {
 
     /// Runs the block over the rows of a pass, embeds rows at depth 0, and returns the time that took.
     ///
-    /// `signals[i]` must be set for each segment whose signal the pass [reads](Pass::reads_signal); the others are not
-    /// read.
+    /// `signals[i]` must be set for each segment whose signal the pass [reads](Pass::reads_signal), and for each that it
+    /// [verifies](Pass::verifies); the others are not read. For the latter it is the number of drafts up to the first that
+    /// full depth contradicts: as many as the segment has rows if it contradicts none. The executor replaces the
+    /// contradicted draft by what full depth predicts, and forgets what it has of the sequence after that token, rows in
+    /// flight included.
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, Self::Error>;
 
     /// Whether passes run asynchronously to the host, which may then plan the next pass meanwhile; see

@@ -9,10 +9,23 @@ use crate::pass::Pass;
 pub struct Token {
     /// Index of the token in the request's output, from 0.
     pub index: u32,
-    /// Depth at which the token exited, from 0.
+    /// Depth at which the token exited, from 0. The last one if full depth has verified the token.
     pub depth: u8,
     /// When the request's previous token was delivered; `None` for the first token.
     pub previous: Option<Nanos>,
+}
+
+/// Drafts of a sequence of which full depth has decided; see [`ExitPolicy::Speculate`](crate::ExitPolicy::Speculate).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Drafts that full depth confirmed.
+    pub accepted: u32,
+    /// Drafts that full depth contradicted: 0 or 1.
+    pub rejected: u32,
+    /// Drafts after a contradicted one, of which full depth had not decided yet.
+    pub dropped: u32,
+    /// Rows that had run for tokens after the contradicted draft, that draft included; one for each token and depth.
+    pub wasted_rows: u32,
 }
 
 /// One pass as it ran.
@@ -40,6 +53,8 @@ pub trait Observer {
     fn preempted(&mut self, _now: Nanos, _request: &Request) {}
     /// A pass ended.
     fn pass(&mut self, _record: &PassRecord<'_>) {}
+    /// Full depth decided about drafts of a request. In lockstep batching, the tokens are delivered when the iteration ends.
+    fn verified(&mut self, _now: Nanos, _request: &Request, _verified: Verified) {}
     /// A token was delivered.
     fn token(&mut self, _now: Nanos, _request: &Request, _token: Token) {}
     /// A request's last token was delivered; `first_token` is when its first token was.
@@ -59,6 +74,9 @@ impl<O: Observer> Observer for &mut O {
     }
     fn pass(&mut self, record: &PassRecord<'_>) {
         O::pass(self, record);
+    }
+    fn verified(&mut self, now: Nanos, request: &Request, verified: Verified) {
+        O::verified(self, now, request, verified);
     }
     fn token(&mut self, now: Nanos, request: &Request, token: Token) {
         O::token(self, now, request, token);
@@ -81,6 +99,10 @@ impl<A: Observer, B: Observer> Observer for (A, B) {
     fn pass(&mut self, record: &PassRecord<'_>) {
         self.0.pass(record);
         self.1.pass(record);
+    }
+    fn verified(&mut self, now: Nanos, request: &Request, verified: Verified) {
+        self.0.verified(now, request, verified);
+        self.1.verified(now, request, verified);
     }
     fn token(&mut self, now: Nanos, request: &Request, token: Token) {
         self.0.token(now, request, token);

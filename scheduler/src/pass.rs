@@ -16,8 +16,12 @@ pub enum RowKind {
     /// A token of a prompt, or of a context that is computed again after a preemption.
     Prompt,
     /// Keys and values that an exited token lacks at the depths it skipped; see
-    /// [`KvFill::Backfill`](crate::KvFill::Backfill). The token is already known, so its output is not read.
+    /// [`KvFill::Backfill`](crate::KvFill::Backfill). The token after it is already known, so its output is not read, unless
+    /// that token is a draft and this is the last depth.
     Backfill,
+    /// The next token of a sequence under a policy that [speculates](crate::ExitPolicy::Speculate), where the row must run
+    /// every depth: drafts before it are verified with it.
+    Verify,
 }
 
 /// Consecutive tokens of one sequence at one depth: a decode row, a chunk of a prompt, or a chunk of backfill.
@@ -99,6 +103,12 @@ impl<'a> Pass<'a> {
     #[inline]
     pub fn reads_signal(&self, segment: &Segment) -> bool {
         self.reads.read_signal(segment)
+    }
+
+    /// Whether the rows of a segment have left drafts, and the pass says how many of them full depth confirms.
+    #[inline]
+    pub fn verifies(&self, segment: &Segment) -> bool {
+        self.reads.verifies(segment)
     }
 
     /// Whether the exit head runs for a segment's last row within the pass, whether or not that row exits.

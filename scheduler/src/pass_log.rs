@@ -60,7 +60,7 @@ impl PassRecord<'_> {
         for segment in self.pass.segments {
             let rows = &mut rows_by_depth[usize::from(segment.depth)];
             let of_kind = match segment.kind {
-                RowKind::Decode => &mut rows.decode,
+                RowKind::Decode | RowKind::Verify => &mut rows.decode,
                 RowKind::Prompt => &mut rows.prompt,
                 RowKind::Backfill => &mut rows.backfill,
             };

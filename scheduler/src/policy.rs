@@ -8,7 +8,8 @@ use traces::{ExitSignal, SignalBound};
 
 use crate::custom::CustomPolicy;
 use crate::mix::DepthMix;
-use crate::pass::Segment;
+use crate::pass::{RowKind, Segment};
+use crate::speculation::{DraftExit, Speculation};
 
 /// Which rows may share a pass, and when a finished one is replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -112,6 +113,8 @@ pub enum ExitPolicy {
         /// Depths in a row with the same prediction, at least 2.
         depths: u8,
     },
+    /// As early as a rule says, with a draft that full depth verifies later: the text is that of full depth.
+    Speculate(Speculation),
     /// By a rule that is not built in.
     Custom(CustomPolicy),
 }
@@ -209,19 +212,45 @@ pub struct SignalReads {
     /// From this depth on, the exit head runs for every row that predicts, because the signal needs the head or the row
     /// is certain to exit. At lower depths the head runs after the exits are decided, for the exiting rows together.
     pub head_from: u8,
+    /// The depth at which rows that exited with drafts are verified: the last one under a policy that
+    /// [speculates](ExitPolicy::Speculate), otherwise none, [`NO_DRAFTS`](Self::NO_DRAFTS).
+    pub verified_at: u8,
 }
 
 impl SignalReads {
+    /// The depth at which drafts are verified where there are none.
+    pub const NO_DRAFTS: u8 = u8::MAX;
+
     /// Whether an executor must report the exit signal of a segment's last row.
     #[inline]
     pub fn read_signal(&self, segment: &Segment) -> bool {
-        segment.predicts && segment.depth < self.below && self.signal != SignalRead::None
+        segment.predicts && segment.depth < self.below && self.signal != SignalRead::None && self.may_exit(segment)
     }
 
     /// Whether the exit head runs for a segment's last row within the pass.
     #[inline]
     pub fn run_head(&self, segment: &Segment) -> bool {
-        segment.predicts && segment.depth >= self.head_from
+        segment.predicts
+            & (segment.depth >= self.head_from)
+            & (self.may_exit(segment) | (segment.depth == self.verified_at))
+    }
+
+    /// Whether the pass verifies the drafts that the rows of a segment left.
+    #[inline]
+    pub fn verifies(&self, segment: &Segment) -> bool {
+        (segment.depth == self.verified_at) & (segment.kind == RowKind::Backfill)
+    }
+
+    /// Number of rows of a segment for which the exit head runs within the pass.
+    #[inline]
+    pub fn head_rows(&self, segment: &Segment) -> u32 {
+        if self.verifies(segment) { segment.tokens } else { u32::from(self.run_head(segment)) }
+    }
+
+    /// Whether the last row of a segment may exit before the last depth.
+    #[inline]
+    fn may_exit(&self, segment: &Segment) -> bool {
+        (self.verified_at == Self::NO_DRAFTS) | (segment.kind == RowKind::Decode)
     }
 }
 
@@ -237,6 +266,10 @@ impl ExitPolicy {
             Self::Cumulative { .. } => SignalRead::Signal(ExitSignal::Gate),
             Self::EntropyChange { .. } => SignalRead::Signal(ExitSignal::Entropy),
             Self::Stable { .. } => SignalRead::Repeats,
+            Self::Speculate(Speculation { draft, .. }) => match draft {
+                DraftExit::Static(_) => SignalRead::None,
+                DraftExit::Signal { signal, .. } => SignalRead::Signal(signal),
+            },
             Self::Custom(policy) => policy.reads(),
         }
     }
@@ -248,7 +281,25 @@ impl ExitPolicy {
 
     /// Whether exits depend on how many requests run and wait, and so on how fast passes are.
     pub fn depends_on_load(self) -> bool {
-        matches!(self, Self::LoadAdaptive(_) | Self::Custom(_))
+        match self {
+            Self::LoadAdaptive(_) | Self::Custom(_) => true,
+            Self::Speculate(Speculation { drafts, .. }) => drafts.calm != drafts.busy,
+            _ => false,
+        }
+    }
+
+    /// Whether early exits are drafts, which full depth verifies.
+    pub fn speculates(self) -> bool {
+        matches!(self, Self::Speculate(_))
+    }
+
+    /// The KV fill that a policy is served with where `kv_fill` is asked for. Under one that speculates, every token runs every
+    /// depth in the end, so fills that keep the entries of every depth are all [backfill](KvFill::Backfill).
+    pub fn served_fill(self, kv_fill: KvFill) -> KvFill {
+        match kv_fill {
+            KvFill::Reuse | KvFill::Skip if self.speculates() => KvFill::Backfill,
+            _ => kv_fill,
+        }
     }
 
     /// Whether all tokens of a request exit at one depth, which is known before it runs.
@@ -272,6 +323,7 @@ impl ExitPolicy {
             Self::Cumulative { min_loops, .. } => (min_loops - 1).min(last)..=last,
             Self::Stable { depths } => (depths - 1).min(last)..=last,
             Self::Delayed { .. } | Self::EntropyChange { .. } => 1.min(last)..=last,
+            Self::Speculate(speculation) => speculation.shallowest().min(last)..=last,
         }
     }
 
@@ -288,7 +340,8 @@ impl ExitPolicy {
             // Reading the signal does not need the head. The head runs once, afterwards, also for rows certain to exit.
             _ => u8::MAX,
         };
-        SignalReads { signal: self.signal_read(), below, delay, head_from }
+        let verified_at = if self.speculates() { certain_from } else { SignalReads::NO_DRAFTS };
+        SignalReads { signal: self.signal_read(), below, delay, head_from, verified_at }
     }
 
     /// The values at which rows exit: of the signal, or of what the policy makes of it. The bound of a load-adaptive policy is
@@ -302,6 +355,7 @@ impl ExitPolicy {
             Self::Cumulative { share, .. } => SignalBound::at_least(share),
             Self::EntropyChange { threshold } => ExitSignal::Entropy.bound(threshold),
             Self::Stable { depths } => SignalBound::at_least(f32::from(depths)),
+            Self::Speculate(speculation) => speculation.bound(),
         }
     }
 
@@ -317,7 +371,7 @@ impl ExitPolicy {
     }
 
     /// The kind of policy, without its parameters: `none`, `static`, `mix`, `oracle`, `confidence`, `load-adaptive`,
-    /// `cumulative`, `delayed`, `entropy-change`, `stable`, or the name of a custom one.
+    /// `cumulative`, `delayed`, `entropy-change`, `stable`, `speculate`, or the name of a custom one.
     pub fn kind(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -330,6 +384,7 @@ impl ExitPolicy {
             Self::Delayed { .. } => "delayed",
             Self::EntropyChange { .. } => "entropy-change",
             Self::Stable { .. } => "stable",
+            Self::Speculate(_) => "speculate",
             Self::Custom(policy) => policy.name(),
         }
     }
@@ -347,6 +402,7 @@ impl ExitPolicy {
             | Self::EntropyChange { threshold } => Some(threshold),
             Self::Stable { depths } => Some(depths.into()),
             Self::Cumulative { share, .. } => Some(share),
+            Self::Speculate(Speculation { draft: DraftExit::Signal { threshold, .. }, .. }) => Some(threshold),
             _ => None,
         }
     }
@@ -369,6 +425,7 @@ impl fmt::Display for ExitPolicy {
             Self::Delayed { signal, threshold } => write!(f, "delayed:{signal}:{threshold}"),
             Self::EntropyChange { threshold } => write!(f, "entropy-change:{threshold}"),
             Self::Stable { depths } => write!(f, "stable:{depths}"),
+            Self::Speculate(speculation) => write!(f, "speculate:{speculation}"),
             Self::Custom(policy) => f.write_str(policy.name()),
         }
     }
@@ -381,7 +438,8 @@ impl FromStr for ExitPolicy {
     /// `oracle:recorded:charged`, `confidence:THRESHOLD` (of the top-1 probability),
     /// `confidence:MEASURE:THRESHOLD` or its short form `MEASURE:THRESHOLD`, `delayed:MEASURE:THRESHOLD`,
     /// `cumulative:gate:SHARE` or `cumulative:gate:SHARE:LOOPS`, `entropy-change:THRESHOLD`, `stable:DEPTHS`, and `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH` or
-    /// `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`.
+    /// `load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH:BAND`, and `speculate:MEASURE:THRESHOLD:DRAFTS` or `speculate:static:DEPTH:DRAFTS`,
+    /// where `CALM..BUSY:LOW..HIGH` may stand for `DRAFTS`.
     fn from_str(text: &str) -> Result<Self, PolicyError> {
         Self::built_in(text).or_else(|error| CustomPolicy::registered(text).map(Self::Custom).ok_or(error))
     }
@@ -445,6 +503,7 @@ impl ExitPolicy {
                 let band = band.first().map_or(Ok(LoadThreshold::default_band(low, high)), |band| requests(band))?;
                 Ok(Self::LoadAdaptive(LoadThreshold { signal, calm, busy, low, high, band }))
             }
+            ["speculate", ref rule @ ..] => Speculation::parse(text, rule).map(Self::Speculate),
             [signal, number] => {
                 let signal = signal.parse().map_err(|_| unknown())?;
                 Ok(Self::Confidence { signal, threshold: threshold(number)? })
@@ -566,7 +625,8 @@ pub enum PolicyError {
         "unknown exit policy `{0}`: expected none, static:DEPTH, mix:DEPTH:DEPTH:SHARE, oracle, oracle:charged, oracle:recorded, \
          confidence:THRESHOLD, confidence:SIGNAL:THRESHOLD, SIGNAL:THRESHOLD, delayed:SIGNAL:THRESHOLD, \
          cumulative:gate:SHARE[:LOOPS], entropy-change:THRESHOLD, stable:DEPTHS, \
-         load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH[:BAND] or the name of a registered policy"
+         load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH[:BAND], speculate:SIGNAL:THRESHOLD:DRAFTS, speculate:static:DEPTH:DRAFTS \
+         or the name of a registered policy"
     )]
     Exit(String),
     /// Not a signal.
@@ -584,6 +644,13 @@ pub enum PolicyError {
     /// Not a number of depths that could differ.
     #[error("exit policy `{0}`: expected stable:DEPTHS, at least 2")]
     Stable(String),
+    /// Not a rule and a number of drafts.
+    #[error(
+        "exit policy `{0}`: expected speculate:SIGNAL:THRESHOLD:DRAFTS or speculate:static:DEPTH:DRAFTS with a finite \
+         threshold, a depth from 0 and up to 255 drafts, or CALM..BUSY:LOW..HIGH in place of DRAFTS with whole numbers of \
+         requests, LOW below HIGH"
+    )]
+    Speculation(String),
     /// Not two numbers of requests.
     #[error(
         "exit policy `{0}`: expected load-adaptive:SIGNAL:CALM..BUSY:LOW..HIGH:BAND with whole numbers of requests, LOW below HIGH"
@@ -638,6 +705,9 @@ mod tests {
             "delayed:difference:0.03",
             "cumulative:gate:0.75:2",
             "entropy-change:0.001",
+            "speculate:margin:0.05:4",
+            "speculate:static:1:2",
+            "speculate:gate:0.9:4..0:8..32",
             "stable:6",
             "load-adaptive:top1:1..0.5:4..20:3",
         ];
@@ -693,6 +763,12 @@ mod tests {
             "cumulative:gate:0.5:0",
             "entropy-change:NaN",
             "entropy-change:entropy:0.5",
+            "speculate:margin:0.05",
+            "speculate:margin:inf:4",
+            "speculate:static:-1:4",
+            "speculate:static:1:4:8",
+            "speculate:gate:0.9:4..0:8..8",
+            "speculate:gate:0.9:256",
             "stable:1",
             "stable:256",
             "stable:1.5",

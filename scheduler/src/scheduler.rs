@@ -21,8 +21,10 @@ use crate::pass::{Pass, RowKind, Segment, Slot, exited};
 use crate::policy::{Batching, ExitPolicy, KvFill, SignalRead, SignalReads};
 use crate::work::WorkMeter;
 
+mod drafts;
 mod handover;
 
+use drafts::{Drafts, Exited};
 use handover::Handovers;
 pub use handover::{Handover, Reservation};
 
@@ -145,6 +147,22 @@ pub enum ScheduleError {
     /// Exits that wait for the head, with asynchronous scheduling.
     #[error("exit_wait is {exit_wait} with async_scheduling: expected one of the two")]
     AsyncWait {
+        /// The given wait.
+        exit_wait: u32,
+    },
+    /// Drafts under a KV fill that does not keep the entries of every depth.
+    #[error("exit policy {exit} with kv_fill {kv_fill}: expected kv_fill backfill or first")]
+    SpeculatedFill {
+        /// The given policy.
+        exit: String,
+        /// The given fill.
+        kv_fill: KvFill,
+    },
+    /// Drafts that wait for the head.
+    #[error("exit policy {exit} with an exit_wait of {exit_wait}: expected 0")]
+    SpeculatedWait {
+        /// The given policy.
+        exit: String,
         /// The given wait.
         exit_wait: u32,
     },
@@ -279,9 +297,10 @@ impl Settings {
         }
     }
 
-    /// Whether every row runs every depth and finds the entries of each: what is served is then the text of full depth.
+    /// Whether every token runs every depth and finds the entries of each, sooner or later: what is served is then the text
+    /// of full depth.
     pub fn is_full_depth(&self) -> bool {
-        self.exit == ExitPolicy::None && !self.overwrites() && !self.fills_prompts()
+        (self.exit == ExitPolicy::None || self.exit.speculates()) && !self.overwrites() && !self.fills_prompts()
     }
 
     /// The last depth that the tokens of a request's prompt run, except the one that predicts.
@@ -312,6 +331,11 @@ impl Settings {
     /// Depths, from 0, at which a token that exits at one of them leaves copies of its entries below.
     pub(crate) fn copied_depths(&self) -> u8 {
         if self.fills_deeper() { self.kv_fill.copied_depths(self.num_loops) } else { 0 }
+    }
+
+    /// Whether depths that exited tokens skip run later.
+    fn runs_later(&self) -> bool {
+        self.exit.speculates() || self.kv_fill == KvFill::Backfill && self.fills_deeper()
     }
 
     /// Whether the prompt of some request may run fewer depths than the model has.
@@ -382,6 +406,15 @@ impl Settings {
                 if min_loops > self.num_loops =>
             {
                 Err(ScheduleError::MinLoops { exit: exit.to_string(), min_loops, num_loops: self.num_loops })
+            }
+            ExitPolicy::Speculate(speculation) if speculation.shallowest() >= self.num_loops => {
+                Err(ScheduleError::StaticDepth { depth: speculation.shallowest(), num_loops: self.num_loops })
+            }
+            exit if exit.speculates() && !matches!(self.kv_fill, KvFill::Backfill | KvFill::First) => {
+                Err(ScheduleError::SpeculatedFill { exit: exit.to_string(), kv_fill: self.kv_fill })
+            }
+            exit if exit.speculates() && self.exit_wait > 0 => {
+                Err(ScheduleError::SpeculatedWait { exit: exit.to_string(), exit_wait: self.exit_wait })
             }
             _ if self.prefix_caching && self.overwrites() => {
                 Err(ScheduleError::OverwrittenPrefix { kv_fill: self.kv_fill })
@@ -493,6 +526,8 @@ struct Sequence {
     terms: Terms,
     /// Tokens delivered.
     generated: u32,
+    /// Tokens after those: drafts, and in lockstep batching drafts that were confirmed in this iteration.
+    drafted: u32,
     /// Tokens that run as a prompt: the prompt, and the tokens generated before a preemption.
     context: u32,
     /// Tokens of the context that have started at depth 0 or were found in the prefix cache.
@@ -519,6 +554,7 @@ impl Sequence {
             request,
             terms,
             generated: 0,
+            drafted: 0,
             context: request.prompt_tokens,
             started: 0,
             filled: 0,
@@ -534,7 +570,7 @@ impl Sequence {
 
     /// Number of positions with keys and values once the next decode row has run.
     fn decode_positions(&self) -> u32 {
-        self.request.prompt_tokens + self.generated
+        self.request.prompt_tokens + self.generated + self.drafted
     }
 
     /// End of the next chunk of the context, of up to `allowance` tokens.
@@ -558,6 +594,7 @@ impl Sequence {
 struct Held {
     slot: Slot,
     depth: u8,
+    exited: Exited,
 }
 
 /// How much of the prompts was found in the prefix cache at admission, readmission after a preemption included.
@@ -634,8 +671,10 @@ pub struct Scheduler {
     segments: Vec<Segment>,
     /// Rows in flight that are not in this pass: they wait for backfill or, in lockstep batching, for rows that do.
     stalled: Vec<Segment>,
-    /// Outstanding work of [`KvFill::Backfill`]; `None` under other fills.
+    /// Outstanding work of [`KvFill::Backfill`] or of drafts; `None` without either.
     backlog: Option<Backlog>,
+    /// State of a policy that speculates.
+    drafts: Option<Drafts>,
     /// Indices of the segments whose last row exits after the pass; those of rows that waited follow.
     exiting: Vec<u32>,
     /// Rows that have exited and wait for the head.
@@ -689,8 +728,8 @@ impl Scheduler {
             },
             segments: Vec::new(),
             stalled: Vec::new(),
-            backlog: (settings.kv_fill == KvFill::Backfill && settings.fills_deeper())
-                .then(|| Backlog::new(settings.num_loops, settings.max_batch)),
+            backlog: settings.runs_later().then(|| Backlog::new(settings.num_loops, settings.max_batch)),
+            drafts: Drafts::new(settings.exit),
             exiting: Vec::new(),
             exit_wait: ExitWait::new(&settings),
             held: Vec::new(),
@@ -1101,7 +1140,7 @@ impl Scheduler {
             if !self.tables.grow(slot, positions) {
                 return started;
             }
-            let kind = RowKind::Decode;
+            let kind = self.kind_of_next_row(slot);
             let (start, predicts, generated) = (positions - 1, true, true);
             self.segments.push(Segment { slot, start, tokens: 1, depth: 0, kind, predicts, generated });
             if self.publishing == Publishing::Started {
@@ -1261,6 +1300,7 @@ impl Scheduler {
         self.withdraw(slot);
         sequence.running = false;
         sequence.started = 0;
+        sequence.drafted = 0;
         sequence.context = sequence.decode_positions();
         self.decision.preempt(slot, sequence.request.id);
         if let Some(reach) = self.meter.reach_mut() {
@@ -1304,7 +1344,8 @@ impl Scheduler {
                 Some(depth) => segment.depth >= depth,
                 None => exit.bound().is_reached(signal),
             };
-            terms.exit.map_or(signal, |exit| self.reads.signal.certain(exits(exit)))
+            let own = terms.exit.filter(|_| segment.predicts);
+            own.map_or(signal, |exit| self.reads.signal.certain(exits(exit)))
         };
         own_signals.extend(self.segments.iter().zip(signals).map(decided));
         self.decide_by(&own_signals);
@@ -1342,6 +1383,10 @@ impl Scheduler {
                 let exits = segments.iter().map(|segment| mixed.exits(segment));
                 select(exiting, segments, exits, self.bound, *certain_from);
             }
+            Decision::Drafted(speculation) => {
+                let values = segments.iter().zip(values).map(|(row, signal)| speculation.draft_value(row, signal));
+                select(exiting, segments, values, self.bound, *certain_from);
+            }
             Decision::Custom(custom) => {
                 let exits = |(segment, signal): (&Segment, f32)| {
                     let token = sequences[segment.slot as usize].generated;
@@ -1358,6 +1403,7 @@ impl Scheduler {
             let ends = |segment: &Segment| segment.depth >= sequences[segment.slot as usize].prompt_depth;
             self.exit_wait.decide(segments, exiting, !stalled.is_empty(), self.reads, ends);
         }
+        self.read_verdicts(signals);
         self.meter_exits();
     }
 
@@ -1398,25 +1444,24 @@ impl Scheduler {
         if let Some(backlog) = &mut self.backlog {
             backlog.ran(&self.segments);
         }
-        let lockstep = self.settings.batching.is_lockstep();
         if self.publishing == Publishing::Filled {
             self.publish_filled();
         }
+        self.settle_drafts(now, observer);
         for index in 0..self.exiting.len() {
             let segment = exited(&self.segments, self.exit_wait.late(), self.exiting[index] as usize);
-            let held = Held { slot: segment.slot, depth: segment.depth };
+            let is_draft = self.drafts.is_some() && segment.depth + 1 < self.settings.num_loops;
+            let exited = if is_draft { Exited::Draft } else { Exited::Token };
+            let held = Held { slot: segment.slot, depth: segment.depth, exited };
             if let Some(segment) = self.segments.get_mut(self.exiting[index] as usize) {
                 segment.predicts = false;
             }
-            if lockstep {
-                self.held.push(held);
-            } else {
-                self.deliver(held, now, observer);
-            }
+            self.exit(held, now, observer);
         }
         self.exit_wait.stop(&mut self.segments);
+        self.drop_contradicted();
         self.deepen_segments();
-        if lockstep && !self.any_in_flight() {
+        if self.settings.batching.is_lockstep() && !self.any_in_flight() {
             self.deliver_held(now, observer);
         }
         self.complete_handovers();
@@ -1466,15 +1511,27 @@ impl Scheduler {
     /// Ends an iteration: delivers its tokens, oldest sequence first.
     fn deliver_held(&mut self, now: Nanos, observer: &mut impl Observer) {
         let mut held = std::mem::take(&mut self.held);
-        held.sort_unstable_by_key(|held| self.sequences[held.slot as usize].admission);
+        held.sort_by_key(|held| self.sequences[held.slot as usize].admission);
         for token in held.drain(..) {
             self.deliver(token, now, observer);
         }
         self.held = held;
     }
 
+    /// A token has exited: it is delivered, at once or at the end of the iteration.
     #[inline(always)]
-    fn deliver(&mut self, Held { slot, depth }: Held, now: Nanos, observer: &mut impl Observer) {
+    fn exit(&mut self, held: Held, now: Nanos, observer: &mut impl Observer) {
+        match self.settings.batching.is_lockstep() {
+            true => self.held.push(held),
+            false => self.deliver(held, now, observer),
+        }
+    }
+
+    #[inline(always)]
+    fn deliver(&mut self, Held { slot, depth, exited }: Held, now: Nanos, observer: &mut impl Observer) {
+        if exited == Exited::Draft {
+            return self.keep_draft(slot);
+        }
         let sequence = &self.sequences[slot as usize];
         if self.leaves(&sequence.request) {
             return self.hold_for_handover(slot, depth);
@@ -1486,6 +1543,7 @@ impl Scheduler {
             sequence.first_token = now;
         }
         sequence.generated += 1;
+        sequence.drafted -= u32::from(exited == Exited::Confirmed);
         sequence.last_token = now;
         let finished = sequence.is_finished();
         observer.token(now, &sequence.request, Token { index, depth, previous });
@@ -1494,6 +1552,7 @@ impl Scheduler {
         }
         match finished {
             true => self.finish(slot, now, observer),
+            false if exited == Exited::Confirmed => {}
             false => self.ready.push(slot),
         }
     }

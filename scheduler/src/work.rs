@@ -128,7 +128,7 @@ fn derive_work(
         squared_history += u128::from(u64::from(history) * u64::from(history));
         found.longest_decode_history = found.longest_decode_history.max(history);
         found.embed_rows += if segment.depth == 0 { tokens } else { 0 };
-        found.head_rows += u32::from(reads.run_head(segment));
+        found.head_rows += reads.head_rows(segment);
         depths |= 1 << segment.depth;
     }
     found.squared_decode_history = squared_history as f64;

@@ -6,6 +6,7 @@ use latency::{LatencyModel, PassAccount, nanos};
 use scheduler::{Executor, Pass, Settings, Slot};
 use traces::{Nanos, Request};
 
+use crate::drafts::Drafts;
 use crate::exits::{Cursor, ExitError, ExitModel};
 use crate::spread::Spread;
 
@@ -20,6 +21,8 @@ pub struct ProfileExecutor<'m> {
     known: HashMap<u32, Cursor>,
     /// By slot: output tokens of its request.
     outputs: Vec<u32>,
+    /// `None` unless the policy speculates.
+    drafts: Option<Drafts>,
     /// `None` where every time is the median of the profile.
     spread: Option<Spread>,
     tokens: u64,
@@ -36,6 +39,7 @@ impl<'m> ProfileExecutor<'m> {
             cursors: vec![Cursor::default(); settings.max_batch as usize],
             known: HashMap::new(),
             outputs: vec![0; settings.max_batch as usize],
+            drafts: Drafts::new(settings),
             spread: None,
             tokens: 0,
             agreeing: 0,
@@ -48,7 +52,7 @@ impl<'m> ProfileExecutor<'m> {
         Self { spread: Some(Spread::new(seed)), ..self }
     }
 
-    /// Number of tokens emitted so far.
+    /// Number of tokens emitted so far, without drafts of which full depth has not decided.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
@@ -89,6 +93,9 @@ impl Executor for ProfileExecutor<'_> {
 
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), ExitError> {
         self.outputs[slot as usize] = request.output_tokens;
+        if let Some(drafts) = &mut self.drafts {
+            drafts.clear(slot);
+        }
         let known = self.known.remove(&request.id).filter(|cursor| cursor.progress() == (request.id, generated));
         self.cursors[slot as usize] = match known {
             Some(cursor) => cursor,
@@ -109,13 +116,25 @@ impl Executor for ProfileExecutor<'_> {
 
     fn run(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<Nanos, ExitError> {
         self.exits.read_signals(pass, &self.cursors, signals);
+        if let Some(drafts) = &mut self.drafts {
+            let certain = drafts.verify(self.exits, pass, &mut self.cursors, signals);
+            self.tokens += certain;
+            self.agreeing += certain;
+        }
         let ns = self.latency.run_ns(pass.work, &mut self.account);
         Ok(self.drawn(ns, |latency| latency.squared_run_spread(pass.work)))
     }
 
     fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, ExitError> {
-        self.agreeing += self.exits.exit(pass, exiting, &mut self.cursors);
-        self.tokens += exiting.len() as u64;
+        let (tokens, agreeing) = match &mut self.drafts {
+            Some(drafts) => {
+                let certain = drafts.exit(self.exits, pass, exiting, &mut self.cursors);
+                (certain, certain)
+            }
+            None => (exiting.len() as u64, self.exits.exit(pass, exiting, &mut self.cursors)),
+        };
+        self.tokens += tokens;
+        self.agreeing += agreeing;
         let ns = self.latency.exit_ns(pass.work, &mut self.account);
         Ok(self.drawn(ns, |latency| latency.squared_exit_spread(pass.work)))
     }

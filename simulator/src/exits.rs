@@ -332,6 +332,15 @@ impl ExitModel {
         agreeing
     }
 
+    /// The position of the token after that at a cursor, where no token exits early for good.
+    pub(crate) fn next(&self, cursor: &Cursor) -> Cursor {
+        let row = cursor.row + usize::from(self.num_loops);
+        match row == cursor.end {
+            true => self.drawn(cursor.request, cursor.draws),
+            false => Cursor { row, ..*cursor },
+        }
+    }
+
     /// As [`exit`](Self::exit), where the next token depends on the history.
     fn exit_after(&self, history: &History, pass: &Pass<'_>, exiting: &[u32], cursors: &mut [Cursor]) -> u64 {
         let num_loops = usize::from(self.num_loops);
@@ -694,7 +703,13 @@ mod tests {
         let read = |depth| {
             let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
             let mut signals = [f32::NAN];
-            let reads = SignalReads { signal: SignalRead::Oracle, below: 1, delay: 0, head_from: 0 };
+            let reads = SignalReads {
+                signal: SignalRead::Oracle,
+                below: 1,
+                delay: 0,
+                head_from: 0,
+                verified_at: SignalReads::NO_DRAFTS,
+            };
             let pass = Pass::new(&segments, reads, &tables, &work);
             model.read_signals(&pass, &[cursor], &mut signals);
             signals[0]
@@ -723,7 +738,8 @@ mod tests {
             let segments = [Segment { slot: 0, start: 1, tokens: 1, depth, kind, predicts: true, generated: true }];
             let read = |signal| {
                 let mut signals = [f32::NAN];
-                let reads = SignalReads { signal, below: 1, delay: 0, head_from: 0 };
+                let reads =
+                    SignalReads { signal, below: 1, delay: 0, head_from: 0, verified_at: SignalReads::NO_DRAFTS };
                 let pass = Pass::new(&segments, reads, &tables, &work);
                 model.read_signals(&pass, &[cursor], &mut signals);
                 signals[0]

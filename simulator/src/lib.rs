@@ -59,6 +59,7 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod capacity;
+mod drafts;
 pub mod executor;
 pub mod exits;
 pub mod memory;

@@ -72,6 +72,14 @@ pub enum SimulationError {
         /// Fill in the settings.
         settings: KvFill,
     },
+    /// Drafts, with an exit trace of tokens that exited for good.
+    #[error(
+        "exit policy {exit}: the exit trace was recorded under exit policies, expected one that was recorded at full depth"
+    )]
+    Speculation {
+        /// The policy.
+        exit: String,
+    },
     /// No machines.
     #[error("no replicas: expected at least 1")]
     NoReplicas,
@@ -193,6 +201,9 @@ impl<'m> Simulation<'m> {
                 profile: latency.num_loops(),
                 exits: exits.num_loops(),
             });
+        }
+        if exits.kv_fill().is_some() && settings.exit.speculates() {
+            return Err(SimulationError::Speculation { exit: settings.exit.to_string() });
         }
         if let Some(recorded) = exits.kv_fill().filter(|&recorded| recorded != settings.kv_fill) {
             return Err(SimulationError::KvFill { recorded, settings: settings.kv_fill });

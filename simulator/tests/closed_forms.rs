@@ -262,6 +262,29 @@ fn backfill_is_free_where_a_pass_takes_no_longer_for_more_rows() {
     }
 }
 
+#[test]
+fn drafts_that_are_right_by_chance_give_the_tokens_of_a_truncated_geometric_series() {
+    let (num_loops, tokens) = (4, 4_000);
+    for (right, drafts) in [(0.9, 4), (0.7, 1), (0.5, 8), (0.0, 3), (1.0, 5)] {
+        let exits = drawn_exits(&[right, 0.0, 0.0, 1.0 - right], 60, tokens as usize, 17);
+        for batching in Batching::ALL {
+            let exit = format!("speculate:static:0:{drafts}");
+            let settings = Settings { kv_fill: KvFill::Backfill, ..settings(batching, &exit, num_loops, 1) };
+            let summary = simulate(settings, &constant_latency(num_loops.into()), &exits, queued(20, 1, tokens));
+            let expected: f64 = (0..=drafts).map(|draft| f64::powi(right, draft)).sum();
+            let found = summary.tokens_per_verification.unwrap();
+            assert_close(found, expected, 0.02);
+            // Each draft takes a pass, and the row that verifies them takes one for each loop.
+            let passes = f64::from(drafts) + f64::from(num_loops);
+            assert_close(summary.throughput_tok_s, expected / (passes * PASS.as_secs_f64()), 0.02);
+            let acceptance = summary.draft_acceptance.unwrap();
+            assert!((acceptance - right).abs() < 0.01, "{batching}: {acceptance}, expected {right}");
+            assert_eq!((summary.token_agreement, summary.mean_depth), (Some(1.0), f64::from(num_loops)));
+            assert_eq!(summary.wasted_rows == Some(0), right == 1.0);
+        }
+    }
+}
+
 /// Integrates the number of running sequences over time, and the lengths of their stays.
 #[derive(Default)]
 struct Little {

@@ -17,7 +17,7 @@ use itertools::iproduct;
 use latency::LatencyModel;
 use scheduler::{
     Batching, Clock, CustomExit, CustomPolicy, ExitPolicy, ExitRow, KvFill, Memory, Observer, PassRecord, RowKind,
-    Settings, SignalRead, Token,
+    Settings, SignalRead, Token, Verified,
 };
 use simulator::{Draw, ExitModel, Outcome, Simulation};
 use traces::{
@@ -212,6 +212,71 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
         }
         let backfills = kv_fill == KvFill::Backfill && exit.known_depth(0, num_loops).is_none();
         assert_eq!(measured.backfill > 0, backfills, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+    }
+}
+
+#[test]
+fn drafts_are_verified_and_taken_back_in_the_very_passes_that_are_simulated() {
+    let Recorded { engine, requests, latency, model, .. } = Recorded::new();
+    let num_loops = engine.num_loops();
+    let full_depth = settings(Batching::Sequence, ExitPolicy::None, 1000, num_loops);
+    let full_depth = engine.replay(full_depth, &requests, None, Idle::Skip, &mut ()).unwrap();
+    // With one draft, or with drafts at a fixed depth, no signal of a row behind a wrong draft is read.
+    let policies = ["speculate:static:0:3", "speculate:static:1:1", "speculate:static:2:200", "speculate:margin:0.1:1"];
+    for (batching, exit, num_blocks) in iproduct!(Batching::ALL, policies, [1000, 8]) {
+        let of_case = settings(batching, exit.parse().unwrap(), num_blocks, num_loops);
+        let settings = Settings { kv_fill: KvFill::Backfill, ..of_case };
+        let (mut measured, mut verified) = (Log::default(), Drafts::default());
+        let served = engine.replay(settings, &requests, None, Idle::Skip, &mut (&mut measured, &mut verified)).unwrap();
+        let case = format!("{batching}, {exit}, {num_blocks} blocks");
+        let mut simulated = [(Log::default(), Drafts::default())];
+        let simulation = Simulation::new(settings, &latency, &model).unwrap();
+        let outcome = simulation.run(requests.iter().copied(), &mut simulated).unwrap();
+        let [simulated] = simulated;
+        assert_eq!((measured, verified), simulated, "{case}");
+        assert_eq!(
+            (outcome.tokens, outcome.agreeing_tokens),
+            (simulated.0.tokens.len() as u64, outcome.tokens),
+            "{case}"
+        );
+        assert_eq!(simulated.0.preemptions > 0, num_blocks == 8, "{case}");
+        for (request, text) in &full_depth {
+            assert_eq!(served[request].tokens, text.tokens, "{case}, request {request}");
+        }
+        let Verified { accepted, rejected, .. } = simulated.1.0;
+        assert!(accepted > 20 && rejected > 3, "{case}: {accepted} accepted, {rejected} rejected");
+    }
+}
+
+#[test]
+fn behind_wrong_drafts_the_simulator_reads_signals_of_right_ones() {
+    let Recorded { engine, requests, latency, model, .. } = Recorded::new();
+    let exit = "speculate:margin:0.1:4".parse().unwrap();
+    for batching in Batching::ALL {
+        let of_case = settings(batching, exit, 1000, engine.num_loops());
+        let settings = Settings { kv_fill: KvFill::Backfill, ..of_case };
+        let mut measured = (Log::default(), Drafts::default());
+        engine.replay(settings, &requests, None, Idle::Skip, &mut measured).unwrap();
+        let mut simulated = [(Log::default(), Drafts::default())];
+        let simulation = Simulation::new(settings, &latency, &model).unwrap();
+        simulation.run(requests.iter().copied(), &mut simulated).unwrap();
+        let [simulated] = simulated;
+        let [measured, simulated] = [measured, simulated].map(|(log, drafts)| (log.passes.len() as f64, drafts.0));
+        assert!((simulated.0 / measured.0 - 1.0).abs() < 0.05, "{batching}: {simulated:?}, measured {measured:?}");
+        assert_ne!(simulated.1.dropped, 0, "{batching}");
+    }
+}
+
+/// Sums of what full depth says of drafts.
+#[derive(Debug, Default, PartialEq)]
+struct Drafts(Verified);
+
+impl Observer for Drafts {
+    fn verified(&mut self, _: Nanos, _: &Request, verified: Verified) {
+        self.0.accepted += verified.accepted;
+        self.0.rejected += verified.rejected;
+        self.0.dropped += verified.dropped;
+        self.0.wasted_rows += verified.wasted_rows;
     }
 }
 

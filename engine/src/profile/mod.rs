@@ -441,10 +441,16 @@ impl Profiler {
         let segments = self.segments(shape, turn);
         let reads = match shape {
             // The exits of these rows are not known before the pass, so the head does not run within it.
-            Shape::Head { .. } => SignalReads { signal: SignalRead::Oracle, below: 0, delay: 0, head_from: u8::MAX },
+            Shape::Head { .. } => SignalReads {
+                signal: SignalRead::Oracle,
+                below: 0,
+                delay: 0,
+                head_from: u8::MAX,
+                verified_at: SignalReads::NO_DRAFTS,
+            },
             _ => {
                 let signal = SignalRead::Signal(ExitSignal::Top1);
-                SignalReads { signal, below: u8::MAX, delay: 0, head_from: 0 }
+                SignalReads { signal, below: u8::MAX, delay: 0, head_from: 0, verified_at: SignalReads::NO_DRAFTS }
             }
         };
         let exiting: Vec<u32> = if segments[0].predicts { (0..segments.len() as u32).collect() } else { Vec::new() };

@@ -23,8 +23,9 @@ impl PassRows {
     }
 }
 
-/// Kinds of rows, in the order of [`RowKind`](scheduler::RowKind): decode, prompt, backfill.
-const KINDS: usize = 3;
+/// Kinds of rows, in the order of [`RowKind`](scheduler::RowKind): decode, prompt, backfill, and those that verify drafts,
+/// which are decode rows as well.
+const KINDS: usize = 4;
 
 /// Mean rows at each depth, in slices of time. The width of the slices doubles whenever the run has more than
 /// [`SLICES`](Self::SLICES) of them.
@@ -85,7 +86,8 @@ impl DepthRows {
         }
         pairs.remainder().iter().for_each(|segment| count(&mut self.pass, segment));
         self.pass.iter_mut().zip(&self.others).for_each(|(sum, others)| add(sum, others));
-        for [decode, prefill, backfill] in &self.pass {
+        for [decode, prefill, backfill, verify] in &mut self.pass {
+            *decode += std::mem::take(verify);
             rows.decode += *decode as u32;
             rows.prefill += *prefill as u32;
             rows.backfill += *backfill as u32;
@@ -145,7 +147,7 @@ impl DepthRows {
 
     /// The lines of `depth_rows.csv`: by slice, then by depth.
     pub fn records(&self) -> impl Iterator<Item = DepthRowsRecord> {
-        self.row_time.iter().enumerate().map(|(index, &[decode, prefill, backfill])| DepthRowsRecord {
+        self.row_time.iter().enumerate().map(|(index, &[decode, prefill, backfill, _])| DepthRowsRecord {
             start_s: ((index / self.num_loops) as u64 * self.width_ns) as f64 / 1e9,
             width_s: self.width_ns as f64 / 1e9,
             depth: (index % self.num_loops) as u32,

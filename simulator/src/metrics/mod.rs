@@ -17,7 +17,7 @@ pub(crate) use records::RequestLatencies;
 pub use records::{PassRow, RequestRow};
 pub use summary::{Source, Summary, write_csv};
 
-use scheduler::{Observer, Settings, Token};
+use scheduler::{Observer, Settings, Token, Verified};
 use traces::{Nanos, Request};
 
 use crate::objectives::Objectives;
@@ -50,6 +50,7 @@ struct Totals {
     /// Passes of all tokens: exit depth plus one of each.
     token_passes: u64,
     preemptions: u64,
+    drafts: DraftTotals,
     passes: u64,
     row_visits: u64,
     backfill_rows: u64,
@@ -68,6 +69,14 @@ struct Totals {
     longest_blocks: u32,
     first_arrival: Option<Nanos>,
     last_token: Nanos,
+}
+
+/// What full depth has said of drafts.
+#[derive(Clone, Copy, Debug, Default)]
+struct DraftTotals {
+    accepted: u64,
+    rejected: u64,
+    wasted_rows: u64,
 }
 
 impl Metrics {
@@ -192,6 +201,9 @@ impl Totals {
         self.tokens += other.tokens;
         self.token_passes += other.token_passes;
         self.preemptions += other.preemptions;
+        self.drafts.accepted += other.drafts.accepted;
+        self.drafts.rejected += other.drafts.rejected;
+        self.drafts.wasted_rows += other.drafts.wasted_rows;
         self.passes += other.passes;
         self.row_visits += other.row_visits;
         self.backfill_rows += other.backfill_rows;
@@ -243,6 +255,13 @@ impl Observer for Metrics {
         if let Some(passes) = &mut self.passes {
             passes.push(PassRow::new(record, rows));
         }
+    }
+
+    fn verified(&mut self, _now: Nanos, _request: &Request, verified: Verified) {
+        let drafts = &mut self.totals.drafts;
+        drafts.accepted += u64::from(verified.accepted);
+        drafts.rejected += u64::from(verified.rejected);
+        drafts.wasted_rows += u64::from(verified.wasted_rows);
     }
 
     #[inline]

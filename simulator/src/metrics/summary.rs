@@ -7,7 +7,7 @@ use std::path::Path;
 use scheduler::{Batching, KvFill};
 use serde::{Deserialize, Serialize};
 
-use super::{Distribution, Metrics};
+use super::{Distribution, DraftTotals, Metrics};
 
 /// Whether the times of a run were measured or simulated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -145,6 +145,16 @@ pub struct Summary {
     pub passes: u64,
     /// Rows of backfill: depths that exited tokens run later.
     pub backfill_rows: u64,
+    /// Drafts that full depth confirmed, as a share of those of which it decided; empty unless the exit policy speculates.
+    #[serde(default)]
+    pub draft_acceptance: Option<f64>,
+    /// Tokens after the first of a request per token that full depth itself predicted: 1 without drafts, and at most 1 more
+    /// than the drafts that a sequence may have. Empty unless the exit policy speculates.
+    #[serde(default)]
+    pub tokens_per_verification: Option<f64>,
+    /// Rows that ran for drafts which were taken back; empty unless the exit policy speculates.
+    #[serde(default)]
+    pub wasted_rows: Option<u64>,
     /// Number of preemptions.
     pub preemptions: u64,
     /// Share of context tokens (of prompts, and of tokens that preempted requests had generated) that prefix caching
@@ -194,6 +204,9 @@ impl Metrics {
         let busy = totals.busy as f64;
         let settings = &self.settings;
         let blocks = u64::from(settings.num_blocks);
+        let DraftTotals { accepted, rejected, wasted_rows } = totals.drafts;
+        let speculates = settings.exit.speculates();
+        let later_tokens = totals.tokens.saturating_sub(totals.requests);
         let [ttft_mean_ms, ttft_p50_ms, ttft_p90_ms, ttft_p99_ms] = mean_and_tail(&self.ttft);
         let [tpot_mean_ms, tpot_p50_ms, tpot_p90_ms, tpot_p99_ms] = mean_and_tail(&self.tpot);
         let [itl_mean_ms, itl_p50_ms, itl_p90_ms, itl_p99_ms] = mean_and_tail(&self.itl);
@@ -255,6 +268,9 @@ impl Metrics {
             busy: busy / 1e9 / makespan_s / f64::from(self.machines),
             passes: totals.passes,
             backfill_rows: totals.backfill_rows,
+            draft_acceptance: speculates.then(|| accepted as f64 / (accepted + rejected) as f64),
+            tokens_per_verification: speculates.then(|| later_tokens as f64 / (later_tokens - accepted) as f64),
+            wasted_rows: speculates.then_some(wasted_rows),
             preemptions: totals.preemptions,
             prefix_hit_rate: None,
             transfers: None,
