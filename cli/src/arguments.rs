@@ -292,7 +292,8 @@ pub struct ServingArgs {
     /// depth, the others at another), baselines (none, every static depth, and even mixes of neighbours), oracle,
     /// oracle:charged, oracle:recorded, confidence:THRESHOLD, MEASURE:THRESHOLD (top1, margin, entropy, similarity, difference, kl, gate),
     /// delayed:MEASURE:THRESHOLD, cumulative:gate:SHARE[:LOOPS], entropy-change:THRESHOLD, stable:DEPTHS, load-adaptive:MEASURE:CALM..BUSY:LOW..HIGH[:BAND] (a
-    /// threshold that follows the number of requests)
+    /// threshold that follows the number of requests), speculate:MEASURE:THRESHOLD:DRAFTS and speculate:static:DEPTH:DRAFTS (exits
+    /// are drafts, which full depth verifies)
     #[arg(long, value_delimiter = ',', default_value = "baselines,oracle,confidence:0.9", value_name = "POLICIES")]
     pub exit: Vec<ExitChoice>,
     /// What later tokens find at the depths that an exited token did not run: reuse (copies of the keys and values of

@@ -187,6 +187,7 @@ impl Engine {
             RecordedPolicy::Policy(exit) if exit.follows_recording() => {
                 return Err(ReplayError::FollowsRecording(exit));
             }
+            RecordedPolicy::Policy(exit) if exit.speculates() => return Err(ReplayError::Speculates(exit)),
             RecordedPolicy::Policy(exit) => exit,
             RecordedPolicy::Random(_) => ExitPolicy::Oracle { charged: false, recorded: false },
         };

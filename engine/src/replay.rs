@@ -53,6 +53,9 @@ pub enum ReplayError {
     /// An exit policy that follows a recording where none is.
     #[error("exit policy {0} follows a recording at full depth: expected another policy here")]
     FollowsRecording(ExitPolicy),
+    /// A recording under a policy whose text is that of full depth.
+    #[error("exit policy {0}: what it serves is the text of full depth, expected a recording at full depth")]
+    Speculates(ExitPolicy),
     /// An exit policy that reads gates of a model without gates.
     #[error("exit policy {0}: the model has no gates, expected another signal")]
     NoGates(ExitPolicy),

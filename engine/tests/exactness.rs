@@ -931,13 +931,15 @@ proptest! {
         exit in prop::sample::select(SPECULATING.to_vec()), kv_fill in prop::sample::select(vec![KvFill::Backfill, KvFill::First]),
         batching in prop::sample::select(Batching::ALL.to_vec()), weight_type in prop::sample::select(WeightType::ON_CPU.to_vec()),
         max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
-        temperature in prop_oneof![Just(0.0_f32), Just(0.8)], own in any::<bool>(),
+        temperature in prop_oneof![Just(0.0_f32), Just(0.8)], own in any::<bool>(), exit_wait in 0_u32..4,
     ) {
         let config = ModelConfig { gate: true, num_loops: config.num_loops.max(2), ..config };
         let setup = Setup::new(&config, weight_type, seed, temperature);
         let settings = Settings {
             kv_fill, max_batch, prefill_chunk, num_blocks,
             token_budget: max_batch + spare_budget,
+            // Tokens cannot be chosen from logits where exits wait.
+            exit_wait: if own { 0 } else { exit_wait },
             ..Settings::new(batching, exit.parse().unwrap(), config.num_loops as u8)
         };
         let own_rules = [

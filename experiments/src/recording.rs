@@ -75,7 +75,8 @@ fn live_exits(
         return Ok(depths.map(|depths: std::sync::Arc<ExitDepths>| by_request(&|id| depths[&id].clone())));
     }
     let reads_signal = matches!(settings.exit.signal_read(), SignalRead::Signal(_) | SignalRead::Repeats);
-    if !reads_signal || settings.exit.depends_on_load() {
+    // Drafts are verified against the recording at full depth.
+    if !reads_signal || settings.exit.depends_on_load() || settings.exit.speculates() {
         return Ok(None);
     }
     let at_once = Request::at_once(requests);

@@ -390,7 +390,8 @@ fn exit_depth(exits: &ExitTrace, policy: ExitPolicy, request: u32, token: usize)
             };
             Some((0..last).find(is_stable).unwrap_or(last))
         }
-        ExitPolicy::LoadAdaptive(_) | ExitPolicy::Custom(_) => None,
+        // Drafts depend on each other.
+        ExitPolicy::LoadAdaptive(_) | ExitPolicy::Speculate(_) | ExitPolicy::Custom(_) => None,
     }
 }
 

@@ -158,14 +158,6 @@ pub enum ScheduleError {
         /// The given fill.
         kv_fill: KvFill,
     },
-    /// Drafts that wait for the head.
-    #[error("exit policy {exit} with an exit_wait of {exit_wait}: expected 0")]
-    SpeculatedWait {
-        /// The given policy.
-        exit: String,
-        /// The given wait.
-        exit_wait: u32,
-    },
     /// A batch of exits without a wait in which it could gather.
     #[error("exit_batch is {exit_batch} with an exit_wait of 0: expected 0, or an exit_wait of at least 1")]
     BatchWithoutWait {
@@ -412,9 +404,6 @@ impl Settings {
             }
             exit if exit.speculates() && !matches!(self.kv_fill, KvFill::Backfill | KvFill::First) => {
                 Err(ScheduleError::SpeculatedFill { exit: exit.to_string(), kv_fill: self.kv_fill })
-            }
-            exit if exit.speculates() && self.exit_wait > 0 => {
-                Err(ScheduleError::SpeculatedWait { exit: exit.to_string(), exit_wait: self.exit_wait })
             }
             _ if self.prefix_caching && self.overwrites() => {
                 Err(ScheduleError::OverwrittenPrefix { kv_fill: self.kv_fill })

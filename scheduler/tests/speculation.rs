@@ -322,12 +322,12 @@ prop_compose! {
     fn settings()(
         exit in prop::sample::select(POLICIES.to_vec()), batching in prop::sample::select(Batching::ALL.to_vec()),
         num_loops in 2u8..5, max_batch in 1u32..9, slack in 0u32..40, prefill_chunk in 1u32..50, block_tokens in 1u32..9,
-        spare_blocks in 0u32..40, prefix_caching in any::<bool>(),
+        spare_blocks in 0u32..40, prefix_caching in any::<bool>(), exit_wait in 0u32..5,
         kv_fill in prop::sample::select(vec![KvFill::Backfill, KvFill::First]),
     ) -> Settings {
         Settings {
-            kv_fill, max_batch, token_budget: max_batch + slack, prefill_chunk, block_tokens, prefix_caching,
-            num_blocks: 60 / block_tokens + 1 + spare_blocks, ..Settings::new(batching, exit.parse().unwrap(), num_loops)
+            kv_fill, max_batch, token_budget: max_batch + slack, prefill_chunk, block_tokens, prefix_caching, exit_wait,
+            exit_batch: if exit_wait == 0 { 0 } else { slack % 4 }, num_blocks: 60 / block_tokens + 1 + spare_blocks, ..Settings::new(batching, exit.parse().unwrap(), num_loops)
         }
     }
 }
@@ -432,7 +432,6 @@ fn settings_under_which_drafts_cannot_be_verified_are_refused() {
     let settings = one_sequence("speculate:static:0:3", Batching::Depth);
     let refused = |settings: Settings| settings.check().unwrap_err().to_string();
     assert!(refused(Settings { kv_fill: KvFill::Reuse, ..settings }).ends_with("expected kv_fill backfill or first"));
-    assert!(refused(Settings { exit_wait: 2, ..settings }).ends_with("exit_wait of 2: expected 0"));
     assert!(refused(Settings { async_scheduling: true, ..settings }).contains("async_scheduling"));
     let deep = Settings { exit: "speculate:static:4:3".parse().unwrap(), ..settings };
     assert_eq!(deep.check(), Err(ScheduleError::StaticDepth { depth: 4, num_loops: 4 }));

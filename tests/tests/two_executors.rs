@@ -223,12 +223,12 @@ fn drafts_are_verified_and_taken_back_in_the_very_passes_that_are_simulated() {
     let full_depth = engine.replay(full_depth, &requests, None, Idle::Skip, &mut ()).unwrap();
     // With one draft, or with drafts at a fixed depth, no signal of a row behind a wrong draft is read.
     let policies = ["speculate:static:0:3", "speculate:static:1:1", "speculate:static:2:200", "speculate:margin:0.1:1"];
-    for (batching, exit, num_blocks) in iproduct!(Batching::ALL, policies, [1000, 8]) {
+    for (batching, exit, num_blocks, exit_wait) in iproduct!(Batching::ALL, policies, [1000, 8], [0, 3]) {
         let of_case = settings(batching, exit.parse().unwrap(), num_blocks, num_loops);
-        let settings = Settings { kv_fill: KvFill::Backfill, ..of_case };
+        let settings = Settings { kv_fill: KvFill::Backfill, exit_wait, ..of_case };
         let (mut measured, mut verified) = (Log::default(), Drafts::default());
         let served = engine.replay(settings, &requests, None, Idle::Skip, &mut (&mut measured, &mut verified)).unwrap();
-        let case = format!("{batching}, {exit}, {num_blocks} blocks");
+        let case = format!("{batching}, {exit}, {num_blocks} blocks, wait {exit_wait}");
         let mut simulated = [(Log::default(), Drafts::default())];
         let simulation = Simulation::new(settings, &latency, &model).unwrap();
         let outcome = simulation.run(requests.iter().copied(), &mut simulated).unwrap();

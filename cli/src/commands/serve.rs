@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use engine::Sampling;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use server::{ChatTemplate, Limits, Model, Recording};
@@ -105,6 +105,9 @@ pub fn run(args: Args) -> Result<()> {
     };
     let name = args.name.clone().unwrap_or_else(|| named.name.clone());
     let recording = args.record.clone().map(|folder| recording(folder, &named, &settings, args.record_all_depths));
+    if recording.is_some() && settings.exit.speculates() {
+        bail!("--record with --exit {}: the text is that of full depth, record under --exit none", settings.exit);
+    }
     let listener = TcpListener::bind(address).with_context(|| format!("cannot listen at {address}"))?;
     let stop = interrupt::flag();
     note!(

@@ -75,7 +75,7 @@ struct DepthsArgs {
     /// Folder of an exit trace
     #[arg(value_name = "EXITS")]
     exits: PathBuf,
-    /// Exit policy that decides the depths; not load-adaptive
+    /// Exit policy that decides the depths; neither load-adaptive nor speculating
     #[arg(long, value_name = "POLICY")]
     exit: ExitPolicy,
     /// JSON file to write

@@ -12,7 +12,7 @@ use traces::Nanos;
 
 use super::{Held, Scheduler};
 use crate::observe::{Observer, Verified};
-use crate::pass::{RowKind, Slot};
+use crate::pass::{RowKind, Slot, exited};
 use crate::policy::ExitPolicy;
 use crate::speculation::DraftLimit;
 
@@ -78,8 +78,10 @@ impl Scheduler {
             let kept = (accepted < segment.tokens).then_some(segment.start + accepted + 1);
             drafts.verdicts.push(Verdict { slot: segment.slot, accepted, kept });
         }
+        let Self { segments, exiting, exit_wait, .. } = self;
         for verdict in drafts.verdicts.iter().filter(|verdict| verdict.kept.is_some()) {
-            self.exiting.retain(|&index| self.segments[index as usize].slot != verdict.slot);
+            exit_wait.withdraw(verdict.slot);
+            exiting.retain(|&index| exited(segments, exit_wait.late(), index as usize).slot != verdict.slot);
         }
     }
 
