@@ -45,6 +45,7 @@
 //!     kv_bytes_per_token: 0,
 //!     memory: None,
 //!     kv_fill: None,
+//!     decode_q_len: None,
 //! };
 //! let folder = tempfile::tempdir()?;
 //! let components = [Component::Block, Component::Embed, Component::Head];

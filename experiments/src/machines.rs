@@ -248,6 +248,7 @@ mod tests {
             kv_bytes_per_token: 10,
             memory: Some(MemoryFigures { device_bytes: Some(device_bytes), ..MemoryFigures::default() }),
             kv_fill: None,
+            decode_q_len: None,
         };
         let points = [Component::Block, Component::Embed, Component::Head].map(point).to_vec();
         LatencyModel::new(&LatencyProfile { meta, points, mixed_attention: None }).unwrap()

@@ -104,6 +104,7 @@ mod tests {
             kv_bytes_per_token: 0,
             memory: None,
             kv_fill: None,
+            decode_q_len: None,
         };
         LatencyProfile { meta, points: vec![point(1), point(64)], mixed_attention: None }
     }

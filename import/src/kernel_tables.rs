@@ -62,6 +62,9 @@ pub struct KernelTables {
 struct Products(BTreeMap<(u32, u32), Curve>);
 
 /// Number types in the tables: of models without quantization, and of the layers of quantized models.
+/// Tokens of one sequence whose attention takes what as many decode rows take: kernels for speculative decoding, such as
+/// FlashInfer's and FlashAttention's with several queries, are timed in the tables with one query only.
+const DECODE_Q_LEN: u32 = 16;
 const FULL: &str = "bfloat16";
 const FP8: &str = "fp8";
 const FP8_BLOCKS: &str = "fp8_block";
@@ -202,6 +205,7 @@ impl KernelTables {
                     ..memory_figures(shape)
                 }),
                 kv_fill: None,
+                decode_q_len: Some(DECODE_Q_LEN),
             },
             points,
             mixed_attention: None,

@@ -142,6 +142,7 @@ impl LayerTables {
                 kv_bytes_per_token: shape.num_loops * shape.kv_bytes_per_depth(),
                 memory: Some(memory_figures(shape)),
                 kv_fill: None,
+                decode_q_len: None,
             },
             points,
             mixed_attention: Some(MixedAttention {

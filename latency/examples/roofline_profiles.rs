@@ -144,6 +144,7 @@ impl Device {
             kv_bytes_per_token: gemma::LOOPS * gemma::KV_OF_DEPTH,
             memory: Some(MemoryFigures { device_bytes: Some(self.memory_bytes), ..MemoryFigures::default() }),
             kv_fill: None,
+            decode_q_len: None,
         };
         LatencyProfile { meta, points: self.points(), mixed_attention: None }
     }

@@ -1,6 +1,6 @@
 //! The latency model of a profile: time of a pass from its work.
 
-use traces::{Component, LatencyProfile, Nanos, PassWork, ProfileMeta};
+use traces::{ChunkWork, Component, LatencyProfile, Nanos, PassWork, ProfileMeta};
 
 use crate::account::PassAccount;
 use crate::attention::AttentionModel;
@@ -54,6 +54,8 @@ pub struct LatencyModel {
     num_loops: u8,
     computed: Vec<Component>,
     overhead_ns: f64,
+    /// Tokens of a chunk up to which its attention is that of decode rows.
+    decode_q_len: u32,
     mixed_attention: Option<AttentionModel>,
     times: Components,
     spreads: Components,
@@ -79,6 +81,7 @@ impl LatencyModel {
             num_loops: meta.num_loops as u8,
             computed: profile.computed_components().collect(),
             overhead_ns: meta.overhead_us * 1e3,
+            decode_q_len: meta.decode_q_len.unwrap_or(1),
             mixed_attention: profile.mixed_attention.as_ref().map(AttentionModel::new),
             times: Components::new(profile, |point| point.time_us)?,
             spreads: Components::new(profile, |point| point.spread_us)?,
@@ -105,6 +108,8 @@ impl LatencyModel {
     ///
     /// The time of a pass is derived from its work only here and in [`exit_ns`](Self::exit_ns).
     pub fn run_ns(&self, work: &PassWork, account: &mut PassAccount) -> f64 {
+        let unchunked = self.without_short_chunks(work);
+        let work = unchunked.as_ref().unwrap_or(work);
         let PassAccount { time, extrapolations } = account;
         let components = self.times.run(work, extrapolations);
         let mut ns = self.overhead_ns + components.iter().map(|(_, ns)| ns).sum::<f64>();
@@ -124,6 +129,24 @@ impl LatencyModel {
         ns
     }
 
+    /// The work with decode rows in place of chunks that are short enough; `None` where that is the same.
+    fn without_short_chunks(&self, work: &PassWork) -> Option<PassWork> {
+        let is_short = |chunk: &ChunkWork| chunk.tokens <= self.decode_q_len;
+        if self.decode_q_len < 2 || !work.chunks.iter().any(is_short) {
+            return None;
+        }
+        let mut work = work.clone();
+        for ChunkWork { tokens, history } in work.chunks.extract_if(.., |chunk| is_short(chunk)) {
+            work.decode_rows += tokens;
+            for history in history..history + tokens {
+                work.decode_history += u64::from(history);
+                work.squared_decode_history += f64::from(history) * f64::from(history);
+                work.longest_decode_history = work.longest_decode_history.max(history);
+            }
+        }
+        Some(work)
+    }
+
     /// Time of the exits of a pass once they are decided, in nanoseconds: the exit head for rows that had not run it,
     /// the decision, and copies of keys and values to skipped depths.
     pub fn exit_ns(&self, work: &PassWork, account: &mut PassAccount) -> f64 {
@@ -141,6 +164,8 @@ impl LatencyModel {
     /// Squared spread of [`run_ns`](Self::run_ns), in square nanoseconds. The spread is half the distance between the
     /// quartiles; the squares of independent components add up.
     pub fn squared_run_spread(&self, work: &PassWork) -> f64 {
+        let unchunked = self.without_short_chunks(work);
+        let work = unchunked.as_ref().unwrap_or(work);
         let counted = &mut Extrapolations::default();
         let components = self.spreads.run(work, counted).map(|(_, spread)| spread);
         let chunks = work.chunks.iter().map(|&chunk| self.spreads.chunk(chunk, counted));
@@ -164,7 +189,7 @@ pub fn nanos(ns: f64) -> Nanos {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use traces::{ChunkWork, PassBefore, Point};
+    use traces::{PassBefore, Point};
 
     use crate::extrapolation::Extrapolation;
 
@@ -192,6 +217,7 @@ mod tests {
                 kv_bytes_per_token: 0,
                 memory: None,
                 kv_fill: None,
+                decode_q_len: None,
             },
             points: points.iter().map(point).collect(),
             mixed_attention: None,
@@ -310,6 +336,34 @@ mod tests {
         assert_eq!(chunks(&LatencyModel::new(&less).unwrap(), &[(2, 0)]).0, -7e3);
         less.points[0].spread_us = -1.0;
         assert!(matches!(LatencyModel::new(&less), Err(LatencyError::BadTime { time_us: -1.0, .. })));
+    }
+
+    #[test]
+    fn the_attention_of_short_chunks_is_that_of_decode_rows_where_the_profile_says_so() {
+        let chunk = |rows, time_us| (PrefillAttention, rows, 0, 1, time_us);
+        let points = [
+            (Block, 1, 0, 1, 0.0),
+            chunk(1, 10.0),
+            (DecodeAttention, 1, 0, 1, 0.0),
+            (DecodeAttention, 1, 100, 1, 100.0),
+            (DecodeAttention, 9, 0, 1, 0.0),
+            (DecodeAttention, 9, 100, 1, 900.0),
+        ];
+        let measured = profile(&points);
+        let of_kernels = LatencyModel::new(&LatencyProfile {
+            meta: ProfileMeta { decode_q_len: Some(3), ..measured.meta.clone() },
+            ..measured.clone()
+        })
+        .unwrap();
+        let measured = LatencyModel::new(&measured).unwrap();
+        let work = PassWork {
+            rows: 7,
+            chunks: [(2, 10), (4, 10)].map(|(tokens, history)| ChunkWork { tokens, history }).to_vec(),
+            ..PassWork::default()
+        };
+        assert_eq!(run(&measured, &work).0, 20e3, "a time for each chunk");
+        // Two decode rows attend to 10 and 11 tokens; the chunk of four stays one.
+        assert_eq!(run(&of_kernels, &work).0.round(), 10e3 + 21e3);
     }
 
     #[test]

@@ -1092,6 +1092,7 @@ impl Scheduler {
         let mut preempted = false;
         let mut ready = std::mem::take(&mut self.ready);
         let behind_prompts = self.behind_prompts(&mut ready);
+        self.plan_drafts(&ready);
         loop {
             let affordable = ready.len().min(*budget as usize);
             let started = self.start_decodes_with_room(&ready[..affordable]);

@@ -152,6 +152,8 @@ impl Executor for Checker {
         assert!(pass.num_rows() <= self.settings.token_budget);
         if self.settings.batching.is_lockstep() {
             assert!(pass.segments.iter().all(|segment| segment.depth == pass.segments[0].depth));
+            let has = |kind| pass.segments.iter().any(|segment| segment.kind == kind);
+            assert!(!(has(RowKind::Decode) && has(RowKind::Verify)), "all verify in one iteration");
         }
         for segment in pass.segments {
             (segment.start..segment.start + segment.tokens).for_each(|at| self.run_row(pass, segment, at));

@@ -113,6 +113,7 @@ fn profile() -> LatencyProfile {
             kv_bytes_per_token: 0,
             memory: None,
             kv_fill: None,
+            decode_q_len: None,
         },
         points,
         mixed_attention: None,

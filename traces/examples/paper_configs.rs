@@ -135,6 +135,7 @@ impl Times {
             kv_bytes_per_token: 18 * 256 * 2 * 2,
             memory: None,
             kv_fill: None,
+            decode_q_len: None,
         };
         Ok(LatencyProfile { meta, points, mixed_attention: None })
     }

@@ -58,6 +58,7 @@
 //!         kv_bytes_per_token: 512,
 //!         memory: None,
 //!         kv_fill: None,
+//!         decode_q_len: None,
 //!     },
 //!     points: vec![point(Component::Block, 120.0), point(Component::Embed, 1.5), point(Component::Head, 30.0)],
 //!     mixed_attention: None,

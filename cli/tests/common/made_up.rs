@@ -29,6 +29,7 @@ pub fn profile() -> LatencyProfile {
             kv_bytes_per_token: 3_000,
             memory: Some(MemoryFigures { device_bytes: None, other_bytes: 0, row_bytes: 100, logits_bytes: 0 }),
             kv_fill: None,
+            decode_q_len: None,
         },
         points: vec![
             point(Component::Block, 1, 100.0),

@@ -90,6 +90,7 @@ impl<'a> Measured<'a> {
                 kv_fill: Some(served.config().kv_fill)
                     .filter(|fill| *fill != KvFill::default())
                     .map(|fill| fill.to_string()),
+                decode_q_len: None,
             },
             points: self.points(),
             mixed_attention: None,

@@ -128,6 +128,7 @@ fn profile() -> LatencyProfile {
             kv_bytes_per_token: 0,
             memory: None,
             kv_fill: None,
+            decode_q_len: None,
         },
         points: vec![point(1, 201.0), point(2048, 2248.0)],
         mixed_attention: None,

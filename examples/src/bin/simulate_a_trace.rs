@@ -75,6 +75,7 @@ fn profile() -> LatencyProfile {
             kv_bytes_per_token: 0,
             memory: None,
             kv_fill: None,
+            decode_q_len: None,
         },
         points: [1, 16, 256, 2048].into_iter().flat_map(of_rows).collect(),
         mixed_attention: None,

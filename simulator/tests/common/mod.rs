@@ -26,6 +26,7 @@ pub fn profile(num_loops: u32, points: &[(Component, u32, u32, u32, f64)]) -> La
             kv_bytes_per_token: 0,
             memory: None,
             kv_fill: None,
+            decode_q_len: None,
         },
         points: points
             .iter()
