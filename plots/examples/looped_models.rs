@@ -6,14 +6,13 @@
 //!
 //! A table replaces what stands between `<!-- NAME -->` and `<!-- end -->` in the page.
 
-use std::collections::BTreeMap;
-use std::error::Error;
+mod study;
+
 use std::fmt::Write;
 use std::path::Path;
 
-use plots::{Figure, Origin, SweepLine, SweepPoint};
-
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+use plots::{SweepLine, SweepPoint};
+use study::{Point, Result, Sweep, THROUGHPUT, draw, fill, number};
 
 /// Work of a token outside the loops, in loops, by numbers of weights: F0 / Fr of arXiv 2608.09444. Head over block of
 /// Ouro-1.4B; head, prelude and coda over block and adapter of Huginn.
@@ -53,11 +52,8 @@ fn main() -> Result<()> {
         text = fill(&text, name, &table)?;
     }
     std::fs::write(page, text)?;
-    draw(&cdb, &decode, Path::new(picture))
+    draw_shares(&cdb, &decode, Path::new(picture))
 }
-
-/// Points of a sweep.
-struct Sweep(Vec<BTreeMap<String, String>>);
 
 /// Which points to take the best of. All other settings are free.
 struct Of<'a> {
@@ -68,19 +64,11 @@ struct Of<'a> {
 }
 
 impl Sweep {
-    fn read(folder: &Path) -> Result<Self> {
-        let mut reader = csv::Reader::from_path(folder.join("sweep-summary.csv"))?;
-        Ok(Self(reader.deserialize().collect::<std::result::Result<_, _>>()?))
-    }
-
     /// The point of highest throughput: exits wait for the head as long as is best.
-    fn best(&self, of: Of<'_>) -> Result<&BTreeMap<String, String>> {
+    fn best(&self, of: Of<'_>) -> Result<&Point> {
         let Of { system, batching, exit, max_batch } = of;
-        let limit = max_batch.to_string();
-        let wanted = [("system", system), ("batching", batching), ("exit_policy", exit), ("max_batch", &limit)];
-        let points = self.0.iter().filter(|point| wanted.iter().all(|(key, value)| point[*key] == *value));
-        let best = points.max_by(|a, b| f64::total_cmp(&number(a, THROUGHPUT), &number(b, THROUGHPUT)));
-        best.ok_or_else(|| format!("no point of {wanted:?}").into())
+        let wanted = [("system", system), ("batching", batching), ("max_batch", &max_batch.to_string())];
+        self.best_of(&wanted, |policy| policy == exit)
     }
 
     fn throughput(&self, system: &str, batching: &str, exit: &str, max_batch: u32) -> Result<f64> {
@@ -109,14 +97,9 @@ struct Shares {
     wait: u32,
 }
 
-const THROUGHPUT: &str = "throughput_tok_s";
 /// Exits by a signal that needs no head, and by one that does.
 const EXITS: &str = "confidence:gate:0.5";
 const BY_KL: &str = "confidence:entropy:0.5";
-
-fn number(point: &BTreeMap<String, String>, column: &str) -> f64 {
-    point.get(column).and_then(|value| value.parse().ok()).unwrap_or(f64::NAN)
-}
 
 /// Models of the study: name, name of their exits in the table, static depths.
 const MODELS: [(&str, &str, [u32; 2]); 5] = [
@@ -300,15 +283,7 @@ fn rlt_table(rlt: &Sweep) -> Result<String> {
     Ok(table)
 }
 
-/// Replaces what stands between the marker of a table and the next end.
-fn fill(page: &str, name: &str, table: &str) -> Result<String> {
-    let missing = || format!("no <!-- {name} --> before an <!-- end --> in the page");
-    let (before, rest) = page.split_once(&format!("<!-- {name} -->\n")).ok_or_else(missing)?;
-    let (_, after) = rest.split_once("<!-- end -->").ok_or_else(missing)?;
-    Ok(format!("{before}<!-- {name} -->\n{table}<!-- end -->{after}"))
-}
-
-fn draw(cdb: &Sweep, decode: &Sweep, picture: &Path) -> Result<()> {
+fn draw_shares(cdb: &Sweep, decode: &Sweep, picture: &Path) -> Result<()> {
     let simulated = |name: &str, sweep: &Sweep, system: &str, batching: &str| -> Result<SweepLine> {
         let point = |batch: u32| -> Result<SweepPoint> {
             let y = 100.0 * sweep.of_bound(system, batching, batch)?.share;
@@ -328,18 +303,10 @@ fn draw(cdb: &Sweep, decode: &Sweep, picture: &Path) -> Result<()> {
     lines.push(simulated("Ouro-1.4B, sequence-wise", cdb, "Ouro-1.4B cdb", "sequence")?);
     lines.push(simulated("Huginn, fewer exits, depth-wise", cdb, "Huginn low", "depth")?);
     lines.push(simulated("Huginn, more exits, depth-wise", cdb, "Huginn high", "depth")?);
-    let (folder, name) = (picture.parent().unwrap_or(Path::new("")), picture.file_stem().unwrap_or_default());
-    let scratch = folder.join(".looped-models");
-    let figure = Figure {
-        folder: scratch.clone(),
-        name: name.to_string_lossy().into_owned(),
-        title: "How much of the bound do exits reach?".to_owned(),
-        setting: "Ouro-1.4B and Huginn in bfloat16; published ranges as bands".to_owned(),
-        device: "one H100".to_owned(),
-        origin: Origin::Simulated,
-    };
-    plots::sweep(&figure, "batch limit", plots::Scale::Log, "speed-up over full depth, % of the bound", &lines)?;
-    std::fs::rename(scratch.join(name).with_extension("png"), picture)?;
-    std::fs::remove_dir_all(scratch)?;
-    Ok(())
+    let titles = [
+        "How much of the bound do exits reach?",
+        "Ouro-1.4B and Huginn in bfloat16; published ranges as bands",
+        "one H100",
+    ];
+    draw(picture, titles, "speed-up over full depth, % of the bound", &lines)
 }

@@ -333,6 +333,8 @@ impl ExitPolicy {
         let delay = u8::from(matches!(self, Self::Delayed { .. }));
         let below = certain_from.saturating_sub(delay);
         let head_from = match self.signal_read() {
+            // Drafts are verified in most passes, so that the head is read in any case: once for all rows.
+            _ if self.speculates() => *self.exit_depths(num_loops).start(),
             SignalRead::None => certain_from,
             _ if self.read_needs_head() && below == 0 => certain_from,
             // A delayed policy reads the signal one depth less, but rows exit there: the head runs once for all rows.
@@ -847,6 +849,7 @@ mod tests {
         };
         assert_eq!((reads("none"), reads("static:1")), ((3, 3), (1, 1)));
         assert_eq!(reads("mix:0:2:0.5"), (2, 2));
+        assert_eq!((reads("speculate:static:1:4"), reads("speculate:gate:0.5:4")), ((3, 1), (3, 0)));
         assert_eq!((reads("confidence:0.9"), reads("oracle:charged")), ((3, 0), (3, 0)));
         assert_eq!((reads("confidence:similarity:0.9"), reads("oracle")), ((3, u8::MAX), (3, u8::MAX)));
         assert_eq!(

@@ -223,6 +223,7 @@ fn drafts_are_verified_and_taken_back_in_the_very_passes_that_are_simulated() {
     let full_depth = engine.replay(full_depth, &requests, None, Idle::Skip, &mut ()).unwrap();
     // With one draft, or with drafts at a fixed depth, no signal of a row behind a wrong draft is read.
     let policies = ["speculate:static:0:3", "speculate:static:1:1", "speculate:static:2:200", "speculate:margin:0.1:1"];
+    let mut all_rejected = 0;
     for (batching, exit, num_blocks, exit_wait) in iproduct!(Batching::ALL, policies, [1000, 8], [0, 3]) {
         let of_case = settings(batching, exit.parse().unwrap(), num_blocks, num_loops);
         let settings = Settings { kv_fill: KvFill::Backfill, exit_wait, ..of_case };
@@ -244,8 +245,10 @@ fn drafts_are_verified_and_taken_back_in_the_very_passes_that_are_simulated() {
             assert_eq!(served[request].tokens, text.tokens, "{case}, request {request}");
         }
         let Verified { accepted, rejected, .. } = simulated.1.0;
-        assert!(accepted > 20 && rejected > 3, "{case}: {accepted} accepted, {rejected} rejected");
+        assert!(accepted > 4, "{case}: {accepted} accepted, {rejected} rejected");
+        all_rejected += rejected;
     }
+    assert!(all_rejected > 100, "{all_rejected} rejected");
 }
 
 #[test]
@@ -263,7 +266,7 @@ fn behind_wrong_drafts_the_simulator_reads_signals_of_right_ones() {
         let [simulated] = simulated;
         let [measured, simulated] = [measured, simulated].map(|(log, drafts)| (log.passes.len() as f64, drafts.0));
         assert!((simulated.0 / measured.0 - 1.0).abs() < 0.05, "{batching}: {simulated:?}, measured {measured:?}");
-        assert_ne!(simulated.1.dropped, 0, "{batching}");
+        assert!(simulated.1.dropped > 0 || batching.is_lockstep(), "{batching}");
     }
 }
 
