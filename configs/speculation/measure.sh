@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 DEPTHWISE=${DEPTHWISE:-target/release/depthwise}
 validate() { # model, prompts, sequences, exit policies, more options
     "$DEPTHWISE" validate --model "models/$1" --prompts "models/$1/$2" --requests configs/speculation/requests.yaml \
-        --batching sequence,depth --exit "$4" --max-batch "$3" --token-budget 128 --rates "" \
+        --batching sequence,depth --exit "$4" --max-batch "$3" --token-budget 128 --no-rates \
         --out "results/speculation/measured/$1-$3" "${@:5}"
 }
 for sequences in 1 4 16; do
