@@ -185,19 +185,12 @@ impl RequestArgs {
         load_requests(&spec, &base, &mut Terminal::default()).map_err(|error| self.name_option(error))
     }
 
-    /// Reads or makes requests, and what they are sent by. Think times are drawn with `seed`.
+    /// Reads or makes requests, with the prefix hashes of their trace, and what they are sent by. Think times are drawn with
+    /// `seed`.
     ///
     /// # Errors
     /// If the file does not read, the options contradict it, or the trace does not say when its sessions begin.
     pub fn workload(&self, seed: u64) -> Result<Workload> {
-        Ok(Workload { prefixes: None, ..self.workload_with_prefixes(seed)? })
-    }
-
-    /// As [`Self::workload`], with the prefix hashes of the trace.
-    ///
-    /// # Errors
-    /// As [`Self::workload`].
-    pub fn workload_with_prefixes(&self, seed: u64) -> Result<Workload> {
         let (spec, base) = self.spec()?;
         let load = || {
             let trace = load_requests(&spec, &base, &mut Terminal::default())?;
@@ -328,7 +321,7 @@ pub struct ServingArgs {
     /// Share of the memory that the server uses [default: 0.9]
     #[arg(long, value_name = "SHARE")]
     pub memory_utilization: Option<f64>,
-    /// Keep the contents of freed KV blocks for prompts with the same prefix (simulations only)
+    /// Keep the contents of freed KV blocks for prompts with the same prefix
     #[arg(long)]
     pub prefix_caching: bool,
     /// Compose the next pass when this one starts (exit policies none, static, mix and delayed only)

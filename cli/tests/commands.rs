@@ -465,6 +465,17 @@ fn prompts_that_begin_alike_are_found_again() {
     let (hits, warning) = simulate(&["--prefix-caching", "--block-tokens", "8"]);
     assert_eq!(hits, (9.0 * 32.0 / 330.0).to_string());
     assert!(!warning.contains("prefix_caching"), "{warning}");
+    // The engine's prompts begin alike as the trace says; its blocks are of 16 tokens.
+    let replay = |more: &[&'static str]| {
+        let files = ["--model", "model", "--prompts", "prompts.txt", "--requests", "alike.jsonl", "--out", "replayed"];
+        let serving = ["--batching", "sequence", "--exit", "none", "--max-batch", "4", "--token-budget", "16"];
+        let printed = scene.succeed(&[&["replay"], &files[..], &serving[..], more].concat());
+        (column(&lines(&scene.path("replayed/summary.csv")), "prefix_hit_rate")[0].to_owned(), printed)
+    };
+    assert_eq!(replay(&[]).0, "");
+    let (replayed, printed) = replay(&["--prefix-caching"]);
+    assert_eq!(replayed, simulate(&["--prefix-caching"]).0);
+    assert!(replayed.parse::<f64>().unwrap() > 0.5 && printed.contains("prefix hits"), "{replayed}: {printed}");
     let printed = scene.run(&scene.simulate(&["--exit", "none", "--prefix-caching", "--async-scheduling"]));
     assert!(String::from_utf8_lossy(&printed.stderr).contains("only preempted requests find"));
     assert!(String::from_utf8_lossy(&printed.stdout).contains("prefix hits"));
@@ -854,8 +865,13 @@ fn bad_experiments_get_one_clear_error_and_leave_nothing() {
         (experiment("", 12).replace("0.1'", "NaN'"), "not a finite number"),
         (experiment("", 12).replace("token_budget: 16", "token_budget: 2"), "less than max_batch"),
         (
-            experiment("", 12).replace("token_budget: 16", "token_budget: 16\n  prefix_caching: true"),
-            "simulations alone",
+            experiment("", 12).replace("token_budget: 16", "token_budget: 16\n  prefix_caching: true\n  kv_fill: last"),
+            "prefix_caching with kv_fill last",
+        ),
+        (
+            experiment("", 12)
+                .replace("token_budget: 16", "token_budget: 16\n  prefix_caching: true\n  block_tokens: 8"),
+            "a KV block of 8 tokens",
         ),
         (experiment("", 12).replace("count: 12", "count: -3"), "-3"),
         (

@@ -1018,9 +1018,11 @@ impl Executor for EngineExecutor {
 
     fn admit(&mut self, slot: Slot, request: &Request, generated: u32) -> Result<(), EngineError> {
         self.check_request(request)?;
+        // Also what a request had that lost its slot before its first token.
+        let before = self.generations.remove(&request.id);
         let mut generation = match generated {
             0 => Generation { prompt: self.prompt(request)?, ..Generation::default() },
-            _ => self.generations.remove(&request.id).unwrap_or_default(),
+            _ => before.unwrap_or_default(),
         };
         assert_eq!(generation.tokens.len(), generated as usize, "a preempted request goes on where it was");
         generation.recorded.truncate(generated as usize * self.num_loops());

@@ -1,9 +1,10 @@
 //! Prompts of requests; a request trace contains only their lengths.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use traces::Request;
 use traces::hash::mix;
+use traces::{PrefixHashes, Request};
 
 use crate::prompt_lines::PromptLine;
 
@@ -18,6 +19,9 @@ pub enum Prompts {
         begin: Vec<u32>,
         /// The text.
         text: Vec<u32>,
+        /// Which prompts begin alike: blocks of equal hash are equal. The start of their slices depends on the hash, and
+        /// that of what follows them on the request's id.
+        prefixes: Option<Arc<PrefixHashes>>,
     },
     /// Token ids by request.
     Given(HashMap<u32, Vec<u32>>),
@@ -68,11 +72,24 @@ impl Prompts {
         }
     }
 
+    /// Lets prompts of a text begin alike where a trace says so. Prompts that are given stay as they are.
+    pub fn with_prefixes(self, prefixes: Arc<PrefixHashes>) -> Self {
+        let (begin, text) = match self {
+            Self::Text(text) => (Vec::new(), text),
+            Self::TextAfter { begin, text, .. } => (begin, text),
+            given @ (Self::Given(_) | Self::Lines(_)) => return given,
+        };
+        Self::TextAfter { begin, text, prefixes: Some(prefixes) }
+    }
+
     /// A source of prompts of any length up to `longest` tokens, for loads of other requests than those that prompts were given
     /// for: the same text, or that of all given prompts after each other, as often as needed.
     pub fn of_any_length(&self, longest: usize) -> Self {
         let given: Vec<u32> = match self {
-            Self::Text(_) | Self::TextAfter { .. } => return self.clone(),
+            Self::Text(_) => return self.clone(),
+            Self::TextAfter { begin, text, .. } => {
+                return Self::TextAfter { begin: begin.clone(), text: text.clone(), prefixes: None };
+            }
             Self::Given(prompts) => {
                 let ids = prompts.keys().copied().collect::<std::collections::BTreeSet<u32>>();
                 ids.iter().flat_map(|id| prompts[id].iter().copied()).collect()
@@ -97,10 +114,18 @@ impl Prompts {
             }
         };
         match self {
-            Self::Text(text) => slice(text, request, prompt_tokens as usize).map(<[u32]>::to_vec),
-            Self::TextAfter { begin, text } => {
-                let begin = &begin[..begin.len().min(prompt_tokens as usize)];
-                Ok([begin, slice(text, request, prompt_tokens as usize - begin.len())?].concat())
+            Self::Text(text) => slice(text, request, id.into(), prompt_tokens as usize).map(<[u32]>::to_vec),
+            Self::TextAfter { begin, text, prefixes } => {
+                let length = prompt_tokens as usize;
+                let mut prompt = begin[..begin.len().min(length)].to_vec();
+                if let Some(prefixes) = prefixes {
+                    let block_tokens = prefixes.block_tokens as usize;
+                    for (&hash, end) in prefixes.of(id).iter().zip((block_tokens..=length).step_by(block_tokens)) {
+                        prompt.extend(slice(text, request, hash, end.saturating_sub(prompt.len()))?);
+                    }
+                }
+                prompt.extend(slice(text, request, id.into(), length - prompt.len())?);
+                Ok(prompt)
             }
             Self::Given(prompts) => given(prompts.get(&id)),
             Self::Lines(_) => given(self.line(id).map(|line| &line.tokens)),
@@ -108,12 +133,12 @@ impl Prompts {
     }
 }
 
-/// The slice of a text for a request.
-fn slice<'a>(text: &'a [u32], request: &Request, length: usize) -> Result<&'a [u32], PromptError> {
+/// A slice of a text for a request, whose start depends on `key`.
+fn slice<'a>(text: &'a [u32], request: &Request, key: u64, length: usize) -> Result<&'a [u32], PromptError> {
     let &Request { id, prompt_tokens: asked, .. } = request;
     let room = text.len().checked_sub(length);
     let room = room.ok_or(PromptError::TextTooShort { request: id, asked, found: text.len() })?;
-    let start = (mix(u64::from(id)) % (room as u64 + 1)) as usize;
+    let start = (mix(key) % (room as u64 + 1)) as usize;
     Ok(&text[start..start + length])
 }
 
@@ -140,11 +165,31 @@ mod tests {
 
     #[test]
     fn prompts_of_a_text_begin_with_the_tokens_that_a_sequence_begins_with() {
-        let prompts = Prompts::TextAfter { begin: vec![500, 501], text: (0..100).collect() };
+        let prompts = Prompts::TextAfter { begin: vec![500, 501], text: (0..100).collect(), prefixes: None };
         let prompt = prompts.get(&request(3, 42)).unwrap();
         assert_eq!((prompt.len(), &prompt[..2]), (42, &[500, 501][..]));
         assert_eq!(prompt[2..], Prompts::Text((0..100).collect()).get(&request(3, 40)).unwrap());
         assert_eq!(prompts.get(&request(3, 1)).unwrap(), [500]);
+    }
+
+    #[test]
+    fn prompts_of_a_text_begin_alike_as_far_as_a_trace_says() {
+        let mut hashes = PrefixHashes::new(4);
+        hashes.push([7, 8]);
+        hashes.push([7, 9]);
+        hashes.push([]);
+        for begin in [vec![], vec![500]] {
+            let text = Prompts::TextAfter { begin, text: (0..100).collect(), prefixes: None };
+            let prompts = text.clone().with_prefixes(Arc::new(hashes.clone()));
+            let [first, second, third] = [0, 1, 2].map(|id| prompts.get(&request(id, 10)).unwrap());
+            assert_eq!((first.len(), &first[..4]), (10, &second[..4]));
+            assert!((4..10).all(|place| first[place] != second[place]), "{first:?} {second:?}");
+            assert_eq!(third, text.get(&request(2, 10)).unwrap());
+            assert_eq!(prompts.of_any_length(50), text);
+            assert_eq!(prompts.get(&request(0, 6)).unwrap()[..4], first[..4]);
+        }
+        let given = Prompts::Given(HashMap::from([(0, vec![3])]));
+        assert_eq!(given.clone().with_prefixes(Arc::new(hashes)), given);
     }
 
     #[test]

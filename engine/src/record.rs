@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use scheduler::{Batching, Executor, ExitPolicy, KvFill, Observer, Pass, ServeError, Settings, SignalRead, Slot};
+use scheduler::{
+    Batching, Executor, ExitPolicy, KvFill, Observer, Pass, ServeError, Server, Settings, SignalRead, Slot,
+};
 use traces::hash::mix;
 use traces::{
     ExitSignal, ExitTrace, ExitTraceMeta, Nanos, Recording, Request, ServedToken, SignalSet, Signals, TraceError,
@@ -257,7 +259,8 @@ impl Engine {
         self.check(&settings, &executor, requests)?;
         let at_once = Request::at_once(requests);
         let recorder = Recorder { executor, requests, generation };
-        let mut recorder = run_to_end(settings, recorder, &at_once, &mut WallClock::start(Idle::Skip), observer)?;
+        let server = Server::new(settings, recorder)?;
+        let mut recorder = run_to_end(server, &at_once, &mut WallClock::start(Idle::Skip), observer)?;
         recorder.hand_over()
     }
 

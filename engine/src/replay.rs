@@ -9,10 +9,10 @@ use scheduler::{
     Clock, ClosedLoad, Executor, ExitPolicy, KvFill, Observer, ScheduleError, ServeError, Server, Serving, Settings,
     SignalRead, Unordered, serve,
 };
-use traces::{ClosedLoop, ExitSignal, ExitTrace, Request, TraceError};
+use traces::{ClosedLoop, ExitSignal, ExitTrace, PrefixHashes, Request, TraceError};
 
 use crate::backend::{Heads, ServedModel, Work};
-use crate::cache::TILE;
+use crate::cache::{TILE, check_block_tokens};
 use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineError, EngineExecutor, ExitDepths, Generation, Sampling, in_pool};
 use crate::kernels::attention::Row;
@@ -182,13 +182,12 @@ impl Engine {
         clock: &mut (impl Clock + Send),
         observer: &mut (impl Observer + Send),
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
-        let executor = self.executor_with(&settings, oracle)?;
+        let server = self.server(settings, self.executor_with(&settings, oracle)?, requests)?;
         let Some(closed_loop) = closed_loop else {
-            self.check(&settings, &executor, requests)?;
-            return Ok(run_to_end(settings, executor, requests, clock, observer)?.into_generations());
+            return Ok(run_to_end(server, requests, clock, observer)?.into_generations());
         };
         let load = ClosedLoad::new(closed_loop.clone(), requests.iter().copied());
-        let mut serving = Serving::new(self.server(settings, executor, requests)?, clock, load);
+        let mut serving = Serving::new(server, clock, load);
         in_pool(|| {
             while serving.step(observer)? {}
             Ok(serving.into_server().into_executor().into_generations())
@@ -239,7 +238,28 @@ impl Engine {
         requests: &[Request],
     ) -> Result<Server<EngineExecutor>, ReplayError> {
         self.check(&settings, &executor, requests)?;
-        Ok(Server::new(settings, executor)?)
+        let mut server = Server::new(settings, executor)?;
+        if settings.prefix_caching {
+            server.share_prefixes(Arc::new(self.prefix_hashes(requests, settings.block_tokens)?))?;
+        }
+        Ok(server)
+    }
+
+    /// Hashes of the prompts of `requests`, in blocks of `block_tokens`: what prefix caching finds prompts by.
+    ///
+    /// # Errors
+    /// If a request has no prompt, or the engine has no such blocks.
+    pub fn prefix_hashes(&self, requests: &[Request], block_tokens: u32) -> Result<PrefixHashes, EngineError> {
+        check_block_tokens(block_tokens)?;
+        let mut hashes = PrefixHashes::new(block_tokens);
+        let mut by_id: Vec<&Request> = requests.iter().collect();
+        by_id.sort_unstable_by_key(|request| request.id);
+        for request in by_id {
+            // Ids may have gaps.
+            (hashes.num_requests()..request.id as usize).for_each(|_| hashes.push([]));
+            hashes.push(PrefixHashes::of_tokens(&self.prompts.get(request)?, block_tokens));
+        }
+        Ok(hashes)
     }
 
     /// Checks that all requests can be served.
@@ -378,8 +398,7 @@ impl SlicedReplay {
 
 /// Serves `requests` and returns the executor.
 pub(crate) fn run_to_end<E: Executor + Send>(
-    settings: Settings,
-    executor: E,
+    mut server: Server<E>,
     requests: &[Request],
     clock: &mut (impl Clock + Send),
     observer: &mut (impl Observer + Send),
@@ -387,7 +406,6 @@ pub(crate) fn run_to_end<E: Executor + Send>(
 where
     ReplayError: From<ServeError<E::Error>>,
 {
-    let mut server = Server::new(settings, executor)?;
     in_pool(|| {
         serve(&mut server, requests.iter().copied(), clock, observer)?;
         Ok(server.into_executor())

@@ -20,17 +20,17 @@ use engine::kernels::signals::{Verdict, divergence, read};
 use engine::model::{InFlight, Model, Rows};
 use engine::reference::Reference;
 use engine::{
-    Asked, Decoding, EngineError, EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel, WeightType,
-    Weights,
+    Asked, Decoding, Engine, EngineError, EngineExecutor, Generation, ModelConfig, Prompts, Sampling, ServedModel,
+    WeightType, Weights,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use scheduler::{
-    Batching, Executor, ExitPolicy, KvFill, Observer, Pass, PassRecord, Segment, Server, Settings, SignalRead, Slot,
-    Verified, VirtualClock, serve,
+    Batching, Clock, Executor, ExitPolicy, KvFill, Observer, Pass, PassRecord, PrefixUse, Segment, Server, Settings,
+    SignalRead, Slot, Verified, VirtualClock, serve,
 };
 use traces::hash::mix;
-use traces::{ExitSignal, Nanos, Request, Signals};
+use traces::{ExitSignal, Nanos, PrefixHashes, Request, Signals};
 
 #[derive(Default)]
 struct Preemptions(u32);
@@ -306,6 +306,195 @@ proptest! {
                 }
             }
         }
+    }
+}
+
+/// What prefix caching found, and how often requests lost their slots.
+#[derive(Default)]
+struct Found {
+    /// Tokens that requests found when they came.
+    shared: u32,
+    /// Tokens that requests found again after a preemption.
+    again: u32,
+    preempted: HashSet<u32>,
+}
+
+impl Observer for Found {
+    fn looked_up(&mut self, _: Nanos, request: &Request, found: PrefixUse) {
+        assert!(found.found < found.looked_up, "the last token runs in any case");
+        let of_kind = if self.preempted.contains(&request.id) { &mut self.again } else { &mut self.shared };
+        *of_kind += found.found;
+    }
+
+    fn preempted(&mut self, _: Nanos, request: &Request) {
+        self.preempted.insert(request.id);
+    }
+}
+
+impl Setup {
+    /// The same with prompts that begin alike: those of every second request have the first `shared` tokens in common.
+    fn with_families(self, requests: &[Request], shared: u32) -> Self {
+        let vocab = self.model.config().vocab_size as u64;
+        let token = |request: u32, position: u32| {
+            let owner = if position < shared { u64::from(request % 2) } else { 2 + u64::from(request) };
+            (mix(owner << 32 | u64::from(position)) % vocab) as u32
+        };
+        let prompt =
+            |request: &Request| (0..request.prompt_tokens).map(|position| token(request.id, position)).collect();
+        let given = requests.iter().map(|request| (request.id, prompt(request))).collect();
+        Self { prompts: Arc::new(Prompts::Given(given)), ..self }
+    }
+
+    fn prefix_hashes(&self, requests: &[Request], block_tokens: u32) -> PrefixHashes {
+        let (model, prompts) = (self.model.clone(), self.prompts.clone());
+        Engine { prompts, ..Engine::new(model) }.prefix_hashes(requests, block_tokens).unwrap()
+    }
+
+    /// Serves requests with prefix caching, some of which end early: `ended` has numbers of passes and the request that ends
+    /// after as many.
+    fn run_caching(
+        &self,
+        settings: Settings,
+        requests: &[Request],
+        executor: EngineExecutor,
+        ended: &[(u32, u32)],
+    ) -> (HashMap<u32, Generation>, Found) {
+        let mut server = Server::new(settings, executor).unwrap();
+        let hashes = self.prefix_hashes(requests, settings.block_tokens);
+        let (mut clock, mut found) = (VirtualClock::default(), Found::default());
+        let (mut waiting, mut passes) = (requests.iter().peekable(), 0);
+        loop {
+            while let Some(request) = waiting.next_if(|request| request.arrival <= clock.now()) {
+                server.share_prefix(request.id, hashes.of(request.id).to_vec());
+                server.submit(*request).unwrap();
+            }
+            for (_, request) in ended.iter().filter(|(after, _)| *after == passes) {
+                server.end(*request);
+            }
+            match server.start_pass(clock.now(), &mut found).unwrap() {
+                Some(elapsed) => {
+                    let end = clock.advance(elapsed);
+                    server.finish_pass(end, &mut found);
+                }
+                None => match waiting.peek() {
+                    Some(next) => clock.wait_until(next.arrival),
+                    None => return (server.into_executor().into_generations(), found),
+                },
+            }
+            passes += 1;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn with_prefix_caching_requests_generate_what_they_generate_alone(
+        config in configs(), seed in 0_u64..1000, requests in requests(), exit in exits(), shared in 16_u32..50,
+        batching in prop::sample::select(Batching::ALL.to_vec()), kv_fill in prop::sample::select(KvFill::KEEPING.to_vec()),
+        max_batch in 1_u32..6, spare_budget in 0_u32..70, prefill_chunk in 1_u32..70, num_blocks in 5_u32..16,
+        temperature in prop_oneof![Just(0.0_f32), Just(0.8)], ahead in any::<bool>(), exit_wait in 0_u32..4,
+        ended in prop::collection::vec((0_u32..60, 0_u32..8), 0..3),
+    ) {
+        let exit = that_fits(exit, &config);
+        let reads_gates = exit.signal_read() == SignalRead::Signal(ExitSignal::Gate);
+        let config = ModelConfig { gate: config.gate || reads_gates, ..config };
+        let setup = Setup::new(&config, WeightType::F32, seed, temperature).with_families(&requests, shared);
+        let settings = Settings {
+            kv_fill, max_batch, prefill_chunk, num_blocks,
+            token_budget: max_batch + spare_budget,
+            async_scheduling: ahead && exit.is_known_ahead(),
+            exit_wait: if ahead && exit.is_known_ahead() { 0 } else { exit_wait },
+            prefix_caching: true,
+            ..Settings::new(batching, exit, config.num_loops as u8)
+        };
+        let executor = setup.executor(&settings).recording();
+        let (mut generations, _) = setup.run_caching(settings, &requests, executor, &ended);
+        let (cut, whole): (Vec<Request>, _) =
+            requests.iter().partition(|request| ended.iter().any(|(_, ended)| *ended == request.id));
+        assert_all_as_alone(&setup, kv_fill, &whole, &generations);
+        for request in cut {
+            let Generation { tokens, exit_depths, .. } = generations.remove(&request.id).unwrap_or_default();
+            if !tokens.is_empty() {
+                let until_end = Request { output_tokens: tokens.len() as u32, ..request };
+                prop_assert_eq!(tokens, setup.run_alone(until_end, kv_fill, exit_depths).tokens);
+            }
+        }
+    }
+}
+
+#[test]
+fn prefix_caching_finds_prompts_and_what_preempted_requests_computed_and_changes_no_bit() {
+    prefix_caching_on(Device::Cpu);
+}
+
+#[test]
+fn prefix_caching_by_cuda_kernels_changes_no_token() {
+    prefix_caching_on(Device::Cuda);
+}
+
+fn prefix_caching_on(device: Device) {
+    let config = ModelConfig { gate: true, ..with_everything() };
+    let policies = ["none", "static:1", "mix:0:2:0.5", "gate:0.5", "delayed:gate:0.5"];
+    // Emulation is slow.
+    let (every, count, output_tokens) = if device == Device::Cpu { (1, 6, 20) } else { (13, 3, 4) };
+    let cases = Batching::ALL.into_iter().flat_map(|batching| KvFill::KEEPING.map(|kv_fill| (batching, kv_fill)));
+    let cases = cases.flat_map(|case| policies.map(|exit| (case, exit.parse::<ExitPolicy>().unwrap())));
+    for (place, ((batching, kv_fill), exit)) in cases.enumerate().step_by(every) {
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 36 + id, output_tokens };
+        let requests: Vec<Request> = (0..count).map(request).collect();
+        let Some(setup) = Setup::on(device, &config, 3, 0.8) else { return };
+        let setup = setup.with_families(&requests, 33);
+        // Each request takes four blocks.
+        let settings = Settings {
+            kv_fill,
+            max_batch: 3,
+            token_budget: 50,
+            num_blocks: 7,
+            async_scheduling: exit.is_known_ahead() && place % 2 == 0,
+            ..Settings::new(batching, exit, 3)
+        };
+        let what = format!("{batching}, {kv_fill}, {exit}");
+        let (without, _) = setup.run(settings, &requests, setup.executor(&settings).exiting_by(exit));
+        let settings = Settings { prefix_caching: true, ..settings };
+        let executor = setup.executor(&settings).exiting_by(exit);
+        let (with, found) = setup.run_caching(settings, &requests, executor, &[]);
+        assert!(found.shared > 0, "{what}: no prompt was found");
+        assert_eq!(found.again > 0, !found.preempted.is_empty(), "{what}: preempted requests find what they had");
+        for request in &requests {
+            let of = |generations: &HashMap<u32, Generation>| {
+                let Generation { tokens, exit_depths, .. } = &generations[&request.id];
+                (tokens.clone(), exit_depths.clone())
+            };
+            assert_eq!(of(&with), of(&without), "{what}: request {}", request.id);
+        }
+    }
+}
+
+#[test]
+fn looking_ahead_behind_a_cached_prefix_finds_the_same_at_every_depth() {
+    let config = ModelConfig { gate: true, ..with_everything() };
+    let requests: Vec<Request> =
+        (0..6).map(|id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 36 + id, output_tokens: 9 }).collect();
+    let setup = Setup::new(&config, WeightType::F32, 3, 0.8).with_families(&requests, 33);
+    for (batching, kv_fill) in
+        Batching::ALL.into_iter().flat_map(|batching| KvFill::KEEPING.map(|fill| (batching, fill)))
+    {
+        let settings = Settings {
+            kv_fill,
+            max_batch: 3,
+            token_budget: 100,
+            prefill_depth: (kv_fill != KvFill::First).then_some(2),
+            num_blocks: 12,
+            ..Settings::new(batching, "gate:0.5".parse().unwrap(), 3)
+        };
+        let (without, _) = setup.run(settings, &requests, setup.executor(&settings).looking_ahead());
+        let settings = Settings { prefix_caching: true, ..settings };
+        let executor = setup.executor(&settings).looking_ahead();
+        let (with, found) = setup.run_caching(settings, &requests, executor, &[]);
+        assert!(found.shared > 0);
+        assert_eq!(with, without, "{batching}, {kv_fill}");
     }
 }
 

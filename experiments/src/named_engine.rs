@@ -10,9 +10,10 @@ use engine::{
 };
 use scheduler::{KvFill, Settings};
 use simulator::ModelMemory;
-use traces::{ExitTrace, MemoryFigures, PassLogMeta, Request};
+use traces::{ExitTrace, MemoryFigures, PassLogMeta, PrefixHashes, Request};
 
 use crate::experiment::EngineSpec;
+use crate::serving::Serving;
 
 /// An engine and what its records call its model.
 pub struct NamedEngine {
@@ -44,7 +45,7 @@ impl NamedEngine {
             true => Prompts::Lines(PromptLine::read(prompts, &tokenizer)?),
             false => {
                 let text = traces::input::read_text(prompts)?;
-                Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)? }
+                Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)?, prefixes: None }
             }
         });
         Ok(named)
@@ -92,6 +93,26 @@ impl NamedEngine {
         let model = device.serve(&checkpoint.weights, weights)?;
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
         Ok(Self { engine: Engine { model, prompts, sampling }, name, tokenizer: checkpoint.tokenizer, device })
+    }
+
+    /// Fits requests and prompts to each other: requests get the lengths of prompts that have their own, and prompts of a
+    /// text begin alike where the trace of the requests says so.
+    pub fn fit(&mut self, requests: &mut [Request], prefixes: Option<Arc<PrefixHashes>>) {
+        let prompts = &mut self.engine.prompts;
+        prompts.set_lengths(requests);
+        if let Some(prefixes) = prefixes {
+            *prompts = Arc::new(Arc::unwrap_or_clone(prompts.clone()).with_prefixes(prefixes));
+        }
+    }
+
+    /// What the prompts of `requests` have in common, for simulations of what this engine serves; none without prefix
+    /// caching.
+    ///
+    /// # Errors
+    /// If a request has no prompt, or the engine does not have the blocks of `serving`.
+    pub fn prefixes(&self, serving: &Serving, requests: &[Request]) -> Result<Option<Arc<PrefixHashes>>> {
+        let hashes = serving.prefix_caching.then(|| self.engine.prefix_hashes(requests, serving.block_tokens));
+        Ok(hashes.transpose()?.map(Arc::new))
     }
 
     /// Whether the model can be served under these settings on this machine.

@@ -1,6 +1,7 @@
 //! An experiment from beginning to end: measure, replay, simulate, compare, draw.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use latency::LatencyModel;
@@ -116,8 +117,8 @@ fn measure_and_simulate(
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<LoadReport>, Result<()>)> {
     let mut trace = load_requests(&experiment.requests, base, reporter)?;
-    let engine = NamedEngine::of_spec(spec, base, experiment.seed)?;
-    engine.engine.prompts.set_lengths(&mut trace.requests);
+    let mut engine = NamedEngine::of_spec(spec, base, experiment.seed)?;
+    engine.fit(&mut trace.requests, trace.prefix_hashes.take().map(Arc::new));
     let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
     settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
     warn_without_baselines(&settings, reporter);
@@ -147,7 +148,9 @@ fn measure_and_simulate(
     };
     let seal = folder.seal(PREDICTIONS, loads.iter().zip(&predicted).flat_map(of_load))?;
     reporter.note(&format!("predictions before the replays that are compared: {seal}"));
-    simulate_variants(&variants, &models.first, recording.full_depth(), &trace.requests, &results, reporter)?;
+    let prefixes = loads[0].workload.prefixes.clone();
+    let at_once = Workload::open(trace.requests.clone(), prefixes);
+    simulate_variants(&variants, &models.first, recording.full_depth(), &at_once, &results, reporter)?;
 
     let own = FullDepthTexts::of_recording(&engine.engine, &recording.trace, &trace.requests)?;
     let graded = (&recording.oracle, &own);
@@ -186,7 +189,8 @@ fn loads(
     recording: &Recording,
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Load>> {
-    let workload = Workload::of_trace(trace, &experiment.requests, experiment.seed)?;
+    let prefixes = engine.prefixes(&experiment.serving, &trace.requests)?;
+    let workload = Workload { prefixes, ..Workload::of_trace(trace, &experiment.requests, experiment.seed)? };
     if spec.loads.is_empty() {
         return Ok(vec![Load { share: None, workload }]);
     }
@@ -239,14 +243,13 @@ fn simulate_variants(
     variants: &Variants,
     latency: &LatencyModel,
     exits: &ExitModel,
-    requests: &[Request],
+    workload: &Workload,
     results: &Path,
     reporter: &mut dyn Reporter,
 ) -> Result<()> {
-    let workload = Workload::open(requests.to_vec(), None);
     for (file, settings) in [(SWEEP_THRESHOLD, &variants.thresholds), (SWEEP_MAX_BATCH, &variants.max_batch)] {
         if !settings.is_empty() {
-            let runs = simulate_all(settings, latency, exits, &workload, None, reporter)?;
+            let runs = simulate_all(settings, latency, exits, workload, None, reporter)?;
             write_csv(&results.join(file), summaries(&runs))?;
         }
     }

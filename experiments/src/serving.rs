@@ -220,7 +220,6 @@ impl Serving {
     /// # Errors
     /// If it asks for what only a simulation does.
     pub fn check_for_engine(&self) -> Result<()> {
-        ensure!(!self.prefix_caching, "prefix_caching is for simulations alone: the engine computes every prompt");
         ensure!(
             self.machines.is_empty(),
             "machines are for simulations alone: the engine is one machine of both roles"

@@ -10,6 +10,7 @@
 
 use std::num::NonZeroU32;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use latency::LatencyModel;
@@ -158,9 +159,10 @@ impl Subject {
         reporter: &mut dyn Reporter,
     ) -> Result<Self> {
         let mut trace = load_open_loop(&experiment.requests, base, reporter)?;
-        let engine = NamedEngine::of_spec(spec, base, experiment.seed)?;
-        engine.engine.prompts.set_lengths(&mut trace.requests);
+        let mut engine = NamedEngine::of_spec(spec, base, experiment.seed)?;
+        engine.fit(&mut trace.requests, trace.prefix_hashes.take().map(Arc::new));
         let (serving, memory) = (&experiment.serving, engine.memory());
+        let prefixes = engine.prefixes(serving, &trace.requests)?;
         let mut settings = serving.all_settings(&memory, &trace.requests)?;
         let longest = crate::serving::longest(&trace.requests);
         let is_baseline = |of: &&Settings| of.batching == Batching::Sequence && of.exit == ExitPolicy::None;
@@ -172,7 +174,7 @@ impl Subject {
         settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
         let in_flight = validation.in_flight.unwrap_or(serving.max_batch);
         let in_flight = NonZeroU32::new(in_flight).context("no requests in flight: expected at least 1")?;
-        let looped = Workload::in_flight(trace.requests.clone(), in_flight);
+        let looped = Workload { prefixes, ..Workload::in_flight(trace.requests.clone(), in_flight) };
         Ok(Self { engine, trace, settings, looped, repeats: spec.repeats, objectives: experiment.objectives })
     }
 
@@ -307,7 +309,7 @@ impl Rated {
             for &rate in rates {
                 for (place, capacity) in capacities.iter().enumerate() {
                     let requests = subject.trace.clone().scale_to_rate(rate * capacity)?.requests;
-                    rated.push((place, rate, Workload::open(requests, None)));
+                    rated.push((place, rate, Workload::open(requests, subject.looped.prefixes.clone())));
                 }
             }
         }

@@ -16,7 +16,7 @@ use crate::serving::Serving;
 pub struct Workload {
     /// In the order of their arrival.
     pub requests: Vec<Request>,
-    /// Hashes of their prompts; none without prefix caching or where the trace has none.
+    /// Hashes of their prompts, for simulations and load clients; none without prefix caching or where nothing is known.
     pub prefixes: Option<Arc<PrefixHashes>>,
     /// Which requests are sent when others have been answered; none if each is sent at its arrival.
     pub closed_loop: Option<ClosedLoop>,

@@ -15,7 +15,7 @@ use traces::{Nanos, PassWork, Request};
 
 use crate::blocks::BlockTables;
 use crate::executor::Executor;
-use crate::observe::{Observer, PassRecord, Token};
+use crate::observe::{Observer, PassRecord, PrefixUse, Token};
 use crate::pass::{Pass, Segment};
 use crate::policy::SignalReads;
 use crate::scheduler::Scheduler;
@@ -23,6 +23,7 @@ use crate::scheduler::Scheduler;
 /// An event whose time is not known yet.
 #[derive(Clone, Copy, Debug)]
 enum Event {
+    LookedUp(Request, PrefixUse),
     Admitted(Request),
     Preempted(Request),
     Token(Request, Token),
@@ -34,6 +35,10 @@ enum Event {
 struct Deferred(Vec<Event>);
 
 impl Observer for Deferred {
+    fn looked_up(&mut self, _: Nanos, request: &Request, found: PrefixUse) {
+        self.0.push(Event::LookedUp(*request, found));
+    }
+
     fn admitted(&mut self, _: Nanos, request: &Request) {
         self.0.push(Event::Admitted(*request));
     }
@@ -57,6 +62,7 @@ impl Deferred {
         let time = |pass: Nanos| ends[pass.0 as usize];
         for event in self.0.drain(..) {
             match event {
+                Event::LookedUp(request, found) => observer.looked_up(now, &request, found),
                 Event::Admitted(request) => observer.admitted(now, &request),
                 Event::Preempted(request) => observer.preempted(now, &request),
                 Event::Token(request, token) => {
@@ -80,7 +86,7 @@ struct Composed {
 impl Composed {
     fn of(scheduler: &Scheduler) -> Self {
         let Pass { segments, reads, tables, work, .. } = scheduler.pass();
-        Self { segments: segments.to_vec(), reads, tables: tables.clone(), work: work.clone() }
+        Self { segments: segments.to_vec(), reads, tables: tables.without_contents(), work: work.clone() }
     }
 
     fn pass(&self) -> Pass<'_> {

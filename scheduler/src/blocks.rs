@@ -69,6 +69,12 @@ impl BlockTables {
         Self { cache: Some(cache), ..Self::new(num_blocks, block_tokens, num_slots) }
     }
 
+    /// The blocks of each slot as they are now, for a pass: without what free blocks contain.
+    pub(crate) fn without_contents(&self) -> Self {
+        let Self { block_tokens, free, held, room, cache: _ } = self;
+        Self { block_tokens: *block_tokens, free: free.clone(), held: held.clone(), room: room.clone(), cache: None }
+    }
+
     /// Positions per block.
     pub fn block_tokens(&self) -> u32 {
         self.block_tokens

@@ -28,6 +28,15 @@ pub struct Verified {
     pub wasted_rows: u32,
 }
 
+/// How much of a context was found in the prefix cache when its request got a slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefixUse {
+    /// Tokens of the context: the prompt and, after a preemption, the tokens generated before.
+    pub looked_up: u32,
+    /// Tokens of those that were found and need not be computed.
+    pub found: u32,
+}
+
 /// One pass as it ran.
 #[derive(Clone, Copy, Debug)]
 pub struct PassRecord<'a> {
@@ -47,6 +56,9 @@ pub struct PassRecord<'a> {
 
 /// Observes a run. Every method has an empty default.
 pub trait Observer {
+    /// With prefix caching, what was found of the context of a request that is about to be
+    /// [admitted](Self::admitted).
+    fn looked_up(&mut self, _now: Nanos, _request: &Request, _found: PrefixUse) {}
     /// A request got a slot: for the first time, again after preemption, or on the machine that it was handed over to.
     fn admitted(&mut self, _now: Nanos, _request: &Request) {}
     /// A request lost its slot and its keys and values; it is now first in the queue.
@@ -66,6 +78,9 @@ impl Observer for () {}
 
 /// Forwards all events, so that an observer can be borrowed.
 impl<O: Observer> Observer for &mut O {
+    fn looked_up(&mut self, now: Nanos, request: &Request, found: PrefixUse) {
+        O::looked_up(self, now, request, found);
+    }
     fn admitted(&mut self, now: Nanos, request: &Request) {
         O::admitted(self, now, request);
     }
@@ -88,6 +103,10 @@ impl<O: Observer> Observer for &mut O {
 
 /// Forwards all events to both observers.
 impl<A: Observer, B: Observer> Observer for (A, B) {
+    fn looked_up(&mut self, now: Nanos, request: &Request, found: PrefixUse) {
+        self.0.looked_up(now, request, found);
+        self.1.looked_up(now, request, found);
+    }
     fn admitted(&mut self, now: Nanos, request: &Request) {
         self.0.admitted(now, request);
         self.1.admitted(now, request);

@@ -13,12 +13,13 @@ use serde::{Deserialize, Serialize};
 use traces::{Nanos, PrefixHashes, Request, SignalBound};
 
 use crate::backfill::Backlog;
-use crate::blocks::{BlockId, BlockTables, Contents};
+use crate::blocks::{BlockId, BlockTables};
 use crate::decide::Decision;
 use crate::exit_wait::ExitWait;
-use crate::observe::{Observer, Token};
+use crate::observe::{Observer, PrefixUse, Token};
 use crate::pass::{Pass, RowKind, Segment, Slot, exited};
 use crate::policy::{Batching, ExitPolicy, KvFill, SignalRead, SignalReads};
+use crate::prefixes::Prefixes;
 use crate::work::WorkMeter;
 
 mod drafts;
@@ -586,15 +587,6 @@ struct Held {
     exited: Exited,
 }
 
-/// How much of the prompts was found in the prefix cache at admission, readmission after a preemption included.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PrefixUse {
-    /// Tokens of all contexts.
-    pub looked_up: u64,
-    /// Tokens of those that were found and need not be computed.
-    pub found: u64,
-}
-
 /// When other requests can find a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Publishing {
@@ -631,7 +623,7 @@ pub struct Scheduler {
     /// What decides which rows exit, beside the bound.
     decision: Decision,
     publishing: Publishing,
-    prefixes: Option<Arc<PrefixHashes>>,
+    prefixes: Prefixes,
     waiting: VecDeque<Sequence>,
     /// Requests that arrived since the last plan; asynchronous scheduling sees them only after the next.
     unseen: VecDeque<Sequence>,
@@ -673,7 +665,6 @@ pub struct Scheduler {
     released: Vec<Slot>,
     /// Blocks found for the first request in the queue.
     found: Vec<BlockId>,
-    prefix_use: PrefixUse,
     /// Sequences that change machines.
     handovers: Handovers,
     /// Derives the work of the pass.
@@ -697,7 +688,7 @@ impl Scheduler {
             prompts_end_early: settings.prompts_end_early(),
             decision: Decision::new(&settings),
             publishing: Publishing::new(&settings),
-            prefixes: None,
+            prefixes: Prefixes::default(),
             waiting: VecDeque::new(),
             unseen: VecDeque::new(),
             finished: Vec::new(),
@@ -725,7 +716,6 @@ impl Scheduler {
             admitted: Vec::new(),
             released: Vec::new(),
             found: Vec::new(),
-            prefix_use: PrefixUse::default(),
             handovers: Handovers::default(),
             meter: WorkMeter::new(&settings),
         })
@@ -741,8 +731,14 @@ impl Scheduler {
         if hashed == 0 || !hashed.is_multiple_of(block_tokens) {
             return Err(ScheduleError::PrefixBlocks { hashed, block_tokens });
         }
-        self.prefixes = Some(prefixes);
+        self.prefixes.of_run = Some(prefixes);
         Ok(())
+    }
+
+    /// Sets the prefix hashes of one request before it is submitted: a hash for each whole block of its prompt. They are
+    /// forgotten when the request [ends](crate::Server::end), also if it was not submitted.
+    pub fn share_prefix(&mut self, request: u32, hashes: Vec<u64>) {
+        self.prefixes.of_requests.insert(request, hashes);
     }
 
     /// The settings of the run.
@@ -758,11 +754,6 @@ impl Scheduler {
     /// Number of requests that wait for a slot.
     pub fn num_waiting(&self) -> u32 {
         (self.waiting.len() + self.unseen.len()) as u32
-    }
-
-    /// What prefix caching has found so far.
-    pub fn prefix_use(&self) -> PrefixUse {
-        self.prefix_use
     }
 
     /// Number of tokens at the beginning of a request's prompt whose keys and values the prefix cache has now.
@@ -852,7 +843,10 @@ impl Scheduler {
         let runs = |sequence: &Sequence| {
             is_request(sequence) && sequence.running && !sequence.pinned && !sequence.is_finished()
         };
-        let Some(slot) = self.sequences.iter().position(runs) else { return false };
+        let Some(slot) = self.sequences.iter().position(runs) else {
+            self.prefixes.of_requests.remove(&request);
+            return false;
+        };
         match self.publishing == Publishing::Started && self.any_in_flight() {
             true => self.ending.push(request),
             false => self.end_running(slot as Slot),
@@ -862,6 +856,7 @@ impl Scheduler {
 
     fn end_running(&mut self, slot: Slot) {
         self.withdraw(slot);
+        self.prefixes.of_requests.remove(&self.sequences[slot as usize].request.id);
         self.held.retain(|held| held.slot != slot);
         self.stalled.retain(|segment| segment.slot != slot);
         if self.settings.async_scheduling {
@@ -875,8 +870,9 @@ impl Scheduler {
         }
     }
 
-    /// Forgets what is kept of a request that was preempted.
+    /// Forgets what is kept of a request that waits.
     fn forget(&mut self, request: u32) {
+        self.prefixes.of_requests.remove(&request);
         self.decision.forget(request);
         if let Some(reach) = self.meter.reach_mut() {
             reach.forget(request);
@@ -1198,9 +1194,8 @@ impl Scheduler {
         }
         sequence.started = self.found.len() as u32 * self.settings.block_tokens;
         sequence.filled = sequence.started;
-        if arriving.is_none() {
-            self.prefix_use.looked_up += u64::from(context);
-            self.prefix_use.found += u64::from(sequence.started);
+        if arriving.is_none() && self.settings.prefix_caching {
+            observer.looked_up(now, &request, PrefixUse { looked_up: context, found: sequence.started });
         }
         self.admissions += 1;
         sequence.admission = self.admissions;
@@ -1233,16 +1228,15 @@ impl Scheduler {
     /// Finds blocks with the beginning of a context. The last token must run in any case, since it predicts.
     fn find_prefix_of(&self, request: u32, context: u32, found: &mut Vec<BlockId>) {
         let block_tokens = self.settings.block_tokens;
-        let prefixes = self.prefixes.as_deref();
         let whole = 0..context.saturating_sub(1) / block_tokens;
-        self.tables.find(whole.map(|block| contents(prefixes, request, block, block_tokens)), found);
+        self.tables.find(whole.map(|block| self.prefixes.contents(request, block, block_tokens)), found);
     }
 
     /// Makes the slot's blocks within its first `positions` available to other requests.
     fn publish(&mut self, slot: Slot, positions: u32) {
-        let (prefixes, block_tokens) = (self.prefixes.as_deref(), self.settings.block_tokens);
+        let (prefixes, block_tokens) = (&self.prefixes, self.settings.block_tokens);
         let request = self.sequences[slot as usize].request.id;
-        self.tables.publish(slot, positions, |block| contents(prefixes, request, block, block_tokens));
+        self.tables.publish(slot, positions, |block| prefixes.contents(request, block, block_tokens));
     }
 
     /// Makes the slot's blocks before a starting decode row available to other requests.
@@ -1551,6 +1545,7 @@ impl Scheduler {
     fn finish(&mut self, slot: Slot, now: Nanos, observer: &mut impl Observer) {
         let sequence = &self.sequences[slot as usize];
         observer.finished(now, &sequence.request, sequence.first_token);
+        self.prefixes.of_requests.remove(&sequence.request.id);
         match self.settings.async_scheduling {
             true => self.finished.push(slot),
             false => self.release(slot),
@@ -1578,14 +1573,4 @@ fn select(
         selected += usize::from(segment.predicts & ((segment.depth >= certain_from) | bound.is_reached(value)));
     }
     exiting.truncate(selected);
-}
-
-/// Contents of a full block of a request.
-fn contents(prefixes: Option<&PrefixHashes>, request: u32, block: u32, block_tokens: u32) -> Contents {
-    let shared = prefixes.and_then(|prefixes| {
-        let parts = prefixes.block_tokens / block_tokens;
-        let hash = *prefixes.of(request).get((block / parts) as usize)?;
-        Some(Contents::Prompt { hash, part: block % parts })
-    });
-    shared.unwrap_or(Contents::Own { request, block })
 }

@@ -55,6 +55,11 @@ impl<E: Executor> Server<E> {
         self.scheduler.share_prefixes(prefixes)
     }
 
+    /// Sets the prefix hashes of one request; see [`Scheduler::share_prefix`].
+    pub fn share_prefix(&mut self, request: u32, hashes: Vec<u64>) {
+        self.scheduler.share_prefix(request, hashes);
+    }
+
     /// The scheduler.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler

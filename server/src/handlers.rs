@@ -276,20 +276,22 @@ impl Running {
         let refused = |error: engine::TokenizerError| ApiError::failed(error.to_string());
         let mut text = Text::after(&self.prompt, tokenizer, &self.wishes.stops).map_err(refused)?;
         let min_tokens = self.wishes.decoding.min_tokens as usize;
-        let (mut tokens, mut offset) = (0, 0);
+        let (mut tokens, mut offset, mut cached_tokens) = (0, 0, 0);
         let mut begin = self.echo.take().unwrap_or_default();
         while let Some(first) = self.events.recv().await {
             let (mut parts, mut next): (Vec<Part>, _) = (Vec::new(), Some(first));
             let is_over = |parts: &[Part]| parts.last().is_some_and(|part| part.finish.is_some());
             while let Some(event) = next.take_if(|_| !is_over(&parts)) {
                 match event {
+                    Event::Found(found) => cached_tokens = found as usize,
                     Event::Token(token) => {
                         tokens += 1;
                         let gain = add(&mut text, &token, tokens >= min_tokens).map_err(refused)?;
                         let text = std::mem::take(&mut begin) + &gain.text;
                         let finish = gain.stopped.then_some(Finish::Stop);
                         let length = text.chars().count();
-                        parts.push(Part { text, tokens: vec![token], offset, finish });
+                        let cached_tokens = std::mem::take(&mut cached_tokens);
+                        parts.push(Part { text, tokens: vec![token], cached_tokens, offset, finish });
                         offset += length;
                     }
                     Event::End(Finish::Error) => return Err(ApiError::failed("the engine has failed")),
@@ -305,6 +307,9 @@ impl Running {
                     }
                 }
                 next = self.events.try_recv().ok();
+            }
+            if parts.is_empty() {
+                continue;
             }
             let is_last = is_over(&parts);
             if !each(parts).await || is_last {
@@ -381,6 +386,7 @@ async fn models(State(app): State<Arc<App>>) -> Response {
         "depthwise": {
             "num_loops": config.num_loops, "batching": settings.batching.name(), "exit": settings.exit.to_string(),
             "kv_fill": settings.kv_fill.to_string(), "max_batch": settings.max_batch,
+            "prefix_caching": settings.prefix_caching,
             "fingerprint": app.served.fingerprint(), "device": app.served.device_name(),
         },
     }]});
@@ -461,12 +467,13 @@ async fn answer(
     echoes: bool,
 ) -> Result<Response, ApiError> {
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
-    let (streams, includes_usage) = (wishes.streams, wishes.includes_usage);
+    let (streams, includes_usage, choices_of_prompt) = (wishes.streams, wishes.includes_usage, wishes.n as usize);
     let running = app.start(prompts, wishes, default_tokens, echoes)?;
     let number = running.first().map_or(0, |first| first.place.id.into());
     let heading = Heading::new(kind, number, &app.name);
     if streams {
-        return Ok(stream(app, heading, running, includes_usage.then_some(prompt_tokens)));
+        let usage = Usage { prompt_tokens, ..Usage::default() };
+        return Ok(stream(app, heading, running, choices_of_prompt, includes_usage.then_some(usage)));
     }
     let mut choices = Vec::new();
     for choice in running {
@@ -475,24 +482,36 @@ async fn answer(
     if choices.iter().any(|choice| choice.finish == Some(Finish::Abort)) {
         return Err(ApiError::ending());
     }
-    let usage = Usage { prompt_tokens, completion_tokens: choices.iter().map(|choice| choice.tokens.len()).sum() };
+    let usage = Usage {
+        prompt_tokens,
+        cached_tokens: choices.iter().step_by(choices_of_prompt).map(|choice| choice.cached_tokens).sum(),
+        completion_tokens: choices.iter().map(|choice| choice.tokens.len()).sum(),
+    };
     Ok(json_response(StatusCode::OK, &heading.whole(&choices, usage, &app.tokenizer)))
 }
 
-/// A stream of server-sent events. With the number of prompt tokens, it ends with the usage.
-fn stream(app: Arc<App>, heading: Heading, running: Vec<Running>, prompt_tokens: Option<usize>) -> Response {
+/// A stream of server-sent events. It ends with the usage, if that is given as far as it is known before.
+fn stream(
+    app: Arc<App>,
+    heading: Heading,
+    running: Vec<Running>,
+    choices_of_prompt: usize,
+    usage: Option<Usage>,
+) -> Response {
     let (sender, receiver) = channel::<Bytes>(CHUNKS);
     tokio::spawn(async move {
         let choices = running.into_iter().enumerate().map(|(index, choice)| {
             let (app, heading, sender) = (app.clone(), heading.clone(), sender.clone());
             tokio::spawn(async move { stream_choice(&app, &heading, index, choice, &sender).await })
         });
-        let mut completion_tokens = 0;
-        for choice in choices.collect::<Vec<_>>() {
-            completion_tokens += choice.await.unwrap_or_default();
+        let (mut completion_tokens, mut cached_tokens) = (0, 0);
+        for (index, choice) in choices.collect::<Vec<_>>().into_iter().enumerate() {
+            let (tokens, cached) = choice.await.unwrap_or_default();
+            completion_tokens += tokens;
+            cached_tokens += if index.is_multiple_of(choices_of_prompt) { cached } else { 0 };
         }
-        if let Some(prompt_tokens) = prompt_tokens {
-            let usage = Usage { prompt_tokens, completion_tokens };
+        if let Some(usage) = usage {
+            let usage = Usage { completion_tokens, cached_tokens, ..usage };
             let _ = sender.send(event(&heading.usage_chunk(usage))).await;
         }
         let _ = sender.send(Bytes::from_static(b"data: [DONE]\n\n")).await;
@@ -502,22 +521,24 @@ fn stream(app: Arc<App>, heading: Heading, running: Vec<Running>, prompt_tokens:
     (headers, body).into_response()
 }
 
-/// Sends a choice as chunks; returns the number of its tokens. A reader that has gone ends it.
+/// Sends a choice as chunks; returns the number of its tokens, and of those of its prompt that were cached. A reader that
+/// has gone ends it.
 async fn stream_choice(
     app: &App,
     heading: &Heading,
     index: usize,
     running: Running,
     sender: &tokio::sync::mpsc::Sender<Bytes>,
-) -> usize {
-    let mut tokens = 0;
+) -> (usize, usize) {
+    let (mut tokens, mut cached) = (0, 0);
     if let Some(first) = heading.first_chunk(index)
         && sender.send(event(&first)).await.is_err()
     {
-        return 0;
+        return (0, 0);
     }
     let followed = running.follow(&app.tokenizer, |parts| {
         tokens += parts.iter().map(|part| part.tokens.len()).sum::<usize>();
+        cached += parts.iter().map(|part| part.cached_tokens).sum::<usize>();
         let chunks = parts.iter().map(|part| event(&heading.chunk(index, part, &app.tokenizer)));
         // One piece for the connection, however many chunks.
         let chunks = Bytes::from(chunks.collect::<Vec<_>>().concat());
@@ -530,7 +551,7 @@ async fn stream_choice(
     if let Some(error) = error {
         let _ = sender.send(event(&error.body())).await;
     }
-    tokens
+    (tokens, cached)
 }
 
 /// A server-sent event.

@@ -147,9 +147,6 @@ fn check(settings: &Settings) -> Result<(), ServerError> {
         let setting = format!("exit_wait {}", settings.exit_wait);
         return refuse(setting, "sampled tokens are chosen from logits of the last pass");
     }
-    if settings.prefix_caching {
-        return refuse("prefix_caching".to_owned(), "the engine computes every prompt");
-    }
     Ok(())
 }
 

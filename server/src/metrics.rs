@@ -10,7 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
-use scheduler::{PassRecord, Scheduler, Token};
+use scheduler::{PassRecord, PrefixUse, Scheduler, Token};
 use traces::{Nanos, Request};
 
 use crate::worker::Finish;
@@ -35,6 +35,8 @@ pub(crate) struct Metrics {
     cache_usage: Gauge<f64, AtomicU64>,
     preemptions: Counter,
     prompt_tokens: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
     generation_tokens: Counter,
     finished: Family<Label, Counter>,
     ttft: Histogram,
@@ -70,6 +72,8 @@ impl Metrics {
             cache_usage: Gauge::default(),
             preemptions: Counter::default(),
             prompt_tokens: Counter::default(),
+            prefix_queries: Counter::default(),
+            prefix_hits: Counter::default(),
             generation_tokens: Counter::default(),
             finished: Family::default(),
             ttft: seconds(),
@@ -95,6 +99,8 @@ impl Metrics {
             "vllm:kv_cache_usage_perc", "Share of the KV blocks that are held, 0 to 1", metrics.cache_usage;
             "vllm:num_preemptions", "Requests that lost their slot to others", metrics.preemptions;
             "vllm:prompt_tokens", "Tokens of the prompts that arrived", metrics.prompt_tokens;
+            "vllm:prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache", metrics.prefix_queries;
+            "vllm:prefix_cache_hits", "Tokens of prompts that were found in the prefix cache", metrics.prefix_hits;
             "vllm:generation_tokens", "Tokens that were generated", metrics.generation_tokens;
             "vllm:request_success", "Requests that ended, by reason", metrics.finished;
             "vllm:time_to_first_token_seconds", "From arrival to the first token", metrics.ttft;
@@ -130,6 +136,17 @@ impl Metrics {
         self.prompt_lengths.observe(request.prompt_tokens.into());
         let times = Times { arrival: request.arrival, tokens: 0, admitted: false };
         self.with_times(|all| all.insert(request.id, times));
+    }
+
+    /// Counts what the prefix cache has of a prompt. Returns `false` if the request gets a slot for another time, after a
+    /// preemption: what it finds of itself is not counted.
+    pub fn looked_up(&self, request: &Request, PrefixUse { looked_up, found }: PrefixUse) -> bool {
+        let is_first = self.with_times(|all| all.get(&request.id).is_some_and(|times| !times.admitted));
+        if is_first {
+            self.prefix_queries.inc_by(looked_up.into());
+            self.prefix_hits.inc_by(found.into());
+        }
+        is_first
     }
 
     pub fn admitted(&self, now: Nanos, request: &Request) {

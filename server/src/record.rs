@@ -18,7 +18,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use scheduler::{PassRecord, Settings};
-use traces::hash::mix;
 use traces::table::write_yaml;
 use traces::{
     ExitTraceMeta, ExitTraceWriter, LoggedPass, Nanos, PassLog, PassLogMeta, PassOrigin, Request, SignalSet, Signals,
@@ -94,7 +93,6 @@ pub(crate) struct Recorder {
     thread: Option<JoinHandle<()>>,
     all_depths: bool,
     num_loops: u8,
-    block_tokens: u32,
 }
 
 impl Recorder {
@@ -111,8 +109,7 @@ impl Recorder {
                 log::warn!("nothing more is recorded: {error}");
             }
         });
-        let (num_loops, block_tokens) = (settings.num_loops, settings.block_tokens);
-        Ok(Self { messages: Some(messages), thread: Some(thread), all_depths, num_loops, block_tokens })
+        Ok(Self { messages: Some(messages), thread: Some(thread), all_depths, num_loops: settings.num_loops })
     }
 
     /// Whether tokens run every depth when they start.
@@ -120,8 +117,8 @@ impl Recorder {
         self.all_depths
     }
 
-    pub fn arrived(&self, request: &Request, prompt: &[u32], session: Option<String>) {
-        let hashes = prefix_hashes(prompt, self.block_tokens);
+    /// A request has arrived, with a [hash](traces::PrefixHashes::of_tokens) for each whole block of its prompt.
+    pub fn arrived(&self, request: &Request, hashes: Vec<u64>, session: Option<String>) {
         self.send(Message::Arrived { request: *request, hashes, session });
     }
 
@@ -153,16 +150,6 @@ impl Drop for Recorder {
             let _ = thread.join();
         }
     }
-}
-
-/// For each whole block of a prompt, a hash of the prompt up to its end.
-fn prefix_hashes(prompt: &[u32], block_tokens: u32) -> Vec<u64> {
-    let mut hash = 0;
-    let of_block = |block: &[u32]| {
-        block.iter().for_each(|&token| hash = mix(hash ^ u64::from(token)));
-        hash
-    };
-    prompt.chunks_exact(block_tokens as usize).map(of_block).collect()
 }
 
 /// A request that has arrived.

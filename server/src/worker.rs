@@ -12,9 +12,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
 use engine::{Asked, Chosen, Decoding, Engine, EngineExecutor, Idle, ReplayError, Tokenizer, WallClock, in_pool};
-use scheduler::{Clock, Load, Observer, PassRecord, Server, Serving, Settings, Terms, Token, Unordered};
+use scheduler::{Clock, Load, Observer, PassRecord, PrefixUse, Server, Serving, Settings, Terms, Token, Unordered};
 use tokio::sync::mpsc::UnboundedSender;
-use traces::{Nanos, Request};
+use traces::{Nanos, PrefixHashes, Request};
 
 use crate::metrics::Metrics;
 use crate::record::Recorder;
@@ -56,6 +56,8 @@ pub(crate) enum Command {
 /// What the worker tells the handler of a request.
 #[derive(Debug)]
 pub(crate) enum Event {
+    /// Tokens of the prompt that were found in the prefix cache.
+    Found(u32),
     /// The next token.
     Token(Generated),
     /// No token follows.
@@ -112,12 +114,8 @@ struct Inbox {
 
 impl Inbox {
     fn cancel(&mut self, request: u32) {
-        match self.arrived.iter().position(|(arrived, _)| arrived.id == request) {
-            Some(place) => {
-                self.arrived.remove(place);
-            }
-            None => self.cancelled.push(request),
-        }
+        self.arrived.retain(|(arrived, _)| arrived.id != request);
+        self.cancelled.push(request);
     }
 }
 
@@ -148,12 +146,19 @@ impl Load for Inbox {
 
 /// What a pass delivers.
 struct Delivered<'a> {
+    found: Vec<(u32, u32)>,
     tokens: Vec<(u32, Token)>,
     metrics: &'a Metrics,
     recorder: Option<&'a Recorder>,
 }
 
 impl Observer for Delivered<'_> {
+    fn looked_up(&mut self, _: Nanos, request: &Request, found: PrefixUse) {
+        if self.metrics.looked_up(request, found) {
+            self.found.push((request.id, found.found));
+        }
+    }
+
     fn admitted(&mut self, now: Nanos, request: &Request) {
         self.metrics.admitted(now, request);
     }
@@ -256,9 +261,12 @@ impl Worker {
             if self.stopping {
                 return Ok(());
             }
-            let mut delivered =
-                Delivered { tokens: Vec::new(), metrics: &self.metrics, recorder: self.recorder.as_ref() };
+            let (metrics, recorder) = (&*self.metrics, self.recorder.as_ref());
+            let mut delivered = Delivered { found: Vec::new(), tokens: Vec::new(), metrics, recorder };
             let goes_on = self.serving.step(&mut delivered)?;
+            for (id, found) in delivered.found {
+                self.jobs.get(&id).iter().for_each(|job| drop(job.events.send(Event::Found(found))));
+            }
             for (id, token) in delivered.tokens {
                 self.deliver(id, token);
             }
@@ -287,9 +295,15 @@ impl Worker {
         let (id, prompt_tokens, output_tokens) = (job.id, job.prompt.len() as u32, job.output_tokens);
         let request = Request { id, arrival, prompt_tokens, output_tokens };
         self.metrics.arrived(&request);
-        self.recorder.iter().for_each(|recorder| recorder.arrived(&request, &job.prompt, job.session.take()));
+        let server = self.serving.server_mut();
+        let Settings { prefix_caching, block_tokens, .. } = *server.scheduler().settings();
+        let hashes = PrefixHashes::of_tokens(&job.prompt, block_tokens);
+        self.recorder.iter().for_each(|recorder| recorder.arrived(&request, hashes.clone(), job.session.take()));
+        if prefix_caching {
+            server.share_prefix(id, hashes);
+        }
         let asked = Asked { prompt: std::mem::take(&mut job.prompt), decoding: job.decoding.clone() };
-        self.serving.server_mut().executor_mut().ask(id, asked);
+        server.executor_mut().ask(id, asked);
         self.serving.load_mut().arrived.push_back((request, job.terms));
         self.jobs.insert(id, job);
     }

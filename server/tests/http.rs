@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::time::Duration;
 
 use common::{Answer, Serving, VOCABULARY, choice, generated, model, settings};
-use scheduler::Settings;
+use scheduler::{Batching, Settings};
 use serde_json::{Value, json};
 use server::Limits;
 use traces::hash::mix;
@@ -33,11 +33,64 @@ fn wait_until_idle(serving: &Serving) {
 
 #[test]
 fn texts_at_once_are_those_of_the_engine_whole_streamed_and_beside_cancelled_ones() {
-    let (serving, (engine, tokenizer)) = (serving(), model());
+    let prompt = |request: u64| {
+        let places = 0..1 + random(request, 0, 60);
+        places.map(|place| random(request, 9 + place, VOCABULARY as u64) as u32).collect()
+    };
+    let serving = serving();
+    assert_texts_at_once(&serving, 200, prompt);
+    serving.end().unwrap();
+}
+
+/// A prompt of 50 tokens, of which the first 40 are those of every third request.
+fn alike(request: u64) -> Vec<u32> {
+    let owner = |place| if place < 40 { request % 3 } else { 3 + request };
+    (0..50).map(|place| random(owner(place), 9 + place, VOCABULARY as u64) as u32).collect()
+}
+
+#[test]
+fn texts_behind_cached_prefixes_are_those_of_the_engine_too() {
+    for batching in Batching::ALL {
+        // Few blocks, so that sequences lose theirs to others.
+        let settings = Settings { prefix_caching: true, num_blocks: 40, batching, ..settings() };
+        let serving = Serving::start(settings, Limits::default(), None);
+        assert_texts_at_once(&serving, 60, alike);
+        assert!(serving.metric("vllm:prefix_cache_hits_total") > 0.0, "{batching}");
+        serving.end().unwrap();
+    }
+}
+
+#[test]
+fn what_the_prefix_cache_has_is_in_usage_and_metrics() {
+    let settings = Settings { prefix_caching: true, ..settings() };
+    let serving = Serving::start(settings, Limits::default(), None);
+    let ask = |prompts: &[u64], more: Value| {
+        let prompts: Vec<Vec<u32>> = prompts.iter().map(|&request| alike(request)).collect();
+        // Tokens enough for the prompt to run every depth before the request ends.
+        let mut body = json!({"prompt": prompts, "max_tokens": 9, "ignore_eos": true});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serving.complete(&body)
+    };
+    let cached = |answer: &Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    assert_eq!(cached(&ask(&[0], json!({})).json()), 0);
+    assert_eq!(cached(&ask(&[3], json!({})).json()), 32, "two blocks of 16 are those of the first prompt");
+    assert_eq!(cached(&ask(&[3], json!({})).json()), 48, "all whole blocks");
+    let streamed = ask(&[6], json!({"stream": true, "stream_options": {"include_usage": true}})).chunks();
+    assert_eq!(cached(streamed.last().unwrap()), 32);
+    let metrics = ["queries", "hits"].map(|of| serving.metric(&format!("vllm:prefix_cache_{of}_total")));
+    assert_eq!(metrics, [4.0 * 50.0, 32.0 + 48.0 + 32.0]);
+    assert_eq!(cached(&ask(&[9, 1], json!({"n": 2})).json()), 32, "of the first choice of each prompt");
+    assert_eq!(serving.get("/v1/models").json()["data"][0]["depthwise"]["prefix_caching"], true);
+    serving.end().unwrap();
+}
+
+/// Checks that requests at once get the texts that the engine generates for each by itself, without prefix caching. Some
+/// clients leave before the end.
+fn assert_texts_at_once(serving: &Serving, requests: u64, prompt: impl Fn(u64) -> Vec<u32> + Sync) {
+    let (engine, tokenizer) = model();
     let policies = [None, Some("none"), Some("static:1"), Some("margin:0.2"), Some("margin:0.9")];
-    let ask = |request: u64| {
-        let prompt: Vec<u32> =
-            (0..1 + random(request, 0, 60)).map(|place| random(request, 9 + place, VOCABULARY as u64) as u32).collect();
+    let ask = &|request: u64| {
+        let prompt = prompt(request);
         let (tokens, exit) = (1 + random(request, 1, 40) as u32, policies[random(request, 2, 5) as usize]);
         let kind = random(request, 3, 3);
         let body = json!({
@@ -58,12 +111,11 @@ fn texts_at_once_are_those_of_the_engine_whole_streamed_and_beside_cancelled_one
         assert_eq!(found, generated(&engine, &tokenizer, settings, &prompt, tokens), "request {request}, {exit:?}");
     };
     std::thread::scope(|scope| {
-        let asking: Vec<_> = (0..200).map(|request| scope.spawn(move || ask(request))).collect();
+        let asking: Vec<_> = (0..requests).map(|request| scope.spawn(move || ask(request))).collect();
         asking.into_iter().for_each(|asked| asked.join().unwrap());
     });
-    wait_until_idle(&serving);
+    wait_until_idle(serving);
     assert!(serving.metric("depthwise:passes_total") > 0.0);
-    serving.end().unwrap();
 }
 
 #[test]

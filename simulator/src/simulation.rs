@@ -7,8 +7,8 @@ use std::sync::Arc;
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
 use scheduler::{
-    Answered, ClosedLoad, Handover, KvFill, Load, Observer, OpenLoad, PrefixUse, ScheduleError, Server, Settings,
-    SignalRead, Unordered,
+    Answered, ClosedLoad, Handover, KvFill, Load, Observer, OpenLoad, ScheduleError, Server, Settings, SignalRead,
+    Unordered,
 };
 use traces::{ClosedLoop, ExitSignal, Nanos, PrefixHashes, Request, is_same_model};
 
@@ -104,8 +104,6 @@ pub struct Outcome {
     pub tokens: u64,
     /// Number of generated tokens that equal those of full depth.
     pub agreeing_tokens: u64,
-    /// What prefix caching found, on all machines.
-    pub prefix_use: PrefixUse,
     /// Uses of the profile beyond its measured grid.
     pub extrapolations: Extrapolations,
     /// Time of passes by component, on all machines.
@@ -274,12 +272,9 @@ impl<'m> Simulation<'m> {
     /// Summarizes a run: the metrics of all machines, and what only the simulation knows.
     pub fn summary(&self, metrics: &Metrics, outcome: &Outcome) -> Summary {
         let memory = ModelMemory::from(self.latency.meta());
-        let PrefixUse { looked_up, found } = outcome.prefix_use;
-        let caches = self.settings_of_machines(1).any(|settings| settings.prefix_caching);
         Summary {
             weight_bytes: Some(memory.weight_bytes),
             kv_bytes_per_token: Some(memory.kv_bytes(self.settings.kv_fill)),
-            prefix_hit_rate: caches.then(|| found as f64 / looked_up as f64),
             computed_components: self.computed_components(),
             ..metrics.summary(Source::Simulated, Some(outcome.token_agreement()))
         }
@@ -579,15 +574,11 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
         let mut outcome = Outcome {
             tokens: 0,
             agreeing_tokens: 0,
-            prefix_use: PrefixUse::default(),
             extrapolations: Extrapolations::default(),
             time: TimeByComponent::default(),
             transfers: self.transfers.map(|transfers| transfers.totals()).unwrap_or_default(),
         };
         for server in self.servers {
-            let PrefixUse { looked_up, found } = server.scheduler().prefix_use();
-            outcome.prefix_use.looked_up += looked_up;
-            outcome.prefix_use.found += found;
             let executor = server.into_executor();
             outcome.tokens += executor.tokens();
             outcome.agreeing_tokens += executor.agreeing_tokens();

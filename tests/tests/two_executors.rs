@@ -16,12 +16,13 @@ use engine::{
 use itertools::iproduct;
 use latency::LatencyModel;
 use scheduler::{
-    Batching, Clock, CustomExit, CustomPolicy, ExitPolicy, ExitRow, KvFill, Memory, Observer, PassRecord, RowKind,
-    Settings, SignalRead, Token, Verified,
+    Batching, Clock, CustomExit, CustomPolicy, ExitPolicy, ExitRow, KvFill, Memory, Observer, PassRecord, PrefixUse,
+    RowKind, Settings, SignalRead, Token, Verified,
 };
 use simulator::{Draw, ExitModel, Outcome, Simulation};
 use traces::{
-    ClosedLoop, Component, ExitTrace, ExitTraceMeta, LatencyProfile, Link, Nanos, Request, Sessions, ThinkTime, Users,
+    ClosedLoop, Component, ExitTrace, ExitTraceMeta, LatencyProfile, Link, Nanos, PrefixHashes, Request, Sessions,
+    ThinkTime, Users,
 };
 
 /// Every row of every pass (slot, first position, tokens, depth), and every token (request, index, depth).
@@ -34,9 +35,15 @@ struct Log {
     backfill: u32,
     /// Depths that exits copied their keys and values to.
     copied_depths: u32,
+    /// Tokens that each request found in the prefix cache, in order of admission.
+    found: Vec<(u32, u32)>,
 }
 
 impl Observer for Log {
+    fn looked_up(&mut self, _: Nanos, request: &Request, found: PrefixUse) {
+        self.found.push((request.id, found.found));
+    }
+
     fn pass(&mut self, record: &PassRecord<'_>) {
         let rows = record.pass.segments.iter().map(|row| (row.slot, row.start, row.tokens, row.depth));
         self.passes.push(rows.collect());
@@ -280,6 +287,40 @@ impl Observer for Drafts {
         self.0.rejected += verified.rejected;
         self.0.dropped += verified.dropped;
         self.0.wasted_rows += verified.wasted_rows;
+    }
+}
+
+#[test]
+fn with_prefix_caching_the_passes_are_the_same_too() {
+    // Prompts of two families that begin alike, of up to three blocks.
+    let mut alike = PrefixHashes::new(16);
+    (0..16).for_each(|id| alike.push([id % 2, id % 2, 2 + u64::from(id % 3 == 0) * id]));
+    let embedded = embedded_model();
+    let prompts = Arc::new(Prompts::clone(&embedded.prompts).with_prefixes(Arc::new(alike)));
+    let longer = |request: Request| Request { prompt_tokens: 20 + request.prompt_tokens, ..request };
+    let requests: Vec<Request> = queued(16, |id| 1 + id * 7 % 23).into_iter().map(longer).collect();
+    let Recorded { engine, requests, oracle, latency, model } = Recorded::of(Engine { prompts, ..embedded }, requests);
+    let prefixes = Arc::new(engine.prefix_hashes(&requests, 16).unwrap());
+    let num_loops = engine.num_loops();
+    let mix: ExitPolicy = "mix:0:2:0.5".parse().unwrap();
+    let policies = [ExitPolicy::None, mix, ExitPolicy::Oracle { charged: false, recorded: true }];
+    for (batching, kv_fill, exit, num_blocks, ahead) in
+        iproduct!(Batching::ALL, KvFill::KEEPING, policies, [60, 10], [false, true])
+    {
+        if ahead && !exit.is_known_ahead() {
+            continue;
+        }
+        let of_case = settings(batching, exit, num_blocks, num_loops);
+        let settings = Settings { kv_fill, async_scheduling: ahead, prefix_caching: true, ..of_case };
+        let case = format!("{batching}, {kv_fill}, {exit}, {num_blocks} blocks, ahead: {ahead}");
+        let mut measured = Log::default();
+        engine.replay(settings, &requests, Some(oracle.clone()), Idle::Skip, &mut measured).unwrap();
+        let mut logs = [Log::default()];
+        let simulation = Simulation::new(settings, &latency, &model).unwrap().with_prefixes(&prefixes);
+        simulation.run(requests.iter().copied(), &mut logs).unwrap();
+        assert_eq!(measured, logs[0], "{case}");
+        assert!(measured.found.iter().any(|(_, found)| *found > 0), "{case}");
+        assert_eq!(measured.preemptions > 0, num_blocks == 10, "{case}");
     }
 }
 

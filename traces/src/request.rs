@@ -1,5 +1,7 @@
 //! Request traces: arrival, prompt length and output length of each request.
 
+use std::hash::{DefaultHasher, Hasher};
+
 use crate::error::{Result, TraceError};
 use crate::hash::mix;
 use crate::sessions::{Link, Sessions};
@@ -258,10 +260,25 @@ impl PrefixHashes {
         Self { block_tokens, starts: vec![0], hashes: Vec::new() }
     }
 
+    /// For each whole block of a prompt, a hash (SipHash) of all its tokens up to the end of the block.
+    pub fn of_tokens<T: Copy + Into<u64>>(prompt: &[T], block_tokens: u32) -> Vec<u64> {
+        let mut prefix = DefaultHasher::new();
+        let hash = |block: &[T]| {
+            block.iter().for_each(|&token| prefix.write_u64(token.into()));
+            prefix.finish()
+        };
+        prompt.chunks_exact(block_tokens as usize).map(hash).collect()
+    }
+
     /// Appends the hashes of the next request.
     pub fn push(&mut self, hashes: impl IntoIterator<Item = u64>) {
         self.hashes.extend(hashes);
         self.starts.push(self.hashes.len());
+    }
+
+    /// Number of requests.
+    pub fn num_requests(&self) -> usize {
+        self.starts.len() - 1
     }
 
     /// The hashes of a request, block by block; empty for a request that was not pushed.
@@ -300,6 +317,14 @@ mod tests {
         assert_eq!(trace.requests.iter().map(|request| request.prompt_tokens).collect::<Vec<_>>(), [40, 20, 10, 30]);
         assert_eq!(trace.requests.iter().map(|request| request.id).collect::<Vec<_>>(), [0, 1, 2, 3]);
         assert_eq!(trace.prefix_hashes.unwrap().of(3), [200, 201, 202]);
+    }
+
+    #[test]
+    fn a_block_of_tokens_has_another_hash_after_other_tokens() {
+        let hashes = |tokens: &[u32]| PrefixHashes::of_tokens(tokens, 2);
+        assert_ne!(hashes(&[1, 2, 7, 7])[1], hashes(&[3, 4, 7, 7])[1]);
+        assert_eq!(hashes(&[1, 2, 7, 7])[0], hashes(&[1, 2, 8])[0]);
+        assert_eq!(hashes(&[1, 2, 8]).len(), 1, "a partial block has none");
     }
 
     #[test]

@@ -184,7 +184,7 @@ impl Args {
         if let Some(tokens) = self.tokens_per_word {
             ensure!(tokens.is_finite() && tokens > 0.0, "--tokens-per-word {tokens}: expected more than 0");
         }
-        let Some(number) = self.in_flight else { return self.requests.workload_with_prefixes(self.seed) };
+        let Some(number) = self.in_flight else { return self.requests.workload(self.seed) };
         let trace = self.requests.load()?;
         Ok(Workload { prefixes: trace.prefix_hashes.map(Arc::new), ..Workload::in_flight(trace.requests, number) })
     }

@@ -1,11 +1,12 @@
 //! `depthwise record`: how sure the model is at each depth.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Result;
 use engine::{Exiting, RecordedPolicy};
 use scheduler::KvFill;
-use traces::ExitTable;
+use traces::{ExitTable, RequestTrace};
 
 use crate::arguments::{EngineArgs, RequestArgs};
 use crate::output::say;
@@ -45,9 +46,9 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     let mut folder = ResultsFolder::create(&args.out, "record")?;
-    let mut requests = args.requests.load()?.requests;
-    let named = args.engine.load()?;
-    named.engine.prompts.set_lengths(&mut requests);
+    let RequestTrace { mut requests, prefix_hashes, .. } = args.requests.load()?;
+    let mut named = args.engine.load()?;
+    named.fit(&mut requests, prefix_hashes.map(Arc::new));
     let table = if args.csv { ExitTable::Csv } else { ExitTable::Parquet };
     let kv_fill = args.kv_fill.unwrap_or(named.memory().kv_fill);
     let (prefill_depth, seed) = (args.prefill_depth, named.engine.sampling.seed);

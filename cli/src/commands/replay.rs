@@ -39,8 +39,8 @@ pub fn run(args: Args) -> Result<()> {
     let serving = args.serving.serving();
     serving.check_for_engine()?;
     let mut workload = args.requests.workload(args.engine.seed)?;
-    let named = args.engine.load()?;
-    named.engine.prompts.set_lengths(&mut workload.requests);
+    let mut named = args.engine.load()?;
+    named.fit(&mut workload.requests, workload.prefixes.take());
     let settings = serving.all_settings(&named.memory(), &workload.requests)?;
     let exits = args.exits.as_deref().map(|folder| exits(folder, &named, &workload.requests)).transpose()?;
     let idle = if args.real_time { Idle::Sleep } else { Idle::Skip };

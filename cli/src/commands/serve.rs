@@ -65,6 +65,9 @@ pub struct Args {
     /// Memory for weights, keys and values, instead of a number of KV blocks, such as 16GB
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes, conflicts_with = "num_blocks")]
     device_memory: Option<u64>,
+    /// Keep the contents of freed KV blocks for prompts with the same prefix
+    #[arg(long)]
+    prefix_caching: bool,
     /// Compose the next pass while this one runs
     #[arg(long)]
     async_scheduling: bool,
@@ -147,6 +150,7 @@ impl Args {
             block_tokens: self.block_tokens,
             num_blocks: self.num_blocks,
             device_memory: self.device_memory,
+            prefix_caching: self.prefix_caching,
             async_scheduling: self.async_scheduling,
             ..Serving::new(vec![self.batching], vec![self.exit], self.max_batch, self.token_budget)
         };

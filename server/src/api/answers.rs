@@ -28,6 +28,8 @@ pub(crate) struct Heading {
 pub(crate) struct Part {
     pub text: String,
     pub tokens: Vec<Generated>,
+    /// Tokens of the prompt that were found in the prefix cache, as far as this part says it.
+    pub cached_tokens: usize,
     /// Length in characters of the text before.
     pub offset: usize,
     pub finish: Option<Finish>,
@@ -38,6 +40,7 @@ impl Part {
     pub fn append(&mut self, mut next: Self) {
         self.text += &next.text;
         self.tokens.append(&mut next.tokens);
+        self.cached_tokens += next.cached_tokens;
         self.finish = next.finish;
     }
 }
@@ -46,15 +49,18 @@ impl Part {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Usage {
     pub prompt_tokens: usize,
+    /// Those that the first choice of each prompt found in the prefix cache.
+    pub cached_tokens: usize,
     pub completion_tokens: usize,
 }
 
 impl Usage {
     fn json(self) -> Value {
-        let Self { prompt_tokens, completion_tokens } = self;
+        let Self { prompt_tokens, cached_tokens, completion_tokens } = self;
         json!({
             "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens, "prompt_tokens_details": {"cached_tokens": 0},
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         })
     }
 }

@@ -17,7 +17,7 @@ pub(crate) use records::RequestLatencies;
 pub use records::{PassRow, RequestRow};
 pub use summary::{Source, Summary, write_csv};
 
-use scheduler::{Observer, Settings, Token, Verified};
+use scheduler::{Observer, PrefixUse, Settings, Token, Verified};
 use traces::{Nanos, Request};
 
 use crate::objectives::Objectives;
@@ -51,6 +51,9 @@ struct Totals {
     token_passes: u64,
     preemptions: u64,
     drafts: DraftTotals,
+    /// Tokens of contexts that were looked up in the prefix cache, and those of them that were found.
+    looked_up: u64,
+    found: u64,
     passes: u64,
     row_visits: u64,
     backfill_rows: u64,
@@ -204,6 +207,8 @@ impl Totals {
         self.drafts.accepted += other.drafts.accepted;
         self.drafts.rejected += other.drafts.rejected;
         self.drafts.wasted_rows += other.drafts.wasted_rows;
+        self.looked_up += other.looked_up;
+        self.found += other.found;
         self.passes += other.passes;
         self.row_visits += other.row_visits;
         self.backfill_rows += other.backfill_rows;
@@ -222,6 +227,11 @@ impl Totals {
 }
 
 impl Observer for Metrics {
+    fn looked_up(&mut self, _now: Nanos, _request: &Request, found: PrefixUse) {
+        self.totals.looked_up += u64::from(found.looked_up);
+        self.totals.found += u64::from(found.found);
+    }
+
     fn admitted(&mut self, now: Nanos, request: &Request) {
         let first = self.totals.first_arrival.get_or_insert(request.arrival);
         *first = request.arrival.min(*first);

@@ -272,7 +272,7 @@ impl Metrics {
             tokens_per_verification: speculates.then(|| later_tokens as f64 / (later_tokens - accepted) as f64),
             wasted_rows: speculates.then_some(wasted_rows),
             preemptions: totals.preemptions,
-            prefix_hit_rate: None,
+            prefix_hit_rate: (totals.looked_up > 0).then(|| totals.found as f64 / totals.looked_up as f64),
             transfers: None,
             transfer_bytes: None,
             transfer_mean_ms: None,

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::hash::{DefaultHasher, Hasher};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
@@ -532,7 +531,7 @@ impl<'a> JsonLines<'a> {
         let wrong = |expected: String| row.value_error(key, format_args!("{} ids", ids.len()), expected);
         match self.keys.ids_are {
             Ids::Tokens if ids.len() == prompt_tokens as usize => {
-                let hashes = hash_prefixes(ids, self.options.prefix_block_tokens.max(1));
+                let hashes = PrefixHashes::of_tokens(ids, self.options.prefix_block_tokens.max(1));
                 self.ids.extend(hashes);
             }
             Ids::Tokens => return Err(wrong(format!("{prompt_tokens}, as in {}", prompt.0))),
@@ -652,26 +651,9 @@ impl<'a> JsonLines<'a> {
     }
 }
 
-/// A hash of all tokens up to the end of each whole block.
-fn hash_prefixes(token_ids: &[u64], block_tokens: u32) -> Vec<u64> {
-    let mut prefix = DefaultHasher::new();
-    let blocks = token_ids.chunks_exact(block_tokens as usize);
-    let hash = |block: &[u64]| {
-        block.iter().for_each(|&token| prefix.write_u64(token));
-        prefix.finish()
-    };
-    blocks.map(hash).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_block_of_tokens_has_another_hash_after_other_tokens() {
-        assert_ne!(hash_prefixes(&[1, 2, 7, 7], 2)[1], hash_prefixes(&[3, 4, 7, 7], 2)[1]);
-        assert_eq!(hash_prefixes(&[1, 2, 7, 7], 2)[0], hash_prefixes(&[1, 2, 8], 2)[0]);
-    }
 
     #[test]
     fn block_sizes_are_those_with_which_a_prompt_has_so_many_blocks() {
