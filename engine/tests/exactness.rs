@@ -436,12 +436,14 @@ fn prefix_caching_by_cuda_kernels_changes_no_token() {
 
 fn prefix_caching_on(device: Device) {
     let config = ModelConfig { gate: true, ..with_everything() };
-    let policies = ["none", "static:1", "mix:0:2:0.5", "gate:0.5", "delayed:gate:0.5"];
+    let policies = ["none", "static:1", "mix:0:2:0.5", "gate:0.5", "delayed:gate:0.5", "speculate:static:0:3"];
     // Emulation is slow.
     let (every, count, max_batch, output_tokens) = if device == Device::Cpu { (1, 6, 3, 20) } else { (13, 3, 2, 4) };
     let (mut preempted, mut again) = (0, 0);
     let cases = Batching::ALL.into_iter().flat_map(|batching| KvFill::KEEPING.map(|kv_fill| (batching, kv_fill)));
     let cases = cases.flat_map(|case| policies.map(|exit| (case, exit.parse::<ExitPolicy>().unwrap())));
+    let takes_drafts = |kv_fill| matches!(kv_fill, KvFill::Backfill | KvFill::First);
+    let cases = cases.filter(|((_, kv_fill), exit)| !exit.speculates() || takes_drafts(*kv_fill));
     for (place, ((batching, kv_fill), exit)) in cases.enumerate().step_by(every) {
         let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 36 + id, output_tokens };
         let requests: Vec<Request> = (0..count).map(request).collect();
