@@ -21,16 +21,6 @@ fn random(request: u64, purpose: u64, below: u64) -> u64 {
     mix(request << 8 | purpose) % below
 }
 
-/// Waits until nothing runs, waits or holds blocks.
-fn wait_until_idle(serving: &Serving) {
-    let busy = || {
-        let gauges = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"];
-        gauges.iter().any(|name| serving.metric(name) > 0.0)
-    };
-    let tries = (0..600).take_while(|_| busy()).inspect(|_| std::thread::sleep(Duration::from_millis(50)));
-    assert!(tries.count() < 600, "something is left:\n{}", serving.get("/metrics").text());
-}
-
 #[test]
 fn texts_at_once_are_those_of_the_engine_whole_streamed_and_beside_cancelled_ones() {
     let prompt = |request: u64| {
@@ -114,7 +104,7 @@ fn assert_texts_at_once(serving: &Serving, requests: u64, prompt: impl Fn(u64) -
         let asking: Vec<_> = (0..requests).map(|request| scope.spawn(move || ask(request))).collect();
         asking.into_iter().for_each(|asked| asked.join().unwrap());
     });
-    wait_until_idle(serving);
+    serving.wait_until_idle();
     assert!(serving.metric("depthwise:passes_total") > 0.0);
 }
 
@@ -286,7 +276,7 @@ fn a_reader_that_reads_nothing_holds_up_nothing() {
     let body = json!({"prompt": "a", "max_tokens": 255, "n": 128, "stream": true, "ignore_eos": true}).to_string();
     let unread = serving.begin_post("/v1/completions", body.as_bytes());
     assert_eq!(serving.complete(&json!({"prompt": "b", "max_tokens": 9})).status, 200);
-    wait_until_idle(&serving);
+    serving.wait_until_idle();
     let chunks = Answer::read(unread).chunks();
     let tokens = |chunk: &Value| chunk["choices"][0]["depthwise"]["depths"].as_array().unwrap().len();
     assert_eq!(chunks.iter().map(tokens).sum::<usize>(), 128 * 255);
@@ -355,4 +345,40 @@ fn a_recording_has_what_was_served() {
     assert!(rows as usize >= tokens);
     let again = Serving::start(settings(), Limits::default(), Some(record));
     assert!(again.end().unwrap_err().to_string().contains("a folder that is not empty"));
+}
+
+#[test]
+fn a_recording_of_all_depths_has_what_skipped_depths_would_have_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let ask = |serving: &Serving, request: u32| {
+        let prompt: Vec<u32> = (request..request + 20).collect();
+        choice(&[serving
+            .complete(&json!({"prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": true}))
+            .json()])
+    };
+    let record = |name: &str, all_depths| {
+        let path = folder.path().join(name);
+        let serving = Serving::of(settings(), Limits::default(), Some(path.clone()), all_depths, None);
+        let served: Vec<_> = (0..10).map(|request| ask(&serving, request)).collect();
+        serving.end().unwrap();
+        (served, ExitTrace::read(path).unwrap())
+    };
+    let ((served, run), (alike, all)) = (record("run", false), record("all", true));
+    assert_eq!(served, alike, "what is recorded changes nothing that is served");
+    let depths: Vec<usize> = served.iter().flat_map(|(_, _, depths)| depths).map(|depth| usize::from(*depth)).collect();
+    let mut unsure = 0;
+    for (token, &exit) in depths.iter().enumerate() {
+        for depth in 0..4 {
+            let (found, known) = (all.signals_at(token, depth), run.signals_at(token, depth));
+            match depth <= exit {
+                true => assert_eq!(found, known, "token {token}, depth {depth}"),
+                false => {
+                    assert_eq!(*known, traces::Signals::certain(true));
+                    unsure += usize::from(found.top1 < 1.0);
+                }
+            }
+        }
+    }
+    let skipped: usize = depths.iter().map(|exit| 3 - exit).sum();
+    assert!(skipped > 20 && unsure == skipped, "{unsure} of {skipped} skipped depths are not sure");
 }

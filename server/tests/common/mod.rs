@@ -14,7 +14,7 @@ use engine::weights::Weights;
 use engine::{DeviceName, Engine, ModelConfig, Tokenizer, WeightType};
 use scheduler::{Batching, Settings};
 use serde_json::Value;
-use server::{Limits, Model, Recording, ServerError};
+use server::{ChatTemplate, Limits, Model, Recording, ServerError};
 use traces::PassLogMeta;
 use traces::hash::mix;
 
@@ -73,17 +73,28 @@ pub struct Serving {
 
 impl Serving {
     pub fn start(settings: Settings, limits: Limits, record: Option<PathBuf>) -> Self {
+        Self::of(settings, limits, record, false, None)
+    }
+
+    /// A server that records all depths or those that tokens ran, with a template for chats.
+    pub fn of(
+        settings: Settings,
+        limits: Limits,
+        record: Option<PathBuf>,
+        all_depths: bool,
+        chat_template: Option<ChatTemplate>,
+    ) -> Self {
         let (engine, tokenizer) = model();
         let recording = record.map(|folder| Recording {
             folder,
             exits: engine.exit_trace_meta("tiny", "served"),
             signals: engine.recorded_signals(),
             passes: PassLogMeta::new("tiny", engine.model.fingerprint(), 4, "a CPU"),
-            all_depths: false,
+            all_depths,
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (address, stop) = (listener.local_addr().unwrap(), &*Box::leak(Box::new(AtomicBool::new(false))));
-        let model = Model { name: "tiny".to_owned(), engine, tokenizer, chat_template: None, temperature: 1.0 };
+        let model = Model { name: "tiny".to_owned(), engine, tokenizer, chat_template, temperature: 1.0 };
         let thread = std::thread::spawn(move || server::serve(listener, model, settings, limits, recording, stop));
         Self { address, stop, thread: Some(thread) }
     }
@@ -140,6 +151,16 @@ impl Serving {
         let line =
             text.lines().find(|line| line.starts_with(&format!("{name}{{")) || line.starts_with(&format!("{name} ")));
         line.unwrap_or_else(|| panic!("no {name} in {text}")).rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// Waits until nothing runs, waits or holds blocks.
+    pub fn wait_until_idle(&self) {
+        let busy = || {
+            let gauges = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"];
+            gauges.iter().any(|name| self.metric(name) > 0.0)
+        };
+        let tries = (0..600).take_while(|_| busy()).inspect(|_| std::thread::sleep(Duration::from_millis(50)));
+        assert!(tries.count() < 600, "something is left:\n{}", self.get("/metrics").text());
     }
 }
 
