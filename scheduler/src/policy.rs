@@ -230,9 +230,19 @@ impl SignalReads {
     /// Whether the exit head runs for a segment's last row within the pass.
     #[inline]
     pub fn run_head(&self, segment: &Segment) -> bool {
-        segment.predicts
-            & (segment.depth >= self.head_from)
-            & (self.may_exit(segment) | (segment.depth == self.verified_at))
+        self.run_head_without_drafts(segment) && (self.may_exit(segment) || segment.depth == self.verified_at)
+    }
+
+    /// As [`run_head`](Self::run_head) where no policy speculates.
+    #[inline]
+    pub(crate) fn run_head_without_drafts(&self, segment: &Segment) -> bool {
+        segment.predicts && segment.depth >= self.head_from
+    }
+
+    /// Whether early exits are drafts.
+    #[inline]
+    pub(crate) fn has_drafts(&self) -> bool {
+        self.verified_at != Self::NO_DRAFTS
     }
 
     /// Whether the pass verifies the drafts that the rows of a segment left.
@@ -250,7 +260,7 @@ impl SignalReads {
     /// Whether the last row of a segment may exit before the last depth.
     #[inline]
     fn may_exit(&self, segment: &Segment) -> bool {
-        (self.verified_at == Self::NO_DRAFTS) | (segment.kind == RowKind::Decode)
+        !self.has_drafts() || segment.kind == RowKind::Decode
     }
 }
 

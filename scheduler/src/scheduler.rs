@@ -1121,12 +1121,13 @@ impl Scheduler {
 
     /// Starts the next token of sequences until one finds no free block; returns how many were started.
     fn start_decodes_with_room(&mut self, ready: &[Slot]) -> usize {
+        let speculates = self.drafts.is_some();
         for (started, &slot) in ready.iter().enumerate() {
             let positions = self.sequences[slot as usize].decode_positions();
             if !self.tables.grow(slot, positions) {
                 return started;
             }
-            let kind = self.kind_of_next_row(slot);
+            let kind = if speculates { self.kind_of_next_row(slot) } else { RowKind::Decode };
             let (start, predicts, generated) = (positions - 1, true, true);
             self.segments.push(Segment { slot, start, tokens: 1, depth: 0, kind, predicts, generated });
             if self.publishing == Publishing::Started {

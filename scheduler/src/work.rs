@@ -59,9 +59,13 @@ impl WorkMeter {
     }
 
     fn derive(&mut self, segments: &[Segment], reads: SignalReads, before: PassBefore) {
-        match &self.reach {
-            None => derive_work(&mut self.work, segments, reads, before, |segment| segment.start),
-            Some(reach) => derive_work(&mut self.work, segments, reads, before, |segment| reach.history(segment)),
+        let head_rows = |segment: &Segment| u32::from(reads.run_head_without_drafts(segment));
+        let with_drafts = |segment: &Segment| reads.head_rows(segment);
+        let all_before = |segment: &Segment| segment.start;
+        match (&self.reach, reads.has_drafts()) {
+            (None, false) => derive_work(&mut self.work, segments, before, head_rows, all_before),
+            (None, true) => derive_work(&mut self.work, segments, before, with_drafts, all_before),
+            (Some(reach), _) => derive_work(&mut self.work, segments, before, with_drafts, |row| reach.history(row)),
         }
     }
 
@@ -74,7 +78,8 @@ impl WorkMeter {
     pub fn exit<'a>(&mut self, exited: impl Iterator<Item = &'a Segment> + Clone, reads: SignalReads) {
         let (mut head_rows, mut filled_depths) = (0, self.prompt_fills);
         for segment in exited.clone() {
-            head_rows += u32::from(!reads.run_head(segment));
+            // A row that exits with a draft may exit, and others exit at the last depth.
+            head_rows += u32::from(!reads.run_head_without_drafts(segment));
             filled_depths += segment.skipped_depths(self.copied_depths, segment.depth >= self.prefill_depth);
         }
         self.work.exit_head_rows = head_rows;
@@ -96,21 +101,21 @@ pub fn pass_work(
 ) -> PassWork {
     let oracle = ExitPolicy::Oracle { charged: false, recorded: false };
     let mut meter = WorkMeter::new(&Settings::new(Batching::Depth, oracle, num_loops));
-    derive_work(&mut meter.work, segments, reads, before, |segment| segment.start);
+    derive_work(&mut meter.work, segments, before, |segment| reads.head_rows(segment), |segment| segment.start);
     meter.exit(exiting.iter().map(|&index| &segments[index as usize]), reads);
     meter.work
 }
 
-/// Derives the work of a pass whose exits are not decided yet. `history` returns the number of tokens that a segment
-/// attends to before its own.
+/// Derives the work of a pass whose exits are not decided yet. `head_rows` returns the number of rows of a segment for which
+/// the head runs within the pass, `history` the number of tokens that a segment attends to before its own.
 ///
 /// The function runs for every row, so only chunks take a branch.
 #[inline]
 fn derive_work(
     work: &mut PassWork,
     segments: &[Segment],
-    reads: SignalReads,
     before: PassBefore,
+    head_rows: impl Fn(&Segment) -> u32,
     history: impl Fn(&Segment) -> u32,
 ) {
     let mut chunks = std::mem::take(&mut work.chunks);
@@ -128,7 +133,7 @@ fn derive_work(
         squared_history += u128::from(u64::from(history) * u64::from(history));
         found.longest_decode_history = found.longest_decode_history.max(history);
         found.embed_rows += if segment.depth == 0 { tokens } else { 0 };
-        found.head_rows += reads.head_rows(segment);
+        found.head_rows += head_rows(segment);
         depths |= 1 << segment.depth;
     }
     found.squared_decode_history = squared_history as f64;
