@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use bytesize::ByteSize;
 use comfy_table::{CellAlignment, presets};
 use experiments::compare::{Comparison, E2E, E2E_P99, GOODPUT, Kind, THROUGHPUT, TPOT, TTFT};
-use experiments::frontier::{Headline, QualityMeasure, combination, headline};
+use experiments::frontier::{QualityMeasure, headline};
 use experiments::record::ServedTally;
 use experiments::runs::Run;
 use experiments::speedup::{Ratio, Speedup, speedups};
@@ -300,22 +300,8 @@ pub fn print_speedup(repeats: &[Vec<Summary>]) {
 
 /// Prints which policy is the fastest at the quality of full depth less a point, beside the best baseline of that quality.
 pub fn print_headline(repeats: &[Vec<Summary>]) {
-    for Headline { measure, least, baseline, adaptive } in
-        QualityMeasure::ALL.into_iter().filter_map(|measure| headline(repeats, measure))
-    {
-        let name = |place: usize| {
-            let summary = &repeats[0][place];
-            format!("{} ({:.3})", combination(summary), measure.of(summary).unwrap_or(f64::NAN))
-        };
-        let quality = format!("at the quality of full depth less 1 point ({} of at least {least:.3})", measure.name());
-        match adaptive {
-            Some((place, Ratio { median, least, most, .. })) => say!(
-                "\n{quality}, {} is {median:.2} times the best baseline, which is {} ({least:.2} to {most:.2} by repeat)",
-                name(place),
-                name(baseline)
-            ),
-            None => say!("\n{quality}, the best baseline is {}; no adaptive exit policy is as good", name(baseline)),
-        }
+    for headline in QualityMeasure::ALL.into_iter().filter_map(|measure| headline(repeats, measure)) {
+        say!("\n{}", headline.sentence(&repeats[0]));
     }
 }
 

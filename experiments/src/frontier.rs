@@ -53,6 +53,27 @@ pub struct Headline {
     pub adaptive: Option<(usize, Ratio)>,
 }
 
+impl Headline {
+    /// The headline in a sentence, with the names of the runs of `repeat`.
+    pub fn sentence(&self, repeat: &[Summary]) -> String {
+        let Self { measure, least, baseline, adaptive } = self;
+        let name = |place: usize| {
+            let summary = &repeat[place];
+            format!("{} ({:.3})", combination(summary), measure.of(summary).unwrap_or(f64::NAN))
+        };
+        let quality = format!("at the quality of full depth less 1 point ({} of at least {least:.3})", measure.name());
+        let baseline = name(*baseline);
+        match adaptive {
+            Some((place, Ratio { median, least, most, .. })) => format!(
+                "{quality}, {} is {median:.2} times the best baseline, which is {baseline} ({least:.2} to {most:.2} by \
+                 repeat)",
+                name(*place)
+            ),
+            None => format!("{quality}, the best baseline is {baseline}; no adaptive exit policy is as good"),
+        }
+    }
+}
+
 /// The headline of what was measured: for each repeat a summary of each combination. `None` if full depth or its quality
 /// was not measured.
 pub fn headline(repeats: &[Vec<Summary>], measure: QualityMeasure) -> Option<Headline> {
