@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use experiments::results::set_commit;
 
 use crate::interrupt::Interrupted;
 use crate::output::{Unprinted, note};
@@ -91,6 +92,9 @@ fn run(command: Command) -> Result<()> {
         process::prepare_for_training();
     }
     interrupt::end()?;
+    if let Some(commit) = option_env!("DEPTHWISE_COMMIT") {
+        set_commit(commit);
+    }
     match command {
         Command::Run(args) => commands::run::run(args),
         Command::Simulate(args) => commands::simulate::run(args),

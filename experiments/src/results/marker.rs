@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Component, Path};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -15,11 +16,24 @@ pub const MARKER: &str = "depthwise-results.json";
 
 const PROGRAM: &str = "depthwise";
 
+/// The commit that the program was built from. The library is not rebuilt for every commit, so the program says it.
+static COMMIT: OnceLock<&str> = OnceLock::new();
+
+/// Says which commit the program was built from: folders that are written from now on record it.
+pub fn set_commit(commit: &'static str) {
+    // The first one stays: a program has one.
+    let _ = COMMIT.set(commit);
+}
+
 /// What a folder of results says of itself.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Marker {
     program: String,
-    version: String,
+    /// The version that wrote it.
+    pub version: String,
+    /// The commit that the program was built from, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
     /// The command that wrote it.
     pub kind: String,
     /// Whether all results are there. A sweep and a training run are incomplete until they end.
@@ -34,7 +48,9 @@ pub struct Marker {
 impl Marker {
     pub(super) fn new(kind: &str, complete: bool, files: BTreeSet<String>) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Self { program: PROGRAM.to_owned(), version, kind: kind.to_owned(), complete, files, sealed: BTreeMap::new() }
+        let commit = COMMIT.get().map(|&commit| commit.to_owned());
+        let (program, kind) = (PROGRAM.to_owned(), kind.to_owned());
+        Self { program, version, commit, kind, complete, files, sealed: BTreeMap::new() }
     }
 
     pub(super) fn with_sealed(self, sealed: BTreeMap<String, Seal>) -> Self {

@@ -26,7 +26,7 @@ use traces::unfinished::{Registered, without_interruption};
 
 pub use file::write_file;
 use lock::Lock;
-pub use marker::{MARKER, Marker};
+pub use marker::{MARKER, Marker, set_commit};
 pub use seal::Seal;
 
 /// What a folder of ours mostly holds: the configuration that it came from.
