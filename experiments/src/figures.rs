@@ -45,20 +45,21 @@ struct RequestLine {
     tpot_ms: f64,
 }
 
+/// A line of `depth_rows.csv`.
 #[derive(Clone, Debug, Deserialize)]
-struct DepthRowsLine {
-    source: Source,
-    batching: Batching,
-    exit_policy: String,
+pub(crate) struct DepthRowsLine {
+    pub source: Source,
+    pub batching: Batching,
+    pub exit_policy: String,
     /// Absent in results of earlier versions.
     #[serde(default)]
-    kv_fill: KvFill,
-    start_s: f64,
-    width_s: f64,
-    depth: u32,
-    decode_rows: f64,
-    prefill_rows: f64,
-    backfill_rows: f64,
+    pub kv_fill: KvFill,
+    pub start_s: f64,
+    pub width_s: f64,
+    pub depth: u32,
+    pub decode_rows: f64,
+    pub prefill_rows: f64,
+    pub backfill_rows: f64,
 }
 
 /// What a figure needs of a line of `validation.csv`, `speedups.csv`, `absolute.csv` or `at_rates.csv`.

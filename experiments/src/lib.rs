@@ -8,6 +8,7 @@
 //! | find the highest request rate within latency objectives | [`capacity()`] | [`SweepSpec`] |
 //! | measure a latency profile, record exits, replay a trace | [`profile()`], [`record()`], [`replay()`] | [`NamedEngine`] |
 //! | grade prompts with answers by exit depth | [`exact_match()`] | [`NamedEngine`] |
+//! | make an HTML page of folders of results | [`report()`] | their paths |
 //! | simulate requests under some settings | [`run_simulations`] | [`Machines`] |
 //!
 //! An experiment is a value: read it from YAML with [`Experiment::load`] or [`SweepSpec::load`], or build it. Its
@@ -98,6 +99,7 @@ pub mod quality;
 pub mod record;
 pub mod recording;
 pub mod replay;
+pub mod report;
 pub mod reporter;
 pub mod results;
 pub mod run;
@@ -117,6 +119,7 @@ pub use named_engine::NamedEngine;
 pub use profile::profile;
 pub use record::record;
 pub use replay::replay;
+pub use report::report;
 pub use reporter::{Quiet, Reporter};
 pub use results::ResultsFolder;
 pub use run::{run, validate};

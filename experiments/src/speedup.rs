@@ -36,7 +36,12 @@ pub struct Ratio {
 
 /// Whether the exits of a run depend neither on tokens nor on signals.
 pub fn is_baseline(summary: &Summary) -> bool {
-    matches!(summary.exit.as_str(), "none" | "static" | "mix")
+    is_baseline_exit(&summary.exit)
+}
+
+/// The same by the kind of exit policy.
+pub(crate) fn is_baseline_exit(kind: &str) -> bool {
+    matches!(kind, "none" | "static" | "mix")
 }
 
 /// Warns if exit policies that depend on tokens are compared with full depth only: a static depth may be as good.
@@ -54,7 +59,12 @@ pub fn warn_without_baselines<'a>(settings: impl IntoIterator<Item = &'a Setting
 
 /// Whether a server could run the exit policy: the oracle needs predictions that only deeper loops give.
 pub fn is_attainable(summary: &Summary) -> bool {
-    summary.exit != "oracle"
+    is_attainable_exit(&summary.exit)
+}
+
+/// The same by the kind of exit policy.
+pub(crate) fn is_attainable_exit(kind: &str) -> bool {
+    kind != "oracle"
 }
 
 /// Throughput of one combination over that of another, repeat by repeat.

@@ -86,6 +86,7 @@ pub use latency::{PolicyLatencies, latency_cdfs};
 pub use pareto::{Estimate, Quantity, TradeLine, TradeOff, TradePoint, frontier, pareto};
 pub use parts::{TokenTime, token_times};
 pub use speedup::{PolicyThroughput, speedup};
+pub use style::PALETTE;
 pub use sweep::{SweepLine, SweepPoint, sweep};
 pub use throughput::{ThresholdLine, ThresholdPoint, thresholds, throughput_by_batch};
 pub use training::{LossCurve, losses};

@@ -15,15 +15,16 @@ pub(crate) const MUTED: RGBColor = RGBColor(0x59, 0x59, 0x59);
 pub(crate) const GRID: RGBColor = RGBColor(0xe2, 0xe2, 0xe2);
 pub(crate) const BAND: RGBColor = RGBColor(0xd9, 0xd9, 0xd9);
 
-/// Okabe and Ito's palette without its yellow, which is too pale on white.
-const OKABE_ITO: [RGBColor; 7] = [
-    RGBColor(0x00, 0x72, 0xb2),
-    RGBColor(0xd5, 0x5e, 0x00),
-    RGBColor(0x00, 0x9e, 0x73),
-    RGBColor(0xcc, 0x79, 0xa7),
-    RGBColor(0x33, 0x33, 0x33),
-    RGBColor(0xe6, 0x9f, 0x00),
-    RGBColor(0x56, 0xb4, 0xe9),
+/// Red, green and blue of the colours of series, in their order: Okabe and Ito's palette without its yellow, which is too
+/// pale on white.
+pub const PALETTE: [[u8; 3]; 7] = [
+    [0x00, 0x72, 0xb2],
+    [0xd5, 0x5e, 0x00],
+    [0x00, 0x9e, 0x73],
+    [0xcc, 0x79, 0xa7],
+    [0x33, 0x33, 0x33],
+    [0xe6, 0x9f, 0x00],
+    [0x56, 0xb4, 0xe9],
 ];
 
 /// Anchors of text centred above or below its point.
@@ -43,7 +44,8 @@ const HATCH_SPACING: i32 = 14;
 const MOST_NAMES: usize = 12;
 
 pub(crate) fn colour(index: usize) -> RGBColor {
-    OKABE_ITO[index % OKABE_ITO.len()]
+    let [r, g, b] = PALETTE[index % PALETTE.len()];
+    RGBColor(r, g, b)
 }
 
 /// Light to dark over `count` ordered classes, distinguished by lightness only.

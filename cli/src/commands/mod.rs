@@ -12,6 +12,7 @@ pub mod plot;
 pub mod profile;
 pub mod record;
 pub mod replay;
+pub mod report;
 pub mod run;
 pub mod serve;
 pub mod simulate;
