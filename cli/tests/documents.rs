@@ -106,6 +106,7 @@ fn every_column_and_key_that_is_written_is_documented() {
     succeed(&[&["simulate"], &simulate[..], &with_roles].concat());
     succeed(&["run", &file("run.yaml"), "--out", &file("run")]);
     succeed(&["sweep", &file("sweep.yaml"), "--out", &file("sweep")]);
+    succeed(&["sweep", &file("sweep.yaml"), "--shard", "1/2", "--out", &file("shard")]);
     succeed(&["capacity", &file("sweep.yaml"), "--out", &file("capacity")]);
     measure(scratch.path(), requests);
     bench(scratch.path(), &file("requests.yaml"));

@@ -183,10 +183,15 @@ fn writers(scene: &Scene) -> Vec<Vec<&'static str>> {
     kernels::write_kernels(&scene.path("systems"), Compression::UNCOMPRESSED, usize::MAX, |bytes| bytes);
     scene.write("swept.yaml", &SWEEP.replace("COUNT", "20"));
     scene.succeed(&["sweep", "swept.yaml", "--out", "swept"]);
+    for (shard, out) in [("1/2", "first"), ("2/2", "second")] {
+        scene.succeed(&["sweep", "swept.yaml", "--shard", shard, "--out", out]);
+    }
     let commands = [
         "run tiny.yaml --out",
         "simulate --requests requests.csv --profile profile --exits exits --out",
         "sweep sweep.yaml --out",
+        "sweep sweep.yaml --shard 1/2 --out",
+        "sweep swept.yaml --merge first second --out",
         "capacity sweep.yaml --ttft-ms 50 --out",
         "profile --model model --max-batch 2 --token-budget 4 --max-tokens 16 --prefill-chunk 4 --rounds 1 --out",
         "record --model model --prompts prompts.txt --requests requests.csv --first 3 --out",

@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::Scene;
+use experiments::results::MARKER;
 use made_up::{exits, profile};
 use traces::ExitTable;
 use traces::hash::mix;
@@ -196,6 +197,95 @@ fn an_interrupted_sweep_keeps_what_has_finished() {
     assert!((10..=SMALL_POINTS).contains(&kept()), "{} lines", kept());
     scene.succeed(&["sweep", "long.yaml", "--out", "stopped"]);
     assert!(contents(&scene.path("stopped")) == contents(&scene.path("whole")));
+}
+
+/// Simulates all shards of `small.yaml` into the folders `NAME-shards/K-of-N`, the last first, and gives their names.
+fn shards(scene: &Scene, count: usize) -> Vec<String> {
+    for number in (1..=count).rev() {
+        scene.succeed(&["sweep", "small.yaml", "--shard", &format!("{number}/{count}")]);
+    }
+    (1..=count).map(|number| format!("results/small-shards/{number}-of-{count}")).collect()
+}
+
+fn merge<'a>(shards: &'a [String], out: &'a str) -> Vec<&'a str> {
+    let folders = shards.iter().map(String::as_str);
+    ["sweep", "small.yaml", "--out", out, "--merge"].into_iter().chain(folders).collect()
+}
+
+#[test]
+fn merged_shards_are_one_run_to_the_byte_also_after_an_interruption() {
+    let scene = Scene::new();
+    scene.write("small.yaml", &small_sweep());
+    scene.succeed(&["sweep", "small.yaml", "--out", "whole"]);
+    let whole = contents(&scene.path("whole"));
+    let shards = shards(&scene, 5);
+    scene.succeed(&merge(&shards, "merged"));
+    assert!(contents(&scene.path("merged")) == whole);
+
+    // A shard that was cut short goes on.
+    let (path, marker) = (scene.path(&shards[2]).join("sweep.csv"), scene.path(&shards[2]).join(MARKER));
+    let (text, ended) = (fs::read(&path).unwrap(), fs::read_to_string(&marker).unwrap());
+    fs::write(&path, &text[..text.len() / 2]).unwrap();
+    fs::write(&marker, ended.replace("\"complete\": true", "\"complete\": false")).unwrap();
+    let error = scene.fail(&merge(&shards, "other"));
+    assert!(error.contains("results/small-shards/3-of-5: shard 3/5 has not ended"), "{error}");
+    let printed = scene.succeed(&["sweep", "small.yaml", "--shard", "3/5"]);
+    assert!(printed.starts_with(&format!("{} simulations of shard 3/5, of which ", SMALL_POINTS.div_ceil(5))));
+    assert!(fs::read(&path).unwrap() == text && fs::read_to_string(&marker).unwrap() == ended);
+    // Neither the order of shards nor what is there already matters.
+    let reversed: Vec<String> = shards.iter().rev().cloned().collect();
+    scene.succeed(&merge(&reversed, "merged"));
+    assert!(contents(&scene.path("merged")) == whole);
+    assert!(!scene.path("other").exists());
+}
+
+#[test]
+fn missing_doubled_and_foreign_shards_are_named() {
+    let scene = Scene::new();
+    scene.write("small.yaml", &small_sweep());
+    let shards = shards(&scene, 4);
+    let fails = |folders: &[String], expected: &str| {
+        let error = scene.fail(&merge(folders, "out"));
+        assert!(error.contains(expected) && error.contains("small.yaml"), "expected `{expected}` in: {error}");
+        assert!(!scene.path("out").exists(), "something was left by: {error}");
+    };
+    let with = |other: &str| [&shards[..3], &[other.to_owned()]].concat();
+    fails(&shards[1..3], "missing shards: 1/4, 4/4");
+    let third = "results/small-shards/3-of-4";
+    fails(&with(third), &format!("shard 3/4 is there twice: {third} and {third}"));
+    fails(&with("profile"), "profile: found no depthwise-results.json, expected the folder of a shard");
+    scene.succeed(&["sweep", "small.yaml"]);
+    fails(&with("results/small"), "results/small: found results of `depthwise sweep`, expected the folder of a shard");
+    scene.succeed(&["sweep", "small.yaml", "--shard", "4/5", "--out", "fifth"]);
+    fails(&with("fifth"), &format!("fifth: found shard 4/5, expected one of 4 as in {}", shards[0]));
+
+    // The same grid of another configuration, version, input or machine.
+    scene.write("small.yaml", &small_sweep().replace("count: 60", "count: 61"));
+    scene.succeed(&["sweep", "small.yaml", "--shard", "4/4", "--out", "foreign"]);
+    scene.write("small.yaml", &small_sweep());
+    fails(&with("foreign"), "foreign: shard 4/4 is of another configuration");
+    let changed = |file: &str, from: &str, to: &str| {
+        scene.succeed(&["sweep", "small.yaml", "--shard", "4/4", "--out", "changed", "--restart"]);
+        let text = scene.read(&format!("changed/{file}"));
+        assert!(text.contains(from), "{text}");
+        scene.write(&format!("changed/{file}"), &text.replacen(from, to, 1));
+    };
+    changed("inputs.yaml", "program: depthwise ", "program: depthwise 0.0.1-");
+    fails(&with("changed"), "changed: shard 4/4 is written by depthwise 0.0.1-");
+    changed("inputs.yaml", "profile/latency.csv: ", "profile/latency.csv: 0");
+    fails(&with("changed"), "changed: shard 4/4 is of another profile/latency.csv");
+    changed("sweep.csv", "\n3,\"one, two\"", "\n3,other");
+    fails(&with("changed"), "changed/sweep.csv: found another line of point 3 than this program computes");
+
+    let error = scene.fail(&["sweep", "small.yaml", "--shard", "2/4", "--out", third]);
+    assert!(error.contains("are of shard 3/4, this is 2/4: choose another --out"), "{error}");
+    let error = scene.fail(&["sweep", "small.yaml", "--shard", "1/500", "--out", "out"]);
+    assert!(error.contains(&format!("shard 1/500: found {SMALL_POINTS} points")), "{error}");
+    assert!(!scene.path("out").exists());
+    for wrong in ["5/4", "0/4", "4"] {
+        let output = scene.run(&["sweep", "small.yaml", "--shard", wrong]);
+        assert!(String::from_utf8_lossy(&output.stderr).contains(&format!("found `{wrong}`, expected shard K of N")));
+    }
 }
 
 #[test]

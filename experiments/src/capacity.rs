@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use simulator::{CapacitySearch, Points, Table};
+use simulator::{CapacitySearch, Points, Shard, Table};
 
 use crate::reporter::{Reporter, Shared};
 use crate::runs::warn_of_extrapolations;
@@ -38,7 +38,7 @@ pub fn capacity(
     let mut folder = target.map(open).transpose()?;
     let points = match &mut folder {
         Some(folder) => {
-            let points = Points::open(&folder.grow(CAPACITIES)?, plan.len())?;
+            let points = Points::open(&folder.grow(CAPACITIES)?, plan.len(), Shard::WHOLE)?;
             if points.done() < plan.len() {
                 folder.mark()?;
             }

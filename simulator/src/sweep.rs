@@ -4,7 +4,8 @@
 //! points 0, 1, 2, ... ──not in the file?──► run, on all cores ──► append a line ──the last?──► sort the lines
 //! ```
 //!
-//! A file that was cut off at any byte, or whose runs were stopped, ends up identical to an uninterrupted one.
+//! A file that was cut off at any byte, or whose runs were stopped, ends up identical to an uninterrupted one; so do the
+//! files of the shards of a sweep, when they are merged.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -18,6 +19,7 @@ use serde::Serialize;
 use traces::TraceError;
 use traces::table::write_whole;
 
+use crate::shard::Shard;
 use crate::statistics::Interval;
 
 /// Name of the first column, which identifies the point of a line.
@@ -26,7 +28,9 @@ pub const POINT: &str = "point";
 /// The points of a sweep and their results so far.
 #[derive(Debug)]
 pub struct Points {
+    /// Of the whole sweep.
     count: usize,
+    shard: Shard,
     header: Option<StringRecord>,
     lines: BTreeMap<usize, StringRecord>,
     /// `None` if results are kept in memory only.
@@ -45,46 +49,78 @@ pub struct Table {
 impl Points {
     /// A sweep of `count` points without results, kept in memory only.
     pub fn in_memory(count: usize) -> Self {
-        Self { count, header: None, lines: BTreeMap::new(), file: None }
+        Self { count, shard: Shard::WHOLE, header: None, lines: BTreeMap::new(), file: None }
     }
 
-    /// A sweep of `count` points with the results in a file, which is created if it does not exist. A line that was cut
-    /// off is removed.
+    /// A shard of a sweep of `count` points with the results in a file, which is created if it does not exist. A line that
+    /// was cut off is removed.
     ///
     /// # Errors
-    /// If the file cannot be read or written, or a line does not belong to such a sweep.
-    pub fn open(path: &Path, count: usize) -> Result<Self, TraceError> {
+    /// If the file cannot be read or written, a line does not belong to the shard, or a point is there twice.
+    pub fn open(path: &Path, count: usize, shard: Shard) -> Result<Self, TraceError> {
         let io = |action| move |source| TraceError::Io { action, path: path.to_owned(), source };
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io("open"))?;
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(io("read"))?;
         let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
         file.set_len(whole as u64).map_err(io("write"))?;
-        let mut points = Self::in_memory(count);
+        let mut points = Self { shard, ..Self::in_memory(count) };
         points.read(path, &text[..whole])?;
         points.file = Some((path.to_owned(), file));
         Ok(points)
     }
 
+    /// Adds the lines of a shard from the file that another process wrote. `first` is the line of the shard's first point,
+    /// simulated again: a file that has another was not written by this program.
+    ///
+    /// # Errors
+    /// If the file cannot be read, lacks a point, has one twice or one of another shard, or the line of the first point
+    /// differs.
+    pub fn add(&mut self, path: &Path, shard: Shard, first: &impl Serialize) -> Result<(), TraceError> {
+        let text =
+            std::fs::read(path).map_err(|source| TraceError::Io { action: "read", path: path.into(), source })?;
+        let error =
+            |found, expected: &str| TraceError::File { path: path.into(), found, expected: expected.to_owned() };
+        let mut added = Self { shard, ..Self::in_memory(self.count) };
+        added.read(path, &text)?;
+        let count = shard.points(self.count).count();
+        if added.done() < count {
+            let found = format!("{} of the {count} points of shard {shard}", added.done());
+            return Err(error(found, "all of them"));
+        }
+        let (header, record) = records(first);
+        let first = added.lines.first_key_value();
+        if added.header.as_ref() != Some(&header) || first.is_some_and(|(_, there)| *there != record) {
+            let found = format!("another line of point {} than this program computes", shard.number() - 1);
+            return Err(error(found, "a shard of the same program"));
+        }
+        self.header = added.header;
+        self.lines.append(&mut added.lines);
+        Ok(())
+    }
+
     fn read(&mut self, path: &Path, text: &[u8]) -> Result<(), TraceError> {
         let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(text);
+        let expected = match self.shard {
+            Shard::WHOLE => format!("the line of a point below {}", self.count),
+            shard => format!("the line of a point of shard {shard} below {}", self.count),
+        };
         for record in reader.records() {
-            let error = |line, found| TraceError::Line {
-                path: path.to_owned(),
-                line,
-                found,
-                expected: format!("the line of a point below {}", self.count),
-            };
+            let error =
+                |line, found| TraceError::Line { path: path.to_owned(), line, found, expected: expected.clone() };
             let record =
                 record.map_err(|wrong| error(wrong.position().map_or(0, csv::Position::line), wrong.to_string()))?;
             if self.header.is_none() {
                 self.header = Some(record);
                 continue;
             }
-            let point = record.get(0).and_then(|cell| cell.parse().ok()).filter(|&point| point < self.count);
+            let is_ours = |point: &usize| *point < self.count && self.shard.contains(*point);
+            let point = record.get(0).and_then(|cell| cell.parse().ok()).filter(is_ours);
             let line = record.position().map_or(0, csv::Position::line);
             let point = point.ok_or_else(|| error(line, format!("`{}`", record.get(0).unwrap_or_default())))?;
-            self.lines.insert(point, record);
+            if self.lines.insert(point, record).is_some() {
+                return Err(error(line, format!("point {point} a second time")));
+            }
         }
         Ok(())
     }
@@ -94,8 +130,8 @@ impl Points {
         self.lines.len()
     }
 
-    /// Runs the missing points on all cores, appends the line of each, and sorts the lines. Calls `finished` after each
-    /// point. If none is missing, the first runs again, because only a line says which columns there are.
+    /// Runs the missing points of the shard on all cores, appends the line of each, and sorts the lines. Calls `finished`
+    /// after each point. If none is missing, the first runs again, because only a line says which columns there are.
     ///
     /// A line is a structure, or a tuple of structures, whose first field is the point.
     ///
@@ -110,10 +146,11 @@ impl Points {
         L: Serialize,
         E: From<TraceError> + Send,
     {
-        let missing: Vec<usize> = (0..self.count).filter(|point| !self.lines.contains_key(point)).collect();
-        if missing.is_empty() && self.header.is_some() {
+        let missing: Vec<usize> =
+            self.shard.points(self.count).filter(|point| !self.lines.contains_key(point)).collect();
+        if let (true, Some((first, _))) = (missing.is_empty(), self.lines.first_key_value()) {
             // Only a line says which columns there are.
-            self.check_header(&records(&run(0)?).0)?;
+            self.check_header(&records(&run(*first)?).0)?;
         }
         let points = Mutex::new(self);
         missing.into_par_iter().try_for_each(|point| {
@@ -159,7 +196,11 @@ impl Points {
         Ok(())
     }
 
-    fn in_order(self) -> Result<Table, TraceError> {
+    /// The lines so far in order, which the file then has too.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn in_order(self) -> Result<Table, TraceError> {
         let table = Table { header: self.header.unwrap_or_default(), lines: self.lines.into_values().collect() };
         if let Some((path, _)) = self.file {
             table.write(&path)?;
@@ -270,7 +311,7 @@ mod tests {
             runs.fetch_add(1, Ordering::Relaxed);
             Ok(line(point))
         };
-        Points::open(path, 12)?.complete(run, || ())
+        Points::open(path, 12, Shard::WHOLE)?.complete(run, || ())
     }
 
     #[test]
@@ -300,8 +341,8 @@ mod tests {
             7 => Err(TraceError::Io { action: "run", path: "it".into(), source: std::io::Error::other("no") }),
             point => Ok(line(point)),
         };
-        assert!(Points::open(&path, 12).unwrap().complete(run, || ()).is_err());
-        let kept = Points::open(&path, 12).unwrap().done();
+        assert!(Points::open(&path, 12, Shard::WHOLE).unwrap().complete(run, || ()).is_err());
+        let kept = Points::open(&path, 12, Shard::WHOLE).unwrap().done();
         let runs = AtomicUsize::new(0);
         let table = complete(&path, &runs).unwrap();
         assert_eq!(runs.into_inner(), 12 - kept);
@@ -325,6 +366,38 @@ mod tests {
         let whole: String = (0..12).map(|point| format!("{point},plain,0,1.0,\n")).collect();
         assert!(error(&format!("{renamed}{whole}")).contains("sweep.csv:1: found other columns"));
         assert!(error("point,name\n0,plain\n").contains("other columns, expected `point,name,seed,value,share`"));
+    }
+
+    #[test]
+    fn shards_are_merged_to_the_lines_of_one_run_and_others_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = Points::in_memory(12).complete(|point| Ok::<_, TraceError>(line(point)), || ()).unwrap();
+        let shards: Vec<Shard> = "1/5".parse::<Shard>().unwrap().all().collect();
+        let path = |shard: Shard| folder.path().join(format!("{}.csv", shard.number()));
+        let mut merged = Points::in_memory(12);
+        for &shard in shards.iter().rev() {
+            let points = Points::open(&path(shard), 12, shard).unwrap();
+            points.complete(|point| Ok::<_, TraceError>(line(point)), || ()).unwrap();
+            merged.add(&path(shard), shard, &line(shard.number() - 1)).unwrap();
+        }
+        assert_eq!(merged.in_order().unwrap(), whole);
+
+        let (second, text) = (path(shards[1]), std::fs::read_to_string(path(shards[1])).unwrap());
+        let add = |text: &str, first: usize| {
+            std::fs::write(&second, text).unwrap();
+            Points::in_memory(12).add(&second, shards[1], &line(first)).unwrap_err().to_string()
+        };
+        let lines: Vec<&str> = text.split_inclusive('\n').collect();
+        for (text, first, expected) in [
+            (lines[..3].concat(), 1, "2.csv: found 2 of the 3 points of shard 2/5, expected all of them"),
+            ([&text, lines[3]].concat(), 1, "2.csv:5: found point 11 a second time"),
+            (text.replace("\n6,", "\n7,"), 1, "2.csv:3: found `7`, expected the line of a point of shard 2/5 below 12"),
+            (text.clone(), 6, "2.csv: found another line of point 1 than this program computes"),
+            (text.replace("share", "part"), 1, "2.csv: found another line of point 1 than this program computes"),
+        ] {
+            let error = add(&text, first);
+            assert!(error.contains(expected), "expected `{expected}` in: {error}");
+        }
     }
 
     #[test]

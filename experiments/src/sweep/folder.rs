@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::iter;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use simulator::Shard;
 use traces::table::{read_yaml, write_yaml};
 
 use super::Earlier;
 use super::spec::SweepSpec;
-use crate::results::{CONFIG, ResultsFolder};
+use crate::results::{CONFIG, MARKER, Marker, ResultsFolder};
 
 /// What results are of: the same inputs give the same lines.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -20,6 +21,9 @@ pub struct Inputs {
     /// What is done at each point: the command.
     #[serde(skip)]
     task: String,
+    /// Which share of the points the results are of, where several processes divide them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shard: Option<Shard>,
     /// Program and version.
     program: String,
     /// SHA-256 of what was asked for, as the program understood it.
@@ -54,10 +58,24 @@ impl Inputs {
         };
         Ok(Self {
             task: task.to_owned(),
+            shard: None,
             program: format!("depthwise {}", env!("CARGO_PKG_VERSION")),
             asked: sha256(asked.as_bytes()),
             files: paths.into_iter().map(hashed).collect::<Result<_>>()?,
         })
+    }
+
+    /// The same of a shard's points only.
+    pub fn of_shard(self, shard: Shard) -> Self {
+        Self { shard: Some(shard), ..self }
+    }
+
+    /// What a folder of such results is of, after the name of the program.
+    fn kind(&self) -> String {
+        match self.shard {
+            Some(_) => format!("{} --shard", self.task),
+            None => self.task.clone(),
+        }
     }
 
     /// What is not as it was.
@@ -67,6 +85,11 @@ impl Inputs {
         }
         if self.asked != earlier.asked {
             return Some("of another configuration".to_owned());
+        }
+        if let (Some(shard), Some(earlier)) = (self.shard, earlier.shard)
+            && shard != earlier
+        {
+            return Some(format!("of shard {earlier}, this is {shard}"));
         }
         let paths = self.files.keys().chain(earlier.files.keys());
         let changed = paths.into_iter().find(|path| self.files.get(*path) != earlier.files.get(*path));
@@ -96,7 +119,7 @@ fn sha256(bytes: &[u8]) -> String {
 /// # Errors
 /// If it holds the results of others, another run writes it, or it cannot be written.
 pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, earlier: Earlier) -> Result<ResultsFolder> {
-    let mut folder = ResultsFolder::open(target, &inputs.task)?;
+    let mut folder = ResultsFolder::open(target, &inputs.kind())?;
     if earlier == Earlier::Remove {
         folder.remove_earlier()?;
     }
@@ -109,4 +132,24 @@ pub fn open(target: &Path, spec: &SweepSpec, inputs: &Inputs, earlier: Earlier) 
     write_yaml(&folder.grow(INPUTS)?, inputs)?;
     write_yaml(&folder.grow(CONFIG)?, spec)?;
     Ok(folder)
+}
+
+/// The shard of a sweep of these inputs that a folder holds, whole.
+///
+/// # Errors
+/// If it holds none, one of other inputs, or one that has not ended.
+pub fn read_shard(folder: &Path, inputs: &Inputs) -> Result<Shard> {
+    let shown = folder.display();
+    let expected = "expected the folder of a shard, as `--shard` writes it";
+    let marker = Marker::read(folder)?.with_context(|| format!("{shown}: found no {MARKER}, {expected}"))?;
+    let recorded = folder.join(INPUTS);
+    let there: Option<Inputs> = recorded.exists().then(|| read_yaml(&recorded)).transpose()?;
+    let Some((there, shard)) = there.and_then(|there| there.shard.map(|shard| (there, shard))) else {
+        bail!("{shown}: found results of `depthwise {}`, {expected}", marker.kind);
+    };
+    if let Some(difference) = inputs.difference(&there) {
+        bail!("{shown}: shard {shard} is {difference}");
+    }
+    ensure!(marker.complete, "{shown}: shard {shard} has not ended: the command that began it goes on with it");
+    Ok(shard)
 }
