@@ -6,18 +6,18 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use engine::{DeviceName, Sampling, WeightType};
-use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Settings};
-use simulator::{ExitModel, MachineGroup, Objectives, Routing, Simulation};
+use simulator::{Objectives, Routing};
 use traces::{RequestFormat, RequestSpec, RequestTrace, SessionUse, ThinkTime, TimeUnit, TraceError, ZeroTokens};
 
 use crate::progress::Terminal;
 use experiments::ExitChoice;
 use experiments::NamedEngine;
 use experiments::experiment::{SCHEMA_VERSION, read_yaml};
-use experiments::machines::{Groups, MachinesFile, check_specs};
+use experiments::input::SimulationInput;
+use experiments::machines::{MachinesFile, check_specs};
 use experiments::runs::{Machines, load_models};
-use experiments::serving::{MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, longest, parse_bytes};
+use experiments::serving::{MOST_BLOCKS, MOST_REPLICAS, MOST_ROWS, Serving, parse_bytes};
 use experiments::sweep::spec::{CapacitySpec, Grid, SweepSpec, SweptSystem};
 use experiments::workload::{Workload, load_requests};
 
@@ -429,42 +429,6 @@ pub struct SimulationArgs {
     seed: u64,
 }
 
-/// The same, read.
-pub struct SimulationInput {
-    /// What is served.
-    pub workload: Workload,
-    /// Of the device.
-    pub latency: LatencyModel,
-    /// Of the model.
-    pub exits: ExitModel,
-    /// For each combination of policies, those of each group of machines.
-    pub settings: Vec<Vec<Settings>>,
-    /// What runs them.
-    pub machines: Machines,
-    /// Their roles.
-    pub groups: Groups,
-}
-
-impl SimulationInput {
-    /// The groups of machines for each combination of policies.
-    pub fn groups(&self) -> Vec<Vec<MachineGroup<'_>>> {
-        let of_combination =
-            |settings: &Vec<Settings>| self.groups.machines(settings, self.machines.replicas, &self.latency);
-        self.settings.iter().map(of_combination).collect()
-    }
-
-    /// A simulation for each combination of policies, on these [groups](Self::groups).
-    ///
-    /// # Errors
-    /// If the settings are of another model, or the groups make no system.
-    pub fn simulations<'m>(&'m self, groups: &'m [Vec<MachineGroup<'m>>]) -> Result<Vec<Simulation<'m>>> {
-        let simulation = |groups: &'m Vec<MachineGroup<'m>>| {
-            Ok(self.machines.simulation_of_groups(groups, self.groups.link(), &self.exits, &self.workload)?)
-        };
-        groups.iter().map(simulation).collect()
-    }
-}
-
 impl SimulationArgs {
     /// Whether options describe how to serve requests, not a YAML file of machines.
     pub fn is_of_options(&self) -> bool {
@@ -478,14 +442,12 @@ impl SimulationArgs {
     pub fn load(&self) -> Result<SimulationInput> {
         let (spec, base) = self.requests.spec()?;
         let serving = self.serving()?;
-        let groups = Groups::read(&serving.machines, serving.transfer, Path::new(""))?;
         let workload = Workload::load(&spec, &base, &serving, self.seed, &mut Terminal::default())
             .map_err(|error| self.requests.name_option(error))?;
-        let (latency, exits) = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
-        let settings = groups.all_settings(&serving, &latency, longest(&workload.requests))?;
+        let models = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
         let spread = self.spread.then_some(self.seed);
         let machines = Machines { replicas: self.replicas as usize, routing: self.routing, spread };
-        Ok(SimulationInput { workload, latency, exits, settings, machines, groups })
+        SimulationInput::new(workload, models, &serving, machines, Path::new(""))
     }
 
     /// How requests are scheduled, and on what machines; paths are relative to nothing else.

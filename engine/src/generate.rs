@@ -61,6 +61,22 @@ impl Engine {
         settings: Settings,
         output_tokens: u32,
     ) -> Result<Vec<Vec<CompletedToken>>, ReplayError> {
+        self.complete_while(tokenizer, prompts, settings, output_tokens, || true)
+    }
+
+    /// As [`complete`](Self::complete), for as long as `goes_on` says so, which is asked at every token. All texts end
+    /// then.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn complete_while(
+        &self,
+        tokenizer: &Tokenizer,
+        prompts: &[impl AsRef<str>],
+        settings: Settings,
+        output_tokens: u32,
+        mut goes_on: impl FnMut() -> bool + Send,
+    ) -> Result<Vec<Vec<CompletedToken>>, ReplayError> {
         let encode = |(id, prompt)| Ok::<_, ReplayError>((id, tokenizer.encode_prompt(prompt)?));
         let encoded: HashMap<u32, Vec<u32>> =
             (0..).zip(prompts.iter().map(AsRef::as_ref)).map(encode).collect::<Result<_, _>>()?;
@@ -73,7 +89,7 @@ impl Engine {
         let engine = Self { prompts: Arc::new(Prompts::Given(encoded.clone())), ..self.clone() };
         engine.generate(settings, &requests, |token| {
             generated[token.request as usize].push(token);
-            ControlFlow::Continue(())
+            if goes_on() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
         let text = |(id, generated): (u32, Vec<Generated>)| {
             let mut stream = tokenizer.stream();

@@ -86,6 +86,7 @@ pub mod exit_choice;
 pub mod experiment;
 pub mod figures;
 pub mod frontier;
+pub mod input;
 pub mod loss_figure;
 pub mod machines;
 pub mod measure;

@@ -16,6 +16,7 @@ use crate::experiment::EngineSpec;
 use crate::serving::Serving;
 
 /// An engine and what its records call its model.
+#[derive(Clone)]
 pub struct NamedEngine {
     /// The engine.
     pub engine: Engine,
@@ -27,8 +28,7 @@ pub struct NamedEngine {
 }
 
 impl NamedEngine {
-    /// Opens a model and its prompts: JSON lines if the name of the file says so, and otherwise a text that prompts are
-    /// cut from. `loops` is as for [`Checkpoint::open`].
+    /// Opens a model and its [prompts](read_prompts). `loops` is as for [`Checkpoint::open`].
     ///
     /// # Errors
     /// If either does not read, or does not fit the other.
@@ -41,13 +41,7 @@ impl NamedEngine {
         sampling: Sampling,
     ) -> Result<Self> {
         let (mut named, tokenizer) = Self::with_tokenizer(model, loops, weights, device, sampling)?;
-        named.engine.prompts = Arc::new(match PromptLine::is_file(prompts) {
-            true => Prompts::Lines(PromptLine::read(prompts, &tokenizer)?),
-            false => {
-                let text = traces::input::read_text(prompts)?;
-                Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)?, prefixes: None }
-            }
-        });
+        named.engine.prompts = Arc::new(read_prompts(prompts, &tokenizer)?);
         Ok(named)
     }
 
@@ -146,6 +140,18 @@ impl NamedEngine {
     pub fn memory(&self) -> ModelMemory {
         model_memory(&*self.engine.model)
     }
+}
+
+/// Opens prompts: JSON lines if the name of the file says so, and otherwise a text that prompts are cut from.
+///
+/// # Errors
+/// If the file does not read.
+pub fn read_prompts(path: &Path, tokenizer: &Tokenizer) -> Result<Prompts> {
+    if PromptLine::is_file(path) {
+        return Ok(Prompts::Lines(PromptLine::read(path, tokenizer)?));
+    }
+    let text = traces::input::read_text(path)?;
+    Ok(Prompts::TextAfter { begin: tokenizer.begin()?, text: tokenizer.encode(&text)?, prefixes: None })
 }
 
 /// The memory of this machine; none where that is not known.

@@ -1,6 +1,7 @@
 //! What a long experiment says while it runs.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Hears how far an experiment is, and what it warns of. The library itself prints nothing.
 ///
@@ -36,6 +37,11 @@ pub trait Reporter: Send {
 
     /// The stage is over.
     fn finish(&mut self) {}
+
+    /// A flag that ends simulations with an error when it is set; none where nothing ends them.
+    fn stop(&self) -> Option<Arc<AtomicBool>> {
+        None
+    }
 
     /// Something found out on the way that users want to know.
     fn note(&mut self, text: &str) {

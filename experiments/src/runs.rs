@@ -45,11 +45,10 @@ impl Run {
     }
 }
 
-/// Reads what a simulation looks times and exits up in; exits are drawn with `seed`. Without an exit trace every token
-/// runs every depth, and the policies must ask for nothing else.
+/// Reads what a simulation looks times and exits up in; see [`models`].
 ///
 /// # Errors
-/// If a folder does not read, the two are of different models, or a policy lets rows exit and there is no exit trace.
+/// If a folder does not read, or as there.
 pub fn load_models(
     profile: &Path,
     exits: Option<&Path>,
@@ -57,16 +56,30 @@ pub fn load_models(
     policies: &[ExitChoice],
 ) -> Result<(LatencyModel, ExitModel)> {
     let profile = LatencyProfile::read(profile)?;
-    let latency = LatencyModel::new(&profile)?;
+    let exits = exits.map(ExitTrace::read).transpose()?;
+    models(&profile, exits.as_ref(), seed, policies)
+}
+
+/// What a simulation looks times and exits up in; exits are drawn with `seed`. Without an exit trace every token runs every
+/// depth, and the policies must ask for nothing else.
+///
+/// # Errors
+/// If the two are of different models, or a policy lets rows exit and there is no exit trace.
+pub fn models(
+    profile: &LatencyProfile,
+    exits: Option<&ExitTrace>,
+    seed: u64,
+    policies: &[ExitChoice],
+) -> Result<(LatencyModel, ExitModel)> {
+    let latency = LatencyModel::new(profile)?;
     let Some(exits) = exits else {
         if let Some(policy) = policies.iter().find(|policy| **policy != ExitChoice::Policy(ExitPolicy::None)) {
             bail!("exit policy {policy} without an exit trace: expected one (exits), or exit policy none alone");
         }
         return Ok((latency, ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?));
     };
-    let exits = ExitTrace::read(exits)?;
-    check_same_model(&profile, &exits)?;
-    Ok((latency, ExitModel::new(&exits, Draw::Seeded(seed))?))
+    check_same_model(profile, exits)?;
+    Ok((latency, ExitModel::new(exits, Draw::Seeded(seed))?))
 }
 
 /// The machines of a simulated system.
@@ -274,16 +287,20 @@ impl OfRun {
     }
 }
 
-/// Writes `requests.csv`: every request of every run.
+/// The lines of `requests.csv`: every request of every run.
+pub fn request_lines<'a>(runs: impl IntoIterator<Item = &'a Run>) -> impl Iterator<Item = impl Serialize> {
+    runs.into_iter().flat_map(|run| {
+        let of_run = OfRun::new(&run.summary);
+        run.metrics.requests().map(move |&request| (of_run.clone(), request))
+    })
+}
+
+/// Writes `requests.csv`.
 ///
 /// # Errors
 /// If the file cannot be written.
 pub fn write_requests<'a>(folder: &Path, runs: impl IntoIterator<Item = &'a Run>) -> Result<()> {
-    let lines = runs.into_iter().flat_map(|run| {
-        let of_run = OfRun::new(&run.summary);
-        run.metrics.requests().map(move |&request| (of_run.clone(), request))
-    });
-    Ok(write_csv(&folder.join("requests.csv"), lines)?)
+    Ok(write_csv(&folder.join("requests.csv"), request_lines(runs))?)
 }
 
 /// Writes `quality.csv`, if the text of a run was compared with full depth.

@@ -40,6 +40,8 @@
 //! # Ok::<(), latency::LatencyError>(())
 //! ```
 //!
+//! Times of passes can also come from elsewhere: see [`CustomLatency`].
+//!
 //! Between measured points, time is linear in the rows, and for attention in rows and history. Below the smallest
 //! measured point, time is constant. Above the largest one the last slope continues, and each such use is counted in
 //! [`Extrapolations`]: a simulation reports where it went beyond the measured grid.
@@ -56,5 +58,5 @@ mod steady;
 
 pub use account::{PassAccount, TimeByComponent};
 pub use extrapolation::{Extrapolation, Extrapolations};
-pub use model::{LatencyError, LatencyModel, nanos};
+pub use model::{CustomLatency, LatencyError, LatencyModel, nanos};
 pub use steady::{SteadyFactors, TimedPass};

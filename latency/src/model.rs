@@ -1,5 +1,8 @@
 //! The latency model of a profile: time of a pass from its work.
 
+use std::fmt::Debug;
+use std::sync::Arc;
+
 use traces::{ChunkWork, Component, LatencyProfile, Nanos, PassWork, ProfileMeta};
 
 use crate::account::PassAccount;
@@ -47,6 +50,30 @@ pub enum LatencyError {
     Loops(u32),
 }
 
+/// Times of passes that are written outside of this crate, in place of those of a profile.
+///
+/// ```
+/// use traces::PassWork;
+///
+/// /// Two microseconds for each row, and a copy takes half of one.
+/// #[derive(Debug)]
+/// struct Linear;
+///
+/// impl latency::CustomLatency for Linear {
+///     fn pass_ns(&self, work: &PassWork) -> f64 {
+///         2e3 * f64::from(work.rows) + 0.5e3 * f64::from(work.filled_depths)
+///     }
+/// }
+/// ```
+pub trait CustomLatency: Debug + Send + Sync {
+    /// Time of a pass in nanoseconds, at least 0, the overhead of the serving loop and its exits included. What rows that
+    /// exit add is the time beyond that of the same pass without them (`exit_head_rows` and `filled_depths` of 0), for
+    /// which it is asked too.
+    ///
+    /// The time may depend on the work only: then a simulation gives the same result each time, on any number of threads.
+    fn pass_ns(&self, work: &PassWork) -> f64;
+}
+
 /// Time of a pass from its work, for one profile.
 #[derive(Clone, Debug)]
 pub struct LatencyModel {
@@ -59,6 +86,8 @@ pub struct LatencyModel {
     mixed_attention: Option<AttentionModel>,
     times: Components,
     spreads: Components,
+    /// Gives the times instead.
+    custom: Option<Arc<dyn CustomLatency>>,
 }
 
 impl LatencyModel {
@@ -85,8 +114,15 @@ impl LatencyModel {
             mixed_attention: profile.mixed_attention.as_ref().map(AttentionModel::new),
             times: Components::new(profile, |point| point.time_us)?,
             spreads: Components::new(profile, |point| point.spread_us)?,
+            custom: None,
             meta: meta.clone(),
         })
+    }
+
+    /// The same model and device with other times of passes, without spread. In accounts, the time of a pass until its exits
+    /// are decided counts as that of the block, and the time of its exits as that of the head.
+    pub fn with_times(self, custom: Arc<dyn CustomLatency>) -> Self {
+        Self { custom: Some(custom), computed: Vec::new(), ..self }
     }
 
     /// Metadata of the profile: model, device, memory.
@@ -108,9 +144,14 @@ impl LatencyModel {
     ///
     /// The time of a pass is derived from its work only here and in [`exit_ns`](Self::exit_ns).
     pub fn run_ns(&self, work: &PassWork, account: &mut PassAccount) -> f64 {
+        let PassAccount { time, extrapolations } = account;
+        if let Some(custom) = &self.custom {
+            let ns = custom.pass_ns(&before_exits(work));
+            time.add(Component::Block, ns);
+            return ns;
+        }
         let unchunked = self.without_short_chunks(work);
         let work = unchunked.as_ref().unwrap_or(work);
-        let PassAccount { time, extrapolations } = account;
         let components = self.times.run(work, extrapolations);
         let mut ns = self.overhead_ns + components.iter().map(|(_, ns)| ns).sum::<f64>();
         time.add_overhead(self.overhead_ns);
@@ -150,20 +191,30 @@ impl LatencyModel {
     /// Time of the exits of a pass once they are decided, in nanoseconds: the exit head for rows that had not run it,
     /// the decision, and copies of keys and values to skipped depths.
     pub fn exit_ns(&self, work: &PassWork, account: &mut PassAccount) -> f64 {
+        if let Some(custom) = &self.custom {
+            let has_exits = work.exit_head_rows > 0 || work.filled_depths > 0;
+            let ns = if has_exits { custom.pass_ns(work) - custom.pass_ns(&before_exits(work)) } else { 0.0 };
+            account.time.add(Component::Head, ns);
+            return ns;
+        }
         let components = self.times.exit(work, &mut account.extrapolations);
         components.into_iter().for_each(|(component, ns)| account.time.add(component, ns));
         components.iter().map(|(_, ns)| ns).sum()
     }
 
-    /// Time of a pass on the executor, in nanoseconds, without the overhead of the serving loop.
+    /// Time of a pass on the executor, in nanoseconds, without the overhead of the serving loop that the profile has.
     pub fn pass_ns(&self, work: &PassWork) -> f64 {
         let account = &mut PassAccount::default();
-        self.run_ns(work, account) - self.overhead_ns + self.exit_ns(work, account)
+        let overhead_ns = if self.custom.is_some() { 0.0 } else { self.overhead_ns };
+        self.run_ns(work, account) - overhead_ns + self.exit_ns(work, account)
     }
 
     /// Squared spread of [`run_ns`](Self::run_ns), in square nanoseconds. The spread is half the distance between the
     /// quartiles; the squares of independent components add up.
     pub fn squared_run_spread(&self, work: &PassWork) -> f64 {
+        if self.custom.is_some() {
+            return 0.0;
+        }
         let unchunked = self.without_short_chunks(work);
         let work = unchunked.as_ref().unwrap_or(work);
         let counted = &mut Extrapolations::default();
@@ -175,9 +226,17 @@ impl LatencyModel {
     /// Squared spread of [`exit_ns`](Self::exit_ns), in square nanoseconds; see
     /// [`squared_run_spread`](Self::squared_run_spread).
     pub fn squared_exit_spread(&self, work: &PassWork) -> f64 {
+        if self.custom.is_some() {
+            return 0.0;
+        }
         let components = self.spreads.exit(work, &mut Extrapolations::default());
         components.into_iter().map(|(_, spread)| spread * spread).sum()
     }
+}
+
+/// The same pass, as it is before its exits are decided.
+fn before_exits(work: &PassWork) -> PassWork {
+    PassWork { exit_head_rows: 0, filled_depths: 0, ..work.clone() }
 }
 
 /// Rounds to whole nanoseconds.
@@ -307,6 +366,31 @@ mod tests {
         assert!((by_component + account.time.overhead_s() - 1e-6 * (until_decided + 4.75)).abs() < 1e-12);
         assert_eq!(account.time.of(Head), 6e-6);
         assert_eq!(run(&model, &PassWork { depths: 1, ..PassWork::default() }).0, 0.0);
+    }
+
+    #[test]
+    fn custom_times_replace_those_of_the_profile() {
+        #[derive(Debug)]
+        struct Linear;
+
+        impl CustomLatency for Linear {
+            fn pass_ns(&self, work: &PassWork) -> f64 {
+                2e3 * f64::from(work.rows)
+                    + 1e3 * f64::from(work.exit_head_rows)
+                    + 500.0 * f64::from(work.filled_depths)
+            }
+        }
+
+        let model = model(&[(Block, 1, 0, 1, 10.0)]).with_times(Arc::new(Linear));
+        let work = PassWork { rows: 4, exit_head_rows: 2, filled_depths: 1, ..PassWork::default() };
+        let mut account = PassAccount::default();
+        assert_eq!(model.run_ns(&work, &mut account), 8e3);
+        assert_eq!(model.exit_ns(&work, &mut account), 2.5e3);
+        assert_eq!(model.pass_ns(&work), 10.5e3);
+        assert_eq!((account.time.of(Block), account.time.of(Head)), (8e-6, 2.5e-6));
+        assert_eq!(account.time.overhead_s(), 0.0);
+        assert_eq!(model.squared_run_spread(&work) + model.squared_exit_spread(&work), 0.0);
+        assert_eq!(model.meta().num_loops, 4);
     }
 
     #[test]

@@ -28,6 +28,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::sync::{PoisonError, RwLock};
 
 use crate::pass::{Segment, Slot};
@@ -48,6 +49,12 @@ pub trait CustomExit: Send + Sync {
 
     /// Whether the row exits at its depth. `memory` belongs to the row's sequence.
     fn exits(&self, row: &ExitRow<'_>, memory: &mut Memory) -> bool;
+
+    /// Which rows of a pass exit, each with the memory of its own sequence: one answer for each row. A policy whose calls
+    /// are dear, because another language answers, decides about all at once here.
+    fn exits_of_pass(&self, rows: &[ExitRow<'_>], memories: &mut [Memory]) -> Vec<bool> {
+        rows.iter().zip(memories).map(|(row, memory)| self.exits(row, memory)).collect()
+    }
 }
 
 /// What a custom exit policy may remember of a sequence from row to row: zeros before the first. A preemption keeps it;
@@ -180,36 +187,79 @@ impl CustomDecisions {
         self.remembered.remove(&request);
     }
 
-    /// Whether the last row of a segment exits, which predicts a token of this index in the output.
-    ///
-    /// A signal without bound decides by itself: so an executor says that it knows the outcome
-    /// ([`ExitSignal::certain`](traces::ExitSignal::certain)).
-    pub fn exits(&mut self, segment: &Segment, read: f32, token: u32, running: u32, waiting: u32) -> bool {
-        let first = segment.slot as usize * usize::from(self.num_loops);
-        let depth = usize::from(segment.depth);
-        let signals = &mut self.signals[first..=first + depth];
-        signals[depth] = match self.reads {
-            SignalRead::None => 0.0,
-            // An executor may know the oracle depth only, or only whether the prediction of this very depth is right.
-            SignalRead::Oracle => signals[..depth].last().map_or(read, |&before| read.max(before)),
-            SignalRead::Signal(_) | SignalRead::Repeats => read,
-        };
-        match self.reads {
-            SignalRead::Signal(_) | SignalRead::Repeats if read.is_infinite() => read == self.reads.certain(true),
-            _ => {
-                let row = ExitRow {
-                    signals,
-                    depth: segment.depth,
-                    num_loops: self.num_loops,
-                    token,
-                    position: segment.start + segment.tokens - 1,
-                    running,
-                    waiting,
-                };
-                self.policy.0.exits(&row, &mut self.memories[segment.slot as usize])
+    /// Sets the indices, in order, of the segments whose last row exits, given what was read of each. All rows exit from
+    /// depth `certain_from` on; `token` gives the index in the output of the token that a slot predicts.
+    pub fn decide(
+        &mut self,
+        (segments, read): (&[Segment], &[f32]),
+        certain_from: u8,
+        token: impl Fn(Slot) -> u32,
+        load: MachineLoad,
+        exiting: &mut Vec<u32>,
+    ) {
+        exiting.clear();
+        let mut asked: Vec<(u32, &Segment)> = Vec::new();
+        for (index, (segment, &read)) in (0..).zip(segments.iter().zip(read)).filter(|(_, (row, _))| row.predicts) {
+            if segment.depth >= certain_from {
+                exiting.push(index);
+                continue;
+            }
+            self.keep(segment, read);
+            match self.reads {
+                // A signal without bound decides by itself: so an executor says that it knows the outcome
+                // ([`ExitSignal::certain`](traces::ExitSignal::certain)).
+                SignalRead::Signal(_) | SignalRead::Repeats if read.is_infinite() => {
+                    exiting.extend((read == self.reads.certain(true)).then_some(index));
+                }
+                _ => asked.push((index, segment)),
             }
         }
+        let row = |&(_, segment): &(u32, &Segment)| ExitRow {
+            signals: &self.signals[self.range(segment)],
+            depth: segment.depth,
+            num_loops: self.num_loops,
+            token: token(segment.slot),
+            position: segment.start + segment.tokens - 1,
+            running: load.running,
+            waiting: load.waiting,
+        };
+        let rows: Vec<ExitRow<'_>> = asked.iter().map(row).collect();
+        let mut memories: Vec<Memory> = asked.iter().map(|(_, segment)| self.memory(segment.slot)).collect();
+        let answers = self.policy.0.exits_of_pass(&rows, &mut memories);
+        assert_eq!(answers.len(), rows.len(), "{:?} answers for every row", self.policy);
+        for ((index, segment), (memory, exits)) in asked.into_iter().zip(memories.into_iter().zip(answers)) {
+            self.memories[segment.slot as usize] = memory;
+            exiting.extend(exits.then_some(index));
+        }
+        exiting.sort_unstable();
     }
+
+    /// Where the signals of a segment's token are, up to its depth.
+    fn range(&self, segment: &Segment) -> RangeInclusive<usize> {
+        let first = segment.slot as usize * usize::from(self.num_loops);
+        first..=first + usize::from(segment.depth)
+    }
+
+    /// Keeps what was read of a segment's token at its depth.
+    fn keep(&mut self, segment: &Segment, read: f32) {
+        let range = self.range(segment);
+        let [before @ .., last] = &mut self.signals[range] else { unreachable!("a depth has its signal") };
+        *last = match self.reads {
+            SignalRead::None => 0.0,
+            // An executor may know the oracle depth only, or only whether the prediction of this very depth is right.
+            SignalRead::Oracle => before.last().map_or(read, |&before| read.max(before)),
+            SignalRead::Signal(_) | SignalRead::Repeats => read,
+        };
+    }
+}
+
+/// How busy the machine is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MachineLoad {
+    /// Sequences that hold a slot.
+    pub running: u32,
+    /// Requests that wait for one.
+    pub waiting: u32,
 }
 
 #[cfg(test)]
@@ -258,11 +308,54 @@ mod tests {
         let mut exits = |slot, depth, margin| {
             let kind = RowKind::Decode;
             let segment = Segment { slot, start: 5, tokens: 1, depth, kind, predicts: true, generated: true };
-            decisions.exits(&segment, margin, 2, 3, 0)
+            let mut exiting = Vec::new();
+            decisions.decide((&[segment], &[margin]), 3, |_| 2, MachineLoad { running: 3, waiting: 0 }, &mut exiting);
+            exiting == [0]
         };
         assert!(!exits(1, 0, 0.9) && !exits(2, 0, 0.1));
         assert!(exits(1, 1, 0.4) && !exits(2, 1, 0.4), "slots are apart");
         assert!(!exits(1, 0, 0.9), "a token does not count for the next");
         assert!(exits(0, 0, f32::INFINITY) && !exits(0, 1, f32::NEG_INFINITY), "what is certain needs no policy");
+    }
+
+    /// Exits by the memory of the sequence alone, in one answer for the pass.
+    struct Whole;
+
+    impl CustomExit for Whole {
+        fn name(&self) -> &str {
+            "whole"
+        }
+
+        fn reads(&self) -> SignalRead {
+            SignalRead::Signal(ExitSignal::Margin)
+        }
+
+        fn exits(&self, _: &ExitRow<'_>, _: &mut Memory) -> bool {
+            unreachable!("it is asked for all rows of a pass at once")
+        }
+
+        fn exits_of_pass(&self, rows: &[ExitRow<'_>], memories: &mut [Memory]) -> Vec<bool> {
+            memories.iter_mut().for_each(|memory| memory[0] += 1.0);
+            rows.iter().zip(memories).map(|(row, memory)| row.signals[0] > 0.5 && memory[0] > 1.0).collect()
+        }
+    }
+
+    #[test]
+    fn a_policy_may_decide_about_all_rows_of_a_pass_at_once() {
+        let mut decisions = CustomDecisions::new(CustomPolicy::new(&Whole), 4, 5);
+        let row = |slot, depth, predicts| {
+            let kind = RowKind::Decode;
+            Segment { slot, start: 5, tokens: 1, depth, kind, predicts, generated: true }
+        };
+        let segments = [row(0, 3, true), row(1, 0, true), row(2, 0, false), row(3, 0, true), row(4, 0, true)];
+        let read = [0.0, 0.9, 0.9, 0.1, f32::INFINITY];
+        let mut pass = |exiting: &mut Vec<u32>| {
+            decisions.decide((&segments, &read), 3, |_| 0, MachineLoad { running: 5, waiting: 0 }, exiting);
+        };
+        let mut exiting = Vec::new();
+        pass(&mut exiting);
+        assert_eq!(exiting, [0, 4], "the last depth and what is certain need no policy");
+        pass(&mut exiting);
+        assert_eq!(exiting, [0, 1, 4]);
     }
 }

@@ -14,6 +14,7 @@ use traces::{Nanos, PrefixHashes, Request, SignalBound};
 
 use crate::backfill::Backlog;
 use crate::blocks::{BlockId, BlockTables};
+use crate::custom::MachineLoad;
 use crate::decide::Decision;
 use crate::exit_wait::ExitWait;
 use crate::observe::{Observer, PrefixUse, Token};
@@ -1373,14 +1374,8 @@ impl Scheduler {
                 select(exiting, segments, values, self.bound, *certain_from);
             }
             Decision::Custom(custom) => {
-                let exits = |(segment, signal): (&Segment, f32)| {
-                    let token = sequences[segment.slot as usize].generated;
-                    segment.predicts
-                        && (segment.depth >= *certain_from || custom.exits(segment, signal, token, running, waiting))
-                };
-                let decided = segments.iter().zip(values).map(exits);
-                exiting.clear();
-                exiting.extend((0..).zip(decided).filter_map(|(index, exits)| exits.then_some(index)));
+                let token = |slot: Slot| sequences[slot as usize].generated;
+                custom.decide((segments, signals), *certain_from, token, MachineLoad { running, waiting }, exiting);
             }
         }
         if self.settings.exit_wait > 0 {

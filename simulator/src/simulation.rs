@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
 use rayon::prelude::*;
@@ -23,6 +24,9 @@ use crate::transfers::{Arrival, Place, TransferTotals, Transfers};
 /// Why a simulation stopped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SimulationError {
+    /// The flag of [`Simulation::with_stop`] was set.
+    #[error("the simulation was stopped")]
+    Stopped,
     /// The profile and the exit trace belong to different models.
     #[error("the latency profile is of model {profile}, the exit trace of model {exits}: expected the same")]
     OtherModel {
@@ -145,6 +149,7 @@ pub struct Simulation<'m> {
     spread: Option<u64>,
     prefixes: Option<&'m Arc<PrefixHashes>>,
     closed_loop: Option<&'m ClosedLoop>,
+    stop: Option<&'m AtomicBool>,
 }
 
 impl<'m> Simulation<'m> {
@@ -165,6 +170,7 @@ impl<'m> Simulation<'m> {
             spread: None,
             prefixes: None,
             closed_loop: None,
+            stop: None,
         })
     }
 
@@ -240,6 +246,11 @@ impl<'m> Simulation<'m> {
     /// sessions the loop has; latencies count from when a request is sent.
     pub fn in_closed_loop(self, closed_loop: &'m ClosedLoop) -> Self {
         Self { closed_loop: Some(closed_loop), ..self }
+    }
+
+    /// Ends runs with [`SimulationError::Stopped`] when the flag is set.
+    pub fn with_stop(self, stop: &'m AtomicBool) -> Self {
+        Self { stop: Some(stop), ..self }
     }
 
     /// Which requests are sent when others have been answered; `None` if each is sent at its arrival.
@@ -374,6 +385,9 @@ impl<'m> Simulation<'m> {
             Ok::<_, SimulationError>(())
         };
         while let Some(now) = load.next_time().into_iter().chain(replicas.next_end()).min() {
+            if self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+                return Err(SimulationError::Stopped);
+            }
             submit(load, &mut replicas, now)?;
             replicas.finish_passes(now, |observer| ended(load, now, observer))?;
             replicas.finish_transfers(now);

@@ -3,11 +3,12 @@
 mod common;
 
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{PASS, constant_latency, drawn_exits, exit_trace, poisson, profile, queued, settings, varied_latency};
 use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Observer, PassRecord, Settings};
-use simulator::{Draw, ExitModel, Metrics, Simulation, Summary};
+use simulator::{Draw, ExitModel, Metrics, Simulation, SimulationError, Summary};
 use traces::{ClosedLoop, Component, Nanos, Request};
 
 fn simulate(
@@ -41,6 +42,25 @@ fn one_place_and_poisson_arrivals_wait_as_an_m_d_1_queue() {
             assert_close(summary.busy, utilization, 0.01);
         }
     }
+}
+
+/// Sets a flag after some passes.
+struct StopsAfter<'f>(u32, &'f AtomicBool);
+
+impl Observer for StopsAfter<'_> {
+    fn pass(&mut self, _: &PassRecord<'_>) {
+        self.0 -= 1;
+        self.1.store(self.0 == 0, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_simulation_ends_at_its_flag() {
+    let (latency, exits) = (constant_latency(1), drawn_exits(&[1.0], 1, 1, 1));
+    let stop = AtomicBool::new(false);
+    let simulation = Simulation::new(settings(Batching::Depth, "none", 1, 1), &latency, &exits).unwrap();
+    let error = simulation.with_stop(&stop).run(queued(1_000, 1, 1), &mut [StopsAfter(7, &stop)]).unwrap_err();
+    assert_eq!(error, SimulationError::Stopped);
 }
 
 #[test]

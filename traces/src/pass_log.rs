@@ -21,6 +21,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::path::Path;
@@ -183,15 +184,19 @@ impl PassLog {
         let schema = parse_message_type(&schema()).expect("the schema is well formed");
         let file = PartialFile::create(path)?;
         let mut writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::new(properties)).map_err(failed())?;
-        let rows =
-            self.runs.iter().flat_map(|run| run.passes.iter().zip(0..).map(move |(pass, index)| (run, index, pass)));
-        let rows: Vec<Row<'_>> = rows.collect();
-        for rows in rows.chunks(GROUP) {
+        for rows in self.rows().chunks(GROUP) {
             let mut group = writer.next_row_group().map_err(failed())?;
             COLUMNS.iter().try_for_each(|(_, column)| column.write(&mut group, rows)).map_err(failed())?;
             group.close().map_err(failed())?;
         }
         writer.into_inner().map_err(failed())?.finish()
+    }
+
+    /// Every pass, with its run and its index there.
+    fn rows(&self) -> Vec<Row<'_>> {
+        let rows =
+            self.runs.iter().flat_map(|run| run.passes.iter().zip(0..).map(move |(pass, index)| (run, index, pass)));
+        rows.collect()
     }
 
     /// Reads a file.
@@ -241,6 +246,38 @@ impl PassLog {
         Ok(log)
     }
 
+    /// Every column of the file, by name, with a value for each pass.
+    pub fn columns(&self) -> impl Iterator<Item = (&'static str, ColumnValues)> {
+        let rows = self.rows();
+        COLUMNS.iter().map(move |(name, column)| {
+            let values = match column {
+                Column::Text(of, _) => ColumnValues::Text(rows.iter().map(of).collect()),
+                Column::Number(of, _) => ColumnValues::Number(rows.iter().map(of).collect()),
+                Column::Real(of, _) => ColumnValues::Real(rows.iter().map(of).collect()),
+                Column::List(of, _) => ColumnValues::List(rows.iter().map(of).collect()),
+            };
+            (*name, values)
+        })
+    }
+
+    /// A log of the columns that [`Self::columns`] gives.
+    ///
+    /// # Errors
+    /// What was found, if a column is missing, of another kind or length, or has an invalid value.
+    pub fn from_columns(meta: PassLogMeta, mut columns: HashMap<String, ColumnValues>) -> Result<Self, String> {
+        let mut passes: Vec<Read> = Vec::new();
+        for (place, (name, column)) in COLUMNS.iter().enumerate() {
+            let values = columns.remove(*name).ok_or_else(|| format!("column `{name}`: found none"))?;
+            if place == 0 {
+                passes.resize(values.len(), (Labels::default(), 0, LoggedPass::default()));
+            }
+            column.set(values, &mut passes).map_err(|found| format!("column `{name}`: {found}"))?;
+        }
+        let mut log = Self { meta, runs: Vec::new() };
+        passes.into_iter().for_each(|(labels, index, pass)| log.push(labels, index, pass));
+        Ok(log)
+    }
+
     /// Appends a pass to the last run, or to a new run if its labels differ.
     fn push(&mut self, labels: Labels, index: u64, pass: LoggedPass) {
         match self.runs.last_mut() {
@@ -258,6 +295,31 @@ impl PassRun {
         let Self { origin, load, repeat, .. } = *self;
         let [batching, exit, kv_fill] = [&self.batching, &self.exit, &self.kv_fill].map(String::clone);
         Labels { origin, batching, exit, kv_fill, load, repeat }
+    }
+}
+
+/// The values of a column of a pass log.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ColumnValues {
+    /// Texts.
+    Text(Vec<String>),
+    /// Whole numbers.
+    Number(Vec<u64>),
+    /// Numbers, where there is one.
+    Real(Vec<Option<f64>>),
+    /// Lists of whole numbers.
+    List(Vec<Vec<u32>>),
+}
+
+impl ColumnValues {
+    /// How many values there are.
+    fn len(&self) -> usize {
+        match self {
+            Self::Text(values) => values.len(),
+            Self::Number(values) => values.len(),
+            Self::Real(values) => values.len(),
+            Self::List(values) => values.len(),
+        }
     }
 }
 
@@ -593,6 +655,33 @@ impl Column {
         }
     }
 
+    /// Gives values to the rows that are being read.
+    fn set(&self, values: ColumnValues, rows: &mut [Read]) -> Result<(), String> {
+        if values.len() != rows.len() {
+            return Err(format!("{} values, expected {}", values.len(), rows.len()));
+        }
+        let rows = rows.iter_mut();
+        match (self, values) {
+            (Self::Text(_, set), ColumnValues::Text(values)) => {
+                rows.zip(values).try_for_each(|(row, value)| set(row, value))
+            }
+            (Self::Number(_, set), ColumnValues::Number(values)) => {
+                rows.zip(values).try_for_each(|(row, value)| set(row, value))
+            }
+            (Self::Real(_, set), ColumnValues::Real(values)) => {
+                rows.zip(values).for_each(|(row, value)| set(row, value));
+                Ok(())
+            }
+            (Self::List(_, set), ColumnValues::List(values)) => {
+                rows.zip(values).try_for_each(|(row, value)| set(row, value))
+            }
+            (Self::Text(..), _) => Err("expected texts".to_owned()),
+            (Self::Number(..), _) => Err("expected whole numbers".to_owned()),
+            (Self::Real(..), _) => Err("expected numbers".to_owned()),
+            (Self::List(..), _) => Err("expected lists of whole numbers".to_owned()),
+        }
+    }
+
     /// Writes the values of some rows as the next column of a group.
     fn write(
         &self,
@@ -773,6 +862,29 @@ mod tests {
         let empty = PassLog { runs: Vec::new(), ..log };
         empty.write(&path).unwrap();
         assert_eq!(PassLog::read(&path).unwrap(), empty);
+    }
+
+    #[test]
+    fn the_columns_of_a_log_make_the_log_again_and_others_are_named() {
+        let log = log();
+        let columns = || log.columns().map(|(name, values)| (name.to_owned(), values)).collect::<HashMap<_, _>>();
+        assert_eq!(PassLog::from_columns(log.meta.clone(), columns()).unwrap(), log);
+        let error = |name: &str, values: Option<ColumnValues>| {
+            let mut columns = columns();
+            columns.remove(name);
+            columns.extend(values.map(|values| (name.to_owned(), values)));
+            PassLog::from_columns(log.meta.clone(), columns).unwrap_err()
+        };
+        let rows = columns()["rows"].len();
+        assert_eq!(error("rows", None), "column `rows`: found none");
+        assert_eq!(
+            error("rows", Some(ColumnValues::Number(vec![1]))),
+            format!("column `rows`: 1 values, expected {rows}")
+        );
+        let reals = ColumnValues::Real(vec![Some(1.0); rows]);
+        assert_eq!(error("rows", Some(reals)), "column `rows`: expected whole numbers");
+        let large = ColumnValues::Number(vec![1 << 40; rows]);
+        assert!(error("rows", Some(large)).starts_with("column `rows`: 1099511627776, expected a number from 0"));
     }
 
     #[test]

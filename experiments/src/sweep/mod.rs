@@ -83,6 +83,17 @@ pub fn sweep(
     Ok(SweepReport { simulations: plan.len(), earlier, summary })
 }
 
+/// Simulates every point of a sweep on all cores, and writes nothing: the lines of all points, and the means over seeds.
+///
+/// # Errors
+/// If something does not read or cannot be served.
+pub fn sweep_in_memory(spec: &SweepSpec, base: &Path, reporter: &mut dyn Reporter) -> Result<(Table, Table)> {
+    let plan = Plan::new(spec, base, reporter)?;
+    let table = complete(&plan, Points::in_memory(plan.len()), plan.len(), reporter)?;
+    let summary = means(spec, &table);
+    Ok((table, summary))
+}
+
 /// Simulates a shard of the points of a sweep on all cores. The lines go to `target`, where the same shard goes on after an
 /// interruption; [`merge`] makes results of all shards.
 ///
@@ -153,17 +164,26 @@ fn simulate(
     if earlier < all {
         folder.mark()?;
     }
-    reporter.start(all, earlier);
+    Ok((complete(plan, points, all, reporter)?, earlier))
+}
+
+/// Simulates those of `all` points that are missing.
+fn complete(plan: &Plan<'_>, points: Points, all: usize, reporter: &mut dyn Reporter) -> Result<Table> {
+    reporter.start(all, points.done());
     let shared = Shared::new(reporter);
     let table = points.complete(|index| plan.simulate(index), || shared.lock().advance(1))?;
     reporter.finish();
     warn_of_extrapolations(&plan.extrapolations(), reporter);
-    Ok((table, earlier))
+    Ok(table)
+}
+
+fn means(spec: &SweepSpec, table: &Table) -> Table {
+    table.over_seeds(spec.num_seeds(), &Plan::columns_of_run())
 }
 
 /// Writes and draws the means over seeds, and ends the folder.
 fn sum_up(spec: &SweepSpec, table: &Table, mut folder: ResultsFolder, reporter: &mut dyn Reporter) -> Result<Table> {
-    let summary = table.over_seeds(spec.num_seeds(), &Plan::columns_of_run());
+    let summary = means(spec, table);
     let results = folder.path()?;
     summary.write(&results.join(SWEEP_SUMMARY))?;
     let drawn = draw_sweep(&results, &results.join("figures"), &spec.title, reporter);

@@ -3,7 +3,8 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use latency::{Extrapolations, LatencyModel};
@@ -49,6 +50,8 @@ pub struct Plan<'a> {
     points: Vec<(Point, Vec<Settings>)>,
     /// Where runs left the measured grids.
     beyond: Mutex<Extrapolations>,
+    /// Ends the runs.
+    stop: Option<Arc<AtomicBool>>,
 }
 
 struct System {
@@ -83,7 +86,7 @@ impl<'a> Plan<'a> {
             Ok((point, settings))
         };
         let points = points.into_iter().map(settings).collect::<Result<_>>()?;
-        let plan = Self { spec, systems, workloads, points, beyond: Mutex::default() };
+        let plan = Self { spec, systems, workloads, points, beyond: Mutex::default(), stop: reporter.stop() };
         plan.check_models()?;
         Ok(plan)
     }
@@ -177,6 +180,7 @@ impl<'a> Plan<'a> {
         let machines = Machines { replicas, routing, spread: spread.then_some(seed) };
         let of_groups = groups.machines(settings, replicas, latency);
         let simulation = machines.simulation_of_groups(&of_groups, groups.link(), &exits, &workload)?;
+        let simulation = self.stop.as_deref().map_or(simulation, |stop| simulation.with_stop(stop));
         run(&simulation, &workload.requests)
     }
 
