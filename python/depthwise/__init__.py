@@ -117,8 +117,8 @@ def simulate(
         seed: Seed of everything that is drawn at random, but for generated requests, which have a seed of their own.
         objectives: Bounds that requests must meet to count for goodput: `ttft_ms`, `tpot_ms`, `e2e_ms`.
         latency: Times of passes in microseconds from their work, instead of the profile's. What exits add is the time
-            beyond that of the same pass without them. It is called up to three times a pass, at about a microsecond each
-            beside its own time.
+            beyond that of the same pass without them. It is called up to three times a pass; a call takes about 13
+            microseconds of a processor.
         keep_requests: Whether `Runs.requests` has the times of every request.
         out: A folder for `summary.csv` and `requests.csv`, with the bytes of `depthwise simulate --out`.
         progress: `True` for a bar of tqdm, or a function of the steps done, their number and what is done.
@@ -224,7 +224,7 @@ def exit_policy(name: str, *, reads: str) -> Callable[[_F], _F]:
     | `running`, `waiting` | uint32 | sequences that hold a slot, requests that wait for one |
     | `memory` | float32, 4 | what the policy remembers of the sequence: zeros at first; what is written here is kept |
 
-    A call takes about ten microseconds beside its own time, and one call runs at a time, whatever the number of threads. The
+    A call takes about 50 microseconds of a processor, and one call runs at a time, whatever the number of threads. The
     answers may depend on the rows only: then a simulation gives the same result each time. An exception ends the run. The
     same name again replaces the function.
 

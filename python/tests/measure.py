@@ -1,4 +1,7 @@
-"""What calls from Python cost beside the command line: import time, 1,000 simulations, memory over 10,000 calls, callbacks."""
+"""What calls from Python cost beside the command line: import time, 1,000 simulations, memory over 10,000 calls, callbacks.
+
+Times of processors are given beside those of the clock, since other work on the machine does not change them much.
+"""
 
 import os
 import resource
@@ -19,9 +22,26 @@ EXITS = ROOT / "configs/gpu/exits/2-loops"
 
 
 def seconds(call):
-    began = perf_counter()
+    """Seconds of the clock, and of the processors in this process and in those that it has started."""
+
+    def used():
+        times = os.times()
+        return np.array([perf_counter(), times.user + times.system + times.children_user + times.children_system])
+
+    began = used()
     call()
-    return perf_counter() - began
+    return used() - began
+
+
+def compared(what, python, command):
+    """Prints medians of both, and of the ratios turn by turn."""
+    python, command = np.array(python), np.array(command)
+    for unit, place in [("s", 0), ("s of processors", 1)]:
+        ratios = python[:, place] / command[:, place]
+        print(
+            f"{what}: {np.median(python[:, place]):.2f} {unit} from Python, {np.median(command[:, place]):.2f} on the command "
+            f"line; ratio {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+        )
 
 
 def import_time():
@@ -49,11 +69,7 @@ grid: {{seed: [{", ".join(map(str, range(250)))}]}}
         arguments = [program, "sweep", config, "--out", out]
         command.append(seconds(lambda: subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)))
         python.append(seconds(lambda: depthwise.sweep(config, folder / f"python-{turn}")))
-    ratios = sorted(ours / theirs for ours, theirs in zip(python, command))
-    print(
-        f"1,000 simulations in a sweep: {statistics.median(python):.2f} s from Python, {statistics.median(command):.2f} s "
-        f"on the command line; ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+    compared("1,000 simulations in a sweep", python, command)
 
 
 def thousand_calls(folder, program):
@@ -70,8 +86,7 @@ def thousand_calls(folder, program):
         return depthwise.simulate(requests, profile, exits, exit="margin:0.05", max_batch=41, token_budget=41)
 
     command = seconds(lambda: [subprocess.run(arguments, stdout=subprocess.DEVNULL, check=True) for _ in range(1000)])
-    python = seconds(lambda: [call() for _ in range(1000)])
-    print(f"1,000 runs: {python:.2f} s from Python, {command:.2f} s on the command line; ratio {python / command:.2f}")
+    compared("1,000 runs", [seconds(lambda: [call() for _ in range(1000)])], [command])
 
 
 def memory():
@@ -96,7 +111,7 @@ def memory():
 
 
 def callbacks():
-    """Microseconds that a policy and times in Python add to each pass."""
+    """Microseconds that each call of a policy and of times in Python takes."""
     requests = depthwise.RequestTrace.generate(
         count=2000, arrivals="all_at_once", prompt_tokens={"fixed": 1}, output_tokens={"fixed": 60}
     )
@@ -115,7 +130,8 @@ def callbacks():
     def simulate(**keys):
         calls[0] = 0
         limits = {"max_batch": 41, "token_budget": 41}
-        return seconds(lambda: depthwise.simulate(requests, profile, exits, **{"exit": "margin:0.05", **limits, **keys}))
+        keys = {"exit": "margin:0.05", **limits, **keys}
+        return seconds(lambda: depthwise.simulate(requests, profile, exits, **keys))[1]
 
     for what, keys in [("exit policy", {"exit": "measured-margin:0.05"}), ("latency", {"latency": time_us})]:
         costs = []
@@ -123,7 +139,7 @@ def callbacks():
             ours = simulate(**keys)
             count = calls[0]
             costs.append(1e6 * (ours - simulate()) / count)
-        print(f"{what} in Python: {statistics.median(costs):.1f} us a call ({min(costs):.1f} to {max(costs):.1f})")
+        print(f"{what} in Python, time of processors: {statistics.median(costs):.1f} us a call ({min(costs):.1f} to {max(costs):.1f})")
 
 
 if __name__ == "__main__":
