@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_timeline_has_the_first_passes_of_the_first_replay() {
-        let pass = |micros, rows: &[u32]| LoggedPass {
+        let pass = |micros: u64, rows: &[u32]| LoggedPass {
             start: Nanos(micros * 1000),
             elapsed: Nanos(1500),
             rows_by_depth: rows.iter().map(|&decode| DepthRows { decode, prompt: 1, backfill: 0 }).collect(),
