@@ -5,21 +5,31 @@ import contextlib
 import json
 import pathlib
 import re
+import socket
 import subprocess
+import typing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BINARY = ROOT / "target/release/depthwise"
 
 
+class Server(typing.NamedTuple):
+    """A server that runs."""
+
+    host: str
+    port: int
+    process: int
+
+
 @contextlib.contextmanager
-def server(*arguments):
-    """Serves models/kjv at a free port, and gives the address. Ends the server as Ctrl-C does."""
-    command = [str(BINARY), "serve", "models/kjv", "--port", "0", *arguments]
+def server(*arguments, model="models/kjv", binary=BINARY):
+    """Serves a model at a free port, and gives it. Ends the server as Ctrl-C does."""
+    command = [binary, "serve", model, "--port", "0", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stderr:
             if found := re.search(r"at http://([\d.]+):(\d+)", line):
-                yield found[1], int(found[2])
+                yield Server(found[1], int(found[2]), process.pid)
                 break
             print(line, end="")
         else:
@@ -29,10 +39,45 @@ def server(*arguments):
         process.wait(timeout=60)
 
 
+# More than an answer has.
+ALL = 1 << 20
+
+
+async def fetch(address, body):
+    """The bytes of an answer, read at its end: the client costs next to nothing while tokens come."""
+    stream = socket.socket()
+    # The system wakes no reader before this many bytes, or the end.
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, ALL)
+    stream.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(stream, address[:2])
+    reader, writer = await asyncio.open_connection(sock=stream)
+    data = json.dumps(body).encode()
+    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+def seconds_of_http(process):
+    """Processor time so far of the threads of a server that read and write."""
+    threads = pathlib.Path(f"/proc/{process}/task").iterdir()
+    of_http = [thread for thread in threads if (thread / "comm").read_text().startswith("tokio")]
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in of_http) / 1e9
+
+
+def tokens_of(answer):
+    """Number of tokens of an answer, streamed or whole."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(answer.decode())
+    return sum(len(ids.split(b",")) for ids in re.findall(rb'"token_ids":\[([\d,]+)\]', body))
+
+
 async def complete(address, body, read_slowly=0.0):
     """Text and number of tokens of a completion, streamed or whole; the times from the request to each chunk."""
     loop = asyncio.get_running_loop()
-    reader, writer = await asyncio.open_connection(*address)
+    reader, writer = await asyncio.open_connection(*address[:2])
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
     begun = loop.time()

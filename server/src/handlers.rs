@@ -14,7 +14,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use engine::{ServedModel, Tokenizer};
 use scheduler::{ScheduleError, Settings};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, channel, unbounded_channel};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -45,8 +46,8 @@ pub(crate) struct App {
     pub name: String,
     pub served: Arc<dyn ServedModel>,
     pub tokenizer: Arc<Tokenizer>,
-    /// Tokens of the vocabulary that end a text.
-    special: Vec<u32>,
+    /// Tokens of the vocabulary that end a text, in order.
+    pub special: Arc<[u32]>,
     pub template: Option<ChatTemplate>,
     pub settings: Settings,
     pub limits: Limits,
@@ -253,6 +254,8 @@ impl App {
             ends_at_special: !wishes.ignores_special,
             stop_tokens: wishes.stop_tokens.clone(),
             session: wishes.session.clone(),
+            // A whole answer is not looked at before its end, but for stop strings.
+            interval: (wishes.streams || !wishes.stops.is_empty()).then_some(self.limits.stream_interval.into()),
             events,
         };
         self.commands.send(Command::Start(Box::new(job))).map_err(|_| ApiError::failed("the engine has ended"))
@@ -264,55 +267,50 @@ impl App {
 }
 
 impl Running {
-    /// Hands the choice on, token by token: those that came together at once. Ends early if `each` returns `false`.
+    /// Hands the choice on, part by part: tokens that came together at once. Ends early if `each` returns `false`.
     ///
     /// # Errors
     /// If the tokenizer or the engine fails.
     async fn follow<F: Future<Output = bool>>(
         mut self,
         tokenizer: &Tokenizer,
-        mut each: impl FnMut(Vec<Part>) -> F,
+        mut each: impl FnMut(Part) -> F,
     ) -> Result<(), ApiError> {
         let refused = |error: engine::TokenizerError| ApiError::failed(error.to_string());
         let mut text = Text::after(&self.prompt, tokenizer, &self.wishes.stops).map_err(refused)?;
         let min_tokens = self.wishes.decoding.min_tokens as usize;
-        let (mut tokens, mut offset, mut cached_tokens) = (0, 0, 0);
+        let (mut tokens, mut offset) = (0, 0);
         let mut begin = self.echo.take().unwrap_or_default();
         while let Some(first) = self.events.recv().await {
-            let (mut parts, mut next): (Vec<Part>, _) = (Vec::new(), Some(first));
-            let is_over = |parts: &[Part]| parts.last().is_some_and(|part| part.finish.is_some());
-            while let Some(event) = next.take_if(|_| !is_over(&parts)) {
-                match event {
-                    Event::Found(found) => cached_tokens = found as usize,
-                    Event::Token(token) => {
-                        tokens += 1;
-                        let gain = add(&mut text, &token, tokens >= min_tokens).map_err(refused)?;
-                        let text = std::mem::take(&mut begin) + &gain.text;
-                        let finish = gain.stopped.then_some(Finish::Stop);
-                        let length = text.chars().count();
-                        let cached_tokens = std::mem::take(&mut cached_tokens);
-                        parts.push(Part { text, tokens: vec![token], cached_tokens, offset, finish });
-                        offset += length;
-                    }
-                    Event::End(Finish::Error) => return Err(ApiError::failed("the engine has failed")),
-                    Event::End(finish) => {
-                        if parts.is_empty() {
-                            let text = std::mem::take(&mut begin);
-                            parts.push(Part { text, offset, ..Part::default() });
-                        }
-                        if let Some(last) = parts.last_mut() {
-                            last.text += &text.finish().text;
-                            last.finish = Some(finish);
-                        }
+            let mut part = Part { text: std::mem::take(&mut begin), offset, ..Part::default() };
+            let mut next = Some(first);
+            while let Some(event) = next.take() {
+                part.cached_tokens += event.cached_tokens as usize;
+                for token in event.tokens {
+                    tokens += 1;
+                    let gain = add(&mut text, &token, tokens >= min_tokens).map_err(refused)?;
+                    part.text += &gain.text;
+                    part.tokens.push(token);
+                    if gain.stopped {
+                        part.finish = Some(Finish::Stop);
+                        break;
                     }
                 }
-                next = self.events.try_recv().ok();
+                match event.finish.filter(|_| part.finish.is_none()) {
+                    Some(Finish::Error) => return Err(ApiError::failed("the engine has failed")),
+                    Some(finish) => {
+                        part.text += &text.finish().text;
+                        part.finish = Some(finish);
+                    }
+                    None => {}
+                }
+                if part.finish.is_none() {
+                    next = self.events.try_recv().ok();
+                }
             }
-            if parts.is_empty() {
-                continue;
-            }
-            let is_last = is_over(&parts);
-            if !each(parts).await || is_last {
+            offset += part.text.chars().count();
+            let is_last = part.finish.is_some();
+            if !each(part).await || is_last {
                 return Ok(());
             }
         }
@@ -322,8 +320,8 @@ impl Running {
     /// The whole choice.
     async fn finish(self, tokenizer: &Tokenizer) -> Result<Part, ApiError> {
         let mut whole = Part::default();
-        self.follow(tokenizer, |parts| {
-            parts.into_iter().for_each(|part| whole.append(part));
+        self.follow(tokenizer, |part| {
+            whole.append(part);
             std::future::ready(true)
         })
         .await?;
@@ -536,13 +534,11 @@ async fn stream_choice(
     {
         return (0, 0);
     }
-    let followed = running.follow(&app.tokenizer, |parts| {
-        tokens += parts.iter().map(|part| part.tokens.len()).sum::<usize>();
-        cached += parts.iter().map(|part| part.cached_tokens).sum::<usize>();
-        let chunks = parts.iter().map(|part| event(&heading.chunk(index, part, &app.tokenizer)));
-        // One piece for the connection, however many chunks.
-        let chunks = Bytes::from(chunks.collect::<Vec<_>>().concat());
-        async move { sender.send(chunks).await.is_ok() }
+    let followed = running.follow(&app.tokenizer, |part| {
+        tokens += part.tokens.len();
+        cached += part.cached_tokens;
+        let chunk = event(&heading.chunk(index, &part, &app.tokenizer));
+        async move { sender.send(chunk).await.is_ok() }
     });
     let error = tokio::select! {
         followed = followed => followed.err(),
@@ -555,6 +551,9 @@ async fn stream_choice(
 }
 
 /// A server-sent event.
-fn event(data: &Value) -> Bytes {
-    Bytes::from(format!("data: {data}\n\n"))
+fn event(data: &impl Serialize) -> Bytes {
+    let mut event = b"data: ".to_vec();
+    serde_json::to_writer(&mut event, data).expect("answers have no keys but texts");
+    event.extend_from_slice(b"\n\n");
+    Bytes::from(event)
 }

@@ -91,12 +91,16 @@ pub struct Limits {
     pub most_tokens: u64,
     /// How long requests may run on when the server ends.
     pub grace: Duration,
+    /// Least time from one chunk of a stream to the next. Tokens that come meanwhile go along with the next one, and the
+    /// last ones are sent at once.
+    pub stream_interval: Duration,
 }
 
 impl Default for Limits {
-    /// 2,048 requests, 16,777,216 tokens, 30 seconds.
+    /// 2,048 requests, 16,777,216 tokens, 30 seconds, and a chunk for each token.
     fn default() -> Self {
-        Self { most_requests: 2048, most_tokens: 1 << 24, grace: Duration::from_secs(30) }
+        let grace = Duration::from_secs(30);
+        Self { most_requests: 2048, most_tokens: 1 << 24, grace, stream_interval: Duration::ZERO }
     }
 }
 
@@ -172,7 +176,7 @@ pub fn serve(
     let engine = model.engine.clone();
     let app = Arc::new(App::new(model, settings, limits, metrics.clone(), commands.clone()));
     let recorder = recording.map(|recording| Recorder::start(recording, &settings)).transpose()?;
-    let worker = Worker::new(&engine, settings, app.tokenizer.clone(), received, metrics, recorder)?;
+    let worker = Worker::new(&engine, settings, app.special.clone(), received, metrics, recorder)?;
     let failing = app.clone();
     let worker = std::thread::spawn(move || {
         let done = worker.run();

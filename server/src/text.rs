@@ -19,6 +19,9 @@ pub(crate) struct Gain {
     pub stopped: bool,
 }
 
+/// Tokens of a prompt that decide what its next token adds to the text: no character has so many.
+const CONTEXT: usize = 32;
+
 impl<'a> Text<'a> {
     /// A text that goes on after a prompt: what a token adds to a text depends on those before it.
     ///
@@ -26,7 +29,8 @@ impl<'a> Text<'a> {
     /// If the tokenizer refuses a token.
     pub fn after(prompt: &[u32], tokenizer: &'a Tokenizer, stops: &'a [String]) -> Result<Self, TokenizerError> {
         let mut stream = tokenizer.stream();
-        prompt.iter().try_for_each(|&token| stream.push(token).map(drop))?;
+        let end = &prompt[prompt.len().saturating_sub(CONTEXT)..];
+        end.iter().try_for_each(|&token| stream.push(token).map(drop))?;
         Ok(Self { stream, stops, withheld: String::new() })
     }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
-use engine::{Asked, Chosen, Decoding, Engine, EngineExecutor, Idle, ReplayError, Tokenizer, WallClock, in_pool};
+use engine::{Asked, Chosen, Decoding, Engine, EngineExecutor, Idle, ReplayError, WallClock, in_pool};
 use scheduler::{Clock, Load, Observer, PassRecord, PrefixUse, Server, Serving, Settings, Terms, Token, Unordered};
 use tokio::sync::mpsc::UnboundedSender;
 use traces::{Nanos, PrefixHashes, Request};
@@ -38,6 +38,8 @@ pub(crate) struct Job {
     pub stop_tokens: Vec<u32>,
     /// Its session, if its client named one.
     pub session: Option<String>,
+    /// Least time from one event to the next: tokens wait for each other meanwhile. All wait for the end at `None`.
+    pub interval: Option<Nanos>,
     /// Where its tokens go. A request whose receiver is gone is cancelled.
     pub events: UnboundedSender<Event>,
 }
@@ -54,14 +56,14 @@ pub(crate) enum Command {
 }
 
 /// What the worker tells the handler of a request.
-#[derive(Debug)]
-pub(crate) enum Event {
-    /// Tokens of the prompt that were found in the prefix cache.
-    Found(u32),
-    /// The next token.
-    Token(Generated),
-    /// No token follows.
-    End(Finish),
+#[derive(Debug, Default)]
+pub(crate) struct Event {
+    /// Tokens of the prompt that were found in the prefix cache, once.
+    pub cached_tokens: u32,
+    /// The next tokens.
+    pub tokens: Vec<Generated>,
+    /// Why none follows, at the end.
+    pub finish: Option<Finish>,
 }
 
 /// A token of a request's output.
@@ -144,6 +146,40 @@ impl Load for Inbox {
     }
 }
 
+/// A request that has not ended.
+#[derive(Debug)]
+struct Running {
+    job: Job,
+    /// Tokens of its prompt that were found in the prefix cache, if that is not sent yet.
+    cached_tokens: u32,
+    /// Tokens that are not sent yet.
+    tokens: Vec<Generated>,
+    /// When the last ones were sent.
+    sent: Option<Nanos>,
+}
+
+impl Running {
+    /// Sends the tokens if the time has come for them; whether it has.
+    fn send_if_due(&mut self, now: Nanos) -> bool {
+        let is_due = match (self.job.interval, self.sent) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(interval), Some(sent)) => now.since(sent) >= interval,
+        };
+        if is_due {
+            self.sent = Some(now);
+            self.send(None);
+        }
+        is_due
+    }
+
+    /// Sends the tokens. If nobody listens, a cancellation is on its way.
+    fn send(&mut self, finish: Option<Finish>) {
+        let cached_tokens = std::mem::take(&mut self.cached_tokens);
+        let _ = self.job.events.send(Event { cached_tokens, tokens: std::mem::take(&mut self.tokens), finish });
+    }
+}
+
 /// What a pass delivers.
 struct Delivered<'a> {
     found: Vec<(u32, u32)>,
@@ -181,9 +217,12 @@ impl Observer for Delivered<'_> {
 /// The state of the thread.
 pub(crate) struct Worker {
     serving: Serving<EngineExecutor, WallClock, Inbox>,
-    tokenizer: Arc<Tokenizer>,
+    /// Tokens that end a text, in order.
+    special: Arc<[u32]>,
     commands: Receiver<Command>,
-    jobs: HashMap<u32, Job>,
+    running: HashMap<u32, Running>,
+    /// Requests with tokens that are not sent yet.
+    unsent: Vec<u32>,
     metrics: Arc<Metrics>,
     recorder: Option<Recorder>,
     num_loops: usize,
@@ -196,7 +235,7 @@ impl Worker {
     pub fn new(
         engine: &Engine,
         settings: Settings,
-        tokenizer: Arc<Tokenizer>,
+        special: Arc<[u32]>,
         commands: Receiver<Command>,
         metrics: Arc<Metrics>,
         recorder: Option<Recorder>,
@@ -211,9 +250,10 @@ impl Worker {
         let server = Server::new(settings, executor)?;
         Ok(Self {
             serving: Serving::new(server, WallClock::start(Idle::Sleep), Inbox::default()),
-            tokenizer,
+            special,
             commands,
-            jobs: HashMap::new(),
+            running: HashMap::new(),
+            unsent: Vec::new(),
             metrics,
             recorder,
             num_loops: settings.num_loops.into(),
@@ -239,7 +279,7 @@ impl Worker {
             }
         };
         let finish = if done.is_ok() { Finish::Abort } else { Finish::Error };
-        for id in self.jobs.keys().copied().collect::<Vec<_>>() {
+        for id in self.running.keys().copied().collect::<Vec<_>>() {
             self.end(id, finish);
         }
         done
@@ -265,11 +305,14 @@ impl Worker {
             let mut delivered = Delivered { found: Vec::new(), tokens: Vec::new(), metrics, recorder };
             let goes_on = self.serving.step(&mut delivered)?;
             for (id, found) in delivered.found {
-                self.jobs.get(&id).iter().for_each(|job| drop(job.events.send(Event::Found(found))));
+                if let Some(running) = self.running.get_mut(&id) {
+                    running.cached_tokens = found;
+                }
             }
             for (id, token) in delivered.tokens {
                 self.deliver(id, token);
             }
+            self.send_what_is_due();
             let scheduler = self.serving.server().scheduler();
             self.metrics.occupancy(scheduler);
             if !goes_on {
@@ -281,7 +324,7 @@ impl Worker {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Start(job) => self.start(*job),
-            Command::Cancel(id) if self.jobs.contains_key(&id) => {
+            Command::Cancel(id) if self.running.contains_key(&id) => {
                 self.serving.load_mut().cancel(id);
                 self.end(id, Finish::Abort);
             }
@@ -305,13 +348,14 @@ impl Worker {
         let asked = Asked { prompt: std::mem::take(&mut job.prompt), decoding: job.decoding.clone() };
         server.executor_mut().ask(id, asked);
         self.serving.load_mut().arrived.push_back((request, job.terms));
-        self.jobs.insert(id, job);
+        self.running.insert(id, Running { job, cached_tokens: 0, tokens: Vec::new(), sent: None });
     }
 
-    /// Sends a token to its request, and ends the request if the token does.
+    /// Gives a token to its request, and ends the request if the token does.
     fn deliver(&mut self, id: u32, Token { index, depth, .. }: Token) {
         // A request may end with the pass that yields its next token.
-        let Some(job) = self.jobs.get(&id) else { return };
+        let Some(running) = self.running.get_mut(&id) else { return };
+        let job = &running.job;
         let executor = self.serving.server().executor();
         let generation = executor.generation(id).expect("it has generated a token");
         let token = generation.tokens[index as usize];
@@ -319,14 +363,16 @@ impl Worker {
             let rows = generation.recorded.chunks(self.num_loops).nth(index as usize).unwrap_or_default();
             recorder.token(id, token, depth, rows.to_vec());
         }
-        let is_stop = job.ends_at_special && self.tokenizer.is_special(token) || job.stop_tokens.contains(&token);
-        let is_text = !is_stop && !self.tokenizer.is_special(token);
+        let is_special = self.special.binary_search(&token).is_ok();
+        let is_stop = job.ends_at_special && is_special || job.stop_tokens.contains(&token);
+        let is_text = !is_stop && !is_special;
         let signal = generation.exit_signals.get(index as usize).copied().flatten();
         let chosen = generation.chosen.get(index as usize).cloned();
-        let event = Event::Token(Generated { token, depth, signal, chosen, is_text });
-        // If nobody listens, a cancellation is on its way.
-        let _ = job.events.send(event);
         let is_last = index + 1 == job.output_tokens;
+        if running.tokens.is_empty() && job.interval.is_some() {
+            self.unsent.push(id);
+        }
+        running.tokens.push(Generated { token, depth, signal, chosen, is_text });
         if is_stop {
             if !is_last {
                 self.serving.load_mut().cancel(id);
@@ -337,14 +383,22 @@ impl Worker {
         }
     }
 
+    /// Sends tokens that have waited for others for long enough.
+    fn send_what_is_due(&mut self) {
+        if !self.unsent.is_empty() {
+            let (now, running) = (self.serving.clock_mut().now(), &mut self.running);
+            self.unsent.retain(|id| running.get_mut(id).is_some_and(|request| !request.send_if_due(now)));
+        }
+    }
+
     /// Tells a request's handler that no token follows, and forgets the request.
     fn end(&mut self, id: u32, finish: Finish) {
         let now = self.serving.clock_mut().now();
         self.serving.server_mut().executor_mut().forget(id);
         self.recorder.iter().for_each(|recorder| recorder.ended(id, now));
-        if let Some(job) = self.jobs.remove(&id) {
+        if let Some(mut running) = self.running.remove(&id) {
             self.metrics.ended(finish, now, id);
-            let _ = job.events.send(Event::End(finish));
+            running.send(Some(finish));
         }
     }
 }

@@ -382,3 +382,17 @@ fn a_recording_of_all_depths_has_what_skipped_depths_would_have_said() {
     let skipped: usize = depths.iter().map(|exit| 3 - exit).sum();
     assert!(skipped > 20 && unsure == skipped, "{unsure} of {skipped} skipped depths are not sure");
 }
+
+#[test]
+fn tokens_that_come_within_the_interval_of_streams_share_a_chunk() {
+    let limits = Limits { stream_interval: Duration::from_secs(3600), ..Limits::default() };
+    let serving = Serving::start(settings(), limits, None);
+    let body =
+        |stream| json!({"prompt": "a", "max_tokens": 40, "temperature": 0, "ignore_eos": true, "stream": stream});
+    let whole = choice(&[serving.complete(&body(false)).json()]);
+    let chunks = serving.complete(&body(true)).chunks();
+    // The first token, and at the end all others; or all at once, if the connection was slow.
+    assert!(chunks.len() <= 2, "{chunks:?}");
+    assert_eq!(choice(&chunks), whole);
+    serving.end().unwrap();
+}

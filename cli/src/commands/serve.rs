@@ -77,6 +77,10 @@ pub struct Args {
     /// Most tokens of the prompts and outputs of requests that run or wait; more are answered with status 429
     #[arg(long, default_value_t = Limits::default().most_tokens, value_name = "TOKENS")]
     max_total_tokens: u64,
+    /// Least milliseconds from one chunk of a stream to the next: tokens that come meanwhile share a chunk, which costs less
+    /// than one for each
+    #[arg(long, default_value_t = 0, value_name = "MS")]
+    stream_interval_ms: u64,
     /// Seconds that requests may run on when the server ends
     #[arg(long, default_value_t = Limits::default().grace.as_secs(), value_name = "S")]
     grace_s: u64,
@@ -124,6 +128,7 @@ pub fn run(args: Args) -> Result<()> {
         most_requests: args.max_requests,
         most_tokens: args.max_total_tokens,
         grace: Duration::from_secs(args.grace_s),
+        stream_interval: Duration::from_millis(args.stream_interval_ms),
     };
     let model = Model { name, engine: named.engine, tokenizer, chat_template, temperature };
     Ok(server::serve(listener, model, settings, limits, recording, stop)?)

@@ -3,6 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use engine::{Chosen, Tokenizer};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::worker::{Finish, Generated};
@@ -65,6 +66,64 @@ impl Usage {
     }
 }
 
+/// An answer or a chunk of one. It is written without a tree of values between, since there is one for each token.
+#[derive(Debug, Serialize)]
+pub(crate) struct Answer<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<Choice<'a>>,
+    usage: Option<Value>,
+}
+
+#[derive(Debug, Serialize)]
+struct Choice<'a> {
+    index: usize,
+    #[serde(flatten)]
+    content: Content<'a>,
+    finish_reason: Option<&'static str>,
+    logprobs: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    depthwise: Option<Own>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Content<'a> {
+    Text(&'a str),
+    Message(Message<'a>),
+    Delta(Message<'a>),
+}
+
+#[derive(Debug, Serialize)]
+struct Message<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    content: &'a str,
+}
+
+/// What only this server says, by token.
+#[derive(Debug, Serialize)]
+struct Own {
+    depths: Vec<u8>,
+    signals: Vec<Option<f32>>,
+    token_ids: Vec<u32>,
+}
+
+impl Own {
+    fn of(tokens: &[Generated]) -> Self {
+        Self {
+            depths: tokens.iter().map(|token| token.depth).collect(),
+            signals: tokens.iter().map(|token| token.signal).collect(),
+            token_ids: tokens.iter().map(|token| token.token).collect(),
+        }
+    }
+}
+
+/// The role of who answers in a chat.
+const ASSISTANT: Option<&str> = Some("assistant");
+
 impl Heading {
     pub fn new(kind: Kind, number: u64, model: &str) -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -73,47 +132,42 @@ impl Heading {
         Self { kind, id, created: since_1970.as_secs(), model: model.to_owned() }
     }
 
-    fn answer(&self, object: &str, choices: Vec<Value>, usage: Option<Usage>) -> Value {
+    fn answer<'a>(&'a self, object: &'static str, choices: Vec<Choice<'a>>, usage: Option<Usage>) -> Answer<'a> {
         let Self { id, created, model, .. } = self;
-        json!({
-            "id": id, "object": object, "created": created, "model": model, "choices": choices,
-            "usage": usage.map(Usage::json),
-        })
+        Answer { id, object, created: *created, model, choices, usage: usage.map(Usage::json) }
     }
 
     /// The whole answer.
-    pub fn whole(&self, choices: &[Part], usage: Usage, tokenizer: &Tokenizer) -> Value {
-        let choice = |(index, part): (usize, &Part)| {
-            let mut choice = self.choice(index, part, tokenizer);
-            match self.kind {
-                Kind::Completion => choice["text"] = json!(part.text),
-                Kind::Chat => choice["message"] = json!({"role": "assistant", "content": part.text}),
-            }
-            choice
+    pub fn whole<'a>(&'a self, choices: &'a [Part], usage: Usage, tokenizer: &Tokenizer) -> Answer<'a> {
+        let choice = |(index, part): (usize, &'a Part)| {
+            let content = match self.kind {
+                Kind::Completion => Content::Text(&part.text),
+                Kind::Chat => Content::Message(Message { role: ASSISTANT, content: &part.text }),
+            };
+            self.choice(index, content, part, tokenizer)
         };
         let object = if self.kind == Kind::Chat { "chat.completion" } else { "text_completion" };
         self.answer(object, choices.iter().enumerate().map(choice).collect(), Some(usage))
     }
 
     /// A chunk with a part of a choice.
-    pub fn chunk(&self, index: usize, part: &Part, tokenizer: &Tokenizer) -> Value {
-        let mut choice = self.choice(index, part, tokenizer);
-        match self.kind {
-            Kind::Completion => choice["text"] = json!(part.text),
-            Kind::Chat => choice["delta"] = json!({"content": part.text}),
-        }
-        self.answer(self.chunk_object(), vec![choice], None)
+    pub fn chunk<'a>(&'a self, index: usize, part: &'a Part, tokenizer: &Tokenizer) -> Answer<'a> {
+        let content = match self.kind {
+            Kind::Completion => Content::Text(&part.text),
+            Kind::Chat => Content::Delta(Message { role: None, content: &part.text }),
+        };
+        self.answer(self.chunk_object(), vec![self.choice(index, content, part, tokenizer)], None)
     }
 
     /// The chunk that a choice of a chat begins with; `None` in completions.
-    pub fn first_chunk(&self, index: usize) -> Option<Value> {
-        let delta = json!({"role": "assistant", "content": ""});
-        let choice = json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null});
+    pub fn first_chunk(&self, index: usize) -> Option<Answer<'_>> {
+        let content = Content::Delta(Message { role: ASSISTANT, content: "" });
+        let choice = Choice { index, content, finish_reason: None, logprobs: None, depthwise: None };
         (self.kind == Kind::Chat).then(|| self.answer(self.chunk_object(), vec![choice], None))
     }
 
     /// The chunk that a stream ends with.
-    pub fn usage_chunk(&self, usage: Usage) -> Value {
+    pub fn usage_chunk(&self, usage: Usage) -> Answer<'_> {
         self.answer(self.chunk_object(), Vec::new(), Some(usage))
     }
 
@@ -121,14 +175,14 @@ impl Heading {
         if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" }
     }
 
-    fn choice(&self, index: usize, part: &Part, tokenizer: &Tokenizer) -> Value {
-        let depths: Vec<u8> = part.tokens.iter().map(|token| token.depth).collect();
-        let signals: Vec<Option<f32>> = part.tokens.iter().map(|token| token.signal).collect();
-        let tokens: Vec<u32> = part.tokens.iter().map(|token| token.token).collect();
-        json!({
-            "index": index, "finish_reason": part.finish.map(Finish::name), "logprobs": self.logprobs(part, tokenizer),
-            "depthwise": {"depths": depths, "signals": signals, "token_ids": tokens},
-        })
+    fn choice<'a>(&self, index: usize, content: Content<'a>, part: &Part, tokenizer: &Tokenizer) -> Choice<'a> {
+        Choice {
+            index,
+            content,
+            finish_reason: part.finish.map(Finish::name),
+            logprobs: self.logprobs(part, tokenizer),
+            depthwise: Some(Own::of(&part.tokens)),
+        }
     }
 
     /// Log-probabilities of the tokens of the text, if they are kept.
