@@ -8,7 +8,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use engine::{DeviceName, Sampling, WeightType};
 use scheduler::{Batching, KvFill, Settings};
 use simulator::{Objectives, Routing};
-use traces::{RequestFormat, RequestSpec, RequestTrace, SessionUse, ThinkTime, TimeUnit, TraceError, ZeroTokens};
+use traces::{
+    RequestFormat, RequestSource, RequestSpec, RequestTrace, SessionUse, ThinkTime, TimeUnit, TraceError, ZeroTokens,
+};
 
 use crate::progress::Terminal;
 use experiments::ExitChoice;
@@ -439,10 +441,10 @@ impl SimulationArgs {
     ///
     /// # Errors
     /// If one does not read, profile and exit trace are of different models, or the device's memory is too small.
-    pub fn load(&self) -> Result<SimulationInput> {
+    pub fn load(&self) -> Result<SimulationInput<RequestSource>> {
         let (spec, base) = self.requests.spec()?;
         let serving = self.serving()?;
-        let workload = Workload::load(&spec, &base, &serving, self.seed, &mut Terminal::default())
+        let workload = Workload::stream(&spec, &base, &serving, self.seed, &mut Terminal::default())
             .map_err(|error| self.requests.name_option(error))?;
         let models = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
         let spread = self.spread.then_some(self.seed);

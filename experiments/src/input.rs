@@ -6,16 +6,17 @@ use anyhow::Result;
 use latency::LatencyModel;
 use scheduler::Settings;
 use simulator::{ExitModel, MachineGroup, Simulation};
+use traces::{Request, Requests};
 
 use crate::machines::Groups;
 use crate::runs::Machines;
-use crate::serving::{Serving, longest};
+use crate::serving::Serving;
 use crate::workload::Workload;
 
 /// Everything that simulations of the same requests take, one for each combination of policies.
-pub struct SimulationInput {
+pub struct SimulationInput<R = Vec<Request>> {
     /// What is served.
-    pub workload: Workload,
+    pub workload: Workload<R>,
     /// Of the device.
     pub latency: LatencyModel,
     /// Of the model.
@@ -28,20 +29,23 @@ pub struct SimulationInput {
     pub groups: Groups,
 }
 
-impl SimulationInput {
+impl<R: Requests> SimulationInput<R> {
     /// The simulations of `serving`, whose paths are relative to `base`.
     ///
     /// # Errors
     /// If the profile of a group of machines does not read, or the device's memory is too small.
     pub fn new(
-        workload: Workload,
+        workload: Workload<R>,
         (latency, exits): (LatencyModel, ExitModel),
         serving: &Serving,
         machines: Machines,
         base: &Path,
     ) -> Result<Self> {
         let groups = Groups::read(&serving.machines, serving.transfer, base)?;
-        let settings = groups.all_settings(serving, &latency, longest(&workload.requests))?;
+        // Looking for the longest request of many takes as long as making them.
+        let is_needed = !serving.machines.is_empty() || serving.depends_on_longest(&latency.meta().into());
+        let longest = if is_needed { workload.requests.longest() } else { 1 };
+        let settings = groups.all_settings(serving, &latency, longest)?;
         Ok(Self { workload, latency, exits, settings, machines, groups })
     }
 

@@ -1,17 +1,21 @@
 //! Runs of the simulator, and what is written of any run.
 
 use std::fmt::Debug;
-use std::path::Path;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use latency::{Extrapolations, LatencyModel, TimeByComponent};
+use rayon::prelude::*;
 use scheduler::{ExitPolicy, KvFill, Settings};
 use serde::Serialize;
 use simulator::{
-    Draw, ExitModel, GroupSummary, Link, MachineGroup, Metrics, Objectives, Outcome, Routing, Simulation,
-    SimulationError, Source, Summary, SystemSummary, run_all, write_csv,
+    Draw, ExitModel, GroupSummary, Link, MachineGroup, Metrics, Objectives, Outcome, RequestLog, Routing, Simulation,
+    SimulationError, Source, Summary, SystemSummary, write_csv,
 };
-use traces::{ExitTrace, LatencyProfile, Request, check_same_model};
+use traces::{ExitTrace, LatencyProfile, Requests, check_same_model};
 
 use crate::exit_choice::ExitChoice;
 use crate::quality::{self, Quality};
@@ -23,6 +27,9 @@ use crate::workload::Workload;
 /// The most requests of all machines and runs together whose times are kept until they are written: 88 bytes each, 4.4 GB
 /// in all.
 const MOST_REQUESTS_KEPT: u128 = 50_000_000;
+
+/// A line for each request of each run.
+const REQUESTS: &str = "requests.csv";
 
 /// One run under one batching and one exit policy.
 pub struct Run {
@@ -115,18 +122,18 @@ impl Machines {
     ///
     /// # Errors
     /// If profiles, exit trace and settings do not belong together, or the groups make no system.
-    pub fn simulation_of_groups<'m>(
+    pub fn simulation_of_groups<'m, R>(
         &self,
         groups: &'m [MachineGroup<'m>],
         link: Option<Link>,
         exits: &'m ExitModel,
-        workload: &'m Workload,
+        workload: &'m Workload<R>,
     ) -> Result<Simulation<'m>, SimulationError> {
         Ok(self.serve(Simulation::of_groups(groups, link, exits)?, workload))
     }
 
     /// Lets machines serve a workload.
-    fn serve<'m>(&self, simulation: Simulation<'m>, workload: &'m Workload) -> Simulation<'m> {
+    fn serve<'m, R>(&self, simulation: Simulation<'m>, workload: &'m Workload<R>) -> Simulation<'m> {
         let simulation = simulation.with_routing(self.routing);
         let simulation = match &workload.prefixes {
             Some(prefixes) => simulation.with_prefixes(prefixes),
@@ -174,25 +181,27 @@ pub fn simulate_all(
     run_simulations(&simulations, 1, objectives, &workload.requests, RequestTimes::Kept, reporter)
 }
 
-/// What is kept of each request of a simulation.
+/// What becomes of the times of each request of a simulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RequestTimes {
-    /// Its times, 80 bytes, for `requests.csv`.
+pub enum RequestTimes<'a> {
+    /// They are kept: 80 bytes.
     Kept,
-    /// Nothing: memory does not grow with the length of the run.
+    /// Nothing.
     Dropped,
+    /// They are written to `requests.csv` in this folder, in order of id, as soon as all earlier requests have ended.
+    Written(&'a Path),
 }
 
 /// Runs simulations over the same requests, on all cores; warns of times that had to be extrapolated.
 ///
 /// # Errors
-/// If a request cannot be served, or there is no machine.
+/// If a request cannot be served, there is no machine, or a file cannot be read or written.
 pub fn run_simulations(
     simulations: &[Simulation<'_>],
     replicas: usize,
     objectives: Option<Objectives>,
-    requests: &[Request],
-    times: RequestTimes,
+    requests: &impl Requests,
+    times: RequestTimes<'_>,
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<Run>> {
     for simulation in simulations {
@@ -200,22 +209,51 @@ pub fn run_simulations(
     }
     let number = |simulation: &Simulation<'_>| simulation.settings_of_groups(replicas).map(|(number, _)| number).sum();
     let machines: usize = simulations.first().map_or(replicas, number);
-    let kept = requests.len() as u128 * machines as u128 * simulations.len() as u128;
+    let kept = requests.count() as u128 * machines as u128 * simulations.len() as u128;
     ensure!(
-        times == RequestTimes::Dropped || kept <= MOST_REQUESTS_KEPT,
+        times != RequestTimes::Kept || kept <= MOST_REQUESTS_KEPT,
         "{} requests x {machines} replicas x {} combinations of policies are {kept}: expected at most \
          {MOST_REQUESTS_KEPT}, since the times of every request are kept (`depthwise sweep` keeps means only)",
-        requests.len(),
+        requests.count(),
         simulations.len()
     );
-    let outcomes = run_all(simulations, requests, |simulation| {
-        let of_machine = |settings| {
-            let metrics = Metrics::new(settings);
-            let metrics = if times == RequestTimes::Kept { metrics.with_requests() } else { metrics };
-            objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives))
-        };
-        simulation.settings_of_machines(replicas).map(of_machine).collect()
-    })?;
+    // All draw the same generations, so that one of them finds which are too short.
+    let longer = AtomicUsize::new(0);
+    let outcomes: Vec<Result<_>> = simulations
+        .par_iter()
+        .enumerate()
+        .map(|(place, simulation)| {
+            let log = match times {
+                RequestTimes::Written(folder) => Some(request_log(&requests_file(folder, place), place, simulation)?),
+                RequestTimes::Kept | RequestTimes::Dropped => None,
+            };
+            let of_machine = |settings| {
+                let metrics = Metrics::new(settings);
+                let metrics = match (&log, times) {
+                    (Some(log), _) => metrics.with_request_log(log.clone()),
+                    (None, RequestTimes::Kept) => metrics.with_requests(),
+                    (None, _) => metrics,
+                };
+                objectives.map_or(metrics.clone(), |objectives| metrics.with_objectives(objectives))
+            };
+            let mut metrics: Vec<Metrics> = simulation.settings_of_machines(replicas).map(of_machine).collect();
+            let outcome = requests.read(|requests| {
+                let is_written = |_: &_| log.as_ref().is_none_or(|log| !log.has_failed());
+                let requests = requests.take_while(is_written).inspect(|request| {
+                    if place == 0 && simulation.exits().is_longer_than_recorded(request) {
+                        longer.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                simulation.run(requests, &mut metrics)
+            });
+            log.map_or(Ok(()), RequestLog::finish).context(CANNOT_WRITE)?;
+            Ok((metrics, outcome??))
+        })
+        .collect();
+    let outcomes: Vec<(Vec<Metrics>, Outcome)> = outcomes.into_iter().collect::<Result<_>>()?;
+    if let RequestTimes::Written(folder) = times {
+        join_requests(folder, simulations.len()).context(CANNOT_WRITE)?;
+    }
     let mut beyond = Extrapolations::default();
     let run = |(simulation, (metrics, outcome)): (&Simulation<'_>, (Vec<Metrics>, Outcome))| {
         beyond.merge(&outcome.extrapolations);
@@ -225,23 +263,62 @@ pub fn run_simulations(
     let runs = simulations.iter().zip(outcomes).map(run).collect();
     warn_of_extrapolations(&beyond, reporter);
     if let Some(simulation) = simulations.first() {
-        warn_of_short_recordings(simulation.exits(), requests, reporter);
+        warn_of_short_recordings(simulation.exits(), longer.into_inner(), requests.count(), reporter);
     }
     runs
 }
 
+const CANNOT_WRITE: &str = "cannot write requests.csv";
+
+/// Where the requests of the simulation at a place are written: those of the first where all will be.
+fn requests_file(folder: &Path, place: usize) -> PathBuf {
+    match place {
+        0 => folder.join(REQUESTS),
+        place => folder.join(format!("requests-{place}.csv")),
+    }
+}
+
+/// Rows of requests that are written together.
+const WRITTEN_AT_ONCE: usize = 1024;
+
+/// A log that writes the requests of a simulation; the first has the header.
+fn request_log(path: &Path, place: usize, simulation: &Simulation<'_>) -> Result<RequestLog> {
+    let file = File::create(path).context(CANNOT_WRITE)?;
+    let mut writer = csv::WriterBuilder::new().has_headers(place == 0).from_writer(file);
+    let of_run = OfRun::of_simulation(simulation.settings());
+    // Many at once, so that the simulation keeps the caches between them.
+    let mut waiting = Vec::with_capacity(WRITTEN_AT_ONCE);
+    Ok(RequestLog::new(move |row| {
+        waiting.extend(row.copied());
+        if waiting.len() < WRITTEN_AT_ONCE && row.is_some() {
+            return Ok(());
+        }
+        waiting.drain(..).try_for_each(|row| writer.serialize((&of_run, row)))?;
+        if row.is_none() { writer.flush() } else { Ok(()) }
+    }))
+}
+
+/// Puts the requests of all simulations into one file, in order.
+fn join_requests(folder: &Path, count: usize) -> io::Result<()> {
+    let mut all = OpenOptions::new().append(true).open(requests_file(folder, 0))?;
+    for place in 1..count {
+        let path = requests_file(folder, place);
+        io::copy(&mut File::open(&path)?, &mut all)?;
+        std::fs::remove_file(&path)?;
+    }
+    Ok(())
+}
+
 /// Says how many requests are longer than the recorded generation that they take.
-fn warn_of_short_recordings(exits: &ExitModel, requests: &[Request], reporter: &mut dyn Reporter) {
-    let longer = exits.longer_than_recorded(requests);
+fn warn_of_short_recordings(exits: &ExitModel, longer: usize, requests: usize, reporter: &mut dyn Reporter) {
     if longer > 0 {
         let goes_on = match exits.kv_fill() {
             Some(_) => "at the same position",
             None => "from its beginning",
         };
         reporter.warning(&format!(
-            "{longer} of {} requests are longer than the recorded generation that they take exits from: they go on in \
-             another one, {goes_on}",
-            requests.len()
+            "{longer} of {requests} requests are longer than the recorded generation that they take exits from: they go \
+             on in another one, {goes_on}"
         ));
     }
 }
@@ -258,10 +335,18 @@ pub fn warn_of_extrapolations(beyond: &Extrapolations, reporter: &mut dyn Report
 /// # Errors
 /// If something cannot be written.
 pub fn write_results(mut folder: ResultsFolder, command: &str, args: &impl Debug, runs: &[Run]) -> Result<()> {
+    write_requests(&folder.path()?, runs)?;
+    finish_results(folder, command, args, runs)
+}
+
+/// Finishes a folder of results that has `requests.csv` with all else that [`write_results`] writes.
+///
+/// # Errors
+/// If something cannot be written.
+pub fn finish_results(mut folder: ResultsFolder, command: &str, args: &impl Debug, runs: &[Run]) -> Result<()> {
     let results = folder.path()?;
     std::fs::write(results.join(CONFIG), format!("command: {command}\narguments: |\n  {args:?}\n"))?;
     write_csv(&results.join("summary.csv"), runs.iter().map(|run| &run.summary))?;
-    write_requests(&results, runs)?;
     write_quality(&results, runs)?;
     write_groups(&results, runs)?;
     folder.finish()
@@ -277,6 +362,15 @@ struct OfRun {
 }
 
 impl OfRun {
+    fn of_simulation(settings: &Settings) -> Self {
+        Self {
+            source: Source::Simulated,
+            batching: settings.batching.name(),
+            exit_policy: settings.exit.to_string(),
+            kv_fill: settings.kv_fill,
+        }
+    }
+
     fn new(summary: &Summary) -> Self {
         Self {
             source: summary.source,
@@ -300,7 +394,7 @@ pub fn request_lines<'a>(runs: impl IntoIterator<Item = &'a Run>) -> impl Iterat
 /// # Errors
 /// If the file cannot be written.
 pub fn write_requests<'a>(folder: &Path, runs: impl IntoIterator<Item = &'a Run>) -> Result<()> {
-    Ok(write_csv(&folder.join("requests.csv"), request_lines(runs))?)
+    Ok(write_csv(&folder.join(REQUESTS), request_lines(runs))?)
 }
 
 /// Writes `quality.csv`, if the text of a run was compared with full depth.

@@ -254,6 +254,11 @@ impl Serving {
         self.combinations(model).map(settings).collect()
     }
 
+    /// Whether the number of KV blocks follows from the longest request: neither is it given nor a memory that holds them.
+    pub fn depends_on_longest(&self, model: &ModelMemory) -> bool {
+        self.num_blocks.is_none() && self.device_memory.or(model.figures.device_bytes).is_none()
+    }
+
     /// The scheduler's settings for one combination, for requests of up to `longest` tokens.
     ///
     /// # Errors

@@ -6,16 +6,16 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use engine::Tokenizer;
-use traces::{ClosedLoop, CountTokens, PrefixHashes, Request, RequestSpec, RequestTrace, TraceError};
+use traces::{ClosedLoop, CountTokens, PrefixHashes, Request, RequestSource, RequestSpec, RequestTrace, TraceError};
 
 use crate::reporter::Reporter;
 use crate::serving::Serving;
 
-/// What is served.
+/// What is served: requests that are held, or a [`RequestSource`].
 #[derive(Clone, Debug)]
-pub struct Workload {
+pub struct Workload<R = Vec<Request>> {
     /// In the order of their arrival.
-    pub requests: Vec<Request>,
+    pub requests: R,
     /// Hashes of their prompts, for simulations and load clients; none without prefix caching or where nothing is known.
     pub prefixes: Option<Arc<PrefixHashes>>,
     /// Which requests are sent when others have been answered; none if each is sent at its arrival.
@@ -35,11 +35,6 @@ impl Workload {
     /// The requests with this number of them in flight: the next one is sent when another one has been answered.
     pub fn in_flight(requests: Vec<Request>, number: NonZeroU32) -> Self {
         Self { requests, prefixes: None, closed_loop: Some(ClosedLoop::in_flight(number)) }
-    }
-
-    /// Whether requests are sent by users, at no rate of their own.
-    pub fn has_users(&self) -> bool {
-        self.closed_loop.as_ref().is_some_and(|closed_loop| closed_loop.users.is_some())
     }
 
     /// Requests that are each sent at their own arrival.
@@ -68,9 +63,39 @@ impl Workload {
         seed: u64,
         reporter: &mut dyn Reporter,
     ) -> Result<Self> {
-        let of_file = (serving.prefix_caching && spec.file.is_some()).then_some(serving.block_tokens);
-        let spec = RequestSpec { prefix_block_tokens: spec.prefix_block_tokens.or(of_file), ..spec.clone() };
+        let spec = hashed_for(serving, spec);
         let trace = load_requests(&spec, base, reporter)?;
+        Self::of(trace, &spec, serving, seed, reporter)
+    }
+}
+
+impl Workload<RequestSource> {
+    /// As [`Workload::load`], without holding many requests.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stream(
+        spec: &RequestSpec,
+        base: &Path,
+        serving: &Serving,
+        seed: u64,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Self> {
+        let spec = hashed_for(serving, spec);
+        let trace = spec.open_with(base, &open_tokenizer)?;
+        warn_of(&trace, reporter);
+        Self::of(trace, &spec, serving, seed, reporter)
+    }
+}
+
+impl<R> Workload<R> {
+    fn of(
+        trace: RequestTrace<R>,
+        spec: &RequestSpec,
+        serving: &Serving,
+        seed: u64,
+        reporter: &mut dyn Reporter,
+    ) -> Result<Self> {
         let closed_loop = spec.closed_loop(&trace, seed)?;
         let RequestTrace { name, requests, prefix_hashes, .. } = trace;
         if serving.prefix_caching && prefix_hashes.is_none() {
@@ -82,6 +107,17 @@ impl Workload {
         let prefixes = prefix_hashes.filter(|_| serving.prefix_caching).map(Arc::new);
         Ok(Self { requests, prefixes, closed_loop })
     }
+
+    /// Whether requests are sent by users, at no rate of their own.
+    pub fn has_users(&self) -> bool {
+        self.closed_loop.as_ref().is_some_and(|closed_loop| closed_loop.users.is_some())
+    }
+}
+
+/// The specification with hashes of the blocks that `serving` caches.
+fn hashed_for(serving: &Serving, spec: &RequestSpec) -> RequestSpec {
+    let of_file = (serving.prefix_caching && spec.file.is_some()).then_some(serving.block_tokens);
+    RequestSpec { prefix_block_tokens: spec.prefix_block_tokens.or(of_file), ..spec.clone() }
 }
 
 /// Reads or makes requests, and says what of their file is not among them.
@@ -90,10 +126,15 @@ impl Workload {
 /// If the file does not read or the specification contradicts itself.
 pub fn load_requests(spec: &RequestSpec, base: &Path, reporter: &mut dyn Reporter) -> Result<RequestTrace> {
     let trace = spec.load_with(base, &open_tokenizer)?;
+    warn_of(&trace, reporter);
+    Ok(trace)
+}
+
+/// Says what of the file of a trace is not in it.
+fn warn_of<R>(trace: &RequestTrace<R>, reporter: &mut dyn Reporter) {
     for warning in &trace.warnings {
         reporter.warning(&format!("{}: {warning}", trace.name));
     }
-    Ok(trace)
 }
 
 /// Reads or makes requests that are each sent at their own arrival, for validations.

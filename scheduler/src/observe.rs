@@ -71,6 +71,8 @@ pub trait Observer {
     fn token(&mut self, _now: Nanos, _request: &Request, _token: Token) {}
     /// A request's last token was delivered; `first_token` is when its first token was.
     fn finished(&mut self, _now: Nanos, _request: &Request, _first_token: Nanos) {}
+    /// A request goes on on another machine, whose observer is told of the rest.
+    fn handed_over(&mut self, _now: Nanos, _request: &Request) {}
 }
 
 /// Ignores all events.
@@ -98,6 +100,9 @@ impl<O: Observer> Observer for &mut O {
     }
     fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
         O::finished(self, now, request, first_token);
+    }
+    fn handed_over(&mut self, now: Nanos, request: &Request) {
+        O::handed_over(self, now, request);
     }
 }
 
@@ -130,5 +135,9 @@ impl<A: Observer, B: Observer> Observer for (A, B) {
     fn finished(&mut self, now: Nanos, request: &Request, first_token: Nanos) {
         self.0.finished(now, request, first_token);
         self.1.finished(now, request, first_token);
+    }
+    fn handed_over(&mut self, now: Nanos, request: &Request) {
+        self.0.handed_over(now, request);
+        self.1.handed_over(now, request);
     }
 }

@@ -215,13 +215,12 @@ impl ExitModel {
         self.history.as_ref().and_then(|history| history.prefill_depth)
     }
 
-    /// How many requests are longer than the generation that they begin with, and therefore go on with another one.
-    pub fn longer_than_recorded(&self, requests: &[Request]) -> usize {
-        let is_longer = |request: &&Request| match self.draw {
+    /// Whether a request is longer than the generation that it begins with, and therefore goes on with another one.
+    pub fn is_longer_than_recorded(&self, request: &Request) -> bool {
+        match self.draw {
             Draw::Recorded => false,
             Draw::Seeded(_) => self.is_recorded && request.output_tokens > self.tokens_left(&self.drawn(request.id, 0)),
-        };
-        requests.iter().filter(is_longer).count()
+        }
     }
 
     /// The model with another draw of its generations.
@@ -673,9 +672,9 @@ mod tests {
         let trace = served(&[&[1; 3], &[1; 30], &[1; 30]]);
         let model = ExitModel::new(&trace, Draw::Seeded(1)).unwrap();
         let requests: Vec<Request> = (0..50).map(|id| request(id, 60)).collect();
-        assert_eq!(model.longer_than_recorded(&requests), 50);
+        assert!(requests.iter().all(|request| model.is_longer_than_recorded(request)));
         let short: Vec<Request> = (0..50).map(|id| request(id, 3)).collect();
-        assert_eq!(model.longer_than_recorded(&short), 0);
+        assert!(!short.iter().any(|request| model.is_longer_than_recorded(request)));
         for request in &requests {
             let mut cursor = model.cursor(request, 0).unwrap();
             let mut positions = Vec::new();

@@ -79,7 +79,7 @@ pub use capacity::{Capacity, CapacityError, CapacitySearch, capacity};
 pub use executor::ProfileExecutor;
 pub use exits::{Draw, ExitError, ExitModel};
 pub use memory::{MemoryBudget, MemoryError, MemoryPlan, ModelMemory};
-pub use metrics::{GroupSummary, Metrics, Source, Summary, write_csv};
+pub use metrics::{GroupSummary, Metrics, RequestLog, Source, Summary, write_csv};
 pub use objectives::{ObjectiveError, Objectives};
 pub use roles::{Link, MachineGroup, Role, RoleError};
 pub use routing::Routing;

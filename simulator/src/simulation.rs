@@ -550,6 +550,7 @@ impl<'a, 'm, O: Observer> Replicas<'a, 'm, O> {
         let least = self.decoders.iter().copied().min_by_key(|&index| self.load(index));
         let (Some(to), Some(transfers)) = (least, &mut self.transfers) else { return Ok(()) };
         let &Handover { request, slot, .. } = handover;
+        self.observers[from].handed_over(now, &request);
         transfers.wait(request.id, Place { machine: from, slot }, now);
         let cursor = self.servers[from].executor_mut().hand_over(slot);
         self.servers[to].executor_mut().resume(cursor);

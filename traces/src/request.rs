@@ -31,19 +31,26 @@ impl Request {
         self.prompt_tokens + self.output_tokens - 1
     }
 
+    /// The same with at most these numbers of tokens; at least 1 remains.
+    pub(crate) fn clipped(self, max_prompt_tokens: u32, max_output_tokens: u32) -> Self {
+        let prompt_tokens = self.prompt_tokens.min(max_prompt_tokens).max(1);
+        let output_tokens = self.output_tokens.min(max_output_tokens).max(1);
+        Self { prompt_tokens, output_tokens, ..self }
+    }
+
     /// The same requests, all of which arrive at time 0.
     pub fn at_once(requests: &[Self]) -> Vec<Self> {
         requests.iter().map(|&request| Self { arrival: Nanos::ZERO, ..request }).collect()
     }
 }
 
-/// Requests in order of arrival.
+/// Requests in order of arrival: held, or a [`RequestSource`](crate::RequestSource).
 #[derive(Clone, Debug, PartialEq)]
-pub struct RequestTrace {
+pub struct RequestTrace<R = Vec<Request>> {
     /// Name for readers: the file's name without its extension, or `generated`.
     pub name: String,
     /// The requests by arrival; the `id` of each is its index here.
-    pub requests: Vec<Request>,
+    pub requests: R,
     /// Which prompts have common prefixes, where the file contains that.
     pub prefix_hashes: Option<PrefixHashes>,
     /// Which requests belong together and wait for each other's answers, where the file contains that.
@@ -177,9 +184,12 @@ impl RequestTrace {
 
     /// Requests per second between the first and the last arrival; `None` if all arrive at once.
     pub fn rate_per_s(&self) -> Option<f64> {
-        let (first, last) = (self.requests.first()?, self.requests.last()?);
-        let span = last.arrival - first.arrival;
-        (span > Nanos::ZERO).then(|| (self.requests.len() - 1) as f64 / span.as_secs_f64())
+        self.span().rate_per_s()
+    }
+
+    pub(crate) fn span(&self) -> Span {
+        let last = self.requests.last().map_or(Nanos::ZERO, |request| request.arrival);
+        Span { count: self.requests.len(), first: self.first_arrival(), last }
     }
 
     /// Makes requests arrive `factor` times as fast, in the same pattern. The first arrival does not change, and think
@@ -188,9 +198,8 @@ impl RequestTrace {
     /// # Errors
     /// If the factor is not a positive number, or so small that arrivals exceed [`Request::MAX_ARRIVAL`].
     pub fn scale_rate(self, factor: f64) -> Result<Self> {
-        let scaled = if factor.is_finite() && factor > 0.0 { self.scaled(factor) } else { None };
-        let expected = "a positive factor that keeps arrivals within a century";
-        scaled.ok_or_else(|| TraceError::spec("rate_factor", factor, expected))
+        let scale = Scale::by(factor, self.span())?;
+        Ok(self.scaled(scale))
     }
 
     /// Makes requests arrive at a mean rate (see [`Self::rate_per_s`]), in the same pattern. The first arrival does not
@@ -200,31 +209,19 @@ impl RequestTrace {
     /// If the rate is not a positive number, or so small that arrivals exceed [`Request::MAX_ARRIVAL`], or if all
     /// requests arrive at once.
     pub fn scale_to_rate(self, rate_per_s: f64) -> Result<Self> {
-        let wrong = |expected: &str| TraceError::spec("rate_per_s", rate_per_s, expected);
-        if !(rate_per_s.is_finite() && rate_per_s > 0.0) {
-            return Err(wrong("a positive number of requests per second"));
-        }
-        let rate = self.rate_per_s().ok_or_else(|| wrong("a trace whose requests do not all arrive at once"))?;
-        self.scaled(rate_per_s / rate).ok_or_else(|| wrong("a rate that keeps arrivals within a century"))
+        let scale = Scale::to(rate_per_s, self.span())?;
+        Ok(self.scaled(scale))
     }
 
-    /// `None` if arrivals would exceed [`Request::MAX_ARRIVAL`].
-    fn scaled(mut self, factor: f64) -> Option<Self> {
-        let first = self.first_arrival();
-        for request in &mut self.requests {
-            let since = (request.arrival - first).0 as f64 / factor;
-            request.arrival = (since <= Request::MAX_ARRIVAL.0 as f64)
-                .then(|| Nanos(first.0 + since.round() as u64))
-                .filter(|&arrival| arrival <= Request::MAX_ARRIVAL)?;
-        }
-        Some(self.at_earliest())
+    pub(crate) fn scaled(mut self, scale: Scale) -> Self {
+        self.requests.iter_mut().for_each(|request| request.arrival = scale.of(request.arrival));
+        self.at_earliest()
     }
 
     /// Cuts prompts and outputs to at most these numbers of tokens; at least 1 remains.
     pub fn clip_lengths(mut self, max_prompt_tokens: u32, max_output_tokens: u32) -> Self {
         for request in &mut self.requests {
-            request.prompt_tokens = request.prompt_tokens.min(max_prompt_tokens).max(1);
-            request.output_tokens = request.output_tokens.min(max_output_tokens).max(1);
+            *request = request.clipped(max_prompt_tokens, max_output_tokens);
         }
         self.prefix_hashes = self.prefix_hashes.map(|hashes| {
             let mut clipped = PrefixHashes::new(hashes.block_tokens);
@@ -238,8 +235,60 @@ impl RequestTrace {
     }
 }
 
+/// Arrivals of requests: how many, the first and the last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    pub count: usize,
+    pub first: Nanos,
+    pub last: Nanos,
+}
+
+impl Span {
+    fn rate_per_s(self) -> Option<f64> {
+        let span = self.last - self.first;
+        (span > Nanos::ZERO).then(|| (self.count - 1) as f64 / span.as_secs_f64())
+    }
+}
+
+/// Arrivals at another rate, in the same pattern, which keeps the first of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scale {
+    first: Nanos,
+    factor: f64,
+}
+
+impl Scale {
+    /// Arrivals this many times as fast; see [`RequestTrace::scale_rate`].
+    pub fn by(factor: f64, span: Span) -> Result<Self> {
+        let scale = if factor.is_finite() && factor > 0.0 { Self::within(factor, span) } else { None };
+        let expected = "a positive factor that keeps arrivals within a century";
+        scale.ok_or_else(|| TraceError::spec("rate_factor", factor, expected))
+    }
+
+    /// Arrivals at a mean rate; see [`RequestTrace::scale_to_rate`].
+    pub fn to(rate_per_s: f64, span: Span) -> Result<Self> {
+        let wrong = |expected: &str| TraceError::spec("rate_per_s", rate_per_s, expected);
+        if !(rate_per_s.is_finite() && rate_per_s > 0.0) {
+            return Err(wrong("a positive number of requests per second"));
+        }
+        let rate = span.rate_per_s().ok_or_else(|| wrong("a trace whose requests do not all arrive at once"))?;
+        Self::within(rate_per_s / rate, span).ok_or_else(|| wrong("a rate that keeps arrivals within a century"))
+    }
+
+    /// `None` if the last arrival would exceed [`Request::MAX_ARRIVAL`].
+    fn within(factor: f64, Span { first, last, .. }: Span) -> Option<Self> {
+        let is_early = |since: f64| since <= (Request::MAX_ARRIVAL - first).0 as f64;
+        is_early((last - first).0 as f64 / factor).then_some(Self { first, factor })
+    }
+
+    /// Where an arrival moves.
+    pub fn of(self, arrival: Nanos) -> Nanos {
+        Nanos(self.first.0 + ((arrival - self.first).0 as f64 / self.factor).round() as u64)
+    }
+}
+
 /// Time from 1970 to 2000. A later arrival is a date rather than a time since the start of a trace.
-const YEAR_2000: Nanos = Nanos(946_684_800 * 1_000_000_000);
+pub(crate) const YEAR_2000: Nanos = Nanos(946_684_800 * 1_000_000_000);
 
 /// For each prompt, a hash of each full block of its tokens together with all tokens before it.
 ///

@@ -219,7 +219,7 @@ impl ReadOptions<'_> {
     pub const DEFAULT_PREFIX_BLOCK_TOKENS: u32 = 16;
 
     /// Whether the options have a meaning for a format.
-    fn check(&self, layout: &Layout) -> Result<()> {
+    pub(crate) fn check(&self, layout: &Layout) -> Result<()> {
         let other = |key, found: String, of: &str| {
             let expected = format!("it for a trace {of}; this one is of the format {}", layout.name);
             Err(TraceError::spec(key, found, expected))
@@ -272,12 +272,7 @@ impl RequestTrace {
     /// As [`Self::read`].
     pub fn read_with(path: impl AsRef<Path>, options: &ReadOptions<'_>) -> Result<Self> {
         let path = path.as_ref();
-        let layout = match options.format {
-            Some(format) => Layout::of(format),
-            None => formats::detect(path)?,
-        };
-        options.check(layout)?;
-        let trace = layout.read(path, options)?;
+        let trace = Layout::of_file(path, options)?.read(path, options)?;
         match trace.requests.is_empty() {
             false => Ok(trace),
             true => Err(no_request(path, &trace.warnings)),

@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::closed_loop::{ClosedLoop, ThinkTime, Users};
 use crate::error::{Result, TraceError};
+use crate::formats::{Layout, name_of};
 use crate::generate::{Arrivals, Generate};
-use crate::request::{Request, RequestTrace};
+use crate::request::{Request, RequestTrace, Scale, Span};
 use crate::request_file::{CountTokens, ReadOptions, RequestFormat, TimeUnit, ZeroTokens};
+use crate::request_source::{OpenFile, RequestSource, Selection};
 use crate::units::Nanos;
 
 /// What to do with the sessions of a trace.
@@ -131,7 +133,7 @@ pub struct RequestSpec {
 }
 
 impl RequestSpec {
-    /// Maximum number of generated requests that [`Self::load`] holds, which takes 240 MB. [`Self::stream`] makes up to
+    /// Maximum number of generated requests that [`Self::load`] holds, which takes 240 MB. [`Self::open`] makes up to
     /// [`Generate::MOST`].
     pub const MOST_HELD: u32 = 10_000_000;
 
@@ -152,32 +154,70 @@ impl RequestSpec {
         match self.source()? {
             Source::File(file) => self.load_file(&base_dir.join(file), tokenizer.as_deref()),
             Source::Generate(generate) => {
-                let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
                 if generate.count > Self::MOST_HELD {
                     return Err(TraceError::spec("count", generate.count, format!("at most {}", Self::MOST_HELD)));
                 }
+                let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
                 let requests = generate.requests_with(base_dir, &self.read_options(tokenizer.as_deref()))?;
                 let warnings = requests.warnings().to_vec();
-                let trace = RequestTrace { warnings, ..RequestTrace::new("generated", requests.collect()) };
+                let trace = RequestTrace { warnings, ..RequestTrace::new(GENERATED, requests.collect()) };
                 Ok(trace.clip_lengths(max_prompt_tokens, max_output_tokens))
             }
         }
     }
 
-    /// The requests one by one: those of a random process are made as they are asked for and never held together.
+    /// The same requests without holding many of them: those of a random process are made as they are used, and those of
+    /// a large file are read as they are used if its rows are requests by themselves and in order of arrival.
     ///
     /// # Errors
     /// As [`Self::load`].
-    pub fn stream(&self, base_dir: &Path) -> Result<Box<dyn Iterator<Item = Request> + Send>> {
-        let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
-        match self.source()? {
-            Source::File(_) => Ok(Box::new(self.load(base_dir)?.requests.into_iter())),
-            Source::Generate(generate) => Ok(Box::new(generate.requests(base_dir)?.map(move |request| Request {
-                prompt_tokens: request.prompt_tokens.min(max_prompt_tokens),
-                output_tokens: request.output_tokens.min(max_output_tokens),
-                ..request
-            }))),
+    pub fn open(&self, base_dir: &Path) -> Result<RequestTrace<RequestSource>> {
+        self.open_with(base_dir, &|_| Err("this program has no tokenizers".to_owned()))
+    }
+
+    /// As [`Self::open`], with tokenizers for files with texts.
+    ///
+    /// # Errors
+    /// As [`Self::load_with`].
+    pub fn open_with(&self, base_dir: &Path, open: OpenTokenizer<'_>) -> Result<RequestTrace<RequestSource>> {
+        self.open_beyond(base_dir, open, (RequestSource::HELD_REQUESTS, RequestSource::HELD_BYTES))
+    }
+
+    /// As [`Self::open_with`], where so many generated requests, or a file of so many bytes, are held.
+    fn open_beyond(
+        &self,
+        base_dir: &Path,
+        open: OpenTokenizer<'_>,
+        (held_requests, held_bytes): (u32, u64),
+    ) -> Result<RequestTrace<RequestSource>> {
+        let source = self.source()?;
+        let opened = |name: String, requests, warnings| RequestTrace {
+            name,
+            requests,
+            prefix_hashes: None,
+            sessions: None,
+            warnings,
+        };
+        match source {
+            Source::Generate(generate) if generate.count > held_requests => {
+                let limits = self.max_tokens()?;
+                let tokenizer = self.open_tokenizer(base_dir, open)?;
+                let generated = generate.requests_with(base_dir, &self.read_options(tokenizer.as_deref()))?;
+                let warnings = generated.warnings().to_vec();
+                return Ok(opened(GENERATED.to_owned(), RequestSource::generated(generated, limits), warnings));
+            }
+            Source::File(file) => {
+                let path = base_dir.join(file);
+                if std::fs::metadata(&path).is_ok_and(|there| there.len() > held_bytes)
+                    && let Some(file) = self.open_file(&path)?
+                {
+                    return Ok(opened(name_of(&path), file.requests, file.warnings));
+                }
+            }
+            Source::Generate(_) => {}
         }
+        let RequestTrace { name, requests, prefix_hashes, sessions, warnings } = self.load_with(base_dir, open)?;
+        Ok(RequestTrace { name, requests: RequestSource::held(requests), prefix_hashes, sessions, warnings })
     }
 
     /// Which of the requests are sent when others have been answered; `None` if each is sent at its arrival. Think times
@@ -185,7 +225,7 @@ impl RequestSpec {
     ///
     /// # Errors
     /// If keys contradict each other, or the trace does not say when its sessions begin.
-    pub fn closed_loop(&self, trace: &RequestTrace, seed: u64) -> Result<Option<ClosedLoop>> {
+    pub fn closed_loop<R>(&self, trace: &RequestTrace<R>, seed: u64) -> Result<Option<ClosedLoop>> {
         let sessions = trace.sessions.as_ref();
         let is_ignored = self.sessions == Some(SessionUse::Ignore);
         if is_ignored && sessions.is_none() {
@@ -300,18 +340,12 @@ impl RequestSpec {
 
     fn load_file(&self, path: &Path, tokenizer: Option<&dyn CountTokens>) -> Result<RequestTrace> {
         let options = self.read_options(tokenizer);
-        if options.prefix_block_tokens == 0 {
-            return Err(TraceError::spec("prefix_block_tokens", 0, "at least 1"));
-        }
-        let (max_prompt_tokens, max_output_tokens) = self.max_tokens()?;
+        let Selection { window, first, scale, limits } = self.selection()?;
         let mut trace = RequestTrace::read_with(path, &options)?;
-        if let Some((from, to)) = self.window_s {
-            if !(from >= 0.0 && to > from) {
-                return Err(TraceError::spec("window_s", format!("[{from}, {to}]"), "[from, to] with 0 <= from < to"));
-            }
-            trace = trace.window(Nanos::from_secs_f64(from), Nanos::from_secs_f64(to));
+        if let Some((from, to)) = window {
+            trace = trace.window(from, to);
         }
-        trace = trace.first(self.first.unwrap_or(usize::MAX));
+        trace = trace.first(first);
         if trace.requests.is_empty() {
             return Err(TraceError::spec(
                 "window_s",
@@ -319,17 +353,45 @@ impl RequestSpec {
                 "at least one, and `first` of at least 1",
             ));
         }
-        trace = match (self.rate_factor, self.rate_per_s) {
-            (None, None) => trace,
-            (Some(factor), None) => trace.scale_rate(factor)?,
-            (None, Some(rate_per_s)) => trace.scale_to_rate(rate_per_s)?,
+        if let Some(scale) = scale(trace.span())? {
+            trace = trace.scaled(scale);
+        }
+        Ok(trace.clip_lengths(limits.0, limits.1))
+    }
+
+    /// A file that need not be held; `None` if it must be.
+    fn open_file(&self, path: &Path) -> Result<Option<OpenFile>> {
+        let options = self.read_options(None);
+        let layout = Layout::of_file(path, &options)?;
+        RequestSource::of_file(path, layout, &options, self.selection()?)
+    }
+
+    /// What is taken of a file.
+    fn selection(&self) -> Result<Selection<impl FnOnce(Span) -> Result<Option<Scale>>>> {
+        if self.prefix_block_tokens == Some(0) {
+            return Err(TraceError::spec("prefix_block_tokens", 0, "at least 1"));
+        }
+        let window = match self.window_s {
+            Some((from, to)) if !(from >= 0.0 && to > from) => {
+                return Err(TraceError::spec("window_s", format!("[{from}, {to}]"), "[from, to] with 0 <= from < to"));
+            }
+            window => window.map(|(from, to)| (Nanos::from_secs_f64(from), Nanos::from_secs_f64(to))),
+        };
+        let rates = (self.rate_factor, self.rate_per_s);
+        let scale = move |span| match rates {
+            (None, None) => Ok(None),
+            (Some(factor), None) => Scale::by(factor, span).map(Some),
+            (None, Some(rate_per_s)) => Scale::to(rate_per_s, span).map(Some),
             (Some(_), Some(_)) => {
-                return Err(TraceError::spec("rate_per_s", "`rate_factor` and `rate_per_s`", "one of the two"));
+                Err(TraceError::spec("rate_per_s", "`rate_factor` and `rate_per_s`", "one of the two"))
             }
         };
-        Ok(trace.clip_lengths(max_prompt_tokens, max_output_tokens))
+        Ok(Selection { window, first: self.first.unwrap_or(usize::MAX), scale, limits: self.max_tokens()? })
     }
 }
+
+/// Name of requests from a random process.
+const GENERATED: &str = "generated";
 
 enum Source<'a> {
     File(&'a Path),
@@ -339,6 +401,7 @@ enum Source<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request_source::Requests;
 
     const TRACE: &str = "request,arrival_us,prompt_tokens,output_tokens\n\
                          0,0,100,10\n1,1000000,200,20\n2,2000000,300,30\n3,4000000,400,40\n";
@@ -375,9 +438,89 @@ mod tests {
     fn ten_million_requests_are_made_without_holding_them() {
         let yaml = "{generate: {count: 10000000, arrivals: {poisson: {rate_per_s: 100}}, prompt_tokens: {log_normal: {median: 50, sigma: 1}}, output_tokens: {fixed: 9}}, max_prompt_tokens: 64}";
         let spec: RequestSpec = serde_yaml::from_str(yaml).unwrap();
-        let mut requests = spec.stream(Path::new("")).unwrap();
-        assert!(requests.by_ref().take(1000).all(|request| request.prompt_tokens <= 64));
-        assert_eq!(requests.next().unwrap().id, 1000);
+        let opened = spec.open(Path::new("")).unwrap().requests;
+        assert_eq!(opened.count(), 10_000_000);
+        let [first, again] = [(); 2].map(|()| opened.read(|requests| requests.take(1001).collect::<Vec<_>>()).unwrap());
+        assert!(first.iter().all(|request| request.prompt_tokens <= 64) && first[1000].id == 1000);
+        assert_eq!(first, again);
+    }
+
+    /// The requests of a specification that holds nothing it need not, and whether it held them all.
+    fn opened(folder: &Path, yaml: &str) -> Result<(RequestTrace, bool)> {
+        let spec: RequestSpec = serde_yaml::from_str(yaml).expect("a valid configuration");
+        let RequestTrace { name, requests: source, prefix_hashes, sessions, warnings } =
+            spec.open_beyond(folder, &|_| Err(String::new()), (0, 0))?;
+        let requests: Vec<Request> = source.read(|requests| requests.collect())?;
+        assert_eq!(source.count(), requests.len());
+        assert_eq!(source.first_arrival(), requests[0].arrival);
+        assert_eq!(Some(source.longest()), requests.iter().map(Request::context_tokens).max());
+        Ok((RequestTrace { name, requests, prefix_hashes, sessions, warnings }, source.is_held()))
+    }
+
+    #[test]
+    fn requests_that_are_not_held_are_those_that_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let azure = "TIMESTAMP,ContextTokens,GeneratedTokens,Extra\n\
+            2024-05-10 00:00:01,10,1,a\n2024-05-10 00:00:01,20,0,b\n2024-05-10 00:00:03,30,3,c\n2024-05-10 00:00:09,40,4,d\n";
+        let burst = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n\
+            5,a,10,1,11,x\n45.5,a,20,2,22,x\n45.5,a,30,3,33,x\n118,a,40,4,44,x\n";
+        let vidur =
+            "arrived_at,num_prefill_tokens,num_decode_tokens\n1700000000,10,1\n1700000002.5,20,2\n1700000004,30,3\n";
+        for (name, text) in [("ours", TRACE), ("azure", azure), ("burst", burst), ("vidur", vidur)] {
+            std::fs::write(folder.path().join(name), text).unwrap();
+            for rest in [
+                "",
+                ", first: 2",
+                ", window_s: [1, 9]",
+                ", window_s: [1, 99], first: 2, rate_per_s: 4, max_prompt_tokens: 25, max_output_tokens: 2",
+                ", rate_factor: 0.3",
+                ", zero_tokens: skip, max_prompt_tokens: 15",
+            ] {
+                let yaml = format!("{{file: {name}{rest}}}");
+                let held = serde_yaml::from_str::<RequestSpec>(&yaml).unwrap().load(folder.path());
+                match (opened(folder.path(), &yaml), held) {
+                    (Ok((opened, is_held)), Ok(held)) => assert_eq!((opened, is_held), (held, false), "{yaml}"),
+                    (Err(opened), Err(held)) => assert_eq!(opened.to_string(), held.to_string(), "{yaml}"),
+                    (opened, held) => panic!("{yaml}: {opened:?}, held {held:?}"),
+                }
+            }
+        }
+        let yaml = "{generate: {count: 50, arrivals: {gamma: {rate_per_s: 3, cv: 2}}, lengths_from: ours}, max_output_tokens: 25}";
+        let held = serde_yaml::from_str::<RequestSpec>(yaml).unwrap().load(folder.path()).unwrap();
+        assert_eq!(opened(folder.path(), yaml).unwrap(), (held, false));
+    }
+
+    #[test]
+    fn files_whose_rows_are_out_of_order_or_depend_on_each_other_are_held() {
+        let folder = tempfile::tempdir().unwrap();
+        let azure = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:02,10,1\n2024-05-10 00:00:01,20,2\n";
+        let sessions =
+            "request,arrival_us,prompt_tokens,output_tokens,session,think_time_us\n0,0,1,1,0,\n1,5,1,1,0,5\n";
+        let burst = "Timestamp,Session ID,Request tokens,Response tokens\n0,a,1,1\n5,a,2,2\n";
+        for (name, text) in [("azure", azure), ("sessions", sessions), ("burst", burst)] {
+            std::fs::write(folder.path().join(name), text).unwrap();
+            let yaml = format!("{{file: {name}}}");
+            let held = serde_yaml::from_str::<RequestSpec>(&yaml).unwrap().load(folder.path()).unwrap();
+            assert_eq!(opened(folder.path(), &yaml).unwrap(), (held, true), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_changes_while_it_is_used_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.csv");
+        std::fs::write(&path, TRACE).unwrap();
+        let spec: RequestSpec = serde_yaml::from_str("{file: trace.csv}").unwrap();
+        let source = spec.open_beyond(folder.path(), &|_| Err(String::new()), (0, 0)).unwrap().requests;
+        for (text, message) in [
+            (TRACE.replace("3,4000000,400,40\n", ""), "found other requests than before, expected a file that"),
+            (TRACE.replace("300,30", "300,x"), "trace.csv:4: output_tokens: found `x`"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let read = source.read(|requests| requests.count());
+            let error = read.unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
     }
 
     #[test]

@@ -218,7 +218,10 @@ proptest! {
         let (_, allocated) = ALLOCATIONS.largest(|| {
             let spec: RequestSpec = traces::table::read_yaml(&path)?;
             // Requests are made one by one: their number takes no memory.
-            spec.stream(folder.path()).map(|requests| requests.take(1000).map(|request| u64::from(request.context_tokens())).sum::<u64>())
+            let lengths = |requests: &mut dyn Iterator<Item = Request>| {
+                requests.take(1000).map(|request| u64::from(request.context_tokens())).sum::<u64>()
+            };
+            spec.open(folder.path())?.requests.read(lengths)
         });
         prop_assert!(allocated <= MEMORY, "{allocated} bytes at once");
     }

@@ -8,7 +8,7 @@ use crate::arguments::{ObjectiveArgs, SimulationArgs};
 use crate::progress::Terminal;
 use crate::report;
 use experiments::results::ResultsFolder;
-use experiments::runs::{RequestTimes, run_simulations, write_results};
+use experiments::runs::{RequestTimes, finish_results, run_simulations};
 
 /// Simulate a request trace under every given combination of batching and exit policies
 #[derive(Debug, clap::Args)]
@@ -31,20 +31,21 @@ impl Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "simulate")).transpose()?;
+    let mut folder = args.out.as_deref().map(|out| ResultsFolder::create(out, "simulate")).transpose()?;
     let input = args.simulation.load()?;
     let groups = input.groups();
     let (simulations, replicas) = (input.simulations(&groups)?, input.machines.replicas);
+    let results = folder.as_mut().map(ResultsFolder::path).transpose()?;
     let runs = run_simulations(
         &simulations,
         replicas,
         args.objectives.objectives()?,
         &input.workload.requests,
-        if folder.is_some() { RequestTimes::Kept } else { RequestTimes::Dropped },
+        results.as_deref().map_or(RequestTimes::Dropped, RequestTimes::Written),
         &mut Terminal::default(),
     )?;
     if let Some(folder) = folder {
-        write_results(folder, "simulate", &args, &runs)?;
+        finish_results(folder, "simulate", &args, &runs)?;
     }
     report::print_summaries(runs.iter().map(|run| &run.summary));
     report::print_groups(&runs);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use experiments::results::write_file;
 use simulator::{TIMELINE_BEGINNING, Timeline, write_timeline};
-use traces::Nanos;
+use traces::{Nanos, Requests};
 
 use crate::arguments::SimulationArgs;
 use crate::output::say;
@@ -44,18 +44,14 @@ pub fn run(args: Args) -> Result<()> {
         "--keep-s {from} {to}: expected FROM and TO with 0 <= FROM < TO <= {MOST_SECONDS}"
     );
     // Users begin at time 0, whatever the arrivals of the trace.
-    let first = input
-        .workload
-        .requests
-        .first()
-        .filter(|_| !input.workload.has_users())
-        .map_or(Nanos::ZERO, |request| request.arrival);
+    let workload = &input.workload;
+    let first = if workload.has_users() { Nanos::ZERO } else { workload.requests.first_arrival() };
     let window = first + Nanos::from_secs_f64(from)..first + Nanos::from_secs_f64(to);
     let groups = input.groups();
     let simulation = input.simulations(&groups)?[0];
     let machines = (0..).zip(simulation.settings_of_machines(input.machines.replicas));
     let mut watched: Vec<Timeline> = machines.map(|(machine, _)| Timeline::new(machine, window.clone())).collect();
-    simulation.run(input.workload.requests.iter().copied(), &mut watched)?;
+    workload.requests.read(|requests| simulation.run(requests, &mut watched))??;
     write_file(&args.out, TIMELINE_BEGINNING, |out| write_timeline(out, &watched))?;
     say!("{}: open it in Perfetto or chrome://tracing", args.out.display());
     Ok(())

@@ -8,6 +8,7 @@ mod depth_rows;
 mod distribution;
 mod groups;
 mod records;
+mod request_log;
 mod summary;
 
 pub use depth_rows::{DepthRows, DepthRowsRecord};
@@ -15,16 +16,18 @@ pub use distribution::Distribution;
 pub use groups::GroupSummary;
 pub(crate) use records::RequestLatencies;
 pub use records::{PassRow, RequestRow};
+pub use request_log::RequestLog;
 pub use summary::{Source, Summary, write_csv};
 
 use scheduler::{Observer, PrefixUse, Settings, Token, Verified};
 use traces::{Nanos, Request};
 
 use crate::objectives::Objectives;
+use request_log::OpenRows;
 
 /// Collects the metrics of one machine, or of several on one clock with [`merge`](Self::merge).
 ///
-/// Memory does not grow with the length of the run unless rows are kept.
+/// Memory does not grow with the length of the run unless rows are kept. Rows that go to a [`RequestLog`] are not.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     settings: Settings,
@@ -36,8 +39,18 @@ pub struct Metrics {
     end_to_end: Distribution,
     depth_rows: DepthRows,
     totals: Totals,
-    requests: Option<Vec<RequestRow>>,
+    requests: RequestRows,
     passes: Option<Vec<PassRow>>,
+}
+
+/// Rows of requests.
+#[derive(Clone, Debug)]
+enum RequestRows {
+    Dropped,
+    /// By id.
+    Kept(Vec<RequestRow>),
+    /// Passed on.
+    Open(OpenRows),
 }
 
 /// Sums over a run; times in nanoseconds.
@@ -95,7 +108,7 @@ impl Metrics {
             end_to_end: Distribution::default(),
             depth_rows: DepthRows::new(settings.num_loops),
             totals: Totals::default(),
-            requests: None,
+            requests: RequestRows::Dropped,
             passes: None,
         }
     }
@@ -107,7 +120,12 @@ impl Metrics {
 
     /// Keeps a row for each request, of 80 bytes.
     pub fn with_requests(self) -> Self {
-        Self { requests: Some(Vec::new()), ..self }
+        Self { requests: RequestRows::Kept(Vec::new()), ..self }
+    }
+
+    /// Passes on a row for each request when it has ended. Other machines of the run have the same log.
+    pub fn with_request_log(self, log: RequestLog) -> Self {
+        Self { requests: RequestRows::Open(OpenRows::new(log)), ..self }
     }
 
     /// Keeps a row for each pass, of 40 bytes.
@@ -147,7 +165,11 @@ impl Metrics {
 
     /// Finished requests in order of id; empty without [`with_requests`](Self::with_requests).
     pub fn requests(&self) -> impl Iterator<Item = &RequestRow> {
-        self.requests.iter().flatten().filter(|row| row.is_finished())
+        let rows = match &self.requests {
+            RequestRows::Kept(rows) => &rows[..],
+            RequestRows::Dropped | RequestRows::Open(_) => &[],
+        };
+        rows.iter().filter(|row| row.is_finished())
     }
 
     /// Passes in order; empty without [`with_passes`](Self::with_passes).
@@ -174,7 +196,7 @@ impl Metrics {
         self.end_to_end.merge(other.end_to_end);
         self.depth_rows.merge(other.depth_rows);
         self.totals.merge(&other.totals);
-        if let (Some(rows), Some(others)) = (&mut self.requests, other.requests) {
+        if let (RequestRows::Kept(rows), RequestRows::Kept(others)) = (&mut self.requests, other.requests) {
             records::merge_requests(rows, others);
         }
         if let (Some(rows), Some(others)) = (&mut self.passes, other.passes) {
@@ -193,7 +215,18 @@ impl Metrics {
 
     #[inline]
     fn request_row(&mut self, request: &Request) -> Option<&mut RequestRow> {
-        self.requests.as_mut().map(|rows| records::row_of(rows, request))
+        match &mut self.requests {
+            RequestRows::Dropped => None,
+            RequestRows::Kept(rows) => Some(records::row_of(rows, request)),
+            RequestRows::Open(rows) => Some(rows.row_of(request)),
+        }
+    }
+
+    /// No more will come of a request on this machine.
+    fn end_row(&mut self, request: &Request) {
+        if let RequestRows::Open(rows) = &mut self.requests {
+            rows.end(request);
+        }
     }
 }
 
@@ -304,6 +337,11 @@ impl Observer for Metrics {
         if let Some(row) = self.request_row(request) {
             row.finished(now, &latencies);
         }
+        self.end_row(request);
+    }
+
+    fn handed_over(&mut self, _now: Nanos, request: &Request) {
+        self.end_row(request);
     }
 }
 

@@ -67,30 +67,25 @@ pub(super) fn row_of<'a>(rows: &'a mut Vec<RequestRow>, request: &Request) -> &'
         rows.push(RequestRow::unseen(rows.len() as u32));
     }
     let row = &mut rows[index];
-    if row.output_tokens == 0 {
-        row.prompt_tokens = request.prompt_tokens;
-        row.output_tokens = request.output_tokens;
-        row.arrival_s = request.arrival.as_secs_f64();
+    if !row.is_seen() {
+        *row = RequestRow::of(request);
     }
     row
 }
 
 /// Adds the requests that another machine served, or whose prompts it ran.
 pub(super) fn merge_requests(rows: &mut Vec<RequestRow>, others: Vec<RequestRow>) {
-    for other in others.into_iter().filter(|row| row.output_tokens > 0) {
+    for other in others.into_iter().filter(RequestRow::is_seen) {
         let index = other.id as usize;
         while rows.len() <= index {
             rows.push(RequestRow::unseen(rows.len() as u32));
         }
-        match rows[index].output_tokens {
-            0 => rows[index] = other,
-            _ => rows[index].merge(&other),
-        }
+        rows[index].merge(&other);
     }
 }
 
 impl RequestRow {
-    fn unseen(id: u32) -> Self {
+    pub(super) fn unseen(id: u32) -> Self {
         Self {
             id,
             prompt_tokens: 0,
@@ -107,8 +102,22 @@ impl RequestRow {
         }
     }
 
+    /// The row of a request of which nothing has been done.
+    pub(super) fn of(request: &Request) -> Self {
+        let &Request { id, arrival, prompt_tokens, output_tokens } = request;
+        Self { prompt_tokens, output_tokens, arrival_s: arrival.as_secs_f64(), ..Self::unseen(id) }
+    }
+
+    fn is_seen(&self) -> bool {
+        self.output_tokens > 0
+    }
+
     /// Adds what another machine did of the request.
-    fn merge(&mut self, other: &Self) {
+    pub(super) fn merge(&mut self, other: &Self) {
+        if !self.is_seen() {
+            *self = *other;
+            return;
+        }
         self.preemptions += other.preemptions;
         self.passes += other.passes;
         self.admitted_s = self.admitted_s.min(other.admitted_s);

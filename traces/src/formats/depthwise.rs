@@ -3,9 +3,11 @@
 use std::io::{self, Write};
 use std::path::Path;
 
+use super::rows::{Origin, RowLayout, Rows, TimedRow};
 use super::{Reading, TOKENS, name_of};
 use crate::error::Result;
 use crate::request::{PrefixHashes, Request, RequestTrace};
+use crate::request_file::ReadOptions;
 use crate::sessions::{Link, Sessions};
 use crate::table::{Owner, Row, Table, read_header};
 use crate::units::Nanos;
@@ -16,6 +18,7 @@ const OF_SESSIONS: [&str; 2] = ["session", "think_time_us"];
 /// Columns of a trace with prefix hashes.
 const OF_HASHES: [&str; 2] = ["hash_block_tokens", "hash_ids"];
 
+const ORDER: &str = "an arrival no earlier than the one before it";
 const MICROS: &str = "microseconds from 0 to a century, such as 12.345";
 
 /// The columns of a trace.
@@ -26,10 +29,40 @@ fn columns(has_sessions: bool, has_hashes: bool) -> Vec<&'static str> {
     columns
 }
 
-pub(super) fn read(path: &Path, _: Reading<'_>) -> Result<RequestTrace> {
+static LAYOUT: RowLayout = RowLayout {
+    columns: &COLUMNS,
+    owner: Owner::Us,
+    silent: &[],
+    origin: Origin::Zero,
+    read: |row, _, before| {
+        check_id(row, before.count)?;
+        let time = i128::from(row.get(1, MICROS, parse_micros)?.0);
+        if time < before.time {
+            return Err(row.error(1, ORDER));
+        }
+        let (prompt_tokens, output_tokens) = (tokens(row, 2)?, tokens(row, 3)?);
+        Ok(Some(TimedRow { time, prompt_tokens, output_tokens }))
+    },
+};
+
+/// The rows of a file without sessions and prefix hashes.
+pub(super) fn rows<'a>(path: &Path, options: &ReadOptions<'a>) -> Result<Option<Rows<'a>>> {
+    let (has_sessions, has_hashes) = optional_columns(path)?;
+    if has_sessions || has_hashes { Ok(None) } else { Rows::open(path, &LAYOUT, options).map(Some) }
+}
+
+/// Whether a file has columns of sessions, and of prefix hashes.
+fn optional_columns(path: &Path) -> Result<(bool, bool)> {
     let header = read_header(path)?;
     let has = |names: &[&str]| names.iter().any(|name| header.iter().any(|column| column == name));
-    let (has_sessions, has_hashes) = (has(&OF_SESSIONS), has(&OF_HASHES));
+    Ok((has(&OF_SESSIONS), has(&OF_HASHES)))
+}
+
+pub(super) fn read(path: &Path, Reading { options, .. }: Reading<'_>) -> Result<RequestTrace> {
+    if let Some(rows) = rows(path, options)? {
+        return rows.into_trace();
+    }
+    let (has_sessions, has_hashes) = optional_columns(path)?;
     let mut table = Table::open(path, &columns(has_sessions, has_hashes), Owner::Us)?;
     let mut requests: Vec<Request> = Vec::new();
     let (mut links, mut hashes): (Vec<Link>, Option<PrefixHashes>) = (Vec::new(), None);
@@ -37,8 +70,7 @@ pub(super) fn read(path: &Path, _: Reading<'_>) -> Result<RequestTrace> {
     let mut are_starts_timed = None;
     while let Some(row) = table.next_row()? {
         let next = u32::try_from(requests.len()).map_err(|_| row.error(0, "fewer requests"))?;
-        let id = row.get(0, "", |text| text.parse().ok().filter(|&id: &u32| id == next));
-        let id = id.map_err(|_| row.error(0, format!("{next}: requests are counted from 0")))?;
+        let id = check_id(&row, next)?;
         let session = if has_sessions { read_session(&row, latest.len())? } else { None };
         let before = session.and_then(|session| latest.get(session as usize).copied());
         let think = if has_sessions { read_think(&row, before.is_some())? } else { None };
@@ -57,7 +89,7 @@ pub(super) fn read(path: &Path, _: Reading<'_>) -> Result<RequestTrace> {
         }
         if requests.last().is_some_and(|last| arrival < last.arrival) {
             let column = if is_timed { 1 } else { 5 };
-            return Err(row.error(column, "an arrival no earlier than the one before it"));
+            return Err(row.error(column, ORDER));
         }
         if let Some(session) = session {
             latest.resize(latest.len().max(session as usize + 1), Nanos::ZERO);
@@ -85,6 +117,11 @@ pub(super) fn read(path: &Path, _: Reading<'_>) -> Result<RequestTrace> {
     let mut trace = RequestTrace { prefix_hashes: hashes, ..RequestTrace::new(name_of(path), requests) };
     trace.sessions = has_sessions.then(|| Sessions::new(links));
     Ok(trace)
+}
+
+fn check_id(row: &Row<'_>, next: u32) -> Result<u32> {
+    let id = row.get(0, "", |text| text.parse().ok().filter(|&id: &u32| id == next));
+    id.map_err(|_| row.error(0, format!("{next}: requests are counted from 0")))
 }
 
 fn tokens(row: &Row<'_>, column: usize) -> Result<u32> {

@@ -10,6 +10,7 @@ mod drafts;
 mod guidellm;
 mod json_lines;
 mod recognize;
+mod rows;
 mod share_gpt;
 mod vidur;
 mod vllm;
@@ -17,6 +18,7 @@ mod vllm;
 use std::path::Path;
 
 pub(crate) use recognize::detect;
+pub(crate) use rows::Rows;
 
 use crate::error::{Result, TraceError};
 use crate::request::{Request, RequestTrace};
@@ -47,6 +49,9 @@ enum Reader {
     Of(fn(&Path, Reading<'_>) -> Result<RequestTrace>),
 }
 
+/// Opens the rows of a file; `None` if they cannot be read one by one.
+type OpenRows = for<'a> fn(&Path, &ReadOptions<'a>) -> Result<Option<Rows<'a>>>;
+
 /// What a reader is asked for.
 #[derive(Clone, Copy)]
 pub(crate) struct Reading<'a> {
@@ -67,6 +72,8 @@ pub(crate) struct Layout {
     /// Whether it has hashes of blocks whose size may be set.
     pub has_blocks: bool,
     reader: Reader,
+    /// For formats whose rows may be requests by themselves.
+    rows: Option<OpenRows>,
 }
 
 /// Every format, in the order of [`RequestFormat`]. A file is of the first one of its shape whose fields it has.
@@ -78,6 +85,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Of(depthwise::read),
+        rows: Some(depthwise::rows),
     },
     Layout {
         name: "azure",
@@ -86,6 +94,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Of(azure::read),
+        rows: Some(azure::rows),
     },
     Layout {
         name: "burst_gpt",
@@ -94,6 +103,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: true,
         has_blocks: false,
         reader: Reader::Of(burst_gpt::read),
+        rows: Some(burst_gpt::rows),
     },
     Layout {
         name: "vidur",
@@ -102,6 +112,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Of(vidur::read),
+        rows: Some(vidur::rows),
     },
     Layout {
         name: "blis",
@@ -110,6 +121,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Of(blis::read),
+        rows: None,
     },
     Layout {
         name: "guidellm_trace",
@@ -118,6 +130,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: true,
         has_blocks: false,
         reader: Reader::Of(guidellm::read_trace),
+        rows: None,
     },
     Layout {
         name: "bailian",
@@ -126,6 +139,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: true,
         has_blocks: true,
         reader: Reader::Keys(&json_lines::BAILIAN),
+        rows: None,
     },
     Layout {
         name: "mooncake",
@@ -138,6 +152,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: true,
         has_blocks: true,
         reader: Reader::Keys(&json_lines::MOONCAKE),
+        rows: None,
     },
     Layout {
         name: "llm_serving_sim",
@@ -146,6 +161,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Keys(&json_lines::LLM_SERVING_SIM),
+        rows: None,
     },
     Layout {
         name: "aiperf_results",
@@ -154,6 +170,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Of(aiperf::read),
+        rows: None,
     },
     Layout {
         name: "vllm_results",
@@ -162,6 +179,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Of(vllm::read),
+        rows: None,
     },
     Layout {
         name: "guidellm_results",
@@ -170,6 +188,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Of(guidellm::read_report),
+        rows: None,
     },
     Layout {
         name: "share_gpt",
@@ -178,6 +197,7 @@ static LAYOUTS: [Layout; 13] = [
         has_unit: false,
         has_blocks: false,
         reader: Reader::Of(share_gpt::read),
+        rows: None,
     },
 ];
 
@@ -187,12 +207,30 @@ impl Layout {
         &LAYOUTS[format as usize]
     }
 
+    /// The layout of a file: the format that the options force, or the one that its beginning tells.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is of no known format, or the options have no meaning for it.
+    pub fn of_file(path: &Path, options: &ReadOptions<'_>) -> Result<&'static Self> {
+        let layout = match options.format {
+            Some(format) => Self::of(format),
+            None => detect(path)?,
+        };
+        options.check(layout)?;
+        Ok(layout)
+    }
+
     /// Reads a file of this format.
     pub fn read(&self, path: &Path, options: &ReadOptions<'_>) -> Result<RequestTrace> {
         match self.reader {
             Reader::Keys(keys) => JsonLines::read(path, keys, options)?.into_trace(),
             Reader::Of(read) => read(path, Reading { options, is_timed: true }),
         }
+    }
+
+    /// The requests of a file of this format one by one; `None` if it can only be read as a whole.
+    pub fn rows<'a>(&self, path: &Path, options: &ReadOptions<'a>) -> Result<Option<Rows<'a>>> {
+        self.rows.map_or(Ok(None), |open| open(path, options))
     }
 
     /// The lengths of all requests of a file of this format, and the warnings.
@@ -224,7 +262,7 @@ const TOKENS: &str = "a whole number of tokens from 1 to 1073741824";
 const TIME: &str = "a time from 0 to a century";
 
 /// The file's name without its ending, `.csv` or `.csv.gz`.
-fn name_of(path: &Path) -> String {
+pub(crate) fn name_of(path: &Path) -> String {
     let packed = path.extension().is_some_and(|ending| ending == "gz" || ending == "zst");
     let name = if packed { path.file_stem().map(Path::new).unwrap_or(path) } else { path };
     name.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())

@@ -2,22 +2,28 @@
 
 use std::path::Path;
 
-use super::{LeftOut, Reading, TIME, lengths, name_of, parse_time, table_warnings};
+use super::rows::{Origin, RowLayout, Rows, timed};
+use super::{Reading, TIME, parse_time};
 use crate::error::Result;
-use crate::request::{Request, RequestTrace};
-use crate::request_file::TimeUnit;
-use crate::table::{Owner, Table};
+use crate::request::RequestTrace;
+use crate::request_file::{ReadOptions, TimeUnit};
+use crate::table::Owner;
 
-const SILENT: [&str; 3] = ["request_id", "num_total_tokens", "pd_ratio"];
+static LAYOUT: RowLayout = RowLayout {
+    columns: &["arrived_at", "num_prefill_tokens", "num_decode_tokens"],
+    owner: Owner::Others,
+    silent: &["request_id", "num_total_tokens", "pd_ratio"],
+    origin: Origin::FirstOfDates,
+    read: |row, options, before| {
+        let arrival = row.get(0, TIME, |text| parse_time(text, TimeUnit::Seconds))?;
+        timed(arrival.0.into(), row, options, before)
+    },
+};
+
+pub(super) fn rows<'a>(path: &Path, options: &ReadOptions<'a>) -> Result<Option<Rows<'a>>> {
+    Rows::open(path, &LAYOUT, options).map(Some)
+}
 
 pub(super) fn read(path: &Path, Reading { options, .. }: Reading<'_>) -> Result<RequestTrace> {
-    let mut table = Table::open(path, &["arrived_at", "num_prefill_tokens", "num_decode_tokens"], Owner::Others)?;
-    let (mut requests, mut left_out) = (Vec::new(), LeftOut::default());
-    while let Some(row) = table.next_row()? {
-        let arrival = row.get(0, TIME, |text| parse_time(text, TimeUnit::Seconds))?;
-        let Some((prompt_tokens, output_tokens)) = lengths(&row, [1, 2], options, &mut left_out)? else { continue };
-        requests.push(Request { id: 0, arrival, prompt_tokens, output_tokens });
-    }
-    let warnings = table_warnings(&table, left_out, &SILENT);
-    Ok(RequestTrace { warnings, ..RequestTrace::from_unsorted(name_of(path), requests, None) })
+    Rows::open(path, &LAYOUT, options)?.into_trace()
 }
