@@ -12,9 +12,10 @@ use crate::figures::{Caption, policy};
 use crate::systems::SystemRun;
 
 /// Parts as people name them, and what of a profile each is.
-const PARTS: [(&str, &[Component]); 6] = [
+const PARTS: [(&str, &[Component]); 7] = [
     ("linear layers", &[Component::Block, Component::AfterMore]),
     ("norms and activations", &[Component::Elementwise]),
+    ("sums over devices", &[Component::AllReduce]),
     (
         "attention",
         &[Component::DecodeAttention, Component::PrefillAttention, Component::KvFill, Component::ExitAttention],

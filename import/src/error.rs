@@ -36,6 +36,14 @@ pub enum ImportError {
         /// What was expected.
         expected: String,
     },
+    /// A model that cannot be shared by this number of devices.
+    #[error("{found}: expected what {devices} devices can share equally")]
+    Parallel {
+        /// Number of devices.
+        devices: u64,
+        /// What was found.
+        found: String,
+    },
 }
 
 impl ImportError {

@@ -8,12 +8,13 @@
 //! | --- | --- |
 //! | block | the four linear layers of each of its layers; Huginn's product at the start of a loop |
 //! | elementwise | norms, activation, rotary embedding, gate: roofline, no table holds them |
+//! | all reduce | two sums over the devices for each layer, where several devices share the model |
 //! | lora | two more products for each linear layer |
 //! | decode attention | measured at batch and length |
 //! | prefill attention | measured for whole prompts; a chunk after a history is the prompt of both less that of the history |
 //! | depth mix | the low-rank weights of the other depths, read by one grouped kernel: roofline |
-//! | embed | roofline; the layers before the first loop, without their attention |
-//! | head | the product with the vocabulary: computed where that has more words than any product measured; the layers after the last loop, without their attention |
+//! | embed | roofline, and one sum over devices; the layers before the first loop, without their attention |
+//! | head | the product with the vocabulary: computed where that has more words than any product measured; logits of several devices are gathered; the layers after the last loop, without their attention |
 //! | exit attention | decode attention of the layers before and after the loops |
 //! | KV fill | of models made with loops: roofline |
 //!
@@ -22,8 +23,9 @@
 //!
 //! Times are linear between measured sizes. Beyond the largest size, products grow in proportion to inputs and outputs,
 //! and other times continue with the last slope. Attention of a head shape without a table is a roofline. Points that
-//! were not measured have `repeats` 0. Products are those of the model's number type: 8-bit floats for the layers of a
-//! quantized model, 16-bit floats otherwise. If a version lacks a table, that of the version named in `reuse.yaml` is
+//! were not measured have `repeats` 0. Products are those of the model's number type: 8-bit or 4-bit floats for the layers
+//! of a quantized model, 16-bit floats otherwise; attention is that of its keys and values. Where several devices share the
+//! model, all sizes are those of one of them. If a version lacks a table, that of the version named in `reuse.yaml` is
 //! read.
 
 use std::collections::BTreeMap;
@@ -35,11 +37,12 @@ use parquet::record::RowAccessor;
 use serde::Deserialize;
 use traces::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, catching_damage};
 
-use crate::curve::{Curve, line_at};
+use crate::all_reduce::AllReduce;
+use crate::curve::{Curve, line_at, share_at, without_outliers};
 use crate::error::{ImportError, read_text};
 use crate::lora::{self, DeviceRates};
 use crate::memory::memory_figures;
-use crate::model::{ModelShape, Quantized};
+use crate::model::{LinearType, ModelShape, Quantized};
 
 /// The tables of one GPU and framework.
 #[derive(Clone, Debug)]
@@ -55,6 +58,8 @@ pub struct KernelTables {
     prefill: BTreeMap<HeadShape, Curve>,
     /// By head shape and batch: a curve over history.
     decode: BTreeMap<HeadShape, BTreeMap<u32, Curve>>,
+    /// Folder of the sums over devices, and the version.
+    comm: (PathBuf, String),
 }
 
 /// Matrix products of one number type, by outputs and inputs: curves over rows.
@@ -68,9 +73,10 @@ const DECODE_Q_LEN: u32 = 16;
 const FULL: &str = "bfloat16";
 const FP8: &str = "fp8";
 const FP8_BLOCKS: &str = "fp8_block";
+const NVFP4: &str = "nvfp4";
 
-/// Query heads, KV heads and head size.
-type HeadShape = (u32, u32, u32);
+/// Query heads, KV heads, head size, and bytes per element of keys and values.
+type HeadShape = (u32, u32, u32, u64);
 
 #[derive(Clone, Debug, Deserialize)]
 struct System {
@@ -92,6 +98,9 @@ struct Gpu {
 #[derive(Clone, Debug, Deserialize)]
 struct Misc {
     other_mem: u64,
+    /// Buffers of collective operations, by number of devices.
+    #[serde(default)]
+    nccl_mem: BTreeMap<u64, u64>,
 }
 
 impl KernelTables {
@@ -121,13 +130,24 @@ impl KernelTables {
         let prefill = read_prefill(&table("attention", "context_attention_perf")?)?;
         let decode = read_decode(&table("attention", "generation_attention_perf")?)?;
         let gemm = read_gemm(&gemm_path)?;
-        Ok(Self { source, gpu: gpu.to_owned(), gemm_path, gemm, prefill, decode, system })
+        let comm = (systems.join(&system.data_dir).join("comm").join(framework), version.to_owned());
+        Ok(Self { source, gpu: gpu.to_owned(), gemm_path, gemm, prefill, decode, comm, system })
+    }
+
+    /// The same with products whose time is the median of those at neighbouring numbers of rows, which leaves out single
+    /// measurements that were disturbed.
+    pub fn smoothed(mut self) -> Self {
+        for curve in self.gemm.values_mut().flat_map(|products| products.0.values_mut()) {
+            *curve = without_outliers(curve);
+        }
+        self.source += "; products by the median of neighbouring rows";
+        self
     }
 
     /// The latency profile of a model; `overhead_us` is the time of a pass beside its kernels.
     ///
     /// # Errors
-    /// If the tables have no products of the model's number type.
+    /// If the tables have no products of the model's number type, or no sums over the devices that share it.
     pub fn profile(&self, shape: &ModelShape, overhead_us: f64) -> Result<LatencyProfile, ImportError> {
         let (quantized, full) = (self.products(shape)?, self.products_of(FULL)?);
         let rows = quantized.rows();
@@ -143,8 +163,12 @@ impl KernelTables {
         let adapter = |rows: u32| shape.adapter().map_or(0.0, |sizes| full.us(rows, sizes));
         // A layer without its attention.
         let layer = |rows: u32| linears(rows) + self.elementwise_us(shape, rows);
+        let sums = self.all_reduce(shape)?;
+        let sum_us = |elements: f64| sums.as_ref().map_or(0.0, |sums| sums.us(elements));
         let head = |rows: u32| {
             full.us(rows, (shape.hidden, shape.vocab))
+                // Logits are gathered, which moves half as much as summing them.
+                + sum_us(f64::from(rows) * (shape.devices * shape.vocab) as f64 / 2.0)
                 + outside.coda_layers as f64 * layer(rows)
                 + self.norms_us(shape, rows, outside.exit_norms)
         };
@@ -158,6 +182,10 @@ impl KernelTables {
         by_rows(Component::Elementwise, 0, &|rows| {
             layers * self.elementwise_us(shape, rows) + self.between_loops_us(shape, rows)
         });
+        if sums.is_some() {
+            let of_layer = |rows: u32| 2.0 * sum_us(f64::from(rows) * shape.hidden as f64);
+            by_rows(Component::AllReduce, 1, &|rows| layers * of_layer(rows));
+        }
         if rank > 0 {
             let held = |&(inputs, outputs): &(u64, u64)| full.holds((inputs, rank)) && full.holds((rank, outputs));
             let lora = [qkv, out, up, down].iter().all(held);
@@ -166,6 +194,7 @@ impl KernelTables {
         by_rows(Component::Embed, 0, &|rows| {
             2.0 * self.streamed_us(2 * u64::from(rows) * shape.hidden * shape.weight_bytes)
                 + outside.prelude_layers as f64 * layer(rows)
+                + sum_us(f64::from(rows) * shape.hidden as f64)
         });
         let head_is_measured = full.holds((shape.hidden, shape.vocab)) && outside.coda_layers == 0;
         by_rows(Component::Head, u32::from(head_is_measured), &head);
@@ -194,14 +223,15 @@ impl KernelTables {
                 fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
                 num_loops: shape.num_loops as u32,
                 device: self.gpu.clone(),
-                software: if shape.quantized.is_some() { "bfloat16, layers in fp8" } else { "bfloat16" }.to_owned(),
+                software: software(shape),
                 source,
                 overhead_us,
                 weight_bytes: shape.total_weight_bytes(),
                 kv_bytes_per_token: shape.kv_bytes_per_token(),
                 memory: Some(MemoryFigures {
                     device_bytes: Some(self.system.gpu.mem_capacity),
-                    other_bytes: self.system.misc.other_mem,
+                    other_bytes: self.system.misc.other_mem
+                        + self.system.misc.nccl_mem.get(&shape.devices).copied().unwrap_or(0),
                     ..memory_figures(shape)
                 }),
                 kv_fill: None,
@@ -218,8 +248,19 @@ impl KernelTables {
             (2, None) => self.products_of(FULL),
             (2, Some(Quantized::Fp8)) => self.products_of(FP8),
             (2, Some(Quantized::Fp8Blocks)) => self.products_of(FP8_BLOCKS),
+            (2, Some(Quantized::Nvfp4)) => self.products_of(NVFP4),
             _ => self.products_of("float32"),
         }
+    }
+
+    /// Times of the sums over the devices that share the model; `None` on one device.
+    fn all_reduce(&self, shape: &ModelShape) -> Result<Option<AllReduce>, ImportError> {
+        if shape.devices == 1 {
+            return Ok(None);
+        }
+        let (versions, version) = &self.comm;
+        let (path, _) = find_table(versions, version, "custom_allreduce_perf")?;
+        AllReduce::read(&path, shape.devices).map(Some)
     }
 
     fn products_of(&self, number_type: &str) -> Result<&Products, ImportError> {
@@ -269,7 +310,7 @@ impl KernelTables {
 
     /// `layer_us` is the time of a layer without its attention, by rows.
     fn attention(&self, shape: &ModelShape, layer_us: &dyn Fn(u32) -> f64) -> Vec<Point> {
-        let heads = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
+        let heads = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32, shape.kv_bytes);
         let (layers, outside_layers) = (shape.block_layers() as f64, shape.outside_layers() as f64);
         // Of a prompt chunk in one loop: attention of the block, and a share of all that it runs around the loops.
         let coda = shape.outside_block().coda_layers as f64;
@@ -329,7 +370,8 @@ impl KernelTables {
         let queries = sequences * tokens * (2 * shape.heads * shape.head_dim) as f64;
         let flops = sequences * tokens * seen * (4 * shape.heads * shape.head_dim) as f64;
         let rates = self.rates();
-        rates.kernel_us + rates.kernel_time_us((keys + queries) * shape.weight_bytes as f64, flops)
+        let bytes = keys * shape.kv_bytes as f64 + queries * shape.weight_bytes as f64;
+        rates.kernel_us + rates.kernel_time_us(bytes, flops)
     }
 }
 
@@ -394,6 +436,18 @@ struct Reuse {
     from_version: String,
 }
 
+/// Number types, for readers.
+fn software(shape: &ModelShape) -> String {
+    let mut software = "bfloat16".to_owned();
+    if shape.quantized.is_some() {
+        software += &format!(", layers in {}", LinearType(shape.quantized).name());
+    }
+    if shape.kv_bytes < shape.weight_bytes {
+        software += ", keys and values in fp8";
+    }
+    software
+}
+
 fn point(component: Component, rows: u32, kv_tokens: u32, time_us: f64, repeats: u32) -> Point {
     Point { component, rows, kv_tokens, depths: 1, time_us, spread_us: 0.0, repeats }
 }
@@ -429,15 +483,6 @@ fn prompt_us(prompts: &Curve, per_token: &Curve, length: u32) -> f64 {
     }
 }
 
-/// Linear between points, and proportional above the last one, as for weights: the slope between two close large sizes
-/// would multiply their scatter.
-fn share_at(curve: &Curve, x: f64) -> f64 {
-    match curve.last_key_value() {
-        Some((&last, time)) if x > f64::from(last) => time * x / f64::from(last),
-        _ => line_at(curve, x),
-    }
-}
-
 fn names_in(folder: &Path) -> String {
     let Ok(entries) = std::fs::read_dir(folder) else { return "none: there is no such folder".to_owned() };
     let name = |entry: std::io::Result<std::fs::DirEntry>| {
@@ -454,7 +499,7 @@ fn names_in(folder: &Path) -> String {
 fn read_gemm(path: &Path) -> Result<BTreeMap<&'static str, Products>, ImportError> {
     let mut gemm: BTreeMap<&'static str, Products> = BTreeMap::new();
     read_parquet(path, &["gemm_dtype"], &["n", "k", "m"], |texts, sizes, time_us| {
-        if let Some(number_type) = [FULL, FP8, FP8_BLOCKS].into_iter().find(|known| *known == texts[0]) {
+        if let Some(number_type) = [FULL, FP8, FP8_BLOCKS, NVFP4].into_iter().find(|known| *known == texts[0]) {
             let products = &mut gemm.entry(number_type).or_default().0;
             keep_fastest(products.entry((sizes[0], sizes[1])).or_default(), sizes[2], time_us);
         }
@@ -480,8 +525,8 @@ fn read_prefill(path: &Path) -> Result<BTreeMap<HeadShape, Curve>, ImportError> 
     let mut prefill: BTreeMap<HeadShape, Curve> = BTreeMap::new();
     let sizes = [&HEADS[..], &["batch_size", "isl", "step", "window_size"]].concat();
     read_parquet(path, &["attn_dtype", "kv_cache_dtype"], &sizes, |texts, sizes, time_us| {
-        if let (["bfloat16", "bfloat16"], &[heads, kv_heads, head_dim, 1, length, 0, 0]) = (texts, sizes) {
-            keep_fastest(prefill.entry((heads, kv_heads, head_dim)).or_default(), length, time_us);
+        if let (Some(kv_bytes), &[heads, kv_heads, head_dim, 1, length, 0, 0]) = (kv_bytes(texts), sizes) {
+            keep_fastest(prefill.entry((heads, kv_heads, head_dim, kv_bytes)).or_default(), length, time_us);
         }
         is_attention(sizes)
     })?;
@@ -492,8 +537,8 @@ fn read_decode(path: &Path) -> Result<BTreeMap<HeadShape, BTreeMap<u32, Curve>>,
     let mut decode: BTreeMap<HeadShape, BTreeMap<u32, Curve>> = BTreeMap::new();
     let sizes = [&HEADS[..], &["batch_size", "isl", "step", "window_size"]].concat();
     read_parquet(path, &["attn_dtype", "kv_cache_dtype"], &sizes, |texts, sizes, time_us| {
-        if let (["bfloat16", "bfloat16"], &[heads, kv_heads, head_dim, batch, 1, history, 0]) = (texts, sizes) {
-            let batches = decode.entry((heads, kv_heads, head_dim)).or_default();
+        if let (Some(kv_bytes), &[heads, kv_heads, head_dim, batch, 1, history, 0]) = (kv_bytes(texts), sizes) {
+            let batches = decode.entry((heads, kv_heads, head_dim, kv_bytes)).or_default();
             keep_fastest(batches.entry(batch).or_default(), history, time_us);
         }
         is_attention(sizes)
@@ -501,15 +546,24 @@ fn read_decode(path: &Path) -> Result<BTreeMap<HeadShape, BTreeMap<u32, Curve>>,
     Ok(decode)
 }
 
+/// Bytes per element of keys and values of a row whose queries have 16 bits.
+fn kv_bytes(types: &[&str]) -> Option<u64> {
+    match types {
+        ["bfloat16", "bfloat16"] => Some(2),
+        ["bfloat16", "fp8"] => Some(1),
+        _ => None,
+    }
+}
+
 /// Where several kernels were measured, the framework uses the fastest.
-fn keep_fastest(curve: &mut Curve, x: u32, time_us: f64) {
+pub(crate) fn keep_fastest(curve: &mut Curve, x: u32, time_us: f64) {
     let kept = curve.entry(x).or_insert(time_us);
     *kept = kept.min(time_us);
 }
 
 /// Calls `row` with the named texts and sizes of each row and its `latency` in microseconds; `row` returns whether the
 /// sizes are valid. In a table without a column `window_size`, the window is 0: none.
-fn read_parquet(
+pub(crate) fn read_parquet(
     path: &Path,
     texts: &[&str],
     sizes: &[&str],
@@ -563,7 +617,7 @@ fn read_rows(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::Arc;
 
     use parquet::data_type::{ByteArray, ByteArrayType, DoubleType, Int64Type};
@@ -571,10 +625,11 @@ mod tests {
     use parquet::schema::parser::parse_message_type;
 
     use super::*;
+    use crate::model::KvType;
     use crate::model::tests::{GEMMA, HUGINN, OURO, shape};
 
     /// Writes rows of texts, sizes and milliseconds.
-    fn write(path: &Path, texts: &[&str], sizes: &[&str], rows: &[(Vec<&str>, Vec<i64>, f64)]) {
+    pub(crate) fn write(path: &Path, texts: &[&str], sizes: &[&str], rows: &[(Vec<&str>, Vec<i64>, f64)]) {
         let fields = texts.iter().map(|name| format!("REQUIRED BYTE_ARRAY {name} (UTF8);"));
         let fields = fields.chain(sizes.iter().map(|name| format!("REQUIRED INT64 {name};")));
         let schema = format!("message m {{ {} REQUIRED DOUBLE latency; }}", fields.collect::<String>());
@@ -778,6 +833,70 @@ mod tests {
         let coda = head - product_us(64.0, 5280.0, 65_536.0) - norms;
         let attention_of_block = one - around;
         assert!((around - (attention_of_block + coda)).abs() < 1e-6, "{around} {attention_of_block} {coda}");
+    }
+
+    /// Sums over two devices: a microsecond, and one for each million elements.
+    fn write_sums(systems: &Path) {
+        let path = systems.join("data/g/comm/vllm/1.0/custom_allreduce_perf.parquet");
+        let sum = |elements: i64| (vec!["all_reduce"], vec![2, elements], 1e-3 + elements as f64 * 1e-9);
+        write(&path, &["op_name"], &["num_gpus", "message_size"], &[sum(1), sum(1 << 28)]);
+    }
+
+    #[test]
+    fn two_devices_have_half_of_each_layer_and_sum_it_twice() {
+        let systems = systems(4);
+        let tables = KernelTables::read(systems.path(), "g", "vllm", "1.0").unwrap();
+        let whole = shape(GEMMA, 1, 0).unwrap();
+        let half = whole.clone().shared_by(2).unwrap();
+        let error = tables.profile(&half, 0.0).unwrap_err().to_string();
+        assert!(error.contains("comm"), "{error}");
+        write_sums(systems.path());
+        let profile = tables.profile(&half, 0.0).unwrap();
+        let rows = 64.0;
+        let products: f64 = [(2048.0, 1536.0), (1024.0, 2048.0), (2048.0, 16384.0), (8192.0, 2048.0)]
+            .iter()
+            .map(|&(inputs, outputs)| product_us(rows, inputs, outputs))
+            .sum();
+        let near = |component, expected: f64| {
+            let found = at(&profile, component, 64, 0);
+            assert!((found.time_us / expected - 1.0).abs() < 1e-9, "{found:?}, expected {expected}");
+            assert_eq!(found.repeats, u32::from(component != Component::Embed));
+        };
+        near(Component::Block, 18.0 * products);
+        let sum_us = |width: f64| 1.0 + rows * width * 1e-6;
+        near(Component::AllReduce, 18.0 * 2.0 * sum_us(2048.0));
+        near(Component::Embed, 2.0 * streamed_us(2.0 * rows * 2048.0 * 2.0) + sum_us(2048.0));
+        let head = at(&profile, Component::Head, 64, 0).time_us;
+        let vocabulary = 128_000.0 / 65_536.0 * product_us(rows, 2048.0, 65_536.0);
+        assert!((head - (vocabulary + sum_us(128_000.0))).abs() < 1e-6, "{head}");
+        // The table has attention of four heads and one KV head, which both devices have.
+        assert_eq!(at(&profile, Component::DecodeAttention, 8, 4095).repeats, 1);
+        assert_eq!(half.kv_bytes_per_token(), whole.kv_bytes_per_token(), "the KV head is copied");
+        // Norms and the projections of the KV head are on both.
+        let copied = 2 * (18 * (2 * 2048 + 2048 * 2 * 256) + 2048);
+        assert_eq!(half.total_weight_bytes(), (whole.total_weight_bytes() - copied) / 2 + copied);
+        assert!(profile.meta.model.ends_with("on 2 devices"));
+        let error = tables.profile(&shape(GEMMA, 1, 0).unwrap().shared_by(4).unwrap(), 0.0).unwrap_err().to_string();
+        assert!(error.contains("no sum over 4 devices, expected one over 2"), "{error}");
+    }
+
+    #[test]
+    fn keys_and_values_in_8_bits_take_their_own_attention_or_half_the_memory() {
+        let systems = systems(8);
+        let tables = KernelTables::read(systems.path(), "g", "vllm", "1.0").unwrap();
+        let small = shape(GEMMA, 1, 0).unwrap().with_types(None, Some(KvType::Fp8));
+        let profile = tables.profile(&small, 0.0).unwrap();
+        assert_eq!(2 * profile.meta.kv_bytes_per_token, shape(GEMMA, 1, 0).unwrap().kv_bytes_per_token());
+        let decode = at(&profile, Component::DecodeAttention, 8, 4096);
+        let bytes = 8.0 * (4096.5 * 2.0 * 256.0 + 2.0 * 2.0 * 8.0 * 256.0);
+        assert!((decode.time_us - 18.0 * (3.0 + bytes / 0.8e6)).abs() < 1e-6, "{decode:?}");
+        assert_eq!(decode.repeats, 0, "the tables have 16-bit keys and values only");
+        let path = systems.path().join("data/g/attention/vllm/1.0/generation_attention_perf.parquet");
+        let sizes = ["num_heads", "num_key_value_heads", "head_dim", "batch_size", "isl", "step"];
+        let row = |kv: &'static str, ms: f64| (vec!["bfloat16", kv], vec![8, 1, 256, 1, 1, 15], ms);
+        write(&path, &["attn_dtype", "kv_cache_dtype"], &sizes, &[row("bfloat16", 2.0), row("fp8", 1.0)]);
+        let tables = KernelTables::read(systems.path(), "g", "vllm", "1.0").unwrap();
+        assert_eq!(at(&tables.profile(&small, 0.0).unwrap(), Component::DecodeAttention, 1, 15).time_us, 18e3);
     }
 
     #[test]

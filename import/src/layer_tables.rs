@@ -19,8 +19,11 @@
 //! Attention tables have two forms. In the older form, `kv_prefill` is the history before the one prompt chunk of a
 //! pass. In the newer form, `prefill_key` is the mean number of keys that a prompt token attends to, and some rows have
 //! several chunks ([`PrefillAxis`]). Rows with several query tokens in a decode row (`decode_q_len`, speculative
-//! decoding) are left out. Tables of other kernels (experts, linear or sparse attention), or of one device among
-//! several, are rejected.
+//! decoding) are left out. Tables of other kernels (experts, linear or sparse attention) are rejected.
+//!
+//! Tables of one device of several (`tp2`) were measured without the sums over them. Their times come from another table
+//! ([`AllReduce`]): two for each layer, one for the embedding, and the gathering of logits with the head. The sampler runs
+//! over the whole vocabulary, so that its times are those of one device (`tp1`), where they are at hand.
 //!
 //! The tables contain only kernel times, so a step's overhead is 0: with asynchronous scheduling and CUDA graphs, the
 //! device runs one kernel after the other. The gaps between kernels are not in the tables.
@@ -34,11 +37,12 @@ use traces::{
     Component, LatencyProfile, MixedAttention, MixedPoint, Point, PrefillAxis, ProfileMeta, SkewCell, TraceError,
 };
 
+use crate::all_reduce::AllReduce;
 use crate::curve::{Curve, line_at};
 use crate::error::{ImportError, read_text};
 use crate::lora::{self, DeviceRates};
 use crate::memory::memory_figures;
-use crate::model::ModelShape;
+use crate::model::{KvType, LinearType, ModelShape, Quantized};
 use crate::skew::read_skew;
 
 /// The tables of one device and model.
@@ -51,6 +55,8 @@ pub struct LayerTables {
     prefill_axis: PrefillAxis,
     attention: Vec<MixedPoint>,
     skew: Vec<SkewCell>,
+    /// Of tables of one device of several.
+    all_reduce: Option<AllReduce>,
 }
 
 /// What `meta.yaml` contains about the measurement, if it exists.
@@ -58,11 +64,14 @@ pub struct LayerTables {
 struct Meta {
     gpu: Option<String>,
     vllm_version: Option<String>,
+    /// Number types of weights and of keys and values, such as `bf16` or `fp8-kvfp8`.
+    variant: Option<String>,
 }
 
 const NORM: &str = "layernorm";
 const EMBED: [&str; 2] = ["embedding", "final_layernorm"];
-const HEAD: [&str; 2] = ["lm_head", "sampler"];
+const SAMPLER: &str = "sampler";
+const HEAD: [&str; 2] = ["lm_head", SAMPLER];
 const LINEARS: [&str; 4] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"];
 /// Norms of queries and keys, which are not counted among a layer's norms.
 const QUERY_NORMS: [&str; 3] = ["qk_norm", "q_norm", "k_norm"];
@@ -74,7 +83,20 @@ impl LayerTables {
     /// If a table cannot be read, a required table is missing, or the tables are of one device among several or of a
     /// model that is not a dense transformer.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self, ImportError> {
-        let folder = tables_of_one_device(folder.as_ref())?;
+        Self::read_shared(folder, 1, None)
+    }
+
+    /// As [`read`](Self::read), of one of `devices` that share each layer, from the folder `tpN`; and the times of the
+    /// sums over them.
+    ///
+    /// # Errors
+    /// As there, and if the tables are of another number of devices.
+    pub fn read_shared(
+        folder: impl AsRef<Path>,
+        devices: u64,
+        all_reduce: Option<AllReduce>,
+    ) -> Result<Self, ImportError> {
+        let folder = tables_of(folder.as_ref(), devices)?;
         for (table, of) in [("moe.csv", "experts"), ("linear_attention.csv", "linear attention")] {
             if folder.join(table).exists() {
                 return Err(ImportError::unusable(
@@ -91,7 +113,12 @@ impl LayerTables {
             None => Meta::default(),
         };
         let dense = read_layers(&folder.join("dense.csv"), "tokens")?;
-        let per_sequence = read_layers(&folder.join("per_sequence.csv"), "sequences")?;
+        let mut per_sequence = read_layers(&folder.join("per_sequence.csv"), "sequences")?;
+        let whole = folder.with_file_name("tp1").join("per_sequence.csv");
+        if devices > 1 && whole.exists() {
+            let of_whole = read_layers(&whole, "sequences")?;
+            per_sequence.extend(of_whole.into_iter().filter(|(layer, _)| layer == SAMPLER));
+        }
         for (table, layers, needed) in [
             ("dense.csv", &dense, [&LINEARS[..], &EMBED[..1]].concat()),
             ("per_sequence.csv", &per_sequence, vec![HEAD[0]]),
@@ -104,7 +131,34 @@ impl LayerTables {
         }
         let (prefill_axis, attention) = read_attention(&folder.join("attention.csv"))?;
         let skew = read_skew(&folder)?;
-        Ok(Self { folder, meta, dense, per_sequence, prefill_axis, attention, skew })
+        Ok(Self { folder, meta, dense, per_sequence, prefill_axis, attention, skew, all_reduce })
+    }
+
+    /// The number types that were measured, where `meta.yaml` says them; else those that are asked for.
+    ///
+    /// # Errors
+    /// If others are asked for than were measured.
+    pub fn types(
+        &self,
+        linear: Option<LinearType>,
+        kv: Option<KvType>,
+    ) -> Result<(Option<LinearType>, Option<KvType>), ImportError> {
+        let Some(variant) = &self.meta.variant else { return Ok((linear, kv)) };
+        let (weights, kv_type) = variant.split_once("-kv").unwrap_or((variant, ""));
+        // A model whose own layers are quantized has a variant of its number type.
+        let measured = (weights.starts_with("fp8")).then_some(LinearType(Some(Quantized::Fp8)));
+        let measured_kv = if kv_type == "fp8" { KvType::Fp8 } else { KvType::Bf16 };
+        let found = format!("tables of variant {variant}");
+        let wrong = |expected: &str| {
+            Err(ImportError::unusable(&self.folder, found.clone(), format!("{expected}, as asked for")))
+        };
+        match (linear, kv) {
+            (_, Some(kv)) if kv != measured_kv => wrong(&format!("keys and values in {}", kv.name())),
+            (Some(linear), _) if linear.0.is_some() != measured.is_some() => {
+                wrong(&format!("layers in {}", linear.name()))
+            }
+            _ => Ok((linear.or(measured), Some(measured_kv))),
+        }
     }
 
     /// The measured device, if recorded.
@@ -123,6 +177,9 @@ impl LayerTables {
         points.extend(lora::points(shape, &self.rates(shape), &rows));
         points.extend(sum(Component::Embed, &self.dense, once(&EMBED)));
         points.extend(sum(Component::Head, &self.per_sequence, once(&HEAD)));
+        if let Some(all_reduce) = &self.all_reduce {
+            add_sums(&mut points, all_reduce, shape);
+        }
         let block = |point: &MixedPoint| MixedPoint { time_us: layers * point.time_us, ..*point };
         LatencyProfile {
             meta: ProfileMeta {
@@ -169,6 +226,12 @@ impl LayerTables {
             self.folder.display(),
             layer.join(", "),
         );
+        if shape.devices > 1 {
+            source += match self.all_reduce {
+                Some(_) => "; sums over devices of another table",
+                None => "; no time of sums over devices",
+            };
+        }
         if self.skew.is_empty() {
             source += "; no correction for uneven histories";
             if self.folder.join("skew_fit.csv").exists() {
@@ -194,29 +257,51 @@ impl LayerTables {
         let best = |rate: &dyn Fn(&(u32, f64, f64)) -> f64| measured.iter().map(rate).fold(0.0, f64::max);
         let shortest = self.dense.values().flat_map(BTreeMap::values).copied().fold(f64::INFINITY, f64::min);
         DeviceRates {
-            bytes_per_us: best(&|&(_, time, weights)| weights * shape.linear_bytes() as f64 / time),
+            bytes_per_us: best(&|&(_, time, weights)| shape.linear_bytes(weights as u64) as f64 / time),
             flops_per_us: best(&|&(rows, time, weights)| 2.0 * f64::from(rows) * weights / time),
             kernel_us: shortest,
         }
     }
 }
 
-/// The folder, or the `tp1` folder in it.
-fn tables_of_one_device(folder: &Path) -> Result<PathBuf, ImportError> {
-    let one = folder.join("tp1");
-    if one.is_dir() {
-        return Ok(one);
+/// Adds the sums over devices: to each layer, the embedding and the head.
+fn add_sums(points: &mut Vec<Point>, all_reduce: &AllReduce, shape: &ModelShape) {
+    let sum_us = |rows: u32, width: f64| all_reduce.us(f64::from(rows) * width);
+    let (hidden, logits) = (shape.hidden as f64, (shape.devices * shape.vocab) as f64);
+    let layers = shape.block_layers() as f64;
+    let of_block = |point: &Point| Point {
+        component: Component::AllReduce,
+        time_us: layers * 2.0 * sum_us(point.rows, hidden),
+        ..*point
+    };
+    let sums: Vec<Point> = points.iter().filter(|point| point.component == Component::Block).map(of_block).collect();
+    for point in points.iter_mut() {
+        match point.component {
+            Component::Embed => point.time_us += sum_us(point.rows, hidden),
+            // Logits are gathered, which moves half as much as summing them.
+            Component::Head => point.time_us += sum_us(point.rows, logits / 2.0),
+            _ => {}
+        }
     }
-    let degree = |path: &Path| path.file_name()?.to_str()?.strip_prefix("tp")?.parse::<u32>().ok();
+    points.extend(sums);
+}
+
+/// The folder, or the one in it that is named after the number of devices.
+fn tables_of(folder: &Path, devices: u64) -> Result<PathBuf, ImportError> {
+    let own = folder.join(format!("tp{devices}"));
+    if own.is_dir() {
+        return Ok(own);
+    }
+    let degree = |path: &Path| path.file_name()?.to_str()?.strip_prefix("tp")?.parse::<u64>().ok();
     let entries = std::fs::read_dir(folder).map_err(|source| ImportError::Io { path: folder.to_owned(), source })?;
     let within = entries.filter_map(|entry| degree(&entry.ok()?.path())).min();
-    match degree(folder).filter(|&degree| degree != 1).or(within) {
+    let expected = match devices {
+        1 => "tp1, the tables of one device; `--tensor-parallel` says how many share a layer".to_owned(),
+        devices => format!("tp{devices}, the tables of one device of {devices}"),
+    };
+    match degree(folder).filter(|&degree| degree != devices).or(within) {
         None => Ok(folder.to_owned()),
-        Some(degree) => Err(ImportError::unusable(
-            folder,
-            format!("tp{degree}, one device of {degree}"),
-            "tp1, the tables of one device",
-        )),
+        Some(degree) => Err(ImportError::unusable(folder, format!("tp{degree}, one device of {degree}"), expected)),
     }
 }
 
@@ -303,6 +388,7 @@ fn is_time(time: &f64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel_tables::tests::write;
     use crate::model::tests::{GEMMA, LLAMA, QWEN, shape};
 
     fn folder() -> tempfile::TempDir {
@@ -422,6 +508,54 @@ mod tests {
         let (outer, inner) = moved("tp2");
         assert!(outer.unwrap_err().to_string().contains("found tp2, one device of 2, expected tp1"));
         assert!(inner.unwrap_err().to_string().contains("found tp2"));
+    }
+
+    #[test]
+    fn tables_of_one_of_two_devices_get_sums_and_the_sampler_of_the_whole() {
+        let folder = folder();
+        for device in ["tp1", "tp2"] {
+            std::fs::create_dir(folder.path().join(device)).unwrap();
+            for file in ["dense.csv", "per_sequence.csv", "attention.csv"] {
+                std::fs::copy(folder.path().join(file), folder.path().join(device).join(file)).unwrap();
+            }
+        }
+        let whole = "layer,sequences,time_us\nlm_head,1,200\nsampler,1,9\n";
+        std::fs::write(folder.path().join("tp1/per_sequence.csv"), whole).unwrap();
+        let path = folder.path().join("sums.parquet");
+        let sum = |elements: i64| (vec!["all_reduce"], vec![2, elements], 5e-3 + elements as f64 * 1e-9);
+        write(&path, &["op_name"], &["num_gpus", "message_size"], &[sum(1), sum(1 << 28)]);
+        let sums = AllReduce::read(&path, 2).unwrap();
+        let tables = LayerTables::read_shared(folder.path(), 2, Some(sums)).unwrap();
+        let profile = tables.profile(&shape(LLAMA, 1, 0).unwrap().shared_by(2).unwrap(), "d");
+        let at = |component| profile.points_of(component).find(|p| p.rows == 1).unwrap().time_us;
+        let near = |component, expected: f64| assert!((at(component) - expected).abs() < 1e-6, "{}", at(component));
+        let sum_us = |width: f64| 5.0 + width * 1e-6;
+        near(Component::AllReduce, 32.0 * 2.0 * sum_us(4096.0));
+        near(Component::Embed, 6.0 + sum_us(4096.0));
+        near(Component::Head, 100.0 + 9.0 + sum_us(128_256.0 / 2.0));
+        assert!(profile.meta.source.contains("sums over devices of another table"));
+        let error = LayerTables::read_shared(folder.path(), 4, None).unwrap_err().to_string();
+        assert!(error.contains("expected tp4, the tables of one device of 4"), "{error}");
+    }
+
+    #[test]
+    fn number_types_other_than_those_measured_are_refused() {
+        let folder = folder();
+        let types = |variant: &str, linear: Option<&str>, kv: Option<&str>| {
+            std::fs::write(folder.path().join("meta.yaml"), format!("variant: {variant}\n")).unwrap();
+            let tables = LayerTables::read(folder.path()).unwrap();
+            tables.types(linear.map(|name| name.parse().unwrap()), kv.map(|name| name.parse().unwrap()))
+        };
+        let fp8 = Some(LinearType(Some(Quantized::Fp8)));
+        assert_eq!(types("bf16", None, None).unwrap(), (None, Some(KvType::Bf16)));
+        assert_eq!(types("fp8-kvfp8", None, Some("fp8")).unwrap(), (fp8, Some(KvType::Fp8)));
+        let error = types("bf16", None, Some("fp8")).unwrap_err().to_string();
+        assert!(
+            error.ends_with("found tables of variant bf16, expected keys and values in fp8, as asked for"),
+            "{error}"
+        );
+        let error = types("bf16-kvfp8", Some("fp8"), None).unwrap_err().to_string();
+        assert!(error.ends_with("expected layers in fp8, as asked for"), "{error}");
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub fn memory_figures(shape: &ModelShape) -> MemoryFigures {
         device_bytes: None,
         other_bytes: 0,
         row_bytes: ((2 + u64::from(shape.adapter().is_some())) * shape.hidden + widest) * shape.weight_bytes,
-        logits_bytes: shape.vocab * (shape.weight_bytes + 2 * 4),
+        logits_bytes: shape.devices * shape.vocab * (shape.weight_bytes + 2 * 4),
     }
 }
 

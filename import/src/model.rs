@@ -1,6 +1,7 @@
 //! Shape of a dense decoder-only model, vanilla or looped, from its Hugging Face `config.json`.
 
 use std::path::Path;
+use std::str::FromStr;
 
 use serde::Deserialize;
 
@@ -34,6 +35,10 @@ pub struct ModelShape {
     pub weight_bytes: u64,
     /// Quantization of the block's linear layers, if any.
     pub quantized: Option<Quantized>,
+    /// Bytes per element of keys and values.
+    pub kv_bytes: u64,
+    /// Devices that share each layer (tensor parallelism). Heads, the width of the MLP and the vocabulary are those of one.
+    pub devices: u64,
     /// Number of loops; the block has `layers / num_loops` layers.
     pub num_loops: u64,
     /// Rank of each loop's low-rank weights on every linear layer; 0 for none.
@@ -44,13 +49,76 @@ pub struct ModelShape {
     pub outside: Option<OutsideBlock>,
 }
 
-/// Linear layers in 8-bit floats; head, embedding and low-rank weights are not quantized.
+/// Linear layers in 8-bit or 4-bit floats; head, embedding and low-rank weights are not quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantized {
-    /// A scale for each weight or each of its outputs.
+    /// 8 bits, with a scale for each weight or each of its outputs.
     Fp8,
-    /// A scale for each block of a weight.
+    /// 8 bits, with a scale for each block of a weight.
     Fp8Blocks,
+    /// 4 bits, with an 8-bit scale for each 16 elements.
+    Nvfp4,
+}
+
+/// Number type of linear layers, as on the command line: `bf16`, `fp8`, `fp8-block` or `nvfp4`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearType(pub Option<Quantized>);
+
+impl LinearType {
+    const ALL: [(&str, Option<Quantized>); 4] = [
+        ("bf16", None),
+        ("fp8", Some(Quantized::Fp8)),
+        ("fp8-block", Some(Quantized::Fp8Blocks)),
+        ("nvfp4", Some(Quantized::Nvfp4)),
+    ];
+
+    /// The name.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(_, kind)| *kind == self.0).map_or("", |(name, _)| name)
+    }
+}
+
+impl FromStr for LinearType {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.iter().find(|(known, _)| *known == name);
+        found.map(|(_, kind)| Self(*kind)).ok_or_else(|| format!("`{name}`: expected bf16, fp8, fp8-block or nvfp4"))
+    }
+}
+
+/// Number type of keys and values, as on the command line: `bf16` or `fp8`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvType {
+    /// 16 bits.
+    Bf16,
+    /// 8 bits.
+    Fp8,
+}
+
+impl KvType {
+    /// The name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
+        }
+    }
+
+    /// Bytes of an element.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::Bf16 => 2,
+            Self::Fp8 => 1,
+        }
+    }
+}
+
+impl FromStr for KvType {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = [Self::Bf16, Self::Fp8].into_iter().find(|kind| kind.name() == name);
+        found.ok_or_else(|| format!("`{name}`: expected bf16 or fp8"))
+    }
 }
 
 /// The keys that describe a model's shape. Models with an image encoder have them in `text_config`.
@@ -85,9 +153,10 @@ impl Quantization {
         match (self.quant_method.as_str(), self.quant_algo.as_deref()) {
             ("fp8", _) if self.weight_block_size.is_some() => Ok(Quantized::Fp8Blocks),
             ("fp8" | "fbgemm_fp8", _) | ("modelopt", Some("FP8")) => Ok(Quantized::Fp8),
+            ("modelopt", Some("NVFP4")) => Ok(Quantized::Nvfp4),
             (method, algorithm) => {
                 let found = format!("quantization_config of {method} {}", algorithm.unwrap_or_default());
-                Err(ImportError::unusable(path, found.trim_end(), "none, or one to 8-bit floats (fp8)"))
+                Err(ImportError::unusable(path, found.trim_end(), "none, or one to 8-bit or 4-bit floats (fp8, NVFP4)"))
             }
         }
     }
@@ -183,8 +252,47 @@ impl ModelShape {
             window: config.sliding_window.filter(|_| config.use_sliding_window.unwrap_or(true)),
             weight_bytes,
             quantized,
+            kv_bytes: weight_bytes,
+            devices: 1,
             num_loops,
             lora_rank,
+        })
+    }
+
+    /// The same with linear layers, or keys and values, of another number type.
+    pub fn with_types(self, linear: Option<LinearType>, kv: Option<KvType>) -> Self {
+        let quantized = linear.map_or(self.quantized, |LinearType(quantized)| quantized);
+        Self { quantized, kv_bytes: kv.map_or(self.kv_bytes, KvType::bytes), ..self }
+    }
+
+    /// What one of `devices` has of the model, which share each layer as in Megatron-LM: heads, the MLP and the vocabulary
+    /// are divided, and KV heads are copied where there are fewer than devices.
+    ///
+    /// # Errors
+    /// If the sizes cannot be divided equally, or the model has what no engine divides: loops of its own or low-rank
+    /// weights.
+    pub fn shared_by(self, devices: u64) -> Result<Self, ImportError> {
+        if devices == 1 {
+            return Ok(self);
+        }
+        let wrong = |found: String| ImportError::Parallel { devices, found };
+        if self.outside.is_some() || self.lora_rank > 0 {
+            return Err(wrong("a model with loops of its own or with low-rank weights".to_owned()));
+        }
+        let parts = [("query heads", self.heads), ("MLP width", self.intermediate)];
+        if let Some((part, size)) = parts.into_iter().find(|(_, size)| devices == 0 || !size.is_multiple_of(devices)) {
+            return Err(wrong(format!("{part} {size}")));
+        }
+        if !self.kv_heads.is_multiple_of(devices) && !devices.is_multiple_of(self.kv_heads) {
+            return Err(wrong(format!("KV heads {}", self.kv_heads)));
+        }
+        Ok(Self {
+            heads: self.heads / devices,
+            kv_heads: (self.kv_heads / devices).max(1),
+            intermediate: self.intermediate / devices,
+            vocab: self.vocab.div_ceil(devices),
+            devices,
+            ..self
         })
     }
 
@@ -221,9 +329,13 @@ impl ModelShape {
         ]
     }
 
-    /// Bytes of a weight of the block's linear layers.
-    pub fn linear_bytes(&self) -> u64 {
-        if self.quantized.is_some() { 1 } else { self.weight_bytes }
+    /// Bytes of this number of weights of the block's linear layers, with the scales of small blocks.
+    pub fn linear_bytes(&self, weights: u64) -> u64 {
+        match self.quantized {
+            None => weights * self.weight_bytes,
+            Some(Quantized::Fp8 | Quantized::Fp8Blocks) => weights,
+            Some(Quantized::Nvfp4) => weights / 2 + weights / 16,
+        }
     }
 
     /// Bytes of the low-rank weights of one loop.
@@ -238,7 +350,7 @@ impl ModelShape {
         let outside = self.outside_block();
         let linears: u64 = self.linears().into_iter().map(size).sum();
         let vectors = self.norms_per_layer * self.hidden + outside.layer_biases;
-        let layer = linears * self.linear_bytes() + vectors * self.weight_bytes;
+        let layer = self.linear_bytes(linears) + vectors * self.weight_bytes;
         let embeddings = self.vocab * self.hidden * if self.tied { 1 } else { 2 };
         let gate = if outside.gate { self.hidden + 1 } else { 0 };
         let rest = embeddings + self.hidden + self.adapter().map_or(0, size) + gate;
@@ -249,7 +361,7 @@ impl ModelShape {
 
     /// Bytes of keys and values of one token in one layer.
     fn kv_bytes_per_layer(&self) -> u64 {
-        2 * self.kv_heads * self.head_dim * self.weight_bytes
+        2 * self.kv_heads * self.head_dim * self.kv_bytes
     }
 
     /// Bytes of keys and values of one token at one depth.
@@ -262,8 +374,15 @@ impl ModelShape {
         self.num_loops * self.kv_bytes_per_depth() + self.outside_layers() * self.kv_bytes_per_layer()
     }
 
-    /// Name for readers: the architecture and its conversion.
+    /// Name for readers: the architecture, its conversion, and how many devices share it.
     pub fn describe(&self) -> String {
+        match self.devices {
+            1 => self.describe_whole(),
+            devices => format!("{}, on {devices} devices", self.describe_whole()),
+        }
+    }
+
+    fn describe_whole(&self) -> String {
         if let Some(outside) = &self.outside {
             let around = match (outside.prelude_layers, outside.coda_layers) {
                 (0, 0) => String::new(),
@@ -317,6 +436,29 @@ pub(crate) mod tests {
     pub(crate) const GEMMA: &str = r#"{"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384,
         "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
         "vocab_size": 256000, "torch_dtype": "bfloat16"}"#;
+
+    #[test]
+    fn what_devices_cannot_share_equally_is_named() {
+        let error =
+            |config: &str, rank, devices| shape(config, 1, rank).unwrap().shared_by(devices).unwrap_err().to_string();
+        assert_eq!(error(LLAMA, 0, 3), "query heads 32: expected what 3 devices can share equally");
+        assert!(error(&LLAMA.replace("14336", "14338"), 0, 4).starts_with("MLP width 14338"));
+        assert!(error(&LLAMA.replace("_heads\": 8", "_heads\": 6"), 0, 4).starts_with("KV heads 6"));
+        assert!(error(LLAMA, 8, 2).contains("low-rank weights"));
+        let eight = shape(LLAMA, 1, 0).unwrap().shared_by(8).unwrap();
+        assert_eq!((eight.heads, eight.kv_heads, eight.intermediate, eight.vocab), (4, 1, 1792, 16_032));
+    }
+
+    #[test]
+    fn number_types_have_names_and_sizes() {
+        for (name, bytes) in [("bf16", 32), ("fp8", 16), ("fp8-block", 16), ("nvfp4", 9)] {
+            let linear: LinearType = name.parse().unwrap();
+            assert_eq!(linear.name(), name);
+            assert_eq!(shape(LLAMA, 1, 0).unwrap().with_types(Some(linear), None).linear_bytes(16), bytes);
+        }
+        assert!("int4".parse::<LinearType>().unwrap_err().contains("expected bf16, fp8, fp8-block or nvfp4"));
+        assert!("fp4".parse::<KvType>().unwrap_err().contains("expected bf16 or fp8"));
+    }
 
     pub(crate) fn shape(
         config: &str,
@@ -467,7 +609,9 @@ pub(crate) mod tests {
         assert!(error(&LLAMA.replace("{\"model", "{\"kv_lora_rank\": 512, \"model"), 1).contains("latent attention"));
         assert!(error(&LLAMA.replace("bfloat16", "int4"), 1).contains("found dtype int4"));
         let awq = LLAMA.replace("{\"model", "{\"quantization_config\": {\"quant_method\": \"awq\"}, \"model");
-        assert!(error(&awq, 1).contains("found quantization_config of awq, expected none, or one to 8-bit floats"));
+        assert!(
+            error(&awq, 1).contains("found quantization_config of awq, expected none, or one to 8-bit or 4-bit floats")
+        );
     }
 
     #[test]

@@ -72,6 +72,9 @@ impl MeasuredRun {
         meta.check_rules()?;
         let mut assumptions = Vec::new();
         let settings = meta.settings(num_blocks, &mut assumptions)?;
+        if let Some(devices) = meta.get::<u32>(&[PARALLEL, ASKED], "tensor_parallel_size")?.filter(|&size| size > 1) {
+            assumptions.push(format!("a profile of {devices} devices that share each layer"));
+        }
         let path = folder.join("requests.jsonl");
         let lines = read_requests(&path)?;
         let prompt_tokens = lines.iter().map(|line| line.input_toks).collect();
@@ -174,9 +177,9 @@ impl Meta {
 
     /// Checks that vLLM ran by rules that the scheduler implements.
     fn check_rules(&self) -> Result<(), ImportError> {
-        for key in ["tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size"] {
+        for key in ["data_parallel_size", "pipeline_parallel_size"] {
             if let Some(size) = self.get::<u32>(&[PARALLEL, ASKED], key)?.filter(|&size| size > 1) {
-                return Err(ImportError::unusable(&self.path, format!("{key} {size}"), "1: a run on one device"));
+                return Err(ImportError::unusable(&self.path, format!("{key} {size}"), "1: a run of one replica"));
             }
         }
         let rules = [
@@ -384,8 +387,7 @@ mod tests {
                 .contains("enable_chunked_prefill false")
         );
         assert!(
-            error("{\"max_num_seqs\"", "{\"tensor_parallel_size\": 2, \"max_num_seqs\"")
-                .contains("tensor_parallel_size 2")
+            error("{\"max_num_seqs\"", "{\"data_parallel_size\": 2, \"max_num_seqs\"").contains("data_parallel_size 2")
         );
         assert!(
             error("\"resolved_config\": {", "\"resolved_config\": {\"speculative_config\": {\"n\": 3}, ")

@@ -13,6 +13,7 @@ use crate::model::LatencyError;
 pub(crate) struct Components {
     block: Table,
     elementwise: Table,
+    all_reduce: Table,
     lora: Table,
     after_more: AfterMore,
     decode_attention: Surface,
@@ -42,6 +43,7 @@ impl Components {
         Ok(Self {
             block: by_rows(Component::Block)?,
             elementwise: by_rows(Component::Elementwise)?,
+            all_reduce: by_rows(Component::AllReduce)?,
             lora: by_rows(Component::Lora)?,
             after_more: AfterMore::new(curves_by_rows(Component::AfterMore)?),
             decode_attention: Surface::new(curves_by_rows(Component::DecodeAttention)?),
@@ -73,13 +75,14 @@ impl Components {
     }
 
     /// Time of the components until the exits are decided, in nanoseconds, without the attention of chunks.
-    pub(crate) fn run(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 9] {
+    pub(crate) fn run(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 10] {
         let &PassWork { rows, decode_rows, depths, embed_rows, head_rows, before, .. } = work;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
         let history = work.mean_decode_history();
         [
             (Component::Block, self.block.at(rows, Component::Block, beyond)),
             (Component::Elementwise, self.elementwise.at(rows, Component::Elementwise, beyond)),
+            (Component::AllReduce, self.all_reduce.at(rows, Component::AllReduce, beyond)),
             (Component::Lora, self.lora.at(rows, Component::Lora, beyond)),
             (Component::AfterMore, self.after_more.at(rows, before.rows)),
             (

@@ -6,6 +6,7 @@
 //! overhead                                   once per pass
 //! + block(rows)                              everything in the block that depends only on the number of rows
 //! + elementwise(rows)                        norms, activations, rotary embedding, where not part of block
+//! + all_reduce(rows)                         sums over the devices that share each layer
 //! + lora(rows)                               the low-rank weights of each row's own loop
 //! + decode_attention(rows, history)          decode rows, at their mean history
 //! + prefill_attention(tokens, history)       the chunk with the most keys
@@ -41,6 +42,8 @@ pub enum Component {
     /// Operations of the block without weights (norms, activations, rotary embedding), by `rows`, where they are not
     /// part of [`Component::Block`].
     Elementwise,
+    /// Sums over the devices that share each layer (tensor parallelism), by `rows`.
+    AllReduce,
     /// Extra time for the low-rank weights of each row's own loop in a pass at one depth, by `rows`.
     Lora,
     /// Extra time of a pass after one with more rows, whose data has evicted weights from caches; by `rows` and by
@@ -77,9 +80,10 @@ pub enum Component {
 
 impl Component {
     /// Every component, in the order of files.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Block,
         Self::Elementwise,
+        Self::AllReduce,
         Self::Lora,
         Self::AfterMore,
         Self::DecodeAttention,
@@ -99,6 +103,7 @@ impl Component {
         match self {
             Self::Block => "block",
             Self::Elementwise => "elementwise",
+            Self::AllReduce => "all_reduce",
             Self::Lora => "lora",
             Self::AfterMore => "after_more",
             Self::DecodeAttention => "decode_attention",
@@ -493,7 +498,7 @@ mod tests {
             (
                 "block,8",
                 "blok,8",
-                "latency.csv:3: component: found `blok`, expected block, elementwise, lora, after_more, decode_attention,",
+                "latency.csv:3: component: found `blok`, expected block, elementwise, all_reduce, lora, after_more,",
             ),
             ("head,1,0,1,2,0,5\n", "", "latency.csv: found no row of head, expected rows of block, embed and head"),
             ("component,rows", "component,row", "latency.csv:1: found columns `component,row,"),

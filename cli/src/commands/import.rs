@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
-use import::{ImportedExits, KernelTables, LayerTables, ModelShape, memory_figures};
+use import::{AllReduce, ImportedExits, KernelTables, KvType, LayerTables, LinearType, ModelShape, memory_figures};
 use traces::{ExitTable, LatencyProfile, MemoryFigures};
 
 use experiments::ResultsFolder;
@@ -46,7 +46,7 @@ struct ExitsArgs {
 /// Import tables by kind of layer, as the profiler of LLMServingSim writes them
 ///
 /// The folder contains dense.csv, per_sequence.csv, attention.csv and optionally skew_fit.csv and meta.yaml, or a
-/// folder tp1 with these files.
+/// folder tp1 with these files (tpN with --tensor-parallel N).
 #[derive(Debug, clap::Args)]
 struct LayerArgs {
     /// Folder of the tables
@@ -61,6 +61,9 @@ struct LayerArgs {
     /// Memory used by anything but weights, activations, keys and values
     #[arg(long, default_value = "0", value_name = "BYTES", value_parser = parse_bytes)]
     other_memory: u64,
+    /// With --tensor-parallel: times of sums over devices, a table custom_allreduce_perf.parquet of aiconfigurator-core
+    #[arg(long, value_name = "FILE")]
+    all_reduce: Option<PathBuf>,
     #[command(flatten)]
     common: CommonArgs,
 }
@@ -87,6 +90,9 @@ struct AiconfiguratorArgs {
     /// Fixed time of a pass beyond its kernels, in microseconds: launches, scheduling, waiting for exit signals
     #[arg(long, default_value_t = 0.0, value_name = "MICROSECONDS")]
     overhead_us: f64,
+    /// Take the median of each product's time and those of its neighbours, which leaves out disturbed measurements
+    #[arg(long)]
+    smooth: bool,
     #[command(flatten)]
     common: CommonArgs,
 }
@@ -103,6 +109,15 @@ struct CommonArgs {
     /// Rank of the low-rank weights of each loop; 0 for none
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=65_536))]
     lora_rank: u64,
+    /// Number of devices that share each layer (tensor parallelism)
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=64))]
+    tensor_parallel: u64,
+    /// Number type of the linear layers: bf16, fp8, fp8-block or nvfp4 [default: as the model's config says]
+    #[arg(long, value_name = "TYPE")]
+    gemm: Option<LinearType>,
+    /// Number type of keys and values: bf16 or fp8 [default: bf16]
+    #[arg(long, value_name = "TYPE")]
+    kv: Option<KvType>,
     /// Folder to write the profile to
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -113,15 +128,26 @@ pub fn run(args: Args) -> Result<()> {
     match args.source {
         Source::LayerTables(args) => {
             let common = &args.common;
-            let shape = common.shape()?;
-            if shape.outside.is_some() {
+            let whole = common.whole()?;
+            if whole.outside.is_some() {
                 bail!(
                     "{}: found model_type {}, expected a vanilla model: layer tables lack what loops add to its layers",
                     common.model.display(),
-                    shape.kind
+                    whole.kind
                 );
             }
-            let tables = LayerTables::read(&args.tables)?;
+            let devices = common.tensor_parallel;
+            let all_reduce = match &args.all_reduce {
+                Some(path) if devices > 1 => Some(AllReduce::read(path, devices)?),
+                None if devices == 1 => None,
+                Some(_) => bail!("--all-reduce on one device: expected --tensor-parallel with more"),
+                None => {
+                    bail!("--tensor-parallel {devices} without --all-reduce: layer tables lack the sums over devices")
+                }
+            };
+            let tables = LayerTables::read_shared(&args.tables, devices, all_reduce)?;
+            let (linear, kv) = tables.types(common.gemm, common.kv)?;
+            let shape = common.share_of(whole, linear, kv)?;
             let device = args.device.as_deref().or(tables.device()).unwrap_or("as measured");
             let mut profile = tables.profile(&shape, device);
             let (device_bytes, other_bytes) = (args.device_memory, args.other_memory);
@@ -130,8 +156,9 @@ pub fn run(args: Args) -> Result<()> {
         }
         Source::Aiconfigurator(args) => {
             let common = &args.common;
-            let shape = common.shape()?;
+            let shape = common.share_of(common.whole()?, common.gemm, common.kv)?;
             let tables = KernelTables::read(&args.systems, &args.gpu, &args.framework, &args.version)?;
+            let tables = if args.smooth { tables.smoothed() } else { tables };
             common.write(&tables.profile(&shape, args.overhead_us)?)
         }
         Source::Exits(args) => import_exits(&args),
@@ -155,8 +182,15 @@ fn import_exits(args: &ExitsArgs) -> Result<()> {
 }
 
 impl CommonArgs {
-    fn shape(&self) -> Result<ModelShape> {
+    /// The model on one device.
+    fn whole(&self) -> Result<ModelShape> {
         Ok(ModelShape::read(&self.model, self.num_loops, self.lora_rank)?)
+    }
+
+    /// What one of the devices has of it, in the number types that are asked for.
+    fn share_of(&self, whole: ModelShape, linear: Option<LinearType>, kv: Option<KvType>) -> Result<ModelShape> {
+        let shared = whole.with_types(linear, kv).shared_by(self.tensor_parallel);
+        shared.with_context(|| self.model.display().to_string())
     }
 
     fn write(&self, profile: &LatencyProfile) -> Result<()> {
