@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-fn main() {
+pub(crate) fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     if let Some(commit) = git(&["rev-parse", "HEAD"]) {
         println!("cargo::rustc-env=DEPTHWISE_COMMIT={commit}");

@@ -18,12 +18,16 @@ mod model;
 mod simulate;
 mod table;
 
+use experiments::results::set_commit;
 use pyo3::prelude::*;
 
 /// The compiled part of `depthwise`, which names what is public.
 #[pymodule(name = "_depthwise")]
 fn depthwise_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
+    if let Some(commit) = option_env!("DEPTHWISE_COMMIT") {
+        set_commit(commit);
+    }
     module.add("DepthwiseError", py.get_type::<errors::DepthwiseError>())?;
     module.add("DepthwiseWarning", py.get_type::<errors::DepthwiseWarning>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
