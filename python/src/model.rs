@@ -98,7 +98,7 @@ impl Engine {
     #[pyo3(signature = (
         prompts, *, max_tokens = 128, exit = "none", batching = "depth", kv_fill = None, prefill_depth = None
     ))]
-    #[expect(clippy::too_many_arguments, reason = "Python names them")]
+    #[allow(clippy::too_many_arguments, reason = "Python names them")]
     fn generate(
         &self,
         py: Python<'_>,
@@ -140,7 +140,7 @@ impl Engine {
         prompts, *, max_tokens = 64, requests = None, under = None, kv_fill = None, prefill_depth = None, out = None,
         progress = None
     ))]
-    #[expect(clippy::too_many_arguments, reason = "Python names them")]
+    #[allow(clippy::too_many_arguments, reason = "Python names them")]
     fn record(
         &self,
         py: Python<'_>,
@@ -176,7 +176,7 @@ impl Engine {
     #[pyo3(signature = (
         *, max_batch = 64, token_budget = 256, max_tokens = 512, prefill_chunk = 256, rounds = 3, progress = None
     ))]
-    #[expect(clippy::too_many_arguments, reason = "Python names them")]
+    #[allow(clippy::too_many_arguments, reason = "Python names them")]
     fn profile(
         &self,
         py: Python<'_>,

@@ -81,7 +81,7 @@ fn csv_of(lines: impl IntoIterator<Item = impl Serialize>) -> Result<Vec<u8>> {
 /// Simulates requests under every combination of policies. See `depthwise.simulate`.
 #[pyfunction]
 #[pyo3(signature = (requests, profile, exits, options, latency, keep_requests, out, progress))]
-#[expect(clippy::too_many_arguments, reason = "`depthwise.simulate` names them")]
+#[allow(clippy::too_many_arguments, reason = "`depthwise.simulate` names them")]
 pub fn simulate(
     py: Python<'_>,
     requests: Option<&Bound<'_, Requests>>,
