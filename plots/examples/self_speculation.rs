@@ -131,15 +131,18 @@ fn by_drafts(sweep: &Sweep) -> Result<String> {
     Ok(table)
 }
 
+/// Name of a line, batching policy, and which exit policies to take the best of.
+type Kind = (&'static str, &'static str, fn(&str) -> bool);
+
 fn draw_speedups(sweep: &Sweep, picture: &Path) -> Result<()> {
-    let kinds: [(&str, &str, fn(&str) -> bool); 5] = [
+    let kinds: [Kind; 5] = [
         ("early exit, depth-wise (another text)", "depth", |exit| exit.starts_with("confidence:")),
         ("drafts by signal, depth-wise", "depth", is_by_signal),
         ("static drafts, depth-wise", "depth", is_static),
         ("static drafts, sequence-wise", "sequence", is_static),
         ("drafts by signal, sequence-wise", "sequence", is_by_signal),
     ];
-    let line = |(name, batching, exits): (&str, &str, fn(&str) -> bool)| -> Result<SweepLine> {
+    let line = |(name, batching, exits): Kind| -> Result<SweepLine> {
         let point = |max_batch: u32| -> Result<SweepPoint> {
             let at = At { sweep, system: "H100 Llama 8B", max_batch: max_batch.to_string() };
             let y = at.speedup(at.best(batching, exits)?)?;

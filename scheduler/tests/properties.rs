@@ -1140,6 +1140,7 @@ impl Executor for Scripted {
                 RowKind::Decode => "decode",
                 RowKind::Prompt => "prompt",
                 RowKind::Backfill => "backfill",
+                RowKind::Verify => unreachable!("no policy here speculates"),
             };
             let positions = segment.start..segment.start + segment.tokens;
             rows.push(format!("{kind} {request}:{positions:?} at {}", segment.depth));
