@@ -12,7 +12,8 @@ use damage::{cases, damage, damaged};
 use proptest::prelude::*;
 use traces::{
     ChunkWork, Component, CountTokens, DepthRows, ExitTable, ExitTrace, LatencyProfile, LoggedPass, Nanos, PassLog,
-    PassLogMeta, PassOrigin, PassRun, PassWork, ReadOptions, Request, RequestSpec, RequestTrace, TimeUnit, TraceError,
+    PassLogMeta, PassOrigin, PassRun, PassWork, ReadOptions, Request, RequestSpec, RequestTrace, Requests, TimeUnit,
+    TraceError,
 };
 
 #[global_allocator]
