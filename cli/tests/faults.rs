@@ -281,7 +281,8 @@ fn every_command_refuses_a_folder_of_others_and_marks_its_own() {
         assert_eq!(temporary_names(&scene.path(&out)), Vec::<PathBuf>::new(), "{command:?}");
         let marker: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(scene.path(&out).join(MARKER)).unwrap()).unwrap();
-        assert_eq!((&marker["program"], &marker["kind"]), (&"depthwise".into(), &command[0].into()));
+        let kind = if command.contains(&"--shard") { "sweep --shard" } else { command[0] };
+        assert_eq!((&marker["program"], &marker["kind"]), (&"depthwise".into(), &kind.into()));
         let listed: Vec<PathBuf> =
             marker["files"].as_array().unwrap().iter().map(|file| PathBuf::from(file.as_str().unwrap())).collect();
         let mut there: Vec<PathBuf> = contents(&scene.path(&out)).into_keys().collect();
@@ -1000,15 +1001,12 @@ fn numbers_that_size_something_are_refused_at_once_by_option_and_key() {
     scene.write("large.yaml", &SWEEP.replace("COUNT", "60").replace("[1, 2, 3, 4, 5, 6, 7, 8]", &format!("[{seeds}]")));
     let said = refused(&["sweep", "large.yaml"]);
     assert!(said.contains("grid.seed: found more than 10000 values"), "{said}");
+    // Of requests nothing is kept, however many the machines.
     scene.write("many.csv", &requests(1000));
     let machines =
         ["--replicas", "65536", "--max-batch", "8", "--batching", "depth", "--num-blocks", "100", "--out", "kept"];
     let many = ["simulate", "--requests", "many.csv", "--profile", "profile", "--exit", "none"];
-    let said = refused(&[&many[..], &machines].concat());
-    assert!(
-        said.contains("1000 requests x 65536 replicas x 1 combinations of policies are 65536000: expected at"),
-        "{said}"
-    );
+    scene.succeed(&[&many[..], &machines].concat());
     let profile = ["profile", "--model", "model", "--out", "large"];
     assert!(refused(&[&profile[..], &["--max-batch", "0"]].concat()).contains("--max-batch 0: expected at least 1"));
     let said = refused(&[&profile[..], &["--max-batch", "1048576", "--max-tokens", "1048576"]].concat());

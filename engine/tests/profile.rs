@@ -38,10 +38,10 @@ fn a_profile_covers_every_component_up_to_its_limits() {
     assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
     assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
     // Low-rank weights and operations without weights are part of the block here, attention around it of embedding and
-    // head.
-    let in_block = [Component::Lora, Component::Elementwise, Component::ExitAttention];
-    assert!(in_block.iter().all(|&component| profile.points_of(component).count() == 0));
-    for component in Component::ALL.into_iter().filter(|component| !in_block.contains(component)) {
+    // head. There is one device.
+    let no_part = [Component::Lora, Component::Elementwise, Component::ExitAttention, Component::AllReduce];
+    assert!(no_part.iter().all(|&component| profile.points_of(component).count() == 0));
+    for component in Component::ALL.into_iter().filter(|component| !no_part.contains(component)) {
         let points: Vec<_> = profile.points_of(component).collect();
         let deepest = if component == Component::DepthMix { 3 } else { 1 };
         let (rows, kv_tokens) = match component {

@@ -387,7 +387,8 @@ mod tests {
         assert_eq!(model.run_ns(&work, &mut account), 8e3);
         assert_eq!(model.exit_ns(&work, &mut account), 2.5e3);
         assert_eq!(model.pass_ns(&work), 10.5e3);
-        assert_eq!((account.time.of(Block), account.time.of(Head)), (8e-6, 2.5e-6));
+        let [block, head] = [Block, Head].map(|component| 1e9 * account.time.of(component));
+        assert_eq!((block.round(), head.round()), (8e3, 2.5e3));
         assert_eq!(account.time.overhead_s(), 0.0);
         assert_eq!(model.squared_run_spread(&work) + model.squared_exit_spread(&work), 0.0);
         assert_eq!(model.meta().num_loops, 4);
