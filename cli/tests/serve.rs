@@ -207,7 +207,7 @@ fn a_recording_reads_after_a_kill_before_any_change_to_its_files() {
         // Before the first request, there is a line of columns only, if any.
         recorded.push(if lines > 1 { check_recording(&scene.path("record")) } else { 0 });
     }
-    assert!(recorded[0] == 0 && *recorded.last().unwrap() > 0, "{recorded:?}");
+    assert!(recorded[0] == 0 && recorded.iter().any(|&requests| requests > 0), "{recorded:?}");
 }
 
 #[cfg(unix)]

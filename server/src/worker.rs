@@ -352,13 +352,14 @@ impl Worker {
     }
 
     /// Gives a token to its request, and ends the request if the token does.
-    fn deliver(&mut self, id: u32, Token { index, depth, .. }: Token) {
+    fn deliver(&mut self, id: u32, Token { index, .. }: Token) {
         // A request may end with the pass that yields its next token.
         let Some(running) = self.running.get_mut(&id) else { return };
         let job = &running.job;
         let executor = self.serving.server().executor();
         let generation = executor.generation(id).expect("it has generated a token");
-        let token = generation.tokens[index as usize];
+        // The depth of a confirmed draft is that at which it exited.
+        let (token, depth) = (generation.tokens[index as usize], generation.exit_depths[index as usize]);
         if let Some(recorder) = &self.recorder {
             let rows = generation.recorded.chunks(self.num_loops).nth(index as usize).unwrap_or_default();
             recorder.token(id, token, depth, rows.to_vec());
