@@ -116,12 +116,15 @@ impl Scheduler {
         let verdicts = std::mem::take(&mut drafts.verdicts);
         for &Verdict { slot, accepted, kept } in &verdicts {
             let mut verified = Verified { accepted, ..Verified::default() };
+            if let (Some(kept), Some(backlog)) = (kept, &mut self.backlog) {
+                // Before a delivery makes complete blocks available to other requests.
+                verified.wasted_rows = backlog.take_back(slot, kept);
+            }
             for _ in 0..accepted {
                 self.exit(Held { slot, depth: deepest, exited: Exited::Confirmed }, now, observer);
             }
             if let Some(kept) = kept {
                 (verified.rejected, verified.dropped) = (1, self.take_back_drafts(slot, kept));
-                verified.wasted_rows = self.backlog.as_mut().map_or(0, |backlog| backlog.take_back(slot, kept));
                 self.exit(Held { slot, depth: deepest, exited: Exited::Corrected }, now, observer);
             }
             observer.verified(now, &self.sequences[slot as usize].request, verified);
