@@ -343,8 +343,8 @@ struct Current {
     first_rows: Vec<usize>,
     /// By segment: results of its last row.
     findings: Vec<Finding>,
-    /// Results of the rows that have left drafts.
-    verified: Vec<Verdict>,
+    /// Segments whose rows have left drafts, and the results of those rows.
+    verified: Vec<(usize, Vec<Verdict>)>,
     /// Whether the pass looks ahead of what is served.
     is_ahead: bool,
 }
@@ -808,7 +808,10 @@ impl EngineExecutor {
     }
 
     fn take_answers(&mut self, pass: &Pass<'_>, asked: &Questions, mut answers: Answers) -> Result<(), EngineError> {
-        self.current.verified = answers.verdicts.split_off(asked.heads.len());
+        let mut of_drafts = answers.verdicts.split_off(asked.heads.len()).into_iter();
+        let of_segment =
+            |&index: &usize| (index, of_drafts.by_ref().take(pass.segments[index].tokens as usize).collect());
+        self.current.verified = asked.verified.iter().map(of_segment).collect();
         self.take_verdicts(pass, &asked.heads, answers.verdicts)?;
         let findings = &mut self.current.findings;
         asked.gates.iter().zip(answers.gates).for_each(|(&segment, gate)| findings[segment].gate = gate);

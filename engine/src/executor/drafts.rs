@@ -7,7 +7,6 @@ use scheduler::{Pass, RowKind, Segment};
 
 use super::{EngineError, EngineExecutor, Generation, Sequence, positions};
 use crate::backend::Heads;
-use crate::kernels::signals::Verdict;
 use crate::model::Rows;
 use crate::sampling::Chosen;
 
@@ -37,10 +36,8 @@ impl EngineExecutor {
     /// Compares drafts with what full depth predicts, and sets the number of confirmed drafts of each segment that the pass
     /// verifies. Replaces the first contradicted draft of a sequence, and forgets what follows.
     pub(super) fn verify(&mut self, pass: &Pass<'_>, signals: &mut [f32]) -> Result<(), EngineError> {
-        let mut verdicts = std::mem::take(&mut self.current.verified).into_iter();
-        for index in self.verified(pass) {
+        for (index, predicted) in std::mem::take(&mut self.current.verified) {
             let segment = &pass.segments[index];
-            let predicted: Vec<Verdict> = verdicts.by_ref().take(segment.tokens as usize).collect();
             let chosen = self.chosen_at_full_depth(pass, index)?;
             let mut accepted = 0;
             for (row, position) in positions(segment).enumerate() {

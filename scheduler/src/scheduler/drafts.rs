@@ -43,6 +43,8 @@ struct Verdict {
 #[derive(Clone, Debug)]
 pub(super) struct Drafts {
     limit: DraftLimit,
+    /// Most drafts of a sequence at the load of the current plan.
+    most: u32,
     /// Whether every row that starts in the iteration verifies, since the iteration runs every depth in any case.
     all_verify: bool,
     /// Of the current pass.
@@ -54,41 +56,45 @@ impl Drafts {
     pub fn new(exit: ExitPolicy) -> Option<Self> {
         match exit {
             ExitPolicy::Speculate(speculation) => {
-                Some(Self { limit: speculation.drafts, all_verify: false, verdicts: Vec::new() })
+                Some(Self { limit: speculation.drafts, most: 0, all_verify: false, verdicts: Vec::new() })
             }
             _ => None,
         }
     }
 }
 
+impl Sequence {
+    /// Whether the next row must run every depth: the sequence has as many drafts as it may have, or the row predicts the last
+    /// token.
+    fn must_verify(&self, most_drafts: u32) -> bool {
+        self.drafted >= most_drafts || self.generated + self.drafted + 1 == self.request.output_tokens
+    }
+}
+
 impl Scheduler {
-    /// Decides whether all rows that start now verify. In lockstep batching they do if the row of one sequence must, or a
-    /// prompt runs: the passes at all depths are then needed, and a row that exits early saves none.
+    /// Decides how many drafts sequences may have now, and whether all rows that start verify. In lockstep batching they do if the
+    /// row of one sequence must, or a prompt runs: the passes at all depths are then needed, and a row that exits early saves
+    /// none.
     pub(super) fn plan_drafts(&mut self, ready: &[Slot]) {
-        if self.drafts.is_none() || !self.settings.batching.is_lockstep() {
-            return;
-        }
-        let fits = |next: &Sequence| self.tables.blocks_for(next.context) <= self.tables.num_free();
-        let admits = !self.free_slots.is_empty() && self.waiting.front().is_some_and(fits);
-        let all_verify = admits || !self.prefilling.is_empty() || ready.iter().any(|&slot| self.must_verify(slot));
-        if let Some(drafts) = &mut self.drafts {
-            drafts.all_verify = all_verify;
+        let load = self.num_running() + self.num_waiting();
+        let Some(drafts) = &mut self.drafts else { return };
+        drafts.most = drafts.limit.at(load);
+        if self.settings.batching.is_lockstep() {
+            let fits = |next: &Sequence| self.tables.blocks_for(next.context) <= self.tables.num_free();
+            let admits = !self.free_slots.is_empty() && self.waiting.front().is_some_and(fits);
+            let must_verify = |&slot: &Slot| self.sequences[slot as usize].must_verify(drafts.most);
+            drafts.all_verify = admits || !self.prefilling.is_empty() || ready.iter().any(must_verify);
         }
     }
 
     /// The kind of the next row of a sequence.
     pub(super) fn kind_of_next_row(&self, slot: Slot) -> RowKind {
-        let verifies = |drafts: &Drafts| drafts.all_verify || self.must_verify(slot);
-        if self.drafts.as_ref().is_some_and(verifies) { RowKind::Verify } else { RowKind::Decode }
-    }
-
-    /// Whether the next row of a sequence must run every depth: the sequence has as many drafts as it may have, or the row
-    /// predicts the last token.
-    fn must_verify(&self, slot: Slot) -> bool {
-        let sequence = &self.sequences[slot as usize];
-        let is_last = sequence.generated + sequence.drafted + 1 == sequence.request.output_tokens;
-        let limit = || self.drafts.as_ref().map(|drafts| drafts.limit.at(self.num_running() + self.num_waiting()));
-        is_last || Some(sequence.drafted) >= limit()
+        match &self.drafts {
+            Some(drafts) if drafts.all_verify || self.sequences[slot as usize].must_verify(drafts.most) => {
+                RowKind::Verify
+            }
+            _ => RowKind::Decode,
+        }
     }
 
     /// Reads which drafts the pass has confirmed. No row of a sequence with a contradicted draft exits.
