@@ -67,7 +67,7 @@ pub struct KernelTables {
 struct Products(BTreeMap<(u32, u32), Curve>);
 
 /// Number types in the tables: of models without quantization, and of the layers of quantized models.
-/// Tokens of one sequence whose attention takes what as many decode rows take: kernels for speculative decoding, such as
+/// Longest chunk whose attention takes the time of one decode row per token: kernels for speculative decoding, such as
 /// FlashInfer's and FlashAttention's with several queries, are timed in the tables with one query only.
 const DECODE_Q_LEN: u32 = 16;
 const FULL: &str = "bfloat16";

@@ -208,8 +208,8 @@ pub struct ProfileMeta {
     /// The KV fill that the model is made for, if not `reuse`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_fill: Option<String>,
-    /// Most consecutive tokens of a sequence whose attention takes what as many decode rows take, as with kernels for
-    /// speculative decoding; 1 by default.
+    /// The longest chunk of consecutive tokens whose attention takes the time of one decode row per token, as with kernels
+    /// for speculative decoding; 1 by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_q_len: Option<u32>,
 }

@@ -89,7 +89,7 @@ pub fn report(folders: &[PathBuf]) -> Result<String> {
     bail!("the page takes more than {MOST_BYTES} bytes however its tables are sampled: expected fewer folders")
 }
 
-/// What to call folders: the last parts of their paths, as many as tell them apart.
+/// Names of folders: the shortest ends of their paths that differ.
 fn names(folders: &[PathBuf]) -> Result<Vec<String>> {
     let whole = |folder: &PathBuf| folder.canonicalize().unwrap_or_else(|_| folder.clone());
     let paths: Vec<PathBuf> = folders.iter().map(whole).collect();
