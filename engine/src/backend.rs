@@ -43,6 +43,13 @@ pub trait ServedModel: Debug + Send + Sync {
     /// Current load and speed of the device, as far as they are known.
     fn device_state(&self) -> String;
 
+    /// Minimum number of rows whose exit signal does not need the head from which the head runs for all of them within the
+    /// pass, rather than after the exits are decided, for those that exit. It should where a second trip to the device
+    /// takes longer than the rows that do not exit. `None` if nothing is a trip: then the head always runs after.
+    fn heads_ahead_from(&self) -> Option<usize> {
+        None
+    }
+
     /// Creates the backend of an executor, with an empty cache of `num_blocks` blocks of `block_tokens` positions.
     ///
     /// # Errors
@@ -88,12 +95,6 @@ pub trait Backend: Debug + Send {
     /// If a token is not in the vocabulary, a row in flight does not exist, a position is beyond `max_positions` or its
     /// blocks, or the device fails.
     fn run_beside(&mut self, work: &Work<'_>, meanwhile: &mut dyn FnMut()) -> Result<Answers>;
-
-    /// Whether the head of this many rows, some of which may exit, should run with the pass rather than after the exits
-    /// are decided. It should where a second trip to the device takes longer than the rows that do not exit.
-    fn reads_heads_ahead(&self, _rows: usize) -> bool {
-        false
-    }
 
     /// Runs the head for more rows of the last pass. Entry `i` of `heads` belongs to row `i` of `rows`.
     ///

@@ -724,11 +724,8 @@ impl EngineExecutor {
             Some((index, self.sequences.of(segment).in_flight[last_position(segment)]?))
         };
         let known = exiting.unwrap_or_default();
-        let all_heads =
-            exiting.is_none() && !self.exits_wait && matches!(pass.reads.signal, SignalRead::Signal(_)) && {
-                let predicting = pass.segments.iter().filter(|segment| segment.predicts);
-                self.backend.reads_heads_ahead(predicting.count())
-            };
+        let ahead_from = self.model.heads_ahead_from().filter(|_| exiting.is_none() && !self.exits_wait);
+        let all_heads = ahead_from.is_some_and(|rows| pass.work.signal_rows as usize >= rows);
         Questions {
             heads: indices(&|index| {
                 let segment = &pass.segments[index];

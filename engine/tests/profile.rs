@@ -38,8 +38,9 @@ fn a_profile_covers_every_component_up_to_its_limits() {
     assert_eq!(profile.meta.kv_bytes_per_token, 3 * 2 * 2 * (8 + 32) * 4);
     assert!(profile.meta.overhead_us > 0.0 && profile.meta.overhead_us.is_finite());
     // Low-rank weights and operations without weights are part of the block here, attention around it of embedding and
-    // head. There is one device.
-    let no_part = [Component::Lora, Component::Elementwise, Component::ExitAttention, Component::AllReduce];
+    // head. There is one device, and there are no gates.
+    use Component::{AllReduce, Elementwise, ExitAttention, ExitSignal, Lora};
+    let no_part = [Lora, Elementwise, ExitAttention, AllReduce, ExitSignal];
     assert!(no_part.iter().all(|&component| profile.points_of(component).count() == 0));
     for component in Component::ALL.into_iter().filter(|component| !no_part.contains(component)) {
         let points: Vec<_> = profile.points_of(component).collect();
@@ -91,6 +92,23 @@ fn keys_and_values_before_and_after_the_loops_count() {
 }
 
 #[test]
+fn reading_gates_and_deciding_by_them_are_components_where_the_model_has_gates() {
+    let grid = Grid::up_to(Limits { rows: 3, decodes: 2, history: 4, chunk: 3 });
+    let lengths = Lengths { prompt: 2, output: 2, longest: 4 };
+    let mut profiler = Profiler::new(&engine(&with_everything()), grid, lengths).unwrap();
+    profiler.round(|_, _| ()).unwrap();
+    let profile = profiler.profile(0..1, "test", "a test").unwrap();
+    for component in [Component::ExitSignal, Component::ExitDecision] {
+        assert_eq!(profile.points_of(component).map(|point| point.rows).collect::<Vec<_>>(), [1, 2], "{component}");
+    }
+    let passes: Vec<_> = profiler.pass_runs().flat_map(|run| run.passes).collect();
+    let any = |is: &dyn Fn(&PassWork) -> bool| passes.iter().any(|pass| is(&pass.work));
+    assert!(any(&|work| work.signal_rows == 2 && work.exit_head_rows == 0), "gates that are read, and no exit");
+    assert!(any(&|work| work.signal_rows > 0 && work.decided_rows > 0 && work.head_rows == 0), "gates that decide");
+    assert!(any(&|work| work.before.rows > work.rows && work.signal_rows > 0), "few rows after many");
+}
+
+#[test]
 fn a_profile_does_not_depend_on_which_prompts_were_given() {
     let grid = Grid::up_to(Limits { rows: 3, decodes: 2, history: 4, chunk: 3 });
     let lengths = Lengths { prompt: 3, output: 2, longest: 8 };
@@ -110,13 +128,14 @@ fn a_grid_beyond_the_models_positions_is_refused() {
 fn probes_serve_a_load_that_never_ends_and_log_its_passes() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
     let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
-    let [load, with_exits, depth_wise, adaptive] = profiler.loads();
+    let [load, with_exits, depth_wise, adaptive, in_lockstep] = profiler.loads();
     // Two prompts of 10 tokens fit a pass of 20 rows.
     assert_eq!((load.settings().max_batch, load.settings().token_budget, load.settings().prefill_chunk), (5, 20, 20));
     assert_eq!((load.settings().batching, load.settings().exit), (Batching::Sequence, ExitPolicy::None));
     assert_eq!((with_exits, depth_wise), (load.with_exits(), load.depth_wise()));
     // The model has no gates.
-    assert_eq!(adaptive, load.with_exits_by(ExitPolicy::Oracle { charged: false, recorded: false }));
+    let by_chance = ExitPolicy::Oracle { charged: false, recorded: false };
+    assert_eq!((adaptive, in_lockstep), (load.with_exits_by(by_chance), load.with_exits_in_lockstep(by_chance)));
     profiler.round(|_, _| ()).unwrap();
     let between = profiler.probe().unwrap();
     profiler.round(|_, _| ()).unwrap();
@@ -126,8 +145,8 @@ fn probes_serve_a_load_that_never_ends_and_log_its_passes() {
     assert!(of_first > 0 && of_rounds.len() == 2 * of_first);
     let (before, after) = of_rounds.split_at(of_first);
     let in_order: Vec<_> = before.iter().copied().chain([&between]).chain(after.iter().copied()).collect();
-    assert!(in_order.windows(2).all(|pair| (pair[0].way + 1) % 4 == pair[1].way), "every way in turn");
-    for way in 0..4 {
+    assert!(in_order.windows(2).all(|pair| (pair[0].way + 1) % 5 == pair[1].way), "every way in turn");
+    for way in 0..5 {
         let alike: Vec<_> = in_order.iter().filter(|probe| probe.way == way).collect();
         let follows = |pair: &[&&Probe]| pair[0].passes.last().unwrap().start < pair[1].passes[0].start;
         assert!(alike.windows(2).all(follows), "{alike:?}");
@@ -140,7 +159,7 @@ fn probes_serve_a_load_that_never_ends_and_log_its_passes() {
 }
 
 #[test]
-fn over_its_probes_a_profile_takes_what_their_passes_took() {
+fn under_steady_load_a_profile_takes_what_the_passes_took() {
     let grid = Grid::up_to(Limits { rows: 20, decodes: 5, history: 40, chunk: 12 });
     let mut profiler = Profiler::new(&engine(&grouped()), grid, LENGTHS).unwrap();
     profiler.round(|_, _| ()).unwrap();
@@ -148,11 +167,13 @@ fn over_its_probes_a_profile_takes_what_their_passes_took() {
     // Of the second round alone: what the first one measured does not matter.
     let profile = profiler.profile([1], "test", "a test").unwrap();
     let model = LatencyModel::new(&profile).unwrap();
-    let measured = profiler.measured_in([1]);
-    let took: u64 = measured.probes().map(|probe| probe.in_executor().0).sum();
-    let passes = measured.probes().flat_map(|probe| &probe.passes);
-    let predicted: f64 = passes.map(|pass| model.pass_ns(&pass.work)).sum();
-    assert!((predicted / took as f64 - 1.0).abs() < 1e-3, "{predicted} ns for {took} ns");
+    let passes = profiler.measured_in([1]).steady_passes().unwrap();
+    let took: u64 = passes.iter().map(|(_, time)| time.0).sum();
+    let predicted: f64 = passes.iter().map(|(work, _)| model.pass_ns(work)).sum();
+    assert!((predicted / took as f64 - 1.0).abs() < 2e-3, "{predicted} ns for {took} ns");
+    // Half of four cycles of five ways, each of which is probed for 60 ms.
+    let all = profiler.measured_in([1]).probes().map(|probe| probe.passes.len()).sum::<usize>();
+    assert!(passes.len() < all && took > 0, "{} of {all} passes", passes.len());
 }
 
 #[test]

@@ -47,6 +47,7 @@
 //!     memory: None,
 //!     kv_fill: None,
 //!     decode_q_len: None,
+//!     heads_ahead_from: None,
 //! };
 //! let folder = tempfile::tempdir()?;
 //! let components = [Component::Block, Component::Embed, Component::Head];

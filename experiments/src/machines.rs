@@ -249,6 +249,7 @@ mod tests {
             memory: Some(MemoryFigures { device_bytes: Some(device_bytes), ..MemoryFigures::default() }),
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         };
         let points = [Component::Block, Component::Embed, Component::Head].map(point).to_vec();
         LatencyModel::new(&LatencyProfile { meta, points, mixed_attention: None }).unwrap()

@@ -21,7 +21,7 @@ const PARTS: [(&str, &[Component]); 7] = [
         &[Component::DecodeAttention, Component::PrefillAttention, Component::KvFill, Component::ExitAttention],
     ),
     ("LoRA", &[Component::Lora, Component::DepthMix]),
-    ("exit head", &[Component::Head]),
+    ("exit head", &[Component::Head, Component::ExitSignal, Component::ExitDecision]),
     ("embedding", &[Component::Embed]),
 ];
 const OVERHEAD: &str = "between passes";

@@ -105,6 +105,7 @@ mod tests {
             memory: None,
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         };
         LatencyProfile { meta, points: vec![point(1), point(64)], mixed_attention: None }
     }

@@ -236,6 +236,7 @@ impl KernelTables {
                 }),
                 kv_fill: None,
                 decode_q_len: Some(DECODE_Q_LEN),
+                heads_ahead_from: None,
             },
             points,
             mixed_attention: None,

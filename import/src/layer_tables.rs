@@ -200,6 +200,7 @@ impl LayerTables {
                 memory: Some(memory_figures(shape)),
                 kv_fill: None,
                 decode_q_len: None,
+                heads_ahead_from: None,
             },
             points,
             mixed_attention: Some(MixedAttention {

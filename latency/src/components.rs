@@ -26,6 +26,7 @@ pub(crate) struct Components {
     head: Table,
     /// `None` where it was not measured.
     head_again: Option<Table>,
+    exit_signal: Table,
     exit_decision: Table,
     kv_fill: Table,
     exit_attention: Surface,
@@ -55,6 +56,7 @@ impl Components {
             embed: by_rows(Component::Embed)?,
             head: by_rows(Component::Head)?,
             head_again: if_measured(Component::HeadAgain).map(by_rows).transpose()?,
+            exit_signal: by_rows(Component::ExitSignal)?,
             exit_decision: by_rows(Component::ExitDecision)?,
             kv_fill: by_rows(Component::KvFill)?,
             exit_attention: Surface::new(curves_by_rows(Component::ExitAttention)?),
@@ -74,9 +76,10 @@ impl Components {
         self.exit_attention.at(rows, history, Component::ExitAttention, beyond)
     }
 
-    /// Time of the components until the exits are decided, in nanoseconds, without the attention of chunks.
-    pub(crate) fn run(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 10] {
-        let &PassWork { rows, decode_rows, depths, embed_rows, head_rows, before, .. } = work;
+    /// Time of the components until the exits are decided, in nanoseconds, without the attention of chunks. The head runs for
+    /// `head_rows` rows.
+    pub(crate) fn run(&self, work: &PassWork, head_rows: u32, beyond: &mut Extrapolations) -> [(Component, f64); 11] {
+        let &PassWork { rows, decode_rows, depths, embed_rows, signal_rows, before, .. } = work;
         let mix = &self.depth_mix[depths.clamp(1, self.depth_mix.len() as u32) as usize - 1];
         let history = work.mean_decode_history();
         [
@@ -92,17 +95,24 @@ impl Components {
             (Component::DepthMix, mix.at(rows, Component::DepthMix, beyond)),
             (Component::Embed, self.embed.at(embed_rows, Component::Embed, beyond)),
             (Component::Head, self.head(head_rows, before.head, beyond)),
+            (Component::ExitSignal, self.exit_signal.at(signal_rows, Component::ExitSignal, beyond)),
             (Component::ExitAttention, self.exit_attention(head_rows, history, beyond)),
         ]
     }
 
-    /// Time of the components that run once the exits of a pass are decided, in nanoseconds.
-    pub(crate) fn exit(&self, work: &PassWork, beyond: &mut Extrapolations) -> [(Component, f64); 4] {
+    /// Time of the components that run once the exits of a pass are decided, in nanoseconds. The head runs for `head_rows`
+    /// rows, for `decided_rows` of them anew.
+    pub(crate) fn exit(
+        &self,
+        work: &PassWork,
+        [head_rows, decided_rows]: [u32; 2],
+        beyond: &mut Extrapolations,
+    ) -> [(Component, f64); 4] {
         [
-            (Component::Head, self.head(work.exit_head_rows, work.head_is_warm(), beyond)),
-            (Component::ExitDecision, self.exit_decision.at(work.exit_head_rows, Component::ExitDecision, beyond)),
+            (Component::Head, self.head(head_rows, work.head_is_warm(), beyond)),
+            (Component::ExitDecision, self.exit_decision.at(decided_rows, Component::ExitDecision, beyond)),
             (Component::KvFill, self.kv_fill.at(work.filled_depths, Component::KvFill, beyond)),
-            (Component::ExitAttention, self.exit_attention(work.exit_head_rows, work.mean_decode_history(), beyond)),
+            (Component::ExitAttention, self.exit_attention(head_rows, work.mean_decode_history(), beyond)),
         ]
     }
 

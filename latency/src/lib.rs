@@ -23,7 +23,7 @@
 //!         schema_version: LatencyProfile::SCHEMA_VERSION,
 //!         model: "toy".into(), fingerprint: LatencyProfile::ANY_MODEL.into(), num_loops: 2,
 //!         device: "none".into(), software: "none".into(), source: "made up".into(),
-//!         overhead_us: 0.0, weight_bytes: 0, kv_bytes_per_token: 0, memory: None, kv_fill: None, decode_q_len: None,
+//!         overhead_us: 0.0, weight_bytes: 0, kv_bytes_per_token: 0, memory: None, kv_fill: None, decode_q_len: None, heads_ahead_from: None,
 //!     },
 //!     points: vec![
 //!         point(Component::Block, 8, 100.0), point(Component::Block, 16, 120.0),

@@ -83,6 +83,8 @@ pub struct LatencyModel {
     overhead_ns: f64,
     /// Tokens of a chunk up to which its attention is that of decode rows.
     decode_q_len: u32,
+    /// Rows whose signal does not need the head from which the head runs for all of them within the pass.
+    heads_ahead_from: u32,
     mixed_attention: Option<AttentionModel>,
     times: Components,
     spreads: Components,
@@ -111,6 +113,7 @@ impl LatencyModel {
             computed: profile.computed_components().collect(),
             overhead_ns: meta.overhead_us * 1e3,
             decode_q_len: meta.decode_q_len.unwrap_or(1),
+            heads_ahead_from: meta.heads_ahead_from.unwrap_or(u32::MAX),
             mixed_attention: profile.mixed_attention.as_ref().map(AttentionModel::new),
             times: Components::new(profile, |point| point.time_us)?,
             spreads: Components::new(profile, |point| point.spread_us)?,
@@ -152,7 +155,7 @@ impl LatencyModel {
         }
         let unchunked = self.without_short_chunks(work);
         let work = unchunked.as_ref().unwrap_or(work);
-        let components = self.times.run(work, extrapolations);
+        let components = self.times.run(work, self.head_rows(work), extrapolations);
         let mut ns = self.overhead_ns + components.iter().map(|(_, ns)| ns).sum::<f64>();
         time.add_overhead(self.overhead_ns);
         components.into_iter().for_each(|(component, ns)| time.add(component, ns));
@@ -168,6 +171,24 @@ impl LatencyModel {
             ns += attention;
         }
         ns
+    }
+
+    /// Whether the head runs within a pass for every row whose signal does not need it.
+    #[inline]
+    fn heads_are_ahead(&self, work: &PassWork) -> bool {
+        work.signal_rows >= self.heads_ahead_from
+    }
+
+    /// Rows for which the head runs within a pass.
+    #[inline]
+    fn head_rows(&self, work: &PassWork) -> u32 {
+        work.head_rows + if self.heads_are_ahead(work) { work.signal_rows } else { 0 }
+    }
+
+    /// Rows for which the head runs after a pass, and those of them for which it starts anew.
+    #[inline]
+    fn exit_head_rows(&self, work: &PassWork) -> [u32; 2] {
+        if self.heads_are_ahead(work) { [0; 2] } else { [work.exit_head_rows, work.decided_rows] }
     }
 
     /// The work with decode rows in place of chunks that are short enough; `None` where that is the same.
@@ -197,7 +218,7 @@ impl LatencyModel {
             account.time.add(Component::Head, ns);
             return ns;
         }
-        let components = self.times.exit(work, &mut account.extrapolations);
+        let components = self.times.exit(work, self.exit_head_rows(work), &mut account.extrapolations);
         components.into_iter().for_each(|(component, ns)| account.time.add(component, ns));
         components.iter().map(|(_, ns)| ns).sum()
     }
@@ -218,7 +239,7 @@ impl LatencyModel {
         let unchunked = self.without_short_chunks(work);
         let work = unchunked.as_ref().unwrap_or(work);
         let counted = &mut Extrapolations::default();
-        let components = self.spreads.run(work, counted).map(|(_, spread)| spread);
+        let components = self.spreads.run(work, self.head_rows(work), counted).map(|(_, spread)| spread);
         let chunks = work.chunks.iter().map(|&chunk| self.spreads.chunk(chunk, counted));
         components.into_iter().chain(chunks).map(|spread| spread * spread).sum()
     }
@@ -229,14 +250,14 @@ impl LatencyModel {
         if self.custom.is_some() {
             return 0.0;
         }
-        let components = self.spreads.exit(work, &mut Extrapolations::default());
+        let components = self.spreads.exit(work, self.exit_head_rows(work), &mut Extrapolations::default());
         components.into_iter().map(|(_, spread)| spread * spread).sum()
     }
 }
 
 /// The same pass, as it is before its exits are decided.
 fn before_exits(work: &PassWork) -> PassWork {
-    PassWork { exit_head_rows: 0, filled_depths: 0, ..work.clone() }
+    PassWork { exit_head_rows: 0, decided_rows: 0, filled_depths: 0, ..work.clone() }
 }
 
 /// Rounds to whole nanoseconds.
@@ -277,6 +298,7 @@ mod tests {
                 memory: None,
                 kv_fill: None,
                 decode_q_len: None,
+                heads_ahead_from: None,
             },
             points: points.iter().map(point).collect(),
             mixed_attention: None,
@@ -288,8 +310,8 @@ mod tests {
     }
 
     use Component::{
-        AfterMore, Block, DecodeAttention, DepthMix, Embed, ExitAttention, ExitDecision, Head, HeadAgain, KvFill,
-        PrefillAgain, PrefillAttention,
+        AfterMore, Block, DecodeAttention, DepthMix, Embed, ExitAttention, ExitDecision, ExitSignal, Head, HeadAgain,
+        KvFill, PrefillAgain, PrefillAttention,
     };
 
     /// Time of a pass until its exits are decided, without the overhead of 250 ns, and its extrapolations.
@@ -338,6 +360,7 @@ mod tests {
             (DepthMix, 5, 0, 3, 5.0),
             (Embed, 1, 0, 1, 0.5),
             (Head, 2, 0, 1, 3.0),
+            (ExitSignal, 2, 0, 1, 0.375),
             (ExitDecision, 2, 0, 1, 0.75),
             (KvFill, 4, 0, 1, 1.0),
         ]);
@@ -350,16 +373,21 @@ mod tests {
             embed_rows: 1,
             head_rows: 2,
             exit_head_rows: 2,
+            signal_rows: 2,
+            decided_rows: 2,
             filled_depths: 4,
             before: PassBefore { rows: 9, head: true },
             ..PassWork::default()
         };
-        // Overhead, block, decode attention at 2 rows of 200, depth mix halfway from 1 depth to 3, embedding, head, chunk.
-        let until_decided = 0.25 + 25.0 + 6.0 + 2.0 + 0.5 + 3.0 + 7.0;
+        // Overhead, block, decode attention at 2 rows of 200, depth mix halfway from 1 depth to 3, embedding, head, signal,
+        // chunk.
+        let until_decided = 0.25 + 25.0 + 6.0 + 2.0 + 0.5 + 3.0 + 0.375 + 7.0;
         let mut account = PassAccount::default();
         assert!((model.run_ns(&work, &mut account) - 1e3 * until_decided).abs() < 1e-6);
-        // Head, decision, copies.
+        // Head, decision, copies; without the decision where exits were known.
         assert_eq!(model.exit_ns(&work, &mut account), 4.75e3);
+        let known = PassWork { decided_rows: 0, ..work.clone() };
+        assert_eq!(model.exit_ns(&known, &mut PassAccount::default()), 4e3);
         assert!((model.pass_ns(&work) - 1e3 * (until_decided - 0.25 + 4.75)).abs() < 1e-6);
         assert!(account.extrapolations.is_empty(), "{}", account.extrapolations);
         let by_component: f64 = Component::ALL.map(|component| account.time.of(component)).iter().sum();
@@ -476,6 +504,24 @@ mod tests {
         assert_eq!([false, true].map(|warm| exit_head(&model, 2, warm).0), [3e3, 2e3]);
         let (_, beyond) = exit_head(&model, 3, true);
         assert_eq!(beyond.iter().map(|(component, _)| component).collect::<Vec<_>>(), [HeadAgain]);
+    }
+
+    #[test]
+    fn heads_of_many_rows_run_ahead_where_the_profile_says_so() {
+        let points =
+            [(Block, 1, 0, 1, 0.0), (Head, 1, 0, 1, 10.0), (Head, 9, 0, 1, 18.0), (ExitDecision, 1, 0, 1, 80.0)];
+        let of_cpu = profile(&points);
+        let meta = ProfileMeta { heads_ahead_from: Some(4), ..of_cpu.meta.clone() };
+        let of_gpu = LatencyModel::new(&LatencyProfile { meta, ..of_cpu.clone() }).unwrap();
+        let of_cpu = LatencyModel::new(&of_cpu).unwrap();
+        let work = |signal_rows| PassWork { signal_rows, exit_head_rows: 2, decided_rows: 2, ..PassWork::default() };
+        let takes = |model: &LatencyModel, rows| {
+            let (work, account) = (work(rows), &mut PassAccount::default());
+            [model.run_ns(&work, account) - 250.0, model.exit_ns(&work, account)]
+        };
+        assert_eq!([&of_cpu, &of_gpu].map(|model| takes(model, 3)), [[0.0, 91e3]; 2]);
+        assert_eq!(takes(&of_cpu, 5), [0.0, 91e3]);
+        assert_eq!(takes(&of_gpu, 5), [14e3, 0.0], "all five read the head, whether or not they exit");
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! The times of single shapes do not quite add up to those of the passes of a run, because caches and the processor's
 //! clock depend on earlier passes. The difference varies with the number of rows. One factor for each number of rows
-//! therefore scales all times to passes of one depth under steady load. `depth_mix` gets the remaining time of passes
-//! with several depths, `exit_decision` that of passes whose exits are decided after them.
+//! therefore scales all times to passes of one depth under steady load, after passes of no more rows. `after_more` gets
+//! the remaining time of passes after larger ones, `depth_mix` that of passes with several depths, `exit_decision` that of
+//! passes whose exits are decided after them.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +13,9 @@ use traces::{Component, LatencyProfile, Nanos, PassWork};
 use crate::model::{LatencyError, LatencyModel};
 
 /// Number of passes from which a factor at some number of rows is trusted.
-const CREDIBLE: f64 = 100.0;
+const CREDIBLE: f64 = 40.0;
+/// Number of passes at all numbers of rows from which extra time is trusted.
+const FEWEST: f64 = 10.0;
 /// Steps in which the factors converge: a pass also has components with fewer rows than itself, which other factors
 /// scale.
 const STEPS: usize = 10;
@@ -25,6 +28,9 @@ pub type TimedPass<'p> = (&'p PassWork, Nanos);
 pub struct SteadyFactors {
     /// Factors of all times, at the numbers of rows at which the profile has points of the block.
     by_rows: ByRows,
+    /// Extra time after larger passes, in microseconds, at the numbers of rows at which the profile has points of
+    /// `after_more`.
+    after_us: ByRows,
     /// Extra time of mixed depths, in microseconds, at the numbers of rows at which the profile has points of
     /// `depth_mix`.
     mixing_us: ByRows,
@@ -42,32 +48,63 @@ impl SteadyFactors {
     pub fn new(profile: &LatencyProfile, passes: &[TimedPass<'_>]) -> Result<Self, LatencyError> {
         let by_rows = ByRows::at_rows_of(profile, Component::Block, 1.0);
         let added = |component| ByRows::at_rows_of(profile, component, 0.0);
-        let (mixing_us, deciding_us) = (added(Component::DepthMix), added(Component::ExitDecision));
-        let mut factors = Self { by_rows, mixing_us, deciding_us };
+        let mut factors = Self {
+            by_rows,
+            after_us: added(Component::AfterMore),
+            mixing_us: added(Component::DepthMix),
+            deciding_us: added(Component::ExitDecision),
+        };
         // The profile may have no component for what is special about a pass; then the factors take it in.
-        let decided = |work: &PassWork| !factors.deciding_us.0.is_empty() && work.exit_head_rows > 0;
+        let decided = |work: &PassWork| !factors.deciding_us.0.is_empty() && work.decided_rows > 0;
         let (decided, known): (Vec<_>, Vec<_>) = passes.iter().partition(|(work, _)| decided(work));
         let (mixed, alone): (Vec<_>, Vec<_>) = known.into_iter().partition(|(work, _)| work.depths > 1);
+        let is_after_more = |work: &PassWork| !factors.after_us.0.is_empty() && work.before.rows > work.rows;
+        let (mut after, alone): (Vec<_>, Vec<_>) = alone.into_iter().partition(|(work, _)| is_after_more(work));
+        // Most passes with few rows after many are those in which rows exit.
+        after.extend(decided.iter().filter(|(work, _)| work.depths == 1 && is_after_more(work)));
         for _ in 0..STEPS {
             let seen = factors.by_rows.seen(&factors.model(profile)?, &alone, rows);
             factors.by_rows.step(&seen, |factor, seen| factor * seen.ratio());
         }
-        let mixing_steps = if factors.mixing_us.0.is_empty() { 0 } else { STEPS };
-        for _ in 0..mixing_steps {
-            let seen = factors.mixing_us.seen(&factors.model(profile)?, &mixed, rows);
-            factors.mixing_us.step(&seen, |added, seen| added + seen.missing_us());
-        }
-        let deciding_steps = if decided.is_empty() { 0 } else { STEPS };
-        for _ in 0..deciding_steps {
-            let seen = factors.deciding_us.seen(&factors.model(profile)?, &decided, |work| work.exit_head_rows);
-            factors.deciding_us.step(&seen, |added, seen| added + seen.missing_us());
+        for _ in 0..STEPS {
+            factors.add(profile, |factors| &mut factors.after_us, &after, rows)?;
+            factors.add(profile, |factors| &mut factors.mixing_us, &mixed, rows)?;
+            factors.add(profile, |factors| &mut factors.deciding_us, &decided, |work| work.decided_rows)?;
         }
         let of_all = Seen::all(&factors.by_rows.seen(&factors.model(profile)?, passes, rows)).ratio();
-        for (_, value) in factors.by_rows.0.iter_mut().chain(&mut factors.mixing_us.0).chain(&mut factors.deciding_us.0)
-        {
+        let Self { by_rows, after_us, mixing_us, deciding_us } = &mut factors;
+        for (_, value) in [by_rows, after_us, mixing_us, deciding_us].into_iter().flat_map(|values| &mut values.0) {
             *value *= of_all;
         }
         Ok(factors)
+    }
+
+    /// Improves an extra time by least squares: a pass says as much about it as its own time depends on it.
+    fn add(
+        &mut self,
+        profile: &LatencyProfile,
+        added: fn(&mut Self) -> &mut ByRows,
+        passes: &[TimedPass<'_>],
+        rows: fn(&PassWork) -> u32,
+    ) -> Result<(), LatencyError> {
+        if passes.is_empty() {
+            return Ok(());
+        }
+        let mut more = self.clone();
+        added(&mut more).0.iter_mut().for_each(|(_, us)| *us += 1.0);
+        let (model, more) = (self.model(profile)?, more.model(profile)?);
+        let added = added(self);
+        let mut missing = vec![Missing::default(); added.0.len()];
+        for (work, took) in passes {
+            let modelled = model.pass_ns(work);
+            let ns_of_us = more.pass_ns(work) - modelled;
+            for (place, share) in added.around(rows(work)) {
+                missing[place].weight += share * (ns_of_us / 1e3).powi(2);
+                missing[place].us += share * (ns_of_us / 1e3) * (took.0 as f64 - modelled) / 1e3;
+            }
+        }
+        added.step_if_credible(&missing);
+        Ok(())
     }
 
     /// The profile with these factors applied to its times and spreads.
@@ -78,11 +115,13 @@ impl SteadyFactors {
             point.time_us *= factor;
             point.spread_us *= factor;
             let added = match point.component {
+                Component::AfterMore => &self.after_us,
                 Component::DepthMix => &self.mixing_us,
                 Component::ExitDecision => &self.deciding_us,
                 _ => continue,
             };
-            point.time_us += added.at(point.rows);
+            let time_us = point.time_us + added.at(point.rows);
+            point.time_us = if point.component.can_take(time_us) { time_us } else { 0.0 };
         }
         scaled
     }
@@ -90,6 +129,11 @@ impl SteadyFactors {
     /// The smallest and the largest factor.
     pub fn range(&self) -> (f64, f64) {
         self.by_rows.range()
+    }
+
+    /// The smallest and the largest extra time after larger passes, in microseconds; `None` where it was not measured.
+    pub fn after_range_us(&self) -> Option<(f64, f64)> {
+        (!self.after_us.0.is_empty()).then(|| self.after_us.range())
     }
 
     /// The smallest and the largest extra time of mixed depths, in microseconds; `None` where it was not measured.
@@ -143,6 +187,23 @@ impl ByRows {
         (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max))
     }
 
+    /// Adds what was missing. Numbers of rows with few passes take the values of their neighbours; few passes of all say
+    /// nothing.
+    fn step_if_credible(&mut self, missing: &[Missing]) {
+        let mean = |missing: &Missing| missing.us / missing.weight;
+        let pairs = self.0.iter().zip(missing).filter(|(_, missing)| missing.weight >= CREDIBLE);
+        let credible = Self(pairs.map(|(&(rows, value), missing)| (rows, value + mean(missing))).collect());
+        let all = missing.iter().fold(Missing::default(), |sum, missing| Missing {
+            weight: sum.weight + missing.weight,
+            us: sum.us + missing.us,
+        });
+        match credible.0.is_empty() {
+            false => self.0.iter_mut().for_each(|(rows, value)| *value = credible.at(*rows)),
+            true if all.weight >= FEWEST => self.0.iter_mut().for_each(|(_, value)| *value += mean(&all)),
+            true => {}
+        }
+    }
+
     /// Measured and modelled times of passes, by the rows that count here.
     fn seen(&self, model: &LatencyModel, passes: &[TimedPass<'_>], rows: fn(&PassWork) -> u32) -> Vec<Seen> {
         let mut seen = vec![Seen::default(); self.0.len()];
@@ -192,9 +253,11 @@ impl Seen {
     fn ratio(&self) -> f64 {
         if self.said > 0.0 { self.took / self.said } else { 1.0 }
     }
+}
 
-    /// Measured less modelled time per pass, in microseconds; 0 without passes.
-    fn missing_us(&self) -> f64 {
-        if self.passes > 0.0 { (self.took - self.said) / self.passes / 1e3 } else { 0.0 }
-    }
+/// Time that passes took beyond the model, of each weighted by what an extra time adds to it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Missing {
+    weight: f64,
+    us: f64,
 }

@@ -204,6 +204,18 @@ impl Work {
         self.0.exit_head_rows
     }
 
+    /// Rows whose exit signal is read within the pass, where that takes more than the head.
+    #[getter]
+    fn signal_rows(&self) -> u32 {
+        self.0.signal_rows
+    }
+
+    /// Of `exit_head_rows`, those whose exits are not known before the pass has run.
+    #[getter]
+    fn decided_rows(&self) -> u32 {
+        self.0.decided_rows
+    }
+
     /// Copies of keys and values to skipped depths, over all exiting rows.
     #[getter]
     fn filled_depths(&self) -> u32 {

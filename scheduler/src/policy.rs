@@ -210,7 +210,8 @@ pub struct SignalReads {
     /// Depths from where a signal is read to the exit that it decides: 0, or 1 for delayed exits.
     pub delay: u8,
     /// From this depth on, the exit head runs for every row that predicts, because the signal needs the head or the row
-    /// is certain to exit. At lower depths the head runs after the exits are decided, for the exiting rows together.
+    /// is certain to exit. At lower depths the head runs after the exits are decided, for the exiting rows together, and in
+    /// passes in which exits are decided, for certain ones as well.
     pub head_from: u8,
     /// The depth at which rows that exited with drafts are verified: the last one under a policy that
     /// [speculates](ExitPolicy::Speculate), otherwise none, [`NO_DRAFTS`](Self::NO_DRAFTS).
@@ -220,6 +221,25 @@ pub struct SignalReads {
 impl SignalReads {
     /// The depth at which drafts are verified where there are none.
     pub const NO_DRAFTS: u8 = u8::MAX;
+
+    /// What is read in one pass of these segments. Where no signal is read, no exit depends on the outcome of the pass, so the
+    /// head runs within it for the rows that exit for certain.
+    #[inline]
+    pub(crate) fn of_pass(self, segments: &[Segment]) -> Self {
+        let decides_later =
+            matches!(self.signal, SignalRead::Signal(_)) && self.head_from == u8::MAX && self.delay == 0;
+        match decides_later && !segments.iter().any(|segment| self.read_signal(segment)) {
+            true => Self { head_from: self.below, ..self },
+            false => self,
+        }
+    }
+
+    /// Whether reading the signal takes more than the head: a gate, or a comparison with the state one depth earlier.
+    #[inline]
+    pub(crate) fn read_apart(&self) -> bool {
+        let SignalRead::Signal(signal) = self.signal else { return false };
+        matches!(signal, ExitSignal::Gate | ExitSignal::Similarity | ExitSignal::Difference)
+    }
 
     /// Whether an executor must report the exit signal of a segment's last row.
     #[inline]
@@ -867,6 +887,30 @@ mod tests {
             ((3, 0), (3, 0)),
             "both compare with earlier depths"
         );
+    }
+
+    #[test]
+    fn the_head_runs_within_passes_in_which_no_gate_is_read() {
+        let row = |depth| Segment {
+            slot: 0,
+            start: 5,
+            tokens: 1,
+            depth,
+            kind: RowKind::Decode,
+            predicts: true,
+            generated: true,
+        };
+        let head_from = |text: &str, depths: &[u8]| {
+            let rows: Vec<Segment> = depths.iter().map(|&depth| row(depth)).collect();
+            text.parse::<ExitPolicy>().unwrap().signal_reads(4).of_pass(&rows).head_from
+        };
+        assert_eq!([&[3, 3][..], &[3, 0], &[1]].map(|depths| head_from("gate:0.9", depths)), [3, u8::MAX, u8::MAX]);
+        let prompt = Segment { predicts: false, kind: RowKind::Prompt, ..row(0) };
+        let reads = "similarity:0.9".parse::<ExitPolicy>().unwrap().signal_reads(4);
+        assert_eq!(reads.of_pass(&[row(3), prompt]).head_from, 3, "nothing is read of a prompt");
+        // A delayed exit may be decided by an earlier pass, and the oracle decides at every depth.
+        assert_eq!(["delayed:gate:0.9", "oracle"].map(|text| head_from(text, &[3, 3])), [u8::MAX; 2]);
+        assert_eq!(head_from("margin:0.1", &[3, 3]), 0);
     }
 
     #[test]

@@ -615,7 +615,10 @@ impl Publishing {
 #[derive(Clone, Debug)]
 pub struct Scheduler {
     settings: Settings,
+    /// What is read of rows under the exit policy,
     reads: SignalReads,
+    /// and in the pass.
+    pass_reads: SignalReads,
     bound: SignalBound,
     /// From this depth on, every row that predicts exits.
     certain_from: u8,
@@ -684,6 +687,7 @@ impl Scheduler {
         Ok(Self {
             settings,
             reads: settings.signal_reads(),
+            pass_reads: settings.signal_reads(),
             bound: settings.exit.bound(),
             certain_from: *settings.exit.exit_depths(settings.num_loops).end(),
             prompts_end_early: settings.prompts_end_early(),
@@ -767,7 +771,7 @@ impl Scheduler {
     /// The pass that [`plan`](Self::plan) composed.
     pub fn pass(&self) -> Pass<'_> {
         let (segments, late) = (&self.segments, self.exit_wait.late());
-        Pass { segments, late, reads: self.reads, tables: &self.tables, work: self.meter.work() }
+        Pass { segments, late, reads: self.pass_reads, tables: &self.tables, work: self.meter.work() }
     }
 
     /// Indices of the segments whose last row exits, as decided by [`decide`](Self::decide), for [`Pass::exited`].
@@ -862,7 +866,8 @@ impl Scheduler {
         self.stalled.retain(|segment| segment.slot != slot);
         if self.settings.async_scheduling {
             // The pass is composed already. The executor has not heard of a slot that was assigned in it.
-            self.meter.restart(&self.segments, self.reads);
+            self.read_in_pass();
+            self.meter.restart(&self.segments, self.pass_reads);
             self.meter.fill_prompts(self.copies_of_prompts());
             if self.admitted.contains(&slot) {
                 self.admitted.retain(|&other| other != slot);
@@ -923,10 +928,16 @@ impl Scheduler {
         self.fill_idle_places();
         self.busy = !self.segments.is_empty();
         if self.busy {
-            self.meter.start(&self.segments, self.reads);
+            self.read_in_pass();
+            self.meter.start(&self.segments, self.pass_reads);
             self.meter.fill_prompts(self.copies_of_prompts());
         }
         self.busy
+    }
+
+    /// Sets what is read in the composed pass. Exits that wait have the head to themselves.
+    fn read_in_pass(&mut self) {
+        self.pass_reads = if self.settings.exit_wait > 0 { self.reads } else { self.reads.of_pass(&self.segments) };
     }
 
     /// Copies that prompts leave at deeper depths when this pass is their last.
@@ -1389,7 +1400,7 @@ impl Scheduler {
 
     fn meter_exits(&mut self) {
         let (segments, late) = (&self.segments, self.exit_wait.late());
-        self.meter.exit(self.exiting.iter().map(|&index| exited(segments, late, index as usize)), self.reads);
+        self.meter.exit(self.exiting.iter().map(|&index| exited(segments, late, index as usize)), self.pass_reads);
     }
 
     /// Decides which rows of the pass exit before it runs, under a policy whose

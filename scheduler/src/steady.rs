@@ -76,6 +76,12 @@ impl SteadyLoad {
         Self { settings: Settings { exit, ..load.settings }, ..load }
     }
 
+    /// The requests of this load, batched sequence-wise, where an exit policy decides after each pass which rows exit.
+    pub fn with_exits_in_lockstep(self, exit: ExitPolicy) -> Self {
+        let load = self.with_exits_by(exit);
+        Self { settings: Settings { batching: Batching::Sequence, ..load.settings }, ..load }
+    }
+
     /// The same load under a KV fill.
     pub fn under(self, kv_fill: KvFill) -> Self {
         Self { settings: Settings { kv_fill, ..self.settings }, ..self }

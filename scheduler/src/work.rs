@@ -22,6 +22,9 @@ pub(crate) struct WorkMeter {
     prefill_depth: u8,
     /// Copies that prompts leave in this pass, whether or not rows exit.
     prompt_fills: u32,
+    /// Whether the exit head starts anew for rows that exit: not where it is known which ones do before the pass runs. The
+    /// oracle knows.
+    starts_anew: bool,
     /// What rows attend to; `None` where that is every token before them.
     reach: Option<Reach>,
     work: PassWork,
@@ -29,11 +32,14 @@ pub(crate) struct WorkMeter {
 
 impl WorkMeter {
     pub fn new(settings: &Settings) -> Self {
-        let &Settings { kv_fill, num_loops, max_batch, prefill_depth, .. } = settings;
+        let &Settings { kv_fill, num_loops, max_batch, prefill_depth, async_scheduling, exit_wait, exit, .. } =
+            settings;
+        let is_known = matches!(exit, ExitPolicy::Oracle { .. }) || async_scheduling && exit.is_known_ahead();
         Self {
             copied_depths: settings.copied_depths(),
             prefill_depth: prefill_depth.unwrap_or(num_loops),
             prompt_fills: 0,
+            starts_anew: exit_wait > 0 || !is_known,
             reach: (kv_fill == KvFill::Skip).then(|| Reach::new(num_loops, max_batch)),
             work: PassWork::default(),
         }
@@ -62,10 +68,15 @@ impl WorkMeter {
         let head_rows = |segment: &Segment| u32::from(reads.run_head_without_drafts(segment));
         let with_drafts = |segment: &Segment| reads.head_rows(segment);
         let all_before = |segment: &Segment| segment.start;
+        let read_apart = reads.read_apart();
+        let signal_rows = |segment: &Segment| u32::from(read_apart & reads.read_signal(segment));
+        let work = &mut self.work;
         match (&self.reach, reads.has_drafts()) {
-            (None, false) => derive_work(&mut self.work, segments, before, head_rows, all_before),
-            (None, true) => derive_work(&mut self.work, segments, before, with_drafts, all_before),
-            (Some(reach), _) => derive_work(&mut self.work, segments, before, with_drafts, |row| reach.history(row)),
+            (None, false) => derive_work(work, segments, before, head_rows, signal_rows, all_before),
+            (None, true) => derive_work(work, segments, before, with_drafts, signal_rows, all_before),
+            (Some(reach), _) => {
+                derive_work(work, segments, before, with_drafts, signal_rows, |row| reach.history(row));
+            }
         }
     }
 
@@ -83,6 +94,7 @@ impl WorkMeter {
             filled_depths += segment.skipped_depths(self.copied_depths, segment.depth >= self.prefill_depth);
         }
         self.work.exit_head_rows = head_rows;
+        self.work.decided_rows = if self.starts_anew { head_rows } else { 0 };
         self.work.filled_depths = filled_depths;
         if let Some(reach) = &mut self.reach {
             exited.for_each(|segment| reach.exit(segment));
@@ -91,7 +103,7 @@ impl WorkMeter {
 }
 
 /// The work of a pass that no scheduler composed, such as a profiler's, where every row attends to all tokens before it
-/// and exits copy their keys and values. `exiting` are the indices of the segments whose last rows exit.
+/// exits copy their keys and values, and are decided after the pass. `exiting` are the indices of the segments whose last rows exit.
 pub fn pass_work(
     segments: &[Segment],
     exiting: &[u32],
@@ -101,13 +113,14 @@ pub fn pass_work(
 ) -> PassWork {
     let oracle = ExitPolicy::Oracle { charged: false, recorded: false };
     let mut meter = WorkMeter::new(&Settings::new(Batching::Depth, oracle, num_loops));
-    derive_work(&mut meter.work, segments, before, |segment| reads.head_rows(segment), |segment| segment.start);
+    meter.starts_anew = true;
+    meter.derive(segments, reads, before);
     meter.exit(exiting.iter().map(|&index| &segments[index as usize]), reads);
     meter.work
 }
 
 /// Derives the work of a pass whose exits are not decided yet. `head_rows` returns the number of rows of a segment for which
-/// the head runs within the pass, `history` the number of tokens that a segment attends to before its own.
+/// the head runs within the pass, `signal_rows` that of rows whose signal takes more than the head, `history` the number of tokens that a segment attends to before its own.
 ///
 /// The function runs for every row, so only chunks take a branch.
 #[inline]
@@ -116,6 +129,7 @@ fn derive_work(
     segments: &[Segment],
     before: PassBefore,
     head_rows: impl Fn(&Segment) -> u32,
+    signal_rows: impl Fn(&Segment) -> u32,
     history: impl Fn(&Segment) -> u32,
 ) {
     let mut chunks = std::mem::take(&mut work.chunks);
@@ -134,6 +148,7 @@ fn derive_work(
         found.longest_decode_history = found.longest_decode_history.max(history);
         found.embed_rows += if segment.depth == 0 { tokens } else { 0 };
         found.head_rows += head_rows(segment);
+        found.signal_rows += signal_rows(segment);
         depths |= 1 << segment.depth;
     }
     found.squared_decode_history = squared_history as f64;

@@ -1020,7 +1020,7 @@ fn a_first_token_that_exits_early_is_followed_before_its_prompt_has_run_every_de
     assert_eq!(depths.0, [vec![0], vec![1, 0], vec![2, 0], vec![3, 0], vec![0], vec![0]]);
 }
 
-/// What each pass ran: its deepest depth, whether it had rows of prompts, and rows of the head after it.
+/// What each pass ran: its deepest depth, whether it had rows of prompts, and rows of the head within or after it.
 #[derive(Default)]
 struct HeadReads(Vec<(u8, bool, u32)>);
 
@@ -1029,7 +1029,8 @@ impl Observer for HeadReads {
         let segments = record.pass.segments;
         let deepest = segments.iter().map(|segment| segment.depth).max().unwrap();
         let prompts = segments.iter().any(|segment| segment.kind == RowKind::Prompt);
-        self.0.push((deepest, prompts, record.pass.work.exit_head_rows));
+        let work = record.pass.work;
+        self.0.push((deepest, prompts, work.head_rows + work.exit_head_rows));
     }
 }
 

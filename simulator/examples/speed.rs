@@ -114,6 +114,7 @@ fn profile() -> LatencyProfile {
             memory: None,
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         },
         points,
         mixed_attention: None,

@@ -8,10 +8,11 @@ use latency::{LatencyModel, SteadyFactors};
 use proptest::prelude::*;
 use scheduler::{Batching, Lengths, PassRecorder, Server, Settings, SteadyLoad, SteadyServer, VirtualClock, serve};
 use simulator::{ExitModel, ProfileExecutor};
-use traces::{Component, LatencyProfile, Nanos, PassOrigin, PassWork};
+use traces::{Component, LatencyProfile, Nanos, PassBefore, PassOrigin, PassWork};
 
 use Component::{
-    AfterMore, Block, DecodeAttention, DepthMix, Embed, ExitDecision, Head, HeadAgain, KvFill, PrefillAttention,
+    AfterMore, Block, DecodeAttention, DepthMix, Embed, ExitDecision, ExitSignal, Head, HeadAgain, KvFill,
+    PrefillAttention,
 };
 
 const LENGTHS: Lengths = Lengths { prompt: 8, output: 8, longest: 32 };
@@ -147,11 +148,11 @@ fn exits_that_are_decided_after_the_pass_take_what_they_take_in_service_and_othe
     apart.points.extend(profile(3, &[&added[..], &more].concat()).points);
     let model = LatencyModel::new(&apart).unwrap();
     let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS);
-    let adaptive = load.with_exits_by("oracle".parse().unwrap());
+    let adaptive = load.with_exits_by("gate:0.5".parse().unwrap());
     let mut works = [load, load.with_exits(), load.depth_wise()].map(|load| steady_passes(load, &model, 4000)).concat();
     works.extend(steady_passes_with(adaptive, &model, &drawn_exits(&[0.5, 0.3, 0.2], 400, 12, 1), 4000));
     let took = |work: &PassWork| {
-        let deciding = if work.exit_head_rows > 0 { 2e3 + 700.0 * f64::from(work.exit_head_rows) } else { 0.0 };
+        let deciding = if work.decided_rows > 0 { 2e3 + 700.0 * f64::from(work.decided_rows) } else { 0.0 };
         Nanos((1.2 * model.pass_ns(work) + deciding).round() as u64)
     };
     let took: Vec<Nanos> = works.iter().map(took).collect();
@@ -159,7 +160,7 @@ fn exits_that_are_decided_after_the_pass_take_what_they_take_in_service_and_othe
     let service = LatencyModel::new(&factors.apply(&apart)).unwrap();
     for exiting in [0..=0, 1..=1, 2..=4, 5..=8] {
         let (mut said, mut all, mut passes) = (0.0, 0.0, 0);
-        for (work, took) in works.iter().zip(&took).filter(|(work, _)| exiting.contains(&work.exit_head_rows)) {
+        for (work, took) in works.iter().zip(&took).filter(|(work, _)| exiting.contains(&work.decided_rows)) {
             said += service.pass_ns(work);
             all += took.0 as f64;
             passes += 1;
@@ -171,9 +172,48 @@ fn exits_that_are_decided_after_the_pass_take_what_they_take_in_service_and_othe
     assert!((2.5..3.0).contains(&least) && (7.0..8.5).contains(&most), "{least} to {most}");
 }
 
+#[test]
+fn few_rows_after_many_take_what_they_take_in_service_and_others_do_not() {
+    let mut apart = apart();
+    apart.meta.num_loops = 3;
+    apart.points.extend(profile(3, &[(AfterMore, 1, 2, 1, 1.0), (AfterMore, 4, 8, 1, 1.0)]).points);
+    let model = LatencyModel::new(&apart).unwrap();
+    let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS);
+    let in_lockstep = load.with_exits_in_lockstep("gate:0.5".parse().unwrap());
+    let mut works = steady_passes(load, &model, 4000);
+    works.extend(steady_passes_with(in_lockstep, &model, &drawn_exits(&[0.5, 0.3, 0.2], 400, 12, 1), 4000));
+    let is_after_more = |work: &PassWork| work.before.rows > work.rows;
+    let took = |work: &PassWork| {
+        let after_equal = PassWork { before: PassBefore { rows: work.rows, ..work.before }, ..work.clone() };
+        let after = model.pass_ns(work) - model.pass_ns(&after_equal);
+        assert_eq!(after > 0.0, is_after_more(work));
+        Nanos((0.8 * model.pass_ns(work) + 3.0 * after).round() as u64)
+    };
+    let took: Vec<Nanos> = works.iter().map(took).collect();
+    let service = LatencyModel::new(&factors(&apart, &works, &took).apply(&apart)).unwrap();
+    for after_more in [false, true] {
+        let (mut said, mut all, mut passes) = (0.0, 0.0, 0);
+        for (work, took) in works.iter().zip(&took).filter(|(work, _)| is_after_more(work) == after_more) {
+            said += service.pass_ns(work);
+            all += took.0 as f64;
+            passes += 1;
+        }
+        let ratio = said / all;
+        assert!(passes > 500 && (ratio - 1.0).abs() < 0.01, "{passes} passes, after more: {after_more}: {ratio}");
+    }
+}
+
 /// A profile of three loops in which every component of a pass takes its own time.
 fn every_component() -> LatencyProfile {
-    let by_rows = [(Block, 100.0), (Embed, 3.0), (Head, 20.0), (HeadAgain, 13.0), (ExitDecision, 2.0), (KvFill, 7.0)];
+    let by_rows = [
+        (Block, 100.0),
+        (Embed, 3.0),
+        (Head, 20.0),
+        (HeadAgain, 13.0),
+        (ExitSignal, 1.0),
+        (ExitDecision, 2.0),
+        (KvFill, 7.0),
+    ];
     let rows = by_rows.map(|(component, time)| [(component, 1, 0, 1, time), (component, 32, 0, 1, 3.0 * time)]);
     let mut points = rows.concat();
     for depths in [2, 3] {
@@ -192,7 +232,7 @@ proptest! {
     #[test]
     fn what_is_logged_takes_what_the_executor_says(
         batching in prop::sample::select(Batching::ALL.to_vec()),
-        exit in prop::sample::select(vec!["none", "static:1", "oracle", "oracle:charged", "confidence:0.6"]),
+        exit in prop::sample::select(vec!["none", "static:1", "oracle", "oracle:charged", "confidence:0.5", "gate:0.5"]),
         kv_fill in prop::sample::select(vec![scheduler::KvFill::Reuse, scheduler::KvFill::Skip, scheduler::KvFill::First]),
         // Few blocks, so that sequences are preempted, or plenty.
         num_blocks in prop::sample::select(vec![6, 1000]),

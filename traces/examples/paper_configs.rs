@@ -136,6 +136,7 @@ impl Times {
             memory: None,
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         };
         Ok(LatencyProfile { meta, points, mixed_attention: None })
     }

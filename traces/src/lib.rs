@@ -59,6 +59,7 @@
 //!         memory: None,
 //!         kv_fill: None,
 //!         decode_q_len: None,
+//!         heads_ahead_from: None,
 //!     },
 //!     points: vec![point(Component::Block, 120.0), point(Component::Embed, 1.5), point(Component::Head, 30.0)],
 //!     mixed_attention: None,

@@ -216,9 +216,11 @@ impl PassLog {
         check_version(path, meta.schema_version, Self::SCHEMA_VERSION)?;
         let schema = metadata.schema_descr();
         let found: Vec<String> = (0..schema.num_columns()).map(|place| schema.column(place).path().string()).collect();
-        let expected: Vec<String> = COLUMNS.iter().map(|(name, column)| column.path(name)).collect();
-        if found != expected {
+        let is_older = !found.iter().any(|path| ADDED.contains(&path.as_str()));
+        let columns = || COLUMNS.iter().filter(|(name, _)| !(is_older && ADDED.contains(name)));
+        if !found.iter().eq(&columns().map(|(name, column)| column.path(name)).collect::<Vec<_>>()) {
             let list = |names: Vec<String>| format!("columns `{}`", names.join(","));
+            let expected = COLUMNS.iter().map(|(name, column)| column.path(name)).collect();
             return Err(TraceError::file(path, list(found), list(expected)));
         }
         let mut log = Self { meta, runs: Vec::new() };
@@ -229,7 +231,7 @@ impl PassLog {
                 TraceError::file(path, format!("a group of {rows} rows"), format!("groups of at most {GROUP} rows"))
             })?;
             let mut passes = vec![(Labels::default(), 0, LoggedPass::default()); rows];
-            for (place, (name, column)) in COLUMNS.iter().enumerate() {
+            for (place, (name, column)) in columns().enumerate() {
                 let read = catching_damage(
                     || column.read(&*group, place, &mut passes),
                     |damage| ReadError::Parquet(ParquetError::General(damage.to_owned())),
@@ -241,7 +243,12 @@ impl PassLog {
                     }
                 })?;
             }
-            passes.into_iter().for_each(|(labels, index, pass)| log.push(labels, index, pass));
+            for (labels, index, mut pass) in passes {
+                if is_older {
+                    pass.work.decided_rows = pass.work.exit_head_rows;
+                }
+                log.push(labels, index, pass);
+            }
         }
         Ok(log)
     }
@@ -352,8 +359,11 @@ enum Column {
     List(fn(&Row<'_>) -> Vec<u32>, fn(&mut Read, Vec<u32>) -> Result<(), String>),
 }
 
+/// Columns that files of earlier versions lack. The exits of all rows of `exit_head_rows` were taken for decided then.
+const ADDED: [&str; 2] = ["signal_rows", "decided_rows"];
+
 /// Every column, in the order of the file.
-const COLUMNS: [(&str, Column); 27] = [
+const COLUMNS: [(&str, Column); 29] = [
     (
         "origin",
         Column::Text(
@@ -552,6 +562,26 @@ const COLUMNS: [(&str, Column); 27] = [
             |row| row.2.work.exit_head_rows.into(),
             |read, value| {
                 read.2.work.exit_head_rows = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "signal_rows",
+        Column::Number(
+            |row| row.2.work.signal_rows.into(),
+            |read, value| {
+                read.2.work.signal_rows = small(value)?;
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "decided_rows",
+        Column::Number(
+            |row| row.2.work.decided_rows.into(),
+            |read, value| {
+                read.2.work.decided_rows = small(value)?;
                 Ok(())
             },
         ),
@@ -828,6 +858,8 @@ mod tests {
                 embed_rows: 1,
                 head_rows: 2,
                 exit_head_rows: 4,
+                signal_rows: 2,
+                decided_rows: 3,
                 filled_depths: 5,
                 before: PassBefore { rows: rows + 7, head: rows.is_multiple_of(2) },
             },

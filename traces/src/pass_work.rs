@@ -26,6 +26,11 @@ pub struct PassWork {
     pub head_rows: u32,
     /// Rows for which the exit head runs after the exits are decided.
     pub exit_head_rows: u32,
+    /// Rows whose exit signal is read within the pass, where that takes more than the head: a gate, or a comparison with the
+    /// state one depth earlier.
+    pub signal_rows: u32,
+    /// Of `exit_head_rows`, those whose exits are not known before the pass has run, so that the head starts anew for them.
+    pub decided_rows: u32,
     /// Number of copies of keys and values to skipped depths, over all exiting rows.
     pub filled_depths: u32,
     /// The previous pass on the same machine.

@@ -66,8 +66,11 @@ pub enum Component {
     /// The exit head in a pass after one that also ran it, when its weights may still be in a cache, by `rows`. Where
     /// it is not measured, [`Component::Head`] applies.
     HeadAgain,
-    /// Extra time of exits that are decided after the pass: reading the signal, deciding, and starting the head anew; by
-    /// `rows`, the rows that exit. Fitted to passes under steady load; may be negative.
+    /// Reading exit signals that do not need the head (gates, comparisons with the state one depth earlier) within a pass, by
+    /// `rows`, the rows whose signal is read.
+    ExitSignal,
+    /// Extra time of exits that are decided after the pass: deciding, and starting the head anew; by `rows`, the rows that
+    /// exit. Fitted to passes under steady load; may be negative.
     ExitDecision,
     /// Copies of keys and values to the depths that exiting rows skip. `rows` counts one for each row and skipped
     /// depth.
@@ -80,7 +83,7 @@ pub enum Component {
 
 impl Component {
     /// Every component, in the order of files.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Block,
         Self::Elementwise,
         Self::AllReduce,
@@ -93,6 +96,7 @@ impl Component {
         Self::Embed,
         Self::Head,
         Self::HeadAgain,
+        Self::ExitSignal,
         Self::ExitDecision,
         Self::KvFill,
         Self::ExitAttention,
@@ -113,6 +117,7 @@ impl Component {
             Self::Embed => "embed",
             Self::Head => "head",
             Self::HeadAgain => "head_again",
+            Self::ExitSignal => "exit_signal",
             Self::ExitDecision => "exit_decision",
             Self::KvFill => "kv_fill",
             Self::ExitAttention => "exit_attention",
@@ -212,6 +217,10 @@ pub struct ProfileMeta {
     /// for speculative decoding; 1 by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_q_len: Option<u32>,
+    /// Minimum number of rows whose exit signal does not need the head from which the head runs for all of them within the
+    /// pass: where starting it anew after the pass is a trip to a device. `None` if it never does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heads_ahead_from: Option<u32>,
 }
 
 /// Memory use other than weights, keys and values, in bytes.

@@ -30,6 +30,7 @@ pub fn profile() -> LatencyProfile {
             memory: Some(MemoryFigures { device_bytes: None, other_bytes: 0, row_bytes: 100, logits_bytes: 0 }),
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         },
         points: vec![
             point(Component::Block, 1, 100.0),

@@ -36,8 +36,9 @@ const MAX_GRAPHS: usize = 1024;
 /// Rows, of [`FILL_WORDS`] four-byte words, of the buffer with which the cache is filled, copied until it is full.
 const FILL_ROWS: usize = 256;
 const FILL_WORDS: usize = 4096;
-/// Minimum number of rows whose head runs before their exits are decided.
-const FEWEST_AHEAD: usize = 8;
+/// Minimum number of rows whose head runs before their exits are decided. With this many rows, almost every pass has one that
+/// exits. The head's weights are read once for all rows, so further rows add no time.
+pub(super) const FEWEST_AHEAD: usize = 8;
 
 /// A section: rows that run through the same layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -936,12 +937,6 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let mut answers = self.finish(padded)?;
         answers.verdicts.truncate(work.heads.rows.len());
         Ok(answers)
-    }
-
-    fn reads_heads_ahead(&self, rows: usize) -> bool {
-        // With this many rows, almost every pass has one that exits. The head's weights are read once for all rows, so
-        // further rows add no time.
-        rows >= FEWEST_AHEAD
     }
 
     fn read_head(&mut self, rows: &Rows<'_>, heads: &Heads) -> Result<Vec<Verdict>> {

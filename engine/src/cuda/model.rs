@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use scheduler::KvFill;
 
-use super::backend::{CudaBackend, Memory};
+use super::backend::{CudaBackend, FEWEST_AHEAD, Memory};
 use super::device::{Device, Held, Stored, View};
 use super::kernels::Matrix;
 use super::layers::{Layer, Loading, Lora, Norm};
@@ -174,6 +174,10 @@ impl<D: Device + 'static> ServedModel for CudaModel<D> {
         let PageLayout { prelude_layers, depths, depth_layers, kv_heads, head_dim, .. } =
             PageLayout::new(&self.config, kv_fill, 1, TILE as u32);
         ((prelude_layers + depths * depth_layers) * 2 * kv_heads * head_dim * self.scalar.bytes()) as u64
+    }
+
+    fn heads_ahead_from(&self) -> Option<usize> {
+        Some(FEWEST_AHEAD)
     }
 
     fn device_name(&self) -> String {

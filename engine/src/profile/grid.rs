@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 pub(super) const SHORT: u32 = 1;
 /// Number of prompt chunks in a pass with several: a first and a further one.
 pub(super) const PROMPTS: u32 = 2;
+/// Reading a signal is timed at depths that are neither the first, which embeds, nor the last, where none is read.
+const FEWEST_LOOPS_OF_SIGNALS: u32 = 2;
 
 /// The shapes to measure.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +74,11 @@ pub(super) enum Shape {
     /// Rows at the last depth with a history that exit, which runs the exit head. Only the time of the exit counts.
     /// `again` if the previous passes ran the head too.
     Head { rows: u32, history: u32, again: bool },
+    /// Rows at the last depth with a history, for which the exit head runs within the pass, where its weights and launches are
+    /// among others. `again` if the previous passes ran the head too.
+    HeadWithin { rows: u32, history: u32, again: bool },
+    /// Decode rows with a history, of which an exit signal is read that does not need the head, and none exits.
+    Signal { rows: u32, history: u32 },
     /// Rows that exit at the first depth, or at the last, after the head has run. Only the time of the exit counts.
     /// Each pass has another history, since exits write to memory that was not used for long and is in no cache.
     Exit { rows: u32, skips: bool },
@@ -100,7 +107,10 @@ impl Shape {
             Self::Decode { history: SHORT, .. } | Self::Head { .. } | Self::Exit { skips: false, .. } => None,
             Self::Decode { rows, .. } | Self::Prefill { tokens: rows, .. } => decode(rows, SHORT),
             Self::Prefills { tokens, .. } => decode(PROMPTS * tokens, SHORT),
-            Self::AfterMore { rows, history, .. } | Self::Mix { rows, history, .. } => decode(rows, history),
+            Self::AfterMore { rows, history, .. }
+            | Self::HeadWithin { rows, history, .. }
+            | Self::Mix { rows, history, .. }
+            | Self::Signal { rows, history } => decode(rows, history),
             Self::Exit { rows, skips: true } => Some(Self::Exit { rows, skips: false }),
         }
     }
@@ -111,14 +121,27 @@ impl Shape {
             Self::Decode { rows, .. }
             | Self::AfterMore { rows, .. }
             | Self::Head { rows, .. }
+            | Self::HeadWithin { rows, .. }
             | Self::Exit { rows, .. }
+            | Self::Signal { rows, .. }
             | Self::Mix { rows, .. } => Some(rows),
             Self::Prefill { .. } | Self::Prefills { .. } => None,
         }
     }
 }
 
-pub(super) fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
+/// What decides which shapes are measured, beside the grid.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Measurable {
+    pub num_loops: u32,
+    pub has_gate: bool,
+    /// Whether a head after a pass is a trip of its own to a device, so that it takes longer than one within.
+    pub heads_are_trips: bool,
+}
+
+/// The shapes of a grid.
+pub(super) fn shapes(grid: &Grid, measurable: Measurable) -> Vec<Shape> {
+    let Measurable { num_loops, has_gate, heads_are_trips } = measurable;
     let mut shapes = Vec::new();
     let mut rows_of_differences: Vec<u32> =
         grid.rows.iter().chain(&grid.decodes).chain(&grid.chunks).copied().collect();
@@ -133,9 +156,18 @@ pub(super) fn shapes(grid: &Grid, num_loops: u32) -> Vec<Shape> {
     let typical = grid.histories[grid.histories.len() / 2];
     for &rows in &grid.decodes {
         shapes.push(Shape::Head { rows, history: typical, again: false });
+        if heads_are_trips {
+            shapes.push(Shape::HeadWithin { rows, history: typical, again: false });
+        }
+        if has_gate && num_loops > FEWEST_LOOPS_OF_SIGNALS {
+            shapes.push(Shape::Signal { rows, history: typical });
+        }
         // With one loop, every pass runs the head.
         if num_loops > 1 {
-            shapes.push(Shape::Head { rows, history: typical, again: true });
+            shapes.push(match heads_are_trips {
+                true => Shape::HeadWithin { rows, history: typical, again: true },
+                false => Shape::Head { rows, history: typical, again: true },
+            });
             shapes.extend([true, false].map(|skips| Shape::Exit { rows, skips }));
         }
         shapes.extend(grid.histories.iter().map(|&history| Shape::Decode { rows, history }));
@@ -166,10 +198,12 @@ pub(super) fn key(shape: Shape) -> u64 {
     let (kind, a, b) = match shape {
         Shape::Decode { rows, history } => (0, rows, history),
         Shape::Head { rows, again, .. } => (2, rows, u32::from(again)),
+        Shape::HeadWithin { rows, again, .. } => (8, rows, u32::from(again)),
         Shape::AfterMore { rows, before, .. } => (1, rows, before),
         Shape::Mix { rows, depths, .. } => (3, rows, depths),
         Shape::Prefill { tokens, history } => (4, tokens, history),
         Shape::Prefills { tokens, history } => (6, tokens, history),
+        Shape::Signal { rows, history } => (7, rows, history),
         Shape::Exit { rows, skips } => (5, rows, u32::from(skips)),
     };
     (kind << 60) | (u64::from(a) << 30) | u64::from(b)
@@ -194,14 +228,20 @@ mod tests {
 
     #[test]
     fn the_baseline_of_a_shape_is_measured_and_has_the_same_number_of_rows() {
-        for (rows, decodes, num_loops) in [(20, 5, 3), (64, 64, 4), (3, 1, 1)] {
+        for (rows, decodes, num_loops, has_gate, heads_are_trips) in
+            [(20, 5, 3, true, false), (64, 64, 4, false, true), (3, 1, 1, true, true)]
+        {
             let grid = Grid::up_to(Limits { rows, decodes, history: 40, chunk: 12 });
-            let shapes = shapes(&grid, num_loops);
+            let shapes = shapes(&grid, Measurable { num_loops, has_gate, heads_are_trips });
             for shape in &shapes {
                 let Some(baseline) = shape.baseline() else { continue };
                 assert!(shapes.contains(&baseline) && baseline.rows() == shape.rows(), "{shape:?} less {baseline:?}");
                 assert_eq!(baseline.baseline().and_then(Shape::baseline), None, "{shape:?}");
             }
+            let reads_signals = shapes.iter().any(|shape| matches!(shape, Shape::Signal { .. }));
+            assert_eq!(reads_signals, has_gate && num_loops > 2, "{shapes:?}");
+            let within = shapes.iter().any(|shape| matches!(shape, Shape::HeadWithin { .. }));
+            assert_eq!(within, heads_are_trips, "{shapes:?}");
             let more = shapes.iter().filter(|shape| matches!(shape, Shape::AfterMore { .. })).count();
             assert_eq!(more > 0, rows > 1, "{shapes:?}");
         }

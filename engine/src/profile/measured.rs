@@ -2,13 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use latency::{LatencyError, LatencyModel, TimedPass};
 use scheduler::KvFill;
 use traces::{Component, LatencyProfile, PassRun, Point, ProfileMeta};
 
-use super::Profiler;
 use super::grid::{SHORT, Shape};
-use super::probe::Probe;
+use super::probe::{Probe, at_one_pace};
 use super::statistics::{Summary, make_rising};
+use super::{Profiler, WAYS};
+
+/// Share of the block's time that a component can save at most.
+const MOST_SAVED: f64 = 0.5;
 
 /// A shape, and whether its runs at the first depth count, where rows are embedded.
 pub(super) type Counted = (Shape, bool);
@@ -62,6 +66,16 @@ impl<'a> Measured<'a> {
         self.probes.iter().copied()
     }
 
+    /// Passes under steady load at one speed of the machine. In each cycle of probes the load is served in every way, so a cycle
+    /// says how fast the machine was.
+    ///
+    /// # Errors
+    /// If the components cannot be interpolated.
+    pub fn steady_passes(&self) -> Result<Vec<TimedPass<'a>>, LatencyError> {
+        let model = LatencyModel::new(&self.profile("", ""))?;
+        Ok(at_one_pace(self.probes.chunks(WAYS), |work| model.pass_ns(work)))
+    }
+
     /// Overhead of a pass under steady load in microseconds: the time of the scheduler and the serving loop.
     fn overhead(&self) -> f64 {
         let passes: usize = self.probes().map(|probe| probe.passes.len()).sum();
@@ -91,6 +105,7 @@ impl<'a> Measured<'a> {
                     .filter(|fill| *fill != KvFill::default())
                     .map(|fill| fill.to_string()),
                 decode_q_len: None,
+                heads_ahead_from: served.heads_ahead_from().map(|rows| rows as u32),
             },
             points: self.points(),
             mixed_attention: None,
@@ -126,17 +141,24 @@ impl<'a> Measured<'a> {
 
     fn points(&self) -> Vec<Point> {
         let num_loops = self.profiler.num_loops() as u32;
+        let heads_are_trips = self.profiler.engine.model.heads_ahead_from().is_some();
         let mut points: Vec<Point> = Vec::new();
         let embed = |rows| {
             let shape = Shape::Decode { rows, history: SHORT };
             self.difference((shape, true), (shape, false))
         };
+        let components = self.components();
+        // What noise takes for a saving is limited, so that every pass takes some time.
+        let most_saved = |rows: u32| {
+            let block = components.get(&Shape::Decode { rows, history: SHORT });
+            block.map_or(0.0, |block| MOST_SAVED * block.middle)
+        };
         let mut add = |component: Component, rows, kv_tokens, depths, part: Summary| {
             let Summary { middle, spread, repeats } = part;
+            let middle = middle.max(-most_saved(rows));
             let (time_us, spread_us) = (if component.can_take(middle) { middle } else { 0.0 }, spread);
             points.push(Point { component, rows, kv_tokens, depths, time_us, spread_us, repeats });
         };
-        let components = self.components();
         for (&shape, &part) in &components {
             match shape {
                 Shape::Decode { rows, history: SHORT } => {
@@ -148,13 +170,22 @@ impl<'a> Measured<'a> {
                 }
                 Shape::Decode { rows, history } => add(Component::DecodeAttention, rows, history, 1, part),
                 Shape::AfterMore { rows, before, .. } => add(Component::AfterMore, rows, before, 1, part),
-                Shape::Head { rows, again, .. } => {
+                Shape::Head { rows, again, .. } if !heads_are_trips => {
                     add(if again { Component::HeadAgain } else { Component::Head }, rows, 0, 1, part);
                     if !again {
                         // Found in passes under steady load.
                         add(Component::ExitDecision, rows, 0, 1, Summary { middle: 0.0, spread: 0.0, ..part });
                     }
                 }
+                Shape::Head { again: true, .. } => {}
+                Shape::Head { rows, history, again: false } => {
+                    let within = components[&Shape::HeadWithin { rows, history, again: false }].middle;
+                    add(Component::ExitDecision, rows, 0, 1, Summary { middle: part.middle - within, ..part });
+                }
+                Shape::HeadWithin { rows, again, .. } => {
+                    add(if again { Component::HeadAgain } else { Component::Head }, rows, 0, 1, part);
+                }
+                Shape::Signal { rows, .. } => add(Component::ExitSignal, rows, 0, 1, part),
                 Shape::Mix { rows, depths, .. } => {
                     // Each row was at the first depth once per turn.
                     let embeds = embed(rows).middle.max(0.0) / f64::from(num_loops);

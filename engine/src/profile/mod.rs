@@ -23,7 +23,7 @@ use scheduler::{
 use traces::hash::mix;
 use traces::{ExitSignal, LatencyProfile, Nanos, PassBefore, PassOrigin, PassRun, Request, unix_micros};
 
-use grid::{PROMPTS, SHORT, Shape, key, shapes};
+use grid::{Measurable, PROMPTS, SHORT, Shape, key, shapes};
 use measured::{Counted, Round, Visit};
 
 use crate::cache::TILE;
@@ -42,15 +42,16 @@ const PROBE_TIME: Duration = Duration::from_millis(60);
 /// Minimum number of passes of a probe, for models with long passes.
 const PASSES_OF_PROBE: usize = 4;
 /// Number of ways to serve the load, which probes take in turn: sequence-wise at full depth, depth-wise with exits,
-/// depth-wise at full depth, and depth-wise with exits that are decided after each pass. They give passes of one depth, of
-/// a few and of all, consecutive passes with the head, and heads that run in a step of their own.
-const WAYS: usize = 4;
-/// The exit policy of the last way, where the model has gates. Gates that were not trained are about as large.
+/// depth-wise at full depth, and with exits that are decided after each pass, depth-wise and sequence-wise. They give passes
+/// of one depth, of a few and of all, consecutive passes with the head, heads that run in a step of their own, and few rows
+/// after many.
+const WAYS: usize = 5;
+/// The exit policy of the last two ways, where the model has gates. Gates that were not trained are about as large.
 const ADAPTIVE: ExitPolicy = ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold: 0.5 };
-/// Probability of an exit at each depth in the last way, where the model has no gates.
+/// Probability of an exit at each depth in the last two ways, where the model has no gates.
 const CHANCE: f64 = 0.5;
-/// Number of probes of a round: twice each way.
-const PROBES: usize = 2 * WAYS;
+/// Number of times that probes take every way in turn in a round.
+const CYCLES: usize = 4;
 /// Number of visits to each shape in a round, so that its times are from several moments.
 const VISITS: usize = 2;
 /// Mean time of a pass above which no cache can contain the model, so that earlier passes do not matter.
@@ -69,9 +70,9 @@ pub struct Profiler {
     services: Vec<SteadyServer<EngineExecutor>>,
     /// Whether shapes run between the passes of these machines.
     runs_among: bool,
-    /// Machines under steady load with the largest batch, depth-wise: with exits, at full depth, and with exits that are
-    /// decided after each pass.
-    depth_wise: [SteadyServer<EngineExecutor>; WAYS - 1],
+    /// Machines under steady load with the largest batch: depth-wise with exits and at full depth, and with exits that are
+    /// decided after each pass, depth-wise and sequence-wise.
+    others: [SteadyServer<EngineExecutor>; WAYS - 1],
     /// Index of the next probe's way to serve the load.
     next_way: usize,
     /// Number of times that rows got sequences.
@@ -144,7 +145,12 @@ impl Profiler {
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: history + chunk, output_tokens: 1 };
         executor.check_request(&request)?;
         let num_loops = engine.model.config().num_loops;
-        let shapes = shapes(&grid, num_loops as u32);
+        let measurable = Measurable {
+            num_loops: num_loops as u32,
+            has_gate: engine.model.config().gate,
+            heads_are_trips: engine.model.heads_ahead_from().is_some(),
+        };
+        let shapes = shapes(&grid, measurable);
         // Several prompts share a pass, as in replays; chunks of the shapes are at most `chunk` long.
         let prompt_rows = if lengths.prompt <= chunk { rows } else { chunk };
         // Keys and values that all loops share are part of the model; other fills differ in what exits copy.
@@ -172,10 +178,11 @@ impl Profiler {
             grid,
             services: vec![serve(load(decodes))?],
             runs_among: false,
-            depth_wise: [
+            others: [
                 serve(load(decodes).with_exits())?,
                 serve(load(decodes).depth_wise())?,
                 serve(load(decodes).with_exits_by(adaptive))?,
+                serve(load(decodes).with_exits_in_lockstep(adaptive))?,
             ],
             next_way: 0,
             occupied: 0,
@@ -223,7 +230,7 @@ impl Profiler {
                 }
                 round.visits.push(visit);
             }
-            round.probes = (0..PROBES).map(|_| self.probe()).collect::<Result<_, _>>()?;
+            round.probes = (0..CYCLES * WAYS).map(|_| self.probe()).collect::<Result<_, _>>()?;
             Ok::<_, ReplayError>(round)
         })?;
         let next = log_of_shapes(self.loads()[0]);
@@ -241,7 +248,7 @@ impl Profiler {
         self.next_way = (way + 1) % WAYS;
         let service = match way {
             0 => self.services.last_mut().expect("there is always one"),
-            depth_wise => &mut self.depth_wise[depth_wise - 1],
+            other => &mut self.others[other - 1],
         };
         let mut recorder = PassRecorder::new(service.load().settings(), PassOrigin::Steady, unix_micros);
         in_pool(|| {
@@ -255,8 +262,8 @@ impl Profiler {
 
     /// Loads of the probes, by way.
     pub fn loads(&self) -> [SteadyLoad; WAYS] {
-        let [with_exits, full_depth, adaptive] = self.depth_wise.each_ref().map(SteadyServer::load);
-        [self.services.last().expect("there is always one").load(), with_exits, full_depth, adaptive]
+        let [with_exits, full_depth, adaptive, in_lockstep] = self.others.each_ref().map(SteadyServer::load);
+        [self.services.last().expect("there is always one").load(), with_exits, full_depth, adaptive, in_lockstep]
     }
 
     /// All logged passes as runs of a pass log: the shapes of each round, and the steady load of each probe.
@@ -284,11 +291,12 @@ impl Profiler {
     ) -> Result<LatencyProfile, LatencyError> {
         let measured = self.measured_in(rounds);
         let components = measured.profile(model, source);
-        let passes = measured.probes().flat_map(|probe| &probe.passes);
-        let timed: Vec<_> = passes.map(|pass| (&pass.work, pass.elapsed)).collect();
-        let factors = SteadyFactors::new(&components, &timed)?;
+        let factors = SteadyFactors::new(&components, &measured.steady_passes()?)?;
         let mut profile = factors.apply(&components);
         let (least, most) = factors.range();
+        let after = factors
+            .after_range_us()
+            .map_or(String::new(), |(least, most)| format!(", and {least:+.1} to {most:+.1} us after larger passes"));
         let mixing = factors.mixing_range_us().map_or(String::new(), |(least, most)| {
             format!(", and {least:+.1} to {most:+.1} us where depths are mixed")
         });
@@ -297,7 +305,7 @@ impl Profiler {
         });
         profile.meta.source = format!(
             "{}; scaled by {least:.3} to {most:.3}, by rows: passes under steady load over the sum of \
-             components{mixing}{deciding}",
+             components{after}{mixing}{deciding}",
             profile.meta.source
         );
         LatencyModel::new(&profile)?;
@@ -351,7 +359,8 @@ impl Profiler {
         let service = self.runs_among.then_some(service);
         // Each depth follows the previous one, as under sequence-wise batching. A head that was just used follows a
         // pass at the last depth, which ran it.
-        let first_before = if matches!(shape, Shape::Head { again: true, .. }) { 0 } else { num_loops - 1 };
+        let is_again = matches!(shape, Shape::Head { again: true, .. } | Shape::HeadWithin { again: true, .. });
+        let first_before = if is_again { 0 } else { num_loops - 1 };
         if let Some(service) = service {
             while self.services[service].passes() % num_loops != first_before {
                 self.services[service].pass(&mut self.last)?;
@@ -383,7 +392,8 @@ impl Profiler {
                 Shape::Decode { .. } | Shape::AfterMore { .. } | Shape::Prefill { .. } | Shape::Prefills { .. } => {
                     !first || num_loops == 1
                 }
-                Shape::Head { .. } => last,
+                Shape::Head { .. } | Shape::HeadWithin { .. } => last,
+                Shape::Signal { .. } => !first && !last,
                 Shape::Exit { .. } | Shape::Mix { .. } => true,
             };
             counted.extend(counts.then_some(((shape, false), time)));
@@ -415,9 +425,11 @@ impl Profiler {
         let token = |index: u64| (mix(index) % vocab) as u32;
         let chunk_slot = Grid::max(&self.grid.rows);
         let (slots, prompt_tokens) = match shape {
-            Shape::Decode { rows, history } | Shape::Head { rows, history, .. } | Shape::Mix { rows, history, .. } => {
-                (0..rows, history)
-            }
+            Shape::Decode { rows, history }
+            | Shape::Head { rows, history, .. }
+            | Shape::HeadWithin { rows, history, .. }
+            | Shape::Signal { rows, history }
+            | Shape::Mix { rows, history, .. } => (0..rows, history),
             Shape::AfterMore { before, history, .. } => (0..before, history),
             Shape::Exit { rows, .. } => (0..rows, self.exit_history()),
             Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
@@ -435,7 +447,7 @@ impl Profiler {
         }
     }
 
-    /// Runs and times one pass of a shape, at the depth given by `turn`. Where the pass runs exits, only their time is
+    /// Runs and times one pass of a shape, at the depth given by `turn`. Of exits that run after the pass, only their time is
     /// returned; a log gets the time of all.
     fn time(&mut self, shape: Shape, turn: usize, logging: Logging) -> Result<Nanos, ReplayError> {
         let segments = self.segments(shape, turn);
@@ -448,12 +460,20 @@ impl Profiler {
                 head_from: u8::MAX,
                 verified_at: SignalReads::NO_DRAFTS,
             },
+            Shape::Signal { .. } => SignalReads {
+                signal: SignalRead::Signal(ExitSignal::Gate),
+                below: self.num_loops() as u8 - 1,
+                delay: 0,
+                head_from: u8::MAX,
+                verified_at: SignalReads::NO_DRAFTS,
+            },
             _ => {
                 let signal = SignalRead::Signal(ExitSignal::Top1);
                 SignalReads { signal, below: u8::MAX, delay: 0, head_from: 0, verified_at: SignalReads::NO_DRAFTS }
             }
         };
-        let exiting: Vec<u32> = if segments[0].predicts { (0..segments.len() as u32).collect() } else { Vec::new() };
+        let exits = segments[0].predicts && !matches!(shape, Shape::Signal { .. });
+        let exiting: Vec<u32> = if exits { (0..segments.len() as u32).collect() } else { Vec::new() };
         let work = pass_work(&segments, &exiting, reads, self.num_loops() as u8, self.last.0);
         let pass = Pass::new(&segments, reads, &self.tables, &work);
         let mut signals = vec![0.0; segments.len()];
@@ -470,7 +490,7 @@ impl Profiler {
             return Ok(ran);
         }
         self.occupy(shape);
-        Ok(exits)
+        Ok(if matches!(shape, Shape::HeadWithin { .. }) { ran } else { exits })
     }
 
     fn segments(&self, shape: Shape, turn: usize) -> Vec<Segment> {
@@ -498,7 +518,10 @@ impl Profiler {
             Shape::Decode { rows, history } | Shape::AfterMore { rows, history, .. } => {
                 (0..rows).map(|slot| decode(slot, self.history(slot, history), depth, false)).collect()
             }
-            Shape::Head { rows, history, again } => {
+            Shape::Signal { rows, history } => {
+                (0..rows).map(|slot| decode(slot, history, depth, depth != last)).collect()
+            }
+            Shape::Head { rows, history, again } | Shape::HeadWithin { rows, history, again } => {
                 (0..rows).map(|slot| decode(slot, history, depth, again || depth == last)).collect()
             }
             Shape::Exit { rows, skips } => {

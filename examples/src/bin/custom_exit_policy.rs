@@ -129,6 +129,7 @@ fn profile() -> LatencyProfile {
             memory: None,
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         },
         points: vec![point(1, 201.0), point(2048, 2248.0)],
         mixed_attention: None,

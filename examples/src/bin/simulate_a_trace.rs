@@ -76,6 +76,7 @@ fn profile() -> LatencyProfile {
             memory: None,
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         },
         points: [1, 16, 256, 2048].into_iter().flat_map(of_rows).collect(),
         mixed_attention: None,

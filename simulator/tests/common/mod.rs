@@ -27,6 +27,7 @@ pub fn profile(num_loops: u32, points: &[(Component, u32, u32, u32, f64)]) -> La
             memory: None,
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         },
         points: points
             .iter()
