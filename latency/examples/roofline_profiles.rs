@@ -145,6 +145,7 @@ impl Device {
             memory: Some(MemoryFigures { device_bytes: Some(self.memory_bytes), ..MemoryFigures::default() }),
             kv_fill: None,
             decode_q_len: None,
+            heads_ahead_from: None,
         };
         LatencyProfile { meta, points: self.points(), mixed_attention: None }
     }

@@ -43,6 +43,9 @@ impl Features {
             features.extend([f64::from(u8::from(rows > 0)), f64::from(u8::from(rows > 0 && is_cold))]);
             ramps(&self.head_knots, rows, &mut features);
         }
+        for rows in [work.signal_rows, work.decided_rows] {
+            features.extend([f64::from(u8::from(rows > 0)), f64::from(rows)]);
+        }
         features.extend([f64::from(u8::from(work.embed_rows > 0)), f64::from(work.embed_rows)]);
         let more_depths = |depths: u32| f64::from(u8::from(work.depths >= depths));
         features.extend((2..=self.num_loops).map(more_depths));

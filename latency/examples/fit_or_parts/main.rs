@@ -1,6 +1,10 @@
 //! Two latency models on the same logged passes: the sum of components, and a fit.
 //!
 //!     cargo run --release -p latency --example fit_or_parts -- FOLDER ...
+//!     cargo run --release -p latency --example fit_or_parts -- --thin FOLDER OUT
+//!
+//! The second form writes what the comparison needs of a folder, small enough to keep: the profile, all passes of the grid, and
+//! evenly spread ones of the steady load and of the first repeat's replays.
 //!
 //! A folder of results has a latency profile in `profile/` and the pass log `passes.parquet` of the run that it was measured for.
 //! Both models know the grid and the steady load of the profiler. They are judged on the replays, which neither has seen.
@@ -25,12 +29,39 @@ type PassTime = Box<dyn Fn(&PassWork) -> f64>;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folders: Vec<String> = std::env::args().skip(1).collect();
+    if let [option, folder, out] = &folders[..]
+        && option == "--thin"
+    {
+        return thin(Path::new(folder), Path::new(out));
+    }
     if folders.is_empty() {
         return Err("no folder: expected results of `depthwise validate`".into());
     }
     for folder in &folders {
         compare(Path::new(folder))?;
     }
+    Ok(())
+}
+
+/// Passes of the steady load that are kept of each way to serve it, and passes that are kept of a combination's replay.
+const KEPT: [usize; 2] = [3200, 1600];
+
+/// Writes the profile of a folder of results, and a part of its pass log.
+fn thin(folder: &Path, out: &Path) -> Result<(), Box<dyn Error>> {
+    let mut log = PassLog::read(folder.join("passes.parquet"))?;
+    log.runs.retain(|run| run.origin != PassOrigin::Replay || run.repeat == 0);
+    let way = |run: &PassRun| format!("{:?}, {}, {}, {}", run.origin, run.batching, run.exit, run.kv_fill);
+    let mut totals: BTreeMap<_, usize> = BTreeMap::new();
+    log.runs.iter().for_each(|run| *totals.entry(way(run)).or_default() += run.passes.len());
+    for run in log.runs.iter_mut().filter(|run| run.origin != PassOrigin::Grid) {
+        let kept = KEPT[usize::from(run.origin == PassOrigin::Replay)];
+        let each = totals[&way(run)].div_ceil(kept);
+        run.passes = run.passes.drain(..).step_by(each).collect();
+    }
+    std::fs::create_dir_all(out)?;
+    log.write(out.join("passes.parquet"))?;
+    LatencyProfile::read(folder.join("profile"))?.write(out.join("profile"))?;
+    println!("{}: {} passes", out.display(), log.runs.iter().map(|run| run.passes.len()).sum::<usize>());
     Ok(())
 }
 
@@ -53,7 +84,7 @@ fn compare(folder: &Path) -> Result<(), Box<dyn Error>> {
     let (all, used) = fitted.sizes();
     println!("fit: {used} of {all} coefficients are above 0");
 
-    use Component::{AfterMore, ExitDecision, HeadAgain, PrefillAgain};
+    use Component::{AfterMore, ExitDecision, ExitSignal, HeadAgain, PrefillAgain};
     let mut models: Vec<(&str, PassTime)> = Vec::new();
     for (name, without) in [
         ("parts", &[][..]),
@@ -61,7 +92,8 @@ fn compare(folder: &Path) -> Result<(), Box<dyn Error>> {
         ("parts without head_again", &[HeadAgain]),
         ("parts without prefill_again", &[PrefillAgain]),
         ("parts without exit_decision", &[ExitDecision]),
-        ("parts without all four", &[AfterMore, HeadAgain, PrefillAgain, ExitDecision]),
+        ("parts without exit_signal", &[ExitSignal]),
+        ("parts without all five", &[AfterMore, HeadAgain, PrefillAgain, ExitDecision, ExitSignal]),
     ] {
         models.push((name, parts(&profile, without)?));
     }
