@@ -17,10 +17,10 @@ use scheduler::blocks::BlockId;
 
 use super::device::{Device, Held, Stored, View, any_numbers, bytes_of_mut};
 use super::kernels::{self, Kernels, Target, sweep_bytes};
-use super::layers::{Layer, Run, Scratch};
+use super::layers::{Layer, Run, Scratch, wide_bytes};
 use super::model::CudaModel;
 use super::pass::{Arrays, GROUP_ROWS, OnDevice, PassRows, Room};
-use super::source::Specialization;
+use super::source::{Scalar, Specialization};
 use crate::backend::{Answers, Backend, Heads, Work};
 use crate::cache::{CacheError, PageLayout, check_block_tokens};
 use crate::config::ModelConfig;
@@ -174,18 +174,14 @@ struct RowMemory {
 
 impl RowMemory {
     /// Memory for `rows` rows; `partial` is set later.
-    fn carve(carver: &mut Carver, config: &ModelConfig, scalar_bytes: usize, rows: usize) -> Self {
+    fn carve(carver: &mut Carver, config: &ModelConfig, scalar: Scalar, rows: usize) -> Self {
         let &ModelConfig { hidden_size, intermediate_size, .. } = config;
         let (queries, qkv) = (config.q_size(), config.q_size() + 2 * config.kv_size());
         let gate_up = intermediate_size * if config.architecture.gated_mlp { 2 } else { 1 };
-        let ranks = config.lora.as_ref().map_or(0, |lora| {
-            let ranks = &lora.ranks;
-            (ranks.q + ranks.k + ranks.v).max(ranks.o).max(ranks.gate + ranks.up).max(ranks.down)
-        });
         let residual = |carver: &mut Carver| carver.take(rows * hidden_size, size_of::<f32>());
         let (hidden, part, exits) = (residual(carver), residual(carver), residual(carver));
         let injected = config.injection.map_or(View::new(0, 0), |_| residual(carver));
-        let mut stored = |width| carver.take(rows * width, scalar_bytes);
+        let mut stored = |width| carver.take(rows * width, scalar.bytes());
         let adapted = config.injection.map_or(View::new(0, 0), |_| stored(2 * hidden_size));
         let scratch = Scratch {
             normed: stored(hidden_size),
@@ -195,7 +191,7 @@ impl RowMemory {
             gate_up: stored(gate_up),
             inner: stored(intermediate_size),
             projected: stored(hidden_size),
-            shrunk: carver.take(rows * ranks.max(config.head_lora_rank), size_of::<f32>()),
+            wide: carver.take(rows * wide_bytes(config, scalar), 1),
             partial: View::new(0, 0),
         };
         Self { hidden, injected, adapted, part, exits, scratch }
@@ -405,7 +401,7 @@ impl<D: Device> CudaBackend<D> {
         let mut views = RowMemory::carve(
             &mut self.memory.row_memory.carve(),
             &self.model.config,
-            self.model.scalar.bytes(),
+            self.model.scalar,
             self.memory.rows,
         );
         let partial = self.memory.partial.held().view;
@@ -552,7 +548,7 @@ impl<D: Device> CudaBackend<D> {
     /// Makes memory fit the sections, and drops graphs with old addresses.
     fn fit(&mut self, sections: &[Section]) -> Result<()> {
         let model = self.model.clone();
-        let (device, config, scalar_bytes) = (&*model.device, &model.config, model.scalar.bytes());
+        let (device, config) = (&*model.device, &model.config);
         let mut moved = false;
         let most = |layers: &dyn Fn(Layers) -> bool| {
             sections.iter().filter(|section| layers(section.layers)).map(|section| section.rows.rows.len()).max()
@@ -561,7 +557,7 @@ impl<D: Device> CudaBackend<D> {
         let rows = most(&|_| true).unwrap_or(0).max(self.memory.rows);
         if rows > self.memory.rows {
             let mut carver = Carver(0);
-            RowMemory::carve(&mut carver, config, scalar_bytes, rows.next_power_of_two());
+            RowMemory::carve(&mut carver, config, model.scalar, rows.next_power_of_two());
             self.memory.row_memory.fit(device, carver.0 as usize)?;
             (self.memory.rows, moved) = (rows.next_power_of_two(), true);
         }

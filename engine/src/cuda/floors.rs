@@ -33,12 +33,16 @@ pub enum Operation {
     EnterRows,
     /// `norm_rows`
     NormRows,
-    /// A product with a weight.
+    /// A product with a weight and the downs of its adapters at all depths.
     Product(Projections),
-    /// `lora_shrink`
-    LoraShrink(Projections),
+    /// A product with the downs of the head's adapters.
+    HeadDowns,
     /// `lora_expand`
     LoraExpand(Projections),
+    /// `lora_add`
+    LoraAdd(Projections),
+    /// `lora_activate`
+    LoraActivate,
     /// `store_kv`
     StoreKv,
     /// `attend_splits`, for decode rows
@@ -75,8 +79,10 @@ impl fmt::Display for Operation {
             Self::EnterRows => f.write_str("enter_rows"),
             Self::NormRows => f.write_str("norm_rows"),
             Self::Product(of) => write!(f, "product of {of}"),
-            Self::LoraShrink(of) => write!(f, "lora_shrink of {of}"),
+            Self::HeadDowns => f.write_str("product of the head's downs"),
             Self::LoraExpand(of) => write!(f, "lora_expand of {of}"),
+            Self::LoraAdd(of) => write!(f, "lora_add of {of}"),
+            Self::LoraActivate => f.write_str("lora_activate"),
             Self::StoreKv => f.write_str("store_kv"),
             Self::AttendSplits => f.write_str("attend_splits"),
             Self::AttendJoin => f.write_str("attend_join"),
@@ -157,20 +163,29 @@ impl Sizes<'_> {
     pub fn operations(&self) -> Vec<Operation> {
         use Operation::*;
         let mut operations = vec![EnterRows, NormRows];
-        let adapted = |of: Projections| match self.ranks(of) {
-            0 => vec![Product(of)],
-            _ => vec![Product(of), LoraShrink(of), LoraExpand(of)],
-        };
-        operations.extend(adapted(Projections::Qkv));
+        operations.extend(self.projection(Projections::Qkv));
         operations.extend([StoreKv, AttendSplits, AttendJoin, AttendTiles]);
-        operations.extend(adapted(Projections::Output));
-        operations.extend(adapted(Projections::Up));
-        operations.push(Activate);
-        operations.extend(adapted(Projections::Down));
+        operations
+            .extend([Projections::Output, Projections::Up, Projections::Down].map(|of| self.projection(of)).concat());
         operations.extend([KeepRows, FillDeeper]);
-        operations.extend(adapted(Projections::Head));
+        operations.extend(self.projection(Projections::Head));
         operations.push(SweepLogits);
         operations
+    }
+
+    /// The operations of projections and, of the first matrices of the MLP, of the activation.
+    fn projection(&self, of: Projections) -> Vec<Operation> {
+        use Operation::*;
+        let (adapted, gated) = (self.ranks(of) > 0, self.config.architecture.gated_mlp);
+        match of {
+            Projections::Up if !adapted => vec![Product(of), Activate],
+            Projections::Up if !gated => vec![Product(of), LoraExpand(of), Activate],
+            Projections::Up => vec![Product(of), LoraActivate],
+            _ if !adapted => vec![Product(of)],
+            Projections::Qkv => vec![Product(of), LoraExpand(of)],
+            Projections::Output | Projections::Down => vec![Product(of), LoraAdd(of)],
+            Projections::Head => vec![Product(of), HeadDowns, LoraAdd(of)],
+        }
     }
 
     fn kinds(&self, of: Projections) -> Vec<ProjectionKind> {
@@ -215,48 +230,64 @@ impl Sizes<'_> {
     pub fn work(&self, operation: Operation, load: &Load) -> Work {
         let (bytes, operations) = match operation {
             Operation::Product(of) => self.product(of, load),
-            Operation::LoraShrink(of) => self.shrink(of, load),
-            Operation::LoraExpand(of) => self.expand(of, load),
+            Operation::HeadDowns => {
+                self.product_of(Projections::Head, self.adapted_columns(Projections::Head), 4, load)
+            }
+            Operation::LoraExpand(of) | Operation::LoraAdd(of) => self.expand(of, load),
+            Operation::LoraActivate => self.expand(Projections::Up, load),
             Operation::AttendSplits | Operation::AttendJoin | Operation::AttendTiles | Operation::StoreKv => {
                 self.attention(operation, load)
             }
             _ => self.by_row(operation, load),
         };
-        let attends = matches!(operation, Operation::AttendSplits | Operation::AttendTiles);
-        let is_product = matches!(operation, Operation::Product(_)) || attends && self.scalar != Scalar::F32;
+        let on_tensor_cores = self.scalar != Scalar::F32;
+        let is_product = match operation {
+            Operation::Product(_) | Operation::HeadDowns => true,
+            Operation::AttendSplits | Operation::AttendTiles => on_tensor_cores,
+            Operation::LoraExpand(_) | Operation::LoraAdd(_) | Operation::LoraActivate => on_tensor_cores,
+            _ => false,
+        };
         Work { bytes: bytes as f64, operations: operations as f64, is_product }
     }
 
+    /// Outputs of the adapters' downs at all depths.
+    fn adapted_columns(&self, of: Projections) -> usize {
+        self.config.num_loops * self.ranks(of)
+    }
+
     fn product(&self, of: Projections, load: &Load) -> (usize, usize) {
-        let (inputs, outputs, stored) = (self.inputs(of), self.outputs(of), self.scalar.bytes());
-        let y = match of {
-            // Logits are `f32`, and the residual stream is accumulated.
+        let adapted = self.ranks(of) > 0;
+        let bytes_of_output = match of {
+            // Logits are `f32`, and the residual stream is accumulated, unless adapters come in between.
             Projections::Head => 4,
+            Projections::Output | Projections::Down if adapted => 4,
             Projections::Output | Projections::Down => 8,
-            Projections::Qkv | Projections::Up => stored,
+            Projections::Qkv | Projections::Up => self.scalar.bytes(),
         };
-        let bytes = inputs * outputs * stored + load.rows * (inputs * stored + outputs * y);
+        let downs = if of == Projections::Head { 0 } else { self.adapted_columns(of) };
+        self.product_of(of, self.outputs(of) + downs, bytes_of_output, load)
+    }
+
+    fn product_of(&self, of: Projections, outputs: usize, bytes_of_output: usize, load: &Load) -> (usize, usize) {
+        let (inputs, stored) = (self.inputs(of), self.scalar.bytes());
+        let bytes = inputs * outputs * stored + load.rows * (inputs * stored + outputs * bytes_of_output);
         (bytes, 2 * load.rows * inputs * outputs)
     }
 
-    fn shrink(&self, of: Projections, load: &Load) -> (usize, usize) {
-        let (inputs, ranks, stored) = (self.inputs(of), self.ranks(of), self.scalar.bytes());
-        let bytes = load.depths * ranks * inputs * stored + load.rows * (inputs * stored + 4 * ranks);
-        (bytes, 2 * load.rows * ranks * inputs)
-    }
-
     fn expand(&self, of: Projections, load: &Load) -> (usize, usize) {
-        let (stored, adapted) = (self.scalar.bytes(), |&(rank, _): &(usize, usize)| rank > 0);
-        let parts: Vec<(usize, usize)> = self.parts(of).into_iter().filter(adapted).collect();
+        let (stored, parts) = (self.scalar.bytes(), self.parts(of));
         let numbers: usize = parts.iter().map(|(rank, outputs)| rank * outputs).sum();
-        let outputs: usize = parts.iter().map(|(_, outputs)| outputs).sum();
-        // A destination that is added to is read and written.
-        let y = match of {
-            Projections::Qkv | Projections::Up => 2 * stored,
-            Projections::Output | Projections::Down | Projections::Head => 8,
+        let (outputs, ranks) = (self.outputs(of), self.ranks(of));
+        let of_row = match of {
+            Projections::Up if self.config.architecture.gated_mlp => {
+                (ranks + outputs) * stored + self.config.intermediate_size * stored
+            }
+            Projections::Qkv | Projections::Up => (ranks + 2 * outputs) * stored,
+            // A destination that is added to is read and written.
+            Projections::Output | Projections::Down => 4 * (ranks + 3 * outputs),
+            Projections::Head => 4 * (ranks + 2 * outputs),
         };
-        let bytes = load.depths * numbers * stored + load.rows * (4 * self.ranks(of) + outputs * y);
-        (bytes, 2 * load.rows * numbers)
+        (load.depths * numbers * stored + load.rows * of_row, 2 * load.rows * numbers)
     }
 
     fn attention(&self, operation: Operation, load: &Load) -> (usize, usize) {
@@ -332,23 +363,32 @@ mod tests {
     }
 
     #[test]
-    fn adapters_are_read_once_for_each_depth_and_weights_once() {
-        let config = adapted();
-        let sizes = Sizes { config: &config, scalar: Scalar::Bf16 };
-        let bytes = |operation, depths| sizes.work(operation, &Load { rows: 4, depths, history: 1, chunk: 0 }).bytes;
+    fn ups_are_read_once_for_each_depth_of_a_pass_and_downs_at_all_depths_with_the_weight() {
+        let (config, plain) = (adapted(), tiny());
+        let sizes = |config| Sizes { config, scalar: Scalar::Bf16 };
+        let work =
+            |config, operation, depths| sizes(config).work(operation, &Load { rows: 4, depths, history: 1, chunk: 0 });
         let of = Projections::Qkv;
-        let downs = sizes.ranks(of) * sizes.inputs(of) * 2;
-        assert_eq!(bytes(Operation::LoraShrink(of), 3) - bytes(Operation::LoraShrink(of), 1), 2.0 * downs as f64);
-        assert_eq!(bytes(Operation::Product(of), 3), bytes(Operation::Product(of), 1));
+        let ups: usize = sizes(&config).parts(of).iter().map(|(rank, outputs)| rank * outputs * 2).sum();
+        let [one, three] = [1, 3].map(|depths| work(&config, Operation::LoraExpand(of), depths).bytes);
+        assert_eq!(three - one, 2.0 * ups as f64);
+        let columns = config.num_loops * sizes(&config).ranks(of);
+        let [with, without] = [&config, &plain].map(|config| work(config, Operation::Product(of), 1));
+        let inputs = sizes(&config).inputs(of);
+        assert_eq!(with.bytes - without.bytes, (columns * (inputs + 4) * 2) as f64);
+        assert_eq!(with.operations - without.operations, (2 * 4 * columns * inputs) as f64);
     }
 
     #[test]
-    fn a_model_without_adapters_has_no_lora() {
-        let has_lora = |config: &ModelConfig| {
-            let operations = Sizes { config, scalar: Scalar::F32 }.operations();
-            operations.iter().any(|operation| operation.to_string().starts_with("lora"))
+    fn adapters_are_one_launch_after_each_product_and_take_the_activation_along() {
+        let operations = |config: &ModelConfig| Sizes { config, scalar: Scalar::F32 }.operations();
+        let launches = |config: &ModelConfig, name: &str| {
+            operations(config).iter().filter(|operation| operation.to_string().contains(name)).count()
         };
-        assert!(has_lora(&adapted()));
-        assert!(!has_lora(&tiny()));
+        assert_eq!((launches(&adapted(), "lora"), launches(&adapted(), "activate")), (4, 1));
+        assert_eq!((launches(&tiny(), "lora"), launches(&tiny(), "activate")), (0, 1));
+        assert_eq!(operations(&adapted()).len(), operations(&tiny()).len() + 3);
+        let head = ModelConfig { head_lora_rank: 2, ..tiny() };
+        assert_eq!(operations(&head).len(), operations(&tiny()).len() + 2);
     }
 }

@@ -6,11 +6,11 @@ use candle_core::{Result, bail};
 
 use super::device::{Device, Out, Plain, Product, Stored, THREADS, View};
 use super::pass::{Group, OnDevice, Row};
-use super::source::Specialization;
+use super::source::{Scalar, Specialization};
 use crate::config::{Activation, Norm};
 
-/// Ranks per block of `lora_shrink`, as in `lora.cu`.
-const RANKS_OF_BLOCK: usize = 4;
+/// Outputs per slice of adapted projections, as in `lora.cu`.
+const OUTPUTS_OF_SLICE: usize = 64;
 /// Logits per slice, as in `signals.cu`.
 const SLICE: usize = 16 * THREADS;
 /// Bytes of the result of one slice of a row of logits, as in `signals.cu`.
@@ -102,20 +102,62 @@ impl Formula {
     }
 }
 
-/// One of several adapted projections of one input.
+/// Adjacent outputs of a projection with their ranks, as in `lora.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slice {
+    first_output: i32,
+    outputs: i32,
+    first_rank: i32,
+    ranks: i32,
+    at: i64,
+    depth_stride: i64,
+}
+
+/// Sizes of adapters, as in `lora.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
+struct Ranks {
+    depths: i32,
+    ranks: i32,
+    stride: i32,
+    outputs: i32,
+}
+
+/// A projection among several of one input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// Index of the first rank that it reads.
-    pub first_rank: i32,
-    /// Number of ranks that it reads.
-    pub ranks: i32,
-    /// Index of its first output.
-    pub first_output: i32,
+    /// Rank of its adapters; 0 without any.
+    pub rank: usize,
     /// Number of its outputs.
-    pub outputs: i32,
-    /// Start of its matrix `[depths, ranks, outputs]` in the ups.
-    pub at: i64,
+    pub outputs: usize,
+}
+
+impl Part {
+    /// Numbers from one output to the next in the ups: the rank, rounded up to whole 16-byte loads.
+    pub fn padded_rank(&self, scalar: Scalar) -> usize {
+        self.rank.next_multiple_of(scalar.pack())
+    }
+
+    /// The slices of projections of one input, and how many numbers their ups have at all depths.
+    pub fn slices(parts: &[Self], depths: usize, scalar: Scalar) -> (Vec<Slice>, usize) {
+        let (mut slices, mut first_output, mut first_rank, mut start) = (Vec::new(), 0, 0, 0);
+        for part in parts {
+            let (padded, &Self { rank, outputs }) = (part.padded_rank(scalar), part);
+            slices.extend((0..outputs).step_by(OUTPUTS_OF_SLICE).map(|first| Slice {
+                first_output: (first_output + first) as i32,
+                outputs: (outputs - first).min(OUTPUTS_OF_SLICE) as i32,
+                first_rank: first_rank as i32,
+                ranks: rank as i32,
+                at: (start + first * padded) as i64,
+                depth_stride: (outputs * padded) as i64,
+            }));
+            first_output += outputs;
+            first_rank += rank;
+            start += depths * outputs * padded;
+        }
+        (slices, start)
+    }
 }
 
 /// Results of a row of logits, as in `signals.cu`.
@@ -138,14 +180,23 @@ pub struct Verdict {
 unsafe impl Plain for Sight {}
 // SAFETY: as above.
 unsafe impl Plain for Fill {}
-// SAFETY: four numbers of 4 bytes before one of 8: no padding.
-unsafe impl Plain for Part {}
+// SAFETY: four numbers of 4 bytes before two of 8: no padding.
+unsafe impl Plain for Slice {}
 // SAFETY: as for `Sight`.
 unsafe impl Plain for Verdict {}
 
 /// Bytes of scratch memory for [`Kernels::read_logits`].
 pub fn sweep_bytes(rows: usize, vocab: usize) -> usize {
     rows * vocab.div_ceil(SLICE) * SWEEP_BYTES
+}
+
+/// An activation, as in `rows.cu`.
+fn activation_number(activation: Activation) -> i32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::Gelu => 1,
+        Activation::GeluTanh => 2,
+    }
 }
 
 /// The kernels of a model on a device.
@@ -173,25 +224,44 @@ pub struct AttentionInputs {
     pub geometry: Geometry,
 }
 
-/// LoRA by depth of projections of one input.
+/// Second matrices of the LoRA by depth of projections of one input.
 #[derive(Clone, Copy, Debug)]
 pub struct LoraInputs {
-    /// `[depths, ranks, inputs]`
-    pub downs: View<Stored>,
-    /// For each part `[depths, ranks, outputs]`, with the scale applied.
+    /// For each part `[depths, outputs, padded rank]`, with the scale applied and zeros beyond the rank.
     pub ups: View<Stored>,
-    /// The parts.
-    pub parts: View<Part>,
-    /// Outputs of the widest part.
-    pub widest: usize,
+    /// [`Part::slices`]
+    pub slices: View<Slice>,
     /// Number of depths with an adapter.
     pub depths: usize,
     /// Number of ranks of all parts.
     pub ranks: usize,
-    /// Width of the input.
-    pub inputs: usize,
-    /// Width of the output.
+    /// Number of outputs of all parts.
     pub outputs: usize,
+    /// Numbers per row of the product that has the ranks of all depths.
+    pub stride: usize,
+}
+
+impl LoraInputs {
+    /// Numbers per row of the product of an input with a weight of `outputs` outputs and, below it, the downs
+    /// `[depths, ranks, inputs]`: `[outputs, ranks of depth 0, ranks of depth 1, ..]`, rounded up to whole 16-byte loads.
+    pub fn stride(outputs: usize, depths: usize, ranks: usize, scalar: Scalar) -> usize {
+        (outputs + depths * ranks).next_multiple_of(scalar.pack())
+    }
+
+    fn sizes(&self) -> Ranks {
+        let [depths, ranks, stride, outputs] =
+            [self.depths, self.ranks, self.stride, self.outputs].map(|size| size as i32);
+        Ranks { depths, ranks, stride, outputs }
+    }
+}
+
+/// Biases that are added with adapters.
+#[derive(Clone, Copy, Debug)]
+pub struct Biases {
+    /// `[sets, outputs]`
+    pub numbers: View<f32>,
+    /// Number of sets: one for all depths, or one for each.
+    pub sets: usize,
 }
 
 /// A weight `[outputs, inputs]`.
@@ -607,12 +677,7 @@ impl<D: Device> Kernels<'_, D> {
         require!("the activation's input", x, rows * inner * if gated { 2 } else { 1 });
         require!("the activation's output", out, rows * inner);
         let parts = inner.div_ceil(THREADS * self.specialization.scalar.pack());
-        let activation = match activation {
-            Activation::Silu => 0_i32,
-            Activation::Gelu => 1,
-            Activation::GeluTanh => 2,
-        };
-        let (inner, gated) = (inner as i32, i32::from(gated));
+        let (inner, gated, activation) = (inner as i32, i32::from(gated), activation_number(activation));
         let arguments = arguments![x.address, inner, gated, activation, out.address];
         // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("activate", [rows, parts, 1], arguments) }
@@ -680,85 +745,96 @@ impl<D: Device> Kernels<'_, D> {
         unsafe { self.launch("gates", [picks.len, 1, 1], arguments) }
     }
 
-    /// First product of LoRA: `shrunk` `[rows, ranks]` from `x` `[rows, inputs]`.
-    ///
-    /// # Errors
-    /// If a size is wrong, or the device fails.
-    pub fn lora_shrink(
-        &self,
-        lora: &LoraInputs,
-        x: View<Stored>,
-        rows: usize,
-        groups: View<Group>,
-        shrunk: View<f32>,
-    ) -> Result<()> {
-        require!("LoRA's input", x, rows * lora.inputs);
-        require!("LoRA's scratch", shrunk, rows * lora.ranks);
-        require!("LoRA's downs", lora.downs, lora.depths * lora.ranks * lora.inputs);
-        let grid = [groups.len, lora.ranks.div_ceil(RANKS_OF_BLOCK), 1];
-        let (depths, ranks, inputs) = (lora.depths as i32, lora.ranks as i32, lora.inputs as i32);
-        let arguments =
-            arguments![x.address, lora.downs.address, groups.address, depths, ranks, inputs, shrunk.address];
-        // SAFETY: the kernel's arguments, with checked sizes.
-        unsafe { self.launch("lora_shrink", grid, arguments) }
-    }
-
-    /// Second product of LoRA, added to `y` `[rows, outputs]`.
+    /// Adds the second product of LoRA, and biases, to a product: `y` `[rows, outputs]` of `base` `[rows, stride]`, which
+    /// has the outputs without adapters and then the ranks of each depth.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
     pub fn lora_expand(
         &self,
         lora: &LoraInputs,
-        shrunk: View<f32>,
-        rows: usize,
-        groups: View<Group>,
+        base: View<Stored>,
+        (rows, groups): (usize, View<Group>),
+        biases: Option<Biases>,
         y: View<Stored>,
     ) -> Result<()> {
+        require!("LoRA's input", base, rows * lora.stride);
         require!("LoRA's output", y, rows * lora.outputs);
-        self.launch_expand("lora_expand", lora, shrunk, rows, groups, y.address)
+        let (sizes, (biases, sets)) = (lora.sizes(), self.check_biases(lora, biases)?);
+        let LoraInputs { ups, slices, .. } = lora;
+        let arguments =
+            arguments![base.address, ups.address, groups.address, slices.address, sizes, biases, sets, y.address];
+        // SAFETY: the kernel's arguments; the slices are within ups and output.
+        unsafe { self.launch("lora_expand", [groups.len, slices.len, 1], arguments) }
     }
 
-    /// Second product of LoRA, added to `f32` numbers: the residual stream, or logits.
+    /// Adds the second product of LoRA to `f32` numbers `y` `[rows, outputs]`. They are the residual stream, to which
+    /// `base` `[rows, stride]` and biases are also added; or they are logits, without a base, and `product`
+    /// `[rows, stride]` has only the ranks of each depth.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
-    pub fn lora_expand_f32(
+    pub fn lora_add(
         &self,
         lora: &LoraInputs,
-        shrunk: View<f32>,
-        rows: usize,
-        groups: View<Group>,
+        product: View<f32>,
+        has_base: bool,
+        (rows, groups): (usize, View<Group>),
+        biases: Option<Biases>,
         y: View<f32>,
     ) -> Result<()> {
+        require!("LoRA's input", product, rows * lora.stride);
         require!("LoRA's output", y, rows * lora.outputs);
-        self.launch_expand("lora_expand_f32", lora, shrunk, rows, groups, y.address)
+        let (sizes, (biases, sets)) = (lora.sizes(), self.check_biases(lora, biases)?);
+        let LoraInputs { ups, slices, .. } = lora;
+        let (base, shrunk) = match has_base {
+            true => (product.address, product.address + (lora.outputs * size_of::<f32>()) as u64),
+            false => (0, product.address),
+        };
+        let arguments =
+            arguments![base, shrunk, ups.address, groups.address, slices.address, sizes, biases, sets, y.address];
+        // SAFETY: the kernel's arguments; the slices are within ups and output.
+        unsafe { self.launch("lora_add", [groups.len, slices.len, 1], arguments) }
     }
 
-    fn launch_expand(
+    /// The activations of a gated MLP with adapters: [`lora_expand`](Self::lora_expand), then
+    /// [`activate`](Self::activate), in one kernel: `out` `[rows, outputs / 2]`.
+    ///
+    /// # Errors
+    /// If a size is wrong, or the device fails.
+    pub fn lora_activate(
         &self,
-        kernel: &'static str,
         lora: &LoraInputs,
-        shrunk: View<f32>,
-        rows: usize,
-        groups: View<Group>,
-        y: u64,
+        base: View<Stored>,
+        (rows, groups): (usize, View<Group>),
+        biases: Option<Biases>,
+        activation: Activation,
+        out: View<Stored>,
     ) -> Result<()> {
-        require!("LoRA's scratch", shrunk, rows * lora.ranks);
-        let grid = [groups.len, lora.parts.len, lora.widest.div_ceil(THREADS)];
-        let (depths, ranks, outputs) = (lora.depths as i32, lora.ranks as i32, lora.outputs as i32);
+        require!("LoRA's input", base, rows * lora.stride);
+        require!("the activation's output", out, rows * lora.outputs / 2);
+        let (sizes, (biases, sets)) = (lora.sizes(), self.check_biases(lora, biases)?);
+        let (LoraInputs { ups, slices, .. }, activation) = (lora, activation_number(activation));
         let arguments = arguments![
-            shrunk.address,
-            lora.ups.address,
+            base.address,
+            ups.address,
             groups.address,
-            lora.parts.address,
-            depths,
-            ranks,
-            outputs,
-            y,
+            slices.address,
+            sizes,
+            biases,
+            sets,
+            activation,
+            out.address
         ];
-        // SAFETY: the kernel's arguments; the parts are within ups and output.
-        unsafe { self.launch(kernel, grid, arguments) }
+        // SAFETY: the kernel's arguments; gates and ups have equal slices, within ups and output.
+        unsafe { self.launch("lora_activate", [groups.len, slices.len / 2, 1], arguments) }
+    }
+
+    /// Address of biases, 0 for none, and their number of sets.
+    fn check_biases(&self, lora: &LoraInputs, biases: Option<Biases>) -> Result<(u64, i32)> {
+        let Some(Biases { numbers, sets }) = biases else { return Ok((0, 1)) };
+        require!("biases", numbers, sets * lora.outputs);
+        Ok((numbers.address, sets as i32))
     }
 
     /// Reads rows of logits `[keys, vocab]` and samples a token from each, as

@@ -2,10 +2,13 @@
 
 use std::cell::Cell;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device as CandleDevice, Result, Tensor};
 
 use super::device::{Device, Held, Plain, Stored, View};
-use super::kernels::{AttentionInputs, Formula, Geometry, Kernels, LoraInputs, Matrix, Part, Sight, Target};
+use super::floors::Sizes;
+use super::kernels::{
+    AttentionInputs, Biases, Formula, Geometry, Kernels, LoraInputs, Matrix, Part, Sight, Slice, Target,
+};
 use super::pass::OnDevice;
 use super::source::Scalar;
 use crate::cache::{Kept, PageLayout};
@@ -58,56 +61,79 @@ impl<D: Device> Loading<'_, D> {
         Ok(Norm { vectors: self.exact(vectors)?, formula })
     }
 
-    /// The low-rank differences of projections at each depth; `None` if no depth has any.
-    pub fn lora(&self, adapters: &[Adapter<'_>]) -> Result<Option<Lora<D>>> {
+    /// The low-rank differences of projections at each depth, added to a product that begins with `base` outputs; `None`
+    /// if no depth has any.
+    fn lora(&self, adapters: &[Adapter<'_>], base: usize) -> Result<Option<Lora<D>>> {
         let Some(first) = adapters.first() else { return Ok(None) };
-        let (mut parts, mut ups) = (Vec::new(), Vec::new());
-        let (mut ranks, mut outputs, mut inputs, mut at) = (0, 0, 0, 0);
-        for (index, &(width, matrices)) in first.parts.iter().enumerate() {
-            if let Some((down, _)) = matrices {
-                let (rank, of_inputs) = down.dims2()?;
-                parts.push(Part {
-                    first_rank: ranks as i32,
-                    ranks: rank as i32,
-                    first_output: outputs as i32,
-                    outputs: width as i32,
-                    at: at as i64,
-                });
-                for adapter in adapters {
-                    let (_, up) = adapter.parts[index].1.expect("a projection is adapted at every depth or none");
-                    ups.push((up.t()? * f64::from(adapter.scale))?);
-                }
-                ranks += rank;
-                inputs = of_inputs;
-                at += adapters.len() * rank * width;
-            }
-            outputs += width;
+        let rank_of = |matrices: &Option<(&Tensor, &Tensor)>| matrices.map_or(Ok(0), |(down, _)| down.dim(0));
+        let part = |(outputs, matrices): &(usize, _)| Ok(Part { rank: rank_of(matrices)?, outputs: *outputs });
+        let parts = first.parts.iter().map(part).collect::<Result<Vec<_>>>()?;
+        let (depths, ranks) = (adapters.len(), parts.iter().map(|part| part.rank).sum());
+        if ranks == 0 {
+            return Ok(None);
         }
-        let downs: Vec<&Tensor> =
-            adapters.iter().flat_map(|adapter| &adapter.parts).filter_map(|part| Some(part.1?.0)).collect();
-        let memory = (self.stored(&downs)?, self.stored(&ups.iter().collect::<Vec<_>>())?, self.plain(&parts)?);
-        let widest = parts.iter().map(|part| part.outputs as usize).max().unwrap_or(0);
-        let (downs, ups, parts) = (memory.0.view, memory.1.view, memory.2.view);
-        let sizes = LoraInputs { downs, ups, parts, widest, depths: adapters.len(), ranks, inputs, outputs };
+        let mut ups = Vec::new();
+        for (index, part) in parts.iter().enumerate().filter(|(_, part)| part.rank > 0) {
+            for adapter in adapters {
+                let (_, up) = adapter.parts[index].1.expect("a projection is adapted at every depth or none");
+                let up = (up * f64::from(adapter.scale))?;
+                ups.push(up.pad_with_zeros(1, 0, part.padded_rank(self.scalar) - part.rank)?);
+            }
+        }
+        let (slices, numbers) = Part::slices(&parts, depths, self.scalar);
+        let memory = (self.stored(&ups.iter().collect::<Vec<_>>())?, self.plain(&slices)?);
+        assert_eq!(memory.0.view.len(), numbers, "the slices cover the ups");
+        let sizes = LoraInputs {
+            ups: memory.0.view,
+            slices: memory.1.view,
+            depths,
+            ranks,
+            outputs: parts.iter().map(|part| part.outputs).sum(),
+            stride: LoraInputs::stride(base, depths, ranks, self.scalar),
+        };
         Ok(Some(Lora { sizes, _memory: memory }))
     }
 
+    /// Weights and, below them, the downs of adapters of all depths: a matrix of `stride` outputs, zeros beyond the last.
+    fn with_downs(
+        &self,
+        weights: &[&Tensor],
+        adapters: &[Adapter<'_>],
+        stride: usize,
+    ) -> Result<(Held<D, Stored>, Matrix)> {
+        let downs = adapters.iter().flat_map(|adapter| &adapter.parts).filter_map(|part| Some(part.1?.0));
+        let mut tensors: Vec<&Tensor> = weights.iter().copied().chain(downs).collect();
+        let inputs = tensors[0].dim(1)?;
+        let outputs =
+            tensors.iter().try_fold(0, |outputs, tensor| Ok::<_, candle_core::Error>(outputs + tensor.dim(0)?))?;
+        let zeros = Tensor::zeros((stride - outputs, inputs), DType::F32, &CandleDevice::Cpu)?;
+        tensors.push(&zeros);
+        let held = self.stored(&tensors)?;
+        let matrix = Matrix { numbers: held.view, outputs: stride, inputs };
+        Ok((held, matrix))
+    }
+
+    /// The low-rank differences of the head at each depth; `None` if no depth has any.
+    pub fn head_lora(&self, adapters: &[Adapter<'_>]) -> Result<Option<HeadLora<D>>> {
+        let Some(lora) = self.lora(adapters, 0)? else { return Ok(None) };
+        let (_downs, downs) = self.with_downs(&[], adapters, lora.sizes.stride)?;
+        Ok(Some(HeadLora { downs, _downs, lora }))
+    }
+
     fn projection(&self, parameters: &Projections<'_>) -> Result<Projection<D>> {
-        let (outputs, inputs) = parameters.weights.iter().try_fold((0, 0), |(outputs, _), weight| {
-            Ok::<_, candle_core::Error>({
-                let (more, inputs) = weight.dims2()?;
-                (outputs + more, inputs)
-            })
-        })?;
-        let weight = self.stored(&parameters.weights)?;
+        let outputs = parameters.weights.iter().map(|weight| weight.dim(0)).sum::<Result<usize>>()?;
+        let lora = self.lora(&parameters.adapters, outputs)?;
+        let stride = lora.as_ref().map_or(outputs, |lora| lora.sizes.stride);
+        let (_weight, matrix) = self.with_downs(&parameters.weights, &parameters.adapters, stride)?;
         let biases = parameters.biases.as_ref();
         Ok(Projection {
-            matrix: Matrix { numbers: weight.view, outputs, inputs },
-            _weight: weight,
+            matrix,
+            _weight,
+            outputs,
             biases: biases
                 .map(|biases| Ok::<_, candle_core::Error>((self.exact(biases)?, biases.dim(0)?)))
                 .transpose()?,
-            lora: self.lora(&parameters.adapters)?,
+            lora,
         })
     }
 
@@ -170,43 +196,56 @@ struct PostNorm<D: Device> {
     after_addition: bool,
 }
 
-/// Low-rank differences by depth.
-pub(super) struct Lora<D: Device> {
+/// Low-rank differences by depth, without the downs.
+struct Lora<D: Device> {
     sizes: LoraInputs,
-    _memory: (Held<D, Stored>, Held<D, Stored>, Held<D, Part>),
+    _memory: (Held<D, Stored>, Held<D, Slice>),
 }
 
-impl<D: Device> Lora<D> {
-    /// Adds the low-rank product of `x` to the residual stream, or to logits.
-    pub fn add_to(&self, run: &Run<'_, D>, x: View<Stored>, y: View<f32>) -> Result<()> {
-        let (rows, groups, shrunk) = (run.rows.rows.len(), run.rows.groups, run.scratch.shrunk);
-        run.kernels.lora_shrink(&self.sizes, x, rows, groups, shrunk)?;
-        run.kernels.lora_expand_f32(&self.sizes, shrunk, rows, groups, y)
-    }
+/// Low-rank differences of the head by depth. The logits are swept in place, so the ranks are a product of their own.
+pub(super) struct HeadLora<D: Device> {
+    downs: Matrix,
+    _downs: Held<D, Stored>,
+    lora: Lora<D>,
+}
 
-    fn add_to_stored(&self, run: &Run<'_, D>, x: View<Stored>, y: View<Stored>) -> Result<()> {
-        let (rows, groups, shrunk) = (run.rows.rows.len(), run.rows.groups, run.scratch.shrunk);
-        run.kernels.lora_shrink(&self.sizes, x, rows, groups, shrunk)?;
-        run.kernels.lora_expand(&self.sizes, shrunk, rows, groups, y)
+impl<D: Device> HeadLora<D> {
+    /// Adds the low-rank product of `x` to logits.
+    pub fn add_to(&self, run: &Run<'_, D>, x: View<Stored>, logits: View<f32>) -> Result<()> {
+        let (rows, shrunk) = (run.rows.rows.len(), run.scratch.wide_f32());
+        run.kernels.product(x, rows, self.downs, Target::F32(shrunk))?;
+        run.kernels.lora_add(&self.lora.sizes, shrunk, false, (rows, run.rows.groups), None, logits)
     }
 }
 
 /// Concatenated projections of one input.
 struct Projection<D: Device> {
+    /// The weight and, below it, the downs of adapters.
     matrix: Matrix,
     _weight: Held<D, Stored>,
+    outputs: usize,
     /// Biases and the number of their sets.
     biases: Option<(Held<D, f32>, usize)>,
     lora: Option<Lora<D>>,
 }
 
 impl<D: Device> Projection<D> {
+    fn biases(&self) -> Option<Biases> {
+        self.biases.as_ref().map(|(held, sets)| Biases { numbers: held.view, sets: *sets })
+    }
+
     fn forward(&self, run: &Run<'_, D>, x: View<Stored>, y: View<Stored>) -> Result<()> {
-        run.kernels.product(x, run.rows.rows.len(), self.matrix, Target::Stored(y))?;
-        if let Some((biases, sets)) = &self.biases {
-            run.kernels.add_bias(y, run.rows.rows, biases.view, *sets, self.matrix.outputs)?;
+        let rows = run.rows.rows.len();
+        if let Some(lora) = &self.lora {
+            let wide = run.scratch.wide_stored(run.kernels.specialization.scalar);
+            run.kernels.product(x, rows, self.matrix, Target::Stored(wide))?;
+            return run.kernels.lora_expand(&lora.sizes, wide, (rows, run.rows.groups), self.biases(), y);
         }
-        self.lora.as_ref().map_or(Ok(()), |lora| lora.add_to_stored(run, x, y))
+        run.kernels.product(x, rows, self.matrix, Target::Stored(y))?;
+        match self.biases() {
+            Some(Biases { numbers, sets }) => run.kernels.add_bias(y, run.rows.rows, numbers, sets, self.outputs),
+            None => Ok(()),
+        }
     }
 
     /// Adds the projection of `x` to the residual stream. If there is a norm, either the projection or the sum is normed.
@@ -216,12 +255,24 @@ impl<D: Device> Projection<D> {
             self.forward(run, x, projected)?;
             return run.kernels.add_normed(projected, run.rows.rows, vectors.view, *formula, residual);
         }
-        run.kernels.product(x, run.rows.rows.len(), self.matrix, Target::AddedTo(residual))?;
-        if let Some((biases, sets)) = &self.biases {
-            run.kernels.add_bias_to_residual(residual, run.rows.rows, biases.view, *sets, self.matrix.outputs)?;
-        }
-        self.lora.as_ref().map_or(Ok(()), |lora| lora.add_to(run, x, residual))?;
+        self.add_product(run, x, residual)?;
         norm.map_or(Ok(()), |sum| sum.norm.apply(run, residual, 0))
+    }
+
+    fn add_product(&self, run: &Run<'_, D>, x: View<Stored>, residual: View<f32>) -> Result<()> {
+        let rows = run.rows.rows.len();
+        if let Some(lora) = &self.lora {
+            let wide = run.scratch.wide_f32();
+            run.kernels.product(x, rows, self.matrix, Target::F32(wide))?;
+            return run.kernels.lora_add(&lora.sizes, wide, true, (rows, run.rows.groups), self.biases(), residual);
+        }
+        run.kernels.product(x, rows, self.matrix, Target::AddedTo(residual))?;
+        match self.biases() {
+            Some(Biases { numbers, sets }) => {
+                run.kernels.add_bias_to_residual(residual, run.rows.rows, numbers, sets, self.outputs)
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -272,16 +323,38 @@ pub(super) struct Scratch {
     pub inner: View<Stored>,
     /// outputs that are normed before they are added,
     pub projected: View<Stored>,
-    /// ranks of LoRA.
-    pub shrunk: View<f32>,
+    /// products with a weight and the downs of its adapters, in the storage type or in `f32`, in bytes.
+    pub wide: View<u8>,
     /// By split of attention.
     pub partial: View<f32>,
+}
+
+impl Scratch {
+    fn wide_stored(&self, scalar: Scalar) -> View<Stored> {
+        View::new(self.wide.address(), self.wide.len() / scalar.bytes())
+    }
+
+    fn wide_f32(&self) -> View<f32> {
+        View::new(self.wide.address(), self.wide.len() / size_of::<f32>())
+    }
+}
+
+/// Bytes per row of the widest product with a weight and the downs of its adapters.
+pub(super) fn wide_bytes(config: &ModelConfig, scalar: Scalar) -> usize {
+    use super::floors::Projections::{Down, Head, Output, Qkv, Up};
+    let (sizes, depths) = (Sizes { config, scalar }, config.num_loops);
+    let bytes = |of| {
+        let (ranks, outputs) = (sizes.ranks(of), if of == Head { 0 } else { sizes.outputs(of) });
+        let bytes_of_number = if matches!(of, Qkv | Up) { scalar.bytes() } else { size_of::<f32>() };
+        if ranks == 0 { 0 } else { LoraInputs::stride(outputs, depths, ranks, scalar) * bytes_of_number }
+    };
+    [Qkv, Output, Up, Down, Head].map(bytes).into_iter().max().unwrap_or(0)
 }
 
 impl<D: Device> Layer<D> {
     /// Runs rows of the residual stream through the layer, in place.
     pub fn forward(&self, run: &Run<'_, D>, residual: View<f32>) -> Result<()> {
-        let Scratch { mlp_normed, mixed, gate_up, inner, partial, .. } = run.scratch;
+        let Scratch { mlp_normed, mixed, inner, partial, .. } = run.scratch;
         if self.parallel {
             self.mlp_norm.of_rows(run, residual, None, mlp_normed)?;
         }
@@ -291,9 +364,22 @@ impl<D: Device> Layer<D> {
         if !self.parallel {
             self.mlp_norm.of_rows(run, residual, None, mlp_normed)?;
         }
-        self.gate_up.forward(run, mlp_normed, gate_up)?;
-        run.kernels.activate(gate_up, run.rows.rows.len(), self.inner, self.gated, self.activation, inner)?;
+        self.activate(run)?;
         self.down.add_to(run, inner, self.mlp_post_norm.as_ref(), residual)
+    }
+
+    /// The activations of the MLP.
+    fn activate(&self, run: &Run<'_, D>) -> Result<()> {
+        let Scratch { mlp_normed, gate_up, inner, .. } = run.scratch;
+        let rows = run.rows.rows.len();
+        if let (Some(lora), true) = (&self.gate_up.lora, self.gated) {
+            let wide = run.scratch.wide_stored(run.kernels.specialization.scalar);
+            run.kernels.product(mlp_normed, rows, self.gate_up.matrix, Target::Stored(wide))?;
+            let (groups, biases) = ((rows, run.rows.groups), self.gate_up.biases());
+            return run.kernels.lora_activate(&lora.sizes, wide, groups, biases, self.activation, inner);
+        }
+        self.gate_up.forward(run, mlp_normed, gate_up)?;
+        run.kernels.activate(gate_up, rows, self.inner, self.gated, self.activation, inner)
     }
 
     /// Stores the keys and values as [`forward`](Self::forward), and nothing more. Returns the inputs of attention.

@@ -9,7 +9,7 @@ use scheduler::KvFill;
 use super::backend::{CudaBackend, FEWEST_AHEAD, Memory};
 use super::device::{Device, Held, Stored, View};
 use super::kernels::Matrix;
-use super::layers::{Layer, Loading, Lora, Norm};
+use super::layers::{HeadLora, Layer, Loading, Norm};
 use super::source::{Scalar, Specialization};
 use crate::backend::{Backend, ServedModel};
 use crate::cache::{PageLayout, TILE};
@@ -33,7 +33,7 @@ pub struct CudaModel<D: Device> {
     pub(super) head: Matrix,
     /// The head's numbers, unless the embedding is shared.
     _head: Option<Held<D, Stored>>,
-    pub(super) head_lora: Option<Lora<D>>,
+    pub(super) head_lora: Option<HeadLora<D>>,
     /// `[num_loops - 1, hidden + 1]`
     pub(super) gates: Option<Held<D, f32>>,
     rotary: Held<D, f32>,
@@ -104,7 +104,7 @@ impl<D: Device> CudaModel<D> {
                 inputs: config.hidden_size,
             },
             _head: head,
-            head_lora: loading.lora(&head_adapters).map_err(in_tensor("head_lora"))?,
+            head_lora: loading.head_lora(&head_adapters).map_err(in_tensor("head_lora"))?,
             gates: gates.map_err(in_tensor("gate"))?,
             weight_bytes: loading.bytes.get(),
             rotary: loading.exact(&parameters.rotary).map_err(in_tensor("rotary tables"))?,

@@ -8,7 +8,7 @@ pub const SPLIT: usize = 256;
 /// Rows per tile of a prompt chunk, as in `attention.cu`.
 pub const QUERIES: usize = 16;
 /// Rows that share the loads of an adapter, as in `lora.cu`.
-pub const GROUP_ROWS: usize = 8;
+pub const GROUP_ROWS: usize = 16;
 
 /// A row, as in `scalar.cuh`.
 #[repr(C)]

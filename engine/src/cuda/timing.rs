@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::device::{Device, Out, Plain, Product, Stored, View, any_numbers, bytes_of};
 use super::floors::{Ceilings, Load, Operation, Projections, Sizes, Work};
 use super::kernels::{
-    AttentionInputs, Fill, Formula, Geometry, Kernels, LoraInputs, Part, Sight, Verdict, sweep_bytes,
+    AttentionInputs, Fill, Formula, Geometry, Kernels, LoraInputs, Part, Sight, Slice, Verdict, sweep_bytes,
 };
 use super::pass::{Arrays, OnDevice, PassRows};
 use super::source::{Scalar, Specialization};
@@ -277,8 +277,8 @@ struct Inputs<'a, D: Device> {
     /// Of the size of the largest weight.
     weight: D::Memory,
     adapters: Vec<Adapter<D>>,
-    /// Ranks that adapters shrink rows to.
-    shrunk: D::Memory,
+    /// Products with weights and the downs of adapters, in `f32`.
+    wide: D::Memory,
     /// Destination of kept rows.
     kept: D::Memory,
     rotary: D::Memory,
@@ -316,10 +316,10 @@ impl<'a, D: Device> Inputs<'a, D> {
         let inputs =
             most(&|of| sizes.inputs(of)).max(sizes.outputs(Projections::Qkv)).max(2 * config.intermediate_size);
         let outputs = most(&|of| sizes.outputs(of)).max(config.hidden_size).max(config.q_size());
-        let ranks = most(&|of| sizes.ranks(of));
+        let wide = most(&|of| Adapter::<D>::stride(sizes, of));
         let weight = most(&|of| {
-            let adapters = sizes.ranks(of) * sizes.inputs(of).max(sizes.outputs(of)) * load.depths;
-            adapters.max(sizes.inputs(of) * sizes.outputs(of))
+            let columns = Adapter::<D>::columns(sizes, of).max(Adapter::<D>::stride(sizes, of));
+            (sizes.inputs(of) * columns).max(Adapter::<D>::slices(sizes, of).1)
         });
         let weight = bench.numbers(scalar, weight)?;
         let (decode, decode_held) = bench.rows(&decode, config.num_loops)?;
@@ -346,9 +346,9 @@ impl<'a, D: Device> Inputs<'a, D> {
             },
             x: bench.numbers(scalar, most_rows * inputs)?,
             y: bench.numbers(Scalar::F32, most_rows * outputs)?,
-            adapters: Adapter::of_model(bench, sizes, load.depths, &weight)?,
+            adapters: Adapter::of_model(bench, sizes, &weight)?,
             weight,
-            shrunk: bench.device.allocate(4 * rows * ranks)?,
+            wide: bench.numbers(Scalar::F32, rows * wide)?,
             kept: bench.device.allocate(4 * rows * config.hidden_size)?,
             rotary: bench.numbers(Scalar::F32, positions * rotary_dims)?,
             pages: bench.numbers(scalar, config.num_loops * blocks * page)?,
@@ -368,7 +368,12 @@ impl<'a, D: Device> Inputs<'a, D> {
     fn run(&self, bench: &Bench<'_, D>, operation: Operation) -> Result<()> {
         match operation {
             Operation::Product(of) => self.multiply(bench, of),
-            Operation::LoraShrink(of) | Operation::LoraExpand(of) => self.adapt(bench, operation, of),
+            Operation::HeadDowns => {
+                let columns = self.adapter(Projections::Head).stride;
+                self.multiply_by(bench, Projections::Head, columns, (&self.wide, Out::F32))
+            }
+            Operation::LoraExpand(of) | Operation::LoraAdd(of) => self.adapt(bench, of),
+            Operation::LoraActivate => self.activate_adapted(bench),
             Operation::StoreKv | Operation::AttendSplits | Operation::AttendJoin | Operation::AttendTiles => {
                 self.attend(bench, operation)
             }
@@ -385,37 +390,52 @@ impl<'a, D: Device> Inputs<'a, D> {
     }
 
     fn multiply(&self, bench: &Bench<'_, D>, of: Projections) -> Result<()> {
+        let adapted = self.sizes.ranks(of) > 0;
+        let out = match of {
+            Projections::Qkv | Projections::Up => Out::Stored,
+            Projections::Output | Projections::Down if !adapted => Out::AddedToF32,
+            Projections::Output | Projections::Down | Projections::Head => Out::F32,
+        };
+        let to = if adapted && of != Projections::Head { &self.wide } else { &self.y };
+        self.multiply_by(bench, of, Adapter::<D>::columns(self.sizes, of), (to, out))
+    }
+
+    fn multiply_by(&self, bench: &Bench<'_, D>, of: Projections, outputs: usize, to: (&D::Memory, Out)) -> Result<()> {
         let product = Product {
             scalar: self.sizes.scalar,
             rows: self.load.rows,
             inputs: self.sizes.inputs(of),
-            outputs: self.sizes.outputs(of),
+            outputs,
             x: bench.device.address(&self.x),
             weight: bench.device.address(&self.weight),
-            y: bench.device.address(&self.y),
-            out: match of {
-                Projections::Qkv | Projections::Up => Out::Stored,
-                Projections::Head => Out::F32,
-                Projections::Output | Projections::Down => Out::AddedToF32,
-            },
+            y: bench.device.address(to.0),
+            out: to.1,
         };
         // SAFETY: all three have the largest size that is needed.
         unsafe { bench.device.product(&product) }
     }
 
-    fn adapt(&self, bench: &Bench<'_, D>, operation: Operation, of: Projections) -> Result<()> {
-        let Some(Adapter { lora, .. }) = self.adapters.iter().find(|adapter| adapter.of == of) else { return Ok(()) };
-        let (kernels, rows, groups) = (bench.kernels(), self.load.rows, self.decode.groups);
-        let shrunk: View<f32> = bench.view(&self.shrunk, rows * lora.ranks);
-        match (operation, of) {
-            (Operation::LoraShrink(_), _) => {
-                kernels.lora_shrink(lora, self.x(bench, lora.inputs), rows, groups, shrunk)
-            }
-            (_, Projections::Qkv | Projections::Up) => {
-                kernels.lora_expand(lora, shrunk, rows, groups, self.y(bench, lora.outputs))
-            }
-            _ => kernels.lora_expand_f32(lora, shrunk, rows, groups, self.y(bench, lora.outputs)),
+    /// The adapters of projections that have some.
+    fn adapter(&self, of: Projections) -> &LoraInputs {
+        &self.adapters.iter().find(|adapter| adapter.of == of).expect("only adapted projections have operations").lora
+    }
+
+    fn adapt(&self, bench: &Bench<'_, D>, of: Projections) -> Result<()> {
+        let (kernels, lora, rows) = (bench.kernels(), self.adapter(of), self.load.rows);
+        let groups = (rows, self.decode.groups);
+        if matches!(of, Projections::Qkv | Projections::Up) {
+            let wide = bench.view(&self.wide, rows * lora.stride);
+            return kernels.lora_expand(lora, wide, groups, None, self.y(bench, lora.outputs));
         }
+        let (wide, has_base) = (bench.view(&self.wide, rows * lora.stride), of != Projections::Head);
+        kernels.lora_add(lora, wide, has_base, groups, None, self.y(bench, lora.outputs))
+    }
+
+    fn activate_adapted(&self, bench: &Bench<'_, D>) -> Result<()> {
+        let (lora, rows) = (self.adapter(Projections::Up), self.load.rows);
+        let wide = bench.view(&self.wide, rows * lora.stride);
+        let (activation, y) = (self.sizes.config.architecture.activation, self.y(bench, lora.outputs / 2));
+        bench.kernels().lora_activate(lora, wide, (rows, self.decode.groups), None, activation, y)
     }
 
     fn attend(&self, bench: &Bench<'_, D>, operation: Operation) -> Result<()> {
@@ -483,42 +503,47 @@ impl<'a, D: Device> Inputs<'a, D> {
 struct Adapter<D: Device> {
     of: Projections,
     lora: LoraInputs,
-    _parts: D::Memory,
+    _slices: D::Memory,
 }
 
 impl<D: Device> Adapter<D> {
     /// Adapters of a model, whose numbers are in `weight`.
-    fn of_model(bench: &Bench<'_, D>, sizes: &Sizes<'_>, depths: usize, weight: &D::Memory) -> Result<Vec<Self>> {
+    fn of_model(bench: &Bench<'_, D>, sizes: &Sizes<'_>, weight: &D::Memory) -> Result<Vec<Self>> {
         let is_adapted = |of: &Projections| sizes.ranks(*of) > 0;
-        ALL_PROJECTIONS.into_iter().filter(is_adapted).map(|of| Self::new(bench, sizes, depths, weight, of)).collect()
+        ALL_PROJECTIONS.into_iter().filter(is_adapted).map(|of| Self::new(bench, sizes, weight, of)).collect()
     }
 
-    fn new(
-        bench: &Bench<'_, D>,
-        sizes: &Sizes<'_>,
-        depths: usize,
-        weight: &D::Memory,
-        of: Projections,
-    ) -> Result<Self> {
-        let (mut parts, mut first_rank, mut first_output, mut at) = (Vec::new(), 0, 0, 0);
-        for (ranks, outputs) in sizes.parts(of) {
-            parts.push(Part { first_rank, ranks: ranks as i32, first_output, outputs: outputs as i32, at });
-            first_rank += ranks as i32;
-            first_output += outputs as i32;
-            at += (depths * ranks * outputs) as i64;
+    /// Outputs of the product with a weight and the downs of its adapters; of the head, without them.
+    fn columns(sizes: &Sizes<'_>, of: Projections) -> usize {
+        match (sizes.ranks(of), of) {
+            (0, _) | (_, Projections::Head) => sizes.outputs(of),
+            _ => Self::stride(sizes, of),
         }
-        let held = bench.uploaded(&parts)?;
-        let (ranks, inputs) = (sizes.ranks(of), sizes.inputs(of));
+    }
+
+    /// Numbers per row of the product that has the ranks of all depths.
+    fn stride(sizes: &Sizes<'_>, of: Projections) -> usize {
+        let base = if of == Projections::Head { 0 } else { sizes.outputs(of) };
+        LoraInputs::stride(base, sizes.config.num_loops, sizes.ranks(of), sizes.scalar)
+    }
+
+    /// Slices of the outputs, and how many numbers the ups have.
+    fn slices(sizes: &Sizes<'_>, of: Projections) -> (Vec<Slice>, usize) {
+        let parts: Vec<Part> = sizes.parts(of).into_iter().map(|(rank, outputs)| Part { rank, outputs }).collect();
+        Part::slices(&parts, sizes.config.num_loops, sizes.scalar)
+    }
+
+    fn new(bench: &Bench<'_, D>, sizes: &Sizes<'_>, weight: &D::Memory, of: Projections) -> Result<Self> {
+        let (slices, numbers) = Self::slices(sizes, of);
+        let (held, depths, ranks) = (bench.uploaded(&slices)?, sizes.config.num_loops, sizes.ranks(of));
         let lora = LoraInputs {
-            downs: bench.view(weight, depths * ranks * inputs),
-            ups: bench.view(weight, at as usize),
-            parts: bench.view(&held, parts.len()),
-            widest: sizes.parts(of).iter().map(|(_, outputs)| *outputs).max().unwrap_or(1),
+            ups: bench.view(weight, numbers),
+            slices: bench.view(&held, slices.len()),
             depths,
             ranks,
-            inputs,
             outputs: sizes.outputs(of),
+            stride: Self::stride(sizes, of),
         };
-        Ok(Self { of, lora, _parts: held })
+        Ok(Self { of, lora, _slices: held })
     }
 }

@@ -5,7 +5,8 @@ use traces::hash::mix;
 
 use candle_core::Tensor;
 use engine::config::{Activation, Norm};
-use engine::cuda::kernels::{Formula, LoraInputs, Part, Verdict, sweep_bytes};
+use engine::cuda::device::Stored;
+use engine::cuda::kernels::{Biases, Formula, LoraInputs, Matrix, Part, Slice, Target, Verdict, sweep_bytes};
 use engine::cuda::pass::PassRows;
 use engine::cuda::source::Scalar;
 use engine::kernels::activation::activate;
@@ -276,115 +277,210 @@ fn gates_are_those_of_the_cpu() {
     });
 }
 
-/// Adapters of projections of one input, at every depth.
+/// Projections of one input with adapters by depth.
 struct Lora {
+    /// `[outputs, inputs]`
+    weight: Vec<f32>,
     /// By depth: the downs of all parts, `[ranks, inputs]`.
     downs: Vec<Vec<f32>>,
     /// By part and depth: `[outputs, rank]`.
     ups: Vec<Vec<Vec<f32>>>,
-    /// Rank and outputs of each part.
-    shape: Vec<(usize, usize)>,
+    parts: Vec<Part>,
     inputs: usize,
+}
+
+/// A [`Lora`] on the device.
+struct LoraOnDevice {
+    sizes: LoraInputs,
+    /// The weight, if there is one, with the downs.
+    matrix: Matrix,
+    _memory: (Held<Stored>, Held<Stored>, Held<Slice>),
 }
 
 impl Lora {
     fn random(bench: &Bench, dice: &mut Dice, depths: usize, shape: &[(usize, usize)], inputs: usize) -> Self {
-        let ranks: usize = shape.iter().map(|part| part.0).sum();
-        let smaller = |numbers: Vec<f32>| numbers.iter().map(|x| rounded(bench.scalar(), x / 16.0)).collect();
+        let parts: Vec<Part> = shape.iter().map(|&(rank, outputs)| Part { rank, outputs }).collect();
+        let mut smaller =
+            |count| bench.random(dice, count).iter().map(|x| rounded(bench.scalar(), x / 16.0)).collect::<Vec<f32>>();
+        let (ranks, outputs): (usize, usize) = (sum(&parts, |part| part.rank), sum(&parts, |part| part.outputs));
         Self {
-            downs: (0..depths).map(|_| smaller(bench.random(dice, ranks * inputs))).collect(),
-            ups: shape
-                .iter()
-                .map(|(rank, outputs)| (0..depths).map(|_| smaller(bench.random(dice, outputs * rank))).collect())
-                .collect(),
-            shape: shape.to_vec(),
+            weight: smaller(outputs * inputs),
+            downs: (0..depths).map(|_| smaller(ranks * inputs)).collect(),
+            ups: parts.iter().map(|part| (0..depths).map(|_| smaller(part.outputs * part.rank)).collect()).collect(),
+            parts,
             inputs,
         }
     }
 
     fn outputs(&self) -> usize {
-        self.shape.iter().map(|part| part.1).sum()
+        sum(&self.parts, |part| part.outputs)
     }
 
-    /// The adapted parts, and the ups of all depths, `[ranks, outputs]` each.
-    fn parts(&self) -> (Vec<Part>, Vec<f32>) {
-        let (mut parts, mut ups): (Vec<Part>, Vec<f32>) = Default::default();
-        let (mut first_rank, mut first_output) = (0, 0);
-        for (&(rank, outputs), by_depth) in self.shape.iter().zip(&self.ups) {
-            if rank > 0 {
-                let (ranks, at) = (rank as i32, ups.len() as i64);
-                parts.push(Part { first_rank, ranks, first_output, outputs: outputs as i32, at });
+    fn on_device(&self, bench: &Bench, with_weight: bool) -> LoraOnDevice {
+        let (depths, scalar) = (self.downs.len(), bench.scalar());
+        let (slices, numbers) = Part::slices(&self.parts, depths, scalar);
+        let mut ups = Vec::new();
+        for (part, by_depth) in self.parts.iter().zip(&self.ups).filter(|(part, _)| part.rank > 0) {
+            for output in by_depth.iter().flat_map(|up| up.chunks_exact(part.rank)) {
+                ups.extend_from_slice(output);
+                ups.resize(ups.len() + part.padded_rank(scalar) - part.rank, 0.0);
             }
-            for up in by_depth {
-                ups.extend((0..rank).flat_map(|r| (0..outputs).map(move |output| up[output * rank + r])));
-            }
-            first_rank += rank as i32;
-            first_output += outputs as i32;
         }
-        (parts, ups)
+        assert_eq!(ups.len(), numbers);
+        let (ranks, outputs) = (sum(&self.parts, |part| part.rank), self.outputs());
+        let stride = LoraInputs::stride(if with_weight { outputs } else { 0 }, depths, ranks, scalar);
+        let mut matrix = [if with_weight { &self.weight[..] } else { &[] }, &self.downs.concat()[..]].concat();
+        matrix.resize(stride * self.inputs, 0.0);
+        let memory = (bench.store(&matrix), bench.store(&ups), bench.put(&slices));
+        LoraOnDevice {
+            sizes: LoraInputs { ups: memory.1.view, slices: memory.2.view, depths, ranks, outputs, stride },
+            matrix: Matrix { numbers: memory.0.view, outputs: stride, inputs: self.inputs },
+            _memory: memory,
+        }
     }
 
+    /// Adds the adapters' output to `y` `[rows, outputs]`.
     fn on_cpu(&self, y: &Tensor, x: &Tensor, depths: &[(usize, Range<usize>)]) {
         let of_depth = |depth: usize| {
             let down = matrix(&self.downs[depth], self.inputs);
             let mut first_rank = 0;
-            let part = |(&(rank, _), ups): (&(usize, usize), &Vec<Vec<f32>>)| {
-                let of_part = down.narrow(0, first_rank, rank).unwrap();
-                first_rank += rank;
-                (rank > 0).then(|| (of_part, matrix(&ups[depth], rank)))
+            let part = |(part, ups): (&Part, &Vec<Vec<f32>>)| {
+                let of_part = down.narrow(0, first_rank, part.rank).unwrap();
+                first_rank += part.rank;
+                (part.rank > 0).then(|| (of_part, matrix(&ups[depth], part.rank)))
             };
-            self.shape.iter().zip(&self.ups).map(part).collect()
+            self.parts.iter().zip(&self.ups).map(part).collect()
         };
         let matrices: Vec<Vec<Option<(Tensor, Tensor)>>> = (0..self.downs.len()).map(of_depth).collect();
         let mut adapters = Vec::new();
         for matrices in &matrices {
             let adapted = matrices.iter().map(|part| part.as_ref().map(|(down, up)| (down, up)));
-            adapters.push(Adapter { parts: self.shape.iter().map(|part| part.1).zip(adapted).collect(), scale: 1.0 });
+            adapters
+                .push(Adapter { parts: self.parts.iter().map(|part| part.outputs).zip(adapted).collect(), scale: 1.0 });
         }
         Adapters::new(&adapters).unwrap().unwrap().add_to(y, x, depths).unwrap();
     }
+
+    /// The product of `x` with the weight, plus the adapters' output.
+    fn product_on_cpu(&self, x: &Tensor, depths: &[(usize, Range<usize>)]) -> Tensor {
+        let y = x.matmul(&matrix(&self.weight, self.inputs).t().unwrap()).unwrap();
+        self.on_cpu(&y, x, depths);
+        y
+    }
+}
+
+fn sum(parts: &[Part], number: impl Fn(&Part) -> usize) -> usize {
+    parts.iter().map(number).sum()
+}
+
+/// Ranks and outputs of projections of one input.
+const LORA_SHAPES: [&[(usize, usize)]; 7] = [
+    &[(1, 5)],
+    &[(0, 40), (8, 24), (0, 24)],
+    &[(3, 130), (3, 40), (5, 40)],
+    &[(64, 300)],
+    &[(0, 64), (16, 64)],
+    &[(129, 133), (5, 133)],
+    &[(512, 96)],
+];
+
+/// Runs a test of adapters for every shape: with their kernels' inputs on the device, and a text about the case.
+fn for_each_lora(test: impl Fn(&Bench, &mut Dice, (&Rows, &[(usize, Range<usize>)], usize), &Lora, &str)) {
+    for_each_size(|bench, dice, count| {
+        for shape in LORA_SHAPES {
+            let (inputs, adapted) = (dice.pick(&[1, 40, 67, 576]), dice.pick(&[DEPTHS, DEPTHS - 1]));
+            let lora = Lora::random(bench, dice, adapted, shape, inputs);
+            let (rows, depths) = rows_by_depth(bench, dice, count);
+            let what = format!("{shape:?} at {adapted} depths, {inputs} inputs, {count} rows, {:?}", bench.scalar());
+            test(bench, dice, (&rows, &depths, count), &lora, &what);
+        }
+    });
 }
 
 #[test]
 fn lora_of_mixed_depths_is_that_of_the_cpu() {
-    let shapes: [&[(usize, usize)]; 6] = [
-        &[(1, 5)],
-        &[(0, 40), (8, 24), (0, 24)],
-        &[(3, 130), (3, 40), (5, 40)],
-        &[(64, 300)],
-        &[(16, 64), (0, 64)],
-        &[(512, 96)],
-    ];
-    for_each_size(|bench, dice, count| {
-        for shape in shapes {
-            let inputs = dice.pick(&[1, 40, 67, 576]);
-            let adapted = dice.pick(&[DEPTHS, DEPTHS - 1]);
-            let lora = Lora::random(bench, dice, adapted, shape, inputs);
-            let (rows, depths) = rows_by_depth(bench, dice, count);
-            let (x, y) = (bench.random(dice, count * inputs), bench.random(dice, count * lora.outputs()));
-            let ((parts, ups), ranks) = (lora.parts(), shape.iter().map(|part| part.0).sum());
-            let (parts, ups, downs) = (bench.put(&parts), bench.store(&ups), bench.store(&lora.downs.concat()));
-            let given = LoraInputs {
-                downs: downs.view,
-                ups: ups.view,
-                parts: parts.view,
-                widest: shape.iter().map(|part| part.1).max().unwrap(),
-                depths: adapted,
-                ranks,
-                inputs,
-                outputs: lora.outputs(),
-            };
-            let (shrunk, stored, residual) = (bench.empty::<f32>(count * ranks), bench.store(&y), bench.put(&y));
-            let kernels = bench.kernels();
-            kernels.lora_shrink(&given, bench.store(&x).view, count, rows.views.groups, shrunk.view).unwrap();
-            kernels.lora_expand(&given, shrunk.view, count, rows.views.groups, stored.view).unwrap();
-            kernels.lora_expand_f32(&given, shrunk.view, count, rows.views.groups, residual.view).unwrap();
-            let expected = matrix(&y, lora.outputs());
-            lora.on_cpu(&expected, &matrix(&x, inputs), &depths);
-            let what = format!("{shape:?}, {inputs} inputs, {count} rows");
-            assert_close(&what, &bench.get(&residual), &numbers(&expected), tolerance(Scalar::F32));
-            assert_close(&what, &bench.stored(&stored), &numbers(&expected), tolerance(bench.scalar()));
+    for_each_lora(|bench, dice, (rows, depths, count), lora, what| {
+        let (outputs, sets) = (lora.outputs(), dice.pick(&[0, 1, DEPTHS]));
+        let (x, biases, y) =
+            (bench.random(dice, count * lora.inputs), dice.numbers(sets * outputs), dice.numbers(count * outputs));
+        let (kernels, on_device, groups) = (bench.kernels(), lora.on_device(bench, true), (count, rows.views.groups));
+        let (input, biases_held) = (bench.store(&x), bench.put(&biases));
+        let with_biases = (sets > 0).then_some(Biases { numbers: biases_held.view, sets });
+        let expected = lora.product_on_cpu(&matrix(&x, lora.inputs), depths);
+        if sets > 0 {
+            add_bias(&expected, &matrix(&biases, outputs), depths).unwrap();
         }
+        let expected = numbers(&expected);
+
+        let (wide, found) = (bench.empty_stored(count * on_device.sizes.stride), bench.empty_stored(count * outputs));
+        kernels.product(input.view, count, on_device.matrix, Target::Stored(wide.view)).unwrap();
+        kernels.lora_expand(&on_device.sizes, wide.view, groups, with_biases, found.view).unwrap();
+        assert_close(what, &bench.stored(&found), &expected, tolerance(bench.scalar()));
+
+        let (wide, residual) = (bench.empty::<f32>(count * on_device.sizes.stride), bench.put(&y));
+        kernels.product(input.view, count, on_device.matrix, Target::F32(wide.view)).unwrap();
+        kernels.lora_add(&on_device.sizes, wide.view, true, groups, with_biases, residual.view).unwrap();
+        let expected: Vec<f32> = expected.iter().zip(&y).map(|(product, y)| product + y).collect();
+        assert_close(what, &bench.get(&residual), &expected, tolerance(bench.scalar()) / 2.0);
+    });
+}
+
+#[test]
+fn lora_of_the_head_is_that_of_the_cpu() {
+    for_each_lora(|bench, dice, (rows, depths, count), lora, what| {
+        let (x, y) = (bench.random(dice, count * lora.inputs), dice.numbers(count * lora.outputs()));
+        let (kernels, on_device, groups) = (bench.kernels(), lora.on_device(bench, false), (count, rows.views.groups));
+        let (input, logits) = (bench.store(&x), bench.put(&y));
+        let shrunk = bench.empty::<f32>(count * on_device.sizes.stride);
+        kernels.product(input.view, count, on_device.matrix, Target::F32(shrunk.view)).unwrap();
+        kernels.lora_add(&on_device.sizes, shrunk.view, false, groups, None, logits.view).unwrap();
+        let expected = matrix(&y, lora.outputs());
+        lora.on_cpu(&expected, &matrix(&x, lora.inputs), depths);
+        assert_close(what, &bench.get(&logits), &numbers(&expected), tolerance(bench.scalar()) / 2.0);
+    });
+}
+
+#[test]
+fn activations_of_adapted_gates_are_those_of_the_cpu() {
+    for_each_lora(|bench, dice, (rows, depths, count), lora, what| {
+        let [gate, up] = lora.parts[..] else { return };
+        assert_eq!(gate.outputs, up.outputs);
+        let (inner, sets) = (gate.outputs, dice.pick(&[0, DEPTHS]));
+        let activation = dice.pick(&[Activation::Silu, Activation::Gelu, Activation::GeluTanh]);
+        let (x, biases) = (bench.random(dice, count * lora.inputs), dice.numbers(sets * 2 * inner));
+        let (kernels, on_device, groups) = (bench.kernels(), lora.on_device(bench, true), (count, rows.views.groups));
+        let (input, biases_held) = (bench.store(&x), bench.put(&biases));
+        let with_biases = (sets > 0).then_some(Biases { numbers: biases_held.view, sets });
+        let (wide, found) = (bench.empty_stored(count * on_device.sizes.stride), bench.empty_stored(count * inner));
+        kernels.product(input.view, count, on_device.matrix, Target::Stored(wide.view)).unwrap();
+        kernels.lora_activate(&on_device.sizes, wide.view, groups, with_biases, activation, found.view).unwrap();
+        let expected = lora.product_on_cpu(&matrix(&x, lora.inputs), depths);
+        if sets > 0 {
+            add_bias(&expected, &matrix(&biases, 2 * inner), depths).unwrap();
+        }
+        let expected = numbers(&activate(&expected, activation, true).unwrap());
+        assert_close(what, &bench.stored(&found), &expected, tolerance(bench.scalar()));
+    });
+}
+
+#[test]
+fn lora_of_a_row_is_the_same_to_the_bit_in_any_company() {
+    for_each_lora(|bench, dice, (rows, depths, count), lora, what| {
+        let (outputs, on_device) = (lora.outputs(), lora.on_device(bench, true));
+        let stride = on_device.sizes.stride;
+        let base = bench.random(dice, count * stride);
+        let expanded = |rows: &Rows, base: &[f32]| {
+            let (count, found) = (base.len() / stride, bench.empty_stored(base.len() / stride * outputs));
+            let groups = (count, rows.views.groups);
+            bench.kernels().lora_expand(&on_device.sizes, bench.store(base).view, groups, None, found.view).unwrap();
+            bench.stored(&found)
+        };
+        let together = expanded(rows, &base);
+        let row = dice.below(count);
+        let depth = depths.iter().find(|(_, rows)| rows.contains(&row)).unwrap().0;
+        let alone = bench.upload(&PassRows::new(&[Row::new(0, depth, &[0])], None, DEPTHS));
+        let alone = expanded(&alone, &base[row * stride..][..stride]);
+        assert_eq!(alone, together[row * outputs..][..outputs], "row {row}: {what}");
     });
 }
 

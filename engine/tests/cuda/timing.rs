@@ -34,9 +34,7 @@ fn every_operation_of_a_pass_is_timed_and_has_a_floor() {
         let names: Vec<String> = report.times.iter().map(|time| time.operation.clone()).collect();
         let expected: Vec<String> = sizes.operations().iter().map(ToString::to_string).collect();
         assert_eq!(names, [&expected[..], &expected[..]].concat());
-        assert!(
-            expected.contains(&"lora_expand of head".to_owned()) && !expected.contains(&"lora_expand of o".to_owned())
-        );
+        assert!(expected.contains(&"lora_add of head".to_owned()) && !expected.contains(&"lora_add of o".to_owned()));
         for time in &report.times {
             // A history of one split is not joined.
             let idle = time.operation == "attend_join" && time.history == 1;
