@@ -12,6 +12,8 @@ constexpr int VALUE_STEPS = (HEAD_DIM + 63) / 64;    // and mixed 64 at a time
 // Beyond the head, queries are zero. 16 more bytes, so that lanes that read different queries use different banks.
 constexpr int QUERY_STRIDE = 32 * SCORE_STEPS + 8;
 constexpr int MIXED_STRIDE = HEAD_DIM + 1;
+constexpr int PACK = Pack<scalar>::SIZE;
+constexpr int PACKS_OF_QUERY = QUERY_STRIDE / PACK;
 static_assert(BLOCK_TOKENS % KEYS_OF_TILE == 0, "the keys of a tile are of one page");
 static_assert(SPLIT % KEYS_OF_STEP == 0, "splits are whole steps");
 
@@ -209,14 +211,20 @@ template <int OCTETS> __device__ inline void join_warps(const Seen<OCTETS>& seen
     }
 }
 
-// At least one block per multiprocessor is requested: otherwise ptxas spills for occupancy.
+// Blocks per multiprocessor for which ptxas is to limit registers. Wide heads would take a few more registers than three
+// blocks leave them. More blocks than these are not requested: ptxas would spill for them, as on sm_100 for wide heads.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
+constexpr int BLOCKS_OF_SPLITS = HEAD_DIM > 128 ? 3 : 1;
+#else
+constexpr int BLOCKS_OF_SPLITS = 1;
+#endif
 
 // Attention of decode rows over one split of their history. Grid [items, heads / GROUP].
 //
-// Rows with one split write `out` [rows, heads * HEAD_DIM]. For others, `partial` [items, heads, 2 + HEAD_DIM] gets the
+// Rows with one split write `out` [rows, heads * HEAD_DIM]. For others, `partial` [splits, heads, 2 + HEAD_DIM] gets the
 // greatest score, the sum of weights, and the weighted values.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
-    const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Item* items,
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_OF_SPLITS) attend_splits(
+    const scalar* qkv, const scalar* pages, const Row* rows, const Item* items,
     const int* block_table, const Sight* sights, Geometry g, float* partial, scalar* out) {
     __shared__ __align__(16) scalar queries[8][QUERY_STRIDE];
     __shared__ OfWarps<1> warps;
@@ -235,11 +243,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     const int first_head = blockIdx.y * GROUP;
     const int kv_head = first_head / (g.heads / g.kv_heads);
     const scalar* query = qkv + (long long)item.row * (g.heads + 2 * g.kv_heads) * HEAD_DIM + first_head * HEAD_DIM;
-    const float* turn = turn_of(rotary, g, sight, row.position);
-    for (int i = threadIdx.x; i < 8 * QUERY_STRIDE; i += THREADS) {
-        const int head = i / QUERY_STRIDE, at = i % QUERY_STRIDE;
+    for (int i = threadIdx.x; i < 8 * PACKS_OF_QUERY; i += THREADS) {
+        const int head = i / PACKS_OF_QUERY, at = i % PACKS_OF_QUERY * PACK;
         const bool there = head < GROUP && at < HEAD_DIM;
-        store(&queries[head][at], there ? rotated(query + head * HEAD_DIM, turn, g.rotary_dims, at) : 0.0f);
+        store_pack(&queries[head][at], there ? load_pack(query + head * HEAD_DIM + at) : zero_pack<scalar>());
     }
     __syncthreads();
 
@@ -251,13 +258,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
         const int head = i / HEAD_DIM, at = i % HEAD_DIM;
         const float top = top_of(warps, head), sum = sum_of(warps, head, top), mix = warps.mixed[head][at];
-        leave_split(whole, item, g, first_head + head, at, top, sum, mix, partial, out);
+        leave_split(whole, item, row, g, first_head + head, at, top, sum, mix, partial, out);
     }
 }
 
 // Attention of the rows of prompt chunks. Grid [tiles, heads].
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_tiles(
-    const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Tile* tiles,
+    const scalar* qkv, const scalar* pages, const Row* rows, const Tile* tiles,
     const int* block_table, const Sight* sights, Geometry g, scalar* out) {
     __shared__ __align__(16) scalar queries[QUERIES][QUERY_STRIDE];
     __shared__ OfWarps<2> warps;
@@ -271,14 +278,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_tiles(
     const Sight sight = sights[set_of(g.sights, row.depth)];
     const int head = blockIdx.y, kv_head = head / (g.heads / g.kv_heads);
     const int width = (g.heads + 2 * g.kv_heads) * HEAD_DIM;
-    for (int i = threadIdx.x; i < QUERIES * QUERY_STRIDE; i += THREADS) {
-        const int query = i / QUERY_STRIDE, at = i % QUERY_STRIDE;
-        float x = 0;
-        if (query < tile.rows && at < HEAD_DIM) {
-            const scalar* from = qkv + (long long)(tile.first_row + query) * width + head * HEAD_DIM;
-            x = rotated(from, turn_of(rotary, g, sight, rows[tile.first_row + query].position), g.rotary_dims, at);
-        }
-        store(&queries[query][at], x);
+    for (int i = threadIdx.x; i < QUERIES * PACKS_OF_QUERY; i += THREADS) {
+        const int query = i / PACKS_OF_QUERY, at = i % PACKS_OF_QUERY * PACK;
+        const scalar* from = qkv + (long long)(tile.first_row + query) * width + head * HEAD_DIM + at;
+        store_pack(&queries[query][at], query < tile.rows && at < HEAD_DIM ? load_pack(from) : zero_pack<scalar>());
     }
     __syncthreads();
 

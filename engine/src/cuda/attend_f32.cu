@@ -41,10 +41,10 @@ __device__ inline void join_lanes(Seen& seen, int step) {
 //
 // At least one block per multiprocessor is requested: otherwise ptxas spills for occupancy, narrow heads first.
 //
-// Rows with one split write `out` [rows, heads * HEAD_DIM]. For others, `partial` [items, heads, 2 + HEAD_DIM] gets the
+// Rows with one split write `out` [rows, heads * HEAD_DIM]. For others, `partial` [splits, heads, 2 + HEAD_DIM] gets the
 // greatest score, the sum of weights, and the weighted values.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
-    const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Item* items,
+    const scalar* qkv, const scalar* pages, const Row* rows, const Item* items,
     const int* block_table, const Sight* sights, Geometry g, float* partial, scalar* out) {
     __shared__ float queries[GROUP][HEAD_DIM];
     __shared__ float tops[WARPS][GROUP];
@@ -65,10 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
     const int first_head = blockIdx.y * GROUP;
     const int kv_head = first_head / (g.heads / g.kv_heads);
     const scalar* query = qkv + (long long)item.row * (g.heads + 2 * g.kv_heads) * HEAD_DIM + first_head * HEAD_DIM;
-    const float* turn = turn_of(rotary, g, sight, row.position);
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {
-        const int head = i / HEAD_DIM, at = i % HEAD_DIM;
-        queries[head][at] = rotated(query + head * HEAD_DIM, turn, g.rotary_dims, at) * (g.scale * LOG2_E);
+        queries[i / HEAD_DIM][i % HEAD_DIM] = to_float(query[i]) * (g.scale * LOG2_E);
     }
     __syncthreads();
 
@@ -187,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_splits(
             sum += share * sums[w][head];
             mix += share * mixed[w][head][at];
         }
-        leave_split(whole, item, g, first_head + head, at, top, sum, mix, partial, out);
+        leave_split(whole, item, row, g, first_head + head, at, top, sum, mix, partial, out);
     }
 }
 
@@ -201,7 +199,7 @@ constexpr int PAIRS_OF_LANE = (HEAD_DIM + 2 * WARP - 1) / (2 * WARP);
 
 // Attention of the rows of prompt chunks. Grid [tiles, heads].
 extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
-    const scalar* qkv, const float* rotary, const scalar* pages, const Row* rows, const Tile* tiles,
+    const scalar* qkv, const scalar* pages, const Row* rows, const Tile* tiles,
     const int* block_table, const Sight* sights, Geometry g, scalar* out) {
     __shared__ __align__(16) float queries[QUERIES][HEAD_DIM];
     __shared__ __align__(16) scalar keys[KEYS_OF_STEP][KEY_STRIDE];
@@ -221,8 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_tiles(
         float x = 0;
         if (query < tile.rows) {
             const scalar* from = qkv + (long long)(tile.first_row + query) * width + head * HEAD_DIM;
-            const float* turn = turn_of(rotary, g, sight, rows[tile.first_row + query].position);
-            x = rotated(from, turn, g.rotary_dims, at) * (g.scale * LOG2_E);
+            x = to_float(from[at]) * (g.scale * LOG2_E);
         }
         queries[query][at] = x;
     }

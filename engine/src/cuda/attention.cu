@@ -3,9 +3,11 @@
 //   cache  [layer][block] pages     layers: those of the prelude, then at each depth those of the block and the coda
 //   page   keys [kv head][entry][HEAD_DIM], then values likewise
 //
-// Decode rows attend in items: splits of their history at fixed entries, so that the result for a row does not depend
-// on other rows. A second kernel joins the splits. The rows of a prompt chunk attend in tiles of QUERIES. Both kernels
-// are in attend_f32.cu for 32-bit numbers, and on tensor cores in attend_16.cu for 16-bit numbers.
+// Queries are rotated once, in place, when keys are stored. Decode rows attend in items: splits of their history at fixed
+// entries, so that the result for a row does not depend on other rows. The longest items come first, so that short ones
+// fill what the last long ones leave of the GPU; the order changes no bit. A second kernel joins the splits of rows that
+// have several. The rows of a prompt chunk attend in tiles of QUERIES. Both kernels are in attend_f32.cu for 32-bit
+// numbers, and on tensor cores in attend_16.cu for 16-bit numbers.
 
 constexpr int SPLIT = 256;    // entries of a split
 constexpr int QUERIES = 16;   // rows of a tile
@@ -83,25 +85,35 @@ __device__ inline const float* turn_of(const float* rotary, const Geometry& g, c
 
 __device__ inline int first_seen(const Sight& sight, const Row& row) { return sight.windowed ? row.first_windowed : 0; }
 
-// Stores rotated keys, and values. Grid [rows, kv heads].
-extern "C" __global__ void __launch_bounds__(THREADS) store_kv(
-    const scalar* qkv, const float* rotary, const Row* rows, const int* block_table, const Sight* sights, Geometry g,
+// Rotates the rows' queries in `qkv` in place, and stores their rotated keys and their values in the cache. Grid [rows,
+// heads + kv heads].
+extern "C" __global__ void __launch_bounds__(THREADS) rotate_and_store(
+    scalar* qkv, const float* rotary, const Row* rows, const int* block_table, const Sight* sights, Geometry g,
     scalar* pages) {
     const Row row = rows[blockIdx.x];
     if (row.position < 0) {
         return;
     }
-    const int kv_head = blockIdx.y;
     const Sight sight = sights[set_of(g.sights, row.depth)];
     const float* turn = turn_of(rotary, g, sight, row.position);
-    const scalar* heads = qkv + (long long)blockIdx.x * (g.heads + 2 * g.kv_heads) * HEAD_DIM;
-    const scalar* key = heads + (g.heads + kv_head) * HEAD_DIM;
-    const scalar* value = key + g.kv_heads * HEAD_DIM;
+    scalar* head = qkv + ((long long)blockIdx.x * (g.heads + 2 * g.kv_heads) + blockIdx.y) * HEAD_DIM;
+    const int kv_head = int(blockIdx.y) - g.heads;
+    if (kv_head < 0) {
+        // The two numbers of a pair are rotated by one thread, which reads both before it writes.
+        const int half = g.rotary_dims / 2;
+        for (int i = threadIdx.x; i < half; i += THREADS) {
+            const float x = rotated(head, turn, g.rotary_dims, i), y = rotated(head, turn, g.rotary_dims, half + i);
+            store(head + i, x);
+            store(head + half + i, y);
+        }
+        return;
+    }
+    const scalar* value = head + g.kv_heads * HEAD_DIM;
     const int block = block_table[row.first_block + row.entry / BLOCK_TOKENS];
     const long long at = key_at(kv_head, row.entry % BLOCK_TOKENS);
     const int first = g.once ? 0 : row.first_fill, end = g.once ? 1 : row.end_fill;
     for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
-        const float turned = rotated(key, turn, g.rotary_dims, i);
+        const float turned = rotated(head, turn, g.rotary_dims, i);
         for (int depth = first; depth < end; depth++) {
             scalar* page = pages + page_at(g, depth % g.depths, block);
             store(page + at + i, turned);
@@ -133,13 +145,13 @@ __device__ inline float weight(float x, float top) { return x == NEGATIVE_INFINI
 
 // Writes number `at` of a head for one split of its row's history: the output of attention if the row has no other
 // split, otherwise the split's greatest score, its sum of weights, and the weighted values.
-__device__ inline void leave_split(bool whole, const Item& item, const Geometry& g, int head, int at, float top,
-                                   float sum, float mix, float* partial, scalar* out) {
+__device__ inline void leave_split(bool whole, const Item& item, const Row& row, const Geometry& g, int head, int at,
+                                   float top, float sum, float mix, float* partial, scalar* out) {
     if (whole) {
         store(out + (long long)item.row * g.heads * HEAD_DIM + head * HEAD_DIM + at, mix / sum);
         return;
     }
-    float* split = partial + ((long long)blockIdx.x * g.heads + head) * (2 + HEAD_DIM);
+    float* split = partial + ((long long)(row.first_split + item.split) * g.heads + head) * (2 + HEAD_DIM);
     if (at == 0) {
         split[0] = top;
         split[1] = sum;
@@ -147,14 +159,14 @@ __device__ inline void leave_split(bool whole, const Item& item, const Geometry&
     split[2 + at] = mix;
 }
 
-// Joins the splits of decode rows with several. Grid [items, heads]; the first item of a row does the work.
+// Joins the splits of the decode rows in `joins`; row -1 pads a batch. Grid [joins, heads].
 extern "C" __global__ void __launch_bounds__(THREADS) attend_join(
-    const float* __restrict__ partial, const Row* rows, const Item* items, const Sight* sights, Geometry g, scalar* out) {
-    const Item item = items[blockIdx.x];
-    if (item.row < 0 || item.split != 0) {
+    const float* __restrict__ partial, const int* joins, const Row* rows, const Sight* sights, Geometry g, scalar* out) {
+    const int index = joins[blockIdx.x];
+    if (index < 0) {
         return;
     }
-    const Row row = rows[item.row];
+    const Row row = rows[index];
     const Sight sight = sights[set_of(g.sights, row.depth)];
     const int first = first_seen(sight, row) / SPLIT, last = (row.end - 1) / SPLIT;
     if (first == last) {
@@ -162,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_join(
     }
     const int head = blockIdx.y;
     const long long stride = (long long)g.heads * (2 + HEAD_DIM);
-    const float* splits = partial + row.first_item * stride + head * (2 + HEAD_DIM);
+    const float* splits = partial + row.first_split * stride + head * (2 + HEAD_DIM);
     float top = NEGATIVE_INFINITY;
 #pragma unroll 4
     for (int split = first; split <= last; split++) {
@@ -176,6 +188,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_join(
             sum += share * splits[split * stride + 1];
             mix += share * splits[split * stride + 2 + at];
         }
-        store(out + (long long)item.row * g.heads * HEAD_DIM + head * HEAD_DIM + at, mix / sum);
+        store(out + (long long)index * g.heads * HEAD_DIM + head * HEAD_DIM + at, mix / sum);
     }
 }

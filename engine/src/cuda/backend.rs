@@ -60,6 +60,7 @@ struct Size {
     layers: Layers,
     rows: usize,
     items: usize,
+    joins: usize,
     /// Bits of the temperature at which the head samples tokens.
     temperature: u32,
 }
@@ -498,7 +499,10 @@ impl<D: Device> CudaBackend<D> {
     fn padded(&self, room: Room) -> Room {
         let rows = bucket(room.rows);
         let groups = rows.min(rows.div_ceil(GROUP_ROWS) + self.model.config.num_loops - 1);
-        Room { rows, items: bucket(room.items), tiles: 0, groups, blocks: bucket(room.blocks) }
+        let items = bucket(room.items);
+        // A row with several splits has at least two. Without such rows nothing is joined, not even padding.
+        let joins = if room.joins == 0 { 0 } else { rows.min(items / 2) };
+        Room { rows, items, joins, tiles: 0, groups, blocks: bucket(room.blocks) }
     }
 
     /// Lays out the sections of a plan among the indices. Views are relative to the start of the indices.
@@ -658,8 +662,9 @@ impl<D: Device> CudaBackend<D> {
 
     /// Runs a section's work, as a graph if its size has run before.
     fn perform(&mut self, section: &Section, temperature: u32, work: impl Fn(&Self) -> Result<()>) -> Result<()> {
-        let (rows, items) = (section.rows.rows.len(), section.rows.items.len());
-        let size = Size { layers: section.layers, rows, items, temperature };
+        let OnDevice { rows, items, joins, .. } = section.rows;
+        let (rows, items, joins) = (rows.len(), items.len(), joins.len());
+        let size = Size { layers: section.layers, rows, items, joins, temperature };
         // A first run may make the driver load kernels, which is not allowed during capture.
         if !section.graph || self.memory.seen.insert(size) {
             return work(self);

@@ -43,8 +43,8 @@ pub enum Operation {
     LoraAdd(Projections),
     /// `lora_activate`
     LoraActivate,
-    /// `store_kv`
-    StoreKv,
+    /// `rotate_and_store`
+    RotateAndStore,
     /// `attend_splits`, for decode rows
     AttendSplits,
     /// `attend_join`, for decode rows
@@ -83,7 +83,7 @@ impl fmt::Display for Operation {
             Self::LoraExpand(of) => write!(f, "lora_expand of {of}"),
             Self::LoraAdd(of) => write!(f, "lora_add of {of}"),
             Self::LoraActivate => f.write_str("lora_activate"),
-            Self::StoreKv => f.write_str("store_kv"),
+            Self::RotateAndStore => f.write_str("rotate_and_store"),
             Self::AttendSplits => f.write_str("attend_splits"),
             Self::AttendJoin => f.write_str("attend_join"),
             Self::AttendTiles => f.write_str("attend_tiles of the chunk"),
@@ -164,13 +164,30 @@ impl Sizes<'_> {
         use Operation::*;
         let mut operations = vec![EnterRows, NormRows];
         operations.extend(self.projection(Projections::Qkv));
-        operations.extend([StoreKv, AttendSplits, AttendJoin, AttendTiles]);
+        operations.extend([RotateAndStore, AttendSplits, AttendJoin, AttendTiles]);
         operations
             .extend([Projections::Output, Projections::Up, Projections::Down].map(|of| self.projection(of)).concat());
         operations.extend([KeepRows, FillDeeper]);
         operations.extend(self.projection(Projections::Head));
         operations.push(SweepLogits);
         operations
+    }
+
+    /// How often a layer of the block launches an operation in a decode pass with these histories.
+    pub fn launches(&self, operation: Operation, load: &Load) -> usize {
+        match operation {
+            Operation::NormRows => 2,
+            Operation::AttendJoin => usize::from(load.history > SPLIT),
+            Operation::Product(Projections::Head) | Operation::LoraAdd(Projections::Head) => 0,
+            Operation::Product(_) | Operation::LoraExpand(_) | Operation::LoraAdd(_) | Operation::LoraActivate => 1,
+            Operation::RotateAndStore | Operation::AttendSplits | Operation::Activate => 1,
+            Operation::EnterRows
+            | Operation::AttendTiles
+            | Operation::KeepRows
+            | Operation::FillDeeper
+            | Operation::HeadDowns
+            | Operation::SweepLogits => 0,
+        }
     }
 
     /// The operations of projections and, of the first matrices of the MLP, of the activation.
@@ -235,7 +252,7 @@ impl Sizes<'_> {
             }
             Operation::LoraExpand(of) | Operation::LoraAdd(of) => self.expand(of, load),
             Operation::LoraActivate => self.expand(Projections::Up, load),
-            Operation::AttendSplits | Operation::AttendJoin | Operation::AttendTiles | Operation::StoreKv => {
+            Operation::AttendSplits | Operation::AttendJoin | Operation::AttendTiles | Operation::RotateAndStore => {
                 self.attention(operation, load)
             }
             _ => self.by_row(operation, load),
@@ -298,7 +315,7 @@ impl Sizes<'_> {
         // A history of one split needs no join.
         let partial = if splits > 1 { splits * heads * (2 + head_dim) * 4 } else { 0 };
         match operation {
-            Operation::StoreKv => (2 * load.rows * entry, 0),
+            Operation::RotateAndStore => (2 * load.rows * (queries + entry), 0),
             Operation::AttendSplits => {
                 let out = if splits > 1 { partial } else { queries };
                 (load.rows * (load.history * entry + queries + out), 4 * load.rows * load.history * heads * head_dim)

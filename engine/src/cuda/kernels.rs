@@ -318,17 +318,17 @@ impl<D: Device> Kernels<'_, D> {
         let (g, head_dim) = (&inputs.geometry, self.specialization.head_dim);
         require!("qkv", inputs.qkv, rows.rows.len * (g.heads + 2 * g.kv_heads) as usize * head_dim);
         require!("sights", inputs.sights, g.sights as usize);
-        require!("rotary tables", inputs.rotary, (g.positions * g.rotary_dims) as usize);
         Ok(())
     }
 
-    /// Stores the rows' rotated keys and their values in the cache.
+    /// Rotates the rows' queries in `qkv` in place, and stores their rotated keys and their values in the cache.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
-    pub fn store_kv(&self, inputs: &AttentionInputs, rows: &OnDevice) -> Result<()> {
+    pub fn rotate_and_store(&self, inputs: &AttentionInputs, rows: &OnDevice) -> Result<()> {
         self.check_attention(inputs, rows)?;
         let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        require!("rotary tables", rotary, (geometry.positions * geometry.rotary_dims) as usize);
         let arguments = arguments![
             qkv.address,
             rotary.address,
@@ -338,8 +338,9 @@ impl<D: Device> Kernels<'_, D> {
             geometry,
             pages.address,
         ];
+        let heads = (geometry.heads + geometry.kv_heads) as usize;
         // SAFETY: the kernel's arguments; sizes are checked, and the rows' blocks reach their positions.
-        unsafe { self.launch("store_kv", [rows.rows.len, geometry.kv_heads as usize, 1], arguments) }
+        unsafe { self.launch("rotate_and_store", [rows.rows.len, heads, 1], arguments) }
     }
 
     /// Numbers of scratch memory for [`attend`](Self::attend).
@@ -347,7 +348,8 @@ impl<D: Device> Kernels<'_, D> {
         rows.items.len * heads * (2 + self.specialization.head_dim)
     }
 
-    /// Attention of the rows' rotated queries over the cache: `out` `[rows, heads * head_dim]`.
+    /// Attention over the cache of the rows' queries, which [`rotate_and_store`](Self::rotate_and_store) has rotated:
+    /// `out` `[rows, heads * head_dim]`.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -389,11 +391,10 @@ impl<D: Device> Kernels<'_, D> {
         out: View<Stored>,
     ) -> Result<()> {
         self.check_decode(inputs, rows, partial, out)?;
-        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        let AttentionInputs { qkv, pages, sights, geometry, .. } = *inputs;
         let groups = geometry.heads as usize / self.specialization.group;
         let arguments = arguments![
             qkv.address,
-            rotary.address,
             pages.address,
             rows.rows.address,
             rows.items.address,
@@ -407,7 +408,7 @@ impl<D: Device> Kernels<'_, D> {
         unsafe { self.launch("attend_splits", [rows.items.len, groups, 1], arguments) }
     }
 
-    /// Second step of [`attend`](Self::attend): joins the splits.
+    /// Second step of [`attend`](Self::attend): joins the splits of rows that have several.
     ///
     /// # Errors
     /// As for [`attend`](Self::attend).
@@ -421,9 +422,9 @@ impl<D: Device> Kernels<'_, D> {
         self.check_decode(inputs, rows, partial, out)?;
         let AttentionInputs { sights, geometry, .. } = *inputs;
         let arguments =
-            arguments![partial.address, rows.rows.address, rows.items.address, sights.address, geometry, out.address];
+            arguments![partial.address, rows.joins.address, rows.rows.address, sights.address, geometry, out.address];
         // SAFETY: the kernel's arguments, with checked sizes.
-        unsafe { self.launch("attend_join", [rows.items.len, geometry.heads as usize, 1], arguments) }
+        unsafe { self.launch("attend_join", [rows.joins.len, geometry.heads as usize, 1], arguments) }
     }
 
     /// Third step of [`attend`](Self::attend): rows of prompt chunks.
@@ -432,12 +433,11 @@ impl<D: Device> Kernels<'_, D> {
     /// As for [`attend`](Self::attend).
     pub fn attend_tiles(&self, inputs: &AttentionInputs, rows: &OnDevice, out: View<Stored>) -> Result<()> {
         self.check_attention(inputs, rows)?;
-        let AttentionInputs { qkv, rotary, pages, sights, geometry } = *inputs;
+        let AttentionInputs { qkv, pages, sights, geometry, .. } = *inputs;
         let heads = geometry.heads as usize;
         require!("attention's output", out, rows.rows.len * heads * self.specialization.head_dim);
         let arguments = arguments![
             qkv.address,
-            rotary.address,
             pages.address,
             rows.rows.address,
             rows.tiles.address,

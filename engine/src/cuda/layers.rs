@@ -398,7 +398,7 @@ impl<D: Device> Layer<D> {
             sights: self.sights.view,
             geometry: self.geometry(run.rotary, &run.layout),
         };
-        run.kernels.store_kv(&attention, &run.rows)?;
+        run.kernels.rotate_and_store(&attention, &run.rows)?;
         Ok(attention)
     }
 

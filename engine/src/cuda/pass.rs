@@ -1,5 +1,7 @@
 //! Data about the rows of a pass for the kernels, built and uploaded once per pass.
 
+use std::cmp::Reverse;
+
 use super::device::{Plain, View, bytes_of};
 use crate::kernels::attention;
 
@@ -23,7 +25,7 @@ pub struct Row {
     end: i32,
     first_windowed: i32,
     first_block: i32,
-    first_item: i32,
+    first_split: i32,
 }
 
 impl Row {
@@ -37,7 +39,7 @@ impl Row {
         end: 0,
         first_windowed: 0,
         first_block: 0,
-        first_item: 0,
+        first_split: 0,
     };
 }
 
@@ -83,8 +85,10 @@ unsafe impl Plain for Group {}
 #[derive(Clone, Debug, Default)]
 pub struct PassRows {
     rows: Vec<Row>,
-    /// Splits of rows that attend separately.
+    /// Splits of rows that attend separately, the longest first.
     items: Vec<Item>,
+    /// Rows that attend separately with several splits.
+    joins: Vec<i32>,
     /// Tiles of prompt chunks' rows.
     tiles: Vec<Tile>,
     groups: Vec<Group>,
@@ -96,10 +100,12 @@ impl PassRows {
     /// Data of rows sorted by depth. Consecutive rows of one sequence at one depth form a prompt chunk. `window` is the
     /// window of layers that have one, `slots` the number of depths with their own pages.
     pub fn new(rows: &[attention::Row<'_>], window: Option<usize>, slots: usize) -> Self {
-        let mut pass = Self::default();
+        let (mut pass, mut last_splits) = (Self::default(), Vec::new());
         for chunk in rows.chunk_by(follows) {
-            pass.push_chunk(chunk, window, slots);
+            pass.push_chunk(chunk, window, slots, &mut last_splits);
         }
+        last_splits.sort_by_key(|&(entries, _)| Reverse(entries));
+        pass.items.extend(last_splits.into_iter().map(|(_, item)| item));
         for of_depth in pass.rows.chunk_by(|a, b| a.depth == b.depth) {
             let start = pass.groups.last().map_or(0, |last| last.first_row + last.rows);
             pass.groups.extend((0..of_depth.len()).step_by(GROUP_ROWS).map(|first| Group {
@@ -111,9 +117,16 @@ impl PassRows {
         pass
     }
 
-    fn push_chunk(&mut self, chunk: &[attention::Row<'_>], window: Option<usize>, slots: usize) {
+    /// Appends rows; `last_splits` gets the last split of a row that attends separately, with its number of entries.
+    fn push_chunk(
+        &mut self,
+        chunk: &[attention::Row<'_>],
+        window: Option<usize>,
+        slots: usize,
+        last_splits: &mut Vec<(usize, Item)>,
+    ) {
         let (first_row, first_block) = (self.rows.len(), self.block_table.len() as i32);
-        let first_item = self.items.len() as i32;
+        let first_split = (self.items.len() + last_splits.len()) as i32;
         self.rows.extend(chunk.iter().map(|row| Row {
             position: row.position as i32,
             depth: row.depth as i32,
@@ -125,12 +138,18 @@ impl PassRows {
             first_windowed:
                 window.map_or(0, |window| row.entries_before((row.position + 1).saturating_sub(window)) as i32),
             first_block,
-            first_item,
+            first_split,
         }));
         self.block_table.extend(chunk[0].blocks.iter().map(|&block| block as i32));
         if let [row] = chunk {
             let split = |split| Item { row: first_row as i32, split: split as i32 };
-            self.items.extend((0..row.entries_before(row.position + 1).div_ceil(SPLIT)).map(split));
+            let entries = row.entries_before(row.position + 1);
+            let last = entries.div_ceil(SPLIT) - 1;
+            self.items.extend((0..last).map(split));
+            last_splits.push((entries - last * SPLIT, split(last)));
+            if last > 0 {
+                self.joins.push(first_row as i32);
+            }
         } else {
             self.tiles.extend((0..chunk.len()).step_by(QUERIES).map(|first| Tile {
                 first_row: (first_row + first) as i32,
@@ -144,6 +163,7 @@ impl PassRows {
         Room {
             rows: self.rows.len(),
             items: self.items.len(),
+            joins: self.joins.len(),
             tiles: self.tiles.len(),
             groups: self.groups.len(),
             blocks: self.block_table.len(),
@@ -155,6 +175,7 @@ impl PassRows {
         OnDevice {
             rows: arrays.push(&self.rows, room.rows, Row::PADDING),
             items: arrays.push(&self.items, room.items, NO_ITEM),
+            joins: arrays.push(&self.joins, room.joins, -1),
             tiles: arrays.push(&self.tiles, room.tiles, NO_TILE),
             groups: arrays.push(&self.groups, room.groups, NO_GROUP),
             block_table: arrays.push(&self.block_table, room.blocks, 0),
@@ -169,6 +190,8 @@ pub struct Room {
     pub rows: usize,
     /// Number of splits of histories, of rows that attend separately.
     pub items: usize,
+    /// Number of rows with several such splits.
+    pub joins: usize,
     /// Number of tiles of prompt chunks.
     pub tiles: usize,
     /// Number of groups of rows of one depth.
@@ -183,6 +206,7 @@ impl Room {
         Self {
             rows: self.rows.max(other.rows),
             items: self.items.max(other.items),
+            joins: self.joins.max(other.joins),
             tiles: self.tiles.max(other.tiles),
             groups: self.groups.max(other.groups),
             blocks: self.blocks.max(other.blocks),
@@ -231,6 +255,8 @@ pub struct OnDevice {
     pub rows: View<Row>,
     /// Splits of histories, of rows that attend separately.
     pub items: View<Item>,
+    /// Indices of rows with several such splits.
+    pub joins: View<i32>,
     /// Tiles of prompt chunks.
     pub tiles: View<Tile>,
     /// Groups of rows of one depth.
@@ -245,6 +271,7 @@ impl OnDevice {
         Self {
             rows: self.rows.moved(bytes),
             items: self.items.moved(bytes),
+            joins: self.joins.moved(bytes),
             tiles: self.tiles.moved(bytes),
             groups: self.groups.moved(bytes),
             block_table: self.block_table.moved(bytes),
@@ -256,6 +283,7 @@ impl OnDevice {
         Self {
             rows: self.rows.first(room.rows),
             items: self.items.first(room.items),
+            joins: self.joins.first(room.joins),
             tiles: self.tiles.first(room.tiles),
             groups: self.groups.first(room.groups),
             block_table: self.block_table.first(room.blocks),

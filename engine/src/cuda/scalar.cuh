@@ -141,8 +141,8 @@ struct Row {
     int entry, end, first_windowed;
     // Start of the sequence's blocks in the block table.
     int first_block;
-    // The row's first item of decode attention.
-    int first_item;
+    // Number of the row's first split among those of all rows.
+    int first_split;
 };
 
 // Which of `sets` parameter sets a row uses: one for all depths, or one for each.

@@ -130,7 +130,7 @@ const FILES: [(&str, &str); 6] = [
 
 /// Every kernel.
 pub const KERNELS: [&str; 23] = [
-    "store_kv",
+    "rotate_and_store",
     "fill_deeper",
     "attend_splits",
     "attend_join",

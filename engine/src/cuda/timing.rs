@@ -374,7 +374,7 @@ impl<'a, D: Device> Inputs<'a, D> {
             }
             Operation::LoraExpand(of) | Operation::LoraAdd(of) => self.adapt(bench, of),
             Operation::LoraActivate => self.activate_adapted(bench),
-            Operation::StoreKv | Operation::AttendSplits | Operation::AttendJoin | Operation::AttendTiles => {
+            Operation::RotateAndStore | Operation::AttendSplits | Operation::AttendJoin | Operation::AttendTiles => {
                 self.attend(bench, operation)
             }
             _ => self.by_row(bench, operation),
@@ -450,7 +450,7 @@ impl<'a, D: Device> Inputs<'a, D> {
         let partial = bench.view(&self.partial, kernels.partial_numbers(&self.decode, config.num_heads));
         let out = self.y(bench, config.num_heads * config.head_dim);
         match operation {
-            Operation::StoreKv => kernels.store_kv(&inputs, &self.decode),
+            Operation::RotateAndStore => kernels.rotate_and_store(&inputs, &self.decode),
             Operation::AttendSplits => kernels.attend_splits(&inputs, &self.decode, partial, out),
             Operation::AttendJoin => kernels.attend_join(&inputs, &self.decode, partial, out),
             _ => kernels.attend_tiles(&inputs, &self.chunk, out),

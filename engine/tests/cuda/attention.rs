@@ -268,7 +268,7 @@ impl Case {
         let kernels = bench.kernels();
         let partial = bench.empty::<f32>(kernels.partial_numbers(&rows, self.shape.heads));
         let out = bench.empty_stored(self.fills.len() * self.shape.heads * self.shape.head_dim);
-        kernels.store_kv(&inputs, &rows)?;
+        kernels.rotate_and_store(&inputs, &rows)?;
         kernels.attend(&inputs, &rows, partial.view, out.view)?;
         Ok((bench.stored(&out), bench.stored(&pages)))
     }

@@ -6,6 +6,7 @@ use engine::cuda::source::{Scalar, Specialization};
 use crate::attention::{Case, Chunk, SHAPES, Shape};
 use crate::bench::{Bench, Dice};
 use crate::emulator::Module;
+use crate::operations::check_adapters;
 
 /// The error of attention, or of its launch, when `from` is replaced by `to` in the kernels; `None` if there is none.
 fn caught(shape: Shape, from: &str, to: &str) -> Option<String> {
@@ -102,11 +103,43 @@ fn breaks_on_tensor_cores_are_caught() {
         ("seen.sum[octet] += __shfl_xor_sync(FULL_WARP, seen.sum[octet], 2);", ""),
         ("block = tile < end ? blocks[tile / BLOCK_TOKENS] : 0;\n\n", "\n"),
         ("    __syncthreads();\n    float shares", "    float shares"),
-        ("        __syncthreads();\n    }\n}\n\n// At least one block", "    }\n}\n\n// At least one block"),
+        ("        __syncthreads();\n    }\n}\n\n// Blocks per", "    }\n}\n\n// Blocks per"),
+        ("row.first_split + item.split) * g.heads", "blockIdx.x + item.split) * g.heads"),
+        ("const int index = joins[blockIdx.x];", "const int index = joins[blockIdx.x] - 1;"),
+        ("            store(head + half + i, y);\n", ""),
     ];
     // Heads of 24 are not a whole number of steps, and five of them share a key-value head.
     for (from, to) in breaks {
         assert!(caught(SHAPES[9], from, to).is_none_or(|message| message.contains("expected")), "{from}");
+    }
+}
+
+#[test]
+fn breaks_of_adapters_are_caught() {
+    let of_both = [
+        ("group.depth * sizes.ranks + slice.first_rank;", "slice.first_rank;"),
+        ("group.depth * slice.depth_stride", "0 * slice.depth_stride"),
+        ("        __syncthreads();\n        of_step.multiply", "        of_step.multiply"),
+        ("group.rows, min(ranks - step, RANKS_OF_STEP), sums", "group.rows, min(ranks - step, 32), sums"),
+        ("slices[gridDim.y + blockIdx.y]", "slices[blockIdx.y]"),
+    ];
+    let of_tensor_cores = [
+        ("lower[tile] = load_output(group + 8);", "lower[tile] = load_output(group);"),
+        ("{a.x, b.x, a.y, b.y}, {x.x, x.y}", "{a.x, b.x, a.y, b.y}, {x.x, x.z}"),
+    ];
+    for scalar in [Scalar::F32, Scalar::Bf16] {
+        let Some(mut bench) = Bench::of(scalar) else { return };
+        check_adapters(&bench);
+        let whole = bench.specialization.source();
+        let of_type = if scalar == Scalar::F32 { &[][..] } else { &of_tensor_cores };
+        for &(from, to) in of_both.iter().chain(of_type) {
+            assert_eq!(whole.matches(from).count(), 1, "`{from}` is not in the kernels once");
+            bench.module = Module::of_source(&whole.replace(from, to), 1);
+            let wrong = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check_adapters(&bench)));
+            let message = wrong.expect_err(&format!("{scalar:?}: `{to}` passes for `{from}`"));
+            let message = message.downcast_ref::<String>().expect("a formatted message");
+            assert!(message.contains("expected"), "{from}: {message}");
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The kernels on the CPU: their source after `emulation.h`, compiled by the system's C++ compiler.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -38,6 +38,16 @@ pub struct Emulator {
     recording: Mutex<Option<Vec<Work>>>,
     /// Number of graphs replayed so far.
     replays: AtomicUsize,
+    /// Work so far: by kernel, and products by the name `product`.
+    work_done: Mutex<BTreeMap<&'static str, WorkDone>>,
+}
+
+/// Number of launches of a kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkDone {
+    pub launches: usize,
+    /// Blocks of all launches.
+    pub blocks: usize,
 }
 
 /// Kernels, whose threads run in an order that depends on `seed`.
@@ -89,11 +99,17 @@ pub type Machine = Emulator;
 pub fn machine() -> Option<Arc<Machine>> {
     static LIBRARY: LazyLock<Option<Arc<Library>>> = LazyLock::new(|| Some(Arc::new(open(&compile("", &[])?))));
     let library = LIBRARY.clone()?;
-    Some(Arc::new(Emulator { library, recording: Mutex::default(), replays: AtomicUsize::new(0) }))
+    let (recording, work_done) = Default::default();
+    Some(Arc::new(Emulator { library, recording, replays: AtomicUsize::new(0), work_done }))
 }
 
 /// Whether a row's product depends on the number of rows.
 pub const PRODUCTS_DEPEND_ON_ROWS: bool = false;
+
+/// Launches on a machine by kernel, and products by the name `product`.
+pub fn work_done(machine: &Machine) -> Option<BTreeMap<&'static str, WorkDone>> {
+    Some(machine.work_done.lock().unwrap().clone())
+}
 
 /// Number of graphs replayed on a machine.
 pub fn replays(machine: &Machine) -> Option<usize> {
@@ -188,6 +204,17 @@ impl Emulator {
     }
 
     fn run(&self, work: &Work) -> Result<()> {
+        let (name, blocks) = match work {
+            Work::Launch { kernel, grid, .. } => (*kernel, grid.iter().product()),
+            Work::Product(product) => ("product", product.rows.min(1)),
+        };
+        // An empty grid is not launched.
+        if blocks > 0 {
+            let mut work_done = self.work_done.lock().unwrap();
+            let of_kernel = work_done.entry(name).or_default();
+            of_kernel.launches += 1;
+            of_kernel.blocks += blocks;
+        }
         match work {
             Work::Launch { module, kernel, grid, arguments } => {
                 let arguments: Vec<*const c_void> = arguments.iter().map(|words| words.as_ptr().cast()).collect();

@@ -1,5 +1,6 @@
 //! The first GPU, in place of the emulator.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use engine::cuda::nvidia::Nvidia;
@@ -24,5 +25,17 @@ pub const PRODUCTS_DEPEND_ON_ROWS: bool = true;
 
 /// A GPU does not count replayed graphs.
 pub fn replays(_machine: &Machine) -> Option<usize> {
+    None
+}
+
+/// Number of launches of a kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkDone {
+    pub launches: usize,
+    pub blocks: usize,
+}
+
+/// A GPU does not count launches.
+pub fn work_done(_machine: &Machine) -> Option<BTreeMap<&'static str, WorkDone>> {
     None
 }

@@ -384,8 +384,11 @@ const LORA_SHAPES: [&[(usize, usize)]; 7] = [
     &[(512, 96)],
 ];
 
-/// Runs a test of adapters for every shape: with their kernels' inputs on the device, and a text about the case.
-fn for_each_lora(test: impl Fn(&Bench, &mut Dice, (&Rows, &[(usize, Range<usize>)], usize), &Lora, &str)) {
+/// Rows on the device, their ranges by depth, and their number.
+type AdaptedRows<'a> = (&'a Rows, &'a [(usize, Range<usize>)], usize);
+
+/// Runs a test of adapters for every shape, with a text about the case.
+fn for_each_lora(test: impl Fn(&Bench, &mut Dice, AdaptedRows<'_>, &Lora, &str)) {
     for_each_size(|bench, dice, count| {
         for shape in LORA_SHAPES {
             let (inputs, adapted) = (dice.pick(&[1, 40, 67, 576]), dice.pick(&[DEPTHS, DEPTHS - 1]));
@@ -399,30 +402,42 @@ fn for_each_lora(test: impl Fn(&Bench, &mut Dice, (&Rows, &[(usize, Range<usize>
 
 #[test]
 fn lora_of_mixed_depths_is_that_of_the_cpu() {
-    for_each_lora(|bench, dice, (rows, depths, count), lora, what| {
-        let (outputs, sets) = (lora.outputs(), dice.pick(&[0, 1, DEPTHS]));
-        let (x, biases, y) =
-            (bench.random(dice, count * lora.inputs), dice.numbers(sets * outputs), dice.numbers(count * outputs));
-        let (kernels, on_device, groups) = (bench.kernels(), lora.on_device(bench, true), (count, rows.views.groups));
-        let (input, biases_held) = (bench.store(&x), bench.put(&biases));
-        let with_biases = (sets > 0).then_some(Biases { numbers: biases_held.view, sets });
-        let expected = lora.product_on_cpu(&matrix(&x, lora.inputs), depths);
-        if sets > 0 {
-            add_bias(&expected, &matrix(&biases, outputs), depths).unwrap();
-        }
-        let expected = numbers(&expected);
+    for_each_lora(check_lora);
+}
 
-        let (wide, found) = (bench.empty_stored(count * on_device.sizes.stride), bench.empty_stored(count * outputs));
-        kernels.product(input.view, count, on_device.matrix, Target::Stored(wide.view)).unwrap();
-        kernels.lora_expand(&on_device.sizes, wide.view, groups, with_biases, found.view).unwrap();
-        assert_close(what, &bench.stored(&found), &expected, tolerance(bench.scalar()));
+/// Adapters of two projections with more ranks than a block has in shared memory, through the kernels of a bench.
+#[cfg(not(feature = "cuda"))]
+pub fn check_adapters(bench: &Bench) {
+    let mut dice = Dice::new(21);
+    let lora = Lora::random(bench, &mut dice, DEPTHS, &[(130, 70), (9, 70)], 40);
+    let (rows, depths) = rows_by_depth(bench, &mut dice, 33);
+    check_lora(bench, &mut dice, (&rows, &depths, 33), &lora, "adapters");
+    check_adapted_activations(bench, &mut dice, (&rows, &depths, 33), &lora, "activations");
+}
 
-        let (wide, residual) = (bench.empty::<f32>(count * on_device.sizes.stride), bench.put(&y));
-        kernels.product(input.view, count, on_device.matrix, Target::F32(wide.view)).unwrap();
-        kernels.lora_add(&on_device.sizes, wide.view, true, groups, with_biases, residual.view).unwrap();
-        let expected: Vec<f32> = expected.iter().zip(&y).map(|(product, y)| product + y).collect();
-        assert_close(what, &bench.get(&residual), &expected, tolerance(bench.scalar()) / 2.0);
-    });
+fn check_lora(bench: &Bench, dice: &mut Dice, (rows, depths, count): AdaptedRows<'_>, lora: &Lora, what: &str) {
+    let (outputs, sets) = (lora.outputs(), dice.pick(&[0, 1, DEPTHS]));
+    let (x, biases, y) =
+        (bench.random(dice, count * lora.inputs), dice.numbers(sets * outputs), dice.numbers(count * outputs));
+    let (kernels, on_device, groups) = (bench.kernels(), lora.on_device(bench, true), (count, rows.views.groups));
+    let (input, biases_held) = (bench.store(&x), bench.put(&biases));
+    let with_biases = (sets > 0).then_some(Biases { numbers: biases_held.view, sets });
+    let expected = lora.product_on_cpu(&matrix(&x, lora.inputs), depths);
+    if sets > 0 {
+        add_bias(&expected, &matrix(&biases, outputs), depths).unwrap();
+    }
+    let expected = numbers(&expected);
+
+    let (wide, found) = (bench.empty_stored(count * on_device.sizes.stride), bench.empty_stored(count * outputs));
+    kernels.product(input.view, count, on_device.matrix, Target::Stored(wide.view)).unwrap();
+    kernels.lora_expand(&on_device.sizes, wide.view, groups, with_biases, found.view).unwrap();
+    assert_close(what, &bench.stored(&found), &expected, tolerance(bench.scalar()));
+
+    let (wide, residual) = (bench.empty::<f32>(count * on_device.sizes.stride), bench.put(&y));
+    kernels.product(input.view, count, on_device.matrix, Target::F32(wide.view)).unwrap();
+    kernels.lora_add(&on_device.sizes, wide.view, true, groups, with_biases, residual.view).unwrap();
+    let expected: Vec<f32> = expected.iter().zip(&y).map(|(product, y)| product + y).collect();
+    assert_close(what, &bench.get(&residual), &expected, tolerance(bench.scalar()) / 2.0);
 }
 
 #[test]
@@ -442,25 +457,34 @@ fn lora_of_the_head_is_that_of_the_cpu() {
 
 #[test]
 fn activations_of_adapted_gates_are_those_of_the_cpu() {
-    for_each_lora(|bench, dice, (rows, depths, count), lora, what| {
-        let [gate, up] = lora.parts[..] else { return };
-        assert_eq!(gate.outputs, up.outputs);
-        let (inner, sets) = (gate.outputs, dice.pick(&[0, DEPTHS]));
-        let activation = dice.pick(&[Activation::Silu, Activation::Gelu, Activation::GeluTanh]);
-        let (x, biases) = (bench.random(dice, count * lora.inputs), dice.numbers(sets * 2 * inner));
-        let (kernels, on_device, groups) = (bench.kernels(), lora.on_device(bench, true), (count, rows.views.groups));
-        let (input, biases_held) = (bench.store(&x), bench.put(&biases));
-        let with_biases = (sets > 0).then_some(Biases { numbers: biases_held.view, sets });
-        let (wide, found) = (bench.empty_stored(count * on_device.sizes.stride), bench.empty_stored(count * inner));
-        kernels.product(input.view, count, on_device.matrix, Target::Stored(wide.view)).unwrap();
-        kernels.lora_activate(&on_device.sizes, wide.view, groups, with_biases, activation, found.view).unwrap();
-        let expected = lora.product_on_cpu(&matrix(&x, lora.inputs), depths);
-        if sets > 0 {
-            add_bias(&expected, &matrix(&biases, 2 * inner), depths).unwrap();
-        }
-        let expected = numbers(&activate(&expected, activation, true).unwrap());
-        assert_close(what, &bench.stored(&found), &expected, tolerance(bench.scalar()));
-    });
+    for_each_lora(check_adapted_activations);
+}
+
+/// Checks projections of two equal parts, a gate and what it multiplies; no others.
+fn check_adapted_activations(
+    bench: &Bench,
+    dice: &mut Dice,
+    (rows, depths, count): AdaptedRows<'_>,
+    lora: &Lora,
+    what: &str,
+) {
+    let [gate, up] = lora.parts[..] else { return };
+    assert_eq!(gate.outputs, up.outputs);
+    let (inner, sets) = (gate.outputs, dice.pick(&[0, DEPTHS]));
+    let activation = dice.pick(&[Activation::Silu, Activation::Gelu, Activation::GeluTanh]);
+    let (x, biases) = (bench.random(dice, count * lora.inputs), dice.numbers(sets * 2 * inner));
+    let (kernels, on_device, groups) = (bench.kernels(), lora.on_device(bench, true), (count, rows.views.groups));
+    let (input, biases_held) = (bench.store(&x), bench.put(&biases));
+    let with_biases = (sets > 0).then_some(Biases { numbers: biases_held.view, sets });
+    let (wide, found) = (bench.empty_stored(count * on_device.sizes.stride), bench.empty_stored(count * inner));
+    kernels.product(input.view, count, on_device.matrix, Target::Stored(wide.view)).unwrap();
+    kernels.lora_activate(&on_device.sizes, wide.view, groups, with_biases, activation, found.view).unwrap();
+    let expected = lora.product_on_cpu(&matrix(&x, lora.inputs), depths);
+    if sets > 0 {
+        add_bias(&expected, &matrix(&biases, 2 * inner), depths).unwrap();
+    }
+    let expected = numbers(&activate(&expected, activation, true).unwrap());
+    assert_close(what, &bench.stored(&found), &expected, tolerance(bench.scalar()));
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! Passes of a whole model, padded and replayed as graphs, compared with the CPU's.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use engine::backend::{Answers, Backend, Diverging, Heads, ServedModel, Work};
-use engine::config::{ModelConfig, Sharing};
+use engine::config::{LoraConfig, LoraRanks, ModelConfig, Sharing};
 use engine::cuda::CudaModel;
+use engine::cuda::floors::{Load, Sizes};
 use engine::cuda::source::Scalar;
 use engine::kernels::attention::{Fill, Row};
 use engine::kernels::rows::Source;
@@ -15,7 +17,7 @@ use traces::{ExitSignal, Nanos, Request};
 
 use crate::bench::{Dice, assert_close};
 use crate::common::{grouped, weights, with_everything};
-use crate::emulator::{Machine, PRODUCTS_DEPEND_ON_ROWS, machine, replays};
+use crate::emulator::{Machine, PRODUCTS_DEPEND_ON_ROWS, WorkDone, machine, replays, work_done};
 
 const BLOCKS: u32 = 64;
 const BLOCK_TOKENS: u32 = 16;
@@ -220,6 +222,65 @@ fn a_backend_takes_over_the_graphs_of_the_one_before_if_its_cache_is_laid_out_al
     // All depths share a cache.
     let [first, _] = replayed(KvFill::First);
     assert!(first.is_none_or(|first| first == 0), "graphs of another layout: {first:?}");
+}
+
+/// What a decode pass of sequences of these lengths launches beyond the launches of a pass of no layers: by kernel, for
+/// each layer.
+fn work_of_a_layer(config: &ModelConfig, lengths: &[usize]) -> Option<BTreeMap<&'static str, WorkDone>> {
+    let work_of = |block_layers| {
+        let mut dice = Dice::new(17);
+        let mut pair = Pair::new(&ModelConfig { block_layers, ..config.clone() }, KvFill::Reuse)?;
+        let sequences = pair.sequences(&mut dice, lengths);
+        let before = work_done(&pair.machine)?;
+        let work = pair.decode(&sequences, &vec![0; lengths.len()], 0);
+        pair.run(&work);
+        let mut work = work_done(&pair.machine)?;
+        for (kernel, before) in before {
+            let of_kernel = work.get_mut(kernel).unwrap();
+            of_kernel.launches -= before.launches;
+            of_kernel.blocks -= before.blocks;
+        }
+        Some(work)
+    };
+    let (one, mut two) = (work_of(1)?, work_of(2)?);
+    for (kernel, of_one) in one {
+        let of_kernel = two.get_mut(kernel).unwrap();
+        of_kernel.launches -= of_one.launches;
+        of_kernel.blocks -= of_one.blocks;
+    }
+    two.retain(|_, work| work.launches > 0);
+    Some(two)
+}
+
+#[test]
+fn adapters_add_one_launch_to_a_product_and_only_long_histories_are_joined() {
+    let plain = ModelConfig { max_positions: 400, sharing: Sharing::Matrices, ..grouped() };
+    let lora = LoraConfig { ranks: LoraRanks::all(2), scale: 0.5 };
+    let adapted = ModelConfig { lora: Some(lora), ..plain.clone() };
+    let launches = |config: &ModelConfig, lengths: &[usize]| {
+        let work = work_of_a_layer(config, lengths)?;
+        // The floors count the same launches.
+        let (sizes, longest) = (Sizes { config, scalar: Scalar::F32 }, lengths.iter().copied().max().unwrap());
+        let load = Load { rows: lengths.len(), depths: 1, history: longest, chunk: 0 };
+        let of_floors = sizes.operations().iter().map(|&operation| sizes.launches(operation, &load)).sum::<usize>();
+        assert_eq!(work.values().map(|work| work.launches).sum::<usize>(), of_floors);
+        Some(work.into_iter().map(|(kernel, work)| (kernel, work.launches)).collect::<Vec<_>>())
+    };
+    let Some(found) = launches(&plain, &[20, 9, 31]) else { return };
+    assert_eq!(
+        found,
+        [("activate", 1), ("attend_splits", 1), ("norm_rows", 2), ("product", 4), ("rotate_and_store", 1)]
+    );
+    let found = launches(&adapted, &[20, 9, 31]).unwrap();
+    let of_adapters = [("lora_activate", 1), ("lora_add", 2), ("lora_expand", 1)];
+    let others = [("norm_rows", 2), ("product", 4), ("rotate_and_store", 1)];
+    assert_eq!(found, [&[("attend_splits", 1)][..], &of_adapters, &others].concat());
+    launches(&adapted, &[20, 300, 31]).unwrap();
+    // One row has two splits; there would be room for two such rows among the four splits.
+    let work = work_of_a_layer(&plain, &[20, 300, 31]).unwrap();
+    assert_eq!(work["attend_join"], WorkDone { launches: 1, blocks: 2 * plain.num_heads });
+    // Two query heads share the loads of a key-value head.
+    assert_eq!(work["attend_splits"], WorkDone { launches: 1, blocks: 4 * plain.num_kv_heads });
 }
 
 #[test]
