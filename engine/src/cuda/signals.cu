@@ -1,6 +1,7 @@
 // Exit signals and next tokens, in one sweep over the logits of the head's product.
 
-constexpr int SLICE = 16 * THREADS;   // logits of a slice
+constexpr int LOGITS_OF_THREAD = 16;
+constexpr int SLICE = LOGITS_OF_THREAD * THREADS;   // logits of a slice
 
 // State of part of a row of logits.
 struct Sweep {
@@ -84,25 +85,46 @@ __device__ inline double gumbel(unsigned long long key, unsigned long long token
     return -log(-log(uniform));
 }
 
-__device__ inline Sweep swept(float logit, int token, float temperature, unsigned long long key) {
-    double score = logit;
-    if (temperature > 0) {
-        score = double(logit / temperature) + gumbel(key, token);
-    }
-    // NaN must propagate to the sum.
-    const float one = logit == logit ? 1.0f : logit;
-    return {logit, NEGATIVE_INFINITY, one, 0, score, token};
+// What a token is compared by: its logit or, at a temperature, the logit with noise.
+__device__ inline double score_of(float logit, int token, float temperature, unsigned long long key) {
+    return temperature > 0 ? double(logit / temperature) + gumbel(key, token) : double(logit);
 }
 
 // Sweeps `logits` [rows, vocab]. Grid [rows, slices of the vocabulary]; `partial` [rows, slices].
+//
+// A thread loads all of its logits before the first use, and takes exponentials relative to their greatest. NaN and
+// infinity make the sum NaN.
 extern "C" __global__ void __launch_bounds__(THREADS) sweep_logits(
     const float* logits, const unsigned long long* keys, int vocab, float temperature, Sweep* partial) {
     __shared__ Sweep of_warps[WARPS];
     const float* row = logits + (long long)blockIdx.x * vocab;
-    const int end = min(vocab, int(blockIdx.y + 1) * SLICE);
+    const int first = blockIdx.y * SLICE + threadIdx.x;
+    float of_thread[LOGITS_OF_THREAD];
+#pragma unroll
+    for (int i = 0; i < LOGITS_OF_THREAD; i++) {
+        of_thread[i] = row[min(first + i * THREADS, vocab - 1)];
+    }
+    const unsigned long long key = keys[blockIdx.x];
     Sweep mine = nothing_swept();
-    for (int token = blockIdx.y * SLICE + threadIdx.x; token < end; token += THREADS) {
-        mine = joined(mine, swept(row[token], token, temperature, keys[blockIdx.x]));
+#pragma unroll
+    for (int i = 0; i < LOGITS_OF_THREAD; i++) {
+        if (first + i * THREADS < vocab) {
+            mine.second = fmaxf(mine.second, fminf(mine.top, of_thread[i]));
+            mine.top = fmaxf(mine.top, of_thread[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < LOGITS_OF_THREAD; i++) {
+        const int token = first + i * THREADS;
+        if (token < vocab) {
+            const float below = of_thread[i] - mine.top, exponential = expf(below);
+            mine.sum += exponential;
+            mine.weighted += exponential * below;
+            const double score = score_of(of_thread[i], token, temperature, key);
+            const bool stays = mine.score > score || (mine.score == score && mine.token < token);
+            mine.score = stays ? mine.score : score;
+            mine.token = stays ? mine.token : token;
+        }
     }
     mine = block_joined(mine, of_warps);
     if (threadIdx.x == 0) {
