@@ -4,12 +4,13 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use engine::{DeviceName, Sampling, WeightType};
 use scheduler::{Batching, KvFill, Settings};
 use simulator::{Objectives, Routing};
 use traces::{
-    RequestFormat, RequestSource, RequestSpec, RequestTrace, SessionUse, ThinkTime, TimeUnit, TraceError, ZeroTokens,
+    ExitTrace, RequestFormat, RequestSource, RequestSpec, RequestTrace, SessionUse, ThinkTime, TimeUnit, TraceError,
+    ZeroTokens,
 };
 
 use crate::progress::Terminal;
@@ -216,8 +217,8 @@ impl RequestArgs {
 /// Which model to run.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// Model: a folder that `train` or `convert` wrote, a Hugging Face folder, a GGUF file, or a name on the Hugging
-    /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf)
+    /// Model: a folder that `train` or `convert` wrote, a Hugging Face folder, a GGUF file, a name on the Hugging
+    /// Face hub (OWNER/MODEL or OWNER/MODEL/FILE.gguf), or random:CONFIG.json, random weights of that configuration
     #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
     #[command(flatten)]
@@ -253,13 +254,14 @@ pub struct EngineArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Text file that prompts are cut from, or prompts in JSON lines (.jsonl) with `prompt` and, if they are graded,
-    /// `answer` and `class`. Request I has line I modulo the number of lines, and the line's length
+    /// `answer` and `class`. Request I has line I modulo the number of lines, and the line's length. Required, but with
+    /// --exits that fit any model [default: tokens drawn at random]
     #[arg(long, value_name = "FILE")]
-    pub prompts: PathBuf,
+    pub prompts: Option<PathBuf>,
     /// Softmax temperature of sampling; 0 takes the most likely token
     #[arg(long, default_value_t = 0.0, value_name = "T")]
     pub temperature: f32,
-    /// Seed of sampling
+    /// Seed of sampling, and of the draw of exits that fit any model
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
@@ -268,12 +270,34 @@ impl EngineArgs {
     /// Loads the model.
     ///
     /// # Errors
-    /// If the model or the text does not read, or the temperature is none.
+    /// If the model or the text does not read, there is no text, or the temperature is none.
     pub fn load(&self) -> Result<NamedEngine> {
         check_temperature(self.temperature)?;
+        let Some(prompts) = &self.prompts else {
+            bail!("--prompts is missing: expected a text or JSON lines (only --exits that fit any model go without)")
+        };
         let ModelArgs { model, load: LoadArgs { loops, weights, device } } = &self.model;
-        let sampling = Sampling { temperature: self.temperature, seed: self.seed };
-        NamedEngine::load(model, *loops, *weights, *device, &self.prompts, sampling)
+        NamedEngine::load(model, *loops, *weights, *device, prompts, self.sampling())
+    }
+
+    /// Loads the model, and lets requests follow an exit trace of any model.
+    ///
+    /// # Errors
+    /// If the model or the text does not read, the temperature is none, or the exits do not fit.
+    pub fn load_following(&self, exits: ExitTrace) -> Result<NamedEngine> {
+        check_temperature(self.temperature)?;
+        let ModelArgs { model, load: LoadArgs { loops, weights, device } } = &self.model;
+        let mut named = match &self.prompts {
+            Some(_) => self.load()?,
+            None => NamedEngine::load_without_prompts(model, *loops, *weights, *device, self.sampling())?
+                .with_random_prompts(),
+        };
+        named.follow(exits)?;
+        Ok(named)
+    }
+
+    fn sampling(&self) -> Sampling {
+        Sampling { temperature: self.temperature, seed: self.seed }
     }
 }
 
@@ -364,7 +388,7 @@ impl ServingArgs {
 }
 
 /// Keys of an experiment that these options set, as errors of the libraries name them.
-const KEYS: [(&str, &str); 20] = [
+const KEYS: [(&str, &str); 22] = [
     ("max_prompt_tokens", "--max-prompt-tokens"),
     ("max_output_tokens", "--max-output-tokens"),
     ("kv_fill", "--kv-fill"),
@@ -380,6 +404,8 @@ const KEYS: [(&str, &str); 20] = [
     ("async_scheduling", "--async-scheduling"),
     ("exit_wait", "--exit-wait"),
     ("exit_batch", "--exit-batch"),
+    ("engine.prompts", "--prompts"),
+    ("engine.exits", "--exits"),
     ("engine.repeats", "--repeats"),
     ("engine.temperature", "--temperature"),
     ("engine.rounds", "--rounds"),

@@ -286,7 +286,8 @@ pub fn print_speedup(repeats: &[Vec<Summary>]) {
     let Some(Speedup { combination, over_full_depth, over_baseline }) = fastest else { return };
     let name = |place: usize| {
         let Summary { batching, exit_policy, token_agreement, .. } = &repeats[0][place];
-        format!("{batching}, {exit_policy} (token agreement {:.3})", token_agreement.unwrap_or(f64::NAN))
+        let agreement = token_agreement.map(|share| format!(" (token agreement {share:.3})"));
+        format!("{batching}, {exit_policy}{}", agreement.unwrap_or_default())
     };
     say!("\nmeasured speed-up of {}:", name(combination));
     for (over, ratio) in

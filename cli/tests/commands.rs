@@ -645,6 +645,104 @@ fn replay_writes_what_it_measured() {
     assert_eq!((depths[0], depths[1]), (depths[2], depths[3]), "exits do not depend on batching");
 }
 
+#[test]
+fn a_model_of_random_weights_follows_the_exits_of_another_one_as_it_is_simulated() {
+    let scene = Scene::new();
+    scene.measured();
+    let config = fs::read_to_string(scene.path("model/config.json")).unwrap();
+    scene.write("shape.json", &config.replace("\"hidden_size\": 32", "\"hidden_size\": 48"));
+    let shape = ["--model", "random:shape.json", "--requests", "requests.csv"];
+    let limits = ["--batching", "sequence,depth", "--max-batch", "4", "--token-budget", "16"];
+    let replay = |exits: &'static str, exit: &'static str, seed: &'static str| {
+        let more = ["--exits", exits, "--exit", exit, "--seed", seed, "--out", "replayed"];
+        scene.succeed(&[&["replay"], &shape[..], &limits, &more].concat())
+    };
+    let rows = |folder: &str| {
+        let summary = lines(&scene.path(folder).join("summary.csv"));
+        ["exit_policy", "mean_depth"]
+            .map(|name| column(&summary, name).into_iter().map(str::to_owned).collect::<Vec<_>>())
+    };
+    let simulate = |exits: &'static str, exit: &'static str, seed: &'static str| {
+        let more = ["--exits", exits, "--exit", exit, "--seed", seed, "--out", "simulated"];
+        let profile = ["simulate", "--requests", "requests.csv", "--profile", "any"];
+        scene.succeed(&[&profile[..], &limits, &more].concat());
+    };
+    // A profile of another model is no profile of this one.
+    fs::create_dir(scene.path("any")).unwrap();
+    for file in ["profile.yaml", "latency.csv"] {
+        let text = fs::read_to_string(scene.path("profile").join(file)).unwrap();
+        let any = text.lines().map(|line| if line.starts_with("fingerprint") { "fingerprint: any" } else { line });
+        scene.write(&format!("any/{file}"), &any.map(|line| format!("{line}\n")).collect::<String>());
+    }
+    scene.succeed(&["trace", "script-exits", "exits", "--out", "signals"]);
+    scene.succeed(&["trace", "script-exits", "exits", "--exit", "margin:0.002", "--out", "depths"]);
+    scene.succeed(&["trace", "draw-exits", "--loops", "3", "--mean", "1.6", "--tokens", "6", "--out", "drawn"]);
+    for (exits, exit) in [("signals", "none,margin:0.002,stable:2"), ("depths", "oracle,top1:0.5"), ("drawn", "oracle")]
+    {
+        for seed in ["1", "2"] {
+            replay(exits, exit, seed);
+            simulate(exits, exit, seed);
+            let [measured, simulated] = ["replayed", "simulated"].map(rows);
+            assert_eq!(measured, simulated, "{exits}, seed {seed}");
+            assert!(measured[1].iter().any(|depth| depth.parse::<f64>().unwrap() < 3.0), "{exits}: {measured:?}");
+            let summary = lines(&scene.path("replayed/summary.csv"));
+            assert!(column(&summary, "token_agreement").iter().all(|share| share.is_empty()), "there is no quality");
+        }
+    }
+    let [of_margin, of_depths] = [("signals", "margin:0.002"), ("depths", "oracle:recorded")].map(|(exits, exit)| {
+        replay(exits, exit, "1");
+        rows("replayed")[1].clone()
+    });
+    assert_eq!(of_margin, of_depths, "a policy's exits are those that the script was made with");
+    scene.succeed(&["trace", "draw-exits", "--shares", "1,2", "--out", "two"]);
+    let mut of_another = ExitTrace::read(scene.path("exits")).unwrap();
+    of_another.meta.fingerprint = "0123456789abcdef".to_owned();
+    of_another.write(scene.path("others"), ExitTable::Parquet).unwrap();
+    let of_model = ["--model", "model", "--prompts", "prompts.txt", "--requests", "requests.csv"];
+    let error = scene.fail(&[&["replay"], &of_model[..], &["--exits", "others", "--out", "refused"]].concat());
+    assert!(error.contains("recorded of model 0123456789abcdef") && error.contains("trace script-exits"), "{error}");
+    for (more, expected) in [
+        (&["--exits", "exits"][..], "--prompts is missing"),
+        (&[], "--prompts is missing"),
+        (&["--exits", "drawn", "--exit", "speculate:margin:0.1:2"], "speculate:margin:0.1:2: full depth decides"),
+        (&["--exits", "two"], "exits of a model with 2 loops: expected 3"),
+    ] {
+        let error = scene.fail(&[&["replay"], &shape[..], &limits, more, &["--out", "refused"]].concat());
+        assert!(error.contains(expected), "{more:?}: {error}");
+    }
+}
+
+#[test]
+fn an_experiment_measures_a_model_of_random_weights_under_exits_of_any_model() {
+    let scene = Scene::new();
+    fs::copy(scene.path("model/config.json"), scene.path("shape.json")).unwrap();
+    scene.succeed(&["trace", "draw-exits", "--loops", "3", "--mean", "1.6", "--tokens", "6", "--out", "drawn"]);
+    let text =
+        experiment("", 12).replace("model: model, prompts: prompts.txt", "model: random:shape.json, exits: drawn");
+    scene.write("scripted.yaml", &text);
+    scene.succeed(&["run", "scripted.yaml", "--out", "measured"]);
+    let summary = lines(&scene.path("measured/summary.csv"));
+    let cells = |name| column(&summary, name);
+    for (place, source) in cells("source").iter().enumerate().filter(|(_, source)| **source == "measured") {
+        let is_same = |other: &usize| {
+            *other != place && ["batching", "exit_policy"].iter().all(|name| cells(name)[*other] == cells(name)[place])
+        };
+        let simulated = (0..cells("source").len()).find(is_same).expect("each run is simulated");
+        assert_eq!(cells("mean_depth")[simulated], cells("mean_depth")[place], "{source}");
+        assert_eq!([cells("token_agreement")[simulated], cells("token_agreement")[place]], ["", ""]);
+    }
+    assert!(cells("mean_depth").iter().any(|depth| depth.parse::<f64>().unwrap() < 2.0));
+    scene.write(
+        "scripted.yaml",
+        &format!("{text}\nvalidation: {{rates: []}}\n")
+            .replace("sweeps: {thresholds: {top1: [0.05, 0.1], entropy: [1]}, max_batch: [2, 4]}", ""),
+    );
+    scene.succeed(&["run", "scripted.yaml", "--out", "validated"]);
+    assert!(scene.path("validated/speedups.csv").exists());
+    scene.write("scripted.yaml", &text.replace(", exits: drawn", ""));
+    assert!(scene.fail(&["run", "scripted.yaml", "--out", "refused"]).contains("no engine.prompts: expected"));
+}
+
 const QUESTIONS: &str = "{\"query\": \"In the\", \"choices\": [\"beginning\", \"loop\", \"block\"], \"gold\": 0}
 {\"target\": \"1\", \"arguments\": {\"gen_args_0\": {\"arg_0\": \"the loop was\", \"arg_1\": \" shared\"},
 \"gen_args_1\": {\"arg_0\": \"the loop was\", \"arg_1\": \" with the block\"}}}

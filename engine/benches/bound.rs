@@ -145,6 +145,7 @@ fn main() {
         model: Arc::new(Model::load(weights, WeightType::F32).unwrap()),
         prompts: prompts.clone(),
         sampling: Sampling::default(),
+        script: None,
     };
     let whole = engine(&weights);
     let num_loops = whole.model.config().num_loops;

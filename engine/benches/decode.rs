@@ -205,6 +205,7 @@ fn main() {
         model: Arc::new(Model::load(&weights, weight_type).unwrap()),
         prompts: prompts.clone(),
         sampling: Sampling::default(),
+        script: None,
     };
     let weight_types: Vec<WeightType> = arguments.list("weights", "f32,bf16,q8_0,q4k");
     let engines: Vec<(WeightType, Engine)> =

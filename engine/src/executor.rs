@@ -22,6 +22,7 @@ use crate::kernels::signals::Verdict;
 use crate::model::Rows;
 use crate::prompts::{PromptError, Prompts};
 use crate::sampling::{Chosen, Decoding};
+use crate::script::ExitScript;
 
 /// Why the engine cannot continue.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,14 @@ pub enum EngineError {
         "the oracle has no exit depth for token {token} of request {request}: record the requests that are replayed"
     )]
     NoExit {
+        /// Id of the request.
+        request: u32,
+        /// Index of the token.
+        token: usize,
+    },
+    /// The exit script has no such token.
+    #[error("the exit script has no token {token} of request {request}")]
+    NotInScript {
         /// Id of the request.
         request: u32,
         /// Index of the token.
@@ -386,6 +395,8 @@ pub struct EngineExecutor {
     prompts: Arc<Prompts>,
     sampling: Sampling,
     oracle: Option<Oracle>,
+    /// What exit policies read in place of the model's signals.
+    script: Option<Arc<ExitScript>>,
     recording: bool,
     /// Whether rows run every depth in advance when they start. Only with `recording`.
     looking_ahead: bool,
@@ -426,6 +437,7 @@ impl EngineExecutor {
             prompts,
             sampling,
             oracle: None,
+            script: None,
             recording: false,
             looking_ahead: false,
             exit_depths: 0..num_loops,
@@ -457,6 +469,12 @@ impl EngineExecutor {
     /// Sets the exit depths of the oracle.
     pub fn with_oracle(mut self, exits: Arc<ExitDepths>) -> Self {
         self.oracle = Some(Oracle::Known(exits));
+        self
+    }
+
+    /// Lets exit policies read the signals of a script, and the oracle its predictions, in place of the model's.
+    pub fn with_script(mut self, script: Arc<ExitScript>) -> Self {
+        self.script = Some(script);
         self
     }
 
@@ -844,6 +862,11 @@ impl EngineExecutor {
             if !pass.reads_signal(segment) {
                 continue;
             }
+            if let Some(value) = self.scripted(pass.reads.signal, segment)? {
+                signals[index] = value;
+                self.sequences.of_mut(segment).signal = Some(value);
+                continue;
+            }
             let Finding { verdict, gate, change, kl } = self.current.findings[index];
             signals[index] = match pass.reads.signal {
                 SignalRead::None => continue,
@@ -866,7 +889,21 @@ impl EngineExecutor {
         Ok(())
     }
 
+    /// What the script has in place of a signal; `None` without a script.
+    fn scripted(&self, read: SignalRead, segment: &Segment) -> Result<Option<f32>, EngineError> {
+        let Some(script) = &self.script else { return Ok(None) };
+        let Sequence { request, generation, .. } = self.sequences.of(segment);
+        let (request, token) = (*request, generation.tokens.len());
+        match script.read(read, request, token, segment.depth.into()) {
+            None => Err(EngineError::NotInScript { request, token }),
+            value => Ok(value),
+        }
+    }
+
     fn oracle_exits(&self, segment: &Segment) -> Result<bool, EngineError> {
+        if let Some(exits) = self.scripted(SignalRead::Oracle, segment)? {
+            return Ok(exits > 0.0);
+        }
         let Sequence { request, generation, .. } = self.sequences.of(segment);
         let token = generation.tokens.len();
         let exit = match &self.oracle {

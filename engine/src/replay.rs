@@ -19,6 +19,7 @@ use crate::kernels::attention::Row;
 use crate::kernels::rows::Source;
 use crate::model::Rows;
 use crate::prompts::Prompts;
+use crate::script::ExitScript;
 use crate::tokenizer::TokenizerError;
 
 /// Rows per pass in runs that are not timed.
@@ -50,6 +51,14 @@ pub enum ReplayError {
         /// Loops of the model.
         model: usize,
     },
+    /// An exit script for another number of loops.
+    #[error("the exit trace that tokens follow is of {script} loops, expected {model}")]
+    ScriptLoops {
+        /// Loops of the script.
+        script: usize,
+        /// Loops of the model.
+        model: usize,
+    },
     /// An exit policy that follows a recording where none is.
     #[error("exit policy {0} follows a recording at full depth: expected another policy here")]
     FollowsRecording(ExitPolicy),
@@ -59,6 +68,14 @@ pub enum ReplayError {
     /// An exit policy that reads gates of a model without gates.
     #[error("exit policy {0}: the model has no gates, expected another signal")]
     NoGates(ExitPolicy),
+    /// An exit policy that speculates, under an exit script.
+    #[error(
+        "exit policy {0}: full depth decides of its drafts, not an exit trace of any model, expected another policy"
+    )]
+    DraftsInScript(ExitPolicy),
+    /// An exit policy that reads a signal which the exit script lacks.
+    #[error("exit policy {0}: the exit trace that tokens follow lacks the signal, expected another policy")]
+    SignalInScript(ExitPolicy),
     /// A KV fill by depth, of a model whose loops share the keys and values of depth 0.
     #[error("KV fill {0}: the loops of this model share the keys and values of depth 0, expected first")]
     SharesKv(KvFill),
@@ -105,12 +122,15 @@ pub struct Engine {
     pub prompts: Arc<Prompts>,
     /// How tokens are sampled.
     pub sampling: Sampling,
+    /// The exits that replays follow, if not the model's own.
+    pub script: Option<Arc<ExitScript>>,
 }
 
 impl Engine {
     /// A model that takes the most likely tokens, and has no prompts yet.
     pub fn new(model: Arc<dyn ServedModel>) -> Self {
-        Self { model, prompts: Arc::new(Prompts::Given(HashMap::new())), sampling: Sampling::default() }
+        let prompts = Arc::new(Prompts::Given(HashMap::new()));
+        Self { model, prompts, sampling: Sampling::default(), script: None }
     }
 
     /// Loops of the model.
@@ -130,16 +150,17 @@ impl Engine {
         if settings.exit_wait > 0 { executor.with_exits_that_wait() } else { Ok(executor) }
     }
 
-    /// An executor with the exit depths that the oracle exit policy reads.
+    /// An executor with the exit depths that the oracle exit policy reads, or with the exit script.
     fn executor_with(
         &self,
         settings: &Settings,
         oracle: Option<Arc<ExitDepths>>,
     ) -> Result<EngineExecutor, EngineError> {
         let executor = self.executor(settings)?;
-        Ok(match oracle {
-            Some(exits) => executor.with_oracle(exits),
-            None => executor,
+        Ok(match (&self.script, oracle) {
+            (Some(script), _) => executor.with_script(script.clone()),
+            (None, Some(exits)) => executor.with_oracle(exits),
+            (None, None) => executor,
         })
     }
 
@@ -147,7 +168,7 @@ impl Engine {
     /// output of each request, by id.
     ///
     /// `oracle` is read only by the oracle exit policy. Without it, the depths of the live text are
-    /// [found](Self::oracle_exits) before the clock starts.
+    /// [found](Self::oracle_exits) before the clock starts. With a [script](Self::script), every policy follows that.
     ///
     /// # Errors
     /// Before the run if a request does not fit the model or the cache, or has no prompt; during the run if the engine
@@ -162,7 +183,7 @@ impl Engine {
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
         let looks_ahead = settings.exit.signal_read() == SignalRead::Oracle && !settings.exit.follows_recording();
         let oracle = match oracle {
-            None if looks_ahead => Some(Arc::new(self.oracle_exits(&settings, requests)?)),
+            None if looks_ahead && self.script.is_none() => Some(Arc::new(self.oracle_exits(&settings, requests)?)),
             given => given,
         };
         self.replay_by(settings, requests, None, oracle, &mut WallClock::start(idle), observer)
@@ -215,7 +236,8 @@ impl Engine {
     /// Checks that the engine can run under these settings.
     ///
     /// # Errors
-    /// If the settings are for another number of loops, or read gates that the model does not have.
+    /// If the settings are for another number of loops, read gates that the model does not have, or do not go with the
+    /// [script](Self::script).
     pub fn check_settings(&self, settings: &Settings) -> Result<(), ReplayError> {
         let model = self.model.config().num_loops;
         if usize::from(settings.num_loops) != model {
@@ -223,6 +245,19 @@ impl Engine {
         }
         if settings.exit.signal_read() == SignalRead::Signal(ExitSignal::Gate) && !self.model.config().gate {
             return Err(ReplayError::NoGates(settings.exit));
+        }
+        if let Some(script) = &self.script {
+            let trace = script.trace();
+            if trace.num_loops() != model {
+                return Err(ReplayError::ScriptLoops { script: trace.num_loops(), model });
+            }
+            if settings.exit.speculates() {
+                return Err(ReplayError::DraftsInScript(settings.exit));
+            }
+            let lacks = |signal| !trace.recorded.contains(signal);
+            if matches!(settings.exit.signal_read(), SignalRead::Signal(signal) if lacks(signal)) {
+                return Err(ReplayError::SignalInScript(settings.exit));
+            }
         }
         if self.model.config().shares_kv() && settings.kv_fill != KvFill::First {
             return Err(ReplayError::SharesKv(settings.kv_fill));

@@ -16,6 +16,7 @@ fn engine(config: &ModelConfig) -> Engine {
         model: Arc::new(Model::load(&weights(config, 5), WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text((0..40).collect())),
         sampling: Sampling::default(),
+        script: None,
     }
 }
 

@@ -10,17 +10,18 @@ use common::{grouped, weights, with_everything};
 use engine::kernels::signals::log_probability;
 use engine::reference::Reference;
 use engine::{
-    Engine, Exiting, FullDepth, Generation, Idle, Model, ModelConfig, Prompts, RecordedGeneration, RecordedPolicy,
-    Sampling, WeightType, Weights, oracle_depths,
+    Engine, ExitScript, Exiting, FullDepth, Generation, Idle, Model, ModelConfig, Prompts, RecordedGeneration,
+    RecordedPolicy, Sampling, WeightType, Weights, oracle_depths,
 };
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
-use traces::{Nanos, Request, SignalSet};
+use traces::{ExitTrace, ExitTraceMeta, Nanos, Request, SignalSet};
 
 fn engine(config: &ModelConfig, temperature: f32) -> Engine {
     Engine {
         model: Arc::new(Model::load(&weights(config, 5), WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text((0..300).map(|i| i * i * 7 % 40).collect())),
         sampling: Sampling { temperature, seed: 1 },
+        script: None,
     }
 }
 
@@ -292,6 +293,40 @@ fn random_exits_come_as_often_as_their_probability_says() {
     let following = Exiting { policies: vec!["oracle:recorded".parse().unwrap()], ..exiting };
     let error = engine.record_each_exiting(&requests, &following, |_| Ok(()), &mut ()).unwrap_err().to_string();
     assert!(error.contains("oracle:recorded follows a recording"), "{error}");
+}
+
+#[test]
+fn exits_that_do_not_fit_the_model_or_the_requests_are_refused() {
+    let meta = |num_loops| ExitTraceMeta {
+        schema_version: ExitTrace::SCHEMA_VERSION,
+        model: "another one".to_owned(),
+        fingerprint: "any".to_owned(),
+        num_loops,
+        source: "a test".to_owned(),
+        recording: None,
+    };
+    let refuse = |trace: ExitTrace, exit: &str| {
+        // Two tokens for each request, which ask for four and more.
+        let tokens = requests().iter().map(|request| (request.id, vec![0, 1])).collect();
+        let script = Some(Arc::new(ExitScript::new(Arc::new(trace), tokens)));
+        let engine = Engine { script, ..engine(&with_everything(), 0.0) };
+        let settings = settings(exit.parse().unwrap());
+        engine.replay(settings, &requests(), None, Idle::Skip, &mut ()).unwrap_err().to_string()
+    };
+    let depths = [vec![0, 1]];
+    let always = ExitTrace { recorded: SignalSet::ALWAYS, ..ExitTrace::from_depths(meta(3), &depths) };
+    let cases = [
+        (refuse(ExitTrace::from_depths(meta(4), &depths), "none"), "tokens follow is of 4 loops, expected 3"),
+        (
+            refuse(ExitTrace::from_depths(meta(3), &depths), "speculate:margin:0.5:2"),
+            "speculate:margin:0.5:2: full depth",
+        ),
+        (refuse(always, "kl:0.5"), "exit policy confidence:kl:0.5: the exit trace that tokens follow lacks the signal"),
+        (refuse(ExitTrace::from_depths(meta(3), &depths), "margin:0.5"), "the exit script has no token 2 of request"),
+    ];
+    for (message, expected) in cases {
+        assert!(message.contains(expected), "{message}");
+    }
 }
 
 #[test]

@@ -33,7 +33,7 @@ fn engine(weights: &Weights) -> Engine {
     let vocab = weights.config().vocab_size as u32;
     let text = (0..60_u32).map(|i| (i * i * 31 + i * 7) % vocab).collect();
     let model = Arc::new(Model::load(weights, WeightType::F32).unwrap());
-    Engine { model, prompts: Arc::new(Prompts::Text(text)), sampling: Sampling::default() }
+    Engine { model, prompts: Arc::new(Prompts::Text(text)), sampling: Sampling::default(), script: None }
 }
 
 fn requests() -> Vec<Request> {

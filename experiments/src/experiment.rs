@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use engine::{DeviceName, WeightType};
+use engine::{Checkpoint, DeviceName, WeightType};
 use scheduler::{Batching, KvFill};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -54,7 +54,8 @@ pub struct Experiment {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSpec {
-    /// A folder of ours or of Hugging Face's, a GGUF file, or a name on the Hugging Face hub.
+    /// A folder of ours or of Hugging Face's, a GGUF file, a name on the Hugging Face hub, or `random:` and a configuration
+    /// file of ours, for random weights.
     pub model: PathBuf,
     /// Split the layers of an ordinary transformer into so many blocks, a depth each; or run a looped model so many times.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -65,8 +66,13 @@ pub struct EngineSpec {
     /// Where it runs: `cpu`, `cuda` or `cuda:N`.
     #[serde(default)]
     pub device: DeviceName,
-    /// Prompts in JSON lines, one for each request (`.jsonl`), or a text that prompts are cut from.
-    pub prompts: PathBuf,
+    /// Prompts in JSON lines, one for each request (`.jsonl`), or a text that prompts are cut from. Without them, with
+    /// `exits`, the tokens of prompts are drawn at random.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<PathBuf>,
+    /// Folder of an exit trace that fits any model: tokens exit as it says, whatever the model computes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exits: Option<PathBuf>,
     /// Times every combination is replayed, in alternation; the median run is reported.
     pub repeats: u32,
     /// Rounds of the latency profile, which is complete before the first replay.
@@ -203,6 +209,11 @@ impl Experiment {
         }
         if let Some(engine) = &self.engine {
             self.serving.check_for_engine().context("serving")?;
+            ensure!(
+                engine.prompts.is_some() || engine.exits.is_some(),
+                "no engine.prompts: expected a text or JSON lines, since only an exit trace of any model (engine.exits) goes \
+                 with prompts that are drawn at random"
+            );
             ensure!(engine.repeats > 0, "engine.repeats is 0: expected at least 1");
             check_at_most("engine.repeats", engine.repeats.into(), MOST_REPEATS.into())?;
             let temperature = engine.temperature;
@@ -271,6 +282,9 @@ impl EngineSpec {
 
     /// Where the model is: relative to `base`, or, if nothing is there, on the hub.
     pub fn model_from(&self, base: &Path) -> PathBuf {
+        if let Some(config) = Checkpoint::random_config(&self.model) {
+            return PathBuf::from(format!("random:{}", base.join(config).display()));
+        }
         let path = base.join(&self.model);
         if path.exists() { path } else { self.model.clone() }
     }

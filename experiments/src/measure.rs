@@ -43,7 +43,7 @@ pub struct MeasuredLoad {
 }
 
 /// Replays the requests of every load under every one of `settings`, all of them in turn in each repeat. Requests that
-/// meet `objectives` are counted.
+/// meet `objectives` are counted. Without full depth's own texts, no quality is measured.
 ///
 /// # Errors
 /// If the engine cannot serve the requests.
@@ -52,7 +52,7 @@ pub fn in_turn(
     settings: &[Settings],
     loads: &[Load],
     repeats: u32,
-    (oracle, own): (&Oracle, &FullDepthTexts),
+    (oracle, own): (&Oracle, Option<&FullDepthTexts>),
     objectives: Option<Objectives>,
     reporter: &mut dyn Reporter,
 ) -> Result<Vec<MeasuredLoad>> {
@@ -72,10 +72,13 @@ pub fn in_turn(
                 // Tokens and exits do not change from repeat to repeat, unless they depend on the load.
                 let first = runs.first().filter(|_| !exit.depends_on_load());
                 let quality = match first.and_then(|runs: &Vec<Run>| runs[place].quality.clone()) {
-                    Some(quality) => quality,
-                    None => Quality::measure(named, &generations, own)?,
+                    Some(quality) => Some(quality),
+                    None => own.map(|own| Quality::measure(named, &generations, own)).transpose()?,
                 };
-                runs_of_repeat.push(run.with_quality(quality));
+                runs_of_repeat.push(match quality {
+                    Some(quality) => run.with_quality(quality),
+                    None => run,
+                });
                 passes_of_repeat.push(PassRun { load: load.share, repeat, ..recorder.into_run() });
                 reporter.advance(1);
             }

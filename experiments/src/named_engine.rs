@@ -6,11 +6,13 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use bytesize::ByteSize;
 use engine::{
-    Checkpoint, CheckpointError, DeviceName, Engine, PromptLine, Prompts, Sampling, ServedModel, Tokenizer, WeightType,
+    Checkpoint, CheckpointError, DeviceName, Engine, ExitScript, PromptLine, Prompts, Sampling, ServedModel, Tokenizer,
+    WeightType,
 };
 use scheduler::{KvFill, Settings};
-use simulator::ModelMemory;
-use traces::{ExitTrace, MemoryFigures, PassLogMeta, PrefixHashes, Request};
+use simulator::{Draw, ExitModel, ModelMemory};
+use traces::hash::mix;
+use traces::{ExitTrace, LatencyProfile, MemoryFigures, PassLogMeta, PrefixHashes, Request};
 
 use crate::experiment::EngineSpec;
 use crate::serving::Serving;
@@ -25,6 +27,15 @@ pub struct NamedEngine {
     /// Of the model; `None` if it has none.
     pub tokenizer: Option<Tokenizer>,
     device: DeviceName,
+    followed: Option<FollowedExits>,
+}
+
+/// Exits of an exit trace that fits any model, which requests follow.
+#[derive(Clone)]
+struct FollowedExits {
+    trace: Arc<ExitTrace>,
+    /// Assigns tokens of the trace to those of requests.
+    model: ExitModel,
 }
 
 impl NamedEngine {
@@ -51,8 +62,67 @@ impl NamedEngine {
     /// As for [`load`](Self::load).
     pub fn of_spec(spec: &EngineSpec, base: &Path, seed: u64) -> Result<Self> {
         let sampling = Sampling { temperature: spec.temperature, seed };
-        let (model, prompts) = (spec.model_from(base), base.join(&spec.prompts));
-        Self::load(&model, spec.loops, spec.weights, spec.device, &prompts, sampling)
+        let model = spec.model_from(base);
+        let mut named = match &spec.prompts {
+            Some(prompts) => Self::load(&model, spec.loops, spec.weights, spec.device, &base.join(prompts), sampling)?,
+            None => Self::load_without_prompts(&model, spec.loops, spec.weights, spec.device, sampling)?
+                .with_random_prompts(),
+        };
+        if let Some(exits) = &spec.exits {
+            named.follow(ExitTrace::read(base.join(exits))?)?;
+        }
+        Ok(named)
+    }
+
+    /// The engine with prompts of tokens that are drawn at random: the same for the same seed of sampling.
+    pub fn with_random_prompts(mut self) -> Self {
+        let config = self.engine.model.config();
+        let (vocabulary, seed) = (config.vocab_size as u64, self.engine.sampling.seed);
+        let token = |place: usize| (mix(seed ^ mix(place as u64)) % vocabulary) as u32;
+        self.engine.prompts = Arc::new(Prompts::Text((0..config.max_positions).map(token).collect()));
+        self
+    }
+
+    /// Lets requests that the engine is [fitted](Self::fit) to exit as an exit trace says, whatever the model computes. The
+    /// trace must fit any model. Requests take its generations as in a simulation with the seed of sampling: each draws
+    /// one, by its id, and goes on with another where its output is longer.
+    ///
+    /// # Errors
+    /// If the trace is of a model, has another number of loops, has no tokens, or was recorded under exit policies.
+    pub fn follow(&mut self, trace: ExitTrace) -> Result<()> {
+        let (any, loops) = (LatencyProfile::ANY_MODEL, self.engine.num_loops());
+        ensure!(
+            trace.meta.fingerprint == any,
+            "exits of `{}` with fingerprint {}: expected fingerprint {any}, that of an exit trace that fits any model \
+             (`depthwise trace script-exits` makes one of a recording)",
+            trace.meta.model,
+            trace.meta.fingerprint
+        );
+        ensure!(
+            trace.num_loops() == usize::from(loops),
+            "exits of a model with {} loops: expected {loops}, the loops of {}",
+            trace.num_loops(),
+            self.name
+        );
+        let model = ExitModel::new(&trace, Draw::Seeded(self.engine.sampling.seed))?;
+        ensure!(
+            trace.served.is_none(),
+            "exits that were recorded under exit policies: expected those of full depth, or an exit trace that \
+             `depthwise trace script-exits` makes of them"
+        );
+        self.followed = Some(FollowedExits { trace: Arc::new(trace), model });
+        Ok(())
+    }
+
+    /// Whether exits are those of an exit trace of any model. Then nothing that is served has a quality.
+    pub fn is_scripted(&self) -> bool {
+        self.followed.is_some()
+    }
+
+    /// Number of these requests that are longer than the generation whose exits they begin with.
+    pub(crate) fn longer_than_followed(&self, requests: &[Request]) -> usize {
+        let Some(followed) = &self.followed else { return 0 };
+        requests.iter().filter(|request| followed.model.is_longer_than_recorded(request)).count()
     }
 
     /// Opens a model that must have a tokenizer; prompts repeat one token until others are given.
@@ -83,19 +153,29 @@ impl NamedEngine {
         sampling: Sampling,
     ) -> Result<Self> {
         let checkpoint = Checkpoint::open(model, loops)?;
-        let name = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned();
+        let name = match Checkpoint::random_config(model) {
+            Some(config) => format!("{}, random weights", config.file_stem().unwrap_or_default().display()),
+            None => model.file_name().unwrap_or(model.as_os_str()).to_string_lossy().into_owned(),
+        };
         let model = device.serve(&checkpoint.weights, weights)?;
         let prompts = Arc::new(Prompts::Text(vec![0; model.config().max_positions]));
-        Ok(Self { engine: Engine { model, prompts, sampling }, name, tokenizer: checkpoint.tokenizer, device })
+        let engine = Engine { prompts, sampling, ..Engine::new(model) };
+        Ok(Self { engine, name, tokenizer: checkpoint.tokenizer, device, followed: None })
     }
 
     /// Fits requests and prompts to each other: requests get the lengths of prompts that have their own, and prompts of a
-    /// text begin alike where the trace of the requests says so.
+    /// text begin alike where the trace of the requests says so. Requests get the exits that they [follow](Self::follow).
     pub fn fit(&mut self, requests: &mut [Request], prefixes: Option<Arc<PrefixHashes>>) {
         let prompts = &mut self.engine.prompts;
         prompts.set_lengths(requests);
         if let Some(prefixes) = prefixes {
             *prompts = Arc::new(Arc::unwrap_or_clone(prompts.clone()).with_prefixes(prefixes));
+        }
+        if let Some(FollowedExits { trace, model }) = &self.followed {
+            let of_request =
+                |request: &Request| (request.id, model.tokens_of(request).expect("tokens of a trace at full depth"));
+            let tokens = requests.iter().map(of_request).collect();
+            self.engine.script = Some(Arc::new(ExitScript::new(trace.clone(), tokens)));
         }
     }
 

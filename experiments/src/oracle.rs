@@ -23,7 +23,8 @@ impl Oracle {
         settings.iter().any(|settings| settings.exit.follows_recording())
     }
 
-    /// The depths for replays of `requests` under any of `settings`. `recorded` is their recording at full depth, which
+    /// The depths for replays of `requests` under any of `settings`; none where exits are
+    /// [scripted](NamedEngine::is_scripted). `recorded` is their recording at full depth, which
     /// only `oracle:recorded` needs.
     ///
     /// # Errors
@@ -34,6 +35,9 @@ impl Oracle {
         requests: &[Request],
         recorded: Option<&ExitTrace>,
     ) -> Result<Self> {
+        if named.is_scripted() {
+            return Ok(Self::default());
+        }
         let recorded = recorded.map(|trace| Arc::new(oracle_depths(trace, requests)));
         let mut oracle = Self { recorded, live: Vec::new() };
         for settings in settings {

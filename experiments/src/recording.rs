@@ -16,6 +16,8 @@ use crate::oracle::{Oracle, is_live};
 /// What is generated after an early exit is not what full depth generates, and exits elsewhere. A policy that reads
 /// signals of the live text is therefore run once, untimed. The exits of a policy that depends on the load are not known
 /// before: its simulations read the signals of full depth, as do those of policies without a signal.
+///
+/// Where exits are [scripted](NamedEngine::is_scripted), the recording is the script, and nothing is run.
 pub struct Recording {
     /// Every signal at full depth.
     pub trace: ExitTrace,
@@ -24,6 +26,7 @@ pub struct Recording {
     full_depth: ExitModel,
     /// For each of the settings, the exits under its policy; `None` where simulations read the signals of full depth.
     by_policy: Vec<Option<ExitModel>>,
+    is_scripted: bool,
 }
 
 impl Recording {
@@ -32,10 +35,17 @@ impl Recording {
     /// # Errors
     /// If the engine cannot serve them.
     pub fn new(named: &NamedEngine, settings: &[Settings], requests: &[Request]) -> Result<Self> {
-        let trace = record(named, requests)?;
+        let script = named.engine.script.as_deref();
+        let trace = match script {
+            Some(script) => script.of_requests(requests),
+            None => record(named, requests)?,
+        };
         let oracle = Oracle::new(named, settings, requests, Some(&trace))?;
         let full_depth = ExitModel::new(&trace, Draw::Recorded)?;
         let by_policy = settings.iter().map(|settings| {
+            if script.is_some() {
+                return Ok(None);
+            }
             let depths = live_exits(named, settings, requests, &oracle)?;
             let model = |depths: Vec<Vec<u8>>| {
                 ExitModel::from_depths(&depths, full_depth.num_loops().into(), full_depth.fingerprint(), Draw::Recorded)
@@ -43,7 +53,7 @@ impl Recording {
             Ok(depths.map(model).transpose()?)
         });
         let by_policy = by_policy.collect::<Result<_>>()?;
-        Ok(Self { trace, oracle, full_depth, by_policy })
+        Ok(Self { trace, oracle, full_depth, by_policy, is_scripted: script.is_some() })
     }
 
     /// Signals and predictions at full depth.
@@ -58,7 +68,7 @@ impl Recording {
 
     /// Whether the exits at one place come with the predictions of full depth, which token agreement is taken from.
     pub fn has_predictions(&self, place: usize) -> bool {
-        self.by_policy[place].is_none()
+        self.by_policy[place].is_none() && !self.is_scripted
     }
 }
 

@@ -12,13 +12,14 @@ use crate::named_engine::{NamedEngine, pass_log_meta, record};
 use crate::oracle::Oracle;
 use crate::quality::{FullDepthTexts, Quality};
 use crate::reporter::Reporter;
-use crate::runs::Run;
+use crate::runs::{Run, warn_of_script};
 use crate::speedup::warn_without_baselines;
 use crate::workload::Workload;
 
 /// Replays a workload under every one of `settings`: the runs, and all their passes. The exits of
 /// `oracle:recorded` are read from `recorded`, an exit trace of these requests; without one, they are recorded first. Those of
-/// the live oracle are found by looking ahead before the replays.
+/// the live oracle are found by looking ahead before the replays. Where exits are [scripted](NamedEngine::is_scripted), every
+/// policy follows the script, nothing is recorded, and the text has no quality.
 ///
 /// # Errors
 /// If the engine cannot serve the requests.
@@ -31,10 +32,13 @@ pub fn replay(
     reporter: &mut dyn Reporter,
 ) -> Result<(Vec<Run>, PassLog)> {
     let requests = &workload.requests[..];
+    let is_scripted = named.is_scripted();
     settings.iter().try_for_each(|settings| named.check_settings(settings))?;
     warn_without_baselines(settings, reporter);
+    warn_of_script(named, requests, reporter);
     let full_depth = settings.iter().position(Settings::is_full_depth);
     let recording = match recorded {
+        None if is_scripted => None,
         None if Oracle::needs_recording(settings) || full_depth.is_none() => Some(record(named, requests)?),
         _ => None,
     };
@@ -51,6 +55,10 @@ pub fn replay(
         generated.push(generations);
         passes.runs.push(recorder.into_run());
         reporter.advance(1);
+    }
+    if is_scripted {
+        reporter.finish();
+        return Ok((runs, passes));
     }
     reporter.message("comparing the served texts with full depth");
     let own = match (recorded, full_depth) {

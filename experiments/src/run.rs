@@ -22,7 +22,9 @@ use crate::quality::FullDepthTexts;
 use crate::recording::Recording;
 use crate::reporter::Reporter;
 use crate::results::{CONFIG, PASS_LOG, ResultsFolder};
-use crate::runs::{Run, simulate_all, warn_of_extrapolations, write_depth_rows, write_quality, write_requests};
+use crate::runs::{
+    Run, simulate_all, warn_of_extrapolations, warn_of_script, write_depth_rows, write_quality, write_requests,
+};
 use crate::serving::Serving;
 use crate::speedup::warn_without_baselines;
 use crate::systems::{OfSystem, simulate_systems};
@@ -122,6 +124,7 @@ fn measure_and_simulate(
     let settings = experiment.serving.all_settings(&engine.memory(), &trace.requests)?;
     settings.iter().try_for_each(|settings| engine.check_settings(settings))?;
     warn_without_baselines(&settings, reporter);
+    warn_of_script(&engine, &trace.requests, reporter);
     let variants = Variants::new(experiment, &engine.memory(), &trace.requests)?;
     reporter.message("recording exits");
     let recording = Recording::new(&engine, &settings, &trace.requests)?;
@@ -152,8 +155,11 @@ fn measure_and_simulate(
     let at_once = Workload::open(trace.requests.clone(), prefixes);
     simulate_variants(&variants, &models.first, recording.full_depth(), &at_once, &results, reporter)?;
 
-    let own = FullDepthTexts::of_recording(&engine.engine, &recording.trace, &trace.requests)?;
-    let graded = (&recording.oracle, &own);
+    let own = match engine.is_scripted() {
+        true => None,
+        false => Some(FullDepthTexts::of_recording(&engine.engine, &recording.trace, &trace.requests)?),
+    };
+    let graded = (&recording.oracle, own.as_ref());
     let measured = in_turn(&engine, &settings, &loads, spec.repeats, graded, experiment.objectives, reporter)?;
     let runs =
         measured.iter().flat_map(|load| load.passes.iter().flatten().cloned()).chain(profiled.passes()).collect();

@@ -15,9 +15,10 @@ use simulator::{
     Draw, ExitModel, GroupSummary, Link, MachineGroup, Metrics, Objectives, Outcome, RequestLog, Routing, Simulation,
     SimulationError, Source, Summary, SystemSummary, write_csv,
 };
-use traces::{ExitTrace, LatencyProfile, Requests, check_same_model};
+use traces::{ExitTrace, LatencyProfile, Request, Requests, check_same_model};
 
 use crate::exit_choice::ExitChoice;
+use crate::named_engine::NamedEngine;
 use crate::quality::{self, Quality};
 use crate::reporter::Reporter;
 use crate::results::{CONFIG, ResultsFolder};
@@ -326,6 +327,19 @@ fn warn_of_short_recordings(exits: &ExitModel, longer: usize, requests: usize, r
 /// Says where runs went beyond what was measured, if they did.
 pub fn warn_of_extrapolations(beyond: &Extrapolations, reporter: &mut dyn Reporter) {
     if !beyond.is_empty() {
+/// Says how many requests are longer than the generation whose exits they begin with, where exits are
+/// [scripted](NamedEngine::is_scripted).
+pub(crate) fn warn_of_script(named: &NamedEngine, requests: &[Request], reporter: &mut dyn Reporter) {
+    let longer = named.longer_than_followed(requests);
+    if longer > 0 {
+        reporter.warning(&format!(
+            "{longer} of {} requests are longer than the generation that they take exits from: they go on in another \
+             one, from its beginning",
+            requests.len()
+        ));
+    }
+}
+
         reporter.warning(&format!("some times are beyond what was measured:\n{beyond}"));
     }
 }

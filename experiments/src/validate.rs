@@ -31,7 +31,7 @@ use crate::profile::{Profiled, lengths, limits};
 use crate::recording::Recording;
 use crate::reporter::Reporter;
 use crate::results::{PASS_LOG, ResultsFolder};
-use crate::runs::{Run, warn_of_extrapolations, write_depth_rows, write_requests};
+use crate::runs::{Run, warn_of_extrapolations, warn_of_script, write_depth_rows, write_requests};
 use crate::workload::{Workload, load_open_loop};
 
 /// What a validation came to.
@@ -161,6 +161,7 @@ impl Subject {
         let mut trace = load_open_loop(&experiment.requests, base, reporter)?;
         let mut engine = NamedEngine::of_spec(spec, base, experiment.seed)?;
         engine.fit(&mut trace.requests, trace.prefix_hashes.take().map(Arc::new));
+        warn_of_script(&engine, &trace.requests, reporter);
         let (serving, memory) = (&experiment.serving, engine.memory());
         let prefixes = engine.prefixes(serving, &trace.requests)?;
         let mut settings = serving.all_settings(&memory, &trace.requests)?;

@@ -330,16 +330,12 @@ pub struct DepthsByRequest {
 impl DepthsByRequest {
     /// Depths of a trace under an exit policy, or `None` if they depend on more than the trace.
     pub fn new(exits: &ExitTrace, policy: ExitPolicy) -> Option<Self> {
-        let of_request = |request: u32| -> Option<(u32, Vec<u32>)> {
-            let tokens = exits.generation(request as usize).enumerate();
-            let loops = tokens.map(|(index, token)| match index {
-                0 => Some(exits.meta.num_loops),
-                _ => exit_depth(exits, policy, request, token).map(|depth| depth as u32 + 1),
-            });
-            Some((request, loops.collect::<Option<_>>()?))
+        let of_request = |(request, depths): (u32, Vec<u8>)| {
+            let after_first = depths.iter().skip(1).map(|&depth| u32::from(depth) + 1);
+            let first = depths.first().map(|_| exits.meta.num_loops);
+            (request, first.into_iter().chain(after_first).collect())
         };
-        let depths_by_request = (0..exits.num_generations() as u32).map(of_request).collect::<Option<_>>()?;
-        Some(Self { depths_by_request })
+        Some(Self { depths_by_request: (0..).zip(exit_depths(exits, policy)?).map(of_request).collect() })
     }
 
     /// What [`write_to`](Self::write_to) writes first.
@@ -352,6 +348,16 @@ impl DepthsByRequest {
     pub fn write_to(&self, out: &mut dyn Write) -> std::io::Result<()> {
         Ok(serde_json::to_writer(out, self)?)
     }
+}
+
+/// The depths at which the tokens of a trace exit under a policy, by generation; `None` if they depend on more than the
+/// trace. A generation stands for the request of its number.
+pub fn exit_depths(exits: &ExitTrace, policy: ExitPolicy) -> Option<Vec<Vec<u8>>> {
+    let of_generation = |generation: usize| {
+        let depth = |token| exit_depth(exits, policy, generation as u32, token).map(|depth| depth as u8);
+        exits.generation(generation).map(depth).collect()
+    };
+    (0..exits.num_generations()).map(of_generation).collect()
 }
 
 fn exit_depth(exits: &ExitTrace, policy: ExitPolicy, request: u32, token: usize) -> Option<usize> {

@@ -29,7 +29,7 @@ pub mod vllm;
 pub use all_reduce::AllReduce;
 pub use comparison::Comparison;
 pub use error::ImportError;
-pub use exits::{DepthsByRequest, ImportedExits};
+pub use exits::{DepthsByRequest, ImportedExits, exit_depths};
 pub use kernel_tables::KernelTables;
 pub use layer_tables::LayerTables;
 pub use looped::OutsideBlock;

@@ -51,6 +51,9 @@ pub enum ExitError {
         /// Tokens of the recorded generation.
         recorded: u32,
     },
+    /// A trace whose tokens follow each other by exits that are not known yet.
+    #[error("the exit trace was recorded under exit policies: which tokens follow each other depends on their exits")]
+    DependsOnExits,
     /// A KV fill that the trace was recorded under, and that is none.
     #[error(
         "the exit trace was recorded under KV fill `{0}`: expected reuse, first, skip, backfill, last, or cycle:SLOTS"
@@ -331,6 +334,20 @@ impl ExitModel {
         agreeing
     }
 
+    /// The tokens that a request takes, one for each token of its output, by their index in the trace.
+    ///
+    /// # Errors
+    /// If the trace was recorded under exit policies, or should be recorded from these requests and is not.
+    pub fn tokens_of(&self, request: &Request) -> Result<Vec<usize>, ExitError> {
+        if self.history.is_some() {
+            return Err(ExitError::DependsOnExits);
+        }
+        let first = self.cursor(request, 0)?;
+        let cursors = std::iter::successors(Some(first), |cursor| Some(self.next(cursor)));
+        let token = |cursor: Cursor| cursor.row / usize::from(self.num_loops);
+        Ok(cursors.map(token).take(request.output_tokens as usize).collect())
+    }
+
     /// The position of the token after that at a cursor, where no token exits early for good.
     pub(crate) fn next(&self, cursor: &Cursor) -> Cursor {
         let row = cursor.row + usize::from(self.num_loops);
@@ -590,6 +607,18 @@ mod tests {
                 left = &left[length..];
             }
         }
+    }
+
+    #[test]
+    fn the_tokens_of_a_request_are_those_that_its_exits_walk_through() {
+        let model = ExitModel::new(&trace(9), Draw::Seeded(5)).unwrap();
+        for id in 0..20 {
+            let walked = tokens(&model, &request(id, 50), 50);
+            let listed = model.tokens_of(&request(id, 50)).unwrap();
+            assert_eq!(listed, walked.iter().map(|&token| token as usize).collect::<Vec<_>>(), "request {id}");
+        }
+        let under_exits = ExitModel::new(&served(&[&[0; 3]]), Draw::Seeded(5)).unwrap();
+        assert_eq!(under_exits.tokens_of(&request(0, 3)), Err(ExitError::DependsOnExits));
     }
 
     #[test]

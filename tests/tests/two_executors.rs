@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{
-    Checkpoint, Engine, ExitDepths, Exiting, Idle, Model, Prompts, RecordedGeneration, RecordedPolicy, Sampling,
-    Tokenizer, WeightType, Weights, oracle_depths,
+    Checkpoint, Engine, ExitDepths, ExitScript, Exiting, Idle, Model, Prompts, RecordedGeneration, RecordedPolicy,
+    Sampling, Tokenizer, WeightType, Weights, oracle_depths,
 };
 use itertools::iproduct;
 use latency::LatencyModel;
@@ -20,9 +20,10 @@ use scheduler::{
     RowKind, Settings, SignalRead, Token, Verified,
 };
 use simulator::{Draw, ExitModel, Outcome, Simulation};
+use traces::hash::{mix, uniform};
 use traces::{
-    ClosedLoop, Component, ExitTrace, ExitTraceMeta, LatencyProfile, Link, Nanos, PrefixHashes, Request, Sessions,
-    ThinkTime, Users,
+    ClosedLoop, Component, ExitSignal, ExitTrace, ExitTraceMeta, LatencyProfile, Link, LoopShares, Nanos, PrefixHashes,
+    Request, Sessions, SignalSet, ThinkTime, Users,
 };
 
 /// Every row of every pass (slot, first position, tokens, depth), and every token (request, index, depth).
@@ -70,6 +71,7 @@ fn embedded_model() -> Engine {
         model: Arc::new(Model::load(&Weights::load(&folder).unwrap(), WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text(tokens)),
         sampling: Sampling::default(),
+        script: None,
     }
 }
 
@@ -82,6 +84,7 @@ fn looped_model(name: &str) -> Engine {
         model: Arc::new(Model::load(&weights, WeightType::F32).unwrap()),
         prompts: Arc::new(Prompts::Text((0..100).map(|index| index * index % vocab).collect())),
         sampling: Sampling::default(),
+        script: None,
     }
 }
 
@@ -219,6 +222,118 @@ fn the_simulator_schedules_the_very_passes_that_the_engine_runs() {
         }
         let backfills = kv_fill == KvFill::Backfill && exit.known_depth(0, num_loops).is_none();
         assert_eq!(measured.backfill > 0, backfills, "{batching}, {kv_fill}, {exit}, {num_blocks} blocks");
+    }
+}
+
+/// Generations of 9 tokens for any model with 4 loops, in which tokens exit at drawn depths.
+fn drawn_exits() -> ExitTrace {
+    let depths = LoopShares::new(&[4.0, 3.0, 2.0, 1.0]).unwrap().draw(5, 9, 3);
+    ExitTrace::from_depths(any_model(4), &depths)
+}
+
+/// Generations of 9 tokens for any model with 4 loops, with signals and predictions that have nothing to do with each other.
+fn drawn_signals() -> ExitTrace {
+    let mut trace = ExitTrace { recorded: SignalSet::ALL, ..ExitTrace::new(any_model(4)) };
+    let value = |row: u64, column: usize| uniform(mix(row << 8 | column as u64)) as f32;
+    for generation in 0..5 {
+        let row = |row: u64| {
+            let values: [f32; ExitSignal::ALL.len()] = std::array::from_fn(|column| value(row, column));
+            (values.into(), (3.0 * value(row, 9)) as u32)
+        };
+        trace.push_generation(&(36 * generation..36 * (generation + 1)).map(row).collect::<Vec<_>>());
+    }
+    trace
+}
+
+fn any_model(num_loops: u32) -> ExitTraceMeta {
+    ExitTraceMeta {
+        schema_version: ExitTrace::SCHEMA_VERSION,
+        model: "another one".to_owned(),
+        fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
+        num_loops,
+        source: "drawn".to_owned(),
+        recording: None,
+    }
+}
+
+/// An engine whose tokens follow the exits of a trace, and the exits of simulations that draw the same.
+fn scripted(engine: &Engine, trace: ExitTrace, requests: &[Request]) -> (Engine, ExitModel) {
+    let model = ExitModel::new(&trace, Draw::Seeded(7)).unwrap();
+    let tokens = requests.iter().map(|request| (request.id, model.tokens_of(request).unwrap())).collect();
+    let script = Some(Arc::new(ExitScript::new(Arc::new(trace), tokens)));
+    (Engine { script, ..engine.clone() }, model)
+}
+
+#[test]
+fn exits_of_any_model_are_followed_in_the_very_passes_that_are_simulated() {
+    let Recorded { engine, requests, latency, .. } = Recorded::of(embedded_model(), queued(12, |id| 1 + id * 7 % 17));
+    let num_loops = engine.num_loops();
+    let scripts = [drawn_exits(), drawn_signals()].map(|trace| scripted(&engine, trace, &requests));
+    let names = [
+        "none",
+        "static:1",
+        "mix:0:2:0.5",
+        "oracle",
+        "oracle:recorded:charged",
+        "margin:0.5",
+        "entropy:0.5",
+        "similarity:0.5",
+        "difference:0.5",
+        "kl:0.5",
+        "gate:0.5",
+        "cumulative:gate:0.7:2",
+        "delayed:top1:0.5",
+        "entropy-change:0.3",
+        "stable:2",
+        "load-adaptive:margin:0.9..0.1:4..20",
+    ];
+    let custom = ExitPolicy::Custom(CustomPolicy::new(&LateAtFirst));
+    let policies: Vec<ExitPolicy> = names.iter().map(|name| name.parse().unwrap()).chain([custom]).collect();
+    let fills = KvFill::KEEPING.into_iter().chain([KvFill::Last, KvFill::Cycle(3)]);
+    for (place, (batching, kv_fill, &exit)) in iproduct!(Batching::ALL, fills, &policies).enumerate() {
+        // Both scripts, and few blocks and plenty, with every policy and every fill.
+        let script = place % 2;
+        let num_blocks = [1000, 12][place / 2 % 2];
+        let (engine, model) = &scripts[script];
+        let case = format!("{batching}, {kv_fill}, {exit}, script {script}, {num_blocks} blocks");
+        // A budget in which each prompt fits, where depths share slots.
+        let (token_budget, prefill_chunk) = if kv_fill.overwrites(num_loops) { (48, 40) } else { (24, 10) };
+        let of_case = settings(batching, exit, num_blocks, num_loops);
+        let settings = Settings { kv_fill, token_budget, prefill_chunk, ..of_case };
+        let mut measured = Log::default();
+        let served = engine.replay(settings, &requests, None, Idle::Skip, &mut measured).unwrap();
+        let (simulated, _) = simulate(settings, &latency, model, &requests);
+        assert_eq!(measured, simulated, "{case}");
+        let trace = engine.script.as_ref().unwrap().trace();
+        for request in requests.iter().filter(|_| matches!(exit, ExitPolicy::Oracle { .. })) {
+            let tokens = model.tokens_of(request).unwrap();
+            let depths: Vec<u8> = tokens.iter().map(|&token| trace.oracle_depth(token) as u8).collect();
+            assert_eq!(served[&request.id].exit_depths, depths, "{case}, request {}", request.id);
+        }
+    }
+}
+
+#[test]
+fn what_is_served_under_exits_of_any_model_is_the_text_of_the_model_that_runs() {
+    let Recorded { engine, requests, .. } = Recorded::of(embedded_model(), queued(8, |id| 1 + id * 7 % 17));
+    let num_loops = engine.num_loops();
+    let at_full_depth = settings(Batching::Depth, ExitPolicy::None, 1000, num_loops);
+    let own = engine.replay(at_full_depth, &requests, None, Idle::Skip, &mut ()).unwrap();
+    let (engine, _) = scripted(&engine, drawn_exits(), &requests);
+    let text = |batching, exit: &str, kv_fill| {
+        let of_case = settings(batching, exit.parse().unwrap(), 1000, num_loops);
+        engine.replay(Settings { kv_fill, ..of_case }, &requests, None, Idle::Skip, &mut ()).unwrap()
+    };
+    let tokens = |text: HashMap<u32, engine::Generation>| -> HashMap<u32, Vec<u32>> {
+        text.into_iter().map(|(request, generation)| (request, generation.tokens)).collect()
+    };
+    assert_eq!(tokens(text(Batching::Depth, "none", KvFill::Reuse)), tokens(own.clone()));
+    for kv_fill in KvFill::KEEPING {
+        let served = tokens(text(Batching::Sequence, "oracle", kv_fill));
+        assert_ne!(served, tokens(own.clone()), "{kv_fill}");
+        for (batching, exit) in iproduct!([Batching::Vanilla, Batching::Depth], ["oracle", "margin:0.5", "gate:0.5"]) {
+            assert_eq!(tokens(text(batching, exit, kv_fill)), served, "{batching}, {exit}, {kv_fill}");
+        }
     }
 }
 

@@ -14,7 +14,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use traces::{ExitSignal, ExitTable, ExitTrace, ExitTraceMeta, SignalSet, Signals};
+use traces::{ExitSignal, ExitTable, ExitTrace, ExitTraceMeta, LatencyProfile, SignalSet, Signals};
 
 /// Folder, loops, and how many of 13 tokens become right after each loop. The first loop has 9, as in the paper's
 /// relaxed models with two loops (`docs/notebook/paper.md`). The split of the rest at three loops is an assumption.
@@ -47,7 +47,7 @@ fn exits(name: &str, becoming_right: &[usize], recorded: &ExitTrace) -> ExitTrac
     let meta = ExitTraceMeta {
         schema_version: ExitTrace::SCHEMA_VERSION,
         model: format!("Gemma-like, {name}"),
-        fingerprint: "gpu-study".to_owned(),
+        fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
         num_loops: loops as u32,
         source: format!(
             "of 13 tokens {becoming_right:?} become right after each loop; signals drawn from {}, gate = margin",

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use engine::Idle;
-use traces::{ExitTrace, Request};
+use traces::{ExitTrace, LatencyProfile, Request, TraceError};
 
 use crate::arguments::{EngineArgs, RequestArgs, ServingArgs};
 use crate::progress::Terminal;
@@ -22,7 +22,8 @@ pub struct Args {
     requests: RequestArgs,
     #[command(flatten)]
     serving: ServingArgs,
-    /// Exit trace of the same requests, for oracle:recorded [default: record one first]
+    /// Exit trace of the model and the same requests, for oracle:recorded [default: record one first]; or one that fits any
+    /// model (`trace script-exits`, `trace draw-exits`): every policy then reads its signals instead of the model's
     #[arg(long, value_name = "DIR")]
     exits: Option<PathBuf>,
     /// Wait for arrivals in real time instead of skipping idle time
@@ -39,13 +40,21 @@ pub fn run(args: Args) -> Result<()> {
     let serving = args.serving.serving();
     serving.check_for_engine()?;
     let mut workload = args.requests.workload(args.engine.seed)?;
-    let mut named = args.engine.load()?;
+    let read = |folder| Ok::<_, TraceError>((folder, ExitTrace::read(folder)?));
+    let (mut named, recorded) = match args.exits.as_deref().map(read).transpose()? {
+        Some((folder, exits)) if exits.meta.fingerprint == LatencyProfile::ANY_MODEL => {
+            (args.engine.load_following(exits).with_context(|| folder.display().to_string())?, None)
+        }
+        recorded => (args.engine.load()?, recorded),
+    };
     named.fit(&mut workload.requests, workload.prefixes.take());
     let settings = serving.all_settings(&named.memory(), &workload.requests)?;
-    let exits = args.exits.as_deref().map(|folder| exits(folder, &named, &workload.requests)).transpose()?;
+    if let Some((folder, exits)) = &recorded {
+        check_recorded(folder, exits, &named, &workload.requests)?;
+    }
+    let exits = recorded.as_ref().map(|(_, exits)| exits);
     let idle = if args.real_time { Idle::Sleep } else { Idle::Skip };
-    let (runs, passes) =
-        experiments::replay(&named, &settings, &workload, exits.as_ref(), idle, &mut Terminal::default())?;
+    let (runs, passes) = experiments::replay(&named, &settings, &workload, exits, idle, &mut Terminal::default())?;
     if let Some(mut folder) = folder {
         passes.write(folder.path()?.join(PASS_LOG))?;
         write_results(folder, "replay", &args, &runs)?;
@@ -57,11 +66,16 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Reads the exit trace given, if it is of this model and these requests.
-fn exits(folder: &Path, named: &NamedEngine, requests: &[Request]) -> Result<ExitTrace> {
-    let exits = ExitTrace::read(folder)?;
+/// Checks that an exit trace is of this model and these requests.
+fn check_recorded(folder: &Path, exits: &ExitTrace, named: &NamedEngine, requests: &[Request]) -> Result<()> {
     let (recorded, model) = (&exits.meta.fingerprint, named.engine.model.fingerprint());
-    ensure!(recorded == model, "{}: recorded of model {recorded}, expected {model}", folder.display());
+    ensure!(
+        recorded == model,
+        "{}: recorded of model {recorded}, expected {model}, or `{}` (`depthwise trace script-exits` makes a recording fit \
+         any model)",
+        folder.display(),
+        LatencyProfile::ANY_MODEL
+    );
     ensure!(
         exits.num_generations() == requests.len(),
         "{}: {} generations, expected one for each of {} requests",
@@ -69,5 +83,5 @@ fn exits(folder: &Path, named: &NamedEngine, requests: &[Request]) -> Result<Exi
         exits.num_generations(),
         requests.len()
     );
-    Ok(exits)
+    Ok(())
 }

@@ -1,5 +1,5 @@
 //! `depthwise trace`: what a request trace is like, any trace as our own CSV, exit depths for other engines, and exit
-//! traces that are drawn.
+//! traces that fit any model, drawn or of a recording.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use experiments::results::write_file;
 use experiments::serving::check_at_most;
 use experiments::workload::load_requests;
-use import::DepthsByRequest;
+use import::{DepthsByRequest, exit_depths};
 use scheduler::ExitPolicy;
 use traces::statistics::{LengthStatistics, TraceStatistics};
 use traces::{
@@ -18,7 +18,8 @@ use crate::arguments::TraceArgs;
 use crate::output::say;
 use crate::progress::Terminal;
 
-/// Look at request traces, and write them as our own CSV; write exit depths for other engines; draw exit traces
+/// Look at request traces, and write them as our own CSV; write exit depths for other engines; make exit traces for any
+/// model
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -31,6 +32,27 @@ enum Task {
     Convert(ConvertArgs),
     Depths(DepthsArgs),
     DrawExits(DrawExitsArgs),
+    ScriptExits(ScriptExitsArgs),
+}
+
+/// Make an exit trace for any model of a recording
+///
+/// Every model with the number of loops can follow it: `replay`, `validate` and `run` then serve the text of the model that
+/// runs, with the exits of the recording, and `simulate` runs the same passes. Without --exit, the signals and predictions
+/// of a recording at full depth stay, so that the exit policy of the run decides. With --exit, tokens exit where this policy
+/// lets them exit in the recording, under every policy that reads the oracle or a signal at a threshold of 0.5. Of a recording
+/// under exit policies, tokens exit where they were served.
+#[derive(Debug, clap::Args)]
+struct ScriptExitsArgs {
+    /// Folder of an exit trace
+    #[arg(value_name = "EXITS")]
+    exits: PathBuf,
+    /// Exit policy that decides the depths; neither load-adaptive nor speculating [default: the policy of the run]
+    #[arg(long, value_name = "POLICY")]
+    exit: Option<ExitPolicy>,
+    /// Folder of the exit trace to write
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
 }
 
 /// Draw an exit trace at random, of a model of whose exits only the shares or the mean are known
@@ -127,17 +149,62 @@ pub fn run(args: Args) -> Result<()> {
         Task::Convert(args) => convert(&args),
         Task::Depths(args) => write_depths(&args),
         Task::DrawExits(args) => draw_exits(&args),
+        Task::ScriptExits(args) => script_exits(&args),
     }
 }
 
 fn write_depths(args: &DepthsArgs) -> Result<()> {
     let exits = ExitTrace::read(&args.exits)?;
-    let depths = DepthsByRequest::new(&exits, args.exit);
-    let depths =
-        depths.with_context(|| format!("exits of {} depend on the load, not on the trace alone", args.exit))?;
+    let depths = DepthsByRequest::new(&exits, args.exit).with_context(|| depends_on_more(args.exit))?;
     write_file(&args.out, DepthsByRequest::BEGINNING, |out| depths.write_to(out))?;
     say!("{} requests: {}", depths.depths_by_request.len(), args.out.display());
     Ok(())
+}
+
+/// Why there are no depths of a policy.
+fn depends_on_more(policy: ExitPolicy) -> String {
+    format!("exits of {policy} depend on the load, not on the trace alone")
+}
+
+fn script_exits(args: &ScriptExitsArgs) -> Result<()> {
+    let recorded = ExitTrace::read(&args.exits)?;
+    let ExitTraceMeta { model, fingerprint, source, .. } = &recorded.meta;
+    let of_policy = |policy: ExitPolicy| exit_depths(&recorded, policy).with_context(|| depends_on_more(policy));
+    let (depths, by) = match (args.exit, &recorded.served) {
+        (Some(policy), _) => (Some(of_policy(policy)?), format!(", where {policy} exits")),
+        (None, Some(served)) => {
+            let depth = |token: usize| served.tokens[token].exit_depth as u8;
+            let of_generation = |generation| recorded.generation(generation).map(depth).collect();
+            (Some((0..recorded.num_generations()).map(of_generation).collect()), ", as served".to_owned())
+        }
+        (None, None) => (None, String::new()),
+    };
+    let meta = ExitTraceMeta {
+        model: format!("exits of {model}{by}"),
+        fingerprint: LatencyProfile::ANY_MODEL.to_owned(),
+        source: format!("for any model, of an exit trace with fingerprint {fingerprint}: {source}"),
+        recording: None,
+        ..recorded.meta
+    };
+    let trace = match depths {
+        Some(depths) => ExitTrace::from_depths(meta, &depths),
+        None => ExitTrace { meta, ..recorded },
+    };
+    trace.write(&args.out, ExitTable::Parquet)?;
+    print_written(&trace, &args.out);
+    Ok(())
+}
+
+/// Prints how large an exit trace is, and how deep its tokens run by oracle.
+fn print_written(trace: &ExitTrace, folder: &Path) {
+    say!(
+        "{} tokens of {} generations, {:.3} of {} loops on average: {}",
+        trace.num_tokens(),
+        trace.num_generations(),
+        trace.mean_oracle_passes(),
+        trace.num_loops(),
+        folder.display()
+    );
 }
 
 /// The most tokens of a drawn exit trace.
@@ -164,13 +231,7 @@ fn draw_exits(args: &DrawExitsArgs) -> Result<()> {
     };
     let trace = ExitTrace::from_depths(meta, &shares.draw(generations as usize, tokens as usize, seed));
     trace.write(&args.out, ExitTable::Parquet)?;
-    say!(
-        "{} tokens of {generations} generations, {:.3} of {} loops on average: {}",
-        trace.num_tokens(),
-        trace.mean_oracle_passes(),
-        shares.num_loops(),
-        args.out.display()
-    );
+    print_written(&trace, &args.out);
     Ok(())
 }
 

@@ -22,6 +22,10 @@ pub struct Args {
     serving: ServingArgs,
     #[command(flatten)]
     objectives: ObjectiveArgs,
+    /// Exit trace that fits any model (`trace script-exits`, `trace draw-exits`): every policy reads its signals instead of
+    /// the model's
+    #[arg(long, value_name = "DIR")]
+    exits: Option<PathBuf>,
     /// Number of replays of every combination, in the closed loop and at every rate
     #[arg(long, default_value_t = 3, value_parser = at_most::<MOST_REPEATS>)]
     repeats: u32,
@@ -61,6 +65,7 @@ pub fn run(args: Args) -> Result<()> {
             weights,
             device,
             prompts,
+            exits: args.exits,
             repeats: args.repeats,
             rounds: args.rounds,
             temperature,

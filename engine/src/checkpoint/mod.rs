@@ -204,13 +204,18 @@ impl Checkpoint {
     /// the Hugging Face hub, `owner/model` or `owner/model/file.gguf`. The hub's files are kept in its usual cache
     /// (`HF_HOME`), which is asked first. The layers of an ordinary transformer become `num_loops` blocks in a row that
     /// share nothing; if none is given, one block, or those that a folder of ours says. A looped model of another program
-    /// runs `num_loops` loops, or those that it says.
+    /// runs `num_loops` loops, or those that it says. `random:config.json` is a model of that configuration, which is one of
+    /// ours, with [random weights](Weights::random) of seed 1 and without a tokenizer.
     ///
     /// # Errors
     /// If nothing is found under the name, a file is damaged, the model is of a family or has an option that is not
     /// supported, its tensors do not fit its configuration, or `num_loops` does not divide its layers or is given for a
     /// recursive model.
     pub fn open(name: &Path, num_loops: Option<usize>) -> Result<Self> {
+        if let Some(config) = Self::random_config(name) {
+            let weights = Weights::random(ModelConfig::load(config)?, 1)?;
+            return Ok(Self { weights: ours_in_loops(weights, num_loops, config)?, tokenizer: None });
+        }
         let path = match name.exists() {
             true => name.to_owned(),
             false => hub::fetch(name)?,
@@ -219,6 +224,11 @@ impl Checkpoint {
             true => read_ours(&path, num_loops),
             false => Self::read(&path, num_loops),
         }
+    }
+
+    /// The configuration file of a model that is opened as `random:FILE`; none of another name.
+    pub fn random_config(name: &Path) -> Option<&Path> {
+        name.to_str()?.strip_prefix("random:").map(Path::new)
     }
 
     /// Weights and tokenizer of the model that was opened as `name`, for work that needs both.
@@ -258,17 +268,21 @@ fn is_ours(folder: &Path) -> bool {
 }
 
 fn read_ours(folder: &Path, num_loops: Option<usize>) -> Result<Checkpoint> {
-    let weights = Weights::load(folder)?;
-    let config = weights.config();
-    let weights = match num_loops {
-        None => weights,
-        Some(num_loops) if config.is_ordinary() => {
-            weights.written_out(in_loops(config.unrolled(), num_loops, folder)?)?
-        }
-        Some(_) => return Err(CheckpointError::Recursive { path: folder.to_owned(), found: config.num_loops }),
-    };
+    let weights = ours_in_loops(Weights::load(folder)?, num_loops, folder)?;
     let tokenizer = tokenizer_of(folder, weights.config())?;
     Ok(Checkpoint { weights, tokenizer })
+}
+
+/// Weights of ours that are read from a path, in `num_loops` loops, or in those that they have.
+fn ours_in_loops(weights: Weights, num_loops: Option<usize>, path: &Path) -> Result<Weights> {
+    let config = weights.config();
+    match num_loops {
+        None => Ok(weights),
+        Some(num_loops) if config.is_ordinary() => {
+            Ok(weights.written_out(in_loops(config.unrolled(), num_loops, path)?)?)
+        }
+        Some(_) => Err(CheckpointError::Recursive { path: path.to_owned(), found: config.num_loops }),
+    }
 }
 
 fn read_folder(folder: &Path, num_loops: Option<usize>) -> Result<Checkpoint> {

@@ -420,7 +420,7 @@ fn heads_read_before_it_is_known_which_rows_exit_change_no_token() {
     assert_eq!(model.heads_ahead_from(), Some(8));
     let text = (0..400).map(|place| place * 7 % config.vocab_size as u32).collect();
     let prompts = Arc::new(Prompts::Text(text));
-    let engine = Engine { model: model.clone(), prompts, sampling: Sampling::default() };
+    let engine = Engine { model: model.clone(), prompts, sampling: Sampling::default(), script: None };
     let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 2 + id % 3, output_tokens: 4 };
     let requests: Vec<Request> = (0..9).map(request).collect();
     let run = |max_batch| {

@@ -346,6 +346,7 @@ mod tests {
             model: Arc::new(Model::load(&weights, engine::WeightType::F32).unwrap()),
             prompts: Arc::new(Prompts::Text(prompt.clone())),
             sampling: Sampling::default(),
+            script: None,
         };
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: 5, output_tokens: 6 };
         let recorded = engine.record(&[request], "test", "test", &mut ()).unwrap();
