@@ -430,8 +430,8 @@ pub fn name_options(message: &str) -> String {
 pub struct SimulationArgs {
     #[command(flatten)]
     requests: RequestArgs,
-    /// Folder of a latency profile
-    #[arg(long, value_name = "DIR")]
+    /// Folder of a latency profile, or the name of one that ships, as `depthwise profiles` lists them
+    #[arg(long, value_name = "PROFILE")]
     profile: PathBuf,
     /// Folder of an exit trace; without one, every token runs every depth (--exit none)
     #[arg(long, value_name = "DIR")]
@@ -472,7 +472,7 @@ impl SimulationArgs {
         let serving = self.serving()?;
         let workload = Workload::stream(&spec, &base, &serving, self.seed, &mut Terminal::default())
             .map_err(|error| self.requests.name_option(error))?;
-        let models = load_models(&self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
+        let models = load_models(Path::new(""), &self.profile, self.exits.as_deref(), self.seed, &serving.exit)?;
         let spread = self.spread.then_some(self.seed);
         let machines = Machines { replicas: self.replicas as usize, routing: self.routing, spread };
         SimulationInput::new(workload, models, &serving, machines, Path::new(""))

@@ -646,6 +646,58 @@ fn replay_writes_what_it_measured() {
 }
 
 #[test]
+fn profiles_that_ship_are_listed_copied_and_found_by_their_names() {
+    const NAME: &str = "xeon-2-cores/chains";
+    let scene = Scene::new();
+    let listed = scene.succeed(&["profiles"]);
+    assert!(listed.lines().any(|line| line.trim_start().starts_with(NAME)), "{listed}");
+    scene.write("profiles.csv", &scene.succeed(&["profiles", "--csv"]));
+    let table = lines(&scene.path("profiles.csv"));
+    let place = column(&table, "name").iter().position(|name| *name == NAME).unwrap();
+    assert_eq!(column(&table, "num_loops")[place], "6");
+    assert!(scene.succeed(&["profiles", NAME]).contains("num_loops: 6"));
+    scene.succeed(&["profiles", NAME, "--out", "copied"]);
+
+    let simulated = |profile: &str| {
+        let limits = ["--exit", "none", "--max-batch", "4", "--token-budget", "16", "--out", "out"];
+        scene.succeed(&[&["simulate", "--requests", "requests.csv", "--profile", profile], &limits[..]].concat());
+        fs::read_to_string(scene.path("out/summary.csv")).unwrap()
+    };
+    assert_eq!(simulated(NAME), simulated("copied"));
+    // A file of machines in another folder; a sweep and an experiment.
+    fs::create_dir_all(scene.path("specs")).unwrap();
+    let machines = format!("[{{role: prompt, profile: {NAME}}}, {{role: decode}}]");
+    scene.write("specs/machines.yaml", &format!("machines: {machines}\ntransfer: {{gigabytes_per_s: 50}}\n"));
+    let by_roles = ["simulate", "--requests", "requests.csv", "--profile", NAME, "--machines", "specs/machines.yaml"];
+    scene.succeed(&[&by_roles[..], &["--batching", "sequence", "--exit", "none"]].concat());
+    let common = "schema_version: 1\ntitle: t\nrequests: {file: ../requests.csv}\n\
+                  serving: {batching: [depth], exit: [none], max_batch: 4, token_budget: 16}\n";
+    let sweep = |name: &str| format!("{common}systems: [{{name: a, profile: {name}}}]\ngrid: {{max_batch: [2, 4]}}\n");
+    scene.write("specs/sweep.yaml", &sweep(NAME));
+    scene.succeed(&["sweep", "specs/sweep.yaml", "--out", "swept"]);
+    let inputs = fs::read_to_string(scene.path("swept/inputs.yaml")).unwrap();
+    assert!(inputs.contains(&format!("{NAME}/latency.csv: ")), "its bytes are among what the results are of: {inputs}");
+
+    // A folder of the name is what is meant.
+    fs::create_dir_all(scene.path(NAME)).unwrap();
+    let error = scene.fail(&["simulate", "--requests", "requests.csv", "--profile", NAME, "--exit", "none"]);
+    assert!(error.contains(&format!("{NAME}/profile.yaml")), "{error}");
+    fs::remove_dir_all(scene.path("xeon-2-cores")).unwrap();
+    scene.write("specs/sweep.yaml", &sweep("xeon-2-core/chain"));
+    for refused in [
+        scene.fail(&["simulate", "--requests", "requests.csv", "--profile", "xeon-2-core/chain", "--exit", "none"]),
+        scene.fail(&["sweep", "specs/sweep.yaml", "--out", "refused"]),
+        scene.fail(&["profiles", "xeon-2-core/chain"]),
+    ] {
+        let expected = format!(
+            "xeon-2-core/chain: no such folder, and no latency profile of this name ships; the nearest are {NAME}"
+        );
+        assert!(refused.contains(&expected), "{refused}");
+    }
+    assert!(scene.fail(&["profiles", "copied"]).contains("a folder, expected the name of a profile that ships"));
+}
+
+#[test]
 fn a_model_of_random_weights_follows_the_exits_of_another_one_as_it_is_simulated() {
     let scene = Scene::new();
     scene.measured();

@@ -119,7 +119,7 @@ fn default_rounds() -> u32 {
 pub struct System {
     /// What tables and figures call it.
     pub name: String,
-    /// Folder of a latency profile.
+    /// Folder of a latency profile, or the [name](crate::profiles) of one that ships.
     pub profile: PathBuf,
     /// Folder of an exit trace.
     pub exits: PathBuf,

@@ -9,6 +9,7 @@
 //! | measure a latency profile, record exits, replay a trace | [`profile()`], [`record()`], [`replay()`] | [`NamedEngine`] |
 //! | grade prompts with answers by exit depth | [`exact_match()`] | [`NamedEngine`] |
 //! | make an HTML page of folders of results | [`report()`] | their paths |
+//! | read a latency profile, by its path or the name of one that ships | [`read_profile()`] | a path |
 //! | simulate requests under some settings | [`run_simulations`] | [`Machines`] |
 //!
 //! An experiment is a value: read it from YAML with [`Experiment::load`] or [`SweepSpec::load`], or build it. Its
@@ -97,6 +98,7 @@ mod parts;
 pub mod passes;
 pub mod predict;
 pub mod profile;
+pub mod profiles;
 pub mod quality;
 pub mod record;
 pub mod recording;
@@ -119,6 +121,7 @@ pub use exit_choice::ExitChoice;
 pub use experiment::Experiment;
 pub use named_engine::NamedEngine;
 pub use profile::profile;
+pub use profiles::read_profile;
 pub use record::record;
 pub use replay::replay;
 pub use report::report;

@@ -8,9 +8,10 @@ use latency::LatencyModel;
 use scheduler::{Batching, ExitPolicy, KvFill, Settings};
 use serde::{Deserialize, Serialize};
 use simulator::{Link, MachineGroup, Role};
-use traces::{LatencyProfile, Request};
+use traces::Request;
 
 use crate::experiment::read_yaml;
+use crate::profiles::{based, read_profile};
 use crate::serving::{Serving, bytes, check_machines};
 
 /// A group of identical machines. What is not given is that of `serving`, or of its system.
@@ -40,7 +41,7 @@ pub struct MachineSpec {
     /// Memory of each in bytes.
     #[serde(default, deserialize_with = "bytes", skip_serializing_if = "Option::is_none")]
     pub device_memory: Option<u64>,
-    /// Folder of a latency profile, of the same model on another device.
+    /// Folder of a latency profile, or the name of one that ships, of the same model on another device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<PathBuf>,
 }
@@ -70,7 +71,7 @@ impl MachinesFile {
         ensure!(!file.machines.is_empty(), "{}: machines is empty: expected at least one group", path.display());
         let base = path.parent().unwrap_or(Path::new(""));
         for spec in &mut file.machines {
-            spec.profile = spec.profile.take().map(|profile| base.join(profile));
+            spec.profile = spec.profile.take().map(|profile| based(base, profile));
         }
         Ok(file)
     }
@@ -131,7 +132,7 @@ impl Groups {
         check_specs(machines, transfer)?;
         ensure!(transfer.is_none() || !machines.is_empty(), "transfer without machines: expected their roles");
         let read = |spec: &MachineSpec| {
-            let profile = spec.profile.as_ref().map(|profile| LatencyProfile::read(base.join(profile))).transpose()?;
+            let profile = spec.profile.as_ref().map(|profile| read_profile(base, profile)).transpose()?;
             Ok(profile.map(|profile| LatencyModel::new(&profile)).transpose()?)
         };
         let own = machines.iter().map(read).collect::<Result<_>>()?;
@@ -229,7 +230,7 @@ pub(crate) fn own_or_common<'s>(machines: &[MachineSpec], batching: &'s [Batchin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use traces::{Component, MemoryFigures, Point, ProfileMeta};
+    use traces::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta};
 
     /// A model of two loops on a device of this memory in bytes, 10 of which a token takes.
     fn latency(device_bytes: u64) -> LatencyModel {

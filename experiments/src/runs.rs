@@ -19,6 +19,7 @@ use traces::{ExitTrace, LatencyProfile, Request, Requests, check_same_model};
 
 use crate::exit_choice::ExitChoice;
 use crate::named_engine::NamedEngine;
+use crate::profiles::read_profile;
 use crate::quality::{self, Quality};
 use crate::reporter::Reporter;
 use crate::results::{CONFIG, ResultsFolder};
@@ -53,18 +54,20 @@ impl Run {
     }
 }
 
-/// Reads what a simulation looks times and exits up in; see [`models`].
+/// Reads what a simulation looks times and exits up in; see [`models`]. The profile is that of a folder or one that ships;
+/// paths are relative to `base`.
 ///
 /// # Errors
-/// If a folder does not read, or as there.
+/// If there is no such profile, a folder does not read, or as there.
 pub fn load_models(
+    base: &Path,
     profile: &Path,
     exits: Option<&Path>,
     seed: u64,
     policies: &[ExitChoice],
 ) -> Result<(LatencyModel, ExitModel)> {
-    let profile = LatencyProfile::read(profile)?;
-    let exits = exits.map(ExitTrace::read).transpose()?;
+    let profile = read_profile(base, profile)?;
+    let exits = exits.map(|exits| ExitTrace::read(base.join(exits))).transpose()?;
     models(&profile, exits.as_ref(), seed, policies)
 }
 
@@ -324,9 +327,6 @@ fn warn_of_short_recordings(exits: &ExitModel, longer: usize, requests: usize, r
     }
 }
 
-/// Says where runs went beyond what was measured, if they did.
-pub fn warn_of_extrapolations(beyond: &Extrapolations, reporter: &mut dyn Reporter) {
-    if !beyond.is_empty() {
 /// Says how many requests are longer than the generation whose exits they begin with, where exits are
 /// [scripted](NamedEngine::is_scripted).
 pub(crate) fn warn_of_script(named: &NamedEngine, requests: &[Request], reporter: &mut dyn Reporter) {
@@ -340,6 +340,9 @@ pub(crate) fn warn_of_script(named: &NamedEngine, requests: &[Request], reporter
     }
 }
 
+/// Says where runs went beyond what was measured, if they did.
+pub fn warn_of_extrapolations(beyond: &Extrapolations, reporter: &mut dyn Reporter) {
+    if !beyond.is_empty() {
         reporter.warning(&format!("some times are beyond what was measured:\n{beyond}"));
     }
 }

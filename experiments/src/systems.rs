@@ -85,8 +85,7 @@ fn simulate_system<'a>(
     runs: &mut Vec<SystemRun<'a>>,
     reporter: &mut dyn Reporter,
 ) -> Result<String> {
-    let (latency, exits) =
-        load_models(&base.join(&system.profile), Some(&base.join(&system.exits)), experiment.seed, &[])?;
+    let (latency, exits) = load_models(base, &system.profile, Some(&system.exits), experiment.seed, &[])?;
     let serving = system.serving(&experiment.serving);
     let mut sizes: Vec<Serving> = experiment.sweeps.max_batch.iter().map(|&batch| serving.with_batch(batch)).collect();
     if sizes.is_empty() {

@@ -103,7 +103,7 @@ def simulate(
     Args:
         requests: A `RequestTrace`, the path of a request trace, or the keys of `requests` in a configuration, such as
             `{"file": "trace.csv", "first": 100}` or `{"generate": {...}}`.
-        profile: A `LatencyProfile` or its folder.
+        profile: A `LatencyProfile`, its folder, or the name of one that ships, as `depthwise profiles` lists them.
         exits: An `ExitTrace` or its folder; without one, every token runs every depth (`exit="none"`).
         batching: `vanilla`, `sequence` or `depth`, or several.
         exit: Exit policies by their names on the command line, such as `none`, `static:1`, `gate:0.98`, `oracle`, `baselines`,

@@ -219,10 +219,10 @@ pub struct Profile(pub LatencyProfile);
 
 #[pymethods]
 impl Profile {
-    /// Reads the folder of a latency profile.
+    /// Reads the folder of a latency profile, or one that ships, by its name.
     #[staticmethod]
     fn read(folder: PathBuf) -> PyResult<Self> {
-        LatencyProfile::read(folder).map(Self).map_err(|error| raise(error.into()))
+        experiments::read_profile(Path::new(""), &folder).map(Self).map_err(raise)
     }
 
     /// A profile of the columns `component`, `rows`, `kv_tokens`, `depths`, `time_us`, `spread_us` and `repeats`. `table` is

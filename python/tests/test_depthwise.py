@@ -141,6 +141,15 @@ def test_columns_are_shared_without_copies():
     assert address(table) == address(table)
 
 
+def test_profiles_that_ship_are_read_by_name(requests):
+    profile = depthwise.LatencyProfile.read("xeon-2-cores/chains")
+    assert profile.meta["num_loops"] == 6
+    by_name = depthwise.simulate(requests, "xeon-2-cores/chains")
+    same(by_name.summary, depthwise.simulate(requests, profile).summary)
+    with pytest.raises(OSError, match="the nearest are xeon-2-cores/chains"):
+        depthwise.LatencyProfile.read("xeon-2-cores/chain")
+
+
 def test_errors_have_the_message_of_the_library(requests, tmp_path):
     with pytest.raises(depthwise.DepthwiseError, match="static exit depth 9 is outside"):
         simulate(requests, exit="static:9")

@@ -10,6 +10,7 @@ pub mod generate;
 pub mod import;
 pub mod plot;
 pub mod profile;
+pub mod profiles;
 pub mod record;
 pub mod replay;
 pub mod report;

@@ -6,10 +6,12 @@ use anyhow::{Result, ensure};
 use engine::cuda::floors::Load;
 use engine::{Limits, Sampling};
 use simulator::write_csv;
+use traces::table::write_yaml;
 
 use crate::arguments::{LoadArgs, ModelArgs, at_most};
 use crate::output::say;
 use crate::progress::Terminal;
+use experiments::profiles::{ORIGIN, Origin};
 use experiments::results::PASS_LOG;
 use experiments::serving::{MOST_REPEATS, MOST_ROWS};
 use experiments::{NamedEngine, ResultsFolder};
@@ -59,6 +61,13 @@ pub fn run(args: Args) -> Result<()> {
     let written = folder.path()?;
     profile.write(&written)?;
     passes.write(written.join(PASS_LOG))?;
+    let origin = Origin {
+        date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
+        device: profile.meta.device.clone(),
+        model: model.display().to_string(),
+        command: command(std::env::args()),
+    };
+    write_yaml(&written.join(ORIGIN), &origin)?;
     if let Some(report) = device.report(named.engine.model.config(), *weights, &loads(&named, limits))? {
         std::fs::write(written.join("device.yaml"), serde_yaml::to_string(&report)?)?;
         write_csv(&written.join("kernels.csv"), &report.times)?;
@@ -66,6 +75,20 @@ pub fn run(args: Args) -> Result<()> {
     folder.finish()?;
     say!("{} points on {}: {}", profile.points.len(), profile.meta.device, args.out.display());
     Ok(())
+}
+
+/// The command as it was given, without the folder that it writes to.
+fn command(arguments: impl IntoIterator<Item = String>) -> String {
+    let mut words = vec!["depthwise".to_owned()];
+    let mut left = arguments.into_iter().skip(1);
+    while let Some(argument) = left.next() {
+        match argument.as_str() {
+            "--out" => drop(left.next()),
+            _ if argument.starts_with("--out=") => {}
+            _ => words.push(argument),
+        }
+    }
+    words.join(" ")
 }
 
 /// The passes whose operations are timed one by one on a GPU: of one row and of the largest batch, at one depth and at all.
@@ -76,4 +99,19 @@ fn loads(named: &NamedEngine, Limits { decodes, history, chunk, .. }: Limits) ->
     let mut loads = vec![load(1, 1), load(decodes, 1), load(decodes, num_loops.min(decodes as usize))];
     loads.dedup();
     loads
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_is_kept_without_the_folder_that_it_writes_to() {
+        for given in
+            ["/bin/depthwise profile --out here --model m --rounds 2", "d profile --model m --out=/x --rounds 2"]
+        {
+            let arguments = given.split(' ').map(str::to_owned);
+            assert_eq!(command(arguments), "depthwise profile --model m --rounds 2");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! `depthwise vllm`: the simulator against a measured run of vLLM.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -10,9 +10,10 @@ use import::{Comparison, MeasuredRun};
 use latency::LatencyModel;
 use simulator::metrics::{PassRow, RequestRow};
 use simulator::{ExitModel, MemoryBudget, Metrics, ModelMemory, Simulation};
-use traces::{LatencyProfile, ReadOptions, RequestTrace};
+use traces::{ReadOptions, RequestTrace};
 
 use crate::arguments::at_most;
+use experiments::read_profile;
 use experiments::results::write_file;
 use experiments::serving::{MOST_BLOCKS, longest};
 
@@ -26,8 +27,8 @@ pub struct Args {
     /// Folder of the run
     #[arg(value_name = "RUN")]
     run: PathBuf,
-    /// Folder of a latency profile of the device and the model of the run
-    #[arg(long, value_name = "DIR")]
+    /// Folder of a latency profile of the device and the model of the run, or the name of one that ships
+    #[arg(long, value_name = "PROFILE")]
     profile: PathBuf,
     /// KV blocks, if meta.json does not give them [default: what fits into the memory of the device; if its size is not
     /// known, enough for a full batch of the longest request]
@@ -47,7 +48,7 @@ pub fn run(args: Args) -> Result<()> {
     let options = ReadOptions { prefix_block_tokens: measured.settings.block_tokens, ..ReadOptions::default() };
     let workload = args.workload.unwrap_or_else(|| args.run.join("workload.jsonl"));
     let requests = measured.as_served(&RequestTrace::read_with(workload, &options)?)?;
-    let profile = LatencyProfile::read(&args.profile)?;
+    let profile = read_profile(Path::new(""), &args.profile)?;
 
     let latency = LatencyModel::new(&profile)?;
     let exits = ExitModel::full_depth(profile.meta.num_loops, &profile.meta.fingerprint)?;

@@ -12,6 +12,7 @@ use traces::table::{read_yaml, write_yaml};
 
 use super::Earlier;
 use super::spec::SweepSpec;
+use crate::profiles::Found;
 use crate::results::{CONFIG, MARKER, Marker, ResultsFolder};
 
 /// What results are of: the same inputs give the same lines.
@@ -45,10 +46,21 @@ impl Inputs {
         let asked = format!("{task}\n{}", serde_yaml::to_string(&untitled)?);
         let lengths = spec.requests.generate.as_ref().and_then(|generate| generate.lengths_from.clone());
         let mut paths: Vec<PathBuf> = spec.requests.file.iter().cloned().chain(lengths).collect();
+        let mut files = BTreeMap::new();
         for system in &spec.systems {
             let of_machines = spec.machines_of(system).iter().filter_map(|machine| machine.profile.as_ref());
-            for folder in iter::once(&system.profile).chain(&system.exits).chain(of_machines) {
-                paths.extend(files_in(base, folder)?);
+            for profile in iter::once(&system.profile).chain(of_machines) {
+                match Found::find(base, profile)? {
+                    Found::Folder(_) => paths.extend(files_in(base, profile)?),
+                    Found::Shipped(shipped) => files.extend(
+                        shipped
+                            .files()
+                            .map(|(file, text)| (profile.join(file).display().to_string(), sha256(text.as_bytes()))),
+                    ),
+                }
+            }
+            if let Some(exits) = &system.exits {
+                paths.extend(files_in(base, exits)?);
             }
         }
         let hashed = |path: PathBuf| {
@@ -56,12 +68,13 @@ impl Inputs {
                 .with_context(|| format!("cannot read {}", base.join(&path).display()))?;
             Ok((path.display().to_string(), sha256(&bytes)))
         };
+        files.extend(paths.into_iter().map(hashed).collect::<Result<Vec<_>>>()?);
         Ok(Self {
             task: task.to_owned(),
             shard: None,
             program: format!("depthwise {}", env!("CARGO_PKG_VERSION")),
             asked: sha256(asked.as_bytes()),
-            files: paths.into_iter().map(hashed).collect::<Result<_>>()?,
+            files,
         })
     }
 

@@ -213,8 +213,7 @@ impl<'a> Plan<'a> {
 
 impl System {
     fn read(spec: &SweepSpec, system: &SweptSystem, base: &Path) -> Result<Self> {
-        let exits = system.exits.as_ref().map(|exits| base.join(exits));
-        let (latency, exits) = load_models(&base.join(&system.profile), exits.as_deref(), 0, &spec.exits_of(system))
+        let (latency, exits) = load_models(base, &system.profile, system.exits.as_deref(), 0, &spec.exits_of(system))
             .with_context(|| format!("systems: {:?}", system.name))?;
         let groups = Groups::read(spec.machines_of(system), spec.link_of(system), base)
             .with_context(|| format!("systems: {:?}", system.name))?;

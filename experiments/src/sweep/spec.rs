@@ -80,7 +80,7 @@ impl Default for CapacitySpec {
 pub struct SweptSystem {
     /// What tables and figures call it.
     pub name: String,
-    /// Folder of a latency profile.
+    /// Folder of a latency profile, or the [name](crate::profiles) of one that ships.
     pub profile: PathBuf,
     /// Folder of an exit trace; without one, every token runs every depth (exit policy `none`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
