@@ -555,7 +555,7 @@ fn capacity_of_a_sweep_s_policies_comes_with_a_table_and_a_figure() {
     scene.write("aimless.yaml", &without_rates.replace("objectives: {ttft_ms: 20, tpot_ms: 5}\n", ""));
     assert!(scene.fail(&["capacity", "aimless.yaml"]).contains("no objective"));
     let both = scene.run(&["capacity", "capacity.yaml", "--profile", "profile"]);
-    assert!(String::from_utf8_lossy(&both.stderr).contains("cannot be used with '--profile <DIR>'"));
+    assert!(String::from_utf8_lossy(&both.stderr).contains("cannot be used with '--profile <PROFILE>'"));
     let neither = scene.run(&["capacity", "--ttft-ms", "5"]);
     assert!(String::from_utf8_lossy(&neither.stderr).contains("expected a sweep's YAML file, or --requests"));
 }

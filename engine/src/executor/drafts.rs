@@ -46,7 +46,7 @@ impl EngineExecutor {
                     let request = self.sequences.of(segment).request;
                     return Err(EngineError::NotFinite { request, token, depth: segment.depth });
                 }
-                let choice = chosen.as_ref().map(|chosen| chosen[row].clone());
+                let choice = chosen.as_ref().and_then(|chosen| chosen[row].clone());
                 let full_depth = choice.as_ref().map_or(predicted[row].token, |choice| choice.token);
                 let Sequence { generation, certain, .. } = self.sequences.of_mut(segment);
                 *certain = token + 1;
@@ -64,8 +64,12 @@ impl EngineExecutor {
         Ok(())
     }
 
-    /// What full depth chooses after each row of a segment, where the request chooses its tokens by rules of its own.
-    fn chosen_at_full_depth(&mut self, pass: &Pass<'_>, index: usize) -> Result<Option<Vec<Chosen>>, EngineError> {
+    /// What full depth chooses after each row of a segment, where the request chooses that token by rules of its own.
+    fn chosen_at_full_depth(
+        &mut self,
+        pass: &Pass<'_>,
+        index: usize,
+    ) -> Result<Option<Vec<Option<Chosen>>>, EngineError> {
         let segment = &pass.segments[index];
         let Some(decoding) = self.sequences.of(segment).decoding.clone() else { return Ok(None) };
         let tokens: Vec<usize> = positions(segment).map(|position| self.token_after(segment, position)).collect();
@@ -77,7 +81,11 @@ impl EngineExecutor {
         let first_row = self.current.first_rows[index];
         let picks: Vec<usize> = (first_row..first_row + tokens.len()).collect();
         let logits = self.backend.logits(&rows, &picks)?;
-        Ok(Some(logits.iter().zip(tokens).map(|(logits, token)| decoding.choose(logits, token)).collect()))
+        let choose = |(logits, token): (&Vec<f32>, usize)| {
+            // Other tokens are those that the head predicts, as in passes without drafts.
+            decoding.reads_logits(token).then(|| decoding.choose(logits, token))
+        };
+        Ok(Some(logits.iter().zip(tokens).map(choose).collect()))
     }
 
     /// Replaces the draft of the token that the row at a position predicts, and forgets the tokens and rows behind it.
