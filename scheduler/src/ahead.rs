@@ -149,7 +149,9 @@ impl Ahead {
             if composed.is_some() {
                 admit(scheduler, executor)?;
             }
-            let any = scheduler.plan(label, &mut self.deferred);
+            // Tokens that are delivered only now, since the last rows of their iteration were cancelled, came with the last pass.
+            let last = Nanos(label.0.saturating_sub(1));
+            let any = scheduler.plan(last, &mut self.deferred);
             release(scheduler, executor);
             self.deferred.tell(now, &self.ends, observer);
             composed = any.then(|| Composed::of(scheduler));

@@ -1264,3 +1264,27 @@ fn idle_places_take_backfill_of_the_oldest_sequence_first() {
         ]
     );
 }
+
+#[test]
+fn tokens_that_wait_for_cancelled_rows_come_with_the_pass_before() {
+    let settings = Settings {
+        max_batch: 2,
+        token_budget: 10,
+        prefill_chunk: 10,
+        prefill_depth: Some(0),
+        block_tokens: 1,
+        num_blocks: 61,
+        async_scheduling: true,
+        ..Settings::new(Batching::Sequence, "mix:0:1:0.5".parse().unwrap(), 2)
+    };
+    let request = |(id, arrival, prompt_tokens, output_tokens)| Request {
+        id,
+        arrival: Nanos(arrival),
+        prompt_tokens,
+        output_tokens,
+    };
+    let requests = [(0, 1, 8, 16), (1, 2, 1, 10), (2, 2, 10, 8), (3, 2, 10, 3)].map(request);
+    // The log checks that each token comes after the one before.
+    let log = run_impatient(settings, Beside(Checker::new(settings)), &requests, &[(38, 3)], &[None]);
+    assert_eq!(log.finished, HashSet::from([0, 1, 2]), "request 3 is cancelled in the middle of an iteration");
+}
