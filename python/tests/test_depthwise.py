@@ -145,7 +145,7 @@ def test_profiles_that_ship_are_read_by_name(requests):
     profile = depthwise.LatencyProfile.read("xeon-2-cores/chains")
     assert profile.meta["num_loops"] == 6
     by_name = depthwise.simulate(requests, "xeon-2-cores/chains")
-    assert by_name.summary.to_pydict() == depthwise.simulate(requests, profile).summary.to_pydict()
+    pd.testing.assert_frame_equal(by_name.summary.to_pandas(), depthwise.simulate(requests, profile).summary.to_pandas())
     with pytest.raises(OSError, match="the nearest are xeon-2-cores/chains"):
         depthwise.LatencyProfile.read("xeon-2-cores/chain")
 
