@@ -102,8 +102,9 @@ impl WorkMeter {
     }
 }
 
-/// The work of a pass that no scheduler composed, such as a profiler's, where every row attends to all tokens before it
-/// exits copy their keys and values, and are decided after the pass. `exiting` are the indices of the segments whose last rows exit.
+/// The work of a pass that no scheduler composed, such as a profiler's, where every row attends to all tokens before it,
+/// and exits copy their keys and values and are decided after the pass. `exiting` are the indices of the segments whose
+/// last rows exit.
 pub fn pass_work(
     segments: &[Segment],
     exiting: &[u32],
@@ -120,7 +121,8 @@ pub fn pass_work(
 }
 
 /// Derives the work of a pass whose exits are not decided yet. `head_rows` returns the number of rows of a segment for which
-/// the head runs within the pass, `signal_rows` that of rows whose signal takes more than the head, `history` the number of tokens that a segment attends to before its own.
+/// the head runs within the pass, `signal_rows` that of rows whose signal takes more than the head, `history` the number of
+/// tokens that a segment attends to before its own.
 ///
 /// The function runs for every row, so only chunks take a branch.
 #[inline]
