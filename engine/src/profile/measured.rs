@@ -72,7 +72,12 @@ impl<'a> Measured<'a> {
     /// # Errors
     /// If the components cannot be interpolated.
     pub fn steady_passes(&self) -> Result<Vec<TimedPass<'a>>, LatencyError> {
-        let model = LatencyModel::new(&self.profile("", ""))?;
+        self.steady_passes_over(&self.profile("", ""))
+    }
+
+    /// As [`steady_passes`](Self::steady_passes), with the components at hand.
+    pub(super) fn steady_passes_over(&self, components: &LatencyProfile) -> Result<Vec<TimedPass<'a>>, LatencyError> {
+        let model = LatencyModel::new(components)?;
         Ok(at_one_pace(self.probes.chunks(WAYS), |work| model.pass_ns(work)))
     }
 

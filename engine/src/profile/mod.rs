@@ -291,7 +291,7 @@ impl Profiler {
     ) -> Result<LatencyProfile, LatencyError> {
         let measured = self.measured_in(rounds);
         let components = measured.profile(model, source);
-        let factors = SteadyFactors::new(&components, &measured.steady_passes()?)?;
+        let factors = SteadyFactors::new(&components, &measured.steady_passes_over(&components)?)?;
         let mut profile = factors.apply(&components);
         let (least, most) = factors.range();
         let after = factors
