@@ -7,7 +7,7 @@
 
 use engine::config::{LoraConfig, LoraRanks, ModelConfig};
 use engine::cuda::floors::{Ceilings, Load, Operation, Sizes};
-use engine::cuda::pass::{Arrays, PassRows};
+use engine::cuda::pass::{Arrays, BlockTable, PassRows};
 use engine::cuda::source::Scalar;
 use engine::kernels::attention::Row;
 
@@ -58,8 +58,10 @@ fn uploaded_bytes() -> usize {
     let blocks: Vec<Vec<u32>> = vec![(0..(LOAD.history / BLOCK_TOKENS) as u32).collect(); LOAD.rows];
     let depth = |row| row * LOAD.depths / LOAD.rows;
     let rows = blocks.iter().enumerate().map(|(row, blocks)| Row::new(LOAD.history - 1, depth(row), blocks));
-    let (pass, mut arrays) = (PassRows::new(&rows.collect::<Vec<_>>(), None, LOAD.depths), Arrays::default());
-    pass.append(&mut arrays, pass.room());
+    let (mut table, mut arrays) = (BlockTable::default(), Arrays::default());
+    let pass = PassRows::new(&rows.collect::<Vec<_>>(), None, LOAD.depths, &mut table);
+    let table = table.append(&mut arrays);
+    pass.append(&mut arrays, pass.room(), table);
     arrays.bytes().len()
 }
 

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
-use scheduler::KvFill;
 use scheduler::blocks::BlockId;
+use scheduler::{ExitPolicy, KvFill, Settings, Speculation};
+use traces::DevicePass;
 
 use crate::cache::{KvCache, TILE, bytes_per_token};
 use crate::config::ModelConfig;
@@ -81,6 +82,25 @@ pub trait Backend: Debug + Send {
         Ok(())
     }
 
+    /// Allocates what passes within these limits need, and captures their graphs, so that neither happens while they are
+    /// timed. Passes beyond the limits run as well.
+    ///
+    /// # Errors
+    /// If there is not enough memory, or the device fails.
+    fn prepare(&mut self, _limits: PassLimits) -> Result<()> {
+        Ok(())
+    }
+
+    /// How sections of passes ran so far; `None` if the device has no graphs.
+    fn graphs(&self) -> Option<GraphCounts> {
+        None
+    }
+
+    /// How the last pass ran, with the heads that were read after it; `None` if no device beside the host ran it.
+    fn device_pass(&self) -> Option<DevicePass> {
+        None
+    }
+
     /// Runs rows through the block once and returns what is requested of them.
     ///
     /// # Errors
@@ -148,6 +168,51 @@ pub trait Backend: Debug + Send {
     /// # Errors
     /// If the device fails.
     fn cached(&self, blocks: &[BlockId], positions: usize) -> Result<Vec<f32>>;
+}
+
+/// The largest passes that are expected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassLimits {
+    /// Rows of a pass.
+    pub rows: usize,
+    /// Rows of the head.
+    pub heads: usize,
+    /// Sequences of a pass.
+    pub sequences: usize,
+    /// Positions of a sequence.
+    pub positions: usize,
+}
+
+impl PassLimits {
+    /// Limits under `settings`, of sequences of up to `positions` positions.
+    pub fn of(settings: &Settings, positions: u32) -> Self {
+        let sequences = settings.max_batch as usize;
+        // Full depth verifies all drafts of a sequence at once.
+        let of_sequence = match settings.exit {
+            ExitPolicy::Speculate(Speculation { drafts, .. }) => 1 + usize::from(drafts.calm.max(drafts.busy)),
+            _ => 1,
+        };
+        Self {
+            rows: settings.token_budget.max(settings.max_batch) as usize,
+            heads: sequences * of_sequence,
+            sequences,
+            positions: positions as usize,
+        }
+    }
+}
+
+/// How the sections of passes ran on a device. A section is rows that run through the same layers: a pass has one for the
+/// block, or one for each loop, and one for the head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GraphCounts {
+    /// Sections that ran as a graph.
+    pub replayed: usize,
+    /// Sections whose work was launched piece by piece.
+    pub eager: usize,
+    /// Graphs captured.
+    pub captured: usize,
+    /// Graphs dropped, because memory moved or there were too many.
+    pub dropped: usize,
 }
 
 /// A pass: its rows by depth, and what is requested of them. Rows are given by their indices in `rows`.

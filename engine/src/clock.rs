@@ -43,6 +43,10 @@ impl WallClock {
 }
 
 impl Clock for WallClock {
+    fn begin(&mut self) {
+        *self = Self::start(self.idle);
+    }
+
     fn now(&mut self) -> Nanos {
         let until = self.stopped.unwrap_or_else(Instant::now);
         Nanos::from(until - self.start - self.stood) + self.skipped

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use scheduler::blocks::BlockId;
 use scheduler::{Executor, ExitPolicy, KvFill, Pass, RowKind, Segment, Settings, SignalRead, Slot};
 use traces::hash::mix;
-use traces::{ExitSignal, Nanos, Request, Signals};
+use traces::{DevicePass, ExitSignal, Nanos, Request, Signals};
 
-use crate::backend::{Answers, Backend, Diverging, Heads, ServedModel, Work};
+use crate::backend::{Answers, Backend, Diverging, GraphCounts, Heads, PassLimits, ServedModel, Work};
 use crate::cache::CacheError;
 use crate::kernels::attention::{Fill, Row};
 use crate::kernels::rows::{Change, Source};
@@ -561,6 +561,20 @@ impl EngineExecutor {
         self.generations
     }
 
+    /// See [`Backend::prepare`].
+    ///
+    /// # Errors
+    /// If there is not enough memory, or the device fails.
+    pub fn prepare(&mut self, limits: PassLimits) -> Result<(), EngineError> {
+        self.arena.reserve(&mut *self.backend, limits.rows)?;
+        Ok(self.backend.prepare(limits)?)
+    }
+
+    /// How sections of passes ran so far; `None` if the device has no graphs.
+    pub fn graphs(&self) -> Option<GraphCounts> {
+        self.backend.graphs()
+    }
+
     /// Time of the exit head so far, as part of the time of all passes.
     pub fn head_time(&self) -> Duration {
         self.backend.head_time()
@@ -1103,6 +1117,10 @@ impl Executor for EngineExecutor {
         let start = Instant::now();
         in_pool(|| self.emit_tokens(pass, exiting))?;
         Ok(start.elapsed().into())
+    }
+
+    fn device_pass(&self) -> Option<DevicePass> {
+        self.backend.device_pass()
     }
 }
 

@@ -11,7 +11,7 @@ use scheduler::{
 };
 use traces::{ClosedLoop, ExitSignal, ExitTrace, PrefixHashes, Request, TraceError};
 
-use crate::backend::{Heads, ServedModel, Work};
+use crate::backend::{Heads, PassLimits, ServedModel, Work};
 use crate::cache::{TILE, check_block_tokens};
 use crate::clock::{Idle, WallClock};
 use crate::executor::{EngineError, EngineExecutor, ExitDepths, Generation, Sampling, in_pool};
@@ -189,7 +189,7 @@ impl Engine {
         self.replay_by(settings, requests, None, oracle, &mut WallClock::start(idle), observer)
     }
 
-    /// Serves `requests` as [`replay`](Self::replay), on another clock; with a closed loop, each is sent when that says.
+    /// Serves `requests` as [`replay`](Self::replay), on another clock, which begins when the engine is ready; with a closed loop, each is sent when that says.
     /// The oracle exit policy needs `oracle`.
     ///
     /// # Errors
@@ -203,7 +203,8 @@ impl Engine {
         clock: &mut (impl Clock + Send),
         observer: &mut (impl Observer + Send),
     ) -> Result<HashMap<u32, Generation>, ReplayError> {
-        let server = self.server(settings, self.executor_with(&settings, oracle)?, requests)?;
+        let server = self.server_with(settings, oracle, requests)?;
+        clock.begin();
         let Some(closed_loop) = closed_loop else {
             return Ok(run_to_end(server, requests, clock, observer)?.into_generations());
         };
@@ -226,7 +227,7 @@ impl Engine {
         closed_loop: &ClosedLoop,
         oracle: Option<Arc<ExitDepths>>,
     ) -> Result<SlicedReplay, ReplayError> {
-        let server = self.server(settings, self.executor_with(&settings, oracle)?, requests)?;
+        let server = self.server_with(settings, oracle, requests)?;
         let mut clock = WallClock::start(Idle::Skip);
         clock.stop();
         let load = ClosedLoad::new(closed_loop.clone(), Vec::from(requests));
@@ -263,6 +264,19 @@ impl Engine {
             return Err(ReplayError::SharesKv(settings.kv_fill));
         }
         Ok(())
+    }
+
+    /// An idle machine, prepared for a measured replay of `requests`.
+    fn server_with(
+        &self,
+        settings: Settings,
+        oracle: Option<Arc<ExitDepths>>,
+        requests: &[Request],
+    ) -> Result<Server<EngineExecutor>, ReplayError> {
+        let mut server = self.server(settings, self.executor_with(&settings, oracle)?, requests)?;
+        let longest = requests.iter().map(|request| request.prompt_tokens + request.output_tokens).max();
+        server.executor_mut().prepare(PassLimits::of(&settings, longest.unwrap_or(0)))?;
+        Ok(server)
     }
 
     /// An idle machine that can serve `requests`.

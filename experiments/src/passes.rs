@@ -1,11 +1,14 @@
 //! The passes of replays beside what the simulator says of each: where an error of a whole run comes from.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
+use anyhow::Result;
 use latency::LatencyModel;
 use scheduler::{Batching, KvFill, Settings};
 use serde::Serialize;
-use traces::PassRun;
+use simulator::write_csv;
+use traces::{DevicePass, LoggedPass, Nanos, PassRun};
 
 /// Passes of one combination that are alike, in all repeats: a line of `passes.csv`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -72,6 +75,74 @@ pub fn compare_passes<'a>(
     classes.into_iter().map(class).collect()
 }
 
+/// How a GPU ran the passes of one replay: a line of `graphs.csv`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GraphLine {
+    /// Batching policy.
+    pub batching: String,
+    /// The exit policy.
+    pub exit_policy: String,
+    /// The KV fill.
+    pub kv_fill: String,
+    /// Passes of the replay.
+    pub passes: usize,
+    /// Passes of which every section ran as a CUDA graph.
+    pub graph_passes: usize,
+    /// Sections that ran as a CUDA graph.
+    pub graph_sections: u64,
+    /// Sections whose kernels were launched one by one.
+    pub eager_sections: u64,
+    /// Graphs captured during the replay.
+    pub captured: u64,
+    /// Graphs dropped during the replay.
+    pub dropped: u64,
+    /// Mean time of a pass, in microseconds,
+    pub pass_us: f64,
+    /// until the host had submitted it,
+    pub submitted_us: f64,
+    /// and from its first kernel on the device to its last.
+    pub device_us: f64,
+}
+
+/// Writes `graphs.csv` if a GPU ran passes of these replays.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_graphs<'a>(folder: &Path, replays: impl IntoIterator<Item = &'a PassRun>) -> Result<()> {
+    let lines = graph_lines(replays);
+    if lines.is_empty() { Ok(()) } else { Ok(write_csv(&folder.join("graphs.csv"), lines)?) }
+}
+
+/// How a GPU ran the passes of replays; nothing of those that ran without one.
+fn graph_lines<'a>(replays: impl IntoIterator<Item = &'a PassRun>) -> Vec<GraphLine> {
+    let line = |run: &PassRun| {
+        let passes: Vec<(&LoggedPass, DevicePass)> =
+            run.passes.iter().filter_map(|pass| Some((pass, pass.device?))).collect();
+        if passes.is_empty() {
+            return None;
+        }
+        let sum = |count: fn(&DevicePass) -> u32| passes.iter().map(|(_, on)| u64::from(count(on))).sum();
+        let mean_us = |time: fn(&LoggedPass, &DevicePass) -> Nanos| {
+            passes.iter().map(|(pass, on)| time(pass, on).as_micros_f64()).sum::<f64>() / passes.len() as f64
+        };
+        Some(GraphLine {
+            batching: run.batching.clone(),
+            exit_policy: run.exit.clone(),
+            kv_fill: run.kv_fill.clone(),
+            passes: passes.len(),
+            graph_passes: passes.iter().filter(|(_, on)| on.eager == 0).count(),
+            graph_sections: sum(|on| on.graphs),
+            eager_sections: sum(|on| on.eager),
+            captured: sum(|on| on.captured),
+            dropped: sum(|on| on.dropped),
+            pass_us: mean_us(|pass, _| pass.elapsed),
+            submitted_us: mean_us(|_, on| on.submitted),
+            device_us: mean_us(|_, on| on.device),
+        })
+    };
+    replays.into_iter().filter_map(line).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use scheduler::{Lengths, PassRecorder, SteadyLoad, SteadyServer};
@@ -108,6 +179,29 @@ mod tests {
             heads_ahead_from: None,
         };
         LatencyProfile { meta, points: vec![point(1), point(64)], mixed_attention: None }
+    }
+
+    #[test]
+    fn passes_of_a_gpu_are_counted_and_those_of_none_are_not() {
+        let pass = |device| LoggedPass { elapsed: Nanos(9_000), device, ..LoggedPass::default() };
+        let on = |graphs, eager| {
+            Some(DevicePass {
+                submitted: Nanos(1_000 * u64::from(graphs)),
+                device: Nanos(4_000),
+                graphs,
+                eager,
+                captured: eager,
+                dropped: 3,
+            })
+        };
+        let runs = [
+            PassRun { passes: vec![pass(on(2, 0)), pass(on(1, 1)), pass(on(3, 0))], ..PassRun::default() },
+            PassRun { passes: vec![pass(None)], ..PassRun::default() },
+        ];
+        let [line] = &graph_lines(&runs)[..] else { panic!("one run is of a GPU") };
+        assert_eq!((line.passes, line.graph_passes, line.graph_sections, line.eager_sections), (3, 2, 6, 1));
+        assert_eq!((line.captured, line.dropped), (1, 9));
+        assert_eq!((line.pass_us, line.submitted_us, line.device_us), (9.0, 2.0, 4.0));
     }
 
     #[test]

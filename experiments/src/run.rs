@@ -15,7 +15,7 @@ use crate::experiment::{EngineSpec, Experiment};
 use crate::figures::{self, Caption, SWEEP_MAX_BATCH, SWEEP_THRESHOLD};
 use crate::measure::{Load, MeasuredLoad, capacity, in_turn};
 use crate::named_engine::{NamedEngine, pass_log_meta};
-use crate::passes::compare_passes;
+use crate::passes::{compare_passes, write_graphs};
 use crate::predict::{Models, PREDICTIONS, Predictor, predictions};
 use crate::profile::{Profiled, lengths, limits};
 use crate::quality::FullDepthTexts;
@@ -229,6 +229,7 @@ fn compare_load(
         compare_passes(settings, passes.iter().map(|repeat| &repeat[place]), &models.first)
     });
     write_csv(&folder.join("passes.csv"), classes)?;
+    write_graphs(folder, passes.iter().flatten())?;
 
     let predicted = models.try_map(|model| {
         let (runs, _) = predictor.runs(model, &load.workload)?;

@@ -25,7 +25,7 @@ use crate::experiment::{EngineSpec, Experiment, ValidationSpec};
 use crate::figures::{self, Caption};
 use crate::measure::{Looped, alternating, median_runs, once};
 use crate::named_engine::{NamedEngine, pass_log_meta};
-use crate::passes::compare_passes;
+use crate::passes::{compare_passes, write_graphs};
 use crate::predict::{Models, PREDICTIONS, PREDICTIONS_AT_RATES, Predictor, predictions};
 use crate::profile::{Profiled, lengths, limits};
 use crate::recording::Recording;
@@ -280,6 +280,7 @@ impl Subject {
         let classes =
             self.settings.iter().zip(&logs).flat_map(|(settings, log)| compare_passes(settings, [log], model));
         write_csv(&folder.join("passes.csv"), classes)?;
+        write_graphs(folder, &logs)?;
         let runs = logs.into_iter().chain(profiled.passes()).collect();
         PassLog { meta: pass_log_meta(&self.engine), runs }.write(folder.join(PASS_LOG))?;
         let measured = median_runs(repeats);

@@ -11,7 +11,7 @@
 //!    (pass p is composed)                                     (pass p+1 is composed)
 //! ```
 
-use traces::{Nanos, PassWork, Request};
+use traces::{DevicePass, Nanos, PassWork, Request};
 
 use crate::blocks::BlockTables;
 use crate::executor::Executor;
@@ -102,6 +102,7 @@ struct Running {
     elapsed: Nanos,
     running: u32,
     waiting: u32,
+    device: Option<DevicePass>,
 }
 
 /// Tells the executor which slots were released; returns whether any was.
@@ -169,7 +170,8 @@ impl Ahead {
         let mut signals = vec![0.0; composed.segments.len()];
         let elapsed = executor.run_beside(&composed.pass(), &exiting, &mut signals, &mut plan)?;
         scheduler.keep_signals(&composed.segments, &signals);
-        self.running = Some(Running { composed, exiting, start: now, elapsed, running, waiting });
+        self.running =
+            Some(Running { composed, exiting, start: now, elapsed, running, waiting, device: executor.device_pass() });
         Ok(Some(elapsed))
     }
 
@@ -180,8 +182,17 @@ impl Ahead {
 
     /// See [`Server::finish_pass`](crate::Server::finish_pass).
     pub fn finish_pass(&mut self, now: Nanos, observer: &mut impl Observer) {
-        let Some(Running { composed, exiting, start, elapsed, running, waiting }) = self.running.take() else { return };
-        observer.pass(&PassRecord { start, elapsed, pass: composed.pass(), exiting: &exiting, running, waiting });
+        let Some(ran) = self.running.take() else { return };
+        let Running { composed, exiting, start, elapsed, running, waiting, device } = ran;
+        observer.pass(&PassRecord {
+            start,
+            elapsed,
+            pass: composed.pass(),
+            exiting: &exiting,
+            running,
+            waiting,
+            device,
+        });
         self.ends.push(now);
         self.deferred.tell(now, &self.ends, observer);
     }

@@ -1,6 +1,6 @@
 //! The interface between the scheduler and what runs its passes.
 
-use traces::{Nanos, Request};
+use traces::{DevicePass, Nanos, Request};
 
 use crate::pass::{Pass, Slot};
 
@@ -63,4 +63,9 @@ pub trait Executor {
     /// [`Pass::exited`]: rows that waited for the head are included). Returns the time that took, including the exit
     /// head for rows that [had not run it](Pass::runs_head), and for copies of keys and values.
     fn emit(&mut self, pass: &Pass<'_>, exiting: &[u32]) -> Result<Nanos, Self::Error>;
+
+    /// How a GPU ran the last pass; `None` if no GPU ran it.
+    fn device_pass(&self) -> Option<DevicePass> {
+        None
+    }
 }

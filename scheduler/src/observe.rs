@@ -1,6 +1,6 @@
 //! Observers of a run.
 
-use traces::{Nanos, Request};
+use traces::{DevicePass, Nanos, Request};
 
 use crate::pass::Pass;
 
@@ -52,6 +52,8 @@ pub struct PassRecord<'a> {
     pub running: u32,
     /// Requests that wait for a slot.
     pub waiting: u32,
+    /// How a GPU ran it; `None` for passes that no GPU ran.
+    pub device: Option<DevicePass>,
 }
 
 /// Observes a run. Every method has an empty default.

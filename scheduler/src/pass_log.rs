@@ -66,7 +66,7 @@ impl PassRecord<'_> {
             };
             *of_kind += segment.tokens;
         }
-        let Self { start, elapsed, pass, .. } = *self;
-        LoggedPass { start, elapsed, wall_us, work: pass.work.clone(), rows_by_depth }
+        let Self { start, elapsed, pass, device, .. } = *self;
+        LoggedPass { start, elapsed, wall_us, work: pass.work.clone(), rows_by_depth, device }
     }
 }

@@ -193,6 +193,7 @@ impl<E: Executor> Server<E> {
             exiting: self.scheduler.exiting(),
             running: self.scheduler.num_running(),
             waiting: self.scheduler.num_waiting(),
+            device: self.executor.device_pass(),
         });
         self.scheduler.complete(now, observer);
         self.forward_releases();
@@ -207,6 +208,8 @@ impl<E: Executor> Server<E> {
 
 /// Source of time for a serving loop.
 pub trait Clock {
+    /// Everything is ready for the first request: the time before does not count, where it is measured.
+    fn begin(&mut self) {}
     /// Time since the start of the run.
     fn now(&mut self) -> Nanos;
     /// Advances by the duration of a pass, `elapsed`. Returns the time at its end.
@@ -217,6 +220,10 @@ pub trait Clock {
 
 /// Borrows a clock.
 impl<C: Clock> Clock for &mut C {
+    fn begin(&mut self) {
+        C::begin(self);
+    }
+
     fn now(&mut self) -> Nanos {
         C::now(self)
     }

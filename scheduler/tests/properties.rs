@@ -347,7 +347,7 @@ impl Observer for Events {
     }
 
     fn pass(&mut self, record: &PassRecord<'_>) {
-        let PassRecord { start, elapsed, pass, exiting, running, waiting } = record;
+        let PassRecord { start, elapsed, pass, exiting, running, waiting, .. } = record;
         self.0.push(format!("{start:?} {elapsed:?} {:?} {exiting:?} {running} {waiting}", pass.segments));
     }
 

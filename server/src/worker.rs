@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
+use engine::backend::PassLimits;
 use engine::{Asked, Chosen, Decoding, Engine, EngineExecutor, Idle, ReplayError, WallClock, in_pool};
 use scheduler::{Clock, Load, Observer, PassRecord, PrefixUse, Server, Serving, Settings, Terms, Token, Unordered};
 use tokio::sync::mpsc::UnboundedSender;
@@ -241,7 +242,8 @@ impl Worker {
         recorder: Option<Recorder>,
     ) -> Result<Self, ReplayError> {
         engine.check_settings(&settings)?;
-        let executor = engine.executor(&settings)?;
+        let mut executor = engine.executor(&settings)?;
+        executor.prepare(PassLimits::of(&settings, engine.model.config().max_positions as u32))?;
         let executor = match &recorder {
             None => executor,
             Some(recorder) if recorder.looks_ahead() => executor.looking_ahead(),

@@ -246,7 +246,7 @@ mod tests {
         let (tables, work) = (BlockTables::new(1, 1, 1), PassWork::default());
         let pass = Pass::new(&segments, ExitPolicy::None.signal_reads(2), &tables, &work);
         let (start, elapsed) = (Nanos(from * MICRO), Nanos((to - from) * MICRO));
-        timeline.pass(&PassRecord { start, elapsed, pass, exiting: &[], running: 1, waiting: 0 });
+        timeline.pass(&PassRecord { start, elapsed, pass, exiting: &[], running: 1, waiting: 0, device: None });
     }
 
     fn written(timelines: &[Timeline]) -> Vec<Value> {

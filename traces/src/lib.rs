@@ -110,7 +110,7 @@ pub use exit_trace::{
 pub use generate::{Arrivals, Generate, Length};
 pub use mixed_attention::{MixedAttention, MixedPoint, PrefillAxis, SkewCell};
 pub use panics::catch_panic;
-pub use pass_log::{DepthRows, LoggedPass, PassLog, PassLogMeta, PassOrigin, PassRun};
+pub use pass_log::{DepthRows, DevicePass, LoggedPass, PassLog, PassLogMeta, PassOrigin, PassRun};
 pub use pass_work::{ChunkWork, PassBefore, PassWork};
 pub use profile::{Component, LatencyProfile, MemoryFigures, Point, ProfileMeta, check_same_model, is_same_model};
 pub use request::{PrefixHashes, Request, RequestTrace};

@@ -144,6 +144,25 @@ pub struct LoggedPass {
     pub work: PassWork,
     /// The rows, by depth.
     pub rows_by_depth: Vec<DepthRows>,
+    /// How a GPU ran it; `None` for passes that no GPU ran.
+    pub device: Option<DevicePass>,
+}
+
+/// How a GPU ran a pass. The work of a pass is divided into sections of rows that run through the same layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DevicePass {
+    /// Time until the host had submitted all work.
+    pub submitted: Nanos,
+    /// Time on the device, from the first kernel to the last.
+    pub device: Nanos,
+    /// Sections that ran as a CUDA graph.
+    pub graphs: u32,
+    /// Sections whose kernels were launched one by one.
+    pub eager: u32,
+    /// Graphs that were captured meanwhile.
+    pub captured: u32,
+    /// Graphs that were dropped meanwhile.
+    pub dropped: u32,
 }
 
 /// Rows of a pass at one depth, by purpose.
@@ -216,8 +235,8 @@ impl PassLog {
         check_version(path, meta.schema_version, Self::SCHEMA_VERSION)?;
         let schema = metadata.schema_descr();
         let found: Vec<String> = (0..schema.num_columns()).map(|place| schema.column(place).path().string()).collect();
-        let is_older = !found.iter().any(|path| ADDED.contains(&path.as_str()));
-        let columns = || COLUMNS.iter().filter(|(name, _)| !(is_older && ADDED.contains(name)));
+        let is_there = |name: &str| !ADDED.contains(&name) || found.iter().any(|path| path == name);
+        let columns = || COLUMNS.iter().filter(|(name, _)| is_there(name));
         if !found.iter().eq(&columns().map(|(name, column)| column.path(name)).collect::<Vec<_>>()) {
             let list = |names: Vec<String>| format!("columns `{}`", names.join(","));
             let expected = COLUMNS.iter().map(|(name, column)| column.path(name)).collect();
@@ -244,7 +263,7 @@ impl PassLog {
                 })?;
             }
             for (labels, index, mut pass) in passes {
-                if is_older {
+                if !is_there(DECIDED) {
                     pass.work.decided_rows = pass.work.exit_head_rows;
                 }
                 log.push(labels, index, pass);
@@ -267,21 +286,32 @@ impl PassLog {
         })
     }
 
-    /// A log of the columns that [`Self::columns`] gives.
+    /// A log of the columns that [`Self::columns`] gives. Those that files of earlier versions lack may be missing.
     ///
     /// # Errors
     /// What was found, if a column is missing, of another kind or length, or has an invalid value.
     pub fn from_columns(meta: PassLogMeta, mut columns: HashMap<String, ColumnValues>) -> Result<Self, String> {
         let mut passes: Vec<Read> = Vec::new();
+        let knows_decided = columns.contains_key(DECIDED);
         for (place, (name, column)) in COLUMNS.iter().enumerate() {
-            let values = columns.remove(*name).ok_or_else(|| format!("column `{name}`: found none"))?;
+            let Some(values) = columns.remove(*name) else {
+                if ADDED.contains(name) {
+                    continue;
+                }
+                return Err(format!("column `{name}`: found none"));
+            };
             if place == 0 {
                 passes.resize(values.len(), (Labels::default(), 0, LoggedPass::default()));
             }
             column.set(values, &mut passes).map_err(|found| format!("column `{name}`: {found}"))?;
         }
         let mut log = Self { meta, runs: Vec::new() };
-        passes.into_iter().for_each(|(labels, index, pass)| log.push(labels, index, pass));
+        for (labels, index, mut pass) in passes {
+            if !knows_decided {
+                pass.work.decided_rows = pass.work.exit_head_rows;
+            }
+            log.push(labels, index, pass);
+        }
         Ok(log)
     }
 
@@ -359,11 +389,14 @@ enum Column {
     List(fn(&Row<'_>) -> Vec<u32>, fn(&mut Read, Vec<u32>) -> Result<(), String>),
 }
 
-/// Columns that files of earlier versions lack. The exits of all rows of `exit_head_rows` were taken for decided then.
-const ADDED: [&str; 2] = ["signal_rows", "decided_rows"];
+/// Column of rows whose exits are decided after the pass. Files without it took all rows of `exit_head_rows` for such.
+const DECIDED: &str = "decided_rows";
+/// Columns that files of earlier versions lack.
+const ADDED: [&str; 8] =
+    ["signal_rows", DECIDED, "submitted_ns", "device_ns", "graphs", "eager", "captured", "dropped"];
 
 /// Every column, in the order of the file.
-const COLUMNS: [(&str, Column); 29] = [
+const COLUMNS: [(&str, Column); 35] = [
     (
         "origin",
         Column::Text(
@@ -577,7 +610,7 @@ const COLUMNS: [(&str, Column); 29] = [
         ),
     ),
     (
-        "decided_rows",
+        DECIDED,
         Column::Number(
             |row| row.2.work.decided_rows.into(),
             |read, value| {
@@ -646,7 +679,82 @@ const COLUMNS: [(&str, Column); 29] = [
             },
         ),
     ),
+    (
+        "submitted_ns",
+        Column::Number(
+            |row| of_device(row, |pass| pass.submitted.0),
+            |read, value| {
+                set_of_device(read, value, |pass| pass.submitted = Nanos(value));
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "device_ns",
+        Column::Number(
+            |row| of_device(row, |pass| pass.device.0),
+            |read, value| {
+                set_of_device(read, value, |pass| pass.device = Nanos(value));
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "graphs",
+        Column::Number(
+            |row| of_device(row, |pass| pass.graphs.into()),
+            |read, value| {
+                let count = small(value)?;
+                set_of_device(read, value, |pass| pass.graphs = count);
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "eager",
+        Column::Number(
+            |row| of_device(row, |pass| pass.eager.into()),
+            |read, value| {
+                let count = small(value)?;
+                set_of_device(read, value, |pass| pass.eager = count);
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "captured",
+        Column::Number(
+            |row| of_device(row, |pass| pass.captured.into()),
+            |read, value| {
+                let count = small(value)?;
+                set_of_device(read, value, |pass| pass.captured = count);
+                Ok(())
+            },
+        ),
+    ),
+    (
+        "dropped",
+        Column::Number(
+            |row| of_device(row, |pass| pass.dropped.into()),
+            |read, value| {
+                let count = small(value)?;
+                set_of_device(read, value, |pass| pass.dropped = count);
+                Ok(())
+            },
+        ),
+    ),
 ];
+
+fn of_device(row: &Row<'_>, number: fn(&DevicePass) -> u64) -> u64 {
+    row.2.device.as_ref().map_or(0, number)
+}
+
+/// Sets a number of how a device ran the pass, unless it is 0: passes that no device ran have only zeros.
+fn set_of_device(read: &mut Read, value: u64, set: impl FnOnce(&mut DevicePass)) {
+    if value > 0 {
+        set(read.2.device.get_or_insert_default());
+    }
+}
 
 fn by_depth(row: &Row<'_>, of: fn(&DepthRows) -> u32) -> Vec<u32> {
     row.2.rows_by_depth.iter().map(of).collect()
@@ -864,6 +972,14 @@ mod tests {
                 before: PassBefore { rows: rows + 7, head: rows.is_multiple_of(2) },
             },
             rows_by_depth: vec![DepthRows { decode: rows / 2, prompt: 1, backfill: 0 }, DepthRows::default()],
+            device: rows.is_multiple_of(2).then_some(DevicePass {
+                submitted: Nanos(7),
+                device: Nanos(u64::from(rows)),
+                graphs: 2,
+                eager: 0,
+                captured: 1,
+                dropped: 3,
+            }),
         };
         let run = |origin, load, repeat| PassRun {
             origin,
@@ -901,6 +1017,11 @@ mod tests {
         let log = log();
         let columns = || log.columns().map(|(name, values)| (name.to_owned(), values)).collect::<HashMap<_, _>>();
         assert_eq!(PassLog::from_columns(log.meta.clone(), columns()).unwrap(), log);
+        let mut older = columns();
+        ADDED.iter().for_each(|name| assert!(older.remove(*name).is_some(), "{name}"));
+        let older = PassLog::from_columns(log.meta.clone(), older).unwrap();
+        let passes = older.runs.iter().flat_map(|run| &run.passes);
+        assert!(passes.clone().all(|pass| pass.device.is_none() && pass.work.decided_rows == pass.work.exit_head_rows));
         let error = |name: &str, values: Option<ColumnValues>| {
             let mut columns = columns();
             columns.remove(name);

@@ -129,6 +129,7 @@ fn pass_log() -> Vec<u8> {
                 ..PassWork::default()
             },
             rows_by_depth: vec![DepthRows { decode: rows / 2, prompt: 1, backfill: 0 }, DepthRows::default()],
+            device: None,
         };
         let run = |origin, load| PassRun {
             origin,

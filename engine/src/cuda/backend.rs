@@ -1,27 +1,31 @@
 //! Runs passes on a device: one upload of indices, launches and products, one download of the results.
 //!
-//! A pass is divided into sections of rows that run through the same layers. A section's rows and indices keep their
-//! addresses while passes are no larger than earlier ones. In a pass without prompt chunks, sections are padded to a
-//! few sizes. When a size occurs again, the launches of its section are captured as a graph.
+//! A pass is divided into sections of rows that run through the same layers. Each section is padded by itself to one of a
+//! few sizes, unless it has more than [`MOST_ROWS`] rows, and runs as a graph of its launches. Graphs are captured before
+//! passes run, as far as their sizes are known; the others when a size occurs again. The indices that a graph reads keep
+//! their addresses while no size is larger than all before.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::{self, Debug, Formatter};
 use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::{Result, bail};
 use scheduler::KvFill;
 use scheduler::blocks::BlockId;
+use traces::DevicePass;
 
 use super::device::{Device, Held, Stored, View, any_numbers, bytes_of_mut};
 use super::kernels::{self, Kernels, Target, sweep_bytes};
 use super::layers::{Layer, Run, Scratch, wide_bytes};
 use super::model::CudaModel;
-use super::pass::{Arrays, GROUP_ROWS, OnDevice, PassRows, Room};
+use super::pass::{Arrays, BlockTable, OnDevice, PassRows, Room};
+use super::sizes::{MOST_ROWS, SectionLimits, padded};
 use super::source::{Scalar, Specialization};
-use crate::backend::{Answers, Backend, Heads, Work};
+use crate::backend::{Answers, Backend, GraphCounts, Heads, PassLimits, Work};
 use crate::cache::{CacheError, PageLayout, check_block_tokens};
 use crate::config::ModelConfig;
 use crate::executor::EngineError;
@@ -32,7 +36,7 @@ use crate::model::Rows;
 use crate::parameters::Loops;
 
 /// Maximum number of graphs. Beyond it, all graphs are dropped, and captured again as their sizes occur.
-const MAX_GRAPHS: usize = 1024;
+const MAX_GRAPHS: usize = 8192;
 /// Rows, of [`FILL_WORDS`] four-byte words, of the buffer with which the cache is filled, copied until it is full.
 const FILL_ROWS: usize = 256;
 const FILL_WORDS: usize = 4096;
@@ -43,26 +47,39 @@ pub(super) const FEWEST_AHEAD: usize = 8;
 /// A section: rows that run through the same layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Layers {
-    /// All rows of a pass through the block, if its loops share it; otherwise no layers.
-    Block,
+    /// The last layer of the coda, and the head. Usually the smallest section; their indices lie in this order.
+    Head,
+    /// The coda, up to the last layer's keys and values.
+    Coda,
     Prelude,
     /// Rows of one depth, if loops share nothing.
     Loop(usize),
-    /// The coda, up to the last layer's keys and values.
-    Coda,
-    /// The last layer of the coda, and the head.
-    Head,
+    /// All rows of a pass through the block, if its loops share it; otherwise no layers.
+    Block,
 }
 
-/// Key of a graph: a section and its size.
+/// Key of a graph: a section, its size, and the address of the rows that it gathers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Size {
     layers: Layers,
-    rows: usize,
-    items: usize,
-    joins: usize,
-    /// Bits of the temperature at which the head samples tokens.
-    temperature: u32,
+    room: Room,
+    from: u64,
+}
+
+/// What makes the driver load kernels: a section, its number of rows, and which kernels of attention run.
+type Loaded = (Layers, usize, [bool; 3]);
+
+fn loaded(layers: Layers, room: Room) -> Loaded {
+    (layers, room.rows, [room.items, room.joins, room.tiles].map(|size| size > 0))
+}
+
+/// What the head reads besides its rows.
+#[derive(Clone, Copy)]
+struct Draws {
+    /// Random keys of the rows.
+    keys: View<u64>,
+    /// The temperature, one number.
+    temperature: View<f32>,
 }
 
 /// A section of a pass.
@@ -76,7 +93,10 @@ struct Section {
     gather: Option<View<i32>>,
     /// Rows of the pass to which the section's rows are written back.
     scatter: Option<View<i32>>,
-    graph: bool,
+    /// Of the head.
+    draws: Option<Draws>,
+    /// The padded size, if it runs as a graph.
+    graph: Option<Room>,
 }
 
 impl Section {
@@ -86,6 +106,10 @@ impl Section {
             rows: self.rows.moved(bytes),
             gather: self.gather.map(|gather| gather.moved(bytes)),
             scatter: self.scatter.map(|scatter| scatter.moved(bytes)),
+            draws: self.draws.map(|Draws { keys, temperature }| Draws {
+                keys: keys.moved(bytes),
+                temperature: temperature.moved(bytes),
+            }),
             ..self
         }
     }
@@ -105,22 +129,26 @@ struct RowsInCache {
 struct Plan {
     /// Rows of each section, with their indices among the rows that ran before.
     sections: BTreeMap<Layers, (PassRows, Vec<i32>)>,
-    /// Random keys of the head's rows.
-    keys: Vec<u64>,
+    /// The blocks of the rows that attend.
+    table: BlockTable,
 }
 
 impl Plan {
-    fn push(&mut self, layers: Layers, rows: &[Row<'_>], cache: RowsInCache, places: impl Iterator<Item = usize>) {
-        let RowsInCache { window, slots } = cache;
+    /// Adds a section; `cache` is what its rows read of it, if they attend.
+    fn push(
+        &mut self,
+        layers: Layers,
+        rows: &[Row<'_>],
+        cache: Option<RowsInCache>,
+        places: impl Iterator<Item = usize>,
+    ) {
         if !rows.is_empty() {
-            let places = places.map(|place| place as i32).collect();
-            self.sections.insert(layers, (PassRows::new(rows, window, slots), places));
+            let rows = match cache {
+                Some(RowsInCache { window, slots }) => PassRows::new(rows, window, slots, &mut self.table),
+                None => PassRows::without_attention(rows),
+            };
+            self.sections.insert(layers, (rows, places.map(|place| place as i32).collect()));
         }
-    }
-
-    /// Whether every row attends separately.
-    fn is_decode(&self) -> bool {
-        self.sections.values().all(|(rows, _)| rows.room().tiles == 0)
     }
 }
 
@@ -276,11 +304,11 @@ pub(super) struct Memory<D: Device> {
     /// Number of rows that `row_memory` and `head_memory` have room for.
     rows: usize,
     head_rows: usize,
-    /// Room of the indices of each section, in passes that run as graphs.
-    rooms: BTreeMap<Layers, Room>,
+    /// Bytes that the indices of each section take at most, where they run as graphs.
+    regions: BTreeMap<Layers, usize>,
     graphs: HashMap<Size, D::Graph>,
-    /// Sizes that have run once, so that the next run is captured.
-    seen: HashSet<Size>,
+    /// Kernels that have run once, so that a run can be captured.
+    seen: HashSet<Loaded>,
 }
 
 impl<D: Device> Memory<D> {
@@ -312,7 +340,7 @@ impl<D: Device> Memory<D> {
             fills: Growing(None),
             rows: 0,
             head_rows: 0,
-            rooms: BTreeMap::new(),
+            regions: BTreeMap::new(),
             graphs: HashMap::new(),
             seen: HashSet::new(),
         })
@@ -335,6 +363,11 @@ pub(super) struct CudaBackend<D: Device> {
     first_exit: usize,
     heads: Span<D>,
     head_time: Duration,
+    /// The kernels of a pass.
+    kernels_of_pass: Span<D>,
+    counts: GraphCounts,
+    /// Counts before the last pass, the time until it was submitted, and its time on the device.
+    last_pass: (GraphCounts, Duration, Duration),
 }
 
 impl<D: Device> Drop for CudaBackend<D> {
@@ -354,11 +387,6 @@ impl<D: Device> Debug for CudaBackend<D> {
     }
 }
 
-/// Rounds up to a size that is at most a quarter larger; there are four sizes per doubling.
-fn bucket(n: usize) -> usize {
-    n.next_multiple_of((n.next_power_of_two() / 8).max(1))
-}
-
 impl<D: Device> CudaBackend<D> {
     /// A backend with an unwritten cache. It takes the memory of the previous backend if that has the same layout.
     pub fn new(
@@ -376,7 +404,7 @@ impl<D: Device> CudaBackend<D> {
             Some(memory) => memory,
             None => Memory::new(&model, &specialization, layout)?,
         };
-        let heads = Span::new(&*model.device)?;
+        let (heads, kernels_of_pass) = (Span::new(&*model.device)?, Span::new(&*model.device)?);
         Ok(Self {
             specialization,
             memory: ManuallyDrop::new(memory),
@@ -386,6 +414,9 @@ impl<D: Device> CudaBackend<D> {
             first_exit: 0,
             heads,
             head_time: Duration::ZERO,
+            kernels_of_pass,
+            counts: GraphCounts::default(),
+            last_pass: Default::default(),
             model,
         })
     }
@@ -460,11 +491,12 @@ impl<D: Device> CudaBackend<D> {
 
     /// The sections of a pass.
     fn plan(&self, work: &Work<'_>) -> Plan {
-        let cache = self.rows_in_cache();
         let rows = work.rows.rows();
         let mut plan = Plan::default();
-        plan.push(Layers::Block, rows, cache, 0..rows.len());
-        let mut part = |layers, range: Range<usize>| plan.push(layers, &rows[range.clone()], cache, range);
+        plan.push(Layers::Block, rows, self.attending(Layers::Block), 0..rows.len());
+        let mut part = |layers, range: Range<usize>| {
+            plan.push(layers, &rows[range.clone()], self.attending(layers), range);
+        };
         if !self.model.prelude.is_empty() {
             part(Layers::Prelude, work.rows.range(0..1));
         }
@@ -476,8 +508,8 @@ impl<D: Device> CudaBackend<D> {
         }
         let first_exit = if self.model.coda.is_empty() { 0 } else { work.coda.start };
         let of_exits = work.heads.rows.iter().map(|&row| row - first_exit);
-        plan.push(Layers::Head, work.rows.pick(work.heads.rows.iter().copied()).rows(), cache, of_exits);
-        plan.keys = work.heads.keys.clone();
+        let heads = work.rows.pick(work.heads.rows.iter().copied());
+        plan.push(Layers::Head, heads.rows(), self.attending(Layers::Head), of_exits);
         plan
     }
 
@@ -490,93 +522,128 @@ impl<D: Device> CudaBackend<D> {
         [block, vec![Layers::Coda]].concat()
     }
 
-    fn rows_in_cache(&self) -> RowsInCache {
-        let window = self.model.config.architecture.sliding_window.as_ref().map(|window| window.tokens);
-        RowsInCache { window, slots: self.memory.layout.depths }
+    /// Whether a section is work that a graph can hold.
+    fn has_work(&self, layers: Layers) -> bool {
+        layers != Layers::Block || matches!(self.model.loops, Loops::Shared(_))
     }
 
-    /// The size to which rows are padded if they run as a graph.
-    fn padded(&self, room: Room) -> Room {
-        let rows = bucket(room.rows);
-        let groups = rows.min(rows.div_ceil(GROUP_ROWS) + self.model.config.num_loops - 1);
-        let items = bucket(room.items);
-        // A row with several splits has at least two. Without such rows nothing is joined, not even padding.
-        let joins = if room.joins == 0 { 0 } else { rows.min(items / 2) };
-        Room { rows, items, joins, tiles: 0, groups, blocks: bucket(room.blocks) }
+    /// What the rows of a section read of the cache; `None` if they do not attend.
+    fn attending(&self, layers: Layers) -> Option<RowsInCache> {
+        let attends = match layers {
+            Layers::Head => !self.model.coda.is_empty(),
+            layers => self.has_work(layers),
+        };
+        let window = self.model.config.architecture.sliding_window.as_ref().map(|window| window.tokens);
+        attends.then_some(RowsInCache { window, slots: self.memory.layout.depths })
+    }
+
+    /// Bytes of a section's indices.
+    fn bytes_of(layers: Layers, room: Room) -> usize {
+        let (places, keys) = (Arrays::bytes_of_array::<i32>(room.rows), Arrays::bytes_of_array::<u64>(room.rows));
+        room.bytes()
+            + match layers {
+                Layers::Block => 0,
+                Layers::Coda => places,
+                Layers::Prelude | Layers::Loop(_) => 2 * places,
+                Layers::Head => places + keys + Arrays::bytes_of_array::<f32>(1),
+            }
+    }
+
+    /// Makes the indices of a section's graphs fit. Graphs that were captured with less room are dropped.
+    fn fit_region(&mut self, layers: Layers, bytes: usize) {
+        let region = self.memory.regions.entry(layers).or_default();
+        if *region < bytes {
+            *region = bytes;
+            self.drop_graphs();
+        }
+    }
+
+    fn drop_graphs(&mut self) {
+        self.counts.dropped += self.memory.graphs.len();
+        self.memory.graphs.clear();
+    }
+
+    /// Where the indices of a section's graphs begin.
+    fn region_start(&self, layers: Layers) -> usize {
+        self.memory.regions.iter().take_while(|(before, _)| **before < layers).map(|(_, bytes)| bytes).sum()
     }
 
     /// Lays out the sections of a plan among the indices. Views are relative to the start of the indices.
-    fn lay_out(&mut self, plan: &Plan) -> (Vec<Section>, View<u64>) {
+    fn lay_out(&mut self, mut plan: Plan, heads: &Heads) -> Vec<Section> {
+        let loops = self.model.config.num_loops;
+        let graph_of = |rows: &PassRows| (rows.room().rows <= MOST_ROWS).then(|| padded(rows.room(), loops));
+        let sections = plan.sections.iter().filter(|(layers, _)| self.has_work(**layers));
+        let graphs: BTreeMap<Layers, Room> =
+            sections.filter_map(|(&layers, (rows, _))| Some((layers, graph_of(rows)?))).collect();
+        for (&layers, &room) in &graphs {
+            self.fit_region(layers, Self::bytes_of(layers, room));
+        }
+        // What graphs read comes first: its address depends on nothing else in the pass.
+        let end = |(&layers, &room): (&Layers, &Room)| self.region_start(layers) + Self::bytes_of(layers, room);
+        let end = graphs.iter().map(end).max().unwrap_or(0);
         self.arrays.clear();
-        let graph = plan.is_decode();
-        let used = |(rows, _): &(PassRows, _)| if graph { self.padded(rows.room()) } else { rows.room() };
-        let used: BTreeMap<Layers, Room> =
-            plan.sections.iter().map(|(&layers, section)| (layers, used(section))).collect();
-        let rooms = if graph { self.grown_rooms(&used) } else { used.clone() };
-        // Indices that graphs read come first, so that their addresses do not depend on the pass.
-        let mut placed = BTreeMap::new();
-        for (&layers, &room) in &rooms {
-            let nothing = PassRows::default();
-            let rows = plan.sections.get(&layers).map_or(&nothing, |(rows, _)| rows);
-            placed.insert(layers, rows.append(&mut self.arrays, room));
-        }
-        let head_rows = rooms.get(&Layers::Head).map_or(0, |room| room.rows);
-        let keys = self.arrays.push(&plan.keys, head_rows, 0);
-        let sections = plan.sections.iter().map(|(&layers, (_, places))| {
-            let before: Vec<i32> = places.iter().map(|place| -1 - place).collect();
-            let in_place = layers == Layers::Block;
-            let stays = matches!(layers, Layers::Block | Layers::Coda | Layers::Head);
-            Section {
-                layers,
-                rows: placed[&layers].first(used[&layers]),
-                gather: (!in_place).then(|| self.arrays.push(&before, before.len(), 0)),
-                scatter: (!stays).then(|| self.arrays.push(places, places.len(), 0)),
-                graph,
+        let mut placed = Vec::new();
+        for (&layers, (rows, places)) in &mut plan.sections {
+            rows.move_blocks(end / size_of::<i32>());
+            if let Some(&room) = graphs.get(&layers) {
+                self.arrays.begin_at(self.region_start(layers));
+                placed.push(Section { graph: Some(room), ..self.push_section(layers, rows, room, places, heads) });
             }
+        }
+        self.arrays.begin_at(end);
+        plan.table.append(&mut self.arrays);
+        for (&layers, (rows, places)) in &plan.sections {
+            if !graphs.contains_key(&layers) {
+                placed.push(self.push_section(layers, rows, rows.room(), places, heads));
+            }
+        }
+        placed
+    }
+
+    /// Appends the indices of a section, padded. Its rows' blocks are counted from the start of the indices.
+    fn push_section(&mut self, layers: Layers, rows: &PassRows, room: Room, places: &[i32], heads: &Heads) -> Section {
+        let arrays = &mut self.arrays;
+        let rows = rows.append(arrays, room, View::new(0, 0));
+        let before: Vec<i32> = places.iter().map(|place| -1 - place).collect();
+        // A row of padding is a copy of the first, which nobody reads.
+        let gather = (layers != Layers::Block).then(|| arrays.push(&before, room.rows, -1));
+        let stays = matches!(layers, Layers::Block | Layers::Coda | Layers::Head);
+        let scatter = (!stays).then(|| arrays.push(places, room.rows, -1));
+        let draws = (layers == Layers::Head).then(|| Draws {
+            keys: arrays.push(&heads.keys, room.rows, 0),
+            temperature: arrays.push(&[heads.temperature], 1, 0.0),
         });
-        (sections.collect(), keys)
+        Section { layers, rows, gather, scatter, draws, graph: None }
     }
 
-    /// Room for these sections and all earlier ones. Graphs that were captured with less room are dropped.
-    fn grown_rooms(&mut self, needed: &BTreeMap<Layers, Room>) -> BTreeMap<Layers, Room> {
-        for (&layers, &room) in needed {
-            let known = self.memory.rooms.entry(layers).or_default();
-            if known.or(room) != *known {
-                *known = known.or(room);
-                self.memory.graphs.clear();
-            }
-        }
-        self.memory.rooms.clone()
-    }
-
-    /// Makes memory fit the sections, and drops graphs with old addresses.
+    /// Makes memory fit sections, and drops graphs with old addresses.
     fn fit(&mut self, sections: &[Section]) -> Result<()> {
+        let most = |size: &dyn Fn(&Section) -> usize| sections.iter().map(size).max().unwrap_or(0);
+        let heads = most(&|section| if section.layers == Layers::Head { section.rows.rows.len() } else { 0 });
+        self.fit_rows(most(&|section| section.rows.rows.len()), heads, most(&|section| section.rows.items.len()))
+    }
+
+    /// Makes memory fit so many rows of a pass, rows of the head, and splits of histories.
+    fn fit_rows(&mut self, rows: usize, heads: usize, items: usize) -> Result<()> {
         let model = self.model.clone();
         let (device, config) = (&*model.device, &model.config);
         let mut moved = false;
-        let most = |layers: &dyn Fn(Layers) -> bool| {
-            sections.iter().filter(|section| layers(section.layers)).map(|section| section.rows.rows.len()).max()
-        };
-        // The head's rows are rows of the pass, but may have more padding.
-        let rows = most(&|_| true).unwrap_or(0).max(self.memory.rows);
         if rows > self.memory.rows {
             let mut carver = Carver(0);
             RowMemory::carve(&mut carver, config, model.scalar, rows.next_power_of_two());
             self.memory.row_memory.fit(device, carver.0 as usize)?;
             (self.memory.rows, moved) = (rows.next_power_of_two(), true);
         }
-        let head_rows = most(&|layers| layers == Layers::Head).unwrap_or(0);
-        if head_rows > self.memory.head_rows {
+        if heads > self.memory.head_rows {
             let mut carver = Carver(0);
-            HeadMemory::carve(&mut carver, &self.model, head_rows.next_power_of_two());
+            HeadMemory::carve(&mut carver, &self.model, heads.next_power_of_two());
             self.memory.head_memory.fit(device, carver.0 as usize)?;
-            (self.memory.head_rows, moved) = (head_rows.next_power_of_two(), true);
+            (self.memory.head_rows, moved) = (heads.next_power_of_two(), true);
         }
-        let items = sections.iter().map(|section| section.rows.items.len()).max().unwrap_or(0);
         let partial = items * config.num_heads * (2 + config.head_dim) * size_of::<f32>();
         moved |= self.memory.partial.fit(device, partial)?;
         if moved {
-            self.memory.graphs.clear();
+            self.drop_graphs();
         }
         Ok(())
     }
@@ -584,11 +651,19 @@ impl<D: Device> CudaBackend<D> {
     /// Uploads the indices; returns their address.
     fn upload(&mut self) -> Result<u64> {
         let device = self.model.device.clone();
-        if self.memory.indices.fit(&device, self.arrays.bytes().len())? {
-            self.memory.graphs.clear();
+        self.fit_indices(self.arrays.len())?;
+        for (start, bytes) in self.arrays.parts() {
+            device.upload_at(self.memory.indices.held().memory(), start, bytes)?;
         }
-        device.upload(self.memory.indices.held().memory(), self.arrays.bytes())?;
         Ok(self.memory.indices.held().view.address())
+    }
+
+    fn fit_indices(&mut self, bytes: usize) -> Result<()> {
+        let device = self.model.device.clone();
+        if self.memory.indices.fit(&device, bytes)? {
+            self.drop_graphs();
+        }
+        Ok(())
     }
 
     /// Makes room for results, and drops graphs that write theirs elsewhere.
@@ -596,7 +671,7 @@ impl<D: Device> CudaBackend<D> {
         let mut carver = Carver(0);
         AnswerMemory::carve(&mut carver, sizes);
         if self.memory.answers.fit(&self.model.device, carver.0 as usize)? {
-            self.memory.graphs.clear();
+            self.drop_graphs();
         }
         Ok(AnswerMemory::carve(&mut self.memory.answers.carve(), sizes))
     }
@@ -640,16 +715,34 @@ impl<D: Device> CudaBackend<D> {
         Ok(())
     }
 
+    /// The rows that a section gathers, and the residual stream that its layers change in place.
+    fn streams(&self, layers: Layers) -> (View<f32>, View<f32>) {
+        let views = self.row_views();
+        match layers {
+            Layers::Block => (views.hidden, views.hidden),
+            Layers::Prelude => (self.entered(&views), views.part),
+            Layers::Loop(_) => (views.hidden, views.part),
+            Layers::Coda => (views.hidden, views.exits),
+            Layers::Head => (self.exits(), self.head_views().hidden),
+        }
+    }
+
     /// Runs a section's rows through its layers.
     fn run_section(&mut self, section: &Section) -> Result<()> {
-        let views = self.row_views();
-        let whole = if section.layers == Layers::Prelude { self.entered(&views) } else { views.hidden };
-        let residual = if section.layers == Layers::Coda { views.exits } else { views.part };
-        let residual = if section.layers == Layers::Block { views.hidden } else { residual };
+        let (whole, _) = self.streams(section.layers);
+        self.perform(section, whole, |backend| backend.run_once(section, whole, View::new(0, 0)))
+    }
+
+    /// Submits the work of a section on rows of `whole`; that of the head writes `verdicts`.
+    fn run_once(&self, section: &Section, whole: View<f32>, verdicts: View<kernels::Verdict>) -> Result<()> {
+        let (_, residual) = self.streams(section.layers);
         if let Some(gather) = section.gather {
             self.gather(whole, gather, residual)?;
         }
-        self.perform(section, 0, |backend| backend.run_layers(section, residual))?;
+        self.run_layers(section, residual)?;
+        if let Some(draws) = section.draws {
+            self.read_logits(section, residual, draws, verdicts)?;
+        }
         match section.scatter {
             Some(scatter) => self.kernels().keep_rows(residual, scatter, self.width(), whole),
             None => Ok(()),
@@ -660,24 +753,94 @@ impl<D: Device> CudaBackend<D> {
         self.kernels().enter_rows(self.model.embedding.view, from, gather, self.width(), 1.0, to)
     }
 
-    /// Runs a section's work, as a graph if its size has run before.
-    fn perform(&mut self, section: &Section, temperature: u32, work: impl Fn(&Self) -> Result<()>) -> Result<()> {
-        let OnDevice { rows, items, joins, .. } = section.rows;
-        let (rows, items, joins) = (rows.len(), items.len(), joins.len());
-        let size = Size { layers: section.layers, rows, items, joins, temperature };
+    /// Runs a section's work, as a graph where its kernels have run before.
+    fn perform(&mut self, section: &Section, from: View<f32>, work: impl Fn(&Self) -> Result<()>) -> Result<()> {
+        let size = section.graph.map(|room| Size { layers: section.layers, room, from: from.address() });
         // A first run may make the driver load kernels, which is not allowed during capture.
-        if !section.graph || self.memory.seen.insert(size) {
+        let Some(size) = size.filter(|size| !self.memory.seen.insert(loaded(size.layers, size.room))) else {
+            self.counts.eager += 1;
             return work(self);
-        }
+        };
         if !self.memory.graphs.contains_key(&size) {
-            let graph = self.model.device.capture(|| work(self))?;
-            if self.memory.graphs.len() == MAX_GRAPHS {
-                self.memory.graphs.clear();
-            }
-            self.memory.graphs.insert(size, graph);
+            self.capture(size, work)?;
         }
+        self.counts.replayed += 1;
         // SAFETY: graphs are dropped when memory that they use is freed.
         unsafe { self.model.device.replay(&self.memory.graphs[&size]) }
+    }
+
+    fn capture(&mut self, size: Size, work: impl Fn(&Self) -> Result<()>) -> Result<()> {
+        let graph = self.model.device.capture(|| work(self))?;
+        if self.memory.graphs.len() == MAX_GRAPHS {
+            self.drop_graphs();
+        }
+        self.memory.graphs.insert(size, graph);
+        self.counts.captured += 1;
+        Ok(())
+    }
+
+    /// The sections that passes can have.
+    fn all_layers(&self) -> Vec<Layers> {
+        let prelude = (!self.model.prelude.is_empty()).then_some(Layers::Prelude);
+        let coda = |layers: &Layers| *layers != Layers::Coda || !self.model.coda.is_empty();
+        prelude.into_iter().chain(self.order()).filter(coda).chain([Layers::Head]).collect()
+    }
+
+    /// Makes all memory fit passes within limits, and captures the graphs of their sections.
+    fn prepare_graphs(&mut self, limits: PassLimits) -> Result<()> {
+        let (loops, block_tokens) = (self.model.config.num_loops, self.memory.layout.block_tokens);
+        let PassLimits { rows, heads, sequences, positions } = limits;
+        let positions = positions.min(self.model.config.max_positions);
+        let rooms_of = |layers: Layers| {
+            let rows = if layers == Layers::Head { heads.min(rows) } else { rows };
+            let positions = self.attending(layers).map(|_| positions);
+            (layers, SectionLimits { rows, sequences, positions, loops }.rooms())
+        };
+        let wanted: Vec<(Layers, Vec<Room>)> = self.all_layers().into_iter().map(rooms_of).collect();
+        for (layers, rooms) in &wanted {
+            let bytes = rooms.iter().map(|&room| Self::bytes_of(*layers, room)).max().unwrap_or(0);
+            self.fit_region(*layers, bytes);
+        }
+        let most = |wanted: &[(Layers, Vec<Room>)], size: &dyn Fn(&Room) -> usize| {
+            wanted.iter().flat_map(|(_, rooms)| rooms).map(size).max().unwrap_or(0)
+        };
+        let of_heads: Vec<_> = wanted.iter().filter(|(layers, _)| *layers == Layers::Head).cloned().collect();
+        let (rows, heads) = (most(&wanted, &|room| room.rows).max(rows), most(&of_heads, &|room| room.rows));
+        self.fit_rows(rows, heads, most(&wanted, &|room| room.items))?;
+        self.fit_answers([heads, rows, rows, rows])?;
+        // Besides what graphs read: the blocks of each sequence, and up to eight numbers of each row.
+        let table = sequences * positions.div_ceil(block_tokens);
+        let regions: usize = self.memory.regions.values().sum();
+        self.fit_indices(regions + (table + 8 * rows + 64) * size_of::<i32>())?;
+        wanted.into_iter().try_for_each(|(layers, rooms)| self.capture_all(layers, rooms))
+    }
+
+    /// Captures the graphs of a section that are not there yet.
+    fn capture_all(&mut self, layers: Layers, mut rooms: Vec<Room>) -> Result<()> {
+        let ((whole, _), nothing) = (self.streams(layers), Heads::default());
+        let (answers, indices) = (self.memory.answers.held().view, self.memory.indices.held().view.address());
+        // The sizes with the most kernels come first: they run before they are captured.
+        rooms.sort_by_key(|room| Reverse((room.rows, [room.items, room.joins, room.tiles].map(|size| size > 0))));
+        let mut ran = 0;
+        for room in rooms {
+            self.arrays.clear();
+            self.arrays.begin_at(self.region_start(layers));
+            let section = self.push_section(layers, &PassRows::default(), room, &[], &nothing);
+            let section = Section { graph: Some(room), ..section }.moved(indices);
+            let size = Size { layers, room, from: whole.address() };
+            if self.memory.graphs.contains_key(&size) {
+                continue;
+            }
+            let verdicts = View::new(answers.address(), room.rows);
+            let work = |backend: &Self| backend.run_once(&section, whole, verdicts);
+            if self.memory.seen.insert(loaded(layers, room)) && ran != room.rows {
+                self.upload()?;
+                work(self)?;
+                ran = room.rows;
+            }
+            self.capture(size, work)?;
+        }
+        Ok(())
     }
 
     fn run_layers(&self, section: &Section, residual: View<f32>) -> Result<()> {
@@ -729,46 +892,50 @@ impl<D: Device> CudaBackend<D> {
         rows: &Rows<'_>,
         heads: &Heads,
     ) -> Result<Vec<Verdict>> {
-        let mut plan = Plan { keys: heads.keys.clone(), ..Plan::default() };
-        plan.push(Layers::Head, rows.rows(), self.rows_in_cache(), picks.iter().copied());
-        let (sections, keys) = self.lay_out(&plan);
+        let started = Instant::now();
+        let mut plan = Plan::default();
+        plan.push(Layers::Head, rows.rows(), self.attending(Layers::Head), picks.iter().copied());
+        let sections = self.lay_out(plan, heads);
         let [section] = &sections[..] else { return Ok(Vec::new()) };
         self.fit(&sections)?;
         let padded = [section.rows.rows.len(), 0, 0, 0];
         let answers = self.fit_answers(padded)?;
         let indices = self.upload()?;
         let states = states(self);
-        self.run_head(&section.moved(indices), states, keys.moved(indices), heads.temperature, answers.verdicts)?;
+        self.run_head(&section.moved(indices), states, answers.verdicts)?;
+        self.last_pass.1 += started.elapsed();
+        let head_time = self.head_time;
         let mut answers = self.finish(padded)?;
+        self.last_pass.2 += self.head_time - head_time;
         answers.verdicts.truncate(picks.len());
         Ok(answers.verdicts)
     }
 
     /// Runs the head for the rows of a section, which it gathers from `exits`.
-    fn run_head(
-        &mut self,
+    fn run_head(&mut self, section: &Section, exits: View<f32>, verdicts: View<kernels::Verdict>) -> Result<()> {
+        let device = self.model.device.clone();
+        device.record(&self.heads.start)?;
+        self.perform(section, exits, |backend| backend.run_once(section, exits, verdicts))?;
+        device.record(&self.heads.end)
+    }
+
+    /// The head after the last layer: norm, logits and what is read of them.
+    fn read_logits(
+        &self,
         section: &Section,
-        exits: View<f32>,
-        keys: View<u64>,
-        temperature: f32,
+        hidden: View<f32>,
+        draws: Draws,
         verdicts: View<kernels::Verdict>,
     ) -> Result<()> {
-        let model = self.model.clone();
-        let (views, head) = (self.row_views(), self.head_views());
-        model.device.record(&self.heads.start)?;
-        self.gather(exits, section.gather.expect("heads are gathered"), head.hidden)?;
-        self.perform(section, temperature.to_bits(), |backend| {
-            backend.run_layers(section, head.hidden)?;
-            let (run, normed) = (backend.run_of(section.rows), views.scratch.normed);
-            model.norm.of_rows(&run, head.hidden, None, normed)?;
-            let keys = keys.first(section.rows.rows.len());
-            run.kernels.product(normed, keys.len, model.head, Target::F32(head.logits))?;
-            if let Some(lora) = &model.head_lora {
-                lora.add_to(&run, normed, head.logits)?;
-            }
-            run.kernels.read_logits(head.logits, keys, model.config.vocab_size, temperature, head.sweep, verdicts)
-        })?;
-        model.device.record(&self.heads.end)
+        let (model, head, run) = (&self.model, self.head_views(), self.run_of(section.rows));
+        let (normed, rows) = (run.scratch.normed, section.rows.rows.len());
+        model.norm.of_rows(&run, hidden, None, normed)?;
+        run.kernels.product(normed, rows, model.head, Target::F32(head.logits))?;
+        if let Some(lora) = &model.head_lora {
+            lora.add_to(&run, normed, head.logits)?;
+        }
+        let vocab = model.config.vocab_size;
+        run.kernels.read_logits(head.logits, draws.keys, vocab, draws.temperature, head.sweep, verdicts)
     }
 
     /// Gate scores of some rows.
@@ -870,10 +1037,12 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             meanwhile();
             return Ok(Answers::default());
         }
+        let started = Instant::now();
+        self.last_pass.0 = self.counts;
         self.check(work)?;
         let plan = self.plan(work);
         self.first_exit = if self.model.coda.is_empty() { 0 } else { work.coda.start };
-        let (sections, keys) = self.lay_out(&plan);
+        let sections = self.lay_out(plan, &work.heads);
         let mut push = |numbers: Vec<i32>| self.arrays.push(&numbers, numbers.len(), 0);
         let sources = push(work.sources.iter().map(|&source| source_number(source)).collect());
         let places = push(work.places.iter().map(|place| place.map_or(-1, |place| place as i32)).collect());
@@ -898,6 +1067,8 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         let (width, factor) = (self.width(), self.model.config.architecture.embedding_scale);
         let (sources, entered) = (sources.moved(indices), self.entered(&views));
         let kept = self.memory.injected_in_flight.as_ref().map_or(in_flight, |held| held.view);
+        let device = self.model.device.clone();
+        device.record(&self.kernels_of_pass.start)?;
         self.kernels().enter_rows(self.model.embedding.view, kept, sources, width, factor, entered)?;
         let whole = *sections.iter().find(|section| section.layers == Layers::Block).expect("every pass has rows");
         let section_of = |layers| sections.iter().find(|section| section.layers == layers);
@@ -910,7 +1081,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
         }
         if let Some(section) = sections.iter().find(|section| section.layers == Layers::Head) {
             let exits = self.exits();
-            self.run_head(section, exits, keys.moved(indices), work.heads.temperature, answers.verdicts)?;
+            self.run_head(section, exits, answers.verdicts)?;
         }
         if let Some(kept) = self.memory.distributions.as_ref().filter(|_| diverging.len() > 0) {
             let (logits, vocab) = (self.head_views().logits, self.model.config.vocab_size);
@@ -934,8 +1105,11 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             let of_coda = View::new(places.address() + (work.coda.start * size_of::<i32>()) as u64, work.coda.len());
             self.kernels().keep_rows(views.exits, of_coda, width, exits.view)?;
         }
+        device.record(&self.kernels_of_pass.end)?;
+        self.last_pass.1 = started.elapsed();
         meanwhile();
         let mut answers = self.finish(padded)?;
+        self.last_pass.2 = device.elapsed(&self.kernels_of_pass.start, &self.kernels_of_pass.end)?;
         answers.verdicts.truncate(work.heads.rows.len());
         Ok(answers)
     }
@@ -1000,6 +1174,27 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
 
     fn head_time(&self) -> Duration {
         self.head_time
+    }
+
+    fn prepare(&mut self, limits: PassLimits) -> Result<()> {
+        self.prepare_graphs(limits)
+    }
+
+    fn graphs(&self) -> Option<GraphCounts> {
+        Some(self.counts)
+    }
+
+    fn device_pass(&self) -> Option<DevicePass> {
+        let (before, submitted, device) = &self.last_pass;
+        let since = |count: fn(&GraphCounts) -> usize| (count(&self.counts) - count(before)) as u32;
+        Some(DevicePass {
+            submitted: (*submitted).into(),
+            device: (*device).into(),
+            graphs: since(|counts| counts.replayed),
+            eager: since(|counts| counts.eager),
+            captured: since(|counts| counts.captured),
+            dropped: since(|counts| counts.dropped),
+        })
     }
 
     fn cached(&self, blocks: &[BlockId], positions: usize) -> Result<Vec<f32>> {

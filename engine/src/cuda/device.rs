@@ -47,11 +47,19 @@ pub trait Device: Send + Sync {
     /// Address of memory on the device.
     fn address(&self, memory: &Self::Memory) -> u64;
 
+    /// Copies to memory, from a number of bytes after its start on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn upload_at(&self, to: &Self::Memory, start: usize, bytes: &[u8]) -> Result<()>;
+
     /// Copies to the start of memory.
     ///
     /// # Errors
     /// If the device fails.
-    fn upload(&self, to: &Self::Memory, bytes: &[u8]) -> Result<()>;
+    fn upload(&self, to: &Self::Memory, bytes: &[u8]) -> Result<()> {
+        self.upload_at(to, 0, bytes)
+    }
 
     /// Waits for all work, then copies from the start of memory.
     ///

@@ -838,7 +838,7 @@ impl<D: Device> Kernels<'_, D> {
     }
 
     /// Reads rows of logits `[keys, vocab]` and samples a token from each, as
-    /// [`signals::read`](crate::kernels::signals::read). `scratch` is in bytes.
+    /// [`signals::read`](crate::kernels::signals::read). `temperature` is one number, `scratch` in bytes.
     ///
     /// # Errors
     /// If a size is wrong, or the device fails.
@@ -847,16 +847,17 @@ impl<D: Device> Kernels<'_, D> {
         logits: View<f32>,
         keys: View<u64>,
         vocab: usize,
-        temperature: f32,
+        temperature: View<f32>,
         scratch: View<u8>,
         out: View<Verdict>,
     ) -> Result<()> {
         require!("logits", logits, keys.len * vocab);
         require!("verdicts", out, keys.len);
+        require!("a temperature", temperature, 1);
         require!("the sweep's scratch", scratch, sweep_bytes(keys.len, vocab));
         let slices = vocab.div_ceil(SLICE);
         let vocab = vocab as i32;
-        let sweep = arguments![logits.address, keys.address, vocab, temperature, scratch.address];
+        let sweep = arguments![logits.address, keys.address, vocab, temperature.address, scratch.address];
         // SAFETY: the kernel's arguments, with checked sizes.
         unsafe { self.launch("sweep_logits", [keys.len, slices, 1], sweep)? };
         let slices = slices as i32;

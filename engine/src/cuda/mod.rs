@@ -9,6 +9,7 @@
 //! kernels       a function per kernel: checks sizes, computes the grid, launches
 //! layers        a layer's weights on a device, and a run of rows through it
 //! model         a whole model's weights on a device
+//! sizes         the sizes to which sections of a pass are padded
 //! backend       passes: sections, memory, graphs, results
 //! floors        the minimum time of each operation
 //! timing        the measured time of each operation
@@ -25,6 +26,7 @@ mod model;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
 pub mod pass;
+mod sizes;
 pub mod source;
 pub mod timing;
 

@@ -235,11 +235,11 @@ impl Device for Nvidia {
         memory.device_ptr(&self.stream).0
     }
 
-    fn upload(&self, to: &Self::Memory, bytes: &[u8]) -> Result<()> {
-        assert!(bytes.len() <= to.len());
+    fn upload_at(&self, to: &Self::Memory, start: usize, bytes: &[u8]) -> Result<()> {
+        assert!(start + bytes.len() <= to.len());
         self.context.bind_to_thread().or_say("turning to the GPU")?;
         // SAFETY: there is room; pageable memory has been read when the call returns.
-        unsafe { result::memcpy_htod_async(self.address(to), bytes, self.stream.cu_stream()) }
+        unsafe { result::memcpy_htod_async(self.address(to) + start as u64, bytes, self.stream.cu_stream()) }
             .or_say(format!("uploading {} bytes", bytes.len()))
     }
 

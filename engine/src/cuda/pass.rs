@@ -1,6 +1,10 @@
 //! Data about the rows of a pass for the kernels, built and uploaded once per pass.
 
 use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::ops::Range;
+
+use scheduler::blocks::BlockId;
 
 use super::device::{Plain, View, bytes_of};
 use crate::kernels::attention;
@@ -81,6 +85,30 @@ unsafe impl Plain for Tile {}
 // SAFETY: as above.
 unsafe impl Plain for Group {}
 
+/// The KV blocks of the sequences of a pass, each sequence once.
+#[derive(Clone, Debug, Default)]
+pub struct BlockTable {
+    blocks: Vec<i32>,
+    /// Index of the first block of each sequence, by the address and number of its blocks.
+    firsts: HashMap<(*const BlockId, usize), i32>,
+}
+
+impl BlockTable {
+    /// Index of the first block of a sequence, which is appended if it is not there.
+    fn first_of(&mut self, blocks: &[BlockId]) -> i32 {
+        *self.firsts.entry((blocks.as_ptr(), blocks.len())).or_insert_with(|| {
+            let first = self.blocks.len() as i32;
+            self.blocks.extend(blocks.iter().map(|&block| block as i32));
+            first
+        })
+    }
+
+    /// Appends the table to an upload.
+    pub fn append(&self, arrays: &mut Arrays) -> View<i32> {
+        arrays.push(&self.blocks, self.blocks.len(), 0)
+    }
+}
+
 /// The rows of a pass, on the host.
 #[derive(Clone, Debug, Default)]
 pub struct PassRows {
@@ -92,20 +120,32 @@ pub struct PassRows {
     /// Tiles of prompt chunks' rows.
     tiles: Vec<Tile>,
     groups: Vec<Group>,
-    /// The KV blocks of all sequences.
-    block_table: Vec<i32>,
 }
 
 impl PassRows {
     /// Data of rows sorted by depth. Consecutive rows of one sequence at one depth form a prompt chunk. `window` is the
-    /// window of layers that have one, `slots` the number of depths with their own pages.
-    pub fn new(rows: &[attention::Row<'_>], window: Option<usize>, slots: usize) -> Self {
+    /// window of layers that have one, `slots` the number of depths with their own pages. The sequences' blocks are added
+    /// to a table.
+    pub fn new(rows: &[attention::Row<'_>], window: Option<usize>, slots: usize, table: &mut BlockTable) -> Self {
         let (mut pass, mut last_splits) = (Self::default(), Vec::new());
         for chunk in rows.chunk_by(follows) {
-            pass.push_chunk(chunk, window, slots, &mut last_splits);
+            pass.push_rows(chunk, window, slots, table.first_of(chunk[0].blocks));
+            pass.attend_with(chunk, &mut last_splits);
         }
         last_splits.sort_by_key(|&(entries, _)| Reverse(entries));
         pass.items.extend(last_splits.into_iter().map(|(_, item)| item));
+        pass.with_groups()
+    }
+
+    /// Data of rows sorted by depth which run no layer, so that they attend to nothing.
+    pub fn without_attention(rows: &[attention::Row<'_>]) -> Self {
+        let mut pass = Self::default();
+        pass.push_rows(rows, None, 1, 0);
+        pass.with_groups()
+    }
+
+    fn with_groups(mut self) -> Self {
+        let pass = &mut self;
         for of_depth in pass.rows.chunk_by(|a, b| a.depth == b.depth) {
             let start = pass.groups.last().map_or(0, |last| last.first_row + last.rows);
             pass.groups.extend((0..of_depth.len()).step_by(GROUP_ROWS).map(|first| Group {
@@ -114,20 +154,11 @@ impl PassRows {
                 depth: of_depth[0].depth,
             }));
         }
-        pass
+        self
     }
 
-    /// Appends rows; `last_splits` gets the last split of a row that attends separately, with its number of entries.
-    fn push_chunk(
-        &mut self,
-        chunk: &[attention::Row<'_>],
-        window: Option<usize>,
-        slots: usize,
-        last_splits: &mut Vec<(usize, Item)>,
-    ) {
-        let (first_row, first_block) = (self.rows.len(), self.block_table.len() as i32);
-        let first_split = (self.items.len() + last_splits.len()) as i32;
-        self.rows.extend(chunk.iter().map(|row| Row {
+    fn push_rows(&mut self, rows: &[attention::Row<'_>], window: Option<usize>, slots: usize, first_block: i32) {
+        self.rows.extend(rows.iter().map(|row| Row {
             position: row.position as i32,
             depth: row.depth as i32,
             slot: (row.depth % slots) as i32,
@@ -138,10 +169,16 @@ impl PassRows {
             first_windowed:
                 window.map_or(0, |window| row.entries_before((row.position + 1).saturating_sub(window)) as i32),
             first_block,
-            first_split,
+            first_split: 0,
         }));
-        self.block_table.extend(chunk[0].blocks.iter().map(|&block| block as i32));
+    }
+
+    /// Makes the last rows attend: together, or separately if it is one. Then `last_splits` gets its last split with the
+    /// number of entries.
+    fn attend_with(&mut self, chunk: &[attention::Row<'_>], last_splits: &mut Vec<(usize, Item)>) {
+        let first_row = self.rows.len() - chunk.len();
         if let [row] = chunk {
+            self.rows[first_row].first_split = (self.items.len() + last_splits.len()) as i32;
             let split = |split| Item { row: first_row as i32, split: split as i32 };
             let entries = row.entries_before(row.position + 1);
             let last = entries.div_ceil(SPLIT) - 1;
@@ -166,19 +203,24 @@ impl PassRows {
             joins: self.joins.len(),
             tiles: self.tiles.len(),
             groups: self.groups.len(),
-            blocks: self.block_table.len(),
         }
     }
 
-    /// Appends the data to an upload, padded to `room` with entries that kernels skip.
-    pub fn append(&self, arrays: &mut Arrays, room: Room) -> OnDevice {
+    /// Adds a number of blocks before the table of the rows' blocks.
+    pub fn move_blocks(&mut self, by: usize) {
+        self.rows.iter_mut().for_each(|row| row.first_block += by as i32);
+    }
+
+    /// Appends the data to an upload, padded to `room` with entries that kernels skip. `block_table` is where the table of
+    /// the rows' blocks lies in the upload.
+    pub fn append(&self, arrays: &mut Arrays, room: Room, block_table: View<i32>) -> OnDevice {
         OnDevice {
             rows: arrays.push(&self.rows, room.rows, Row::PADDING),
             items: arrays.push(&self.items, room.items, NO_ITEM),
             joins: arrays.push(&self.joins, room.joins, -1),
             tiles: arrays.push(&self.tiles, room.tiles, NO_TILE),
             groups: arrays.push(&self.groups, room.groups, NO_GROUP),
-            block_table: arrays.push(&self.block_table, room.blocks, 0),
+            block_table,
         }
     }
 }
@@ -196,21 +238,17 @@ pub struct Room {
     pub tiles: usize,
     /// Number of groups of rows of one depth.
     pub groups: usize,
-    /// Number of blocks of all sequences.
-    pub blocks: usize,
 }
 
 impl Room {
-    /// The smallest room that fits both.
-    pub fn or(self, other: Self) -> Self {
-        Self {
-            rows: self.rows.max(other.rows),
-            items: self.items.max(other.items),
-            joins: self.joins.max(other.joins),
-            tiles: self.tiles.max(other.tiles),
-            groups: self.groups.max(other.groups),
-            blocks: self.blocks.max(other.blocks),
-        }
+    /// Bytes of an upload with this room.
+    pub fn bytes(&self) -> usize {
+        let &Self { rows, items, joins, tiles, groups } = self;
+        Arrays::bytes_of_array::<Row>(rows)
+            + Arrays::bytes_of_array::<Item>(items)
+            + Arrays::bytes_of_array::<i32>(joins)
+            + Arrays::bytes_of_array::<Tile>(tiles)
+            + Arrays::bytes_of_array::<Group>(groups)
     }
 }
 
@@ -218,28 +256,81 @@ impl Room {
 #[derive(Clone, Debug, Default)]
 pub struct Arrays {
     bytes: Vec<u8>,
+    /// The parts of `bytes` that have been written, in order; the next array follows the last.
+    written: Vec<Range<usize>>,
 }
 
 impl Arrays {
+    const ALIGNMENT: usize = 16;
+    /// Maximum number of bytes that are uploaded although nothing was written there: this takes less time than a second
+    /// upload.
+    const GAP: usize = 8192;
+
+    /// Bytes that an array takes.
+    pub fn bytes_of_array<T>(len: usize) -> usize {
+        (len * size_of::<T>()).next_multiple_of(Self::ALIGNMENT)
+    }
+
+    /// Places the next array at a number of bytes, beyond all others.
+    pub fn begin_at(&mut self, start: usize) {
+        self.written.push(start..start);
+    }
+
     /// Appends numbers, and padding up to `room` of them. Returns their view, relative to the start.
     pub fn push<T: Plain>(&mut self, numbers: &[T], room: usize, padding: T) -> View<T> {
-        let start = self.bytes.len().next_multiple_of(16);
-        self.bytes.resize(start, 0);
-        self.bytes.extend_from_slice(bytes_of(numbers));
-        for _ in numbers.len()..room {
-            self.bytes.extend_from_slice(bytes_of(&[padding]));
+        if self.written.is_empty() {
+            self.begin_at(0);
+        }
+        let part = self.written.last_mut().expect("a part was begun");
+        let (start, own) = (part.end, size_of_val(numbers));
+        part.end += Self::bytes_of_array::<T>(room);
+        if self.bytes.len() < part.end {
+            self.bytes.resize(part.end, 0);
+        }
+        let bytes = &mut self.bytes[start..start + room * size_of::<T>()];
+        let (values, rest) = bytes.split_at_mut(own);
+        values.copy_from_slice(bytes_of(numbers));
+        // Padding is copied in pieces that double.
+        let mut padded = size_of::<T>().min(rest.len());
+        rest[..padded].copy_from_slice(&bytes_of(&[padding])[..padded]);
+        while padded < rest.len() {
+            let more = padded.min(rest.len() - padded);
+            rest.copy_within(..more, padded);
+            padded += more;
         }
         View::new(start as u64, room)
     }
 
     /// Removes all arrays.
     pub fn clear(&mut self) {
-        self.bytes.clear();
+        self.written.clear();
     }
 
-    /// The bytes to upload.
+    /// Bytes from the start to the end of the last array.
+    pub fn len(&self) -> usize {
+        self.written.last().map_or(0, |part| part.end)
+    }
+
+    /// Whether there is no array.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes to upload, each with its distance from the start.
+    pub fn parts(&self) -> Vec<(usize, &[u8])> {
+        let mut parts: Vec<Range<usize>> = Vec::new();
+        for part in &self.written {
+            match parts.last_mut() {
+                Some(last) if part.start <= last.end + Self::GAP => last.end = part.end,
+                _ => parts.push(part.clone()),
+            }
+        }
+        parts.into_iter().map(|part| (part.start, &self.bytes[part])).collect()
+    }
+
+    /// All bytes up to the end of the last array.
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+        &self.bytes[..self.len()]
     }
 }
 
@@ -275,18 +366,6 @@ impl OnDevice {
             tiles: self.tiles.moved(bytes),
             groups: self.groups.moved(bytes),
             block_table: self.block_table.moved(bytes),
-        }
-    }
-
-    /// The first entries of each array.
-    pub fn first(self, room: Room) -> Self {
-        Self {
-            rows: self.rows.first(room.rows),
-            items: self.items.first(room.items),
-            joins: self.joins.first(room.joins),
-            tiles: self.tiles.first(room.tiles),
-            groups: self.groups.first(room.groups),
-            block_table: self.block_table.first(room.blocks),
         }
     }
 }

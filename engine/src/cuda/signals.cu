@@ -90,12 +90,13 @@ __device__ inline double score_of(float logit, int token, float temperature, uns
     return temperature > 0 ? double(logit / temperature) + gumbel(key, token) : double(logit);
 }
 
-// Sweeps `logits` [rows, vocab]. Grid [rows, slices of the vocabulary]; `partial` [rows, slices].
+// Sweeps `logits` [rows, vocab]. Grid [rows, slices of the vocabulary]; `partial` [rows, slices]. The temperature is in
+// memory, so that a graph samples at any.
 //
 // A thread loads all of its logits before the first use, and takes exponentials relative to their greatest. NaN and
 // infinity make the sum NaN.
 extern "C" __global__ void __launch_bounds__(THREADS) sweep_logits(
-    const float* logits, const unsigned long long* keys, int vocab, float temperature, Sweep* partial) {
+    const float* logits, const unsigned long long* keys, int vocab, const float* temperature, Sweep* partial) {
     __shared__ Sweep of_warps[WARPS];
     const float* row = logits + (long long)blockIdx.x * vocab;
     const int first = blockIdx.y * SLICE + threadIdx.x;
@@ -105,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep_logits(
         of_thread[i] = row[min(first + i * THREADS, vocab - 1)];
     }
     const unsigned long long key = keys[blockIdx.x];
+    const float heat = *temperature;
     Sweep mine = nothing_swept();
 #pragma unroll
     for (int i = 0; i < LOGITS_OF_THREAD; i++) {
@@ -120,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep_logits(
             const float below = of_thread[i] - mine.top, exponential = expf(below);
             mine.sum += exponential;
             mine.weighted += exponential * below;
-            const double score = score_of(of_thread[i], token, temperature, key);
+            const double score = score_of(of_thread[i], token, heat, key);
             const bool stays = mine.score > score || (mine.score == score && mine.token < token);
             mine.score = stays ? mine.score : score;
             mine.token = stays ? mine.token : token;

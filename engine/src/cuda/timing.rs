@@ -10,7 +10,7 @@ use super::floors::{Ceilings, Load, Operation, Projections, Sizes, Work};
 use super::kernels::{
     AttentionInputs, Fill, Formula, Geometry, Kernels, LoraInputs, Part, Sight, Slice, Verdict, sweep_bytes,
 };
-use super::pass::{Arrays, OnDevice, PassRows};
+use super::pass::{Arrays, BlockTable, OnDevice, PassRows};
 use super::source::{Scalar, Specialization};
 use crate::kernels::attention::Row;
 
@@ -248,8 +248,10 @@ impl<'d, D: Device> Bench<'d, D> {
 
     /// The rows of a pass over a cache with so many slots, and the memory that they are in.
     fn rows(&self, rows: &[Row<'_>], slots: usize) -> Result<(OnDevice, D::Memory)> {
-        let (pass, mut arrays) = (PassRows::new(rows, None, slots), Arrays::default());
-        let views = pass.append(&mut arrays, pass.room());
+        let (mut table, mut arrays) = (BlockTable::default(), Arrays::default());
+        let pass = PassRows::new(rows, None, slots, &mut table);
+        let table = table.append(&mut arrays);
+        let views = pass.append(&mut arrays, pass.room(), table);
         let held = self.uploaded(arrays.bytes())?;
         Ok((views.moved(self.device.address(&held)), held))
     }
@@ -290,6 +292,7 @@ struct Inputs<'a, D: Device> {
     tokens: D::Memory,
     places: D::Memory,
     keys: D::Memory,
+    temperature: D::Memory,
     fills: D::Memory,
     sweep: D::Memory,
     verdicts: D::Memory,
@@ -358,6 +361,7 @@ impl<'a, D: Device> Inputs<'a, D> {
             tokens: bench.uploaded(&(0..rows).map(|row| (row * 97 % config.vocab_size) as i32).collect::<Vec<_>>())?,
             places: bench.uploaded(&(0..rows as i32).collect::<Vec<_>>())?,
             keys: bench.uploaded(&(0..rows as u64).collect::<Vec<_>>())?,
+            temperature: bench.uploaded(&[0.0_f32])?,
             fills: bench.uploaded(&(0..rows).map(fill).collect::<Vec<_>>())?,
             sweep: bench.device.allocate(sweep_bytes(rows, config.vocab_size))?,
             verdicts: bench.device.allocate(rows * size_of::<Verdict>())?,
@@ -492,8 +496,8 @@ impl<'a, D: Device> Inputs<'a, D> {
             }
             _ => {
                 let (keys, scratch) = (bench.view(&self.keys, rows), bench.view(&self.sweep, sweep_bytes(rows, vocab)));
-                let verdicts = bench.view(&self.verdicts, rows);
-                kernels.read_logits(self.y(bench, vocab), keys, vocab, 0.0, scratch, verdicts)
+                let (temperature, verdicts) = (bench.view(&self.temperature, 1), bench.view(&self.verdicts, rows));
+                kernels.read_logits(self.y(bench, vocab), keys, vocab, temperature, scratch, verdicts)
             }
         }
     }

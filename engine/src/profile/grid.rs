@@ -88,6 +88,9 @@ pub(super) enum Shape {
     Prefill { tokens: u32, history: u32 },
     /// [`PROMPTS`] prompt chunks of `tokens` tokens each.
     Prefills { tokens: u32, history: u32 },
+    /// One prompt chunk at a depth beside decode rows, which are spread over `depths` depths, all with a history. It is no
+    /// component: it shows how far the sum of components is from such a pass.
+    Beside { tokens: u32, rows: u32, depths: u32, history: u32 },
 }
 
 impl Shape {
@@ -96,6 +99,7 @@ impl Shape {
         match self {
             Self::Prefill { tokens, .. } => tokens,
             Self::Prefills { tokens, .. } => PROMPTS * tokens,
+            Self::Beside { tokens, rows, .. } => tokens + rows,
             _ => self.decodes().unwrap_or_default(),
         }
     }
@@ -104,7 +108,10 @@ impl Shape {
     pub(super) fn baseline(self) -> Option<Self> {
         let decode = |rows, history| Some(Self::Decode { rows, history });
         match self {
-            Self::Decode { history: SHORT, .. } | Self::Head { .. } | Self::Exit { skips: false, .. } => None,
+            Self::Decode { history: SHORT, .. }
+            | Self::Head { .. }
+            | Self::Exit { skips: false, .. }
+            | Self::Beside { .. } => None,
             Self::Decode { rows, .. } | Self::Prefill { tokens: rows, .. } => decode(rows, SHORT),
             Self::Prefills { tokens, .. } => decode(PROMPTS * tokens, SHORT),
             Self::AfterMore { rows, history, .. }
@@ -115,7 +122,7 @@ impl Shape {
         }
     }
 
-    /// Number of decode rows; `None` for prompt chunks.
+    /// Number of decode rows; `None` for prompt chunks alone.
     pub(super) fn decodes(self) -> Option<u32> {
         match self {
             Self::Decode { rows, .. }
@@ -124,7 +131,8 @@ impl Shape {
             | Self::HeadWithin { rows, .. }
             | Self::Exit { rows, .. }
             | Self::Signal { rows, .. }
-            | Self::Mix { rows, .. } => Some(rows),
+            | Self::Mix { rows, .. }
+            | Self::Beside { rows, .. } => Some(rows),
             Self::Prefill { .. } | Self::Prefills { .. } => None,
         }
     }
@@ -186,6 +194,13 @@ pub(super) fn shapes(grid: &Grid, measurable: Measurable) -> Vec<Shape> {
         let histories = [0].into_iter().chain(grid.histories.iter().copied());
         shapes.extend(histories.map(|history| Shape::Prefill { tokens, history }));
     }
+    let ends = |points: &[u32]| BTreeSet::from([points[points.len() / 2], Grid::max(points)]);
+    for tokens in ends(&grid.chunks) {
+        for rows in ends(&grid.decodes).into_iter().filter(|rows| rows + tokens <= largest) {
+            let depths = BTreeSet::from([1, num_loops.min(rows)]);
+            shapes.extend(depths.into_iter().map(|depths| Shape::Beside { tokens, rows, depths, history: typical }));
+        }
+    }
     // Little is added beside a chunk, so the shortest and the longest history are enough.
     for tokens in twice {
         shapes.extend([0, Grid::max(&grid.histories)].map(|history| Shape::Prefills { tokens, history }));
@@ -205,6 +220,7 @@ pub(super) fn key(shape: Shape) -> u64 {
         Shape::Prefills { tokens, history } => (6, tokens, history),
         Shape::Signal { rows, history } => (7, rows, history),
         Shape::Exit { rows, skips } => (5, rows, u32::from(skips)),
+        Shape::Beside { tokens, rows, depths, .. } => (9, rows, tokens << 8 | depths),
     };
     (kind << 60) | (u64::from(a) << 30) | u64::from(b)
 }
@@ -242,6 +258,9 @@ mod tests {
             assert_eq!(reads_signals, has_gate && num_loops > 2, "{shapes:?}");
             let within = shapes.iter().any(|shape| matches!(shape, Shape::HeadWithin { .. }));
             assert_eq!(within, heads_are_trips, "{shapes:?}");
+            let beside = |shape: &&Shape| matches!(shape, Shape::Beside { depths: 1, .. });
+            assert_eq!(shapes.iter().any(|shape| beside(&shape)), rows > 1, "{shapes:?}");
+            assert!(shapes.iter().all(|shape| shape.rows() <= rows), "{shapes:?}");
             let more = shapes.iter().filter(|shape| matches!(shape, Shape::AfterMore { .. })).count();
             assert_eq!(more > 0, rows > 1, "{shapes:?}");
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use latency::{LatencyError, LatencyModel, TimedPass};
 use scheduler::KvFill;
-use traces::{Component, LatencyProfile, PassRun, Point, ProfileMeta};
+use traces::{Component, LatencyProfile, LoggedPass, PassRun, Point, ProfileMeta};
 
 use super::grid::{SHORT, Shape};
 use super::probe::{Probe, at_one_pace};
@@ -33,6 +33,8 @@ pub struct Measured<'a> {
     pub(super) profiler: &'a Profiler,
     pub(super) visits: Vec<&'a Visit>,
     pub(super) probes: Vec<&'a Probe>,
+    /// Logged passes of the shapes.
+    pub(super) passes: Vec<&'a LoggedPass>,
 }
 
 impl<'a> Measured<'a> {
@@ -79,6 +81,19 @@ impl<'a> Measured<'a> {
     pub(super) fn steady_passes_over(&self, components: &LatencyProfile) -> Result<Vec<TimedPass<'a>>, LatencyError> {
         let model = LatencyModel::new(components)?;
         Ok(at_one_pace(self.probes.chunks(WAYS), |work| model.pass_ns(work)))
+    }
+
+    /// How much longer passes of a prompt chunk beside decode rows took than the sum of components, as a share of the sum: median
+    /// of the passes at one depth, and of those at several. `None` where there were none.
+    pub fn beside_chunks(&self, components: &LatencyModel) -> [Option<f64>; 2] {
+        [false, true].map(|at_several| {
+            let beside = |pass: &&&LoggedPass| !pass.work.chunks.is_empty() && pass.work.decode_rows > 0;
+            let passes = self.passes.iter().filter(beside).filter(|pass| (pass.work.depths > 1) == at_several);
+            let excess = |pass: &&LoggedPass| pass.elapsed.0 as f64 / components.pass_ns(&pass.work) - 1.0;
+            let mut excesses: Vec<f64> = passes.map(excess).collect();
+            excesses.sort_by(f64::total_cmp);
+            excesses.get(excesses.len() / 2).copied()
+        })
     }
 
     /// Overhead of a pass under steady load in microseconds: the time of the scheduler and the serving loop.
@@ -201,7 +216,7 @@ impl<'a> Measured<'a> {
                     let first = components[&Shape::Prefill { tokens, history }].middle;
                     add(Component::PrefillAgain, tokens, history, 1, Summary { middle: part.middle - first, ..part });
                 }
-                Shape::Exit { skips: false, .. } => {}
+                Shape::Exit { skips: false, .. } | Shape::Beside { .. } => {}
                 Shape::Exit { rows, skips: true } => add(Component::KvFill, rows * (num_loops - 1), 0, 1, part),
             }
         }

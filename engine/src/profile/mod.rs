@@ -26,6 +26,7 @@ use traces::{ExitSignal, LatencyProfile, Nanos, PassBefore, PassOrigin, PassRun,
 use grid::{Measurable, PROMPTS, SHORT, Shape, key, shapes};
 use measured::{Counted, Round, Visit};
 
+use crate::backend::PassLimits;
 use crate::cache::TILE;
 use crate::executor::{EngineExecutor, Generation, in_pool};
 use crate::replay::{Engine, ReplayError};
@@ -133,7 +134,7 @@ impl Profiler {
             };
             assert!(tables.grow(slot, blocks * block_tokens), "there are blocks for every slot");
         }
-        let executor = EngineExecutor::new(
+        let mut executor = EngineExecutor::new(
             engine.model.clone(),
             engine.prompts.clone(),
             engine.sampling,
@@ -144,6 +145,8 @@ impl Profiler {
         .with_any_history()?;
         let request = Request { id: 0, arrival: Nanos::ZERO, prompt_tokens: history + chunk, output_tokens: 1 };
         executor.check_request(&request)?;
+        let [all, decoding, positions] = [rows, decodes, history + chunk].map(|limit| limit as usize);
+        executor.prepare(PassLimits { rows: all, heads: decoding, sequences: decoding, positions })?;
         let num_loops = engine.model.config().num_loops;
         let measurable = Measurable {
             num_loops: num_loops as u32,
@@ -162,7 +165,8 @@ impl Profiler {
             SteadyLoad::new(num_loops as u8, batch, rows, prompt_rows, block_tokens, lengths).under(kv_fill)
         };
         let serve = |load: SteadyLoad| {
-            let executor = engine.executor(load.settings())?.with_chance(0, CHANCE);
+            let mut executor = engine.executor(load.settings())?.with_chance(0, CHANCE);
+            executor.prepare(PassLimits::of(load.settings(), lengths.longest))?;
             Ok::<_, ReplayError>(SteadyServer::new(load, executor)?)
         };
         let adaptive = match engine.model.config().gate && num_loops > 1 {
@@ -303,9 +307,13 @@ impl Profiler {
         let deciding = factors.deciding_range_us().map_or(String::new(), |(least, most)| {
             format!(", and {least:+.1} to {most:+.1} us where exits are decided after the pass")
         });
+        let excess = |excess: f64, at| format!("; a chunk beside decode rows takes {:+.1}% {at}", 100.0 * excess);
+        let [at_one, at_several] = measured.beside_chunks(&LatencyModel::new(&components)?);
+        let beside = at_one.map_or(String::new(), |share| excess(share, "at one depth"))
+            + &at_several.map_or(String::new(), |share| excess(share, "at several"));
         profile.meta.source = format!(
             "{}; scaled by {least:.3} to {most:.3}, by rows: passes under steady load over the sum of \
-             components{after}{mixing}{deciding}",
+             components{after}{mixing}{deciding}{beside}",
             profile.meta.source
         );
         LatencyModel::new(&profile)?;
@@ -331,6 +339,7 @@ impl Profiler {
             profiler: self,
             visits: rounds.iter().flat_map(|round| &round.visits).collect(),
             probes: rounds.iter().flat_map(|round| &round.probes).collect(),
+            passes: rounds.iter().flat_map(|round| &round.shapes.passes).collect(),
         }
     }
 
@@ -376,6 +385,7 @@ impl Profiler {
                 Shape::AfterMore { before, history, .. } => Some(Shape::Decode { rows: before, history }),
                 // With mixed depths, the previous pass used every depth's own weights as well.
                 Shape::Mix { .. } => Some(shape),
+                Shape::Beside { depths, .. } if depths > 1 => Some(shape),
                 _ => None,
             };
             if let Some(before) = before {
@@ -394,7 +404,7 @@ impl Profiler {
                 }
                 Shape::Head { .. } | Shape::HeadWithin { .. } => last,
                 Shape::Signal { .. } => !first && !last,
-                Shape::Exit { .. } | Shape::Mix { .. } => true,
+                Shape::Exit { .. } | Shape::Mix { .. } | Shape::Beside { .. } => true,
             };
             counted.extend(counts.then_some(((shape, false), time)));
             let embeds = first && matches!(shape, Shape::Decode { history: SHORT, .. });
@@ -424,19 +434,20 @@ impl Profiler {
         let last_depth = self.engine.model.config().num_loops as u8 - 1;
         let token = |index: u64| (mix(index) % vocab) as u32;
         let chunk_slot = Grid::max(&self.grid.rows);
-        let (slots, prompt_tokens) = match shape {
+        let (decodes, chunks, history, tokens) = match shape {
             Shape::Decode { rows, history }
             | Shape::Head { rows, history, .. }
             | Shape::HeadWithin { rows, history, .. }
             | Shape::Signal { rows, history }
-            | Shape::Mix { rows, history, .. } => (0..rows, history),
-            Shape::AfterMore { before, history, .. } => (0..before, history),
-            Shape::Exit { rows, .. } => (0..rows, self.exit_history()),
-            Shape::Prefill { tokens, history } => (chunk_slot..chunk_slot + 1, history + tokens),
-            Shape::Prefills { tokens, history } => (chunk_slot..chunk_slot + PROMPTS, history + tokens),
+            | Shape::Mix { rows, history, .. } => (rows, 0, history, 0),
+            Shape::AfterMore { before, history, .. } => (before, 0, history, 0),
+            Shape::Exit { rows, .. } => (rows, 0, self.exit_history(), 0),
+            Shape::Prefill { tokens, history } => (0, 1, history, tokens),
+            Shape::Prefills { tokens, history } => (0, PROMPTS, history, tokens),
+            Shape::Beside { tokens, rows, history, .. } => (rows, 1, history, tokens),
         };
-        for slot in slots {
-            let prompt_tokens = if slot < chunk_slot { self.history(slot, prompt_tokens) } else { prompt_tokens };
+        for slot in (0..decodes).chain(chunk_slot..chunk_slot + chunks) {
+            let prompt_tokens = if slot < chunk_slot { self.history(slot, history) } else { history + tokens };
             let generation = Generation {
                 prompt: (0..u64::from(prompt_tokens)).map(token).collect(),
                 tokens: vec![token(u64::from(slot))],
@@ -481,7 +492,8 @@ impl Profiler {
         let ran = self.executor.run(&pass, &mut signals)?;
         let exits = if exiting.is_empty() { Nanos::ZERO } else { self.executor.emit(&pass, &exiting)? };
         let (elapsed, running) = (ran + exits, segments.len() as u32);
-        let record = PassRecord { start, elapsed, pass, exiting: &exiting, running, waiting: 0 };
+        let device = self.executor.device_pass();
+        let record = PassRecord { start, elapsed, pass, exiting: &exiting, running, waiting: 0, device };
         self.last.pass(&record);
         if logging == Logging::On {
             self.log.pass(&record);
@@ -534,6 +546,11 @@ impl Profiler {
             }
             Shape::Prefill { tokens, history } => vec![chunk(0, history, tokens)],
             Shape::Prefills { tokens, history } => (0..PROMPTS).map(|number| chunk(number, history, tokens)).collect(),
+            Shape::Beside { tokens, rows, depths, history } => {
+                let depth = |slot| ((slot % depths) as usize + turn) % num_loops;
+                let rows = (0..rows).map(|slot| decode(slot, self.history(slot, history), depth(slot), false));
+                rows.chain([chunk(0, history, tokens)]).collect()
+            }
         }
     }
 }

@@ -5,7 +5,6 @@ use engine::cache::{Kept, KvCache, TILE};
 use engine::config::{ModelConfig, Sharing};
 use engine::cuda::device::Stored;
 use engine::cuda::kernels::{AttentionInputs, Fill, Geometry, Sight};
-use engine::cuda::pass::PassRows;
 use engine::cuda::source::{Scalar, Specialization};
 use engine::kernels::attention::{self, Heads, Row, attend, fill_deeper};
 use engine::kernels::rotary;
@@ -249,7 +248,7 @@ impl Case {
     /// Runs the kernels; returns attention and pages.
     pub fn on_device(&self) -> candle_core::Result<(Vec<f32>, Vec<f32>)> {
         let bench = &self.bench;
-        let uploaded = bench.upload(&PassRows::new(&self.rows(), Some(self.window), self.cache.layout().depths));
+        let uploaded = bench.upload(&self.rows(), Some(self.window), self.cache.layout().depths);
         let rows = uploaded.views;
         let pages: Held<Stored> = bench.store(&self.pages);
         let (qkv, rotary) = (bench.store(&self.qkv), bench.put(&numbers(&self.rotary)));

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use candle_core::{Device as CandleDevice, Tensor};
 use engine::cuda::device::{self, Device, Plain, Stored, bytes_of_mut};
 use engine::cuda::kernels::Kernels;
-use engine::cuda::pass::{Arrays, OnDevice, PassRows};
+use engine::cuda::pass::{Arrays, BlockTable, OnDevice, PassRows};
 use engine::cuda::source::{Scalar, Specialization};
+use engine::kernels::attention::Row;
 use half::{bf16, f16};
 use traces::hash::mix;
 
@@ -127,9 +128,12 @@ impl Bench {
         numbers
     }
 
-    pub fn upload(&self, rows: &PassRows) -> Rows {
-        let mut arrays = Arrays::default();
-        let views = rows.append(&mut arrays, rows.room());
+    /// Rows of a pass. `window` is the window of layers that have one, `slots` the number of depths with their own pages.
+    pub fn upload(&self, rows: &[Row<'_>], window: Option<usize>, slots: usize) -> Rows {
+        let (mut table, mut arrays) = (BlockTable::default(), Arrays::default());
+        let rows = PassRows::new(rows, window, slots, &mut table);
+        let table = table.append(&mut arrays);
+        let views = rows.append(&mut arrays, rows.room(), table);
         let memory = self.put(arrays.bytes());
         Rows { views: views.moved(self.machine.address(memory.memory())), _memory: memory }
     }

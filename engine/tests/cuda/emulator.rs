@@ -38,7 +38,7 @@ pub struct Emulator {
     recording: Mutex<Option<Vec<Work>>>,
     /// Number of graphs replayed so far.
     replays: AtomicUsize,
-    /// Work so far: by kernel, and products by the name `product`.
+    /// Work so far: by kernel, products by the name `product`, uploads, and submissions of launches, products and graphs.
     work_done: Mutex<BTreeMap<&'static str, WorkDone>>,
 }
 
@@ -46,7 +46,7 @@ pub struct Emulator {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkDone {
     pub launches: usize,
-    /// Blocks of all launches.
+    /// Blocks of all launches; bytes of uploads.
     pub blocks: usize,
 }
 
@@ -106,7 +106,8 @@ pub fn machine() -> Option<Arc<Machine>> {
 /// Whether a row's product depends on the number of rows.
 pub const PRODUCTS_DEPEND_ON_ROWS: bool = false;
 
-/// Launches on a machine by kernel, and products by the name `product`.
+/// Launches on a machine by kernel, products by the name `product`, uploads by the name `upload`,
+/// and what the host submits, a graph as one, by the name `submission`.
 pub fn work_done(machine: &Machine) -> Option<BTreeMap<&'static str, WorkDone>> {
     Some(machine.work_done.lock().unwrap().clone())
 }
@@ -203,6 +204,13 @@ impl Emulator {
         self.replays.load(Ordering::Relaxed)
     }
 
+    fn count(&self, name: &'static str, blocks: usize) {
+        let mut work_done = self.work_done.lock().unwrap();
+        let of_kernel = work_done.entry(name).or_default();
+        of_kernel.launches += 1;
+        of_kernel.blocks += blocks;
+    }
+
     fn run(&self, work: &Work) -> Result<()> {
         let (name, blocks) = match work {
             Work::Launch { kernel, grid, .. } => (*kernel, grid.iter().product()),
@@ -210,10 +218,7 @@ impl Emulator {
         };
         // An empty grid is not launched.
         if blocks > 0 {
-            let mut work_done = self.work_done.lock().unwrap();
-            let of_kernel = work_done.entry(name).or_default();
-            of_kernel.launches += 1;
-            of_kernel.blocks += blocks;
+            self.count(name, blocks);
         }
         match work {
             Work::Launch { module, kernel, grid, arguments } => {
@@ -254,7 +259,10 @@ impl Emulator {
                 recorded.push(work);
                 Ok(())
             }
-            None => self.run(&work),
+            None => {
+                self.count("submission", 1);
+                self.run(&work)
+            }
         }
     }
 
@@ -322,11 +330,12 @@ impl Device for Emulator {
         memory.start as u64
     }
 
-    fn upload(&self, to: &Memory, bytes: &[u8]) -> Result<()> {
+    fn upload_at(&self, to: &Memory, start: usize, bytes: &[u8]) -> Result<()> {
         self.assert_not_recording();
-        assert!(bytes.len() <= to.bytes);
+        assert!(start + bytes.len() <= to.bytes);
+        self.count("upload", bytes.len());
         // SAFETY: there is room.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.start.cast(), bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.start.cast::<u8>().add(start), bytes.len()) };
         Ok(())
     }
 
@@ -364,6 +373,7 @@ impl Device for Emulator {
 
     unsafe fn replay(&self, graph: &Graph) -> Result<()> {
         self.replays.fetch_add(1, Ordering::Relaxed);
+        self.count("submission", 1);
         graph.0.iter().try_for_each(|work| self.run(work))
     }
 

@@ -7,7 +7,6 @@ use candle_core::Tensor;
 use engine::config::{Activation, Norm};
 use engine::cuda::device::Stored;
 use engine::cuda::kernels::{Biases, Formula, LoraInputs, Matrix, Part, Slice, Target, Verdict, sweep_bytes};
-use engine::cuda::pass::PassRows;
 use engine::cuda::source::Scalar;
 use engine::kernels::activation::activate;
 use engine::kernels::adapters::{Adapter, Adapters};
@@ -33,7 +32,7 @@ fn rows_by_depth(bench: &Bench, dice: &mut Dice, count: usize) -> (Rows, Vec<(us
         start += of_depth.len();
         (of_depth[0], start - of_depth.len()..start)
     });
-    (bench.upload(&PassRows::new(&rows, None, DEPTHS)), ranges.collect())
+    (bench.upload(&rows, None, DEPTHS), ranges.collect())
 }
 
 /// Runs a test for every storage type and count of rows.
@@ -160,7 +159,7 @@ fn the_adapter_reads_the_state_of_a_row_and_what_is_injected() {
         let blocks: Vec<[u32; 1]> = (0..count as u32).map(|block| [block]).collect();
         let placed: Vec<Row<'_>> =
             positions.iter().zip(&blocks).map(|(&position, blocks)| Row::new(position, 0, blocks)).collect();
-        let rows = bench.upload(&PassRows::new(&placed, None, DEPTHS));
+        let rows = bench.upload(&placed, None, DEPTHS);
         let sources: Vec<i32> = (0..count).map(|_| dice.below(5 + capacity) as i32 - capacity as i32).collect();
         let (arena, initial) = (bench.random(dice, capacity * width), bench.random(dice, states * width));
         let injected = bench.random(dice, count * width);
@@ -502,7 +501,7 @@ fn lora_of_a_row_is_the_same_to_the_bit_in_any_company() {
         let together = expanded(rows, &base);
         let row = dice.below(count);
         let depth = depths.iter().find(|(_, rows)| rows.contains(&row)).unwrap().0;
-        let alone = bench.upload(&PassRows::new(&[Row::new(0, depth, &[0])], None, DEPTHS));
+        let alone = bench.upload(&[Row::new(0, depth, &[0])], None, DEPTHS);
         let alone = expanded(&alone, &base[row * stride..][..stride]);
         assert_eq!(alone, together[row * outputs..][..outputs], "row {row}: {what}");
     });
@@ -511,8 +510,8 @@ fn lora_of_a_row_is_the_same_to_the_bit_in_any_company() {
 fn verdicts(bench: &Bench, logits: &[f32], vocab: usize, temperature: f32, keys: &[u64]) -> Vec<Verdict> {
     let (logits, keys_held, out): (_, _, Held<Verdict>) = (bench.put(logits), bench.put(keys), bench.empty(keys.len()));
     let scratch = bench.empty::<u8>(sweep_bytes(keys.len(), vocab));
-    let kernels = bench.kernels();
-    kernels.read_logits(logits.view, keys_held.view, vocab, temperature, scratch.view, out.view).unwrap();
+    let (kernels, temperature) = (bench.kernels(), bench.put(&[temperature]));
+    kernels.read_logits(logits.view, keys_held.view, vocab, temperature.view, scratch.view, out.view).unwrap();
     bench.get(&out)
 }
 

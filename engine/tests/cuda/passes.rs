@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::backend::{Answers, Backend, Diverging, Heads, ServedModel, Work};
+use engine::backend::{Answers, Backend, Diverging, GraphCounts, Heads, PassLimits, ServedModel, Work};
 use engine::config::{LoraConfig, LoraRanks, ModelConfig, Sharing};
 use engine::cuda::CudaModel;
 use engine::cuda::floors::{Load, Sizes};
@@ -166,6 +166,76 @@ fn graphs_replayed_on_other_rows_give_what_the_cpu_gives() {
 }
 
 #[test]
+fn prepared_passes_with_prompts_are_graphs_that_were_captured_before() {
+    for config in models() {
+        let config = ModelConfig { max_positions: 400, ..config };
+        let mut dice = Dice::new(19);
+        let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
+        let limits = PassLimits { rows: CHUNK + 10, heads: 9, sequences: 9, positions: 320 };
+        pair.on_device.prepare(limits).unwrap();
+        let prepared = pair.on_device.graphs().unwrap();
+        assert!(prepared.captured > 0 && prepared.replayed + prepared.eager + prepared.dropped == 0, "{prepared:?}");
+        // Chunks alone, then decode rows beside chunks, at several depths, with short histories and long ones.
+        let sequences = pair.sequences(&mut dice, &[9, 20, 300, 3]);
+        for (depths, temperature) in [([0, 1, 2, 2], 0.7), ([0, 0, 1, 2], 0.0), ([0, 1, 1, 1], 1.3)] {
+            let all = pair.decode(&sequences, &[0; 4], 6);
+            pair.run(&all);
+            let mut work = pair.decode(&sequences, &depths, 7);
+            work.heads.temperature = temperature;
+            pair.run(&beside_a_chunk(work, &sequences[1], dice.below(18) + 2));
+        }
+        let counts = pair.on_device.graphs().unwrap();
+        assert!(counts.replayed > 0, "{counts:?}");
+        let GraphCounts { eager, captured, dropped, .. } = counts;
+        assert_eq!((eager, captured, dropped), (0, prepared.captured, 0), "nothing else ran, or was captured");
+        let last = pair.on_device.device_pass().unwrap();
+        assert!(last.graphs > 0 && last.eager + last.captured + last.dropped == 0, "{last:?}");
+        // Preparing again finds every graph.
+        pair.on_device.prepare(limits).unwrap();
+        assert_eq!(pair.on_device.graphs().unwrap(), counts);
+    }
+}
+
+#[test]
+fn the_host_submits_few_pieces_of_work_and_one_upload_for_a_pass() {
+    // Without prelude and coda: the rows enter, the block, the head, a comparison, and the rows are kept.
+    for (config, submissions) in [(grouped(), 5), (with_everything(), 9)] {
+        let mut dice = Dice::new(23);
+        let Some(mut pair) = Pair::new(&config, KvFill::Reuse) else { return };
+        pair.on_device.prepare(PassLimits { rows: 40, heads: 6, sequences: 6, positions: 32 }).unwrap();
+        let sequences = pair.sequences(&mut dice, &[30; 6]);
+        let all = pair.decode(&sequences, &[0; 6], 6);
+        pair.run(&all);
+        for tokens in [0, 20] {
+            let mut work = without_places(pair.decode(&sequences, &[0, 0, 1, 1, 2, 2], 7));
+            work.diverging.clear();
+            let work = if tokens > 0 { beside_a_chunk(work, &sequences[0], tokens) } else { work };
+            let Some(before) = work_done(&pair.machine) else { return };
+            pair.run(&work);
+            let done = work_done(&pair.machine).unwrap();
+            let since = |name| (done[name].launches - before[name].launches, done[name].blocks - before[name].blocks);
+            let (submitted, (uploads, bytes)) = (since("submission").0, since("upload"));
+            assert_eq!((submitted, uploads), (submissions, 1), "with a chunk of {tokens} tokens, {bytes} bytes");
+        }
+    }
+}
+
+/// A pass with a prompt chunk of `tokens` tokens more, which begins a sequence at depth 0 and is not kept.
+fn beside_a_chunk<'a>(mut work: Work<'a>, sequence: &'a Sequence, tokens: usize) -> Work<'a> {
+    let mut rows = Rows::default();
+    (0..tokens).for_each(|position| rows.push(Row { fills: 0..0, ..Row::new(position, 0, &sequence.blocks) }));
+    work.rows.rows().iter().for_each(|row| rows.push(row.clone()));
+    let later = |rows: &mut [usize]| rows.iter_mut().for_each(|row| *row += tokens);
+    later(&mut work.heads.rows);
+    later(&mut work.gates);
+    work.compared.iter_mut().for_each(|(row, _)| *row += tokens);
+    work.sources.splice(0..0, sequence.tokens[..tokens].iter().map(|&token| Source::First(token)));
+    work.places.splice(0..0, vec![None; tokens]);
+    work.coda = 0..rows.len();
+    Work { rows, ..work }
+}
+
+#[test]
 fn graphs_keep_up_with_memory_that_moves_longer_histories_and_other_temperatures() {
     let mut dice = Dice::new(15);
     let config = ModelConfig { max_positions: 400, ..grouped() };
@@ -248,7 +318,7 @@ fn work_of_a_layer(config: &ModelConfig, lengths: &[usize]) -> Option<BTreeMap<&
         of_kernel.launches -= of_one.launches;
         of_kernel.blocks -= of_one.blocks;
     }
-    two.retain(|_, work| work.launches > 0);
+    two.retain(|&kernel, work| work.launches > 0 && kernel != "submission");
     Some(two)
 }
 

@@ -193,6 +193,7 @@ mod tests {
             exiting: &[],
             running: 1,
             waiting: 0,
+            device: None,
         })
     }
 
