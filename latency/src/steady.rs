@@ -3,8 +3,8 @@
 //! The times of single shapes do not quite add up to those of the passes of a run, because caches and the processor's
 //! clock depend on earlier passes. The difference varies with the number of rows. One factor for each number of rows
 //! therefore scales all times to passes of one depth under steady load, after passes of no more rows. `after_more` gets
-//! the remaining time of passes after larger ones, `depth_mix` that of passes with several depths, `exit_decision` that of
-//! passes whose exits are decided after them.
+//! the remaining time of passes after larger ones, `depth_mix` that of passes with several depths, `kv_fill` that of passes
+//! whose exits copy keys and values, `exit_decision` that of passes whose exits are decided after them.
 
 use std::collections::BTreeSet;
 
@@ -34,6 +34,9 @@ pub struct SteadyFactors {
     /// Extra time of mixed depths, in microseconds, at the numbers of rows at which the profile has points of
     /// `depth_mix`.
     mixing_us: ByRows,
+    /// Extra time of copies of keys and values to skipped depths, in microseconds, at the numbers of copies at which the profile
+    /// has points of `kv_fill`.
+    filling_us: ByRows,
     /// Extra time of exits that are decided after the pass, in microseconds, at the numbers of exiting rows at which the
     /// profile has points of `exit_decision`.
     deciding_us: ByRows,
@@ -52,12 +55,16 @@ impl SteadyFactors {
             by_rows,
             after_us: added(Component::AfterMore),
             mixing_us: added(Component::DepthMix),
+            filling_us: added(Component::KvFill),
             deciding_us: added(Component::ExitDecision),
         };
         // The profile may have no component for what is special about a pass; then the factors take it in.
         let decided = |work: &PassWork| !factors.deciding_us.0.is_empty() && work.decided_rows > 0;
         let (decided, known): (Vec<_>, Vec<_>) = passes.iter().partition(|(work, _)| decided(work));
-        let (mixed, alone): (Vec<_>, Vec<_>) = known.into_iter().partition(|(work, _)| work.depths > 1);
+        let fills = |work: &PassWork| !factors.filling_us.0.is_empty() && work.filled_depths > 0;
+        let filling: Vec<_> = passes.iter().copied().filter(|(work, _)| fills(work)).collect();
+        let known = known.into_iter().filter(|(work, _)| !fills(work));
+        let (mixed, alone): (Vec<_>, Vec<_>) = known.partition(|(work, _)| work.depths > 1);
         let is_after_more = |work: &PassWork| !factors.after_us.0.is_empty() && work.before.rows > work.rows;
         let (mut after, alone): (Vec<_>, Vec<_>) = alone.into_iter().partition(|(work, _)| is_after_more(work));
         // Most passes with few rows after many are those in which rows exit.
@@ -69,11 +76,14 @@ impl SteadyFactors {
         for _ in 0..STEPS {
             factors.add(profile, |factors| &mut factors.after_us, &after, rows)?;
             factors.add(profile, |factors| &mut factors.mixing_us, &mixed, rows)?;
+            factors.add(profile, |factors| &mut factors.filling_us, &filling, |work| work.filled_depths)?;
             factors.add(profile, |factors| &mut factors.deciding_us, &decided, |work| work.decided_rows)?;
         }
         let of_all = Seen::all(&factors.by_rows.seen(&factors.model(profile)?, passes, rows)).ratio();
-        let Self { by_rows, after_us, mixing_us, deciding_us } = &mut factors;
-        for (_, value) in [by_rows, after_us, mixing_us, deciding_us].into_iter().flat_map(|values| &mut values.0) {
+        let Self { by_rows, after_us, mixing_us, filling_us, deciding_us } = &mut factors;
+        for (_, value) in
+            [by_rows, after_us, mixing_us, filling_us, deciding_us].into_iter().flat_map(|values| &mut values.0)
+        {
             *value *= of_all;
         }
         Ok(factors)
@@ -117,6 +127,7 @@ impl SteadyFactors {
             let added = match point.component {
                 Component::AfterMore => &self.after_us,
                 Component::DepthMix => &self.mixing_us,
+                Component::KvFill => &self.filling_us,
                 Component::ExitDecision => &self.deciding_us,
                 _ => continue,
             };
@@ -139,6 +150,12 @@ impl SteadyFactors {
     /// The smallest and the largest extra time of mixed depths, in microseconds; `None` where it was not measured.
     pub fn mixing_range_us(&self) -> Option<(f64, f64)> {
         (!self.mixing_us.0.is_empty()).then(|| self.mixing_us.range())
+    }
+
+    /// The smallest and the largest extra time of copies of keys and values, in microseconds; `None` where it was not
+    /// measured.
+    pub fn filling_range_us(&self) -> Option<(f64, f64)> {
+        (!self.filling_us.0.is_empty()).then(|| self.filling_us.range())
     }
 
     /// The smallest and the largest extra time of exits that are decided after the pass, in microseconds; `None` where

@@ -173,6 +173,42 @@ fn exits_that_are_decided_after_the_pass_take_what_they_take_in_service_and_othe
 }
 
 #[test]
+fn copies_to_skipped_depths_take_what_they_take_in_service_and_mixed_depths_do_not_pay_for_them() {
+    let mut apart = apart();
+    apart.meta.num_loops = 3;
+    let added = [(DepthMix, 2, 0, 2, 0.5), (DepthMix, 32, 0, 2, 4.0)];
+    // One of the three is measured far too long.
+    let copies = [(KvFill, 1, 0, 1, 0.5), (KvFill, 4, 0, 1, 2.0), (KvFill, 8, 0, 1, 60.0)];
+    apart.points.extend(profile(3, &[&added[..], &copies].concat()).points);
+    let without = LatencyProfile {
+        points: apart.points.iter().filter(|point| point.component != KvFill).cloned().collect(),
+        ..apart.clone()
+    };
+    let [model, without] = [&apart, &without].map(|profile| LatencyModel::new(profile).unwrap());
+    let load = SteadyLoad::new(3, 8, 32, 16, 16, LENGTHS).under(scheduler::KvFill::Reuse);
+    let adaptive = load.with_exits_by("gate:0.5".parse().unwrap());
+    let mut works = [load, load.depth_wise()].map(|load| steady_passes(load, &model, 4000)).concat();
+    works.extend(steady_passes_with(adaptive, &model, &drawn_exits(&[0.5, 0.3, 0.2], 400, 12, 1), 4000));
+    let took =
+        |work: &PassWork| Nanos((1.2 * without.pass_ns(work) + 500.0 * f64::from(work.filled_depths)).round() as u64);
+    let took: Vec<Nanos> = works.iter().map(took).collect();
+    let factors = factors(&apart, &works, &took);
+    let service = LatencyModel::new(&factors.apply(&apart)).unwrap();
+    let groups = [(0..=0, false), (0..=0, true), (1..=2, true), (3..=5, true)];
+    for (copies, mixed) in groups {
+        let (mut said, mut all, mut passes) = (0.0, 0.0, 0);
+        let belongs = |work: &PassWork| copies.contains(&work.filled_depths) && (work.depths > 1) == mixed;
+        for (work, took) in works.iter().zip(&took).filter(|(work, _)| belongs(work)) {
+            said += service.pass_ns(work);
+            all += took.0 as f64;
+            passes += 1;
+        }
+        let ratio = said / all;
+        assert!(passes > 100 && (ratio - 1.0).abs() < 0.01, "{passes} passes, {copies:?} copies, {mixed}: {ratio}");
+    }
+}
+
+#[test]
 fn few_rows_after_many_take_what_they_take_in_service_and_others_do_not() {
     let mut apart = apart();
     apart.meta.num_loops = 3;

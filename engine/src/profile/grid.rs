@@ -71,12 +71,9 @@ pub(super) enum Shape {
     Decode { rows: u32, history: u32 },
     /// Decode rows with a history, after a pass with more such rows.
     AfterMore { rows: u32, before: u32, history: u32 },
-    /// Rows at the last depth with a history that exit, which runs the exit head. Only the time of the exit counts.
-    /// `again` if the previous passes ran the head too.
-    Head { rows: u32, history: u32, again: bool },
-    /// Rows at the last depth with a history, for which the exit head runs within the pass, where its weights and launches are
-    /// among others. `again` if the previous passes ran the head too.
-    HeadWithin { rows: u32, history: u32, again: bool },
+    /// Rows at the last depth with a history, for which the exit head runs: after the pass, of which only the time of the exit
+    /// counts, or `within` it, where its weights and launches are among others. `again` if the previous passes ran the head too.
+    Head { rows: u32, history: u32, again: bool, within: bool },
     /// Decode rows with a history, of which an exit signal is read that does not need the head, and none exits.
     Signal { rows: u32, history: u32 },
     /// Rows that exit at the first depth, or at the last, after the head has run. Only the time of the exit counts.
@@ -109,13 +106,13 @@ impl Shape {
         let decode = |rows, history| Some(Self::Decode { rows, history });
         match self {
             Self::Decode { history: SHORT, .. }
-            | Self::Head { .. }
+            | Self::Head { within: false, .. }
             | Self::Exit { skips: false, .. }
             | Self::Beside { .. } => None,
             Self::Decode { rows, .. } | Self::Prefill { tokens: rows, .. } => decode(rows, SHORT),
             Self::Prefills { tokens, .. } => decode(PROMPTS * tokens, SHORT),
             Self::AfterMore { rows, history, .. }
-            | Self::HeadWithin { rows, history, .. }
+            | Self::Head { rows, history, within: true, .. }
             | Self::Mix { rows, history, .. }
             | Self::Signal { rows, history } => decode(rows, history),
             Self::Exit { rows, skips: true } => Some(Self::Exit { rows, skips: false }),
@@ -128,7 +125,6 @@ impl Shape {
             Self::Decode { rows, .. }
             | Self::AfterMore { rows, .. }
             | Self::Head { rows, .. }
-            | Self::HeadWithin { rows, .. }
             | Self::Exit { rows, .. }
             | Self::Signal { rows, .. }
             | Self::Mix { rows, .. }
@@ -163,19 +159,17 @@ pub(super) fn shapes(grid: &Grid, measurable: Measurable) -> Vec<Shape> {
     }
     let typical = grid.histories[grid.histories.len() / 2];
     for &rows in &grid.decodes {
-        shapes.push(Shape::Head { rows, history: typical, again: false });
+        let head = |again, within| Shape::Head { rows, history: typical, again, within };
+        shapes.push(head(false, false));
         if heads_are_trips {
-            shapes.push(Shape::HeadWithin { rows, history: typical, again: false });
+            shapes.push(head(false, true));
         }
         if has_gate && num_loops > FEWEST_LOOPS_OF_SIGNALS {
             shapes.push(Shape::Signal { rows, history: typical });
         }
         // With one loop, every pass runs the head.
         if num_loops > 1 {
-            shapes.push(match heads_are_trips {
-                true => Shape::HeadWithin { rows, history: typical, again: true },
-                false => Shape::Head { rows, history: typical, again: true },
-            });
+            shapes.push(head(true, heads_are_trips));
             shapes.extend([true, false].map(|skips| Shape::Exit { rows, skips }));
         }
         shapes.extend(grid.histories.iter().map(|&history| Shape::Decode { rows, history }));
@@ -212,8 +206,7 @@ pub(super) fn shapes(grid: &Grid, measurable: Measurable) -> Vec<Shape> {
 pub(super) fn key(shape: Shape) -> u64 {
     let (kind, a, b) = match shape {
         Shape::Decode { rows, history } => (0, rows, history),
-        Shape::Head { rows, again, .. } => (2, rows, u32::from(again)),
-        Shape::HeadWithin { rows, again, .. } => (8, rows, u32::from(again)),
+        Shape::Head { rows, again, within, .. } => (if within { 8 } else { 2 }, rows, u32::from(again)),
         Shape::AfterMore { rows, before, .. } => (1, rows, before),
         Shape::Mix { rows, depths, .. } => (3, rows, depths),
         Shape::Prefill { tokens, history } => (4, tokens, history),
@@ -256,7 +249,7 @@ mod tests {
             }
             let reads_signals = shapes.iter().any(|shape| matches!(shape, Shape::Signal { .. }));
             assert_eq!(reads_signals, has_gate && num_loops > 2, "{shapes:?}");
-            let within = shapes.iter().any(|shape| matches!(shape, Shape::HeadWithin { .. }));
+            let within = shapes.iter().any(|shape| matches!(shape, Shape::Head { within: true, .. }));
             assert_eq!(within, heads_are_trips, "{shapes:?}");
             let beside = |shape: &&Shape| matches!(shape, Shape::Beside { depths: 1, .. });
             assert_eq!(shapes.iter().any(|shape| beside(&shape)), rows > 1, "{shapes:?}");

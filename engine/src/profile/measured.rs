@@ -197,12 +197,12 @@ impl<'a> Measured<'a> {
                         add(Component::ExitDecision, rows, 0, 1, Summary { middle: 0.0, spread: 0.0, ..part });
                     }
                 }
-                Shape::Head { again: true, .. } => {}
-                Shape::Head { rows, history, again: false } => {
-                    let within = components[&Shape::HeadWithin { rows, history, again: false }].middle;
+                Shape::Head { rows, history, again: false, within: false } => {
+                    let within = components[&Shape::Head { rows, history, again: false, within: true }].middle;
                     add(Component::ExitDecision, rows, 0, 1, Summary { middle: part.middle - within, ..part });
                 }
-                Shape::HeadWithin { rows, again, .. } => {
+                Shape::Head { again: true, within: false, .. } => {}
+                Shape::Head { rows, again, within: true, .. } => {
                     add(if again { Component::HeadAgain } else { Component::Head }, rows, 0, 1, part);
                 }
                 Shape::Signal { rows, .. } => add(Component::ExitSignal, rows, 0, 1, part),

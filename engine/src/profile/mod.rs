@@ -51,8 +51,9 @@ const WAYS: usize = 5;
 const ADAPTIVE: ExitPolicy = ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold: 0.5 };
 /// Probability of an exit at each depth in the last two ways, where the model has no gates.
 const CHANCE: f64 = 0.5;
-/// Number of times that probes take every way in turn in a round.
-const CYCLES: usize = 4;
+/// Number of times that probes take every way in turn in a round. How two ways compare scatters by 15% to 20% from one cycle to the
+/// next on a shared host.
+const CYCLES: usize = 12;
 /// Number of visits to each shape in a round, so that its times are from several moments.
 const VISITS: usize = 2;
 /// Mean time of a pass above which no cache can contain the model, so that earlier passes do not matter.
@@ -304,6 +305,9 @@ impl Profiler {
         let mixing = factors.mixing_range_us().map_or(String::new(), |(least, most)| {
             format!(", and {least:+.1} to {most:+.1} us where depths are mixed")
         });
+        let filling = factors.filling_range_us().map_or(String::new(), |(least, most)| {
+            format!(", and {least:+.1} to {most:+.1} us where keys and values are copied")
+        });
         let deciding = factors.deciding_range_us().map_or(String::new(), |(least, most)| {
             format!(", and {least:+.1} to {most:+.1} us where exits are decided after the pass")
         });
@@ -313,7 +317,7 @@ impl Profiler {
             + &at_several.map_or(String::new(), |share| excess(share, "at several"));
         profile.meta.source = format!(
             "{}; scaled by {least:.3} to {most:.3}, by rows: passes under steady load over the sum of \
-             components{after}{mixing}{deciding}{beside}",
+             components{after}{mixing}{filling}{deciding}{beside}",
             profile.meta.source
         );
         LatencyModel::new(&profile)?;
@@ -368,7 +372,7 @@ impl Profiler {
         let service = self.runs_among.then_some(service);
         // Each depth follows the previous one, as under sequence-wise batching. A head that was just used follows a
         // pass at the last depth, which ran it.
-        let is_again = matches!(shape, Shape::Head { again: true, .. } | Shape::HeadWithin { again: true, .. });
+        let is_again = matches!(shape, Shape::Head { again: true, .. });
         let first_before = if is_again { 0 } else { num_loops - 1 };
         if let Some(service) = service {
             while self.services[service].passes() % num_loops != first_before {
@@ -402,7 +406,7 @@ impl Profiler {
                 Shape::Decode { .. } | Shape::AfterMore { .. } | Shape::Prefill { .. } | Shape::Prefills { .. } => {
                     !first || num_loops == 1
                 }
-                Shape::Head { .. } | Shape::HeadWithin { .. } => last,
+                Shape::Head { .. } => last,
                 Shape::Signal { .. } => !first && !last,
                 Shape::Exit { .. } | Shape::Mix { .. } | Shape::Beside { .. } => true,
             };
@@ -437,7 +441,6 @@ impl Profiler {
         let (decodes, chunks, history, tokens) = match shape {
             Shape::Decode { rows, history }
             | Shape::Head { rows, history, .. }
-            | Shape::HeadWithin { rows, history, .. }
             | Shape::Signal { rows, history }
             | Shape::Mix { rows, history, .. } => (rows, 0, history, 0),
             Shape::AfterMore { before, history, .. } => (before, 0, history, 0),
@@ -464,7 +467,7 @@ impl Profiler {
         let segments = self.segments(shape, turn);
         let reads = match shape {
             // The exits of these rows are not known before the pass, so the head does not run within it.
-            Shape::Head { .. } => SignalReads {
+            Shape::Head { within: false, .. } => SignalReads {
                 signal: SignalRead::Oracle,
                 below: 0,
                 delay: 0,
@@ -502,7 +505,7 @@ impl Profiler {
             return Ok(ran);
         }
         self.occupy(shape);
-        Ok(if matches!(shape, Shape::HeadWithin { .. }) { ran } else { exits })
+        Ok(if matches!(shape, Shape::Head { within: true, .. }) { ran } else { exits })
     }
 
     fn segments(&self, shape: Shape, turn: usize) -> Vec<Segment> {
@@ -533,7 +536,7 @@ impl Profiler {
             Shape::Signal { rows, history } => {
                 (0..rows).map(|slot| decode(slot, history, depth, depth != last)).collect()
             }
-            Shape::Head { rows, history, again } | Shape::HeadWithin { rows, history, again } => {
+            Shape::Head { rows, history, again, .. } => {
                 (0..rows).map(|slot| decode(slot, history, depth, again || depth == last)).collect()
             }
             Shape::Exit { rows, skips } => {

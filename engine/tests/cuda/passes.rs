@@ -12,8 +12,8 @@ use engine::kernels::attention::{Fill, Row};
 use engine::kernels::rows::Source;
 use engine::model::{Model, Rows};
 use engine::{Engine, Generation, Idle, Prompts, Sampling, WeightType};
-use scheduler::{Batching, ExitPolicy, KvFill, Settings};
-use traces::{ExitSignal, Nanos, Request};
+use scheduler::{Batching, ExitPolicy, KvFill, PassRecorder, Settings};
+use traces::{ExitSignal, Nanos, PassOrigin, Request};
 
 use crate::bench::{Dice, assert_close};
 use crate::common::{grouped, weights, with_everything};
@@ -479,6 +479,43 @@ fn a_text_has_the_likelihood_on_the_device_that_it_has_on_the_cpu() {
             assert!((found - expected).abs() < 1e-3, "{found}, expected {expected}");
         }
         assert_eq!(found.log_likelihoods.len(), 11);
+    }
+}
+
+#[test]
+fn a_replay_with_prompts_is_graphs_and_captures_none_while_it_is_timed() {
+    for config in models() {
+        let Some(machine) = machine() else { return };
+        let config = ModelConfig { head_dim: 16, ..config };
+        let model = Arc::new(CudaModel::load(machine, &weights(&config, 7), Scalar::F32).unwrap());
+        let text = (0..400).map(|place| place * 7 % config.vocab_size as u32).collect();
+        let engine = Engine { prompts: Arc::new(Prompts::Text(text)), ..Engine::new(model) };
+        let request = |id| Request { id, arrival: Nanos::ZERO, prompt_tokens: 3 + 5 * (id % 4), output_tokens: 3 };
+        let requests: Vec<Request> = (0..7).map(request).collect();
+        for batching in [Batching::Sequence, Batching::Depth] {
+            let settings = Settings {
+                max_batch: 4,
+                token_budget: 24,
+                prefill_chunk: 20,
+                block_tokens: BLOCK_TOKENS,
+                num_blocks: BLOCKS,
+                ..Settings::new(
+                    batching,
+                    ExitPolicy::Confidence { signal: ExitSignal::Top1, threshold: 0.05 },
+                    config.num_loops as u8,
+                )
+            };
+            let mut recorder = PassRecorder::new(&settings, PassOrigin::Replay, || 0);
+            engine.replay(settings, &requests, None, Idle::Skip, &mut recorder).unwrap();
+            let passes = recorder.into_run().passes;
+            assert!(passes.iter().any(|pass| !pass.work.chunks.is_empty() && pass.work.decode_rows > 0));
+            for pass in passes {
+                let device = pass.device.expect("a device ran it");
+                assert!(device.graphs >= 1 && device.submitted > Nanos::ZERO, "{pass:?}");
+                assert_eq!((device.eager, device.captured, device.dropped), (0, 0, 0), "{pass:?}");
+                assert!(device.submitted <= pass.elapsed && device.device <= pass.elapsed, "{pass:?}");
+            }
+        }
     }
 }
 
