@@ -177,7 +177,7 @@ pub struct PassLimits {
     pub rows: usize,
     /// Rows of the head.
     pub heads: usize,
-    /// Sequences of a pass.
+    /// Sequences of a pass, each as often as it may have rows that attend by themselves.
     pub sequences: usize,
     /// Positions of a sequence.
     pub positions: usize,
@@ -186,7 +186,9 @@ pub struct PassLimits {
 impl PassLimits {
     /// Limits under `settings`, of sequences of up to `positions` positions.
     pub fn of(settings: &Settings, positions: u32) -> Self {
-        let sequences = settings.max_batch as usize;
+        // Under backfill, rows of one sequence may run at every depth.
+        let rows_alone = if settings.kv_fill == KvFill::Backfill { settings.num_loops } else { 1 };
+        let sequences = settings.max_batch as usize * usize::from(rows_alone);
         // Full depth verifies all drafts of a sequence at once.
         let of_sequence = match settings.exit {
             ExitPolicy::Speculate(Speculation { drafts, .. }) => 1 + usize::from(drafts.calm.max(drafts.busy)),
@@ -194,7 +196,7 @@ impl PassLimits {
         };
         Self {
             rows: settings.token_budget.max(settings.max_batch) as usize,
-            heads: sequences * of_sequence,
+            heads: settings.max_batch as usize * of_sequence,
             sequences,
             positions: positions as usize,
         }

@@ -67,6 +67,13 @@ fn a_profile_covers_every_component_up_to_its_limits() {
             assert!(component != Component::Block || point.time_us > 0.0, "{point:?}");
         }
     }
+    // What is no component: a chunk beside decode rows, at one depth and at several.
+    let in_grid = profiler.pass_runs().filter(|run| run.origin == PassOrigin::Grid).flat_map(|run| run.passes);
+    let mixtures = in_grid.filter(|pass| !pass.work.chunks.is_empty() && pass.work.decode_rows > 0);
+    let depths: Vec<u32> = mixtures.map(|pass| pass.work.depths).collect();
+    assert!([1, 3].iter().all(|found| depths.contains(found)), "{depths:?}");
+    let source = profile.meta.source;
+    assert!(source.contains("chunks beside decode rows differ from the sum by "), "{source}");
 }
 
 #[test]

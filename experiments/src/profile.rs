@@ -42,6 +42,12 @@ pub(crate) struct Profiled<'e> {
 }
 
 impl<'e> Profiled<'e> {
+    /// Rounds from which a profile is more than a quick look.
+    const FEWEST_OF_MANY_CYCLES: usize = 3;
+    /// Cycles of probes in a round then. How two ways to serve the load compare scatters by 15% to 20% from one cycle to the next
+    /// on a shared host.
+    const MANY_CYCLES: usize = 12;
+
     /// Measures a profile, and warns where it is not to be trusted. `lengths` are those of the steady load's sequences.
     ///
     /// # Errors
@@ -54,7 +60,10 @@ impl<'e> Profiled<'e> {
         reporter: &mut dyn Reporter,
     ) -> Result<Self> {
         ensure!(rounds > 0, "0 rounds: expected at least 1");
-        let profiler = Profiler::new(&named.engine, Grid::up_to(limits), lengths)?;
+        let mut profiler = Profiler::new(&named.engine, Grid::up_to(limits), lengths)?;
+        if rounds >= Self::FEWEST_OF_MANY_CYCLES {
+            profiler = profiler.with_cycles(Self::MANY_CYCLES);
+        }
         let mut profiled = Self { profiler, named, rounds };
         profiled.measure_rounds("profile", reporter)?;
         warn_of_noise(&profiled.profiler, reporter);

@@ -366,8 +366,18 @@ pub(super) struct CudaBackend<D: Device> {
     /// The kernels of a pass.
     kernels_of_pass: Span<D>,
     counts: GraphCounts,
-    /// Counts before the last pass, the time until it was submitted, and its time on the device.
-    last_pass: (GraphCounts, Duration, Duration),
+    last_pass: LastPass,
+}
+
+/// The last pass, with the heads that were read after it.
+#[derive(Clone, Copy, Default)]
+struct LastPass {
+    /// Counts of sections and graphs before it.
+    before: GraphCounts,
+    /// Time until the host had submitted it.
+    submitted: Duration,
+    /// Time on the device.
+    device: Duration,
 }
 
 impl<D: Device> Drop for CudaBackend<D> {
@@ -416,7 +426,7 @@ impl<D: Device> CudaBackend<D> {
             head_time: Duration::ZERO,
             kernels_of_pass,
             counts: GraphCounts::default(),
-            last_pass: Default::default(),
+            last_pass: LastPass::default(),
             model,
         })
     }
@@ -903,10 +913,10 @@ impl<D: Device> CudaBackend<D> {
         let indices = self.upload()?;
         let states = states(self);
         self.run_head(&section.moved(indices), states, answers.verdicts)?;
-        self.last_pass.1 += started.elapsed();
+        self.last_pass.submitted += started.elapsed();
         let head_time = self.head_time;
         let mut answers = self.finish(padded)?;
-        self.last_pass.2 += self.head_time - head_time;
+        self.last_pass.device += self.head_time - head_time;
         answers.verdicts.truncate(picks.len());
         Ok(answers.verdicts)
     }
@@ -1038,7 +1048,7 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             return Ok(Answers::default());
         }
         let started = Instant::now();
-        self.last_pass.0 = self.counts;
+        self.last_pass.before = self.counts;
         self.check(work)?;
         let plan = self.plan(work);
         self.first_exit = if self.model.coda.is_empty() { 0 } else { work.coda.start };
@@ -1106,10 +1116,10 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
             self.kernels().keep_rows(views.exits, of_coda, width, exits.view)?;
         }
         device.record(&self.kernels_of_pass.end)?;
-        self.last_pass.1 = started.elapsed();
+        self.last_pass.submitted = started.elapsed();
         meanwhile();
         let mut answers = self.finish(padded)?;
-        self.last_pass.2 = device.elapsed(&self.kernels_of_pass.start, &self.kernels_of_pass.end)?;
+        self.last_pass.device = device.elapsed(&self.kernels_of_pass.start, &self.kernels_of_pass.end)?;
         answers.verdicts.truncate(work.heads.rows.len());
         Ok(answers)
     }
@@ -1185,11 +1195,11 @@ impl<D: Device + 'static> Backend for CudaBackend<D> {
     }
 
     fn device_pass(&self) -> Option<DevicePass> {
-        let (before, submitted, device) = &self.last_pass;
-        let since = |count: fn(&GraphCounts) -> usize| (count(&self.counts) - count(before)) as u32;
+        let LastPass { before, submitted, device } = self.last_pass;
+        let since = |count: fn(&GraphCounts) -> usize| (count(&self.counts) - count(&before)) as u32;
         Some(DevicePass {
-            submitted: (*submitted).into(),
-            device: (*device).into(),
+            submitted: submitted.into(),
+            device: device.into(),
             graphs: since(|counts| counts.replayed),
             eager: since(|counts| counts.eager),
             captured: since(|counts| counts.captured),

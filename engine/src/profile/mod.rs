@@ -51,9 +51,8 @@ const WAYS: usize = 5;
 const ADAPTIVE: ExitPolicy = ExitPolicy::Confidence { signal: ExitSignal::Gate, threshold: 0.5 };
 /// Probability of an exit at each depth in the last two ways, where the model has no gates.
 const CHANCE: f64 = 0.5;
-/// Number of times that probes take every way in turn in a round. How two ways compare scatters by 15% to 20% from one cycle to the
-/// next on a shared host.
-const CYCLES: usize = 12;
+/// Number of times that probes take every way in turn in a round, if nothing else is asked for.
+const CYCLES: usize = 4;
 /// Number of visits to each shape in a round, so that its times are from several moments.
 const VISITS: usize = 2;
 /// Mean time of a pass above which no cache can contain the model, so that earlier passes do not matter.
@@ -77,6 +76,8 @@ pub struct Profiler {
     others: [SteadyServer<EngineExecutor>; WAYS - 1],
     /// Index of the next probe's way to serve the load.
     next_way: usize,
+    /// Number of times that probes take every way in turn in a round.
+    cycles: usize,
     /// Number of times that rows got sequences.
     occupied: u64,
     /// The last pass of the shapes' processor.
@@ -190,6 +191,7 @@ impl Profiler {
                 serve(load(decodes).with_exits_in_lockstep(adaptive))?,
             ],
             next_way: 0,
+            cycles: CYCLES,
             occupied: 0,
             last: LastPass::default(),
             log: log_of_shapes(load(decodes)),
@@ -207,6 +209,11 @@ impl Profiler {
             profiler.runs_among = true;
         }
         Ok(profiler)
+    }
+
+    /// Lets probes take every way to serve the load in turn so many times a round.
+    pub fn with_cycles(self, cycles: usize) -> Self {
+        Self { cycles, ..self }
     }
 
     /// Measures every shape, several times, each time in another order. Calls `progress` with the shapes done and their
@@ -235,7 +242,7 @@ impl Profiler {
                 }
                 round.visits.push(visit);
             }
-            round.probes = (0..CYCLES * WAYS).map(|_| self.probe()).collect::<Result<_, _>>()?;
+            round.probes = (0..self.cycles * WAYS).map(|_| self.probe()).collect::<Result<_, _>>()?;
             Ok::<_, ReplayError>(round)
         })?;
         let next = log_of_shapes(self.loads()[0]);
@@ -271,7 +278,7 @@ impl Profiler {
         [self.services.last().expect("there is always one").load(), with_exits, full_depth, adaptive, in_lockstep]
     }
 
-    /// All logged passes as runs of a pass log: the shapes of each round, and the steady load of each probe.
+    /// Logged passes as runs of a pass log: all shapes of each round, and passes of the steady load of each probe.
     pub fn pass_runs(&self) -> impl Iterator<Item = PassRun> {
         let loads = self.loads();
         let shapes = self.rounds.iter().zip(0..).map(|(round, repeat)| PassRun { repeat, ..round.shapes.clone() });
@@ -311,10 +318,15 @@ impl Profiler {
         let deciding = factors.deciding_range_us().map_or(String::new(), |(least, most)| {
             format!(", and {least:+.1} to {most:+.1} us where exits are decided after the pass")
         });
-        let excess = |excess: f64, at| format!("; a chunk beside decode rows takes {:+.1}% {at}", 100.0 * excess);
         let [at_one, at_several] = measured.beside_chunks(&LatencyModel::new(&components)?);
-        let beside = at_one.map_or(String::new(), |share| excess(share, "at one depth"))
-            + &at_several.map_or(String::new(), |share| excess(share, "at several"));
+        let beside = match (at_one, at_several.or(at_one)) {
+            (Some(at_one), Some(at_several)) => format!(
+                "; chunks beside decode rows differ from the sum by {:+.1}% at one depth, {:+.1}% at several",
+                100.0 * at_one,
+                100.0 * at_several
+            ),
+            _ => String::new(),
+        };
         profile.meta.source = format!(
             "{}; scaled by {least:.3} to {most:.3}, by rows: passes under steady load over the sum of \
              components{after}{mixing}{filling}{deciding}{beside}",

@@ -6,6 +6,8 @@ use traces::{LoggedPass, Nanos, PassOrigin, PassRun, PassWork};
 
 /// Multiple of its usual time from which a pass was interrupted by other work on the machine.
 const INTERRUPTED: f64 = 3.0;
+/// Maximum number of passes of a probe that go into a pass log.
+const LOGGED: usize = 256;
 
 /// The machine's speed at one moment: some passes of the profiler's steady load.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,8 +26,11 @@ impl Probe {
         self.passes.iter().map(|pass| pass.elapsed).sum()
     }
 
-    /// The passes as a run of a pass log; `settings` are those of the load, `repeat` is the number of the probe.
-    pub fn into_run(self, settings: &Settings, repeat: u32) -> PassRun {
+    /// Passes of the probe, evenly spread over it, as a run of a pass log; `settings` are those of the load, `repeat` is the
+    /// number of the probe.
+    pub fn into_run(mut self, settings: &Settings, repeat: u32) -> PassRun {
+        let each = self.passes.len().div_ceil(LOGGED).max(1);
+        self.passes = self.passes.drain(..).step_by(each).collect();
         PassRun {
             origin: PassOrigin::Steady,
             batching: settings.batching.to_string(),
