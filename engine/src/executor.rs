@@ -14,7 +14,7 @@ use scheduler::{Executor, ExitPolicy, KvFill, Pass, RowKind, Segment, Settings, 
 use traces::hash::mix;
 use traces::{DevicePass, ExitSignal, Nanos, Request, Signals};
 
-use crate::backend::{Answers, Backend, Diverging, GraphCounts, Heads, PassLimits, ServedModel, Work};
+use crate::backend::{Answers, Backend, Diverging, Heads, PassLimits, ServedModel, Work};
 use crate::cache::CacheError;
 use crate::kernels::attention::{Fill, Row};
 use crate::kernels::rows::{Change, Source};
@@ -568,11 +568,6 @@ impl EngineExecutor {
     pub fn prepare(&mut self, limits: PassLimits) -> Result<(), EngineError> {
         self.arena.reserve(&mut *self.backend, limits.rows)?;
         Ok(self.backend.prepare(limits)?)
-    }
-
-    /// How sections of passes ran so far; `None` if the device has no graphs.
-    pub fn graphs(&self) -> Option<GraphCounts> {
-        self.backend.graphs()
     }
 
     /// Time of the exit head so far, as part of the time of all passes.

@@ -189,8 +189,8 @@ impl Engine {
         self.replay_by(settings, requests, None, oracle, &mut WallClock::start(idle), observer)
     }
 
-    /// Serves `requests` as [`replay`](Self::replay), on another clock, which begins when the engine is ready; with a closed loop, each is sent when that says.
-    /// The oracle exit policy needs `oracle`.
+    /// Serves `requests` as [`replay`](Self::replay), on another clock, which begins when the engine is ready; with a closed
+    /// loop, each is sent when that says. The oracle exit policy needs `oracle`.
     ///
     /// # Errors
     /// As [`replay`](Self::replay).

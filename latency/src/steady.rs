@@ -144,24 +144,24 @@ impl SteadyFactors {
 
     /// The smallest and the largest extra time after larger passes, in microseconds; `None` where it was not measured.
     pub fn after_range_us(&self) -> Option<(f64, f64)> {
-        (!self.after_us.0.is_empty()).then(|| self.after_us.range())
+        self.after_us.range_if_any()
     }
 
     /// The smallest and the largest extra time of mixed depths, in microseconds; `None` where it was not measured.
     pub fn mixing_range_us(&self) -> Option<(f64, f64)> {
-        (!self.mixing_us.0.is_empty()).then(|| self.mixing_us.range())
+        self.mixing_us.range_if_any()
     }
 
     /// The smallest and the largest extra time of copies of keys and values, in microseconds; `None` where it was not
     /// measured.
     pub fn filling_range_us(&self) -> Option<(f64, f64)> {
-        (!self.filling_us.0.is_empty()).then(|| self.filling_us.range())
+        self.filling_us.range_if_any()
     }
 
     /// The smallest and the largest extra time of exits that are decided after the pass, in microseconds; `None` where
     /// it was not measured.
     pub fn deciding_range_us(&self) -> Option<(f64, f64)> {
-        (!self.deciding_us.0.is_empty()).then(|| self.deciding_us.range())
+        self.deciding_us.range_if_any()
     }
 
     fn model(&self, profile: &LatencyProfile) -> Result<LatencyModel, LatencyError> {
@@ -197,6 +197,11 @@ impl ByRows {
             between => ((f64::from(rows) - at(low)) / between).clamp(0.0, 1.0),
         };
         [(low, 1.0 - share), (high, share)]
+    }
+
+    /// The smallest and the largest value; `None` without any.
+    fn range_if_any(&self) -> Option<(f64, f64)> {
+        (!self.0.is_empty()).then(|| self.range())
     }
 
     fn range(&self) -> (f64, f64) {

@@ -262,12 +262,7 @@ impl PassLog {
                     }
                 })?;
             }
-            for (labels, index, mut pass) in passes {
-                if !is_there(DECIDED) {
-                    pass.work.decided_rows = pass.work.exit_head_rows;
-                }
-                log.push(labels, index, pass);
-            }
+            log.extend(passes, is_there(DECIDED));
         }
         Ok(log)
     }
@@ -306,13 +301,18 @@ impl PassLog {
             column.set(values, &mut passes).map_err(|found| format!("column `{name}`: {found}"))?;
         }
         let mut log = Self { meta, runs: Vec::new() };
+        log.extend(passes, knows_decided);
+        Ok(log)
+    }
+
+    /// Appends passes, with a default for `decided_rows` if their file does not know them.
+    fn extend(&mut self, passes: Vec<Read>, knows_decided: bool) {
         for (labels, index, mut pass) in passes {
             if !knows_decided {
                 pass.work.decided_rows = pass.work.exit_head_rows;
             }
-            log.push(labels, index, pass);
+            self.push(labels, index, pass);
         }
-        Ok(log)
     }
 
     /// Appends a pass to the last run, or to a new run if its labels differ.
@@ -683,64 +683,42 @@ const COLUMNS: [(&str, Column); 35] = [
         "submitted_ns",
         Column::Number(
             |row| of_device(row, |pass| pass.submitted.0),
-            |read, value| {
-                set_of_device(read, value, |pass| pass.submitted = Nanos(value));
-                Ok(())
-            },
+            |read, value| set_time_of_device(read, value, |pass| &mut pass.submitted),
         ),
     ),
     (
         "device_ns",
         Column::Number(
             |row| of_device(row, |pass| pass.device.0),
-            |read, value| {
-                set_of_device(read, value, |pass| pass.device = Nanos(value));
-                Ok(())
-            },
+            |read, value| set_time_of_device(read, value, |pass| &mut pass.device),
         ),
     ),
     (
         "graphs",
         Column::Number(
             |row| of_device(row, |pass| pass.graphs.into()),
-            |read, value| {
-                let count = small(value)?;
-                set_of_device(read, value, |pass| pass.graphs = count);
-                Ok(())
-            },
+            |read, value| set_count_of_device(read, value, |pass| &mut pass.graphs),
         ),
     ),
     (
         "eager",
         Column::Number(
             |row| of_device(row, |pass| pass.eager.into()),
-            |read, value| {
-                let count = small(value)?;
-                set_of_device(read, value, |pass| pass.eager = count);
-                Ok(())
-            },
+            |read, value| set_count_of_device(read, value, |pass| &mut pass.eager),
         ),
     ),
     (
         "captured",
         Column::Number(
             |row| of_device(row, |pass| pass.captured.into()),
-            |read, value| {
-                let count = small(value)?;
-                set_of_device(read, value, |pass| pass.captured = count);
-                Ok(())
-            },
+            |read, value| set_count_of_device(read, value, |pass| &mut pass.captured),
         ),
     ),
     (
         "dropped",
         Column::Number(
             |row| of_device(row, |pass| pass.dropped.into()),
-            |read, value| {
-                let count = small(value)?;
-                set_of_device(read, value, |pass| pass.dropped = count);
-                Ok(())
-            },
+            |read, value| set_count_of_device(read, value, |pass| &mut pass.dropped),
         ),
     ),
 ];
@@ -749,11 +727,20 @@ fn of_device(row: &Row<'_>, number: fn(&DevicePass) -> u64) -> u64 {
     row.2.device.as_ref().map_or(0, number)
 }
 
-/// Sets a number of how a device ran the pass, unless it is 0: passes that no device ran have only zeros.
-fn set_of_device(read: &mut Read, value: u64, set: impl FnOnce(&mut DevicePass)) {
-    if value > 0 {
-        set(read.2.device.get_or_insert_default());
+/// Sets a time of how a device ran the pass, unless it is 0: passes that no device ran have only zeros.
+fn set_time_of_device(read: &mut Read, ns: u64, time: fn(&mut DevicePass) -> &mut Nanos) -> Result<(), String> {
+    if ns > 0 {
+        *time(read.2.device.get_or_insert_default()) = Nanos(ns);
     }
+    Ok(())
+}
+
+/// As [`set_time_of_device`], a count.
+fn set_count_of_device(read: &mut Read, value: u64, count: fn(&mut DevicePass) -> &mut u32) -> Result<(), String> {
+    if value > 0 {
+        *count(read.2.device.get_or_insert_default()) = small(value)?;
+    }
+    Ok(())
 }
 
 fn by_depth(row: &Row<'_>, of: fn(&DepthRows) -> u32) -> Vec<u32> {

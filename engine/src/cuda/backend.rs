@@ -615,7 +615,7 @@ impl<D: Device> CudaBackend<D> {
         let arrays = &mut self.arrays;
         let rows = rows.append(arrays, room, View::new(0, 0));
         let before: Vec<i32> = places.iter().map(|place| -1 - place).collect();
-        // A row of padding is a copy of the first, which nobody reads.
+        // Padding gathers the first row; nothing of it is kept.
         let gather = (layers != Layers::Block).then(|| arrays.push(&before, room.rows, -1));
         let stays = matches!(layers, Layers::Block | Layers::Coda | Layers::Head);
         let scatter = (!stays).then(|| arrays.push(places, room.rows, -1));
@@ -633,7 +633,8 @@ impl<D: Device> CudaBackend<D> {
         self.fit_rows(most(&|section| section.rows.rows.len()), heads, most(&|section| section.rows.items.len()))
     }
 
-    /// Makes memory fit so many rows of a pass, rows of the head, and splits of histories.
+    /// Grows memory to hold `rows` rows of a pass, `heads` rows of the head, and `items` splits of histories. Graphs are dropped
+    /// if memory moves.
     fn fit_rows(&mut self, rows: usize, heads: usize, items: usize) -> Result<()> {
         let model = self.model.clone();
         let (device, config) = (&*model.device, &model.config);
@@ -811,12 +812,13 @@ impl<D: Device> CudaBackend<D> {
             let bytes = rooms.iter().map(|&room| Self::bytes_of(*layers, room)).max().unwrap_or(0);
             self.fit_region(*layers, bytes);
         }
-        let most = |wanted: &[(Layers, Vec<Room>)], size: &dyn Fn(&Room) -> usize| {
-            wanted.iter().flat_map(|(_, rooms)| rooms).map(size).max().unwrap_or(0)
+        let most = |size: fn(Layers, &Room) -> usize| {
+            let sizes = wanted.iter().flat_map(|(layers, rooms)| rooms.iter().map(|room| size(*layers, room)));
+            sizes.max().unwrap_or(0)
         };
-        let of_heads: Vec<_> = wanted.iter().filter(|(layers, _)| *layers == Layers::Head).cloned().collect();
-        let (rows, heads) = (most(&wanted, &|room| room.rows).max(rows), most(&of_heads, &|room| room.rows));
-        self.fit_rows(rows, heads, most(&wanted, &|room| room.items))?;
+        let rows = most(|_, room| room.rows).max(rows);
+        let heads = most(|layers, room| if layers == Layers::Head { room.rows } else { 0 });
+        self.fit_rows(rows, heads, most(|_, room| room.items))?;
         self.fit_answers([heads, rows, rows, rows])?;
         // Besides what graphs read: the blocks of each sequence, and up to eight numbers of each row.
         let table = sequences * positions.div_ceil(block_tokens);

@@ -70,15 +70,15 @@ impl SectionLimits {
         for (fewer_items, items) in blocks_sizes(separate * splits) {
             for (fewer_tiles, tiles) in blocks_sizes((rows / 2).min(rows.div_ceil(QUERIES) + sequences)) {
                 // A tile has two rows or more on average, a row that attends separately one split or more.
-                let fewest = |sizes: usize| if sizes == 0 { 0 } else { 1 };
-                let in_tiles = fewest(tiles) * 2 * (fewer_tiles + 1);
-                let with_splits = fewest(items) * (fewer_items + 1).div_ceil(splits);
+                let in_tiles = if tiles > 0 { 2 * (fewer_tiles + 1) } else { 0 };
+                let fewest_splits = if items > 0 { fewer_items + 1 } else { 0 };
+                let with_splits = fewest_splits.div_ceil(splits);
                 let most = items.min(separate) + QUERIES * tiles;
                 if with_splits + in_tiles > rows || most <= before {
                     continue;
                 }
                 // Without joins, each of these rows has one split.
-                if fewest(items) * (fewer_items + 1) + in_tiles <= rows {
+                if fewest_splits + in_tiles <= rows {
                     push(items, 0, tiles);
                 }
                 if splits > 1 && items > 0 {

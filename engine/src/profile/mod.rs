@@ -211,7 +211,7 @@ impl Profiler {
         Ok(profiler)
     }
 
-    /// Lets probes take every way to serve the load in turn so many times a round.
+    /// Sets the number of cycles of probes in a round. In a cycle the load is served once in every way.
     pub fn with_cycles(self, cycles: usize) -> Self {
         Self { cycles, ..self }
     }
@@ -306,18 +306,13 @@ impl Profiler {
         let factors = SteadyFactors::new(&components, &measured.steady_passes_over(&components)?)?;
         let mut profile = factors.apply(&components);
         let (least, most) = factors.range();
-        let after = factors
-            .after_range_us()
-            .map_or(String::new(), |(least, most)| format!(", and {least:+.1} to {most:+.1} us after larger passes"));
-        let mixing = factors.mixing_range_us().map_or(String::new(), |(least, most)| {
-            format!(", and {least:+.1} to {most:+.1} us where depths are mixed")
-        });
-        let filling = factors.filling_range_us().map_or(String::new(), |(least, most)| {
-            format!(", and {least:+.1} to {most:+.1} us where keys and values are copied")
-        });
-        let deciding = factors.deciding_range_us().map_or(String::new(), |(least, most)| {
-            format!(", and {least:+.1} to {most:+.1} us where exits are decided after the pass")
-        });
+        let extra = |range: Option<(f64, f64)>, of: &str| {
+            range.map_or(String::new(), |(least, most)| format!(", and {least:+.1} to {most:+.1} us {of}"))
+        };
+        let after = extra(factors.after_range_us(), "after larger passes");
+        let mixing = extra(factors.mixing_range_us(), "where depths are mixed");
+        let filling = extra(factors.filling_range_us(), "where keys and values are copied");
+        let deciding = extra(factors.deciding_range_us(), "where exits are decided after the pass");
         let [at_one, at_several] = measured.beside_chunks(&LatencyModel::new(&components)?);
         let beside = match (at_one, at_several.or(at_one)) {
             (Some(at_one), Some(at_several)) => format!(
